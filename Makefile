@@ -1,0 +1,40 @@
+# make demo: from nothing to a trained classifier.  make test: what CI runs.  Both reuse .venv when it is there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+RECIPE := classification/deit_tiny_mhla_mnist_cpu
+
+.PHONY: demo test slow gpu lint clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/lightning run $(RECIPE)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+slow: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mhla_lightning tests
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo,dev]'
+	@touch $@ $(VENV)/.demo-installed
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

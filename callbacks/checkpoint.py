@@ -1,0 +1,95 @@
+"""Checkpoints of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+
+from mhla_lightning.callbacks.ema import EMA
+from mhla_lightning.checkpoints.atomic import begin, commit, prune
+from mhla_lightning.checkpoints.rng import load_rng, save_rng
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints
+
+
+class Checkpoint(LightningCheckpoint):
+    """Saves `checkpoints/step-.../` every `every_n_steps` optimizer steps and at the end.
+
+    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps neither random generators nor the average.
+
+    Args:
+        run: the run folder.
+        facts: what state.json says besides the step (data_hash, recipe_hash, versions, ...).
+        batch_size: samples of one optimizer step over all processes.
+        samples: samples of the training split.
+        every_n_steps: between two saves.
+        keep_last: complete checkpoints kept.
+        resume: the checkpoint folder that this attempt goes on from.
+        averages: the EMA callbacks, whose files belong into the folder.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        facts: dict[str, Any],
+        batch_size: int,
+        samples: int,
+        every_n_steps: int = 1000,
+        keep_last: int = 3,
+        resume: Path | None = None,
+        averages: Sequence[EMA] = (),
+    ) -> None:
+        if every_n_steps < 1 or keep_last < 1:
+            raise UserError(f"checkpoint every_n_steps and keep_last are at least 1, got {every_n_steps} and {keep_last}")
+        self.run, self.facts, self.batch_size, self.samples = run, facts, batch_size, samples
+        self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        state = self.resume / "rng" / f"rank-{trainer.global_rank}.safetensors" if self.resume else None
+        if state is not None and state.is_file():  # missing for ranks that the saved run did not have
+            load_rng(state)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._step:  # still accumulating
+            return
+        self._step = trainer.global_step
+        if self._step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = complete_checkpoints(self.run.path)
+        if trainer.global_step and not (done and done[-1].name.endswith(f"{trainer.global_step:08d}")):
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Writes one checkpoint; every rank calls it."""
+        step = trainer.global_step
+        folder: Path = trainer.strategy.broadcast(begin(self.run.checkpoints, step) if trainer.is_global_zero else Path())
+        trainer.save_checkpoint(folder / "trainer.ckpt")
+        save_rng(folder / "rng" / f"rank-{trainer.global_rank}.safetensors")
+        if trainer.is_global_zero:
+            for average in self.averages:
+                average.save_files(folder)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            commit(folder, step, self._state(trainer))
+            prune(self.run.path, self.keep_last)
+        trainer.strategy.barrier()
+
+    def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
+        consumed = trainer.global_step * self.batch_size
+        return {
+            "format": FORMAT,
+            "step": trainer.global_step,
+            "epoch": consumed // self.samples,
+            "consumed": consumed,
+            "world_size": trainer.world_size,
+            "strategy": type(trainer.strategy).__name__,
+            **self.facts,
+        }

@@ -1,0 +1,106 @@
+"""What every run shows in TensorBoard besides its loss: speed, where the time goes, learning rate, gradient norm, mixing matrices."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+from mhla_lightning.attention import MixingMatrix
+
+
+class Monitor(pl.Callback):
+    """Logs `train/` lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute and skipped every `log_every_n_steps` steps.
+
+    Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for data and name their tags by optimizer group and device.
+    Times are seconds an optimizer step, on the host: on a GPU the wait for the device falls to whatever call waits.
+
+    Args:
+        batch_size: samples of one optimizer step over all processes.
+        tokens: tokens of one sample.
+    """
+
+    def __init__(self, batch_size: int, tokens: int) -> None:
+        self.batch_size, self.tokens = batch_size, tokens
+        self._skipped = 0
+        self._grad_norm: torch.Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
+        self._restart(time.perf_counter())
+
+    def _restart(self, now: float) -> None:
+        self._ended, self._data, self._compute, self._window = now, 0.0, 0.0, self._step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+        self._data += self._started - self._ended
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if (trainer.global_step + 1) % self._every == 0:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(grads) if grads else None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._ended = time.perf_counter()
+        self._compute += self._ended - self._started
+        self._skipped += int(batch["skipped"])
+        if trainer.global_step == self._step:  # still accumulating
+            return
+        self._step = trainer.global_step
+        if self._step % self._every == 0:
+            self._log(trainer, pl_module)
+            self._restart(self._ended)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = self._step - self._window
+        speed = self.batch_size * steps / max(1e-9, self._data + self._compute)
+        values = {
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "samples_per_second": speed,
+            "tokens_per_second": speed * self.tokens,
+            "time_data": self._data / steps,
+            "time_compute": self._compute / steps,
+        }
+        if self._grad_norm is not None:
+            values["grad_norm"] = float(self._grad_norm)
+        skipped = trainer.strategy.reduce(torch.tensor(float(self._skipped), device=pl_module.device), reduce_op="sum")
+        values["skipped"] = float(skipped)
+        pl_module.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended = time.perf_counter()  # validation is neither data nor compute of a training step
+
+
+class MixingHeatmaps(pl.Callback):
+    """Draws every layer's mixing matrix (row = query block) after each validation, as the image `mixing`."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        matrices = {name: module.matrix() for name, module in pl_module.named_modules() if isinstance(module, MixingMatrix)}
+        if not matrices or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        trainer.logger.experiment.add_figure("mixing", mixing_figure(matrices), trainer.global_step)
+
+
+def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
+    """One panel a layer; a matrix per head is shown by its mean."""
+    columns = min(4, len(matrices))
+    rows = math.ceil(len(matrices) / columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(matrices) :]:
+        panel.set_axis_off()
+    for index, (panel, matrix) in enumerate(zip(panels, matrices.values(), strict=False)):
+        values = matrix.detach().float().cpu()
+        image = panel.imshow(values.mean(0) if values.dim() == 3 else values, cmap="viridis", vmin=0)
+        panel.set_title(f"layer {index}", fontsize=10)
+        panel.set_xlabel("key block", fontsize=8)
+        panel.set_ylabel("query block", fontsize=8)
+        figure.colorbar(image, ax=panel, shrink=0.8)
+    return figure

@@ -1,0 +1,82 @@
+"""progress.json: what `mhla status` shows of a run while it trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+class ProgressFile(pl.Callback):
+    """Rewrites progress.json at most every `seconds`, and prints a line after each validation where no progress bar can draw.
+
+    Args:
+        run: the run folder.
+        batch_size: samples of one optimizer step over all processes.
+        samples: samples of the training split.
+        seconds: between two writes.
+    """
+
+    def __init__(self, run: RunFolder, batch_size: int, samples: int, seconds: float = 10.0) -> None:
+        self.run, self.batch_size, self.samples, self.interval = run, batch_size, samples, seconds
+        self.validated_at: int | None = None
+        self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))  # earlier attempts of this run
+        self._began = self._written = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training so far, earlier attempts included."""
+        return self._before + time.monotonic() - self._began
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.monotonic()
+        self.write(trainer, "running")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if time.monotonic() - self._written >= self.interval:
+            self.write(trainer, "running")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.validated_at = trainer.global_step
+        values = {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")}
+        line = "  ".join(f"{tag} {value:.4g}" for tag, value in sorted(values.items()))
+        if trainer.is_global_zero:
+            log.info(f"step {trainer.global_step}/{trainer.max_steps}  {line}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.write(trainer, "failed")
+
+    def write(self, trainer: pl.Trainer, state: str) -> None:
+        """Writes the file now; the main process only. `state` is running, finished, failed or preempted."""
+        if not trainer.is_global_zero:
+            return
+        self._written = time.monotonic()
+        step, metrics = trainer.global_step, trainer.callback_metrics
+        newest = newest_checkpoint(self.run.path)
+        write_json(
+            self.run.progress,
+            {
+                "format": FORMAT,
+                "state": state,
+                "step": step,
+                "max_steps": trainer.max_steps,
+                "epoch": step * self.batch_size // self.samples,
+                "consumed": step * self.batch_size,
+                "loss": _number(metrics.get("train/loss")),
+                "samples_per_second": _number(metrics.get("train/samples_per_second")),
+                "last_checkpoint": newest.name if newest else None,
+                "seconds": round(self.seconds, 3),
+            },
+        )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

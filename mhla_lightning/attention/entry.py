@@ -1,0 +1,100 @@
+"""An attention entry: what stands behind `model.attention` in a recipe (a name, a mapping, or a list of these cycled over the layers)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mhla_lightning.attention.base import Attention
+from mhla_lightning.attention.linear import Linear
+from mhla_lightning.attention.mhla import MHLA
+from mhla_lightning.attention.softmax import Softmax
+from mhla_lightning.errors import UserError, unknown_name
+
+ATTENTION: dict[str, type[Attention]] = {
+    "softmax": Softmax,
+    "linear": Linear,
+    "mhla": MHLA,
+}
+
+Entry = str | Mapping[str, Any]
+Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""preset -> operator -> option -> value; one table per model family."""
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """One layer's entry after presets: the operator, its options, and the options of the layer around it."""
+
+    name: str
+    operator: dict[str, Any]
+    layer: dict[str, Any]
+
+
+def register_attention(name: str, operator: type[Attention]) -> None:
+    """Adds an operator under a new name.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in ATTENTION:
+        raise UserError(f"attention '{name}' is already registered by {ATTENTION[name].__module__}")
+    ATTENTION[name] = operator
+
+
+def lookup_attention(name: object) -> type[Attention]:
+    """The operator class of a name; the error lists the names."""
+    if not isinstance(name, str) or name not in ATTENTION:
+        raise UserError(unknown_name("attention", name, ATTENTION))
+    return ATTENTION[name]
+
+
+def build_attention(entry: Entry, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None, causal: bool = False) -> Attention:
+    """Builds one operator from a name or a mapping of ``name`` and the operator's own options.
+
+    Raises:
+        UserError: unknown name or option, or options that do not fit the grid.
+    """
+    spec = resolve_layer(entry, presets={}, layer_options=())
+    operator: Callable[..., Attention] = lookup_attention(spec.name)
+    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, causal=causal, **spec.operator)
+
+
+def resolve_layers(entry: Entry | Sequence[Entry], depth: int, presets: Presets, layer_options: Iterable[str]) -> list[LayerAttention]:
+    """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the paper's hybrid)."""
+    entries = [entry] if isinstance(entry, (str, Mapping)) else list(entry)
+    if not entries:
+        raise UserError("attention is an empty list; give at least one of: " + ", ".join(sorted(ATTENTION)))
+    options = tuple(layer_options)
+    resolved = [resolve_layer(e, presets, options) for e in entries]
+    return [resolved[i % len(resolved)] for i in range(depth)]
+
+
+def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str]) -> LayerAttention:
+    """Fills one entry from its preset (`paper` when not named) and splits it into operator and layer options.
+
+    Raises:
+        UserError: unknown attention, preset or key; the sentence lists the valid ones.
+    """
+    given = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = given.pop("name", None)
+    if name is None:
+        raise UserError(f"an attention mapping needs the key 'name' ({', '.join(sorted(ATTENTION))}), got {sorted(given)}")
+    operator_keys, layer_keys = lookup_attention(name).options(), tuple(layer_options)
+    preset = given.pop("preset", "paper")
+    if presets and preset not in presets:
+        raise UserError(unknown_name("attention preset", preset, presets))
+    for key in given:
+        if key not in (*operator_keys, *layer_keys):
+            raise UserError(unknown_name(f"option of attention '{name}'", key, ("name", "preset", *operator_keys, *layer_keys)))
+    defaults = dict(presets.get(preset, {}).get(name, {}))
+    if "blocks" in given or "block_size" in given:  # the two name one thing: what is given replaces the preset's
+        defaults.pop("blocks", None)
+        defaults.pop("block_size", None)
+    options = {**defaults, **given}
+    return LayerAttention(
+        name,
+        operator={k: v for k, v in options.items() if k in operator_keys},
+        layer={k: v for k, v in options.items() if k in layer_keys},
+    )

@@ -1,0 +1,90 @@
+"""The backbone registry. Importing this module registers the image classifiers with timm (`deit_tiny_mhla`, ...): its one side effect."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import timm
+from torch import Tensor, nn
+
+from mhla_lightning.attention import ATTENTION
+from mhla_lightning.backbones.vit import VisionTransformer
+from mhla_lightning.errors import UserError, unknown_name
+
+__all__ = ["BACKBONES", "Backbone", "VisionTransformer", "build_backbone", "register_backbone"]
+
+
+class Backbone(Protocol):
+    """What tasks ask of a backbone besides being a module."""
+
+    grid: Sequence[int]
+
+    def flops(self, shape: Sequence[int]) -> int: ...
+
+    def no_weight_decay(self) -> set[str]: ...
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
+    "deit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6),
+    "deit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+}
+
+
+def register_backbone(name: str, builder: Callable[..., nn.Module]) -> None:
+    """Adds a backbone under a new name.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in BACKBONES:
+        raise UserError(f"backbone '{name}' is already registered")
+    BACKBONES[name] = builder
+
+
+def build_backbone(name: str, *, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", **options: Any) -> nn.Module:
+    """Builds a backbone of the registry around an attention entry.
+
+    Raises:
+        UserError: unknown backbone or option (the sentence lists the valid ones), or a size that does not fit.
+    """
+    if name not in BACKBONES:
+        raise UserError(unknown_name("backbone", name, BACKBONES))
+    valid = inspect.signature(BACKBONES[name]).parameters
+    for key in options:
+        if key not in valid:
+            raise UserError(unknown_name(f"option of backbone '{name}'", key, [n for n in valid if n != "attention"]))
+    return BACKBONES[name](attention=attention, **options)
+
+
+def _register_with_timm() -> None:
+    """`<backbone>_<attention>` for timm.create_model, which passes our options on."""
+    for backbone in BACKBONES:
+        for attention in ATTENTION:
+            name = f"{backbone}_{attention}"
+            if not timm.is_model(name):
+                timm.models.register_model(_timm_entry(name, backbone, attention))
+
+
+def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Module]:
+    def entry(
+        pretrained: bool = False,
+        pretrained_cfg: object = None,
+        pretrained_cfg_overlay: object = None,
+        cache_dir: object = None,
+        **options: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise UserError(f"timm model '{name}' has no pretrained weights to download; load your own with init_from or load_state_dict")
+        return build_backbone(backbone, **{"attention": attention, **options})
+
+    entry.__name__ = name
+    return entry
+
+
+_register_with_timm()

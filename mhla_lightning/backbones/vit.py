@@ -1,0 +1,217 @@
+"""DeiT with any attention operator, on timm's VisionTransformer (paper Sec. 5.1; SPEC section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mhla_lightning.attention import LayerAttention, MixingMatrix, SelfAttention, resolve_layers
+from mhla_lightning.backbones.layers import ConditionalPosition
+from mhla_lightning.errors import UserError
+
+_LINEAR = {"feature_map": "relu", "qk_norm": True, "qk_norm_eps": 1e-6, "qkv_bias": False, "pos_conv": "none", "inner_norm": False}
+_MHLA = {"blocks": 4, "qk_norm": True, "qkv_bias": False, "pos_conv": "lepe5"}
+_SOFTMAX = {"qkv_bias": True}
+
+VISION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "softmax": _SOFTMAX,
+        "linear": _LINEAR,
+        "mhla": {**_MHLA, "normalizer": "block", "mix_init": "local_row", "inner_norm": False, "qk_norm_eps": 1e-6},
+    },
+    "release": {
+        "softmax": _SOFTMAX,
+        "linear": _LINEAR,
+        "mhla": {**_MHLA, "normalizer": "slot", "mix_init": "linear", "inner_norm": True, "qk_norm_eps": None},
+    },
+}
+"""preset -> operator -> options (SPEC section 9, classification)."""
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """A vision transformer without class token, average-pooled, whose layers hold any operator of the registry.
+
+    timm's own lacks: an operator that knows the token grid, another operator in every layer, and zero padding of the image to full blocks.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        img_size: pixels per side, or (height, width).
+        patch_size: pixels per side of a patch; must divide img_size.
+        token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this (224 px -> 256 px as in the paper).
+        mask_padding: tokens that hold padding only are masked in attention and pooling (the paper lets them take part, SPEC C9).
+        in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, drop_rate, drop_path_rate: as in timm.
+
+    Raises:
+        UserError: a size that does not fit, or an attention entry that does not.
+    """
+
+    def __init__(
+        self,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        token_multiple: int = 4,
+        mask_padding: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        grid = padded_grid(size, patch_size, token_multiple)
+        layers = resolve_layers(attention, depth, VISION_PRESETS, SelfAttention.layer_options())
+        mask = _image_tokens(size, grid, patch_size) if mask_padding else None
+        super().__init__(
+            img_size=(grid[0] * patch_size, grid[1] * patch_size),
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool="avg",
+            class_token=False,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]  # timm calls it, a class or not
+        )
+        self.img_size, self.grid = size, grid
+        self.token_mask: Tensor | None
+        self.register_buffer("token_mask", mask, persistent=False)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(batch, channels, height, width) -> (batch, tokens, embed_dim) in raster order."""
+        return super().forward_features(self._pad(x))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        full = self.patch_embed.img_size
+        if tuple(x.shape[-2:]) not in (self.img_size, tuple(full)):
+            raise UserError(f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size {self.img_size} (padded {tuple(full)})")
+        spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
+        return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        if self.token_mask is None:
+            return super().pool(x, pool_type)
+        return x[:, self.token_mask].mean(1)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay besides timm's norms and biases: positions and mixing matrices (SPEC 1.4)."""
+        mixing = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+        return {"pos_embed", *mixing}
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        tokens, dim = math.prod(shape), self.embed_dim
+        patch = 2 * tokens * self.patch_embed.proj.weight.numel()
+        return patch + sum(cast(MixedBlock, block).flops(shape) for block in self.blocks) + 2 * dim * self.num_classes
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of timm's ViTs and of the MHLA authors under our names, position embedding resampled to this grid."""
+        adapted = {our_name(name): value for name, value in state.items()}
+        adapted = {
+            name: value.flatten(2).squeeze(-1) if name.endswith("mixing.weight") and value.dim() == 4 else value for name, value in adapted.items()
+        }
+        position = adapted.get("pos_embed")
+        if position is not None and position.shape[1] != math.prod(self.grid):
+            prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2  # class and distillation tokens stand before a square grid
+            adapted["pos_embed"] = resample_abs_pos_embed(position[:, prefix:], list(self.grid), num_prefix_tokens=0)
+        return adapted
+
+
+class MixedBlock(Block):
+    """timm's Block around our SelfAttention, with an optional conditional position before it.
+
+    Args:
+        layers: one resolved attention entry a layer; `depth` picks this block's.
+        grid: token counts per axis.
+        token_mask: (tokens,) bool, True = real token.
+        depth: index of the block.
+        timm_options: the arguments that timm's VisionTransformer hands to every block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        layers: Sequence[LayerAttention],
+        grid: tuple[int, int],
+        token_mask: Tensor | None,
+        depth: int,
+        **timm_options: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, **{**timm_options, "attn_layer": nn.Identity})
+        spec = layers[depth]
+        self.grid = grid
+        self.token_mask: Tensor | None
+        self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
+        self.attn = SelfAttention(dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.register_buffer("token_mask", token_mask, persistent=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.cpe is not None:
+            x = self.cpe(x, self.grid)
+        mask = None if self.token_mask is None else self.token_mask.expand(x.shape[0], -1)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask=mask)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def flops(self, grid: Sequence[int]) -> int:
+        tokens = math.prod(grid)
+        mlp = 2 * tokens * sum(layer.weight.numel() for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
+        cpe = self.cpe.flops(tokens) if self.cpe is not None else 0
+        return cast(SelfAttention, self.attn).flops(grid) + mlp + cpe
+
+
+def padded_grid(img_size: Sequence[int], patch_size: int, token_multiple: int) -> tuple[int, int]:
+    """(rows, columns) of tokens after padding to the next multiple.
+
+    Raises:
+        UserError: the patch does not divide the image; names the sizes that fit.
+    """
+    for side in img_size:
+        if side % patch_size:
+            fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n]
+            raise UserError(f"img_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit))}")
+    rows, columns = (math.ceil(side // patch_size / token_multiple) * token_multiple for side in img_size)
+    return rows, columns
+
+
+def _image_tokens(img_size: Sequence[int], grid: Sequence[int], patch_size: int) -> Tensor:
+    """(tokens,) bool: True where a token shows at least one pixel of the image."""
+    axes = []
+    for side, count in zip(img_size, grid, strict=True):
+        start = (count * patch_size - side) // 2
+        first = torch.arange(count) * patch_size
+        axes.append((first + patch_size > start) & (first < start + side))
+    return (axes[0][:, None] & axes[1][None]).flatten()
+
+
+_RELEASE_NAMES = (
+    (".attn.to_qkv.", ".attn.qkv."),
+    (".attn.to_out.0.", ".attn.proj."),
+    (".attn.piece_attn.conv.", ".attn.attention.mixing."),
+    (".attn.lepe.weight", ".attn.lepe.conv.weight"),
+    (".attn.lepe.bias", ".attn.lepe.conv.bias"),
+)
+
+
+def our_name(name: str) -> str:
+    """A parameter's name in the authors' release -> ours; other names stay."""
+    for release, ours in _RELEASE_NAMES:
+        name = name.replace(release, ours)
+    return name

@@ -1,0 +1,1 @@
+"""Checkpoint folders: complete or not there at all."""

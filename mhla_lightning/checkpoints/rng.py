@@ -1,0 +1,40 @@
+"""A process's random generators as plain tensors (no pickle)."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def save_rng(path: Path) -> None:
+    """Writes the states of python's, numpy's and torch's generators."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+
+
+def load_rng(path: Path) -> None:
+    """Restores what :func:`save_rng` wrote."""
+    tensors = load_file(path)
+    gauss = float(tensors["python_gauss"])
+    random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(gauss) else gauss))
+    *keys, position, has_gauss = tensors["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(tensors["numpy_gauss"])))  # noqa: NPY002
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

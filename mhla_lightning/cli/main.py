@@ -1,0 +1,94 @@
+"""`mhla` and `lightning`: finds the verb, turns a user's mistake into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+from mhla_lightning import __version__
+from mhla_lightning.errors import UserError, unknown_name
+
+VERBS = {
+    "run": "train a recipe; the same command again resumes it",
+    "recipes": "list the recipes that come with the package, or show one",
+    "compare": "train variants of a recipe side by side: one table, one plot",
+    "bench": "measure speed ratios in one run",
+    "data": "make shards",
+    "doctor": "check this machine: versions, devices, commands, write access, processes",
+}
+
+EPILOG = "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, recipe or data, 75 preempted."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `mhla` and `python -m mhla_lightning`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) closed early
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def lightning() -> int:
+    """Entry point of `lightning`: `run` is ours, every other verb belongs to lightning-sdk where that is installed."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["run"]:
+        return main(arguments)
+    if importlib.util.find_spec("lightning_sdk") is not None:
+        importlib.import_module("lightning_sdk.cli.entrypoint").main_cli()
+        return 0
+    if arguments in ([], ["-h"], ["--help"]):
+        print("usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of mhla-lightning (mhla --help for all verbs).")
+        return 0
+    print(
+        f"error: `lightning {arguments[0]}` belongs to lightning-sdk, which is not installed; mhla-lightning brings `lightning run RECIPE`",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="mhla",
+        usage="mhla [--version] VERB ...",
+        description=f"Multi-Head Linear Attention on Lightning.\n\nverbs:\n{listing}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mhla-lightning {__version__}")
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments)
+        parser.print_help()
+        return 0
+    name = arguments[0]
+    if name not in VERBS:
+        raise UserError(unknown_name("verb", name, VERBS))
+    verb = importlib.import_module(f"mhla_lightning.cli.{name}")
+    sub = argparse.ArgumentParser(
+        prog=f"mhla {name}", description=verb.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    verb.add_arguments(sub)
+    if getattr(verb, "TAKES_OVERRIDES", False):
+        args, overrides = sub.parse_known_args(arguments[1:])
+        args.overrides = overrides
+    else:
+        args = sub.parse_args(arguments[1:])
+    return int(verb.run(args))
+
+
+def _sentence(error: UserError) -> str:
+    """An error's own words; one that a loader worker raised comes wrapped in the worker's traceback."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text

@@ -1,0 +1,212 @@
+"""Trains a recipe, validates it, and resumes it when the same command is given again.
+
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE, for example
+  lightning run classification/deit_tiny_mhla_mnist_cpu --model.attention softmax --trainer.max_steps 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import (
+    RunFolder,
+    check_run_id,
+    default_run_id,
+    find_run,
+    newest_checkpoint,
+    read_json,
+    recipe_hash,
+    runs_root,
+    write_json,
+    write_text,
+)
+from mhla_lightning.runs.lock import hold
+
+if TYPE_CHECKING:
+    from mhla_lightning.config.resolve import Resolved
+
+TAKES_OVERRIDES = True
+_CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
+_WAIT_FOR_DATA = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla run`."""
+    parser.usage = "%(prog)s RECIPE [options] [--dotted.key VALUE ...]"
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
+    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument("--run-id", metavar="NAME", help="name of the run (default: recipe name and a hash of the resolved recipe)")
+    parser.add_argument("--fresh", action="store_true", help="start anew in NAME-2, NAME-3, ... instead of resuming")
+    parser.add_argument("--accept-changes", action="store_true", help="go on with a run although the recipe has changed")
+    parser.add_argument("--mode", choices=["fit", "validate", "test"], default="fit", help="fit trains and validates (default)")
+    parser.add_argument("--ckpt", metavar="PATH", help="checkpoint folder or run for --mode validate and test (default: the run's newest)")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; returns the exit code."""
+    recipe = load_recipe(args.recipe)
+    values = apply_overrides(recipe.values, parse_overrides(args.overrides))
+    from mhla_lightning.config.resolve import resolve
+
+    _quiet()
+    resolved = resolve(values)
+    if args.print_config:
+        return _print_config(resolved)
+    run_folder = _choose_folder(args, recipe, resolved)
+    if args.mode == "fit" and run_folder.finished():
+        return _say_finished(run_folder)
+    run_folder.create()
+    with ExitStack() as stack:
+        if _first_process():
+            stack.enter_context(hold(run_folder.path))
+            os.environ[_CHILD] = str(run_folder.path)
+            _record(args, resolved, run_folder)
+        _prepare_data(resolved)
+        return _fit(resolved, run_folder) if args.mode == "fit" else _evaluate(args, resolved, run_folder)
+
+
+def _quiet() -> None:
+    """Our own lines on stdout; of Lightning's only warnings. After the imports: Lightning sets its own level in them."""
+    handler = logging.StreamHandler(sys.stdout)
+    logging.getLogger("mhla_lightning").addHandler(handler)
+    logging.getLogger("mhla_lightning").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
+
+
+def _print_config(resolved: Resolved) -> int:
+    from mhla_lightning.training import length
+
+    if resolved.values["data"]["init_args"].get("epochs") is not None and (resolved.data.path / "train" / "index.json").is_file():
+        resolved.values["trainer"]["max_steps"] = length(resolved)
+    print(resolved.to_yaml(), end="")
+    return 0
+
+
+def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved) -> RunFolder:
+    if not _first_process() and _CHILD in os.environ:
+        return RunFolder(Path(os.environ[_CHILD]))
+    root = runs_root(args.runs)
+    name = check_run_id(args.run_id) if args.run_id else default_run_id(recipe.name, resolved.identity())
+    if args.fresh and (root / name).exists():
+        name = next(f"{name}-{n}" for n in range(2, sys.maxsize) if not (root / f"{name}-{n}").exists())
+    return RunFolder(root / name)
+
+
+def _first_process() -> bool:
+    """Whether this process is rank 0 as far as the launcher's environment tells (Lightning, torchrun, srun)."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _record(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> None:
+    """Writes recipe.yaml and environment.json; refuses a folder that holds another recipe's run."""
+    from mhla_lightning.config.recipes import parse_yaml
+    from mhla_lightning.config.resolve import differences
+    from mhla_lightning.training import versions
+
+    if run_folder.recipe.is_file() and newest_checkpoint(run_folder.path) and not args.accept_changes and args.mode == "fit":
+        changed = differences(parse_yaml(run_folder.recipe.read_text()), resolved.values)
+        if changed:
+            raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
+    if args.mode != "fit" and run_folder.recipe.is_file():
+        return
+    write_text(run_folder.recipe, resolved.to_yaml())
+    facts = {"command": sys.argv, "cwd": str(Path.cwd()), "host": platform.node(), "cpus": os.cpu_count(), "versions": versions()}
+    write_json(run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())})
+
+
+def _prepare_data(resolved: Resolved) -> None:
+    """The first process packs; the others of the same start wait for it."""
+    index = resolved.data.path / "train" / "index.json"
+    if _first_process():
+        if not index.is_file() and resolved.data.source is not None:
+            print(f"packing {resolved.data.source} into {resolved.data.path}", flush=True)
+        resolved.data.prepare_data()
+        return
+    waited = 0.0
+    while not index.is_file() and resolved.data.source is not None and waited < _WAIT_FOR_DATA:
+        time.sleep(0.5)
+        waited += 0.5
+
+
+def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
+    from mhla_lightning.training import Session
+
+    session = Session(resolved, run_folder)
+    first = session.trainer.is_global_zero
+    if first:
+        from_step = f", going on from {session.resume.name}" if session.resume else ""
+        task = session.task
+        print(f"run {run_folder.run_id}: {session.max_steps} steps of {session.data.batch_size}{from_step}")
+        print(f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample (forward), {run_folder.path}")
+        print(f"watch it: tensorboard --logdir {run_folder.tensorboard}", flush=True)
+    session.fit()
+    if first:
+        _print_summary(run_folder)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> int:
+    from mhla_lightning.training import Session
+
+    checkpoint = _checkpoint(args, run_folder)
+    session = Session(resolved, run_folder)
+    metrics = session.evaluate(args.mode, checkpoint)
+    if session.trainer.is_global_zero:
+        _print_metrics(f"{args.mode} {checkpoint}", metrics)
+    return 0
+
+
+def _checkpoint(args: argparse.Namespace, run_folder: RunFolder) -> Path:
+    if args.ckpt is None:
+        folder = newest_checkpoint(run_folder.path)
+        if folder is None:
+            raise UserError(f"run {run_folder.run_id} has no checkpoint; name one with --ckpt")
+        return folder
+    path = Path(args.ckpt)
+    if (path / "COMPLETE").is_file():
+        return path
+    if (path / "trainer.ckpt").is_file():
+        raise UserError(f"checkpoint {path} was not written to the end; take another of {path.parent}")
+    folder = newest_checkpoint(find_run(args.ckpt, runs_root(args.runs)).path)
+    if folder is None:
+        raise UserError(f"run {args.ckpt} has no complete checkpoint")
+    return folder
+
+
+def _say_finished(run_folder: RunFolder) -> int:
+    print(f"run {run_folder.run_id} is finished; --fresh trains it anew")
+    if _first_process():
+        _print_summary(run_folder)
+    return 0
+
+
+def _print_summary(run_folder: RunFolder) -> None:
+    summary = read_json(run_folder.summary)
+    _print_metrics(f"{run_folder.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s", summary["last"], summary["best"])
+    print(f"run folder: {run_folder.path}\ntensorboard --logdir {run_folder.tensorboard}")
+
+
+def _print_metrics(title: str, metrics: dict[str, float], best: dict[str, float] | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("tag", "value", "best") if best else ("tag", "value"):
+        table.add_column(heading, justify="left" if heading == "tag" else "right")
+    for tag, value in sorted(metrics.items()):
+        table.add_row(tag, f"{value:.4f}", *([f"{best[tag]:.4f}"] if best else []))
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Recipes: finding, overriding, checking, resolving. `recipes` needs no torch."""

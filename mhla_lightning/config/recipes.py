@@ -1,0 +1,121 @@
+"""Recipe files and overrides. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhla_lightning.errors import UserError, unknown_name
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN)"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as written.
+
+    Args:
+        name: `<task>/<name>` of a packaged recipe, else the file's name.
+        path: the file.
+        values: its content.
+    """
+
+    name: str
+    path: Path
+    values: dict[str, Any]
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML without tags that run code; 1e-4 is a number."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+
+
+def recipe_names() -> list[str]:
+    """Packaged recipes, `<task>/<name>`."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by path or by its name in the package.
+
+    Raises:
+        UserError: no such recipe (names the nearest), or a file that is not a YAML mapping.
+    """
+    packaged = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    path = Path(name) if Path(name).is_file() else packaged
+    if not path.is_file() or (path == packaged and RECIPES.resolve() not in packaged.resolve().parents):
+        raise UserError(unknown_name("recipe", name, recipe_names()) + "; or give the path of a YAML file")
+    try:
+        values = parse_yaml(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data")
+    return Recipe(str(path.relative_to(RECIPES).with_suffix("")) if path == packaged else path.name, path, values)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs; values are YAML.
+
+    Raises:
+        UserError: something that is no pair.
+    """
+    overrides: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise UserError(f"unexpected argument '{word}'; overrides are written --key value, for example --trainer.max_steps 100")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"option --{key} has no value; write --{key} VALUE")
+            value = words.pop(0)
+        try:
+            overrides[key] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of --{key} is no YAML: {value}") from error
+    return overrides
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare attention name becomes a mapping under a key below it.
+
+    Raises:
+        UserError: a key below something that is no mapping.
+    """
+    result = deepcopy(dict(values))
+    for key, value in overrides.items():
+        here: Any = result
+        *parents, last = key.split(".")
+        for depth, part in enumerate([*parents, None]):
+            if not isinstance(here, dict):
+                raise UserError(f"--{key}: {'.'.join(parents[:depth])} is {here!r} and has no keys below it")
+            if "class_path" in here and part not in ("class_path", "init_args") and not (part is None and last in ("class_path", "init_args")):
+                here = here.setdefault("init_args", {})
+            if part is None:
+                break
+            if part == "attention" and isinstance(here.get(part), str):
+                here[part] = {"name": here[part]}
+            if here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+        here[last] = deepcopy(value)
+    return result

@@ -1,0 +1,107 @@
+"""From a recipe to objects: Lightning's own parser checks the types and fills the defaults."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from mhla_lightning.config.checks import check_keys, one_sentence
+from mhla_lightning.data.module import ImageDataModule
+from mhla_lightning.errors import UserError
+from mhla_lightning.tasks import Task
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a run saves.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints.
+        keep_last: complete checkpoints kept.
+    """
+
+    every_n_steps: int = 1000
+    keep_last: int = 3
+
+
+@dataclass
+class Resolved:
+    """A recipe with every default filled in, and what it builds.
+
+    Attributes:
+        values: plain mapping, as written to recipe.yaml.
+        task, data: built, without weights and without opened shards.
+        trainer: arguments of Trainer, callbacks built.
+    """
+
+    values: dict[str, Any]
+    task: Task
+    data: ImageDataModule
+    trainer: dict[str, Any]
+    checkpoint: CheckpointConfig
+    seed: int
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.values, sort_keys=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The recipe without paths: what a run id and a resume compare."""
+        values = deepcopy(self.values)
+        arguments = values["data"]["init_args"]
+        for key in ("path", "source"):
+            arguments.pop(key, None)
+        return values
+
+
+def resolve(values: Mapping[str, Any]) -> Resolved:
+    """Checks a recipe's keys and types and builds its objects.
+
+    Raises:
+        UserError: one sentence on the first thing that is wrong.
+    """
+    check_keys(values)
+    parser = _parser()
+    try:
+        config = parser.parse_object(dict(deepcopy(dict(values))))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(one_sentence(error) if isinstance(error, argparse.ArgumentError) else str(error)) from error
+    dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
+    built = parser.instantiate(config)
+    task, data = built.model, built.data
+    if not isinstance(task, Task):
+        raise UserError(f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks")
+    trainer = vars(built.trainer)
+    trainer = {key: value for key, value in trainer.items() if value is not None}
+    return Resolved(dumped, task, data, trainer, built.checkpoint, config.seed_everything)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
+    """The keys in which two resolved recipes differ, paths aside, as `key old -> new`; empty when they do not."""
+    before, after = _flat(old), _flat(new)
+    ignored = ("data.init_args.path", "data.init_args.source")
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in ignored]
+    shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
+    return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {key: item for name, inner in value.items() for key, item in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+    return {prefix: value}
+
+
+def _parser() -> LightningArgumentParser:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(Task, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    return parser

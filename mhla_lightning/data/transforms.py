@@ -1,0 +1,126 @@
+"""Augmentation by timm, and random numbers that belong to the sample."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from mhla_lightning.errors import UserError
+
+ImageSize = int | tuple[int, int]
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Image preprocessing, by the names of timm.data.create_transform. The defaults are DeiT's training recipe for ImageNet-1k.
+
+    scale, ratio: area share and aspect ratio of the random crop. hflip, vflip: probabilities of mirroring.
+    color_jitter: strength; timm leaves it out where auto_augment is on. auto_augment: a RandAugment, AutoAugment or AugMix string, or None.
+    interpolation: of the random crop ("random" draws bilinear or bicubic). eval_interpolation, crop_pct, crop_mode: resizing for validation.
+    re_prob, re_mode, re_count: random erasing. mean, std: normalisation of pixels in [0, 1], one value a channel.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | None = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: Literal["random", "bilinear", "bicubic", "nearest"] = "random"
+    eval_interpolation: Literal["bilinear", "bicubic", "nearest"] = "bicubic"
+    re_prob: float = 0.25
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    re_count: int = 1
+    crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        for name in ("hflip", "vflip", "re_prob"):
+            _demand(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability from 0 to 1")
+        _demand(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "(low, high) with 0 < low <= high <= 1")
+        _demand(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "(low, high) with 0 < low <= high")
+        _demand(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0 and at most 1")
+        _demand(len(self.mean) == 3, "mean", self.mean, "three numbers")
+        _demand(len(self.std) == 3 and min(self.std) > 0, "std", self.std, "three numbers above 0")
+        _demand(self.re_count >= 1, "re_count", self.re_count, "at least 1")
+
+
+def image_hw(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of an image size given as one int or as a pair. Raises UserError unless both are at least 1."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise UserError(f"data.image_size is {size}; it must be at least 1 in height and width")
+    return height, width
+
+
+def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
+    """Training transform: PIL image -> float32 (3, H, W), drawing from the global generators (see sample_rng).
+
+    Raises UserError for an auto_augment that timm does not know.
+    """
+    a = augmentation
+    try:
+        return create_transform(
+            image_hw(size),
+            is_training=True,
+            scale=a.scale,
+            ratio=a.ratio,
+            hflip=a.hflip,
+            vflip=a.vflip,
+            color_jitter=a.color_jitter,  # type: ignore[arg-type]  # timm takes None, its annotation does not
+            auto_augment=a.auto_augment,
+            interpolation=a.interpolation,
+            mean=a.mean,
+            std=a.std,
+            re_prob=a.re_prob,
+            re_mode=a.re_mode,
+            re_count=a.re_count,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. rand-m9-mstd0.5-inc1") from error
+
+
+def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
+    """Validation transform without randomness: PIL image -> float32 (3, H, W)."""
+    a = augmentation
+    return create_transform(
+        image_hw(size), is_training=False, interpolation=a.eval_interpolation, crop_pct=a.crop_pct, crop_mode=a.crop_mode, mean=a.mean, std=a.std
+    )
+
+
+@contextmanager
+def sample_rng(seed: int, purpose: str, epoch: int, index: int) -> Iterator[None]:
+    """Inside the block python's, numpy's and torch's CPU generators are functions of (seed, purpose, epoch, index); afterwards they are as before.
+
+    So an augmentation is the same whichever rank or worker draws it. Costs about 0.1 ms.
+    """
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002  timm draws from the global one
+    value = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{epoch}/{index}".encode()).digest()[:8])
+    random.seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(value)  # torch.manual_seed would also queue a seed for CUDA at every sample
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def _demand(fine: bool, name: str, value: object, allowed: str) -> None:
+    if not fine:
+        raise UserError(f"data.augmentation.{name} is {value}; it must be {allowed}")

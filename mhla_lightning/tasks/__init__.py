@@ -1,0 +1,7 @@
+"""LightningModules of the model families."""
+
+from mhla_lightning.tasks.base import Task
+from mhla_lightning.tasks.classification import ClassificationTask
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+
+__all__ = ["ClassificationTask", "OptimizerConfig", "ScheduleConfig", "Task"]

@@ -1,0 +1,106 @@
+"""What the tasks share: configuration checked at once, the backbone built late, optimizer and schedule."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.backbones import Backbone, build_backbone
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.tasks.warm_start import freeze_except, load_matching, read_weights
+
+log = logging.getLogger(__name__)
+
+
+class Task(pl.LightningModule):
+    """A LightningModule around a backbone of the registry.
+
+    The configuration is checked in ``__init__`` on the meta device; weights exist only after ``configure_model``, so that ZeRO-3 and FSDP2 never
+    hold the whole model.
+
+    Args:
+        backbone: name in the backbone registry.
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        backbone_options: the backbone's own options.
+        optimizer, schedule: see their classes.
+        init_from: weights to start from: a file, a folder or a run.
+        train_only: regular expressions; parameters that none finds are frozen.
+        checkpoint_activations: `blocks` recomputes every block in the backward to save memory.
+
+    Raises:
+        UserError: unknown names or options, sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        backbone_options: Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        init_from: str | None = None,
+        train_only: list[str] | None = None,
+        checkpoint_activations: Literal["none", "blocks"] = "none",
+    ) -> None:
+        super().__init__()
+        self.backbone_name, self.attention, self.backbone_options = backbone, attention, dict(backbone_options or {})
+        self.optimizer_config, self.schedule_config = optimizer or OptimizerConfig(), schedule or ScheduleConfig()
+        self.init_from, self.train_only, self.checkpoint_activations = init_from, list(train_only or []), checkpoint_activations
+        self.backbone: nn.Module | None = None
+        with torch.device("meta"):
+            plan = self._build()
+        self.parameter_count = sum(p.numel() for p in plan.parameters())
+        self.grid = tuple(cast(Backbone, plan).grid)
+        self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+
+    def _build(self) -> nn.Module:
+        return build_backbone(self.backbone_name, attention=self.attention, **self.backbone_options)
+
+    def configure_model(self) -> None:
+        """Builds the backbone, once (Lightning calls this before every fit, validate and test)."""
+        if self.backbone is not None:
+            return
+        self.backbone = self._build()
+        if self.checkpoint_activations == "blocks":
+            cast(Any, self.backbone).set_grad_checkpointing()
+        if self.init_from:
+            path, state = read_weights(self.init_from)
+            report = load_matching(self.backbone, cast(Backbone, self.backbone).adapt_state_dict(state), path)
+            rank_zero_only(log.info)(str(report))
+        if self.train_only:
+            freeze_except(self.backbone, self.train_only)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.backbone is not None, "configure_model has not run"
+        return self.backbone(x)
+
+    @abstractmethod
+    def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:
+        """Adds a batch to the metrics logged under `prefix`; the EMA callback calls it with the averaged weights in place."""
+
+    @abstractmethod
+    def check_data(self, *, num_classes: int, image_size: Sequence[int], micro_batch: int) -> None:
+        """Refuses, before training, data that this model cannot take (UserError)."""
+
+    def flops_per_batch(self, samples: int) -> int:
+        """Training FLOPs of a batch: forward, and twice that backward."""
+        return 3 * self.flops_per_sample * samples
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        assert self.backbone is not None, "configure_model has not run"
+        mixing = {f"{name}.weight" for name, module in self.backbone.named_modules() if isinstance(module, MixingMatrix)}
+        no_decay = cast(Backbone, self.backbone).no_weight_decay()
+        optimizer = self.optimizer_config.build(self.backbone, no_decay, mixing)
+        # trainer.estimated_stepping_batches would make Lightning forget the restored data position (Lightning 20550).
+        max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
+        schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

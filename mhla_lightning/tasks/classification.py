@@ -1,0 +1,127 @@
+"""Image classification (paper Sec. 5.1; SPEC 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.randomness import sample_rng
+from mhla_lightning.tasks.base import Task
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+
+PREFIXES = ("val", "val_ema", "test", "test_ema")
+
+
+class ClassificationTask(Task):
+    """Soft-target or label-smoothed cross entropy, timm's mixup and cutmix, top-1 and top-5.
+
+    Args:
+        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations: see :class:`Task`.
+        num_classes: classes of the data.
+        label_smoothing: mass spread over all classes.
+        mixup: alpha of mixup's Beta distribution; 0 is off.
+        cutmix: alpha of cutmix's; 0 is off.
+        mixup_prob: share of batches that are mixed.
+        mixup_switch_prob: share of mixed batches that take cutmix when both are on.
+
+    Raises:
+        UserError: see :class:`Task`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        backbone_options: Mapping[str, Any] | None = None,
+        num_classes: int = 1000,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        init_from: str | None = None,
+        train_only: list[str] | None = None,
+        checkpoint_activations: Literal["none", "blocks"] = "none",
+    ) -> None:
+        options = {**(backbone_options or {}), "num_classes": num_classes}
+        super().__init__(backbone, attention, options, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        if num_classes < 2:
+            raise UserError(f"model.num_classes is {num_classes}; a classifier needs at least 2")
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.mixup = None
+        if mixup > 0 or cutmix > 0:
+            self.mixup = Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=mixup_prob,
+                switch_prob=mixup_switch_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+        self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch["image"], batch["label"]
+        if self.mixup is None:
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        else:
+            with sample_rng(torch.initial_seed(), "mixup", int(batch["epoch"][0]), int(batch["index"][0])):
+                images, targets = self.mixup(images, labels)
+            loss = F.cross_entropy(self(images), targets)
+        self.log("train/loss", loss, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
+        """Adds a batch to the metrics under `prefix` (one of PREFIXES); samples of weight 0 are padding and count nowhere."""
+        real = batch["weight"] > 0
+        logits, labels = self(batch["image"])[real].float(), batch["label"][real]
+        metrics = cast(dict[str, Metric], self.metrics[prefix])
+        if len(labels):
+            metrics["loss"].update(F.cross_entropy(logits, labels), weight=len(labels))
+            metrics["top1"].update(logits, labels)
+            metrics["top5"].update(logits, labels)
+        for name, metric in metrics.items():
+            self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name != "top5", batch_size=max(1, len(labels)))
+
+    def check_data(self, *, num_classes: int, image_size: Sequence[int], micro_batch: int) -> None:
+        """Refuses data that this model cannot take, before training.
+
+        Raises:
+            UserError: another number of classes or pixels, or an odd batch with mixup.
+        """
+        if num_classes != self.num_classes:
+            raise UserError(f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}")
+        expected = self.backbone_options.get("img_size", 224)
+        sides = (expected, expected) if isinstance(expected, int) else tuple(expected)
+        if tuple(image_size) != sides:
+            raise UserError(f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {sides}; they must be equal")
+        if self.mixup is not None and micro_batch % 2:
+            raise UserError(
+                f"mixup pairs the samples of a batch, and a micro batch of {micro_batch} is odd; choose an even one (data.micro_batch_size)"
+            )
+
+
+def _metrics(num_classes: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "loss": MeanMetric(),
+            "top1": MulticlassAccuracy(num_classes, top_k=1, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+        }
+    )

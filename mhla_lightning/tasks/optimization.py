@@ -1,0 +1,75 @@
+"""Optimizer and learning-rate schedule shared by the tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mhla_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. No weight decay on norms, biases, position embeddings and mixing matrices.
+
+    Args:
+        lr: peak learning rate.
+        betas, eps, weight_decay: AdamW's.
+        decay_mixing: decay the mixing matrices too, as the release does in classification (SPEC 1.4).
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay_mixing: bool = False
+
+    def build(self, model: nn.Module, no_decay: set[str], mixing: set[str]) -> torch.optim.AdamW:
+        """AdamW over the parameters that train; `no_decay` and `mixing` are parameter names."""
+        kept = no_decay - mixing if self.decay_mixing else no_decay | mixing
+        groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=sorted(kept))
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate per optimizer step: linear warm-up, then cosine or constant.
+
+    Args:
+        name: `cosine` or `constant`.
+        warmup_steps: optimizer steps of warm-up.
+        warmup_lr: learning rate at step 0 of a warm-up.
+        min_lr: learning rate at the last step of `cosine`.
+    """
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+
+    def lr_at(self, step: int, peak: float, max_steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of a run of `max_steps`."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (peak - self.warmup_lr) * step / self.warmup_steps
+        if self.name == "constant":
+            return peak
+        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        return self.min_lr + (peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def build(self, optimizer: torch.optim.Optimizer, peak: float, max_steps: int) -> LambdaLR:
+        """The schedule as torch's scheduler, to be stepped once an optimizer step.
+
+        Raises:
+            UserError: no length to decay over, or a warm-up longer than the run.
+        """
+        if max_steps < 1 and self.name == "cosine":
+            raise UserError("schedule 'cosine' needs the run's length: set trainer.max_steps or data.epochs")
+        if 0 < max_steps < self.warmup_steps:
+            raise UserError(f"model.schedule.warmup_steps is {self.warmup_steps}, more than the run's {max_steps} steps")
+        return LambdaLR(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)

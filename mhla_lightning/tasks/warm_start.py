@@ -1,0 +1,111 @@
+"""Weights from elsewhere: warm start (`init_from`) and freezing (`train_only`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import newest_checkpoint
+
+_FILES = ("ema/weights.safetensors", "weights.safetensors", "model.safetensors", "trainer.ckpt")
+
+
+@dataclass
+class WarmStart:
+    """What a warm start did, by parameter name of the backbone."""
+
+    source: Path
+    copied: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"init_from {self.source}: {len(self.copied)} tensors copied"]
+        for title, names in (("new here", self.fresh), ("left over", self.left)):
+            if names:
+                parts.append(f"{len(names)} {title} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})")
+        return "; ".join(parts)
+
+
+def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
+    """Tensors of a .safetensors or torch file, of a folder that holds one, or of a run's newest checkpoint (its average when it has one).
+
+    Raises:
+        UserError: nothing there, or a file that is not plain tensors (nothing is unpickled).
+    """
+    path = _weight_file(Path(source))
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"init_from: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
+    for key in ("state_dict", "model", "state_dict_ema"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    return path, {_strip(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"init_from: {path} does not exist")
+    folder = newest_checkpoint(path) or path
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"init_from: {path} holds none of {', '.join(_FILES)}")
+
+
+def _strip(name: str) -> str:
+    """Takes off what wrappers put before a backbone's names."""
+    return re.sub(r"^((module|_orig_mod|backbone|model)\.)+", "", name)
+
+
+def load_matching(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> WarmStart:
+    """Copies every tensor whose name and shape the model has.
+
+    Raises:
+        UserError: not one tensor fits.
+    """
+    report = WarmStart(source)
+    own = model.state_dict()
+    for name, value in state.items():
+        if name not in own:
+            report.left.append(name)
+        elif own[name].shape != value.shape:
+            report.left.append(f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}")
+        else:
+            report.copied.append(name)
+    if not report.copied:
+        raise UserError(f"init_from: no tensor of {source} fits the model; it has {', '.join(list(state)[:4])}, the model {', '.join(list(own)[:4])}")
+    model.load_state_dict({name: state[name] for name in report.copied}, strict=False)
+    report.fresh = [name for name in own if name not in set(report.copied)]
+    return report
+
+
+def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Leaves only the parameters trainable whose name a pattern finds.
+
+    Raises:
+        UserError: a pattern that is no regular expression or finds no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(f"train_only: '{pattern}' is no regular expression ({error})") from error
+        if not found:
+            raise UserError(f"train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and any(re.search(pattern, name) for pattern in patterns))

@@ -1,0 +1,190 @@
+"""Puts a resolved recipe, its run folder and Lightning's Trainer together: fit, validate, test."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import statistics
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+
+from mhla_lightning import __version__
+from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing
+from mhla_lightning.config.resolve import Resolved
+from mhla_lightning.data.batching import steps_for_epochs
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
+from mhla_lightning.runs.logger import RunLogger
+
+PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
+
+
+class Session:
+    """One process's part of one attempt at a run.
+
+    Args:
+        recipe: the resolved recipe; its data is packed.
+        run: the run folder.
+
+    Raises:
+        UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
+    """
+
+    def __init__(self, recipe: Resolved, run: RunFolder) -> None:
+        self.recipe, self.run = recipe, run
+        self.task, self.data = recipe.task, recipe.data
+        self.max_steps = length(recipe)
+        pl.seed_everything(recipe.seed, workers=True, verbose=False)
+        self.resume = newest_checkpoint(run.path)
+        self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
+        self.progress = ProgressFile(run, self.data.batch_size, self.data.samples)
+        self.trainer = self._trainer()
+        self.logger.optimizer_steps = lambda: self.trainer.global_step
+        self._check()
+
+    def _resumed_state(self) -> dict[str, Any]:
+        state = read_json(self.resume / "state.json") if self.resume else {}
+        if state and state.get("format") != FORMAT:
+            raise UserError(f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh")
+        if state and state["data_hash"] != self.data.data_hash:
+            raise UserError(
+                f"{self.resume} was trained on data {state['data_hash'][:12]}, and {self.data.path} is {self.data.data_hash[:12]};"
+                " use --fresh or the old data"
+            )
+        return state or {}
+
+    def _trainer(self) -> pl.Trainer:
+        arguments = dict(self.recipe.trainer)
+        callbacks = arguments.pop("callbacks", [])
+        given = callbacks if isinstance(callbacks, list) else [callbacks]
+        arguments |= {"max_steps": self.max_steps, "max_epochs": -1, "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0)}
+        arguments |= {"default_root_dir": self.run.path, "logger": self.logger, "use_distributed_sampler": False}
+        arguments |= {"callbacks": self._callbacks(given, arguments), "plugins": _environment(arguments.get("plugins"))}
+        try:
+            trainer = pl.Trainer(**arguments)
+        except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
+        if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        return trainer
+
+    def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
+        """After every optimizer step: project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
+        self._averages = [callback for callback in given if isinstance(callback, EMA)]
+        save, size = self.recipe.checkpoint, (self.data.batch_size, self.data.samples)
+        own: list[Callback] = [
+            Monitor(self.data.batch_size, math.prod(self.task.grid)),
+            MixingHeatmaps(),
+            self.progress,
+            Checkpoint(self.run, self._facts(), *size, save.every_n_steps, save.keep_last, self.resume, self._averages),
+        ]
+        if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
+            own.append(RichProgressBar())
+        elif not sys.stdout.isatty():
+            arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
+        arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
+        return [ProjectMixing(), *given, *own]
+
+    def _facts(self) -> dict[str, Any]:
+        return {"data_hash": self.data.data_hash, "recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}
+
+    def _check(self) -> None:
+        world = self.trainer.world_size
+        micro, _ = self.data.micro_batch(world)
+        if self.trainer.global_rank == 0:
+            self.data.check(world)
+        self.task.check_data(num_classes=self.data.num_classes, image_size=self.data.image_size, micro_batch=micro)
+
+    def fit(self) -> None:
+        """Trains from the newest checkpoint to the end, validates, writes summary.json."""
+        self.logger.start()
+        checkpoint = None
+        if self.resume is not None:
+            checkpoint = self.resume / "trainer.ckpt"
+            self.data.consumed = int(self._resumed_state()["consumed"])
+            for callback in self._averages:
+                callback.resume_from(self.resume)
+        self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.progress.validated_at != self.trainer.global_step:
+            self.trainer.validate(self.task, datamodule=self.data, verbose=False)
+        if self.trainer.is_global_zero:
+            write_json(self.run.summary, self._summary())
+            self.progress.write(self.trainer, "finished")
+
+    def evaluate(self, mode: str, checkpoint: Path) -> dict[str, float]:
+        """`validate` or `test` of a checkpoint folder; returns the metrics by tag."""
+        for callback in self._averages:
+            callback.resume_from(checkpoint)
+        self.logger.optimizer_steps = None
+        self.trainer.loggers = []  # a look at a finished run changes nothing in its folder
+        verb = self.trainer.validate if mode == "validate" else self.trainer.test
+        verb(self.task, datamodule=self.data, ckpt_path=checkpoint / "trainer.ckpt", weights_only=True, verbose=False)
+        return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
+
+    def _summary(self) -> dict[str, Any]:
+        series = read_metrics(self.run.metrics)
+        speeds = [value for _, value in series.get("train/samples_per_second", [])]
+        return {
+            "format": FORMAT,
+            "run_id": self.run.run_id,
+            "last": {tag: values[-1][1] for tag, values in series.items() if tag.startswith("val")},
+            "best": {tag: best(tag, (value for _, value in values)) for tag, values in series.items() if tag.startswith("val")},
+            "samples_per_second": statistics.median(speeds) if speeds else None,
+            "parameters": self.task.parameter_count,
+            "flops_per_sample": self.task.flops_per_sample,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "steps": self.trainer.global_step,
+            "seconds": round(self.progress.seconds, 3),
+        }
+
+
+def length(recipe: Resolved) -> int:
+    """Optimizer steps of a run, from trainer.max_steps or data.epochs.
+
+    Raises:
+        UserError: both or neither are set.
+    """
+    steps, epochs = recipe.trainer.get("max_steps", -1), recipe.data.epochs
+    if steps > 0 and epochs is not None:
+        raise UserError(f"trainer.max_steps is {steps} and data.epochs {epochs}: a run has one length, set one of them to null")
+    if steps > 0:
+        return int(steps)
+    if epochs is None:
+        raise UserError("the recipe has no length: set trainer.max_steps or data.epochs")
+    return steps_for_epochs(epochs, recipe.data.samples, recipe.data.batch_size)
+
+
+def best(tag: str, values: Iterable[float]) -> float:
+    """Accuracies are best high, everything else low."""
+    return max(values) if tag.rpartition("/")[2].startswith("top") else min(values)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it stands on."""
+    return {"mhla_lightning": __version__, "python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+
+
+def peak_memory_bytes() -> int:
+    """Peak of the GPU's allocated memory, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _environment(plugins: Any) -> list[Any]:
+    """Lightning takes any process inside a SLURM allocation for an srun task; only a job step is one (and ours handle preemption themselves)."""
+    given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return given
+    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else LightningEnvironment()]

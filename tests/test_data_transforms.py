@@ -1,0 +1,98 @@
+"""Augmentation, and random numbers that belong to the sample."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mhla_lightning.data.transforms import Augmentation, eval_transform, sample_rng, train_transform
+from mhla_lightning.errors import UserError
+
+
+def _draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002  the global one is under test
+
+
+def _image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_sample_rng_is_a_function_of_its_arguments() -> None:
+    arguments = [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
+    draws = []
+    for seed, purpose, epoch, index in arguments * 2:
+        with sample_rng(seed, purpose, epoch, index):
+            draws.append(_draw())
+    assert draws[:5] == draws[5:]
+    assert len(set(draws)) == 5
+
+
+def test_sample_rng_leaves_the_generators_as_they_were() -> None:
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: B018, NPY002
+    expected = _draw(), _draw()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: B018, NPY002
+    first = _draw()
+    with sample_rng(0, "a", 0, 0):
+        _draw()
+    with pytest.raises(ZeroDivisionError), sample_rng(0, "a", 0, 0):
+        1 / 0  # noqa: B018
+    assert (first, _draw()) == expected
+
+
+def test_sample_rng_is_cheap() -> None:
+    best = min(_seconds_of_200() for _ in range(5))
+    assert best / 200 < 1e-3, "0.1 ms on a free core; ten times that on a busy one"
+
+
+def _seconds_of_200() -> float:
+    start = time.perf_counter()
+    for index in range(200):
+        with sample_rng(0, "a", 0, index):
+            pass
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("size", [32, (24, 40)])
+def test_sizes(size: int | tuple[int, int]) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    for transform in (train_transform(size, Augmentation()), eval_transform(size, Augmentation())):
+        tensor = transform(_image())
+        assert (tensor.dtype, tuple(tensor.shape)) == (torch.float32, (3, height, width))
+
+
+def test_train_transform_draws_only_from_the_sample() -> None:
+    transform = train_transform(32, Augmentation(re_prob=1.0))
+    tensors = []
+    for index in (5, 5, 6):
+        _draw()
+        with sample_rng(0, "augmentation", 2, index):
+            tensors.append(transform(_image()))
+    assert torch.equal(tensors[0], tensors[1])
+    assert not torch.equal(tensors[0], tensors[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hflip": 1.5}, "data.augmentation.hflip is 1.5"),
+        ({"scale": (0.5, 0.1)}, r"data.augmentation.scale is \(0.5, 0.1\)"),
+        ({"ratio": (0.0, 1.0)}, "data.augmentation.ratio"),
+        ({"crop_pct": 0.0}, "data.augmentation.crop_pct is 0.0"),
+        ({"std": (1.0, 0.0, 1.0)}, "data.augmentation.std"),
+        ({"mean": (0.1,)}, "data.augmentation.mean"),
+        ({"re_count": 0}, "data.augmentation.re_count"),
+        ({"auto_augment": "rnd-m9"}, "data.augmentation.auto_augment 'rnd-m9'"),
+    ],
+)
+def test_bad_values(options: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train_transform(32, Augmentation(**options))
+
+
+def test_bad_size() -> None:
+    with pytest.raises(UserError, match=r"data.image_size is \(0, 5\)"):
+        eval_transform((0, 5), Augmentation())
