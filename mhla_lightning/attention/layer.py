@@ -16,6 +16,14 @@ from mhla_lightning.errors import UserError, unknown_name
 POS_CONVS = ("none", "lepe3", "lepe5", "cpe3")
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, which leaves its fused kernel (with a warning) when autocast hands it bf16 and the weight is float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution of raster tokens on their grid: (batch, tokens, channels) -> same shape.
 
@@ -86,11 +94,11 @@ class SelfAttention(nn.Module):
         self.dim, self.heads, self.grid = dim, heads, tuple(grid)
         self.norm = nn.LayerNorm(dim) if inner_norm else nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
         self.lepe = DepthwiseConv(dim, len(self.grid), int(pos_conv[-1])) if pos_conv.startswith("lepe") else None
         self.attention = build_attention(attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid, causal=causal)
-        self.out_norm = nn.RMSNorm(dim // heads, eps=1e-6) if out_norm else nn.Identity()
+        self.out_norm = RMSNorm(dim // heads, eps=1e-6) if out_norm else nn.Identity()
         self.gate = nn.Linear(dim, dim) if gate else None
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)

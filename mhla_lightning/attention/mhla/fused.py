@@ -63,8 +63,9 @@ class _FusedMHLA(torch.autograd.Function):
         for part in _slices(q, grid):
             kf = work.features("k", k, part, keys=True)
             part.put(summary, work.bmm("summary", kf.mT, work.blocks("v", v, part)))
-            part.put(z, kf.sum(-2))
-        mixed, z_mixed = (m @ summary.flatten(3)).view_as(summary), m @ z
+            if normalize:
+                part.put(z, kf.sum(-2))
+        mixed, z_mixed = (m @ summary.flatten(3)).view_as(summary), m @ z if normalize else z
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for part in _slices(q, grid):
             qf = work.features("q", q, part)
@@ -84,7 +85,6 @@ class _FusedMHLA(torch.autograd.Function):
         grid, offset, normalize, eps, dtype = ctx.settings
         work = _Workspace(offset, dtype, q.device)
         d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
-        d_z_mixed.zero_()
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         for part in _slices(q, grid):
             qf, g = work.features("q", q, part), work.blocks("v", grad, part)
@@ -97,7 +97,7 @@ class _FusedMHLA(torch.autograd.Function):
                 dq.addcmul_(g_norm, part.get(z_mixed).unsqueeze(-2))
                 part.put(d_z_mixed, (g_norm.mT @ qf).squeeze(-2))
             part.store(grad_q, work.relu_backward(dq, qf))
-        d_summary, d_z = (m.mT @ d_mixed.flatten(3)).view_as(summary), m.mT @ d_z_mixed
+        d_summary, d_z = (m.mT @ d_mixed.flatten(3)).view_as(summary), m.mT @ d_z_mixed if normalize else d_z_mixed
         for part in _slices(q, grid):
             kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.get(d_summary)
             dk = work.bmm("dq", vb, ds.mT)
@@ -105,7 +105,9 @@ class _FusedMHLA(torch.autograd.Function):
                 dk += part.get(d_z).unsqueeze(-2)
             part.store(grad_v, work.bmm("o", kf, ds))
             part.store(grad_k, work.relu_backward(dk, kf))
-        d_mixing = d_mixed.flatten(3) @ summary.flatten(3).mT + d_z_mixed @ z.mT
+        d_mixing = d_mixed.flatten(3) @ summary.flatten(3).mT
+        if normalize:
+            d_mixing += d_z_mixed @ z.mT
         shape, mixing_dtype = ctx.mixing
         return grad_q, grad_k, grad_v, d_mixing.sum_to_size(shape).to(mixing_dtype), None, None, None, None, None
 

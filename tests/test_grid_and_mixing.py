@@ -1,0 +1,105 @@
+"""Blocks on a token grid, and the matrix that mixes them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mhla_lightning.attention import BlockGrid, MixingMatrix, initial_mixing
+from mhla_lightning.errors import UserError
+
+GRIDS = [((16,), 4), ((22,), 3), ((4, 4), 2), ((7, 10), (3, 3)), ((4, 6, 2), (2, 3, 2)), ((5, 7, 3), (2, 3, 3)), ((1, 1), 1)]
+
+
+@pytest.mark.parametrize(("grid", "blocks"), GRIDS, ids=str)
+def test_blocks_and_back(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> None:
+    b = BlockGrid(grid, blocks)
+    x = torch.randn(2, 3, b.tokens, 4)
+    assert b.to_blocks(x).shape == (2, 3, b.num_blocks, b.tokens_per_block, 4)
+    assert torch.equal(b.from_blocks(b.to_blocks(x)), x)
+    assert (b.mask is None) == b.even
+    held = b.num_blocks * b.tokens_per_block if b.mask is None else int(b.mask.sum())
+    assert held == b.tokens == math.prod(grid)
+
+
+@pytest.mark.parametrize(("grid", "blocks"), GRIDS, ids=str)
+def test_block_order_is_row_major_blocks_of_row_major_tokens(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> None:
+    """Against a loop over the tokens of every block."""
+    b = BlockGrid(grid, blocks)
+    numbers = torch.arange(b.tokens).view(grid)
+    placed = b.to_blocks(torch.arange(1, b.tokens + 1).view(-1, 1)).squeeze(-1)
+    expected = []
+    for corner in torch.cartesian_prod(*(torch.arange(n) for n in b.blocks)).view(b.num_blocks, -1):
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in b.block_size)).view(b.tokens_per_block, -1):
+            where = [int(c) * size + int(p) for c, p, size in zip(corner, place, b.block_size, strict=True)]
+            inside = all(w < n for w, n in zip(where, grid, strict=True))
+            expected.append(int(numbers[tuple(where)]) + 1 if inside else 0)
+    assert placed.flatten().tolist() == expected
+    inside_block = {int(t) - 1: i // b.tokens_per_block for i, t in enumerate(expected) if t}
+    assert b.block_of_token.tolist() == [inside_block[t] for t in range(b.tokens)]
+
+
+def test_distances_are_euclidean_on_the_block_grid() -> None:
+    d = BlockGrid((4, 6), (2, 3)).distances()
+    assert d[0].tolist() == pytest.approx([0, 1, 2, 1, math.sqrt(2), math.sqrt(5)])
+    assert torch.equal(d, d.T)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "near"),
+    [(10, 9, "5 or 10"), (10, 11, "use 10"), (16, 9, "8 or 16"), (7, 5, "4 or 7")],
+)
+def test_a_count_that_does_not_fit_names_the_nearest(tokens: int, blocks: int, near: str) -> None:
+    with pytest.raises(UserError, match=near) as error:
+        BlockGrid((tokens,), blocks)
+    for count in (int(n) for n in near.removeprefix("use ").split(" or ")):
+        assert BlockGrid((tokens,), count).num_blocks == count
+    assert f"blocks={blocks} does not fit an axis of {tokens} tokens" in str(error.value)
+
+
+@pytest.mark.parametrize("init", ["local_row", "uniform", "causal_uniform"])
+@pytest.mark.parametrize("counts", [[1], [2], [5], [4, 4], [2, 3, 4]], ids=str)
+def test_rows_sum_to_one(init: str, counts: list[int]) -> None:
+    weight = MixingMatrix(counts, init, causal=init.startswith("causal")).matrix()
+    torch.testing.assert_close(weight.sum(1), torch.ones(len(weight)))
+
+
+def test_options_of_the_initialisations_reach_them() -> None:
+    d = BlockGrid((4, 4), block_size=1).distances()
+    assert torch.equal(initial_mixing(d, "const", value=0.25), torch.full_like(d, 0.25))
+    near, far = (initial_mixing(d, "exp", exp_sigma=s) for s in (0.5, 5.0))
+    assert near[0, 0] > far[0, 0]
+    assert (initial_mixing(d, "local", local_thres=1.0) > 0).sum() < (initial_mixing(d, "local", local_thres=1.5) > 0).sum()
+
+
+def test_projection_restores_range_and_triangle() -> None:
+    mixing = MixingMatrix(5, "causal_uniform", causal=True)
+    with torch.no_grad():
+        mixing.weight.uniform_(-2, 2)
+    assert (mixing.matrix().triu(1) == 0).all()  # the forward masks by itself
+    mixing.project_()
+    assert mixing.weight.min() >= 0
+    assert mixing.weight.max() <= 1
+    assert (mixing.weight.triu(1) == 0).all()
+    free = MixingMatrix(5, "uniform", clamp=None)
+    with torch.no_grad():
+        free.weight.fill_(7.0)
+    free.project_()
+    assert (free.weight == 7).all()
+
+
+def test_frozen_and_per_head() -> None:
+    frozen = MixingMatrix([2, 2], learnable=False, heads=3)
+    assert frozen.weight.shape == (3, 4, 4)
+    assert not frozen.weight.requires_grad
+    assert torch.equal(frozen.weight[0], MixingMatrix([2, 2]).weight)
+
+
+def test_a_causal_matrix_serves_fewer_blocks_and_every_other_needs_its_own() -> None:
+    assert MixingMatrix(8, "causal_uniform", causal=True).matrix(3).shape == (3, 3)
+    with pytest.raises(UserError, match="serves 8 blocks, the tokens make 3"):
+        MixingMatrix(8).matrix(3)
+    with pytest.raises(UserError, match="serves 8 blocks, the tokens make 9"):
+        MixingMatrix(8, "causal_uniform", causal=True).matrix(9)
