@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.grid import BlockGrid
 
 SLICE_ELEMENTS = 2**19
@@ -81,35 +82,40 @@ class _FusedMHLA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
-        grid, offset, normalize, eps, dtype = ctx.settings
-        work = _Workspace(offset, dtype, q.device)
-        d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
-        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        for part in _slices(q, grid):
-            qf, g = work.features("q", q, part), work.blocks("v", grad, part)
-            if normalize:
-                g.div_(_normalizer(qf, part.get(z_mixed), eps))
-            dq = work.bmm("dq", g, part.get(mixed).mT)
-            part.put(d_mixed, work.bmm("summary", qf.mT, g))
-            if normalize:
-                g_norm = work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()  # gradient of the normalizer
-                dq.addcmul_(g_norm, part.get(z_mixed).unsqueeze(-2))
-                part.put(d_z_mixed, (g_norm.mT @ qf).squeeze(-2))
-            part.store(grad_q, work.relu_backward(dq, qf))
-        d_summary, d_z = (m.mT @ d_mixed.flatten(3)).view_as(summary), m.mT @ d_z_mixed if normalize else d_z_mixed
-        for part in _slices(q, grid):
-            kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.get(d_summary)
-            dk = work.bmm("dq", vb, ds.mT)
-            if normalize:
-                dk += part.get(d_z).unsqueeze(-2)
-            part.store(grad_v, work.bmm("o", kf, ds))
-            part.store(grad_k, work.relu_backward(dk, kf))
-        d_mixing = d_mixed.flatten(3) @ summary.flatten(3).mT
+        with full_precision(grad):  # backward may be called under autocast
+            return _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
+    grid, offset, normalize, eps, dtype = ctx.settings
+    work = _Workspace(offset, dtype, q.device)
+    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for part in _slices(q, grid):
+        qf, g = work.features("q", q, part), work.blocks("v", grad, part)
         if normalize:
-            d_mixing += d_z_mixed @ z.mT
-        shape, mixing_dtype = ctx.mixing
-        return grad_q, grad_k, grad_v, d_mixing.sum_to_size(shape).to(mixing_dtype), None, None, None, None, None
+            g.div_(_normalizer(qf, part.get(z_mixed), eps))
+        dq = work.bmm("dq", g, part.get(mixed).mT)
+        part.put(d_mixed, work.bmm("summary", qf.mT, g))
+        if normalize:
+            g_norm = work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()  # gradient of the normalizer
+            dq.addcmul_(g_norm, part.get(z_mixed).unsqueeze(-2))
+            part.put(d_z_mixed, (g_norm.mT @ qf).squeeze(-2))
+        part.store(grad_q, work.relu_backward(dq, qf))
+    d_summary, d_z = (m.mT @ d_mixed.flatten(3)).view_as(summary), m.mT @ d_z_mixed if normalize else d_z_mixed
+    for part in _slices(q, grid):
+        kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.get(d_summary)
+        dk = work.bmm("dq", vb, ds.mT)
+        if normalize:
+            dk += part.get(d_z).unsqueeze(-2)
+        part.store(grad_v, work.bmm("o", kf, ds))
+        part.store(grad_k, work.relu_backward(dk, kf))
+    d_mixing = d_mixed.flatten(3) @ summary.flatten(3).mT
+    if normalize:
+        d_mixing += d_z_mixed @ z.mT
+    shape, mixing_dtype = ctx.mixing
+    return grad_q, grad_k, grad_v, d_mixing.sum_to_size(shape).to(mixing_dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True)
