@@ -47,7 +47,7 @@ class Checkpoint(LightningCheckpoint):
             raise UserError(f"checkpoint every_n_steps and keep_last are at least 1, got {every_n_steps} and {keep_last}")
         self.run, self.facts, self.batch_size, self.samples = run, facts, batch_size, samples
         self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
-        self._step = 0
+        self._step, self._due = 0, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -59,7 +59,17 @@ class Checkpoint(LightningCheckpoint):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps == 0:
+        self._due = self._step % self.every_n_steps == 0
+        if self._due and not _validates_now(trainer, batch_idx):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A validation due at the same step comes first: a run killed between the two would never make it up."""
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        if self._due:
+            self._due = False
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,3 +103,9 @@ class Checkpoint(LightningCheckpoint):
             "strategy": type(trainer.strategy).__name__,
             **self.facts,
         }
+
+
+def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this batch (val_check_interval in batches, check_val_every_n_epoch 1)."""
+    every = trainer.val_check_batch
+    return trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0

@@ -97,8 +97,8 @@ def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
     for panel in panels[len(matrices) :]:
         panel.set_axis_off()
     for index, (panel, matrix) in enumerate(zip(panels, matrices.values(), strict=False)):
-        values = matrix.detach().float().cpu()
-        image = panel.imshow(values.mean(0) if values.dim() == 3 else values, cmap="viridis", vmin=0)
+        values = matrix.detach().float().cpu().numpy()
+        image = panel.imshow(values.mean(0) if values.ndim == 3 else values, cmap="viridis", vmin=0)
         panel.set_title(f"layer {index}", fontsize=10)
         panel.set_xlabel("key block", fontsize=8)
         panel.set_ylabel("query block", fontsize=8)

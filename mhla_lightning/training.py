@@ -7,6 +7,7 @@ import os
 import resource
 import statistics
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -114,7 +115,9 @@ class Session:
             self.data.consumed = int(self._resumed_state()["consumed"])
             for callback in self._averages:
                 callback.resume_from(self.resume)
-        self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # data.consumed says where
+            self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.progress.validated_at != self.trainer.global_step:
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:

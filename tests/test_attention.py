@@ -19,7 +19,7 @@ from mhla_lightning.errors import UserError
 
 HEADS, DIM_K, DIM_V = 3, 4, 5
 GRIDS = [(1,), (5,), (22,), (4, 4), (7, 10), (3, 5, 4)]
-OPERATORS = [
+OPERATORS: list[str | dict] = [
     "softmax",
     "linear",
     {"name": "mhla", "blocks": 1},
@@ -299,6 +299,7 @@ def test_registering_a_taken_name_is_refused() -> None:
 
 
 def test_attention_needs_torch_alone() -> None:
-    code = "import sys, mhla_lightning.attention; print(sorted({m.partition('.')[0] for m in sys.modules} & {'lightning','deepspeed','timm','webdataset'}))"
+    others = {"lightning", "deepspeed", "timm", "webdataset", "torchvision"}
+    code = f"import sys, mhla_lightning.attention; print(sorted({{m.partition('.')[0] for m in sys.modules}} & {others}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mhla_lightning.data.transforms import Augmentation, eval_transform, sample_rng, train_transform
+from mhla_lightning.data.transforms import Augmentation, eval_transform, train_transform
 from mhla_lightning.errors import UserError
+from mhla_lightning.randomness import sample_rng
 
 
 def _draw() -> tuple[float, float, float]:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 TAKES_OVERRIDES = True
 _CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
-_WAIT_FOR_DATA = 3600.0
+_WAIT_FOR_DATA = 3600.0  # seconds
+_PREEMPTED = 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _quiet() -> None:
     """Our own lines on stdout; of Lightning's only warnings. After the imports: Lightning sets its own level in them."""
-    handler = logging.StreamHandler(sys.stdout)
-    logging.getLogger("mhla_lightning").addHandler(handler)
-    logging.getLogger("mhla_lightning").setLevel(logging.INFO)
+    ours = logging.getLogger("mhla_lightning")
+    ours.handlers, ours.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
@@ -143,6 +143,8 @@ def _prepare_data(resolved: Resolved) -> None:
 
 
 def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from mhla_lightning.training import Session
 
     session = Session(resolved, run_folder)
@@ -153,7 +155,11 @@ def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
         print(f"run {run_folder.run_id}: {session.max_steps} steps of {session.data.batch_size}{from_step}")
         print(f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample (forward), {run_folder.path}")
         print(f"watch it: tensorboard --logdir {run_folder.tensorboard}", flush=True)
-    session.fit()
+    try:
+        session.fit()
+    except SIGTERMException:
+        print(f"stopped by SIGTERM at step {session.trainer.global_step}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return _PREEMPTED
     if first:
         _print_summary(run_folder)
     return 0

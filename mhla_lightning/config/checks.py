@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import inspect
@@ -108,21 +107,30 @@ def _dataclass_in(hint: Any) -> Any:
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
-def one_sentence(error: argparse.ArgumentError) -> str:
-    """A parser's nested report as `model.optimizer.lr: expected a float, got abc`."""
+_FRAME = re.compile(r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Not a valid|Subclass types|a class path|a dict")
+
+
+def one_sentence(error: Exception) -> str:
+    """The parser's nested report as `model.optimizer.lr: expected a float, got abc`; a sentence of ours inside it stands as it is."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return str(inner)
+        inner = inner.__cause__ or inner.__context__
     path: list[str] = []
-    reason = ""
+    reason, value = "", ""
+    allowed: list[str] = []
     for line in str(error).splitlines():
         text = line.strip().removeprefix("- ")
         if key := re.fullmatch(r'Parser key "(.+)":', text):
             path.append(key[1])
-        elif not reason and (wrong := re.fullmatch(r"Expected an? (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)", text)):
-            reason = f"expected {wrong[1]}, got {wrong[2]}"
-        elif (
-            not reason
-            and re.search(r"are required|is not accepted|no attribute", text)
-            or not reason
-            and not re.match(r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Given value|Not a valid", text)
-        ):
-            reason = text
-    return f"{'.'.join(path)}: {reason or 'the value does not fit'}"
+        elif wrong := re.fullmatch(r"Expected an? (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)", text):
+            reason = reason or f"expected {wrong[1].removeprefix('typing.Literal')}, got {wrong[2]}"
+        elif option := re.fullmatch(r"Expected an? (?:typing\.)?(?:<class ')?(?:Literal)?(.+?)(?:'>)?", text):
+            allowed.append(option[1].strip("[]"))
+        elif given := re.fullmatch(r"Given value: (.*)", text):
+            value = value or given[1]
+        elif text and not _FRAME.match(text) and not text.startswith("Given value type"):
+            reason = reason or text
+    place = f"{'.'.join(path)}: " if path else ""
+    return place + (reason or f"{value} does not fit; allowed: {', '.join(name for name in allowed if name != 'NoneType')}")

@@ -58,9 +58,9 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: no such recipe (names the nearest), or a file that is not a YAML mapping.
     """
-    packaged = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    path = Path(name) if Path(name).is_file() else packaged
-    if not path.is_file() or (path == packaged and RECIPES.resolve() not in packaged.resolve().parents):
+    packaged = name.removesuffix(".yaml") in recipe_names()
+    path = RECIPES / f"{name.removesuffix('.yaml')}.yaml" if packaged else Path(name)
+    if not path.is_file():
         raise UserError(unknown_name("recipe", name, recipe_names()) + "; or give the path of a YAML file")
     try:
         values = parse_yaml(path.read_text())
@@ -68,7 +68,7 @@ def load_recipe(name: str) -> Recipe:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data")
-    return Recipe(str(path.relative_to(RECIPES).with_suffix("")) if path == packaged else path.name, path, values)
+    return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, values)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
     check_keys(values)
     parser = _parser()
     try:
-        config = parser.parse_object(dict(deepcopy(dict(values))))
+        config = parser.parse_object(deepcopy(dict(values)))
+        dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
+        built = parser.instantiate(config)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error) if isinstance(error, argparse.ArgumentError) else str(error)) from error
-    dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
-    built = parser.instantiate(config)
+        raise UserError(one_sentence(error)) from error
     task, data = built.model, built.data
     if not isinstance(task, Task):
         raise UserError(f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks")

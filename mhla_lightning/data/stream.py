@@ -22,8 +22,9 @@ from mhla_lightning.data.batching import deal_shards, eval_ranges
 from mhla_lightning.data.decode import BadSample, SkipMeter, decode
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.reading import RawSample, read_range, read_shard
-from mhla_lightning.data.transforms import Transform, sample_rng
+from mhla_lightning.data.transforms import Transform
 from mhla_lightning.errors import DataError
+from mhla_lightning.randomness import sample_rng
 
 
 class Batch(TypedDict):

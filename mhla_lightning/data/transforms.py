@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -100,25 +96,6 @@ def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
     return create_transform(
         image_hw(size), is_training=False, interpolation=a.eval_interpolation, crop_pct=a.crop_pct, crop_mode=a.crop_mode, mean=a.mean, std=a.std
     )
-
-
-@contextmanager
-def sample_rng(seed: int, purpose: str, epoch: int, index: int) -> Iterator[None]:
-    """Inside the block python's, numpy's and torch's CPU generators are functions of (seed, purpose, epoch, index); afterwards they are as before.
-
-    So an augmentation is the same whichever rank or worker draws it. Costs about 0.1 ms.
-    """
-    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002  timm draws from the global one
-    value = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{epoch}/{index}".encode()).digest()[:8])
-    random.seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002
-    torch.default_generator.manual_seed(value)  # torch.manual_seed would also queue a seed for CUDA at every sample
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 def _demand(fine: bool, name: str, value: object, allowed: str) -> None:

@@ -1,0 +1,120 @@
+"""The table of a comparison, from the summary.json of its runs. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+# key of summary.json -> (heading, factor to its unit, format)
+COSTS = {
+    "samples_per_second": ("samples\n/s", 1.0, ",.1f"),
+    "parameters": ("parameters", 1.0, ",.0f"),
+    "flops_per_sample": ("GFLOPs/\nsample", 1e-9, ".4g"),
+    "peak_memory_bytes": ("peak\nMB", 1e-6, ",.0f"),
+}
+_NUMBERS = (*COSTS, "steps", "seconds")
+
+
+def table_row(name: str, overrides: Mapping[str, Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of table.json.
+
+    Args:
+        name: of the row.
+        overrides: the row's own.
+        runs: seed -> content of summary.json.
+
+    Returns:
+        name, overrides, seeds (each run's summary), and by tag or key the mean over seeds and the sample standard deviation (None with one seed).
+    """
+    numbers = [_numbers(summary) for summary in runs.values()]
+    keys = list(dict.fromkeys(key for found in numbers for key in found))
+    columns = {key: [found[key] for found in numbers if key in found] for key in keys}
+    return {
+        "name": name,
+        "overrides": dict(overrides),
+        "seeds": [{"seed": seed, **summary} for seed, summary in runs.items()],
+        "mean": {key: statistics.fmean(values) for key, values in columns.items()},
+        "spread": {key: spread(values) for key, values in columns.items()},
+    }
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    found = {**summary.get("last", {}), **{key: summary.get(key) for key in _NUMBERS}}
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for fewer than two values, nan where one is not finite."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(math.isfinite(value) for value in values) else math.nan
+
+
+def higher_is_better(tag: str) -> bool:
+    """Accuracies (top1, top5) are best high, everything else low."""
+    return tag.rpartition("/")[2].startswith("top")
+
+
+def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """`val/` tags of any row, then `val_ema/` tags."""
+    tags = {tag for row in rows for tag in row["mean"] if tag.startswith(("val/", "val_ema/"))}
+    return sorted(tags, key=lambda tag: tuple(tag.split("/", 1)))
+
+
+def headline(tags: Iterable[str]) -> str | None:
+    """The tag that stands for a run in one line: accuracy, else the loss, else the first of validation."""
+    found = [tag for tag in tags if tag.startswith("val/")]
+    return next((tag for tag in ("val/top1", "val/loss", *found) if tag in found), None)
+
+
+def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the rows with the best mean of a tag; empty where there is nothing to be better than."""
+    means = {row["name"]: row["mean"][tag] for row in rows if math.isfinite(row["mean"].get(tag, math.nan))}
+    if len(means) < 2:
+        return set()
+    best = (max if higher_is_better(tag) else min)(means.values())
+    return {name for name, mean in means.items() if mean == best}
+
+
+def score(mean: float | None, deviation: float | None) -> str:
+    """A mean with its spread, as many decimals for both: `0.9312 ±0.0021`, which narrow tables break before the sign; a dash for no value."""
+    if mean is None:
+        return "-"
+    decimals = 4 if abs(mean) < 10 else 3 if abs(mean) < 100 else 2
+    return f"{mean:.{decimals}f}" if deviation is None else f"{mean:.{decimals}f} ±{deviation:.{decimals}f}"
+
+
+def cost(key: str, mean: float | None) -> str:
+    """A mean of COSTS in its unit; a dash where there is no value."""
+    _, factor, form = COSTS[key]
+    return "-" if mean is None else f"{mean * factor:{form}}"
+
+
+def rich_table(title: str, rows: Sequence[Mapping[str, Any]], tags: Sequence[str], costs: Sequence[str]) -> Table:
+    """One line a row; the best mean of every tag in bold.
+
+    Args:
+        title: above the table.
+        rows: of table_row.
+        tags: columns with a mean and a spread.
+        costs: columns of COSTS.
+    """
+    winners = {tag: best_rows(tag, rows) for tag in tags}
+    several = len(rows[0]["seeds"]) > 1
+    table = Table(title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None)
+    table.add_column("row", overflow="fold")
+    for heading in (*(tag.replace("/", "/\n") for tag in tags), *(COSTS[key][0] for key in costs)):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        scores = (_score(row, tag, row["name"] in winners[tag]) for tag in tags)
+        table.add_row(Text(row["name"]), *scores, *(cost(key, row["mean"].get(key)) for key in costs))
+    return table
+
+
+def _score(row: Mapping[str, Any], tag: str, best: bool) -> Text:
+    return Text(score(row["mean"].get(tag), row["spread"].get(tag)), style="bold" if best else "")

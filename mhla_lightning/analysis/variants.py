@@ -1,0 +1,184 @@
+"""The rows of a comparison: which overrides each one has, what it is called, what its runs are called. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhla_lightning.config.recipes import parse_yaml
+from mhla_lightning.errors import UserError
+
+_SLUG_LENGTH = 60
+_PATHS = ("data.path", "data.source", "data.init_args.path", "data.init_args.source")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        name: shown in table and plot; unique.
+        slug: begins the run ids of the row; unique even where the file system ignores case.
+        overrides: dotted key -> value, this row's own.
+    """
+
+    name: str
+    slug: str
+    overrides: dict[str, Any]
+
+    def run_id(self, seed: int) -> str:
+        return f"{self.slug}-seed{seed}"
+
+
+def rows_over(given: Sequence[str]) -> list[Row]:
+    """Rows of `--over KEY=YAML-LIST` options; several multiply, the first changes slowest.
+
+    Raises:
+        UserError: an option of another form, a key or a value given twice.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in given:
+        key, values = _axis(text)
+        if key in axes:
+            raise UserError(f"--over {key} is given twice; write all its values in one list")
+        axes[key] = values
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return _rows((", ".join(describe(key, value) for key, value in overrides.items()), overrides) for overrides in combinations)
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.removeprefix("--").partition("=")
+    if not key or not equals:
+        raise UserError(f"--over '{text}' is not KEY=YAML-LIST; write for example --over 'model.attention=[linear, mhla]'")
+    try:
+        found = parse_yaml(values)
+    except yaml.YAMLError as error:
+        raise UserError(f"the list of --over {key} is no YAML: {values}") from error
+    if not isinstance(found, list) or not found:
+        raise UserError(f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; write --over '{key}=[A, B]'")
+    for index, value in enumerate(found):
+        if value in found[:index] and _as_json(value) in map(_as_json, found[:index]):  # 1 == True, as JSON they differ
+            raise UserError(f"--over {key} lists {describe(key, value)} twice")
+    return key, found
+
+
+def rows_from_file(path: Path) -> list[Row]:
+    """Rows of a variants file: a YAML mapping from row name to dotted overrides (empty: the recipe as it is).
+
+    Raises:
+        UserError: no such file, no YAML, another form, a name given twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table, node = parse_yaml(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the variants file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(table, dict) or not table or not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: {{model.optimizer.lr: 1e-4}}'")
+    names = [str(key.value) for key, _ in node.value]  # the loader keeps only the last of two equal keys
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has the row '{name}' twice")
+    for name, overrides in table.items():
+        if not isinstance(overrides, dict | None):
+            raise UserError(f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as {{model.attention: linear}}")
+    return _rows((str(name), {str(key): value for key, value in (overrides or {}).items()}) for name, overrides in table.items())
+
+
+def _rows(named: Iterable[tuple[str, dict[str, Any]]]) -> list[Row]:
+    """Makes names and slugs unique by a number."""
+    rows: list[Row] = []
+    for name, overrides in named:
+        unique = _unused(name, [row.name for row in rows], " ({})")
+        rows.append(Row(unique, _unused(slug(unique), [row.slug for row in rows], "-{}"), overrides))
+    return rows
+
+
+def _unused(name: str, taken: Sequence[str], suffix: str) -> str:
+    lower = [other.lower() for other in taken]
+    candidates = itertools.chain([name], (name + suffix.format(n) for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate.lower() not in lower)
+
+
+def describe(key: str, value: Any) -> str:
+    """A value in a few readable words: `mhla mix_init=uniform`; a bare number or switch gets the last word of its key: `lr=0.001`."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, Mapping) and value:
+        return _words(value)
+    return f"{key.rpartition('.')[2]}={_word(value)}"
+
+
+def _words(value: Mapping[str, Any]) -> str:
+    """A mapping as its name (or class) and its options."""
+    rest = dict(value)
+    head = [str(rest.pop("name"))] if "name" in rest else []
+    if "class_path" in rest:
+        head.append(str(rest.pop("class_path")).rpartition(".")[2])
+        rest |= rest.pop("init_args", None) or {}
+    return " ".join([*head, *(f"{key}={_word(item)}" for key, item in rest.items())])
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_words(value)})"
+    if isinstance(value, list):
+        return f"[{', '.join(_word(item) for item in value)}]"
+    return value if isinstance(value, str) and value else _as_json(value)
+
+
+def slug(name: str) -> str:
+    """A row's name as the beginning of a run id: letters, digits, '.', '_' and '-'."""
+    words = re.sub(r"[^A-Za-z0-9._]+|\.{2,}", "-", name)[:_SLUG_LENGTH]
+    return words.strip("-._") or "row"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` as numbers.
+
+    Raises:
+        UserError: anything else, or a seed given twice.
+    """
+    words = text.replace(" ", "").split(",")
+    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+        raise UserError(f"--seeds '{text}' is no list of whole numbers; write for example --seeds 0,1,2")
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds '{text}' names a seed twice")
+    return seeds
+
+
+def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's overrides over those of all rows. A key comes after the keys above it: `model.attention` first, then `model.attention.mix_init`."""
+    return dict(sorted({**common, **own}.items(), key=lambda item: item[0].count(".")))
+
+
+def arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as words of a command line; JSON is YAML, and keeps text that looks like a number text."""
+    return [f"--{key}={_as_json(value)}" for key, value in overrides.items()]
+
+
+def identity(recipe: Mapping[str, Any], rows: Sequence[Row], seeds: Sequence[int], common: Mapping[str, Any]) -> str:
+    """Eight hex digits: the same for the same comparison, wherever its data lies."""
+    data = recipe.get("data")
+    init_args = data.get("init_args") if isinstance(data, Mapping) else None
+    content = dict(recipe)
+    if isinstance(data, Mapping) and isinstance(init_args, Mapping):
+        content["data"] = {**data, "init_args": {key: value for key, value in init_args.items() if key not in ("path", "source")}}
+    kept = {key: value for key, value in common.items() if key not in _PATHS}
+    table = [[row.name, row.overrides] for row in rows]
+    return hashlib.sha256(_as_json([content, table, list(seeds), kept], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _as_json(value: Any, *, sort_keys: bool = False) -> str:
+    return json.dumps(value, default=str, sort_keys=sort_keys, ensure_ascii=False)

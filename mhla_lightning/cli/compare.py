@@ -1,0 +1,212 @@
+"""Trains variants of a recipe side by side: one table, one plot.
+
+Rows come from --over (several multiply) or from a file of named variants; each row and seed is an ordinary run, reused when it is finished:
+  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name: mhla, mix_init: uniform}]' --seeds 0,1,2
+  mhla compare RECIPE --variants variants.yaml        # variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
+Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, table_row, validation_tags
+from mhla_lightning.analysis.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.child import train_in_child
+from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
+from mhla_lightning.runs.lock import hold
+
+TAKES_OVERRIDES = True
+_LOG_LINES = 15
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_WIDE = 240  # columns where no terminal limits them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train.
+
+    Args:
+        recipe: as written.
+        rows, seeds: every pair is a run.
+        common: overrides of all rows.
+        folder: holds the runs, their logs, table.json and curves.png.
+    """
+
+    recipe: Recipe
+    rows: list[Row]
+    seeds: list[int]
+    common: dict[str, Any]
+    folder: Path
+
+    def runs(self) -> list[tuple[Row, int, RunFolder]]:
+        return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
+
+    def run(self, row: Row, seed: int) -> RunFolder:
+        return RunFolder(self.folder / check_run_id(row.run_id(seed)))
+
+    def values(self, row: Row) -> dict[str, Any]:
+        return merged(self.common, row.overrides)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla compare`."""
+    parser.usage = "%(prog)s RECIPE (--over KEY=YAML-LIST ... | --variants FILE) [options] [--dotted.key VALUE ...]"
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
+    parser.add_argument("--over", action="append", default=[], metavar="KEY=YAML-LIST", help="a row for each value; several --over multiply")
+    parser.add_argument("--variants", metavar="FILE", help="YAML mapping from a row's name to its dotted overrides")
+    parser.add_argument("--seeds", metavar="N,N,...", help="train every row with each of these seeds (default: the recipe's one)")
+    parser.add_argument("--runs", metavar="DIR", help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument("--json", metavar="FILE", help="write the table there too, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; returns the exit code."""
+    plan = _plan(args)
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    if not all(folder.finished() for _, _, folder in plan.runs()):
+        _check_rows(plan)
+    _make(plan.folder)
+    with hold(plan.folder):
+        try:
+            code = _train(plan, console)
+        except KeyboardInterrupt:
+            print("interrupted; finished runs and checkpoints are kept: the same command goes on from here", file=sys.stderr)
+            return _INTERRUPTED
+        return code or _report(plan, console, args.json)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
+    recipe = load_recipe(args.recipe)
+    common = parse_overrides(args.overrides)
+    if bool(args.over) == (args.variants is not None):
+        raise UserError("compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several times) or --variants FILE")
+    rows = rows_over(args.over) if args.over else rows_from_file(Path(args.variants))
+    if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
+        raise UserError("seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2")
+    seeds = parse_seeds(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
+    name = f"compare-{identity(recipe.values, rows, seeds, common)}"
+    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name)
+
+
+def _check_rows(plan: Plan) -> None:
+    """A typo in the last row shows before the first row has trained for hours."""
+    from mhla_lightning.config.resolve import resolve
+
+    for row in plan.rows:
+        try:
+            resolve(apply_overrides(plan.recipe.values, plan.values(row)))
+        except UserError as error:
+            raise UserError(f"row '{row.name}': {error}") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another place with --runs or $MHLA_RUNS") from error
+
+
+def _train(plan: Plan, console: Console) -> int:
+    """Every run that is not finished, one after the other; the exit code of the first that fails, else 0."""
+    runs = plan.runs()
+    with _progress(console, len(runs)) as (progress, bar):
+        for done, (row, seed, folder) in enumerate(runs):
+            progress.update(bar, completed=done, row=f"{row.name}, seed {seed}")
+            reused = folder.finished()
+            if not reused and (code := _train_one(plan, row, seed, partial(_advance, progress, bar, done))) != 0:
+                return code
+            _say(progress.console, _finished_line(row, seed, folder, reused))
+    return 0
+
+
+def _advance(progress: Progress, bar: TaskID, done: int, share: float) -> None:
+    progress.update(bar, completed=done + share)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar over all runs; nothing where no terminal can draw it."""
+    columns = (
+        TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[row]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress, progress.add_task("", total=total, row="")
+
+
+def _train_one(plan: Plan, row: Row, seed: int, on_progress: Callable[[float], None]) -> int:
+    """One run in a child process; says why it failed. Returns its exit code, or 1 where it ended early without one."""
+    folder = plan.run(row, seed)
+    log = plan.folder / f"{folder.run_id}.log"
+    words = arguments({"seed_everything": seed, **plan.values(row)})
+    code = train_in_child(str(plan.recipe.path), folder, words, log, on_progress) or int(not folder.finished())
+    if code != 0:
+        _say_failed(row, seed, log, code)
+    return code
+
+
+def _say_failed(row: Row, seed: int, log: Path, code: int) -> None:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+    print(*lines, sep="\n", file=sys.stderr)
+    print(
+        f"error: row '{row.name}', seed {seed} stopped with exit code {code}; all it said is in {log} "
+        "(finished runs are kept: the same command goes on from here)",
+        file=sys.stderr,
+    )
+
+
+def _finished_line(row: Row, seed: int, folder: RunFolder, reused: bool) -> str:
+    summary = read_json(folder.summary)
+    tag = headline(summary["last"])
+    value = f"{tag} {summary['last'][tag]:.4f}, " if tag else ""
+    return f"{row.name}, seed {seed}: {value}{summary['seconds']:.1f} s" + (" (finished before)" if reused else "")
+
+
+def _say(console: Console, line: str) -> None:
+    """A line as it is: row names may hold brackets, and paths must not be broken."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def _report(plan: Plan, console: Console, json_file: str | None) -> int:
+    from mhla_lightning.analysis.curves import write_curves
+
+    rows = [table_row(row.name, row.overrides, {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds}) for row in plan.rows]
+    table = {"format": FORMAT, "recipe": plan.recipe.name, "seeds": plan.seeds, "overrides": plan.common, "rows": rows}
+    written = plan.folder / "table.json"
+    for path in (written, *([Path(json_file)] if json_file is not None else [])):
+        write_json(path, table)
+    curves = {row.name: [read_metrics(plan.run(row, seed).metrics) for seed in plan.seeds] for row in plan.rows}
+    seeds = f"seeds {', '.join(map(str, plan.seeds))}" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
+    write_curves(plan.folder / "curves.png", f"{plan.recipe.name}, {seeds}", curves)
+    print_table(console, f"{plan.recipe.name}, {seeds}", rows)
+    _say(console, f"table:  {written}\ncurves: {plan.folder / 'curves.png'}")
+    return 0
+
+
+def print_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """One line a row; scores and costs in a table each where the terminal is too narrow for both."""
+    scores, costs = validation_tags(rows), list(COSTS)
+    whole = rich_table(title, rows, scores, costs)
+    if Measurement.get(console, console.options.update(width=_WIDE), whole).maximum <= console.width:
+        console.print(whole)
+    else:
+        console.print(rich_table(title, rows, scores, []), rich_table(title, rows, [], costs))

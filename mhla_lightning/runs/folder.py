@@ -1,0 +1,148 @@
+"""Where a run lives and what its files are called. Standard library only, so that status and compare answer at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.errors import UserError
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def runs_root(given: str | None = None) -> Path:
+    """--runs, else $MHLA_RUNS, else ./runs."""
+    return Path(given or os.environ.get("MHLA_RUNS") or "runs").resolve()
+
+
+def check_run_id(run_id: str) -> str:
+    """A run id names one folder under the root.
+
+    Raises:
+        UserError: anything that could leave the root.
+    """
+    if not _RUN_ID.fullmatch(run_id) or ".." in run_id:
+        raise UserError(f"run id '{run_id}' is no plain name; use letters, digits, '.', '_' and '-'")
+    return run_id
+
+
+def default_run_id(recipe_name: str, resolved: Mapping[str, Any]) -> str:
+    """`<recipe name>-<first 8 hex of the sha256 of the resolved recipe>`: the same command finds the same folder."""
+    return f"{Path(recipe_name).stem}-{recipe_hash(resolved)[:8]}"
+
+
+def recipe_hash(resolved: Mapping[str, Any]) -> str:
+    """sha256 of a resolved recipe, key order and formatting aside."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class RunFolder:
+    """Paths of one run.
+
+    Args:
+        path: the folder; made by :meth:`create`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.environment = path / "environment.json"
+        self.progress = path / "progress.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            UserError: no right to write there.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.tensorboard.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; choose another with --runs or $MHLA_RUNS") from error
+
+    def finished(self) -> bool:
+        """Whether training has reached its end."""
+        progress = read_json(self.progress)
+        return self.summary.is_file() and progress is not None and progress.get("state") == "finished"
+
+
+def find_run(run: str, root: Path) -> RunFolder:
+    """A run by id or by folder.
+
+    Raises:
+        UserError: no such run; names the nearest ones.
+    """
+    for path in (root / run, Path(run)):
+        if (path / "recipe.yaml").is_file():
+            return RunFolder(path.resolve())
+    known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
+    raise UserError(f"no run '{run}' in {root}; runs there: {', '.join(known[-10:]) or 'none'}")
+
+
+def step_folder(step: int) -> str:
+    """Name of a checkpoint folder."""
+    return f"step-{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run that were written to the end, oldest first."""
+    found = [(int(match[1]), path) for path in (run / "checkpoints").glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / "COMPLETE").is_file()]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the highest step that was written to the end."""
+    return next(reversed(complete_checkpoints(run)), None)
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """metrics.jsonl as tag -> [(step, value), ...] in the order written."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        series.setdefault(row["tag"], []).append((row["step"], row["value"]))
+    return series
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; None when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file at once: a reader sees the old or the new, never half."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file at once."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,357 @@
+"""`mhla run` as a user types it: real shards, a real Trainer, real event files, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mhla_lightning.cli.main import main
+from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.runs.lock import hold
+
+TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped"}
+
+
+def run_folder(tmp_path: Path, name: str = "r") -> Path:
+    return tmp_path / "runs" / name
+
+
+def fit(recipe: Path, *extra: str, name: str = "r") -> int:
+    return main(["run", str(recipe), "--run-id", name, *extra])
+
+
+def test_a_run_leaves_everything_others_read(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(recipe) == 0
+    folder = run_folder(tmp_path)
+    out = capsys.readouterr().out
+    assert f"tensorboard --logdir {folder / 'tensorboard'}" in out
+    assert "step 12/12" in out
+
+    series = read_metrics(folder / "metrics.jsonl")
+    assert {tag.removeprefix("train/") for tag in series if tag.startswith("train/")} == TRAIN_TAGS
+    assert [step for step, _ in series["train/loss"]] == list(range(1, 13))
+    for tag in ("val/loss", "val/top1", "val/top5", "val_ema/loss", "val_ema/top1", "val_ema/top5"):
+        assert [step for step, _ in series[tag]] == [4, 8, 12]
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(series)
+    for tag, values in series.items():
+        assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(tag)] == values
+    assert [e.step for e in events.Images("mixing")] == [4, 8, 12]
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["last"]["val/top1"] == series["val/top1"][-1][1]
+    assert summary["best"]["val/top1"] == max(v for _, v in series["val/top1"])
+    assert summary["best"]["val/loss"] == min(v for _, v in series["val/loss"])
+    assert summary["parameters"] > 0
+    assert summary["flops_per_sample"] > 0
+    assert summary["samples_per_second"] > 0
+    progress = json.loads((folder / "progress.json").read_text())
+    assert (progress["state"], progress["step"], progress["consumed"], progress["epoch"]) == ("finished", 12, 192, 3)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["init_args"]["num_classes"] == 4
+    assert json.loads((folder / "environment.json").read_text())["versions"]["lightning"]
+    assert not (folder / "lock").exists()
+
+    saved = complete_checkpoints(folder)
+    assert [c.name for c in saved] == ["step-00000008", "step-00000012"]
+    state = json.loads((saved[-1] / "state.json").read_text())
+    assert (state["step"], state["consumed"], state["world_size"], state["format"]) == (12, 192, 1, 1)
+    average = load_file(saved[-1] / "ema" / "weights.safetensors")
+    assert all(t.dtype == torch.float32 for t in average.values())
+    mixing = [t for name, t in average.items() if name.endswith("mixing.weight")]
+    assert len(mixing) == 2
+    assert all(0 <= t.min() <= t.max() <= 1 for t in mixing)
+    assert torch.load(saved[-1] / "trainer.ckpt", weights_only=True)["global_step"] == 12
+
+
+def test_a_finished_run_says_so_and_fresh_starts_another(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(recipe), "--trainer.max_steps", "4"]
+    assert main(command) == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    before = (first / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"run {first.name} is finished" in capsys.readouterr().out
+    assert (first / "metrics.jsonl").read_bytes() == before
+    assert main([*command, "--fresh"]) == 0
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {first.name, f"{first.name}-2"}
+    assert main([*command, "--model.optimizer.lr", "1e-4"]) == 0  # another recipe is another run
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def start(recipe: Path, *extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mhla_lightning", "run", str(recipe), *extra]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal, bit for bit."""
+    assert fit(recipe, "--trainer.max_steps", "48", name="whole") == 0
+    folder = run_folder(tmp_path, "cut")
+    with start(recipe, "--run-id", "cut", "--trainer.max_steps", "48") as process:
+        deadline = time.monotonic() + 120
+        while not complete_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        said, _ = process.communicate()
+    saved = complete_checkpoints(folder)
+    assert saved, said
+    assert not (folder / "summary.json").exists(), "the run ended before it could be killed"
+    assert (folder / "lock").exists()  # left by the kill, and taken over
+    capsys.readouterr()
+    assert fit(recipe, "--trainer.max_steps", "48", name="cut") == 0
+    assert f"going on from {saved[-1].name}" in capsys.readouterr().out
+
+    whole, cut = (read_metrics(run_folder(tmp_path, name) / "metrics.jsonl") for name in ("whole", "cut"))
+    exact = ["train/loss", "train/lr", "train/grad_norm", *(tag for tag in whole if tag.startswith("val"))]
+    assert {tag: cut[tag] for tag in exact} == {tag: whole[tag] for tag in exact}
+    weights = [load_file(complete_checkpoints(run_folder(tmp_path, name))[-1] / "ema" / "weights.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
+    with start(recipe, "--run-id", "term", "--trainer.max_steps", "100000") as process:
+        deadline = time.monotonic() + 120
+        while not complete_checkpoints(run_folder(tmp_path, "term")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM at step" in said
+    assert not (run_folder(tmp_path, "term") / "lock").exists()
+
+
+def test_two_processes(recipe: Path, tmp_path: Path) -> None:
+    """Real gloo: each step takes 16 samples over both, and the padded validation counts every sample once."""
+    with start(recipe, "--run-id", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "4") as process:
+        out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    state = json.loads((complete_checkpoints(run_folder(tmp_path, "two"))[-1] / "state.json").read_text())
+    assert (state["world_size"], state["consumed"]) == (2, 64)
+    top1 = read_metrics(run_folder(tmp_path, "two") / "metrics.jsonl")["val/top1"][-1][1]
+    assert (top1 * 20) == pytest.approx(round(top1 * 20), abs=1e-4)
+    assert {p.name for p in (complete_checkpoints(run_folder(tmp_path, "two"))[-1] / "rng").iterdir()} == {"rank-0.safetensors", "rank-1.safetensors"}
+
+
+def test_accumulation_counts_optimizer_steps(recipe: Path, tmp_path: Path) -> None:
+    assert fit(recipe, "--data.micro_batch_size", "4", "--trainer.max_steps", "8") == 0
+    series = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert [step for step, _ in series["train/loss"]] == list(range(1, 9))
+    assert [step for step, _ in series["val/loss"]] == [4, 8]
+    state = json.loads((complete_checkpoints(run_folder(tmp_path))[-1] / "state.json").read_text())
+    assert state["consumed"] == 128
+
+
+def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(recipe, "--trainer.max_steps", "8") == 0
+    folder = run_folder(tmp_path)
+    before = (folder / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert fit(recipe, "--trainer.max_steps", "8", "--mode", "validate") == 0
+    out = capsys.readouterr().out
+    last = read_metrics(folder / "metrics.jsonl")
+    for tag in ("val/top1", "val/loss", "val_ema/loss"):
+        assert f"{last[tag][-1][1]:.4f}" in out
+    older = folder / "checkpoints" / "step-00000004"
+    assert main(["run", str(recipe), "--run-id", "elsewhere", "--mode", "validate", "--ckpt", str(older)]) == 0
+    assert f"{last['val/loss'][0][1]:.4f}" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert fit(recipe, "--mode", "test") == 2
+    assert "has no test split" in capsys.readouterr().err
+    with_test = tmp_path / "with-test"
+    shutil.copytree(shards, with_test)
+    shutil.copytree(shards / "val", with_test / "test")
+    assert fit(recipe, "--data.path", str(with_test), "--mode", "test", "--ckpt", "r") == 0
+    assert "test_ema/top1" in capsys.readouterr().out
+
+
+def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(recipe), "--trainer.max_steps", "null", "--data.epochs", "2.5", "--print_config"]
+    assert main(arguments) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
+    assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
+    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2}
+
+
+def damaged(shards: Path, tmp_path: Path, how: str) -> Path:
+    """A copy of the shards with one thing wrong."""
+    copy = tmp_path / f"damaged-{how}"
+    shutil.copytree(shards, copy)
+    shard = sorted((copy / "train").glob("*.tar"))[1]
+    index = json.loads((copy / "train" / "index.json").read_text())
+    if how == "missing":
+        shard.unlink()
+    elif how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-700])
+    elif how == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        shard.write_bytes(data)
+    elif how == "empty":
+        shutil.rmtree(copy / "train")
+        (copy / "train").mkdir()
+    elif how == "format":
+        (copy / "train" / "index.json").write_text(json.dumps({**index, "format": 99}))
+    return copy
+
+
+BAD_COMMANDS = [
+    ("unknown option of the verb's", ["--bogus", "1"], ["unknown key 'bogus'", "trainer"]),
+    ("section", ["--modle.attention", "mhla"], ["unknown key 'modle'", "did you mean 'model'"]),
+    ("trainer key", ["--trainer.max_step", "4"], ["'trainer.max_step'", "did you mean 'trainer.max_steps'"]),
+    ("task key", ["--model.atention", "mhla"], ["'model.atention'", "did you mean 'model.attention'"]),
+    ("nested key", ["--model.optimizer.learning_rate", "1"], ["'model.optimizer.learning_rate'", "model.optimizer.lr"]),
+    ("data key", ["--data.batchsize", "4"], ["'data.batchsize'", "did you mean 'data.batch_size'"]),
+    ("augmentation key", ["--data.augmentation.flip", "1"], ["'data.augmentation.flip'", "hflip"]),
+    ("no value", ["--trainer.max_steps"], ["--trainer.max_steps has no value"]),
+    ("stray word", ["hello"], ["unexpected argument 'hello'"]),
+    ("type", ["--trainer.max_steps", "many"], ["trainer.max_steps: expected", "int", "many"]),
+    ("nested type", ["--model.optimizer.lr", "fast"], ["model.optimizer.lr: expected float, got fast"]),
+    ("class", ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"], ["did you mean 'ClassificationTask'"]),
+    ("backbone", ["--model.backbone", "deit_tny"], ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"]),
+    ("backbone option", ["--model.backbone_options.dept", "4"], ["'dept'", "did you mean 'depth'"]),
+    ("attention", ["--model.attention", "mlha"], ["unknown attention 'mlha'", "did you mean 'mhla'"]),
+    ("attention option", ["--model.attention.block", "3"], ["option of attention 'mhla' 'block'", "did you mean 'blocks'"]),
+    ("blocks", ["--model.attention.blocks", "3"], ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
+    ("patch", ["--model.backbone_options.patch_size", "3"], ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"]),
+    ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
+    ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
+    ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
+    ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
+    ("warm-up", ["--model.schedule.warmup_steps", "99"], ["warmup_steps is 99", "12 steps"]),
+    ("accumulation", ["--trainer.accumulate_grad_batches", "2"], ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"]),
+    ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
+    ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),
+    ("shards", ["--data.num_workers", "9"], ["8 shards", "9", "num_workers"]),
+    ("no data", ["--data.path", "/nowhere"], ["/nowhere", "index.json"]),
+    ("precision", ["--trainer.precision", "bf8"], ["bf8"]),
+    ("run id", ["--run-id", "../x"], ["run id '../x'"]),
+    ("checkpoint", ["--mode", "validate", "--ckpt", "nothing"], ["no run 'nothing'"]),
+    ("nothing to validate", ["--mode", "validate"], ["has no checkpoint"]),
+    ("init_from", ["--model.init_from", "/no/file"], ["init_from: /no/file does not exist"]),
+    ("train_only", ["--model.train_only", "[nothing]"], ["train_only: 'nothing' matches no parameter"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS])
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    assert main(["run", str(recipe), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    for word in words:
+        assert word in error
+    assert not list((tmp_path / "runs").glob("*/checkpoints/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", ["train", ".tar", "missing"]),
+        ("cut", [".tar", "bytes"]),
+        ("flipped", [".tar", "sha256"]),
+        ("empty", ["index.json"]),
+        ("format", ["format", "99", "1"]),
+    ],
+)
+def test_damaged_data_is_refused_before_training(
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, words: list[str]
+) -> None:
+    assert fit(recipe, "--data.path", str(damaged(shards, tmp_path, how))) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("name", ["classification/deit_tiny_mhla_mnist_cp", "nothing"])
+def test_an_unknown_recipe_names_the_known_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", name]) == 2
+    error = capsys.readouterr().err
+    assert f"unknown recipe '{name}'" in error
+    assert "classification/deit_tiny_mhla_mnist_cpu" in error
+
+
+def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
+    """The shards with the pixels of `samples` images overwritten: well-formed tar, wrong inside."""
+    copy = tmp_path / f"spoiled-{samples}"
+    shutil.copytree(shards, copy)
+    left = samples
+    for shard in sorted((copy / "train").glob("*.tar")):
+        data = bytearray(shard.read_bytes())
+        offsets = np.load(f"{shard}.offsets.npy") if Path(f"{shard}.offsets.npy").exists() else np.load(shard.with_suffix(".offsets.npy"))
+        for start_, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            at = data.find(b"\x89PNG", int(start_), int(stop))
+            if left and at >= 0:
+                data[at : at + 60] = b"x" * 60
+                left -= 1
+        shard.write_bytes(data)
+    assert left == 0
+    return copy
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_undecodable_samples_are_skipped_counted_and_limited(
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    few = ["--data.path", str(spoiled(shards, tmp_path, 3)), "--data.verify", "size", "--data.num_workers", workers]
+    assert fit(recipe, *few, "--data.max_skipped_share", "0.5") == 0
+    skipped = read_metrics(run_folder(tmp_path) / "metrics.jsonl")["train/skipped"][-1][1]
+    assert 3 <= skipped <= 15  # three in each of three to five epochs read
+    many = ["--data.path", str(spoiled(shards, tmp_path, 40)), "--data.verify", "size", "--data.num_workers", workers]
+    capsys.readouterr()
+    assert fit(recipe, *many, "--data.max_skipped_share", "0.5", name="many") == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert "data.max_skipped_share" in error
+
+
+def test_a_run_folder_is_held_by_one_process(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(tmp_path)
+    folder.mkdir(parents=True)
+    with hold(folder):
+        assert fit(recipe) == 2
+    error = capsys.readouterr().err
+    assert f"run r is in use by process {os.getpid()}" in error
+
+
+def test_another_recipe_under_the_same_run_id_is_refused_by_key(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(recipe, "--trainer.max_steps", "4") == 0
+    (run_folder(tmp_path) / "summary.json").unlink()  # as if it had been stopped before its end
+    capsys.readouterr()
+    changed = ["--trainer.max_steps", "4", "--model.label_smoothing", "0.2"]
+    assert fit(recipe, *changed) == 2
+    assert "model.init_args.label_smoothing 0.1 -> 0.2" in capsys.readouterr().err
+    assert fit(recipe, *changed, "--accept-changes") == 0
+
+
+def test_other_data_under_the_same_run_is_refused(recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(recipe, "--trainer.max_steps", "4") == 0
+    (run_folder(tmp_path) / "summary.json").unlink()
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    index = json.loads((other / "train" / "index.json").read_text())
+    from mhla_lightning.data.pack import pack
+
+    pack(str(shards.parent / "source"), tmp_path / "packed-again", shards=6)
+    assert index["hash"]
+    assert fit(recipe, "--trainer.max_steps", "4", "--data.path", str(tmp_path / "packed-again")) == 2
+    assert "was trained on data" in capsys.readouterr().err
