@@ -94,6 +94,11 @@ def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
     return maps[name]
 
 
+def relu_offset(name: str, eps: float) -> float | None:
+    """What the fused path adds behind its relu to be this feature map; None where it cannot be."""
+    return {"relu": 0.0, "relu_eps": eps}.get(name)
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Sums over tokens are taken in float32 at least: bf16 keeps 8 bits, and a summary adds thousands of terms (SPEC 1.4)."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mhla_lightning.attention import base
+from mhla_lightning.attention.mhla.fused import fused_mhla
+from mhla_lightning.attention.mhla.grid import BlockGrid
+
+_PART = 512  # tokens whose summary is taken at once, at most
 
 
 class Linear(base.Attention):
@@ -31,6 +37,7 @@ class Linear(base.Attention):
         super().__init__(causal=causal)
         self.eps = eps
         self.phi = base.feature_map(feature_map, eps)
+        self.fused_offset = base.relu_offset(feature_map, eps)
 
     def forward(
         self,
@@ -46,6 +53,10 @@ class Linear(base.Attention):
         base.no_documents(documents)
         dtype = v.dtype
         with base.full_precision(q):
+            # A compiler fuses the plain form itself; rotary and masks take it too.
+            if self.fused_offset is not None and rotary is None and mask is None and not torch.compiler.is_compiling():
+                parts = BlockGrid((q.shape[1],), math.ceil(q.shape[1] / _PART))
+                return fused_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, dtype=base.accumulation_dtype(q))
             q, k, v = (x.to(base.accumulation_dtype(x)).transpose(1, 2) for x in (q, k, v))
             q, k = self.phi(q), self.phi(k)
             if mask is not None:

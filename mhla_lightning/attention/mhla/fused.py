@@ -24,14 +24,23 @@ SLICE_ELEMENTS = 2**19
 
 
 def fused_mhla(
-    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, grid: BlockGrid, *, offset: float, normalize: bool = True, eps: float = 1e-6, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor | None,
+    grid: BlockGrid,
+    *,
+    offset: float,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    dtype: torch.dtype,
 ) -> Tensor:
     """relu features, block summaries, mixing, reading and Eq. 4's normalizer as one differentiable step.
 
     Args:
         q, k: (batch, tokens, heads, dim_k) in raster order, before the feature map relu(x) + offset.
         v: (batch, tokens, heads, dim_v).
-        mixing: (blocks, blocks) or (heads, blocks, blocks).
+        mixing: (blocks, blocks) or (heads, blocks, blocks); None reads the sum of all summaries, which is linear attention.
         grid: the blocks; short last blocks are allowed.
         offset: added by the feature map.
         normalize: divide by q . z~ + eps.
@@ -51,7 +60,7 @@ class _FusedMHLA(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mixing: Tensor,
+        mixing: Tensor | None,
         grid: BlockGrid,
         offset: float,
         normalize: bool,
@@ -59,24 +68,24 @@ class _FusedMHLA(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         work = _Workspace(offset, dtype, q.device)
-        m = _every_head(mixing, q, dtype)
         summary, z = work.summaries(grid, q, v.shape[-1])
         for part in _slices(q, grid):
             kf = work.features("k", k, part, keys=True)
-            part.put(summary, work.bmm("summary", kf.mT, work.blocks("v", v, part)))
+            torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
             if normalize:
-                part.put(z, kf.sum(-2))
-        mixed, z_mixed = (m @ summary.flatten(3)).view_as(summary), m @ z if normalize else z
+                torch.sum(kf, -2, out=part.of(z))
+        m = None if mixing is None else mixing.to(dtype)
+        mixed, z_mixed = _mix(m, summary), _mix(m, z) if normalize else z
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for part in _slices(q, grid):
             qf = work.features("q", q, part)
-            o = work.bmm("o", qf, part.get(mixed))
+            o = work.bmm("o", qf, part.of(mixed))
             if normalize:
-                o.div_(_normalizer(qf, part.get(z_mixed), eps))
+                o.div_(_normalizer(qf, part.of(z_mixed), eps))
             part.store(out, o)
         ctx.save_for_backward(q, k, v, m, out, summary, z, mixed, z_mixed)
         ctx.settings = (grid, offset, normalize, eps, dtype)
-        ctx.mixing = mixing.shape, mixing.dtype
+        ctx.mixing_dtype = None if mixing is None else mixing.dtype
         return out
 
     @staticmethod
@@ -95,27 +104,30 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for part in _slices(q, grid):
         qf, g = work.features("q", q, part), work.blocks("v", grad, part)
         if normalize:
-            g.div_(_normalizer(qf, part.get(z_mixed), eps))
-        dq = work.bmm("dq", g, part.get(mixed).mT)
-        part.put(d_mixed, work.bmm("summary", qf.mT, g))
+            g.div_(_normalizer(qf, part.of(z_mixed), eps))
+        dq = work.bmm("dq", g, part.of(mixed).mT)
+        torch.bmm(qf.mT, g, out=part.of(d_mixed))
         if normalize:
             g_norm = work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()  # gradient of the normalizer
-            dq.addcmul_(g_norm, part.get(z_mixed).unsqueeze(-2))
-            part.put(d_z_mixed, (g_norm.mT @ qf).squeeze(-2))
+            dq.addcmul_(g_norm, part.of(z_mixed).unsqueeze(-2))
+            torch.bmm(g_norm.mT, qf, out=part.of(d_z_mixed).unsqueeze(-2))
         part.store(grad_q, work.relu_backward(dq, qf))
-    d_summary, d_z = (m.mT @ d_mixed.flatten(3)).view_as(summary), m.mT @ d_z_mixed if normalize else d_z_mixed
+    m_turned = None if m is None else m.mT
+    d_summary, d_z = _mix(m_turned, d_mixed), _mix(m_turned, d_z_mixed) if normalize else d_z_mixed
     for part in _slices(q, grid):
-        kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.get(d_summary)
+        kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.of(d_summary)
         dk = work.bmm("dq", vb, ds.mT)
         if normalize:
-            dk += part.get(d_z).unsqueeze(-2)
+            dk += part.of(d_z).unsqueeze(-2)
         part.store(grad_v, work.bmm("o", kf, ds))
         part.store(grad_k, work.relu_backward(dk, kf))
-    d_mixing = d_mixed.flatten(3) @ summary.flatten(3).mT
-    if normalize:
-        d_mixing += d_z_mixed @ z.mT
-    shape, mixing_dtype = ctx.mixing
-    return grad_q, grad_k, grad_v, d_mixing.sum_to_size(shape).to(mixing_dtype), None, None, None, None, None
+    d_mixing = None
+    if m is not None:
+        d_mixing = _mix_backward(m, d_mixed, summary)
+        if normalize:
+            d_mixing += _mix_backward(m, d_z_mixed, z)
+        d_mixing = d_mixing.to(ctx.mixing_dtype)
+    return grad_q, grad_k, grad_v, d_mixing, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -127,19 +139,27 @@ class _Slice:
     blocks: slice
     grid: BlockGrid
 
-    def get(self, x: Tensor) -> Tensor:
-        """(batch, heads, blocks, ...) -> this slice's (samples x heads x blocks, ...)."""
-        return x[self.samples, :, self.blocks].flatten(0, 2)
+    def of(self, x: Tensor) -> Tensor:
+        """This slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view, to read or to write."""
+        return x[self.samples, self.blocks].flatten(0, 2)
 
-    def put(self, x: Tensor, values: Tensor) -> None:
-        destination = x[self.samples, :, self.blocks]
-        destination.copy_(values.view(destination.shape))
+    def arrange(self, x: Tensor) -> Tensor:
+        """This slice of (batch, tokens, heads, dim) as (samples, counts..., heads, sizes..., dim): a view when all blocks are full."""
+        axes = len(self.grid.grid)
+        counts = [1 + 2 * axis for axis in range(axes)]
+        order = [0, *counts, 1 + 2 * axes, *(d + 1 for d in counts), 2 + 2 * axes]
+        return self.grid.split(x[self.samples, self.tokens], 1).permute(order)
 
     def store(self, x: Tensor, values: Tensor) -> None:
-        """(samples x heads x blocks, tokens_per_block, dim) -> this slice of (batch, tokens, heads, dim)."""
+        """(samples x blocks x heads, tokens_per_block, dim) -> this slice of (batch, tokens, heads, dim)."""
         destination = x[self.samples, self.tokens]
-        in_blocks = values.view(destination.shape[0], destination.shape[2], self.grid.num_blocks, *values.shape[1:])
-        destination.copy_(self.grid.from_blocks(in_blocks).transpose(1, 2))
+        samples, _, heads, dim = destination.shape
+        if self.grid.even:
+            arranged = self.arrange(x)
+            arranged.copy_(values.view(arranged.shape))
+        else:
+            raster = self.grid.from_blocks(values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2))
+            destination.copy_(raster.transpose(1, 2))
 
 
 def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
@@ -158,29 +178,29 @@ def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
 
 
 class _Workspace:
-    """Buffers in block order, (samples x heads x blocks, tokens_per_block, dim), that all slices of a call share: fresh memory costs page faults."""
+    """Buffers, (samples x blocks x heads, tokens_per_block, dim), that all slices of a call share: fresh memory costs page faults."""
 
     def __init__(self, offset: float, dtype: torch.dtype, device: torch.device) -> None:
         self.offset, self.dtype, self.device = offset, dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
-        """Room for S (batch, heads, blocks, dim_k, dim_v) and z (batch, heads, blocks, dim_k)."""
+        """Room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
         batch, _, heads, dim_k = q.shape
-        lead = (batch, heads, grid.num_blocks, dim_k)
+        lead = (batch, grid.num_blocks, heads, dim_k)
         return torch.empty(*lead, dim_v, dtype=self.dtype, device=self.device), torch.empty(lead, dtype=self.dtype, device=self.device)
 
     def blocks(self, name: str, x: Tensor, part: _Slice) -> Tensor:
-        view = part.grid.to_blocks(x[part.samples, part.tokens].transpose(1, 2))
-        return self._buffer(name, view.shape).copy_(view).flatten(0, 2)
+        view = part.arrange(x)
+        return self._in_blocks(self._buffer(name, view.shape).copy_(view), part)
 
     def features(self, name: str, x: Tensor, part: _Slice, *, keys: bool = False) -> Tensor:
         """relu(x) + offset; keys are 0 at the missing places of short blocks."""
-        view = part.grid.to_blocks(x[part.samples, part.tokens].transpose(1, 2))
-        phi = torch.clamp_min(view.to(self.dtype), 0, out=self._buffer(name, view.shape)).add_(self.offset).flatten(0, 2)
+        view = part.arrange(x)
+        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self._buffer(name, view.shape)).add_(self.offset), part)
         mask = part.grid.mask if keys else None
         if mask is not None:
-            phi.unflatten(0, (-1, part.grid.num_blocks)).mul_(mask.to(phi).unsqueeze(-1))
+            phi.unflatten(0, (-1, part.grid.num_blocks, x.shape[2])).mul_(mask.to(phi)[:, None, :, None])
         return phi
 
     def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
@@ -190,6 +210,9 @@ class _Workspace:
         """grad where the feature map's relu was open, else 0, in place."""
         return torch.ops.aten.threshold_backward.grad_input(grad, phi, self.offset, grad_input=grad)
 
+    def _in_blocks(self, arranged: Tensor, part: _Slice) -> Tensor:
+        return arranged.view(-1, part.grid.tokens_per_block, arranged.shape[-1])
+
     def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
         size = math.prod(shape)
         held = self._buffers.get(name)
@@ -198,9 +221,26 @@ class _Workspace:
         return held[:size].view(*shape)
 
 
-def _every_head(mixing: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
-    """(batch, heads, blocks, blocks), expanded: torch then takes one batched product instead of folding and copying."""
-    return mixing.to(dtype).expand(q.shape[0], q.shape[2], -1, -1)
+def _mix(mixing: Tensor | None, summaries: Tensor) -> Tensor:
+    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head."""
+    if mixing is None:
+        return summaries.sum(1, keepdim=True).expand_as(summaries)
+    if mixing.dim() == 2:
+        every = mixing.expand(len(summaries), -1, -1)  # matmul would fold the batch into the columns, with copies
+        return torch.bmm(every, summaries.flatten(2)).view_as(summaries)
+    return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
+
+
+def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
+    """Gradient of the mixing matrix, summed over samples (and over heads that share it)."""
+    if mixing.dim() == 2:
+        return (d_mixed.flatten(2) @ summaries.flatten(2).mT).sum(0)
+    return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
+
+
+def _head_first(summaries: Tensor) -> Tensor:
+    """(batch, blocks, heads, ...) -> (batch, heads, blocks, numbers of one summary)."""
+    return summaries.flatten(3).transpose(1, 2)
 
 
 def _normalizer(qf: Tensor, z_mixed: Tensor, eps: float) -> Tensor:

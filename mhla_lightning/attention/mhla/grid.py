@@ -68,33 +68,39 @@ class BlockGrid:
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """(..., tokens, channels) in raster order -> (..., blocks, tokens_per_block, channels)."""
-        lead, axes = x.shape[:-2], len(self.grid)
-        x = x.reshape(*lead, *self.grid, x.shape[-1])
-        if not self.even:
-            padding = [0, 0]
-            for n, full in zip(reversed(self.grid), reversed(self.padded), strict=True):
-                padding += [0, full - n]
-            x = F.pad(x, padding)
-        split = [size for pair in zip(self.blocks, self.block_size, strict=True) for size in pair]
-        x = x.reshape(*lead, *split, x.shape[-1])
-        return x.permute(*self._order(len(lead), axes)).reshape(*lead, self.num_blocks, self.tokens_per_block, x.shape[-1])
+        lead = x.dim() - 2
+        x = self.split(x, lead).permute(*self._blocks_first(lead))
+        return x.reshape(*x.shape[:lead], self.num_blocks, self.tokens_per_block, x.shape[-1])
 
     def from_blocks(self, x: Tensor) -> Tensor:
         """(..., blocks, tokens_per_block, channels) -> (..., tokens, channels) in raster order."""
-        lead, axes = x.shape[:-3], len(self.grid)
-        x = x.reshape(*lead, *self.blocks, *self.block_size, x.shape[-1])
-        order = self._order(len(lead), axes)
-        x = x.permute(*sorted(range(len(order)), key=order.__getitem__)).reshape(*lead, *self.padded, x.shape[-1])
-        if not self.even:
-            for axis, n in enumerate(self.grid):
-                x = x.narrow(len(lead) + axis, 0, n)
-        return x.reshape(*lead, self.tokens, x.shape[-1])
+        lead = x.dim() - 3
+        x = x.reshape(*x.shape[:lead], *self.blocks, *self.block_size, x.shape[-1])
+        order = self._blocks_first(lead)
+        return self.merge(x.permute(*sorted(range(len(order)), key=order.__getitem__)), lead)
 
-    @staticmethod
-    def _order(lead: int, axes: int) -> list[int]:
-        """Dimensions of (lead, count0, size0, count1, size1, ..., channels) with all counts before all sizes."""
-        counts = [lead + 2 * axis for axis in range(axes)]
-        return [*range(lead), *counts, *(d + 1 for d in counts), lead + 2 * axes]
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """Opens the token axis `dim` into (count, size) pairs, one an axis of the grid; short last blocks are filled with zeros. A view when even."""
+        x = x.unflatten(dim, self.grid)
+        if not self.even:
+            padding = [0, 0] * (x.dim() - dim - len(self.grid))
+            for n, full in zip(reversed(self.grid), reversed(self.padded), strict=True):
+                padding += [0, full - n]
+            x = F.pad(x, padding)
+        for axis, pair in enumerate(zip(self.blocks, self.block_size, strict=True)):
+            x = x.unflatten(dim + 2 * axis, pair)
+        return x
+
+    def merge(self, x: Tensor, dim: int) -> Tensor:
+        """The way back from :meth:`split`."""
+        for axis, n in enumerate(self.grid):
+            x = x.flatten(dim + axis, dim + axis + 1).narrow(dim + axis, 0, n)
+        return x.flatten(dim, dim + len(self.grid) - 1)
+
+    def _blocks_first(self, lead: int) -> list[int]:
+        """Order of the dimensions of (lead, count, size, count, size, ..., channels) with all counts before all sizes."""
+        counts = [lead + 2 * axis for axis in range(len(self.grid))]
+        return [*range(lead), *counts, *(d + 1 for d in counts), lead + 2 * len(self.grid)]
 
     def distances(self) -> Tensor:
         """(blocks, blocks) float64: Euclidean distance of block positions on the unit-spaced block grid (paper Sec. 4.2)."""

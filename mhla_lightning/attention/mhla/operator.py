@@ -68,8 +68,7 @@ class MHLA(base.Attention):
         self.normalizer = normalizer
         self.eps = eps
         self.phi = base.feature_map(feature_map, eps)
-        # What fused_mhla covers; None where it does not apply.
-        self.fused_offset = {"relu": 0.0, "relu_eps": eps}.get(feature_map) if normalizer != "slot" else None
+        self.fused_offset = None if normalizer == "slot" else base.relu_offset(feature_map, eps)
         self.mixing = MixingMatrix(self.grid, mix_init, learnable=mix_learnable, clamp=mix_clamp, heads=heads if mix_per_head else None, **options)
 
     def forward(
