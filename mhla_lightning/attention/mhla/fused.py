@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.grid import BlockGrid
 
-SLICE_ELEMENTS = 2**19
-"""Elements of q that one slice holds on a CPU (2 MiB in float32); other devices take everything at once."""
+SLICE_ELEMENTS = 2**21
+"""Elements of q that one slice holds on a CPU (8 MiB in float32); other devices take everything at once."""
 
 
 def fused_mhla(

@@ -81,15 +81,13 @@ class BlockGrid:
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """Opens the token axis `dim` into (count, size) pairs, one an axis of the grid; short last blocks are filled with zeros. A view when even."""
-        x = x.unflatten(dim, self.grid)
+        lead, rest = x.shape[:dim], x.shape[dim + 1 :]
         if not self.even:
-            padding = [0, 0] * (x.dim() - dim - len(self.grid))
+            padding = [0, 0] * len(rest)
             for n, full in zip(reversed(self.grid), reversed(self.padded), strict=True):
                 padding += [0, full - n]
-            x = F.pad(x, padding)
-        for axis, pair in enumerate(zip(self.blocks, self.block_size, strict=True)):
-            x = x.unflatten(dim + 2 * axis, pair)
-        return x
+            x = F.pad(x.reshape(*lead, *self.grid, *rest), padding)
+        return x.reshape(*lead, *(size for pair in zip(self.blocks, self.block_size, strict=True) for size in pair), *rest)
 
     def merge(self, x: Tensor, dim: int) -> Tensor:
         """The way back from :meth:`split`."""

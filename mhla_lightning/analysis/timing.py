@@ -1,0 +1,117 @@
+"""Operator times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting machine cancels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mhla_lightning.attention import Attention, build_attention
+
+GEMM_SIDE = 2048
+SLOW = 20.0  # seconds; a slower case is measured once
+
+
+@dataclass
+class Case:
+    """One operator at one token count.
+
+    Attributes:
+        forward, step: seconds of every turn; step is forward and backward.
+        gemm: seconds that the matrix product of the same turn would need for the operator's forward FLOPs.
+    """
+
+    operator: str
+    tokens: int
+    flops: int
+    run_forward: Callable[[], Any]
+    run_step: Callable[[], Any]
+    forward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    gemm: list[float] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Lets the tensors go; the times stay."""
+        self.run_forward = self.run_step = lambda: None
+
+    def row(self) -> dict[str, Any]:
+        """Medians, as the table and the JSON file show them."""
+        return {
+            "operator": self.operator,
+            "tokens": self.tokens,
+            "flops_forward": self.flops,
+            "forward_seconds": statistics.median(self.forward),
+            "step_seconds": statistics.median(self.step),
+            "forward_over_gemm": ratio(self.forward, self.gemm),
+            "step_over_gemm": ratio(self.step, self.gemm) / 3,
+            "turns": len(self.step),
+        }
+
+
+def make_case(name: str, entry: str | dict[str, Any], tokens: int, *, heads: int, dim: int, batch: int, device: torch.device) -> Case:
+    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on one axis."""
+    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,)).to(device)
+    q, k, v = (torch.randn(batch, tokens, heads, dim, device=device, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(batch, tokens, heads, dim, device=device)
+    return Case(
+        name,
+        tokens,
+        batch * operator.flops(tokens, heads, dim, dim),
+        lambda: _forward(operator, q, k, v),
+        lambda: torch.autograd.grad(operator(q, k, v), [q, k, v, *operator.parameters()], cotangent),
+    )
+
+
+@torch.no_grad()
+def _forward(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return operator(q, k, v)
+
+
+def take_turns(cases: Sequence[Case], turns: int, device: torch.device, on_turn: Callable[[], None]) -> list[float]:
+    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s. Slow cases run once, without warm-up."""
+    square = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
+    rates: list[float] = []
+    for turn in range(turns + 1):
+        seconds = statistics.median(_seconds(lambda: square @ square, device) for _ in range(3))
+        rates.append(2 * GEMM_SIDE**3 / seconds)
+        for case in cases:
+            if case.step and case.step[-1] > SLOW:
+                continue
+            forward, step = _seconds(case.run_forward, device), _seconds(case.run_step, device)
+            if turn > 0 or step > SLOW:  # the first turn warms up
+                case.forward.append(forward)
+                case.step.append(step)
+                case.gemm.append(case.flops / rates[-1])
+        on_turn()
+    return rates[1:]
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median of a/b turn by turn; where one of them ran once only, of medians."""
+    if len(a) == len(b):
+        return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    return statistics.median(a) / statistics.median(b)
+
+
+def slope(tokens: Sequence[int], seconds: Sequence[float]) -> float:
+    """Least-squares slope of log time over log tokens: 1 is linear, 2 quadratic."""
+    x, y = [math.log(n) for n in tokens], [math.log(s) for s in seconds]
+    return statistics.linear_regression(x, y).slope

@@ -1,0 +1,123 @@
+"""Measures speed ratios in one run. Times are medians over turns that the cases take one after another; ratios are taken within a turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhla_lightning.analysis.timing import Case
+
+SLOPE_FROM = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla bench`."""
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    attention = subjects.add_parser("attention", help="softmax (SDPA), linear and mhla over token counts", allow_abbrev=False)
+    attention.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
+    attention.add_argument("--slope-to", type=int, default=65536, metavar="N", help="mhla alone goes on to N for the slope (default: %(default)s)")
+    attention.add_argument("--heads", type=int, default=6, help="default: %(default)s")
+    attention.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
+    attention.add_argument("--blocks", type=int, default=128, help="M of mhla, the same at every token count (default: %(default)s)")
+    attention.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    attention.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    attention.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    attention.add_argument("--json", metavar="FILE", help="write rows and summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb."""
+    for name, least in (("turns", 5), ("heads", 1), ("dim", 1), ("batch", 1), ("blocks", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    import torch
+    from rich.console import Console
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here; use cpu")
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    torch.manual_seed(0)
+    cases, rates = _measure(args, device)
+    result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
+    rate = sorted(rates)[len(rates) // 2]
+    machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    console = Console()
+    console.print(f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+    for table in _tables(result, max(args.tokens)):
+        console.print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps({**result, "gemm_flops_per_second": rate, "machine": machine}, indent=1) + "\n")
+    return 0
+
+
+def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[float]]:
+    from rich.progress import Progress
+
+    from mhla_lightning.analysis.timing import make_case, take_turns
+
+    entries: dict[str, Any] = {
+        "softmax": "softmax",
+        "linear": {"name": "linear", "feature_map": "relu_eps"},
+        "mhla": {"name": "mhla", "blocks": args.blocks},
+    }
+    plan = [(name, tokens) for tokens in sorted(args.tokens) for name in entries]
+    larger = max(args.tokens) * 2
+    while larger <= args.slope_to:
+        plan.append(("mhla", larger))
+        larger *= 2
+    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch}
+    cases, rates = [], []
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("measuring", total=len({tokens for _, tokens in plan}) * (args.turns + 1))
+        for tokens in dict.fromkeys(tokens for _, tokens in plan):  # one token count at a time: the memory of one is enough
+            group = [make_case(name, entries[name], tokens, **shape, device=device) for name, n in plan if n == tokens]
+            rates += take_turns(group, args.turns, device, lambda: progress.advance(bar))
+            for case in group:
+                case.release()
+            cases += group
+    return cases, rates
+
+
+def _summary(cases: list[Case], tokens: int) -> dict[str, float]:
+    from mhla_lightning.analysis.timing import ratio, slope
+
+    at = {case.operator: case for case in cases if case.tokens == tokens}
+    softmax, linear, mhla = at["softmax"], at["linear"], at["mhla"]
+    rows = [case.row() for case in cases if case.operator == "mhla" and case.tokens >= SLOPE_FROM]
+    summary = {
+        "sdpa_over_mhla_forward": ratio(softmax.forward, mhla.forward),
+        "sdpa_over_mhla_step": ratio(softmax.step, mhla.step),
+        "mhla_over_linear_forward": ratio(mhla.forward, linear.forward),
+        "mhla_over_linear_step": ratio(mhla.step, linear.step),
+        "mhla_over_gemm_forward": mhla.row()["forward_over_gemm"],
+        "mhla_over_gemm_step": mhla.row()["step_over_gemm"],
+    }
+    if len(rows) > 1:
+        counts = [row["tokens"] for row in rows]
+        summary["slope_forward"] = slope(counts, [row["forward_seconds"] for row in rows])
+        summary["slope"] = slope(counts, [row["step_seconds"] for row in rows])
+    return summary
+
+
+def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
+    from rich.table import Table
+
+    times = Table(title="milliseconds; x GEMM = time over that of a matrix product with the same FLOPs")
+    for heading in ("tokens", "operator", "forward", "step", "forward x GEMM", "step x GEMM", "turns"):
+        times.add_column(heading, justify="left" if heading == "operator" else "right")
+    for row in result["rows"]:
+        ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
+        over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
+        times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['turns']}")
+    summary = Table(title=f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log time over log tokens)")
+    summary.add_column("ratio")
+    summary.add_column("value", justify="right")
+    for key, value in result["summary"].items():
+        summary.add_row(key, f"{value:.2f}")
+    return [times, summary]
