@@ -76,7 +76,7 @@ class Session:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
-            trainer.val_check_interval *= trainer.accumulate_grad_batches
+            trainer.val_check_interval = min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
         return trainer
 
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:

@@ -1,0 +1,217 @@
+"""Projection, averaging, heat maps and checkpoints, each under a real Trainer where it matters."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.callbacks import EMA, ProjectMixing
+from mhla_lightning.callbacks.monitor import mixing_figure
+from mhla_lightning.checkpoints.atomic import begin, commit, prune
+from mhla_lightning.checkpoints.rng import load_rng, save_rng
+from mhla_lightning.data import ImageDataModule
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, newest_checkpoint
+from mhla_lightning.runs.logger import keep_until
+from mhla_lightning.tasks import ClassificationTask, OptimizerConfig
+
+OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
+
+
+class Watch(pl.Callback):
+    """Calls a function after every batch, last of all."""
+
+    def __init__(self, look: Callable[[pl.Trainer, Any], None]) -> None:
+        self.look = look
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.look(trainer, pl_module)
+
+
+def train(shards: Path, tmp_path: Path, *callbacks: pl.Callback, steps: int = 4, accumulate: int = 1, lr: float = 1e-2) -> ClassificationTask:
+    pl.seed_everything(0, verbose=False)
+    attention = {"name": "mhla", "blocks": 2}
+    task = ClassificationTask("deit_tiny", attention, OPTIONS, num_classes=4, optimizer=OptimizerConfig(lr=lr))
+    data = ImageDataModule(str(shards), batch_size=16, micro_batch_size=16 // accumulate, image_size=8, num_workers=0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        callbacks=list(callbacks),
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, datamodule=data)
+    return task
+
+
+def mixing_of(task: Any) -> list[torch.Tensor]:
+    return [m.weight for m in task.modules() if isinstance(m, MixingMatrix)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_mixing_matrices_stay_in_range_after_every_optimizer_step(shards: Path, tmp_path: Path, accumulate: int) -> None:
+    """A learning rate that leaves [0, 1] at once: with the callback every step ends inside, without it does not."""
+    seen: list[tuple[int, float, float]] = []
+    watch = Watch(lambda trainer, task: seen.append((trainer.global_step, *_range(task))))
+    train(shards, tmp_path, ProjectMixing(), watch, steps=3, accumulate=accumulate, lr=0.5)
+    assert {step for step, _, _ in seen} >= {1, 2, 3}
+    assert all(low >= 0 and high <= 1 for step, low, high in seen)
+    assert any(low == 0 or high == 1 for _, low, high in seen)  # the bound was met
+    free: list[tuple[float, float]] = []
+    train(shards, tmp_path, Watch(lambda trainer, task: free.append(_range(task))), steps=3, lr=0.5)
+    assert any(low < 0 or high > 1 for low, high in free)
+
+
+def _range(task: Any) -> tuple[float, float]:
+    values = torch.cat([w.detach().flatten() for w in mixing_of(task)])
+    return float(values.min()), float(values.max())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_is_the_recursion_in_float32(shards: Path, tmp_path: Path, warmup: bool, accumulate: int) -> None:
+    ema = EMA(decay=0.9, warmup=warmup)
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(trainer: pl.Trainer, task: Any) -> None:
+        weights[trainer.global_step] = {name: p.detach().double().clone() for name, p in task.backbone.named_parameters()}
+
+    task = train(shards, tmp_path, ProjectMixing(), ema, Watch(note), steps=4, accumulate=accumulate)
+    assert task.backbone is not None
+    pl.seed_everything(0, verbose=False)
+    fresh = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4)
+    fresh.configure_model()
+    assert fresh.backbone is not None
+    expected = {name: p.detach().double() for name, p in fresh.backbone.named_parameters()}
+    for step in range(1, 5):
+        decay = min(0.9, (1 + step) / (10 + step)) if warmup else 0.9
+        expected = {name: decay * value + (1 - decay) * weights[step][name] for name, value in expected.items()}
+    assert ema.updates == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(ema.average[name].double(), value, rtol=1e-5, atol=1e-7)
+
+
+def test_ema_lends_its_weights_and_takes_them_back(shards: Path, tmp_path: Path) -> None:
+    ema = EMA(decay=0.9)
+    task = train(shards, tmp_path, ema)
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+
+    def fail_inside() -> None:
+        with ema.averaged(task):
+            inside = dict(task.named_parameters())
+            assert all(torch.equal(inside[f"backbone.{name}"], value) for name, value in ema.average.items())
+            assert any(not torch.equal(inside[name], value) for name, value in before.items())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert all(torch.equal(p, before[name]) for name, p in task.named_parameters())
+
+
+def test_ema_averages_bf16_weights_in_float32() -> None:
+    """0.9999 is below bf16's resolution: an average kept in bf16 would never move."""
+    task = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4)
+    task.configure_model()
+    task.bfloat16()
+    ema = EMA(decay=0.9999, warmup=False)
+    ema._start(task)
+    assert task.backbone is not None
+    start = ema.average["head.weight"].clone()
+    with torch.no_grad():
+        task.backbone.get_parameter("head.weight").add_(1.0)
+
+    class Stepped:
+        global_step = 1
+
+    ema.on_train_batch_end(Stepped(), task, None, None, 0)  # type: ignore[arg-type]
+    torch.testing.assert_close(ema.average["head.weight"], start + 1e-4, rtol=0, atol=1e-5)
+    with ema.averaged(task):
+        assert task.backbone.get_parameter("head.weight").dtype == torch.bfloat16
+
+
+def test_ema_refuses_what_is_not_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"decay is 1.0; it lies in \[0, 1\)"):
+        EMA(decay=1.0)
+    task = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4)
+    task.configure_model()
+    ema = EMA()
+    ema.resume_from(tmp_path)
+    with pytest.raises(UserError, match="does not hold this model's average"), ema.averaged(task):
+        pass
+
+
+def test_mixing_figure_has_a_panel_a_layer() -> None:
+    figure = mixing_figure({f"layer{i}": torch.rand(4, 4) for i in range(5)} | {"heads": torch.rand(3, 4, 4)})
+    drawn = [panel for panel in figure.axes if panel.get_title().startswith("layer")]
+    assert [panel.get_title() for panel in drawn] == [f"layer {i}" for i in range(6)]
+    assert np.shape(drawn[0].get_images()[0].get_array()) == (4, 4)
+
+
+def checkpoint(run: RunFolder, step: int) -> Path:
+    folder = begin(run.checkpoints, step)
+    (folder / "trainer.ckpt").write_bytes(b"weights")
+    return commit(folder, step, {"step": step})
+
+
+def test_checkpoints_are_complete_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    assert newest_checkpoint(run.path) is None
+    checkpoint(run, 9)
+    assert checkpoint(run, 10).name == "step-00000010"
+    assert newest_checkpoint(run.path) == run.checkpoints / "step-00000010"
+    half = begin(run.checkpoints, 11)  # killed while writing
+    (half / "trainer.ckpt").write_bytes(b"wei")
+    (run.checkpoints / "step-00000012").mkdir()  # killed by something that renamed before the end
+    assert newest_checkpoint(run.path) == run.checkpoints / "step-00000010"
+    with monkeypatch.context() as patch:
+        patch.setattr("mhla_lightning.checkpoints.atomic._sync", _disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint(run, 13)
+    assert newest_checkpoint(run.path) == run.checkpoints / "step-00000010"
+    checkpoint(run, 14)
+    assert not half.exists()
+    assert not list(run.checkpoints.glob(".tmp-*"))
+    prune(run.path, keep_last=2)
+    assert [c.name for c in complete_checkpoints(run.path)] == ["step-00000010", "step-00000014"]
+    again = checkpoint(run, 14)  # the same step once more, by an attempt that went back
+    assert json.loads((again / "state.json").read_text()) == {"step": 14}
+
+
+def _disk_full(path: Path) -> None:
+    raise OSError("disk full")
+
+
+def test_random_generators_go_on_where_they_stood(tmp_path: Path) -> None:
+    random.gauss(0, 1)  # leaves a second value pending
+    np.random.standard_normal()  # noqa: NPY002
+    save_rng(tmp_path / "rng" / "rank-0.safetensors")
+    first = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+    load_rng(tmp_path / "rng" / "rank-0.safetensors")
+    assert first == [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+    assert load_file(tmp_path / "rng" / "rank-0.safetensors")
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "tag": "train/loss", "value": 1.0} for step in (1, 2, 3, 4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "ta')
+    keep_until(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:3]
+    keep_until(tmp_path / "absent.jsonl", 3)
