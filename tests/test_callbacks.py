@@ -160,7 +160,9 @@ def test_mixing_figure_has_a_panel_a_layer() -> None:
     figure = mixing_figure({f"layer{i}": torch.rand(4, 4) for i in range(5)} | {"heads": torch.rand(3, 4, 4)})
     drawn = [panel for panel in figure.axes if panel.get_title().startswith("layer")]
     assert [panel.get_title() for panel in drawn] == [f"layer {i}" for i in range(6)]
-    assert np.shape(drawn[0].get_images()[0].get_array()) == (4, 4)
+    array = drawn[0].get_images()[0].get_array()
+    assert array is not None
+    assert array.shape == (4, 4)
 
 
 def checkpoint(run: RunFolder, step: int) -> Path:
