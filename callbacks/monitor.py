@@ -90,7 +90,7 @@ class MixingHeatmaps(pl.Callback):
 
 def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
     """One panel a layer; a matrix per head is shown by its mean."""
-    columns = min(4, len(matrices))
+    columns = math.ceil(math.sqrt(len(matrices)))  # nearly square: TensorBoard shows images in square cards
     rows = math.ceil(len(matrices) / columns)
     figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -99,8 +99,8 @@ def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
     for index, (panel, matrix) in enumerate(zip(panels, matrices.values(), strict=False)):
         values = matrix.detach().float().cpu().numpy()
         image = panel.imshow(values.mean(0) if values.ndim == 3 else values, cmap="viridis", vmin=0)
-        panel.set_title(f"layer {index}", fontsize=10)
-        panel.set_xlabel("key block", fontsize=8)
-        panel.set_ylabel("query block", fontsize=8)
+        panel.set_title(f"layer {index}", fontsize=12)
+        panel.set_xlabel("key block", fontsize=10)
+        panel.set_ylabel("query block", fontsize=10)
         figure.colorbar(image, ax=panel, shrink=0.8)
     return figure

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader (head, less) closed early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,11 +84,3 @@ def _dispatch(arguments: list[str]) -> int:
     else:
         args = sub.parse_args(arguments[1:])
     return int(verb.run(args))
-
-
-def _sentence(error: UserError) -> str:
-    """An error's own words; one that a loader worker raised comes wrapped in the worker's traceback."""
-    text = str(error).strip()
-    if text.startswith("Caught "):
-        text = text.splitlines()[-1].partition(": ")[2]
-    return text
