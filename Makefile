@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 
-.PHONY: demo test slow gpu lint clean
+.PHONY: demo test slow gpu lint wheel clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/lightning run $(RECIPE)
@@ -35,6 +35,9 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo,dev]'
 	@touch $@ $(VENV)/.demo-installed
+
+wheel: $(VENV)/.dev-installed
+	$(BIN)/python -m build --wheel
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

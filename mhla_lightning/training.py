@@ -23,7 +23,7 @@ from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, P
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
+from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
@@ -35,17 +35,17 @@ class Session:
     Args:
         recipe: the resolved recipe; its data is packed.
         run: the run folder.
+        resume: the checkpoint folder that training goes on from.
 
     Raises:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
     """
 
-    def __init__(self, recipe: Resolved, run: RunFolder) -> None:
-        self.recipe, self.run = recipe, run
+    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None) -> None:
+        self.recipe, self.run, self.resume = recipe, run, resume
         self.task, self.data = recipe.task, recipe.data
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
-        self.resume = newest_checkpoint(run.path)
         self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
         self.progress = ProgressFile(run, self.data.batch_size, self.data.samples)
         self.trainer = self._trainer()

@@ -171,6 +171,7 @@ def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Pa
     assert main(["run", str(recipe), "--run-id", "elsewhere", "--mode", "validate", "--ckpt", str(older)]) == 0
     assert f"{last['val/loss'][0][1]:.4f}" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not run_folder(tmp_path, "elsewhere").exists()
     assert fit(recipe, "--mode", "test") == 2
     assert "has no test split" in capsys.readouterr().err
     with_test = tmp_path / "with-test"

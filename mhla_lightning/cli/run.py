@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         return _print_config(resolved)
     run_folder = _choose_folder(args, recipe, resolved)
-    if args.mode == "fit" and run_folder.finished():
+    if args.mode != "fit":
+        return _evaluate(args, resolved, run_folder)
+    if run_folder.finished():
         return _say_finished(run_folder)
     run_folder.create()
     with ExitStack() as stack:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             os.environ[_CHILD] = str(run_folder.path)
             _record(args, resolved, run_folder)
         _prepare_data(resolved)
-        return _fit(resolved, run_folder) if args.mode == "fit" else _evaluate(args, resolved, run_folder)
+        return _fit(resolved, run_folder)
 
 
 def _quiet() -> None:
@@ -117,12 +119,10 @@ def _record(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder)
     from mhla_lightning.config.resolve import differences
     from mhla_lightning.training import versions
 
-    if run_folder.recipe.is_file() and newest_checkpoint(run_folder.path) and not args.accept_changes and args.mode == "fit":
+    if run_folder.recipe.is_file() and newest_checkpoint(run_folder.path) and not args.accept_changes:
         changed = differences(parse_yaml(run_folder.recipe.read_text()), resolved.values)
         if changed:
             raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
-    if args.mode != "fit" and run_folder.recipe.is_file():
-        return
     write_text(run_folder.recipe, resolved.to_yaml())
     facts = {"command": sys.argv, "cwd": str(Path.cwd()), "host": platform.node(), "cpus": os.cpu_count(), "versions": versions()}
     write_json(run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())})
@@ -147,7 +147,7 @@ def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
 
     from mhla_lightning.training import Session
 
-    session = Session(resolved, run_folder)
+    session = Session(resolved, run_folder, resume=newest_checkpoint(run_folder.path))
     first = session.trainer.is_global_zero
     if first:
         from_step = f", going on from {session.resume.name}" if session.resume else ""
@@ -166,10 +166,12 @@ def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
 
 
 def _evaluate(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> int:
+    """Validates or tests a checkpoint; writes nothing."""
     from mhla_lightning.training import Session
 
     checkpoint = _checkpoint(args, run_folder)
-    session = Session(resolved, run_folder)
+    _prepare_data(resolved)
+    session = Session(resolved, run_folder, resume=None)
     metrics = session.evaluate(args.mode, checkpoint)
     if session.trainer.is_global_zero:
         _print_metrics(f"{args.mode} {checkpoint}", metrics)
