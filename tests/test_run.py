@@ -235,7 +235,6 @@ BAD_COMMANDS = [
     ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
     ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
     ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
-    ("warm-up", ["--model.schedule.warmup_steps", "99"], ["warmup_steps is 99", "12 steps"]),
     ("accumulation", ["--trainer.accumulate_grad_batches", "2"], ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"]),
     ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
     ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),

@@ -73,6 +73,8 @@ def test_schedule_warms_up_and_follows_the_cosine() -> None:
     assert cosine.lr_at(60, 1e-3, 110) == pytest.approx((1e-3 + 1e-5) / 2)
     assert cosine.lr_at(110, 1e-3, 110) == pytest.approx(1e-5)
     assert ScheduleConfig("constant", warmup_steps=2).lr_at(999, 1e-3, 10) == 1e-3
+    with pytest.raises(UserError, match=r"needs the run's length: set trainer.max_steps or data.epochs"):
+        cosine.build(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1e-3, 0)
 
 
 def test_padding_counts_nowhere_in_validation() -> None:

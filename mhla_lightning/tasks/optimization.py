@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mhla_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ class ScheduleConfig:
         """The schedule as torch's scheduler, to be stepped once an optimizer step.
 
         Raises:
-            UserError: no length to decay over, or a warm-up longer than the run.
+            UserError: no length to decay over.
         """
         if max_steps < 1 and self.name == "cosine":
             raise UserError("schedule 'cosine' needs the run's length: set trainer.max_steps or data.epochs")
         if 0 < max_steps < self.warmup_steps:
-            raise UserError(f"model.schedule.warmup_steps is {self.warmup_steps}, more than the run's {max_steps} steps")
+            log.warning(
+                f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} steps: the learning rate never reaches its peak"
+            )
         return LambdaLR(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)
