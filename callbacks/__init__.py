@@ -3,7 +3,7 @@
 from mhla_lightning.callbacks.checkpoint import Checkpoint
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.monitor import MixingHeatmaps, Monitor
-from mhla_lightning.callbacks.progress import ProgressFile
+from mhla_lightning.callbacks.progress import ProgressFile, StepBar
 from mhla_lightning.callbacks.projection import ProjectMixing
 
-__all__ = ["EMA", "Checkpoint", "MixingHeatmaps", "Monitor", "ProgressFile", "ProjectMixing"]
+__all__ = ["EMA", "Checkpoint", "MixingHeatmaps", "Monitor", "ProgressFile", "ProjectMixing", "StepBar"]

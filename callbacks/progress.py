@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
 
@@ -76,6 +77,13 @@ class ProgressFile(pl.Callback):
                 "seconds": round(self.seconds, 3),
             },
         )
+
+
+class StepBar(RichProgressBar):
+    """Lightning's bar lacks a title for a run that is one endless epoch: it says "Epoch 0/-2"."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training  "  # as wide as "Validation"
 
 
 def _number(value: Any) -> float | None:

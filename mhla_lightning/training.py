@@ -15,11 +15,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from mhla_lightning import __version__
-from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing
+from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.errors import UserError
@@ -90,7 +90,7 @@ class Session:
             Checkpoint(self.run, self._facts(), *size, save.every_n_steps, save.keep_last, self.resume, self._averages),
         ]
         if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
-            own.append(RichProgressBar())
+            own.append(StepBar())
         elif not sys.stdout.isatty():
             arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
