@@ -41,10 +41,6 @@ class EMA(pl.Callback):
         """Names the checkpoint folder whose average goes on."""
         self._resume = folder / WEIGHTS
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Runs before configure_model under some strategies, so the average is made on the first use."""
-        self._step = trainer.global_step
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(pl_module)
 
@@ -70,15 +66,15 @@ class EMA(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._evaluate(pl_module, batch, "val_ema")
+        self._evaluate(trainer, pl_module, batch, "val_ema")
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._evaluate(pl_module, batch, "test_ema")
+        self._evaluate(trainer, pl_module, batch, "test_ema")
 
-    def _evaluate(self, pl_module: pl.LightningModule, batch: Any, prefix: str) -> None:
-        with self.averaged(pl_module):
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, prefix: str) -> None:
+        with self.averaged(pl_module), trainer.precision_plugin.val_step_context():  # hooks run outside the step's autocast
             cast(Any, pl_module).evaluate(batch, prefix)  # a Task
 
     @contextmanager
