@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.checkpoints.atomic import begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, save_rng
-from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints
 
 
@@ -43,8 +42,6 @@ class Checkpoint(LightningCheckpoint):
         resume: Path | None = None,
         averages: Sequence[EMA] = (),
     ) -> None:
-        if every_n_steps < 1 or keep_last < 1:
-            raise UserError(f"checkpoint every_n_steps and keep_last are at least 1, got {every_n_steps} and {keep_last}")
         self.run, self.facts, self.batch_size, self.samples = run, facts, batch_size, samples
         self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
         self._step, self._due = 0, False

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
 
@@ -27,6 +28,7 @@ class ProgressFile(pl.Callback):
     def __init__(self, run: RunFolder, batch_size: int, samples: int, seconds: float = 10.0) -> None:
         self.run, self.batch_size, self.samples, self.interval = run, batch_size, samples, seconds
         self.validated_at: int | None = None
+        self._training = False
         self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))  # earlier attempts of this run
         self._began = self._written = time.monotonic()
 
@@ -36,7 +38,7 @@ class ProgressFile(pl.Callback):
         return self._before + time.monotonic() - self._began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = time.monotonic()
+        self._began, self._training = time.monotonic(), True
         self.write(trainer, "running")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -53,7 +55,8 @@ class ProgressFile(pl.Callback):
             log.info(f"step {trainer.global_step}/{trainer.max_steps}  {line}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.write(trainer, "failed")
+        if self._training:  # looking at a checkpoint changes nothing in its run
+            self.write(trainer, "preempted" if isinstance(exception, SIGTERMException) else "failed")
 
     def write(self, trainer: pl.Trainer, state: str) -> None:
         """Writes the file now; the main process only. `state` is running, finished, failed or preempted."""

@@ -14,12 +14,13 @@ class DataError(UserError):
     """Shards, index or samples are not what they should be."""
 
 
-def unknown_name(kind: str, name: object, valid: Iterable[str]) -> str:
-    """The sentence for a name that is not in a table: what was found, what is allowed, and the nearest name."""
+def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") -> str:
+    """The sentence for a name that is not in a table: what was found (`of` what), what is allowed, and the nearest name."""
     names = sorted(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}'; valid: {', '.join(names)}{hint}"
+    place = f" of {of}" if of else ""
+    return f"unknown {kind} '{name}'{place}; valid: {', '.join(names)}{hint}"
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> str:

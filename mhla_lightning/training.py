@@ -22,6 +22,7 @@ from mhla_lightning import __version__
 from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
+from mhla_lightning.data.module import ImageDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
@@ -56,11 +57,8 @@ class Session:
         state = read_json(self.resume / "state.json") if self.resume else {}
         if state and state.get("format") != FORMAT:
             raise UserError(f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh")
-        if state and state["data_hash"] != self.data.data_hash:
-            raise UserError(
-                f"{self.resume} was trained on data {state['data_hash'][:12]}, and {self.data.path} is {self.data.data_hash[:12]};"
-                " use --fresh or the old data"
-            )
+        if self.resume and state:
+            check_same_data(self.resume, self.data)
         return state or {}
 
     def _trainer(self) -> pl.Trainer:
@@ -131,7 +129,12 @@ class Session:
         self.logger.optimizer_steps = None
         self.trainer.loggers = []  # a look at a finished run changes nothing in its folder
         verb = self.trainer.validate if mode == "validate" else self.trainer.test
-        verb(self.task, datamodule=self.data, ckpt_path=checkpoint / "trainer.ckpt", weights_only=True, verbose=False)
+        try:
+            verb(self.task, datamodule=self.data, ckpt_path=checkpoint / "trainer.ckpt", weights_only=True, verbose=False)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(f"the weights of {checkpoint} do not fit this recipe: {' '.join(str(error).split())[:300]}") from error
         return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
 
     def _summary(self) -> dict[str, Any]:
@@ -149,6 +152,20 @@ class Session:
             "steps": self.trainer.global_step,
             "seconds": round(self.progress.seconds, 3),
         }
+
+
+def check_same_data(checkpoint: Path, data: ImageDataModule) -> None:
+    """A run and its checkpoints belong to one data set.
+
+    Raises:
+        UserError: the checkpoint saw other data.
+    """
+    seen = (read_json(checkpoint / "state.json") or {}).get("data_hash")
+    if seen != data.data_hash:
+        raise UserError(
+            f"run {checkpoint.parent.parent.name} was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]};"
+            " use --fresh, another --run-id, or the old data"
+        )
 
 
 def length(recipe: Resolved) -> int:

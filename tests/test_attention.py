@@ -258,8 +258,8 @@ def test_layer_ignores_padded_tokens() -> None:
     ("entry", "words"),
     [
         ("mlha", ["unknown attention 'mlha'", "linear, mhla, softmax", "did you mean 'mhla'"]),
-        ({"name": "mhla", "block": 4}, ["option of attention 'mhla' 'block'", "did you mean 'blocks'"]),
-        ({"name": "softmax", "blocks": 4}, ["option of attention 'softmax' 'blocks'"]),
+        ({"name": "mhla", "block": 4}, ["option 'block' of attention 'mhla'", "did you mean 'blocks'"]),
+        ({"name": "softmax", "blocks": 4}, ["option 'blocks' of attention 'softmax'"]),
         ({"blocks": 4}, ["needs the key 'name'"]),
         ({"name": "mhla"}, ["either blocks or block_size"]),
         ({"name": "mhla", "blocks": 4, "block_size": 2}, ["either blocks or block_size"]),

@@ -141,7 +141,7 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     ("name", "options", "words"),
     [
         ("deit_tinny", {}, ["unknown backbone 'deit_tinny'", "did you mean 'deit_tiny'"]),
-        ("deit_tiny", {"image_size": 32}, ["unknown option of backbone 'deit_tiny' 'image_size'", "did you mean 'img_size'"]),
+        ("deit_tiny", {"image_size": 32}, ["unknown option 'image_size' of backbone 'deit_tiny'", "did you mean 'img_size'"]),
         ("deit_tiny", {"img_size": 30, "patch_size": 4}, ["img_size 30 is no multiple of patch_size 4", "use 28 or 32"]),
         ("deit_tiny", {"attention": {"name": "mhla", "blocks": 5}}, ["blocks=5 does not fit an axis of 16 tokens", "use 4 or 6"]),
         ("deit_tiny", {"attention": {"name": "mhla", "preset": "papr"}}, ["unknown attention preset 'papr'", "paper, release"]),

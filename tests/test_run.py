@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.data.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
@@ -132,8 +133,22 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM at step" in said
+    newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
+    assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
     assert not (run_folder(tmp_path, "term") / "lock").exists()
+    assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
+
+
+def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+    with start(recipe, "--run-id", "stop", "--trainer.max_steps", "100000") as process:
+        deadline = time.monotonic() + 120
+        while not complete_checkpoints(run_folder(tmp_path, "stop")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "stopped by Ctrl-C; the same command goes on from step-" in said
+    assert "Traceback" not in said
 
 
 def test_two_processes(recipe: Path, tmp_path: Path) -> None:
@@ -172,8 +187,12 @@ def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Pa
     assert f"{last['val/loss'][0][1]:.4f}" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert not run_folder(tmp_path, "elsewhere").exists()
+    progress = (folder / "progress.json").read_bytes()
     assert fit(recipe, "--mode", "test") == 2
     assert "has no test split" in capsys.readouterr().err
+    assert fit(recipe, "--mode", "validate", "--model.backbone_options.embed_dim", "16") == 2
+    assert "do not fit this recipe" in capsys.readouterr().err
+    assert (folder / "progress.json").read_bytes() == progress
     with_test = tmp_path / "with-test"
     shutil.copytree(shards, with_test)
     shutil.copytree(shards / "val", with_test / "test")
@@ -228,7 +247,7 @@ BAD_COMMANDS = [
     ("backbone", ["--model.backbone", "deit_tny"], ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"]),
     ("backbone option", ["--model.backbone_options.dept", "4"], ["'dept'", "did you mean 'depth'"]),
     ("attention", ["--model.attention", "mlha"], ["unknown attention 'mlha'", "did you mean 'mhla'"]),
-    ("attention option", ["--model.attention.block", "3"], ["option of attention 'mhla' 'block'", "did you mean 'blocks'"]),
+    ("attention option", ["--model.attention.block", "3"], ["option 'block' of attention 'mhla'", "did you mean 'blocks'"]),
     ("blocks", ["--model.attention.blocks", "3"], ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
     ("patch", ["--model.backbone_options.patch_size", "3"], ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"]),
     ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
@@ -237,6 +256,13 @@ BAD_COMMANDS = [
     ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
     ("accumulation", ["--trainer.accumulate_grad_batches", "2"], ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"]),
     ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
+    ("number", ["--model.optimizer.lr", "3e-3x"], ["model.optimizer.lr: expected float, got 3e-3x"]),
+    ("negative rate", ["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1", "above 0"]),
+    ("seed", ["--seed_everything", "-3"], ["seed_everything is -3"]),
+    ("validation interval", ["--trainer.val_check_interval", "0.5"], ["trainer.val_check_interval is 0.5", "optimizer steps"]),
+    ("no steps", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0", "from 1"]),
+    ("save interval", ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
+    ("checkpoint to fit", ["--ckpt", "r"], ["--ckpt belongs to --mode validate or test"]),
     ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),
     ("shards", ["--data.num_workers", "9"], ["8 shards", "9", "num_workers"]),
     ("no data", ["--data.path", "/nowhere"], ["/nowhere", "index.json"]),
@@ -244,8 +270,8 @@ BAD_COMMANDS = [
     ("run id", ["--run-id", "../x"], ["run id '../x'"]),
     ("checkpoint", ["--mode", "validate", "--ckpt", "nothing"], ["no run 'nothing'"]),
     ("nothing to validate", ["--mode", "validate"], ["has no checkpoint"]),
-    ("init_from", ["--model.init_from", "/no/file"], ["init_from: /no/file does not exist"]),
-    ("train_only", ["--model.train_only", "[nothing]"], ["train_only: 'nothing' matches no parameter"]),
+    ("init_from", ["--model.init_from", "/no/file"], ["model.init_from: /no/file does not exist"]),
+    ("train_only", ["--model.train_only", "[nothing]"], ["model.train_only: 'nothing' matches no parameter"]),
 ]
 
 
@@ -280,6 +306,27 @@ def test_damaged_data_is_refused_before_training(
     assert "\n" not in error
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"trainer: {max_steps: 1, max_steps: 2}", "key 'max_steps' stands twice"),
+        (b"trainer: [", "is no YAML"),
+        (b"\x00\xff\xfe", "is no YAML"),
+        (b"- a list", "a recipe is a mapping"),
+        (b"trainer: {}", "it needs trainer, model and data"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert main(["run", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert "\n" not in error
+    assert main(["run", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["classification/deit_tiny_mhla_mnist_cp", "nothing"])
@@ -343,15 +390,16 @@ def test_another_recipe_under_the_same_run_id_is_refused_by_key(recipe: Path, tm
     assert fit(recipe, *changed, "--accept-changes") == 0
 
 
-def test_other_data_under_the_same_run_is_refused(recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
+def test_other_data_under_the_same_run_is_refused(
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
     assert fit(recipe, "--trainer.max_steps", "4") == 0
-    (run_folder(tmp_path) / "summary.json").unlink()
-    other = tmp_path / "other"
-    shutil.copytree(shards, other)
-    index = json.loads((other / "train" / "index.json").read_text())
-    from mhla_lightning.data.pack import pack
-
+    if not finished:
+        (run_folder(tmp_path) / "summary.json").unlink()
     pack(str(shards.parent / "source"), tmp_path / "packed-again", shards=6)
-    assert index["hash"]
+    capsys.readouterr()
     assert fit(recipe, "--trainer.max_steps", "4", "--data.path", str(tmp_path / "packed-again")) == 2
-    assert "was trained on data" in capsys.readouterr().err
+    assert "run r was trained on data" in capsys.readouterr().err
+    assert fit(recipe, "--trainer.max_steps", "4", "--data.path", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str]) 
         raise UserError(unknown_name("attention preset", preset, presets))
     for key in given:
         if key not in (*operator_keys, *layer_keys):
-            raise UserError(unknown_name(f"option of attention '{name}'", key, ("name", "preset", *operator_keys, *layer_keys)))
+            raise UserError(unknown_name("option", key, ("name", "preset", *operator_keys, *layer_keys), of=f"attention '{name}'"))
     defaults = dict(presets.get(preset, {}).get(name, {}))
     if "blocks" in given or "block_size" in given:  # the two name one thing: what is given replaces the preset's
         defaults.pop("blocks", None)

@@ -58,7 +58,7 @@ def build_backbone(name: str, *, attention: str | Mapping[str, Any] | Sequence[A
     valid = inspect.signature(BACKBONES[name]).parameters
     for key in options:
         if key not in valid:
-            raise UserError(unknown_name(f"option of backbone '{name}'", key, [n for n in valid if n != "attention"]))
+            raise UserError(unknown_name("option", key, [n for n in valid if n != "attention"], of=f"backbone '{name}'"))
     return BACKBONES[name](attention=attention, **options)
 
 

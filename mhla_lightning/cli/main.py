@@ -21,7 +21,10 @@ VERBS = {
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
-EPILOG = "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, recipe or data, 75 preempted."
+EPILOG = (
+    "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, recipe or data,\n"
+    "75 stopped by SIGTERM (preempted), 130 by Ctrl-C."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader (head, less) closed early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

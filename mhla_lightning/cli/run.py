@@ -40,6 +40,7 @@ TAKES_OVERRIDES = True
 _CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
 _WAIT_FOR_DATA = 3600.0  # seconds
 _PREEMPTED = 75
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a shared machine threads that spin for each other slow a step tenfold
+    if args.ckpt and args.mode == "fit":
+        raise UserError("--ckpt belongs to --mode validate or test; training resumes by itself, and model.init_from starts from other weights")
     recipe = load_recipe(args.recipe)
     values = apply_overrides(recipe.values, parse_overrides(args.overrides))
     from mhla_lightning.config.resolve import resolve
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mode != "fit":
         return _evaluate(args, resolved, run_folder)
     if run_folder.finished():
-        return _say_finished(run_folder)
+        return _say_finished(resolved, run_folder)
     run_folder.create()
     with ExitStack() as stack:
         if _first_process():
@@ -158,11 +162,19 @@ def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
     try:
         session.fit()
     except SIGTERMException:
-        print(f"stopped by SIGTERM at step {session.trainer.global_step}; the same command goes on from the last checkpoint", file=sys.stderr)
-        return _PREEMPTED
+        return _stopped("SIGTERM", _PREEMPTED, run_folder)
+    except SystemExit:  # what Lightning makes of Ctrl-C once it has shut down
+        return _stopped("Ctrl-C", _INTERRUPTED, run_folder)
     if first:
         _print_summary(run_folder)
     return 0
+
+
+def _stopped(by: str, code: int, run_folder: RunFolder) -> int:
+    newest = newest_checkpoint(run_folder.path)
+    where = newest.name if newest else "the start: no checkpoint was written yet"
+    print(f"stopped by {by}; the same command goes on from {where}", file=sys.stderr)
+    return code
 
 
 def _evaluate(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> int:
@@ -195,7 +207,13 @@ def _checkpoint(args: argparse.Namespace, run_folder: RunFolder) -> Path:
     return folder
 
 
-def _say_finished(run_folder: RunFolder) -> int:
+def _say_finished(resolved: Resolved, run_folder: RunFolder) -> int:
+    from mhla_lightning.training import check_same_data
+
+    _prepare_data(resolved)
+    newest = newest_checkpoint(run_folder.path)
+    if newest is not None:
+        check_same_data(newest, resolved.data)
     print(f"run {run_folder.run_id} is finished; --fresh trains it anew")
     if _first_process():
         _print_summary(run_folder)

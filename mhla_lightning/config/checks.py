@@ -42,6 +42,10 @@ def check_keys(values: Mapping[str, Any]) -> None:
         if trainer.get(key) is not None:
             raise UserError(f"trainer.{key} cannot be set: {reason}")
     _known("key", trainer, inspect.signature(Trainer.__init__).parameters, "trainer.")
+    for key, low in (("val_check_interval", 1), ("max_steps", -1)):
+        value = trainer.get(key)
+        if isinstance(value, float) or (isinstance(value, int) and (value < low or value == 0)):
+            raise UserError(f"trainer.{key} is {value}; it counts optimizer steps: a whole number from 1")
     for section in ("model", "data"):
         if "class_path" not in values[section]:
             raise UserError(f"{section}.class_path is missing: the class to build, for example {_EXAMPLES[section]}")

@@ -17,12 +17,19 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    """YAML 1.1 reads 1e-4 as text, where people mean a number; and PyYAML takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN)"),
+    re.compile(r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"),
     list("-+0123456789."),
 )
 
@@ -61,10 +68,13 @@ def load_recipe(name: str) -> Recipe:
     packaged = name.removesuffix(".yaml") in recipe_names()
     path = RECIPES / f"{name.removesuffix('.yaml')}.yaml" if packaged else Path(name)
     if not path.is_file():
-        raise UserError(unknown_name("recipe", name, recipe_names()) + "; or give the path of a YAML file")
+        what = "is a folder, no recipe file" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"recipe file {name} {what}" if name.endswith((".yaml", ".yml")) or path.is_dir() else unknown_name("recipe", name, recipe_names())
+        )
     try:
-        values = parse_yaml(path.read_text())
-    except yaml.YAMLError as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data")

@@ -30,6 +30,11 @@ class CheckpointConfig:
     every_n_steps: int = 1000
     keep_last: int = 3
 
+    def __post_init__(self) -> None:
+        for name, value in (("every_n_steps", self.every_n_steps), ("keep_last", self.keep_last)):
+            if value < 1:
+                raise UserError(f"checkpoint.{name} is {value}; it must be at least 1")
+
 
 @dataclass
 class Resolved:
@@ -74,6 +79,8 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         built = parser.instantiate(config)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(one_sentence(error)) from error
+    if not 0 <= config.seed_everything < 2**32:
+        raise UserError(f"seed_everything is {config.seed_everything}; a seed lies in 0 to 4294967295")
     task, data = built.model, built.data
     if not isinstance(task, Task):
         raise UserError(f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks")

@@ -20,7 +20,10 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     _demand_free(target, overwrite)
     building = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror} in {target.parent}") from error
     try:
         yield building
         _move(building, target, overwrite)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.tasks.warm_start import freeze_except, load_matching, read_weights
+from mhla_lightning.tasks.warm_start import freeze_except, load_matching, read_weights, weight_file
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ class Task(pl.LightningModule):
         self.backbone: nn.Module | None = None
         with torch.device("meta"):
             plan = self._build()
+        if self.init_from:
+            weight_file(self.init_from)
+        if self.train_only:
+            freeze_except(plan, self.train_only)
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)

@@ -33,6 +33,14 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     decay_mixing: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"model.optimizer.lr is {self.lr}; it must be above 0")
+        if self.weight_decay < 0 or self.eps < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"model.optimizer: weight_decay {self.weight_decay}, eps {self.eps} or betas {self.betas} cannot be (betas lie in [0, 1))"
+            )
+
     def build(self, model: nn.Module, no_decay: set[str], mixing: set[str]) -> torch.optim.AdamW:
         """AdamW over the parameters that train; `no_decay` and `mixing` are parameter names."""
         kept = no_decay - mixing if self.decay_mixing else no_decay | mixing
@@ -55,6 +63,10 @@ class ScheduleConfig:
     warmup_steps: int = 0
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.warmup_lr < 0 or self.min_lr < 0:
+            raise UserError("model.schedule: warmup_steps, warmup_lr and min_lr cannot be negative")
 
     def lr_at(self, step: int, peak: float, max_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) of a run of `max_steps`."""

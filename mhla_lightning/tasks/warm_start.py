@@ -42,11 +42,11 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
     Raises:
         UserError: nothing there, or a file that is not plain tensors (nothing is unpickled).
     """
-    path = _weight_file(Path(source))
+    path = weight_file(source)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"init_from: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
+        raise UserError(f"model.init_from: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
     for key in ("state_dict", "model", "state_dict_ema"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
@@ -54,16 +54,22 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
     return path, {_strip(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _weight_file(path: Path) -> Path:
+def weight_file(source: str) -> Path:
+    """The file behind `init_from`.
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = Path(source)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"init_from: {path} does not exist")
+        raise UserError(f"model.init_from: {path} does not exist")
     folder = newest_checkpoint(path) or path
     for name in _FILES:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"init_from: {path} holds none of {', '.join(_FILES)}")
+    raise UserError(f"model.init_from: {path} holds none of {', '.join(_FILES)}")
 
 
 def _strip(name: str) -> str:
@@ -104,8 +110,8 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
         try:
             found = any(re.search(pattern, name) for name in names)
         except re.error as error:
-            raise UserError(f"train_only: '{pattern}' is no regular expression ({error})") from error
+            raise UserError(f"model.train_only: '{pattern}' is no regular expression ({error})") from error
         if not found:
-            raise UserError(f"train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}")
+            raise UserError(f"model.train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and any(re.search(pattern, name) for pattern in patterns))

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mhla_lightning.data.decode import image_extension
 from mhla_lightning.data.index import SPLITS
@@ -71,5 +71,6 @@ class _Files:
                     return SourceSample(f"{path.parent.name}-{path.stem}", png_bytes(image), "png", label)
                 image.verify()
         except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
-            raise DataError(f"{path} is no image that can be read ({error}): repair or remove it") from error
+            reason = "no JPEG, PNG or other known format" if isinstance(error, UnidentifiedImageError) else error
+            raise DataError(f"{path} is no image that can be read ({reason}): repair or remove it") from error
         return SourceSample(f"{path.parent.name}-{path.stem}", data, extension, label)
