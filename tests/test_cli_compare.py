@@ -125,7 +125,7 @@ def test_variants_file(tmp_path: Path) -> None:
         ("", "no mapping"),
         ("[a, b]", "no mapping"),
         ("a: {", "no YAML"),
-        ("a: {x: 1}\nb: {x: 2}\na: {x: 3}", "row 'a' twice"),
+        ("a: {x: 1}\nb: {x: 2}\na: {x: 3}", "key 'a' stands twice"),
         ("a: linear", "row 'a' is 'linear'"),
     ],
 )
@@ -136,7 +136,7 @@ def test_variants_file_refuses(text: str, word: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_variants_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the variants file .*: No such file"):
+    with pytest.raises(UserError, match="cannot read .*nowhere.yaml: No such file"):
         rows_from_file(tmp_path / "nowhere.yaml")
 
 

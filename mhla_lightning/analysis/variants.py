@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mhla_lightning.config.recipes import parse_yaml
+from mhla_lightning.config.recipes import parse_yaml, read_yaml
 from mhla_lightning.errors import UserError
 
 _SLUG_LENGTH = 60
@@ -76,19 +76,9 @@ def rows_from_file(path: Path) -> list[Row]:
     Raises:
         UserError: no such file, no YAML, another form, a name given twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        table, node = parse_yaml(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the variants file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(table, dict) or not table or not isinstance(node, yaml.MappingNode):
+    table = read_yaml(path)
+    if not isinstance(table, dict) or not table:
         raise UserError(f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: {{model.optimizer.lr: 1e-4}}'")
-    names = [str(key.value) for key, _ in node.value]  # the loader keeps only the last of two equal keys
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path} has the row '{name}' twice")
     for name, overrides in table.items():
         if not isinstance(overrides, dict | None):
             raise UserError(f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as {{model.attention: linear}}")

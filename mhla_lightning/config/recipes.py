@@ -54,6 +54,23 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content.
+
+    Raises:
+        UserError: the file cannot be read or is no YAML; names the line.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path} is no YAML: {line}{error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
 def recipe_names() -> list[str]:
     """Packaged recipes, `<task>/<name>`."""
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
@@ -72,10 +89,7 @@ def load_recipe(name: str) -> Recipe:
         raise UserError(
             f"recipe file {name} {what}" if name.endswith((".yaml", ".yml")) or path.is_dir() else unknown_name("recipe", name, recipe_names())
         )
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data")
     return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, values)
