@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def check_dense(case: Case) -> None:
 
 def check_locality(case: Case) -> None:
     for name, expected in case.arrays.items():
-        kind, size = name.split(".")
+        kind, _, size = name.rpartition(".")
         counts = [int(n) for n in size.split("x")]
         init = "causal_uniform" if kind == "causal_uniform" else "local_row"
         actual = initial_mixing(BlockGrid(counts, block_size=1).distances(), init)
@@ -76,14 +77,15 @@ def check_locality(case: Case) -> None:
 
 def check_init2d(case: Case) -> None:
     for name, expected in case.arrays.items():
-        kind, side, group = name.split(".")
-        blocks = int(side.removeprefix("side")) // math.isqrt(int(group.removeprefix("group").removesuffix("_M1_is_nan")))
-        check_init(kind, [blocks, blocks], expected)
+        parts = re.match(r"(?P<kind>.+)\.side(?P<side>\d+)\.group(?P<group>\d+)", name)
+        assert parts, name
+        blocks = int(parts["side"]) // math.isqrt(int(parts["group"]))
+        check_init(parts["kind"], [blocks, blocks], expected)
 
 
 def check_init3d(case: Case) -> None:
     for name, expected in case.arrays.items():
-        kind, size = name.split(".")
+        kind, _, size = name.rpartition(".")
         check_init(kind, [int(n) for n in size.split("x")], expected)
 
 
@@ -103,15 +105,15 @@ def check_init(kind: str, counts: list[int], expected: Tensor) -> None:
 
 def release_layer(case: Case, pos_conv: str) -> SelfAttention:
     options = case.meta["constructor"]
-    side = math.isqrt(options["embed_len"])
-    block = math.isqrt(options.get("window_size") or options["block_size"])
+    side = math.isqrt(options.get("embed_len", 196))
+    block = math.isqrt(options.get("window_size") or options.get("block_size", 49))
     given = {key: float(options[key]) for key in ("exp_sigma", "local_thres") if key in options}
     preset = dict(VISION_PRESETS["release"]["mhla"])
     layer_keys = SelfAttention.layer_options()
     layer = {key: value for key, value in preset.items() if key in layer_keys}
     layer |= {"pos_conv": pos_conv, "qk_norm": options.get("qk_norm", False), "qkv_bias": options.get("qkv_bias", False)}
     operator = {key: value for key, value in preset.items() if key not in (*layer_keys, "blocks")}
-    operator |= {"block_size": block, "mix_init": options["transform"], "mix_init_options": given}
+    operator |= {"block_size": block, "mix_init": options.get("transform", "cos"), "mix_init_options": given}
     attention = SelfAttention(options["dim"], options["heads"], attention={"name": "mhla", **operator}, grid=(side, side), **layer)
     return attention.to(getattr(torch, case.meta["dtype"].removeprefix("torch."))).eval()
 
@@ -163,12 +165,13 @@ def check_vit(case: Case) -> None:
     block = math.isqrt(attn["window_size"])
     image = case.arrays["in.img"]
     model = VisionTransformer(
-        attention={"name": "mhla", "preset": "release", "block_size": block, "mix_init": attn["transform"], "qk_norm": options["qk_norm"]},
+        attention={"name": "mhla", "preset": "release", "block_size": block, "mix_init": attn["transform"], "qk_norm": options.get("qk_norm", False)},
         img_size=tuple(image.shape[-2:]),
         token_multiple=options["img_size"] // options["patch_size"] // options["piece_size"],
         in_chans=image.shape[1],
-        **{key: options[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "drop_path_rate")},
+        **{key: options[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "drop_path_rate") if key in options},
     ).eval()
+    model = model.to(image.dtype)
     model.load_state_dict(model.adapt_state_dict(case.group("param.")))
     seen: dict[str, Tensor] = {}
     model.patch_drop.register_forward_hook(lambda module, args, output: seen.update(tokens=output))
