@@ -382,12 +382,15 @@ def test_a_run_folder_is_held_by_one_process(recipe: Path, tmp_path: Path, capsy
 
 def test_another_recipe_under_the_same_run_id_is_refused_by_key(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(recipe, "--trainer.max_steps", "4") == 0
-    (run_folder(tmp_path) / "summary.json").unlink()  # as if it had been stopped before its end
     capsys.readouterr()
-    changed = ["--trainer.max_steps", "4", "--model.label_smoothing", "0.2"]
-    assert fit(recipe, *changed) == 2
-    assert "model.init_args.label_smoothing 0.1 -> 0.2" in capsys.readouterr().err
-    assert fit(recipe, *changed, "--accept-changes") == 0
+    for stopped in (False, True):  # finished, and as if it had been stopped before its end
+        if stopped:
+            (run_folder(tmp_path) / "summary.json").unlink()
+        assert fit(recipe, "--trainer.max_steps", "4", "--model.label_smoothing", "0.2") == 2
+        assert "model.init_args.label_smoothing 0.1 -> 0.2" in capsys.readouterr().err
+    assert fit(recipe, "--trainer.max_steps", "8", "--accept-changes") == 0  # trains on
+    assert [step for step, _ in read_metrics(run_folder(tmp_path) / "metrics.jsonl")["train/loss"]] == list(range(1, 9))
+    assert json.loads((run_folder(tmp_path) / "summary.json").read_text())["steps"] == 8
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, read_yaml
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import (
     RunFolder,
@@ -73,14 +73,17 @@ def run(args: argparse.Namespace) -> int:
     run_folder = _choose_folder(args, recipe, resolved)
     if args.mode != "fit":
         return _evaluate(args, resolved, run_folder)
-    if run_folder.finished():
+    changed = _changes(run_folder, resolved)
+    if changed and _first_process() and not args.accept_changes:
+        raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
+    if run_folder.finished() and not changed:
         return _say_finished(resolved, run_folder)
     run_folder.create()
     with ExitStack() as stack:
         if _first_process():
             stack.enter_context(hold(run_folder.path))
             os.environ[_CHILD] = str(run_folder.path)
-            _record(args, resolved, run_folder)
+            _record(resolved, run_folder)
         _prepare_data(resolved)
         return _fit(resolved, run_folder)
 
@@ -118,16 +121,19 @@ def _first_process() -> bool:
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _record(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> None:
-    """Writes recipe.yaml and environment.json; refuses a folder that holds another recipe's run."""
-    from mhla_lightning.config.recipes import parse_yaml
+def _changes(run_folder: RunFolder, resolved: Resolved) -> str:
+    """In what the recipe differs from the one whose checkpoints the folder holds; empty when it does not."""
     from mhla_lightning.config.resolve import differences
+
+    if not run_folder.recipe.is_file() or newest_checkpoint(run_folder.path) is None:
+        return ""
+    return differences(read_yaml(run_folder.recipe), resolved.values)
+
+
+def _record(resolved: Resolved, run_folder: RunFolder) -> None:
+    """Writes recipe.yaml and environment.json."""
     from mhla_lightning.training import versions
 
-    if run_folder.recipe.is_file() and newest_checkpoint(run_folder.path) and not args.accept_changes:
-        changed = differences(parse_yaml(run_folder.recipe.read_text()), resolved.values)
-        if changed:
-            raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
     write_text(run_folder.recipe, resolved.to_yaml())
     facts = {"command": sys.argv, "cwd": str(Path.cwd()), "host": platform.node(), "cpus": os.cpu_count(), "versions": versions()}
     write_json(run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())})
