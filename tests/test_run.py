@@ -100,16 +100,22 @@ def start(recipe: Path, *extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def interrupt(recipe: Path, folder: Path, number: signal.Signals, steps: int = 100_000) -> tuple[int, str]:
+    """Starts a run in `folder`, sends the signal once it has a checkpoint; returns its exit code and what it said."""
+    with start(recipe, "--run-id", folder.name, "--trainer.max_steps", str(steps)) as process:
+        deadline = time.monotonic() + 120
+        while not complete_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    return process.returncode, said
+
+
 def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal, bit for bit."""
     assert fit(recipe, "--trainer.max_steps", "48", name="whole") == 0
     folder = run_folder(tmp_path, "cut")
-    with start(recipe, "--run-id", "cut", "--trainer.max_steps", "48") as process:
-        deadline = time.monotonic() + 120
-        while not complete_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate()
+    _, said = interrupt(recipe, folder, signal.SIGKILL, steps=48)
     saved = complete_checkpoints(folder)
     assert saved, said
     assert not (folder / "summary.json").exists(), "the run ended before it could be killed"
@@ -126,13 +132,8 @@ def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(recipe
 
 
 def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
-    with start(recipe, "--run-id", "term", "--trainer.max_steps", "100000") as process:
-        deadline = time.monotonic() + 120
-        while not complete_checkpoints(run_folder(tmp_path, "term")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    code, said = interrupt(recipe, run_folder(tmp_path, "term"), signal.SIGTERM)
+    assert code == 75, said
     newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
     assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
     assert not (run_folder(tmp_path, "term") / "lock").exists()
@@ -140,13 +141,8 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
-    with start(recipe, "--run-id", "stop", "--trainer.max_steps", "100000") as process:
-        deadline = time.monotonic() + 120
-        while not complete_checkpoints(run_folder(tmp_path, "stop")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    code, said = interrupt(recipe, run_folder(tmp_path, "stop"), signal.SIGINT)
+    assert code == 130, said
     assert "stopped by Ctrl-C; the same command goes on from step-" in said
     assert "Traceback" not in said
 
@@ -207,134 +203,6 @@ def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.Captu
     assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
     assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
     assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2}
-
-
-def damaged(shards: Path, tmp_path: Path, how: str) -> Path:
-    """A copy of the shards with one thing wrong."""
-    copy = tmp_path / f"damaged-{how}"
-    shutil.copytree(shards, copy)
-    shard = sorted((copy / "train").glob("*.tar"))[1]
-    index = json.loads((copy / "train" / "index.json").read_text())
-    if how == "missing":
-        shard.unlink()
-    elif how == "cut":
-        shard.write_bytes(shard.read_bytes()[:-700])
-    elif how == "flipped":
-        data = bytearray(shard.read_bytes())
-        data[len(data) // 2] ^= 0xFF
-        shard.write_bytes(data)
-    elif how == "empty":
-        shutil.rmtree(copy / "train")
-        (copy / "train").mkdir()
-    elif how == "format":
-        (copy / "train" / "index.json").write_text(json.dumps({**index, "format": 99}))
-    return copy
-
-
-BAD_COMMANDS = [
-    ("unknown option of the verb's", ["--bogus", "1"], ["unknown key 'bogus'", "trainer"]),
-    ("section", ["--modle.attention", "mhla"], ["unknown key 'modle'", "did you mean 'model'"]),
-    ("trainer key", ["--trainer.max_step", "4"], ["'trainer.max_step'", "did you mean 'trainer.max_steps'"]),
-    ("task key", ["--model.atention", "mhla"], ["'model.atention'", "did you mean 'model.attention'"]),
-    ("nested key", ["--model.optimizer.learning_rate", "1"], ["'model.optimizer.learning_rate'", "model.optimizer.lr"]),
-    ("data key", ["--data.batchsize", "4"], ["'data.batchsize'", "did you mean 'data.batch_size'"]),
-    ("augmentation key", ["--data.augmentation.flip", "1"], ["'data.augmentation.flip'", "hflip"]),
-    ("no value", ["--trainer.max_steps"], ["--trainer.max_steps has no value"]),
-    ("stray word", ["hello"], ["unexpected argument 'hello'"]),
-    ("type", ["--trainer.max_steps", "many"], ["trainer.max_steps: expected", "int", "many"]),
-    ("nested type", ["--model.optimizer.lr", "fast"], ["model.optimizer.lr: expected float, got fast"]),
-    ("class", ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"], ["did you mean 'ClassificationTask'"]),
-    ("backbone", ["--model.backbone", "deit_tny"], ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"]),
-    ("backbone option", ["--model.backbone_options.dept", "4"], ["'dept'", "did you mean 'depth'"]),
-    ("attention", ["--model.attention", "mlha"], ["unknown attention 'mlha'", "did you mean 'mhla'"]),
-    ("attention option", ["--model.attention.block", "3"], ["option 'block' of attention 'mhla'", "did you mean 'blocks'"]),
-    ("blocks", ["--model.attention.blocks", "3"], ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
-    ("patch", ["--model.backbone_options.patch_size", "3"], ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"]),
-    ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
-    ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
-    ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
-    ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
-    ("accumulation", ["--trainer.accumulate_grad_batches", "2"], ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"]),
-    ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
-    ("number", ["--model.optimizer.lr", "3e-3x"], ["model.optimizer.lr: expected float, got 3e-3x"]),
-    ("negative rate", ["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1", "above 0"]),
-    ("seed", ["--seed_everything", "-3"], ["seed_everything is -3"]),
-    ("validation interval", ["--trainer.val_check_interval", "0.5"], ["trainer.val_check_interval is 0.5", "optimizer steps"]),
-    ("no steps", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0", "from 1"]),
-    ("save interval", ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
-    ("checkpoint to fit", ["--ckpt", "r"], ["--ckpt belongs to --mode validate or test"]),
-    ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),
-    ("shards", ["--data.num_workers", "9"], ["8 shards", "9", "num_workers"]),
-    ("no data", ["--data.path", "/nowhere"], ["/nowhere", "index.json"]),
-    ("precision", ["--trainer.precision", "bf8"], ["bf8"]),
-    ("run id", ["--run-id", "../x"], ["run id '../x'"]),
-    ("checkpoint", ["--mode", "validate", "--ckpt", "nothing"], ["no run 'nothing'"]),
-    ("nothing to validate", ["--mode", "validate"], ["has no checkpoint"]),
-    ("init_from", ["--model.init_from", "/no/file"], ["model.init_from: /no/file does not exist"]),
-    ("train_only", ["--model.train_only", "[nothing]"], ["model.train_only: 'nothing' matches no parameter"]),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS])
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
-) -> None:
-    assert main(["run", str(recipe), *arguments]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert "\n" not in error
-    for word in words:
-        assert word in error
-    assert not list((tmp_path / "runs").glob("*/checkpoints/step-*"))
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("missing", ["train", ".tar", "missing"]),
-        ("cut", [".tar", "bytes"]),
-        ("flipped", [".tar", "sha256"]),
-        ("empty", ["index.json"]),
-        ("format", ["format", "99", "1"]),
-    ],
-)
-def test_damaged_data_is_refused_before_training(
-    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, words: list[str]
-) -> None:
-    assert fit(recipe, "--data.path", str(damaged(shards, tmp_path, how))) == 2
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error
-    for word in words:
-        assert word in error
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"trainer: {max_steps: 1, max_steps: 2}", "key 'max_steps' stands twice"),
-        (b"trainer: [", "is no YAML"),
-        (b"\x00\xff\xfe", "is no YAML"),
-        (b"- a list", "a recipe is a mapping"),
-        (b"trainer: {}", "it needs trainer, model and data"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(content)
-    assert main(["run", str(path)]) == 2
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert "\n" not in error
-    assert main(["run", str(tmp_path / "absent.yaml")]) == 2
-    assert "absent.yaml does not exist" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["classification/deit_tiny_mhla_mnist_cp", "nothing"])
-def test_an_unknown_recipe_names_the_known_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", name]) == 2
-    error = capsys.readouterr().err
-    assert f"unknown recipe '{name}'" in error
-    assert "classification/deit_tiny_mhla_mnist_cpu" in error
 
 
 def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
