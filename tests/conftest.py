@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+pytest_plugins = ["tests.loopback"]
+SPARE_BYTES = 3 * 2**29  # address space that a test of `little_memory` may take on top of what is in use
 ORACLES = Path(__file__).parent / "oracles"
 
 
@@ -27,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class shown by brightness."""
-    from mhla_lightning.data.pack import pack
+    from mhla_lightning.data.tools.pack import pack
 
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
@@ -70,3 +74,13 @@ def recipe(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_RECIPE.replace("PATH", str(shards)))
     return path
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """At most SPARE_BYTES more address space, here and in workers: who believes a header that claims 100 GB gets a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

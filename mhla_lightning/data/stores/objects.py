@@ -1,0 +1,114 @@
+"""Objects in s3 (s3fs) and gs (gcsfs), one request without the libraries' own retries where they allow it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+
+from mhla_lightning.data.stores.addresses import Address
+from mhla_lightning.data.stores.clients import failure, status_failure
+from mhla_lightning.data.stores.retry import Failure, plain
+from mhla_lightning.data.stores.settings import Remote
+from mhla_lightning.errors import UserError, missing_extra
+
+_LOGIN = "set the credentials, or data.remote.anonymous: true for public data"
+
+
+class ObjectClient:
+    """Files below BUCKET/FOLDER. fs: an asynchronous fsspec file system; errors: what its requests may raise beside OSError and aiohttp's."""
+
+    def __init__(self, address: Address, remote: Remote, fs: Any, errors: tuple[type[Exception], ...]) -> None:
+        self._address = address
+        self._timeout = remote.timeout
+        self._fs = fs
+        self._errors: tuple[type[Exception], ...] = (OSError, ValueError, aiohttp.ClientError, *errors)
+
+    async def size(self, name: str) -> int | None:
+        try:
+            info = await self._fs._info(self._address.key(name))
+        except FileNotFoundError:
+            return None
+        except self._errors as error:
+            raise _failure(error, self._timeout) from error
+        # A "folder" is whatever other keys begin with: it has a size of 0 and is no file.
+        return int(info["size"]) if info["type"] == "file" else None
+
+    async def read(self, name: str, start: int, stop: int) -> bytes:
+        try:
+            data: bytes = await self._fs._cat_file(self._address.key(name), start=start, end=stop)
+        except self._errors as error:
+            raise _failure(error, self._timeout) from error
+        if len(data) != stop - start:
+            raise Failure(f"short answer: {len(data)} of {stop - start} bytes")
+        return data
+
+    async def close(self) -> None:
+        session = getattr(self._fs, "_s3", None) or getattr(self._fs, "_session", None)
+        if session is not None:
+            await session.close()
+
+
+def s3_client(address: Address, remote: Remote) -> ObjectClient:
+    """A client for s3://. Raises UserError when s3fs is not installed."""
+    try:
+        import s3fs
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError as error:
+        raise UserError(missing_extra("s3fs", "s3", f"reading {address.shown()}")) from error
+    limits: dict[str, Any] = {"connect_timeout": remote.timeout, "read_timeout": remote.timeout}
+    limits |= {"retries": {"total_max_attempts": 1}, "max_pool_connections": 16}  # tries are counted in retry.py alone
+    fs = s3fs.S3FileSystem(
+        anon=remote.anonymous, endpoint_url=remote.endpoint, config_kwargs=limits, max_concurrency=1, asynchronous=True, skip_instance_cache=True
+    )
+    fs.retries = 1
+    return ObjectClient(address, remote, fs, (BotoCoreError, ClientError))
+
+
+def gs_client(address: Address, remote: Remote) -> ObjectClient:
+    """A client for gs://. Raises UserError when gcsfs is not installed, or finds no credentials."""
+    try:
+        from gcsfs.core import GCSFileSystem  # the plain one: gcsfs.GCSFileSystem may start gRPC, which does not survive a fork
+        from gcsfs.retry import ChecksumError, HttpError
+        from google.auth.exceptions import GoogleAuthError
+    except ImportError as error:
+        raise UserError(missing_extra("gcsfs", "gs", f"reading {address.shown()}")) from error
+    try:
+        fs = GCSFileSystem(
+            token="anon" if remote.anonymous else None,
+            endpoint_url=remote.endpoint,
+            requests_timeout=remote.timeout,
+            asynchronous=True,
+            skip_instance_cache=True,
+        )
+    except (GoogleAuthError, ValueError) as error:
+        raise UserError(f"{address.shown()} cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}") from error
+    return ObjectClient(address, remote, fs, (ChecksumError, HttpError, GoogleAuthError))
+
+
+def _failure(error: Exception, timeout: float) -> Failure:
+    """The Failure for what s3fs, botocore or gcsfs raised."""
+    status = _status(error)
+    if status == 416:
+        return Failure("it ends before the bytes asked for", "it was cut or replaced; copy it again", permanent=True)
+    if status is not None:
+        return status_failure(status)
+    if "Credential" in type(error).__name__ or "Profile" in type(error).__name__:
+        return Failure(f"no credentials ({plain(str(error))})", _LOGIN, permanent=True)
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return Failure(plain(str(error)), "check the address and data.remote.endpoint", permanent=True)
+    return failure(error, timeout)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status behind an error: s3fs translates botocore's error and keeps it as the cause; gcsfs has a code or only words."""
+    for found in (error, error.__cause__):
+        response = getattr(found, "response", None)
+        if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):
+            return int(response["ResponseMetadata"]["HTTPStatusCode"])
+    code = getattr(error, "code", None)
+    if isinstance(code, int) or (isinstance(code, str) and code.isdigit()):
+        return int(code)
+    if isinstance(error, FileNotFoundError):
+        return 404
+    return 403 if isinstance(error, PermissionError) or str(error).startswith("Forbidden") else None
