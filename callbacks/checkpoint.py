@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ class Checkpoint(LightningCheckpoint):
     Args:
         run: the run folder.
         facts: what state.json says besides the step (data_hash, recipe_hash, versions, ...).
-        batch_size: samples of one optimizer step over all processes.
-        samples: samples of the training split.
+        position: the data's state: consumed samples and what gives their number a meaning.
         every_n_steps: between two saves.
         keep_last: complete checkpoints kept.
         resume: the checkpoint folder that this attempt goes on from.
@@ -35,14 +34,13 @@ class Checkpoint(LightningCheckpoint):
         self,
         run: RunFolder,
         facts: dict[str, Any],
-        batch_size: int,
-        samples: int,
+        position: Callable[[], Mapping[str, Any]],
         every_n_steps: int = 1000,
         keep_last: int = 3,
         resume: Path | None = None,
         averages: Sequence[EMA] = (),
     ) -> None:
-        self.run, self.facts, self.batch_size, self.samples = run, facts, batch_size, samples
+        self.run, self.facts, self.position = run, facts, position
         self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
         self._step, self._due = 0, False
 
@@ -90,12 +88,10 @@ class Checkpoint(LightningCheckpoint):
         trainer.strategy.barrier()
 
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
-        consumed = trainer.global_step * self.batch_size
         return {
+            **self.position(),
             "format": FORMAT,
             "step": trainer.global_step,
-            "epoch": consumed // self.samples,
-            "consumed": consumed,
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
             **self.facts,

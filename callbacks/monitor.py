@@ -15,8 +15,10 @@ from mhla_lightning.attention import MixingMatrix
 
 
 class Monitor(pl.Callback):
-    """Logs `train/` lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute and skipped every `log_every_n_steps` steps.
+    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute and skipped, and of a mixture
+    consumed/SOURCE, every `log_every_n_steps` steps.
 
+    The loss is that of the last step's global batch: over all its micro batches and ranks, where self.log would show one rank's last micro batch.
     Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for data and name their tags by optimizer group and device.
     Times are seconds an optimizer step, on the host: on a GPU the wait for the device falls to whatever call waits.
 
@@ -28,6 +30,7 @@ class Monitor(pl.Callback):
     def __init__(self, batch_size: int, tokens: int) -> None:
         self.batch_size, self.tokens = batch_size, tokens
         self._skipped = 0
+        self._losses: list[torch.Tensor] = []
         self._grad_norm: torch.Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,17 +54,21 @@ class Monitor(pl.Callback):
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
         self._skipped += int(batch["skipped"])
+        divided = 1 if trainer.strategy.handles_gradient_accumulation else trainer.accumulate_grad_batches  # by Lightning, for the backward
+        self._losses.append(outputs["loss"].detach() * divided)
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
         if self._step % self._every == 0:
             self._log(trainer, pl_module)
             self._restart(self._ended)
+        self._losses.clear()
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = self._step - self._window
         speed = self.batch_size * steps / max(1e-9, self._data + self._compute)
         values = {
+            "loss": float(trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "samples_per_second": speed,
             "tokens_per_second": speed * self.tokens,
@@ -72,10 +79,17 @@ class Monitor(pl.Callback):
             values["grad_norm"] = float(self._grad_norm)
         skipped = trainer.strategy.reduce(torch.tensor(float(self._skipped), device=pl_module.device), reduce_op="sum")
         values["skipped"] = float(skipped)
+        values |= _consumed(trainer)
         pl_module.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = time.perf_counter()  # validation is neither data nor compute of a training step
+
+
+def _consumed(trainer: pl.Trainer) -> dict[str, float]:
+    """Samples consumed of every source, where training mixes several."""
+    by_source: dict[str, int] = getattr(getattr(trainer, "datamodule", None), "consumed_by_source", dict)()
+    return {f"consumed/{name}": float(count) for name, count in by_source.items()} if len(by_source) > 1 else {}
 
 
 class MixingHeatmaps(pl.Callback):

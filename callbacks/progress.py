@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,13 +21,12 @@ class ProgressFile(pl.Callback):
 
     Args:
         run: the run folder.
-        batch_size: samples of one optimizer step over all processes.
-        samples: samples of the training split.
+        position: the data's state, of which `epoch` and `consumed` are written.
         seconds: between two writes.
     """
 
-    def __init__(self, run: RunFolder, batch_size: int, samples: int, seconds: float = 10.0) -> None:
-        self.run, self.batch_size, self.samples, self.interval = run, batch_size, samples, seconds
+    def __init__(self, run: RunFolder, position: Callable[[], Mapping[str, Any]], seconds: float = 10.0) -> None:
+        self.run, self.position, self.interval = run, position, seconds
         self.validated_at: int | None = None
         self._training = False
         self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))  # earlier attempts of this run
@@ -64,7 +64,7 @@ class ProgressFile(pl.Callback):
             return
         self._written = time.monotonic()
         step, metrics = trainer.global_step, trainer.callback_metrics
-        newest = newest_checkpoint(self.run.path)
+        newest, position = newest_checkpoint(self.run.path), self.position()
         write_json(
             self.run.progress,
             {
@@ -72,8 +72,7 @@ class ProgressFile(pl.Callback):
                 "state": state,
                 "step": step,
                 "max_steps": trainer.max_steps,
-                "epoch": step * self.batch_size // self.samples,
-                "consumed": step * self.batch_size,
+                **{key: position[key] for key in ("epoch", "consumed")},
                 "loss": _number(metrics.get("train/loss")),
                 "samples_per_second": _number(metrics.get("train/samples_per_second")),
                 "last_checkpoint": newest.name if newest else None,

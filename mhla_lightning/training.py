@@ -22,7 +22,7 @@ from mhla_lightning import __version__
 from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
-from mhla_lightning.data.module import ImageDataModule
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
@@ -48,7 +48,7 @@ class Session:
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
         self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
-        self.progress = ProgressFile(run, self.data.batch_size, self.data.samples)
+        self.progress = ProgressFile(run, self.data.state_dict)
         self.trainer = self._trainer()
         self.logger.optimizer_steps = lambda: self.trainer.global_step
         self._check()
@@ -59,6 +59,7 @@ class Session:
             raise UserError(f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh")
         if self.resume and state:
             check_same_data(self.resume, self.data)
+            self.data.check_state(state)
         return state or {}
 
     def _trainer(self) -> pl.Trainer:
@@ -80,12 +81,12 @@ class Session:
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
         """After every optimizer step: project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
-        save, size = self.recipe.checkpoint, (self.data.batch_size, self.data.samples)
+        save = self.recipe.checkpoint
         own: list[Callback] = [
             Monitor(self.data.batch_size, math.prod(self.task.grid)),
             MixingHeatmaps(),
             self.progress,
-            Checkpoint(self.run, self._facts(), *size, save.every_n_steps, save.keep_last, self.resume, self._averages),
+            Checkpoint(self.run, self._facts(), self.data.state_dict, save.every_n_steps, save.keep_last, self.resume, self._averages),
         ]
         if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StepBar())
@@ -95,14 +96,14 @@ class Session:
         return [ProjectMixing(), *given, *own]
 
     def _facts(self) -> dict[str, Any]:
-        return {"data_hash": self.data.data_hash, "recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}
+        return {"recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}
 
     def _check(self) -> None:
         world = self.trainer.world_size
         micro, _ = self.data.micro_batch(world)
         if self.trainer.global_rank == 0:
             self.data.check(world)
-        self.task.check_data(num_classes=self.data.num_classes, image_size=self.data.image_size, micro_batch=micro)
+        self.task.check_data(self.data.facts(), micro)
 
     def fit(self) -> None:
         """Trains from the newest checkpoint to the end, validates, writes summary.json."""
@@ -110,11 +111,10 @@ class Session:
         checkpoint = None
         if self.resume is not None:
             checkpoint = self.resume / "trainer.ckpt"
-            self.data.consumed = int(self._resumed_state()["consumed"])
             for callback in self._averages:
                 callback.resume_from(self.resume)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # data.consumed says where
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # the data knows where
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.progress.validated_at != self.trainer.global_step:
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
@@ -154,7 +154,7 @@ class Session:
         }
 
 
-def check_same_data(checkpoint: Path, data: ImageDataModule) -> None:
+def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
     """A run and its checkpoints belong to one data set.
 
     Raises:

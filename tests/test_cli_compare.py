@@ -298,7 +298,7 @@ def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(tmp_path: Pat
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 shapes of two classes as shards: squares left or right."""
-    from mhla_lightning.data.pack import pack
+    from mhla_lightning.data.tools.pack import pack
 
     root = tmp_path_factory.mktemp("digits")
     for index in range(64):

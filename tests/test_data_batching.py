@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mhla_lightning.data.batching import deal_shards, eval_batches_per_rank, eval_ranges, split_batch, steps_for_epochs
+from mhla_lightning.data.batching import eval_batches_per_rank, eval_ranges, split_batch, steps_for_epochs
 from mhla_lightning.errors import UserError
 
 
@@ -49,15 +49,6 @@ def test_steps_for_epochs_refuses(epochs: float) -> None:
         steps_for_epochs(epochs, 10, 1)
 
 
-@pytest.mark.parametrize(("world", "workers", "shards"), [(1, 1, 5), (2, 3, 6), (3, 2, 17), (4, 4, 3)])
-def test_every_shard_is_dealt_once_and_ranks_are_even(world: int, workers: int, shards: int) -> None:
-    order = list(range(shards))[::-1]
-    dealt = [[deal_shards(order, rank, world, worker, workers) for worker in range(workers)] for rank in range(world)]
-    assert sorted(itertools.chain(*itertools.chain(*dealt))) == sorted(order)
-    per_rank = [sum(map(len, rank)) for rank in dealt]
-    assert max(per_rank) - min(per_rank) <= 1
-
-
 @pytest.mark.parametrize("samples", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -78,7 +69,7 @@ def test_eval_batches_are_the_same_for_any_number_of_workers() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, mhla_lightning.data.index, mhla_lightning.data.check, mhla_lightning.data.batching, mhla_lightning.cli.data as cli\n"
+    code = "import sys, mhla_lightning.data.index, mhla_lightning.data.batching, mhla_lightning.cli.data as cli\n"
     code += "print({'torch', 'webdataset'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from mhla_lightning.data.check import Verify, check_split
-from mhla_lightning.data.index import ShardEntry, ShardIndex, read_index, read_offsets, write_index
-from mhla_lightning.data.pack import pack
+from mhla_lightning.data.index import ShardEntry, ShardIndex, read_index, write_index
+from mhla_lightning.data.split import Split
+from mhla_lightning.data.stores import LocalStore
+from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.errors import DataError, UserError
 
 
@@ -35,6 +37,13 @@ def split(packed: Path, tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
+def _check(split: Path, verify: Verify = "auto") -> ShardIndex:
+    """Check a split folder as training does."""
+    opened = Split(read_index(split), LocalStore(split))
+    check_split(opened, verify)
+    return opened.index
+
+
 def test_round_trip(tmp_path: Path) -> None:
     index = ShardIndex("images", (ShardEntry("a.tar", 3, 10240, "0" * 64), ShardEntry("b.tar", 2, 10240, "f" * 64)), ("cat", "dög"))
     write_index(tmp_path, index)
@@ -45,13 +54,13 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_index_file_has_the_documented_keys(packed: Path) -> None:
     content = json.loads((packed / "train" / "index.json").read_text())
-    assert list(content) == ["format", "kind", "samples", "shards", "classes", "tokenizer", "vae", "hash"]
+    assert list(content) == ["format", "kind", "samples", "shards", "classes", "tokenizer", "vae", "length", "hash"]
     assert content["format"] == 1
     assert list(content["shards"][0]) == ["name", "samples", "bytes", "sha256"]
 
 
 def test_whole_split_passes(split: Path) -> None:
-    index = check_split(split)
+    index = _check(split)
     assert (index.samples, len(index.shards), index.classes) == (20, 4, ("a", "b"))
 
 
@@ -105,7 +114,6 @@ DAMAGES = {
     "no samples": (lambda s: write_index(s, ShardIndex("images", (), ("a",))), "auto", "index.json", ["no samples"]),
     "missing shard": (lambda s: (s / SHARD).unlink(), "size", SHARD, ["is missing"]),
     "cut shard": (lambda s: _truncate(s / SHARD, 4096), "size", SHARD, ["4096 bytes", "says 20480"]),
-    "missing offsets": (lambda s: (s / OFFSETS).unlink(), "size", OFFSETS, ["missing"]),
     "short offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 512]), "size", OFFSETS, ["int64 (2,)", "int64 (6,)"]),
     "pickled offsets": (lambda s: np.save(s / OFFSETS, np.array([{}]), allow_pickle=True), "size", OFFSETS, ["unreadable"]),
     "falling offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 4, 3, 5, 6, 7]), "size", OFFSETS, ["does not grow"]),
@@ -118,23 +126,30 @@ DAMAGES = {
 def test_damage_is_told_in_one_sentence(split: Path, damage: Callable, verify: Verify, file: str, facts: list[str]) -> None:
     damage(split)
     with pytest.raises(DataError) as error:
-        check_split(split, verify)
+        _check(split, verify)
     _assert_sentence(error, [str(split / file), *facts])
 
 
 def test_verify_decides_what_is_read(split: Path) -> None:
     _flip(split / SHARD, 600)
-    check_split(split, "size")
+    _check(split, "size")
     (split / SHARD).unlink()
-    check_split(split, "none")
+    _check(split, "none")
     with pytest.raises(UserError, match="unknown data.verify 'szie'.*did you mean 'size'"):
-        check_split(split, "szie")  # type: ignore[arg-type]
+        _check(split, "szie")  # type: ignore[arg-type]
+
+
+def test_missing_offsets_of_images_are_found_by_a_scan(split: Path) -> None:
+    stored = Split(read_index(split), LocalStore(split)).offsets(1)
+    (split / OFFSETS).unlink()
+    assert Split(_check(split), LocalStore(split)).offsets(1).tolist() == stored.tolist()
 
 
 def test_offsets_point_at_headers(split: Path) -> None:
     index = read_index(split)
-    for entry in index.shards:
-        data, offsets = (split / entry.name).read_bytes(), read_offsets(split, entry)
+    opened = Split(index, LocalStore(split))
+    for number, entry in enumerate(index.shards):
+        data, offsets = (split / entry.name).read_bytes(), opened.offsets(number)
         assert all(data[offset + 257 : offset + 262] == b"ustar" for offset in offsets[:-1])
         assert not any(data[offsets[-1] :])
         assert data[offsets[-1] - 512 : offsets[-1]].strip(b"\0")

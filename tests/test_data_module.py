@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from mhla_lightning.data import Augmentation, ImageDataModule
-from mhla_lightning.data.loader import ignore_signals
-from mhla_lightning.data.pack import pack
+from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.loader import Loading, ignore_signals
+from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.errors import DataError, UserError
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
@@ -37,9 +40,9 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def _module(path: Path, **options: Any) -> ImageDataModule:
+def _module(path: Path | None, **options: Any) -> ImageDataModule:
     defaults: dict[str, Any] = {"batch_size": 8, "image_size": 8, "num_workers": 0, "augmentation": PLAIN}
-    return ImageDataModule(str(path), **(defaults | options))
+    return ImageDataModule(None if path is None else str(path), **(defaults | options))
 
 
 class _Probe(pl.LightningModule):
@@ -95,13 +98,64 @@ def test_fit_goes_beyond_an_epoch(packed: Path) -> None:
 
 
 @lightning_warnings
-def test_a_resumed_fit_starts_with_its_epoch(packed: Path) -> None:
-    whole, resumed = _Probe(), _Probe()
-    _trainer(max_steps=8, max_epochs=-1, limit_val_batches=0).fit(whole, _module(packed))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fit_goes_on_with_the_next_sample(packed: Path, tmp_path: Path, workers: int) -> None:
+    """Lightning alone, from its own checkpoint, in the middle of an epoch: the module's state is all that is needed."""
+    whole, first, second = _Probe(), _Probe(), _Probe()
+    _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(whole, _module(packed))
+    trainer = _trainer(max_steps=6, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(first, _module(packed, num_workers=workers))
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    data = _module(packed, num_workers=workers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ended before the epoch.*")  # the data says where, not the loader
+        _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(second, data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    assert first.indices + second.indices == whole.indices
+    assert data.consumed == 88
+
+
+def test_the_state_is_the_position(packed: Path) -> None:
+    data = _module(packed, seed=3)
+    assert data.state_dict() == {"format": 1, "seed": 3, "epoch": 0, "consumed": 0, "lanes": 48, "window": 2048, "data_hash": data.data_hash}
+    data.load_state_dict(data.state_dict() | {"consumed": 33})
+    assert (data.consumed, data.state_dict()["epoch"]) == (33, 1)
+    whole, expected = _module(packed, seed=3).train_dataloader(), []
+    for batch in islice(whole, 8):
+        expected += batch["index"].tolist()
+    assert next(iter(data.train_dataloader()))["index"].tolist() == expected[33:41]
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("lanes", 24), ("window", 100), ("data_hash", "ab")])
+def test_a_position_in_another_sequence_is_refused(packed: Path, key: str, value: object) -> None:
     data = _module(packed)
-    data.consumed = 33
-    _trainer(max_steps=2, max_epochs=-1, limit_val_batches=0).fit(resumed, data)
-    assert resumed.indices == whole.indices[32:48]
+    data.load_state_dict(data.state_dict() | {key: value})
+    with pytest.raises(UserError, match=f"the checkpoint's position belongs to data with {key} {value}, and here it is"):
+        data.train_dataloader()
+
+
+def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "more", val=4, shards=2)  # 40 training and 4 validation samples
+    mix = [Source(str(packed), 3.0, "old"), Source(str(tmp_path / "more"), 1.0)]
+    data = _module(None, mix=mix)
+    data.check(1)
+    assert (data.samples, data.consumed_by_source()) == (72, {"old": 0, "more": 0})
+    data.load_state_dict(data.state_dict() | {"consumed": 4000})
+    assert data.consumed_by_source() == {"old": 3000, "more": 1000}
+    batches = list(islice(data.train_dataloader(), 10))
+    sources = [s for batch in batches for s in batch["source"].tolist()]
+    assert (len(sources), set(sources)) == (80, {0, 1})
+    validated = [i for batch in data.val_dataloader() for i in batch["index"].tolist()]
+    assert validated == list(range(16)), "the val splits of both"
+
+
+@lightning_warnings
+def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
+    data = _module(None, mix=[Source(str(packed), when_exhausted="stop")])
+    with pytest.raises(UserError, match=r"data\.mix runs out in step 5, before trainer\.max_steps 6"):
+        _trainer(max_steps=6, max_epochs=-1).fit(_Probe(), data)
+    model = _Probe()
+    _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(model, _module(None, mix=[Source(str(packed), when_exhausted="stop")]))
+    assert sorted(model.indices) == list(range(32))
 
 
 @lightning_warnings
@@ -163,8 +217,9 @@ def test_seed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
         ({"num_workers": -1}, "data.num_workers is -1"),
-        ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0"),
-        ({"prefetch_factor": 0}, "data.prefetch_factor is 0"),
+        ({"window": 0}, "data.window is 0"),
+        ({"lanes": 0}, "data.lanes is 0"),
+        ({"mix": [Source("a")]}, "data.path or data.mix, one of the two"),
         ({"epochs": 0.0}, "data.epochs is 0.0"),
         ({"max_skipped_share": 1.5}, "data.max_skipped_share is 1.5"),
         ({"image_size": 0}, "data.image_size is 0"),
@@ -181,18 +236,36 @@ def test_bad_arguments(packed: Path, options: dict, sentence: str) -> None:
     [
         ({"batch_size": 9}, 2, "data.batch_size 9 cannot be divided over 2 ranks"),
         ({"micro_batch_size": 3}, 2, "data.micro_batch_size 3 must divide the 4 samples"),
-        (
-            {"num_workers": 4},
-            2,
-            "has 4 shards, fewer than 2 ranks x 4 data.num_workers = 8: use data.num_workers 2 or less, or pack again with --shards 8",
-        ),
-        ({"num_workers": 0, "batch_size": 10}, 5, "4 shards, fewer than 5 ranks x 1 data.num_workers = 5: pack again with --shards 5"),
         ({"verify": "all"}, 1, "unknown data.verify 'all'"),
     ],
 )
 def test_check_tells_before_training(packed: Path, options: dict, world: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         _module(packed, **options).check(world)
+
+
+@pytest.mark.parametrize(
+    ("mix", "sentence"),
+    [
+        ([Source("a", 0.0)], "the weight of a is 0.0; it must be a number above 0"),
+        ([Source("a", float("nan"))], "the weight of a is nan"),
+        ([Source("x/a"), Source("y/a/")], "two sources are called a"),
+        ([], "one of the two"),
+    ],
+)
+def test_bad_mixtures(mix: list[Source], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        _module(None, mix=mix)
+
+
+def test_a_bad_loading_section() -> None:
+    with pytest.raises(UserError, match=r"data\.loading\.prefetch_factor is 0; it must be at least 1"):
+        Loading(prefetch_factor=0)
+
+
+def test_more_readers_than_shards(packed: Path) -> None:
+    """Four shards, and 5 ranks with 3 workers each: lanes split shards."""
+    _module(packed, batch_size=10, num_workers=3).check(5)
 
 
 def test_check_needs_data(packed: Path, tmp_path: Path) -> None:

@@ -2,9 +2,15 @@
 
 import argparse
 import json
+import math
+import os
+import shutil
+import signal
 import struct
+import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +20,12 @@ from PIL import Image
 
 from mhla_lightning.cli import data as data_cli
 from mhla_lightning.data.check import check_split
-from mhla_lightning.data.index import read_index
-from mhla_lightning.data.pack import pack
-from mhla_lightning.data.reading import read_range
-from mhla_lightning.data.sources import open_source
+from mhla_lightning.data.index import VAE, read_index
+from mhla_lightning.data.split import Split
+from mhla_lightning.data.stores import LocalStore
+from mhla_lightning.data.tools.pack import pack
+from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
+from mhla_lightning.data.tools.sources import open_source
 from mhla_lightning.errors import DataError, UserError
 
 
@@ -30,8 +38,13 @@ def _images(root: Path, classes: tuple[str, ...] = ("cat", "dog"), per_class: in
 
 
 def _samples(split_dir: Path) -> list[dict]:
-    index = read_index(split_dir)
-    return list(read_range(split_dir, index, 0, index.samples))
+    split = Split(read_index(split_dir), LocalStore(split_dir))
+    check_split(split, "sha256")
+    return split.read(range(split.samples))
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
@@ -41,8 +54,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert first["train"].hash != third["train"].hash
     with tarfile.open(tmp_path / "1" / "train" / "train-000000.tar") as tar:
         assert {(member.mtime, member.uname, member.gname, member.mode) for member in tar} == {(0, "mhla", "mhla", 0o444)}
-    for path in (tmp_path / "1").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes(), path
+    assert _bytes(tmp_path / "1") == _bytes(tmp_path / "2")
 
 
 def test_folder_is_packed_whole_and_shuffled(tmp_path: Path) -> None:
@@ -55,7 +67,7 @@ def test_folder_is_packed_whole_and_shuffled(tmp_path: Path) -> None:
     labels = [int(sample["cls"]) for sample in train]
     assert labels != sorted(labels)
     assert [sample["__index__"] for sample in train] == list(range(15))
-    assert check_split(tmp_path / "to" / "train").classes == ("cat", "dog")
+    assert read_index(tmp_path / "to" / "train").classes == ("cat", "dog")
     assert len(read_index(tmp_path / "to" / "train").shards) == 3
 
 
@@ -128,16 +140,17 @@ def test_a_target_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_first_of_two_packers_wins(tmp_path: Path) -> None:
-    """Two nodes may pack the same source into one shared folder; neither may destroy the other's result."""
+    """Neither may destroy the other's result, also where locks do not reach from one node to another."""
     source, target = _images(tmp_path / "source"), tmp_path / "to"
 
     def other_packer(split: str, done: int, total: int) -> None:
         if not target.exists():
-            pack(source, target, seed=7)
+            pack(source, tmp_path / "alone", seed=7)
+            shutil.copytree(tmp_path / "alone", target)
 
     with pytest.raises(UserError, match="was made by another process meanwhile"):
         pack(source, target, on_progress=other_packer)
-    assert check_split(target / "train").hash == pack(source, tmp_path / "alone", seed=7)["train"].hash
+    assert _bytes(target) == _bytes(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "source", "to"]
 
 
@@ -187,5 +200,179 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert data_cli.run(args) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [(row["split"], row["samples"], row["shards"]) for row in rows] == [("train", 6, 2), ("val", 6, 4)]
+    assert [(row["split"], row["kind"], row["samples"], row["shards"]) for row in rows] == [("train", "images", 6, 2), ("val", "images", 6, 4)]
     assert rows[0]["hash"][:12] in capsys.readouterr().out
+
+
+def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
+    source, target = _images(tmp_path / "source"), tmp_path / "to"
+    waiting: list[subprocess.Popen[str]] = []
+
+    def second_packer(split: str, done: int, total: int) -> None:
+        if not waiting:
+            with pytest.raises(UserError, match=rf"to is being made by process {os.getpid()} on .*: wait for it"):
+                pack(source, target, wait=False)
+            code = "import sys; from mhla_lightning.data.tools.pack import pack; pack(*sys.argv[1:])"
+            command = [sys.executable, "-c", code, str(source), str(target)]
+            waiting.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+
+    packed = pack(source, target, on_progress=second_packer)
+    assert "exists and is not empty" in waiting[0].communicate(timeout=60)[1], "it waited, and found the target made"
+    assert read_index(target / "train") == packed["train"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "to"]
+
+
+def _slow_source(root: Path) -> Path:
+    """120 images that take a few milliseconds each to become PNG, so that a packing can be stopped half-way."""
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        path = root / "ab"[number % 2] / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _slow_source(tmp_path_factory.mktemp("slow") / "source")
+
+
+@pytest.fixture(scope="module")
+def packed_alone(slow_source: Path) -> dict[str, bytes]:
+    pack(slow_source, slow_source.parent / "alone", shards=50)
+    return _bytes(slow_source.parent / "alone")
+
+
+def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start `mhla data pack` with two workers and send a signal to its process group when some shards are finished. Exit code and output."""
+    command = [sys.executable, "-m", "mhla_lightning", "data", "pack", str(source), "--to", str(target), "--shards", "50", "--workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    entries = target.parent / f".{target.name}.packing" / "entries" / "train"
+    while len(list(entries.glob("*.json"))) < 5:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=30)[0]
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"])
+def test_an_interrupted_packing_is_continued_to_the_same_bytes(
+    slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    returned, output = _stop_half_way(slow_source, tmp_path / "to", number)
+    assert returned == code
+    assert ("finished shards stay in" in output) == (number == signal.SIGINT)
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == [".to.packing"]
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / ".to.packing" / "entries").rglob("*.json")}
+    notes: list[str] = []
+    pack(slow_source, tmp_path / "to", shards=50, on_note=notes.append)
+    assert 5 <= len(finished) < 54
+    assert notes == [f"{len(finished)} of 54 shards were finished before and are kept"]
+    assert _bytes(tmp_path / "to") == packed_alone
+    assert [path.name for path in tmp_path.iterdir()] == ["to"]
+
+
+def test_two_workers_write_the_same_bytes(slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    pack(slow_source, tmp_path / "to", shards=50, workers=2, on_progress=lambda *step: steps.append(step))
+    assert _bytes(tmp_path / "to") == packed_alone
+    assert (("train", 96, 96) in steps, ("val", 24, 24) in steps) == (True, True)
+
+
+def _interrupt(after: int) -> Callable[[str, int, int], None]:
+    def on_progress(split: str, done: int, total: int) -> None:
+        if done >= after:
+            raise KeyboardInterrupt
+
+    return on_progress
+
+
+CHANGES: dict[str, tuple[Callable, dict]] = {
+    "another seed": (lambda source: None, {"seed": 1}),
+    "other shards": (lambda source: None, {"shards": 5}),
+    "a new file": (lambda source: shutil.copy(source / "cat" / "0.png", source / "cat" / "new.png"), {}),
+    "a file written again": (lambda source: os.utime(source / "cat" / "0.png", ns=(0, 0)), {}),
+}
+
+
+@pytest.mark.parametrize(("change", "options"), CHANGES.values(), ids=CHANGES)
+def test_what_was_packed_otherwise_is_not_continued(tmp_path: Path, change: Callable, options: dict) -> None:
+    source = _images(tmp_path / "source")
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "to", on_progress=_interrupt(after=4), on_note=notes.append)
+    assert (tmp_path / ".to.packing" / "data" / "train" / "train-000003.tar").exists()
+    change(source)
+    pack(source, tmp_path / "to", **options, on_note=notes.append)
+    assert [note.rpartition(": ")[2] for note in notes] == ["the same command continues with them", "starting anew"]
+    pack(source, tmp_path / "alone", **options)
+    assert _bytes(tmp_path / "to") == _bytes(tmp_path / "alone")
+
+
+def test_a_damaged_leftover_is_written_again(tmp_path: Path) -> None:
+    source = _images(tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "to", on_progress=_interrupt(after=4))
+    train = tmp_path / ".to.packing" / "data" / "train"
+    _cut(train / "train-000000.tar")
+    (train / "train-000001.tar.offsets.npy").unlink()
+    notes: list[str] = []
+    pack(source, tmp_path / "to", on_note=notes.append)
+    assert notes == ["2 of 12 shards were finished before and are kept"]
+    pack(source, tmp_path / "alone")
+    assert _bytes(tmp_path / "to") == _bytes(tmp_path / "alone")
+
+
+def test_a_packing_killed_while_replacing_gives_the_old_data_back(tmp_path: Path) -> None:
+    source, target = _images(tmp_path / "source"), tmp_path / "to"
+    old = pack(source, target)
+    (tmp_path / ".to.packing").mkdir()
+    target.rename(tmp_path / ".to.packing" / "old")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        pack(source, target, seed=1)
+    assert read_index(target / "train") == old["train"]
+
+
+def test_a_full_disk_is_told_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _images(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(Interrupted, match=r"packing cannot be written \(No space left on device\): run the same command again"):
+            pack(source, tmp_path / "to")
+    assert (tmp_path / ".to.packing" / "plan.json").exists()
+    assert pack(source, tmp_path / "to")["train"].samples == 9
+
+
+def test_errors_of_workers(tmp_path: Path) -> None:
+    source = _images(tmp_path / "source")
+    _cut(source / "dog" / "3.png")
+    with pytest.raises(DataError, match=r"3.png is no image that can be read"):
+        pack(source, tmp_path / "to", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises(UserError, match="--workers is 0"):
+        pack(_images(tmp_path / "good"), tmp_path / "to", workers=0)
+    with pytest.raises(Interrupted, match=r"a worker process ended unasked \(exit code 9;.*fewer --workers"):
+        list(run_jobs(os._exit, [9, 9, 9], workers=2))
+    with pytest.raises(RuntimeError, match="math domain error"):
+        list(run_jobs(math.sqrt, [4, -1, 9], workers=2))
+    assert sorted(run_jobs(math.sqrt, [1, 4, 9, 16, 25], workers=2)) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("latents", (4, 3, 2)), ("video_latents", (4, 2, 3, 2))])
+def test_folders_of_latents(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    arrays = {f"{name}/{number}": np.full(shape, number, np.float16) for name in ("cat", "dog") for number in range(5)}
+    for name, array in arrays.items():
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "source" / f"{name}.npy", array)
+    vae = VAE("a", 0.5, 0.1, ())
+    index = pack(tmp_path / "source", tmp_path / "to", kind=kind, vae=vae, val=2)["train"]
+    assert (index.kind, index.samples, index.vae, index.classes) == (kind, 8, VAE("a", 0.5, 0.1, shape), ("cat", "dog"))
+    np.save(tmp_path / "source" / "cat" / "nan.npy", np.full(shape, np.nan, np.float16))
+    with pytest.raises(DataError, match=r"latent .*nan.npy holds NaN"):
+        pack(tmp_path / "source", tmp_path / "other", kind=kind, vae=vae)
+    with pytest.raises(UserError, match="--kind latents needs --vae-name"):
+        pack(tmp_path / "source", tmp_path / "other", kind="latents")
+    with pytest.raises(DataError, match="pass the --kind that fits"):
+        pack(tmp_path / "source", tmp_path / "other", kind="latents" if len(shape) == 4 else "video_latents", vae=vae)

@@ -2,13 +2,15 @@
 
 import random
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mhla_lightning.data.transforms import Augmentation, eval_transform, train_transform
+from mhla_lightning.data.kinds import Images
+from mhla_lightning.data.transforms import Augmentation, _augment_ops, eval_transform, train_transform
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import sample_rng
 
@@ -97,3 +99,24 @@ def test_bad_values(options: dict, sentence: str) -> None:
 def test_bad_size() -> None:
     with pytest.raises(UserError, match=r"data.image_size is \(0, 5\)"):
         eval_transform((0, 5), Augmentation())
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m9-w3", "original-mstd0.5", "v0"])
+def test_every_draw_of_a_policy_can_be_carried_out(policy: str) -> None:
+    """timm's posterize asks for 0 bits now and then, which Pillow 13 refuses: for RandAugment about once in 500 images."""
+    transform = train_transform(8, Augmentation(auto_augment=policy))
+    ops = [op for part in transform.transforms for op in _augment_ops(part)]  # type: ignore[attr-defined]
+    kinds: list[Any] = [op for op in ops if "Posterize" in op.name]
+    assert kinds, "the policy has the operation"
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    for op in kinds:
+        black = op.aug_fn(image, 0)
+        assert black.getextrema() == ((0, 0), (0, 0), (0, 0))
+        assert op.aug_fn(image, 4).getpixel((0, 0)) == (192, 96, 48)
+
+
+def test_the_sample_that_once_ended_training() -> None:
+    images = Images(1, (8, 8), Augmentation())
+    for index in (736, 2418, 2469):
+        with sample_rng(0, "augmentation", 0, index):
+            assert images._train(Image.new("RGB", (8, 8))).shape == (3, 8, 8)

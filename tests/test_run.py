@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.pack import pack
+from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
@@ -194,6 +194,19 @@ def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Pa
     shutil.copytree(shards / "val", with_test / "test")
     assert fit(recipe, "--data.path", str(with_test), "--mode", "test", "--ckpt", "r") == 0
     assert "test_ema/top1" in capsys.readouterr().out
+
+
+def test_a_mixture_shows_how_much_of_each_source_it_took(recipe: Path, shards: Path, tmp_path: Path) -> None:
+    pack(str(shards.parent / "source"), tmp_path / "again", shards=3, seed=1)
+    mix = f"[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'again'}, name: other, when_exhausted: drop}}]"
+    assert fit(recipe, "--data.path", "null", "--data.mix", mix, "--trainer.max_steps", "30") == 0
+    series = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert [a + b for (_, a), (_, b) in zip(series["train/consumed/shards"], series["train/consumed/other"], strict=True)] == list(range(16, 496, 16))
+    assert series["train/consumed/other"][15][1] == pytest.approx(64, abs=10), "a quarter of 256"
+    assert series["train/consumed/other"][-1] == (30, 64), "all of it, once"
+    assert len(series["val/top1"]) == 8
+    state = json.loads((complete_checkpoints(run_folder(tmp_path))[-1] / "state.json").read_text())
+    assert (state["consumed"], state["epoch"]) == (480, 3)
 
 
 def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

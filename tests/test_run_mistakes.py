@@ -52,6 +52,11 @@ BAD_COMMANDS = [
     ("attention option", ["--model.attention.block", "3"], ["option 'block' of attention 'mhla'", "did you mean 'blocks'"]),
     ("blocks", ["--model.attention.blocks", "3"], ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
     ("patch", ["--model.backbone_options.patch_size", "3"], ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"]),
+    ("mix key", ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"], ["'data.mix.0.weigth'", "did you mean 'data.mix.0.weight'"]),
+    ("mix and path", ["--data.mix", "[{path: a}]"], ["data.path or data.mix"]),
+    ("command as path", ["--data.path", "pipe:cat x"], ["'pipe:cat x/train' begins with 'pipe:'", "allowed"]),
+    ("remote", ["--data.remote.retries", "-1"], ["data.remote.retries", "-1", "from 0 on"]),
+    ("tokens", ["--data", "{class_path: mhla_lightning.data.TokenDataModule, init_args: {path: SHARDS}}"], ["holds images; tokens are needed"]),
     ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
     ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
     ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
@@ -66,7 +71,6 @@ BAD_COMMANDS = [
     ("save interval", ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
     ("checkpoint to fit", ["--ckpt", "r"], ["--ckpt belongs to --mode validate or test"]),
     ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),
-    ("shards", ["--data.num_workers", "9"], ["8 shards", "9", "num_workers"]),
     ("no data", ["--data.path", "/nowhere"], ["/nowhere", "index.json"]),
     ("precision", ["--trainer.precision", "bf8"], ["bf8"]),
     ("run id", ["--run-id", "../x"], ["run id '../x'"]),
@@ -79,9 +83,9 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS])
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
-    assert main(["run", str(recipe), *arguments]) == 2
+    assert main(["run", str(recipe), *(argument.replace("SHARDS", str(shards)) for argument in arguments)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error

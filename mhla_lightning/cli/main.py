@@ -17,7 +17,7 @@ VERBS = {
     "recipes": "list the recipes that come with the package, or show one",
     "compare": "train variants of a recipe side by side: one table, one plot",
     "bench": "measure speed ratios in one run",
-    "data": "make shards",
+    "data": "make, check, index and look at shards",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 

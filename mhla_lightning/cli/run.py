@@ -100,7 +100,7 @@ def _quiet() -> None:
 def _print_config(resolved: Resolved) -> int:
     from mhla_lightning.training import length
 
-    if resolved.values["data"]["init_args"].get("epochs") is not None and (resolved.data.path / "train" / "index.json").is_file():
+    if resolved.values["data"]["init_args"].get("epochs") is not None and resolved.data.is_ready():
         resolved.values["trainer"]["max_steps"] = length(resolved)
     print(resolved.to_yaml(), end="")
     return 0
@@ -134,6 +134,7 @@ def _record(resolved: Resolved, run_folder: RunFolder) -> None:
     """Writes recipe.yaml and environment.json."""
     from mhla_lightning.training import versions
 
+    run_folder.summary.unlink(missing_ok=True)  # before the recipe: another rank that looks now must not take the run for finished
     write_text(run_folder.recipe, resolved.to_yaml())
     facts = {"command": sys.argv, "cwd": str(Path.cwd()), "host": platform.node(), "cpus": os.cpu_count(), "versions": versions()}
     write_json(run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())})
@@ -141,14 +142,14 @@ def _record(resolved: Resolved, run_folder: RunFolder) -> None:
 
 def _prepare_data(resolved: Resolved) -> None:
     """The first process packs; the others of the same start wait for it."""
-    index = resolved.data.path / "train" / "index.json"
+    data = resolved.data
     if _first_process():
-        if not index.is_file() and resolved.data.source is not None:
-            print(f"packing {resolved.data.source} into {resolved.data.path}", flush=True)
-        resolved.data.prepare_data()
+        if data.source is not None and not data.is_ready():
+            print(f"packing {data.source} into {data.path}", flush=True)
+        data.prepare_data()
         return
     waited = 0.0
-    while not index.is_file() and resolved.data.source is not None and waited < _WAIT_FOR_DATA:
+    while data.source is not None and not data.is_ready() and waited < _WAIT_FOR_DATA:
         time.sleep(0.5)
         waited += 0.5
 

@@ -85,7 +85,16 @@ def _check_value(value: Any, where: str) -> None:
         if config is not None and isinstance(item, Mapping):
             _known("key", item, [f.name for f in dataclasses.fields(config)], f"{where}.{key}.")
         elif isinstance(item, list):
-            _check_value(item, f"{where}.{key}")
+            _check_list(item, config, f"{where}.{key}")
+
+
+def _check_list(items: list[Any], config: Any, where: str) -> None:
+    """A list of configurations, or of values that may hold classes."""
+    for number, item in enumerate(items):
+        if config is not None and isinstance(item, Mapping):
+            _known("key", item, [f.name for f in dataclasses.fields(config)], f"{where}.{number}.")
+        else:
+            _check_value(item, f"{where}.{number}")
 
 
 def import_class(path: str, where: str) -> type:
@@ -106,8 +115,9 @@ def import_class(path: str, where: str) -> type:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass of an annotation `Config` or `Config | None`."""
+    """The dataclass of an annotation `Config`, `Config | None` or `list[Config] | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = tuple(inner for option in options for inner in (typing.get_args(option) or (option,)))
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 

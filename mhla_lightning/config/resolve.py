@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mhla_lightning.config.checks import check_keys, one_sentence
-from mhla_lightning.data.module import ImageDataModule
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks import Task
 
@@ -48,7 +48,7 @@ class Resolved:
 
     values: dict[str, Any]
     task: Task
-    data: ImageDataModule
+    data: ShardDataModule
     trainer: dict[str, Any]
     checkpoint: CheckpointConfig
     seed: int
@@ -57,12 +57,8 @@ class Resolved:
         return yaml.safe_dump(self.values, sort_keys=False)
 
     def identity(self) -> dict[str, Any]:
-        """The recipe without paths: what a run id and a resume compare."""
-        values = deepcopy(self.values)
-        arguments = values["data"]["init_args"]
-        for key in ("path", "source"):
-            arguments.pop(key, None)
-        return values
+        """The recipe without where it runs: what a run id and a resume compare."""
+        return _without_place(self.values)
 
 
 def resolve(values: Mapping[str, Any]) -> Resolved:
@@ -84,18 +80,35 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
     task, data = built.model, built.data
     if not isinstance(task, Task):
         raise UserError(f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks")
+    if not isinstance(data, ShardDataModule):
+        raise UserError(f"data.class_path {values['data']['class_path']} is no data module of mhla_lightning.data")
     trainer = vars(built.trainer)
     trainer = {key: value for key, value in trainer.items() if value is not None}
     return Resolved(dumped, task, data, trainer, built.checkpoint, config.seed_everything)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
-    """The keys in which two resolved recipes differ, paths aside, as `key old -> new`; empty when they do not."""
-    before, after = _flat(old), _flat(new)
-    ignored = ("data.init_args.path", "data.init_args.source")
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in ignored]
+    """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when they do not."""
+    before, after = _flat(_without_place(old)), _flat(_without_place(new))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+# What may change between two attempts of one run: where data is, how it is fetched, on how many devices it is trained. The global batch stays.
+_PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
+_PLACE_OF_TRAINER = ("devices", "num_nodes")
+
+
+def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = deepcopy(dict(values))
+    arguments = kept["data"]["init_args"]
+    for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
+        for key in keys:
+            section.pop(key, None)
+    for source in arguments.get("mix") or ():
+        source.pop("path", None)
+    return kept
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

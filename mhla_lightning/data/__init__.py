@@ -1,24 +1,28 @@
-"""Shards in, batches out. `index`, `check` and `batching` import without torch, so that the command line can plan before it loads anything heavy."""
+"""Shards in, batches out. `index`, `order`, `mixture` and `batching` import without torch, so that planning loads nothing heavy."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.module import ImageDataModule
+    from mhla_lightning.data.modules.images import ImageDataModule
+    from mhla_lightning.data.modules.latents import LatentDataModule
+    from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
-__all__ = ["Augmentation", "ImageDataModule"]
+__all__ = ["Augmentation", "ImageDataModule", "LatentDataModule", "TokenDataModule"]
+
+_WHERE = {
+    "Augmentation": "mhla_lightning.data.transforms",
+    "ImageDataModule": "mhla_lightning.data.modules.images",
+    "LatentDataModule": "mhla_lightning.data.modules.latents",
+    "TokenDataModule": "mhla_lightning.data.modules.tokens",
+}
 
 
 def __getattr__(name: str) -> object:
     """The classes that need torch, imported when they are first asked for."""
-    if name == "ImageDataModule":
-        from mhla_lightning.data.module import ImageDataModule
-
-        return ImageDataModule
-    if name == "Augmentation":
-        from mhla_lightning.data.transforms import Augmentation
-
-        return Augmentation
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,12 @@
-"""Batch arithmetic and who reads what: pure functions of numbers, standard library only."""
+"""Batch arithmetic and who reads what: pure functions of numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
 
 from mhla_lightning.errors import UserError
 
@@ -39,12 +41,34 @@ def steps_for_epochs(epochs: float, samples: int, batch_size: int) -> int:
     return math.ceil(Fraction(str(epochs)) * samples / batch_size)  # exact: 0.07 * 100 is 7.000000000000001 in floats
 
 
-def deal_shards(order: Sequence[int], rank: int, world_size: int, worker: int, workers: int) -> list[int]:
-    """The shards of `order` that one worker of one rank reads. All (rank, worker) together read each shard once.
+@dataclass(frozen=True)
+class Part:
+    """What one rank reads of the endless sequence of samples.
 
-    Neighbours in `order` go to different ranks first, so ranks differ by at most one shard whatever the number of workers.
+    Args:
+        rank, world_size: of the process.
+        batch_size: samples of an optimizer step over all ranks: step s takes positions [first + s * batch_size, first + (s + 1) * batch_size).
+        micro_batch_size: samples that a rank takes at once; divides batch_size / world_size.
+        first: the position that the first step begins at.
     """
-    return list(order[worker * world_size + rank :: world_size * workers])
+
+    rank: int
+    world_size: int
+    batch_size: int
+    micro_batch_size: int
+    first: int = 0
+
+    def positions(self, micro_step: int) -> np.ndarray:
+        """Positions of micro batch number `micro_step` of this rank, int64 (micro_batch_size,).
+
+        Ranks take turns in the sequence, so that each stays in lanes of its own; pairs of neighbours (one from an even place of the batch, and the
+        next) stay together wherever a micro batch has an even size, so that mixup may pair them on any number of ranks.
+        """
+        accumulation = self.batch_size // self.world_size // self.micro_batch_size
+        step, part = divmod(micro_step, accumulation)
+        together = 2 if self.micro_batch_size % 2 == 0 else 1
+        turns, within = np.divmod(np.arange(part * self.micro_batch_size, (part + 1) * self.micro_batch_size, dtype=np.int64), together)
+        return self.first + step * self.batch_size + (turns * self.world_size + self.rank) * together + within
 
 
 def eval_batches_per_rank(samples: int, batch_size: int, world_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mhla_lightning.data.npy import load_npy
+from mhla_lightning.data.stores import Store, open_store
 from mhla_lightning.errors import DataError
 
 FORMAT = 1
 KINDS = ("images", "tokens", "latents", "video_latents", "clips")
 SPLITS = ("train", "val", "test")
 INDEX_NAME = "index.json"
+MAX_INDEX_BYTES = 2**28
+MAX_LENGTH = 2**28  # tokens of a row, which is read in one piece
+MAX_SHARD_BYTES = 2**53  # larger integers are not exact in every reader of JSON
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,28 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class VAE:
+    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one sample."""
+
+    name: str
+    scale: float
+    shift: float
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ShardIndex:
-    """All shards of one split, in order. A sample's global index is its shard's first index plus its position in the shard."""
+    """All shards of one split, in order. A sample's global index is its shard's first index plus its position in the shard.
+
+    classes: names by label. tokenizer, length: of tokens, its name and the tokens of a row. vae: of latents, what made them.
+    """
 
     kind: str
     shards: tuple[ShardEntry, ...]
     classes: tuple[str, ...] = ()
     tokenizer: str | None = None
-    vae: dict[str, Any] | None = None
+    vae: VAE | None = None
+    length: int | None = None
 
     @property
     def samples(self) -> int:
@@ -67,23 +87,37 @@ class ShardIndex:
 def write_index(split_dir: str | Path, index: ShardIndex) -> None:
     """Write `index` as split_dir/index.json."""
     content = {"format": FORMAT, "kind": index.kind, "samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
-    content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae, "hash": index.hash}
+    content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae and asdict(index.vae), "length": index.length}
+    content |= {"hash": index.hash}
     Path(split_dir, INDEX_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_index(split_dir: str | Path) -> ShardIndex:
-    """Read and validate split_dir/index.json.
+def read_index(split: str | Path | Store) -> ShardIndex:
+    """Read and validate the index.json of a split: a folder, an address or an open store.
 
     Raises DataError when the file is missing, is no JSON, has another format, contradicts itself, or names a shard by more than a plain file name.
     """
-    path = Path(split_dir, INDEX_NAME)
-    content = _load(path)
+    store = split if isinstance(split, Store) else open_store(split)
+    address = store.address(INDEX_NAME)
+    size = store.size(INDEX_NAME)
+    if size is None:
+        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {address.rsplit('/', 2)[0]}'")
+    if size > MAX_INDEX_BYTES:
+        raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
+    return parse_index(store.read(INDEX_NAME, 0, size), address)
+
+
+def parse_index(text: bytes, address: str) -> ShardIndex:
+    """The index in the bytes of an index.json. Raises DataError like read_index."""
+    content = _load(text, address)
     if content.get("format") != FORMAT:
-        raise DataError(f"{path} has format {content.get('format')!r}, but this version reads format {FORMAT}: pack the data again (mhla data pack)")
+        raise DataError(
+            f"{address} has format {content.get('format')!r}, but this version reads format {FORMAT}: pack the data again (mhla data pack)"
+        )
     if content.get("kind") not in KINDS:
-        raise DataError(f"{path} has kind {content.get('kind')!r}; valid: {', '.join(KINDS)}")
-    index = _build(path, content)
-    _agrees(path, content, index)
+        raise DataError(f"{address} has kind {content.get('kind')!r}; valid: {', '.join(KINDS)}")
+    index = _build(address, content)
+    _agrees(address, content, index)
     return index
 
 
@@ -92,47 +126,72 @@ def offsets_path(split_dir: str | Path, shard: str) -> Path:
     return Path(split_dir, f"{shard}.offsets.npy")
 
 
-def read_offsets(split_dir: str | Path, entry: ShardEntry) -> np.ndarray:
-    """Byte offsets of a shard: int64 (samples + 1,), each sample's first tar header, then the end of the last sample.
+def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np.ndarray:
+    """Byte offsets in the file `address`: int64 (samples + 1,), each sample's first tar header, then the end of the last sample.
 
-    Raises DataError when the file is missing, unreadable, of another type or length, or not growing inside the shard's size.
+    Rows of tokens share their member's header, so there offsets repeat. Raises DataError when the array is unreadable, of another type or length,
+    or not growing inside the shard's size.
     """
-    path = offsets_path(split_dir, entry.name)
     try:
-        offsets = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is missing or unreadable ({error}): copy it again or pack the data again") from error
+        offsets = load_npy(data, "its array")
+    except DataError as error:
+        raise DataError(f"{address} is unreadable ({error}): copy it again or run 'mhla data index'") from error
     if offsets.dtype != np.int64 or offsets.shape != (entry.samples + 1,):
-        raise DataError(f"{path} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): copy it again")
-    if offsets[0] < 0 or offsets[-1] > entry.bytes or (np.diff(offsets) <= 0).any():
-        raise DataError(f"{path} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack the data again")
+        raise DataError(f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): copy it again")
+    if offsets[0] < 0 or offsets[-1] > entry.bytes or (np.diff(offsets) < (0 if kind == "tokens" else 1)).any():
+        raise DataError(f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack the data again")
     return offsets
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(text: bytes, address: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: make it with 'mhla data pack SOURCE --to {path.parent.parent}'") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON ({error})") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{address} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
+        raise DataError(f"{address} holds a JSON {type(content).__name__} where an object is expected")
     return content
 
 
-def _build(path: Path, content: dict[str, Any]) -> ShardIndex:
+def _build(path: str, content: dict[str, Any]) -> ShardIndex:
     try:
         shards = tuple(ShardEntry(str(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"])) for s in content["shards"])
         classes = tuple(str(name) for name in content["classes"] or ())
-        return ShardIndex(content["kind"], shards, classes, content["tokenizer"], content["vae"])
+        _plausible(shards)
+        _typed(content, "classes", list)
+        _typed(content, "tokenizer", str)
+        _typed(content, "length", int)
+        if not 0 <= (content.get("length") or 0) <= MAX_LENGTH:
+            raise ValueError(f"rows of {content['length']} tokens")
+        return ShardIndex(content["kind"], shards, classes, content["tokenizer"], _vae(content), content.get("length"))
     except KeyError as error:
         raise DataError(f"{path} lacks the key {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} has a value of the wrong type ({error})") from error
 
 
-def _agrees(path: Path, content: dict[str, Any], index: ShardIndex) -> None:
+def _plausible(shards: tuple[ShardEntry, ...]) -> None:
+    for shard in shards:
+        if not 0 <= shard.samples <= shard.bytes < MAX_SHARD_BYTES:
+            raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
+        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"the sha256 {shard.sha256[:70]!r}")
+
+
+def _typed(content: dict[str, Any], key: str, wanted: type) -> None:
+    value = content.get(key)
+    if value is not None and type(value) is not wanted:
+        raise TypeError(f"{key} is a {type(value).__name__}")
+
+
+def _vae(content: dict[str, Any]) -> VAE | None:
+    found = content["vae"]
+    if found is None and content["kind"] in ("latents", "video_latents"):
+        raise ValueError("latents without a vae: name, scale, shift and shape")
+    return found and VAE(str(found["name"]), float(found["scale"]), float(found["shift"]), tuple(int(n) for n in found["shape"]))
+
+
+def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
     names = [shard.name for shard in index.shards]
     for name in names:
         if not _is_plain(name):
@@ -140,10 +199,11 @@ def _agrees(path: Path, content: dict[str, Any], index: ShardIndex) -> None:
     if len(set(names)) != len(names):
         raise DataError(f"{path} lists a shard twice: {sorted(name for name in set(names) if names.count(name) > 1)[0]}")
     if content.get("samples") != index.samples:
-        raise DataError(f"{path} says {content.get('samples')} samples, but its shards hold {index.samples}: it was edited or damaged")
+        raise DataError(f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: it was edited or damaged")
     if content.get("hash") != index.hash:
-        raise DataError(f"{path} says hash {content.get('hash')}, but its shards give {index.hash}: it was edited or damaged")
+        found = repr(content.get("hash")).strip("'")  # in one line, whatever it is
+        raise DataError(f"{path} says hash {found}, but its shards give {index.hash}: it was edited or damaged")
 
 
 def _is_plain(name: str) -> bool:
-    return name.endswith(".tar") and Path(name).name == name and not name.startswith(".") and not set(name) & set("\\:|\0\n")
+    return name.endswith(".tar") and Path(name).name == name and not name.startswith(".") and name.isprintable() and not set(name) & set("\\:|")

@@ -21,29 +21,45 @@ _started: weakref.WeakSet[DataLoader] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class LoaderOptions:
-    """How batches travel. workers: processes (0: this one). prefetch: batches each worker keeps ready. start_method: None is Python's default."""
+class Loading:
+    """How batches travel from the loader's workers.
 
-    workers: int
-    prefetch: int = 2
-    pin_memory: bool = False
+    Args:
+        prefetch_factor: batches that a worker keeps ready.
+        start_method: how workers start: fork, forkserver or spawn; None is Python's default.
+        pin_memory: copy batches to page-locked memory; None does so where training runs on a GPU.
+    """
+
+    prefetch_factor: int = 2
     start_method: StartMethod | None = None
+    pin_memory: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        if self.prefetch_factor < 1:
+            raise UserError(f"data.loading.prefetch_factor is {self.prefetch_factor}; it must be at least 1")
 
 
-def build_loader(stream: IterableDataset[Batch], options: LoaderOptions, batches: int | None = None) -> wds.WebLoader:
-    """A loader of ready batches. batches: its length, after which it ends; None: no length, it ends when the stream does.
+def build_loader(
+    stream: IterableDataset[Batch], workers: int, loading: Loading | None = None, on_gpu: bool = False, batches: int | None = None
+) -> wds.WebLoader:
+    """A loader of ready batches.
+
+    workers: processes; 0 is this one. on_gpu: whether training runs on one. batches: its length, after which it ends; None: no length, it ends when
+    the stream does.
 
     torch itself sets one thread in every worker. Workers stay alive between passes; shut_down ends them.
     """
+    loading = loading or Loading()
     loader = wds.WebLoader(
         _ErrorsAsItems(stream),
         batch_size=None,
-        num_workers=options.workers,
-        pin_memory=options.pin_memory,
+        num_workers=workers,
+        pin_memory=on_gpu if loading.pin_memory is None else loading.pin_memory,
         worker_init_fn=_start_worker,
-        persistent_workers=options.workers > 0,
-        prefetch_factor=options.prefetch if options.workers else None,
-        multiprocessing_context=options.start_method if options.workers else None,
+        persistent_workers=workers > 0,
+        prefetch_factor=loading.prefetch_factor if workers else None,
+        multiprocessing_context=loading.start_method if workers else None,
     )
     _started.add(loader.stage(0))
     loader = loader.map(_raise_error)
@@ -74,6 +90,8 @@ def _end_workers(loader: DataLoader) -> None:
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):  # the iterator without worker processes has none
         iterator._shutdown_workers()
+        for worker in getattr(iterator, "_workers", ()):
+            worker.kill()  # only does something to one that hangs: torch sends it a SIGTERM, which it ignores, and exit would wait for it
 
 
 @atexit.register  # runs before multiprocessing's own exit, which would wait for ever for workers that ignore SIGTERM

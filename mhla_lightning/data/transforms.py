@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mhla_lightning.errors import UserError
@@ -70,7 +72,7 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
     """
     a = augmentation
     try:
-        return create_transform(
+        transform = create_transform(
             image_hw(size),
             is_training=True,
             scale=a.scale,
@@ -88,6 +90,22 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. rand-m9-mstd0.5-inc1") from error
+    for op in chain.from_iterable(_augment_ops(part) for part in transform.transforms):
+        if op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
+    """timm's, which asks for 0 bits now and then: Pillow before 13 drew a black image, Pillow 13 refuses."""
+    return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def _augment_ops(policy: Any) -> Iterator[AugmentOp]:
+    """The operations of timm's RandAugment and AugMix (`ops`) or AutoAugment (`policy`, a list of lists)."""
+    for op in [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]:
+        if isinstance(op, AugmentOp):
+            yield op
 
 
 def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:

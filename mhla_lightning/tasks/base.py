@@ -92,8 +92,11 @@ class Task(pl.LightningModule):
         """Adds a batch to the metrics logged under `prefix`; the EMA callback calls it with the averaged weights in place."""
 
     @abstractmethod
-    def check_data(self, *, num_classes: int, image_size: Sequence[int], micro_batch: int) -> None:
-        """Refuses, before training, data that this model cannot take (UserError)."""
+    def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
+        """Refuses, before training, data that this model cannot take (UserError).
+
+        facts: what the data module says of its samples, `kind` first. micro_batch: samples a rank takes at once.
+        """
 
     def flops_per_batch(self, samples: int) -> int:
         """Training FLOPs of a batch: forward, and twice that backward."""

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-import torch
-from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.randomness import sample_rng
+from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import Task
+from mhla_lightning.tasks.mixup import PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
 PREFIXES = ("val", "val_ema", "test", "test_ema")
 
 
 class ClassificationTask(Task):
-    """Soft-target or label-smoothed cross entropy, timm's mixup and cutmix, top-1 and top-5.
+    """Soft-target or label-smoothed cross entropy, mixup and cutmix, top-1 and top-5.
 
     Args:
         backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations: see :class:`Task`.
@@ -29,8 +28,8 @@ class ClassificationTask(Task):
         label_smoothing: mass spread over all classes.
         mixup: alpha of mixup's Beta distribution; 0 is off.
         cutmix: alpha of cutmix's; 0 is off.
-        mixup_prob: share of batches that are mixed.
-        mixup_switch_prob: share of mixed batches that take cutmix when both are on.
+        mixup_prob: share of pairs that are mixed.
+        mixup_switch_prob: share of mixed pairs that take cutmix when both are on.
 
     Raises:
         UserError: see :class:`Task`.
@@ -60,14 +59,7 @@ class ClassificationTask(Task):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.mixup = None
         if mixup > 0 or cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                switch_prob=mixup_switch_prob,
-                label_smoothing=label_smoothing,
-                num_classes=num_classes,
-            )
+            self.mixup = PairMix(mixup, cutmix, mixup_prob, mixup_switch_prob, label_smoothing, num_classes)
         self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -75,10 +67,8 @@ class ClassificationTask(Task):
         if self.mixup is None:
             loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         else:
-            with sample_rng(torch.initial_seed(), "mixup", int(batch["epoch"][0]), int(batch["index"][0])):
-                images, targets = self.mixup(images, labels)
+            images, targets = self.mixup(images, labels, batch["epoch"], batch["index"], run_seed())
             loss = F.cross_entropy(self(images), targets)
-        self.log("train/loss", loss, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -99,12 +89,15 @@ class ClassificationTask(Task):
         for name, metric in metrics.items():
             self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name != "top5", batch_size=max(1, len(labels)))
 
-    def check_data(self, *, num_classes: int, image_size: Sequence[int], micro_batch: int) -> None:
+    def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.
 
         Raises:
-            UserError: another number of classes or pixels, or an odd batch with mixup.
+            UserError: no images, another number of classes or pixels, or an odd batch with mixup.
         """
+        if facts["kind"] != "images":
+            raise UserError(f"classification needs images, and the data holds {facts['kind']}")
+        num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
             raise UserError(f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}")
         expected = self.backbone_options.get("img_size", 224)

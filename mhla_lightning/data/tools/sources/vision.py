@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mhla_lightning.data.sources.base import Source, SourceSample, png_bytes
+from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.tools.samples import Sample, image_sample
+from mhla_lightning.data.tools.sources.base import Source, files_fingerprint, png_bytes
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 DEFAULT_ROOT = Path("~/.cache/torchvision")
@@ -23,16 +26,20 @@ def open_torchvision(name: str, root: str | None = None) -> Source:
     val is the set's validation part, else its test part. Raises UserError for an unknown name or a set that is not labelled images, DataError
     when its files are missing.
     """
+    import torchvision
     from torchvision import datasets
 
     usable = [known for known in datasets.__all__ if _has_parts(getattr(datasets, known))]
     if name not in usable:
         raise UserError(unknown_name("torchvision data set", name, usable))
-    folder = str(Path(root or DEFAULT_ROOT).expanduser())
-    parts = {split: _open_part(getattr(datasets, name), split, folder) for split in _VALUES}
+    folder = Path(root or DEFAULT_ROOT).expanduser().absolute()
+    parts = {split: _open_part(name, split, str(folder), download=True) for split in _VALUES}
     for part in parts.values():
         _demand_labelled(name, part)
-    return Source(_class_names(parts), {split: _Part(name, part) for split, part in parts.items()})
+    header = ShardIndex("images", (), _class_names(parts))
+    listed = files_fingerprint(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    places = {split: _Places(header, name, str(folder), split, range(len(part))) for split, part in parts.items()}
+    return Source(header, {**places}, f"torchvision {torchvision.__version__} {listed}")
 
 
 def _parameters(dataset: Any) -> set[str]:
@@ -43,8 +50,11 @@ def _has_parts(dataset: Any) -> bool:
     return bool(_parameters(dataset) & {"train", "split"})
 
 
-def _open_part(dataset: Any, split: str, root: str) -> Any:
-    options: dict[str, Any] = {"download": True} if "download" in _parameters(dataset) else {}
+def _open_part(name: str, split: str, root: str, download: bool) -> Any:
+    from torchvision import datasets
+
+    dataset = getattr(datasets, name)
+    options: dict[str, Any] = {"download": download} if "download" in _parameters(dataset) else {}
     choices: Sequence[dict[str, Any]] = [{"split": value} for value in _VALUES[split]]
     if "train" in _parameters(dataset):
         choices = [{"train": split == "train"}]
@@ -56,6 +66,12 @@ def _open_part(dataset: Any, split: str, root: str) -> Any:
         except (OSError, RuntimeError) as error:
             raise DataError(f"torchvision's {dataset.__name__} is not in {root} and could not be downloaded ({error})") from error
     raise UserError(f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export it to an image folder and pack that")
+
+
+@lru_cache(maxsize=2)
+def _opened(name: str, split: str, root: str) -> Any:
+    """A part that is there already: opened once by each process that reads it, rather than sent to it."""
+    return _open_part(name, split, root, download=False)
 
 
 def _demand_labelled(name: str, part: Any) -> None:
@@ -73,15 +89,23 @@ def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One part of a torchvision set; images are stored as PNG, which loses nothing."""
+class _Places:
+    """Some positions of one part of a torchvision set; images are stored as PNG, which loses nothing."""
 
+    header: ShardIndex
     name: str
-    part: Any
+    root: str
+    split: str
+    positions: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.positions)
 
-    def __getitem__(self, position: int) -> SourceSample:
-        image, label = self.part[position]
-        return SourceSample(f"{self.name}-{position}", png_bytes(image), "png", int(label))
+    def __iter__(self) -> Iterator[Sample]:
+        part = _opened(self.name, self.split, self.root)
+        for position in self.positions:
+            image, label = part[position]
+            yield image_sample(self.header, f"{self.name}-{position}", png_bytes(image), int(label))
+
+    def take(self, positions: Sequence[int]) -> _Places:
+        return _Places(self.header, self.name, self.root, self.split, [self.positions[position] for position in positions])

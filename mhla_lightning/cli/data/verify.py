@@ -1,0 +1,58 @@
+"""Look for everything that is wrong with shards: files, tar structure, offsets, keys, and every sample. Exit code 2 when something is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mhla_lightning.cli.data import output
+
+if TYPE_CHECKING:
+    from mhla_lightning.data.tools.verify import Report
+
+HELP = "check shards: bytes, structure, every sample"
+EPILOG = """examples:
+  mhla data verify data/mnist
+  mhla data verify s3://bucket/imagenet --split val --json problems.json"""
+_SHOWN = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla data verify`."""
+    parser.add_argument("path", help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split")
+    parser.add_argument("--split", nargs="+", choices=output.SPLITS, help="only these (default: all that are there)")
+    output.add_workers(parser)
+    output.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify; 0 when clean, 2 when there are problems. Raises UserError when there is nothing to look at."""
+    output.check_writable("--json", args.json)
+    from mhla_lightning.data.tools.verify import verify
+
+    console = Console()
+    with output.progress_bars(console) as on_progress:
+        report = verify(args.path, args.split, output.workers(args), on_progress)
+    rows = [problem._asdict() for problem in report.problems]
+    summary = {"problems": report.found, "samples": report.samples, "unusable": report.unusable, "shards": report.shards}
+    output.write_json(args.json, {"rows": rows, "summary": summary})
+    if not report.found:
+        console.print(f"no problem found: {report.samples} samples, {report.shards} shards", soft_wrap=True)
+        return 0
+    _print_problems(console, report)
+    return 2
+
+
+def _print_problems(console: Console, report: Report) -> None:
+    table = Table("file", "sample", "problem")
+    for problem in report.problems[:_SHOWN]:
+        table.add_row(*(escape(text) for text in problem))
+    console.print(table)
+    if report.found > _SHOWN:
+        console.print(f"... and {report.found - _SHOWN} more (--json FILE lists them)", soft_wrap=True)
+    problems = "1 problem" if report.found == 1 else f"{report.found} problems"
+    console.print(f"{problems} found: {report.unusable} of {report.samples} samples cannot be used", soft_wrap=True)

@@ -1,0 +1,23 @@
+"""Kinds of samples: images, tokens, latents of images and of videos."""
+
+from __future__ import annotations
+
+from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.kinds.base import Kind
+from mhla_lightning.data.kinds.images import Images
+from mhla_lightning.data.kinds.latents import Latents
+from mhla_lightning.data.kinds.tokens import Tokens
+from mhla_lightning.errors import DataError
+
+__all__ = ["Images", "Kind", "Latents", "Tokens", "kind_of"]
+
+
+def kind_of(index: ShardIndex) -> Kind:
+    """The kind that an index describes, without augmentation: for tools. Raises DataError for a kind that cannot be read yet."""
+    if index.kind == "images":
+        return Images(max(1, len(index.classes)))
+    if index.kind == "tokens" and index.length:
+        return Tokens(index.length)
+    if index.kind in ("latents", "video_latents") and index.vae:
+        return Latents(index.vae, len(index.classes), video=index.kind == "video_latents")
+    raise DataError(f"{index.kind} shards cannot be read by this version, or their index lacks what describes them")

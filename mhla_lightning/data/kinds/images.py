@@ -1,0 +1,81 @@
+"""Labelled images: KEY.jpg or KEY.png, and KEY.cls."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from webdataset.autodecode import imagehandler
+
+from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.kinds.base import Kind, label_of, member
+from mhla_lightning.data.members import RawSample, image_extension
+from mhla_lightning.data.skips import BadSample
+from mhla_lightning.data.transforms import Augmentation, Transform, eval_transform, train_transform
+from mhla_lightning.errors import DataError
+from mhla_lightning.randomness import sample_rng
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+_to_pil_rgb = imagehandler("pilrgb", IMAGE_EXTENSIONS)
+
+
+@dataclass
+class Images(Kind):
+    """Images as float32 (3, H, W) and labels as int64 ().
+
+    Args:
+        classes: number of classes.
+        size: (height, width) in pixels after the transformation.
+        augmentation: of training and validation.
+        seed: of the augmentation.
+    """
+
+    classes: int
+    size: tuple[int, int] = (224, 224)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an augmentation that timm does not know."""
+        self._train: Transform = train_transform(self.size, self.augmentation)
+        self._eval: Transform = eval_transform(self.size, self.augmentation)
+
+    def inspect(self, sample: RawSample) -> tuple[Image.Image, int]:
+        """The RGB image and the label."""
+        return decode_image(sample), label_of(sample, self.classes)
+
+    def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
+        """Augmented by random numbers of (seed, epoch, index)."""
+        image, label = self.inspect(sample)
+        with sample_rng(self.seed, "augmentation", epoch, sample["__index__"]):
+            return {"image": self._train(image), "label": torch.tensor(label)}
+
+    def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
+        """Resized and cropped."""
+        image, label = self.inspect(sample)
+        return {"image": self._eval(image), "label": torch.tensor(label)}
+
+    def padding(self) -> dict[str, Tensor]:
+        """A black image of class 0."""
+        return {"image": torch.zeros(3, *self.size), "label": torch.tensor(0)}
+
+    def check(self, index: ShardIndex, address: str) -> None:
+        """Refuse anything but images with classes."""
+        if index.kind != "images" or not index.classes:
+            raise DataError(f"{address} holds {index.kind} with {len(index.classes)} classes; images with classes are needed")
+
+
+def decode_image(sample: RawSample) -> Image.Image:
+    """The RGB image of a raw sample, through webdataset's decoder. Raises BadSample with the reason."""
+    extension, data = member(sample, *IMAGE_EXTENSIONS)
+    if image_extension(data) is None:  # PIL would try every format it knows, PostScript through an external program among them
+        raise BadSample(f"member {extension} is neither JPEG nor PNG")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL only warns of the smaller bombs
+            return _to_pil_rgb(extension, data)
+    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes, decompression bombs included
+        raise BadSample(f"image cannot be decoded: {error}") from error

@@ -1,0 +1,118 @@
+"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row, read by its place in the shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_lightning.data.columns import find_columns
+from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.kinds.base import Kind
+from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.skips import BadSample
+from mhla_lightning.data.split import Split
+from mhla_lightning.errors import DataError
+
+_LAYOUTS_KNOWN = 2**16
+
+
+class _Rows(NamedTuple):
+    """A member pair: the row of the shard that is its first, and of either column the byte of the first row, the bytes of a row, and their type."""
+
+    first: int
+    tokens: tuple[int, int, np.dtype]
+    documents: tuple[int, int, np.dtype]
+
+
+@dataclass
+class Tokens(Kind):
+    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64 (T,).
+
+    Args:
+        length: T, tokens a row.
+        vocabulary: number of token ids; None takes any.
+    """
+
+    length: int
+    vocabulary: int | None = None
+    _layouts: dict[tuple[str, int], _Rows] = field(default_factory=dict, repr=False)
+
+    def read(self, split: Split, samples: Sequence[int]) -> list[RawSample]:
+        """Two short reads a row, once the layout of its member is known."""
+        found: list[RawSample] = []
+        requests, types = [], []
+        for sample in samples:
+            shard, row = split.place(int(sample))
+            first, *columns = self._rows(split, shard, row)
+            name = split.index.shards[shard].name
+            for start, row_bytes, dtype in columns:
+                start += (row - first) * row_bytes
+                requests.append((name, start, start + row_bytes))
+                types.append(dtype)
+            found.append({"__key__": f"{name}:{row}", "__url__": split.address(shard), "__index__": int(sample)})
+        arrays = map(np.frombuffer, split.store.read_many(requests), types)
+        for raw in found:
+            raw["tokens"], raw["documents"] = next(arrays), next(arrays)
+        return found
+
+    def inspect(self, sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents of a row, as stored."""
+        tokens, documents = sample["tokens"], sample["documents"]
+        if self.vocabulary is not None and tokens.max() >= self.vocabulary:
+            raise BadSample(f"token {tokens.max()} is outside the vocabulary of {self.vocabulary}")
+        if (documents[1:] < documents[:-1]).any():
+            raise BadSample("the document numbers of a row must not fall")
+        return tokens, documents
+
+    def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
+        """Without augmentation."""
+        return self.evaluate(sample)
+
+    def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
+        """All rows in one array: checking and widening them one by one would take longer than reading them."""
+        tokens, documents = (np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1) for name in ("tokens", "documents"))
+        if (self.vocabulary is not None and tokens.max() >= self.vocabulary) or (documents[:, 1:] < documents[:, :-1]).any():
+            return None
+        both = torch.from_numpy(np.stack([tokens, documents], dtype=np.int64))  # in one piece, which is how a worker sends it
+        return {"tokens": both[0], "documents": both[1]}
+
+    def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
+        """Both as int64."""
+        tokens, documents = self.inspect(sample)
+        return {"tokens": torch.from_numpy(tokens.astype(np.int64)), "documents": torch.from_numpy(documents.astype(np.int64))}
+
+    def padding(self) -> dict[str, Tensor]:
+        """Token 0, one document."""
+        zeros = torch.zeros(self.length, dtype=torch.int64)
+        return {"tokens": zeros, "documents": zeros}
+
+    def check(self, index: ShardIndex, address: str) -> None:
+        """Refuse anything but tokens in rows of `length`."""
+        if index.kind != "tokens":
+            raise DataError(f"{address} holds {index.kind}; tokens are needed")
+        if index.length != self.length:
+            raise DataError(f"{address} holds {index.kind} of length {index.length}; tokens of length {self.length} are needed")
+
+    def _rows(self, split: Split, shard: int, row: int) -> _Rows:
+        offsets = split.offsets(shard)
+        start = int(offsets[row])
+        key = split.address(shard), start
+        if key not in self._layouts:
+            if len(self._layouts) >= _LAYOUTS_KNOWN:
+                self._layouts.clear()
+            self._layouts[key] = self._layout(split, shard, offsets, start)
+        return self._layouts[key]
+
+    def _layout(self, split: Split, shard: int, offsets: np.ndarray, start: int) -> _Rows:
+        first, stop = int(np.searchsorted(offsets[:-1], start, "left")), int(np.searchsorted(offsets[:-1], start, "right"))
+        end = int(offsets[stop])
+        name, address = split.index.shards[shard].name, split.address(shard)
+        tokens, documents = find_columns(lambda begin, stop: split.store.read(name, begin, stop), start, end, address)
+        if tokens.shape != (stop - first, self.length):
+            raise DataError(f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, {self.length}) are needed: index it again")
+        return _Rows(first, *((column.start, column.row_bytes, column.dtype) for column in (tokens, documents)))

@@ -1,0 +1,181 @@
+"""Several data sets as one endless sequence, in given proportions: a pure function of the position, like the order of one. numpy only.
+
+The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source, its weight's share, in a permuted
+order. A source that may run out (`drop`, `stop`) ends with a shorter block in the same proportions; the weights of those left are then scaled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mhla_lightning.data.order import Order, draws, permutation
+
+BLOCK = 1000  # weights are kept to one part in a thousand
+WhenExhausted = Literal["repeat", "drop", "stop"]
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One source of a mixture.
+
+    Args:
+        order: its samples' order; epochs and indices of the mixture come from it.
+        weight: its share of the samples, relative to the other weights.
+        replacement: draw each sample independently of the others, instead of epoch after epoch.
+        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the others, `stop` ends the sequence.
+    """
+
+    order: Order
+    weight: float = 1.0
+    replacement: bool = False
+    when_exhausted: WhenExhausted = "repeat"
+
+    @property
+    def supply(self) -> float:
+        """Samples that the source gives in all."""
+        return float("inf") if self.replacement or self.when_exhausted == "repeat" else self.order.samples
+
+
+class Located(NamedTuple):
+    """Where positions lead: source number, that source's epoch, and the sample's index in the source, three int64 (P,)."""
+
+    sources: np.ndarray
+    epochs: np.ndarray
+    indices: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Blocks that are composed alike.
+
+    first: the position at which they begin. counts: samples of every source in a block. drawn: samples of every source before. blocks: how many.
+    """
+
+    first: int
+    counts: np.ndarray
+    drawn: np.ndarray
+    blocks: float
+
+    @property
+    def size(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def end(self) -> float:
+        return self.first + self.blocks * self.size
+
+
+class Mixture:
+    """Which sample of which source stands at which position.
+
+    Args:
+        ingredients: the sources; their global indices follow one another in this order.
+        seed: of the order inside the blocks.
+
+    Attributes:
+        length: positions until a source that is to `stop` has run out, or all have; inf when that never happens.
+
+    Raises:
+        ValueError: no source, or a weight that is not positive or too small to be drawn once in 1,000 samples.
+    """
+
+    def __init__(self, ingredients: Sequence[Ingredient], seed: int | str = 0) -> None:
+        self.ingredients, self.seed = tuple(ingredients), seed
+        if not ingredients or min(item.weight for item in ingredients) <= 0:
+            raise ValueError("a mixture needs sources with weights above 0")
+        self.samples = sum(item.order.samples for item in ingredients)
+        self._stretches = self._plan()
+        self.length = self._stretches[-1].end
+        self._pattern: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
+
+    def locate(self, positions: np.ndarray) -> Located:
+        """Source, epoch and index in the source of every position: int64 (P,). Raises IndexError at or beyond `length`."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if len(self.ingredients) == 1 and len(positions):  # what follows would find the same, in more time
+            for position in (positions.min(), positions.max()):
+                self._block_of(int(position))  # refuses one outside
+            return Located(np.zeros_like(positions), *self._locate_in(0, positions))
+        sources, drawn = np.empty_like(positions), np.empty_like(positions)
+        left = np.ones(len(positions), dtype=bool)
+        while left.any():  # once for every block that a batch touches
+            stretch, block, start = self._block_of(int(positions[left][0]))
+            here = (positions >= start) & (positions < start + stretch.size)
+            pattern, ranks = self._pattern_of(stretch, start)
+            sources[here] = pattern[positions[here] - start]
+            drawn[here] = (stretch.drawn + block * stretch.counts)[sources[here]] + ranks[positions[here] - start]
+            left &= ~here
+        epochs, indices = np.empty_like(positions), np.empty_like(positions)
+        for number in np.unique(sources):
+            here = sources == number
+            epochs[here], indices[here] = self._locate_in(int(number), drawn[here])
+        return Located(sources, epochs, indices)
+
+    def counts(self, positions: int) -> list[int]:
+        """Samples of every source among the first `positions` positions."""
+        if positions == 0:
+            return [0] * len(self.ingredients)
+        stretch, block, start = self._block_of(positions - 1)
+        pattern, _ = self._pattern_of(stretch, start)
+        return (stretch.drawn + block * stretch.counts + np.bincount(pattern[: positions - start], minlength=len(self.ingredients))).tolist()
+
+    def _block_of(self, position: int) -> tuple[_Stretch, int, int]:
+        """The stretch and the number there of the block that a position lies in, and the block's first position."""
+        if not 0 <= position < self.length:
+            raise IndexError(f"position {position} lies outside a mixture of {self.length} samples")
+        stretch = next(stretch for stretch in self._stretches if position < stretch.end)
+        block = (position - stretch.first) // stretch.size
+        return stretch, block, stretch.first + block * stretch.size
+
+    def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of every position in the block that begins at `start`: its source, and how many of that source stand before it in the block."""
+        if self._pattern[0] != start:
+            sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[permutation(stretch.size, self.seed, "mixture", start)]
+            ranks = np.empty_like(sources)
+            for number, count in enumerate(stretch.counts):
+                ranks[sources == number] = np.arange(count)
+            self._pattern = start, sources, ranks
+        return self._pattern[1], self._pattern[2]
+
+    def _locate_in(self, number: int, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        item = self.ingredients[number]
+        if not item.replacement:
+            return item.order.locate(drawn)
+        chosen = [int(draws(1, item.order.seed, "draw", int(n))[0] % np.uint64(item.order.samples)) for n in drawn]
+        return drawn // item.order.samples, np.array(chosen, dtype=np.int64)
+
+    def _plan(self) -> list[_Stretch]:
+        weights = np.array([item.weight for item in self.ingredients], dtype=np.float64)
+        supply = np.array([item.supply for item in self.ingredients], dtype=np.float64)
+        drawn, first, plan = np.zeros(len(weights), dtype=np.int64), 0, []
+        while True:
+            counts = _shares(np.where(drawn < supply, weights, 0.0))
+            bounded = (counts > 0) & np.isfinite(supply)
+            blocks = float(np.min((supply[bounded] - drawn[bounded]) // counts[bounded], initial=np.inf))
+            if blocks > 0:
+                plan.append(_Stretch(first, counts, drawn.copy(), blocks))
+            if blocks == float("inf"):
+                return plan
+            first, drawn = first + int(blocks) * int(counts.sum()), drawn + int(blocks) * counts
+            left = np.where(bounded, supply - drawn, counts).astype(np.int64)
+            scarcest = int(np.argmin(np.where(bounded, left / np.maximum(counts, 1), np.inf)))
+            if left[scarcest]:  # a short block in the same proportions, with the last samples of the scarcest source
+                last = counts * left[scarcest] // counts[scarcest]
+                plan.append(_Stretch(first, last, drawn.copy(), 1.0))
+                first, drawn = first + int(last.sum()), drawn + last
+            ended = drawn >= supply
+            if ended.all() or any(item.when_exhausted == "stop" and done for item, done in zip(self.ingredients, ended, strict=True)):
+                return plan
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    """Whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders). Raises ValueError when one would be 0."""
+    exact = weights / weights.sum() * BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: BLOCK - int(counts.sum())]] += 1
+    if (counts[weights > 0] == 0).any():
+        raise ValueError(f"a weight below one in {BLOCK} of the sum is never drawn")
+    return counts

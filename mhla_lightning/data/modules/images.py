@@ -1,0 +1,96 @@
+"""The LightningDataModule of labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.data.check import Verify
+from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
+from mhla_lightning.data.kinds import Images
+from mhla_lightning.data.loader import Loading
+from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.data.order import LANES, WINDOW
+from mhla_lightning.data.stores import Remote
+from mhla_lightning.data.transforms import Augmentation, image_hw
+from mhla_lightning.errors import DataError, UserError
+
+
+class ImageDataModule(ShardDataModule):
+    """Labelled images from shards.
+
+    Args:
+        path, batch_size, micro_batch_size, epochs, num_workers, mix: see :class:`ShardDataModule`.
+        image_size: height and width in pixels, one number or a pair.
+        augmentation: None is the ImageNet recipe of DeiT.
+        source: packed into `path` by prepare_data when `path` holds no shards yet, e.g. mnist, a folder, torchvision:CIFAR10.
+        lanes, window, seed, max_skipped_share, verify, loading, remote: see :class:`ShardDataModule`.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        batch_size: int = 256,
+        micro_batch_size: int | None = None,
+        epochs: float | None = None,
+        image_size: int | tuple[int, int] = 224,
+        num_workers: int = 4,
+        augmentation: Augmentation | None = None,
+        source: str | None = None,
+        mix: list[Source] | None = None,
+        lanes: int = LANES,
+        window: int = WINDOW,
+        seed: int | None = None,
+        max_skipped_share: float = 0.01,
+        verify: Verify = "auto",
+        loading: Loading | None = None,
+        remote: Remote | None = None,
+    ) -> None:
+        """Store and validate the arguments. Raises UserError."""
+        super().__init__(
+            path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote
+        )
+        self.image_size, self.augmentation, self.source = image_hw(image_size), augmentation or Augmentation(), source
+        if source is not None and (path is None or "://" in path):
+            raise UserError("data.source is packed into data.path, which must be a folder of this machine")
+        self._folder = Path(path).expanduser() if path is not None and "://" not in path else None
+        Images(1, self.image_size, self.augmentation)  # refuses unknown policies now
+
+    def prepare_data(self) -> None:
+        """Pack `source` into `path` when there are no shards yet. Always with the same seed, so that the data's hash does not depend on the run's."""
+        if self.source is None or self._folder is None or self._is_packed(self._folder):
+            return
+        from mhla_lightning.data.tools.pack import pack
+
+        try:
+            pack(self.source, self._folder)
+        except UserError:
+            if not self._is_packed(self._folder):  # another process may have finished the same work first
+                raise
+        self._splits_read.clear()
+
+    def _is_packed(self, folder: Path) -> bool:
+        return (folder / "train" / INDEX_NAME).is_file()
+
+    def kind(self, index: ShardIndex) -> Images:
+        """Images with this module's augmentation."""
+        return Images(len(index.classes), self.image_size, self.augmentation, self.seed)
+
+    def check(self, world_size: int) -> None:
+        """Also that all splits have the same classes."""
+        super().check(world_size)
+        for name in SPLITS:
+            for split in self.splits(name):
+                if split.index.classes != self.index().classes:
+                    address = split.store.address(INDEX_NAME)
+                    raise DataError(f"{address} lists other classes than {self.sources[0].path} for training: pack both in one go")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.index().classes)
+
+    def facts(self) -> dict[str, Any]:
+        """Kind, classes and (height, width) of the images."""
+        return {"kind": "images", "classes": self.num_classes, "image_size": self.image_size}

@@ -1,0 +1,1 @@
+"""Making shards, and looking at them: what `mhla data` calls."""

@@ -1,0 +1,163 @@
+"""An index and offsets for shards that others made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mhla_lightning.data.index import INDEX_NAME, KINDS, SPLITS, VAE, ShardIndex, read_index, write_index
+from mhla_lightning.data.stores import LocalStore, open_store
+from mhla_lightning.data.tools.parallel import run_jobs
+from mhla_lightning.data.tools.places import find_splits, tar_files
+from mhla_lightning.data.tools.survey import Survey, SurveyJob, survey_shard
+from mhla_lightning.errors import DataError, UserError, unknown_name
+
+OnProgress = Callable[[str, int, int], None]  # split, shards done, shards in all
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What cannot be read from shards. None: what the index that is replaced says, else (classes) the numbers from 0 to the largest label.
+
+    kind: of all samples; None: what the first sample of the first shard is. classes: names by label. vae: of latents, its shape is read from them.
+    tokenizer: its name.
+    """
+
+    kind: str | None = None
+    classes: tuple[str, ...] | None = None
+    vae: VAE | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an unknown kind."""
+        if self.kind is not None and self.kind not in KINDS:
+            raise UserError(unknown_name("kind", self.kind, KINDS))
+
+
+def index_shards(
+    path: str, facts: Facts | None = None, overwrite: bool = False, workers: int = 1, on_progress: OnProgress | None = None
+) -> dict[str, ShardIndex]:
+    """Write index.json and offsets for the tar files in `path`, a local folder of train/, val/, test/ or of one split. Returns the indices by split.
+
+    Everything is looked at before anything is written; the tar files themselves are not changed. overwrite: replace indices that are there.
+    Raises UserError for a path or facts that do not do, DataError for shards that cannot be read by training.
+    """
+    facts, folders = facts or Facts(), _folders(path, overwrite)
+    with _work_folders(folders) as work:
+        surveys: dict[str, list[Survey]] = {}
+        kind = facts.kind
+        for name, folder in folders.items():
+            surveys[name] = _survey(name, folder, work[name], kind, workers, on_progress or (lambda *_: None))
+            kind = surveys[name][0].kind
+        labels = max(survey.labels for found in surveys.values() for survey in found)
+        indices = {name: _index(folders[name], found, facts, labels) for name, found in surveys.items()}
+        for name, index in indices.items():
+            write_index(work[name], index)
+            read_index(work[name])  # refuses, for instance, names of shards that training would refuse
+        for name, folder in folders.items():
+            _publish(work[name], folder)
+    return indices
+
+
+def _folders(path: str, overwrite: bool) -> dict[str, Path]:
+    store = open_store(path)
+    if not isinstance(store, LocalStore):
+        raise UserError(f"{path} is not a folder of this machine: index the shards where they are, and upload index.json and the offsets with them")
+    root = Path(store.address(".")).absolute()
+    packed = sorted(file for pattern in ("*.tar.gz", "*.tgz", "*/*.tar.gz", "*/*.tgz") for file in root.glob(pattern))
+    if packed:
+        raise UserError(f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it first (gunzip {packed[0].name})")
+    if not root.is_dir() or not (tar_files(root) or any(tar_files(root / name) for name in SPLITS)):
+        raise DataError(f"{path} holds no tar files, neither itself nor in train/, val/ or test/")
+    folders = {name: Path(found.address(".")).absolute() for name, found in find_splits(path).items()}
+    for folder in folders.values():
+        if (folder / INDEX_NAME).exists() and not overwrite:
+            raise UserError(f"{folder / INDEX_NAME} exists: pass --overwrite to make it anew")
+        if not tar_files(folder):
+            raise DataError(f"{folder} holds no tar files")
+    return folders
+
+
+@contextmanager
+def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
+    """A hidden folder inside each split: what is ready moves out of it, the rest disappears."""
+    work = {name: folder / f".indexing-{uuid.uuid4().hex[:8]}" for name, folder in folders.items()}
+    try:
+        for folder in work.values():
+            folder.mkdir()
+        yield work
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written ({error.strerror})") from error
+    finally:
+        for folder in work.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _survey(name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress) -> list[Survey]:
+    """All shards of a split, by name. The first one decides on the kind."""
+    paths = tar_files(folder)
+    on_progress(name, 0, len(paths))
+    first = survey_shard(SurveyJob(paths[0], kind, work))
+    found = [first]
+    with closing(run_jobs(survey_shard, [SurveyJob(path, first.kind, work) for path in paths[1:]], workers)) as results:
+        for survey in results:
+            found.append(survey)
+            on_progress(name, len(found), len(paths))
+    on_progress(name, len(found), len(paths))
+    found.sort(key=lambda survey: survey.entry.name)
+    _demand_alike(folder, found)
+    return found
+
+
+def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
+    owners: dict[str, str] = {}
+    first = surveys[0]
+    for survey in surveys:
+        if (survey.length, survey.shape, survey.labels > 0) != (first.length, first.shape, first.labels > 0):
+            what = f"rows of {survey.length} tokens" if survey.length else f"latents of {survey.shape}, {survey.labels} classes"
+            raise DataError(f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples of a split are alike")
+        for key in survey.keys:
+            if key in owners:
+                raise DataError(
+                    f"{folder / survey.entry.name}: sample {key} is in {owners[key]} too; every sample of a split needs a name of its own"
+                )
+            owners[key] = survey.entry.name
+
+
+def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -> ShardIndex:
+    """labels: 1 + the largest class number of all splits."""
+    first, old = surveys[0], _old(folder)
+    names = facts.classes if facts.classes is not None else old.classes if len(old.classes) >= labels else tuple(map(str, range(labels)))
+    if facts.classes is not None and labels > len(names):
+        raise UserError(f"--classes names {len(names)} classes, but labels go up to {labels - 1}")
+    vae = facts.vae or old.vae
+    if first.shape and vae is None:
+        raise UserError(f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which training needs to know")
+    if facts.vae is not None and not first.shape:
+        raise UserError(f"{folder} holds {first.kind}: leave --vae-name, --vae-scale and --vae-shift out")
+    tokenizer = facts.tokenizer or old.tokenizer if first.length else None
+    vae = replace(vae, shape=first.shape) if vae is not None and first.shape else None
+    return ShardIndex(first.kind, tuple(survey.entry for survey in surveys), names if labels else (), tokenizer, vae, first.length)
+
+
+def _old(folder: Path) -> ShardIndex:
+    """The index that is being replaced, as far as it can be read."""
+    try:
+        return read_index(folder)
+    except DataError:
+        return ShardIndex("images", ())
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """The index last: without it nothing takes the folder for a split."""
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    for path in sorted(work.iterdir(), key=lambda path: path.name == INDEX_NAME):
+        os.replace(path, folder / path.name)
+    for left in folder.glob("*.tar.offsets.npy"):
+        if not (folder / left.name.removesuffix(".offsets.npy")).exists():
+            left.unlink()  # of a shard that is gone

@@ -1,0 +1,186 @@
+"""Sources to shards: the same input and options give the same bytes, with any number of workers and however often it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mhla_lightning import __version__
+from mhla_lightning.data.index import SPLITS, VAE, ShardEntry, ShardIndex
+from mhla_lightning.data.tools.parallel import run_jobs
+from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
+from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.data.tools.shards import SHARD_BYTES, shard_name
+from mhla_lightning.data.tools.sources import Part, Source, open_source
+from mhla_lightning.errors import DataError, UserError
+
+Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
+DEFAULT_VAL = 0.2  # share held out when the source has no val part and none is asked for
+_FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}  # so that small sets can still be dealt over ranks x workers
+_PROBED = 64  # samples read to estimate the size of a split
+_WRITERS = ("numpy", "pillow", "webdataset")  # another version of one of them may write other bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides, with the source, which bytes are written.
+
+    val: samples (int) or share (float below 1) held out for validation; only for a source without a val part of its own; None is 0.2.
+    shards: number of training shards; None takes enough for 512 MB each, at least 16. seed: of the order and of the held-out part.
+    """
+
+    val: int | float | None = None
+    shards: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a number of shards below 1."""
+        if self.shards is not None and self.shards < 1:
+            raise UserError(f"--shards is {self.shards}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class PlannedSplit:
+    """The samples of a split in the order of writing (positions in a part of the source), and the number of shards."""
+
+    name: str
+    part: Part
+    order: list[int]
+    shards: int
+
+    def start(self, shard: int) -> int:
+        """Index in the split of the first sample of shard number `shard`."""
+        return len(self.order) * shard // self.shards
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write, by whichever process."""
+
+    building: Building
+    split: str
+    name: str
+    kind: str
+    samples: Iterable[Sample]
+    first: int
+
+
+def pack(
+    source: str | Path | Source,
+    to: str | Path,
+    *,
+    kind: str = "images",
+    vae: VAE | None = None,
+    val: int | float | None = None,
+    shards: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    workers: int = 1,
+    wait: bool = True,
+    on_progress: Progress | None = None,
+    on_note: Note | None = None,
+) -> dict[str, ShardIndex]:
+    """Write `source` (see sources.open_source) as shards under `to`, in an order shuffled by `seed`, and return the index of every split.
+
+    kind, vae: see open_source. val, shards, seed: see Options. overwrite: replace `to` if it holds shards. workers: processes, each writing whole
+    shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is told when finished shards are kept.
+    Raises UserError for a bad argument or a target in use, DataError for a bad source, Interrupted for what the same call can continue.
+    """
+    options, target = Options(val, shards, seed), Path(to).absolute()
+    demand_free(target, overwrite)
+    opened = source if isinstance(source, Source) else open_source(source, kind, vae)
+    splits = plan(opened, options)
+    note = on_note or (lambda _: None)
+    with build(target, _fingerprint(source, opened, options), [split.name for split in splits], overwrite, wait, note) as building:
+        indices = {}
+        entries = _write(building, opened.header, splits, workers, on_progress or (lambda *_: None), note)
+        for split in splits:
+            shard_entries = tuple(entries[split.name, shard_name(split.name, shard)] for shard in range(split.shards))
+            indices[split.name] = replace(opened.header, shards=shard_entries)
+            building.write_index(split.name, indices[split.name])
+    return indices
+
+
+def plan(source: Source, options: Options) -> list[PlannedSplit]:
+    """Which sample goes where: a function of the source and the options. Raises UserError."""
+    orders = {name: _shuffled(len(part), f"{options.seed}/{name}") for name, part in source.parts.items()}
+    if "val" in orders and options.val is not None:
+        found = len(source.parts["val"])
+        raise UserError(f"--val {options.val} was given, but the source has its own val part with {found} samples: leave --val out")
+    parts = dict(source.parts)
+    if "val" not in orders:
+        held_out = _held_out(len(orders["train"]), DEFAULT_VAL if options.val is None else options.val)
+        parts["val"] = source.parts["train"]
+        orders |= {"train": orders["train"][held_out:], "val": orders["train"][:held_out]}
+    return [PlannedSplit(name, parts[name], orders[name], _shards(name, parts[name], orders[name], options)) for name in SPLITS if name in orders]
+
+
+def _shards(name: str, part: Part, order: list[int], options: Options) -> int:
+    if not order:
+        raise DataError(f"the {name} part of the source is empty")
+    if name == "train" and options.shards is not None:
+        return min(options.shards, len(order))
+    probes = order[:_PROBED]
+    mean_bytes = sum(sample.bytes for sample in part.take(probes)) / len(probes)
+    return min(max(_FEWEST_SHARDS[name], math.ceil(mean_bytes * len(order) / SHARD_BYTES)), len(order))
+
+
+def _held_out(samples: int, val: int | float) -> int:
+    count = math.ceil(samples * val) if 0 < val < 1 else val
+    if not (0 < count < samples and count == int(count)):
+        raise UserError(f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share above 0 and below 1")
+    return int(count)
+
+
+def _shuffled(samples: int, seed: str) -> list[int]:
+    order = list(range(samples))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _fingerprint(spec: str | Path | Source, source: Source, options: Options) -> str:
+    named = "" if isinstance(spec, Source) else str(spec)
+    versions = [__version__, *(importlib.metadata.version(package) for package in _WRITERS)]
+    header = replace(source.header, shards=())
+    facts = [named, source.fingerprint, repr(header), repr(options), versions]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _write(
+    building: Building, header: ShardIndex, splits: list[PlannedSplit], workers: int, on_progress: Progress, on_note: Note
+) -> dict[tuple[str, str], ShardEntry]:
+    """Write what is not finished yet. Entries by split and file name."""
+    names = [(split.name, shard_name(split.name, shard)) for split in splits for shard in range(split.shards)]
+    entries = {name: entry for name in names if (entry := building.finished(*name)) is not None}
+    if entries:
+        on_note(f"{len(entries)} of {len(names)} shards were finished before and are kept")
+    totals = {split.name: len(split.order) for split in splits}
+    done = {name: sum(entry.samples for (split, _), entry in entries.items() if split == name) for name in totals}
+    for name, total in totals.items():
+        on_progress(name, done[name], total)
+    with closing(run_jobs(_write_shard, _jobs(building, header.kind, splits, set(entries)), workers)) as results:
+        for name, entry in results:
+            entries[name, entry.name] = entry
+            done[name] += entry.samples
+            on_progress(name, done[name], totals[name])
+    return entries
+
+
+def _jobs(building: Building, kind: str, splits: list[PlannedSplit], kept: set[tuple[str, str]]) -> Iterator[_Job]:
+    for split in splits:
+        for shard in range(split.shards):
+            if (split.name, shard_name(split.name, shard)) not in kept:
+                start, stop = split.start(shard), split.start(shard + 1)
+                samples = split.part.take(split.order[start:stop])
+                yield _Job(building, split.name, shard_name(split.name, shard), kind, samples, start)
+
+
+def _write_shard(job: _Job) -> tuple[str, ShardEntry]:
+    return job.split, job.building.write(job.split, job.name, job.kind, job.samples, job.first)

@@ -1,0 +1,167 @@
+"""A look at samples: a contact sheet of images or latents, or the first documents of token rows."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mhla_lightning.data.index import INDEX_NAME, ShardIndex, read_index
+from mhla_lightning.data.kinds import Kind, kind_of
+from mhla_lightning.data.skips import BadSample
+from mhla_lightning.data.split import Split
+from mhla_lightning.data.tools.places import find_splits
+from mhla_lightning.errors import DataError, UserError
+
+PICTURES, ROWS = 64, 4  # shown by default
+TILE = 128  # pixels of the longer side of a picture
+_CAPTION, _GAP = 16, 6
+_SHOWN_TOKENS = 400  # of one document
+
+
+@dataclass(frozen=True)
+class Preview:
+    """png: a contact sheet, None for tokens. texts: of tokens, a text for each row. unusable: samples among those shown that could not be decoded."""
+
+    kind: str
+    split: str
+    shown: int
+    samples: int
+    png: bytes | None = None
+    texts: tuple[str, ...] = ()
+    unusable: int = 0
+
+
+def preview(path: str, split: str | None = None, count: int | None = None, seed: int | None = None) -> Preview:
+    """Look at `count` samples of a split; None: 64 pictures, or 4 rows of tokens.
+
+    split: of the data set at `path`; None: train, or the first that is there. seed: choose samples at random; None: evenly over the split
+    (the first rows of tokens). Raises UserError for a count below 1, DataError for a split that is not there or cannot be read.
+    """
+    if count is not None and count < 1:
+        raise UserError(f"--n is {count}; it must be at least 1")
+    name, store = next(iter(find_splits(path, None if split is None else [split]).items()))
+    index = read_index(store)
+    if not index.samples:
+        raise DataError(f"{store.address(INDEX_NAME)} lists no samples: the split is empty")
+    kind, data = kind_of(index), Split(index, store)
+    rows = index.kind == "tokens"
+    chosen = choose(index.samples, count or (ROWS if rows else PICTURES), seed, first=rows)
+    if rows:
+        return Preview(index.kind, name, len(chosen), index.samples, texts=tuple(_row_text(kind, data, sample) for sample in chosen))
+    tiles, unusable = [], 0
+    for sample in chosen:
+        pictures, caption, good = _tile(kind, data, sample)
+        tiles.append((pictures, caption))
+        unusable += not good
+    buffer = io.BytesIO()
+    contact_sheet(tiles).save(buffer, format="PNG")
+    return Preview(index.kind, name, len(chosen), index.samples, png=buffer.getvalue(), unusable=unusable)
+
+
+def choose(samples: int, count: int, seed: int | None, first: bool = False) -> list[int]:
+    """Which samples to show: at random, or evenly from the first on, or the first ones."""
+    count = min(samples, count)
+    if seed is not None:
+        return sorted(random.Random(seed).sample(range(samples), count))
+    return list(range(count)) if first else [samples * number // count for number in range(count)]
+
+
+def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.Image:
+    """Tiles of one or more pictures side by side with a caption below, in rows, about as wide as high."""
+    pictures = max(len(found) for found, _ in tiles)
+    width, height = pictures * TILE + _GAP, TILE + _CAPTION + _GAP
+    columns = max(1, min(len(tiles), round(math.sqrt(len(tiles) * height / width))))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, (found, caption) in enumerate(tiles):
+        left, top = _GAP + number % columns * width, _GAP + number // columns * height
+        for place, picture in enumerate(found):
+            fitted = _fitted(picture)
+            sheet.paste(fitted, (left + place * TILE + (TILE - fitted.width) // 2, top + (TILE - fitted.height) // 2))
+        draw.text((left, top + TILE + 1), _shortened(caption, draw, font, width - _GAP), fill="black", font=font)
+    return sheet
+
+
+def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
+    """The first three channels as colours, each scaled from its 1st to its 99th percentile; of a video the first, middle and last frame.
+
+    latent: floats (C, h, w) or (C, t, h, w).
+    """
+    video = latent[:, None] if latent.ndim == 3 else latent
+    frames = sorted({0, video.shape[1] // 2, video.shape[1] - 1})
+    colours = video[:3, frames].astype(np.float32)
+    colours = colours[[0, 1, 2]] if len(colours) == 3 else colours[[0, 0, 0]]
+    low, high = (np.percentile(colours, share, axis=(1, 2, 3), keepdims=True) for share in (1, 99))
+    scaled = np.clip((colours - low) / np.maximum(high - low, 1e-6), 0, 1)
+    return [Image.fromarray((frame * 255).astype(np.uint8)) for frame in scaled.transpose(1, 2, 3, 0)]
+
+
+def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str, bool]:
+    try:
+        found = kind.inspect(kind.read(data, [sample])[0])
+    except (BadSample, DataError):
+        return [_unreadable()], f"{sample}: unusable", False
+    if isinstance(found, tuple):
+        image, label = found
+        return [image], f"{sample}: {_class_name(data.index, label)}", True
+    assert isinstance(found, dict)
+    label = f"{sample}: {_class_name(data.index, int(found['label']))}" if "label" in found else f"{sample}: text {found['text'].shape}"
+    return latent_pictures(found["latent"]), label, True
+
+
+def _class_name(index: ShardIndex, label: int) -> str:
+    return index.classes[label]
+
+
+def _row_text(kind: Kind, data: Split, sample: int) -> str:
+    try:
+        found = kind.inspect(kind.read(data, [sample])[0])
+    except BadSample as error:
+        return f"row {sample}: unusable ({error})"
+    assert isinstance(found, tuple)
+    tokens, documents = found
+    starts = [0, *(int(place) + 1 for place in np.flatnonzero(np.diff(documents))), len(tokens)]
+    pieces = [
+        f"  document {documents[start]} ({stop - start} tokens): {_spelled(tokens[start:stop], data.index.tokenizer)}"
+        for start, stop in zip(starts, starts[1:], strict=False)
+    ]
+    return "\n".join([f"row {sample}: {len(tokens)} tokens of {len(pieces)} documents", *pieces])
+
+
+def _spelled(tokens: np.ndarray, tokenizer: str | None) -> str:
+    """Text where tokens are bytes (others, such as an end of document, as <number>), else the numbers."""
+    shown = tokens[:_SHOWN_TOKENS]
+    more = " ..." if len(tokens) > len(shown) else ""
+    if tokenizer != "bytes":
+        return " ".join(map(str, shown[: _SHOWN_TOKENS // 8])) + (" ..." if len(tokens) > _SHOWN_TOKENS // 8 else "")
+    encoded = b"".join(bytes([token]) if token < 256 else f"<{token}>".encode() for token in shown.tolist())
+    text = "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in encoded.decode(errors="replace"))
+    return text.replace("\n", "\n    ") + more
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """Its longer side TILE pixels long; small ones are enlarged without smoothing, so that single pixels show."""
+    factor = TILE / max(picture.size)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+
+
+def _unreadable() -> Image.Image:
+    tile = Image.new("RGB", (TILE, TILE), "lightgray")
+    ImageDraw.Draw(tile).line((0, 0, TILE, TILE), fill="red", width=3)
+    return tile
+
+
+def _shortened(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if draw.textlength(caption, font=font) <= width:
+        return caption
+    while caption and draw.textlength(f"{caption}...", font=font) > width:
+        caption = caption[:-1]
+    return f"{caption}..."

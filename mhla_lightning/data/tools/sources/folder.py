@@ -1,0 +1,57 @@
+"""A folder of images, one subfolder a class."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.members import image_extension
+from mhla_lightning.data.tools.samples import Sample, image_sample
+from mhla_lightning.data.tools.sources.base import Source, png_bytes
+from mhla_lightning.data.tools.sources.listing import list_classes
+from mhla_lightning.errors import DataError
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what PIL decodes by itself; its PostScript plugin would start a program
+
+
+def open_folder(folder: Path) -> Source:
+    """An image folder: JPEG and PNG are kept as they are, other formats become PNG. Raises DataError (see list_classes)."""
+    listing = list_classes(folder, "image.jpg")
+    header = ShardIndex("images", (), listing.classes)
+    return Source(header, {split: _Files(header, files) for split, files in listing.files.items()}, listing.fingerprint)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Image files with their labels."""
+
+    header: ShardIndex
+    files: list[tuple[Path, int]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for path, label in self.files:
+            yield image_sample(self.header, f"{path.parent.name}-{path.stem}", _read(path), label)
+
+    def take(self, positions: Sequence[int]) -> _Files:
+        return _Files(self.header, [self.files[position] for position in positions])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image_extension(data) is None:
+                return png_bytes(image)
+            image.verify()
+    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
+        reason = "no JPEG, PNG or other known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{path} is no image that can be read ({reason}): repair or remove it") from error
+    return data

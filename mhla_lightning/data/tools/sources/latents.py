@@ -1,0 +1,58 @@
+"""A folder of latents, one npy file each, one subfolder a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mhla_lightning.data.index import VAE, ShardIndex
+from mhla_lightning.data.split import load_npy
+from mhla_lightning.data.tools.samples import Sample, latent_sample
+from mhla_lightning.data.tools.sources.base import Source
+from mhla_lightning.data.tools.sources.listing import list_classes
+from mhla_lightning.errors import DataError
+
+DIMENSIONS = {"latents": 3, "video_latents": 4}
+
+
+def open_latents(folder: Path, kind: str, vae: VAE) -> Source:
+    """FOLDER/CLASS/*.npy of (C, h, w) for latents, (C, t, h, w) for video_latents. vae: its shape is taken from the first file.
+
+    Raises DataError for a folder that is not so (see list_classes), and for arrays of another number of dimensions.
+    """
+    listing = list_classes(folder, "latent.npy")
+    first = listing.files["train"][0][0]
+    shape = _read(first).shape
+    if len(shape) != DIMENSIONS[kind]:
+        raise DataError(f"{first} is {shape}; {kind} have {'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits")
+    header = ShardIndex(kind, (), listing.classes, vae=replace(vae, shape=shape))
+    return Source(header, {split: _Files(header, files) for split, files in listing.files.items()}, listing.fingerprint)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """npy files with their labels."""
+
+    header: ShardIndex
+    files: list[tuple[Path, int]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for path, label in self.files:
+            sample = latent_sample(self.header, str(path), _read(path), label=label)
+            yield replace(sample, name=f"{path.parent.name}-{path.stem}")
+
+    def take(self, positions: Sequence[int]) -> _Files:
+        return _Files(self.header, [self.files[position] for position in positions])
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return load_npy(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error

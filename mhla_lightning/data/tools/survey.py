@@ -1,0 +1,109 @@
+"""What a tar file of unknown origin holds: which kind of samples, how many, and what an index has to say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mhla_lightning.data.check import sha256_of
+from mhla_lightning.data.index import ShardEntry, offsets_path
+from mhla_lightning.data.members import RawSample, Scan, image_extension, parse_sample, scan_shard
+from mhla_lightning.data.split import load_npy
+from mhla_lightning.data.tools.shards import row_offsets, token_members
+from mhla_lightning.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png")
+LATENT_KINDS = {3: "latents", 4: "video_latents"}
+
+
+@dataclass(frozen=True)
+class SurveyJob:
+    """A tar file; kind: what its samples are, None to find out; to: the folder for its offsets."""
+
+    path: Path
+    kind: str | None
+    to: Path
+
+
+@dataclass(frozen=True)
+class Survey:
+    """entry: for the index. kind: of its samples. keys: of its samples, or token members. labels: 1 + the largest class number, 0 without labels.
+
+    length: tokens a row. shape: of a latent.
+    """
+
+    entry: ShardEntry
+    kind: str
+    keys: list[str] = field(repr=False)
+    labels: int = 0
+    length: int | None = None
+    shape: tuple[int, ...] = ()
+
+
+def survey_shard(job: SurveyJob) -> Survey:
+    """Read a shard, write its offsets into job.to. Raises DataError for one that cannot be read, or is not of the kind."""
+    address = str(job.path)
+    try:
+        with open(job.path, "rb") as file:
+            scan = scan_shard(file, address)
+            if not scan.keys:
+                raise DataError(f"{address} holds no samples: remove it")
+            first = _sample(file, scan, 0, address)
+            kind, shape = _kind(first, address)
+            if job.kind not in (None, kind):
+                raise DataError(f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind")
+            members = token_members(file, scan, address) if kind == "tokens" else None
+            offsets = row_offsets(scan, members) if members else scan.offsets
+            labels = 0 if members or "cls" not in first else 1 + max(_labels(file, scan, address))
+            file.seek(0)
+            entry = ShardEntry(job.path.name, len(offsets) - 1, job.path.stat().st_size, sha256_of(file))
+    except OSError as error:
+        raise DataError(f"{address} cannot be read ({error.strerror or error})") from error
+    np.save(offsets_path(job.to, entry.name), offsets, allow_pickle=False)
+    return Survey(entry, kind, scan.keys, labels, members.length if members else None, shape)
+
+
+def _sample(file: BinaryIO, scan: Scan, number: int, address: str) -> RawSample:
+    start, stop = int(scan.offsets[number]), int(scan.offsets[number + 1])
+    file.seek(start)
+    return parse_sample(file.read(stop - start), address, number)
+
+
+def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
+    """The kind of a sample, and the shape of its latent."""
+    what = f"{address}: sample {sample['__key__']}"
+    members = {name for name in sample if not name.startswith("__")}
+    if "tokens.npy" in members:
+        _demand(what, members, "documents.npy")
+        return "tokens", ()
+    if "latent.npy" in members:
+        shape = load_npy(sample["latent.npy"], f"{what}, latent.npy").shape
+        if len(shape) not in LATENT_KINDS:
+            raise DataError(f"{what}: latent.npy is {shape}; (C, h, w) or (C, t, h, w) is needed")
+        _demand(what, members, "cls", "text.npy")
+        return LATENT_KINDS[len(shape)], shape
+    image = next((name for name in IMAGES if name in members), None)
+    if image is not None and image_extension(sample[image]) is not None:
+        _demand(what, members, "cls")
+        return "images", ()
+    found = ", ".join(sorted(members))
+    raise DataError(f"{what} has the members {found}; known are jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy")
+
+
+def _demand(what: str, members: set[str], *wanted: str) -> None:
+    if not members & set(wanted):
+        hint = "; labels in KEY.json are not read: write the class number as KEY.cls" if "cls" in wanted and "json" in members else ""
+        raise DataError(f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}")
+
+
+def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
+    for number in range(len(scan.keys)):
+        sample = _sample(file, scan, number, address)
+        text = sample.get("cls", b"").strip()
+        if not text.isdigit() or len(text) > 9:
+            raise DataError(f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an integer from 0 on")
+        yield int(text)

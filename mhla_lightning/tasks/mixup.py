@@ -1,0 +1,74 @@
+"""Mixup and cutmix of pairs, drawn for each pair by its own key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.mixup import one_hot
+from torch import Tensor
+
+from mhla_lightning.keyed import generator
+
+
+@dataclass(frozen=True)
+class PairMix:
+    """Mixes each image with its neighbour in the batch: 0 with 1, 2 with 3, ...
+
+    The loader keeps these pairs together on any number of ranks, so the mixture is a function of the global batch. timm's Mixup draws from the
+    process's generator and pairs by the place in the micro batch: both change with the number of processes.
+
+    Args:
+        mixup: alpha of mixup's Beta distribution (arXiv 1710.09412); 0 is off.
+        cutmix: alpha of cutmix's (arXiv 1905.04899); 0 is off.
+        prob: share of pairs that are mixed.
+        switch_prob: share of mixed pairs that take cutmix when both are on.
+        label_smoothing: mass spread over all classes.
+        num_classes: classes of the data.
+    """
+
+    mixup: float
+    cutmix: float
+    prob: float
+    switch_prob: float
+    label_smoothing: float
+    num_classes: int
+
+    def __call__(self, images: Tensor, labels: Tensor, epochs: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Mixed images (B, C, H, W) and soft targets (B, classes) of images and labels (B,); B is even.
+
+        epochs, indices: int64 (B,) of the samples; a pair's draw is keyed by its first sample.
+        """
+        height, width = images.shape[-2:]
+        drawn = [self._draw(height, width, seed, *key) for key in zip(epochs[::2].tolist(), indices[::2].tolist(), strict=True)]
+        table = torch.tensor(drawn, dtype=torch.float32, device=images.device)
+        blend, keep, top, bottom, left, right = table[:, :, None, None, None].unbind(1)
+        rows = torch.arange(height, device=images.device)[:, None]
+        columns = torch.arange(width, device=images.device)
+        inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (pairs, 1, H, W)
+        pairs = images.unflatten(0, (-1, 2))
+        blend = blend[:, None].to(images.dtype)
+        mixed = torch.where(inside[:, None], pairs.flip(1), blend * pairs + (1 - blend) * pairs.flip(1)).flatten(0, 1)
+        off = self.label_smoothing / self.num_classes
+        targets = one_hot(labels, self.num_classes, 1 - self.label_smoothing + off, off).unflatten(0, (-1, 2))
+        share = keep.view(-1, 1, 1)
+        return mixed, (share * targets + (1 - share) * targets.flip(1)).flatten(0, 1)
+
+    def _draw(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[float, float, int, int, int, int]:
+        """(weight of the own pixels outside the box, share of the own label, top, bottom, left, right); the box holds the neighbour's pixels."""
+        rng = generator(seed, "mixup", epoch, index)
+        if rng.random() >= self.prob:
+            return 1.0, 1.0, 0, 0, 0, 0
+        if self.cutmix == 0 or (self.mixup > 0 and rng.random() >= self.switch_prob):
+            share = float(rng.beta(self.mixup, self.mixup))
+            return share, share, 0, 0, 0, 0
+        side = np.sqrt(1 - rng.beta(self.cutmix, self.cutmix))
+        top, bottom = _cut(height, side, int(rng.integers(height)))
+        left, right = _cut(width, side, int(rng.integers(width)))
+        return 1.0, 1 - (bottom - top) * (right - left) / (height * width), top, bottom, left, right
+
+
+def _cut(length: int, side: float, centre: int) -> tuple[int, int]:
+    half = int(length * side) // 2
+    return max(0, centre - half), min(length, centre + half)

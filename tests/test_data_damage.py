@@ -1,0 +1,283 @@
+"""Damage to files, by the layer that sees it: each is one sentence that names the file, or training goes on with every sample. Nothing hangs."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import IterableDataset
+
+from mhla_lightning.data.loader import build_loader, shut_down
+from tests.damaged import (
+    HUGE,
+    SAMPLES,
+    SHARDS,
+    Damage,
+    DataKind,
+    DataSet,
+    Member,
+    all_of,
+    assert_trains,
+    demand_run_says,
+    demand_told,
+    entry_with,
+    in_place_of,
+    make_sparse,
+    npy_claiming,
+    pairs,
+    told,
+    train_batches,
+)
+
+pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
+
+
+def _no_offsets(data: DataSet) -> None:
+    data.offsets().unlink()
+
+
+def _flip(data: DataSet) -> None:
+    data.change_bytes(900, bytes([data.shard().read_bytes()[900] ^ 1]))
+
+
+def _unreadable(path: Path) -> None:
+    """A file whose reads fail, also for root: what a disk does that loses a block."""
+    path.symlink_to("/proc/self/mem")
+
+
+def _offsets(values: list[int] | np.ndarray, dtype: Any = np.int64) -> Callable[[DataSet], None]:
+    return lambda data: np.save(data.offsets(), np.array(values, dtype))
+
+
+SHARD, OFFSETS = "001.tar", "001.tar.offsets.npy"
+FILES: dict[str, Damage] = {
+    "missing": Damage(lambda d: d.shard().unlink(), [SHARD, "is missing"]),
+    "cut": Damage(lambda d: os.truncate(d.shard(), 5000), [SHARD, "has 5000 bytes", "cut or replaced"]),
+    "zero bytes": Damage(lambda d: os.truncate(d.shard(), 0), [SHARD, "has 0 bytes"]),
+    "flipped bit": Damage(_flip, [SHARD, "sha256", "its bytes changed"]),
+    "two shards changed places": Damage(lambda d: shutil.copy(d.shard(2), d.shard(1)), [SHARD, "sha256"]),
+    "a folder": Damage(lambda d: in_place_of(d.shard(), Path.mkdir), [SHARD, "is missing"]),
+    "a pipe that nobody writes to": Damage(lambda d: in_place_of(d.shard(), os.mkfifo), [SHARD, "is missing"]),
+    "a link to nothing": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("nowhere")), [SHARD, "is missing"]),
+    "a link to a device": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), [SHARD, "is missing"]),
+    "compressed": Damage(lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), [SHARD, "cut or replaced"]),
+    "offsets cut": Damage(lambda d: os.truncate(d.offsets(), 150), [OFFSETS, "is unreadable"]),
+    "offsets of another shard": Damage(_offsets([0, 512]), [OFFSETS, "holds int64 (2,)"]),
+    "offsets do not grow": Damage(_offsets([0, 2048, 1024, *range(3072, 9217, 1024)][:9]), [OFFSETS, "does not grow"]),
+    "offsets beyond the shard": Damage(_offsets([*range(0, 8 * 1024, 1024), 10**9]), [OFFSETS, "does not grow"]),
+    "offsets between headers": Damage(_offsets([*range(100, 8 * 1024, 1024), 9000][:9]), [SHARD, "no tar header at byte"]),
+    "offsets below 0": Damage(_offsets([-512, *range(0, 8 * 1024, 1024)][:9]), [OFFSETS, "does not grow"]),
+    "offsets as floats": Damage(_offsets(np.arange(9) * 1024, np.float64), [OFFSETS, "holds float64"]),
+    "offsets as objects": Damage(lambda d: np.save(d.offsets(), np.array([{}]), allow_pickle=True), [OFFSETS, "is unreadable"]),
+    "offsets claim 100 GB": Damage(lambda d: d.offsets().write_bytes(npy_claiming("(13421772800,)", descr="'<i8'")), [OFFSETS, "is unreadable"]),
+    "offsets of 100 GB": Damage(lambda d: make_sparse(d.offsets()), [OFFSETS, str(HUGE), "too many for 8 samples"]),
+    "no offsets of tokens": Damage(lambda d: d.offsets().unlink(), [OFFSETS, "is missing"], "tokens"),
+    "no offsets of a cut shard": Damage(all_of(_no_offsets, lambda d: os.truncate(d.shard(), 5000)), [SHARD, "has 5000 bytes"]),
+}
+
+
+@pytest.mark.parametrize("damage", FILES.values(), ids=FILES)
+def test_a_damaged_file_is_told_before_training(tmp_path: Path, damage: Damage) -> None:
+    demand_told(tmp_path, damage, "check", [str(tmp_path / "train")])
+
+
+# What only reading can see: data.verify none, which is also what remote data get.
+
+
+def _zeros(data: DataSet) -> None:
+    start = int(np.load(data.offsets())[3])
+    data.change_bytes(start, bytes(1024))
+
+
+def _swap_offsets(data: DataSet) -> None:
+    data.shards[2][0][0].data += bytes(600)  # two blocks more, so that its offsets differ
+    data.write()
+    shutil.copy(data.offsets(2), data.offsets(1))
+
+
+READ: dict[str, Damage] = {
+    "missing": Damage(lambda d: d.shard().unlink(), ["is missing"]),
+    "cut between members": Damage(lambda d: os.truncate(d.shard(), int(np.load(d.offsets())[3])), ["ends at byte", "it was cut"]),
+    "cut inside a member": Damage(lambda d: os.truncate(d.shard(), 5000), ["ends at byte 5000", "it was cut"]),
+    "cut, without offsets": Damage(all_of(_no_offsets, lambda d: os.truncate(d.shard(), int(np.load(d.offsets(0))[3]))), ["ends after 3 of 8"]),
+    "zero bytes": Damage(lambda d: os.truncate(d.shard(), 0), ["ends at byte 0"]),
+    "zeros over a sample": Damage(_zeros, ["no members where sample 11 should be"]),
+    "zeros over a sample, without offsets": Damage(all_of(_zeros, _no_offsets), ["after 3 samples", "more data after it"]),
+    "foreign bytes": Damage(lambda d: d.change_bytes(0, b"\x1f" * d.shard().stat().st_size), ["no tar header where sample"]),
+    "foreign bytes, without offsets": Damage(all_of(_no_offsets, lambda d: d.shard().write_bytes(b"\x1f" * 9999)), ["cannot be read as a tar"]),
+    "compressed": Damage(lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), ["it was cut"]),
+    "compressed, without offsets": Damage(
+        all_of(_no_offsets, lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes()))), ["cannot be read as a tar file"]
+    ),
+    "a folder": Damage(lambda d: in_place_of(d.shard(), Path.mkdir), ["no regular file"]),
+    "a pipe that nobody writes to": Damage(lambda d: in_place_of(d.shard(), os.mkfifo), ["no regular file"]),
+    "a pipe, without offsets": Damage(all_of(_no_offsets, lambda d: in_place_of(d.shard(), os.mkfifo)), ["no regular file"]),
+    "a device": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), ["no regular file"]),
+    "a disk that fails": Damage(lambda d: in_place_of(d.shard(), _unreadable), ["cannot be read (Input/output error): check the disk"]),
+    "a disk that fails, without offsets": Damage(all_of(_no_offsets, lambda d: in_place_of(d.shard(), _unreadable)), ["Input/output error"]),
+    "offsets of another shard": Damage(_swap_offsets, ["no tar header where sample"]),
+    "rows of tokens cut": Damage(lambda d: os.truncate(d.shard(), 2000), ["it was cut"], "tokens"),
+    "rows of tokens zeroed": Damage(lambda d: d.change_bytes(0, bytes(2048)), ["001.tar"], "tokens"),
+    "a sample of 100 GB": Damage(
+        all_of(entry_with("bytes", HUGE), lambda d: make_sparse(d.shard()), _offsets([*range(0, 8 * 1024, 1024), HUGE])), ["more than 1073741824"]
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", READ.values(), ids=READ)
+def test_damage_that_only_reading_sees(tmp_path: Path, damage: Damage) -> None:
+    demand_told(tmp_path, damage._replace(options={"verify": "none"}), "read", [str(tmp_path / "train" / SHARD)])
+
+
+def test_a_disk_that_fails_under_a_check(tmp_path: Path) -> None:
+    """All of a shard is read for its sha256, not only what offsets point at."""
+    data = DataSet(tmp_path, "images")
+    data.change_index(lambda content: (content["shards"][1].update(samples=0, bytes=0), content.update(samples=SAMPLES * (SHARDS - 1))))
+    in_place_of(data.shard(), _unreadable)
+    np.save(data.offsets(), np.array([0]))
+    assert told(data.module()) == ("check", f"{data.shard()} cannot be read (Input/output error): check the disk and the rights")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.parametrize("verify", ["auto", "none"])
+def test_a_shard_without_the_right_to_read(tmp_path: Path, verify: str) -> None:
+    data = DataSet(tmp_path, "images")
+    data.shard().chmod(0)
+    assert f"{data.shard()} cannot be read (Permission denied): check the disk and the rights" in told(data.module(verify=verify))[1]
+
+
+# While training
+
+
+def _rewrite(path: Path) -> None:
+    """Another file under the same name, as a copy that is made again leaves it."""
+    path.with_suffix(".new").write_bytes(path.read_bytes()[::-1])
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: os.truncate(path, 2000), "001.tar ends at byte 2000"),
+        (lambda path: os.truncate(path, 0), "001.tar ends at byte 0"),
+        (lambda path: path.write_bytes(b"\x1f" * path.stat().st_size), "001.tar has no tar header"),
+        (os.unlink, None),
+        (_rewrite, None),
+    ],
+    ids=["cut", "emptied", "overwritten", "deleted", "replaced"],
+)
+def test_a_shard_changes_between_two_epochs(tmp_path: Path, change: Callable[[Path], object], says: str | None) -> None:
+    """An open file outlives its name: whoever deletes or replaces a shard does not disturb those who read it."""
+    data = DataSet(tmp_path, "images")
+    module = data.module()
+    module.check(1)
+    batches = iter(module.train_dataloader())
+    try:
+        first = list(islice(batches, SHARDS))
+        change(data.shard())
+        if says is None:
+            later = pairs(list(islice(batches, 2 * SHARDS)))
+            assert sorted(pairs(first) + later) == [(epoch, index) for epoch in range(3) for index in range(SHARDS * SAMPLES)]
+        else:
+            with pytest.raises(Exception, match=says) as error:
+                list(islice(batches, 2 * SHARDS))
+            assert "\n" not in str(error.value)
+    finally:
+        module.teardown("fit")
+
+
+class _Stuck(IterableDataset):
+    """Its worker cannot end: a thread of it waits for ever, as one does in a lock that was held while the process forked."""
+
+    def __iter__(self) -> Iterator[dict]:
+        threading.Thread(target=threading.Event().wait).start()
+        while True:
+            yield {"index": 0}
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)  # seconds that torch waits, twice
+    loader = build_loader(_Stuck(), 1)
+    assert next(iter(loader))["index"] == 0
+    (worker,) = loader.stage(0)._iterator._workers
+    shut_down(loader)
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+# What looks odd, and is whole
+
+
+def _facts(tar: bytes) -> dict[str, Any]:
+    """What an index says of these bytes."""
+    return {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
+
+
+def _without_end(data: DataSet) -> None:
+    os.truncate(data.shard(), int(np.load(data.offsets())[-1]))
+    data.change_index(lambda content: content["shards"][1].update(_facts(data.shard().read_bytes())))
+    data.offsets().unlink()
+
+
+def _with_other_members(data: DataSet) -> None:
+    data.change_sample(lambda sample: sample.extend([Member("folder", fields={"type": tarfile.DIRTYPE}), Member("README")]))
+
+
+ODD: dict[str, tuple[DataKind, Callable[[DataSet], object]]] = {
+    "no offsets of images": ("images", lambda d: d.offsets().unlink()),
+    "no offsets of latents": ("latents", lambda d: d.offsets().unlink()),
+    "offsets are a pipe": ("images", lambda d: in_place_of(d.offsets(), os.mkfifo)),
+    "one name in two shards": ("images", all_of(lambda d: d.shards[0].__setitem__(0, d.shards[1][0]), DataSet.write)),
+    "one name twice in a shard": ("images", all_of(lambda d: d.shards[1].__setitem__(0, d.shards[1][5]), DataSet.write)),
+    "a folder and a file without a sample": ("images", _with_other_members),
+    "no end-of-archive blocks": ("images", _without_end),
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), ODD.values(), ids=ODD)
+def test_odd_but_whole(tmp_path: Path, kind: DataKind, change: Callable[[DataSet], object]) -> None:
+    data = DataSet(tmp_path, kind)
+    change(data)
+    assert_trains(data.module(), set())
+
+
+@pytest.mark.parametrize(
+    ("tar", "offsets"), [(bytes(1024), "with"), (bytes(1024), "without"), (b"", "with")], ids=["zeros", "zeros, no offsets", "no bytes"]
+)
+def test_an_empty_shard_in_the_middle(tmp_path: Path, tar: bytes, offsets: str) -> None:
+    data = DataSet(tmp_path, "images")
+    data.shards[1] = []
+    data.write()
+    data.shard().write_bytes(tar)
+    data.change_index(lambda content: content["shards"][1].update(samples=0, **_facts(tar)))
+    if offsets == "without":
+        data.offsets().unlink()
+    module = data.module()
+    module.check(1)
+    found = pairs(train_batches(module, 2 * (SHARDS - 1)))
+    assert sorted(found) == [(epoch, index) for epoch in range(2) for index in range((SHARDS - 1) * SAMPLES)]
+
+
+COMMANDS = {
+    **{f"check: {name}": FILES[name] for name in ("missing", "flipped bit", "a pipe that nobody writes to", "offsets claim 100 GB", "compressed")},
+    **{
+        f"read: {name}": READ[name]._replace(options={"verify": "none"})
+        for name in ("missing", "cut inside a member", "zeros over a sample", "a pipe that nobody writes to")
+    },
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", COMMANDS.values(), ids=COMMANDS)
+def test_mhla_run_says_it_in_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Damage, workers: int) -> None:
+    demand_run_says(recipe, tmp_path / "data", damage, workers, capsys)
