@@ -1,41 +1,35 @@
-"""Measures speed ratios in one run. Times are medians over turns that the cases take one after another; ratios are taken within a turn."""
+"""Measures softmax (SDPA), linear and multi-head linear attention over token counts."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.analysis.timing import Case
 
+HELP = "softmax (SDPA), linear and mhla over token counts"
 SLOPE_FROM = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla bench`."""
-    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
-    attention = subjects.add_parser("attention", help="softmax (SDPA), linear and mhla over token counts", allow_abbrev=False)
-    attention.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
-    attention.add_argument("--slope-to", type=int, default=65536, metavar="N", help="mhla alone goes on to N for the slope (default: %(default)s)")
-    attention.add_argument("--heads", type=int, default=6, help="default: %(default)s")
-    attention.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
-    attention.add_argument("--blocks", type=int, default=128, help="M of mhla, the same at every token count (default: %(default)s)")
-    attention.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    attention.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
-    attention.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    attention.add_argument("--json", metavar="FILE", help="write rows and summary")
+    """Arguments of `mhla bench attention`."""
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
+    parser.add_argument("--slope-to", type=int, default=65536, metavar="N", help="mhla alone goes on to N for the slope (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=128, help="M of mhla, the same at every token count (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
-    for name, least in (("turns", 5), ("heads", 1), ("dim", 1), ("batch", 1), ("blocks", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    demand_at_least(args, turns=5, heads=1, dim=1, batch=1, blocks=1)
     import torch
     from rich.console import Console
 
@@ -46,13 +40,12 @@ def run(args: argparse.Namespace) -> int:
     cases, rates = _measure(args, device)
     result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
     rate = sorted(rates)[len(rates) // 2]
-    machine = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     console = Console()
     console.print(f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
     for table in _tables(result, max(args.tokens)):
         console.print(table)
-    if args.json:
-        Path(args.json).write_text(json.dumps({**result, "gemm_flops_per_second": rate, "machine": machine}, indent=1) + "\n")
+    write_json(args.json, {**result, "gemm_flops_per_second": rate, "machine": machine})
     return 0
 
 
@@ -115,9 +108,5 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
         ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
         over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
         times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['turns']}")
-    summary = Table(title=f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log time over log tokens)")
-    summary.add_column("ratio")
-    summary.add_column("value", justify="right")
-    for key, value in result["summary"].items():
-        summary.add_row(key, f"{value:.2f}")
-    return [times, summary]
+    title = f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log time over log tokens)"
+    return [times, summary_table(title, result["summary"])]

@@ -1,0 +1,26 @@
+"""Measures speed ratios in one run. Times are medians over turns that the cases take one after another; ratios are taken within a turn."""
+
+from __future__ import annotations
+
+import argparse
+
+from mhla_lightning.cli.bench import attention, data, resume
+from mhla_lightning.cli.bench.report import check_json
+
+SUBJECTS = {"attention": attention, "data": data, "resume": resume}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla bench`."""
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for name, subject in SUBJECTS.items():
+        summary = (subject.__doc__ or "").partition("\n")[0]
+        added = subjects.add_parser(name, help=subject.HELP, description=summary, allow_abbrev=False)
+        subject.add_arguments(added)
+        added.add_argument("--json", metavar="FILE", help="write rows and summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb."""
+    check_json(args.json)
+    return SUBJECTS[args.subject].run(args)

@@ -1,0 +1,47 @@
+"""What all subjects of `mhla bench` check and show alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.errors import UserError
+
+
+def demand_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises UserError for an argument below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {value}")
+
+
+def load() -> str:
+    """Processes that want a core now, over the last minute."""
+    return f"load {os.getloadavg()[0]:.1f}"
+
+
+def summary_table(title: str, summary: dict[str, float]) -> Any:
+    """A rich table of ratios."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    table.add_column("ratio")
+    table.add_column("value", justify="right")
+    for key, value in summary.items():
+        table.add_row(key, f"{value:.2f}")
+    return table
+
+
+def check_json(path: str | None) -> None:
+    """Raises UserError, before anything is measured, for a --json whose folder does not exist."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {Path(path).absolute().parent}")
+
+
+def write_json(path: str | None, result: dict[str, Any]) -> None:
+    """Writes the result where --json asks for it."""
+    if path is not None:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
