@@ -341,6 +341,19 @@ def test_a_mixture_reads_every_source(tmp_path: Path) -> None:
     assert [s for batch in evaluated for s in batch["source"].tolist()] == [0] * 20 + [1] * 15 + [0]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_that_ends(tmp_path: Path, workers: int) -> None:
+    """Workers read ahead of training, and the last sample cannot be decoded: its slot takes one before it."""
+    folder = tmp_path / "a"
+    order = TrainCorpus([_split(folder, _make_split(folder, [12, 8]))], [Source("a", when_exhausted="stop")], 0, 4, 8)
+    last = order.locate(np.array([19]))[0].index
+    stopping = TrainCorpus([_split(folder, _make_split(folder, [12, 8], {last: {"png": b"x"}}))], [Source("a", when_exhausted="stop")], 0, 4, 8)
+    batches = list(_batches(TrainStream(stopping, _images(), _part(), 0.5), workers))
+    assert len(batches) == 5
+    assert sorted({i for _, i in _pairs(batches)}) == [i for i in range(20) if i != last]
+    assert sum(batch["skipped"].item() for batch in batches) == 1
+
+
 def test_the_hash_of_a_mixture_names_its_data_and_its_rules(tmp_path: Path) -> None:
     a, b = (_split(tmp_path / name, _make_split(tmp_path / name, sizes)) for name, sizes in (("a", [20]), ("b", [7, 8])))
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from mhla_lightning.data.index import ShardIndex, parse_offsets
 from mhla_lightning.data.members import RawSample, parse_sample, scan_shard
-from mhla_lightning.data.npy import load_npy as load_npy  # where others look for it
 from mhla_lightning.data.stores import Store
 from mhla_lightning.errors import DataError
 

@@ -77,7 +77,10 @@ class TrainStream(IterableDataset[Batch]):
         own_samples = -(-self.corpus.samples // (self.part.world_size * workers))
         meter = SkipMeter(self.max_skipped_share, min(JUDGED_AFTER, own_samples))
         for step in count(worker, workers):
-            yield self._batch(self.part.positions(step), meter)
+            positions = self.part.positions(step)
+            if positions[-1] >= self.corpus.mixture.length:  # of a mixture that ends; asked for ahead of training
+                return
+            yield self._batch(positions, meter)
 
     def _batch(self, positions: np.ndarray, meter: SkipMeter) -> Batch:
         places = self.corpus.locate(positions)
@@ -104,14 +107,16 @@ class TrainStream(IterableDataset[Batch]):
         return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, self.kind.train(sample, place.epoch))
 
     def _substitute(self, position: int, meter: SkipMeter) -> Row:
-        for place in self.corpus.locate(np.arange(position + 1, position + 1 + JUDGED_AFTER)):
+        after = range(position + 1, int(min(position + 1 + JUDGED_AFTER, self.corpus.mixture.length)))
+        before = range(position - 1, max(-1, position - 1 - JUDGED_AFTER), -1)  # for the last sample of a mixture that ends
+        for place in self.corpus.locate(np.array([*after, *before], dtype=np.int64)):
             (sample,) = self.corpus.read(self.kind, [place.index])
             try:
                 return self._row(place, sample)
             except BadSample:  # counted when its own turn comes
                 continue
         meter.judge()
-        raise DataError(f"none of the {JUDGED_AFTER} samples after position {position} can be decoded: run 'mhla data verify'")
+        raise DataError(f"none of the samples around position {position} can be decoded: run 'mhla data verify'")
 
 
 @dataclass

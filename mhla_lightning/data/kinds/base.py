@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.skips import BadSample
-from mhla_lightning.data.split import Split, load_npy
+from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mhla_lightning.data.index import VAE, ShardIndex
-from mhla_lightning.data.split import load_npy
+from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.tools.samples import Sample, latent_sample
 from mhla_lightning.data.tools.sources.base import Source
 from mhla_lightning.data.tools.sources.listing import list_classes
