@@ -117,7 +117,7 @@ READ: dict[str, Damage] = {
     "foreign bytes, without offsets": Damage(all_of(_no_offsets, lambda d: d.shard().write_bytes(b"\x1f" * 9999)), ["cannot be read as a tar"]),
     "compressed": Damage(lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), ["it was cut"]),
     "compressed, without offsets": Damage(
-        all_of(_no_offsets, lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes()))), ["cannot be read as a tar file"]
+        all_of(_no_offsets, lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes()))), ["is compressed by gzip"]
     ),
     "a folder": Damage(lambda d: in_place_of(d.shard(), Path.mkdir), ["no regular file"]),
     "a pipe that nobody writes to": Damage(lambda d: in_place_of(d.shard(), os.mkfifo), ["no regular file"]),

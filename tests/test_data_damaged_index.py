@@ -82,7 +82,7 @@ INDEX: dict[str, Damage] = {
     "shard with terminal codes": _named("\x1b[2Jx.tar"),
     "shard with half a letter": _named("\ud800.tar"),
     "shard without name": _named(".tar"),
-    "train and val have other classes": Damage(_other_classes, ["lists other classes", "pack both in one go"]),
+    "train and val have other classes": Damage(_other_classes, ["lists other classes", "one list of classes"]),
     "no training samples": Damage(_without_samples("train"), ["lists no samples: the split is empty"]),
     "no validation samples": Damage(_without_samples("val"), ["lists no samples: the split is empty"]),
     "no val": Damage(lambda d: shutil.rmtree(d.root / "val"), ["has no val split"]),

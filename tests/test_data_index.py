@@ -108,7 +108,7 @@ def _write_offsets(path: Path, offsets: list[int]) -> None:
 
 SHARD, OFFSETS = "train-000001.tar", "train-000001.tar.offsets.npy"
 DAMAGES = {
-    "no index": (lambda s: (s / "index.json").unlink(), "auto", "index.json", ["does not exist", "mhla data pack"]),
+    "no index": (lambda s: (s / "index.json").unlink(), "auto", "index.json", ["does not exist", "mhla data index"]),
     "no JSON": (lambda s: (s / "index.json").write_text("{"), "auto", "index.json", ["cannot be read as JSON"]),
     "a JSON list": (lambda s: (s / "index.json").write_text("[]"), "auto", "index.json", ["list", "object"]),
     "no samples": (lambda s: write_index(s, ShardIndex("images", (), ("a",))), "auto", "index.json", ["no samples"]),

@@ -376,3 +376,40 @@ def test_folders_of_latents(tmp_path: Path, kind: str, shape: tuple[int, ...]) -
         pack(tmp_path / "source", tmp_path / "other", kind="latents")
     with pytest.raises(DataError, match="pass the --kind that fits"):
         pack(tmp_path / "source", tmp_path / "other", kind="latents" if len(shape) == 4 else "video_latents", vae=vae)
+
+
+@pytest.mark.parametrize(
+    ("to", "sentence"),
+    [
+        ("s3://bucket/x", "--to s3://bucket/x is no folder of this machine"),
+        ("SOURCE/out", "lies inside the source"),
+        ("LINK", "is a link to nothing"),
+        ("/proc/foo", "/proc/foo cannot be made"),
+    ],
+    ids=["address", "inside the source", "dangling link", "impossible folder"],
+)
+def test_a_target_that_cannot_be_is_refused_at_once(tmp_path: Path, to: str, sentence: str) -> None:
+    source = tmp_path / "source"
+    for label in "ab":
+        (source / label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(source / label / f"{number}.png")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=sentence):
+        pack(str(source), to.replace("SOURCE", str(source)).replace("LINK", str(tmp_path / "link")))
+
+
+@pytest.mark.parametrize("fault", ["cut", "dangling link"])
+def test_an_image_that_cannot_be_decoded_is_told_when_packing(tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "source" / "a"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for number in range(4):
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
+    if fault == "cut":
+        (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes()[:2000])
+    else:
+        (folder / "bad.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"bad\.jpg .*: repair or remove it"):
+        pack(str(tmp_path / "source"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -249,7 +249,8 @@ def served(whole: Path) -> Iterator[str]:
 def test_addresses_are_verified_and_shown(served: str) -> None:
     assert verify(f"{served}/latents").found == 0
     assert verify(f"{served}/tokens/val").samples == 20
-    assert preview(f"{served}/images", "val").shown == 20
+    found = preview(f"{served}/images", "val")
+    assert (found.shown, found.unusable) == (20, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -420,7 +421,7 @@ def test_commands(data: Callable, capsys: pytest.CaptureFixture[str], monkeypatc
     _put(path / "val", 1, "cls", b"7")
     assert main(["data", "verify", "images", "--workers", "1", "--json", "problems.json"]) == 2
     shown = capsys.readouterr().out
-    assert "1 problem found: 1 of 40 samples cannot be used" in shown
+    assert "1 problem found: 1 of 40 samples looked at cannot be decoded" in shown
     assert "val/val-000001.tar" in shown
     table = json.loads(Path("problems.json").read_text())
     assert table["rows"][0]["sample"].startswith("00000003-n3")

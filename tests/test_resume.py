@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_on_two_processes_without_being_asked(recipe: Path,
 def test_the_cpu_recipe_killed_at_twenty_random_steps(tmp_path: Path) -> None:
     """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the unbroken run's, bit for bit."""
     recipe = "classification/deit_tiny_mhla_mnist_cpu"
-    data = ["--data.path", str(tmp_path / "mnist"), "--data.num_workers", "2"]
+    data = ["--data.path", str(tmp_path / "mnist"), "--data.source", "mnist", "--data.num_workers", "2"]
     steps = ["--trainer.max_steps", "260", "--trainer.val_check_interval", "100", "--checkpoint.every_n_steps", "7"]
     extra = [*MIXED[:4], *data, *steps]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"

@@ -55,6 +55,7 @@ BAD_COMMANDS = [
     ("mix key", ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"], ["'data.mix.0.weigth'", "did you mean 'data.mix.0.weight'"]),
     ("mix and path", ["--data.mix", "[{path: a}]"], ["data.path or data.mix"]),
     ("command as path", ["--data.path", "pipe:cat x"], ["'pipe:cat x/train' begins with 'pipe:'", "allowed"]),
+    ("address to pack", ["--data.path", "http://h/x", "--data.source", "mnist"], ["data.source is packed into data.path", "folder of this machine"]),
     ("remote", ["--data.remote.retries", "-1"], ["data.remote.retries", "-1", "from 0 on"]),
     ("tokens", ["--data", "{class_path: mhla_lightning.data.TokenDataModule, init_args: {path: SHARDS}}"], ["holds images; tokens are needed"]),
     ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),

@@ -94,6 +94,7 @@ def _quiet() -> None:
     ours.handlers, ours.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
 

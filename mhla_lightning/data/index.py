@@ -101,7 +101,10 @@ def read_index(split: str | Path | Store) -> ShardIndex:
     address = store.address(INDEX_NAME)
     size = store.size(INDEX_NAME)
     if size is None:
-        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {address.rsplit('/', 2)[0]}'")
+        folder = address.rpartition("/")[0]
+        if next(Path(folder).glob("*.tar"), None) is not None:
+            raise DataError(f"{address} does not exist, and tar files are there: make it with 'mhla data index {folder}'")
+        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}'")
     if size > MAX_INDEX_BYTES:
         raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
     return parse_index(store.read(INDEX_NAME, 0, size), address)

@@ -72,6 +72,7 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
     extensions: set[str] = set()
     end = 0
     try:
+        _demand_uncompressed(file, address)
         with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
             for info in tar:
                 named = _named(info, address)
@@ -111,6 +112,13 @@ class _Headers:
         if size < 0:
             raise tarfile.HeaderError("negative size")
         return self._read(min(size, _LONGEST_HEADER))
+
+
+def _demand_uncompressed(file: BinaryIO, address: str) -> None:
+    compressed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    if compressed:
+        raise DataError(f"{address} is compressed by gzip, so single samples cannot be read from it: decompress it first")
 
 
 def _demand_end(file: BinaryIO, offset: int) -> None:

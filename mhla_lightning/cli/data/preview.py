@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.data.tools.preview import Preview
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if found.png is None and args.to is None:
         console.print(Text(text), soft_wrap=True)
         return 0
+    if found.shown and found.unusable == found.shown:
+        raise DataError(f"none of {found.shown} samples of {found.split} can be decoded: mhla data verify {args.path} says why")
     file = _file(args, found)
     try:
         file.write_bytes(found.png if found.png is not None else f"{text}\n".encode())

@@ -55,4 +55,4 @@ def _print_problems(console: Console, report: Report) -> None:
     if report.found > _SHOWN:
         console.print(f"... and {report.found - _SHOWN} more (--json FILE lists them)", soft_wrap=True)
     problems = "1 problem" if report.found == 1 else f"{report.found} problems"
-    console.print(f"{problems} found: {report.unusable} of {report.samples} samples cannot be used", soft_wrap=True)
+    console.print(f"{problems} found: {report.unusable} of {report.samples} samples looked at cannot be decoded", soft_wrap=True)

@@ -84,7 +84,7 @@ class ImageDataModule(ShardDataModule):
             for split in self.splits(name):
                 if split.index.classes != self.index().classes:
                     address = split.store.address(INDEX_NAME)
-                    raise DataError(f"{address} lists other classes than {self.sources[0].path} for training: pack both in one go")
+                    raise DataError(f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes")
 
     @property
     def num_classes(self) -> int:

@@ -37,6 +37,9 @@ def _locked(folder: Path, target: Path, wait: bool) -> TextIO:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{target} cannot be made: {error.strerror} in {target.parent}") from error
+        try:
             file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  held by the caller
         except FileNotFoundError:  # another process finished, and removed the folder between these two lines
             continue

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mhla_lightning import __version__
 from mhla_lightning.data.index import SPLITS, VAE, ShardEntry, ShardIndex
+from mhla_lightning.data.stores.addresses import parse
 from mhla_lightning.data.tools.parallel import run_jobs
 from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
 from mhla_lightning.data.tools.samples import Sample
@@ -93,7 +94,9 @@ def pack(
     shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is told when finished shards are kept.
     Raises UserError for a bad argument or a target in use, DataError for a bad source, Interrupted for what the same call can continue.
     """
-    options, target = Options(val, shards, seed), Path(to).absolute()
+    options, target = Options(val, shards, seed), _target(source, to)
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
     demand_free(target, overwrite)
     opened = source if isinstance(source, Source) else open_source(source, kind, vae)
     splits = plan(opened, options)
@@ -106,6 +109,18 @@ def pack(
             indices[split.name] = replace(opened.header, shards=shard_entries)
             building.write_index(split.name, indices[split.name])
     return indices
+
+
+def _target(source: str | Path | Source, to: str | Path) -> Path:
+    """The folder to make. Raises UserError for an address, and for one inside the source, where its files would be taken for the source's."""
+    if parse(str(to)).protocol != "file" or (isinstance(to, str) and "://" in to):
+        raise UserError(f"--to {to} is no folder of this machine: pack here, and copy the folder there")
+    target = Path(to).absolute()
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"--to {to} is a link to nothing: remove it, or make what it points to")
+    if isinstance(source, (str, Path)) and Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
+        raise UserError(f"--to {to} lies inside the source {source}: choose a folder outside it")
+    return target
 
 
 def plan(source: Source, options: Options) -> list[PlannedSplit]:

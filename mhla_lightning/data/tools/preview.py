@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from mhla_lightning.data.index import INDEX_NAME, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind, kind_of
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
+from mhla_lightning.data.stores import Remote, with_cache
+from mhla_lightning.data.stores.retry import NoRanges
 from mhla_lightning.data.tools.places import find_splits
 from mhla_lightning.errors import DataError, UserError
 
@@ -49,10 +52,19 @@ def preview(path: str, split: str | None = None, count: int | None = None, seed:
     index = read_index(store)
     if not index.samples:
         raise DataError(f"{store.address(INDEX_NAME)} lists no samples: the split is empty")
-    kind, data = kind_of(index), Split(index, store)
     rows = index.kind == "tokens"
     chosen = choose(index.samples, count or (ROWS if rows else PICTURES), seed, first=rows)
-    if rows:
+    try:
+        return _look(name, Split(index, store), chosen)
+    except NoRanges:  # such a server hands out whole files
+        with tempfile.TemporaryDirectory(prefix="mhla-preview-") as folder:
+            files = {shard.name: (shard.sha256, shard.bytes) for shard in index.shards}
+            return _look(name, Split(index, with_cache(store, files, Remote(cache_dir=folder))), chosen)
+
+
+def _look(name: str, data: Split, chosen: Sequence[int]) -> Preview:
+    index, kind = data.index, kind_of(data.index)
+    if index.kind == "tokens":
         return Preview(index.kind, name, len(chosen), index.samples, texts=tuple(_row_text(kind, data, sample) for sample in chosen))
     tiles, unusable = [], 0
     for sample in chosen:
@@ -106,7 +118,7 @@ def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
 def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str, bool]:
     try:
         found = kind.inspect(kind.read(data, [sample])[0])
-    except (BadSample, DataError):
+    except BadSample:
         return [_unreadable()], f"{sample}: unusable", False
     if isinstance(found, tuple):
         image, label = found

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.errors import DataError
 
 
 class Part(Protocol):
@@ -49,6 +50,9 @@ def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
     """sha256 over the names, sizes and times of files below `root`."""
     digest = hashlib.sha256()
     for path in files:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
         digest.update(f"{path.relative_to(root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -51,6 +51,8 @@ def _read(path: Path) -> bytes:
             if image_extension(data) is None:
                 return png_bytes(image)
             image.verify()
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            image.load()  # all of it: a cut image is found now, not when it is trained on
     except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
         reason = "no JPEG, PNG or other known format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{path} is no image that can be read ({reason}): repair or remove it") from error
