@@ -142,3 +142,14 @@ def test_an_unknown_recipe_names_the_known_ones(name: str, capsys: pytest.Captur
     error = capsys.readouterr().err
     assert f"unknown recipe '{name}'" in error
     assert "classification/deit_tiny_mhla_mnist_cpu" in error
+
+
+@pytest.mark.parametrize("data", [["--data.path", "typo"], ["--data.path", "null", "--data.mix", "[{path: typo}]"]], ids=["path", "mix"])
+def test_a_recipe_packs_its_source_into_its_own_path_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: list[str]
+) -> None:
+    """A mistyped path must not become a folder of digits that trains well."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "classification/deit_tiny_mhla_mnist_cpu", *data]) == 2
+    assert "typo/train/index.json does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
