@@ -226,7 +226,7 @@ def in_place_of(path: Path, make: Callable[[Path], object]) -> None:
     make(path)
 
 
-def demand_told(root: Path, damage: Damage, layer: str, words: list[str]) -> None:
+def assert_told(root: Path, damage: Damage, layer: str, words: list[str]) -> None:
     data = DataSet(root, damage.kind)
     damage.do(data)
     found, message = told(data.module(**damage.options))
@@ -237,7 +237,7 @@ def demand_told(root: Path, damage: Damage, layer: str, words: list[str]) -> Non
         assert word in message
 
 
-def demand_run_says(recipe: Path, root: Path, damage: Damage, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_run_says(recipe: Path, root: Path, damage: Damage, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     """`mhla run` on damaged data ends with exit code 2, one line for the user and no traceback."""
     data = DataSet(root, "images")
     damage.do(data)

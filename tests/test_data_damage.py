@@ -27,9 +27,9 @@ from tests.damaged import (
     DataSet,
     Member,
     all_of,
+    assert_run_says,
+    assert_told,
     assert_trains,
-    demand_run_says,
-    demand_told,
     entry_with,
     in_place_of,
     make_sparse,
@@ -88,7 +88,7 @@ FILES: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", FILES.values(), ids=FILES)
 def test_a_damaged_file_is_told_before_training(tmp_path: Path, damage: Damage) -> None:
-    demand_told(tmp_path, damage, "check", [str(tmp_path / "train")])
+    assert_told(tmp_path, damage, "check", [str(tmp_path / "train")])
 
 
 # What only reading can see: data.verify none, which is also what remote data get.
@@ -136,7 +136,7 @@ READ: dict[str, Damage] = {
 
 @pytest.mark.parametrize("damage", READ.values(), ids=READ)
 def test_damage_that_only_reading_sees(tmp_path: Path, damage: Damage) -> None:
-    demand_told(tmp_path, damage._replace(options={"verify": "none"}), "read", [str(tmp_path / "train" / SHARD)])
+    assert_told(tmp_path, damage._replace(options={"verify": "none"}), "read", [str(tmp_path / "train" / SHARD)])
 
 
 def test_a_disk_that_fails_under_a_check(tmp_path: Path) -> None:
@@ -280,4 +280,4 @@ COMMANDS = {
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", COMMANDS.values(), ids=COMMANDS)
 def test_mhla_run_says_it_in_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Damage, workers: int) -> None:
-    demand_run_says(recipe, tmp_path / "data", damage, workers, capsys)
+    assert_run_says(recipe, tmp_path / "data", damage, workers, capsys)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.damaged import HUGE, SAMPLES, SHARDS, Damage, DataSet, demand_run_says, demand_told, entry_with, in_place_of, make_sparse
+from tests.damaged import HUGE, SAMPLES, SHARDS, Damage, DataSet, assert_run_says, assert_told, entry_with, in_place_of, make_sparse
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
 
@@ -97,7 +97,7 @@ def _in_place_of_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", INDEX.values(), ids=INDEX)
 def test_a_damaged_index_is_told_before_training(tmp_path: Path, damage: Damage) -> None:
-    demand_told(tmp_path, damage, "check", [str(tmp_path)])
+    assert_told(tmp_path, damage, "check", [str(tmp_path)])
 
 
 IN_ONE_LINE = ("cut", "shard climbs", "shard is a command", "infinite count", "100 GB", "wrong hash", "no validation samples")
@@ -105,4 +105,4 @@ IN_ONE_LINE = ("cut", "shard climbs", "shard is a command", "infinite count", "1
 
 @pytest.mark.parametrize("name", IN_ONE_LINE)
 def test_mhla_run_says_it_in_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    demand_run_says(recipe, tmp_path / "data", INDEX[name], 0, capsys)
+    assert_run_says(recipe, tmp_path / "data", INDEX[name], 0, capsys)

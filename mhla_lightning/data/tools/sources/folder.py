@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -13,7 +11,7 @@ from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.members import image_extension
 from mhla_lightning.data.tools.samples import Sample, image_sample
 from mhla_lightning.data.tools.sources.base import Source, png_bytes
-from mhla_lightning.data.tools.sources.listing import list_classes
+from mhla_lightning.data.tools.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what PIL decodes by itself; its PostScript plugin would start a program
@@ -23,25 +21,11 @@ def open_folder(folder: Path) -> Source:
     """An image folder: JPEG and PNG are kept as they are, other formats become PNG. Raises DataError (see list_classes)."""
     listing = list_classes(folder, "image.jpg")
     header = ShardIndex("images", (), listing.classes)
-    return Source(header, {split: _Files(header, files) for split, files in listing.files.items()}, listing.fingerprint)
+    return Source(header, {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()}, listing.fingerprint)
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Image files with their labels."""
-
-    header: ShardIndex
-    files: list[tuple[Path, int]]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[Sample]:
-        for path, label in self.files:
-            yield image_sample(self.header, f"{path.parent.name}-{path.stem}", _read(path), label)
-
-    def take(self, positions: Sequence[int]) -> _Files:
-        return _Files(self.header, [self.files[position] for position in positions])
+def _sample(header: ShardIndex, path: Path, label: int) -> Sample:
+    return image_sample(header, f"{path.parent.name}-{path.stem}", _read(path), label)
 
 
 def _read(path: Path) -> bytes:

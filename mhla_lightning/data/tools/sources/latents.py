@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from mhla_lightning.data.index import VAE, ShardIndex
 from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.tools.samples import Sample, latent_sample
 from mhla_lightning.data.tools.sources.base import Source
-from mhla_lightning.data.tools.sources.listing import list_classes
+from mhla_lightning.data.tools.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
 DIMENSIONS = {"latents": 3, "video_latents": 4}
@@ -29,26 +28,12 @@ def open_latents(folder: Path, kind: str, vae: VAE) -> Source:
     if len(shape) != DIMENSIONS[kind]:
         raise DataError(f"{first} is {shape}; {kind} have {'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits")
     header = ShardIndex(kind, (), listing.classes, vae=replace(vae, shape=shape))
-    return Source(header, {split: _Files(header, files) for split, files in listing.files.items()}, listing.fingerprint)
+    return Source(header, {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()}, listing.fingerprint)
 
 
-@dataclass(frozen=True)
-class _Files:
-    """npy files with their labels."""
-
-    header: ShardIndex
-    files: list[tuple[Path, int]]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[Sample]:
-        for path, label in self.files:
-            sample = latent_sample(self.header, str(path), _read(path), label=label)
-            yield replace(sample, name=f"{path.parent.name}-{path.stem}")
-
-    def take(self, positions: Sequence[int]) -> _Files:
-        return _Files(self.header, [self.files[position] for position in positions])
+def _sample(header: ShardIndex, path: Path, label: int) -> Sample:
+    sample = latent_sample(header, str(path), _read(path), label=label)
+    return replace(sample, name=f"{path.parent.name}-{path.stem}")
 
 
 def _read(path: Path) -> np.ndarray:

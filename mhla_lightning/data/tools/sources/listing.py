@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mhla_lightning.data.index import SPLITS
+from mhla_lightning.data.index import SPLITS, ShardIndex
+from mhla_lightning.data.tools.samples import Sample
 from mhla_lightning.data.tools.sources.base import files_fingerprint
 from mhla_lightning.errors import DataError
 
@@ -18,6 +20,25 @@ class Listing:
     classes: tuple[str, ...]
     files: dict[str, list[tuple[Path, int]]]
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """A part of a source: files with their labels. sample: makes a sample of one; a function of a module, since workers get a copy."""
+
+    header: ShardIndex
+    files: list[tuple[Path, int]]
+    sample: Callable[[ShardIndex, Path, int], Sample]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for path, label in self.files:
+            yield self.sample(self.header, path, label)
+
+    def take(self, positions: Sequence[int]) -> LabelledFiles:
+        return replace(self, files=[self.files[position] for position in positions])
 
 
 def list_classes(folder: Path, example: str) -> Listing:
