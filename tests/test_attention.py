@@ -283,13 +283,11 @@ def test_a_wrong_entry_is_one_clear_sentence(entry: str | dict, words: list[str]
 
 
 @pytest.mark.parametrize("name", sorted(ATTENTION))
-def test_bidirectional_operators_refuse_documents_and_causality(name: str) -> None:
+def test_bidirectional_operators_refuse_documents(name: str) -> None:
     options = {"name": name, **({"blocks": 2} if name == "mhla" else {})}
     operator = build_attention(options, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, grid=(6,))
     with pytest.raises(UserError, match="documents need a causal operator"):
         operator(*inputs(6), documents=torch.zeros(2, 6, dtype=torch.long))
-    with pytest.raises(UserError, match="no causal form"):
-        build_attention(options, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, grid=(6,), causal=True)
 
 
 def test_registering_a_taken_name_is_refused() -> None:

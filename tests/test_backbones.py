@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning import backbones
 from mhla_lightning.attention import ATTENTION, MHLA, Softmax
-from mhla_lightning.backbones import BACKBONES, VisionTransformer, register_backbone
+from mhla_lightning.backbones import IMAGE_CLASSIFIERS, VisionTransformer, register_backbone
 from mhla_lightning.backbones.vit import padded_grid
 from mhla_lightning.errors import UserError
 
@@ -32,7 +32,7 @@ def test_preset_release_has_the_released_parameter_counts(name: str, parameters:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("name", "attention"), list(product(BACKBONES, ATTENTION)))
+@pytest.mark.parametrize(("name", "attention"), list(product(IMAGE_CLASSIFIERS, ATTENTION)))
 def test_timm_creates_every_backbone_with_every_operator(name: str, attention: str) -> None:
     model: Any = timm.create_model(f"{name}_{attention}", **TINY)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)

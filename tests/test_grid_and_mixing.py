@@ -59,6 +59,32 @@ def test_a_count_that_does_not_fit_names_the_nearest(tokens: int, blocks: int, n
     assert f"blocks={blocks} does not fit an axis of {tokens} tokens" in str(error.value)
 
 
+def test_causal_initialisations_are_what_the_design_says() -> None:
+    local, decaying = (MixingMatrix(4, init, causal=True, exp_sigma=0.5).matrix() for init in ("causal_local", "causal_exp"))
+    rows = [[1.0], [1.0, 1e-3], [1.0, 0.5, 1e-3], [1.0, 2 / 3, 1 / 3, 1e-3]]  # 1 - (i - b) / max(i, 1) by distance, at least 1e-3
+    for i, row in enumerate(rows):
+        expected = torch.tensor(row[::-1]) / sum(row)
+        torch.testing.assert_close(local[i], torch.nn.functional.pad(expected, (0, 3 - i)))
+        torch.testing.assert_close(decaying[i, : i + 1], torch.exp(-torch.arange(i, -1, -1.0) / 0.5))
+    torch.testing.assert_close(MixingMatrix(4, "causal_exp", causal=True).weight[3], torch.exp(-torch.arange(3, -1, -1.0)))
+
+
+def test_the_relative_form_serves_any_number_of_blocks() -> None:
+    mixing = MixingMatrix(3, "causal_exp", causal=True, heads=2, form="relative")
+    assert mixing.weight.shape == (2, 3)
+    with torch.no_grad():
+        mixing.weight.copy_(torch.tensor([[0.9, 0.5, 0.1], [-1.0, 2.0, 0.3]]))
+    mixing.project_()
+    w = [[0.9, 0.5, 0.1], [0.0, 1.0, 0.3]]
+    for head, (own, near, far) in enumerate(w):
+        expected = [[own, 0, 0, 0, 0], [near, own, 0, 0, 0], [far, near, own, 0, 0], [far, far, near, own, 0], [far, far, far, near, own]]
+        torch.testing.assert_close(mixing.matrix(5)[head], torch.tensor(expected))
+    assert (MixingMatrix(4, "causal_uniform", causal=True, heads=2, form="relative").weight == 1).all()
+    torch.testing.assert_close(MixingMatrix(3, "causal_local", causal=True, form="relative").weight, torch.tensor([[1.0, 0.5, 1e-3]]))
+    with pytest.raises(UserError, match="'relative' .* needs a causal model"):
+        MixingMatrix(3, "const", form="relative")
+
+
 @pytest.mark.parametrize("init", ["local_row", "uniform", "causal_uniform"])
 @pytest.mark.parametrize("counts", [[1], [2], [5], [4, 4], [2, 3, 4]], ids=str)
 def test_rows_sum_to_one(init: str, counts: list[int]) -> None:

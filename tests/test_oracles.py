@@ -14,8 +14,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import MHLA, BlockGrid, MixingMatrix, SelfAttention, dense_mhla, initial_mixing, mhla
+from mhla_lightning.attention import (
+    MHLA,
+    BlockGrid,
+    CausalSelfAttention,
+    MixingMatrix,
+    SelfAttention,
+    causal_mhla,
+    dense_mhla,
+    init_state,
+    initial_mixing,
+    mhla,
+    step_state,
+)
 from mhla_lightning.attention.mhla.fused import fused_mhla
+from mhla_lightning.backbones import build_backbone
+from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS, CausalLM
+from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, our_name
 
 
@@ -41,15 +56,15 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> 
 def check_dense(case: Case) -> None:
     grid = BlockGrid(case.meta["grid"], block_size=case.meta["block"])
     q, k = (torch.relu(case.arrays[f"in.{name}"]) + 1e-6 for name in "qk")
-    v, causal, scale = case.arrays["in.v"], case.meta["causal"], case.meta["scale"]
+    v, is_causal, scale = case.arrays["in.v"], case.meta["causal"], case.meta["scale"]
     assert grid.blocks == tuple(case.meta["layout"])
     assert torch.equal(grid.block_of_token, case.arrays["in.block_index"].long())
     for kind in ("rand", "init"):
         mixing = case.arrays[f"in.mix_{kind}"]
         for normalizer, key in (("block", f"out.norm_{kind}"), ("none", f"out.nonorm_{kind}")):
-            dense = dense_mhla(q, k, v, mixing, grid.block_of_token, normalizer=normalizer, scale=scale, causal=causal)
+            dense = dense_mhla(q, k, v, mixing, grid.block_of_token, normalizer=normalizer, scale=scale, causal=is_causal)
             assert_close(dense, case.arrays[key], 1e-10, 1e-12)
-            if not causal:
+            if not is_causal:
                 qb, kb, vb = (grid.to_blocks(x) for x in (q * scale, k, v))
                 fast = grid.from_blocks(mhla(qb, kb, vb, mixing, normalizer=normalizer, eps=0.0, mask=grid.mask))
                 assert_close(fast, case.arrays[key], 1e-10, 1e-12)
@@ -57,12 +72,66 @@ def check_dense(case: Case) -> None:
                 normalize = normalizer == "block"
                 fused = fused_mhla(qr, kr, vr, mixing, grid, offset=1e-6, normalize=normalize, eps=0.0, dtype=torch.float64).transpose(1, 2)
                 assert_close(fused * (1 if normalize else scale), case.arrays[key], 1e-10, 1e-12)
-    init = "causal_uniform" if causal else "local_row"
+            else:
+                causal = causal_mhla(q, k, v, mixing, chunk_size=case.meta["block"][0], scale=scale, normalizer=normalizer, eps=0.0)
+                assert isinstance(causal, Tensor)
+                assert_close(causal, case.arrays[key], 1e-10, 1e-12)
+                assert_close(streamed(q, k, v, mixing, case.meta["block"][0], scale, normalizer), case.arrays[key], 1e-10, 1e-12)
+    init = "causal_uniform" if is_causal else "local_row"
     assert_close(initial_mixing(grid.distances(), init), case.arrays["in.mix_init"], 1e-10, 1e-12)
     if "out.A_rand" in case.arrays:
         identity = torch.eye(grid.tokens, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
-        attention = dense_mhla(q, k, identity, case.arrays["in.mix_rand"], grid.block_of_token, normalizer="none", scale=scale, causal=causal)
+        attention = dense_mhla(q, k, identity, case.arrays["in.mix_rand"], grid.block_of_token, normalizer="none", scale=scale, causal=is_causal)
         assert_close(attention, case.arrays["out.A_rand"], 1e-10, 1e-12)
+
+
+def streamed(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, chunk_size: int, scale: float, normalizer: str) -> Tensor:
+    """Causal MHLA token by token; (batch, heads, tokens, dim)."""
+    batch, heads, tokens, dim_k = q.shape
+    blocks, dim_v = mixing.shape[-1], v.shape[-1]
+    state = init_state(batch, heads=heads, dim_k=dim_k, dim_v=dim_v, chunk_size=chunk_size, blocks=blocks, normalizer=normalizer, dtype=q.dtype)
+    return torch.stack([step_state(state, q[:, :, t] * scale, k[:, :, t], v[:, :, t], mixing, eps=0.0) for t in range(tokens)], dim=2)
+
+
+def check_language_operator(case: Case) -> None:
+    """The release's chunk form, in parallel and streamed. Its recurrent form is a record of bugs N2 and N3, not a target."""
+    size = case.meta["constructor"]["chunk_size"]
+    q, k, v = (case.arrays[f"in.{name}"].transpose(1, 2).requires_grad_() for name in "qkv")
+    scale = q.shape[-1] ** -0.5
+    for mixing_key, key in (("in.mix", "out.chunk"), ("in.mix_init", "out.chunk_init"), ("in.mix_rand", "out.chunk_rand")):
+        if mixing_key not in case.arrays:
+            continue
+        mixing, expected = case.arrays[mixing_key].requires_grad_(), case.arrays[key].transpose(1, 2)
+        out = causal_mhla(q, k, v, mixing, chunk_size=size)
+        assert isinstance(out, Tensor)
+        assert_close(out, expected, 1e-4, 1e-5)
+        with torch.no_grad():
+            assert_close(streamed(q, k, v, mixing, size, scale, "none"), expected, 1e-4, 1e-5)
+        if "in.cotangent" in case.arrays:
+            cotangent = case.arrays["in.cotangent"].transpose(1, 2)
+            grads = torch.autograd.grad((out * cotangent).sum(), [q, k, v, mixing])
+            for name, grad in zip("qkv", grads[:3], strict=True):
+                assert_close(grad, case.arrays[f"grad_in.{name}"].transpose(1, 2), 1e-4, 1e-5)
+            assert_close(grads[3], case.arrays["grad.mix"], 1e-4, 1e-5)
+
+
+def check_language_layer(case: Case) -> None:
+    options = case.meta["constructor"]
+    preset = LANGUAGE_PRESETS["release"]["mhla"]
+    keys = CausalSelfAttention.layer_options()
+    operator = {key: value for key, value in preset.items() if key not in keys}
+    layer = {key: value for key, value in preset.items() if key in keys}
+    layer |= {"heads": options["num_heads"], "expand_k": options["expand_k"], "expand_v": options["expand_v"], "gate": options["use_output_gate"]}
+    attention = CausalSelfAttention(options["hidden_size"], attention={"name": "mhla", **operator}, **layer)
+    prefix = "model.layers.0.attn."
+    model = build_backbone("lm_tiny")
+    assert isinstance(model, CausalLM)
+    adapted = model.adapt_state_dict({prefix + name: value for name, value in case.group("param.").items()})
+    attention.load_state_dict({name.removeprefix("layers.0.attn."): value for name, value in adapted.items()})
+    for name, x in case.group("in.x_").items():
+        positions = torch.arange(x.shape[1])[None]
+        rotary = rotations(positions, [attention.dim_k], 10000, x.dtype)[attention.dim_k]
+        assert_close(attention(x, rotary=rotary), case.arrays[f"out.y_{name}"], 1e-4, 1e-5)
 
 
 def check_locality(case: Case) -> None:
@@ -190,6 +259,8 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "cls_": check_release_attention,
     "dit_linear": check_release_attention,
     "vit_full": check_vit,
+    "nlp_ops": check_language_operator,
+    "nlp_layer": check_language_layer,
 }
 
 

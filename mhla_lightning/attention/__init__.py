@@ -7,27 +7,59 @@
 torch.Size([1, 96, 64])
 """
 
-from mhla_lightning.attention.base import Attention
-from mhla_lightning.attention.entry import ATTENTION, LayerAttention, build_attention, register_attention, resolve_layer, resolve_layers
+from mhla_lightning.attention.base import Attention, CausalAttention, Rotary, State
+from mhla_lightning.attention.causal.layer import CausalSelfAttention, LayerState
+from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.entry import (
+    ATTENTION,
+    CAUSAL_ATTENTION,
+    LayerAttention,
+    build_attention,
+    register_attention,
+    resolve_layer,
+    resolve_layers,
+)
 from mhla_lightning.attention.layer import DepthwiseConv, SelfAttention
 from mhla_lightning.attention.linear import Linear
-from mhla_lightning.attention.mhla import MHLA, BlockGrid, MixingMatrix, block_summaries, dense_mhla, initial_mixing, mhla, mix, read
+from mhla_lightning.attention.mhla import (
+    MHLA,
+    BlockGrid,
+    MixingMatrix,
+    block_summaries,
+    causal_mhla,
+    dense_mhla,
+    init_state,
+    initial_mixing,
+    mhla,
+    mix,
+    read,
+    step_state,
+)
 from mhla_lightning.attention.softmax import Softmax
 
 __all__ = [
     "ATTENTION",
+    "CAUSAL_ATTENTION",
     "MHLA",
     "Attention",
     "BlockGrid",
+    "CausalAttention",
+    "CausalSelfAttention",
     "DepthwiseConv",
     "LayerAttention",
+    "LayerState",
     "Linear",
     "MixingMatrix",
+    "Packing",
+    "Rotary",
     "SelfAttention",
     "Softmax",
+    "State",
     "block_summaries",
     "build_attention",
+    "causal_mhla",
     "dense_mhla",
+    "init_state",
     "initial_mixing",
     "mhla",
     "mix",
@@ -35,4 +67,5 @@ __all__ = [
     "register_attention",
     "resolve_layer",
     "resolve_layers",
+    "step_state",
 ]

@@ -6,37 +6,30 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.attention.causal.packing import Packing
 from mhla_lightning.errors import UserError, unknown_name
 
 Rotary = Callable[[Tensor], Tensor]
 """(batch, tokens, heads, dim) -> same shape; made by the backbone, which owns base, pairing and dtype."""
 
-_SHARED_ARGUMENTS = ("self", "heads", "dim_k", "dim_v", "grid", "causal")
+_SHARED_ARGUMENTS = ("self", "heads", "dim_k", "dim_v", "grid")
 
 
 class Attention(nn.Module):
     """One operator, one instance a layer.
 
-    A subclass takes ``heads, dim_k, dim_v, grid, causal`` and its own options by keyword;
-    the options of an attention entry are read off that signature.
+    A subclass takes ``heads, dim_k, dim_v, grid`` and its own options by keyword; the options of an attention entry are read off that signature.
 
     Class attributes:
-        supports_causal: whether ``causal=True`` can be built.
+        causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
     """
 
-    supports_causal = False
-    causal: bool
-
-    def __init__(self, *, causal: bool = False) -> None:
-        super().__init__()
-        if causal and not self.supports_causal:
-            raise UserError(f"attention '{type(self).__name__.lower()}' has no causal form; it serves image and video models")
-        self.causal = causal
+    causal: ClassVar[bool] = False
 
     @abstractmethod
     def forward(
@@ -58,7 +51,7 @@ class Attention(nn.Module):
             grid: token counts per axis; None takes the one given at construction.
             rotary: turns q and k. softmax applies it to both; linear operators after the feature map and in the numerator only.
             mask: (batch, tokens) bool, True = real token. Padded outputs are 0 and padded keys count nowhere.
-            documents: (batch, tokens) int, causal operators only.
+            documents: causal operators only, see :class:`CausalAttention`.
 
         Returns:
             (batch, tokens, heads, dim_v)
@@ -72,6 +65,84 @@ class Attention(nn.Module):
     def options(cls) -> tuple[str, ...]:
         """The operator's own keys in an attention entry."""
         return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in _SHARED_ARGUMENTS)
+
+
+class State(Protocol):
+    """What a causal operator remembers of the tokens it has seen; `step` may change it in place."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its tensors, as allocated."""
+
+    def reorder(self, indices: Tensor) -> Self:
+        """The sequences `indices` (int64, any number, repeats allowed) as a new batch: beam search, or dropping finished sequences."""
+
+
+class CausalAttention(Attention):
+    """An operator whose tokens see earlier tokens only, in parallel (`forward`, `prefill`) or one by one (`step`): the same numbers.
+
+    Chunks and positions start anew with each document and with the first real token, so packed, padded and alone give the same numbers.
+
+    Class attributes:
+        grouped: takes k and v of fewer heads than q (grouped queries) as they are; for all others the layer repeats them.
+    Attributes:
+        token_decay: needs `log_decay`, the log of a decay in (0, 1] that the layer computes from every token.
+    """
+
+    causal: ClassVar[bool] = True
+    grouped: ClassVar[bool] = False
+    token_decay: bool = False
+
+    @abstractmethod
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: Sequence[int] | None = None,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        packing: Packing | None = None,
+        log_decay: Tensor | None = None,
+    ) -> Tensor:
+        """Mixes values over each token's own and earlier tokens.
+
+        Args:
+            q, k, v, rotary, mask: see :meth:`Attention.forward`. Padding stands left or right of a sequence.
+            grid: ignored; there is one axis.
+            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another document.
+            packing: of the same mask and documents, made once for all layers; None makes it here.
+            log_decay: (batch, tokens, heads), at most 0; where `token_decay` is set.
+
+        Returns:
+            (batch, tokens, heads, dim_v)
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before the first token; heads are those of k and v."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
+        packing: Packing | None = None,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """`forward` from the first token on, and the state behind the last real token of each sequence."""
+
+    @abstractmethod
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, *, rotary: Rotary | None = None, log_decay: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One more token of each sequence: q, k (batch, 1, heads, dim_k), v (batch, 1, heads, dim_v) -> (batch, 1, heads, dim_v)."""
 
 
 FEATURE_MAPS = ("relu_eps", "relu", "elu", "identity")
@@ -97,6 +168,19 @@ def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
 def relu_offset(name: str, eps: float) -> float | None:
     """What the fused path adds behind its relu to be this feature map; None where it cannot be."""
     return {"relu": 0.0, "relu_eps": eps}.get(name)
+
+
+def positive(key: str, value: object) -> None:
+    """Refuses what is no whole number above 0. Raises UserError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key} is {value}; it must be a whole number from 1 on")
+
+
+def demand_decay(log_decay: Tensor | None) -> Tensor:
+    """The decays that a gated operator cannot do without. Raises UserError."""
+    if log_decay is None:
+        raise UserError("decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention computes from the tokens")
+    return log_decay
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

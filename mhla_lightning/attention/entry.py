@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from mhla_lightning.attention.base import Attention
+from mhla_lightning.attention.base import Attention, CausalAttention
+from mhla_lightning.attention.causal.linear import CausalLinear
+from mhla_lightning.attention.causal.softmax import CausalSoftmax
 from mhla_lightning.attention.linear import Linear
-from mhla_lightning.attention.mhla import MHLA
+from mhla_lightning.attention.mhla import MHLA, CausalMHLA
 from mhla_lightning.attention.softmax import Softmax
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -17,6 +19,13 @@ ATTENTION: dict[str, type[Attention]] = {
     "linear": Linear,
     "mhla": MHLA,
 }
+
+CAUSAL_ATTENTION: dict[str, type[CausalAttention]] = {
+    "softmax": CausalSoftmax,
+    "linear": CausalLinear,
+    "mhla": CausalMHLA,
+}
+"""The operators of language models, under the same names where they are the causal form of the same idea."""
 
 Entry = str | Mapping[str, Any]
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -32,46 +41,55 @@ class LayerAttention:
     layer: dict[str, Any]
 
 
+def operators(causal: bool) -> dict[str, type[Attention]]:
+    """The table of causal or of bidirectional operators."""
+    return cast(dict[str, type[Attention]], CAUSAL_ATTENTION if causal else ATTENTION)
+
+
 def register_attention(name: str, operator: type[Attention]) -> None:
-    """Adds an operator under a new name.
+    """Adds an operator under a new name, to the table of its kind.
 
     Raises:
         UserError: the name is taken.
     """
-    if name in ATTENTION:
-        raise UserError(f"attention '{name}' is already registered by {ATTENTION[name].__module__}")
-    ATTENTION[name] = operator
+    table = operators(operator.causal)
+    if name in table:
+        raise UserError(f"attention '{name}' is already registered by {table[name].__module__}")
+    table[name] = operator
 
 
-def lookup_attention(name: object) -> type[Attention]:
+def lookup_attention(name: object, causal: bool = False) -> type[Attention]:
     """The operator class of a name; the error lists the names."""
-    if not isinstance(name, str) or name not in ATTENTION:
-        raise UserError(unknown_name("attention", name, ATTENTION))
-    return ATTENTION[name]
+    table = operators(causal)
+    if not isinstance(name, str) or name not in table:
+        raise UserError(unknown_name("causal attention" if causal else "attention", name, table))
+    return table[name]
 
 
 def build_attention(entry: Entry, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None, causal: bool = False) -> Attention:
-    """Builds one operator from a name or a mapping of ``name`` and the operator's own options.
+    """Builds one operator from a name or a mapping of ``name`` and the operator's own options; a causal one is a :class:`CausalAttention`.
 
     Raises:
         UserError: unknown name or option, or options that do not fit the grid.
     """
-    spec = resolve_layer(entry, presets={}, layer_options=())
-    operator: Callable[..., Attention] = lookup_attention(spec.name)
-    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, causal=causal, **spec.operator)
+    spec = resolve_layer(entry, presets={}, layer_options=(), causal=causal)
+    operator: Callable[..., Attention] = lookup_attention(spec.name, causal)
+    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **spec.operator)
 
 
-def resolve_layers(entry: Entry | Sequence[Entry], depth: int, presets: Presets, layer_options: Iterable[str]) -> list[LayerAttention]:
+def resolve_layers(
+    entry: Entry | Sequence[Entry], depth: int, presets: Presets, layer_options: Iterable[str], causal: bool = False
+) -> list[LayerAttention]:
     """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the paper's hybrid)."""
     entries = [entry] if isinstance(entry, (str, Mapping)) else list(entry)
     if not entries:
-        raise UserError("attention is an empty list; give at least one of: " + ", ".join(sorted(ATTENTION)))
+        raise UserError("attention is an empty list; give at least one of: " + ", ".join(sorted(operators(causal))))
     options = tuple(layer_options)
-    resolved = [resolve_layer(e, presets, options) for e in entries]
+    resolved = [resolve_layer(e, presets, options, causal) for e in entries]
     return [resolved[i % len(resolved)] for i in range(depth)]
 
 
-def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str]) -> LayerAttention:
+def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str], causal: bool = False) -> LayerAttention:
     """Fills one entry from its preset (`paper` when not named) and splits it into operator and layer options.
 
     Raises:
@@ -80,8 +98,8 @@ def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str]) 
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name is None:
-        raise UserError(f"an attention mapping needs the key 'name' ({', '.join(sorted(ATTENTION))}), got {sorted(given)}")
-    operator_keys, layer_keys = lookup_attention(name).options(), tuple(layer_options)
+        raise UserError(f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), got {sorted(given)}")
+    operator_keys, layer_keys = lookup_attention(name, causal).options(), tuple(layer_options)
     preset = given.pop("preset", "paper")
     if presets and preset not in presets:
         raise UserError(unknown_name("attention preset", preset, presets))

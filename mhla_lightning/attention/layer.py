@@ -54,7 +54,6 @@ class SelfAttention(nn.Module):
         heads: channel heads.
         attention: operator name, or a mapping of ``name`` and the operator's own options.
         grid: token counts per axis, ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
-        causal: tokens see earlier tokens only.
         pos_conv: `lepe3`/`lepe5` adds a depthwise convolution of v to the output;
             `cpe3` belongs to the block around this layer and does nothing here.
         gate: output gate SiLU(x W_g) (SPEC 4.2).
@@ -76,7 +75,6 @@ class SelfAttention(nn.Module):
         *,
         attention: Entry = "mhla",
         grid: Sequence[int],
-        causal: bool = False,
         pos_conv: str = "none",
         gate: bool = False,
         out_norm: bool = False,
@@ -97,7 +95,7 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
         self.lepe = DepthwiseConv(dim, len(self.grid), int(pos_conv[-1])) if pos_conv.startswith("lepe") else None
-        self.attention = build_attention(attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid, causal=causal)
+        self.attention = build_attention(attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid)
         self.out_norm = RMSNorm(dim // heads, eps=1e-6) if out_norm else nn.Identity()
         self.gate = nn.Linear(dim, dim) if gate else None
         self.proj = nn.Linear(dim, dim)
@@ -131,4 +129,4 @@ class SelfAttention(nn.Module):
         return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in _NOT_IN_ENTRY)
 
 
-_NOT_IN_ENTRY = ("self", "dim", "heads", "attention", "grid", "causal")
+_NOT_IN_ENTRY = ("self", "dim", "heads", "attention", "grid")

@@ -30,11 +30,10 @@ class Linear(base.Attention):
         dim_k: int,
         dim_v: int,
         grid: Sequence[int] | None = None,
-        causal: bool = False,
         feature_map: str = "relu",
         eps: float = 1e-6,
     ) -> None:
-        super().__init__(causal=causal)
+        super().__init__()
         self.eps = eps
         self.phi = base.feature_map(feature_map, eps)
         self.fused_offset = base.relu_offset(feature_map, eps)

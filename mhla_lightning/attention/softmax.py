@@ -13,8 +13,8 @@ from mhla_lightning.attention.base import Attention, Rotary, no_documents
 class Softmax(Attention):
     """The quadratic baseline; scale is dim_k ** -0.5."""
 
-    def __init__(self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None, causal: bool = False) -> None:
-        super().__init__(causal=causal)
+    def __init__(self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None) -> None:
+        super().__init__()
 
     def forward(
         self,

@@ -11,10 +11,11 @@ import timm
 from torch import Tensor, nn
 
 from mhla_lightning.attention import ATTENTION
+from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
 from mhla_lightning.backbones.vit import VisionTransformer
 from mhla_lightning.errors import UserError, unknown_name
 
-__all__ = ["BACKBONES", "Backbone", "VisionTransformer", "build_backbone", "register_backbone"]
+__all__ = ["BACKBONES", "IMAGE_CLASSIFIERS", "Backbone", "CausalLM", "ModelState", "VisionTransformer", "build_backbone", "register_backbone"]
 
 
 class Backbone(Protocol):
@@ -29,10 +30,16 @@ class Backbone(Protocol):
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+IMAGE_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
     "deit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6),
     "deit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+}
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **IMAGE_CLASSIFIERS,
+    "lm_340m": partial(CausalLM, embed_dim=1024, depth=24),
+    "lm_tiny": partial(CausalLM, vocab_size=257, context=256, embed_dim=128, depth=4),
 }
 
 
@@ -64,7 +71,7 @@ def build_backbone(name: str, *, attention: str | Mapping[str, Any] | Sequence[A
 
 def _register_with_timm() -> None:
     """`<backbone>_<attention>` for timm.create_model, which passes our options on."""
-    for backbone in BACKBONES:
+    for backbone in IMAGE_CLASSIFIERS:
         for attention in ATTENTION:
             name = f"{backbone}_{attention}"
             if not timm.is_model(name):

@@ -12,7 +12,7 @@ from mhla_lightning.attention import base
 from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.mhla.mixing import MixingMatrix
+from mhla_lightning.attention.mhla.mixing import MixingMatrix, mix_options
 from mhla_lightning.errors import UserError, unknown_name
 
 
@@ -40,7 +40,6 @@ class MHLA(base.Attention):
         dim_k: int,
         dim_v: int,
         grid: Sequence[int] | None = None,
-        causal: bool = False,
         blocks: int | Sequence[int] | None = None,
         block_size: int | Sequence[int] | None = None,
         normalizer: str = "block",
@@ -52,15 +51,12 @@ class MHLA(base.Attention):
         feature_map: str = "relu_eps",
         eps: float = 1e-6,
     ) -> None:
-        super().__init__(causal=causal)
+        super().__init__()
         if grid is None:
             raise UserError("attention 'mhla' needs a grid: the token counts per axis")
         if normalizer not in NORMALIZERS:
             raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
-        options: dict[str, Any] = dict(mix_init_options or {})
-        unknown = sorted(options.keys() - {"exp_sigma", "local_thres", "value"})
-        if unknown:
-            raise UserError(unknown_name("mix_init_options key", unknown[0], ("exp_sigma", "local_thres", "value")))
+        options: dict[str, Any] = mix_options(mix_init_options)
         self.partition = {"blocks": blocks, "block_size": block_size}
         self.grid = BlockGrid(grid, blocks, block_size=block_size)
         if normalizer == "slot" and not self.grid.even:

@@ -1,0 +1,1 @@
+"""Causal attention for language models: documents packed into rows, the layer, and the operators beside MHLA."""

@@ -1,0 +1,114 @@
+"""Where every token of a padded or packed batch stands in its document, and documents cut into chunks of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhla_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Documents cut into chunks of `size` tokens; every document starts a chunk, so a row of M chunks holds short ones.
+
+    Attributes:
+        count: M, chunks a row, the largest of the batch.
+        longest: chunks of the longest document.
+        slot: (batch * tokens,) int64, the place of each token in (batch, M * size + 1) laid flat; padding goes to the last place of its row.
+        number: (batch, M) int64, the chunk's number within its document.
+        document: (batch, M) int64, which document of its row; -1 where the row has fewer chunks.
+        real: (batch, M, size) bool, True where a token stands.
+    """
+
+    size: int
+    count: int
+    longest: int
+    slot: Tensor
+    number: Tensor
+    document: Tensor
+    real: Tensor
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, tokens, ...) -> (batch, M, size, ...), zeros where no token stands."""
+        batch, places = x.shape[0], self.count * self.size + 1
+        flat = x.new_zeros(batch * places, *x.shape[2:]).index_copy(0, self.slot, x.flatten(0, 1))
+        return flat.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size))
+
+    def join(self, chunks: Tensor) -> Tensor:
+        """The inverse: (batch, M, size, ...) -> (batch, tokens, ...), zeros at padding."""
+        flat = F.pad(chunks.flatten(1, 2), (0, 0) * (chunks.dim() - 3) + (0, 1)).flatten(0, 1)
+        return flat.index_select(0, self.slot).unflatten(0, (chunks.shape[0], -1))
+
+    def earlier(self) -> Tensor:
+        """(batch, M, M) bool: whether chunk b of a row is an earlier chunk of the same document as chunk i."""
+        same = self.document[:, :, None] == self.document[:, None, :]
+        return same & (self.number[:, None, :] < self.number[:, :, None])
+
+
+class Packing:
+    """Mask and documents of a batch. A document is a run of equal numbers; padding belongs to none.
+
+    Args:
+        mask: (batch, tokens) bool, True = real token; None is all real.
+        documents: (batch, tokens) int; None is one document a row.
+
+    Attributes:
+        positions: (batch, tokens) int64, the number of real tokens of the same document before each token.
+    """
+
+    def __init__(self, mask: Tensor | None, documents: Tensor | None) -> None:
+        either = mask if mask is not None else documents
+        if either is None:
+            raise UserError("a packing needs a mask or documents")
+        self.mask, self.documents = mask, documents
+        self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask.bool()
+        starts = torch.zeros_like(self.real)
+        starts[:, 0] = True
+        if documents is not None:
+            starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        count = self.real.long().cumsum(1)
+        before = torch.where(starts, count - self.real.long(), 0).cummax(1).values
+        self.run = starts.long().cumsum(1)
+        self.positions = (count - before - 1).clamp_min(0)
+        self._chunks: dict[int, Chunks] = {}
+
+    @classmethod
+    def of(cls, mask: Tensor | None, documents: Tensor | None) -> Packing | None:
+        """None where every token is real and of the same document: nothing to rearrange."""
+        return None if mask is None and documents is None else cls(mask, documents)
+
+    def allowed(self) -> Tensor:
+        """(batch, 1, tokens, tokens) bool: real, of the same document, not later. A padded query sees itself, so that no row is empty."""
+        tokens = self.real.shape[1]
+        same = self.run[:, :, None] == self.run[:, None, :]
+        seen = (same & self.real[:, None, :]).tril()
+        return (seen | torch.eye(tokens, dtype=torch.bool, device=seen.device)).unsqueeze(1)
+
+    def chunks(self, size: int) -> Chunks:
+        """The documents in chunks of `size`; remembered, since every layer asks (it waits for the device once)."""
+        if size not in self._chunks:
+            self._chunks[size] = self._cut(size)
+        return self._chunks[size]
+
+    def _cut(self, size: int) -> Chunks:
+        batch, tokens = self.real.shape
+        within = self.positions % size
+        first = self.real & (within == 0)
+        chunk = first.long().cumsum(1) - 1
+        numbers = self.positions // size
+        count, longest = (int(n) for n in torch.stack([chunk.max() + 1, torch.where(self.real, numbers, 0).max() + 1]).tolist())
+        count = max(1, count)
+        places = count * size + 1
+        rows = torch.arange(batch, device=chunk.device)[:, None] * places
+        slot = (rows + torch.where(self.real, chunk * size + within, places - 1)).flatten()
+        # Each chunk learns its number and document from its first token; all other tokens write into a column that is cut off.
+        target = torch.where(first, chunk, count)
+        number = chunk.new_zeros(batch, count + 1).scatter_(1, target, numbers)[:, :count]
+        document = chunk.new_full((batch, count + 1), -1).scatter_(1, target, self.run)[:, :count]
+        real = torch.zeros(batch * places, dtype=torch.bool, device=chunk.device)
+        real[slot] = self.real.flatten()
+        return Chunks(size, count, longest, slot, number, document, real.view(batch, places)[:, :-1].view(batch, count, size))

@@ -1,0 +1,130 @@
+"""Causal Multi-Head Linear Attention with a hand-written backward, for long rows on a CPU.
+
+Plain autograd writes every chunk's scores to memory and reads them back three times; at 16,384 tokens that costs more than the matrix products.
+Here a few chunks of one head are finished before the next, and their scores are computed again in the backward. Same numbers as the plain form of
+`causal.causal_mhla` (a test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mhla_lightning.attention.base import full_precision
+
+SLICE_ELEMENTS = 2**18
+"""Scores that one slice holds (1 MiB in float32)."""
+WORTHWHILE = 2**19
+"""Scores of a head from which on slices pay: below, all heads at once are faster."""
+
+
+def pays(q: Tensor, chunk_size: int) -> bool:
+    """Whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k). A compiler fuses the plain form itself."""
+    return q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
+
+
+def fused_causal(q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int) -> Tensor:
+    """sum over earlier chunks of among[i, b] q (k^T v) plus diagonal[i] times the causal q k^T v of the own chunk.
+
+    Args:
+        q, k: (batch, heads, tokens, dim_k), feature-mapped. v: (batch, heads, tokens, dim_v). Read in place, however they lie in memory.
+        among: (M, M) or (heads, M, M), zero on and above the diagonal; None is all ones below it.
+        diagonal: (M,) or (heads, M).
+        chunk_size: tokens a chunk; M of them.
+
+    Returns:
+        (batch, heads, tokens, dim_v)
+    """
+    tokens = q.shape[2]
+    spare = -tokens % chunk_size
+    cut = ((F.pad(x, (0, 0, 0, spare)) if spare else x).unflatten(2, (-1, chunk_size)) for x in (q, k, v))
+    return _FusedCausal.apply(*cut, among, diagonal).flatten(2, 3)[:, :, :tokens]
+
+
+class _FusedCausal(torch.autograd.Function):
+    """q, k, v: (batch, heads, M, size, dim)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor) -> Tensor:
+        out = torch.empty_like(v)
+        kept: list[Tensor] = []
+        for qh, kh, vh, oh, head in _heads(q, k, v, out):
+            summaries = kh.mT @ vh
+            prefix = _mix(_of(among, head, 2), summaries)
+            kept += [summaries, prefix]
+            own = _of(diagonal, head, 1)
+            for part in _slices(qh):
+                scores = (qh[part] @ kh[part].mT).tril_().mul_(_column(own, part))
+                oh[part] = torch.baddbmm(qh[part] @ prefix[part], scores, vh[part])
+        ctx.save_for_backward(q, k, v, among, diagonal, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, among, diagonal, *kept = ctx.saved_tensors
+        summaries_and_prefixes = zip(kept[::2], kept[1::2], strict=True)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_among = None if among is None else torch.zeros_like(among)
+        d_diagonal = torch.zeros_like(diagonal)
+        with full_precision(q):
+            for qh, kh, vh, gh, dqh, dkh, dvh, head in _heads(q, k, v, grad, dq, dk, dv):
+                mixing, own = _of(among, head, 2), _of(diagonal, head, 1)
+                summaries, prefix = next(summaries_and_prefixes)
+                d_prefix = qh.mT @ gh
+                d_summaries = _mix_back(mixing, d_prefix)
+                if d_among is not None:
+                    _of(d_among, head, 2).add_(d_prefix.flatten(1) @ summaries.flatten(1).mT)
+                d_own = _of(d_diagonal, head, 1)
+                for part in _slices(qh):
+                    qp, kp, vp, gp, weight = qh[part], kh[part], vh[part], gh[part], _column(own, part)
+                    scores, d_scores = (qp @ kp.mT).tril_(), (gp @ vp.mT).tril_()
+                    d_own[part] += (scores * d_scores).sum((-2, -1))
+                    scores.mul_(weight)
+                    d_scores.mul_(weight)
+                    dqh[part] = torch.baddbmm(gp @ prefix[part].mT, d_scores, kp)
+                    dkh[part] = torch.baddbmm(vp @ d_summaries[part].mT, d_scores.mT, qp)
+                    dvh[part] = torch.baddbmm(kp @ d_summaries[part], scores.mT, gp)
+        return dq, dk, dv, None if d_among is None else d_among.tril_(-1), d_diagonal
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """(M, size, dim) of every tensor for each sample and head, and the head's number."""
+    batch, heads = tensors[0].shape[:2]
+    for sample in range(batch):
+        for head in range(heads):
+            yield *(x[sample, head] for x in tensors), head
+
+
+def _slices(q: Tensor) -> Iterator[slice]:
+    """Chunks of q (M, size, dim) whose scores fit the budget together."""
+    count, size = q.shape[:2]
+    step = max(1, SLICE_ELEMENTS // size**2)
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
+
+
+def _of(x: Any, head: int, dims: int) -> Any:
+    return x if x is None or x.dim() == dims else x[head]
+
+
+def _column(own: Tensor, part: slice) -> Tensor:
+    return own[part, None, None]
+
+
+def _mix(mixing: Tensor | None, summaries: Tensor) -> Tensor:
+    """(M, dim_k, dim_v): mixing @ summaries; without mixing the sum of all before."""
+    if mixing is None:
+        return F.pad(summaries[:-1], (0, 0, 0, 0, 1, 0)).cumsum(0)
+    return (mixing @ summaries.flatten(1)).view_as(summaries)
+
+
+def _mix_back(mixing: Tensor | None, d_prefix: Tensor) -> Tensor:
+    if mixing is None:
+        return F.pad(d_prefix[1:], (0, 0, 0, 0, 0, 1)).flip(0).cumsum(0).flip(0)
+    return (mixing.mT @ d_prefix.flatten(1)).view_as(d_prefix)

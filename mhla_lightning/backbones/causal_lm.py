@@ -1,0 +1,312 @@
+"""The language model of the paper around any causal operator: pre-norm, SwiGLU, tied embeddings (paper Sec. 5.4; SPEC section 5)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mhla_lightning.attention import CausalSelfAttention, LayerAttention, LayerState, MixingMatrix, Packing, resolve_layers
+from mhla_lightning.attention.layer import RMSNorm
+from mhla_lightning.backbones.rotary import Rotation, rotations
+from mhla_lightning.errors import UserError
+
+_LAYER = {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "gate": True, "out_norm": True}
+_LINEAR = {**_LAYER, "feature_map": "relu", "normalizer": "none", "chunk_size": 64}
+_MHLA = {**_LINEAR, "max_chunks": 32, "mix_init": "causal_uniform"}
+# Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see `presets_for`.
+_SOFTMAX = {"expand_k": 1.0, "expand_v": 1.0, "gate": False, "out_norm": False, "rotary": True}
+
+LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA},
+    "release": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": {**_MHLA, "mix_clamp": [1e-5, 1.0], "mix_clamp_at": "forward"}},
+    "best": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA},
+}
+"""preset -> operator -> options (SPEC section 9, LM)."""
+
+
+def presets_for(embed_dim: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """LANGUAGE_PRESETS with softmax heads of 64 channels (16 heads at 1,024), of all channels in a model narrower than 64."""
+    heads = max(1, embed_dim // 64)
+    return {name: {**table, "softmax": {"heads": heads, **table["softmax"]}} for name, table in LANGUAGE_PRESETS.items()}
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What the model remembers of the tokens so far.
+
+    layers: one state a layer. positions: (batch,) int64, tokens seen of each sequence.
+    """
+
+    layers: tuple[LayerState, ...]
+    positions: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.positions.nbytes + sum(layer.bytes for layer in self.layers)
+
+    def reorder(self, indices: Tensor) -> ModelState:
+        """The sequences `indices` (int64, any number, repeats allowed) as a new batch."""
+        layers = tuple(layer.reorder(indices) for layer in self.layers)
+        return ModelState(layers, self.positions.index_select(0, indices.to(self.positions.device)))
+
+
+class SwiGLU(nn.Module):
+    """W_down(SiLU(x W_gate) * x W_up), without biases.
+
+    Args:
+        dim: channels.
+        hidden: channels inside.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * 3 * self.gate_proj.weight.numel()
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        dim, context: the model's.
+        hidden: channels inside the MLP.
+        spec: this layer's resolved attention entry.
+        norm_eps: of all norms.
+        dropout: after attention and MLP.
+    """
+
+    def __init__(self, dim: int, hidden: int, spec: LayerAttention, context: int, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        options = {"norm_eps": norm_eps, "dropout": dropout, **spec.layer}
+        self.attn_norm = RMSNorm(dim, eps=norm_eps)
+        self.attn = CausalSelfAttention(dim, attention={"name": spec.name, **spec.operator}, context=context, **options)
+        self.mlp_norm = RMSNorm(dim, eps=norm_eps)
+        self.mlp = SwiGLU(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None) -> Tensor:
+        """(batch, tokens, dim) -> same shape."""
+        return self._mlp(x + self.attn(self.attn_norm(x), rotary=rotary, packing=packing))
+
+    def prefill(self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None) -> tuple[Tensor, LayerState]:
+        """`forward`, and the state behind the last real token."""
+        out, state = self.attn.prefill(self.attn_norm(x), rotary=rotary, packing=packing)
+        return self._mlp(x + out), state
+
+    def step(self, x: Tensor, state: LayerState, *, rotary: Rotation | None = None) -> tuple[Tensor, LayerState]:
+        """One more token, (batch, 1, dim) -> same shape."""
+        out, state = self.attn.step(self.attn_norm(x), state, rotary=rotary)
+        return self._mlp(x + out), state
+
+    def flops(self, tokens: int) -> int:
+        return self.attn.flops(tokens) + self.mlp.flops(tokens)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class CausalLM(nn.Module):
+    """A decoder whose layers hold any causal operator of the registry.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        vocab_size: V, token ids.
+        context: tokens of a training row. A longer forward is allowed where the operators can.
+        embed_dim: C, channels.
+        depth: layers.
+        intermediate: channels inside the MLP; None is 8/3 of embed_dim, rounded up to a multiple of 256.
+        tie_embeddings: the output uses the embedding's weights.
+        rope_base: the longest rotary wave is 2 pi times this.
+        norm_eps: of all RMSNorms.
+        dropout: after attention and MLP; an attention entry's own goes before.
+        compile: torch.compile every layer in place (names of weights stay).
+
+    Attributes:
+        grid: (context,).
+
+    Raises:
+        UserError: a size that does not fit, or an attention entry that does not.
+    """
+
+    def __init__(
+        self,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        vocab_size: int = 32000,
+        context: int = 2048,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        intermediate: int | None = None,
+        tie_embeddings: bool = True,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("vocab_size", vocab_size), ("context", context), ("embed_dim", embed_dim), ("depth", depth)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        self.vocab_size, self.embed_dim, self.grid, self.rope_base = vocab_size, embed_dim, (context,), rope_base
+        hidden = 256 * math.ceil(int(embed_dim * 4 * 2 / 3) / 256) if intermediate is None else intermediate
+        specs = resolve_layers(attention, depth, presets_for(embed_dim), CausalSelfAttention.layer_options(), causal=True)
+        self.embeddings = nn.Embedding(vocab_size, embed_dim)
+        self.layers = nn.ModuleList(DecoderLayer(embed_dim, hidden, spec, context, norm_eps, dropout) for spec in specs)
+        self.norm = RMSNorm(embed_dim, eps=norm_eps)
+        self.lm_head = None if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
+        self.rotary_dims = tuple(sorted({layer.attn.dim_k for layer in self._layers() if layer.attn.rotary}))
+        self.checkpointing = False
+        self.apply(_initialise)
+        if compile:
+            self.compile_layers()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab_size, embed_dim) of the output."""
+        return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """What the output weights are applied to.
+
+        Args:
+            tokens: (batch, tokens) int64.
+            mask: (batch, tokens) bool, True = real token; padding stands left or right.
+            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another document.
+
+        Returns:
+            (batch, tokens, embed_dim)
+        """
+        packing, turn = self._places(tokens, mask, documents)
+        x = self.embeddings(tokens)
+        for layer in self._layers():
+            rotary = turn.get(layer.attn.dim_k)
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, rotary=rotary, packing=packing, use_reentrant=False)
+            else:
+                x = layer(x, rotary=rotary, packing=packing)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """Logits (batch, tokens, vocab_size); arguments as in `features`."""
+        return F.linear(self.features(tokens, mask, documents), self.head_weight)
+
+    def init_state(self, batch: int) -> ModelState:
+        """The state before the first token of `batch` sequences."""
+        positions = torch.zeros(batch, dtype=torch.int64, device=self.head_weight.device)
+        return ModelState(tuple(layer.attn.init_state(batch) for layer in self._layers()), positions)
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False) -> tuple[Tensor, ModelState]:
+        """`forward` over prompts, and the state behind the last real token of each.
+
+        Returns:
+            logits at the last real token (batch, vocab_size), or with `all_logits` at every token (batch, tokens, vocab_size); the state.
+        """
+        packing, turn = self._places(tokens, mask, None)
+        x, states = self.embeddings(tokens), []
+        for layer in self._layers():
+            x, state = layer.prefill(x, rotary=turn.get(layer.attn.dim_k), packing=packing)
+            states.append(state)
+        real = torch.ones_like(tokens, dtype=torch.bool) if packing is None else packing.real
+        if not all_logits:
+            last = (real * torch.arange(tokens.shape[1], device=tokens.device)).amax(1)
+            x = x[torch.arange(len(x), device=x.device), last]
+        return F.linear(self.norm(x), self.head_weight), ModelState(tuple(states), real.sum(1))
+
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One more token of each sequence, (batch,) int64 -> logits (batch, vocab_size). `state` may change in place."""
+        turn = self._rotations(state.positions[:, None])
+        x, states = self.embeddings(tokens)[:, None], []
+        for layer, layer_state in zip(self._layers(), state.layers, strict=True):
+            x, new = layer.step(x, layer_state, rotary=turn.get(layer.attn.dim_k))
+            states.append(new)
+        return F.linear(self.norm(x[:, 0]), self.head_weight), ModelState(tuple(states), state.positions + 1)
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """Forward FLOPs of one sample, 2 a multiply-add; shape = (tokens,)."""
+        tokens = math.prod(shape)
+        return sum(layer.flops(tokens) for layer in self._layers()) + 2 * tokens * self.embed_dim * self.vocab_size
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)."""
+        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every layer in the backward to save memory."""
+        self.checkpointing = enable
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """torch.compile every layer in place."""
+        for layer in self._layers():
+            layer.compile(backend=backend)
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the MHLA authors, of flash-linear-attention and of Hugging Face's Llama family under our names."""
+        adapted = {our_name(name): value for name, value in state.items()}
+        if self.lm_head is None:
+            adapted.pop("lm_head.weight", None)
+        return {name: _our_shape(name, value) for name, value in adapted.items()}
+
+    def _layers(self) -> list[DecoderLayer]:
+        return [cast(DecoderLayer, layer) for layer in self.layers]
+
+    def _places(self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Packing | None, dict[int, Rotation]]:
+        """The packing of a batch and the rotations of its positions, made once for all layers."""
+        for name, given in (("mask", mask), ("documents", documents)):
+            if given is not None and given.shape != tokens.shape:
+                raise UserError(f"{name} is {tuple(given.shape)} and tokens are {tuple(tokens.shape)}; they must be equal")
+        packing = Packing.of(mask, documents)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if packing is None else packing.positions
+        return packing, self._rotations(positions)
+
+    def _rotations(self, positions: Tensor) -> dict[int, Rotation]:
+        return rotations(positions, self.rotary_dims, self.rope_base, self.embeddings.weight.dtype)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Linear and Embedding N(0, 0.02), norms 1, no scaling with depth (SPEC 5.1); an operator's own parameters stay."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, CausalSelfAttention):  # apply() reaches children first
+        module.reset_decay()
+
+
+_OTHER_NAMES = (
+    (r"^(model\.)+", ""),
+    (r"^embed_tokens\.", "embeddings."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".mlp_norm."),
+    (r"\.attn\.mixing_matrix$", ".attn.attention.mixing.weight"),
+    (r"\.attn\.(g_norm_swish_gate|g_norm)\.", ".attn.out_norm."),
+    (r"\.attn\.([qkv])_conv1d\.", r".attn.convs.\1."),
+)
+
+
+def our_name(name: str) -> str:
+    """A parameter's name in the release, flash-linear-attention or Hugging Face's Llama -> ours; other names stay."""
+    for pattern, ours in _OTHER_NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _our_shape(name: str, value: Tensor) -> Tensor:
+    """The release stores a mixing matrix as (L, L, 1, 1, 1, 1), flash-linear-attention a convolution as (channels, 1, width)."""
+    if name.endswith(".mixing.weight") and value.dim() > 3:
+        return value.flatten(1)
+    return value.flatten(1) if ".convs." in name and value.dim() == 3 else value

@@ -1,0 +1,211 @@
+"""The causal layer around every operator: causality, packing, streaming, short convolution, grouped queries, decay, FLOPs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mhla_lightning.attention import CAUSAL_ATTENTION, CausalSelfAttention, Packing
+from mhla_lightning.attention.causal.conv import ShortConvolution
+from mhla_lightning.backbones.rotary import rotations
+from mhla_lightning.errors import UserError
+
+DIM, TOKENS = 32, 40
+SMALL: dict[str, dict[str, Any]] = {"softmax": {}, "linear": {"chunk_size": 8}, "mhla": {"chunk_size": 8, "max_chunks": 6}}
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"kv_heads": 2},
+    "conv": {"short_conv": 4, "gate": False, "qk_norm": True, "qkv_bias": True},
+    "conv, grouped": {"short_conv": 3, "kv_heads": 1, "out_norm": False, "rotary": False},
+}
+every_layer = pytest.mark.parametrize("layer_options", LAYERS.values(), ids=LAYERS)
+every_operator = pytest.mark.parametrize("name", CAUSAL_ATTENTION)
+
+
+def build(name: str, **options: Any) -> CausalSelfAttention:
+    torch.manual_seed(0)
+    return CausalSelfAttention(DIM, attention={"name": name, **SMALL.get(name, {})}, heads=4, **options).double()
+
+
+def tokens(batch: int = 2, count: int = TOKENS) -> Tensor:
+    return torch.randn(batch, count, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def turn(layer: CausalSelfAttention, positions: Tensor) -> Any:
+    return rotations(positions, [layer.dim_k], 10000.0, torch.float64)[layer.dim_k]
+
+
+def run(layer: CausalSelfAttention, x: Tensor, packing: Packing | None = None) -> Tensor:
+    positions = torch.arange(x.shape[1])[None] if packing is None else packing.positions
+    return layer(x, rotary=turn(layer, positions), packing=packing)
+
+
+@every_operator
+@every_layer
+def test_nothing_before_a_token_sees_it(name: str, layer_options: dict[str, Any]) -> None:
+    layer, x = build(name, **layer_options), tokens()
+    before = run(layer, x)
+    for t in (0, 7, 8, 25, TOKENS - 1):
+        moved = x.clone()
+        moved[:, t] += 1
+        change = (run(layer, moved) - before).abs().amax(-1)
+        assert change[:, :t].sum() == 0
+        assert change[:, t].max() > 0
+        assert t + 1 == TOKENS or change[:, t + 1 :].max() > 0
+
+
+@every_operator
+@every_layer
+def test_packed_documents_and_padding_give_what_each_document_gives_alone(name: str, layer_options: dict[str, Any]) -> None:
+    layer, x = build(name, **layer_options), tokens()
+    documents = torch.tensor([[0] * 3 + [1] * 20 + [2] * 17, [5] * 30 + [5] * 2 + [-1] * 8])
+    mask = documents >= 0
+    packed = run(layer, x, Packing(mask, documents))
+    for row, start, stop in ((0, 0, 3), (0, 3, 23), (0, 23, 40), (1, 0, 32)):
+        alone = run(layer, x[row : row + 1, start:stop])
+        torch.testing.assert_close(packed[row : row + 1, start:stop], alone, rtol=1e-10, atol=1e-12)
+    left = torch.arange(TOKENS).expand(2, -1) >= torch.tensor([[5], [0]])
+    torch.testing.assert_close(run(layer, x, Packing(left, None))[:1, 5:], run(layer, x[:1, 5:]), rtol=1e-10, atol=1e-12)
+
+
+@every_operator
+@every_layer
+@pytest.mark.parametrize("prompt", [1, 2, 8, 21, 39])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_prefill_and_steps_equal_forward(name: str, layer_options: dict[str, Any], prompt: int, padding: str) -> None:
+    layer, x = build(name, **layer_options), tokens()
+    expected = run(layer, x)
+    packing, given, spare = None, x[:, :prompt], 5
+    if padding != "none":
+        other = torch.full((2, spare, DIM), 3.0, dtype=torch.float64)
+        given = torch.cat([other, given] if padding == "left" else [given, other], 1)
+        places = torch.arange(given.shape[1]).expand(2, -1)
+        packing = Packing(places >= spare if padding == "left" else places < prompt, None)
+    positions = torch.arange(prompt)[None] if packing is None else packing.positions
+    out, state = layer.prefill(given, rotary=turn(layer, positions), packing=packing)
+    outs = [out[:, spare:] if padding == "left" else out[:, :prompt]]
+    for t in range(prompt, TOKENS):
+        out, state = layer.step(x[:, t : t + 1], state, rotary=turn(layer, torch.full((2, 1), t)))
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-10, atol=1e-12)
+
+
+@every_operator
+@every_layer
+def test_steps_from_nothing_and_another_order_of_sequences(name: str, layer_options: dict[str, Any]) -> None:
+    layer, x = build(name, **layer_options), tokens(3, 12)
+    expected, state = run(layer, x), layer.init_state(3)
+    order = torch.arange(3)
+    assert state.bytes >= 0
+    for t in range(12):
+        if t == 5:
+            order = torch.tensor([2, 0, 0, 1])
+            state = state.reorder(order)
+        out, state = layer.step(x[order, t : t + 1], state, rotary=turn(layer, torch.full((len(order), 1), t)))
+        torch.testing.assert_close(out[:, 0], expected[order, t], rtol=1e-10, atol=1e-12)
+    assert state.bytes >= sum(kept.nbytes for kept in state.inputs)
+    assert len(state.inputs) == (3 if layer_options.get("short_conv") else 0)
+
+
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_short_convolution_is_a_causal_depthwise_convolution(width: int) -> None:
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(6, width).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x.mT, (width - 1, 0))
+    expected = torch.nn.functional.conv1d(padded, conv.weight[:, None], groups=6).mT
+    torch.testing.assert_close(conv(x), expected)
+    kept = conv.last_inputs(x)
+    assert kept.shape == (2, width - 1, 6)
+    torch.testing.assert_close(kept[:, -1], x[:, -1])
+    assert kept[:, : max(0, width - 1 - 5)].abs().sum() == 0
+
+
+def test_short_convolution_starts_anew_with_each_document() -> None:
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(6, 4).double(), torch.randn(1, 9, 6, dtype=torch.float64)
+    documents = torch.tensor([[0, 0, 1, 2, 2, 2, 2, 2, 2]])
+    out = conv(x, Packing(None, documents))
+    assert not torch.allclose(out, conv(x))
+    for start, stop in ((0, 2), (2, 3), (3, 9)):
+        torch.testing.assert_close(out[:, start:stop], conv(x[:, start:stop]))
+
+
+def test_what_a_prefill_keeps_for_the_convolution_ends_at_the_last_real_token() -> None:
+    conv, x = ShortConvolution(1, 4), torch.arange(1.0, 7).view(1, 6, 1).expand(3, -1, -1)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    kept = conv.last_inputs(x, Packing(mask, None))[..., 0]
+    assert kept.tolist() == [[0, 1, 2], [4, 5, 6], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["linear", "mhla"])
+def test_heads_start_with_decays_of_their_own(name: str) -> None:
+    layer = CausalSelfAttention(DIM, attention={"name": name, "decay": "token"}, heads=4)
+    assert layer.decay is not None
+    spans = 1 / (1 - torch.sigmoid(layer.decay.bias.detach()))
+    torch.testing.assert_close(spans, torch.tensor([4.0, 16.0, 64.0, 256.0]), rtol=1e-4, atol=0.0)
+    assert layer.decay.weight.abs().sum() == 0
+    run(layer.double(), tokens()).square().sum().backward()
+    assert layer.decay.weight.grad is not None
+    assert layer.decay.weight.grad.abs().sum() > 0
+
+
+@every_operator
+@every_layer
+@pytest.mark.parametrize("count", [64, 200])
+def test_flops_are_what_torch_counts(name: str, layer_options: dict[str, Any], count: int) -> None:
+    with torch.device("meta"):
+        layer, x = CausalSelfAttention(64, attention=name, heads=4, **layer_options), torch.empty(1, count, 64)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == layer.flops(count) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_operator
+def test_autocast_and_low_precision_stay_near_float64(name: str, dtype: torch.dtype) -> None:
+    layer, x = build(name, short_conv=4), tokens()
+    expected = run(layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = run(layer.float(), x.float())
+    difference = float((out.detach().double() - expected.detach()).norm() / expected.detach().norm())
+    assert difference < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"heads": 5}, ["5 heads do not divide 16 channels", "expand_k 0.5"]),
+        ({"heads": 4, "kv_heads": 3}, ["kv_heads is 3 and heads 4", "must divide"]),
+        ({"heads": 16}, ["a head of 1", "is odd"]),
+        ({"short_conv": 1}, ["short_conv is 1", "at least 2"]),
+        ({"attention": "sofmax"}, ["unknown causal attention 'sofmax'", "did you mean 'softmax'"]),
+        ({"expand_v": 0.01}, ["do not divide 0 channels", "expand_v"]),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        CausalSelfAttention(DIM, **{"attention": "softmax", **options})
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_rotary_scores_depend_on_distance_alone() -> None:
+    """The point of rotary, and of starting positions anew: q_t . k_s is a function of t - s."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+
+    def score(t: int, s: int) -> float:
+        at = [rotations(torch.tensor([[p]]), [8], 100.0, torch.float64)[8] for p in (t, s)]
+        return float((at[0](q.view(1, 1, 1, 8)) * at[1](k.view(1, 1, 1, 8))).sum())
+
+    assert score(9, 4) == pytest.approx(score(105, 100), rel=1e-12)
+    assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-3)
+    assert score(3, 3) == pytest.approx(float(q @ k), rel=1e-12)
+    assert math.isfinite(score(10**6, 0))
