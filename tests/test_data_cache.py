@@ -34,6 +34,21 @@ def test_threads_of_one_process_share_a_download(server: FileServer, opened: Cal
     assert server.bodies() == 1
 
 
+def test_a_file_stays_open_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / NAME).write_bytes(BODY)
+    store = LocalStore(tmp_path)
+    assert store.hold(NAME, len(BODY))
+    plain_fstat = os.fstat
+
+    def late(descriptor: int) -> os.stat_result:
+        store.close()  # what another thread may do between the look-up and the system call; one that opens the same file lets go of ours, too
+        return plain_fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", late)
+    assert store.hold(NAME, len(BODY))
+    assert store.read(NAME) == BODY
+
+
 def test_a_killed_download_is_taken_over(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
     patient = opened(f"{server.url}/data", Remote(timeout=30.0))
     server.faults = ["stall-body"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,19 @@ import torch
 from webdataset.writer import TarWriter
 
 from mhla_lightning.data.batching import Part
+from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.corpus import Source, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Tokens
 from mhla_lightning.data.modules.tokens import TokenDataModule
+from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import open_store
 from mhla_lightning.data.stream import Batch, TrainStream
+from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.data.tools.shards import describe_shard
-from mhla_lightning.errors import DataError
+from mhla_lightning.data.tools.sources import mqar
+from mhla_lightning.errors import DataError, UserError
 
 LENGTH = 16
 MEMBERS = [[5, 1, 7], [4], [3, 2]]  # rows of every member of every shard
@@ -233,11 +238,155 @@ def test_the_module_validates_on_every_row_once(data: Path) -> None:
 
 def test_the_module_tells_what_a_task_needs(data: Path) -> None:
     facts = TokenDataModule(str(data), 4, vocabulary=VOCABULARY).facts()
-    assert facts == {"kind": "tokens", "length": LENGTH, "tokenizer": "random", "vocabulary": VOCABULARY}
+    known = {"kind": "tokens", "length": LENGTH, "val_length": LENGTH, "tokenizer": "random"}
+    assert facts == {**known, "vocabulary": VOCABULARY, "token_bytes": None}
+    assert TokenDataModule(str(data), 4).facts()["vocabulary"] is None
 
 
-def test_the_module_refuses_splits_that_differ(tmp_path: Path) -> None:
+def test_rows_of_val_may_have_another_length(tmp_path: Path) -> None:
     _write(tmp_path / "train", *_arrays())
     _write(tmp_path / "val", *_arrays(rows=6, length=8), [[6]])
+    module = TokenDataModule(str(tmp_path), 4, num_workers=0, vocabulary=VOCABULARY)
+    module.check(1)
+    assert (module.facts()["length"], module.facts()["val_length"]) == (LENGTH, 8)
+    assert next(iter(module.train_dataloader()))["tokens"].shape == (4, LENGTH)
+    batches = list(module.val_dataloader())
+    assert [tuple(batch["documents"].shape) for batch in batches] == [(4, 8), (4, 8)], "slots without a row too"
+    np.testing.assert_array_equal(np.concatenate([batch["tokens"].numpy() for batch in batches])[:6], _arrays(rows=6, length=8)[0])
+
+
+def test_train_rows_of_a_mixture_have_one_length(tmp_path: Path) -> None:
+    for name, length in (("a", 16), ("b", 8)):
+        for split in ("train", "val"):
+            _write(tmp_path / name / split, *_arrays(length=length))
     with pytest.raises(DataError, match="holds tokens of length 8; tokens of length 16 are needed"):
-        TokenDataModule(str(tmp_path), 4).check(1)
+        TokenDataModule(None, 4, mix=[Source(str(tmp_path / "a")), Source(str(tmp_path / "b"))]).check(1)
+
+
+# Padding
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_padding_is_document_minus_one(tmp_path: Path, dtype: str) -> None:
+    tokens, documents = _arrays()
+    padded = {3: 5, 7: 15, 12: 1}  # rows, and their places without text
+    for row, places in padded.items():
+        tokens[row, LENGTH - places :], documents[row, LENGTH - places :] = 0, PADDING
+    kind, split = Tokens(LENGTH), _split(tmp_path / "train", _write(tmp_path / "train", tokens, documents.astype(dtype)))
+    samples = kind.read(split, range(ROWS))
+    together = kind.train_batch(samples, [0] * ROWS)
+    wanted = np.where(documents == PADDING, -1, documents.astype(np.int64))
+    assert (wanted == -1).sum() == sum(padded.values())
+    assert together is not None
+    np.testing.assert_array_equal(together["documents"].numpy(), wanted)
+    np.testing.assert_array_equal(together["tokens"].numpy(), tokens)
+    for row, sample in enumerate(samples):
+        np.testing.assert_array_equal(kind.evaluate(sample)["documents"].numpy(), wanted[row])
+        np.testing.assert_array_equal(kind.inspect(sample)[1], documents[row])
+
+
+def test_document_numbers_above_padding_are_refused(tmp_path: Path) -> None:
+    tokens, documents = _arrays()
+    documents = documents.astype("uint32")
+    documents[4, -1] = PADDING + 1
+    kind, split = Tokens(LENGTH), _split(tmp_path / "train", _write(tmp_path / "train", tokens, documents))
+    samples = kind.read(split, [4, 5])
+    assert kind.train_batch(samples, [0, 0]) is None, "row by row the bad one is found"
+    with pytest.raises(BadSample, match="document number 65536 is above 65535, which stands for padding"):
+        kind.inspect(samples[0])
+
+
+# Sources
+
+
+def _text(root: Path) -> Path:
+    for number in range(40):
+        (root / "in").mkdir(exist_ok=True)
+        (root / "in" / f"{number:02d}.txt").write_text(f"text number {number} " * (number + 1))
+    return root / "in"
+
+
+def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
+    def module(**options: Any) -> TokenDataModule:
+        return TokenDataModule(
+            str(tmp_path / "to"), 4, num_workers=0, source=str(_text(tmp_path)), **{"length": 64, "val_length": 32, "val": 5, **options}
+        )
+
+    first = module()
+    assert not first.is_ready()
+    first.prepare_data()
+    first.check(1)
+    facts = first.facts()
+    assert (facts["length"], facts["val_length"], facts["tokenizer"], facts["vocabulary"]) == (64, 32, "bytes", 257)
+    np.testing.assert_array_equal(facts["token_bytes"], [1] * 256 + [0])
+    assert next(iter(first.train_dataloader()))["tokens"].shape == (4, 64)
+    assert next(iter(first.val_dataloader()))["tokens"].shape == (4, 32)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*")}
+    again = module()
+    again.prepare_data()
+    again.check(1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*")} == times
+    assert again.data_hash == first.data_hash
+    for options, sentence in (
+        ({"length": 128}, "data.length is 128, and the shards in .* were made with 64: remove them, or set another data.path"),
+        ({"length": None}, "data.length is 2048"),
+        ({"val_length": None}, "data.val_length is 64"),
+        ({"tokenizer": "gpt2"}, "data.tokenizer is gpt2, and the shards in .* were made with bytes"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            module(**options).check(1)
+    TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer="gpt2").check(1)  # without a source the index decides
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"packing": "first-fit"}, "unknown packing 'first-fit'"),
+        ({"length": 1}, "--length is 1"),
+        ({"source": "mqar:65"}, r"mqar:65 is not of the form mqar\[:PAIRS\] with 1 to 64 pairs"),
+        ({"source": "mqar:x"}, "is not of the form"),
+        ({"source": "mqar", "length": 63}, "rows of 63 tokens do not hold 16 pairs twice: mqar needs at least 64"),
+        ({"source": "mqar", "val": 0.5}, "is a number of rows from 1 on; got 0.5"),
+        ({"path": None, "mix": [Source("x")]}, "data.source is packed into data.path"),
+        ({"path": "s3://bucket/x"}, "data.source is packed into data.path"),
+    ],
+    ids=str,
+)
+def test_options_of_a_source_are_checked_at_once(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        TokenDataModule(**{"path": "x", "source": "stdlib", **options})
+
+
+@pytest.mark.parametrize(("spec", "pairs", "length"), [("mqar", 16, 128), ("mqar:4", 4, 16), ("mqar:1", 1, 9)])
+def test_mqar_rows_ask_for_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, pairs: int, length: int) -> None:
+    monkeypatch.setitem(mqar.ROWS, "train", 300)
+    module = TokenDataModule(str(tmp_path / "to"), 100, num_workers=0, source=spec, length=length, val_length=length + 20, val=50)
+    module.prepare_data()
+    module.check(1)
+    assert module.facts() == {
+        "kind": "tokens", "length": length, "val_length": length + 20, "tokenizer": "mqar", "vocabulary": 128, "token_bytes": None
+    }  # fmt: skip
+    train, val = list(islice(module.train_dataloader(), 3)), list(module.val_dataloader())
+    rows = [*np.concatenate([batch["tokens"].numpy() for batch in train]), *val[0]["tokens"].numpy()[:50]]
+    assert len({row.tobytes() for row in rows}) > 340, "rows differ, and train and val too"
+    assert (train[0]["documents"] == 0).all()
+    places = set()
+    for row in rows:
+        keys, values = row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2]
+        assert len(set(keys)) == pairs
+        assert keys.max() < 64 <= values.min()
+        queries = 2 * pairs + np.flatnonzero(row[2 * pairs :] < 64)
+        assert sorted(row[queries]) == sorted(keys), "every key once more, and no other"
+        answer = dict(zip(keys, values, strict=True))
+        assert [answer[key] for key in row[queries]] == row[queries + 1].tolist()
+        places |= set(queries.tolist())
+    assert {2 * pairs, length - 2} <= places, "from right after the pairs to the end"
+
+
+def test_mqar_is_a_function_of_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name: len(part) for name, part in mqar.open_mqar().parts.items()} == {"train": 20_000, "val": 1_000}
+    monkeypatch.setitem(mqar.ROWS, "train", 40)
+    hashes = [pack(mqar.open_mqar("mqar:3", 16, val=9, seed=seed), tmp_path / str(n))["train"].hash for n, seed in enumerate((0, 0, 1))]
+    assert hashes[0] == hashes[1] != hashes[2]
+    monkeypatch.setitem(mqar.ROWS, "val", 9)
+    assert pack("mqar", tmp_path / "named")["train"].length == 128

@@ -14,6 +14,7 @@ from mhla_lightning.data.npy import npy_header
 from mhla_lightning.errors import DataError
 
 TOKEN_TYPES = ("uint16", "uint32")
+PADDING = 2**16 - 1  # the document number of places in a row that hold no text; -1 in a batch
 COLUMNS = ("tokens.npy", "documents.npy")
 _BLOCK = tarfile.BLOCKSIZE
 _HEAD_BYTES = _BLOCK + 256  # a tar header, and more than the header of an npy file with two dimensions takes

@@ -17,7 +17,13 @@ OLDEST_PYTHON = (3, 11)
 # Releases on PyPI that carried a credential stealer (GHSA-w37p-236h-pfx3).
 COMPROMISED = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 # extra -> packages that it brings
-EXTRAS = {"demo": ["mlxtend"], "diffusion": ["diffusers"], "video": ["av"], "language": ["tokenizers"]}
+EXTRAS = {
+    "demo": ["mlxtend"],
+    "diffusion": ["diffusers"],
+    "video": ["av"],
+    "language": ["tokenizers", "transformers", "datasets", "pyarrow", "zstandard"],
+    "lm_eval": ["lm_eval"],
+}
 
 
 def installed(package: str) -> str | None:

@@ -1,12 +1,12 @@
-"""Make shards of images or latents, check them, index other people's, and look at them."""
+"""Make shards of images, latents or text, check them, index other people's, and look at them."""
 
 from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.data import index, pack, preview, verify
+from mhla_lightning.cli.data import index, pack, preview, tokenize, train_tokenizer, verify
 
-VERBS = {"pack": pack, "verify": verify, "index": index, "preview": preview}
+VERBS = {"pack": pack, "tokenize": tokenize, "train-tokenizer": train_tokenizer, "verify": verify, "index": index, "preview": preview}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

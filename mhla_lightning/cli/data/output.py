@@ -34,6 +34,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
 
 
+def add_column(parser: argparse.ArgumentParser) -> None:
+    """Add --text-column."""
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="key of JSON lines, column of parquet and hf (default: text)")
+
+
+def count_or_share(text: str) -> int | float:
+    """argparse type: digits are a number of samples, anything else a share."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples (1000) nor a share (0.2)") from None
+
+
 def add_vae(parser: argparse.ArgumentParser) -> None:
     """Add what an index of latents must say: a latent z is used as (z - shift) * scale."""
     parser.add_argument("--vae-name", metavar="NAME", help="what made the latents, e.g. stabilityai/sd-vae-ft-ema")

@@ -18,10 +18,13 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data pack`."""
-    parser.add_argument("source", help="mnist, torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*")
+    parser.add_argument("source", help="mnist, mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*")
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to make; holds train/ and val/ afterwards")
     parser.add_argument(
-        "--val", type=_samples_or_share, metavar="N|SHARE", help="samples (1000) or share (0.2, the default) held out; not if the source has its own"
+        "--val",
+        type=output.count_or_share,
+        metavar="N|SHARE",
+        help="samples (1000) or share (0.2, the default) held out; not if the source has its own",
     )
     parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of samples and of the held-out part (default: 0)")
@@ -61,11 +64,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(output.index_table(args.to, rows))
     output.write_json(args.json, {"rows": rows})
     return 0
-
-
-def _samples_or_share(text: str) -> int | float:
-    """argparse type: digits are samples, anything else a share."""
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples (1000) nor a share (0.2)") from None

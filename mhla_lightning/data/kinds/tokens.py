@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_lightning.data.columns import find_columns
+from mhla_lightning.data.columns import PADDING, find_columns
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds.base import Kind
 from mhla_lightning.data.members import RawSample
@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
 
 @dataclass
 class Tokens(Kind):
-    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64 (T,).
+    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64 (T,), -1 for padding.
 
     Args:
         length: T, tokens a row.
@@ -61,12 +61,14 @@ class Tokens(Kind):
         return found
 
     def inspect(self, sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a row, as stored."""
+        """Tokens and documents of a row, as stored: padding is document PADDING."""
         tokens, documents = sample["tokens"], sample["documents"]
         if self.vocabulary is not None and tokens.max() >= self.vocabulary:
             raise BadSample(f"token {tokens.max()} is outside the vocabulary of {self.vocabulary}")
         if (documents[1:] < documents[:-1]).any():
             raise BadSample("the document numbers of a row must not fall")
+        if documents[-1] > PADDING:
+            raise BadSample(f"document number {documents[-1]} is above {PADDING}, which stands for padding")
         return tokens, documents
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
@@ -78,13 +80,20 @@ class Tokens(Kind):
         tokens, documents = (np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1) for name in ("tokens", "documents"))
         if (self.vocabulary is not None and tokens.max() >= self.vocabulary) or (documents[:, 1:] < documents[:, :-1]).any():
             return None
-        both = torch.from_numpy(np.stack([tokens, documents], dtype=np.int64))  # in one piece, which is how a worker sends it
-        return {"tokens": both[0], "documents": both[1]}
+        last = documents[:, -1]
+        if last.max() > PADDING:
+            return None
+        both = np.stack([tokens, documents], dtype=np.int64)  # in one piece, which is how a worker sends it
+        for row in np.flatnonzero(last == PADDING):  # padding is at the end of a row, as numbers do not fall
+            both[1, row, np.searchsorted(documents[row], PADDING) :] = -1
+        tensor = torch.from_numpy(both)
+        return {"tokens": tensor[0], "documents": tensor[1]}
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """Both as int64."""
-        tokens, documents = self.inspect(sample)
-        return {"tokens": torch.from_numpy(tokens.astype(np.int64)), "documents": torch.from_numpy(documents.astype(np.int64))}
+        """Both as int64, padding as document -1."""
+        tokens, documents = (array.astype(np.int64) for array in self.inspect(sample))
+        documents[np.searchsorted(documents, PADDING) :] = -1
+        return {"tokens": torch.from_numpy(tokens), "documents": torch.from_numpy(documents)}
 
     def padding(self) -> dict[str, Tensor]:
         """Token 0, one document."""

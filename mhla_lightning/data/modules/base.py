@@ -6,6 +6,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import webdataset as wds
@@ -74,7 +75,7 @@ class ShardDataModule(LightningDataModule):
         super().__init__()
         if (path is None) == (not mix):
             raise UserError("the recipe needs data.path or data.mix, one of the two")
-        self.sources = tuple(mix or ()) or (Source(str(path)),)
+        self.sources = tuple(mix or ()) or (Source(os.path.expanduser(str(path))),)
         self.batch_size, self.micro_batch_size, self.epochs = batch_size, micro_batch_size, epochs
         self.num_workers, self.lanes, self.window = num_workers, lanes, window
         self._seed, self.max_skipped_share, self.verify = seed, max_skipped_share, verify
@@ -107,6 +108,25 @@ class ShardDataModule(LightningDataModule):
     def is_ready(self) -> bool:
         """Whether there are shards to train on."""
         return all(self._store(source, "train").size(INDEX_NAME) is not None for source in self.sources)
+
+    def _take_source(self, source: str | None, path: str | None) -> None:
+        if source is not None and (path is None or "://" in path):
+            raise UserError("data.source is packed into data.path, which must be a folder of this machine")
+        self.source = source
+
+    def prepare_data(self) -> None:
+        """Pack `source` into `path` when there are no shards yet. Always with the same seed, so that the data's hash does not depend on the run's."""
+        if self.source is None or self.is_ready():
+            return
+        try:
+            self._pack(self.source, Path(self.sources[0].path))
+        except UserError:
+            if not self.is_ready():  # another process may have finished the same work first
+                raise
+        self._splits_read.clear()
+
+    def _pack(self, source: str, folder: Path) -> None:
+        raise UserError(f"{type(self).__name__} packs no data.source")
 
     @abstractmethod
     def kind(self, index: ShardIndex) -> Kind:

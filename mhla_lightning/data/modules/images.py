@@ -14,7 +14,7 @@ from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.order import LANES, WINDOW
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.transforms import Augmentation, image_hw
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
 
 
 class ImageDataModule(ShardDataModule):
@@ -51,27 +51,14 @@ class ImageDataModule(ShardDataModule):
         super().__init__(
             path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote
         )
-        self.image_size, self.augmentation, self.source = image_hw(image_size), augmentation or Augmentation(), source
-        if source is not None and (path is None or "://" in path):
-            raise UserError("data.source is packed into data.path, which must be a folder of this machine")
-        self._folder = Path(path).expanduser() if path is not None and "://" not in path else None
+        self._take_source(source, path)
+        self.image_size, self.augmentation = image_hw(image_size), augmentation or Augmentation()
         Images(1, self.image_size, self.augmentation)  # refuses unknown policies now
 
-    def prepare_data(self) -> None:
-        """Pack `source` into `path` when there are no shards yet. Always with the same seed, so that the data's hash does not depend on the run's."""
-        if self.source is None or self._folder is None or self._is_packed(self._folder):
-            return
+    def _pack(self, source: str, folder: Path) -> None:
         from mhla_lightning.data.tools.pack import pack
 
-        try:
-            pack(self.source, self._folder)
-        except UserError:
-            if not self._is_packed(self._folder):  # another process may have finished the same work first
-                raise
-        self._splits_read.clear()
-
-    def _is_packed(self, folder: Path) -> bool:
-        return (folder / "train" / INDEX_NAME).is_file()
+        pack(source, folder)
 
     def kind(self, index: ShardIndex) -> Images:
         """Images with this module's augmentation."""

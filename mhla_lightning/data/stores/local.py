@@ -33,6 +33,9 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self.number = _open_regular(path)
 
+    def size(self) -> int:
+        return os.fstat(self.number).st_size  # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees it
+
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when the interpreter ends, `os` may be gone first
         if hasattr(self, "number"):
             close(self.number)
@@ -100,10 +103,10 @@ class LocalStore(Store):
     def hold(self, name: str, size: int) -> bool:
         """Whether the file is there with `size` bytes. It is left open: it can be read even when its name is removed right after. Raises OSError."""
         try:
-            if os.fstat(self._descriptor(name).number).st_size == size:
+            if self._descriptor(name).size() == size:
                 return True
             self._open_files.pop(name, None)  # it may have been replaced since it was opened
-            return os.fstat(self._descriptor(name).number).st_size == size
+            return self._descriptor(name).size() == size
         except FileNotFoundError:
             return False
 
@@ -112,7 +115,7 @@ class LocalStore(Store):
 
     def _read(self, name: str, start: int, stop: int | None) -> bytes:
         descriptor = self._descriptor(name)
-        end = os.fstat(descriptor.number).st_size if stop is None else stop
+        end = descriptor.size() if stop is None else stop
         pieces, position = [], start
         while position < end:
             piece = os.pread(descriptor.number, end - position, position)  # at most 2 GiB at a time

@@ -94,7 +94,7 @@ def pack(
     shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is told when finished shards are kept.
     Raises UserError for a bad argument or a target in use, DataError for a bad source, Interrupted for what the same call can continue.
     """
-    options, target = Options(val, shards, seed), _target(source, to)
+    options, target = Options(val, shards, seed), check_target(source, to)
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
     demand_free(target, overwrite)
@@ -102,16 +102,23 @@ def pack(
     splits = plan(opened, options)
     note = on_note or (lambda _: None)
     with build(target, _fingerprint(source, opened, options), [split.name for split in splits], overwrite, wait, note) as building:
-        indices = {}
-        entries = _write(building, opened.header, splits, workers, on_progress or (lambda *_: None), note)
-        for split in splits:
-            shard_entries = tuple(entries[split.name, shard_name(split.name, shard)] for shard in range(split.shards))
-            indices[split.name] = replace(opened.header, shards=shard_entries)
-            building.write_index(split.name, indices[split.name])
+        return fill(building, opened, splits, workers, on_progress or (lambda *_: None), note)
+
+
+def fill(building: Building, source: Source, splits: list[PlannedSplit], workers: int, on_progress: Progress, on_note: Note) -> dict[str, ShardIndex]:
+    """Write the planned splits of `source`, but for the shards that are finished, and what lies beside them. The index of every split."""
+    indices = {}
+    entries = _write(building, source.header, splits, workers, on_progress, on_note)
+    for split in splits:
+        shard_entries = tuple(entries[split.name, shard_name(split.name, shard)] for shard in range(split.shards))
+        indices[split.name] = replace(source.header_of(split.name), shards=shard_entries)
+        building.write_index(split.name, indices[split.name])
+    for name, content in source.files.items():
+        building.write_beside(name, content)
     return indices
 
 
-def _target(source: str | Path | Source, to: str | Path) -> Path:
+def check_target(source: str | Path | Source | None, to: str | Path) -> Path:
     """The folder to make. Raises UserError for an address, and for one inside the source, where its files would be taken for the source's."""
     if parse(str(to)).protocol != "file" or (isinstance(to, str) and "://" in to):
         raise UserError(f"--to {to} is no folder of this machine: pack here, and copy the folder there")
@@ -162,10 +169,14 @@ def _shuffled(samples: int, seed: str) -> list[int]:
 
 def _fingerprint(spec: str | Path | Source, source: Source, options: Options) -> str:
     named = "" if isinstance(spec, Source) else str(spec)
-    versions = [__version__, *(importlib.metadata.version(package) for package in _WRITERS)]
     header = replace(source.header, shards=())
-    facts = [named, source.fingerprint, repr(header), repr(options), versions]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return fingerprint_of(named, source.fingerprint, repr(header), repr(options))
+
+
+def fingerprint_of(*facts: object) -> str:
+    """sha256 over what decides which bytes are written, and the versions of what writes them."""
+    versions = [__version__, *(importlib.metadata.version(package) for package in _WRITERS)]
+    return hashlib.sha256(json.dumps([*facts, versions]).encode()).hexdigest()
 
 
 def _write(

@@ -7,17 +7,20 @@ import math
 import random
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import INDEX_NAME, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind, kind_of
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, with_cache
 from mhla_lightning.data.stores.retry import NoRanges
+from mhla_lightning.data.tokenizers import Tokenizer, tokenizer_of
 from mhla_lightning.data.tools.places import find_splits
 from mhla_lightning.errors import DataError, UserError
 
@@ -54,18 +57,27 @@ def preview(path: str, split: str | None = None, count: int | None = None, seed:
         raise DataError(f"{store.address(INDEX_NAME)} lists no samples: the split is empty")
     rows = index.kind == "tokens"
     chosen = choose(index.samples, count or (ROWS if rows else PICTURES), seed, first=rows)
+    tokenizer = _tokenizer(path, index) if rows else None
     try:
-        return _look(name, Split(index, store), chosen)
+        return _look(name, Split(index, store), chosen, tokenizer)
     except NoRanges:  # such a server hands out whole files
         with tempfile.TemporaryDirectory(prefix="mhla-preview-") as folder:
             files = {shard.name: (shard.sha256, shard.bytes) for shard in index.shards}
-            return _look(name, Split(index, with_cache(store, files, Remote(cache_dir=folder))), chosen)
+            return _look(name, Split(index, with_cache(store, files, Remote(cache_dir=folder))), chosen, tokenizer)
 
 
-def _look(name: str, data: Split, chosen: Sequence[int]) -> Preview:
+def _tokenizer(path: str, index: ShardIndex) -> Tokenizer | None:
+    """Of a data set, or of the one that a split belongs to; without one, numbers are shown."""
+    for folder in (path, f"{path.rstrip('/')}/.." if "://" not in path else path.rstrip("/").rpartition("/")[0]):
+        with suppress(UserError):
+            return tokenizer_of(folder, index)
+    return None
+
+
+def _look(name: str, data: Split, chosen: Sequence[int], tokenizer: Tokenizer | None) -> Preview:
     index, kind = data.index, kind_of(data.index)
     if index.kind == "tokens":
-        return Preview(index.kind, name, len(chosen), index.samples, texts=tuple(_row_text(kind, data, sample) for sample in chosen))
+        return Preview(index.kind, name, len(chosen), index.samples, texts=tuple(_row_text(kind, data, sample, tokenizer) for sample in chosen))
     tiles, unusable = [], 0
     for sample in chosen:
         pictures, caption, good = _tile(kind, data, sample)
@@ -132,28 +144,32 @@ def _class_name(index: ShardIndex, label: int) -> str:
     return index.classes[label]
 
 
-def _row_text(kind: Kind, data: Split, sample: int) -> str:
+def _row_text(kind: Kind, data: Split, sample: int, tokenizer: Tokenizer | None) -> str:
     try:
         found = kind.inspect(kind.read(data, [sample])[0])
     except BadSample as error:
         return f"row {sample}: unusable ({error})"
     assert isinstance(found, tuple)
     tokens, documents = found
-    starts = [0, *(int(place) + 1 for place in np.flatnonzero(np.diff(documents))), len(tokens)]
+    text = int(np.searchsorted(documents, PADDING))
+    starts = [0, *(int(place) + 1 for place in np.flatnonzero(np.diff(documents[:text]))), text]
     pieces = [
-        f"  document {documents[start]} ({stop - start} tokens): {_spelled(tokens[start:stop], data.index.tokenizer)}"
+        f"  document {documents[start]} ({stop - start} tokens): {_spelled(tokens[start:stop], tokenizer)}"
         for start, stop in zip(starts, starts[1:], strict=False)
+        if start < stop
     ]
-    return "\n".join([f"row {sample}: {len(tokens)} tokens of {len(pieces)} documents", *pieces])
+    padding = [f"  padding ({len(tokens) - text} tokens)"] if text < len(tokens) else []
+    return "\n".join([f"row {sample}: {len(tokens)} tokens of {len(pieces)} documents", *pieces, *padding])
 
 
-def _spelled(tokens: np.ndarray, tokenizer: str | None) -> str:
-    """Text where tokens are bytes (others, such as an end of document, as <number>), else the numbers."""
-    shown = tokens[:_SHOWN_TOKENS]
+def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    """Text (ids without any, such as an end of document, as <number>), or the numbers where there is no tokenizer."""
+    shown = tokens[: _SHOWN_TOKENS if tokenizer else _SHOWN_TOKENS // 8].tolist()
     more = " ..." if len(tokens) > len(shown) else ""
-    if tokenizer != "bytes":
-        return " ".join(map(str, shown[: _SHOWN_TOKENS // 8])) + (" ..." if len(tokens) > _SHOWN_TOKENS // 8 else "")
-    encoded = b"".join(bytes([token]) if token < 256 else f"<{token}>".encode() for token in shown.tolist())
+    if tokenizer is None:
+        return " ".join(map(str, shown)) + more
+    known = [tokenizer.pieces[token] if token < tokenizer.vocabulary else b"" for token in shown]
+    encoded = b"".join(piece or f"<{token}>".encode() for piece, token in zip(known, shown, strict=True))
     text = "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in encoded.decode(errors="replace"))
     return text.replace("\n", "\n    ") + more
 

@@ -6,6 +6,7 @@ TARGET is built in `.TARGET.packing` beside it:
     parts/            shards being written
     data/SPLIT/       finished shards and their offsets; in the end the folder that takes the target's name
     entries/SPLIT/    NAME.json for each finished shard, written last
+    tokens/           what tools/text has tokenized so far
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mhla_lightning.errors import UserError
 
 FORMAT = 1
 Note = Callable[[str], None]  # is told what a user should know while something is built
+BESIDE = ("tokenizer.json", "tokenizer_config.json")  # files that a target may hold beside its splits
 _KEPT = ("entries", "data")
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,13 @@ class Building:
     def write_index(self, split: str, index: ShardIndex) -> None:
         """Write the index of a split whose shards are finished."""
         write_index(self.folder / "data" / split, index)
-        _sync(self.folder / "data" / split / INDEX_NAME)
+        sync(self.folder / "data" / split / INDEX_NAME)
+
+    def write_beside(self, name: str, content: bytes) -> None:
+        """Write one of BESIDE."""
+        path = self.folder / "data" / name
+        path.write_bytes(content)
+        sync(path)
 
     def begin(self, splits: Iterable[str]) -> None:
         """Make the folders of the splits and throw away the shards that were not finished."""
@@ -81,8 +89,8 @@ class Building:
         beside, told = part.with_name(f"{part.name}.npy"), part.with_name(f"{part.name}.json")
         np.save(beside, offsets, allow_pickle=False)
         told.write_text(json.dumps(asdict(entry)))
-        _sync(beside)
-        _sync(told)
+        sync(beside)
+        sync(told)
         folder = self.folder / "data" / split
         part.rename(folder / entry.name)
         beside.rename(offsets_path(folder, entry.name))
@@ -140,12 +148,12 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def demand_free(target: Path, overwrite: bool) -> None:
-    """Raise UserError when `target` exists and is not empty, unless it holds splits only and may be overwritten."""
+    """Raise UserError when `target` exists and is not empty, unless it holds splits and BESIDE only and may be overwritten."""
     if not target.exists() or (target.is_dir() and not _names(target)):
         return
     if not overwrite:
         raise UserError(f"{target} exists and is not empty: choose another folder, or pass --overwrite")
-    foreign = target.name if target.is_file() else next((name for name in _names(target) if not _is_split(target / name)), None)
+    foreign = target.name if target.is_file() else next((name for name in _names(target) if not _is_ours(target / name)), None)
     if foreign is not None:
         raise UserError(f"{target} holds {foreign}, which mhla data pack did not write, so it is not overwritten: choose another folder")
 
@@ -169,8 +177,8 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def _is_split(folder: Path) -> bool:
-    return folder.name in SPLITS and (folder / INDEX_NAME).is_file()
+def _is_ours(path: Path) -> bool:
+    return (path.name in SPLITS and (path / INDEX_NAME).is_file()) or (path.name in BESIDE and path.is_file())
 
 
 def _move(hidden: Path, target: Path, overwrite: bool) -> None:
@@ -188,6 +196,7 @@ def _restore(hidden: Path, target: Path) -> None:
         (hidden / "old").rename(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

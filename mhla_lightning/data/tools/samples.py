@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.members import image_extension
 from mhla_lightning.errors import DataError
@@ -70,8 +71,9 @@ def token_samples(
     """Rows of packed sequences, gathered into members of about `member_bytes`.
 
     header: an index of tokens, for its length. rows: pairs (tokens, documents), each (length,) or (rows, length) of integers; documents are the
-    number of the document that each token belongs to, and do not fall within a row. vocabulary: number of token ids; up to 65,536 a token takes
-    2 bytes. Raises DataError, naming the row, for another shape, ids outside the vocabulary, and documents that fall or are negative.
+    number of the document that each token belongs to, from 0 on, PADDING (65535) for places without text, and do not fall within a row.
+    vocabulary: number of token ids; up to 65,536 a token takes 2 bytes. Raises DataError, naming the row, for another shape, ids outside the
+    vocabulary, and documents that fall, are negative or above PADDING.
     """
     if not header.length or vocabulary < 1 or vocabulary > 2**32:
         raise DataError(f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} and vocabulary {vocabulary}")
@@ -98,15 +100,14 @@ def _single_rows(rows: Iterable[tuple[np.ndarray, np.ndarray]], length: int, voc
         for row, owner in zip(np.atleast_2d(tokens), np.atleast_2d(documents), strict=True):
             if row.min() < 0 or row.max() >= vocabulary:
                 raise DataError(f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside the vocabulary of {vocabulary}")
-            if owner[0] < 0 or owner[-1] >= 2**32 or (owner[1:] < owner[:-1]).any():
-                raise DataError(f"row {number}: document numbers must not fall and go from 0 to {2**32 - 1}")
+            if owner[0] < 0 or owner[-1] > PADDING or (owner[1:] < owner[:-1]).any():
+                raise DataError(f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, or are {PADDING} for padding")
             yield row, owner
             number += 1
 
 
 def _token_sample(name: str, tokens: list[np.ndarray], documents: list[np.ndarray]) -> Sample:
-    last = max(int(row[-1]) for row in documents)  # they do not fall within a row
-    owners = np.stack(documents).astype("<u2" if last < 2**16 else "<u4")
+    owners = np.stack(documents).astype("<u2")
     return Sample(name, {"tokens.npy": npy_bytes(np.stack(tokens)), "documents.npy": npy_bytes(owners)}, rows=len(tokens))
 
 

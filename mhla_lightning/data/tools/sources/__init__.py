@@ -1,4 +1,4 @@
-"""What can be packed: `mnist`, a folder of images or latents, or `torchvision:NAME[:ROOT]`."""
+"""What can be packed: `mnist`, a folder of images or latents, `torchvision:NAME[:ROOT]`, or `mqar[:PAIRS]`. Text is packed by tools/text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from mhla_lightning.data.tools.sources.base import Part, Source
 from mhla_lightning.data.tools.sources.folder import open_folder
 from mhla_lightning.data.tools.sources.latents import DIMENSIONS, open_latents
 from mhla_lightning.data.tools.sources.mnist import open_mnist
+from mhla_lightning.data.tools.sources.mqar import is_mqar, open_mqar
 from mhla_lightning.data.tools.sources.vision import open_torchvision
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -20,7 +21,7 @@ PACKED_KINDS = ("images", *DIMENSIONS)
 
 
 def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) -> Source:
-    """Open a source by name, by `torchvision:NAME[:ROOT]`, or by the path of a folder with one subfolder a class.
+    """Open a source by name, by `torchvision:NAME[:ROOT]`, by `mqar[:PAIRS]`, or by the path of a folder with one subfolder a class.
 
     kind: images, latents or video_latents; vae: what made the latents (its shape is taken from the files).
     Raises UserError when `spec` is none of these, DataError when its files are not what they should be.
@@ -36,8 +37,10 @@ def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) 
     name, _, rest = str(spec).partition(":")
     if name == "torchvision" and rest:
         return open_torchvision(*rest.split(":", 1))
+    if is_mqar(str(spec)):
+        return open_mqar(str(spec))
     if str(spec) in SOURCES:
         return SOURCES[str(spec)]()
     if Path(spec).is_dir():
         return open_folder(Path(spec))
-    raise UserError(unknown_name("source (no such folder either)", str(spec), [*SOURCES, "FOLDER", "torchvision:NAME[:ROOT]"]))
+    raise UserError(unknown_name("source (no such folder either)", str(spec), [*SOURCES, "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"]))

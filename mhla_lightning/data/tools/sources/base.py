@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,11 +32,18 @@ class Source:
 
     header: what the index will say of the samples; its shards are ignored. parts: the splits that the source has of its own, "train" always, "val"
     and "test" perhaps. fingerprint: changes when the samples change; a packing that was interrupted is continued only when it is the same.
+    lengths: tokens a row of the splits that have others than the header says. files: what lies beside the splits, by file name.
     """
 
     header: ShardIndex
     parts: dict[str, Part]
     fingerprint: str
+    lengths: dict[str, int] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def header_of(self, split: str) -> ShardIndex:
+        """What the index of a split will say."""
+        return replace(self.header, length=self.lengths.get(split, self.header.length))
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -1,0 +1,56 @@
+"""Learn a byte-level BPE from text and write it as a tokenizer.json. The same text gives the same file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from mhla_lightning.cli.data import output
+from mhla_lightning.errors import UserError
+
+HELP = "learn a tokenizer from text"
+EPILOG = """INPUT is the same as for mhla data tokenize.
+
+examples:
+  mhla data train-tokenizer stdlib --to bpe.json --vocabulary 4096
+  mhla data tokenize stdlib --to data/stdlib --tokenizer bpe.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla data train-tokenizer`."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]")
+    parser.add_argument("--to", required=True, metavar="FILE", help="tokenizer.json to write")
+    parser.add_argument("--vocabulary", type=int, required=True, metavar="N", help="ids, at least 257: all bytes and <|endoftext|>")
+    output.add_column(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: the number of cores, at most 8)")
+    output.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0 when done. Raises UserError."""
+    output.check_writable("--json", args.json)
+    if output.workers(args) < 1:
+        raise UserError(f"--workers is {args.workers}; it must be at least 1")
+    os.environ["RAYON_NUM_THREADS"] = str(output.workers(args))  # read when the package tokenizers starts its threads
+    from mhla_lightning.data.tools.text.train import train_tokenizer
+
+    console = Console()
+    with output.progress_bars(console) as on_progress:
+        found = train_tokenizer(
+            args.inputs, args.to, args.vocabulary, args.text_column, args.overwrite, lambda done, total: on_progress("read", done, total)
+        )
+    row = {"tokenizer": found.tokenizer.name, "vocabulary": found.tokenizer.vocabulary, "documents": found.documents, "bytes": found.bytes}
+    row["bytes_per_token"] = round(found.bytes_per_token, 3)
+    table = Table(title=args.to)
+    for heading in row:
+        table.add_column(heading, overflow="fold")
+    table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+    if found.tokenizer.vocabulary < args.vocabulary:
+        console.print(f"the text gives {found.tokenizer.vocabulary} ids and no more", soft_wrap=True)
+    output.write_json(args.json, {"rows": [row]})
+    return 0

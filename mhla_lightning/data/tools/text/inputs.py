@@ -1,0 +1,252 @@
+"""What text can be read from: files, folders, JSON lines, parquet, data sets of the Hugging Face hub, and Python's own standard library."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+from mhla_lightning.data.tools.text.documents import Files, Group, Lines, RowGroup, Texts, open_parquet
+from mhla_lightning.errors import DataError, UserError, missing_extra
+
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET = (".parquet",)
+_MOST_FILES = 2**12  # of a group
+# Of the standard library: what is no source of it, what differs from one machine to the next, tests, which are half data, and the help texts in
+# pydoc_data, one file of a twentieth of all.
+_LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test", "pydoc_data")
+_OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something to read documents from. size: in bytes, for the progress; fingerprint: changes when the documents do.
+
+    groups: the documents in groups of about so many bytes, always the same ones.
+    """
+
+    name: str
+    size: int
+    fingerprint: str
+    groups: Callable[[int], Iterator[Group]] = field(repr=False)
+
+
+def open_inputs(specs: Sequence[str], column: str = "text") -> list[Input]:
+    """The inputs that a user names: files, folders, text:FOLDER, stdlib, hf:NAME[:CONFIG][:SPLIT]. column: of JSON lines, parquet and hf.
+
+    Raises UserError or DataError, one sentence, for what is not there, a column that is not there, and inputs without any file.
+    """
+    if not specs:
+        raise UserError("there is no INPUT: name files, folders, stdlib or hf:NAME")
+    return [found for spec in specs for found in _open(str(spec), column)]
+
+
+def folder_of(spec: str) -> Path | None:
+    """The folder that an input names; None when it is something else."""
+    path = Path(spec.removeprefix("text:")).expanduser()
+    return path if spec != "stdlib" and path.is_dir() else None
+
+
+def _open(spec: str, column: str) -> list[Input]:
+    if spec == "stdlib":
+        return [_text_files(spec, _standard_library())]
+    if spec.startswith("hf:"):
+        return [_hub(spec, column)]
+    path = Path(spec.removeprefix("text:")).expanduser()
+    if path.is_dir():
+        files = list(_walk(path, lambda name: not name.startswith(".")))
+        if not files:
+            raise DataError(f"{spec} holds no files")
+        grouped = groupby(files, _type)
+        return [found for kind, members in grouped for found in _files(kind, list(members), column)]
+    if path.is_file():
+        return _files(_type(path), [path], column)
+    raise UserError(f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]")
+
+
+def _type(path: Path) -> str:
+    name = path.name.lower()
+    return "lines" if name.endswith(LINES) else "parquet" if name.endswith(PARQUET) else "text"
+
+
+def _files(kind: str, paths: list[Path], column: str) -> list[Input]:
+    if kind == "text":
+        return [_text_files(str(paths[0]), paths)]
+    return [_json_lines(path, column) if kind == "lines" else _parquet(path, column) for path in paths]
+
+
+def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """The files below a folder whose names, and those of their folders, are wanted; sorted. Links to folders are not followed."""
+    found = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if wanted(name)]
+        found += [Path(parent, name) for name in names if wanted(name)]
+    return (path for path in sorted(found) if path.is_file() or not path.exists())  # a dangling link is told of, a socket is no text
+
+
+def _standard_library() -> list[Path]:
+    def wanted(name: str) -> bool:
+        return name not in _LEFT_OUT and not name.startswith((".", "config-", *_OF_THE_MACHINE))
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in _walk(root, wanted) if path.suffix == ".py"]
+    if not files:
+        raise DataError(f"the standard library of this Python has no sources in {root}: name a folder of text")
+    return files
+
+
+def _text_files(name: str, paths: list[Path]) -> Input:
+    sizes = [_stat(path).st_size for path in paths]
+
+    def groups(wanted: int) -> Iterator[Group]:
+        members: list[Path] = []
+        size = 0
+        for path, own in zip(paths, sizes, strict=True):
+            members.append(path)
+            size += own
+            if size >= wanted or len(members) == _MOST_FILES:
+                yield Files(members, size)
+                members, size = [], 0
+        if members:
+            yield Files(members, size)
+
+    return Input(name, sum(sizes), _fingerprint("text", paths), groups)
+
+
+def _json_lines(path: Path, column: str) -> Input:
+    def groups(wanted: int) -> Iterator[Group]:
+        lines: list[bytes] = []
+        first, size, before = 1, 0, 0
+        with _opened(path) as (raw, plain):
+            for line in _readable(path, plain):
+                lines.append(line)
+                size += len(line)
+                if size >= wanted:
+                    at = raw.tell()
+                    yield Lines(path, first, lines, column, at - before)
+                    first, lines, size, before = first + len(lines), [], 0, at
+            if lines:
+                yield Lines(path, first, lines, column, raw.tell() - before)
+
+    if path.name.lower().endswith(".zst"):
+        _zstandard(path)  # missed now, not in the middle
+    return Input(str(path), _stat(path).st_size, _fingerprint("lines", [path], column), groups)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterable[bytes]]]:
+    """A file as it lies there, and its lines."""
+    try:
+        raw = open(path, "rb")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    name = path.name.lower()
+    with raw:
+        if name.endswith(".gz"):
+            with gzip.open(raw) as plain:
+                yield raw, plain
+        elif name.endswith(".zst"):
+            with _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+                yield raw, io.BufferedReader(stream, 2**20)
+        else:
+            yield raw, iter(raw.readline, b"")  # iterating over a file forbids tell()
+
+
+def _readable(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if path.name.lower().endswith(".zst"):
+        errors += (_zstandard(path).ZstdError,)
+    try:
+        yield from lines
+    except errors as error:
+        raise DataError(f"{path} cannot be read to its end ({error}): it was cut or damaged; copy it again") from error
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(missing_extra("zstandard", "language", f"reading {path}")) from error
+    return zstandard
+
+
+def _parquet(path: Path, column: str) -> Input:
+    with open_parquet(path) as file:
+        schema, counts = file.schema_arrow, range(file.num_row_groups)
+        sizes = [file.metadata.row_group(number).total_byte_size for number in counts]
+    if column not in schema.names:
+        raise DataError(f"{path} has no column '{column}'; it has {', '.join(map(repr, schema.names)) or 'none'}: see --text-column")
+    kind = str(schema.field(column).type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise DataError(f"{path}: the column '{column}' holds {kind}, no text: see --text-column")
+
+    def groups(wanted: int) -> Iterator[Group]:
+        return (RowGroup(path, number, column, size) for number, size in enumerate(sizes))
+
+    return Input(str(path), sum(sizes), _fingerprint("parquet", [path], column), groups)
+
+
+def _hub(spec: str, column: str) -> Input:
+    name, config, split = _hub_name(spec)
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(missing_extra("datasets", "language", f"the input {spec}")) from error
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # noqa: BLE001  of many packages' errors
+        raise DataError(f"the data set {spec} cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    if column not in found.column_names:
+        raise DataError(f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: see --text-column")
+    column_only = found.select_columns([column])
+
+    def groups(wanted: int) -> Iterator[Group]:
+        texts: list[str] = []
+        size = 0
+        for row in column_only:
+            if not isinstance(row[column], str | None):
+                raise DataError(f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see --text-column")
+            texts.append(row[column] or "")
+            size += len(texts[-1].encode())
+            if size >= wanted:
+                yield Texts(texts, size)
+                texts, size = [], 0
+        if texts:
+            yield Texts(texts, size)
+
+    facts = [spec, column, len(found), str(found.features), str(found.info.version), str(found.info.dataset_size)]
+    return Input(spec, int(found.info.dataset_size or len(found)), hashlib.sha256(repr(facts).encode()).hexdigest(), groups)
+
+
+def _hub_name(spec: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of hf:NAME[:CONFIG][:SPLIT]; the split is train when it is not named."""
+    parts = spec.split(":")[1:]
+    if len(parts) > 3 or not parts[0]:
+        raise UserError(f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories or hf:wikitext::test")
+    name, config, split = [*parts, "", ""][:3]
+    return name, config or None, split or "train"
+
+
+def _fingerprint(kind: str, paths: Iterable[Path], *more: str) -> str:
+    """sha256 over the names, sizes and times of files."""
+    digest = hashlib.sha256(repr((kind, *more)).encode())
+    for path in paths:
+        stat = _stat(path)
+        digest.update(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error

@@ -1,0 +1,97 @@
+"""A byte-level BPE of one's own text: every text can be encoded, and decodes to itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
+from mhla_lightning.data.tools.text.chunks import MOST_BYTES
+from mhla_lightning.data.tools.text.inputs import open_inputs
+from mhla_lightning.errors import DataError, UserError, missing_extra
+
+END = "<|endoftext|>"
+LEAST = 257  # all bytes, and the end of a document
+_PROBED = 200  # documents on which bytes per token are measured
+
+
+@dataclass(frozen=True)
+class Trained:
+    """tokenizer: as it was written. documents, bytes: of the text. bytes_per_token: on its first documents."""
+
+    tokenizer: Tokenizer
+    documents: int
+    bytes: int
+    bytes_per_token: float
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    to: str | Path,
+    vocabulary: int,
+    column: str = "text",
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Learn a tokenizer.json of `vocabulary` ids from text (see open_inputs) and write it to the file `to`.
+
+    The same text gives the same file. on_progress: input bytes read, and in all. Raises UserError for a bad argument, DataError for an input that
+    cannot be read or holds no text.
+    """
+    target = Path(to).expanduser()
+    _check(target, vocabulary, overwrite)
+    try:
+        from tokenizers import Tokenizer as Core
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError(missing_extra("tokenizers", "language", "training a tokenizer")) from error
+    sources = open_inputs(inputs, column)
+    total, counts = sum(source.size for source in sources), {"documents": 0, "bytes": 0}
+    progress = on_progress or (lambda *_: None)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for group in (group for source in sources for group in source.groups(MOST_BYTES // 8)):
+            for text in filter(None, group.texts()):
+                counts["documents"] += 1
+                counts["bytes"] += len(text.encode())
+                yield text
+            done += group.size
+            progress(min(done, total), total)
+
+    core = Core(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False)
+    core.train_from_iterator(texts(), trainer)
+    if not counts["documents"]:
+        raise DataError(f"{', '.join(map(str, inputs))}: no text was found")
+    _write(target, core.to_str(pretty=True))
+    tokenizer = open_tokenizer(str(target))
+    probe = list(islice((text for source in sources for group in source.groups(1) for text in group.texts() if text), _PROBED))
+    rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
+    return Trained(tokenizer, counts["documents"], counts["bytes"], rate)
+
+
+def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
+    if vocabulary < LEAST or vocabulary > 2**24:
+        raise UserError(f"--vocabulary is {vocabulary}; it must be from {LEAST} (all bytes and {END}) to {2**24}")
+    if target.suffix != ".json":
+        raise UserError(f"--to {target} must name a file that ends in .json, for example {target / 'tokenizer.json'}")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists: choose another file, or pass --overwrite")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--to {target}: there is no folder {target.absolute().parent}")
+
+
+def _write(target: Path, content: str) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(content, encoding="utf-8")
+        part.rename(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
