@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mhla_lightning.attention import ATTENTION
+from mhla_lightning.attention import ATTENTION, MHLA, Attention
+from mhla_lightning.attention.mhla import CausalMHLA
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import RECIPES, load_recipe, recipe_names
 from mhla_lightning.config.resolve import resolve
@@ -179,11 +180,15 @@ def test_every_recipe_resolves_and_names_only_allowed_classes(name: str) -> None
     uncommented = [line for line in text.splitlines() if "#" not in line and not line.rstrip().endswith((":", "Task", "Module"))]
     assert uncommented == []
     resolved = resolve(load_recipe(name).values)
-    grid = resolved.task.grid
-    mixing = [m for m in _plan(resolved.task).modules() if type(m).__name__ == "MHLA"]
-    assert mixing
-    assert all(m.grid.num_blocks**2 <= m.grid.tokens for m in mixing)  # type: ignore[union-attr, operator]
-    assert grid
+    assert resolved.task.grid
+    modules = list(_plan(resolved.task).modules())
+    operators = [m for m in modules if isinstance(m, Attention)]
+    assert operators
+    assert any(isinstance(m, (MHLA, CausalMHLA)) for m in operators) == ("_mhla_" in name or "_hybrid_" in name)
+    assert all(m.grid.num_blocks**2 <= m.grid.tokens for m in operators if isinstance(m, MHLA))
+    for m in operators:
+        if isinstance(m, CausalMHLA):
+            assert m.mixing.blocks * m.chunk_size >= resolved.task.grid[0]
 
 
 def _plan(task: Any) -> torch.nn.Module:

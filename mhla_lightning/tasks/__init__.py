@@ -2,6 +2,7 @@
 
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.classification import ClassificationTask
+from mhla_lightning.tasks.language import LanguageTask, RecallTask
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
-__all__ = ["ClassificationTask", "OptimizerConfig", "ScheduleConfig", "Task"]
+__all__ = ["ClassificationTask", "LanguageTask", "OptimizerConfig", "RecallTask", "ScheduleConfig", "Task"]

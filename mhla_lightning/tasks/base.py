@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone
@@ -19,6 +19,7 @@ from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.tasks.warm_start import freeze_except, load_matching, read_weights, weight_file
 
 log = logging.getLogger(__name__)
+PREFIXES = ("val", "val_ema", "test", "test_ema")  # of what `evaluate` measures; callbacks.EMA adds the averaged weights
 
 
 class Task(pl.LightningModule):
@@ -82,10 +83,6 @@ class Task(pl.LightningModule):
             rank_zero_only(log.info)(str(report))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.backbone is not None, "configure_model has not run"
-        return self.backbone(x)
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:

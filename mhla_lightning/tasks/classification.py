@@ -12,11 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import Task
+from mhla_lightning.tasks.base import PREFIXES, Task
 from mhla_lightning.tasks.mixup import PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-
-PREFIXES = ("val", "val_ema", "test", "test_ema")
 
 
 class ClassificationTask(Task):
@@ -61,6 +59,11 @@ class ClassificationTask(Task):
         if mixup > 0 or cutmix > 0:
             self.mixup = PairMix(mixup, cutmix, mixup_prob, mixup_switch_prob, label_smoothing, num_classes)
         self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> logits (batch, classes)."""
+        assert self.backbone is not None, "configure_model has not run"
+        return self.backbone(images)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch["image"], batch["label"]
