@@ -19,11 +19,14 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from mhla_lightning import __version__
+from mhla_lightning.analysis.comparison import higher_is_better
 from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError
+from mhla_lightning.generation.loading import keep_tokenizer
 from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
 
@@ -108,6 +111,8 @@ class Session:
     def fit(self) -> None:
         """Trains from the newest checkpoint to the end, validates, writes summary.json."""
         self.logger.start()
+        if self.trainer.is_global_zero and isinstance(self.data, TokenDataModule):
+            keep_tokenizer(self.data, self.run.path)
         checkpoint = None
         if self.resume is not None:
             checkpoint = self.resume / "trainer.ckpt"
@@ -186,7 +191,7 @@ def length(recipe: Resolved) -> int:
 
 def best(tag: str, values: Iterable[float]) -> float:
     """Accuracies are best high, everything else low."""
-    return max(values) if tag.rpartition("/")[2].startswith("top") else min(values)
+    return max(values) if higher_is_better(tag) else min(values)
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,8 @@ VERBS = {
     "run": "train a recipe; the same command again resumes it",
     "recipes": "list the recipes that come with the package, or show one",
     "compare": "train variants of a recipe side by side: one table, one plot",
+    "generate": "continue prompts with a language run",
+    "eval": "lm-evaluation-harness on a language run",
     "bench": "measure speed ratios in one run",
     "data": "make, check, index and look at shards",
     "doctor": "check this machine: versions, devices, commands, write access, processes",

@@ -1,0 +1,75 @@
+"""Evaluates the language model of a run with lm-evaluation-harness: one table.
+
+TASKS are names of the harness, with commas; `paper` is the paper's nine (wikitext, lambada_openai, winogrande, piqa, arc_challenge, openbookqa,
+arc_easy, boolq, mmlu). Their data come from the Hugging Face hub, or from a task file of yours:
+  mhla eval RUN --tasks paper --json results.json
+  mhla eval RUN --tasks my_task --include tasks/ --limit 100
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
+from mhla_lightning.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla eval`."""
+    add_run_arguments(parser)
+    parser.add_argument("--tasks", metavar="TASKS", required=True, help="names with commas, or paper")
+    parser.add_argument("--include", metavar="DIR", help="folder of further task files (YAML)")
+    parser.add_argument("--limit", metavar="N", type=float, help="samples of each task; below 1 a share of them (default: all)")
+    parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's own)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="texts in the model at once (default: 8)")
+    parser.add_argument("--max-length", metavar="N", type=int, help="tokens the model sees at once (default: those of a training row)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of examples and draws (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; returns the exit code."""
+    demand_at_least_one(args, "batch_size")
+    check_json(args.json)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks names no task; for example --tasks wikitext,lambada_openai or --tasks paper")
+    if args.limit is not None and not args.limit > 0:
+        raise UserError(f"--limit is {args.limit:g}; it must be above 0")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise UserError(f"--num-fewshot is {args.num_fewshot}; it must be at least 0")
+    if args.include is not None and not Path(args.include).is_dir():
+        raise UserError(f"--include {args.include} is no folder")
+    found, device = find(args)
+    from mhla_lightning.evaluation.lm_harness import HarnessLM, evaluate, load_tasks
+    from mhla_lightning.generation.loading import check_length
+
+    max_length = args.max_length or found.task.context
+    if max_length < 2:
+        raise UserError(f"--max-length is {max_length}; it must be at least 2")
+    check_length(found, max_length)
+    manager, tasks = load_tasks(names, args.include)
+    model = HarnessLM(load(args, found, device), found.tokenizer, max_length, args.batch_size, args.seed)
+    limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
+    table = evaluate(model, tasks, manager, limit=limit, num_fewshot=args.num_fewshot)
+    _print(f"{found.run.run_id} {found.checkpoint.name}, {'averaged' if found.averaged else 'raw'} weights", table)
+    facts = {"run": found.run.run_id, "checkpoint": found.checkpoint.name, "averaged": found.averaged, "max_length": max_length, "limit": args.limit}
+    write_json(args.json, {"rows": [{"task": task, **values} for task, values in table.items()], "summary": facts})
+    return 0
+
+
+def _print(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("task", "metric", "value", "samples"):
+        table.add_column(heading, justify="right" if heading in ("value", "samples") else "left")
+    for task, values in rows.items():
+        for metric, value in values.items():
+            if metric != "samples":
+                table.add_row(task, metric, f"{value:.4f}", str(values.get("samples", "")))
+    Console().print(table)

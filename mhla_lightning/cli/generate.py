@@ -1,0 +1,188 @@
+"""Continues prompts with the language model of a run.
+
+One prompt streams to the terminal as it is made; several are continued together and printed as each ends:
+  mhla generate RUN --prompt 'def main(' --max-new-tokens 100 --temperature 0.8
+  mhla generate RUN --prompts prompts.jsonl --greedy --json continued.json
+The same seed continues a prompt in the same way, alone or among others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
+from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhla_lightning.generation import Sampling
+    from mhla_lightning.generation.loading import LanguageRun
+    from mhla_lightning.generation.text import Continuation
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla generate`."""
+    add_run_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; several times if need be (default: none)")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with the key prompt")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=200, help="of each prompt (default: 200)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits (default: 1)")
+    parser.add_argument("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
+    parser.add_argument("--top-p", metavar="P", type=float, help="draw among the fewest likeliest tokens whose probabilities sum to P")
+    parser.add_argument("--seed", metavar="S", type=int, help="of the draws (default: 0)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; several times if need be")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts continued together (default: 16)")
+    parser.add_argument("--json", metavar="FILE", help="write prompts and continuations as JSON too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; returns the exit code."""
+    demand_at_least_one(args, "max_new_tokens", "batch_size")
+    check_json(args.json)
+    if "" in args.stop:
+        raise UserError("--stop is empty; it would stop before the first token")
+    prompts = _prompts(args)
+    sampling = _sampling(args)
+    found, device = find(args)
+    ids = _encode(found, prompts, args.max_new_tokens)
+    backbone = load(args, found, device)
+    from mhla_lightning.generation.text import continue_prompts
+
+    output = _Output(prompts, started=time.perf_counter())
+    steps = continue_prompts(
+        backbone, found.tokenizer, ids, sampling, args.max_new_tokens, stops=args.stop, batch_size=args.batch_size, device=device
+    )
+    interrupted = _show(output, steps)
+    average = "averaged" if found.averaged else "raw"
+    summary = {"run": found.run.run_id, "checkpoint": found.checkpoint.name, "weights": average, **output.summary()}
+    print(
+        f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state {summary['state_bytes']:,} bytes,", end=" ", file=sys.stderr
+    )
+    print(f"{average} weights of {found.run.run_id} {found.checkpoint.name}", file=sys.stderr)
+    write_json(args.json, {"rows": output.rows(), "summary": summary})
+    return _INTERRUPTED if interrupted else 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = [*args.prompt, *(_read(Path(args.prompts)) if args.prompts else [])] or [""]
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # how Python hands on an argument that is no UTF-8
+            raise UserError(f"prompt {number} is no UTF-8 text") from error
+    return prompts
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})") from error
+    if not lines:
+        raise UserError(f"--prompts {path} holds no prompt")
+    return [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--prompts {path}: prompt {number} is no JSON object with the key 'prompt'") from error
+    if not isinstance(prompt, str):
+        raise UserError(f"--prompts {path}: prompt {number} is {type(prompt).__name__}; it must be a string")
+    return prompt
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from mhla_lightning.generation import Sampling
+
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed") if getattr(args, name) is not None}
+    if args.greedy and given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--greedy draws nothing and goes with no {names}: leave one of them out")
+    return Sampling(greedy=args.greedy, **given)
+
+
+def _encode(found: LanguageRun, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
+    """Token ids, checked against what the model can take."""
+    from mhla_lightning.generation.engine import start_tokens
+    from mhla_lightning.generation.loading import check_length
+
+    ids = start_tokens([found.tokenizer.encode(prompt) for prompt in prompts], found.tokenizer.end)
+    check_length(found, max(map(len, ids)) + max_new_tokens - 1)  # the last new token is not put in
+    return ids
+
+
+@dataclass
+class _Output:
+    """Collects continuations."""
+
+    prompts: list[str]
+    started: float
+    texts: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+    finished: dict[int, str] = field(default_factory=dict)
+    state_bytes: int = 0
+    seconds: float = 0.0
+
+    def take(self, new: Continuation) -> None:
+        self.texts[new.prompt] = self.texts.get(new.prompt, "") + new.text
+        self.tokens[new.prompt] = self.tokens.get(new.prompt, 0) + 1
+        if new.finished:
+            self.finished[new.prompt] = new.finished
+        self.state_bytes = max(self.state_bytes, new.state_bytes)
+        self.seconds = time.perf_counter() - self.started
+
+    def summary(self) -> dict[str, Any]:
+        tokens = sum(self.tokens.values())
+        return {"tokens": tokens, "tokens_per_second": tokens / self.seconds if tokens else 0.0, "state_bytes": self.state_bytes}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each prompt that was begun."""
+        return [
+            {"prompt": self.prompts[n], "text": text, "tokens": self.tokens[n], "finished": self.finished.get(n, "interrupted")}
+            for n, text in sorted(self.texts.items())
+        ]
+
+
+def _show(output: _Output, steps: Iterable[Continuation]) -> bool:
+    """Prints what comes; whether Ctrl-C cut it short."""
+    show = _stream if len(output.prompts) == 1 else _print_each
+    try:
+        show(output, steps)
+    except KeyboardInterrupt:
+        print(flush=True)
+        return True
+    return False
+
+
+def _stream(output: _Output, steps: Iterable[Continuation]) -> None:
+    print(output.prompts[0], end="", flush=True)
+    for new in steps:
+        output.take(new)
+        print(new.text, end="", flush=True)
+    print(flush=True)
+
+
+def _print_each(output: _Output, steps: Iterable[Continuation]) -> None:
+    from rich.console import Console
+
+    total = len(output.prompts)
+    with Console(stderr=True).status(f"0 of {total} prompts") as status:
+        for new in steps:
+            output.take(new)
+            if new.finished:
+                status.stop()  # while it runs rich takes stdout for itself, also where that is a file
+                print(f"[{new.prompt + 1}/{total}] {output.prompts[new.prompt]}{output.texts[new.prompt]}", flush=True)
+                status.start()
+            status.update(f"{len(output.finished)} of {total} prompts, {sum(output.tokens.values())} tokens")

@@ -1,0 +1,56 @@
+"""What the verbs that load a language run have in common: which run, which of its weights, where they go."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mhla_lightning.backbones import CausalLM
+    from mhla_lightning.generation.loading import LanguageRun
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and how it is loaded."""
+    parser.add_argument("language_run", metavar="RUN", help="run id or run folder")
+    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument("--ckpt", metavar="STEP", help="step, or checkpoint folder (default: the newest)")
+    parser.add_argument("--no-ema", action="store_true", help="the weights as trained (default: their average, where the run has one)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="bytes, a tokenizer.json or a Hugging Face name (default: the run's own)")
+    parser.add_argument(
+        "--extrapolation", choices=("shift",), help="for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
+    """The run and the device, checked; no weights are loaded. Raises UserError."""
+    from mhla_lightning.generation.loading import choose_device, find_language_run
+
+    device = choose_device(args.device)
+    options = {"runs": args.runs, "ckpt": args.ckpt, "tokenizer": args.tokenizer, "extrapolation": args.extrapolation}
+    return find_language_run(args.language_run, ema=not args.no_ema, **options), device
+
+
+def load(args: argparse.Namespace, found: LanguageRun, device: torch.device) -> CausalLM:
+    """The model, in eval mode. Raises UserError for weights of another one."""
+    import torch
+
+    from mhla_lightning.generation.loading import load_model
+
+    return load_model(found, device, getattr(torch, args.dtype))
+
+
+def demand_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for a count below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -1,0 +1,1 @@
+"""Benchmarks of trained models."""

@@ -1,0 +1,143 @@
+"""Prompts of any lengths in one batch: one prefill, then a step a token with the model's state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.generation.sampling import Sampling, sequence_keys
+
+Finish = Literal["end", "stop", "length"]
+"""Why a sequence ended: the tokenizer's end of a document, what `stop` said, or max_new_tokens."""
+
+
+class CausalBackbone(Protocol):
+    """What generation asks of a language model (`backbones.CausalLM`); its state has `.bytes` and `.reorder(indices)`."""
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False) -> tuple[Tensor, Any]: ...
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of every sequence that is still going on.
+
+    Attributes:
+        prompts: which prompts, by their place in the list.
+        tokens: the new token of each of them; the end token, too.
+        finished: why those that end with this token end, by prompt.
+        state_bytes: what the state of these sequences took when the tokens were chosen.
+    """
+
+    prompts: list[int]
+    tokens: list[int]
+    finished: dict[int, Finish]
+    state_bytes: int
+
+
+def generate(
+    backbone: CausalBackbone,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    *,
+    end: int | None = None,
+    stop: Callable[[int, int], bool] | None = None,
+    padding: Literal["left", "right"] = "left",
+    batch_size: int | None = None,
+    vocabulary: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Step]:
+    """Continues every prompt; a sequence that is finished leaves the batch and costs nothing more.
+
+    Args:
+        backbone: the model, in eval mode, on `device`.
+        prompts: token ids; an empty one starts from `end`.
+        sampling: how tokens are chosen.
+        max_new_tokens: of each prompt.
+        end: a token that ends a sequence; None is none.
+        stop: told (prompt, token) once for every new token; True ends that sequence.
+        padding: on which side shorter prompts are padded; the numbers are the same.
+        batch_size: prompts in the model at once, in the order given; None takes all.
+        vocabulary: tokens from this one on are never chosen (a model may have more than its tokenizer); None is all.
+
+    Raises:
+        UserError: nothing to generate, an empty prompt without `end`, and what the model cannot take (too many tokens, for example).
+    """
+    for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
+    starts = start_tokens(prompts, end)
+    keys = sequence_keys(starts)
+    batch = batch_size or max(1, len(starts))
+
+    def choose(logits: Tensor, live: list[int], position: int) -> Tensor:
+        return sampling.choose(logits[:, :vocabulary], [keys[number] for number in live], position)
+
+    def why(number: int, token: int, position: int) -> Finish | None:
+        if token == end:
+            return "end"
+        if stop is not None and stop(number, token):
+            return "stop"
+        return "length" if position == max_new_tokens - 1 else None
+
+    def batches() -> Iterator[Step]:
+        for first in range(0, len(starts), batch):
+            live = list(range(first, min(first + batch, len(starts))))
+            tokens, mask = pad([starts[number] for number in live], padding, device)
+            yield from _continue(backbone, live, tokens, mask, choose, why)
+
+    return batches()
+
+
+def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list[int]]:
+    """The prompts, an empty one as [end]. Raises UserError where there is no `end` to start from."""
+    if end is None and not all(prompts):
+        number = next(number for number, prompt in enumerate(prompts, 1) if not prompt)
+        raise UserError(f"prompt {number} is empty, and the tokenizer has no end of a document to start from: give it some text")
+    return [list(prompt) or [cast(int, end)] for prompt in prompts]
+
+
+@torch.inference_mode()
+def _continue(
+    backbone: CausalBackbone,
+    live: list[int],
+    tokens: Tensor,
+    mask: Tensor | None,
+    choose: Callable[[Tensor, list[int], int], Tensor],
+    why: Callable[[int, int, int], Finish | None],
+) -> Iterator[Step]:
+    """The steps of one batch, until every sequence of it has a reason to end."""
+    logits, state = backbone.prefill(tokens, mask=mask)
+    for position in itertools.count():
+        chosen = choose(logits, live, position)
+        new = chosen.tolist()
+        reasons = {number: why(number, token, position) for number, token in zip(live, new, strict=True)}
+        finished = {number: reason for number, reason in reasons.items() if reason is not None}
+        yield Step(live, new, finished, state.bytes)
+        going = [row for row, number in enumerate(live) if number not in finished]
+        if not going:
+            return
+        if len(going) < len(live):
+            rows = torch.tensor(going, device=chosen.device)
+            chosen, state, live = chosen[rows], state.reorder(rows), [live[row] for row in going]
+        logits, state = backbone.step(chosen, state)
+
+
+def pad(sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """Sequences of token ids as int64 (B, longest), and the bool mask of what is real; None where all are equally long."""
+    longest = max(map(len, sequences))
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
+        tokens[row, place] = torch.tensor(sequence)
+        mask[row, place] = True
+    return tokens.to(device), None if mask.all() else mask.to(device)

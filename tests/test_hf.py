@@ -1,0 +1,171 @@
+"""The language model inside transformers: loss, generate, beam search, files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+pytest.importorskip("transformers", reason="transformers is the extra 'language'")
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.generation import Sampling, generate
+from mhla_lightning.hf import MHLAForCausalLM, MHLALanguageConfig, wrap
+from tests.language_models import ENTRIES, VOCABULARY, entry_id, prompts, tiny_model
+
+END = 0
+every_operator = pytest.mark.parametrize("entry", ENTRIES, ids=entry_id)
+
+
+def wrapped(entry: Any) -> Any:
+    """A MHLAForCausalLM; the types that transformers gives `generate` fit no model."""
+    return wrap(tiny_model(entry), entry, END)
+
+
+def ours(model: Any, given: list[list[int]], new: int) -> list[list[int]]:
+    tokens: list[list[int]] = [[] for _ in given]
+    for step in generate(model.model, given, Sampling(greedy=True), new, end=END):
+        for prompt, token in zip(step.prompts, step.tokens, strict=True):
+            tokens[prompt].append(token)
+    return tokens
+
+
+def padded(given: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask, padded on the left."""
+    longest = max(map(len, given))
+    ids = torch.tensor([[END] * (longest - len(prompt)) + prompt for prompt in given])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in given])
+    return ids, mask
+
+
+@every_operator
+def test_greedy_generation_of_a_padded_batch_is_our_own(entry: Any) -> None:
+    model, given = wrapped(entry), prompts(4, 13, 9)
+    ids, mask = padded(given)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=60, do_sample=False)[:, ids.shape[1] :]
+    for row, expected, prompt in zip(found.tolist(), ours(model, given, 60), given, strict=True):
+        assert len(set(expected)) > 1
+        assert row[: len(expected)] == expected
+        assert set(row[len(expected) :]) <= {END}
+        (alone,) = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[:, len(prompt) :].tolist()
+        assert alone == expected
+
+
+@every_operator
+def test_beam_search_reorders_the_state(entry: Any) -> None:
+    model, (ids, mask) = wrapped(entry), padded(prompts(3, 6))
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "num_beams": 4, "num_return_sequences": 4}
+    found = model.generate(ids, **options)
+    assert torch.equal(found, model.generate(ids, **options, use_cache=False))
+    assert len({tuple(row) for row in found.tolist()}) == 8
+
+
+def test_sampling_and_steps_from_a_cache_of_the_users() -> None:
+    model = wrapped("mhla")
+    (tokens,) = prompts(20)
+    ids = torch.tensor([tokens])
+    torch.manual_seed(0)
+    assert model.generate(ids, max_new_tokens=5, do_sample=True, top_k=5).shape == (1, 25)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        assert whole.past_key_values is None
+        first = model(ids[:, :12], use_cache=True)
+        rest = model(ids[:, 12:], past_key_values=first.past_key_values, attention_mask=torch.ones_like(ids))
+        last = model(ids, use_cache=True, logits_to_keep=1)
+        some = model(ids, use_cache=False, logits_to_keep=3)
+    assert rest.past_key_values.get_seq_length() == 20
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole.logits)
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+    torch.testing.assert_close(some.logits, whole.logits[:, -3:])
+
+
+def test_loss_of_labels_and_its_gradient() -> None:
+    model = wrapped("linear").train()
+    ids = torch.tensor(prompts(11, 11))
+    labels = ids.clone()
+    labels[0, :6] = -100
+    output = model(ids, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(output.loss, expected, check_dtype=False)  # transformers computes it in float32
+    assert output.past_key_values is None
+    output.loss.backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@every_operator
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_round_trip_through_the_auto_classes(entry: Any, tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MHLALanguageConfig(
+        attention=entry, vocab_size=VOCABULARY, context=64, embed_dim=32, depth=2, intermediate=64, tie_word_embeddings=tied, eos_token_id=END
+    )
+    model: Any = MHLAForCausalLM(config).eval()
+    assert (model.get_output_embeddings() is None) == tied
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MHLAForCausalLM
+    assert not loaded.training
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+    assert loaded.config.hidden_size == 32
+    assert loaded.config.eos_token_id == END
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    ids = torch.tensor(prompts(30))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_files_without_a_mixing_matrix_are_refused(tmp_path: Path) -> None:
+    wrapped("mhla").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    left = {name: value for name, value in state.items() if "mixing" not in name}
+    assert len(left) < len(state)
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="^the checkpoint lacks weights of MixingMatrix"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_fresh_model_keeps_the_initialisation_of_a_language_model() -> None:
+    model: Any = MHLAForCausalLM(MHLALanguageConfig(attention="mhla", vocab_size=VOCABULARY, context=64, embed_dim=64, depth=1, intermediate=64))
+    mixing = model.state_dict()["model.layers.0.attn.attention.mixing.weight"]
+    torch.testing.assert_close(mixing[3, :5], torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0]))
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_embeddings_can_grow() -> None:
+    model = wrapped("softmax")
+    model.resize_token_embeddings(VOCABULARY + 3)
+    assert model(torch.tensor([[1, VOCABULARY + 2]])).logits.shape == (1, 2, VOCABULARY + 3)
+
+
+def test_padding_behind_a_cache_and_labels_with_one_are_refused() -> None:
+    model = wrapped("linear")
+    ids = torch.tensor(prompts(4))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="^attention_mask pads tokens behind a cache"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.tensor([[1, 1, 1, 1, 0]]))
+    with pytest.raises(UserError, match="^labels need the whole text"):
+        model(ids, past_key_values=cache, labels=ids)
+
+
+def test_assisted_generation_is_refused_by_transformers() -> None:
+    model = wrapped("linear")
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(torch.tensor(prompts(4)), assistant_model=wrapped("linear"), max_new_tokens=4)
+
+
+def test_without_transformers_the_import_names_the_extra() -> None:
+    code = "import sys; sys.modules['transformers'] = None\ntry:\n    import mhla_lightning.hf\nexcept Exception as error:\n    print(error)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "mhla_lightning.hf needs the package 'transformers': pip install 'mhla-lightning[language]'\n"

@@ -1,0 +1,210 @@
+"""lm-evaluation-harness on tiny models: likelihoods against full recomputation, windows, generation, a task of a local file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
+from lm_eval.api.instance import Instance
+
+from mhla_lightning.data.tokenizers import open_tokenizer
+from mhla_lightning.errors import UserError
+from mhla_lightning.evaluation.lm_harness import PAPER_TASKS, HarnessLM, evaluate, load_tasks, near
+from mhla_lightning.generation import Sampling
+from mhla_lightning.generation.text import continue_prompts
+from tests.language_models import ENTRIES, entry_id, tiny_model
+
+BYTES = open_tokenizer("bytes")
+LENGTH = 32
+every_operator = pytest.mark.parametrize("entry", ENTRIES, ids=entry_id)
+
+
+def harness(entry: Any, dtype: torch.dtype = torch.float32) -> HarnessLM:
+    return HarnessLM(tiny_model(entry, dtype, vocab_size=BYTES.vocabulary), BYTES, LENGTH, batch_size=3)
+
+
+def requests(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def plain(entry: Any, tokens: list[int], start: int) -> tuple[float, bool]:
+    """log p of tokens[start:] in float64, one prefix after the other, each computed anew; and whether each was the likeliest."""
+    model = tiny_model(entry, torch.float64, vocab_size=BYTES.vocabulary)
+    total, greedy = 0.0, True
+    with torch.no_grad():
+        for place in range(start, len(tokens)):
+            logits = model(torch.tensor([tokens[:place]]))[0, -1]
+            total += logits.log_softmax(-1)[tokens[place]].item()
+            greedy &= int(logits.argmax()) == tokens[place]
+    return total, greedy
+
+
+PAIRS = [
+    ("the cat", " sat"),
+    ("", "alone"),
+    ("a longer context here", "x"),
+    ("a longer context here", "y"),
+    ("abc ", "trailing"),
+    ("z" * 90, "cut off"),
+]
+
+
+@every_operator
+def test_loglikelihood_is_that_of_full_recomputation(entry: Any) -> None:
+    model = harness(entry)
+    found = model.loglikelihood(requests("loglikelihood", PAIRS))
+    for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
+        moved = len(context) - len(context.rstrip())  # the harness scores spaces at the end of a context with what follows
+        tokens = [*(BYTES.encode(context) or [BYTES.end or 0]), *BYTES.encode(continuation)][-(LENGTH + 1) :]
+        expected, would = plain(entry, tokens, len(tokens) - len(continuation) - moved)
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert greedy == would
+
+
+def test_the_greedy_continuation_is_said_to_be_greedy() -> None:
+    model = harness("linear")
+    context = "go on"
+    new = [c.token for c in continue_prompts(model.backbone, BYTES, [BYTES.encode(context)], Sampling(greedy=True), 6)]
+    ((_, greedy),) = model.score([(BYTES.encode(context), new)])
+    ((_, other),) = model.score([(BYTES.encode(context), [*new[:-1], (new[-1] + 1) % 256])])
+    assert (greedy, other) == (True, False)
+
+
+@every_operator
+@pytest.mark.parametrize("length", [1, LENGTH, LENGTH + 1, 3 * LENGTH + 5])
+def test_rolling_predicts_every_token_once_with_its_window(entry: Any, length: int) -> None:
+    model = harness(entry)
+    text = "".join(chr(97 + n * n % 26) for n in range(length))
+    (value,) = model.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    tokens = BYTES.encode(text)
+    expected = plain(entry, [BYTES.end or 0, *tokens[:LENGTH]], 1)[0]
+    for first in range(LENGTH, length, LENGTH):
+        last = min(first + LENGTH, length)
+        expected += plain(entry, tokens[max(0, last - LENGTH - 1) : last], LENGTH + 1 - (last - first))[0]
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_empty_text_has_likelihood_one() -> None:
+    assert harness("linear").loglikelihood_rolling(requests("loglikelihood_rolling", [("",), ("a",)]))[0] == 0.0
+
+
+def test_generate_until_is_our_generation_cut_at_the_first_stop() -> None:
+    model = harness("linear", torch.float64)
+    contexts = ["short", "a much longer context", "mid one"]
+
+    def alone(context: str, new: int) -> str:
+        steps = continue_prompts(model.backbone, BYTES, [BYTES.encode(context)[-(LENGTH - new) :]], Sampling(greedy=True), new)
+        return "".join(step.text for step in steps)
+
+    free = model.generate_until(requests("generate_until", [(c, {"until": [], "max_gen_toks": 12}) for c in contexts]))
+    assert free == [alone(context, 12) for context in contexts]
+    stop = free[1][4:6]
+    cut = model.generate_until(requests("generate_until", [(c, {"until": [stop], "max_gen_toks": 12, "do_sample": False}) for c in contexts]))
+    assert cut == [text.split(stop)[0] for text in free]
+    assert cut[1] != free[1]
+    sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.9, "top_k": 40}
+    first, second = (model.generate_until(requests("generate_until", [(c, sampled) for c in contexts])) for _ in range(2))
+    assert first == second != free
+    with pytest.raises(UserError, match="^unknown generation_kwargs key 'num_beams'"):
+        model.generate_until(requests("generate_until", [("a", {"until": [], "num_beams": 4})]))
+
+
+def test_a_continuation_longer_than_the_model_and_a_tokenizer_without_end_are_refused() -> None:
+    model = harness("linear")
+    with pytest.raises(UserError, match="^a continuation of 33 tokens does not fit"):
+        model.score([([1], [2] * (LENGTH + 1))])
+    tokenizer = open_tokenizer("bytes")
+    tokenizer.end = None
+    with pytest.raises(UserError, match="has no end of a document"):
+        HarnessLM(model.backbone, tokenizer, LENGTH)
+
+
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: acc_norm, aggregation: mean, higher_is_better: true}]
+"""
+ROLLING = """
+task: local_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
+"""
+ROWS: list[dict[str, Any]] = [
+    {"question": "the cat sat on the", "choices": [" mat", " dog"], "answer": 0},
+    {"question": "the dog ran to the", "choices": [" sea", " house now"], "answer": 1},
+    {"question": "a mat is", "choices": [" a", " the", " no"], "answer": 2},
+]
+
+
+def local_tasks(folder: Path) -> Path:
+    """Two tasks of the harness over a file of ours, with no network."""
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(text.replace("FILE", str(data)))
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_local_tasks_of_the_harness(tmp_path: Path) -> None:
+    entry = "mhla"
+    model = harness(entry)
+    manager, tasks = load_tasks(["local_choice", "local_rolling"], str(local_tasks(tmp_path / "tasks")))
+    table = evaluate(model, tasks, manager)
+    right = 0
+    for row in ROWS:
+        context = BYTES.encode(row["question"])
+        values = [plain(entry, context + BYTES.encode(choice), len(context))[0] for choice in row["choices"]]
+        right += max(range(len(values)), key=values.__getitem__) == row["answer"]
+    assert table["local_choice"]["acc"] == pytest.approx(right / len(ROWS))
+    assert table["local_choice"]["samples"] == 3
+    nats = sum(plain(entry, [BYTES.end or 0, *BYTES.encode(row["question"])], 1)[0] for row in ROWS)
+    size = sum(len(row["question"].encode()) for row in ROWS)
+    assert table["local_rolling"]["bits_per_byte"] == pytest.approx(-nats / size / 0.6931471805599453, rel=1e-5)
+    assert evaluate(model, tasks, manager, limit=2)["local_choice"]["samples"] == 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="^unknown task 'wikitex'.*did you mean 'wikitext'"):
+        load_tasks(["wikitex"])
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = local_tasks(tmp_path / "tasks")
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(UserError, match="^the data of the task local_choice cannot be loaded") as error:
+        load_tasks(["local_choice"], str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_paper_means_nine_tasks_of_the_harness() -> None:
+    assert len(PAPER_TASKS) == 9
+    from lm_eval.tasks import TaskManager
+
+    assert set(PAPER_TASKS) <= set(TaskManager().all_tasks)
+
+
+def test_near_names_begin_alike() -> None:
+    assert near("arc_hard", ["wikitext", "arc_easy", "arc_challenge"]) == ["arc_easy", "arc_challenge"]
