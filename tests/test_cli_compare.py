@@ -5,12 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,7 @@ from mhla_lightning.cli.compare import print_table
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import parse_overrides
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs import child
-from mhla_lightning.runs.folder import RunFolder, check_run_id, read_metrics
+from mhla_lightning.runs.folder import check_run_id, read_metrics
 
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 SMALL = """
@@ -262,34 +256,6 @@ def test_figure_of_runs_without_accuracy_or_without_anything() -> None:
     assert figure.axes[1].get_ylabel() == "val/loss"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
     assert not curves_figure("t", {"a": [{}]}).legends
-
-
-# child
-
-
-def test_share_done(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert child.share_done(run) == 0.0
-    run.progress.write_text('{"step": 3, "max_steps": 4}')
-    assert child.share_done(run) == 0.75
-
-
-def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, sleeper = tmp_path / "log", [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
-    start = subprocess.Popen
-    monkeypatch.setattr(child.subprocess, "Popen", lambda command, **options: start(sleeper, **options))
-
-    def stop_when_up() -> None:
-        while not log.is_file() or b"up" not in log.read_bytes():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_when_up)
-    thread.start()
-    before = signal.getsignal(signal.SIGTERM)
-    assert child.train_in_child("r", RunFolder(tmp_path / "run"), [], log, lambda share: None) == 128 + signal.SIGTERM
-    thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # the verb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -56,20 +57,25 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def higher_is_better(tag: str) -> bool:
-    """Accuracies (top1, top5) are best high, everything else low."""
-    return tag.rpartition("/")[2].startswith("top")
+    """Accuracies (top1, top5, accuracy) are best high, everything else low."""
+    return tag.rpartition("/")[2].startswith(("top", "accuracy"))
 
 
 def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`val/` tags of any row, then `val_ema/` tags."""
-    tags = {tag for row in rows for tag in row["mean"] if tag.startswith(("val/", "val_ema/"))}
-    return sorted(tags, key=lambda tag: tuple(tag.split("/", 1)))
+    """`val/` tags of any row, then those of other validations: `val_512/` (at another length), `val_ema/` (averaged weights)."""
+    tags = {tag for row in rows for tag in row["mean"] if tag.startswith("val")}
+
+    def place(tag: str) -> tuple[int, str, str]:
+        validation, _, name = tag.partition("/")
+        return int("".join(re.findall(r"\d", validation)) or 0), validation, name
+
+    return sorted(tags, key=place)
 
 
 def headline(tags: Iterable[str]) -> str | None:
-    """The tag that stands for a run in one line: accuracy, else the loss, else the first of validation."""
+    """The tag that stands for a run in one line: accuracy, else bits per byte, else the loss, else the first of validation."""
     found = [tag for tag in tags if tag.startswith("val/")]
-    return next((tag for tag in ("val/top1", "val/loss", *found) if tag in found), None)
+    return next((tag for tag in ("val/top1", "val/accuracy", "val/bits_per_byte", "val/loss", *found) if tag in found), None)
 
 
 def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -6,11 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from mhla_lightning.analysis.memory import peak_bytes
 from mhla_lightning.attention import Attention, build_attention
 
 GEMM_SIDE = 2048
@@ -24,6 +26,7 @@ class Case:
     Attributes:
         forward, step: seconds of every turn; step is forward and backward.
         gemm: seconds that the matrix product of the same turn would need for the operator's forward FLOPs.
+        peak_bytes: tensors held at once by a step, at most, besides its inputs.
     """
 
     operator: str
@@ -31,6 +34,7 @@ class Case:
     flops: int
     run_forward: Callable[[], Any]
     run_step: Callable[[], Any]
+    peak_bytes: int = 0
     forward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     gemm: list[float] = field(default_factory=list)
@@ -49,13 +53,16 @@ class Case:
             "step_seconds": statistics.median(self.step),
             "forward_over_gemm": ratio(self.forward, self.gemm),
             "step_over_gemm": ratio(self.step, self.gemm) / 3,
+            "peak_bytes": self.peak_bytes,
             "turns": len(self.step),
         }
 
 
-def make_case(name: str, entry: str | dict[str, Any], tokens: int, *, heads: int, dim: int, batch: int, device: torch.device) -> Case:
+def make_case(
+    name: str, entry: str | dict[str, Any], tokens: int, *, heads: int, dim: int, batch: int, device: torch.device, causal: bool = False
+) -> Case:
     """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on one axis."""
-    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,)).to(device)
+    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,), causal=causal).to(device)
     q, k, v = (torch.randn(batch, tokens, heads, dim, device=device, requires_grad=True) for _ in range(3))
     cotangent = torch.randn(batch, tokens, heads, dim, device=device)
     return Case(
@@ -64,7 +71,15 @@ def make_case(name: str, entry: str | dict[str, Any], tokens: int, *, heads: int
         batch * operator.flops(tokens, heads, dim, dim),
         lambda: _forward(operator, q, k, v),
         lambda: torch.autograd.grad(operator(q, k, v), [q, k, v, *operator.parameters()], cotangent),
+        peak_bytes=_peak(operator, q, k, v, cotangent),
     )
+
+
+def _peak(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cotangent: torch.Tensor) -> int:
+    """Of a step on copies: torch's tracker leaves hooks on what it has seen, with which torch.autograd.grad cannot live."""
+    copy = deepcopy(operator)
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    return peak_bytes(lambda: copy(*inputs).backward(cotangent), q.device)
 
 
 @torch.no_grad()

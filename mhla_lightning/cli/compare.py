@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, tabl
 from mhla_lightning.analysis.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.child import train_in_child
+from mhla_lightning.runs.child import ChildRun, train_in_children
 from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
 from mhla_lightning.runs.lock import hold
 
@@ -45,6 +44,7 @@ class Plan:
         rows, seeds: every pair is a run.
         common: overrides of all rows.
         folder: holds the runs, their logs, table.json and curves.png.
+        jobs: runs trained at once.
     """
 
     recipe: Recipe
@@ -52,6 +52,7 @@ class Plan:
     seeds: list[int]
     common: dict[str, Any]
     folder: Path
+    jobs: int
 
     def runs(self) -> list[tuple[Row, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--over", action="append", default=[], metavar="KEY=YAML-LIST", help="a row for each value; several --over multiply")
     parser.add_argument("--variants", metavar="FILE", help="YAML mapping from a row's name to its dotted overrides")
     parser.add_argument("--seeds", metavar="N,N,...", help="train every row with each of these seeds (default: the recipe's one)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs trained at once; they share the cores (default: %(default)s)")
     parser.add_argument("--runs", metavar="DIR", help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)")
     parser.add_argument("--json", metavar="FILE", help="write the table there too, as JSON")
 
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> Plan:
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
     recipe = load_recipe(args.recipe)
     common = parse_overrides(args.overrides)
     if bool(args.over) == (args.variants is not None):
@@ -102,7 +106,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise UserError("seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2")
     seeds = parse_seeds(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
     name = f"compare-{identity(recipe.values, rows, seeds, common)}"
-    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name)
+    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs)
 
 
 def _check_rows(plan: Plan) -> None:
@@ -124,20 +128,30 @@ def _make(folder: Path) -> None:
 
 
 def _train(plan: Plan, console: Console) -> int:
-    """Every run that is not finished, one after the other; the exit code of the first that fails, else 0."""
+    """Every run that is not finished; the exit code of the first that fails, else 0."""
     runs = plan.runs()
+    names = {folder.path: (row, seed) for row, seed, folder in runs}
+    reused = [folder.finished() for _, _, folder in runs]
     with _progress(console, len(runs)) as (progress, bar):
-        for done, (row, seed, folder) in enumerate(runs):
-            progress.update(bar, completed=done, row=f"{row.name}, seed {seed}")
-            reused = folder.finished()
-            if not reused and (code := _train_one(plan, row, seed, partial(_advance, progress, bar, done))) != 0:
-                return code
-            _say(progress.console, _finished_line(row, seed, folder, reused))
-    return 0
+        for (row, seed, folder), before in zip(runs, reused, strict=True):
+            if before:
+                _say(progress.console, _finished_line(row, seed, folder, True))
+
+        def ended(child: ChildRun, code: int) -> None:
+            row, seed = names[child.run.path]
+            if code == 0 and child.run.finished():
+                _say(progress.console, _finished_line(row, seed, child.run, False))
+            else:
+                _say_failed(row, seed, child.log, code)
+
+        children = [_child(plan, row, seed, folder) for (row, seed, folder), before in zip(runs, reused, strict=True) if not before]
+        code = train_in_children(children, plan.jobs, lambda done: progress.update(bar, completed=sum(reused) + done), ended)
+    return code or int(not all(folder.finished() for _, _, folder in runs))
 
 
-def _advance(progress: Progress, bar: TaskID, done: int, share: float) -> None:
-    progress.update(bar, completed=done + share)
+def _child(plan: Plan, row: Row, seed: int, folder: RunFolder) -> ChildRun:
+    words = arguments({"seed_everything": seed, **plan.values(row)})
+    return ChildRun(str(plan.recipe.path), folder, words, plan.folder / f"{folder.run_id}.log")
 
 
 @contextmanager
@@ -147,21 +161,9 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]
         TextColumn("{task.completed:.1f}/{task.total:.0f} runs"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[row]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress, progress.add_task("", total=total, row="")
-
-
-def _train_one(plan: Plan, row: Row, seed: int, on_progress: Callable[[float], None]) -> int:
-    """One run in a child process; says why it failed. Returns its exit code, or 1 where it ended early without one."""
-    folder = plan.run(row, seed)
-    log = plan.folder / f"{folder.run_id}.log"
-    words = arguments({"seed_everything": seed, **plan.values(row)})
-    code = train_in_child(str(plan.recipe.path), folder, words, log, on_progress) or int(not folder.finished())
-    if code != 0:
-        _say_failed(row, seed, log, code)
-    return code
+        yield progress, progress.add_task("", total=total)
 
 
 def _say_failed(row: Row, seed: int, log: Path, code: int) -> None:

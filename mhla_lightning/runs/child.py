@@ -1,14 +1,18 @@
-"""An ordinary run in a process of its own, as `compare` starts it. Standard library only."""
+"""Ordinary runs in processes of their own, as `compare` starts them. Standard library only."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from mhla_lightning.runs.folder import RunFolder, read_json
 
@@ -16,35 +20,52 @@ _POLL = 0.5  # seconds
 _GRACE = 60.0  # seconds a run has to end after an interrupt
 
 
-def train_in_child(recipe: str, run: RunFolder, overrides: Sequence[str], log: Path, on_progress: Callable[[float], None]) -> int:
-    """Runs `mhla run RECIPE` in a child process until it ends; its output is appended to a file.
+@dataclass(frozen=True)
+class ChildRun:
+    """A run to train.
+
+    recipe: name or path. run: where; resumed when it exists. overrides: `--key=value` words. log: file that stdout and stderr are appended to.
+    """
+
+    recipe: str
+    run: RunFolder
+    overrides: Sequence[str]
+    log: Path
+
+    def start(self, output: IO[bytes], threads: int | None) -> subprocess.Popen[bytes]:
+        """`mhla run RECIPE` in a process of its own; threads: of torch, None is all cores."""
+        place = ["--runs", str(self.run.path.parent), "--run-id", self.run.run_id]
+        command = [sys.executable, "-m", "mhla_lightning", "run", self.recipe, *place, *self.overrides]
+        env = None if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
+
+
+def train_in_children(runs: Sequence[ChildRun], jobs: int, on_progress: Callable[[float], None], on_end: Callable[[ChildRun, int], None]) -> int:
+    """Trains `runs` in their order, `jobs` at once, which then share the cores. After one has failed no other is started.
 
     Args:
-        recipe: name or path.
-        run: where; resumed when it exists.
-        overrides: `--key=value` words.
-        log: file of the child's stdout and stderr.
-        on_progress: called about twice a second with the share of the run that is done, 0 to 1.
+        on_progress: called about twice a second with how many runs are done, parts of runs included.
+        on_end: called with every run that has ended and its exit code: 128 + number where a signal ended it.
 
     Returns:
-        the exit code; 128 + number where a signal ended the child.
+        the exit code of the first that failed, else 0.
     """
-    command = [sys.executable, "-m", "mhla_lightning", "run", recipe, "--runs", str(run.path.parent), "--run-id", run.run_id, *overrides]
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT) as child,
-        _ends_with_us(child),
-    ):
-        code = _wait(child, lambda: on_progress(share_done(run)))
-    return code if code >= 0 else 128 - code
-
-
-def _wait(child: subprocess.Popen[bytes], tick: Callable[[], None]) -> int:
-    while True:
-        try:
-            return child.wait(_POLL)
-        except subprocess.TimeoutExpired:
-            tick()
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    waiting, ended, first_failure = list(runs), 0, 0
+    running: dict[subprocess.Popen[bytes], ChildRun] = {}
+    with ExitStack() as files, _end_with_us(running):
+        while running or (waiting and not first_failure):
+            while waiting and len(running) < jobs and not first_failure:
+                one = waiting.pop(0)
+                running[one.start(files.enter_context(one.log.open("ab")), threads)] = one
+            time.sleep(_POLL)
+            for child in [child for child in running if child.poll() is not None]:
+                one, code = running.pop(child), child.returncode
+                code = code if code >= 0 else 128 - code
+                ended, first_failure = ended + 1, first_failure or code
+                on_end(one, code)
+            on_progress(ended + sum(share_done(one.run) for one in running.values()))
+    return first_failure
 
 
 def share_done(run: RunFolder) -> float:
@@ -54,21 +75,24 @@ def share_done(run: RunFolder) -> float:
 
 
 @contextmanager
-def _ends_with_us(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Passes SIGTERM on, so that the child can save; after an interrupt nothing of ours stays behind."""
+def _end_with_us(children: Mapping[subprocess.Popen[bytes], ChildRun]) -> Iterator[None]:
+    """Passes SIGTERM on, so that the children can save; after an interrupt nothing of ours stays behind."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
+        for child in children:
+            child.send_signal(number)
 
     before = signal.signal(signal.SIGTERM, forward)
     try:
         yield
     except BaseException:
-        child.send_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the child too; a second one does no harm
-        try:
-            child.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        forward(signal.SIGINT, None)  # a terminal's Ctrl-C reaches the children too; a second one does no harm
+        deadline = time.monotonic() + _GRACE
+        for child in children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

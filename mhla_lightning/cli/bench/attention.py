@@ -1,4 +1,4 @@
-"""Measures softmax (SDPA), linear and multi-head linear attention over token counts."""
+"""Measures softmax (SDPA), linear and multi-head linear attention over token counts; --causal the forms of language models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ SLOPE_FROM = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench attention`."""
+    parser.add_argument("--causal", action="store_true", help="tokens see earlier tokens only")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
-    parser.add_argument("--slope-to", type=int, default=65536, metavar="N", help="mhla alone goes on to N for the slope (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=6, help="default: %(default)s")
+    parser.add_argument(
+        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536, not with --causal)"
+    )
+    parser.add_argument("--heads", type=int, default=None, help="default: 6, with --causal 4")
     parser.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=128, help="M of mhla, the same at every token count (default: %(default)s)")
+    parser.add_argument("--chunk-size", type=int, default=128, help="with --causal: tokens a chunk of linear and mhla (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
@@ -29,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
-    demand_at_least(args, turns=5, heads=1, dim=1, batch=1, blocks=1)
+    args.heads = (4 if args.causal else 6) if args.heads is None else args.heads
+    args.slope_to = (0 if args.causal else 65536) if args.slope_to is None else args.slope_to
+    demand_at_least(args, turns=5, heads=1, dim=1, batch=1, blocks=1, chunk_size=1)
     import torch
     from rich.console import Console
 
@@ -54,17 +60,13 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
 
     from mhla_lightning.analysis.timing import make_case, take_turns
 
-    entries: dict[str, Any] = {
-        "softmax": "softmax",
-        "linear": {"name": "linear", "feature_map": "relu_eps"},
-        "mhla": {"name": "mhla", "blocks": args.blocks},
-    }
+    entries = _causal_entries(args) if args.causal else _entries(args)
     plan = [(name, tokens) for tokens in sorted(args.tokens) for name in entries]
     larger = max(args.tokens) * 2
     while larger <= args.slope_to:
         plan.append(("mhla", larger))
         larger *= 2
-    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch}
+    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch, "causal": args.causal}
     cases, rates = [], []
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=len({tokens for _, tokens in plan}) * (args.turns + 1))
@@ -75,6 +77,17 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
                 case.release()
             cases += group
     return cases, rates
+
+
+def _entries(args: argparse.Namespace) -> dict[str, Any]:
+    return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": {"name": "mhla", "blocks": args.blocks}}
+
+
+def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:
+    """The mixing matrix has a row for every chunk of the longest text, so that no summary is dropped at any length."""
+    chunks = -(-max(*args.tokens, args.slope_to) // args.chunk_size)
+    chunked = {"chunk_size": args.chunk_size}
+    return {"softmax": "softmax", "linear": {"name": "linear", **chunked}, "mhla": {"name": "mhla", "max_chunks": chunks, **chunked}}
 
 
 def _summary(cases: list[Case], tokens: int) -> dict[str, float]:
@@ -95,6 +108,7 @@ def _summary(cases: list[Case], tokens: int) -> dict[str, float]:
         counts = [row["tokens"] for row in rows]
         summary["slope_forward"] = slope(counts, [row["forward_seconds"] for row in rows])
         summary["slope"] = slope(counts, [row["step_seconds"] for row in rows])
+        summary["slope_memory"] = slope(counts, [row["peak_bytes"] for row in rows])
     return summary
 
 
@@ -102,11 +116,11 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
     from rich.table import Table
 
     times = Table(title="milliseconds; x GEMM = time over that of a matrix product with the same FLOPs")
-    for heading in ("tokens", "operator", "forward", "step", "forward x GEMM", "step x GEMM", "turns"):
+    for heading in ("tokens", "operator", "forward", "step", "forward x GEMM", "step x GEMM", "peak MiB", "turns"):
         times.add_column(heading, justify="left" if heading == "operator" else "right")
     for row in result["rows"]:
         ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
         over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
-        times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['turns']}")
-    title = f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log time over log tokens)"
+        times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['peak_bytes'] / 2**20:.1f}", f"{row['turns']}")
+    title = f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)"
     return [times, summary_table(title, result["summary"])]

@@ -1,0 +1,74 @@
+"""Runs in processes of their own: how many at once, what ends them, what their end says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhla_lightning.runs import child
+from mhla_lightning.runs.folder import RunFolder
+
+
+def test_share_done(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert child.share_done(run) == 0.0
+    run.progress.write_text('{"step": 3, "max_steps": 4}')
+    assert child.share_done(run) == 0.75
+
+
+def child_run(folder: Path, name: str) -> child.ChildRun:
+    return child.ChildRun("r", RunFolder(folder / name), [], folder / f"{name}.log")
+
+
+def test_children_run_at_once_and_none_is_started_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once, of which the second fails while the first still works: the third never starts, the first ends in peace."""
+    start = subprocess.Popen
+    code = (
+        "import sys, time, os, pathlib; name = sys.argv[-1]; print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "pathlib.Path(name + '.started').touch()\n"
+        "while name.endswith('a') and not pathlib.Path(name[:-1] + 'b.started').exists(): time.sleep(0.01)\n"
+        "time.sleep(1.5 if name.endswith('a') else 0); sys.exit(3 if name.endswith('b') else 0)"
+    )
+
+    def fake(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        folder, name = command[command.index("--runs") + 1], command[command.index("--run-id") + 1]
+        return start([sys.executable, "-c", code, f"{folder}/{name}"], **options)
+
+    monkeypatch.setattr(child.subprocess, "Popen", fake)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ended: list[tuple[str, int]] = []
+    done: list[float] = []
+    result = child.train_in_children(
+        [child_run(tmp_path, name) for name in "abc"], 2, done.append, lambda one, code: ended.append((one.run.run_id, code))
+    )
+    assert result == 3
+    assert ended == [("b", 3), ("a", 0)]
+    assert done[-1] == 2.0
+    assert not (tmp_path / "c.started").exists()
+    assert (tmp_path / "a.log").read_text() == f"{max(1, (os.cpu_count() or 1) // 2)}\n"
+
+
+def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, sleeper = tmp_path / "run.log", [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+    start = subprocess.Popen
+    monkeypatch.setattr(child.subprocess, "Popen", lambda command, **options: start(sleeper, **options))
+
+    def stop_when_up() -> None:
+        while not log.is_file() or b"up" not in log.read_bytes():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_up)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert child.train_in_children([child_run(tmp_path, "run")], 1, lambda done: None, lambda run, code: None) == 128 + signal.SIGTERM
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
