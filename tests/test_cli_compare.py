@@ -20,7 +20,8 @@ from mhla_lightning.analysis.curves import colors, curves_figure, finite, mean_c
 from mhla_lightning.analysis.variants import Row, arguments, describe, identity, merged, parse_seeds, rows_from_file, rows_over, slug
 from mhla_lightning.cli.compare import print_table
 from mhla_lightning.cli.main import main
-from mhla_lightning.config.recipes import parse_overrides
+from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides, recipe_names, variants_file
+from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import check_run_id, read_metrics
 
@@ -127,6 +128,26 @@ def test_variants_file_refuses(text: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "variants.yaml").write_text(text)
     with pytest.raises(UserError, match=word):
         rows_from_file(tmp_path / "variants.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("language_quality", "language/lm_tiny_mhla_stdlib_cpu"), ("language_recall", "language/lm_tiny_mhla_mqar_cpu")]
+)
+def test_packaged_rows_fit_their_recipe(name: str, recipe: str) -> None:
+    rows = rows_from_file(variants_file(name))
+    assert len(rows) == 24
+    assert len({str(row.overrides["model.attention"]) for row in rows}) == 24
+    attentions = {row.name: row.overrides["model.attention"] for row in rows}
+    for row in rows:
+        resolve(apply_overrides(load_recipe(recipe).values, row.overrides))
+        if not row.name.endswith(", conv"):
+            assert attentions[f"{row.name}, conv"] == attentions[row.name] | {"short_conv": 4}
+
+
+def test_unknown_packaged_rows_are_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"unknown variants .* 'language_qualty'.* did you mean 'language_quality'"):
+        variants_file("language_qualty")
+    assert "variants/language_quality" not in recipe_names()
 
 
 def test_a_missing_variants_file_is_one_sentence(tmp_path: Path) -> None:

@@ -24,10 +24,14 @@ _MHLA = {**_LINEAR, "max_chunks": 32, "mix_init": "causal_uniform"}
 # Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see `presets_for`.
 _SOFTMAX = {"expand_k": 1.0, "expand_v": 1.0, "gate": False, "out_norm": False, "rotary": True}
 
+_CONV = {"short_conv": 4}
+# Every weight of the relative form starts at 1, which is token-gated retention; the mixing learns what to leave out.
+_GATED = {"mix_form": "relative", "mix_init": "causal_uniform", "decay": "token", "decay_span": "sequence"}
+
 LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA},
     "release": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": {**_MHLA, "mix_clamp": [1e-5, 1.0], "mix_clamp_at": "forward"}},
-    "best": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA},
+    "best": {"softmax": {**_SOFTMAX, **_CONV}, "linear": {**_LINEAR, **_CONV, "decay": "token"}, "mhla": {**_MHLA, **_CONV, **_GATED}},
 }
 """preset -> operator -> options (SPEC section 9, LM)."""
 

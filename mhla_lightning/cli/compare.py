@@ -23,7 +23,7 @@ from rich.text import Text
 
 from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, table_row, validation_tags
 from mhla_lightning.analysis.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
-from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.child import ChildRun, train_in_children
 from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s RECIPE (--over KEY=YAML-LIST ... | --variants FILE) [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
     parser.add_argument("--over", action="append", default=[], metavar="KEY=YAML-LIST", help="a row for each value; several --over multiply")
-    parser.add_argument("--variants", metavar="FILE", help="YAML mapping from a row's name to its dotted overrides")
+    parser.add_argument(
+        "--variants", metavar="FILE", help="YAML mapping from a row's name to its dotted overrides, or a packaged one: language_quality"
+    )
     parser.add_argument("--seeds", metavar="N,N,...", help="train every row with each of these seeds (default: the recipe's one)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs trained at once; they share the cores (default: %(default)s)")
     parser.add_argument("--runs", metavar="DIR", help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)")
@@ -101,7 +103,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     common = parse_overrides(args.overrides)
     if bool(args.over) == (args.variants is not None):
         raise UserError("compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several times) or --variants FILE")
-    rows = rows_over(args.over) if args.over else rows_from_file(Path(args.variants))
+    rows = rows_over(args.over) if args.over else rows_from_file(variants_file(args.variants))
     if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
         raise UserError("seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2")
     seeds = parse_seeds(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))

@@ -13,6 +13,7 @@ import yaml
 
 from mhla_lightning.errors import UserError, unknown_name
 
+_VARIANTS = "variants"
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -73,7 +74,22 @@ def read_yaml(path: Path) -> Any:
 
 def recipe_names() -> list[str]:
     """Packaged recipes, `<task>/<name>`."""
-    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml") if path.parent.name != _VARIANTS)
+
+
+def variants_file(name: str) -> Path:
+    """The rows of a comparison, by path or by their name in the package (`recipes/variants/`).
+
+    Raises:
+        UserError: neither is there.
+    """
+    packaged = {path.stem: path for path in (RECIPES / _VARIANTS).glob("*.yaml")}
+    path = Path(name)
+    if path.is_file() or name not in packaged:
+        if not path.is_file() and not name.endswith((".yaml", ".yml")):
+            raise UserError(unknown_name("variants (no such file either)", name, packaged))
+        return path
+    return packaged[name]
 
 
 def load_recipe(name: str) -> Recipe:
