@@ -159,7 +159,7 @@ class CausalMHLA(base.CausalAttention):
         dtype = v.dtype
         with base.full_precision(q):
             q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
-            far = self._far(q, k, v, rotary)
+            far = self._far(q, k, rotary)
             found = causal_mhla(
                 far.q.transpose(1, 2),
                 far.k.transpose(1, 2),
@@ -193,7 +193,7 @@ class CausalMHLA(base.CausalAttention):
         dtype = v.dtype
         with base.full_precision(q):
             q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
-            far, decays = self._far(q, k, v, rotary), self._log_decay(q, log_decay)
+            far, decays = self._far(q, k, rotary), self._log_decay(q, log_decay)
             memory = state.far if isinstance(state, WindowedState) else state
             assert isinstance(memory, MHLAState)
             scale = q.shape[-1] ** -0.5
@@ -240,7 +240,7 @@ class CausalMHLA(base.CausalAttention):
     def _mixing(self, like: Tensor) -> Tensor:
         return self.mixing.values().to(like.dtype)
 
-    def _far(self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None) -> _Features:
+    def _far(self, q: Tensor, k: Tensor, rotary: base.Rotary | None) -> _Features:
         q, k = self.phi(q), self.phi(k)
         return _Features(*_turned(q, k, rotary), q, k)
 
