@@ -354,3 +354,9 @@ def test_text_longer_than_the_mixing_matrix_needs_an_extrapolation(runs: Path, t
     capsys.readouterr()
     assert main(["generate", "bpe", "--prompt", "the cat", "--extrapolation", "shift"]) == 2
     assert "take text of any length as they are; leave it out" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_the_run_s_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "bpe", "--prompt", "a", "--max-new-tokens", "1", "--tokenizer", "bytes"]) == 2
+    assert "--tokenizer bytes: run bpe was trained with" in capsys.readouterr().err
+    assert main(["generate", "bpe", "--prompt", "a", "--max-new-tokens", "1", "--tokenizer", str(runs / "bpe")]) == 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
+from mhla_lightning.config.recipes import apply_overrides
 from mhla_lightning.data.batching import Part
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.corpus import Source, TrainCorpus
@@ -335,7 +336,23 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             module(**options).check(1)
-    TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer="gpt2").check(1)  # without a source the index decides
+    for tokenizer in (None, "bytes"):
+        TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer=tokenizer).check(1)  # without a source the index decides
+    with pytest.raises(UserError, match="data.tokenizer is gpt2, and the shards in .* were made with bytes: leave it out"):
+        TokenDataModule(str(tmp_path / "to"), 4, tokenizer="gpt2").check(1)
+
+
+def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
+    recipe = {
+        "data": {
+            "class_path": "mhla_lightning.data.TokenDataModule",
+            "init_args": {"path": "a", "source": "stdlib", "tokenizer": "bytes", "length": 8},
+        }
+    }
+    assert apply_overrides(recipe, {"data.path": "b"})["data"]["init_args"] == {"path": "b", "source": None, "tokenizer": None, "length": 8}
+    named = apply_overrides(recipe, {"data.path": "b", "data.tokenizer": "x.json"})["data"]["init_args"]
+    assert named == {"path": "b", "source": None, "tokenizer": "x.json", "length": 8}
+    assert apply_overrides(recipe, {"data.length": 9})["data"]["init_args"]["tokenizer"] == "bytes"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     average = "averaged" if found.averaged else "raw"
     summary = {"run": found.run.run_id, "checkpoint": found.checkpoint.name, "weights": average, **output.summary()}
     print(
-        f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state {summary['state_bytes']:,} bytes,", end=" ", file=sys.stderr
+        f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state of all prompts {summary['state_bytes']:,} bytes,",
+        end=" ",
+        file=sys.stderr,
     )
     print(f"{average} weights of {found.run.run_id} {found.checkpoint.name}", file=sys.stderr)
     write_json(args.json, {"rows": output.rows(), "summary": summary})

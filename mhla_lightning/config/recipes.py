@@ -135,22 +135,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _own_source(values: Mapping[str, Any]) -> Any:
+def _argument(values: Mapping[str, Any], name: str) -> Any:
+    """What a recipe says of its data; None where it says nothing."""
     arguments = (values.get("data") or {}).get("init_args") if isinstance(values.get("data"), Mapping) else None
-    return arguments.get("source") if isinstance(arguments, Mapping) else None
+    return arguments.get(name) if isinstance(arguments, Mapping) else None
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare attention name becomes a mapping under a key below it.
 
-    data.source is what the recipe's own data.path is made of: with another data.path, or with data.mix, it has to be given again.
+    data.source and data.tokenizer say what the recipe's own data.path is made of: with another data.path, or with data.mix, they are left out.
 
     Raises:
         UserError: a key below something that is no mapping.
     """
     result = deepcopy(dict(values))
-    if _own_source(result) is not None and {"data.path", "data.mix"} & overrides.keys() and "data.source" not in overrides:
-        overrides = {**overrides, "data.source": None}
+    if _argument(result, "source") is not None and {"data.path", "data.mix"} & overrides.keys() and "data.source" not in overrides:
+        made = {"data.source": None, "data.tokenizer": None} if _argument(result, "tokenizer") is not None else {"data.source": None}
+        overrides = {**made, **overrides}
     for key, value in overrides.items():
         here: Any = result
         *parents, last = key.split(".")

@@ -18,7 +18,7 @@ from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.data.modules.tokens import TokenDataModule
-from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
+from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer, same_tokenizer
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, find_run, read_json, runs_root, step_folder, write_json
 from mhla_lightning.tasks.language import LanguageTask
@@ -80,7 +80,7 @@ def find_language_run(
     folder = find_run(run, runs_root(runs))
     checkpoint = _checkpoint(folder, ckpt)
     task = _task(folder, extrapolation)
-    found = open_tokenizer(tokenizer) if tokenizer is not None else kept_tokenizer(folder)
+    found = _tokenizer(folder, tokenizer)
     if found.vocabulary > task.vocab_size:
         raise UserError(f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}")
     averaged = ema and (checkpoint / _AVERAGE).is_file()
@@ -150,6 +150,16 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
         return open_tokenizer(str(run.path))
     made = f"its data were made with '{name}'" if name else "its data named none"
     raise UserError(f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a tokenizer.json, or a Hugging Face name")
+
+
+def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
+    """The run's own; another one is taken only where the run does not say what its own was."""
+    if named is None:
+        return kept_tokenizer(folder)
+    found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")
+    if own is not None and not same_tokenizer(found.name, own):
+        raise UserError(f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other text; leave it out")
+    return found
 
 
 def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:

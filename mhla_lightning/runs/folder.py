@@ -92,7 +92,8 @@ def find_run(run: str, root: Path) -> RunFolder:
         if (path / "recipe.yaml").is_file():
             return RunFolder(path.resolve())
     known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
-    raise UserError(f"no run '{run}' in {root}; runs there: {', '.join(known[-10:]) or 'none'}")
+    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+    raise UserError(f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
 
 
 def step_folder(step: int) -> str:

@@ -189,8 +189,8 @@ def check_reach(chunks: int, blocks: int, size: int, extrapolation: str | None) 
     """Refuses a document longer than the mixing matrix (SPEC N6) unless it is extrapolated. Raises UserError."""
     if chunks > blocks and extrapolation is None:
         raise UserError(
-            f"the mixing matrix serves {blocks} chunks of {size} = {blocks * size} tokens a document, and there are more;"
-            " use shorter text, max_chunks, extrapolation: shift or mix_form: relative"
+            f"the mixing matrix serves {blocks} chunks of {size} = {blocks * size} tokens a document, and there are more (prompt and context count"
+            " whole); give max_chunks, extrapolation: shift or mix_form: relative in the recipe, --extrapolation shift to a trained run, or less text"
         )
 
 

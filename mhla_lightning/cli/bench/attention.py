@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--causal", action="store_true", help="tokens see earlier tokens only")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
     parser.add_argument(
-        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536, not with --causal)"
+        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536; with --causal none)"
     )
     parser.add_argument("--heads", type=int, default=None, help="default: 6, with --causal 4")
     parser.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
@@ -122,5 +122,6 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
         ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
         over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
         times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['peak_bytes'] / 2**20:.1f}", f"{row['turns']}")
-    title = f"summary at {tokens:,} tokens (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)"
+    slopes = f" (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)" if "slope" in result["summary"] else ""
+    title = f"summary at {tokens:,} tokens{slopes}"
     return [times, summary_table(title, result["summary"])]

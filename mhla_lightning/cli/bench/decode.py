@@ -90,8 +90,8 @@ def _table(rows: list[dict[str, Any]], tokens: int) -> Any:
     from rich.table import Table
 
     table = Table(title=f"one more token: mean over {tokens} consecutive ones, median of the turns")
-    for heading in ("operator", "position", "ms a token", "state MiB"):
+    for heading in ("operator", "position", "ms a token", "state KiB"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
     for row in rows:
-        table.add_row(row["operator"], f"{row['position']:,}", f"{row['seconds_per_token'] * 1e3:.2f}", f"{row['state_bytes'] / 2**20:.1f}")
+        table.add_row(row["operator"], f"{row['position']:,}", f"{row['seconds_per_token'] * 1e3:.2f}", f"{row['state_bytes'] / 2**10:,.0f}")
     return table

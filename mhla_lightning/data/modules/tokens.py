@@ -28,8 +28,8 @@ class TokenDataModule(ShardDataModule):
         path, batch_size, micro_batch_size, epochs, num_workers, mix: see :class:`ShardDataModule`.
         vocabulary: number of token ids; a row with a larger id is skipped and counted. None takes the tokenizer's, or any where there is none.
         source: packed into `path` by prepare_data when `path` holds no shards yet: stdlib, files, a folder (see mhla data tokenize), mqar[:PAIRS].
-        tokenizer: of `source`: bytes, a tokenizer.json, or a Hugging Face name. This and the next four describe what is made of `source`.
-        length: tokens a row. None is 2048, 128 for mqar.
+        tokenizer: bytes, a tokenizer.json, or a Hugging Face name: of `source` (None is bytes), or what shards that are there must be made with.
+        length: tokens a row. This and the next three describe what is made of `source`. None is 2048, 128 for mqar.
         val_length: tokens a row of the val split. None is the same.
         packing: best-fit or concatenate.
         val: documents (rows for mqar) or share of them held out. None is 0.01, 1000 rows for mqar.
@@ -45,7 +45,7 @@ class TokenDataModule(ShardDataModule):
         num_workers: int = 1,
         vocabulary: int | None = None,
         source: str | None = None,
-        tokenizer: str = "bytes",
+        tokenizer: str | None = None,
         length: int | None = None,
         val_length: int | None = None,
         packing: Packing = "best-fit",
@@ -68,7 +68,7 @@ class TokenDataModule(ShardDataModule):
         if source is not None and mqar.is_mqar(source):
             self._recall(source)
         elif source is not None:
-            self._text = TextOptions(tokenizer, length or LENGTH, val_length, packing, VAL if val is None else val)
+            self._text = TextOptions(tokenizer or "bytes", length or LENGTH, val_length, packing, VAL if val is None else val)
 
     def _recall(self, source: str) -> Any:
         val = {} if self.val is None else {"val": self.val}
@@ -99,22 +99,31 @@ class TokenDataModule(ShardDataModule):
                     found = f"{address} was made with the tokenizer {split.index.tokenizer}"
                     raise DataError(f"{found}, and {self.sources[0].path} with {self.index().tokenizer}: tokenize both with the same")
                 Tokens(self.index(name).length or 0).check(split.index, address)
+        recall = self.source is not None and mqar.is_mqar(self.source)
+        if not recall and (self.tokenizer or self.source) is not None:
+            self._check_tokenizer(self.tokenizer or "bytes")
         if self.source is not None:
-            self._check_made(mqar.is_mqar(self.source))
+            self._check_made(recall)
+
+    def _check_tokenizer(self, named: str) -> None:
+        """Refuse shards of another tokenizer than the one named: they would be trained on, and the recipe would say what is not so."""
+        found, file = self.index().tokenizer or "none", Path(named).expanduser()
+        if named == "bytes" or file.exists():
+            same = same_tokenizer(found, open_tokenizer(named).name)
+        else:  # a name, whose content is not fetched again
+            same = file.suffix == ".json" or found.partition(" sha256:")[0] == named
+        if not same:
+            raise UserError(
+                f"data.tokenizer is {named}, and the shards in {self.sources[0].path} were made with {found}: leave it out, or tokenize the text anew"
+            )
 
     def _check_made(self, recall: bool) -> None:
         """Refuse shards that were made of `source` with other options: they would be trained on as if they were what the recipe says."""
         length, found = self.length or (mqar.LENGTH if recall else LENGTH), self.index().tokenizer or ""
         wanted: dict[str, tuple[object, object]] = {"length": (length, self.index().length)}
         wanted["val_length"] = self.val_length or length, self.index("val").length
-        file = Path(self.tokenizer).expanduser()
         if recall:
             wanted["source"] = mqar.NAME, found
-        elif self.tokenizer == "bytes" or file.exists():
-            named = open_tokenizer(self.tokenizer).name
-            wanted["tokenizer"] = named, named if same_tokenizer(found, named) else found
-        elif file.suffix != ".json":  # a name, whose content is not fetched again
-            wanted["tokenizer"] = self.tokenizer, found.partition(" sha256:")[0]
         for key, (asked, there) in wanted.items():
             if asked != there:
                 raise UserError(f"data.{key} is {asked}, and the shards in {self.path} were made with {there}: remove them, or set another data.path")
