@@ -5,15 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from mhla_lightning.attention import CAUSAL_ATTENTION
+from mhla_lightning.attention.causal.fla import FlashOperator
 from mhla_lightning.backbones import CausalLM
 
 VOCABULARY = 61
 _ENTRIES: dict[str, dict[str, Any]] = {"mhla": {"chunk_size": 8, "max_chunks": 200}, "linear": {"chunk_size": 8}}
-ENTRIES = [{"name": name, **_ENTRIES.get(name, {})} for name in CAUSAL_ATTENTION] + [
+CUDA_ONLY = [name for name, operator in CAUSAL_ATTENTION.items() if issubclass(operator, FlashOperator)]
+
+
+def on_cpu(name: str, value: Any = None) -> Any:
+    """A parameter of a test on CPU tensors: the operator's name (or `value`), marked as skipped where it needs a CUDA device."""
+    marks = [pytest.mark.skip(reason=f"{name} computes on CUDA tensors only: tests/test_fla.py")] if name in CUDA_ONLY else []
+    return pytest.param(name if value is None else value, marks=marks)
+
+
+OPERATORS_ON_CPU = [on_cpu(name) for name in CAUSAL_ATTENTION]
+ENTRIES = [on_cpu(name, {"name": name, **_ENTRIES.get(name, {})}) for name in CAUSAL_ATTENTION] + [
     {"name": "mhla", "chunk_size": 8, "max_chunks": 4, "extrapolation": "shift"}
 ]
 """An attention entry of every causal operator, fit for hundreds of tokens; new operators come by themselves."""

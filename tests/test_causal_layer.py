@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_lightning.attention import CAUSAL_ATTENTION, CausalSelfAttention, Packing
+from mhla_lightning.attention import CausalSelfAttention, Packing
 from mhla_lightning.attention.causal.conv import ShortConvolution
 from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.errors import UserError
+from tests.language_models import OPERATORS_ON_CPU
 
 DIM, TOKENS = 32, 40
 SMALL: dict[str, dict[str, Any]] = {"softmax": {}, "linear": {"chunk_size": 8}, "mhla": {"chunk_size": 8, "max_chunks": 6}}
@@ -24,7 +25,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "conv, grouped": {"short_conv": 3, "kv_heads": 1, "out_norm": False, "rotary": False},
 }
 every_layer = pytest.mark.parametrize("layer_options", LAYERS.values(), ids=LAYERS)
-every_operator = pytest.mark.parametrize("name", CAUSAL_ATTENTION)
+every_operator = pytest.mark.parametrize("name", OPERATORS_ON_CPU)
 
 
 def build(name: str, **options: Any) -> CausalSelfAttention:

@@ -139,7 +139,8 @@ def test_files_without_a_mixing_matrix_are_refused(tmp_path: Path) -> None:
 def test_a_fresh_model_keeps_the_initialisation_of_a_language_model() -> None:
     model: Any = MHLAForCausalLM(MHLALanguageConfig(attention="mhla", vocab_size=VOCABULARY, context=64, embed_dim=64, depth=1, intermediate=64))
     mixing = model.state_dict()["model.layers.0.attn.attention.mixing.weight"]
-    torch.testing.assert_close(mixing[3, :5], torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0]))
+    local = torch.tensor([1e-3, 1 / 3, 2 / 3, 1.0, 0.0])  # causal_local: 1 - distance / 3, at least 1e-3
+    torch.testing.assert_close(mixing[3, :5], local / local.sum())
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention import CAUSAL_ATTENTION
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.data.tools.sources.mqar import open_mqar
@@ -25,6 +24,7 @@ from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.language import seen_before
 from mhla_lightning.tasks.token_loss import IGNORE
 from mhla_lightning.training import best
+from tests.language_models import OPERATORS_ON_CPU
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 4, "max_chunks": 4, "heads": 2, "extrapolation": "shift"}
 OPTIONS: dict[str, Any] = {"vocab_size": 12, "context": 16, "embed_dim": 8, "depth": 2, "intermediate": 16}
@@ -280,7 +280,7 @@ def language_recipe(tmp_path: Path, text_shards: Path, monkeypatch: pytest.Monke
     return path
 
 
-@pytest.mark.parametrize("attention", [*CAUSAL_ATTENTION, "[softmax, {name: linear, short_conv: 4, decay: token}]"])
+@pytest.mark.parametrize("attention", [*OPERATORS_ON_CPU, "[softmax, {name: linear, short_conv: 4, decay: token}]"])
 def test_every_operator_trains(language_recipe: Path, tmp_path: Path, attention: str) -> None:
     arguments = ["run", str(language_recipe), "--run-id", "a", "--trainer.max_steps", "2", "--model.attention", attention, "--model.z_loss", "1e-4"]
     assert main([*arguments, "--trainer.precision", "bf16-mixed", "--model.checkpoint_activations", "blocks", "--data.micro_batch_size", "4"]) == 0

@@ -87,11 +87,15 @@ class CausalAttention(Attention):
         grouped: takes k and v of fewer heads than q (grouped queries) as they are; for all others the layer repeats them.
     Attributes:
         token_decay: needs `log_decay`, the log of a decay in (0, 1] that the layer computes from every token.
+        channel_decay: with `token_decay`, one decay a key channel: `log_decay` is (batch, tokens, heads, dim_k).
+        token_beta: `forward`, `prefill` and `step` also take `beta` (batch, tokens, heads) in (0, 1), how much of each token is written.
     """
 
     causal: ClassVar[bool] = True
     grouped: ClassVar[bool] = False
     token_decay: bool = False
+    channel_decay: bool = False
+    token_beta: bool = False
 
     @abstractmethod
     def forward(
@@ -114,7 +118,7 @@ class CausalAttention(Attention):
             grid: ignored; there is one axis.
             documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another document.
             packing: of the same mask and documents, made once for all layers; None makes it here.
-            log_decay: (batch, tokens, heads), at most 0; where `token_decay` is set.
+            log_decay: (batch, tokens, heads), with `channel_decay` (batch, tokens, heads, dim_k), at most 0; where `token_decay` is set.
 
         Returns:
             (batch, tokens, heads, dim_v)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mhla_lightning.attention.base import Attention, CausalAttention
+from mhla_lightning.attention.causal.fla import GatedDeltaNet, GatedLinearAttention, Mamba2
 from mhla_lightning.attention.causal.linear import CausalLinear
 from mhla_lightning.attention.causal.softmax import CausalSoftmax
 from mhla_lightning.attention.linear import Linear
@@ -24,8 +25,11 @@ CAUSAL_ATTENTION: dict[str, type[CausalAttention]] = {
     "softmax": CausalSoftmax,
     "linear": CausalLinear,
     "mhla": CausalMHLA,
+    "gla": GatedLinearAttention,
+    "gated_deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
 }
-"""The operators of language models, under the same names where they are the causal form of the same idea."""
+"""The operators of language models, under the same names where they are the causal form of the same idea; the last three on CUDA only."""
 
 Entry = str | Mapping[str, Any]
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]

@@ -23,6 +23,7 @@ EXTRAS = {
     "video": ["av"],
     "language": ["tokenizers", "transformers", "datasets", "pyarrow", "zstandard"],
     "lm_eval": ["lm_eval"],
+    "fla": ["flash-linear-attention"],
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,11 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(widths["k"], eps=norm_eps) if qk_norm else nn.Identity()
         operator = build_attention(attention, heads=heads, dim_k=self.dim_k, dim_v=self.dim_v, grid=(context,), causal=True)
         self.attention = cast(CausalAttention, operator)
-        self.decay = nn.Linear(dim, heads) if self.attention.token_decay else None
+        by_channel = self.attention.channel_decay
+        self.decay_low = nn.Linear(dim, _DECAY_RANK, bias=False) if by_channel else nn.Identity()
+        decay_in, decays = (_DECAY_RANK, heads * self.dim_k) if by_channel else (dim, heads)
+        self.decay = nn.Linear(decay_in, decays) if self.attention.token_decay else None
+        self.beta = nn.Linear(dim, heads, bias=False) if self.attention.token_beta else None
         self.out_norm = RMSNorm(self.dim_v, eps=norm_eps) if out_norm else nn.Identity()
         self.g_proj = nn.Linear(dim, heads * self.dim_v, bias=False) if gate else None
         self.o_proj = nn.Linear(heads * self.dim_v, dim, bias=False)
@@ -105,21 +109,21 @@ class CausalSelfAttention(nn.Module):
 
     @torch.no_grad()
     def reset_decay(self) -> None:
-        """At the start every head forgets at a rate of its own, whatever the token."""
+        """At the start every head (every channel of a head, where each has a decay) forgets at a rate of its own, whatever the token."""
         if self.decay is not None:
             nn.init.zeros_(self.decay.weight)
-            self.decay.bias.copy_(spread_logits(self.heads))
+            self.decay.bias.copy_(spread_logits(self.dim_k).repeat(self.heads) if self.attention.channel_decay else spread_logits(self.heads))
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None) -> Tensor:
         """(batch, tokens, dim) -> same shape; packing None: every token is real and a row is one document."""
         q, k, v = self._heads(self._convolve(self._project(x), packing))
-        return self._output(x, self.attention(q, k, v, rotary=self._turn(rotary), packing=packing, log_decay=self._log_decay(x)))
+        return self._output(x, self.attention(q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x)))
 
     def prefill(self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None) -> tuple[Tensor, LayerState]:
         """`forward`, and the state behind the last real token of each sequence."""
         projected = self._project(x)
         q, k, v = self._heads(self._convolve(projected, packing))
-        out, state = self.attention.prefill(q, k, v, rotary=self._turn(rotary), packing=packing, log_decay=self._log_decay(x))
+        out, state = self.attention.prefill(q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x))
         inputs = (conv.last_inputs(p, packing) for conv, p in zip(self._convs(), projected, strict=False))
         return self._output(x, out), LayerState(state, tuple(inputs))
 
@@ -130,7 +134,7 @@ class CausalSelfAttention(nn.Module):
             moved = [conv.step(p, earlier) for conv, p, earlier in zip(self._convs(), projected, state.inputs, strict=True)]
             projected, inputs = [out for out, _ in moved], tuple(kept for _, kept in moved)
         q, k, v = self._heads(projected)
-        out, operator = self.attention.step(q, k, v, state.operator, rotary=self._turn(rotary), log_decay=self._log_decay(x))
+        out, operator = self.attention.step(q, k, v, state.operator, rotary=self._turn(rotary), **self._gates(x))
         return self._output(x, out), replace(state, operator=operator, inputs=inputs)
 
     def init_state(self, batch: int) -> LayerState:
@@ -172,11 +176,17 @@ class CausalSelfAttention(nn.Module):
     def _turn(self, rotary: Rotary | None) -> Rotary | None:
         return rotary if self.rotary else None
 
+    def _gates(self, x: Tensor) -> dict[str, Any]:
+        """What the operator needs of each token beside q, k and v."""
+        gates: dict[str, Any] = {"log_decay": self._log_decay(x)}
+        return gates if self.beta is None else gates | {"beta": torch.sigmoid(self.beta(x))}
+
     def _log_decay(self, x: Tensor) -> Tensor | None:
         if self.decay is None:
             return None
-        logits = self.decay(x)
-        return F.logsigmoid(logits.to(accumulation_dtype(logits)))
+        logits = self.decay(self.decay_low(x))
+        decays = F.logsigmoid(logits.to(accumulation_dtype(logits)))
+        return decays.unflatten(-1, (self.heads, self.dim_k)) if self.attention.channel_decay else decays
 
     def _output(self, x: Tensor, out: Tensor) -> Tensor:
         out = self.out_norm(out).flatten(2)
@@ -185,6 +195,7 @@ class CausalSelfAttention(nn.Module):
         return self.dropout(self.o_proj(out))
 
 
+_DECAY_RANK = 16  # a decay a channel would else cost as many parameters as k (GLA, arXiv 2312.06635)
 _NOT_IN_ENTRY = ("self", "dim", "attention", "context")
 
 
