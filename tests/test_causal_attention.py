@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_lightning.attention import CAUSAL_ATTENTION, CausalAttention, build_attention, register_attention
+from mhla_lightning.attention import CAUSAL_ATTENTION, CausalAttention, Packing, build_attention, register_attention
 from mhla_lightning.errors import UserError
 from tests.causal_reference import dense
 from tests.language_models import CUDA_ONLY
@@ -382,6 +382,13 @@ def test_text_beyond_the_matrix_is_refused_at_once_and_while_streaming() -> None
         _, state = operator.prefill(**cut(x, 0, 40))
         with pytest.raises(UserError, match="there are more"):
             operator.step(**cut(x, 40, 41), state=state)
+
+
+@pytest.mark.parametrize("entry", [MHLA, {"name": "linear", "chunk_size": 8}], ids=label)
+def test_a_state_of_packed_documents_is_refused(entry: dict[str, Any]) -> None:
+    operator = build(entry)
+    with pytest.raises(UserError, match="a state follows one document a row"):
+        operator.prefill(**inputs(operator, 6), packing=Packing(None, torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)))
 
 
 def test_a_gated_operator_names_what_it_needs() -> None:

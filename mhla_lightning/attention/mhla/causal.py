@@ -65,15 +65,11 @@ def causal_mhla(
     Raises:
         UserError: unknown names, a document beyond the matrix, or a state of packed documents.
     """
-    for what, value, known in (("normalizer", normalizer, CAUSAL_NORMALIZERS), ("decay_span", decay_span, SPANS), ("form", form, FORMS)):
-        if value not in known:
-            raise UserError(unknown_name(what, value, known))
-    if extrapolation not in EXTRAPOLATIONS:
-        raise UserError(unknown_name("extrapolation", extrapolation, ("null", "shift")))
-    if return_state and documents is not None:
+    _check(normalizer, decay_span, form, extrapolation)
+    packing = packing or Packing.of(mask, documents)
+    if return_state and packing is not None and packing.documents is not None:
         raise UserError("a state follows one document a row; leave documents out")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    packing = packing or Packing.of(mask, documents)
     chunks = None if packing is None else packing.chunks(chunk_size)
     longest = -(-q.shape[2] // chunk_size) if chunks is None else chunks.longest
     parts = weights(mixing, form, extrapolation, longest=longest, size=chunk_size, chunks=chunks)
@@ -82,20 +78,30 @@ def causal_mhla(
     if plain and pays(q, chunk_size):
         return fused_causal(q, k, v, among.tril(-1), diagonal, chunk_size)
     tokens = chunk_tokens(q, k, v, chunk_size, packing, log_decay=log_decay, decay_span=decay_span)
-
-    def read(some: ChunkedTokens, summaries: Tensor) -> Tensor:
-        earlier = some.read_earlier(summaries, among)
-        return torch.addcmul(earlier, diagonal[..., None, None], some.read_own()) if own else earlier
-
-    summaries = tokens.summaries()
-    out = read(tokens, summaries)
-    ones = sums = None
+    summaries, ones, sums = tokens.summaries(), None, None
+    out = _read(tokens, summaries, among, diagonal if own else None)
     if normalizer == "block":
         ones = tokens.of_ones(tokens.q if q_norm is None else tokens.split(q_norm), tokens.k if k_norm is None else tokens.split(k_norm))
         sums = ones.summaries()
-        out = out / (read(ones, sums) + eps).masked_fill(~real_places(tokens), 1)  # 0 / 0 where no token stands would poison the gradients
-    joined = tokens.join(out)
+        normalizers = _read(ones, sums, among, diagonal if own else None) + eps
+        out = out / normalizers.masked_fill(~real_places(tokens), 1)  # 0 / 0 where no token stands would poison the gradients
     if not return_state:
-        return joined
+        return tokens.join(out)
     real = None if packing is None else packing.real
-    return joined, state_after(tokens, summaries, ones, sums, real, mixing, merges=form == "relative", extrapolation=extrapolation)
+    state = state_after(tokens, summaries, ones, sums, real, mixing, merges=form == "relative", extrapolation=extrapolation)
+    return tokens.join(out), state
+
+
+def _check(normalizer: str, decay_span: str, form: str, extrapolation: str | None) -> None:
+    """Refuses unknown names. Raises UserError."""
+    for what, value, known in (("normalizer", normalizer, CAUSAL_NORMALIZERS), ("decay_span", decay_span, SPANS), ("form", form, FORMS)):
+        if value not in known:
+            raise UserError(unknown_name(what, value, known))
+    if extrapolation not in EXTRAPOLATIONS:
+        raise UserError(unknown_name("extrapolation", extrapolation, ("null", "shift")))
+
+
+def _read(tokens: ChunkedTokens, summaries: Tensor, among: Tensor, diagonal: Tensor | None) -> Tensor:
+    """What every token reads of earlier chunks and, with the weights `diagonal`, of its own."""
+    earlier = tokens.read_earlier(summaries, among)
+    return earlier if diagonal is None else torch.addcmul(earlier, diagonal[..., None, None], tokens.read_own())
