@@ -153,3 +153,14 @@ def test_a_recipe_packs_its_source_into_its_own_path_alone(
     assert main(["run", "classification/deit_tiny_mhla_mnist_cpu", *data]) == 2
     assert "typo/train/index.json does not exist" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
+
+
+def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = ["run", str(recipe), "--run-id", "r", "--data.micro_batch_size", "5"]
+    assert main(refused) == 2
+    assert not (tmp_path / "runs" / "r").exists()
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "mine.txt").write_text("kept")
+    assert main(refused) == 2
+    assert (tmp_path / "runs" / "r" / "mine.txt").read_text() == "kept"
+    assert "micro_batch_size" in capsys.readouterr().err

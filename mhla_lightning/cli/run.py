@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import warnings
@@ -78,14 +79,21 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
     if run_folder.finished() and not changed:
         return _say_finished(resolved, run_folder)
+    new = not run_folder.path.exists()
     run_folder.create()
-    with ExitStack() as stack:
-        if _first_process():
-            stack.enter_context(hold(run_folder.path))
-            os.environ[_CHILD] = str(run_folder.path)
-            _record(resolved, run_folder)
-        _prepare_data(resolved)
-        return _fit(resolved, run_folder)
+    try:
+        with ExitStack() as stack:
+            if _first_process():
+                stack.enter_context(hold(run_folder.path))
+                os.environ[_CHILD] = str(run_folder.path)
+                _record(resolved, run_folder)
+            _prepare_data(resolved)
+            return _fit(resolved, run_folder)
+    except UserError:
+        begun = run_folder.metrics.exists() or newest_checkpoint(run_folder.path) is not None
+        if new and _first_process() and not begun:  # refused: nothing of use is in there, and every verb would take it for a run
+            shutil.rmtree(run_folder.path, ignore_errors=True)
+        raise
 
 
 def _quiet() -> None:
