@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -19,6 +19,8 @@ Runs = Mapping[str, Sequence[Mapping[str, Curve]]]  # row name -> one mapping ta
 
 _UNITS = {"top1": "share of samples", "top5": "share of samples", "bits_per_byte": "bits"}
 _FEW = 12  # points that are worth a marker each
+_LEGEND_LETTERS = 150  # that fit the width of a figure
+_SWATCH = 7  # letters that the line before a name takes
 _NAME_LENGTH = 48
 
 
@@ -31,7 +33,7 @@ def write_curves(path: Path, title: str, runs: Runs) -> None:
 
 def curves_figure(title: str, runs: Runs) -> Figure:
     """Left the training loss, right the validation; thin lines are seeds, bold ones their mean."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5 + 0.2 * math.ceil(len(runs) / _columns(runs))), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     width = smoothing_width(runs)
     _draw(left, runs, "train/loss", width)
@@ -48,7 +50,13 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for both panels: a row has one colour."""
     handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=_columns(handles), frameon=False)
+
+
+def _columns(names: Iterable[str]) -> int:
+    """How many entries of the legend stand side by side."""
+    longest = max((len(_short(name)) for name in names), default=0)
+    return max(1, min(5, _LEGEND_LETTERS // (longest + _SWATCH)))
 
 
 def _draw(panel: Axes, runs: Runs, tag: str, width: int) -> None:

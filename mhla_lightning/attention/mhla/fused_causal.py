@@ -59,8 +59,8 @@ class _FusedCausal(torch.autograd.Function):
             kept += [summaries, prefix]
             own = _of(diagonal, head, 1)
             for part in _slices(qh):
-                scores = (qh[part] @ kh[part].mT).tril_().mul_(_column(own, part))
-                oh[part] = torch.baddbmm(qh[part] @ prefix[part], scores, vh[part])
+                inside = (qh[part] @ kh[part].mT).tril_() @ vh[part]
+                oh[part] = inside.mul_(_column(own, part)).baddbmm_(qh[part], prefix[part])
         ctx.save_for_backward(q, k, v, among, diagonal, *kept)
         return out
 
@@ -83,13 +83,13 @@ class _FusedCausal(torch.autograd.Function):
                 d_own = _of(d_diagonal, head, 1)
                 for part in _slices(qh):
                     qp, kp, vp, gp, weight = qh[part], kh[part], vh[part], gh[part], _column(own, part)
-                    scores, d_scores = (qp @ kp.mT).tril_(), (gp @ vp.mT).tril_()
-                    d_own[part] += (scores * d_scores).sum((-2, -1))
-                    scores.mul_(weight)
-                    d_scores.mul_(weight)
-                    dqh[part] = torch.baddbmm(gp @ prefix[part].mT, d_scores, kp)
-                    dkh[part] = torch.baddbmm(vp @ d_summaries[part].mT, d_scores.mT, qp)
-                    dvh[part] = torch.baddbmm(kp @ d_summaries[part], scores.mT, gp)
+                    # The weight goes on rows of dim_v, not on the scores, which are wider.
+                    unweighted = (qp @ kp.mT).tril_().mT @ gp
+                    d_own[part] += (unweighted * vp).sum((-2, -1))
+                    dvh[part] = unweighted.mul_(weight).baddbmm_(kp, d_summaries[part])
+                    d_scores = ((gp * weight) @ vp.mT).tril_()
+                    dqh[part] = (gp @ prefix[part].mT).baddbmm_(d_scores, kp)
+                    dkh[part] = (vp @ d_summaries[part].mT).baddbmm_(d_scores.mT, qp)
         return dq, dk, dv, None if d_among is None else d_among.tril_(-1), d_diagonal
 
 
