@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from mhla_lightning import __version__
 from mhla_lightning.analysis.comparison import higher_is_better
-from mhla_lightning.callbacks import EMA, Checkpoint, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks import EMA, Checkpoint, FiniteLoss, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.data.modules.base import ShardDataModule
@@ -96,7 +96,7 @@ class Session:
         elif not sys.stdout.isatty():
             arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
-        return [ProjectMixing(), *given, *own]
+        return [ProjectMixing(), FiniteLoss(save.every_n_steps), *given, *own]
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}

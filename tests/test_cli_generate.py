@@ -1,4 +1,4 @@
-"""`mhla generate` and `mhla eval` on real runs, trained here for a few steps."""
+"""`mhla generate` and `mhla eval lm` on real runs, trained here for a few steps."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_runs_that_cannot_generate(
     assert "depth: 2" in text
     (tmp_path / "runs" / "other" / "recipe.yaml").write_text(text.replace("depth: 2", "depth: 3"))
     for arguments, sentence in (
-        (["images"], "run images trains ClassificationTask; generate and eval need a language model"),
+        (["images"], "run images trains ClassificationTask; generate and eval lm need a language model"),
         (["young"], "run young has no checkpoint yet"),
         (["mute"], "run mute keeps no tokenizer (its data named none); name one with --tokenizer"),
         (["other"], "does not fit the recipe beside it: "),
@@ -303,7 +303,7 @@ def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = str(local_tasks(tmp_path / "tasks"))
-    base = ["eval", "bytes", "--include", folder]
+    base = ["eval", "lm", "bytes", "--include", folder]
     assert main([*base, "--tasks", "local_choice,local_rolling", "--json", "r.json", "--limit", "2", "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
     result = json.loads(Path("r.json").read_text())
@@ -323,7 +323,7 @@ def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert main([*base, *arguments]) == 2
         assert sentence in capsys.readouterr().err
-    assert main(["eval", "bytes", "--tasks", "wikitext", "--include", "nowhere"]) == 2
+    assert main(["eval", "lm", "bytes", "--tasks", "wikitext", "--include", "nowhere"]) == 2
     assert "--include nowhere is no folder" in capsys.readouterr().err
 
 
@@ -332,8 +332,8 @@ def test_eval_without_the_harness_names_the_extra(runs: Path, capsys: pytest.Cap
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert main(["eval", "bytes", "--tasks", "wikitext"]) == 2
-    assert capsys.readouterr().err == "error: mhla eval needs the package 'lm_eval': pip install 'mhla-lightning[lm_eval]'\n"
+    assert main(["eval", "lm", "bytes", "--tasks", "wikitext"]) == 2
+    assert capsys.readouterr().err == "error: mhla eval lm needs the package 'lm_eval': pip install 'mhla-lightning[lm_eval]'\n"
 
 
 def test_both_verbs_are_listed_and_help_loads_no_torch() -> None:

@@ -30,8 +30,11 @@ from mhla_lightning.attention import (
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS, CausalLM
+from mhla_lightning.backbones.dit import DiT
 from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, our_name
+from mhla_lightning.diffusion import Guidance, guided
+from tests.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
 
 
 @dataclass
@@ -251,6 +254,33 @@ def check_vit(case: Case) -> None:
     assert_close(model(image), case.arrays["out.logits"], 1e-4, 1e-5)
 
 
+def check_dit(case: Case) -> None:
+    """The repaired release (SPEC D1), with and without its dwconv, and its guided output."""
+    options, attn = case.meta["constructor"], case.meta["block_kwargs"]
+    model = DiT(
+        attention={"name": "mhla", "preset": "release", "block_size": math.isqrt(attn["block_size"])},
+        embed_dim=options["hidden_size"],
+        dwconv=attn.get("dwconv", False),
+        **{key: value for key, value in options.items() if key != "hidden_size"},
+    ).eval()
+    parameters = model.adapt_state_dict(case.group("param."))
+    assert_close(model.pos_embed, parameters["pos_embed"], 0, 1e-7)
+    model.load_state_dict(parameters)
+    x, t, y = (case.arrays[f"in.{name}"] for name in "xty")
+    tokens = model.x_embedder(x) + model.pos_embed
+    assert_close(tokens, case.arrays["mid.tokens_raster"], 1e-5, 1e-6)
+    assert_close(model.t_embedder(t) + model.y_embedder(y), case.arrays["mid.c"], 1e-4, 1e-5)  # float32 angles of up to 1000 radians
+    assert_close(model(x, t, y), case.arrays["out.y"], 1e-4, 1e-5)
+
+    labels, expected = case.arrays["in.y_cfg"], case.arrays["out.cfg4"]
+    assert torch.equal(labels[len(x) :], torch.full_like(y, model.num_classes))
+    assert_close(guided(model, labels[: len(x)], model.num_classes, Guidance(4.0))(x, t), expected[: len(x)], 1e-4, 1e-5)
+    conditional, unconditional = (model(x, t, half) for half in labels.chunk(2))
+    by_hand = unconditional + 4.0 * (conditional - unconditional)
+    assert_close(by_hand[:, : model.in_channels], expected[len(x) :, : model.in_channels], 1e-4, 1e-5)
+    assert_close(unconditional[:, model.in_channels :], expected[len(x) :, model.in_channels :], 1e-4, 1e-5)
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "dense_locality": check_locality,
     "dense_": check_dense,
@@ -259,6 +289,10 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "cls_": check_release_attention,
     "dit_linear": check_release_attention,
     "vit_full": check_vit,
+    "dit_full": check_dit,
+    "dit_diffusion": lambda case: check_ddpm(case.meta, case.arrays),
+    "video_flow": lambda case: check_flow(case.meta, case.arrays),
+    "video_dpm": lambda case: check_dpm_sampler(case.meta, case.arrays),
     "nlp_ops": check_language_operator,
     "nlp_layer": check_language_layer,
 }

@@ -183,9 +183,10 @@ def test_every_recipe_resolves_and_names_only_allowed_classes(name: str) -> None
     assert resolved.task.grid
     modules = list(_plan(resolved.task).modules())
     operators = [m for m in modules if isinstance(m, Attention)]
-    assert operators
+    assert operators or resolved.task.attention == "none"
     assert any(isinstance(m, (MHLA, CausalMHLA)) for m in operators) == ("_mhla_" in name or "_hybrid_" in name)
-    assert all(m.grid.num_blocks**2 <= m.grid.tokens for m in operators if isinstance(m, MHLA))
+    if not name.endswith("_m64"):  # a row of the paper's
+        assert all(m.grid.num_blocks**2 <= m.grid.tokens for m in operators if isinstance(m, MHLA))
     for m in operators:
         if isinstance(m, CausalMHLA):
             assert m.mixing.blocks * m.chunk_size >= resolved.task.grid[0]

@@ -11,6 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mhla_lightning.evaluation import EVALUATIONS
+
 # key of summary.json -> (heading, factor to its unit, format)
 COSTS = {
     "samples_per_second": ("samples\n/s", 1.0, ",.1f"),
@@ -21,24 +23,32 @@ COSTS = {
 _NUMBERS = (*COSTS, "steps", "seconds")
 
 
-def table_row(name: str, overrides: Mapping[str, Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def table_row(
+    name: str,
+    overrides: Mapping[str, Any],
+    runs: Mapping[int, Mapping[str, Any]],
+    measured: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None,
+) -> dict[str, Any]:
     """One row of table.json.
 
     Args:
         name: of the row.
         overrides: the row's own.
         runs: seed -> content of summary.json.
+        measured: seed -> name of an evaluation -> its numbers.
 
     Returns:
-        name, overrides, seeds (each run's summary), and by tag or key the mean over seeds and the sample standard deviation (None with one seed).
+        name, overrides, seeds (each run's summary, and `eval` where it was measured), and by tag or key the mean over seeds and the sample standard
+        deviation (None with one seed). The numbers of an evaluation have the tags `NAME/number`.
     """
-    numbers = [_numbers(summary) for summary in runs.values()]
+    evaluated = {seed: {"eval": found} for seed, found in (measured or {}).items() if found}
+    numbers = [{**_numbers(summary), **_tagged((measured or {}).get(seed, {}))} for seed, summary in runs.items()]
     keys = list(dict.fromkeys(key for found in numbers for key in found))
     columns = {key: [found[key] for found in numbers if key in found] for key in keys}
     return {
         "name": name,
         "overrides": dict(overrides),
-        "seeds": [{"seed": seed, **summary} for seed, summary in runs.items()],
+        "seeds": [{"seed": seed, **summary, **evaluated.get(seed, {})} for seed, summary in runs.items()],
         "mean": {key: statistics.fmean(values) for key, values in columns.items()},
         "spread": {key: spread(values) for key, values in columns.items()},
     }
@@ -49,6 +59,10 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in found.items() if value is not None}
 
 
+def _tagged(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{name}/{number}": value for name, found in evaluations.items() for number, value in found.items()}
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Sample standard deviation (n - 1); None for fewer than two values, nan where one is not finite."""
     if len(values) < 2:
@@ -57,8 +71,9 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def higher_is_better(tag: str) -> bool:
-    """Accuracies (top1, top5, accuracy) are best high, everything else low."""
-    return tag.rpartition("/")[2].startswith(("top", "accuracy"))
+    """Accuracies (top1, top5, accuracy) are best high, and what an evaluation says of its own numbers; everything else low."""
+    name, _, number = tag.rpartition("/")
+    return number in EVALUATIONS[name].higher if name in EVALUATIONS else number.startswith(("top", "accuracy"))
 
 
 def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -70,6 +85,12 @@ def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         return int("".join(re.findall(r"\d", validation)) or 0), validation, name
 
     return sorted(tags, key=place)
+
+
+def score_tags(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of scores: validation, then evaluations in the order of their numbers."""
+    evaluated = dict.fromkeys(tag for row in rows for tag in row["mean"] if tag.rpartition("/")[0] in EVALUATIONS)
+    return [*validation_tags(rows), *evaluated]
 
 
 def headline(tags: Iterable[str]) -> str | None:

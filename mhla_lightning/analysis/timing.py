@@ -1,4 +1,4 @@
-"""Operator times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting machine cancels."""
+"""Times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting machine cancels."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ SLOW = 20.0  # seconds; a slower case is measured once
 
 @dataclass
 class Case:
-    """One operator at one token count.
+    """One operator at one token count, alone or inside a backbone.
 
     Attributes:
+        flops: of the forward.
+        run_forward: None where only steps are measured.
         forward, step: seconds of every turn; step is forward and backward.
-        gemm: seconds that the matrix product of the same turn would need for the operator's forward FLOPs.
+        gemm: seconds that the matrix product of the same turn would need for the forward FLOPs.
         peak_bytes: tensors held at once by a step, at most, besides its inputs.
     """
 
     operator: str
     tokens: int
     flops: int
-    run_forward: Callable[[], Any]
+    run_forward: Callable[[], Any] | None
     run_step: Callable[[], Any]
     peak_bytes: int = 0
     forward: list[float] = field(default_factory=list)
@@ -41,17 +43,17 @@ class Case:
 
     def release(self) -> None:
         """Lets the tensors go; the times stay."""
-        self.run_forward = self.run_step = lambda: None
+        self.run_forward, self.run_step = None, lambda: None
 
     def row(self) -> dict[str, Any]:
         """Medians, as the table and the JSON file show them."""
+        forward = {"forward_seconds": statistics.median(self.forward), "forward_over_gemm": ratio(self.forward, self.gemm)} if self.forward else {}
         return {
             "operator": self.operator,
             "tokens": self.tokens,
             "flops_forward": self.flops,
-            "forward_seconds": statistics.median(self.forward),
+            **forward,
             "step_seconds": statistics.median(self.step),
-            "forward_over_gemm": ratio(self.forward, self.gemm),
             "step_over_gemm": ratio(self.step, self.gemm) / 3,
             "peak_bytes": self.peak_bytes,
             "turns": len(self.step),
@@ -97,9 +99,10 @@ def take_turns(cases: Sequence[Case], turns: int, device: torch.device, on_turn:
         for case in cases:
             if case.step and case.step[-1] > SLOW:
                 continue
-            forward, step = _seconds(case.run_forward, device), _seconds(case.run_step, device)
+            forward = [_seconds(case.run_forward, device)] if case.run_forward else []
+            step = _seconds(case.run_step, device)
             if turn > 0 or step > SLOW:  # the first turn warms up
-                case.forward.append(forward)
+                case.forward += forward
                 case.step.append(step)
                 case.gemm.append(case.flops / rates[-1])
         on_turn()

@@ -12,10 +12,23 @@ from torch import Tensor, nn
 
 from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
+from mhla_lightning.backbones.convnet import ConvNet
+from mhla_lightning.backbones.dit import DiT
 from mhla_lightning.backbones.vit import VisionTransformer
 from mhla_lightning.errors import UserError, unknown_name
 
-__all__ = ["BACKBONES", "IMAGE_CLASSIFIERS", "Backbone", "CausalLM", "ModelState", "VisionTransformer", "build_backbone", "register_backbone"]
+__all__ = [
+    "BACKBONES",
+    "IMAGE_CLASSIFIERS",
+    "IMAGE_DIFFUSION",
+    "Backbone",
+    "CausalLM",
+    "DiT",
+    "ModelState",
+    "VisionTransformer",
+    "build_backbone",
+    "register_backbone",
+]
 
 
 class Backbone(Protocol):
@@ -36,8 +49,21 @@ IMAGE_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "deit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
 }
 
+_DIT_SIZES: dict[str, dict[str, Any]] = {
+    "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"embed_dim": 1152, "depth": 28, "num_heads": 16},
+}
+
+IMAGE_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
+    f"dit_{name}{patch}": partial(DiT, patch_size=patch, **size) for name, size in _DIT_SIZES.items() for patch in (2, 4, 8)
+}
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **IMAGE_CLASSIFIERS,
+    **IMAGE_DIFFUSION,
+    "convnet_tiny": ConvNet,
     "lm_340m": partial(CausalLM, embed_dim=1024, depth=24),
     "lm_tiny": partial(CausalLM, vocab_size=257, context=256, embed_dim=128, depth=4),
 }

@@ -4,6 +4,8 @@ Rows come from --over (several multiply) or from a file of named variants; each 
   mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name: mhla, mix_init: uniform}]' --seeds 0,1,2
   mhla compare RECIPE --variants variants.yaml        # variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
+--eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
+  mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, table_row, validation_tags
+from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, score_tags, table_row
 from mhla_lightning.analysis.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
+from mhla_lightning.evaluation import EVALUATIONS, Wanted, wanted_evaluation
 from mhla_lightning.runs.child import ChildRun, train_in_children
 from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
 from mhla_lightning.runs.lock import hold
@@ -45,6 +48,7 @@ class Plan:
         common: overrides of all rows.
         folder: holds the runs, their logs, table.json and curves.png.
         jobs: runs trained at once.
+        evaluations: run on every finished run.
     """
 
     recipe: Recipe
@@ -53,6 +57,7 @@ class Plan:
     common: dict[str, Any]
     folder: Path
     jobs: int
+    evaluations: list[Wanted]
 
     def runs(self) -> list[tuple[Row, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
@@ -74,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", metavar="N,N,...", help="train every row with each of these seeds (default: the recipe's one)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs trained at once; they share the cores (default: %(default)s)")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"evaluation, or 'NAME: {{option: value}}' (YAML); names: {', '.join(EVALUATIONS)}",
+    )
     parser.add_argument("--runs", metavar="DIR", help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)")
     parser.add_argument("--json", metavar="FILE", help="write the table there too, as JSON")
 
@@ -88,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
     with hold(plan.folder):
         try:
             code = _train(plan, console)
+            return code or _report(plan, console, args.json, _measure(plan, console))
         except KeyboardInterrupt:
             print("interrupted; finished runs and checkpoints are kept: the same command goes on from here", file=sys.stderr)
             return _INTERRUPTED
-        return code or _report(plan, console, args.json)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -108,7 +120,11 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise UserError("seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2")
     seeds = parse_seeds(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
     name = f"compare-{identity(recipe.values, rows, seeds, common)}"
-    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs)
+    evaluations = [wanted_evaluation(text, args.runs) for text in args.eval]
+    for number, wanted in enumerate(evaluations):
+        if wanted.name in [other.name for other in evaluations[:number]]:
+            raise UserError(f"--eval {wanted.name} is given twice; the table has one place for its numbers")
+    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs, evaluations)
 
 
 def _check_rows(plan: Plan) -> None:
@@ -117,7 +133,9 @@ def _check_rows(plan: Plan) -> None:
 
     for row in plan.rows:
         try:
-            resolve(apply_overrides(plan.recipe.values, plan.values(row)))
+            resolved = resolve(apply_overrides(plan.recipe.values, plan.values(row)))
+            for wanted in plan.evaluations:
+                wanted.check(resolved.task, resolved.data)
         except UserError as error:
             raise UserError(f"row '{row.name}': {error}") from error
 
@@ -190,11 +208,33 @@ def _say(console: Console, line: str) -> None:
     console.print(Text(line), soft_wrap=True)
 
 
-def _report(plan: Plan, console: Console, json_file: str | None) -> int:
+Measured = dict[int, dict[str, dict[str, float]]]
+"""seed -> name of an evaluation -> numbers"""
+
+
+def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
+    """What the evaluations say of every run, by the row's name; what was measured before is read."""
+    measured: dict[str, Measured] = {row.name: {seed: {} for seed in plan.seeds} for row in plan.rows}
+    for wanted in plan.evaluations:
+        for row, seed, folder in plan.runs():
+            kept = wanted.kept(folder)
+            try:
+                found = kept if kept is not None else wanted.measure(folder)
+            except UserError as error:
+                raise UserError(f"row '{row.name}', seed {seed}: {error}") from error
+            shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
+            _say(console, f"{row.name}, seed {seed}: {wanted.name}: {shown}{' (measured before)' if kept is not None else ''}")
+            measured[row.name][seed][wanted.name] = found
+    return measured
+
+
+def _report(plan: Plan, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
     from mhla_lightning.analysis.curves import write_curves
 
-    rows = [table_row(row.name, row.overrides, {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds}) for row in plan.rows]
-    table = {"format": FORMAT, "recipe": plan.recipe.name, "seeds": plan.seeds, "overrides": plan.common, "rows": rows}
+    summaries = {row.name: {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows}
+    rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
+    evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
+    table = {"format": FORMAT, "recipe": plan.recipe.name, "seeds": plan.seeds, "overrides": plan.common, "evaluations": evaluations, "rows": rows}
     written = plan.folder / "table.json"
     for path in (written, *([Path(json_file)] if json_file is not None else [])):
         write_json(path, table)
@@ -208,7 +248,7 @@ def _report(plan: Plan, console: Console, json_file: str | None) -> int:
 
 def print_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """One line a row; scores and costs in a table each where the terminal is too narrow for both."""
-    scores, costs = validation_tags(rows), list(COSTS)
+    scores, costs = score_tags(rows), list(COSTS)
     whole = rich_table(title, rows, scores, costs)
     if Measurement.get(console, console.options.update(width=_WIDE), whole).maximum <= console.width:
         console.print(whole)

@@ -32,7 +32,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
     """The run and the device, checked; no weights are loaded. Raises UserError."""
-    from mhla_lightning.generation.loading import choose_device, find_language_run
+    from mhla_lightning.generation.loading import find_language_run
+    from mhla_lightning.generation.weights import choose_device
 
     device = choose_device(args.device)
     options = {"runs": args.runs, "ckpt": args.ckpt, "tokenizer": args.tokenizer, "extrapolation": args.extrapolation}

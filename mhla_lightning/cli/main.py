@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ VERBS = {
     "recipes": "list the recipes that come with the package, or show one",
     "compare": "train variants of a recipe side by side: one table, one plot",
     "generate": "continue prompts with a language run",
-    "eval": "lm-evaluation-harness on a language run",
+    "sample": "draw images from an image diffusion run",
+    "eval": "evaluate runs: lm-evaluation-harness, FID of samples, samples judged by a classifier",
     "bench": "measure speed ratios in one run",
     "data": "make, check, index and look at shards",
+    "import": "other people's checkpoints as weights of our backbones",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
@@ -81,7 +84,8 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in VERBS:
         raise UserError(unknown_name("verb", name, VERBS))
-    verb = importlib.import_module(f"mhla_lightning.cli.{name}")
+    module = f"{name}_" if keyword.iskeyword(name) else name  # `import` cannot be a module's name
+    verb = importlib.import_module(f"mhla_lightning.cli.{module}")
     sub = argparse.ArgumentParser(
         prog=f"mhla {name}", description=verb.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -37,12 +37,37 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class VAE:
-    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one sample."""
+    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one sample.
+
+    The rest is known of what `mhla data latents` made; None is unknown, and in a recipe not compared. model: diffusers' class. sha256: of weights and
+    configuration (data/vaes.py). moments: a latent is the mean of the posterior, and its log-variance stands beside it. flipped: the mirrored image's
+    latents stand there too. mean, std: of every channel over the split, as the latents are used; never compared.
+    """
 
     name: str
     scale: float
     shift: float
     shape: tuple[int, ...]
+    model: str | None = None
+    sha256: str | None = None
+    moments: bool | None = None
+    flipped: bool | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def fits(self, found: VAE) -> bool:
+        """Whether latents of `found` are what this, of a recipe, asks for."""
+        if (self.name, self.scale, self.shift, tuple(self.shape)) != (found.name, found.scale, found.shift, found.shape):
+            return False
+        more = ((self.model, found.model), (self.sha256, found.sha256), (self.moments, bool(found.moments)), (self.flipped, bool(found.flipped)))
+        return all(asked is None or asked == there for asked, there in more)
+
+    def __str__(self) -> str:
+        """In one line, without statistics."""
+        known = [f"scale {self.scale:g}", f"shift {self.shift:g}", f"shape {tuple(self.shape)}"]
+        known += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
+        known += [("" if said else "no ") + what for what, said in (("moments", self.moments), ("flips", self.flipped)) if said is not None]
+        return f"{self.name} ({', '.join([self.model, *known] if self.model else known)})"
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ class ShardIndex:
 def write_index(split_dir: str | Path, index: ShardIndex) -> None:
     """Write `index` as split_dir/index.json."""
     content = {"format": FORMAT, "kind": index.kind, "samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
-    content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae and asdict(index.vae), "length": index.length}
+    content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae and _vae_content(index.vae), "length": index.length}
     content |= {"hash": index.hash}
     Path(split_dir, INDEX_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -191,7 +216,20 @@ def _vae(content: dict[str, Any]) -> VAE | None:
     found = content["vae"]
     if found is None and content["kind"] in ("latents", "video_latents"):
         raise ValueError("latents without a vae: name, scale, shift and shape")
-    return found and VAE(str(found["name"]), float(found["scale"]), float(found["shift"]), tuple(int(n) for n in found["shape"]))
+    if found is None:
+        return None
+    for key, wanted in (("model", str), ("sha256", str), ("moments", bool), ("flipped", bool)):
+        _typed(found, key, wanted)
+    shape, mean, std = tuple(int(n) for n in found["shape"]), *(tuple(float(x) for x in found.get(key, ())) for key in ("mean", "std"))
+    if any(values and len(values) != shape[0] for values in (mean, std)):
+        raise ValueError(f"statistics of {len(mean)} and {len(std)} channels for latents {shape}")
+    said = {key: found.get(key) for key in ("model", "sha256", "moments", "flipped")}
+    return VAE(str(found["name"]), float(found["scale"]), float(found["shift"]), shape, **said, mean=mean, std=std)
+
+
+def _vae_content(vae: VAE) -> dict[str, Any]:
+    """What is unknown is left out: the index of latents from elsewhere is as it always was."""
+    return {key: value for key, value in asdict(vae).items() if value is not None and value != ()}
 
 
 def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:

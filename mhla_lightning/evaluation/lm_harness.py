@@ -23,7 +23,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise UserError(missing_extra("lm_eval", "lm_eval", "mhla eval")) from error
+    raise UserError(missing_extra("lm_eval", "lm_eval", "mhla eval lm")) from error
 
 PAPER_TASKS = ("wikitext", "lambada_openai", "winogrande", "piqa", "arc_challenge", "openbookqa", "arc_easy", "boolq", "mmlu")
 """The paper's zero-shot table of language models (SPEC 5.2)."""

@@ -2,7 +2,8 @@
 
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.classification import ClassificationTask
+from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
 from mhla_lightning.tasks.language import LanguageTask, RecallTask
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
-__all__ = ["ClassificationTask", "LanguageTask", "OptimizerConfig", "RecallTask", "ScheduleConfig", "Task"]
+__all__ = ["ClassificationTask", "ImageDiffusionTask", "LanguageTask", "OptimizerConfig", "RecallTask", "ScheduleConfig", "Task"]

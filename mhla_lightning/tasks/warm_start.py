@@ -6,13 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mhla_lightning.backbones.weights import read_tensors
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import newest_checkpoint
 
@@ -43,15 +40,7 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
         UserError: nothing there, or a file that is not plain tensors (nothing is unpickled).
     """
     path = weight_file(source)
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"model.init_from: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
-    for key in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    return path, {_strip(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return path, read_tensors(path, "model.init_from")
 
 
 def weight_file(source: str) -> Path:
@@ -70,11 +59,6 @@ def weight_file(source: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"model.init_from: {path} holds none of {', '.join(_FILES)}")
-
-
-def _strip(name: str) -> str:
-    """Takes off what wrappers put before a backbone's names."""
-    return re.sub(r"^((module|_orig_mod|backbone|model)\.)+", "", name)
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> WarmStart:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.bench import attention, data, decode, resume
+from mhla_lightning.cli.bench import attention, backbone, data, decode, resume
 from mhla_lightning.cli.bench.report import check_json
 
-SUBJECTS = {"attention": attention, "decode": decode, "data": data, "resume": resume}
+SUBJECTS = {"attention": attention, "backbone": backbone, "decode": decode, "data": data, "resume": resume}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

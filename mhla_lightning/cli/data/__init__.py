@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.data import index, pack, preview, tokenize, train_tokenizer, verify
+from mhla_lightning.cli.data import index, latents, pack, preview, tokenize, train_tokenizer, verify
 
-VERBS = {"pack": pack, "tokenize": tokenize, "train-tokenizer": train_tokenizer, "verify": verify, "index": index, "preview": preview}
+VERBS = {
+    "pack": pack,
+    "tokenize": tokenize,
+    "train-tokenizer": train_tokenizer,
+    "latents": latents,
+    "verify": verify,
+    "index": index,
+    "preview": preview,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

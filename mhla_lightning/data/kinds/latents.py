@@ -1,4 +1,8 @@
-"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy."""
+"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy.
+
+`mhla data latents` writes more members beside them: KEY.logvar.npy (of the posterior, whose mean KEY.latent.npy then is), and KEY.flipped.npy and
+KEY.flipped_logvar.npy of the mirrored image.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,11 @@ from mhla_lightning.data.kinds.base import Kind, array_of, label_of
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.errors import DataError
+from mhla_lightning.keyed import generator
+
+LATENT, FLIPPED = "latent", "flipped"
+LOGVAR = {LATENT: "logvar", FLIPPED: "flipped_logvar"}
+LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
 
 @dataclass
@@ -20,39 +29,39 @@ class Latents(Kind):
     """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are classes, else text as float32 (L, D).
 
     Args:
-        vae: what the latents were made by.
+        vae: what the latents were made by, as their index says.
         classes: number of classes; 0 when samples come with text.
         text: (tokens, channels) of the text features; None takes any, which only tools can use.
         video: whether the latents have a time axis.
+        seed: of the flips and of the draws from the posterior.
+        wanted: what the recipe says of the VAE; None takes any.
     """
 
     vae: VAE
     classes: int = 0
     text: tuple[int, int] | None = None
     video: bool = False
+    seed: int = 0
+    wanted: VAE | None = None
 
     def inspect(self, sample: RawSample) -> dict[str, np.ndarray]:
-        """Arrays by their key in the batch, as stored."""
-        latent = array_of(sample, "latent.npy")
-        if latent.shape != self.vae.shape or latent.dtype.kind != "f":
-            raise BadSample(f"latent.npy is {latent.dtype} {latent.shape}; the index says floats {self.vae.shape}")
-        if not np.isfinite(latent).all():
-            raise BadSample("latent.npy holds NaN or infinite values")
-        if self.classes:
-            return {"latent": latent, "label": np.array(label_of(sample, self.classes))}
-        text = array_of(sample, "text.npy")
-        if text.ndim != 2 or text.dtype.kind != "f" or text.shape != (self.text or text.shape) or not np.isfinite(text).all():
-            raise BadSample(f"text.npy is {text.dtype} {text.shape}; finite floats {self.text or '(tokens, channels)'} are needed")
-        return {"latent": latent, "text": text}
+        """All arrays by their key in the batch or their member's name, as stored."""
+        names = [name for name in (LATENT, FLIPPED) if name == LATENT or self.vae.flipped]
+        names += [LOGVAR[name] for name in names if self.vae.moments]
+        return {name: self._array(sample, name) for name in names} | self._condition(sample)
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """Without augmentation."""
-        return self.evaluate(sample)
+        """The latent of the image or, every other time, of its mirror image, drawn from the posterior; by (seed, epoch, index). SPEC D10."""
+        rng = generator(self.seed, "latent", epoch, sample["__index__"])
+        name = FLIPPED if rng.random() < 0.5 and self.vae.flipped else LATENT
+        latent = self._array(sample, name).astype(np.float32)
+        if self.vae.moments:
+            latent = draw(latent, self._array(sample, LOGVAR[name]), rng)
+        return self._tensors(latent, sample)
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """(z - shift) * scale, and the condition."""
-        tensors = {key: torch.tensor(array if key == "label" else array.astype(np.float32)) for key, array in self.inspect(sample).items()}
-        return tensors | {"latent": (tensors["latent"] - self.vae.shift) * self.vae.scale}
+        """The latent of the image itself, of a posterior its mean: (z - shift) * scale; and the condition."""
+        return self._tensors(self._array(sample, LATENT).astype(np.float32), sample)
 
     def padding(self) -> dict[str, Tensor]:
         """Zeros."""
@@ -60,9 +69,36 @@ class Latents(Kind):
         return {"latent": torch.zeros(self.vae.shape)} | condition
 
     def check(self, index: ShardIndex, address: str) -> None:
-        """Refuse latents of another VAE, and images where videos are needed."""
+        """Refuse latents of another VAE than the recipe's, and images where videos are needed."""
         wanted = "video_latents" if self.video else "latents"
-        if index.kind != wanted:
+        if index.kind != wanted or index.vae is None:
             raise DataError(f"{address} holds {index.kind}; {wanted} are needed")
-        if index.vae != self.vae:
-            raise DataError(f"{address} was made by {index.vae}, and the recipe says {self.vae}: make the latents again with that VAE")
+        if self.wanted is not None and not self.wanted.fits(index.vae):
+            raise DataError(f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the latents again with that VAE")
+
+    def _array(self, sample: RawSample, name: str) -> np.ndarray:
+        array = array_of(sample, f"{name}.npy")
+        if array.shape != self.vae.shape or array.dtype.kind != "f":
+            raise BadSample(f"{name}.npy is {array.dtype} {array.shape}; the index says floats {self.vae.shape}")
+        if not np.isfinite(array).all():
+            raise BadSample(f"{name}.npy holds NaN or infinite values")
+        return array
+
+    def _condition(self, sample: RawSample) -> dict[str, np.ndarray]:
+        if self.classes:
+            return {"label": np.array(label_of(sample, self.classes))}
+        text = array_of(sample, "text.npy")
+        if text.ndim != 2 or text.dtype.kind != "f" or text.shape != (self.text or text.shape) or not np.isfinite(text).all():
+            raise BadSample(f"text.npy is {text.dtype} {text.shape}; finite floats {self.text or '(tokens, channels)'} are needed")
+        return {"text": text}
+
+    def _tensors(self, latent: np.ndarray, sample: RawSample) -> dict[str, Tensor]:
+        """latent: float32, as the VAE gave it."""
+        condition = {key: torch.tensor(array if key == "label" else array.astype(np.float32)) for key, array in self._condition(sample).items()}
+        return {"latent": (torch.from_numpy(latent) - self.vae.shift) * self.vae.scale} | condition
+
+
+def draw(mean: np.ndarray, logvar: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A sample of the Gaussian of these moments, float32 like `mean`."""
+    std = np.exp(0.5 * np.clip(logvar.astype(np.float32), *LOGVAR_RANGE))
+    return mean + std * rng.standard_normal(mean.shape, np.float32)

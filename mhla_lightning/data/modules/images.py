@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mhla_lightning.data.check import Verify
 from mhla_lightning.data.corpus import Source
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
@@ -77,6 +80,11 @@ class ImageDataModule(ShardDataModule):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.index().classes)
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """Normalised pixels (batch, 3, H, W) back to uint8 (batch, H, W, 3)."""
+        mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (self.augmentation.mean, self.augmentation.std))
+        return ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def facts(self) -> dict[str, Any]:
         """Kind, classes and (height, width) of the images."""

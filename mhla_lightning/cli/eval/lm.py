@@ -2,8 +2,8 @@
 
 TASKS are names of the harness, with commas; `paper` is the paper's nine (wikitext, lambada_openai, winogrande, piqa, arc_challenge, openbookqa,
 arc_easy, boolq, mmlu). Their data come from the Hugging Face hub, or from a task file of yours:
-  mhla eval RUN --tasks paper --json results.json
-  mhla eval RUN --tasks my_task --include tasks/ --limit 100
+  mhla eval lm RUN --tasks paper --json results.json
+  mhla eval lm RUN --tasks my_task --include tasks/ --limit 100
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.bench.report import write_json
 from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
 from mhla_lightning.errors import UserError
 
+HELP = "lm-evaluation-harness on a language run"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla eval`."""
+    """Arguments of `mhla eval lm`."""
     add_run_arguments(parser)
     parser.add_argument("--tasks", metavar="TASKS", required=True, help="names with commas, or paper")
     parser.add_argument("--include", metavar="DIR", help="folder of further task files (YAML)")
@@ -27,13 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="texts in the model at once (default: 8)")
     parser.add_argument("--max-length", metavar="N", type=int, help="tokens the model sees at once (default: those of a training row)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of examples and draws (default: 0)")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
     demand_at_least_one(args, "batch_size")
-    check_json(args.json)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks names no task; for example --tasks wikitext,lambada_openai or --tasks paper")

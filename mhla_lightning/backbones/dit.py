@@ -1,0 +1,300 @@
+"""DiT, the diffusion transformer with adaLN-zero (arXiv 2212.09748), around any attention operator (MHLA paper Sec. 5.2; SPEC section 4)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mhla_lightning.attention import BlockGrid, LayerAttention, MixingMatrix, SelfAttention, resolve_layers
+from mhla_lightning.backbones.layers import BlockOrderConv, ConditionalPosition, LabelEmbedder, TimestepEmbedder, grid_sinusoid, modulate
+from mhla_lightning.backbones.vit import our_name as vit_name
+from mhla_lightning.errors import UserError
+
+_PLAIN = {"qkv_bias": True}
+_LINEAR = {**_PLAIN, "feature_map": "relu_eps"}  # MHLA with one block
+
+DIT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "softmax": _PLAIN,
+        "linear": _LINEAR,
+        "mhla": {**_PLAIN, "blocks": 4, "normalizer": "block", "mix_init": "local_row", "pos_conv": "cpe3", "gate": True},
+    },
+    "release": {
+        "softmax": _PLAIN,
+        "linear": _LINEAR,
+        "mhla": {
+            **_PLAIN,
+            "block_size": 4,
+            "normalizer": "slot",
+            "mix_init": "linear",
+            "pos_conv": "lepe3",
+            "inner_norm": True,
+            "dropout": 0.1,
+        },
+    },
+}
+"""preset -> operator -> options (SPEC section 9, DiT)."""
+
+
+class DiT(nn.Module):
+    """Predicts noise (and its variance) of latents or pixels, given a time and a class.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        input_size: height and width of the latent (or image), one number for a square.
+        patch_size: latent pixels per side of a token; divides input_size.
+        in_channels: C, of the latent.
+        num_classes: without the null label, whose index is num_classes. Dropping labels in training is the task's.
+        learn_sigma: predict 2C channels, noise and variance, instead of C.
+        embed_dim: channels of a token, a multiple of 4.
+        depth, num_heads, mlp_ratio: of the transformer.
+        dwconv: the release's convolution after every block, see :class:`BlockOrderConv`; `pos_conv: cpe3` is the paper's.
+
+    Attributes:
+        grid: tokens per axis, (rows, columns).
+        out_channels: C or 2C.
+        pos_embed: (1, tokens, embed_dim), fixed.
+
+    Raises:
+        UserError: a size that does not fit, or an attention entry that does not.
+    """
+
+    def __init__(
+        self,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        input_size: int | Sequence[int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        dwconv: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_size = _two_sides(input_size)
+        self.grid = token_grid(self.input_size, patch_size)
+        if embed_dim % 4:
+            raise UserError(f"embed_dim {embed_dim} is no multiple of 4, which sine-cosine positions on two axes need")
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; it must be at least 1")
+        self.patch_size, self.in_channels, self.num_classes, self.embed_dim = patch_size, in_channels, num_classes, embed_dim
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        layers = resolve_layers(attention, depth, DIT_PRESETS, SelfAttention.layer_options())
+        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, embed_dim)
+        self.t_embedder = TimestepEmbedder(embed_dim)
+        self.y_embedder = LabelEmbedder(num_classes, embed_dim)
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", grid_sinusoid(self.grid, embed_dim)[None])
+        self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, spec, self.grid, dwconv) for spec in layers)
+        self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_channels)
+        self.checkpointing = False
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """(batch, C, H, W), model times (batch,) from 0 to 1000, labels (batch,) int64 -> (batch, out_channels, H, W) in the parameters' dtype.
+
+        Raises:
+            UserError: another shape than the model was built for; a label out of range (found on CPU only: looking would hold up a GPU).
+        """
+        self._check(x, t, y)
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                tokens = cast(Tensor, checkpoint(block, tokens, condition, use_reentrant=False))
+            else:
+                tokens = block(tokens, condition)
+        return self._to_image(self.final_layer(tokens, condition))
+
+    def _to_image(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens, patch * patch * channels), a patch's channels last -> (batch, channels, H, W)"""
+        patches = tokens.reshape(len(tokens), *self.grid, self.patch_size, self.patch_size, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, *self.input_size)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        wanted = (self.in_channels, *self.input_size)
+        if tuple(x.shape[1:]) != wanted:
+            raise UserError(f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes (channels, height, width) = {wanted}")
+        for name, given in (("times", t), ("labels", y)):
+            if given.shape != x.shape[:1]:
+                raise UserError(f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)")
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_labels(y)
+
+    def check_labels(self, y: Tensor) -> None:
+        """Raises UserError for a label out of range; reads the values, which a GPU has to wait for."""
+        wrong = y[(y < 0) | (y > self.num_classes)]
+        if len(wrong):
+            last = self.num_classes - 1
+            raise UserError(f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and {self.num_classes} is the null label")
+
+    def _initialise(self) -> None:
+        """SPEC 4.2: branches and output start at zero, convolutions of the release as the identity; mixing matrices stay."""
+        small: set[nn.Module] = {self.y_embedder.embedding_table, *self.t_embedder.mlp}
+        zero: set[nn.Module] = {self.final_layer.linear}
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, FinalLayer)):
+                zero.add(module.adaLN_modulation[1])
+            elif isinstance(module, ConditionalPosition):
+                zero.add(module.depthwise.conv)
+        # apply(), because under ZeRO-3 it gathers each module's weights around the call.
+        self.apply(partial(_initialise, small=small, zero=zero))
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        tokens = math.prod(shape)
+        patch = 2 * tokens * self.x_embedder.proj.weight.numel()
+        blocks = sum(cast(DiTBlock, block).flops(shape) for block in self.blocks)
+        return patch + self.t_embedder.flops() + blocks + self.final_layer.flops(tokens)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)."""
+        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every block in the backward to save memory."""
+        self.checkpointing = enable
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the public DiT (facebookresearch) and of the MHLA authors' under our names. Positions of another grid go: ours are a formula.
+
+        Raises:
+            UserError: weights of another width.
+        """
+        adapted = {our_name(name): value for name, value in state.items()}
+        width = adapted.get("x_embedder.proj.bias")
+        if width is not None and tuple(width.shape) != (self.embed_dim,):
+            needed = (self.embed_dim,)
+            raise UserError(f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, and this DiT needs {needed}")
+        if "pos_embed" in adapted and adapted["pos_embed"].shape != self.pos_embed.shape:
+            del adapted["pos_embed"]
+        return {name: _our_shape(name, value) for name, value in adapted.items()}
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero).
+
+    Args:
+        dim, heads, mlp_ratio: the model's.
+        spec: this layer's resolved attention entry.
+        grid: tokens per axis.
+        dwconv: see :class:`DiT`.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, spec: LayerAttention, grid: Sequence[int], dwconv: bool) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]  # timm calls it
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
+        self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x: (batch, tokens, dim) in raster order, condition: (batch, dim) -> (batch, tokens, dim)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        if self.cpe is not None:
+            x = self.cpe(x, self.grid)
+        return x if self.dw_conv is None else self.dw_conv(x)
+
+    def flops(self, grid: Sequence[int]) -> int:
+        tokens = math.prod(grid)
+        mlp = 2 * tokens * (self.mlp.fc1.weight.numel() + self.mlp.fc2.weight.numel())
+        convolutions = sum(conv.flops(tokens) for conv in (self.cpe, self.dw_conv) if conv is not None)
+        return self.attn.flops(grid) + mlp + convolutions + _modulation_flops(self.adaLN_modulation)
+
+
+class FinalLayer(nn.Module):
+    """Shifted and scaled norm, then one Linear to the pixels of a patch.
+
+    Args:
+        dim: channels of a token.
+        out: numbers a token, patch * patch * channels.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.linear.weight.numel() + _modulation_flops(self.adaLN_modulation)
+
+
+def token_grid(input_size: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of tokens.
+
+    Raises:
+        UserError: the patch does not divide a side; names the sides that fit.
+    """
+    if patch_size < 1:
+        raise UserError(f"patch_size is {patch_size}; it must be at least 1")
+    for side in input_size:
+        if side % patch_size or side < 1:
+            fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n > 0]
+            raise UserError(f"input_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit)) or patch_size}")
+    return input_size[0] // patch_size, input_size[1] // patch_size
+
+
+def our_name(name: str) -> str:
+    """A parameter's name in the public DiT or in the MHLA authors' -> ours; other names stay."""
+    return re.sub(r"\.dw_conv\.(weight|bias)$", r".dw_conv.conv.\1", vit_name(name))
+
+
+def _our_shape(name: str, value: Tensor) -> Tensor:
+    """The release stores a mixing matrix as a 1x1 convolution, (M, M, 1, 1)."""
+    return value.flatten(1) if name.endswith(".mixing.weight") and value.dim() == 4 else value
+
+
+def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise UserError(f"input_size takes one whole number or [height, width], got {size}")
+    return sides
+
+
+def _partition(spec: LayerAttention, grid: Sequence[int]) -> BlockGrid | None:
+    options = {key: spec.operator[key] for key in ("blocks", "block_size") if key in spec.operator}
+    return BlockGrid(grid, **options) if options else None
+
+
+def _modulation_flops(modulation: nn.Sequential) -> int:
+    return 2 * cast(nn.Linear, modulation[1]).weight.numel()
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module]) -> None:
+    """One module's own weights; `small` and `zero` hold the exceptions of the rule by type."""
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if module in zero:
+        nn.init.zeros_(cast(Tensor, module.weight))
+    elif isinstance(module, (nn.Linear, nn.Embedding)) and module in small:
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Conv2d) and module.groups == 1:  # the patches, as one Linear
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+    elif isinstance(module, nn.Conv2d):  # depthwise: the identity
+        nn.init.zeros_(module.weight)
+        module.weight[..., module.kernel_size[0] // 2, module.kernel_size[1] // 2] = 1.0

@@ -1,0 +1,95 @@
+"""Encode images by a VAE and write the latents as shards. The same command again continues one that was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from mhla_lightning.cli.data import output
+
+if TYPE_CHECKING:
+    from mhla_lightning.data.tools.latents.make import Report
+
+HELP = "encode images by a VAE into latent shards"
+EPILOG = """SOURCE is a folder or an address of packed images (its splits and order are kept), or what mhla data pack takes.
+
+examples:
+  mhla data latents data/imagenet data/imagenet-latents --vae stabilityai/sd-vae-ft-ema
+  mhla data latents /images data/mine --vae /models/dc-ae --size 512 --val 0.02 --device cuda:0,cuda:1"""
+_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla data latents`."""
+    parser.add_argument("source", metavar="SOURCE", help="packed images (train/, val/), or mnist, torchvision:NAME[:ROOT], a folder of classes")
+    parser.add_argument("out", metavar="OUT", help="folder to make; holds the same splits afterwards")
+    parser.add_argument("--vae", required=True, metavar="VAE", help="a folder of diffusers' AutoencoderKL or AutoencoderDC, or its name on the hub")
+    parser.add_argument("--subfolder", metavar="NAME", help="of VAE (default: itself, or vae where it is a pipeline)")
+    parser.add_argument("--name", metavar="NAME", help="what recipes call the VAE (default: as given)")
+    parser.add_argument("--size", type=int, default=256, metavar="N", help="pixels a side, by ADM's centre crop (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+    parser.add_argument("--device", default="auto", help="auto (all GPUs, else the CPU), cpu, cuda:0,cuda:1; a process each (default: auto)")
+    parser.add_argument("--dtype", help="bf16 (stored as float16) or fp32 (default: bf16 on GPU, else fp32)")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--moments", action="store_true", default=None, help="keep the posterior's mean and log-variance (default where there is one)")
+    kept.add_argument("--samples", dest="moments", action="store_false", default=None, help="keep one latent, drawn by (seed, index)")
+    parser.add_argument("--no-flip", action="store_true", help="do not keep the latents of the mirrored images too")
+    parser.add_argument("--scale", type=float, metavar="S", help="a latent z is used as (z - T) * S (default: the VAE's)")
+    parser.add_argument("--shift", type=float, metavar="T", help="see --scale")
+    parser.add_argument("--val", type=output.count_or_share, metavar="N|SHARE", help="held out of a source that is not packed (default: 0.2)")
+    parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of --samples, and of the order of a source that is not packed (default: 0)")
+    parser.add_argument("--max-skipped-share", type=float, default=0.01, metavar="P", help="of images that cannot be used (default: 0.01)")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards that OUT already holds, or another command has begun")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that read images, beside each device (default: the cores, at most 8)")
+    output.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode; 0 when done. Raises UserError."""
+    output.check_writable("--json", args.json)
+    from mhla_lightning.data.tools.latents.make import LatentOptions, make_latents
+
+    same = ("vae", "subfolder", "name", "size", "batch_size", "device", "dtype", "moments", "scale", "shift", "val", "shards", "seed")
+    chosen = {name: getattr(args, name) for name in (*same, "max_skipped_share")}
+    options = LatentOptions(**chosen, flip=not args.no_flip, threads=output.workers(args))
+    console = Console()
+    with output.progress_bars(console) as on_progress:
+        report = make_latents(
+            args.source,
+            args.out,
+            options,
+            overwrite=args.overwrite,
+            wait=False,
+            on_progress=on_progress,
+            on_note=lambda text: console.print(text, markup=False, soft_wrap=True),
+        )
+    rows = [output.index_row(split, index) for split, index in report.indices.items()]
+    console.print(output.index_table(args.out, rows))
+    for line in _remarks(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    vaes = {split: {**vars(index.vae)} for split, index in report.indices.items() if index.vae is not None}
+    rate = report.images / max(report.seconds, 1e-9)
+    skipped = [dict(zip(("split", "sample", "reason"), one, strict=True)) for one in report.skipped]
+    summary = {"vae": vaes, "images": report.images, "seconds": report.seconds, "images_per_second": rate, "skipped": skipped}
+    output.write_json(args.json, {"rows": rows, "summary": summary})
+    return 0
+
+
+def _remarks(report: Report) -> list[str]:
+    """Rate, what was left out, statistics, and what a recipe has to say."""
+    lines = (
+        [f"{report.images:,} images in {report.seconds:.0f} s: {report.images / max(report.seconds, 1e-9):,.1f} a second"] if report.images else []
+    )
+    lines += [f"skipped {name} of {split}: {reason}" for split, name, reason in report.skipped[:_SHOWN]]
+    lines += [f"... and {len(report.skipped) - _SHOWN} more (--json FILE lists them)"] if len(report.skipped) > _SHOWN else []
+    for split, index in report.indices.items():
+        if index.vae is not None:
+            pairs = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in zip(index.vae.mean, index.vae.std, strict=True))
+            lines.append(f"{split}, mean ± std by channel, as used: {pairs}")
+    vae = next(iter(report.indices.values())).vae
+    if vae is not None:
+        lines.append(f"in the recipe: data.vae: {{name: {vae.name}, scale: {vae.scale:.10g}, shift: {vae.shift:.10g}, shape: {list(vae.shape)}}}")
+    return lines

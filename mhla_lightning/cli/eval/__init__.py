@@ -1,0 +1,27 @@
+"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier."""
+
+from __future__ import annotations
+
+import argparse
+
+from mhla_lightning.cli.bench.report import check_json
+from mhla_lightning.cli.eval import fid, lm, samples
+
+SUBJECTS = {"lm": lm, "fid": fid, "samples": samples}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla eval`."""
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for name, subject in SUBJECTS.items():
+        added = subjects.add_parser(
+            name, help=subject.HELP, description=subject.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        subject.add_arguments(added)
+        added.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; the exit code. Raises UserError."""
+    check_json(args.json)
+    return SUBJECTS[args.subject].run(args)

@@ -1,0 +1,54 @@
+"""Noise processes, their losses and the samplers that undo them (SPEC 4.3, 6.6). Imports torch and numpy; diffusers where a sampler needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mhla_lightning.diffusion.chain import Chain, respaced
+from mhla_lightning.diffusion.ddpm import DDPM
+from mhla_lightning.diffusion.flow import FlowMatching
+from mhla_lightning.diffusion.guidance import Denoiser, Guidance, guided
+from mhla_lightning.diffusion.process import Process
+from mhla_lightning.diffusion.samplers import SAMPLERS, check_sampler, sample
+from mhla_lightning.errors import UserError, unknown_name
+
+__all__ = [
+    "DDPM",
+    "PROCESSES",
+    "SAMPLERS",
+    "Chain",
+    "Denoiser",
+    "FlowMatching",
+    "Guidance",
+    "Process",
+    "build_process",
+    "check_sampler",
+    "guided",
+    "respaced",
+    "sample",
+]
+
+PROCESSES: dict[str, type[DDPM] | type[FlowMatching]] = {"ddpm": DDPM, "flow": FlowMatching}
+
+
+def build_process(entry: str | Mapping[str, Any]) -> Process:
+    """The noise process of a recipe: a name, or a mapping of `name` and the process's options.
+
+    Raises:
+        UserError: no name, an unknown name or option, or a value that the process refuses.
+    """
+    if not isinstance(entry, (str, Mapping)):
+        raise UserError(f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: {', '.join(PROCESSES)}")
+    given = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = given.pop("name", None)
+    if name is None:
+        raise UserError(f"a noise process needs the key 'name' ({', '.join(PROCESSES)}), got {sorted(map(str, given))}")
+    if not isinstance(name, str) or name not in PROCESSES:
+        raise UserError(unknown_name("noise process", name, PROCESSES))
+    options = [option.name for option in dataclasses.fields(PROCESSES[name]) if option.init]
+    for key in given:
+        if key not in options:
+            raise UserError(unknown_name("option", key, ("name", *options), of=f"noise process '{name}'"))
+    return PROCESSES[name](**given)

@@ -1,0 +1,164 @@
+"""The networks that look at images for image_metrics: Inception as in ADM, or a classifier of ours."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mhla_lightning.config.recipes import read_yaml
+from mhla_lightning.config.resolve import resolve
+from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.transforms import eval_transform
+from mhla_lightning.errors import UserError, missing_extra
+from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Features
+from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.runs.folder import find_run, runs_root
+from mhla_lightning.tasks import ClassificationTask
+
+INCEPTION = "inception"
+_BATCH = 64
+_SPATIAL_CHANNELS = 7  # as in ADM's sFID
+
+
+def open_network(name: str, runs: str | None = None, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """`inception`, or a classifier run by id or folder, loaded.
+
+    Raises:
+        UserError: no such run, no classifier, no package or no weights.
+    """
+    return Inception(device) if name == INCEPTION else OwnFeatures(find_classifier(name, runs), device)
+
+
+class Inception:
+    """The Inception of published FIDs, by torch-fidelity: the TensorFlow graph's weights, resizing and average pooling.
+
+    sFID looks at the first 7 channels of `mixed_6/conv`, the inception score at the class logits without their bias: both as in ADM's evaluator.
+
+    Raises:
+        UserError: the package or the weights are missing; nothing is downloaded.
+    """
+
+    name, published = "Inception", True
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UserError(missing_extra("torch-fidelity", "eval", "--features inception")) from error
+        path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+        if not path.is_file():
+            raise UserError(
+                f"--features inception needs Inception's weights at {path}: download {URL_INCEPTION_V3} to there, or name a classifier run"
+            )
+        try:
+            torch.load(path, map_location="meta", weights_only=True)  # torch-fidelity itself would unpickle anything
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0]})") from error
+        self._network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path)).to(device)
+        self._device, self._seen = device, torch.empty(0)
+        self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self._seen = output[:, :_SPATIAL_CHANNELS]
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> Features:
+        """images: uint8 (N, H, W, 3) -> 2048 pooled and 7 x 17 x 17 spatial features, 1008 probabilities."""
+        parts = []
+        for first in range(0, len(images), _BATCH):
+            batch = torch.from_numpy(images[first : first + _BATCH]).permute(0, 3, 1, 2).to(self._device)
+            pooled, logits = self._network(batch)
+            parts.append((pooled, channels_last(self._seen), logits))
+        return _features(parts)
+
+
+@dataclass(frozen=True)
+class ClassifierRun(FoundRun):
+    """A run of an image classifier.
+
+    Attributes:
+        task: built from recipe.yaml, without weights.
+        data: says how images are resized and normalised; no shards are opened.
+    """
+
+    task: ClassificationTask
+    data: ImageDataModule
+
+    @property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        with self.weights.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
+    """Finds a run and its newest checkpoint, the average where it has one, and builds the task without weights.
+
+    Args:
+        run: id or folder.
+        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
+
+    Raises:
+        UserError: no such run, no checkpoint yet, or no image classifier.
+    """
+    folder = find_run(run, runs_root(runs))
+    values = read_yaml(folder.recipe)
+    model, data = (str(values[section]["class_path"]) for section in ("model", "data"))
+    if model != "mhla_lightning.tasks.ClassificationTask" or data != "mhla_lightning.data.ImageDataModule":  # a folder may come from a stranger
+        raise UserError(f"run {folder.run_id} trains {model.rpartition('.')[2]}; features come from an image classifier (ClassificationTask)")
+    values["model"]["init_args"]["init_from"] = None  # the run's own weights follow, and what it started from may be gone
+    resolved = resolve({"trainer": {}, "model": values["model"], "data": values["data"]})
+    weights = find_weights(folder, None, True)
+    return ClassifierRun(folder, weights, cast(ClassificationTask, resolved.task), cast(ImageDataModule, resolved.data))
+
+
+class OwnFeatures:
+    """A classifier run of ours: what stands before its last layer, its last map of features, its probabilities.
+
+    Images of any size are resized, cropped and normalised as the run's own recipe does for validation. Backbones of the registry's image
+    classifiers have timm's methods `forward_features` and `forward_head`.
+
+    Raises:
+        UserError: weights of another model.
+    """
+
+    published = False
+
+    def __init__(self, found: ClassifierRun, device: torch.device | str = "cpu") -> None:
+        self.name, self._device = f"classifier {found.run.run_id}", device
+        self.classes = found.task.num_classes
+        self._transform = eval_transform(found.data.image_size, found.data.augmentation)
+        found.task.configure_model()
+        assert found.task.backbone is not None
+        found.weights.load(found.task.backbone)
+        self._backbone: Any = found.task.backbone.to(device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> Features:
+        """images: uint8 (N, H, W, 3)."""
+        parts = []
+        for first in range(0, len(images), _BATCH):
+            batch = torch.stack([self._transform(Image.fromarray(image)) for image in images[first : first + _BATCH]]).to(self._device)
+            last = self._backbone.forward_features(batch)
+            spatial = channels_last(last[:, :_SPATIAL_CHANNELS]) if last.dim() == 4 else last[..., :_SPATIAL_CHANNELS].flatten(1)
+            parts.append((self._backbone.forward_head(last, pre_logits=True), spatial, self._backbone.forward_head(last)))
+        return _features(parts)
+
+
+def channels_last(maps: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H W C): the order of TensorFlow, in which ADM's files keep spatial statistics."""
+    return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+def _features(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Features:
+    """From (pooled, spatial, logits) of every batch."""
+    pooled, spatial, logits = (torch.cat([part[column].float().cpu() for part in parts]) for column in range(3))
+    return Features(pooled.numpy(), spatial.numpy(), logits.double().softmax(-1).numpy())

@@ -1,0 +1,161 @@
+"""Evaluation `samples`: what a classifier of ours says of the guided samples of an image diffusion run. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from mhla_lightning.generation.images import ImageRun
+
+_LAST_SEED = 2**32 - 1
+_NEIGHBOURS = 3  # of precision and recall, which need more images than that
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is drawn and who looks at it.
+
+    Attributes:
+        classifier: a classifier run, by id or folder.
+        n: images, as many of every class.
+        guidance: scale of classifier-free guidance; 1 is none.
+        sampler: see diffusion.SAMPLERS; None is ddpm, for flow matching euler.
+        steps: of the sampler.
+        seed: of the noise.
+        reference: REF.npz or shards to compare with; None is the val split of the run's data.
+        batch_size: images at once.
+        ema: take averaged weights where the run has them.
+        device: auto is the GPU where there is one.
+
+    Raises:
+        UserError: a value of another kind or outside its range.
+    """
+
+    classifier: str
+    n: int = 500
+    guidance: float = 1.5
+    sampler: str | None = None
+    steps: int = 250
+    seed: int = 0
+    reference: str | None = None
+    batch_size: int = 50
+    ema: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        whole = {"n": _NEIGHBOURS + 1, "steps": 1, "seed": 0, "batch_size": 1}
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+        if self.seed > _LAST_SEED:
+            raise UserError(f"seed is {self.seed}; a seed lies in 0 to {_LAST_SEED}")
+        for name in ("classifier", "sampler", "reference", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name in ("sampler", "reference")):
+                raise UserError(f"{name} is {value!r}; it must be text")
+        if not isinstance(self.guidance, (int, float)) or isinstance(self.guidance, bool) or not 0 <= self.guidance < float("inf"):
+            raise UserError(f"guidance is {self.guidance!r}; it must be a number, at least 0")
+        if not isinstance(self.ema, bool):
+            raise UserError(f"ema is {self.ema!r}; it must be true or false")
+
+    def sampler_for(self, process: Any) -> str:
+        """The sampler's name."""
+        return self.sampler or ("ddpm" if process.name == "ddpm" else "euler")
+
+
+def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What replaces options when they are carried out: the classifier's folder; and what stands for them when results are kept: its weights.
+
+    Raises:
+        UserError: no such classifier run.
+    """
+    from mhla_lightning.evaluation.networks import find_classifier
+
+    found = find_classifier(options.classifier, runs)
+    return {"classifier": str(found.run.path)}, {"classifier": found.sha256}
+
+
+def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
+    """Refuses what cannot be measured, before anything is trained or drawn.
+
+    Raises:
+        UserError: no image diffusion model, a sampler for another process, other classes than the classifier's, nothing to compare with.
+    """
+    from mhla_lightning.data.modules.images import ImageDataModule
+    from mhla_lightning.diffusion import check_sampler
+    from mhla_lightning.evaluation.networks import find_classifier
+    from mhla_lightning.tasks import ImageDiffusionTask
+
+    if not isinstance(task, ImageDiffusionTask):
+        raise UserError(f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)")
+    check_sampler(options.sampler_for(task.process), task.process, options.steps)
+    classes = find_classifier(options.classifier).task.num_classes
+    if classes != task.num_classes:
+        raise UserError(
+            f"the classifier {options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they must be the same"
+        )
+    if options.n % classes:
+        raise UserError(f"n is {options.n}; for as many images of each of {classes} classes take {-(-options.n // classes) * classes}")
+    if options.reference is None and not isinstance(data, ImageDataModule):
+        raise UserError("the run's data hold latents, no images to compare with; name some with reference: REF.npz or a folder of image shards")
+
+
+def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
+    """Draws class-balanced samples and compares them with real images, on the features of the classifier.
+
+    Returns:
+        agreement: share of samples whose likeliest class is the one that was asked for.
+        fd, sfd, class_score, precision, recall: see image_metrics.image_metrics.
+        images_per_second: of sampling, weights loaded.
+
+    Raises:
+        UserError: see check_samples; a reference that cannot be read.
+    """
+    from mhla_lightning.evaluation.image_metrics import image_metrics
+    from mhla_lightning.evaluation.networks import OwnFeatures, find_classifier
+    from mhla_lightning.generation.images import find_image_run
+    from mhla_lightning.generation.weights import choose_device
+
+    found, device = find_image_run(str(run.path), ema=options.ema), choose_device(options.device)
+    check_samples(options, found.task, found.data)
+    images, labels, seconds = _draw(found, options, device)
+    network = OwnFeatures(find_classifier(options.classifier), device)
+    reference = _reference(found, options, network, images.shape[1:3])
+    features = network(images)
+    agreement = (features.probabilities.argmax(1) == labels).mean()
+    numbers = image_metrics(features, reference, network.published, device)
+    return {"agreement": float(agreement), **numbers, "images_per_second": len(images) / seconds}
+
+
+def _draw(found: ImageRun, options: SampleOptions, device: torch.device) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images uint8 (n, H, W, 3), labels (n,), seconds."""
+    import numpy as np
+
+    from mhla_lightning.diffusion import Guidance
+    from mhla_lightning.generation.images import Drawing, draw_batch, load_task
+
+    labels = [number % found.task.num_classes for number in range(options.n)]
+    drawing = Drawing(options.seed, options.sampler_for(found.task.process), options.steps, Guidance(float(options.guidance)))
+    task = load_task(found, device)
+    started = time.perf_counter()
+    batches = [range(first, min(first + options.batch_size, options.n)) for first in range(0, options.n, options.batch_size)]
+    images = np.concatenate([draw_batch(found, task, labels, batch, drawing) for batch in batches])
+    return images, np.array(labels), time.perf_counter() - started
+
+
+def _reference(found: ImageRun, options: SampleOptions, network: Any, size: tuple[int, int]) -> Any:
+    from mhla_lightning.evaluation.image_metrics import Reference
+    from mhla_lightning.evaluation.images import read_reference, validation_images
+
+    if options.reference is not None:
+        return read_reference(options.reference, network, size)
+    return Reference.of("val", network(validation_images(found.data)))  # type: ignore[arg-type]  # check_samples has refused latents

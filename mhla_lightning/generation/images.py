@@ -1,0 +1,151 @@
+"""Images from a diffusion run: image i of a seed is the same in any batch and on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhla_lightning.config.recipes import read_yaml
+from mhla_lightning.config.resolve import resolve
+from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.modules.latents import LatentDataModule
+from mhla_lightning.diffusion import Guidance, check_sampler, guided, sample
+from mhla_lightning.errors import UserError
+from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.keyed import generator
+from mhla_lightning.runs.folder import find_run, runs_root
+from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
+
+Pixels = ImageDataModule | LatentDataModule
+
+
+@dataclass(frozen=True)
+class ImageRun(FoundRun):
+    """A run of an image diffusion model.
+
+    Attributes:
+        task: built from recipe.yaml, without weights.
+        data: what makes pixels of its samples; no shards are opened.
+    """
+
+    task: ImageDiffusionTask
+    data: Pixels
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn.
+
+    Attributes:
+        seed: with the number of an image it gives its noise.
+        sampler, steps: see diffusion.SAMPLERS.
+        guidance: scale of classifier-free guidance, on which channels and in which part of the time axis.
+    """
+
+    seed: int = 0
+    sampler: str = "ddpm"
+    steps: int = 250
+    guidance: Guidance = Guidance(1.0)  # noqa: RUF009  frozen
+
+
+def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, ema: bool = True) -> ImageRun:
+    """Finds a run and its checkpoint, and builds the task without weights.
+
+    Args:
+        run: id or folder.
+        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
+        ckpt: a step, or a checkpoint folder; None is the newest.
+        ema: take the average where the checkpoint has one.
+
+    Raises:
+        UserError: no such run or checkpoint, no image diffusion model.
+    """
+    folder = find_run(run, runs_root(runs))
+    values = read_yaml(folder.recipe)
+    model, data = (str(values[section]["class_path"]) for section in ("model", "data"))
+    ours = model.startswith("mhla_lightning.tasks.") and data.startswith("mhla_lightning.data.")  # a run folder may come from a stranger
+    if not ours or not model.endswith(".ImageDiffusionTask"):
+        raise UserError(f"run {folder.run_id} trains {model.rpartition('.')[2]}; sampling images needs an image diffusion model (ImageDiffusionTask)")
+    values["model"]["init_args"]["init_from"] = None  # the run's own weights follow, and what it started from may be gone
+    resolved = resolve({"trainer": {}, "model": values["model"], "data": values["data"]})
+    return ImageRun(folder, find_weights(folder, ckpt, ema), cast(ImageDiffusionTask, resolved.task), cast("Pixels", resolved.data))
+
+
+def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask:
+    """The task with its weights, in eval mode, on `device`.
+
+    Raises:
+        UserError: weights of another model.
+    """
+    found.task.configure_model()
+    assert found.task.backbone is not None
+    found.weights.load(found.task.backbone)
+    return found.task.to(device).eval().requires_grad_(False)
+
+
+def sample_images(
+    found: ImageRun,
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    sampler: str = "ddpm",
+    steps: int = 250,
+    guidance: float = 1.0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Draws one image for each label.
+
+    Args:
+        labels: class of image 0, 1, ...
+        seed, sampler, steps, guidance: see :class:`Drawing`.
+        batch_size: images at once. The same images come for any; the same bits for the same.
+        on_batch: called with the number of images that a batch has added.
+
+    Returns:
+        uint8 (images, H, W, 3)
+
+    Raises:
+        UserError: an unknown sampler or class, weights of another model.
+    """
+    drawing = Drawing(seed, sampler, steps, Guidance(guidance))
+    check_drawing(found, labels, drawing)
+    task, parts = load_task(found, device), []
+    for first in range(0, len(labels), batch_size):
+        parts.append(draw_batch(found, task, labels, range(first, min(len(labels), first + batch_size)), drawing))
+        if on_batch is not None:
+            on_batch(len(parts[-1]))
+    return np.concatenate(parts)
+
+
+def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> None:
+    """Raises UserError for what cannot be drawn."""
+    check_sampler(drawing.sampler, found.task.process, drawing.steps)
+    if not labels:
+        raise UserError("no image was asked for; give at least one class")
+    channels = found.task.sample_shape[0]
+    if (drawing.guidance.channels or 0) > channels:
+        raise UserError(f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}")
+    for label in labels:
+        if not 0 <= label < found.task.num_classes:
+            raise UserError(f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}")
+
+
+@torch.no_grad()
+def draw_batch(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], images: range, drawing: Drawing) -> np.ndarray:
+    """uint8 (len(images), H, W, 3): the images of these numbers. task: loaded. labels: of all images."""
+
+    def normal(*key: int | str) -> Tensor:
+        rows = [generator(drawing.seed, "sample", image, *key).standard_normal(task.sample_shape, np.float32) for image in images]
+        return torch.from_numpy(np.stack(rows)).to(task.device)
+
+    wanted = torch.tensor([labels[image] for image in images], device=task.device)
+    denoise = guided(task, wanted, task.null_label, drawing.guidance)
+    drawn = sample(denoise, task.process, sampler=drawing.sampler, steps=drawing.steps, noise=normal(), step_noise=lambda step: normal("step", step))
+    return found.data.to_images(drawn).cpu().numpy()

@@ -1,0 +1,122 @@
+"""Trained weights out of a run folder: which checkpoint, averaged or as trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, step_folder
+
+_AVERAGE, _RAW = "ema/weights.safetensors", "trainer.ckpt"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is loaded.
+
+    Attributes:
+        checkpoint: a complete checkpoint folder.
+        averaged: whether the weights are the average (callbacks.EMA).
+    """
+
+    checkpoint: Path
+    averaged: bool
+
+    @property
+    def path(self) -> Path:
+        """The file that is loaded."""
+        return self.checkpoint / (_AVERAGE if self.averaged else _RAW)
+
+    def read(self) -> dict[str, Tensor]:
+        """The backbone's tensors by its own names."""
+        if self.averaged:
+            return load_file(self.path)
+        state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        return {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+
+    def load(self, backbone: nn.Module) -> None:
+        """Puts the weights into a backbone.
+
+        Raises:
+            UserError: weights of another model.
+        """
+        missing, unexpected = backbone.load_state_dict(self.read(), strict=False)
+        own = backbone.state_dict()
+        missing = [name for name in missing if own[name].is_floating_point()]  # an average holds nothing else
+        if missing or unexpected:
+            names = ", ".join([*missing, *unexpected][:4])
+            raise UserError(f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} left over ({names})")
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that was found and checked; no weights are loaded yet.
+
+    Attributes:
+        run: the folder.
+        weights: of its newest checkpoint, or of the one that was asked for.
+    """
+
+    run: RunFolder
+    weights: Weights
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint folder."""
+        return self.weights.checkpoint
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights are the average."""
+        return self.weights.averaged
+
+
+def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
+    """Weights of a run.
+
+    Args:
+        ckpt: a step, or a checkpoint folder; None is the newest.
+        ema: take the average where the checkpoint has one.
+
+    Raises:
+        UserError: no such checkpoint, or one that cannot be read here.
+    """
+    checkpoint = _checkpoint(folder, ckpt)
+    averaged = ema and (checkpoint / _AVERAGE).is_file()
+    if not averaged and not (checkpoint / _RAW).is_file():
+        raise UserError(f"{checkpoint} holds no {_RAW} that can be read here" + ("" if ema else "; leave out --no-ema to take the average"))
+    return Weights(checkpoint, averaged)
+
+
+def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:
+    found = complete_checkpoints(folder.path)
+    if ckpt is None:
+        if not found:
+            raise UserError(f"run {folder.run_id} has no checkpoint yet")
+        return found[-1]
+    path = folder.checkpoints / step_folder(int(ckpt)) if ckpt.isdecimal() else Path(ckpt)
+    if not (path / "COMPLETE").is_file():
+        steps = ", ".join(str(int(checkpoint.name.removeprefix("step-"))) for checkpoint in found) or "none"
+        raise UserError(f"--ckpt {ckpt} is no complete checkpoint; steps of run {folder.run_id}: {steps}")
+    return path
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; else any name of torch's.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one") from error
+    return device

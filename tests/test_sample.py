@@ -1,0 +1,161 @@
+"""Drawing images from a run: the same image for any company, batch and number of processes; killed and gone on; wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mhla_lightning.cli.main import main
+from mhla_lightning.cli.sample import parse_classes
+from mhla_lightning.errors import UserError
+from mhla_lightning.generation.images import draw_batch, find_image_run, load_task, sample_images
+from tests.diffusion_models import train, write_recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """The folder of a finished run with averaged weights."""
+    root = tmp_path_factory.mktemp("sample")
+    recipe = write_recipe(root / "tiny.yaml", shards)
+    train(recipe, "one", "--runs", str(root / "runs"))
+    return root / "runs" / "one"
+
+
+def command(trained: Path, out: Path, *extra: str) -> list[str]:
+    return ["sample", str(trained), "--n", "10", "--steps", "4", "--batch-size", "4", "--out", str(out), "--device", "cpu", *extra]
+
+
+def drawn(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_npz_in_adms_layout_and_a_grid(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    assert main([*command(trained, tmp_path / "out", "--classes", "1-2,0", "--json", str(tmp_path / "facts.json"))]) == 0
+    images = drawn(tmp_path / "out")
+    assert images["arr_0"].shape == (10, 8, 8, 3)
+    assert images["arr_0"].dtype == np.uint8
+    assert images["arr_1"].tolist() == [1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == (3 * 9 + 1, 4 * 9 + 1), "a column a class"
+        first = np.asarray(grid)[1:9, 1:9]
+    assert np.array_equal(first, images["arr_0"][0])
+    assert "averaged weights" in capsys.readouterr().out
+    assert json.loads((tmp_path / "facts.json").read_text())["images"] == 10
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_an_image_is_its_own_in_any_batch(trained: Path, sampler: str) -> None:
+    found, labels = find_image_run(str(trained)), [n % 4 for n in range(10)]
+    settings: dict[str, Any] = {"seed": 3, "sampler": sampler, "steps": 5, "guidance": 2.0}
+    whole = sample_images(found, labels, batch_size=10, **settings).astype(int)
+    for size in (1, 3):
+        other = sample_images(find_image_run(str(trained)), labels, batch_size=size, **settings).astype(int)
+        assert np.abs(other - whole).max() <= 1
+    assert np.abs(sample_images(find_image_run(str(trained)), labels, batch_size=10, **(settings | {"seed": 4})).astype(int) - whole).mean() > 1
+    assert np.abs(whole[0] - whole[4]).mean() > 1, "the same class twice, with other noise"
+
+
+def test_two_processes_draw_the_same_bits(trained: Path, tmp_path: Path) -> None:
+    for processes in ("1", "2"):
+        assert main(command(trained, tmp_path / processes, "--processes", processes)) == 0
+    one, two = (drawn(tmp_path / processes) for processes in ("1", "2"))
+    assert np.array_equal(one["arr_0"], two["arr_0"])
+    assert np.array_equal(one["arr_1"], two["arr_1"])
+
+
+def test_killed_and_gone_on(trained: Path, tmp_path: Path) -> None:
+    slow = ["--steps", "200", "--batch-size", "1"]
+    with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *command(trained, tmp_path / "cut", *slow)]) as process:
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "cut").glob("parts/0*.npy"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    parts = {path.name: os.stat(path).st_mtime_ns for path in (tmp_path / "cut" / "parts").glob("0*.npy")}
+    assert 2 <= len(parts) < 10
+    assert not (tmp_path / "cut" / "samples.npz").exists()
+    for name in ("cut", "whole"):
+        assert main(command(trained, tmp_path / name, *slow)) == 0
+    assert np.array_equal(drawn(tmp_path / "cut")["arr_0"], drawn(tmp_path / "whole")["arr_0"])
+    kept = {path.name: os.stat(path).st_mtime_ns for path in (tmp_path / "cut" / "parts").glob("0*.npy")}
+    assert kept.items() >= parts.items(), "what was drawn before is not drawn again"
+
+
+def test_the_average_draws_unless_it_is_refused(trained: Path) -> None:
+    with_average, raw = find_image_run(str(trained)), find_image_run(str(trained), ema=False)
+    assert with_average.averaged
+    assert not raw.averaged
+    states = [load_task(found, "cpu").backbone.state_dict() for found in (with_average, raw)]  # type: ignore[union-attr]
+    assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_drawing_touches_no_generator_of_the_process(trained: Path) -> None:
+    found = find_image_run(str(trained))
+    task = load_task(found, "cpu")
+    from mhla_lightning.generation.images import Drawing
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draw_batch(found, task, [0, 1], range(2), Drawing(steps=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--classes", "0-4"], "class 4 is unknown"),
+        (["--classes", "2-1"], "'2-1' is no class"),
+        (["--sampler", "dmp"], "ddpm"),
+        (["--sampler", "euler"], "does not serve"),
+        (["--n", "0"], "--n is 0"),
+        (["--steps", "1001"], "1001"),
+        (["--guidance", "-1"], "-1"),
+        (["--guidance-channels", "4"], "4"),
+        (["--guidance-interval", "0.6", "0.2"], "0.6"),
+        (["--ckpt", "3"], "steps of run one: 8, 12"),
+        (["--device", "cuda:77"], "cuda:77"),
+    ],
+)
+def test_wrong_input(trained: Path, tmp_path: Path, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(trained, tmp_path / "out", *extra)) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_images_is_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(command(trained, out)) == 0
+    before = drawn(out)["arr_0"]
+    assert main(command(trained, out, "--seed", "1")) == 2
+    assert "seed" in capsys.readouterr().err
+    assert np.array_equal(drawn(out)["arr_0"], before)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert main(command(trained, tmp_path / "mine")) == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_classes() -> None:
+    assert parse_classes("0-3,7") == [0, 1, 2, 3, 7]
+    with pytest.raises(UserError, match="'x'"):
+        parse_classes("0,x")
+
+
+def test_other_runs_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe, "classifier", "--trainer.max_steps", "4")
+    assert main(command(tmp_path / "runs" / "classifier", tmp_path / "out")) == 2
+    assert "trains ClassificationTask" in capsys.readouterr().err
