@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="part of the time axis that is guided"
     )
-    parser.add_argument("--sampler", default=None, help="ddpm, ddim, dpm++ or euler (default: ddpm, for flow matching euler)")
+    parser.add_argument("--sampler", default=None, help="ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler)")
     parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="images at once (default: %(default)s)")
