@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,12 @@ ORACLES = Path(__file__).parent / "oracles"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--oracles", action="append", default=[], help="another folder of oracle cases (NAME.npz + NAME.json), several times if need be")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell's background job starts with Ctrl-C ignored, and so would every process that a test interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,15 +19,11 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and how it is loaded."""
-    parser.add_argument("language_run", metavar="RUN", help="run id or run folder")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--ckpt", metavar="STEP", help="step, or checkpoint folder (default: the newest)")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained (default: their average, where the run has one)")
+    add_trained_arguments(parser, "language_run")
     parser.add_argument("--tokenizer", metavar="NAME", help="bytes, a tokenizer.json or a Hugging Face name (default: the run's own)")
     parser.add_argument(
         "--extrapolation", choices=("shift",), help="for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)"
     )
-    parser.add_argument("--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
 
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -19,10 +20,7 @@ _GRID = 100  # images at most
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla sample`."""
-    parser.add_argument("image_run", metavar="RUN", help="run id or run folder")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--ckpt", metavar="STEP", help="step, or checkpoint folder (default: the newest)")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained (default: their average, where the run has one)")
+    add_trained_arguments(parser, "image_run")
     parser.add_argument("--classes", metavar="0-9,12", help="labels, taken in turn (default: all)")
     parser.add_argument("--n", type=int, default=100, help="images, over all classes (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance; 1 is none (default: %(default)s)")
@@ -35,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument("--out", metavar="DIR", help="default: images/NAME in the run folder")
     parser.add_argument("--json", metavar="FILE", help="write what was drawn and how fast, as JSON")
 
