@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.errors import UserError
 
 WEIGHTS = "ema/weights.safetensors"
 
 
-class EMA(pl.Callback):
+class EMA(AfterStep):
     """Averages the weights in float32 after every optimizer step and validates them as `val_ema/...` beside the raw ones.
 
     Lightning's WeightAveraging lacks both: it validates the average only, averages in the weights' own dtype (0.9999 is below bf16's resolution),
@@ -31,10 +32,10 @@ class EMA(pl.Callback):
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"EMA decay is {decay}; it lies in [0, 1)")
+        super().__init__()
         self.decay, self.warmup = decay, warmup
         self.average: dict[str, Tensor] = {}
         self.updates = 0
-        self._step = 0
         self._resume: Path | None = None
 
     def resume_from(self, folder: Path) -> None:
@@ -49,14 +50,8 @@ class EMA(pl.Callback):
 
     on_test_start = on_validation_start
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
-
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self._step:  # still accumulating
-            return
-        self._step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         weights = _floating_state(pl_module)

@@ -18,10 +18,11 @@ import torch
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import Augmentation
+from mhla_lightning.diffusion import Guidance
 from mhla_lightning.evaluation.image_metrics import Features, Gaussian, frechet_distance, image_metrics
 from mhla_lightning.evaluation.images import read_reference, read_shards, validation_images
 from mhla_lightning.evaluation.networks import Inception, OwnFeatures, find_classifier, open_network
-from mhla_lightning.generation.images import find_image_run, sample_images
+from mhla_lightning.generation.images import Drawing, find_image_run, load_task, sample_images
 from tests.conftest import TINY_RECIPE
 from tests.diffusion_models import train, write_recipe
 
@@ -253,7 +254,8 @@ def test_samples_end_to_end(here: Path, runs: Path, shards: Path, capsys: pytest
     assert list(numbers) == ["run", "agreement", "fd", "sfd", "class_score", "precision", "recall", "images_per_second"]
 
     labels = [n % 4 for n in range(20)]
-    images = sample_images(find_image_run("diffusion"), labels, seed=3, steps=3, guidance=2.0, batch_size=8)
+    found = find_image_run("diffusion")
+    images = sample_images(found, load_task(found, "cpu"), labels, Drawing(3, steps=3, guidance=Guidance(2.0)), batch_size=8)
     network = open_network("classifier")
     seen = network(images)
     assert numbers["agreement"] == (seen.probabilities.argmax(1) == labels).mean()

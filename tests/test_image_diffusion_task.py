@@ -156,7 +156,9 @@ def test_accumulation_and_ranks_take_the_same_step(diffusion_recipe: Path, tmp_p
 
 
 def test_killed_and_resumed_bit_for_bit(diffusion_recipe: Path, tmp_path: Path) -> None:
+    """Checkpoints lie between the points of the curves, and once on one of them."""
     extra = ["--trainer.callbacks", ALL, "--trainer.max_steps", "40", "--trainer.val_check_interval", "10", "--checkpoint.every_n_steps", "3"]
+    extra += ["--trainer.log_every_n_steps", "4"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(diffusion_recipe, whole, *extra)
     assert fit_killed(diffusion_recipe, cut, 17, *extra), "the run ended before it could be killed"

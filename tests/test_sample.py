@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ import torch
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.cli.sample import parse_classes
+from mhla_lightning.diffusion import Guidance
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.images import draw_batch, find_image_run, load_task, sample_images
+from mhla_lightning.generation.images import Drawing, draw_batch, find_image_run, load_task, sample_images
 from tests.diffusion_models import train, write_recipe
 
 
@@ -59,12 +60,12 @@ def test_npz_in_adms_layout_and_a_grid(trained: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_an_image_is_its_own_in_any_batch(trained: Path, sampler: str) -> None:
     found, labels = find_image_run(str(trained)), [n % 4 for n in range(10)]
-    settings: dict[str, Any] = {"seed": 3, "sampler": sampler, "steps": 5, "guidance": 2.0}
-    whole = sample_images(found, labels, batch_size=10, **settings).astype(int)
+    task, drawing = load_task(found, "cpu"), Drawing(3, sampler, 5, Guidance(2.0))
+    whole = sample_images(found, task, labels, drawing, batch_size=10).astype(int)
     for size in (1, 3):
-        other = sample_images(find_image_run(str(trained)), labels, batch_size=size, **settings).astype(int)
-        assert np.abs(other - whole).max() <= 1
-    assert np.abs(sample_images(find_image_run(str(trained)), labels, batch_size=10, **(settings | {"seed": 4})).astype(int) - whole).mean() > 1
+        assert np.abs(sample_images(found, task, labels, drawing, batch_size=size).astype(int) - whole).max() <= 1
+    other = sample_images(found, task, labels, replace(drawing, seed=4), batch_size=10).astype(int)
+    assert np.abs(other - whole).mean() > 1
     assert np.abs(whole[0] - whole[4]).mean() > 1, "the same class twice, with other noise"
 
 
@@ -104,8 +105,6 @@ def test_the_average_draws_unless_it_is_refused(trained: Path) -> None:
 def test_drawing_touches_no_generator_of_the_process(trained: Path) -> None:
     found = find_image_run(str(trained))
     task = load_task(found, "cpu")
-    from mhla_lightning.generation.images import Drawing
-
     torch.manual_seed(5)
     before = torch.get_rng_state()
     draw_batch(found, task, [0, 1], range(2), Drawing(steps=3))

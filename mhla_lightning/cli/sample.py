@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mhla_lightning.diffusion import Guidance
+    from mhla_lightning.diffusion import Guidance, default_sampler
     from mhla_lightning.generation.image_job import ImageJob, draw_images
     from mhla_lightning.generation.images import Drawing, find_image_run
     from mhla_lightning.generation.weights import choose_device
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_image_run(args.image_run, args.runs, args.ckpt, ema=not args.no_ema)
     classes = classes or list(range(found.task.num_classes))
     labels = tuple(classes[number % len(classes)] for number in range(args.n))
-    sampler = args.sampler or ("ddpm" if found.task.process.name == "ddpm" else "euler")
+    sampler = args.sampler or default_sampler(found.task.process)
     guidance = Guidance(args.guidance, args.guidance_channels, tuple(args.guidance_interval))
     job = ImageJob(found, labels, Drawing(args.seed, sampler, args.steps, guidance), args.batch_size)
     folder = Path(args.out) if args.out else found.run.path / "images" / job.name()

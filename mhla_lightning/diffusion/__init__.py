@@ -11,7 +11,7 @@ from mhla_lightning.diffusion.ddpm import DDPM
 from mhla_lightning.diffusion.flow import FlowMatching
 from mhla_lightning.diffusion.guidance import Denoiser, Guidance, guided
 from mhla_lightning.diffusion.process import Process
-from mhla_lightning.diffusion.samplers import SAMPLERS, check_sampler, sample
+from mhla_lightning.diffusion.samplers import SAMPLERS, check_sampler, default_sampler, sample
 from mhla_lightning.errors import UserError, unknown_name
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Process",
     "build_process",
     "check_sampler",
+    "default_sampler",
     "guided",
     "respaced",
     "sample",

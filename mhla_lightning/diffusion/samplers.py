@@ -128,6 +128,11 @@ def _set_timesteps(scheduler: Any, **grid: Any) -> None:
         scheduler.set_timesteps(**grid)
 
 
+def default_sampler(process: Process) -> str:
+    """The sampler of a process where none is named."""
+    return "ddpm" if process.name == "ddpm" else "euler"
+
+
 def check_sampler(name: str, process: Process, steps: int) -> None:
     """Refuses a sampler before anything is built.
 

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mhla_lightning.config.recipes import read_yaml
-from mhla_lightning.config.resolve import resolve
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import eval_transform
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Features
+from mhla_lightning.generation.rebuilding import rebuild
 from mhla_lightning.generation.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks import ClassificationTask
@@ -110,14 +109,9 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
         UserError: no such run, no checkpoint yet, or no image classifier.
     """
     folder = find_run(run, runs_root(runs))
-    values = read_yaml(folder.recipe)
-    model, data = (str(values[section]["class_path"]) for section in ("model", "data"))
-    if model != "mhla_lightning.tasks.ClassificationTask" or data != "mhla_lightning.data.ImageDataModule":  # a folder may come from a stranger
-        raise UserError(f"run {folder.run_id} trains {model.rpartition('.')[2]}; features come from an image classifier (ClassificationTask)")
-    values["model"]["init_args"]["init_from"] = None  # the run's own weights follow, and what it started from may be gone
-    resolved = resolve({"trainer": {}, "model": values["model"], "data": values["data"]})
+    built = rebuild(folder, ClassificationTask, "features come from an image classifier")
     weights = find_weights(folder, None, True)
-    return ClassifierRun(folder, weights, cast(ClassificationTask, resolved.task), cast(ImageDataModule, resolved.data))
+    return ClassifierRun(folder, weights, cast(ClassificationTask, built.task), cast(ImageDataModule, built.data))
 
 
 class OwnFeatures:

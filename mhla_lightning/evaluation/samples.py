@@ -67,10 +67,6 @@ class SampleOptions:
         if not isinstance(self.ema, bool):
             raise UserError(f"ema is {self.ema!r}; it must be true or false")
 
-    def sampler_for(self, process: Any) -> str:
-        """The sampler's name."""
-        return self.sampler or ("ddpm" if process.name == "ddpm" else "euler")
-
 
 def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What replaces options when they are carried out: the classifier's folder; and what stands for them when results are kept: its weights.
@@ -91,13 +87,13 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
         UserError: no image diffusion model, a sampler for another process, other classes than the classifier's, nothing to compare with.
     """
     from mhla_lightning.data.modules.images import ImageDataModule
-    from mhla_lightning.diffusion import check_sampler
+    from mhla_lightning.diffusion import check_sampler, default_sampler
     from mhla_lightning.evaluation.networks import find_classifier
     from mhla_lightning.tasks import ImageDiffusionTask
 
     if not isinstance(task, ImageDiffusionTask):
         raise UserError(f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)")
-    check_sampler(options.sampler_for(task.process), task.process, options.steps)
+    check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
     classes = find_classifier(options.classifier).task.num_classes
     if classes != task.num_classes:
         raise UserError(
@@ -140,15 +136,14 @@ def _draw(found: ImageRun, options: SampleOptions, device: torch.device) -> tupl
     """Images uint8 (n, H, W, 3), labels (n,), seconds."""
     import numpy as np
 
-    from mhla_lightning.diffusion import Guidance
-    from mhla_lightning.generation.images import Drawing, draw_batch, load_task
+    from mhla_lightning.diffusion import Guidance, default_sampler
+    from mhla_lightning.generation.images import Drawing, load_task, sample_images
 
     labels = [number % found.task.num_classes for number in range(options.n)]
-    drawing = Drawing(options.seed, options.sampler_for(found.task.process), options.steps, Guidance(float(options.guidance)))
+    drawing = Drawing(options.seed, options.sampler or default_sampler(found.task.process), options.steps, Guidance(float(options.guidance)))
     task = load_task(found, device)
     started = time.perf_counter()
-    batches = [range(first, min(first + options.batch_size, options.n)) for first in range(0, options.n, options.batch_size)]
-    images = np.concatenate([draw_batch(found, task, labels, batch, drawing) for batch in batches])
+    images = sample_images(found, task, labels, drawing, options.batch_size)
     return images, np.array(labels), time.perf_counter() - started
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.images import Drawing, ImageRun, check_drawing, draw_batch, find_image_run, load_task
+from mhla_lightning.generation.images import Drawing, ImageRun, batches, check_drawing, draw_batch, find_image_run, load_task
 from mhla_lightning.runs.folder import FORMAT, read_json, write_json
 
 SETTINGS, PARTS, IMAGES = "settings.json", "parts", "samples.npz"
@@ -50,10 +50,6 @@ class ImageJob:
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
         return f"{self.found.checkpoint.name}-{digest[:8]}"
 
-    def batches(self) -> list[range]:
-        """Numbers of the images of every batch."""
-        return [range(first, min(len(self.labels), first + self.batch_size)) for first in range(0, len(self.labels), self.batch_size)]
-
 
 def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any]) -> np.ndarray:
     """Draws what `folder` does not hold yet and writes samples.npz there: arr_0 the images, arr_1 their labels, as ADM's evaluation reads them.
@@ -70,8 +66,8 @@ def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.devic
     """
     check_drawing(job.found, job.labels, job.drawing)
     _claim(job, folder)
-    files = [folder / PARTS / f"{images.start:08d}.npy" for images in job.batches()]
-    missing = [(batch, file) for batch, file in zip(job.batches(), files, strict=True) if not file.is_file()]
+    parts = {images: folder / PARTS / f"{images.start:08d}.npy" for images in batches(len(job.labels), job.batch_size)}
+    missing = [(images, file) for images, file in parts.items() if not file.is_file()]
     on_batch(len(job.labels) - sum(len(batch) for batch, _ in missing))
     if missing and processes == 1:
         task = load_task(job.found, device)
@@ -80,7 +76,7 @@ def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.devic
             on_batch(len(batch))
     elif missing:
         _draw_in_processes(job, missing, processes, device, on_batch)
-    images = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+    images = np.concatenate([np.load(file, allow_pickle=False) for file in parts.values()])
     temporary = folder / f".{IMAGES}"
     with temporary.open("wb") as out:
         np.savez(out, arr_0=images, arr_1=np.array(job.labels, np.int64))

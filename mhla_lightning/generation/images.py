@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mhla_lightning.config.recipes import read_yaml
-from mhla_lightning.config.resolve import resolve
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.latents import LatentDataModule
 from mhla_lightning.diffusion import Guidance, check_sampler, guided, sample
 from mhla_lightning.errors import UserError
+from mhla_lightning.generation.rebuilding import rebuild
 from mhla_lightning.generation.weights import FoundRun, find_weights
 from mhla_lightning.keyed import generator
 from mhla_lightning.runs.folder import find_run, runs_root
@@ -66,14 +65,8 @@ def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, e
         UserError: no such run or checkpoint, no image diffusion model.
     """
     folder = find_run(run, runs_root(runs))
-    values = read_yaml(folder.recipe)
-    model, data = (str(values[section]["class_path"]) for section in ("model", "data"))
-    ours = model.startswith("mhla_lightning.tasks.") and data.startswith("mhla_lightning.data.")  # a run folder may come from a stranger
-    if not ours or not model.endswith(".ImageDiffusionTask"):
-        raise UserError(f"run {folder.run_id} trains {model.rpartition('.')[2]}; sampling images needs an image diffusion model (ImageDiffusionTask)")
-    values["model"]["init_args"]["init_from"] = None  # the run's own weights follow, and what it started from may be gone
-    resolved = resolve({"trainer": {}, "model": values["model"], "data": values["data"]})
-    return ImageRun(folder, find_weights(folder, ckpt, ema), cast(ImageDiffusionTask, resolved.task), cast("Pixels", resolved.data))
+    built = rebuild(folder, ImageDiffusionTask, "sampling images needs an image diffusion model")
+    return ImageRun(folder, find_weights(folder, ckpt, ema), cast(ImageDiffusionTask, built.task), cast("Pixels", built.data))
 
 
 def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask:
@@ -88,40 +81,27 @@ def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask
     return found.task.to(device).eval().requires_grad_(False)
 
 
-def sample_images(
-    found: ImageRun,
-    labels: Sequence[int],
-    *,
-    seed: int = 0,
-    sampler: str = "ddpm",
-    steps: int = 250,
-    guidance: float = 1.0,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    on_batch: Callable[[int], Any] | None = None,
-) -> np.ndarray:
+def sample_images(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], drawing: Drawing, batch_size: int = 64) -> np.ndarray:
     """Draws one image for each label.
 
     Args:
+        task: of `found`, loaded.
         labels: class of image 0, 1, ...
-        seed, sampler, steps, guidance: see :class:`Drawing`.
         batch_size: images at once. The same images come for any; the same bits for the same.
-        on_batch: called with the number of images that a batch has added.
 
     Returns:
         uint8 (images, H, W, 3)
 
     Raises:
-        UserError: an unknown sampler or class, weights of another model.
+        UserError: an unknown sampler or class.
     """
-    drawing = Drawing(seed, sampler, steps, Guidance(guidance))
     check_drawing(found, labels, drawing)
-    task, parts = load_task(found, device), []
-    for first in range(0, len(labels), batch_size):
-        parts.append(draw_batch(found, task, labels, range(first, min(len(labels), first + batch_size)), drawing))
-        if on_batch is not None:
-            on_batch(len(parts[-1]))
-    return np.concatenate(parts)
+    return np.concatenate([draw_batch(found, task, labels, images, drawing) for images in batches(len(labels), batch_size)])
+
+
+def batches(count: int, size: int) -> list[range]:
+    """Numbers of the images of every batch."""
+    return [range(first, min(count, first + size)) for first in range(0, count, size)]
 
 
 def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ import torch
 from mhla_lightning.attention import CAUSAL_ATTENTION
 from mhla_lightning.attention.entry import Entry
 from mhla_lightning.backbones import CausalLM, build_backbone
-from mhla_lightning.config.recipes import read_yaml
-from mhla_lightning.config.resolve import resolve
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer, same_tokenizer
 from mhla_lightning.errors import UserError
+from mhla_lightning.generation.rebuilding import rebuild
 from mhla_lightning.generation.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import FORMAT, RunFolder, find_run, read_json, runs_root, write_json
 from mhla_lightning.tasks.language import LanguageTask
@@ -142,16 +140,12 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
 
 
 def _task(folder: RunFolder, extrapolation: str | None) -> LanguageTask:
-    model = read_yaml(folder.recipe)["model"]
-    module, _, name = model["class_path"].rpartition(".")
-    task = getattr(importlib.import_module(module), name, None) if module.startswith("mhla_lightning.") else None
-    if not (isinstance(task, type) and issubclass(task, LanguageTask)):
-        raise UserError(f"run {folder.run_id} trains {name}; generate and eval lm need a language model (LanguageTask)")
-    arguments = {**model["init_args"], "init_from": None}  # the run's own weights follow, and what it started from may be gone
-    if (arguments.get("backbone_options") or {}).get("compile"):
-        arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}  # every new length would compile anew
-    if extrapolation is not None:
-        arguments["attention"] = extrapolated(arguments.get("attention", "mhla"), extrapolation)
-    data = {"class_path": "mhla_lightning.data.TokenDataModule", "init_args": {"path": "."}}  # a recipe needs one; nothing is read
-    resolved = resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
-    return cast(LanguageTask, resolved.task)
+    def change(arguments: dict[str, Any]) -> dict[str, Any]:
+        if (arguments.get("backbone_options") or {}).get("compile"):
+            arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}  # every new length would compile anew
+        if extrapolation is not None:
+            arguments["attention"] = extrapolated(arguments.get("attention", "mhla"), extrapolation)
+        return arguments
+
+    data = {"class_path": "mhla_lightning.data.TokenDataModule", "init_args": {"path": "."}}  # the tokenizer that its own names may be gone
+    return cast(LanguageTask, rebuild(folder, LanguageTask, "generate and eval lm need a language model", change, data).task)

@@ -84,6 +84,12 @@ class Task(pl.LightningModule):
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
 
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:
         """Adds a batch to the metrics logged under `prefix`; the EMA callback calls it with the averaged weights in place."""

@@ -74,12 +74,6 @@ class ClassificationTask(Task):
             loss = F.cross_entropy(self(images), targets)
         return loss
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
-
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Adds a batch to the metrics under `prefix` (one of PREFIXES); samples of weight 0 are padding and count nowhere."""
         real = batch["weight"] > 0

@@ -129,6 +129,9 @@ class ImageDiffusionTask(Task):
         self._by_time[0].index_add_(0, bins, losses.detach().to(self._by_time.dtype))
         self._by_time[1].index_add_(0, bins, torch.ones_like(losses, dtype=self._by_time.dtype))
 
+    def on_train_start(self) -> None:
+        self._counted_step = self.trainer.global_step
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         if step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps:  # the first while gradients accumulate
@@ -140,14 +143,18 @@ class ImageDiffusionTask(Task):
                 self.log(self._bin_tag("train", number), total / count)
         self._by_time.zero_()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was counted since the last point, of all ranks: a run that is resumed between two points draws the same curve."""
+        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps:  # else all of it is logged before anything more is counted
+            checkpoint["loss_by_time"] = self.trainer.strategy.reduce(self._by_time.clone(), reduce_op="sum")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        waiting = checkpoint.get("loss_by_time")
+        if waiting is not None and self.trainer.is_global_zero:
+            self._by_time.copy_(waiting)
+
     def _bin_tag(self, prefix: str, number: int) -> str:
         return f"loss_by_time/{prefix}_{number + 1}of{self.time_bins}"
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Adds a batch to the metrics under `prefix` (one of PREFIXES); a sample meets the same noise and time at every validation."""

@@ -108,12 +108,6 @@ class LanguageTask(Task):
         features = self._features(tokens, documents)
         return token_loss(features, self._model().head_weight, self.targets(tokens, documents), z_loss=self.z_loss)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
-
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Adds a batch to the metrics under `prefix` (one of PREFIXES) at every context length; rows of weight 0 count nowhere."""
         row = batch["tokens"].shape[1]
