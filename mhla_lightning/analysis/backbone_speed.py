@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -89,9 +88,14 @@ def make_case(
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast():
+            loss = model(*inputs).float().square().mean()
+        loss.backward()
+
     tokens = torch.Size(tuple(facts.grid)).numel()
-    peak = _peak(model, inputs, autocast, device)
-    return Case(label, tokens, batch * facts.flops(facts.grid), None, lambda: _step(model, inputs, autocast), peak_bytes=peak)
+    return Case(label, tokens, batch * facts.flops(facts.grid), None, step, peak_bytes=peak_bytes(step, device))
 
 
 @torch.no_grad()
@@ -100,16 +104,3 @@ def _wake(model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
-
-
-def _step(model: nn.Module, inputs: tuple[Tensor, ...], autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-    model.zero_grad(set_to_none=True)
-    with autocast():
-        loss = model(*inputs).float().square().mean()
-    loss.backward()
-
-
-def _peak(model: nn.Module, inputs: tuple[Tensor, ...], autocast: Callable[[], AbstractContextManager[Any]], device: torch.device) -> int:
-    """Activations and gradients of a step on a copy: torch's tracker leaves hooks on what it has seen."""
-    copy = deepcopy(model)
-    return peak_bytes(lambda: _step(copy, inputs, autocast), device)

@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,21 +66,12 @@ def make_case(
     operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,), causal=causal).to(device)
     q, k, v = (torch.randn(batch, tokens, heads, dim, device=device, requires_grad=True) for _ in range(3))
     cotangent = torch.randn(batch, tokens, heads, dim, device=device)
-    return Case(
-        name,
-        tokens,
-        batch * operator.flops(tokens, heads, dim, dim),
-        lambda: _forward(operator, q, k, v),
-        lambda: torch.autograd.grad(operator(q, k, v), [q, k, v, *operator.parameters()], cotangent),
-        peak_bytes=_peak(operator, q, k, v, cotangent),
-    )
 
+    def step() -> Any:
+        return torch.autograd.grad(operator(q, k, v), [q, k, v, *operator.parameters()], cotangent)
 
-def _peak(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cotangent: torch.Tensor) -> int:
-    """Of a step on copies: torch's tracker leaves hooks on what it has seen, with which torch.autograd.grad cannot live."""
-    copy = deepcopy(operator)
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    return peak_bytes(lambda: copy(*inputs).backward(cotangent), q.device)
+    flops = batch * operator.flops(tokens, heads, dim, dim)
+    return Case(name, tokens, flops, lambda: _forward(operator, q, k, v), step, peak_bytes=peak_bytes(step, device))
 
 
 @torch.no_grad()
