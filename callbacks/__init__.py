@@ -1,6 +1,6 @@
 """Lightning callbacks of the platform.
 
-A recipe names them under `trainer.callbacks`; the run command adds all but EMA, SampleGrids and SampleLog by itself.
+A recipe names them under `trainer.callbacks`; the run command adds all but EMA, SampleClips, SampleGrids and SampleLog by itself.
 """
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
@@ -9,7 +9,20 @@ from mhla_lightning.callbacks.finite_loss import FiniteLoss
 from mhla_lightning.callbacks.monitor import MixingHeatmaps, Monitor
 from mhla_lightning.callbacks.progress import ProgressFile, StepBar
 from mhla_lightning.callbacks.projection import ProjectMixing
+from mhla_lightning.callbacks.sample_clips import SampleClips
 from mhla_lightning.callbacks.sample_grids import SampleGrids
 from mhla_lightning.callbacks.samples import SampleLog
 
-__all__ = ["EMA", "Checkpoint", "FiniteLoss", "MixingHeatmaps", "Monitor", "ProgressFile", "ProjectMixing", "SampleGrids", "SampleLog", "StepBar"]
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "FiniteLoss",
+    "MixingHeatmaps",
+    "Monitor",
+    "ProgressFile",
+    "ProjectMixing",
+    "SampleClips",
+    "SampleGrids",
+    "SampleLog",
+    "StepBar",
+]

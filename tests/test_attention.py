@@ -224,16 +224,19 @@ def test_one_block_is_linear_attention() -> None:
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("budget", [1, 500, 2**20], ids=["tiny slices", "some slices", "one slice"])
-def test_slices_of_the_fused_path_change_nothing(budget: int, per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"name": "mhla", "block_size": 3, "mix_per_head": per_head}
-    operator = build(entry, (7, 10))
-    q, k, v = inputs(70, batch=5)
+@pytest.mark.parametrize("grid", [(7, 10), (4, 7, 5), (4, 6, 3)], ids=label)
+def test_slices_of_the_fused_path_change_nothing(grid: tuple[int, ...], budget: int, per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"name": "mhla", "block_size": 3 if len(grid) == 2 else (2, 2, 3), "mix_per_head": per_head}
+    operator = build(entry, grid)
+    q, k, v = inputs(math.prod(grid), batch=5)
     monkeypatch.setattr(fused, "SLICE_ELEMENTS", budget)
     out, dense = operator(q, k, v), reference(operator, entry, q, k, v)
     wanted = [q, k, v, *operator.parameters()]
     torch.testing.assert_close(out, dense, rtol=1e-10, atol=1e-11)
     for a, e in zip(torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(dense.sum(), wanted), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(q, k, v), dense, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("pos_conv", POS_CONVS)

@@ -6,6 +6,7 @@ import gc
 import json
 import time
 import weakref
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from mhla_lightning.analysis import timing
-from mhla_lightning.analysis.backbone_speed import blocks_for, make_case
+from mhla_lightning.analysis.backbone_speed import FAMILIES, blocks_for, layout_for, make_case
 from mhla_lightning.analysis.memory import peak_bytes
 from mhla_lightning.analysis.timing import Case, take_turns
+from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.cli.main import main
 
@@ -68,6 +70,75 @@ def test_as_many_blocks_as_the_tokens_pay_for(grid: tuple[int, ...], blocks: int
     assert blocks ** (2 * len(grid)) <= torch.Size(grid).numel()
 
 
+@pytest.mark.parametrize(
+    ("grid", "blocks"), [((21, 30, 50), (3, 5, 10)), ((8, 16, 16), (2, 4, 4)), ((1, 30, 50), (1, 3, 10)), ((1, 1, 1), (1, 1, 1))]
+)
+def test_blocks_of_a_clip_are_near_cubes_that_the_tokens_pay_for(grid: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    """31,500 tokens get the paper's layout."""
+    assert layout_for(grid) == blocks
+
+
+@pytest.mark.parametrize("grid", list(product((1, 2, 5, 9), (3, 15, 16), (5, 13, 26))), ids=str)
+def test_every_layout_fits_and_pays(grid: tuple[int, ...]) -> None:
+    blocks = BlockGrid(grid, layout_for(grid))
+    assert blocks.num_blocks**2 <= blocks.tokens
+    assert blocks.num_blocks >= blocks.tokens**0.5 / 8
+
+
+VIDEO = ["bench", "backbone", "wan_tiny", "--layers", "3", "--video"]
+
+
+def test_clips_are_measured_by_layer_with_a_hybrid(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    assert main([*VIDEO, "4x16x16", "2X8x16", "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    rows = {(row["video"], row["operator"]): row for row in result["rows"]}
+    clips = ("2x8x16", "4x16x16")
+    assert set(rows) == set(product(clips, ("softmax", "linear", "mhla", "hybrid")))
+    for row in rows.values():
+        assert row["clips_per_second"] == pytest.approx(1 / row["step_seconds"])
+        assert (row["forward_seconds_per_layer"], row["step_seconds_per_layer"]) == (row["forward_seconds"] / 3, row["step_seconds"] / 3)
+    hybrid = rows["4x16x16", "hybrid"]
+    assert [entry["name"] for entry in hybrid["attention"]] == ["softmax", "mhla", "mhla"]
+    assert hybrid["attention"][1]["blocks"] == list(layout_for((2, 4, 4)))
+    pairs = ("mhla_over_linear", "softmax_over_mhla", "softmax_over_linear", "softmax_over_hybrid", "hybrid_over_mhla")
+    assert result["summary"].keys() == {f"{pair}_{kind}_{clip}" for pair in pairs for kind in ("forward", "step") for clip in clips}
+
+
+def test_hybrid_flops_lie_between_those_of_its_operators(tmp_path: Path) -> None:
+    target = tmp_path / "bench.json"
+    attention = "[softmax, mhla, [softmax, mhla, mhla], [mhla, softmax, {name: linear, gate: true}]]"
+    assert main([*VIDEO, "4x32x32", "--attention", attention, "--json", str(target)]) == 0
+    flops = {row["operator"]: row["flops_forward"] for row in json.loads(target.read_text())["rows"]}
+    assert 3 * flops["hybrid"] == flops["softmax"] + 2 * flops["mhla"]
+    assert "hybrid mhla, softmax, linear gate=True" in flops
+
+
+def test_the_1_3b_model_is_measured_on_what_its_vae_makes_of_a_clip() -> None:
+    family = FAMILIES["wan_1_3b"]
+    assert [family.options(clip)["input_size"] for clip in family.sizes] == [(8, 32, 32), (8, 64, 64), (21, 60, 100)]
+    assert family.options((1, 480, 800)) == {"input_size": (1, 60, 100)}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_memory_without_data_is_that_with_data(checkpointing: bool) -> None:
+    """A step at 31,500 tokens takes minutes; its memory can be found without one."""
+    options: dict[str, Any] = {"input_size": (4, 32, 32), "depth": 2}
+    case = make_case("mhla", "wan_tiny", {"name": "mhla", "blocks": 2}, options, 1, CPU, checkpointing=checkpointing)
+    assert case.peak_bytes == peak_bytes(case.run_step, CPU)
+
+
+def test_checkpointing_takes_less_memory(tmp_path: Path) -> None:
+    peaks = []
+    for flags in ([], ["--checkpointing"]):
+        target = tmp_path / "bench.json"
+        assert main([*VIDEO, "8x64x64", "--attention", "[linear]", *flags, "--json", str(target)]) == 0
+        result = json.loads(target.read_text())
+        assert result["checkpointing"] == bool(flags)
+        peaks.append(result["rows"][0]["peak_bytes"])
+    assert peaks[1] < 0.7 * peaks[0]
+
+
 def test_a_step_reaches_every_parameter_of_a_branch_that_starts_at_zero() -> None:
     """Timing zeros would time nothing: every weight gets a gradient."""
     case = make_case("mhla", "dit_s8", {"name": "mhla", "blocks": 2}, {"input_size": 32, "depth": 1}, 2, CPU)
@@ -110,6 +181,14 @@ def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.Monke
         (["dit_s2", "--pos-conv", "cpe5"], "unknown pos_conv 'cpe5'"),
         (["dit_s2", "--res", "64", "--blocks", "3"], "blocks=3 does not fit an axis of 4 tokens"),
         (["dit_s2", "--device", "tpu"], "--device tpu"),
+        (["dit_s2", "--video", "4x16x16"], "--video does not go with dit_s2, which takes --res"),
+        (["wan_1_3b", "--res", "256"], "--res does not go with wan_1_3b, which takes --video"),
+        (["wan_1_3b", "--video", "80x480x800"], "4 n + 1 frames, height and width in steps of 16; use 81x480x800"),
+        (["wan_1_3b", "--video", "81x480x808"], "use 81x480x800"),
+        (["wan_1_3b", "--video", "81x480"], "--video 81x480: a clip is FRAMESxHEIGHTxWIDTH in pixels"),
+        (["wan_tiny", "--video", "3x16x16"], "do not fit patches of (2, 4, 4): frames 3; use 2 or 4"),
+        (["wan_tiny", "--attention", "[[]]"], "--attention has an empty list among its entries"),
+        (["wan_tiny", "--attention", "[[softmax, mlha]]"], "did you mean 'mhla'"),
     ],
     ids=str,
 )
@@ -148,3 +227,23 @@ def test_what_was_measured_is_let_go() -> None:
     assert peak_bytes(lambda: model(*inputs).square().mean().backward(), CPU) > 0
     gc.collect()
     assert [ref() for ref in _Watched.alive] == [None, None]
+
+
+def test_bench_attention_on_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "bench.json"
+    arguments = ["bench", "attention", "--grid", "4", "6", "8", "--heads", "2", "--dim", "8", "--turns", "5"]
+    assert main([*arguments, "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    assert [(row["tokens"], row["operator"]) for row in result["rows"]] == [(192, name) for name in ("softmax", "linear", "mhla")]
+    assert {"sdpa_over_mhla_forward", "mhla_over_linear_forward"} <= result["summary"].keys()
+    assert main([*arguments, "--blocks", "2", "3", "4", "--json", str(target)]) == 0
+    blocks = BlockGrid((4, 6, 8), (2, 3, 4))
+    products = 2 * 192 * 8 * 8 + 24**2 * 8 * 8 + 8 * (24**2 + 192)  # S and its readings, the mixture, the normalizer
+    assert (blocks.num_blocks, json.loads(target.read_text())["rows"][2]["flops_forward"]) == (24, 2 * 2 * products)
+    for wrong, words in (
+        (["--causal"], "it does not go with --causal"),
+        (["--slope-to", "512"], "it does not go with --slope-to"),
+        (["--blocks", "3", "3", "4"], "blocks=3 does not fit an axis of 4 tokens"),
+    ):
+        assert main([*arguments, *wrong]) == 2
+        assert words in capsys.readouterr().err

@@ -217,7 +217,7 @@ def test_what_is_not_packed_is_encoded_too(root: Path, tmp_path: Path) -> None:
 def test_two_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     alone, steps = make_latents(root / "packed", tmp_path / "alone", options(root, shards=5)), []
     make_latents(root / "packed", tmp_path / "two", options(root, shards=5, device="cpu,cpu"), on_progress=lambda *step: steps.append(step))
-    assert alone.images == 32
+    assert alone.samples == 32
     assert content(tmp_path / "alone") == content(tmp_path / "two")
     assert {("train", 24, 24), ("val", 8, 8)} <= set(steps)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "two"]
@@ -241,7 +241,7 @@ def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path) -
     notes: list[str] = []
     report = make_latents(tmp_path / "many", tmp_path / "out", options(root, shards=20), on_note=notes.append)
     assert notes == [f"{kept} of 24 shards were finished before and are kept"]
-    assert 0 < report.images < 64
+    assert 0 < report.samples < 64
     assert content(tmp_path / "out") == content(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many", "out"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.index import ShardIndex, read_index, write_index
+from mhla_lightning.data.index import Clip, ShardIndex, read_index, write_index
 from mhla_lightning.data.tools.latents.devices import find_devices
 from mhla_lightning.data.tools.latents.make import LatentOptions, make_latents
 from mhla_lightning.data.tools.pack import pack
@@ -105,7 +105,7 @@ def _of_kind(kind: str) -> Callable[[Path], Path]:
 
 
 def _clips(root: Path) -> Path:
-    write_index(root, ShardIndex("clips", ()))
+    write_index(root, ShardIndex("clips", (), clip=Clip(9, 16, 16, 8.0)))
     return root
 
 

@@ -35,6 +35,7 @@ from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, our_name
 from mhla_lightning.diffusion import Guidance, guided
 from tests.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
+from tests.video_oracles import check_rope_tables, check_video_layer, check_wan
 
 
 @dataclass
@@ -293,6 +294,9 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "dit_diffusion": lambda case: check_ddpm(case.meta, case.arrays),
     "video_flow": lambda case: check_flow(case.meta, case.arrays),
     "video_dpm": lambda case: check_dpm_sampler(case.meta, case.arrays),
+    "video_rope": lambda case: check_rope_tables(case.meta, case.arrays),
+    "video_": lambda case: check_video_layer(case.meta, case.arrays),  # after the kinds above it, which begin alike
+    "wan_full": lambda case: check_wan(case.meta, case.arrays),
     "nlp_ops": check_language_operator,
     "nlp_layer": check_language_layer,
 }

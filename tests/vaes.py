@@ -1,4 +1,4 @@
-"""Small autoencoders of diffusers with random weights, and images for them."""
+"""Small autoencoders of diffusers and text encoders of transformers with random weights, and images and clips for them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+from mhla_lightning.data.index import Clip, ShardIndex
+from mhla_lightning.data.tools.samples import Sample, npy_bytes
+from mhla_lightning.data.tools.writer import write_split
 
 FACTOR, SIZE = 4, 16  # pixels a place of a latent, and a side of the images that are encoded
 
@@ -56,4 +60,54 @@ def save_images(folder: Path, train: int = 12, val: int = 4, size: tuple[int, in
             path = folder / split / "ab"[number % 2] / f"{number:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def save_wan(folder: Path, seed: int = 0, **config: object) -> str:
+    """An AutoencoderKLWan of 4 channels that makes one place of 4 frames and of 4 x 4 pixels, as Wan2.1's does of 4 frames and 8 x 8."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 1.5]}
+        options = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]} | statistics | config
+        model: Any = AutoencoderKLWan(scale_factor_spatial=4, **options)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: object) -> str:
+    """A UMT5EncoderModel of 24 channels and a tokenizer of letters. pipeline: in text_encoder/ and tokenizer/, as diffusers lays them out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers.utils import logging
+
+    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(vocabulary)}
+        model: Any = UMT5EncoderModel(UMT5Config(**(sizes | config)))  # type: ignore[arg-type]
+    model.save_pretrained(folder / "text_encoder" if pipeline else folder)
+    tokenizer.save_pretrained(folder / "tokenizer" if pipeline else folder)
+    return str(folder)
+
+
+def save_clips(
+    folder: Path, clip: Clip, counts: dict[str, int], captions: tuple[str, ...] = ("a red cat", "a dog runs", ""), shard_bytes: int = 0
+) -> Path:
+    """Packed clips of noise that slowly moves, FOLDER/SPLIT; captions in turn. shard_bytes: 0 takes about three clips a shard."""
+    rng = np.random.default_rng(clip.frames * clip.height)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in counts.items():
+        samples = []
+        for number in range(count):
+            still = rng.integers(0, 256, (clip.height, clip.width, 3), dtype=np.uint8)
+            frames = np.stack([np.roll(still, frame, axis=1) for frame in range(clip.frames)])
+            samples.append(Sample(f"c{number}", {"clip.npy": npy_bytes(frames), "txt": captions[number % len(captions)].encode()}))
+        write_split(folder / split, ShardIndex("clips", (), clip=clip), samples, shard_bytes or 3 * clip.frames * clip.height * clip.width * 3)
     return folder

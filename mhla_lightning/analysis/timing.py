@@ -60,10 +60,19 @@ class Case:
 
 
 def make_case(
-    name: str, entry: str | dict[str, Any], tokens: int, *, heads: int, dim: int, batch: int, device: torch.device, causal: bool = False
+    name: str,
+    entry: str | dict[str, Any],
+    tokens: int,
+    *,
+    heads: int,
+    dim: int,
+    batch: int,
+    device: torch.device,
+    causal: bool = False,
+    grid: Sequence[int] | None = None,
 ) -> Case:
-    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on one axis."""
-    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,), causal=causal).to(device)
+    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on `grid`, else on one axis."""
+    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,) if grid is None else grid, causal=causal).to(device)
     q, k, v = (torch.randn(batch, tokens, heads, dim, device=device, requires_grad=True) for _ in range(3))
     cotangent = torch.randn(batch, tokens, heads, dim, device=device)
 

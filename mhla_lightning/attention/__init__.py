@@ -19,7 +19,7 @@ from mhla_lightning.attention.entry import (
     resolve_layer,
     resolve_layers,
 )
-from mhla_lightning.attention.layer import DepthwiseConv, SelfAttention
+from mhla_lightning.attention.layer import DepthwiseConv, SelfAttention, attention_outputs
 from mhla_lightning.attention.linear import Linear
 from mhla_lightning.attention.mhla import (
     MHLA,
@@ -55,6 +55,7 @@ __all__ = [
     "SelfAttention",
     "Softmax",
     "State",
+    "attention_outputs",
     "block_summaries",
     "build_attention",
     "causal_mhla",

@@ -14,6 +14,7 @@ from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT
+from mhla_lightning.backbones.video_dit import VideoDiT
 from mhla_lightning.backbones.vit import VisionTransformer
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -21,10 +22,12 @@ __all__ = [
     "BACKBONES",
     "IMAGE_CLASSIFIERS",
     "IMAGE_DIFFUSION",
+    "VIDEO_DIFFUSION",
     "Backbone",
     "CausalLM",
     "DiT",
     "ModelState",
+    "VideoDiT",
     "VisionTransformer",
     "build_backbone",
     "register_backbone",
@@ -60,9 +63,18 @@ IMAGE_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
     f"dit_{name}{patch}": partial(DiT, patch_size=patch, **size) for name, size in _DIT_SIZES.items() for patch in (2, 4, 8)
 }
 
+_WAN_TINY: dict[str, Any] = {"input_size": (16, 64, 64), "patch_size": (2, 4, 4), "in_channels": 3, "embed_dim": 128, "ffn_dim": 384}
+
+VIDEO_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
+    "wan_1_3b": VideoDiT,
+    "wan_14b": partial(VideoDiT, embed_dim=5120, ffn_dim=13824, depth=40, num_heads=40),
+    "wan_tiny": partial(VideoDiT, **_WAN_TINY, depth=4, num_heads=2, freq_dim=64, text_dim=64, text_length=16, blocks=(2, 4, 4)),
+}
+
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **IMAGE_CLASSIFIERS,
     **IMAGE_DIFFUSION,
+    **VIDEO_DIFFUSION,
     "convnet_tiny": ConvNet,
     "lm_340m": partial(CausalLM, embed_dim=1024, depth=24),
     "lm_tiny": partial(CausalLM, vocab_size=257, context=256, embed_dim=128, depth=4),

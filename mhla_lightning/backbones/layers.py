@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhla_lightning.attention import BlockGrid, DepthwiseConv
+from mhla_lightning.attention.layer import RMSNorm
 from mhla_lightning.errors import UserError
 
 
@@ -105,16 +107,80 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class CrossAttention(nn.Module):
+    """Softmax attention of tokens to a text, q and k normalised over all channels (SPEC 6.2). Parameter names are Wan2.1's.
+
+    Args:
+        dim: channels, a multiple of heads.
+        heads: channel heads.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=1e-6), RMSNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """(batch, tokens, dim), (batch, rows, dim) -> (batch, tokens, dim)"""
+        parts = self.norm_q(self.q(x)), self.norm_k(self.k(text)), self.v(text)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def flops(self, tokens: int, rows: int) -> int:
+        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add."""
+        weight = self.q.weight.numel()
+        return 4 * (tokens + rows) * weight + 4 * tokens * rows * len(self.q.weight)
+
+
+class GridRotation:
+    """Rotary positions on a grid of three axes: neighbouring channels are a pair, some pairs turn with each axis (SPEC 6.3).
+
+    Of c pairs a head, c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width; pair j of the D channels of its axis turns by
+    position / 10000^(2 j / D). Angles, sines and cosines are float64; they are rounded once, to the precision in which x is turned, float32 at
+    least (as diffusers does; turning in float64 moves the result by its last bit and takes seven times as long on a CPU).
+
+    Args:
+        grid: (frames, rows, columns) of tokens.
+        dim: channels of a head, even.
+        device: where the tokens are.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
+        self.turns = {torch.float64: grid_turns(grid, dim, device)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads, dim) in raster order -> same shape and dtype"""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if wide not in self.turns:
+            self.turns[wide] = self.turns[torch.float64].to(torch.complex64)
+        pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turns[wide]).flatten(-2).to(x.dtype)
+
+
+def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """(tokens, 1, dim / 2) complex128 in raster order: what :class:`GridRotation` multiplies with, e^(i angle)."""
+    pairs = dim // 2
+    by_axis = []
+    for axis, (count, own) in enumerate(zip(grid, (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3), strict=True)):
+        frequency = 10000.0 ** (-torch.arange(own, dtype=torch.float64, device=device) / max(own, 1))
+        angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequency
+        shape = [1, 1, 1, own]
+        shape[axis] = count
+        by_axis.append(torch.polar(torch.ones_like(angle), angle).view(shape).expand(*grid, own))
+    return torch.cat(by_axis, dim=-1).reshape(-1, 1, pairs)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x (1 + scale) + shift; x is (batch, tokens, dim), shift and scale (batch, dim)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def time_sinusoid(t: Tensor, channels: int) -> Tensor:
-    """(batch,) -> (batch, channels) float32: [cos | sin] of t / 10000^(j / half), j = 0 ... half - 1."""
+def time_sinusoid(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(batch,) -> (batch, channels) in dtype: [cos | sin] of t / 10000^(j / half), j = 0 ... half - 1."""
     half = channels // 2
-    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angle = t.float()[:, None] * frequency
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angle = t.to(dtype)[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

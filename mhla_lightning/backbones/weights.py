@@ -1,8 +1,9 @@
-"""Tensors of a weight file, ours or someone else's. Nothing is unpickled but tensors and plain values."""
+"""Tensors of a weight file, or of a folder of them, ours or someone else's. Nothing is unpickled but tensors and plain values."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +24,61 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch file by name, without what wrappers put before the names; of a training checkpoint its weights.
 
     Args:
+        path: a file, or a folder with one .safetensors file or with the parts that one *.safetensors.index.json names.
         what: the key or argument that names the file, for the error.
 
     Raises:
-        UserError: a file that is not plain tensors.
+        UserError: a file that is not plain tensors; a folder without weights, with several, or with a part missing.
     """
+    if not path.is_dir():
+        return _read(path, what)
+    state: dict[str, Tensor] = {}
+    for part in weight_files(path, what):
+        for name, value in _read(part, what).items():
+            if name in state:
+                raise UserError(f"{what}: {name} stands in {part} and in another part of {path}")
+            state[name] = value
+    return state
+
+
+def weight_files(folder: Path, what: str) -> list[Path]:
+    """The .safetensors files of a folder that make up one model: a single one, or those that an index names.
+
+    Args:
+        what: the key or argument that names the folder, for the error.
+
+    Raises:
+        UserError: none, several, an index that is none, or a part that is missing or lies elsewhere.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return _indexed(indices[0], what)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if not found and (folder / "transformer").is_dir():  # a diffusers pipeline: the model is one of its parts
+        return weight_files(folder / "transformer", what)
+    names = ", ".join(path.name for path in found[:4]) or "none"
+    raise UserError(f"{what}: {folder} must hold one .safetensors file, or several and their *.safetensors.index.json; it holds {names}")
+
+
+def _indexed(index: Path, what: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{what}: {index} is no index of weights (a JSON file with a weight_map of names to files)") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise UserError(f"{what}: {index} names {name!r}, and {index.parent} holds no such file")
+    return [index.parent / name for name in names]
+
+
+def _read(path: Path, what: str) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load(path)
     except UnpicklingError as error:  # torch's own words are a page of advice
         raise UserError(f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{what}: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{what}: {path} holds no plain tensors (a {type(state).__name__})")
@@ -40,7 +86,15 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
-    return {strip_wrappers(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    for given, value in state.items():
+        name = strip_wrappers(given)
+        if not isinstance(value, Tensor):
+            continue
+        if name in tensors:
+            raise UserError(f"{what}: {path} holds {name} twice; the second is called {given}")
+        tensors[name] = value
+    return tensors
 
 
 def strip_wrappers(name: str) -> str:

@@ -6,39 +6,23 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhla_lightning.backbones import Backbone, build_backbone
+from mhla_lightning.backbones.wan_names import from_wan
+from mhla_lightning.checkpoints.target import Entry, State, Target, Wish
+from mhla_lightning.checkpoints.wan import wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
 
-Entry = str | Mapping[str, Any] | Sequence[Any]
-State = Mapping[str, Tensor]
 Shapes = list[tuple[str, tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """The backbone that the weights are for.
-
-    Attributes:
-        backbone: name in the registry.
-        attention: attention entry.
-        options: the backbone's own options.
-        optional: finds the names that may be new in the target or left over of the file; every other tensor must have its place on both sides.
-    """
-
-    backbone: str
-    attention: Entry
-    options: Mapping[str, Any]
-    optional: re.Pattern[str]
 
 
 @dataclass
@@ -58,16 +42,8 @@ class Imported:
     left: Shapes = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a kind of tensor, layers taken together: state, name, tensors, shape, parameters."""
-        found: dict[tuple[str, str, tuple[int, ...]], int] = {}
-        for state in ("copied", "created", "left"):
-            for name, shape in getattr(self, state):
-                key = (state, re.sub(r"^blocks\.\d+\.", "blocks.*.", name), shape)
-                found[key] = found.get(key, 0) + 1
-        return [
-            {"state": state, "name": name, "tensors": count, "shape": list(shape), "parameters": count * math.prod(shape)}
-            for (state, name, shape), count in found.items()
-        ]
+        """See :func:`table_rows`."""
+        return table_rows({"copied": self.copied, "created": self.created, "left": self.left})
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file: every name, and the rows."""
@@ -75,38 +51,76 @@ class Imported:
         return {"format": FORMAT, **names, "rows": self.rows()}
 
 
-def convert(state: State, target: Target, seed: int = 0) -> Imported:
+def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
+    """One row a kind of tensor, layers taken together: state (the key of `parts`), name, tensors, shape, parameters."""
+    found: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for state, shapes in parts.items():
+        for name, shape in shapes:
+            key = (state, re.sub(r"^blocks\.\d+\.", "blocks.*.", name), shape)
+            found[key] = found.get(key, 0) + 1
+    return [
+        {"state": state, "name": name, "tensors": count, "shape": list(shape), "parameters": count * math.prod(shape)}
+        for (state, name, shape), count in found.items()
+    ]
+
+
+def convert(state: State, target: Target, seed: int = 0, source: str = "the checkpoint") -> Imported:
     """Weights of `target` out of a foreign checkpoint; what that cannot have (mixing, gate, convolutions) keeps its initialisation.
 
     Args:
-        state: the checkpoint's tensors by their own names.
+        state: the checkpoint's tensors, by our names or by names that the backbone knows.
         seed: of that initialisation, so that the same command writes the same file.
+        source: the checkpoint's path, for messages.
 
     Raises:
         UserError: a checkpoint of another size: a tensor of another shape, one that is missing, or one too many.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_backbone(target.backbone, attention=target.attention, **target.options)
-    weights = model.state_dict()
-    found, left = _renamed(state, cast(Backbone, model))
-    for name, value in found.items():
-        if name not in weights:
-            if name.startswith("blocks.") and not target.optional.search(name):
-                raise UserError(f"a checkpoint of another size: {name} {tuple(value.shape)} has no place in {target.backbone}")
-            left.append((name, tuple(value.shape)))
-        elif weights[name].shape != value.shape:
-            needed = tuple(weights[name].shape)
-            raise UserError(f"a checkpoint of another size: {name} is {tuple(value.shape)}, and {target.backbone} needs {needed}")
-    for name, value in weights.items():
-        if name not in found and not target.optional.search(name):
-            raise UserError(f"a checkpoint of another size: it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}")
+    with torch.device("meta"):
+        model = _build(target)
+    own = model.state_dict()
+    try:
+        found, left = _renamed(state, cast(Backbone, model))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    left += _without_place(found, own, target, source)
+    created = [name for name in own if name not in found]
+    weights = _fresh(target, seed, created) if created else {}
+    weights |= {name: value.to(own[name].dtype).contiguous() for name, value in found.items() if name in own}
     return Imported(
-        {name: found[name].to(value.dtype).contiguous() if name in found else value for name, value in weights.items()},
-        copied=_shapes((name, value) for name, value in weights.items() if name in found),
-        created=_shapes((name, value) for name, value in weights.items() if name not in found),
+        {name: weights[name] for name in own},
+        copied=_shapes((name, value) for name, value in own.items() if name in found),
+        created=_shapes((name, own[name]) for name in created),
         left=left,
     )
+
+
+def _build(target: Target) -> nn.Module:
+    return build_backbone(target.backbone, attention=target.attention, **target.options)
+
+
+def _fresh(target: Target, seed: int, names: Iterable[str]) -> dict[str, Tensor]:
+    """The target's own initialisation of these tensors."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = _build(target).state_dict()
+    return {name: weights[name] for name in names}
+
+
+def _without_place(found: State, own: State, target: Target, source: str) -> Shapes:
+    """Tensors of the file that the target has not but may do without. Raises UserError for all others that differ."""
+    wrong, left = f"{source} is a checkpoint of another size: ", []
+    for name, value in found.items():
+        if name not in own:
+            if not target.optional.search(name) and (name.startswith("blocks.") or not target.stray):
+                raise UserError(f"{wrong}{name} {tuple(value.shape)} has no place in {target.backbone}")
+            left.append((name, tuple(value.shape)))
+        elif own[name].shape != value.shape:
+            needed = tuple(own[name].shape)
+            raise UserError(f"{wrong}{name} is {tuple(value.shape)}, and {target.backbone} needs {needed}")
+    for name, value in own.items():
+        if name not in found and not target.optional.search(name):
+            raise UserError(f"{wrong}it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}")
+    return left
 
 
 def _renamed(state: State, model: Backbone) -> tuple[dict[str, Tensor], Shapes]:
@@ -144,19 +158,32 @@ class Family:
     """Checkpoints of one kind.
 
     Attributes:
-        backbone: the one that is meant when none is named.
-        optional: see :class:`Target`.
-        facts: what a checkpoint says of its own attention entry and backbone options.
+        target: the backbone for tensors (by our names where `rename` makes them) and what the command asks for.
+        rename: from the file's names to ours, where that takes the whole file: joined tensors.
     """
 
-    backbone: str
-    optional: re.Pattern[str]
-    facts: Callable[[State], tuple[Entry, dict[str, Any]]]
+    target: Callable[[State, Wish], Target]
+    rename: Callable[[State], dict[str, Tensor]] = dict
 
-    def target(self, state: State, backbone: str | None, attention: Entry | None, options: Mapping[str, Any]) -> Target:
-        """The named backbone, or the family's; as the checkpoint was trained where nothing else is asked for."""
-        own_attention, own_options = self.facts(state)
-        return Target(backbone or self.backbone, own_attention if attention is None else attention, {**own_options, **options}, self.optional)
+    def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, Target]:
+        """Weights of the backbone that is meant, and that backbone. Raises UserError, see :func:`convert`."""
+        try:
+            state = self.rename(state)
+        except UserError as error:
+            raise UserError(f"{wish.source}: {error}") from error
+        target = self.target(state, wish)
+        return convert(state, target, seed, wish.source), target
+
+
+def _dit_target(state: State, wish: Wish) -> Target:
+    """The named backbone, or the public one; as the checkpoint was trained where nothing else is asked for."""
+    attention, options = _dit_facts(state)
+    return Target(
+        wish.backbone or "dit_xl2",
+        attention if wish.attention is None else wish.attention,
+        {**options, **wish.options},
+        re.compile(r"^pos_embed$|\.(attn\.(attention|lepe|gate|norm|q_norm|k_norm|out_norm)|cpe|dw_conv)\."),
+    )
 
 
 def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
@@ -168,10 +195,4 @@ def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
     return {"name": "mhla", "preset": "release", "blocks": math.isqrt(rows)}, options
 
 
-FAMILIES: dict[str, Family] = {
-    "dit": Family(
-        "dit_xl2",
-        re.compile(r"^pos_embed$|\.(attn\.(attention|lepe|gate|norm|q_norm|k_norm|out_norm)|cpe|dw_conv)\."),
-        _dit_facts,
-    ),
-}
+FAMILIES: dict[str, Family] = {"dit": Family(_dit_target), "wan": Family(wan_target, from_wan)}

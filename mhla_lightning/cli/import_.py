@@ -2,11 +2,17 @@
 
 mhla import dit DiT-XL-2-256x256.pt --out dit_xl2.safetensors                      # softmax as trained
 mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla # the paper's fine-tuning start: mixing, gate and conv are new
+mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors                               # a file or a folder; softmax as trained
+mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
+mhla import wan model.safetensors --out wan_mhla.safetensors                        # the MHLA authors': gate, blocks and hybrid pattern are found
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +20,16 @@ from mhla_lightning.cli.bench.report import check_json, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.checkpoints.foreign import Imported, Target
+    from mhla_lightning.checkpoints.foreign import Imported
+    from mhla_lightning.checkpoints.target import Target
 
-_KINDS = {"dit": "facebookresearch's DiT, or the DiT of the MHLA authors"}
-_STATES = {"copied": "copied", "created": "new in ours", "left": "left over"}
+_KINDS = {
+    "dit": "facebookresearch's DiT, or the DiT of the MHLA authors",
+    "wan": "Wan2.1 (its own names or diffusers'), or the Wan of the MHLA authors",
+}
+_DEFAULT = {"dit": "dit_xl2", "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint"}
+_OPTIONS = {"dit": "{input_size: 64}", "wan": "{input_size: [21, 60, 100]}"}
+_STATES = {"copied": "copied", "created": "new", "left": "left over"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in _KINDS.items():
         added = kinds.add_parser(name, help=summary, description=f"Takes a checkpoint of {summary}.", allow_abbrev=False)
         added.add_argument(
-            "path", metavar="PATH", help="torch or .safetensors file: bare weights, or a training checkpoint (its ema, else its model)"
+            "path", metavar="PATH", help="torch or .safetensors file, or a folder of .safetensors: bare weights, or a training checkpoint's"
         )
         added.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
-        added.add_argument("--backbone", help="name in the registry (default: dit_xl2)")
+        added.add_argument("--backbone", help=f"name in the registry (default: {_DEFAULT[name]})")
         added.add_argument("--attention", metavar="YAML", help="attention entry (default: as the checkpoint was trained)")
-        added.add_argument("--backbone-options", metavar="YAML", default="{}", help="such as '{input_size: 64}' (default: %(default)s)")
+        added.add_argument("--backbone-options", metavar="YAML", default="{}", help=f"such as '{_OPTIONS[name]}' (default: %(default)s)")
         added.add_argument("--seed", type=int, default=0, help="of the weights that are new (default: %(default)s)")
         added.add_argument("--json", metavar="FILE", help="write what became of every tensor")
+        if name == "wan":
+            added.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not tell them")
+            added.add_argument("--layout", type=int, nargs=3, metavar=("T", "H", "W"), help="blocks per axis of the MHLA layers (150 blocks: 3 5 10)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,20 +57,33 @@ def run(args: argparse.Namespace) -> int:
     attention = None if args.attention is None else _yaml("--attention", args.attention)
     options = _yaml("--backbone-options", args.backbone_options)
     if not isinstance(options, dict):
-        raise UserError(f"--backbone-options {args.backbone_options}: a mapping is wanted, such as '{{input_size: 64}}'")
+        raise UserError(f"--backbone-options {args.backbone_options}: a mapping is wanted, such as '{_OPTIONS[args.kind]}'")
+    heads, layout = getattr(args, "heads", None), getattr(args, "layout", None)
+    for name, number in (("--heads", heads), *(("--layout", count) for count in layout or ())):
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number}: this is a number of 1 or more")
     _check_files(source, out)
     check_json(args.json)
 
     from mhla_lightning.backbones.weights import read_tensors
-    from mhla_lightning.checkpoints.foreign import FAMILIES, convert, save_weights
+    from mhla_lightning.checkpoints.foreign import FAMILIES, save_weights
+    from mhla_lightning.checkpoints.target import Wish
+    from mhla_lightning.checkpoints.wan import read_config
 
     state = read_tensors(source, "PATH")
-    target = FAMILIES[args.kind].target(state, args.backbone, attention, options)
-    imported = convert(state, target, args.seed)
+    config = read_config(source) if args.kind == "wan" else {}
+    wish = Wish(str(source), args.backbone, attention, options, heads, None if layout is None else tuple(layout), config)
+    imported, target = FAMILIES[args.kind].convert(state, wish, args.seed)
     save_weights(out, imported, target, source.name)
     _show(imported, target, out)
-    write_json(args.json, imported.as_dict())
+    write_json(args.json, {**imported.as_dict(), "model": _model(target, out)})
     return 0
+
+
+def _model(target: Target, out: Path) -> dict[str, Any]:
+    """What a recipe says to train on from the written weights."""
+    options = {"backbone_options": dict(target.options)} if target.options else {}
+    return {"backbone": target.backbone, "attention": target.attention, **options, "init_from": str(out)}
 
 
 def _yaml(argument: str, text: str) -> Any:
@@ -68,28 +96,55 @@ def _yaml(argument: str, text: str) -> Any:
 
 
 def _check_files(source: Path, out: Path) -> None:
-    if not source.is_file():
-        raise UserError(f"PATH {source} is no file")
+    if not (source.is_file() or source.is_dir()):
+        raise UserError(f"PATH {source} is no file and no folder")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: weights are written as .safetensors, so the name ends like that")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+    if out.exists() and source.is_dir() and out.absolute().parent.samefile(source):
+        raise UserError(f"--out {out} is a file of the folder that is read; give another name")
     if out.exists() and out.samefile(source):
         raise UserError(f"--out {out} is the file that is read; give another name")
 
 
-def _show(imported: Imported, target: Target, out: Path) -> None:
-    from rich.console import Console
+def weights_table(title: str, rows: Sequence[Mapping[str, Any]], states: Mapping[str, str]) -> Any:
+    """A rich table of checkpoints.foreign.table_rows, a module's weight and bias together; `states` are the words for their states."""
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"{target.backbone}, attention {target.attention}"))
+    modules: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        modules.setdefault((row["state"], re.sub(r"\.(weight|bias)$", "", row["name"])), []).append(row)
+    table = Table(title=escape(title), box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "name", "tensors", "shape", "parameters"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left")
-    for row in imported.rows():
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(_STATES[row["state"]], escape(row["name"]), str(row["tensors"]), shape, f"{row['parameters']:,}")
+        number, whole = heading in ("tensors", "parameters"), heading not in ("name", "shape")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=whole, overflow="fold")
+    for (state, name), group in modules.items():
+        shape = " ".join(dict.fromkeys("x".join(map(str, row["shape"])) for row in group))
+        counts = [sum(row[key] for row in group) for key in ("tensors", "parameters")]
+        table.add_row(states[state], escape(name), str(counts[0]), shape, f"{counts[1]:,}")
+    return table
+
+
+def _show(imported: Imported, target: Target, out: Path) -> None:
+    import yaml
+    from rich.console import Console
+
     console = Console()
-    console.print(table)
+    console.print(weights_table(f"{target.backbone}, attention {target.attention}", imported.rows(), _STATES))
     counts = f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, {len(imported.left)} left over"
-    console.print(f"{out}: {counts}; start from it with --model.init_from {out}", soft_wrap=True, markup=False, highlight=False)
+    said = yaml.safe_dump(json.loads(json.dumps({"model": {"init_args": _model(target, out)}})), sort_keys=False, default_flow_style=None)
+    for text in (f"{out}: {counts}; start from it with", said.rstrip(), *_mixing_range(imported)):
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _mixing_range(imported: Imported) -> list[str]:
+    """One line about mixing values that were copied: a recipe that clamps them would change those beyond [0, 1] at its first step."""
+    copied = [imported.weights[name] for name, _ in imported.copied if name.endswith(".mixing.weight")]
+    if not copied:
+        return []
+    low, high = min(float(value.min()) for value in copied), max(float(value.max()) for value in copied)
+    beyond = "; training leaves them so only where mix_clamp is null" if low < 0 or high > 1 else ""
+    return [f"mixing values copied as they are: {low:.4g} to {high:.4g}{beyond}"]

@@ -141,18 +141,20 @@ def _argument(values: Mapping[str, Any], name: str) -> Any:
     return arguments.get(name) if isinstance(arguments, Mapping) else None
 
 
+_OF_SOURCE = ("source", "tokenizer", "frames", "size", "rate", "stride")
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare attention name becomes a mapping under a key below it.
 
-    data.source and data.tokenizer say what the recipe's own data.path is made of: with another data.path, or with data.mix, they are left out.
+    data.source and its arguments say what the recipe's own data.path is made of: with another data.path, or with data.mix, they are left out.
 
     Raises:
         UserError: a key below something that is no mapping.
     """
     result = deepcopy(dict(values))
     if _argument(result, "source") is not None and {"data.path", "data.mix"} & overrides.keys() and "data.source" not in overrides:
-        made = {"data.source": None, "data.tokenizer": None} if _argument(result, "tokenizer") is not None else {"data.source": None}
-        overrides = {**made, **overrides}
+        overrides = {**{f"data.{name}": None for name in _OF_SOURCE if _argument(result, name) is not None}, **overrides}
     for key, value in overrides.items():
         here: Any = result
         *parents, last = key.split(".")

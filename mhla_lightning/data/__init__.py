@@ -6,15 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
-__all__ = ["Augmentation", "ImageDataModule", "LatentDataModule", "TokenDataModule"]
+__all__ = ["Augmentation", "ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"]
 
 _WHERE = {
     "Augmentation": "mhla_lightning.data.transforms",
+    "ClipDataModule": "mhla_lightning.data.modules.clips",
     "ImageDataModule": "mhla_lightning.data.modules.images",
     "LatentDataModule": "mhla_lightning.data.modules.latents",
     "TokenDataModule": "mhla_lightning.data.modules.tokens",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -85,6 +86,21 @@ def eval_ranges(samples: int, batch_size: int, rank: int, world_size: int, worke
     mine = range(worker, eval_batches_per_rank(samples, batch_size, world_size), workers)
     starts = (min((step * world_size + rank) * batch_size, samples) for step in mine)
     return [(start, min(start + batch_size, samples)) for start in starts]
+
+
+def grouped_eval_ranges(
+    groups: Sequence[int], batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
+) -> list[tuple[int, int, int]]:
+    """Like eval_ranges, of groups of so many samples that follow one another: (group, start, stop), and no batch holds samples of two groups.
+
+    All ranks are in the same group at the same time, so that their batches have one shape; that of padding too.
+    """
+    ranges: list[tuple[int, int, int]] = []
+    first = 0
+    for group, samples in enumerate(groups):
+        ranges += [(group, first + start, first + stop) for start, stop in eval_ranges(samples, batch_size, rank, world_size)]
+        first += samples
+    return ranges[worker::workers]
 
 
 def _divisors(number: int) -> list[int]:

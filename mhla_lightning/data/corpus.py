@@ -93,19 +93,22 @@ class TrainCorpus(Corpus):
         sources: their weights and policies.
         seed: of the order.
         lanes, window: see Order.
+        group: see Mixture.
 
     Raises:
         UserError: weights that no mixture can keep.
     """
 
-    def __init__(self, splits: Sequence[Split], sources: Sequence[Source], seed: int, lanes: int = LANES, window: int = WINDOW) -> None:
+    def __init__(
+        self, splits: Sequence[Split], sources: Sequence[Source], seed: int, lanes: int = LANES, window: int = WINDOW, group: int = 1
+    ) -> None:
         super().__init__(splits)
         self.sources = tuple(sources)
         names: list[int | str] = [seed] if len(splits) == 1 else [f"{seed}/{number}" for number in range(len(splits))]
         orders = [Order([e.samples for e in s.index.shards], name, lanes, window) for s, name in zip(splits, names, strict=True)]
         try:
             self.mixture = Mixture(
-                [Ingredient(order, s.weight, s.replacement, s.when_exhausted) for order, s in zip(orders, sources, strict=True)], seed
+                [Ingredient(order, s.weight, s.replacement, s.when_exhausted) for order, s in zip(orders, sources, strict=True)], seed, group
             )
         except ValueError as error:
             raise UserError(f"data.mix: {error}") from error

@@ -14,12 +14,13 @@ import numpy as np
 
 from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.stores import Store, open_store
-from mhla_lightning.errors import DataError
+from mhla_lightning.errors import DataError, UserError
 
 FORMAT = 1
 KINDS = ("images", "tokens", "latents", "video_latents", "clips")
 SPLITS = ("train", "val", "test")
 INDEX_NAME = "index.json"
+EMPTY_TEXT = "empty_text.npy"  # beside the splits of latents with captions: features of the empty text
 MAX_INDEX_BYTES = 2**28
 MAX_LENGTH = 2**28  # tokens of a row, which is read in one piece
 MAX_SHARD_BYTES = 2**53  # larger integers are not exact in every reader of JSON
@@ -71,10 +72,60 @@ class VAE:
 
 
 @dataclass(frozen=True)
+class TextEncoding:
+    """What makes features of text (data/text_encoders.py).
+
+    name: words:N, a folder or a name on the Hugging Face hub. tokens: the most rows that a text may have. channels: of a row. sha256: of weights and
+    vocabulary; None is unknown, and in a recipe not compared. empty: sha256 of the features of the empty text, which lie beside the splits.
+    """
+
+    name: str
+    tokens: int
+    channels: int
+    sha256: str | None = None
+    empty: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for sizes below 1."""
+        for name in ("tokens", "channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"text_encoder.{name} is {getattr(self, name)}; it must be at least 1")
+
+    def fits(self, found: TextEncoding) -> bool:
+        """Whether features of `found` are what this, of a recipe, asks for: of the same sha256 or, where one is unknown, name."""
+        same = self.sha256 == found.sha256 if self.sha256 and found.sha256 else self.name == found.name
+        return same and self.channels == found.channels and self.tokens >= found.tokens
+
+    def __str__(self) -> str:
+        """In one line."""
+        return f"{self.name} ({self.tokens} tokens of {self.channels} channels{f', sha256 {self.sha256[:12]}' if self.sha256 else ''})"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The size of video clips: frames, height and width in pixels, and rate in frames a second, the same for all clips of a split."""
+
+    frames: int
+    height: int
+    width: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no clip can be."""
+        if min(self.frames, self.height, self.width) < 1 or not 0 < self.rate < 1e6:
+            raise ValueError(f"clips of {self}")
+
+    def __str__(self) -> str:
+        """In one line."""
+        return f"{self.frames} frames of {self.height}x{self.width} at {self.rate:g} a second"
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """All shards of one split, in order. A sample's global index is its shard's first index plus its position in the shard.
 
     classes: names by label. tokenizer, length: of tokens, its name and the tokens of a row. vae: of latents, what made them.
+    clip: of clips, their size, and of video latents, that of the clips they were made of. text: of latents, what made the features of their captions.
     """
 
     kind: str
@@ -83,6 +134,8 @@ class ShardIndex:
     tokenizer: str | None = None
     vae: VAE | None = None
     length: int | None = None
+    clip: Clip | None = None
+    text: TextEncoding | None = None
 
     @property
     def samples(self) -> int:
@@ -113,6 +166,8 @@ def write_index(split_dir: str | Path, index: ShardIndex) -> None:
     """Write `index` as split_dir/index.json."""
     content = {"format": FORMAT, "kind": index.kind, "samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
     content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae and _vae_content(index.vae), "length": index.length}
+    content |= {"clip": asdict(index.clip)} if index.clip is not None else {}
+    content |= {"text": {key: value for key, value in asdict(index.text).items() if value is not None}} if index.text is not None else {}
     content |= {"hash": index.hash}
     Path(split_dir, INDEX_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -191,7 +246,8 @@ def _build(path: str, content: dict[str, Any]) -> ShardIndex:
         _typed(content, "length", int)
         if not 0 <= (content.get("length") or 0) <= MAX_LENGTH:
             raise ValueError(f"rows of {content['length']} tokens")
-        return ShardIndex(content["kind"], shards, classes, content["tokenizer"], _vae(content), content.get("length"))
+        clip, text = _clip(content), _text(content)
+        return ShardIndex(content["kind"], shards, classes, content["tokenizer"], _vae(content), content.get("length"), clip=clip, text=text)
     except KeyError as error:
         raise DataError(f"{path} lacks the key {error}") from error
     except (TypeError, ValueError, OverflowError) as error:
@@ -225,6 +281,30 @@ def _vae(content: dict[str, Any]) -> VAE | None:
         raise ValueError(f"statistics of {len(mean)} and {len(std)} channels for latents {shape}")
     said = {key: found.get(key) for key in ("model", "sha256", "moments", "flipped")}
     return VAE(str(found["name"]), float(found["scale"]), float(found["shift"]), shape, **said, mean=mean, std=std)
+
+
+def _clip(content: dict[str, Any]) -> Clip | None:
+    found = content.get("clip")
+    if found is None and content["kind"] == "clips":
+        raise ValueError("clips without a clip: frames, height, width and rate")
+    if found is None:
+        return None
+    for key in ("frames", "height", "width"):
+        if type(found[key]) is not int:
+            raise TypeError(f"{key} is a {type(found[key]).__name__}")
+    return Clip(found["frames"], found["height"], found["width"], float(found["rate"]))
+
+
+def _text(content: dict[str, Any]) -> TextEncoding | None:
+    _typed(content, "text", dict)
+    found = content.get("text")
+    if found is None:
+        return None
+    for key, wanted in (("tokens", int), ("channels", int), ("sha256", str), ("empty", str)):
+        _typed(found, key, wanted)
+    if min(found["tokens"], found["channels"]) < 1:
+        raise ValueError(f"texts of {found['tokens']} tokens of {found['channels']} channels")
+    return TextEncoding(str(found["name"]), found["tokens"], found["channels"], found.get("sha256"), found.get("empty"))
 
 
 def _vae_content(vae: VAE) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source, its weight's share, in a permuted
 order. A source that may run out (`drop`, `stop`) ends with a shorter block in the same proportions; the weights of those left are then scaled up.
+
+With groups (whole batches of one source: clips of one size, or of images), all of this holds of groups instead of samples.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ class Located(NamedTuple):
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Blocks that are composed alike.
+    """Blocks that are composed alike, counted in groups.
 
-    first: the position at which they begin. counts: samples of every source in a block. drawn: samples of every source before. blocks: how many.
+    first: the group at which they begin. counts: groups of every source in a block. drawn: groups of every source before. blocks: how many.
     """
 
     first: int
@@ -75,21 +77,26 @@ class Mixture:
     Args:
         ingredients: the sources; their global indices follow one another in this order.
         seed: of the order inside the blocks.
+        group: positions [n * group, (n + 1) * group) are all of one source. What a source that may run out has beyond whole groups is left out.
 
     Attributes:
         length: positions until a source that is to `stop` has run out, or all have; inf when that never happens.
 
     Raises:
-        ValueError: no source, or a weight that is not positive or too small to be drawn once in 1,000 samples.
+        ValueError: no source, a weight that is not positive or too small to be drawn once in 1,000 samples, or a source that may run out and has
+            less than a group.
     """
 
-    def __init__(self, ingredients: Sequence[Ingredient], seed: int | str = 0) -> None:
-        self.ingredients, self.seed = tuple(ingredients), seed
+    def __init__(self, ingredients: Sequence[Ingredient], seed: int | str = 0, group: int = 1) -> None:
+        self.ingredients, self.seed, self.group = tuple(ingredients), seed, group
         if not ingredients or min(item.weight for item in ingredients) <= 0:
             raise ValueError("a mixture needs sources with weights above 0")
+        short = next((item for item in ingredients if item.supply < group), None)
+        if short is not None:
+            raise ValueError(f"a source that is to {short.when_exhausted} has {short.order.samples} samples, less than a batch of {group}")
         self.samples = sum(item.order.samples for item in ingredients)
         self._stretches = self._plan()
-        self.length = self._stretches[-1].end
+        self.length = self._stretches[-1].end * group
         self._pattern: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def locate(self, positions: np.ndarray) -> Located:
@@ -99,15 +106,17 @@ class Mixture:
             for position in (positions.min(), positions.max()):
                 self._block_of(int(position))  # refuses one outside
             return Located(np.zeros_like(positions), *self._locate_in(0, positions))
+        groups, within = np.divmod(positions, self.group)
         sources, drawn = np.empty_like(positions), np.empty_like(positions)
         left = np.ones(len(positions), dtype=bool)
         while left.any():  # once for every block that a batch touches
             stretch, block, start = self._block_of(int(positions[left][0]))
-            here = (positions >= start) & (positions < start + stretch.size)
+            here = (groups >= start) & (groups < start + stretch.size)
             pattern, ranks = self._pattern_of(stretch, start)
-            sources[here] = pattern[positions[here] - start]
-            drawn[here] = (stretch.drawn + block * stretch.counts)[sources[here]] + ranks[positions[here] - start]
+            sources[here] = pattern[groups[here] - start]
+            drawn[here] = (stretch.drawn + block * stretch.counts)[sources[here]] + ranks[groups[here] - start]
             left &= ~here
+        drawn = drawn * self.group + within
         epochs, indices = np.empty_like(positions), np.empty_like(positions)
         for number in np.unique(sources):
             here = sources == number
@@ -120,18 +129,23 @@ class Mixture:
             return [0] * len(self.ingredients)
         stretch, block, start = self._block_of(positions - 1)
         pattern, _ = self._pattern_of(stretch, start)
-        return (stretch.drawn + block * stretch.counts + np.bincount(pattern[: positions - start], minlength=len(self.ingredients))).tolist()
+        groups, begun = divmod(positions, self.group)
+        counts = (stretch.drawn + block * stretch.counts + np.bincount(pattern[: groups - start], minlength=len(self.ingredients))) * self.group
+        if begun:
+            counts[pattern[groups - start]] += begun
+        return counts.tolist()
 
     def _block_of(self, position: int) -> tuple[_Stretch, int, int]:
-        """The stretch and the number there of the block that a position lies in, and the block's first position."""
+        """The stretch and the number there of the block that a position lies in, and the block's first group."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} lies outside a mixture of {self.length} samples")
-        stretch = next(stretch for stretch in self._stretches if position < stretch.end)
-        block = (position - stretch.first) // stretch.size
+        group = position // self.group
+        stretch = next(stretch for stretch in self._stretches if group < stretch.end)
+        block = (group - stretch.first) // stretch.size
         return stretch, block, stretch.first + block * stretch.size
 
     def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every position in the block that begins at `start`: its source, and how many of that source stand before it in the block."""
+        """Of every group in the block that begins at `start`: its source, and how many of that source stand before it in the block."""
         if self._pattern[0] != start:
             sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[permutation(stretch.size, self.seed, "mixture", start)]
             ranks = np.empty_like(sources)
@@ -149,7 +163,7 @@ class Mixture:
 
     def _plan(self) -> list[_Stretch]:
         weights = np.array([item.weight for item in self.ingredients], dtype=np.float64)
-        supply = np.array([item.supply for item in self.ingredients], dtype=np.float64)
+        supply = np.floor(np.array([item.supply for item in self.ingredients], dtype=np.float64) / self.group)
         drawn, first, plan = np.zeros(len(weights), dtype=np.int64), 0, []
         while True:
             counts = _shares(np.where(drawn < supply, weights, 0.0))

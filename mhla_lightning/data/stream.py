@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mhla_lightning.data.batching import Part, eval_ranges
+from mhla_lightning.data.batching import Part, eval_batches_per_rank, grouped_eval_ranges
 from mhla_lightning.data.corpus import Corpus, Place, TrainCorpus
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.members import RawSample
@@ -64,12 +64,15 @@ class TrainStream(IterableDataset[Batch]):
 
     A sample that cannot be decoded is counted, and its slot takes the next sample of the sequence that can: so batches stay full, and the same for
     every number of ranks and workers. Raises DataError for shards that cannot be read and for too many such samples.
+
+    kind: of all samples. kinds: one for every source instead, where every batch is of one source (Mixture.group) and shapes may differ.
     """
 
     corpus: TrainCorpus
     kind: Kind
     part: Part
     max_skipped_share: float = 0.01
+    kinds: Sequence[Kind] = ()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches for the worker that asks."""
@@ -84,8 +87,9 @@ class TrainStream(IterableDataset[Batch]):
 
     def _batch(self, positions: np.ndarray, meter: SkipMeter) -> Batch:
         places = self.corpus.locate(positions)
-        samples = self.corpus.read(self.kind, [place.index for place in places])
-        together = self.kind.train_batch(samples, [place.epoch for place in places])
+        kind = self._kind(places[0])
+        samples = self.corpus.read(kind, [place.index for place in places])
+        together = kind.train_batch(samples, [place.epoch for place in places])
         if together is None:
             return collate(self._rows(positions, places, samples, meter), meter.take())
         meter.read += len(samples)
@@ -100,17 +104,22 @@ class TrainStream(IterableDataset[Batch]):
                 meter.good()
             except BadSample as reason:
                 meter.bad(sample, reason)
-                rows.append(self._substitute(position, meter))
+                rows.append(self._substitute(position, place.source, meter))
         return rows
 
     def _row(self, place: Place, sample: RawSample) -> Row:
-        return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, self.kind.train(sample, place.epoch))
+        return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, self._kind(place).train(sample, place.epoch))
 
-    def _substitute(self, position: int, meter: SkipMeter) -> Row:
+    def _kind(self, place: Place) -> Kind:
+        return self.kinds[place.source] if self.kinds else self.kind
+
+    def _substitute(self, position: int, source: int, meter: SkipMeter) -> Row:
         after = range(position + 1, int(min(position + 1 + JUDGED_AFTER, self.corpus.mixture.length)))
         before = range(position - 1, max(-1, position - 1 - JUDGED_AFTER), -1)  # for the last sample of a mixture that ends
         for place in self.corpus.locate(np.array([*after, *before], dtype=np.int64)):
-            (sample,) = self.corpus.read(self.kind, [place.index])
+            if self.kinds and place.source != source:  # of another shape
+                continue
+            (sample,) = self.corpus.read(self._kind(place), [place.index])
             try:
                 return self._row(place, sample)
             except BadSample:  # counted when its own turn comes
@@ -125,6 +134,8 @@ class EvalStream(IterableDataset[Batch]):
 
     A slot without a sample, or with one that cannot be decoded, is padding: weight 0, index -1, and the kind's padding. Raises DataError like
     TrainStream.
+
+    kind: of all samples. kinds: one for every split instead; no batch then holds samples of two splits.
     """
 
     corpus: Corpus
@@ -133,30 +144,41 @@ class EvalStream(IterableDataset[Batch]):
     rank: int = 0
     world_size: int = 1
     max_skipped_share: float = 0.01
+    kinds: Sequence[Kind] = ()
+
+    @property
+    def batches(self) -> int:
+        """Batches that every rank yields in one pass."""
+        return sum(eval_batches_per_rank(samples, self.batch_size, self.world_size) for samples in self._groups())
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches for the worker that asks."""
         meter = SkipMeter(self.max_skipped_share)
-        ranges = eval_ranges(self.corpus.samples, self.batch_size, self.rank, self.world_size, *_this_worker())
-        for number, (start, stop) in enumerate(ranges, start=1):
-            rows = [self._row(sample, meter) for sample in self.corpus.read(self.kind, range(start, stop))]
-            rows += [self._padding()] * (self.batch_size - len(rows))
+        ranges = grouped_eval_ranges(self._groups(), self.batch_size, self.rank, self.world_size, *_this_worker())
+        for number, (group, start, stop) in enumerate(ranges, start=1):
+            kind = self.kinds[group] if self.kinds else self.kind
+            rows = [self._row(kind, sample, meter) for sample in self.corpus.read(kind, range(start, stop))]
+            rows += [self._padding(kind)] * (self.batch_size - len(rows))
             if number == len(ranges):  # before the last batch: nobody asks a sized loader for more
                 meter.judge()
             yield collate(rows, meter.take())
 
-    def _row(self, sample: RawSample, meter: SkipMeter) -> Row:
+    def _groups(self) -> list[int]:
+        """Samples that may stand in one batch."""
+        return [split.samples for split in self.corpus.splits] if self.kinds else [self.corpus.samples]
+
+    def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> Row:
         index = sample["__index__"]
         try:
-            row = Row(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, self.kind.evaluate(sample))
+            row = Row(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample))
         except BadSample as reason:
             meter.bad(sample, reason)
-            return self._padding()
+            return self._padding(kind)
         meter.good()
         return row
 
-    def _padding(self) -> Row:
-        return Row("", -1, 0, 0, 0.0, self.kind.padding())
+    def _padding(self, kind: Kind) -> Row:
+        return Row("", -1, 0, 0, 0.0, kind.padding())
 
 
 def _this_worker() -> tuple[int, int]:

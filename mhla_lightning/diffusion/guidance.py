@@ -44,30 +44,30 @@ class Guidance:
             raise UserError(f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 (noise), the smaller first")
 
 
-def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, null_label: int, guidance: Guidance) -> Denoiser:
-    """The denoiser of these labels (B,): one forward of 2B samples a step, or of B where nothing is guided.
+def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], condition: Tensor, null: int | Tensor, guidance: Guidance) -> Denoiser:
+    """The denoiser under these conditions, labels (B,) or text features (B, L, D): one forward of 2B samples a step, or of B where nothing is guided.
 
     Channels beyond the sample's (a learned variance) are the conditional prediction's, untouched.
 
     Args:
-        model: (x, model time, labels) -> prediction.
-        null_label: the label of no class.
+        model: (x, model time, condition) -> prediction.
+        null: what no condition is, of one sample.
 
     Raises:
         UserError: guidance.channels exceeds the sample's channels (at the first call).
     """
-    nulls, everywhere = torch.full_like(labels, null_label), tuple(guidance.interval) == (0, 1)
+    nulls, everywhere = torch.as_tensor(null).to(condition).expand_as(condition), tuple(guidance.interval) == (0, 1)
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
         channels = x.shape[1] if guidance.channels is None else guidance.channels
         if channels > x.shape[1]:
             raise UserError(f"the guidance channels are {channels} and a sample has {x.shape[1]}")
         if guidance.scale == 1:
-            return model(x, time, labels)
+            return model(x, time, condition)
         inside = None if everywhere else _inside(time, guidance.interval)
         if inside is not None and not inside.any():
-            return model(x, time, labels)
-        both = model(torch.cat([x, x]), torch.cat([time, time]), torch.cat([labels, nulls]))
+            return model(x, time, condition)
+        both = model(torch.cat([x, x]), torch.cat([time, time]), torch.cat([condition, nulls]))
         conditional, unconditional = both.chunk(2)
         c, u = conditional[:, :channels], unconditional[:, :channels]
         further = u + guidance.scale * (c - u)

@@ -8,15 +8,15 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.latents import LatentDataModule
-from mhla_lightning.diffusion import Guidance, check_sampler, guided, sample
+from mhla_lightning.diffusion import Guidance, check_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.rebuilding import rebuild
+from mhla_lightning.generation.drawing import Key, draw_samples
+from mhla_lightning.generation.parts import batches
+from mhla_lightning.generation.rebuilding import load_backbone, rebuild
 from mhla_lightning.generation.weights import FoundRun, find_weights
-from mhla_lightning.keyed import generator
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
 
@@ -75,10 +75,7 @@ def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask
     Raises:
         UserError: weights of another model.
     """
-    found.task.configure_model()
-    assert found.task.backbone is not None
-    found.weights.load(found.task.backbone)
-    return found.task.to(device).eval().requires_grad_(False)
+    return load_backbone(found.task, found.weights, device)
 
 
 def sample_images(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], drawing: Drawing, batch_size: int = 64) -> np.ndarray:
@@ -99,11 +96,6 @@ def sample_images(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[in
     return np.concatenate([draw_batch(found, task, labels, images, drawing) for images in batches(len(labels), batch_size)])
 
 
-def batches(count: int, size: int) -> list[range]:
-    """Numbers of the images of every batch."""
-    return [range(first, min(count, first + size)) for first in range(0, count, size)]
-
-
 def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> None:
     """Raises UserError for what cannot be drawn."""
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
@@ -117,15 +109,8 @@ def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> N
             raise UserError(f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}")
 
 
-@torch.no_grad()
 def draw_batch(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], images: range, drawing: Drawing) -> np.ndarray:
     """uint8 (len(images), H, W, 3): the images of these numbers. task: loaded. labels: of all images."""
-
-    def normal(*key: int | str) -> Tensor:
-        rows = [generator(drawing.seed, "sample", image, *key).standard_normal(task.sample_shape, np.float32) for image in images]
-        return torch.from_numpy(np.stack(rows)).to(task.device)
-
-    wanted = torch.tensor([labels[image] for image in images], device=task.device)
-    denoise = guided(task, wanted, task.null_label, drawing.guidance)
-    drawn = sample(denoise, task.process, sampler=drawing.sampler, steps=drawing.steps, noise=normal(), step_noise=lambda step: normal("step", step))
-    return found.data.to_images(drawn).cpu().numpy()
+    wanted = torch.tensor([labels[image] for image in images])
+    keys: list[Key] = [(drawing.seed, "sample", image) for image in images]
+    return found.data.to_images(draw_samples(task, wanted, task.null_label, task.sample_shape, keys, drawing)).cpu().numpy()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.errors import UserError
+from mhla_lightning.generation.weights import Weights
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
+Built = TypeVar("Built", bound=Task)
 _OURS = "mhla_lightning."  # a run folder may come from a stranger, and a class path is code
 
 
@@ -35,9 +39,34 @@ def rebuild(
     """
     values = read_yaml(folder.recipe)
     model, data = values["model"], data or values["data"]
-    module, _, name = str(model["class_path"]).rpartition(".")
-    task = getattr(importlib.import_module(module), name, None) if module.startswith(_OURS) else None
-    if not (isinstance(task, type) and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
-        raise UserError(f"run {folder.run_id} trains {name}; {needed} ({kind.__name__})")
-    arguments = change({**model["init_args"], "init_from": None})  # the run's own weights follow, and what it started from may be gone
+    task = _class(str(model["class_path"]))
+    if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
+        raise UserError(f"run {folder.run_id} trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})")
+    gone = {key: None for key in ("init_from", "distill") if key in model["init_args"]}  # the run's own weights follow; these may not be there now
+    arguments = change({**model["init_args"], **gone})
     return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
+
+
+def trains(folder: RunFolder, kind: type[Task]) -> bool:
+    """Whether a run's task is of this kind."""
+    task = _class(str(read_yaml(folder.recipe)["model"]["class_path"]))
+    return task is not None and issubclass(task, kind)
+
+
+def _class(path: str) -> type | None:
+    """A class of ours; None for any other path."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None) if module.startswith(_OURS) else None
+    return found if isinstance(found, type) else None
+
+
+def load_backbone(task: Built, weights: Weights, device: torch.device | str) -> Built:
+    """The task with its weights, in eval mode, on `device`.
+
+    Raises:
+        UserError: weights of another model.
+    """
+    task.configure_model()
+    assert task.backbone is not None
+    weights.load(task.backbone)
+    return task.to(device).eval().requires_grad_(False)

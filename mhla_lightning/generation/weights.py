@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, step_folder
+from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
 
 _AVERAGE, _RAW = "ema/weights.safetensors", "trainer.ckpt"
 
@@ -74,6 +75,12 @@ class FoundRun:
     def averaged(self) -> bool:
         """Whether the weights are the average."""
         return self.weights.averaged
+
+    def identity(self) -> dict[str, Any]:
+        """Tells these weights from all others, without reading them."""
+        facts = self.weights.path.stat()
+        file = f"{facts.st_size}-{facts.st_mtime_ns}"
+        return {"format": FORMAT, "run": self.run.run_id, "checkpoint": self.checkpoint.name, "averaged": self.averaged, "file": file}
 
 
 def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:

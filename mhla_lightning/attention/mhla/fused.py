@@ -50,7 +50,44 @@ def fused_mhla(
     Returns:
         (batch, tokens, heads, dim_v) in v's dtype.
     """
-    return _FusedMHLA.apply(q, k, v, mixing, grid, offset, normalize, eps, dtype)
+    if torch.is_grad_enabled():
+        return _FusedMHLA.apply(q, k, v, mixing, grid, offset, normalize, eps, dtype)
+    return _by_heads(q, k, v, mixing, grid, offset, normalize, eps, dtype)
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, grid: BlockGrid, offset: float, normalize: bool, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory."""
+    work, out = _Workspace(offset, dtype, q.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    heads, summaries = q.shape[2], len(q) * grid.num_blocks * q.shape[-1] * v.shape[-1]
+    step = max(1, 2 * SLICE_ELEMENTS // summaries) if q.device.type == "cpu" else heads
+    m = None if mixing is None else mixing.to(dtype)
+    for first in range(0, heads, step):
+        part = slice(first, min(heads, first + step))
+        own = m if m is None or m.dim() == 2 else m[part]
+        _forward(q[:, :, part], k[:, :, part], v[:, :, part], own, grid, out[:, :, part], work, normalize, eps)
+    return out
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fills out; returns S, z and their mixtures, all in the workspace's memory."""
+    summary, z = work.summaries(grid, q, v.shape[-1])
+    for part in _slices(q, grid):
+        kf = work.features("k", k, part, keys=True)
+        torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
+        if normalize:
+            torch.sum(kf, -2, out=part.of(z))
+    mixed, z_mixed = _mix(m, summary, work), _mix(m, z) if normalize else z
+    for part in _slices(q, grid):
+        qf = work.features("q", q, part)
+        o = work.bmm("o", qf, part.of(mixed))
+        if normalize:
+            o.div_(_normalizer(qf, part.of(z_mixed), eps))
+        part.store(out, o)
+    return summary, z, mixed, z_mixed
 
 
 class _FusedMHLA(torch.autograd.Function):
@@ -68,21 +105,9 @@ class _FusedMHLA(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         work = _Workspace(offset, dtype, q.device)
-        summary, z = work.summaries(grid, q, v.shape[-1])
-        for part in _slices(q, grid):
-            kf = work.features("k", k, part, keys=True)
-            torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
-            if normalize:
-                torch.sum(kf, -2, out=part.of(z))
         m = None if mixing is None else mixing.to(dtype)
-        mixed, z_mixed = _mix(m, summary), _mix(m, z) if normalize else z
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        for part in _slices(q, grid):
-            qf = work.features("q", q, part)
-            o = work.bmm("o", qf, part.of(mixed))
-            if normalize:
-                o.div_(_normalizer(qf, part.of(z_mixed), eps))
-            part.store(out, o)
+        summary, z, mixed, z_mixed = _forward(q, k, v, m, grid, out, work, normalize, eps)
         ctx.save_for_backward(q, k, v, m, out, summary, z, mixed, z_mixed)
         ctx.settings = (grid, offset, normalize, eps, dtype)
         ctx.mixing_dtype = None if mixing is None else mixing.dtype
@@ -132,49 +157,82 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some samples and some rows of blocks (along the first grid axis), all heads."""
+    """Some samples and some rows of blocks, along the first grid axis or, of one of those, along the second; all heads.
+
+    Attributes:
+        tokens: the part of every axis of `whole`.
+        whole, grid: tokens per axis of everything, and the blocks of this slice.
+    """
 
     samples: slice
-    tokens: slice
+    tokens: tuple[slice, ...]
     blocks: slice
+    whole: tuple[int, ...]
     grid: BlockGrid
 
     def of(self, x: Tensor) -> Tensor:
         """This slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view, to read or to write."""
         return x[self.samples, self.blocks].flatten(0, 2)
 
+    def region(self, x: Tensor) -> Tensor:
+        """This slice of (batch, tokens, heads, dim) as (samples, tokens of every axis..., heads, dim): a view."""
+        return x.unflatten(1, self.whole)[(self.samples, *self.tokens)]
+
     def arrange(self, x: Tensor) -> Tensor:
         """This slice of (batch, tokens, heads, dim) as (samples, counts..., heads, sizes..., dim): a view when all blocks are full."""
         axes = len(self.grid.grid)
         counts = [1 + 2 * axis for axis in range(axes)]
         order = [0, *counts, 1 + 2 * axes, *(d + 1 for d in counts), 2 + 2 * axes]
-        return self.grid.split(x[self.samples, self.tokens], 1).permute(order)
+        region = self.region(x)
+        if self.grid.even:
+            pairs = [size for pair in zip(self.grid.blocks, self.grid.block_size, strict=True) for size in pair]
+            return region.reshape(len(region), *pairs, *region.shape[-2:]).permute(order)
+        return self.grid.split(region.flatten(1, axes), 1).permute(order)
 
     def store(self, x: Tensor, values: Tensor) -> None:
         """(samples x blocks x heads, tokens_per_block, dim) -> this slice of (batch, tokens, heads, dim)."""
-        destination = x[self.samples, self.tokens]
-        samples, _, heads, dim = destination.shape
         if self.grid.even:
             arranged = self.arrange(x)
             arranged.copy_(values.view(arranged.shape))
         else:
+            destination = self.region(x)
+            samples, heads, dim = len(destination), *destination.shape[-2:]
             raster = self.grid.from_blocks(values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2))
-            destination.copy_(raster.transpose(1, 2))
+            destination.copy_(raster.transpose(1, 2).unflatten(1, self.grid.grid))
 
 
 def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
     """Slices that cover q (batch, tokens, heads, dim)."""
-    batch, tokens, heads, dim = q.shape
-    row_tokens = grid.block_size[0] * math.prod(grid.grid[1:])
-    row_blocks = math.prod(grid.blocks[1:])
-    fit = max(1, SLICE_ELEMENTS // (row_tokens * heads * dim)) if q.device.type == "cpu" else batch * grid.blocks[0]
+    batch, _, heads, dim = q.shape
+    every = tuple(slice(0, n) for n in grid.grid)
+    room = SLICE_ELEMENTS // (heads * dim) if q.device.type == "cpu" else q.numel()  # tokens of a slice
+    fit = max(1, room // (grid.block_size[0] * math.prod(grid.grid[1:])))
     samples, rows = max(1, fit // grid.blocks[0]), min(fit, grid.blocks[0])
+    columns = _columns(grid, room) if samples == rows == 1 else [(every[1:], slice(0, math.prod(grid.blocks[1:])))]
+    row_blocks = math.prod(grid.blocks[1:])
     for b in range(0, batch, samples):
         for r in range(0, grid.blocks[0], rows):
-            part = slice(r * row_tokens, min(tokens, (r + rows) * row_tokens))
-            first_axis = (part.stop - part.start) // math.prod(grid.grid[1:])
-            inner = BlockGrid((first_axis, *grid.grid[1:]), block_size=grid.block_size)
-            yield _Slice(slice(b, b + samples), part, slice(r * row_blocks, (r + rows) * row_blocks), inner)
+            first = slice(r * grid.block_size[0], min(grid.grid[0], (r + rows) * grid.block_size[0]))
+            count = -(-(first.stop - first.start) // grid.block_size[0])
+            for others, blocks in columns:
+                tokens = (first, *others)
+                inner = BlockGrid([part.stop - part.start for part in tokens], block_size=grid.block_size)
+                start = r * row_blocks + blocks.start
+                stop = start + (blocks.stop - blocks.start if count == 1 else count * row_blocks)
+                yield _Slice(slice(b, b + samples), tokens, slice(start, stop), grid.grid, inner)
+
+
+def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]]:
+    """One row of blocks along the first axis, in parts along the second axis that are to hold `room` tokens: their tokens along all axes but the
+    first, and their blocks, counted from the row's first."""
+    if len(grid.grid) == 1:
+        return [((), slice(0, 1))]
+    count, width, rest = grid.blocks[1], grid.block_size[1], math.prod(grid.blocks[2:])
+    fit = min(count, max(1, room // (grid.block_size[0] * width * math.prod(grid.grid[2:]))))
+    others = tuple(slice(0, n) for n in grid.grid[2:])
+    starts = range(0, count, fit)
+    tokens = [slice(c * width, min(grid.grid[1], (c + fit) * width)) for c in starts]
+    return [((part, *others), slice(c * rest, min(count, c + fit) * rest)) for part, c in zip(tokens, starts, strict=True)]
 
 
 class _Workspace:
@@ -188,7 +246,7 @@ class _Workspace:
         """Room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
         batch, _, heads, dim_k = q.shape
         lead = (batch, grid.num_blocks, heads, dim_k)
-        return torch.empty(*lead, dim_v, dtype=self.dtype, device=self.device), torch.empty(lead, dtype=self.dtype, device=self.device)
+        return self._buffer("S", (*lead, dim_v)), self._buffer("z", lead)
 
     def blocks(self, name: str, x: Tensor, part: _Slice) -> Tensor:
         view = part.arrange(x)
@@ -221,13 +279,14 @@ class _Workspace:
         return held[:size].view(*shape)
 
 
-def _mix(mixing: Tensor | None, summaries: Tensor) -> Tensor:
+def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None) -> Tensor:
     """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head."""
     if mixing is None:
         return summaries.sum(1, keepdim=True).expand_as(summaries)
     if mixing.dim() == 2:
         every = mixing.expand(len(summaries), -1, -1)  # matmul would fold the batch into the columns, with copies
-        return torch.bmm(every, summaries.flatten(2)).view_as(summaries)
+        flat = summaries.flatten(2)
+        return (torch.bmm(every, flat) if work is None else work.bmm("mixed", every, flat)).view_as(summaries)
     return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
 
 

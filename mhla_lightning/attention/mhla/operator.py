@@ -100,6 +100,7 @@ class MHLA(base.Attention):
             k = k * mask[:, :, None, None].to(k.dtype)
         # to_blocks fills short blocks with zeros after the feature map, so the missing places count nowhere (SPEC 1.5).
         q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
+        apart = rotary is not None and self.normalizer != "none"  # the normalizer sees them unturned
         out = mhla(
             _to_blocks(q_turned, blocks),
             _to_blocks(k_turned, blocks),
@@ -107,8 +108,8 @@ class MHLA(base.Attention):
             mixing.to(q.dtype),
             normalizer=self.normalizer,
             eps=self.eps,
-            q_norm=None if rotary is None else _to_blocks(q, blocks),
-            k_norm=None if rotary is None else _to_blocks(k, blocks),
+            q_norm=_to_blocks(q, blocks) if apart else None,
+            k_norm=_to_blocks(k, blocks) if apart else None,
         )
         out = blocks.from_blocks(out).transpose(1, 2)
         if mask is not None:

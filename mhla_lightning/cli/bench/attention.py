@@ -18,13 +18,21 @@ SLOPE_FROM = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench attention`."""
     parser.add_argument("--causal", action="store_true", help="tokens see earlier tokens only")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
+    counts = parser.add_mutually_exclusive_group()
+    counts.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
+    counts.add_argument("--grid", type=int, nargs="+", metavar="N", help="tokens per axis of one grid of 1 to 3 axes, such as 21 30 50")
     parser.add_argument(
-        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536; with --causal none)"
+        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536; with --causal or --grid none)"
     )
     parser.add_argument("--heads", type=int, default=None, help="default: 6, with --causal 4")
     parser.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
-    parser.add_argument("--blocks", type=int, default=128, help="M of mhla, the same at every token count (default: %(default)s)")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help="of mhla, the same at every token count, with --grid per axis (default: 128; with --grid what M^2 <= tokens allows)",
+    )
     parser.add_argument("--chunk-size", type=int, default=128, help="with --causal: tokens a chunk of linear and mhla (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
@@ -34,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     args.heads = (4 if args.causal else 6) if args.heads is None else args.heads
-    args.slope_to = (0 if args.causal else 65536) if args.slope_to is None else args.slope_to
-    demand_at_least(args, turns=5, heads=1, dim=1, batch=1, blocks=1, chunk_size=1)
+    demand_at_least(args, turns=5, heads=1, dim=1, batch=1, chunk_size=1)
+    if args.grid is None:
+        args.slope_to = (0 if args.causal else 65536) if args.slope_to is None else args.slope_to
+    else:
+        _take_grid(args)
     import torch
     from rich.console import Console
 
@@ -55,6 +66,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _take_grid(args: argparse.Namespace) -> None:
+    """One token count, that of the grid. Raises UserError for a grid that cannot be measured."""
+    import math
+
+    from mhla_lightning.analysis.backbone_speed import layout_for
+    from mhla_lightning.attention import BlockGrid
+
+    if args.causal or args.slope_to is not None:
+        raise UserError(f"--grid is one size without an order of tokens; it does not go with {'--causal' if args.causal else '--slope-to'}")
+    BlockGrid(args.grid, block_size=1)  # refuses what is no grid
+    args.tokens, args.slope_to = [math.prod(args.grid)], 0
+    args.blocks = args.blocks or list(layout_for(tuple(args.grid)))
+
+
 def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[float]]:
     from rich.progress import Progress
 
@@ -66,7 +91,7 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
     while larger <= args.slope_to:
         plan.append(("mhla", larger))
         larger *= 2
-    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch, "causal": args.causal}
+    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch, "causal": args.causal, "grid": args.grid}
     cases, rates = [], []
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=len({tokens for _, tokens in plan}) * (args.turns + 1))
@@ -80,7 +105,13 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
 
 
 def _entries(args: argparse.Namespace) -> dict[str, Any]:
-    return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": {"name": "mhla", "blocks": args.blocks}}
+    return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": {"name": "mhla", "blocks": _blocks(args)}}
+
+
+def _blocks(args: argparse.Namespace) -> int | list[int]:
+    """One number for all axes stands for itself."""
+    blocks = args.blocks or [128]
+    return blocks[0] if len(blocks) == 1 else blocks
 
 
 def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:

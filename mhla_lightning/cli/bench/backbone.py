@@ -1,31 +1,47 @@
-"""Measures a backbone's training step (forward and backward) over image sizes, with several operators and the same positional convolution."""
+"""Measures a backbone's training step (forward and backward) over image or clip sizes, with several operators and the same positional convolution."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    from mhla_lightning.analysis.backbone_speed import Family, Size
     from mhla_lightning.analysis.timing import Case
 
-HELP = "images a second and peak memory of a backbone over image sizes"
-RATIOS = (("mhla", "linear"), ("softmax", "mhla"), ("softmax", "linear"))
+Entry = dict[str, Any] | list[dict[str, Any]]
+
+HELP = "speed and peak memory of a backbone over image or clip sizes"
+RATIOS = (("mhla", "linear"), ("softmax", "mhla"), ("softmax", "linear"), ("softmax", "hybrid"), ("hybrid", "mhla"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench backbone`."""
-    parser.add_argument("backbone", metavar="BACKBONE", help="dit_s2, dit_b2, ...")
-    parser.add_argument("--res", type=int, nargs="+", default=[256, 512, 1024, 2048], metavar="PIXELS", help="per side (default: %(default)s)")
-    parser.add_argument("--attention", default="[softmax, linear, mhla]", metavar="YAML", help="list of attention entries (default: %(default)s)")
-    parser.add_argument("--pos-conv", default="cpe3", help="of every entry that does not name one: cpe3, lepe3, lepe5, none (default: %(default)s)")
+    parser.add_argument("backbone", metavar="BACKBONE", help="dit_s2, dit_b2, ..., wan_1_3b")
+    parser.add_argument("--res", type=int, nargs="+", metavar="PIXELS", help="image sizes, per side (default: 256 512 1024 2048)")
+    parser.add_argument(
+        "--video",
+        nargs="+",
+        metavar="FxHxW",
+        help="clip sizes, frames x height x width in pixels (default: 29x256x256 29x512x512 81x480x800; wan_tiny: 16x64x64)",
+    )
+    parser.add_argument(
+        "--attention",
+        metavar="YAML",
+        help="list of attention entries, a hybrid being a list itself (default: [softmax, linear, mhla], for video also [softmax, mhla, mhla])",
+    )
+    parser.add_argument(
+        "--pos-conv", help="of every entry that does not name one: cpe3, lepe3, lepe5, none (default: cpe3, for video the preset's none)"
+    )
     parser.add_argument("--gate", action="store_true", help="output gate in every entry that does not say (default: in none)")
-    parser.add_argument("--blocks", type=int, default=None, metavar="K", help="mhla's blocks per axis (default: the most with M^2 <= tokens)")
+    parser.add_argument("--blocks", type=int, default=None, metavar="K", help="mhla's blocks per axis (default: what M^2 <= tokens allows)")
     parser.add_argument("--layers", type=int, default=None, metavar="N", help="default: the backbone's")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute every block in the backward: less memory, a longer step")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--turns", type=int, default=5, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
@@ -34,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     demand_at_least(args, turns=5, batch=1, **({} if args.layers is None else {"layers": 1}))
-    entries = _entries(args)
+    from mhla_lightning.analysis.backbone_speed import family_of
+
+    family = family_of(args.backbone)
+    entries = _entries(args, family)
+    sizes = _sizes(args, family)
     import torch
     from rich.console import Console
 
@@ -42,68 +62,111 @@ def run(args: argparse.Namespace) -> int:
 
     device = choose_device(args.device)
     torch.manual_seed(0)
-    plan = _plan(args, entries)
-    cases, rates = _measure(args, plan, device)
-    rows = [_row(args, pixels, case, plan[pixels][case.operator]) for pixels, group in cases.items() for case in group]
-    summary = {key: value for pixels, group in cases.items() for key, value in _ratios(pixels, group).items()}
+    plan = _plan(args, family, sizes, entries)
+    cases, rates = _measure(args, family, plan, device)
+    rows = [_row(args, family, size, case, plan[size][case.operator]) for size, group in cases.items() for case in group]
+    summary = {key: value for size, group in cases.items() for key, value in _ratios(family, size, group).items()}
     rate = sorted(rates)[len(rates) // 2]
     machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     precision = "bf16 autocast" if args.bf16 else "float32"
     layers = "" if args.layers is None else f" with {args.layers} layers"
+    steps = "forward and backward" + (" with recomputation of every block" if args.checkpointing else "")
     console = Console()
     console.print(f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
-    console.print(f"{args.backbone}{layers}, {precision}, batch {args.batch}, pos_conv {args.pos_conv}; steps are forward and backward")
-    console.print(_table(rows))
+    console.print(f"{args.backbone}{layers}, {precision}, batch {args.batch}, pos_conv {_pos_conv(args, family) or 'none'}; steps are {steps}")
+    console.print(_table(family, rows))
     if summary:
-        console.print(summary_table("summary: time of A over time of B, by pixels", summary))
-    write_json(args.json, {"rows": rows, "summary": summary, "gemm_flops_per_second": rate, "machine": machine, "precision": precision})
+        console.print(summary_table(f"summary: time of A over time of B, by {'pixels' if family.key == 'res' else 'clip'}", summary))
+    settings = {"machine": machine, "precision": precision, "checkpointing": args.checkpointing}
+    write_json(args.json, {"rows": rows, "summary": summary, "gemm_flops_per_second": rate, **settings})
     return 0
 
 
-def _entries(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
+    """What is measured, in growing order."""
+    given = {"res": args.res, "video": args.video}
+    other = "res" if family.key == "video" else "video"
+    if given[other] is not None:
+        raise UserError(f"--{other} does not go with {args.backbone}, which takes --{family.key}")
+    asked = given[family.key]
+    sizes = list(family.sizes) if asked is None else [_clip(text) if family.key == "video" else text for text in asked]
+    return sorted(set(sizes))
+
+
+def _clip(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--video {text}: a clip is FRAMESxHEIGHTxWIDTH in pixels, such as 29x256x256")
+    frames, height, width = map(int, parts)
+    return frames, height, width
+
+
+def _pos_conv(args: argparse.Namespace, family: Family) -> str | None:
+    return family.pos_conv if args.pos_conv is None else args.pos_conv
+
+
+def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
     """Label -> entry, with what all entries share; an operator that stands there twice is told apart by its options."""
     import yaml
 
+    text = family.attention if args.attention is None else args.attention
     try:
-        given = yaml.safe_load(args.attention)
+        given = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--attention {args.attention}: this is no YAML ({str(error).splitlines()[0]})") from error
-    entries: dict[str, dict[str, Any]] = {}
+        raise UserError(f"--attention {text}: this is no YAML ({str(error).splitlines()[0]})") from error
+    pos_conv = _pos_conv(args, family)
+    shared = {"gate": args.gate} if pos_conv is None else {"pos_conv": pos_conv, "gate": args.gate}
+    entries: dict[str, Entry] = {}
     for entry in given if isinstance(given, list) else [given]:
-        mapping = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
-            raise UserError(
-                f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: mhla, gate: true}}]', got {entry}"
-            )
-        name = mapping["name"]
-        label = name if name not in entries else " ".join([name, *(f"{key}={value}" for key, value in mapping.items() if key != "name")])
+        parts = [_mapping(part) for part in (entry if isinstance(entry, list) else [entry])]
+        label = _label(parts, isinstance(entry, list), entries)
         if label in entries:
             raise UserError(f"--attention has {label} twice")
-        entries[label] = {"pos_conv": args.pos_conv, "gate": args.gate, **mapping}
+        full = [{**shared, **part} for part in parts]
+        entries[label] = full if isinstance(entry, list) else full[0]
     if not entries:
         raise UserError("--attention is an empty list; give at least one entry")
     return entries
 
 
-def _plan(args: argparse.Namespace, entries: dict[str, dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:
-    """Pixels -> label -> entry, with mhla's blocks for that many tokens; every model is built once without weights, so that mistakes come first."""
+def _mapping(entry: Any) -> dict[str, Any]:
+    mapping = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
+        raise UserError(f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: mhla, gate: true}}]', got {entry}")
+    return dict(mapping)
+
+
+def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -> str:
+    if not parts:
+        raise UserError("--attention has an empty list among its entries; a hybrid names at least one operator")
+    name = "hybrid" if hybrid else parts[0]["name"]
+    if name not in taken:
+        return name
+    named = [" ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")]) for part in parts]
+    return f"hybrid {', '.join(named)}" if hybrid else named[0]
+
+
+def _plan(args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]) -> dict[Size, dict[str, Entry]]:
+    """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without weights, so that mistakes come first."""
     import torch
 
-    from mhla_lightning.analysis.backbone_speed import blocks_for, family_of, token_grid
+    from mhla_lightning.analysis.backbone_speed import token_grid
     from mhla_lightning.attention.entry import lookup_attention
     from mhla_lightning.backbones import build_backbone
 
-    family = family_of(args.backbone)
-    plan: dict[int, dict[str, dict[str, Any]]] = {}
-    for pixels in sorted(set(args.res)):
-        options = _options(args, family.options(pixels))
-        blocks = args.blocks or blocks_for(token_grid(args.backbone, options))
-        plan[pixels] = {}
-        for label, entry in entries.items():
+    plan: dict[Size, dict[str, Entry]] = {}
+    for size in sizes:
+        options = _options(args, family.options(size))
+        blocks = args.blocks or family.blocks(token_grid(args.backbone, options))
+
+        def laid_out(entry: dict[str, Any], blocks: Any = blocks) -> dict[str, Any]:
             partitioned = "blocks" in lookup_attention(entry["name"]).options() and not {"blocks", "block_size"} & entry.keys()
-            plan[pixels][label] = {**entry, "blocks": blocks} if partitioned else entry
+            return {**entry, "blocks": blocks} if partitioned else entry
+
+        plan[size] = {label: [laid_out(part) for part in entry] if isinstance(entry, list) else laid_out(entry) for label, entry in entries.items()}
+        for entry in plan[size].values():
             with torch.device("meta"):
-                build_backbone(args.backbone, attention=plan[pixels][label], **options)
+                build_backbone(args.backbone, attention=entry, **options)
     return plan
 
 
@@ -111,56 +174,83 @@ def _options(args: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]:
     return size if args.layers is None else {**size, "depth": args.layers}
 
 
-def _measure(args: argparse.Namespace, plan: dict[int, dict[str, dict[str, Any]]], device: Any) -> tuple[dict[int, list[Case]], list[float]]:
+def _measure(args: argparse.Namespace, family: Family, plan: dict[Size, dict[str, Entry]], device: Any) -> tuple[dict[Size, list[Case]], list[float]]:
     from rich.progress import Progress
 
-    from mhla_lightning.analysis.backbone_speed import family_of, make_case
+    from mhla_lightning.analysis.backbone_speed import make_case
     from mhla_lightning.analysis.timing import take_turns
 
-    cases: dict[int, list[Case]] = {}
+    cases: dict[Size, list[Case]] = {}
     rates: list[float] = []
+    how = {"bf16": args.bf16, "checkpointing": args.checkpointing}
     with Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=len(plan) * (args.turns + 1))
-        for pixels, entries in plan.items():  # one size at a time: the memory of one is enough
-            options = _options(args, family_of(args.backbone).options(pixels))
-            group = [make_case(label, args.backbone, entry, options, args.batch, device, bf16=args.bf16) for label, entry in entries.items()]
+        for size, entries in plan.items():  # one size at a time: the memory of one is enough
+            options = _options(args, family.options(size))
+            group = [make_case(label, args.backbone, entry, options, args.batch, device, **how) for label, entry in entries.items()]
             rates += take_turns(group, args.turns, device, lambda: progress.advance(bar))
             for case in group:
                 case.release()
-            cases[pixels] = group
+            cases[size] = group
     return cases, rates
 
 
-def _row(args: argparse.Namespace, pixels: int, case: Case, entry: dict[str, Any]) -> dict[str, Any]:
+def _row(args: argparse.Namespace, family: Family, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
+    from mhla_lightning.analysis.backbone_speed import layers_of
     from mhla_lightning.analysis.timing import SLOW
 
     row = case.row()
-    once = row["step_seconds"] > SLOW
-    return {"resolution": pixels, **row, "attention": entry, "images_per_second": args.batch / row["step_seconds"], "measured_once": once}
+    named = {"resolution": size} if isinstance(size, int) else {"video": _name(size)}
+    if family.by_layer:
+        layers = layers_of(args.backbone) if args.layers is None else args.layers
+        row |= {f"{kind}_seconds_per_layer": row[f"{kind}_seconds"] / layers for kind in ("forward", "step")}
+    rate = {f"{family.unit}_per_second": args.batch / row["step_seconds"]}
+    return {**named, **row, "attention": entry, **rate, "measured_once": row["step_seconds"] > SLOW}
 
 
-def _ratios(pixels: int, group: list[Case]) -> dict[str, float]:
+def _name(size: Size) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
+def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
     from mhla_lightning.analysis.timing import ratio
 
     at = {case.operator: case for case in group}
-    return {f"{a}_over_{b}_{pixels}": ratio(at[a].step, at[b].step) for a, b in RATIOS if a in at and b in at}
+    pairs = [(a, b) for a, b in RATIOS if a in at and b in at]
+    if not family.by_layer:
+        return {f"{a}_over_{b}_{size}": ratio(at[a].step, at[b].step) for a, b in pairs}
+    kinds: list[tuple[str, Any]] = [("forward", lambda case: case.forward), ("step", lambda case: case.step)]
+    return {f"{a}_over_{b}_{kind}_{_name(size)}": ratio(times(at[a]), times(at[b])) for kind, times in kinds for a, b in pairs}
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title="a training step; peak: activations and gradients held at once")
-    for heading in ("pixels", "tokens", "operator", "images/s", "ms", "x GEMM", "peak MiB", "turns"):
+    times = ("forward", "step") if family.by_layer else (f"{family.unit}/s", "ms")
+    what = "milliseconds a layer" if family.by_layer else "a training step"
+    table = Table(title=f"{what}; peak: activations and gradients held at once")
+    first = "clip" if family.key == "video" else "pixels"
+    for heading in (first, "tokens", "operator", *times, "x GEMM", "peak MiB", "turns"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
     for row in rows:
         turns = "1 (slow)" if row["measured_once"] else str(row["turns"])
-        speed = (f"{row['images_per_second']:.3g}", f"{row['step_seconds'] * 1e3:.1f}", f"{row['step_over_gemm']:.2f}")
-        table.add_row(f"{row['resolution']:,}", f"{row['tokens']:,}", _operator(row), *speed, f"{row['peak_bytes'] / 2**20:.1f}", turns)
+        size = row["video"] if "video" in row else f"{row['resolution']:,}"
+        table.add_row(size, f"{row['tokens']:,}", _operator(row), *_numbers(family, row), f"{row['peak_bytes'] / 2**20:,.1f}", turns)
     return table
+
+
+def _numbers(family: Family, row: dict[str, Any]) -> Iterator[str]:
+    if family.by_layer:
+        yield from (f"{row[f'{kind}_seconds_per_layer'] * 1e3:,.1f}" for kind in ("forward", "step"))
+    else:
+        yield f"{row[f'{family.unit}_per_second']:.3g}"
+        yield f"{row['step_seconds'] * 1e3:.1f}"
+    yield f"{row['step_over_gemm']:.2f}"
 
 
 def _operator(row: dict[str, Any]) -> str:
     from rich.markup import escape
 
-    blocks = row["attention"].get("blocks")
-    return escape(row["operator"] if blocks is None or "blocks=" in row["operator"] else f"{row['operator']} blocks={blocks}")
+    entries = row["attention"] if isinstance(row["attention"], list) else [row["attention"]]
+    layouts = {str(entry["blocks"]).replace(" ", "") for entry in entries if "blocks" in entry}
+    return escape(row["operator"] if not layouts or "blocks=" in row["operator"] else f"{row['operator']} blocks={' '.join(sorted(layouts))}")

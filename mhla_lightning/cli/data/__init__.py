@@ -1,16 +1,17 @@
-"""Make shards of images, latents or text, check them, index other people's, and look at them."""
+"""Make shards of images, latents, video clips or text, check them, index other people's, and look at them."""
 
 from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.data import index, latents, pack, preview, tokenize, train_tokenizer, verify
+from mhla_lightning.cli.data import clips, index, latents, pack, preview, tokenize, train_tokenizer, verify
 
 VERBS = {
     "pack": pack,
     "tokenize": tokenize,
     "train-tokenizer": train_tokenizer,
     "latents": latents,
+    "clips": clips,
     "verify": verify,
     "index": index,
     "preview": preview,

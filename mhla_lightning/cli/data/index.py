@@ -12,7 +12,7 @@ from mhla_lightning.errors import UserError
 
 HELP = "index shards that others made"
 EPILOG = """Samples are KEY.jpg or KEY.png with KEY.cls (a class number), KEY.tokens.npy with KEY.documents.npy,
-or KEY.latent.npy with KEY.cls or KEY.text.npy.
+KEY.latent.npy with KEY.cls or KEY.text.npy, or KEY.clip.npy or KEY.mp4 with KEY.txt (the caption).
 
 examples:
   mhla data index /data/imagenet --classes names.txt
@@ -23,13 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data index`."""
     parser.add_argument("path", help="folder of *.tar, or of train/, val/, test/ with *.tar")
     parser.add_argument(
-        "--kind", choices=["images", "tokens", "latents", "video_latents"], help="refuse other samples (default: as the first sample)"
+        "--kind", choices=["images", "tokens", "latents", "video_latents", "clips"], help="refuse other samples (default: as the first sample)"
     )
     parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, class 0 first (default: their numbers)")
     parser.add_argument("--tokenizer", metavar="NAME", help="what made the tokens, e.g. bytes or gpt2")
+    parser.add_argument("--rate", type=float, metavar="R", help="of clips that do not say it themselves, frames a second")
     output.add_vae(parser)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an index; what it says of classes, tokenizer and VAE is kept if not given anew"
+        "--overwrite", action="store_true", help="replace an index; what it says of classes, tokenizer, VAE and rate is kept if not given anew"
     )
     output.add_workers(parser)
     output.add_json(parser)
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.data.index import VAE
     from mhla_lightning.data.tools.indexing import Facts, index_shards
 
-    facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer)
+    facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer, args.rate)
     console = Console()
     with output.progress_bars(console) as on_progress:
         indices = index_shards(args.path, facts, args.overwrite, output.workers(args), on_progress)

@@ -1,4 +1,4 @@
-"""Look at samples: a contact sheet (PNG) of images or latents with their classes, or the first rows of tokens."""
+"""Look at samples: a contact sheet (PNG) of images or latents with their classes, of clips with their captions, or the first rows of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mhla_lightning.errors import DataError, UserError
 if TYPE_CHECKING:
     from mhla_lightning.data.tools.preview import Preview
 
-HELP = "a contact sheet of images or latents, or the first token rows"
+HELP = "a contact sheet of images, latents or clips, or the first token rows"
 EPILOG = """examples:
   mhla data preview data/mnist --to mnist.png
   mhla data preview data/text --n 3"""

@@ -1,13 +1,14 @@
-"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier."""
+"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier, videos
+by VBench."""
 
 from __future__ import annotations
 
 import argparse
 
 from mhla_lightning.cli.bench.report import check_json
-from mhla_lightning.cli.eval import fid, lm, samples
+from mhla_lightning.cli.eval import fid, lm, samples, vbench
 
-SUBJECTS = {"lm": lm, "fid": fid, "samples": samples}
+SUBJECTS = {"lm": lm, "fid": fid, "samples": samples, "vbench": vbench}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

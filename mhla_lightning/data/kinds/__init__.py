@@ -1,15 +1,16 @@
-"""Kinds of samples: images, tokens, latents of images and of videos."""
+"""Kinds of samples: images, tokens, latents of images and of videos, video clips."""
 
 from __future__ import annotations
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds.base import Kind
+from mhla_lightning.data.kinds.clips import Clips
 from mhla_lightning.data.kinds.images import Images
 from mhla_lightning.data.kinds.latents import Latents
 from mhla_lightning.data.kinds.tokens import Tokens
 from mhla_lightning.errors import DataError
 
-__all__ = ["Images", "Kind", "Latents", "Tokens", "kind_of"]
+__all__ = ["Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
 
 
 def kind_of(index: ShardIndex) -> Kind:
@@ -19,5 +20,8 @@ def kind_of(index: ShardIndex) -> Kind:
     if index.kind == "tokens" and index.length:
         return Tokens(index.length)
     if index.kind in ("latents", "video_latents") and index.vae:
-        return Latents(index.vae, len(index.classes), video=index.kind == "video_latents")
+        text = (index.text.tokens, index.text.channels) if index.text else None
+        return Latents(index.vae, len(index.classes), text, video=index.kind == "video_latents")
+    if index.kind == "clips" and index.clip:
+        return Clips(index.clip)
     raise DataError(f"{index.kind} shards cannot be read by this version, or their index lacks what describes them")

@@ -1,4 +1,4 @@
-"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy.
+"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), of a text's own rows only.
 
 `mhla data latents` writes more members beside them: KEY.logvar.npy (of the posterior, whose mean KEY.latent.npy then is), and KEY.flipped.npy and
 KEY.flipped_logvar.npy of the mirrored image.
@@ -26,12 +26,13 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
 @dataclass
 class Latents(Kind):
-    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are classes, else text as float32 (L, D).
+    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are classes, else text as float32 (L, D), rows
+    of zeros after the text's own.
 
     Args:
         vae: what the latents were made by, as their index says.
         classes: number of classes; 0 when samples come with text.
-        text: (tokens, channels) of the text features; None takes any, which only tools can use.
+        text: (L, D), the most rows that a text may have, and their channels; None takes any, which only tools can use.
         video: whether the latents have a time axis.
         seed: of the flips and of the draws from the posterior.
         wanted: what the recipe says of the VAE; None takes any.
@@ -88,14 +89,23 @@ class Latents(Kind):
         if self.classes:
             return {"label": np.array(label_of(sample, self.classes))}
         text = array_of(sample, "text.npy")
-        if text.ndim != 2 or text.dtype.kind != "f" or text.shape != (self.text or text.shape) or not np.isfinite(text).all():
-            raise BadSample(f"text.npy is {text.dtype} {text.shape}; finite floats {self.text or '(tokens, channels)'} are needed")
+        rows, channels = self.text or (None, None)
+        fits = text.ndim == 2 and (rows is None or len(text) <= rows) and channels in (None, text.shape[1])
+        if not fits or text.dtype.kind != "f" or not np.isfinite(text).all():
+            wanted = f"({rows} or fewer, {channels})" if self.text else "(tokens, channels)"
+            raise BadSample(f"text.npy is {text.dtype} {text.shape}; finite floats {wanted} are needed")
         return {"text": text}
 
     def _tensors(self, latent: np.ndarray, sample: RawSample) -> dict[str, Tensor]:
         """latent: float32, as the VAE gave it."""
-        condition = {key: torch.tensor(array if key == "label" else array.astype(np.float32)) for key, array in self._condition(sample).items()}
+        condition = {key: torch.tensor(array) if key == "label" else self._padded(array) for key, array in self._condition(sample).items()}
         return {"latent": (torch.from_numpy(latent) - self.vae.shift) * self.vae.scale} | condition
+
+    def _padded(self, text: np.ndarray) -> Tensor:
+        """SPEC 6.2: what follows the text is zeros, which cross-attention sees."""
+        padded = torch.zeros(self.text or text.shape)
+        padded[: len(text)] = torch.from_numpy(text.astype(np.float32))
+        return padded
 
 
 def draw(mean: np.ndarray, logvar: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -7,13 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import webdataset as wds
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from mhla_lightning.data.batching import Part, eval_batches_per_rank, split_batch
+from mhla_lightning.data.batching import Part, split_batch
 from mhla_lightning.data.check import Verify, check_split
 from mhla_lightning.data.corpus import Corpus, Source, TrainCorpus
 from mhla_lightning.data.index import FORMAT, INDEX_NAME, SPLITS, ShardIndex, read_index
@@ -22,7 +22,9 @@ from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, unknown_name
+
+MixBy = Literal["sample", "batch"]
 
 
 class _Place(NamedTuple):
@@ -50,6 +52,8 @@ class ShardDataModule(LightningDataModule):
         verify: how `check` compares files with the index: auto, size, sha256 or none (see check.check_split).
         loading: how batches travel from the workers.
         remote: retries, time-outs and cache for shards that are not on this machine.
+        mix_by: what of the mixture is of one source: each `sample`, or each `batch` of an optimizer step, which lets samples of the sources differ
+            in shape (buckets of clips; images among videos).
 
     Attributes:
         consumed: training samples already consumed.
@@ -70,6 +74,7 @@ class ShardDataModule(LightningDataModule):
         verify: Verify,
         loading: Loading | None,
         remote: Remote | None,
+        mix_by: MixBy = "sample",
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__()
@@ -79,7 +84,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.micro_batch_size, self.epochs = batch_size, micro_batch_size, epochs
         self.num_workers, self.lanes, self.window = num_workers, lanes, window
         self._seed, self.max_skipped_share, self.verify = seed, max_skipped_share, verify
-        self.loading, self.remote = loading or Loading(), remote or Remote()
+        self.loading, self.remote, self.mix_by = loading or Loading(), remote or Remote(), mix_by
         self._start, self._start_step = 0, 0  # samples consumed and optimizer steps done when the training loader was made
         self._restored: Mapping[str, Any] | None = None  # a state that no loader has taken up yet
         self._splits_read: dict[tuple[str, str], Split | None] = {}
@@ -96,6 +101,8 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"data.epochs is {self.epochs}; it must be a number above 0")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"data.max_skipped_share is {self.max_skipped_share}; it must be from 0 to 1")
+        if self.mix_by not in get_args(MixBy):
+            raise UserError(unknown_name("data.mix_by", self.mix_by, get_args(MixBy)))
         labels = [source.label for source in self.sources]
         for source in self.sources:
             if not (math.isfinite(source.weight) and source.weight > 0):
@@ -175,7 +182,8 @@ class ShardDataModule(LightningDataModule):
     def corpus(self) -> TrainCorpus:
         """The training data in its order."""
         if self._corpus is None:
-            self._corpus = TrainCorpus(self.splits("train"), self.sources, self.seed, self.lanes, self.window)
+            group = self.batch_size if self.mix_by == "batch" else 1
+            self._corpus = TrainCorpus(self.splits("train"), self.sources, self.seed, self.lanes, self.window, group)
         return self._corpus
 
     @property
@@ -226,6 +234,8 @@ class ShardDataModule(LightningDataModule):
         """The position in the sequence and what gives it a meaning; the same on every rank, written into every checkpoint."""
         consumed = self.consumed
         order = {"seed": self.seed, "lanes": self.lanes, "window": self.window, "data_hash": self.data_hash}
+        if self.mix_by == "batch":  # the sequence then depends on the batch's size
+            order |= {"mix_by": "batch", "batch_size": self.batch_size}
         return {"format": FORMAT, "epoch": consumed // self.samples, "consumed": consumed, **order}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -234,8 +244,9 @@ class ShardDataModule(LightningDataModule):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a position in another sequence. Raises UserError."""
-        own = self.state_dict()
-        for key in ("format", "seed", "lanes", "window", "data_hash"):
+        own = {"mix_by": "sample"} | self.state_dict()
+        state = {"mix_by": "sample"} | dict(state)  # which is not written, as it was before there was a choice
+        for key in ("format", "seed", "lanes", "window", "data_hash", "mix_by", "batch_size"):
             if key in state and state[key] != own[key]:
                 raise UserError(
                     f"the checkpoint's position belongs to data with {key} {state[key]}, and here it is {own[key]}:"
@@ -254,7 +265,7 @@ class ShardDataModule(LightningDataModule):
         self._start, self._start_step = self.consumed, 0 if self.trainer is None else self.trainer.global_step
         self._restored = None
         part = Part(place.rank, place.world_size, self.batch_size, micro, self._start)
-        stream = TrainStream(self.corpus, self.kind(self.index()), part, self.max_skipped_share)
+        stream = TrainStream(self.corpus, self.kind(self.index()), part, self.max_skipped_share, self._kinds("train"))
         return self._loader(stream, self.num_workers, self._train_batches(accumulation))
 
     def _align_progress(self, accumulation: int) -> None:
@@ -293,9 +304,12 @@ class ShardDataModule(LightningDataModule):
     def _eval_loader(self, name: str) -> wds.WebLoader:
         place, index, corpus = self._place(), self.index(name), Corpus(self.splits(name))
         micro, _ = self.micro_batch(place.world_size)
-        batches = eval_batches_per_rank(corpus.samples, micro, place.world_size)
-        stream = EvalStream(corpus, self.kind(index), micro, place.rank, place.world_size, self.max_skipped_share)
-        return self._loader(stream, min(self.num_workers, batches), batches)
+        stream = EvalStream(corpus, self.kind(index), micro, place.rank, place.world_size, self.max_skipped_share, self._kinds(name))
+        return self._loader(stream, min(self.num_workers, stream.batches), stream.batches)
+
+    def _kinds(self, name: str) -> tuple[Kind, ...]:
+        """A kind for each source that has this split, where no batch holds samples of two."""
+        return tuple(self.kind(split.index) for split in self.splits(name)) if self.mix_by == "batch" else ()
 
     def _loader(self, stream: TrainStream | EvalStream, workers: int, batches: int | None) -> wds.WebLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

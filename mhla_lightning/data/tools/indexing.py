@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mhla_lightning.data.index import INDEX_NAME, KINDS, SPLITS, VAE, ShardIndex, read_index, write_index
+from mhla_lightning.data.index import INDEX_NAME, KINDS, SPLITS, VAE, Clip, ShardIndex, read_index, write_index
 from mhla_lightning.data.stores import LocalStore, open_store
 from mhla_lightning.data.tools.parallel import run_jobs
 from mhla_lightning.data.tools.places import find_splits, tar_files
@@ -25,16 +25,19 @@ class Facts:
     """What cannot be read from shards. None: what the index that is replaced says, else (classes) the numbers from 0 to the largest label.
 
     kind: of all samples; None: what the first sample of the first shard is. classes: names by label. vae: of latents, its shape is read from them.
-    tokenizer: its name.
+    tokenizer: its name. rate: of clips, frames a second; None: what the replaced index or the clips' own files say.
     """
 
     kind: str | None = None
     classes: tuple[str, ...] | None = None
     vae: VAE | None = None
     tokenizer: str | None = None
+    rate: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for an unknown kind."""
+        """Raise UserError for an unknown kind, or a rate that cannot be."""
+        if self.rate is not None and not 0 < self.rate <= 1000:
+            raise UserError(f"--rate is {self.rate}; it must be a number of frames a second above 0 and at most 1000")
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(unknown_name("kind", self.kind, KINDS))
 
@@ -118,6 +121,8 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
     owners: dict[str, str] = {}
     first = surveys[0]
     for survey in surveys:
+        if survey.clip != first.clip:
+            raise DataError(f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike {first.entry.name}; all clips of a split are alike")
         if (survey.length, survey.shape, survey.labels > 0) != (first.length, first.shape, first.labels > 0):
             what = f"rows of {survey.length} tokens" if survey.length else f"latents of {survey.shape}, {survey.labels} classes"
             raise DataError(f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples of a split are alike")
@@ -142,7 +147,17 @@ def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -
         raise UserError(f"{folder} holds {first.kind}: leave --vae-name, --vae-scale and --vae-shift out")
     tokenizer = facts.tokenizer or old.tokenizer if first.length else None
     vae = replace(vae, shape=first.shape) if vae is not None and first.shape else None
-    return ShardIndex(first.kind, tuple(survey.entry for survey in surveys), names if labels else (), tokenizer, vae, first.length)
+    entries, clip = tuple(survey.entry for survey in surveys), _clip(folder, first, facts, old)
+    return ShardIndex(first.kind, entries, names if labels else (), tokenizer, vae, first.length, clip=clip)
+
+
+def _clip(folder: Path, first: Survey, facts: Facts, old: ShardIndex) -> Clip | None:
+    if first.clip is None:
+        return None
+    rate = facts.rate or first.clip.rate or (old.clip.rate if old.clip is not None else None)
+    if rate is None:
+        raise UserError(f"{folder} holds clips: pass --rate, their frames a second, which the shards do not say")
+    return Clip(first.clip.frames, first.clip.height, first.clip.width, rate)
 
 
 def _old(folder: Path) -> ShardIndex:

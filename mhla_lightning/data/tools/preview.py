@@ -1,4 +1,4 @@
-"""A look at samples: a contact sheet of images or latents, or the first documents of token rows."""
+"""A look at samples: a contact sheet of images, latents or clips, or the first documents of token rows."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from mhla_lightning.errors import DataError, UserError
 PICTURES, ROWS = 64, 4  # shown by default
 TILE = 128  # pixels of the longer side of a picture
 _CAPTION, _GAP = 16, 6
+_FRAMES = 4  # of a clip, evenly over its time
 _SHOWN_TOKENS = 400  # of one document
 
 
@@ -127,6 +128,12 @@ def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray((frame * 255).astype(np.uint8)) for frame in scaled.transpose(1, 2, 3, 0)]
 
 
+def clip_pictures(clip: np.ndarray) -> list[Image.Image]:
+    """Four frames, from the first to the last, or as many as there are. clip: uint8 (frames, height, width, 3)."""
+    chosen = sorted({round(place) for place in np.linspace(0, len(clip) - 1, _FRAMES)})
+    return [Image.fromarray(clip[number]) for number in chosen]
+
+
 def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str, bool]:
     try:
         found = kind.inspect(kind.read(data, [sample])[0])
@@ -136,6 +143,8 @@ def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str,
         image, label = found
         return [image], f"{sample}: {_class_name(data.index, label)}", True
     assert isinstance(found, dict)
+    if "clip" in found:
+        return clip_pictures(found["clip"]), f"{sample}: {' '.join(str(found['caption']).split())}", True
     label = f"{sample}: {_class_name(data.index, int(found['label']))}" if "label" in found else f"{sample}: text {found['text'].shape}"
     return latent_pictures(found["latent"]), label, True
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardEntry, ShardIndex, offsets_path, write_index
+from mhla_lightning.data.index import EMPTY_TEXT, INDEX_NAME, SPLITS, ShardEntry, ShardIndex, offsets_path, write_index
 from mhla_lightning.data.tools.locking import hold_folder
 from mhla_lightning.data.tools.parallel import Interrupted
 from mhla_lightning.data.tools.samples import Sample
@@ -32,7 +33,8 @@ from mhla_lightning.errors import UserError
 
 FORMAT = 1
 Note = Callable[[str], None]  # is told what a user should know while something is built
-BESIDE = ("tokenizer.json", "tokenizer_config.json")  # files that a target may hold beside its splits
+BESIDE = ("tokenizer.json", "tokenizer_config.json", EMPTY_TEXT)  # files that a target may hold beside its splits
+_BUCKET = re.compile(r"\d+x\d+x\d+")  # a folder of splits, of videos of one size
 _KEPT = ("entries", "data")
 _log = logging.getLogger(__name__)
 
@@ -173,11 +175,18 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
     new.rename(plan)
 
 
+def is_bucket(name: str) -> bool:
+    """Whether a folder of this name holds the splits of videos of one size: FRAMESxHEIGHTxWIDTH."""
+    return _BUCKET.fullmatch(name) is not None
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def _is_ours(path: Path) -> bool:
+    if is_bucket(path.name) and path.is_dir():
+        return all(_is_ours(path / name) for name in _names(path))
     return (path.name in SPLITS and (path / INDEX_NAME).is_file()) or (path.name in BESIDE and path.is_file())
 
 

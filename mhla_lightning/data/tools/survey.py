@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -14,10 +14,20 @@ from mhla_lightning.data.index import ShardEntry, offsets_path
 from mhla_lightning.data.members import RawSample, Scan, image_extension, parse_sample, scan_shard
 from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.tools.shards import row_offsets, token_members
+from mhla_lightning.data.videos import measure_mp4
 from mhla_lightning.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png")
 LATENT_KINDS = {3: "latents", 4: "video_latents"}
+
+
+class ClipFacts(NamedTuple):
+    """The size of clips; rate in frames a second, None where the shard does not say it."""
+
+    frames: int
+    height: int
+    width: int
+    rate: float | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class SurveyJob:
 class Survey:
     """entry: for the index. kind: of its samples. keys: of its samples, or token members. labels: 1 + the largest class number, 0 without labels.
 
-    length: tokens a row. shape: of a latent.
+    length: tokens a row. shape: of a latent. clip: of clips.
     """
 
     entry: ShardEntry
@@ -42,6 +52,7 @@ class Survey:
     labels: int = 0
     length: int | None = None
     shape: tuple[int, ...] = ()
+    clip: ClipFacts | None = None
 
 
 def survey_shard(job: SurveyJob) -> Survey:
@@ -54,17 +65,18 @@ def survey_shard(job: SurveyJob) -> Survey:
                 raise DataError(f"{address} holds no samples: remove it")
             first = _sample(file, scan, 0, address)
             kind, shape = _kind(first, address)
+            clip = _clip(first, address) if kind == "clips" else None
             if job.kind not in (None, kind):
                 raise DataError(f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind")
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
-            labels = 0 if members or "cls" not in first else 1 + max(_labels(file, scan, address))
+            labels = 0 if members or clip or "cls" not in first else 1 + max(_labels(file, scan, address))
             file.seek(0)
             entry = ShardEntry(job.path.name, len(offsets) - 1, job.path.stat().st_size, sha256_of(file))
     except OSError as error:
         raise DataError(f"{address} cannot be read ({error.strerror or error})") from error
     np.save(offsets_path(job.to, entry.name), offsets, allow_pickle=False)
-    return Survey(entry, kind, scan.keys, labels, members.length if members else None, shape)
+    return Survey(entry, kind, scan.keys, labels, members.length if members else None, shape, clip)
 
 
 def _sample(file: BinaryIO, scan: Scan, number: int, address: str) -> RawSample:
@@ -86,12 +98,26 @@ def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
             raise DataError(f"{what}: latent.npy is {shape}; (C, h, w) or (C, t, h, w) is needed")
         _demand(what, members, "cls", "text.npy")
         return LATENT_KINDS[len(shape)], shape
+    if "clip.npy" in members or "mp4" in members:
+        _demand(what, members, "txt")
+        return "clips", ()
     image = next((name for name in IMAGES if name in members), None)
     if image is not None and image_extension(sample[image]) is not None:
         _demand(what, members, "cls")
         return "images", ()
     found = ", ".join(sorted(members))
-    raise DataError(f"{what} has the members {found}; known are jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy")
+    known = "jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, clip.npy or mp4 with txt"
+    raise DataError(f"{what} has the members {found}; known are {known}")
+
+
+def _clip(sample: RawSample, address: str) -> ClipFacts:
+    what = f"{address}: sample {sample['__key__']}"
+    if "clip.npy" not in sample:
+        return ClipFacts(*measure_mp4(sample["mp4"], f"{what}, mp4"))
+    shape = load_npy(sample["clip.npy"], f"{what}, clip.npy").shape
+    if len(shape) != 4 or shape[-1] != 3:
+        raise DataError(f"{what}: clip.npy is {shape}; (frames, height, width, 3) is needed")
+    return ClipFacts(*shape[:3], None)
 
 
 def _demand(what: str, members: set[str], *wanted: str) -> None:

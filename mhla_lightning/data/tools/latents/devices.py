@@ -58,3 +58,10 @@ def own_device(folder: Path, devices: Sequence[str]) -> str:
         _held.append(file)
         return device
     raise Interrupted(f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, and run the same command again")
+
+
+def release_devices() -> None:
+    """Let go what own_device gave this process, so that others can have it."""
+    own_device.cache_clear()
+    while _held:
+        _held.pop().close()

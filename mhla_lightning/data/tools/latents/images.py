@@ -26,8 +26,8 @@ from mhla_lightning.data.tools.sources import open_source
 from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}  # so that small sets can still be dealt over ranks x workers
-_READ = 64  # samples that are asked of a store at once
-_NUMBER = re.compile(r"^\d{8}-")  # that packing put in front of a name
+_READ = 64  # images that are asked of a store at once
+NUMBER = re.compile(r"^\d{8}-")  # that packing put in front of a name
 
 
 class Picture(NamedTuple):
@@ -50,19 +50,20 @@ class Images:
 
 @dataclass(frozen=True)
 class ShardPart:
-    """Samples of a split of packed shards, by their index there."""
+    """Samples of a split of packed shards, by their index there. at_once: that are asked of the store."""
 
     split: Split
     positions: Sequence[int]
+    at_once: int = _READ
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[Sample]:
-        for start in range(0, len(self.positions), _READ):
-            for raw in self.split.read(self.positions[start : start + _READ]):
+        for start in range(0, len(self.positions), self.at_once):
+            for raw in self.split.read(self.positions[start : start + self.at_once]):
                 members = {name: data for name, data in raw.items() if not name.startswith("__")}
-                yield Sample(_NUMBER.sub("", raw["__key__"]), members)
+                yield Sample(NUMBER.sub("", raw["__key__"]), members)
 
     def take(self, positions: Sequence[int]) -> ShardPart:
         return replace(self, positions=[self.positions[position] for position in positions])
@@ -80,7 +81,7 @@ def open_images(source: str | Path, options: Options, sample_bytes: int) -> Imag
         opened = open_source(source)
         _demand_labelled(str(source), opened.header)
         images = Images(opened.header, plan(opened, options), opened.fingerprint)
-    return replace(images, splits=[replace(split, shards=_shards(split, options, sample_bytes)) for split in images.splits])
+    return replace(images, splits=[replace(split, shards=shards_for(split, options, sample_bytes)) for split in images.splits])
 
 
 def crop(image: Image.Image, size: int) -> np.ndarray:
@@ -134,7 +135,8 @@ def _demand_labelled(source: str, header: ShardIndex) -> None:
         raise DataError(f"{source} holds images without classes; images with classes are needed")
 
 
-def _shards(split: PlannedSplit, options: Options, sample_bytes: int) -> int:
+def shards_for(split: PlannedSplit, options: Options, sample_bytes: int) -> int:
+    """Shards to write a split into. sample_bytes: that a sample takes in them."""
     if split.name == "train" and options.shards is not None:
         return min(options.shards, len(split.order))
     return min(max(_FEWEST_SHARDS[split.name], math.ceil(sample_bytes * len(split.order) / SHARD_BYTES)), len(split.order))

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from mhla_lightning.data.index import SPLITS, VAE, ShardIndex, read_index
-from mhla_lightning.data.skips import JUDGED_AFTER
+from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
 from mhla_lightning.data.tools.latents.devices import find_devices, find_dtype
-from mhla_lightning.data.tools.latents.encode import STORED, Done, Encoding, Job, Tally, encode_shard, finished_shard, make_jobs
+from mhla_lightning.data.tools.latents.encode import ImageEncoder
 from mhla_lightning.data.tools.latents.images import Images, open_images
-from mhla_lightning.data.tools.pack import Options, Progress, check_target, fingerprint_of
-from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
-from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
-from mhla_lightning.data.tools.shards import shard_name
+from mhla_lightning.data.tools.latents.shard import STORED, Target
+from mhla_lightning.data.tools.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.tools.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.tools.replacing import Note, build
 from mhla_lightning.data.vaes import Autoencoder, load_vae
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import UserError
 
 _BLOCK, _NPY_HEADER = 512, 128  # bytes, of a tar file and of an npy file
-_SETTINGS = "latents.json"
 
 
 @dataclass(frozen=True)
@@ -76,16 +65,6 @@ class LatentOptions:
         Options(shards=self.shards)
 
 
-@dataclass
-class Report:
-    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). images: encoded by this call in `seconds`."""
-
-    indices: dict[str, ShardIndex] = field(default_factory=dict)
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)
-    images: int = 0
-    seconds: float = 0.0
-
-
 def make_latents(
     source: str | Path,
     to: str | Path,
@@ -102,7 +81,7 @@ def make_latents(
     Raises UserError for a bad argument, a VAE that cannot be opened or does not fit, and a target in use; DataError for a bad source; Interrupted for
     what the same call can continue.
     """
-    target = _target(source, to)
+    target = find_target(source, to)
     devices = find_devices(options.device)
     dtype = find_dtype(options.dtype, devices[0])
     vae = load_vae(options.vae, options.subfolder, scale=options.scale, shift=options.shift)
@@ -110,100 +89,13 @@ def make_latents(
     images = open_images(source, Options(options.val, options.shards, options.seed), _sample_bytes(described, STORED[dtype].itemsize))
     header = ShardIndex("latents", (), images.header.classes, vae=described)
     settings = _settings(options, header, images, dtype, devices[0])
-    _demand_free(target, header, settings, overwrite)
-    encoding = Encoding(options.vae, options.subfolder, options.size, options.batch_size, dtype, options.seed, devices, options.threads)
+    demand_target(target, dict.fromkeys(SPLITS, header), settings, overwrite)
+    encoder = ImageEncoder(dtype, devices, options.threads, options.vae, options.subfolder, options.size, options.batch_size, options.seed)
+    targets = [Target(split.name, header, split, encoder) for split in images.splits]
     note = on_note or (lambda _: None)
-    with build(target, fingerprint_of(settings), [split.name for split in images.splits], overwrite, wait, note) as building:
-        (building.folder / _SETTINGS).write_text(json.dumps(settings))
-        work = _Work(building, header, images, encoding, options.max_skipped_share, on_progress or (lambda *_: None))
-        return work.run(note)
-
-
-class _Work:
-    """All shards of a target in the making."""
-
-    def __init__(self, building: Building, header: ShardIndex, images: Images, encoding: Encoding, limit: float, on_progress: Progress) -> None:
-        self.building, self.header, self.images, self.encoding, self.limit = building, header, images, encoding, limit
-        self.names = {split.name: [shard_name(split.name, shard) for shard in range(split.shards)] for split in images.splits}
-        self.planned = {
-            (split.name, name): split.start(shard + 1) - split.start(shard)
-            for split in images.splits
-            for shard, name in enumerate(self.names[split.name])
-        }
-        self.done: dict[tuple[str, str], Done] = {}
-        self._seen = dict.fromkeys(self.names, 0)
-        self._on_progress = on_progress
-
-    def run(self, note: Note) -> Report:
-        """Encode what is not finished, and write the indices."""
-        for split, names in self.names.items():
-            found = {name: finished_shard(self.building, split, name) for name in names}
-            self.done |= {(split, name): shard for name, shard in found.items() if shard is not None}
-            self._advance(split, sum(self.planned[split, name] for name, shard in found.items() if shard is not None))
-        kept = len(self.done)
-        if kept:
-            note(f"{kept} of {len(self.planned)} shards were finished before and are kept")
-        report, start = Report(), time.perf_counter()
-        report.images = self._encode()
-        report.seconds = time.perf_counter() - start
-        for split, names in self.names.items():
-            shards = [self.done[split, name] for name in names]
-            report.indices[split] = _index(self.header, shards)
-            self.building.write_index(split, report.indices[split])
-            report.skipped += [(split, *skipped) for shard in shards for skipped in shard.tally.skipped]
-        return report
-
-    def _encode(self) -> int:
-        """Images that were read."""
-        alone = len(self.encoding.devices) == 1
-        work: Callable[[Job], Done] = partial(encode_shard, on_images=self._advance) if alone else encode_shard
-        before = sum(self._seen.values())
-        try:
-            with closing(run_jobs(work, self._jobs(), len(self.encoding.devices))) as results:
-                for shard in results:
-                    self.done[shard.split, shard.entry.name] = shard
-                    self._judge()
-                    if not alone:
-                        self._advance(shard.split, self.planned[shard.split, shard.entry.name])
-        except Interrupted:
-            raise
-        except UserError as error:
-            if self.done:  # hours of work may be finished: it is kept for when the mistake is mended
-                raise Interrupted(str(error)) from error
-            raise
-        return sum(self._seen.values()) - before
-
-    def _jobs(self) -> Iterator[Job]:
-        return chain.from_iterable(
-            make_jobs(
-                self.building,
-                self.header,
-                split,
-                {shard: name for shard, name in enumerate(self.names[split.name]) if (split.name, name) not in self.done},
-                self.encoding,
-            )
-            for split in self.images.splits
-        )
-
-    def _advance(self, split: str, images: int) -> None:
-        self._seen[split] += images
-        self._on_progress(split, self._seen[split], sum(count for (name, _), count in self.planned.items() if name == split))
-
-    def _judge(self) -> None:
-        """Raise DataError when more images were skipped than may be."""
-        read = sum(self.planned[key] for key in self.done)
-        skipped = [(split, *one) for (split, _), shard in self.done.items() for one in shard.tally.skipped]
-        if skipped and (read >= JUDGED_AFTER or len(self.done) == len(self.planned)) and len(skipped) > self.limit * read:
-            split, name, reason = skipped[-1]
-            found = f"{len(skipped)} of {read} images ({len(skipped) / read:.1%}) give no latent"
-            raise DataError(f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} of {split} ({reason})")
-
-
-def _target(source: str | Path, to: str | Path) -> Path:
-    try:
-        return check_target(source, to)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--to ")) from error  # here it is no option
+    with build(target, fingerprint_of(settings), [split.name for split in targets], overwrite, wait, note) as building:
+        (building.folder / SETTINGS).write_text(json.dumps(settings))
+        return Work(building, targets, "images", options.max_skipped_share, on_progress or (lambda *_: None)).run(note)
 
 
 def _describe(vae: Autoencoder, options: LatentOptions) -> VAE:
@@ -225,40 +117,5 @@ def _settings(options: LatentOptions, header: ShardIndex, images: Images, dtype:
     assert header.vae is not None
     vae = {key: value for key, value in asdict(header.vae).items() if key not in ("mean", "std")}
     chosen = {name: getattr(options, name) for name in ("size", "batch_size", "val", "shards", "seed")}
-    where = {"dtype": dtype, "device": torch.device(device).type}
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "diffusers")}
-    facts = {"vae": vae.pop("name"), **vae, **chosen, **where, **versions, "classes": header.classes, "source": images.fingerprint}
-    return json.loads(json.dumps(facts))
-
-
-def _demand_free(target: Path, header: ShardIndex, settings: dict[str, Any], overwrite: bool) -> None:
-    """Raise UserError when the target holds, or is being made of, other latents; or anything at all."""
-    if overwrite:
-        return
-    with suppress(DataError, StopIteration):
-        found = read_index(next(target / name for name in SPLITS if (target / name).is_dir()))
-        assert header.vae is not None
-        if found.vae is None or not header.vae.fits(found.vae):
-            what = f"latents of {found.vae}" if found.vae else found.kind
-            raise UserError(f"{target} holds {what}, and these would be of {header.vae}: choose another folder, or pass --overwrite")
-    demand_free(target, overwrite)
-    with suppress(OSError, ValueError):
-        begun = json.loads((target.parent / f".{target.name}.packing" / _SETTINGS).read_text())
-        other = [f"{name} {begun.get(name)} instead of {value}" for name, value in settings.items() if begun.get(name) != value]
-        if other:
-            raise UserError(
-                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish it, choose another folder, or pass --overwrite"
-            )
-
-
-def _index(header: ShardIndex, shards: Sequence[Done]) -> ShardIndex:
-    """The index of a split, with the statistics of its latents."""
-    assert header.vae is not None
-    tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
-    values = sum(tally.values for tally in tallies)
-    if not values:
-        raise DataError(f"no image of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}")
-    mean, square = (np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares"))
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    vae = replace(header.vae, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-    return replace(header, shards=tuple(shard.entry for shard in shards), vae=vae)
+    facts = {"vae": vae.pop("name"), **vae, **chosen, "classes": header.classes, "source": images.fingerprint}
+    return settings_of(facts, dtype, device, ("torch", "diffusers"))

@@ -1,0 +1,83 @@
+"""Clips that a video diffusion model draws while it trains."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+
+from mhla_lightning.callbacks.drawing import DrawSamples
+from mhla_lightning.diffusion import Process
+from mhla_lightning.errors import UserError
+from mhla_lightning.generation.video_files import animated_gif, at_a_glance, contact_sheet, thumbnails
+from mhla_lightning.generation.videos import video_sampler
+
+SHEET, MOVING = "samples/sheet", "samples/clips"
+
+
+class SampleClips(DrawSamples):
+    """Draws clips of the same noises again and again while a video diffusion model trains, as two images in TensorBoard.
+
+    `samples/sheet` is a contact sheet, a row a clip and its frames over time; `samples/clips` is an animated GIF of all clips beside each other, in
+    the order of the rows (what add_video of torch writes, which needs moviepy). Both are small pictures of about 160 pixels. The averaged weights
+    draw, where the run has callbacks.EMA, one clip at a time. Training goes on as if nothing had been drawn.
+
+    Args:
+        sheets: how many, at steps that grow by the same factor from `first` to the end of the run.
+        first: optimizer step of the first.
+        prompts: texts, a row each; None is the empty prompt.
+        per_prompt: clips of every prompt, of other noises.
+        sampler, steps: see diffusion.SAMPLERS; None is dpm++ for flow matching.
+        guidance: scale of classifier-free guidance; 1 is none.
+        seed: of the noises.
+
+    Raises:
+        UserError: counts below 1, no prompt; from the start of training, a sampler that does not serve the model's process, or a prompt that is too
+            long.
+    """
+
+    def __init__(
+        self,
+        sheets: int = 8,
+        first: int = 100,
+        prompts: list[str] | None = None,
+        per_prompt: int = 1,
+        sampler: str | None = None,
+        steps: int = 25,
+        guidance: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__({"sheets": sheets, "first": first, "per_prompt": per_prompt, "steps": steps}, sheets, sampler, guidance, seed)
+        if prompts is not None and not prompts:
+            raise UserError("SampleClips.prompts is empty; name at least one, or leave it out for the empty prompt")
+        self.prompts, self.per_prompt = prompts or [""], per_prompt
+
+    def usual_sampler(self, process: Process) -> str:
+        return video_sampler(process)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        data = cast(Any, trainer).datamodule
+        self._rows = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
+        encoded: Tensor = data.encode_text([*self._rows, ""])
+        self._texts, self._null = encoded[:-1], encoded[-1]
+        self._rate = float(data.frame_rate)
+
+    def draw(self, trainer: pl.Trainer, task: Any) -> list[np.ndarray]:
+        """Clips uint8 (F, H, W, 3)."""
+        data, clips = cast(Any, trainer).datamodule, []
+        for row, text in enumerate(self._texts):
+            drawn = self.samples(task, text[None], self._null, task.sample_shape, [("clip", row)])
+            clips.append(data.to_videos(drawn)[0].cpu().numpy())
+        return clips
+
+    def show(self, logger: TensorBoardLogger, step: int, drawn: list[np.ndarray]) -> None:
+        sheet = np.asarray(contact_sheet([thumbnails(clip) for clip in drawn], self._rows))
+        logger.experiment.add_image(SHEET, sheet, step, dataformats="HWC")
+        moving = np.concatenate([at_a_glance(clip) for clip in drawn], axis=2)
+        image = Summary.Image(height=moving.shape[1], width=moving.shape[2], colorspace=3, encoded_image_string=animated_gif(moving, self._rate))
+        logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=MOVING, image=image)]), step)

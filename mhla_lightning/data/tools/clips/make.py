@@ -1,0 +1,267 @@
+"""Videos to shards of clips: the same videos and options give the same bytes, with any number of processes and however often it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
+from pathlib import Path
+
+from mhla_lightning.data.index import Clip, ShardIndex
+from mhla_lightning.data.tools.clips.inputs import Video, open_videos
+from mhla_lightning.data.tools.clips.layout import place
+from mhla_lightning.data.tools.clips.options import ClipOptions, bucket_name, clip_bytes
+from mhla_lightning.data.tools.clips.probing import Probe, ProbeJob, probe
+from mhla_lightning.data.tools.clips.shards import Cut, Done, Job, finished_shard, write_clips
+from mhla_lightning.data.tools.pack import Progress, check_target, fingerprint_of
+from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
+from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
+from mhla_lightning.data.tools.shards import SHARD_BYTES, shard_name
+from mhla_lightning.data.videos import av_package
+from mhla_lightning.errors import DataError, UserError
+
+_FEWEST_SHARDS = {"train": 16, "val": 4}  # so that small sets can still be dealt over ranks x workers
+_MP4_SHRINKS = 40  # about; H.264 at its quality here
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Report:
+    """indices: by folder below the target, train and val or SIZE/train and SIZE/val. skipped: (file or clip, reason). short: videos without a clip.
+
+    seconds: of clips, by folder.
+    """
+
+    indices: dict[str, ShardIndex] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What is to be written into a folder: clips in order, and the first of every shard."""
+
+    folder: str
+    header: ShardIndex
+    cuts: list[Cut]
+    bounds: list[int]
+
+
+def make_clips(
+    source: str | Path,
+    to: str | Path,
+    options: ClipOptions,
+    *,
+    captions: str | Path | None = None,
+    need_captions: bool = True,
+    overwrite: bool = False,
+    workers: int = 1,
+    wait: bool = True,
+    on_progress: Progress | None = None,
+    on_note: Note | None = None,
+) -> Report:
+    """Write the clips of the videos of `source` (see inputs.open_videos, also for captions) under `to`; of several sizes, under to/SIZE.
+
+    overwrite, workers, wait, on_progress, on_note: see pack. Raises UserError for a bad argument or a target in use; DataError for a bad source, a
+    missing caption, too many videos that cannot be read; Interrupted for what the same call can continue.
+    """
+    target = check_target(source, to)
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
+    demand_free(target, overwrite)
+    av_package("cutting clips")
+    videos = open_videos(source, captions, need_captions)
+    folders = [f"{bucket}{split}" for bucket in _buckets(options) for split in SPLITS]
+    progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
+    with build(target, _fingerprint(videos, options), folders, overwrite, wait, note) as building:
+        probes = _probe(building, videos, options, workers, progress)
+        report = Report(skipped=[(str(videos[found.number].path), found.error) for found in probes if found.error is not None])
+        report.short = [str(videos[found.number].path) for found in probes if found.error is None and found.bucket is None]
+        splits = _plan(videos, probes, options)
+        _write(building, splits, options, workers, progress, note, report)
+        for folder in set(folders) - set(report.indices):
+            for path in (building.folder / "data" / folder, (building.folder / "data" / folder).parent):
+                if path != building.folder / "data" and not any(path.iterdir()):
+                    path.rmdir()
+    return report
+
+
+def _buckets(options: ClipOptions) -> list[str]:
+    return [""] if len(options.clips) == 1 else [f"{bucket_name(clip)}/" for clip in options.clips]
+
+
+def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
+    digest = hashlib.sha256()
+    for video in videos:
+        try:
+            stat = video.path.stat()
+        except OSError as error:
+            raise DataError(f"{video.path} cannot be read ({error.strerror}): repair or remove it") from error
+        facts = str(video.path), stat.st_size, stat.st_mtime_ns, video.caption
+        digest.update(f"{facts!r}\n".encode(errors="surrogateescape"))
+    return fingerprint_of("clips", digest.hexdigest(), repr(replace(options, max_skipped_share=0.0)), importlib.metadata.version("av"))
+
+
+# What is in the videos
+
+
+def _probe(building: Building, videos: Sequence[Video], options: ClipOptions, workers: int, on_progress: Progress) -> list[Probe]:
+    """What is known of every video; what an earlier call found is kept. Raises DataError when too many cannot be read."""
+    kept = building.folder / "probes.jsonl"
+    found = _read_probes(kept)
+    held_out = float(options.val) if options.val_by == "time" else None
+    cut = options.cut if options.shots else None
+    jobs = [ProbeJob(number, video.path, options.clips, held_out, cut) for number, video in enumerate(videos) if number not in found]
+    on_progress("look", len(found), len(videos))
+    with open(kept, "a", encoding="utf-8") as file, closing(run_jobs(probe, jobs, workers)) as results:
+        for result in results:
+            found[result.number] = result
+            file.write(json.dumps(asdict(result)) + "\n")
+            file.flush()
+            on_progress("look", len(found), len(videos))
+    bad = [found[number] for number in sorted(found) if found[number].error is not None]
+    if bad and (len(bad) > options.max_skipped_share * len(videos) or len(bad) == len(videos)):
+        more = f"; {len(bad)} of {len(videos)} videos cannot be read, more than --max-skipped-share {options.max_skipped_share:g} allows"
+        raise DataError(f"{bad[0].error}{more}")
+    return [found[number] for number in range(len(videos))]
+
+
+def _read_probes(path: Path) -> dict[int, Probe]:
+    found = {}
+    try:
+        for line in path.read_text().splitlines():
+            result = Probe(**json.loads(line))
+            stretches = {name: tuple((start, stop) for start, stop in getattr(result, name)) for name in SPLITS}
+            found[result.number] = replace(result, **stretches)  # type: ignore[arg-type]  # JSON knows no tuples
+    except (OSError, ValueError, TypeError):  # the line that was being written when the process was killed is the last
+        pass
+    path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found.values()))
+    return found
+
+
+# Which clip goes where
+
+
+def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_Split]:
+    """The folders that get clips: a function of the videos and the options. Raises DataError where there is nothing to train on or to validate on."""
+    splits = []
+    for number, (bucket, clip) in enumerate(zip(_buckets(options), options.clips, strict=True)):
+        members = [found for found in probes if found.error is None and found.bucket == number]
+        random.Random(f"{options.seed}/{bucket}").shuffle(members)
+        for split, cuts in _divide(videos, members, clip, options).items():
+            if cuts:
+                splits.append(_Split(bucket + split, ShardIndex("clips", (), clip=clip), cuts, _bounds(split, clip, cuts, options)))
+    for split in SPLITS:
+        if not any(found.folder.endswith(split) for found in splits):
+            longest = max((found.seconds for found in probes), default=0.0)
+            if split == "train" or not splits:
+                sizes = " or ".join(map(str, options.clips))
+                raise DataError(f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the longest video has {longest:.2f} s")
+            raise DataError(f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass --val-by time, or shorter --frames")
+    return splits
+
+
+def _divide(videos: Sequence[Video], members: list[Probe], clip: Clip, options: ClipOptions) -> dict[str, list[Cut]]:
+    """The clips of the videos of a size, by split, in the order of writing: video after video, in the order of `members`."""
+    if options.val_by == "time":
+        return {split: _cuts(videos, members, split, clip, options) for split in SPLITS}
+    count = _held_out(len(members), options.val)
+    return {"train": _cuts(videos, members[count:], "train", clip, options), "val": _cuts(videos, members[:count], "train", clip, options)}
+
+
+def _held_out(videos: int, val: int | float) -> int:
+    """How many videos of a size are held out; none of a single one."""
+    if isinstance(val, int) or val >= 1:
+        if videos > 1 and not (val < videos and val == int(val)):
+            raise UserError(f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share above 0 and below 1")
+        return int(val) if videos > 1 else 0
+    return min(videos - 1, math.ceil(videos * val)) if videos else 0
+
+
+def _cuts(videos: Sequence[Video], members: Iterable[Probe], stretches: str, clip: Clip, options: ClipOptions) -> list[Cut]:
+    """stretches: of the videos, train or val."""
+    found = ((member, place(getattr(member, stretches), clip, options.stride_of(clip))) for member in members)
+    return [Cut(videos[member.number], tuple(starts), member.last) for member, starts in found if starts]
+
+
+def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -> list[int]:
+    """The first clip of every shard, and the number of clips."""
+    clips = sum(len(cut.starts) for cut in cuts)
+    size = clip_bytes(clip) / (1 if options.store_of(clip) == "npy" else _MP4_SHRINKS)
+    shards = max(_FEWEST_SHARDS[split], math.ceil(size * clips / SHARD_BYTES))
+    if split == "train" and options.shards is not None:
+        shards = options.shards
+    shards = min(shards, clips)
+    return [clips * shard // shards for shard in range(shards + 1)]
+
+
+# Writing
+
+
+def _write(
+    building: Building, splits: Sequence[_Split], options: ClipOptions, workers: int, on_progress: Progress, on_note: Note, report: Report
+) -> None:
+    """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be read, Interrupted when shards are kept."""
+    jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
+    finished = ((job, finished_shard(building, job.split, job.name)) for job in jobs)
+    done: dict[tuple[str, str], Done] = {(job.split, job.name): found for job, found in finished if found is not None}
+    if done:
+        on_note(f"{len(done)} of {len(jobs)} shards were finished before and are kept")
+    totals = {split.folder: split.bounds[-1] for split in splits}
+
+    def advance(folder: str) -> None:
+        on_progress(folder, sum(shard.tally.planned for (name, _), shard in done.items() if name == folder), totals[folder])
+
+    for folder in totals:
+        advance(folder)
+    try:
+        with closing(run_jobs(write_clips, [job for job in jobs if (job.split, job.name) not in done], workers)) as results:
+            for shard in results:
+                done[shard.split, shard.entry.name] = shard
+                advance(shard.split)
+                _judge(done.values(), sum(totals.values()), options)
+    except Interrupted:
+        raise
+    except UserError as error:
+        if len(done) > 1:  # hours of work may be finished: it is kept for when the mistake is mended
+            raise Interrupted(str(error)) from error
+        raise
+    _judge(done.values(), sum(shard.tally.planned for shard in done.values()), options)
+    for split in splits:
+        _finish(building, split, [done[job.split, job.name] for job in jobs if job.split == split.folder], report)
+
+
+def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[Job]:
+    assert split.header.clip is not None
+    store = options.store_of(split.header.clip)
+    flat = [(number, start) for number, cut in enumerate(split.cuts) for start in cut.starts]
+    for shard, (first, stop) in enumerate(zip(split.bounds, split.bounds[1:], strict=False)):
+        grouped = groupby(flat[first:stop], key=lambda pair: pair[0])
+        cuts = tuple(replace(split.cuts[number], starts=tuple(start for _, start in pairs)) for number, pairs in grouped)
+        yield Job(building, split.header, split.folder, shard_name(Path(split.folder).name, shard), first, cuts, store)
+
+
+def _judge(done: Iterable[Done], planned: int, options: ClipOptions) -> None:
+    """Raise DataError when more clips were left out than may be of all that are planned."""
+    skipped = [one for shard in done for one in shard.tally.skipped]
+    if skipped and len(skipped) > options.max_skipped_share * planned:
+        found = f"{len(skipped)} of {planned} clips cannot be read, more than --max-skipped-share {options.max_skipped_share:g} allows"
+        raise DataError(f"{skipped[-1][1]}; {found}")
+
+
+def _finish(building: Building, split: _Split, shards: Sequence[Done], report: Report) -> None:
+    index = replace(split.header, shards=tuple(shard.entry for shard in shards))
+    if not index.samples:
+        raise DataError(f"no clip of {split.folder} can be read; {': '.join(shards[0].tally.skipped[0])}")
+    assert index.clip is not None
+    building.write_index(split.folder, index)
+    report.indices[split.folder] = index
+    report.seconds[split.folder] = index.samples * index.clip.frames / index.clip.rate
+    report.skipped += [one for shard in shards for one in shard.tally.skipped]

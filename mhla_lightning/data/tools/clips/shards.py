@@ -1,0 +1,113 @@
+"""A shard of clips: what is written depends on the shard alone, not on the process that writes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mhla_lightning.data.index import ShardEntry, ShardIndex
+from mhla_lightning.data.tools.clips.frames import read_clips
+from mhla_lightning.data.tools.clips.inputs import Video
+from mhla_lightning.data.tools.replacing import Building, sync
+from mhla_lightning.data.tools.samples import Sample, npy_bytes
+from mhla_lightning.data.videos import encode_mp4
+from mhla_lightning.errors import DataError
+
+Store = Literal["npy", "mp4"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Clips of one video. starts: in seconds of its clock, growing. last: when its last frame comes."""
+
+    video: Video
+    starts: tuple[float, ...]
+    last: float
+
+
+class Job(NamedTuple):
+    """A shard to write. split: its folder below the target. first: index in the split of its first sample, if no clip before it was left out."""
+
+    building: Building
+    header: ShardIndex
+    split: str
+    name: str
+    first: int
+    cuts: tuple[Cut, ...]
+    store: Store
+
+
+@dataclass
+class Tally:
+    """planned: clips. skipped: [name, reason] of those left out."""
+
+    planned: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Done(NamedTuple):
+    """A shard that is written."""
+
+    split: str
+    entry: ShardEntry
+    tally: Tally
+
+
+def write_clips(job: Job) -> Done:
+    """Write a shard and its tally."""
+    tally = Tally(sum(len(cut.starts) for cut in job.cuts))
+    return Done(job.split, job.building.write(job.split, job.name, job.header.kind, _samples(job, tally), job.first), tally)
+
+
+def finished_shard(building: Building, split: str, name: str) -> Done | None:
+    """A shard that an earlier call finished, else None."""
+    entry = building.finished(split, name)
+    if entry is None:
+        return None
+    try:
+        return Done(split, entry, Tally(**json.loads(_tally_path(building, split, name).read_text())))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def clip_sample(header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy") -> Sample:
+    """A clip and its caption. header: an index of clips, for their size; clip: uint8 (frames, height, width, 3). Raises DataError for another."""
+    wanted = header.clip and (header.clip.frames, header.clip.height, header.clip.width, 3)
+    if header.clip is None or clip.shape != wanted or clip.dtype != np.uint8:
+        raise DataError(f"clip {name} is {clip.dtype} {clip.shape}; uint8 {wanted} is needed")
+    picture = {"mp4": encode_mp4(clip, header.clip.rate)} if store == "mp4" else {"clip.npy": npy_bytes(clip)}
+    return Sample(name, {"txt": caption.encode()} | picture)
+
+
+def _samples(job: Job, tally: Tally) -> Iterator[Sample]:
+    """Samples to write. At the end the tally stands beside the shard, before Building.write calls it finished."""
+    assert job.header.clip is not None
+    for cut in job.cuts:
+        done = 0
+        try:
+            for clip in read_clips(cut.video.path, cut.starts, job.header.clip, cut.last):
+                yield clip_sample(job.header, _name(cut, done), clip, cut.video.caption, job.store)
+                done += 1
+        except DataError as error:
+            names = [_name(cut, number) for number in range(done, len(cut.starts))]
+            _log.warning("skipped %d clips of %s: %s", len(names), cut.video.path, error)
+            tally.skipped += [(name, str(error)) for name in names]
+    path = _tally_path(job.building, job.split, job.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(tally)))
+    sync(path)
+
+
+def _name(cut: Cut, number: int) -> str:
+    return f"{cut.video.path.stem[:40]}-{round(cut.starts[number] * 1000)}ms"
+
+
+def _tally_path(building: Building, split: str, name: str) -> Path:
+    return building.folder / "tallies" / split / f"{name}.json"

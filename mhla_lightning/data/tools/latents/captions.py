@@ -1,0 +1,113 @@
+"""Features of captions, computed once for each text and kept beside the shards in the making."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mhla_lightning.data.index import TextEncoding
+from mhla_lightning.data.text_encoders import TextEncoder, load_text_encoder
+from mhla_lightning.data.tools.latents.devices import DTYPES, own_device, release_devices
+from mhla_lightning.data.tools.parallel import run_jobs
+from mhla_lightning.data.tools.replacing import Building, sync
+from mhla_lightning.data.tools.samples import npy_bytes
+from mhla_lightning.errors import DataError, UserError
+
+_TOGETHER = 32  # captions of a job
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features by caption, float16 (rows, channels), in files. Picklable. folder: where they lie."""
+
+    folder: Path
+
+    def path(self, caption: str) -> Path:
+        """The file of a caption."""
+        digest = hashlib.sha256(caption.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.npy"
+
+    def read(self, caption: str) -> np.ndarray:
+        """Features that were written."""
+        return np.load(self.path(caption), allow_pickle=False)
+
+    def write(self, caption: str, rows: np.ndarray) -> None:
+        """Write whole, or not at all."""
+        path = self.path(caption)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{uuid.uuid4().hex}.new")
+        new.write_bytes(npy_bytes(rows))
+        sync(new)
+        new.rename(path)
+
+
+class _Job(NamedTuple):
+    """captions: with the sample that each was first seen at."""
+
+    building: Building
+    features: Features
+    encoding: TextEncoding
+    dtype: str
+    devices: tuple[str, ...]
+    captions: list[tuple[str, str]]
+
+
+def encode_captions(
+    building: Building,
+    captions: Mapping[str, str],
+    encoding: TextEncoding,
+    dtype: str,
+    devices: tuple[str, ...],
+    on_captions: Callable[[int, int], None],
+) -> Features:
+    """Encode what was not encoded before.
+
+    captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of how many.
+    Raises DataError, naming the sample, for a text that is too long.
+    """
+    features = Features(building.folder / "features")
+    missing = [(sample, text) for text, sample in captions.items() if not features.path(text).is_file()]
+    done = len(captions) - len(missing)
+
+    def jobs() -> Iterator[_Job]:
+        for start in range(0, len(missing), _TOGETHER):
+            yield _Job(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
+
+    on_captions(done, len(captions))
+    try:
+        with closing(run_jobs(_encode, jobs(), len(devices))) as results:
+            for count in results:
+                done += count
+                on_captions(done, len(captions))
+    finally:
+        _opened.cache_clear()  # the VAE needs the memory
+        release_devices()
+    return features
+
+
+def _encode(job: _Job) -> int:
+    encoder = _opened(job.encoding, own_device(job.building.folder, job.devices), job.dtype)
+    for sample, text in job.captions:
+        try:
+            (rows,) = encoder.encode([text])
+        except UserError as error:
+            raise DataError(f"sample {sample}: {error}") from error
+        with np.errstate(over="ignore"):
+            stored = rows.numpy().astype("<f2")
+        if not np.isfinite(stored).all():
+            raise DataError(f"sample {sample}: the features of its caption hold NaN or values that float16 does not reach")
+        job.features.write(text, stored)
+    return len(job.captions)
+
+
+@lru_cache(maxsize=1)
+def _opened(encoding: TextEncoding, device: str, dtype: str) -> TextEncoder:
+    return load_text_encoder(encoding, device, DTYPES[dtype])

@@ -1,0 +1,215 @@
+"""Clips and their captions to shards of latents and text features, a bucket beside the other; the same bytes however often it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mhla_lightning.data.index import EMPTY_TEXT, VAE, Clip, ShardIndex, TextEncoding
+from mhla_lightning.data.kinds.clips import Clips
+from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
+from mhla_lightning.data.text_encoders import load_text_encoder
+from mhla_lightning.data.tools.latents.captions import Features, encode_captions
+from mhla_lightning.data.tools.latents.clips import ClipSplit, open_clips
+from mhla_lightning.data.tools.latents.devices import DTYPES, find_devices, find_dtype
+from mhla_lightning.data.tools.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
+from mhla_lightning.data.tools.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.tools.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.tools.replacing import Building, Note, build
+from mhla_lightning.data.tools.samples import Sample, latent_sample
+from mhla_lightning.data.vaes import VideoAutoencoder, load_video_vae
+from mhla_lightning.errors import DataError, UserError
+
+_OVERHEAD = 4096  # bytes of a sample's headers in a tar file
+_WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How clips become latents.
+
+    vae, subfolder: see vaes.load_video_vae. name: what the index and recipes call the VAE; None is `vae`. text_encoder, tokens: see
+    text_encoders.load_text_encoder. device, dtype: see devices.find_devices and find_dtype; of both models. shards: of training, of a bucket.
+    max_skipped_share: of clips that cannot be read or encoded; more ends the work.
+    """
+
+    vae: str
+    text_encoder: str
+    tokens: int = 512
+    subfolder: str | None = None
+    name: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    shards: int | None = None
+    max_skipped_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        if self.tokens < 1:
+            raise UserError(f"--tokens is {self.tokens}; it must be at least 1")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
+        Options(shards=self.shards)
+
+
+@dataclass(frozen=True)
+class VideoEncoder(Encoder):
+    """How clips become latents. vae, subfolder: see vaes.load_video_vae. clip: their size. features: of their captions."""
+
+    vae: str
+    subfolder: str | None
+    clip: Clip
+    features: Features
+
+    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+        """See Encoder. One clip is decoded while another is encoded."""
+        opened = _opened(self.vae, self.subfolder, device, self.dtype, str(job.header.vae and job.header.vae.sha256))
+        return self._latents(job, opened, tally, on_samples)
+
+    def _latents(self, job: Job, vae: VideoAutoencoder, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+        with ThreadPoolExecutor(self.threads) as pool:
+            clips = iter(job.samples)
+            ahead = pool.submit(self._next, clips)
+            seen = 0
+            while (found := ahead.result()) is not None:
+                ahead = pool.submit(self._next, clips)
+                name, content = found
+                if isinstance(content, BadSample):
+                    tally.skip(job.split, name, str(content))
+                else:
+                    yield from self._encode(job, vae, name, content, tally)
+                seen += 1
+                if len(tally.skipped) == seen >= JUDGED_AFTER:
+                    raise DataError(f"none of the first {seen} clips of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}")
+                on_samples(job.split, 1)
+
+    def _next(self, clips: Iterator[Sample]) -> tuple[str, dict[str, Any] | BadSample] | None:
+        """The next clip's name, and what it holds or why it cannot be read."""
+        sample = next(clips, None)
+        if sample is None:
+            return None
+        try:
+            return sample.name, Clips(self.clip).inspect({"__key__": sample.name, **sample.members})
+        except BadSample as reason:
+            return sample.name, reason
+
+    def _encode(self, job: Job, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: Tally) -> Iterator[Sample]:
+        """The sample to write, if its latent can be stored."""
+        wanted = job.header.vae
+        assert wanted is not None
+        video = torch.from_numpy(content["clip"]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                latent = vae.encode(video)[0].cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the device has too little memory for clips of {self.clip}: choose a device with more, or smaller clips") from error
+        with np.errstate(over="ignore"):
+            stored = latent.astype(STORED[self.dtype])
+        if not np.isfinite(stored).all():
+            tally.skip(job.split, name, f"its latent holds NaN or values that {STORED[self.dtype]} does not reach")
+            return
+        tally.add(stored[None], None, wanted)
+        yield latent_sample(job.header, name, stored, text=self.features.read(content["caption"]))
+
+
+@lru_cache(maxsize=1)
+def _opened(name: str, subfolder: str | None, device: str, dtype: str, sha256: str) -> VideoAutoencoder:
+    vae = load_video_vae(name, subfolder, device, DTYPES[dtype])
+    if vae.sha256 != sha256:
+        raise DataError(f"the weights of the VAE {name} changed while latents were made: begin again with --overwrite")
+    return vae
+
+
+def make_video_latents(
+    source: str | Path,
+    to: str | Path,
+    options: VideoOptions,
+    *,
+    overwrite: bool = False,
+    wait: bool = True,
+    on_progress: Progress | None = None,
+    on_note: Note | None = None,
+) -> Report:
+    """Write the latents and text features of the clips of `source` (see clips.open_clips) as shards under `to`, bucket by bucket.
+
+    overwrite, wait, on_progress, on_note: see make.make_latents. The errors too; DataError also for a caption that is too long.
+    """
+    target = find_target(source, to)
+    devices = find_devices(options.device)
+    dtype = find_dtype(options.dtype, devices[0])
+    clips = open_clips(source)
+    headers = _headers(clips, options, dtype)
+    settings = _settings(clips, headers[0], options, dtype, devices[0])
+    demand_target(target, {split.name: header for split, header in zip(clips, headers, strict=True)}, settings, overwrite)
+    note, progress = on_note or (lambda _: None), on_progress or (lambda *_: None)
+    with build(target, fingerprint_of(settings), [split.name for split in clips], overwrite, wait, note) as building:
+        (building.folder / SETTINGS).write_text(json.dumps(settings))
+        features = _features(building, clips, headers[0], dtype, devices, progress)
+        empty = features.path("").read_bytes()
+        targets = []
+        for split, header in zip(clips, headers, strict=True):
+            assert header.text is not None
+            assert header.vae is not None
+            told = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
+            encoder = VideoEncoder(dtype, devices, 1, options.vae, options.subfolder, split.clip, features)
+            targets.append(Target(split.name, told, split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)), encoder))
+        report = Work(building, targets, "clips", options.max_skipped_share, progress).run(note)
+        for folder in dict.fromkeys(split.name.rpartition("/")[0] for split in clips):
+            building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, empty)
+        return report
+
+
+def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> list[ShardIndex]:
+    """What the index of every split will say, but for its shards. Raises UserError for models that cannot be opened or clips that do not fit."""
+    vae = load_video_vae(options.vae, options.subfolder)
+    shapes = []
+    for split in clips:
+        try:
+            shapes.append(vae.latent_shape(split.clip.frames, split.clip.height, split.clip.width))
+        except UserError as error:
+            raise UserError(f"{split.address}: {error}") from error
+    name = options.text_encoder
+    channels = load_text_encoder(name, dtype=DTYPES[dtype]).encoding
+    text = TextEncoding(name, options.tokens, channels.channels, channels.sha256)
+    made = [VAE(options.name or options.vae, 1.0, 0.0, shape, vae.kind, vae.sha256, False, False) for shape in shapes]
+    return [ShardIndex("video_latents", (), vae=found, clip=split.clip, text=text) for split, found in zip(clips, made, strict=True)]
+
+
+def _settings(clips: Sequence[ClipSplit], header: ShardIndex, options: VideoOptions, dtype: str, device: str) -> dict[str, Any]:
+    """What decides which bytes are written, in words."""
+    assert header.vae is not None
+    assert header.text is not None
+    text = {f"text {key}": value for key, value in asdict(header.text).items()}
+    facts = {"vae": header.vae.name, "sha256": header.vae.sha256, **text, "shards": options.shards}
+    facts |= {"clips": [f"{split.name} {split.clip} {split.split.index.hash}" for split in clips]}
+    packages = ["torch", "diffusers", *([] if options.text_encoder.startswith("words:") else ["transformers"])]
+    return settings_of(facts, dtype, device, packages)
+
+
+def _features(
+    building: Building, clips: Sequence[ClipSplit], header: ShardIndex, dtype: str, devices: tuple[str, ...], on_progress: Progress
+) -> Features:
+    """Features of all captions, and of the empty text, which stands for a caption that is dropped."""
+    assert header.text is not None
+    seen = {"": "of the empty text"}
+    for split in clips:
+        for name, caption in split.captions():
+            seen.setdefault(caption, f"{name} of {split.name}")
+    return encode_captions(building, seen, header.text, dtype, devices, lambda done, total: on_progress("captions", done, total))
+
+
+def _sample_bytes(header: ShardIndex, itemsize: int) -> int:
+    """About what a sample takes in a tar file."""
+    assert header.vae is not None
+    assert header.text is not None
+    return math.prod(header.vae.shape) * itemsize + min(header.text.tokens, _WORDS_OF_A_CAPTION) * header.text.channels * 2 + _OVERHEAD

@@ -1,0 +1,151 @@
+"""A shard of latents in the making, of images or of videos: what is written depends on the shard alone, not on what was encoded before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mhla_lightning.data.index import VAE, ShardEntry, ShardIndex
+from mhla_lightning.data.tools.latents.devices import own_device
+from mhla_lightning.data.tools.pack import PlannedSplit
+from mhla_lightning.data.tools.replacing import Building, sync
+from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.data.tools.shards import shard_name
+
+# float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16 encoding gave is not rounded again; of fp32
+# encoding float32 is kept.
+STORED: dict[str, np.dtype] = {"bf16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
+OnSamples = Callable[[str, int], None]  # is told of the split and of how many of its samples more are done
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Tally:
+    """What is known of a shard's latents. values: of every channel; sums, squares: of the latents as they are used and of their squares, (C,).
+
+    skipped: [name, reason] of what was left out.
+    """
+
+    values: int = 0
+    sums: list[float] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, latents: np.ndarray, logvar: np.ndarray | None, vae: VAE) -> None:
+        """latents: (B, C, ...) as stored; with their log-variance what is drawn from the posterior is counted."""
+        used = (latents.astype(np.float64) - vae.shift) * vae.scale
+        variance = 0.0 if logvar is None else np.exp(logvar.astype(np.float64)) * vae.scale**2
+        axes = (0, *range(2, latents.ndim))
+        added = used.sum(axis=axes), (used**2 + variance).sum(axis=axes)
+        self.values += used[:, 0].size
+        self.sums, self.squares = (
+            (np.array(old) + new).tolist() if old else new.tolist() for old, new in zip((self.sums, self.squares), added, strict=True)
+        )
+
+    def skip(self, split: str, name: str, reason: str) -> None:
+        """Leave a sample out."""
+        self.skipped.append((name, reason))
+        _log.warning("skipped %s of %s: %s", name, split, reason)
+
+
+@dataclass(frozen=True)
+class Encoder(ABC):
+    """How samples become latents. Picklable.
+
+    dtype: of devices.DTYPES. devices: see devices.find_devices. threads: that read and decode, beside each device.
+    """
+
+    dtype: str
+    devices: tuple[str, ...]
+    threads: int
+
+    @abstractmethod
+    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+        """The samples to write, encoded on `device`. Opens the models at once. Raises UserError, DataError."""
+
+
+class Target(NamedTuple):
+    """A split to make. name: SPLIT, or BUCKET/SPLIT. header: of its latents. source: what is encoded."""
+
+    name: str
+    header: ShardIndex
+    source: PlannedSplit
+    encoder: Encoder
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of its shards."""
+        return [shard_name(self.source.name, number) for number in range(self.source.shards)]
+
+    def samples(self, shard: int) -> int:
+        """Samples of shard number `shard`, of those that can be encoded."""
+        return self.source.start(shard + 1) - self.source.start(shard)
+
+
+class Job(NamedTuple):
+    """A shard to write. first: index in the split of its first sample."""
+
+    building: Building
+    header: ShardIndex
+    split: str
+    samples: Iterable[Sample]
+    first: int
+    name: str
+    encoder: Encoder
+
+
+class Done(NamedTuple):
+    """A shard that is written."""
+
+    split: str
+    entry: ShardEntry
+    tally: Tally
+
+
+def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iterator[Job]:
+    """A job for each of these shards of a split, by number."""
+    split = target.source
+    for shard in wanted:
+        first = split.start(shard)
+        samples = split.part.take(split.order[first : split.start(shard + 1)])
+        yield Job(building, target.header, target.name, samples, first, target.shards[shard], target.encoder)
+
+
+def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done:
+    """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when the VAE is not the header's."""
+    tally = Tally()
+    device = own_device(job.building.folder, job.encoder.devices)
+    latents = job.encoder.latents(job, device, tally, on_samples or (lambda *_: None))
+    entry = job.building.write(job.split, job.name, job.header.kind, _then_tally(job, tally, latents), job.first)
+    return Done(job.split, entry, tally)
+
+
+def finished_shard(building: Building, split: str, name: str) -> Done | None:
+    """A shard that an earlier call finished, else None."""
+    entry = building.finished(split, name)
+    if entry is None:
+        return None
+    try:
+        return Done(split, entry, Tally(**json.loads(_tally_path(building, split, name).read_text())))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _then_tally(job: Job, tally: Tally, samples: Iterator[Sample]) -> Iterator[Sample]:
+    """At the end the tally stands beside the shard, before Building.write calls it finished."""
+    yield from samples
+    path = _tally_path(job.building, job.split, job.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(tally)))
+    sync(path)
+
+
+def _tally_path(building: Building, split: str, name: str) -> Path:
+    return building.folder / "tallies" / split / f"{name}.json"

@@ -1,0 +1,156 @@
+"""The making of latents of all splits: what is not finished is encoded, wherever there is a device, and the indices are written in the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mhla_lightning.data.index import ShardIndex, read_index
+from mhla_lightning.data.skips import JUDGED_AFTER
+from mhla_lightning.data.tools.latents.shard import Done, Job, Tally, Target, encode_shard, finished_shard, make_jobs
+from mhla_lightning.data.tools.pack import Progress, check_target
+from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
+from mhla_lightning.data.tools.replacing import Building, Note, demand_free
+from mhla_lightning.errors import DataError, UserError
+
+SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are written, in words
+
+
+@dataclass
+class Report:
+    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded by this call in `seconds`."""
+
+    indices: dict[str, ShardIndex] = field(default_factory=dict)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class Work:
+    """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that may be left out."""
+
+    def __init__(self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress) -> None:
+        self.building, self.what, self.limit = building, what, limit
+        self.targets = {target.name: target for target in targets}
+        self.planned = {(name, shard): target.samples(n) for name, target in self.targets.items() for n, shard in enumerate(target.shards)}
+        self.devices = targets[0].encoder.devices
+        self.done: dict[tuple[str, str], Done] = {}
+        self._seen = dict.fromkeys(self.targets, 0)
+        self._on_progress = on_progress
+
+    def run(self, note: Note) -> Report:
+        """Encode what is not finished, and write the indices."""
+        for name, target in self.targets.items():
+            found = {shard: finished_shard(self.building, name, shard) for shard in target.shards}
+            self.done |= {(name, shard): done for shard, done in found.items() if done is not None}
+            self._advance(name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None))
+        kept = len(self.done)
+        if kept:
+            note(f"{kept} of {len(self.planned)} shards were finished before and are kept")
+        report, start = Report(), time.perf_counter()
+        report.samples = self._encode()
+        report.seconds = time.perf_counter() - start
+        for name, target in self.targets.items():
+            shards = [self.done[name, shard] for shard in target.shards]
+            report.indices[name] = _index(target.header, shards)
+            self.building.write_index(name, report.indices[name])
+            report.skipped += [(name, *skipped) for shard in shards for skipped in shard.tally.skipped]
+        return report
+
+    def _encode(self) -> int:
+        """Samples that were read."""
+        alone = len(self.devices) == 1
+        work: Callable[[Job], Done] = partial(encode_shard, on_samples=self._advance) if alone else encode_shard
+        before = sum(self._seen.values())
+        try:
+            with closing(run_jobs(work, self._jobs(), len(self.devices))) as results:
+                for shard in results:
+                    self.done[shard.split, shard.entry.name] = shard
+                    self._judge()
+                    if not alone:
+                        self._advance(shard.split, self.planned[shard.split, shard.entry.name])
+        except Interrupted:
+            raise
+        except UserError as error:
+            if self.done:  # hours of work may be finished: it is kept for when the mistake is mended
+                raise Interrupted(str(error)) from error
+            raise
+        return sum(self._seen.values()) - before
+
+    def _jobs(self) -> Iterator[Job]:
+        return chain.from_iterable(
+            make_jobs(self.building, target, [number for number, shard in enumerate(target.shards) if (name, shard) not in self.done])
+            for name, target in self.targets.items()
+        )
+
+    def _advance(self, split: str, samples: int) -> None:
+        self._seen[split] += samples
+        self._on_progress(split, self._seen[split], len(self.targets[split].source.order))
+
+    def _judge(self) -> None:
+        """Raise DataError when more samples were skipped than may be."""
+        read = sum(self.planned[key] for key in self.done)
+        skipped = [(split, *one) for (split, _), shard in self.done.items() for one in shard.tally.skipped]
+        if skipped and (read >= JUDGED_AFTER or len(self.done) == len(self.planned)) and len(skipped) > self.limit * read:
+            split, name, reason = skipped[-1]
+            found = f"{len(skipped)} of {read} {self.what} ({len(skipped) / read:.1%}) give no latent"
+            raise DataError(f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} of {split} ({reason})")
+
+
+def find_target(source: str | Path, to: str | Path) -> Path:
+    """The folder to make. Raises UserError like pack.check_target."""
+    try:
+        return check_target(source, to)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--to ")) from error  # here it is no option
+
+
+def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:
+    """What decides which bytes are written, in words: facts, numbers, kind of device, versions of packages."""
+    where = {"dtype": dtype, "device": torch.device(device).type}
+    return json.loads(json.dumps(facts | where | {package: importlib.metadata.version(package) for package in packages}))
+
+
+def demand_target(target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool) -> None:
+    """Raise UserError when the target holds, or is being made of, other latents; or anything at all. headers: of the splits to make, by name."""
+    if overwrite:
+        return
+    with suppress(DataError, StopIteration):
+        name, header = next((name, header) for name, header in headers.items() if (target / name).is_dir())
+        found = read_index(target / name)
+        assert header.vae is not None
+        if found.vae is None or not header.vae.fits(found.vae):
+            what = f"latents of {found.vae}" if found.vae else found.kind
+            raise UserError(f"{target} holds {what}, and these would be of {header.vae}: choose another folder, or pass --overwrite")
+    demand_free(target, overwrite)
+    with suppress(OSError, ValueError):
+        begun = json.loads((target.parent / f".{target.name}.packing" / SETTINGS).read_text())
+        other = [f"{name} {begun.get(name)} instead of {value}" for name, value in settings.items() if begun.get(name) != value]
+        if other:
+            raise UserError(
+                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish it, choose another folder, or pass --overwrite"
+            )
+
+
+def _index(header: ShardIndex, shards: Sequence[Done]) -> ShardIndex:
+    """The index of a split, with the statistics of its latents."""
+    assert header.vae is not None
+    tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
+    values = sum(tally.values for tally in tallies)
+    if not values:
+        raise DataError(f"no sample of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}")
+    mean, square = (np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares"))
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    vae = replace(header.vae, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    return replace(header, shards=tuple(shard.entry for shard in shards), vae=vae)

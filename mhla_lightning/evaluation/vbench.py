@@ -1,0 +1,176 @@
+"""VBench (arXiv 2311.17982): the folder that it expects, and the call of its package. Imports no torch.
+
+The package pins numpy below 2 and an old transformers, so that it lives in an environment of its own more often than in ours: it is called in a
+process of the interpreter that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.evaluation import vbench_call
+from mhla_lightning.runs.folder import read_json
+
+PER_PROMPT = 5
+"""Videos of each prompt that VBench looks for."""
+
+ANY_PROMPT = ("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality")
+"""Dimensions that need no prompts of VBench's own."""
+
+DIMENSIONS = (
+    *ANY_PROMPT,
+    "temporal_flickering",
+    "object_class",
+    "multiple_objects",
+    "human_action",
+    "color",
+    "spatial_relationship",
+    "scene",
+    "temporal_style",
+    "appearance_style",
+    "overall_consistency",
+)
+INSTALL = "pip install vbench, in an environment of its own because it needs numpy below 2, and name that with --python .../bin/python"
+
+_LONGEST = 255  # bytes of a file's name
+_NAME = "vbench"
+_WHERE = "import importlib.util as u; s = u.find_spec('vbench'); print(s.submodule_search_locations[0] if s else '')"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed VBench.
+
+    Attributes:
+        python: the interpreter that has it.
+        folder: of the package.
+    """
+
+    python: str
+    folder: Path
+
+    def prompts(self) -> list[str]:
+        """Its prompts, each once.
+
+        Raises:
+            UserError: the package holds no list of them.
+        """
+        listed = read_json(self.folder / "VBench_full_info.json")
+        if not isinstance(listed, list):
+            raise UserError(f"{self.folder} holds no VBench_full_info.json; install vbench 0.1.5 or newer")
+        return list(dict.fromkeys(str(entry["prompt_en"]) for entry in listed))
+
+
+def find_package(python: str | None = None) -> Package | None:
+    """VBench of an interpreter, None is ours; None where it is not installed.
+
+    Raises:
+        UserError: no such interpreter.
+    """
+    python = python or sys.executable
+    try:
+        asked = subprocess.run([python, "-c", _WHERE], capture_output=True, text=True, check=False, cwd="/")
+    except OSError as error:
+        raise UserError(f"--python {python} cannot be started: {error.strerror}") from error
+    if asked.returncode:
+        raise UserError(f"--python {python} is no Python interpreter (exit code {asked.returncode})")
+    folder = asked.stdout.strip()
+    return Package(python, Path(folder)) if folder else None
+
+
+def sampled_videos(folder: Path) -> list[tuple[Path, str]]:
+    """Files and prompts of a folder of `mhla sample`, in its order.
+
+    Raises:
+        UserError: no samples.json, a name in it that leaves the folder, or a file that is not there.
+    """
+    listed = read_json(folder / "samples.json")
+    if not isinstance(listed, dict) or not listed.get("videos"):
+        raise UserError(f"{folder} holds no samples.json with videos; give a run, or a folder that mhla sample has filled")
+    found = []
+    for entry in listed["videos"]:
+        name = str(entry["file"])
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / 'samples.json'} names {name}, which is no video in that folder")
+        found.append((folder / name, str(entry["prompt"])))
+    return found
+
+
+def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
+    """Puts videos into a folder as VBench names them, PROMPT-INDEX.mp4 with an index from 0 for each prompt; nothing else is left there.
+
+    Args:
+        videos: files and their prompts.
+        to: the folder; hard links where the file system has them, else copies.
+
+    Returns:
+        names, in the order of the videos.
+
+    Raises:
+        UserError: a prompt that cannot be a file's name; a folder with something else than videos.
+    """
+    counts: dict[str, int] = {}
+    names: dict[str, Path] = {}
+    for file, prompt in videos:
+        index = counts[prompt] = counts.get(prompt, -1) + 1
+        name = f"{prompt}-{index}.mp4"
+        if "/" in prompt or "\0" in prompt or not prompt.strip() or prompt.startswith(".") or len(name.encode()) > _LONGEST:
+            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes")
+        names[name] = file
+    to.mkdir(parents=True, exist_ok=True)
+    others = [path for path in to.iterdir() if path.suffix != ".mp4" or not path.is_file()]
+    if others:
+        raise UserError(f"{to} holds {others[0].name}, which is no video; name an empty or a new folder with --to")
+    for path in to.iterdir():
+        path.unlink()
+    for name, file in names.items():
+        try:
+            os.link(file, to / name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, to / name)
+    return list(names)
+
+
+def check_dimensions(names: Sequence[str], standard: bool) -> None:
+    """Raises UserError for an unknown dimension, or for one that needs VBench's own prompts where others were given."""
+    for name in names:
+        if name not in DIMENSIONS:
+            raise UserError(unknown_name("dimension", name, DIMENSIONS))
+        if not standard and name not in ANY_PROMPT:
+            raise UserError(f"dimension '{name}' is measured on VBench's own prompts; on others: {', '.join(ANY_PROMPT)}")
+
+
+def evaluate(package: Package, videos: Path, output: Path, dimensions: Sequence[str], standard: bool, device: str) -> dict[str, float]:
+    """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks where they are not in its cache.
+
+    Args:
+        videos: a folder of :func:`lay_out`.
+        standard: the videos are of VBench's own prompts.
+
+    Returns:
+        dimension -> score.
+
+    Raises:
+        UserError: VBench failed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    mode = "vbench_standard" if standard else "custom_input"
+    given = {"videos": str(videos.absolute()), "output": str(output.absolute()), "name": _NAME, "dimensions": list(dimensions)}
+    log, results = output / "vbench.log", output / f"{_NAME}_eval_results.json"
+    results.unlink(missing_ok=True)
+    with log.open("w") as said:
+        command = [package.python, vbench_call.__file__, json.dumps({**given, "mode": mode, "device": device})]
+        done = subprocess.run(command, stdout=said, check=False, cwd=output)
+    found: Any = read_json(results)
+    if done.returncode or not isinstance(found, dict):
+        raise UserError(f"VBench failed (exit code {done.returncode}); its last message stands above, the others in {log}")
+    return {name: float(value[0] if isinstance(value, list) else value) for name, value in found.items()}

@@ -1,0 +1,131 @@
+"""Videos as files: H.264 in mp4, a contact sheet with captions, an animated GIF. Frames are uint8 (F, H, W, 3)."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mhla_lightning.errors import UserError, missing_extra
+
+COLUMNS = 8  # frames of a contact sheet's row
+_SIDE = 160  # the longer side of its pictures, about
+_GAP, _CAPTION = 4, 18
+_X264 = {"crf": "16", "preset": "medium", "mbtree": "0"}  # x264's macroblock tree gives other bytes from one run to the next
+_SLUG = 40
+
+
+def require_av() -> None:
+    """Raises UserError where PyAV, which writes mp4, is not installed."""
+    if find_spec("av") is None:
+        raise UserError(missing_extra("av", "video", "writing mp4"))
+
+
+def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
+    """Writes frames as a whole or not at all; the same bytes for the same frames.
+
+    H.264 in 4:2:0, the one form that every player and browser shows; it needs even sides, so that the last row or column is doubled where one is odd.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+        rate: frames a second.
+
+    Raises:
+        UserError: PyAV is missing.
+    """
+    require_av()
+    import av
+
+    even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream: Any = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264)
+        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1  # the number of threads would stand in the file
+        for frame in even:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(temporary, path)
+
+
+def file_name(number: int, prompt: str) -> str:
+    """`0003-a-red-ball-falls.mp4`."""
+    return f"{number:04d}-{slug(prompt)}.mp4"
+
+
+def slug(text: str) -> str:
+    """Letters and digits of ASCII, words joined by hyphens, at most 40; `empty` where none are left."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[:_SLUG].rstrip("-") or "empty"
+
+
+def thumbnails(frames: np.ndarray) -> np.ndarray:
+    """At most 8 frames evenly over time, the first and the last among them, at a size to look at: uint8 (<= 8, h, w, 3)."""
+    return at_a_glance(frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)])
+
+
+def at_a_glance(frames: np.ndarray) -> np.ndarray:
+    """Frames at about 160 pixels on their longer side: uint8 (F, h, w, 3)."""
+    height, width = frames.shape[1:3]
+    longer = max(height, width)
+    if longer <= _SIDE:  # whole multiples show every pixel as it is
+        return frames.repeat(_SIDE // longer, axis=1).repeat(_SIDE // longer, axis=2)
+    size = (max(1, round(width * _SIDE / longer)), max(1, round(height * _SIDE / longer)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+
+
+def contact_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """A row a video, its caption above its frames from left to right over time.
+
+    Args:
+        rows: uint8 (frames, h, w, 3) each, of one size, for instance of :func:`thumbnails`.
+        captions: one a row; what is too long for the sheet is cut.
+    """
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    size = (columns * (width + _GAP) + _GAP, len(rows) * (_CAPTION + height + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = number * (_CAPTION + height + _GAP)
+        draw.text((_GAP, top + 2), _fitting(draw, font, " ".join(caption.split()), size[0] - 2 * _GAP), fill="black", font=font)
+        for column, frame in enumerate(row):
+            sheet.paste(Image.fromarray(frame), (_GAP + column * (width + _GAP), top + _CAPTION))
+    return sheet
+
+
+def _fitting(draw: ImageDraw.ImageDraw, font: Any, text: str, width: int) -> str:
+    while text and draw.textlength(text, font=font) > width:
+        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+    return text
+
+
+def animated_gif(frames: np.ndarray, rate: float) -> bytes:
+    """An endless GIF, which TensorBoard plays on its page of images. frames: uint8 (F, H, W, 3); rate: frames a second, at most 50."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    out = io.BytesIO()
+    pictures[0].save(out, "gif", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / rate)), loop=0)
+    return out.getvalue()
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, uint8 (H, W, 3) each.
+
+    Raises:
+        UserError: PyAV is missing.
+    """
+    require_av()
+    import av
+
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")

@@ -1,0 +1,124 @@
+"""Text-conditional video diffusion, in the latents of a VAE or in pixels (paper Sec. 5.4; SPEC section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.diffusion import build_process
+from mhla_lightning.errors import UserError
+from mhla_lightning.tasks.diffusion import DiffusionTask
+from mhla_lightning.tasks.distillation import Distillation
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+
+
+@runtime_checkable
+class VideoDiffusionBackbone(Protocol):
+    """What this task asks of a backbone besides tasks.base's."""
+
+    in_channels: int
+    input_size: tuple[int, int, int]
+    text_dim: int
+    text_length: int
+
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
+
+    def check_size(self, size: Sequence[int]) -> None: ...
+
+
+class VideoDiffusionTask(DiffusionTask):
+    """Learns to remove noise from videos that a text describes, by flow matching with shifted logit-normal times (SPEC 6.6).
+
+    Videos of other lengths and sizes than the backbone's input_size are taken as they come, images as videos of one frame: a batch has one shape.
+
+    Args:
+        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from, train_only, checkpoint_activations:
+            see :class:`DiffusionTask`.
+        text_dropout: share of training samples whose text is replaced by the empty prompt, for classifier-free guidance.
+
+    Attributes:
+        sample_shape: (C, T, H, W) of backbone_options.input_size.
+        text_shape: (tokens, channels) of the text features at most.
+        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data; no part of a checkpoint, because
+            whoever encodes a prompt encodes the empty one too.
+
+    Raises:
+        UserError: see :class:`DiffusionTask`; a process that learns a variance, which video models do not predict.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
+        backbone_options: Mapping[str, Any] | None = None,
+        diffusion: str | Mapping[str, Any] = "flow",
+        text_dropout: float = 0.1,
+        time_bins: int = 4,
+        distill: Distillation | None = None,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        init_from: str | None = None,
+        train_only: list[str] | None = None,
+        checkpoint_activations: Literal["none", "blocks"] = "none",
+    ) -> None:
+        process = build_process(diffusion)
+        if process.out_channels(1) != 1:
+            raise UserError(f"model.diffusion '{process.name}' learns a variance, which video models do not predict; take flow")
+        shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        super().__init__(backbone, attention, backbone_options, diffusion, ("text_dropout", text_dropout), time_bins, *shared)
+        plan = self._plan()
+        self.sample_shape = (plan.in_channels, *plan.input_size)
+        self.text_shape = (plan.text_length, plan.text_dim)
+        self.register_buffer("null_text", torch.zeros(self.text_shape), persistent=False)
+        self.null_text: Tensor
+
+    def _plan(self) -> VideoDiffusionBackbone:
+        with torch.device("meta"):
+            plan = self._build()
+        if not isinstance(plan, VideoDiffusionBackbone):
+            raise UserError(f"backbone '{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny")
+        return plan
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises UserError for frames, height and width of a latent (or of pixels) that the patch or a layer's blocks cannot take."""
+        self._plan().check_size(size)
+
+    def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(batch, C, T, H, W): latents, or pixels where the data holds no latents."""
+        return batch["latent"] if "latent" in batch else batch["clip"]
+
+    def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
+        """Text features (batch, tokens, channels), of the empty prompt where the text is dropped."""
+        text = batch["text"]
+        return torch.where(dropped[:, None, None], self.null_text[: text.shape[1]].to(text), text)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        found = cast(Any, self.trainer).datamodule.null_text()
+        self.null_text.zero_()
+        self.null_text[: len(found)] = found
+
+    def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
+        """Refuses data that this model cannot take, before training.
+
+        Raises:
+            UserError: neither clips nor video latents, another number of channels, a size that the patch or a layer's blocks cannot take, text
+                features that are too many or of another width.
+        """
+        if facts["kind"] not in ("clips", "video_latents"):
+            raise UserError(f"video diffusion needs clips or video latents, and the data holds {facts['kind']}")
+        plan = self._plan()
+        for channels, *size in facts["shapes"]:
+            if channels != plan.in_channels:
+                raise UserError(f"the data's samples have {channels} channels, and model.backbone_options.in_channels is {plan.in_channels}")
+            plan.check_size(size)
+        tokens, channels = facts["text"]
+        if channels != plan.text_dim:
+            raise UserError(f"the data's text features have {channels} channels, and model.backbone_options.text_dim is {plan.text_dim}")
+        if tokens > plan.text_length:
+            raise UserError(
+                f"the data's text features have {tokens} tokens; model.backbone_options.text_length is {plan.text_length}, the most it takes"
+            )

@@ -1,0 +1,208 @@
+"""Text to features: words without a download, and umT5 against transformers itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_lightning.data.modules.text import TextConditioned
+from mhla_lightning.data.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
+from mhla_lightning.errors import UserError
+from tests.vaes import save_kl, save_umt5
+
+WORDS = TextEncoding("words:64", 12, 64)
+CAT = [-1.1309932, 0.9060153, 1.0947771]
+
+
+class Prompts(TextConditioned):
+    """A data module as far as text goes."""
+
+    def __init__(self, encoding: TextEncoding | None) -> None:
+        self.text_encoder = encoding
+
+
+@pytest.fixture(scope="module")
+def umt5(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("transformers")
+    return save_umt5(tmp_path_factory.mktemp("text") / "umt5")
+
+
+# Words
+
+
+def test_a_word_is_the_same_row_wherever_it_stands() -> None:
+    encoder = load_text_encoder(WORDS)
+    one, two = encoder.encode(["A red CAT, running.", "cat"])
+    assert one.shape == (4, 64)
+    assert one.dtype == torch.float32
+    assert torch.equal(one[2], two[0])
+    assert torch.equal(one, load_text_encoder("words:64").encode(["a  red cat running"])[0])
+    assert not torch.equal(one[0], one[1])
+
+
+def test_the_rows_of_words_are_unit_gaussians() -> None:
+    (rows,) = load_text_encoder(TextEncoding("words:64", 2000, 64)).encode([" ".join(f"w{number}" for number in range(2000))])
+    assert abs(float(rows.mean())) < 0.01
+    assert abs(float(rows.std()) - 1) < 0.01
+    similarity = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
+    assert float((similarity - torch.eye(2000)).abs().max()) < 0.75, "no two words alike"
+
+
+def test_the_vectors_of_words_never_change() -> None:
+    """A data set's features are told by this encoder's sha256: another vector needs another one."""
+    (rows,) = load_text_encoder("words:3").encode(["cat"])
+    torch.testing.assert_close(rows, torch.tensor([CAT]), atol=1e-6, rtol=0)
+
+
+def test_a_text_without_words_is_one_row_of_its_own() -> None:
+    empty, blank, marks, word = load_text_encoder(WORDS).encode(["", " \n", "?!", "a"])
+    assert empty.shape == (1, 64)
+    assert torch.equal(empty, blank)
+    assert torch.equal(empty, marks)
+    assert not torch.equal(empty, word)
+
+
+@pytest.mark.parametrize("name", ["words:0", "words:", "words:x", "words:123456"])
+def test_words_need_a_number_of_channels(name: str) -> None:
+    with pytest.raises(UserError, match=r"words:N has N channels"):
+        load_text_encoder(name)
+
+
+# umT5
+
+
+@torch.no_grad()
+def test_umt5_is_that_of_transformers(umt5: str) -> None:
+    """Alone and unpadded it gives what transformers gives for a padded batch with a mask, which is what diffusers' Wan pipeline cuts rows from."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    texts = ["a red cat", "", "dogs run over the hill"]
+    found = load_text_encoder(TextEncoding(umt5, 32, 24)).encode(texts)
+    tokens = AutoTokenizer.from_pretrained(umt5)(texts, padding="max_length", max_length=32, return_tensors="pt")
+    model: Any = UMT5EncoderModel.from_pretrained(umt5)
+    direct = model.eval()(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    for rows, its, mask in zip(found, direct, tokens.attention_mask, strict=True):
+        assert len(rows) == int(mask.sum())
+        torch.testing.assert_close(rows, its[: len(rows)], atol=1e-5, rtol=1e-5)
+
+
+def test_features_do_not_depend_on_what_else_is_encoded(umt5: str) -> None:
+    encoder = load_text_encoder(TextEncoding(umt5, 40, 24))
+    together = encoder.encode(["a", "a much longer text", "a"])
+    assert torch.equal(together[0], encoder.encode(["a"])[0])
+    assert torch.equal(together[0], together[2])
+
+
+def test_the_identity_is_of_weights_and_vocabulary(umt5: str, tmp_path: Path) -> None:
+    known = load_text_encoder(umt5).encoding
+    assert (known.channels, known.tokens) == (24, 512)
+    assert load_text_encoder(umt5, dtype=torch.bfloat16).encoding == known
+    in_pipeline = load_text_encoder(save_umt5(tmp_path / "pipeline", pipeline=True)).encoding
+    assert in_pipeline.sha256 == known.sha256
+    assert load_text_encoder(save_umt5(tmp_path / "other", seed=1)).encoding.sha256 != known.sha256
+    assert load_text_encoder(save_umt5(tmp_path / "heads", num_heads=2, d_kv=12)).encoding.sha256 != known.sha256
+    with pytest.raises(UserError, match="sha256 .* it is another"):
+        load_text_encoder(TextEncoding(umt5, 8, 24, "ab" * 32))
+    assert load_text_encoder("words:64").encoding.sha256 != load_text_encoder("words:65").encoding.sha256
+
+
+def test_loading_leaves_the_random_generator_alone(umt5: str) -> None:
+    before = torch.random.get_rng_state()
+    load_text_encoder(umt5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("name", ["words:8", "umt5"])
+def test_a_text_that_is_too_long_is_told(umt5: str, name: str) -> None:
+    encoding = TextEncoding(name, 5, 8) if name == "words:8" else TextEncoding(umt5, 5, 24)
+    encoder = load_text_encoder(encoding)
+    longest = "a b c d e" if name == "words:8" else "abcd"
+    assert len(encoder.encode([longest])[0]) == 5
+    with pytest.raises(UserError, match=rf"the text '{longest} x' has [67] tokens, .* at most 5"):
+        encoder.encode([f"{longest} x"])
+    with pytest.raises(UserError, match=r"^the text 'zz zz.{60,80}\.\.\.' has") as told:
+        encoder.encode(["zz " * 1000])
+    assert "\n" not in str(told.value)
+
+
+def test_other_models_and_damage_are_told(umt5: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"there is no folder {tmp_path}/none: "):
+        load_text_encoder(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty is no folder of a UMT5EncoderModel"):
+        load_text_encoder(str(tmp_path / "empty"))
+    shutil.copytree(umt5, tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(UserError, match="is a model of type bert; umt5"):
+        load_text_encoder(str(tmp_path / "bert"))
+    shutil.copytree(umt5, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be read from a safetensors file"):
+        load_text_encoder(str(tmp_path / "pickled"))
+    shutil.copytree(umt5, tmp_path / "deeper")
+    (tmp_path / "deeper" / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(UserError, match="not those of its config.json"):
+        load_text_encoder(str(tmp_path / "deeper"))
+    shutil.copytree(umt5, tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    (tmp_path / "mute" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+        load_text_encoder(str(tmp_path / "mute"))
+    with pytest.raises(UserError, match="no folder of a UMT5EncoderModel"):
+        load_text_encoder(save_kl(tmp_path / "kl"))
+    with pytest.raises(UserError, match="gives 24 channels, and text_encoder.channels is 25"):
+        load_text_encoder(TextEncoding(umt5, 8, 25))
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(0, 4), (4, 0), (-1, 4)])
+def test_sizes_are_positive(tokens: int, channels: int) -> None:
+    with pytest.raises(UserError, match="must be at least 1"):
+        TextEncoding("words:4", tokens, channels)
+
+
+# Prompts
+
+
+def test_white_space_and_entities_are_cleaned_as_in_wan() -> None:
+    """Against diffusers' pipeline, whose cleaning this is (without ftfy)."""
+    wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
+    for text in ("  a\tb\n\nc ", "fish &amp;amp; chips", "&lt;b&gt;", "caf\u00e9\u00a0x\u3000y", ""):
+        assert clean(text) == wan.whitespace_clean(html.unescape(html.unescape(text)))
+
+
+def test_prompts_are_padded_by_zeros(umt5: str) -> None:
+    for encoding in (WORDS, TextEncoding(umt5, 12, 24)):
+        module = Prompts(encoding)
+        found = module.encode_text(["a cat", "a", "a cat"])
+        assert found.shape == (3, 12, encoding.channels)
+        assert found.dtype == torch.float32
+        assert torch.equal(found[0], found[2])
+        rows = load_text_encoder(encoding).encode(["a cat"])[0]
+        assert torch.equal(found[0, : len(rows)], rows)
+        assert not found[0, len(rows) :].any()
+        assert torch.equal(module.null_text(), pad_rows(load_text_encoder(encoding).encode([""]), 12)[0])
+        assert module.null_text().any(), "the empty text has a row of its own"
+        assert module.encode_text([]).shape == (0, 12, encoding.channels)
+
+
+def test_prompts_are_encoded_once(umt5: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(umt5, tmp_path / "moved")
+    module = Prompts(TextEncoding(str(folder), 12, 24))
+    first = module.encode_text(["a", "b"])
+    shutil.rmtree(folder)
+    assert torch.equal(module.encode_text(["b", "a"]), first.flip(0))
+
+
+def test_without_an_encoder_there_are_no_prompts() -> None:
+    with pytest.raises(UserError, match=r"data\.text_encoder is not set"):
+        Prompts(None).encode_text(["a"])

@@ -1,0 +1,211 @@
+"""`mhla export`: weights of runs and of imports as folders that diffusers and Wan2.1's own code open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mhla_lightning.backbones import build_backbone
+from mhla_lightning.backbones.wan_names import added, from_wan, to_diffusers, to_wan
+from mhla_lightning.checkpoints.export import Trained, plan, write
+from mhla_lightning.cli.main import main
+from mhla_lightning.config.recipes import read_yaml
+from mhla_lightning.errors import UserError
+from tests.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, opened, plain_wan
+
+FILE = "diffusion_pytorch_model.safetensors"
+MHLA = {"name": "mhla", "blocks": list(LAYOUT), "gate": True}
+
+
+@pytest.fixture
+def hybrid(tmp_path: Path) -> Path:
+    """What `mhla import wan` makes of a checkpoint with every key."""
+    save_file(hybrid_wan(), tmp_path / "wan.safetensors")
+    layout = ["--layout", *map(str, LAYOUT), "--backbone-options", json.dumps(OPTIONS)]
+    assert main(["import", "wan", str(tmp_path / "wan.safetensors"), "--out", str(tmp_path / "ours.safetensors"), *layout]) == 0
+    return tmp_path / "ours.safetensors"
+
+
+def random_model(attention: Any, **options: Any) -> Any:
+    """Every weight random: a fresh model's output is zero, and would agree with anything."""
+    torch.manual_seed(0)
+    model = build_backbone("wan_1_3b", attention=attention, **{**ALL_OPTIONS, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    return model
+
+
+def trained(model: torch.nn.Module, attention: Any, **options: Any) -> Trained:
+    return Trained(model.state_dict(), "wan_1_3b", attention, {**ALL_OPTIONS, **options}, "a test's model")
+
+
+def some_input() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, CHANNELS, 4, 4, 6), torch.tensor([3, 870]), torch.randn(2, 6, TEXT)
+
+
+def test_diffusers_computes_what_ours_does(tmp_path: Path) -> None:
+    ours = random_model("softmax")
+    export = plan(trained(ours, "softmax"))
+    write(export, tmp_path / "out")
+    theirs = opened(tmp_path / "out", strict=True)
+    x, t, text = some_input()
+    with torch.no_grad():
+        out = ours(x, t, text)
+        torch.testing.assert_close(theirs(x, t, text).sample, out, rtol=1e-5, atol=1e-5)
+    assert out.std() > 0.1
+    assert export.added == []
+
+
+@pytest.mark.parametrize("format", ["wan", "diffusers"])
+def test_import_and_export_are_bit_equal(hybrid: Path, format: str) -> None:
+    out = hybrid.parent / "out"
+    assert main(["export", str(hybrid), "--to", str(out), "--format", format]) == 0
+    state, written = hybrid_wan(), load_file(out / FILE)
+    wanted = state if format == "wan" else to_diffusers(from_wan(state))
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    again = hybrid.parent / "again.safetensors"
+    assert main(["import", "wan", str(out), "--out", str(again)]) == 0  # layout, heads and sizes come out of config.json
+    first, second = load_file(hybrid), load_file(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_folder_says_what_it_holds(hybrid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report = hybrid.parent / "out", hybrid.parent / "report.json"
+    assert main(["export", str(hybrid), "--to", str(out), "--json", str(report)]) == 0
+    facts = json.loads((out / "config.json").read_text())["_mhla_lightning"]
+    names = to_diffusers({name: value for name, value in from_wan(hybrid_wan()).items() if added(name)})
+    assert set(facts["added"]) == set(names) == {name for name in load_file(out / FILE) if name not in to_diffusers(from_wan(plain_wan()))}
+    assert facts["layers"] == ["softmax", "mhla", "mhla"]
+    assert (facts["backbone"], facts["attention"][1]["blocks"]) == ("wan_1_3b", list(LAYOUT))
+    result = json.loads(report.read_text())
+    assert sum(row["parameters"] for row in result["rows"]) == sum(value.numel() for value in hybrid_wan().values())
+    assert "layers 1, 2 are no softmax attention" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", FILE]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read the one may read the other
+
+
+def test_diffusers_opens_a_hybrid_by_its_shared_layers(hybrid: Path) -> None:
+    assert main(["export", str(hybrid), "--to", str(hybrid.parent / "out")]) == 0
+    theirs = opened(hybrid.parent / "out", strict=False)
+    facts = json.loads((hybrid.parent / "out" / "config.json").read_text())["_mhla_lightning"]
+    assert load_file(hybrid.parent / "out" / FILE).keys() == theirs.state_dict().keys() | set(facts["added"])
+    shared = to_diffusers(from_wan(plain_wan()))
+    state = hybrid_wan()
+    assert theirs.state_dict().keys() == shared.keys()
+    assert torch.equal(theirs.state_dict()["blocks.2.attn1.to_k.weight"], state["blocks.2.self_attn.k.weight"])
+
+
+def test_wans_own_config(hybrid: Path) -> None:
+    out = hybrid.parent / "out"
+    assert main(["export", str(hybrid), "--to", str(out), "--format", "wan"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    found = [config[key] for key in ("_class_name", "dim", "num_heads", "num_layers", "in_dim", "text_len")]
+    assert found == ["WanModel", 24, HEADS, DEPTH, CHANNELS, 6]
+
+
+def test_what_wan_has_not_is_written_beside_it(tmp_path: Path) -> None:
+    """Linear attention, a position convolution after the block, one mixing matrix a head."""
+    entries = ["linear", {**MHLA, "pos_conv": "cpe3", "mix_per_head": True}, "softmax"]
+    ours = random_model(entries)
+    for format in ("wan", "diffusers"):
+        export = plan(trained(ours, entries), format)
+        write(export, tmp_path / format)
+        back = from_wan(load_file(tmp_path / format / FILE))
+        assert back.keys() == ours.state_dict().keys()
+        assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
+        assert export.config["_mhla_lightning"]["layers"] == ["linear", "mhla", "softmax"]
+
+
+def test_the_tensors_may_be_smaller(tmp_path: Path) -> None:
+    ours = random_model("softmax")
+    write(plan(trained(ours, "softmax"), "wan"), tmp_path / "out", torch.bfloat16)
+    written, whole = load_file(tmp_path / "out" / FILE), to_wan(ours.state_dict())
+    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in written.items())
+
+
+def finished(recipe: Path) -> Path:
+    assert main(["run", str(recipe)]) == 0
+    (run,) = Path("runs").iterdir()
+    return run
+
+
+def test_a_run_of_another_family_is_written_under_our_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its averaged weights, or on demand those as trained; a recipe starts from the folder."""
+    run = finished(recipe)
+    for name, arguments in {"averaged": [], "raw": ["--no-ema"], "earlier": ["--ckpt", "8"]}.items():
+        assert main(["export", run.name, "--to", name, *arguments]) == 0
+    average = load_file(run / "checkpoints" / "step-00000012" / "ema" / "weights.safetensors")
+    averaged, raw, earlier = (load_file(Path(name) / "model.safetensors") for name in ("averaged", "raw", "earlier"))
+    assert averaged.keys() == average.keys()
+    assert all(torch.equal(averaged[name], average[name]) for name in average)
+    state = torch.load(run / "checkpoints" / "step-00000012" / "trainer.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(raw[name], state[f"backbone.{name}"]) for name in average)
+    assert any(not torch.equal(averaged[name], other[name]) for name in average for other in (raw, earlier))
+    config = json.loads(Path("averaged/config.json").read_text())
+    model = build_backbone(config["backbone"], attention=config["attention"], **config["backbone_options"])
+    model.load_state_dict(averaged)
+    arguments = read_yaml(run / "recipe.yaml")["model"]["init_args"]
+    assert config["attention"] == arguments["attention"]
+    assert main(["run", str(recipe), "--run-id", "warm", "--model.init_from", "averaged", "--trainer.max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["export", run.name, "--to", "wan", "--format", "diffusers"]) == 2
+    assert "--format diffusers is for video models" in capsys.readouterr().err
+    assert not Path("wan").exists()
+
+
+def test_weights_of_another_backbone_are_refused() -> None:
+    ours = random_model("softmax")
+    with pytest.raises(UserError, match=r"a test's model does not fit wan_1_3b: .*blocks\.0\.attn\.gate\.bias"):
+        plan(trained(ours, MHLA))
+
+
+def test_what_wan_needs_must_be_there() -> None:
+    entry = {"name": "softmax", "qk_norm": False}
+    with pytest.raises(UserError, match=r"Wan2\.1 has blocks\.0\.attn\.q_norm\.weight, and a test's model has none"):
+        plan(trained(random_model(entry), entry))
+    assert plan(trained(random_model(entry), entry), "plain").file == "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gone"], "no run 'gone'"),
+        (["notes.txt"], "is no run and no .safetensors file"),
+        (["foreign.safetensors"], "was not written by mhla import"),
+        (["torn.safetensors"], "was not written by mhla import"),
+        (["empty"], "must hold one .safetensors file"),
+        (["ours.safetensors", "--ckpt", "3"], "--ckpt and --no-ema choose between the weights of a run"),
+        (["ours.safetensors", "--format", "wann"], "did you mean 'wan'"),
+        (["ours.safetensors", "--to", "full"], "--to full holds something already"),
+        (["ours.safetensors", "--to", "notes.txt"], "--to notes.txt holds something already"),
+        (["ours.safetensors", "--to", "nowhere/out"], "there is no folder"),
+        (["ours.safetensors", "--json", "nowhere/report.json"], "there is no folder"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_sentence(
+    hybrid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(hybrid.parent)
+    save_file(plain_wan(), "foreign.safetensors")
+    Path("torn.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    Path("notes.txt").write_text("notes")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/a").touch()
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    to = [] if "--to" in arguments else ["--to", "out"]
+    assert main(["export", *arguments, *to]) == 2
+    sentence = capsys.readouterr().err
+    assert words in sentence
+    assert sentence.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before

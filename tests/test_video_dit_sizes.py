@@ -1,0 +1,150 @@
+"""The video DiT: clips of any size that fits its blocks, texts of any length, and sentences about all others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_lightning.errors import UserError
+from tests.video_models import ENTRIES, HYBRID, awake, build, inputs
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_a_short_text_is_one_filled_up_with_zeros(rows: int) -> None:
+    model = awake(build(attention=HYBRID))
+    x, t, text = inputs(model)
+    filled = text.clone()
+    filled[:, rows:] = 0
+    assert torch.equal(model(x, t, text[:, :rows]), model(x, t, filled))
+    assert (model(x, t, text) - model(x, t, filled)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("attention", ENTRIES, ids=str)
+def test_clips_of_any_size_that_makes_as_many_blocks(attention: Any) -> None:
+    """One model for images and clips of several sizes; the same weights laid out for that size give the same numbers."""
+    model = awake(build(attention=attention, blocks=(1, 2, 3)))
+    for size in [(1, 4, 6), (1, 8, 12), (6, 8, 12), (5, 10, 18), (3, 6, 22)]:
+        own = build(attention=attention, blocks=(1, 2, 3), input_size=size).eval()
+        own.load_state_dict(model.state_dict())
+        out = model(*inputs(model, size))
+        assert out.shape[2:] == size
+        assert torch.equal(out, own(*inputs(own, size)))
+
+
+def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
+    """11 columns in blocks of 4 are 4, 4 and 3: with equal weights for all blocks nothing depends on the borders."""
+    uniform = {"name": "mhla", "mix_init": "uniform", "normalizer": "block"}
+    split = awake(build(attention={**uniform, "blocks": (2, 2, 3)}, depth=1, input_size=(3, 6, 22)))
+    whole = awake(build(attention={**uniform, "blocks": 1}, depth=1, input_size=(3, 6, 22)))
+    state = {name: value for name, value in split.state_dict().items() if "mixing" not in name}
+    whole.load_state_dict(state, strict=False)
+    for model in (split, whole):
+        mixing = model.blocks[0].attn.attention.mixing.weight
+        mixing.data.fill_(1.0)
+    torch.testing.assert_close(split(*inputs(split)), whole(*inputs(whole)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "size", "words"),
+    [
+        ("softmax", (4, 7, 12), ["(4, 7, 12) (frames, height, width)", "patches of (1, 2, 2): height 7; use 6 or 8"]),
+        ("softmax", (4, 8, 1), ["width 1; use 2"]),
+        ("mhla", (1, 8, 12), ["blocks (2, 2, 3): frames 1; use 2"]),
+        ("mhla", (4, 8, 8), ["blocks (2, 2, 3): width 8; use 6 or 10"]),
+        ({"name": "mhla", "block_size": (2, 2, 2)}, (5, 8, 12), ["blocks (2, 2, 3): frames 5; use 4"]),
+        ({"name": "mhla", "block_size": 2}, (4, 8, 6), ["blocks (2, 2, 3): width 6; use 10"]),
+        ({"name": "mhla", "normalizer": "slot"}, (4, 8, 14), ["width 14; use 12 or 18"]),
+        ("linear", (4, 8), ["latents takes three whole numbers from 1 on, [frames, height, width]", "(4, 8)"]),
+    ],
+    ids=str,
+)
+def test_a_size_that_does_not_fit_names_the_nearest(attention: Any, size: tuple[int, ...], words: list[str]) -> None:
+    model = build(attention=attention)
+    with pytest.raises(UserError) as error:
+        model.check_size(size)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    if len(size) == 3:
+        with pytest.raises(UserError):
+            model(*inputs(model, size))
+
+
+def test_a_size_has_to_suit_the_blocks_of_every_layer() -> None:
+    model = build(attention=["mhla", {"name": "mhla", "blocks": (2, 2, 4)}], input_size=(4, 8, 14))
+    assert model.check_size((4, 8, 20)) == (4, 4, 10)  # 4 + 4 + 2 and 3 + 3 + 3 + 1
+    with pytest.raises(UserError, match=r"blocks \(2, 2, 3\) and blocks \(2, 2, 4\): width 12; use 14"):
+        model.check_size((4, 8, 12))
+
+
+@pytest.mark.parametrize("attention", [*ENTRIES, {"name": "mhla", "block_size": (2, 3, 2)}, {"name": "mhla", "normalizer": "slot"}], ids=str)
+def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
+    """Every size it allows runs, and every nearest size it names is allowed."""
+    model = awake(build(attention=attention, depth=1))
+    allowed = 0
+    for axis in range(3):
+        for n in range(1, 30):
+            size = [4, 8, 12]
+            size[axis] = n
+            near = model.nearest(axis, n)
+            assert near
+            assert all(model.nearest(axis, other) == (other,) for other in near)
+            if n in near:
+                allowed += 1
+                assert model.check_size(size) == (size[0], size[1] // 2, size[2] // 2)
+                assert model(*inputs(model, tuple(size), batch=1)).isfinite().all()
+            else:
+                with pytest.raises(UserError):
+                    model.check_size(size)
+                assert not [other for other in range(min(near[0], n) + 1, max(near[-1], n)) if model.nearest(axis, other) == (other,)]
+    assert allowed >= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_size": (4, 9, 12)}, ["height 9; use 8 or 10"]),
+        ({"input_size": 16}, ["input_size takes three whole numbers", "16"]),
+        ({"patch_size": (1, 2)}, ["patch_size takes three whole numbers", "(1, 2)"]),
+        ({"num_heads": 5}, ["5 heads do not divide 24 channels into even heads"]),
+        ({"num_heads": 8}, ["8 heads do not divide 24 channels into even heads"]),
+        ({"freq_dim": 15}, ["freq_dim is 15; it must be even"]),
+        ({"depth": 0}, ["depth is 0"]),
+        ({"text_length": 0}, ["text_length is 0"]),
+        ({"attention": {"name": "mhla", "blocks": (2, 3, 3)}}, ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
+        ({"attention": {"name": "mhla", "is_gated": True}}, ["unknown option 'is_gated'", "gate"]),
+        ({"dim": 24}, ["unknown option 'dim' of backbone 'wan_1_3b'"]),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        build(**options)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(2, 4, 4, 8, 12)}, ["(2, 4, 4, 8, 12)", "(batch, 3, frames, height, width)"]),
+        ({"x": torch.zeros(2, 3, 8, 12)}, ["(2, 3, 8, 12)"]),
+        ({"t": torch.tensor(7)}, ["times have the shape ()", "(2,)"]),
+        ({"text": torch.zeros(2, 7, 10)}, ["texts have the shape (2, 7, 10)", "(2, at most 6, 10)"]),
+        ({"text": torch.zeros(1, 6, 10)}, ["texts have the shape (1, 6, 10)"]),
+        ({"text": torch.zeros(2, 6, 9)}, ["texts have the shape (2, 6, 9)"]),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, Mapping) else "",
+)
+def test_wrong_inputs_are_one_clear_sentence(change: dict[str, torch.Tensor], words: list[str]) -> None:
+    model = build()
+    x, t, text = inputs(model)
+    with pytest.raises(UserError) as error:
+        model(**{"x": x, "t": t, "text": text, **change})
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,121 @@
+"""Whole runs of the video diffusion task on real clips: learning, a kill, ranks, a teacher, an export, buckets of images and videos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhla_lightning.cli.main import main
+from mhla_lightning.data.index import Clip
+from mhla_lightning.data.tools.clips.make import make_clips
+from mhla_lightning.data.tools.clips.options import ClipOptions
+from mhla_lightning.runs.folder import newest_checkpoint, read_metrics
+from tests.diffusion_models import train
+from tests.test_resume import exact_metrics, fit, fit_killed
+from tests.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
+
+CLIPS = json.dumps(
+    [
+        {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+        {"class_path": "mhla_lightning.callbacks.SampleClips", "init_args": {"sheets": 2, "first": 5, "steps": 2, "prompts": list(CAPTIONS)}},
+        {"class_path": "mhla_lightning.callbacks.SampleLog"},
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture
+def video_recipe(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path / "tiny.yaml", shards)
+
+
+def test_a_run_learns(video_recipe: Path, tmp_path: Path) -> None:
+    learn = ["--model.optimizer.lr", "1e-2", "--model.backbone_options.patch_size", "[2, 2, 2]"]
+    train(video_recipe, "one", *learn, "--trainer.max_steps", "120", "--trainer.val_check_interval", "60", "--checkpoint.every_n_steps", "60")
+    series = read_metrics(tmp_path / "runs" / "one" / "metrics.jsonl")
+    assert {"val/loss", "val_ema/loss", "loss_by_time/train_1of4", "loss_by_time/val_4of4"} <= series.keys()
+    assert series["val/loss"][-1][1] < 0.6 * series["train/loss"][0][1]
+
+
+def test_killed_and_resumed_bit_for_bit(video_recipe: Path, tmp_path: Path) -> None:
+    extra = ["--trainer.callbacks", CLIPS, "--trainer.max_steps", "24", "--trainer.val_check_interval", "8", "--checkpoint.every_n_steps", "3"]
+    extra += ["--trainer.log_every_n_steps", "4"]
+    whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
+    fit(video_recipe, whole, *extra)
+    assert fit_killed(video_recipe, cut, 11, *extra), "the run ended before it could be killed"
+    fit(video_recipe, cut, *extra)
+    assert exact_metrics(whole) == exact_metrics(cut)
+
+
+def test_accumulation_and_ranks_take_the_same_step(video_recipe: Path, tmp_path: Path) -> None:
+    """One process with 4 clips at once, and two with 1: noise, time and dropped text belong to the sample."""
+    fit(video_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
+    fit(video_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "1")
+    whole, split = (dict(read_metrics(tmp_path / "runs" / name / "metrics.jsonl")["train/loss"]) for name in ("whole", "split"))
+    assert whole.keys() == split.keys() == {1, 2, 3}
+    for step, loss in whole.items():
+        assert split[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_run_is_the_teacher_of_the_next(video_recipe: Path, tmp_path: Path) -> None:
+    train(video_recipe, "teacher", "--model.attention", "softmax")
+    told = ["--model.distill.teacher", str(tmp_path / "runs" / "teacher"), "--model.distill.output", "0.5"]
+    train(video_recipe, "student", *told, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
+    series = read_metrics(tmp_path / "runs" / "student" / "metrics.jsonl")
+    assert series["train/distill_layers"][-1][1] < series["train/distill_layers"][0][1]
+    checkpoint = newest_checkpoint(tmp_path / "runs" / "student")
+    assert checkpoint is not None
+    assert not any("teacher" in name for name in torch.load(checkpoint / "trainer.ckpt", weights_only=True)["state_dict"])
+    assert main(["sample", "student", "--prompt", CAPTIONS[0], "--steps", "2"]) == 0, "a student draws without its teacher"
+
+
+def test_a_teacher_that_is_not_there_is_named(video_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(video_recipe), "--run-id", "lost", "--model.distill.teacher", "nowhere"]) == 2
+    assert "model.distill.teacher: nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_and_imported_bit_equal(video_recipe: Path, tmp_path: Path) -> None:
+    train(video_recipe, "one")
+    assert main(["export", "one", "--to", str(tmp_path / "out"), "--format", "wan"]) == 0
+    assert main(["import", "wan", str(tmp_path / "out"), "--out", str(tmp_path / "back.safetensors")]) == 0
+    checkpoint = newest_checkpoint(tmp_path / "runs" / "one")
+    assert checkpoint is not None
+    average, back = load_file(checkpoint / "ema" / "weights.safetensors"), load_file(tmp_path / "back.safetensors")
+    assert average.keys() == back.keys()
+    assert all(torch.equal(value, back[name]) for name, value in average.items())
+
+
+def test_images_and_videos_in_one_run(video_recipe: Path, shards: Path, tmp_path: Path) -> None:
+    """Images are clips of one frame; a step takes one of the two, and a model that divides no time takes both."""
+    image = ClipOptions((Clip(1, SIDE, SIDE, RATE),), stride=2, val_by="time", store="npy")
+    make_clips(shards.parent / "films", tmp_path / "images", image)
+    mix = json.dumps([{"path": str(shards)}, {"path": str(tmp_path / "images")}])
+    both = ["--data.path", "null", "--data.mix", mix, "--data.mix_by", "batch", "--model.attention", "{name: mhla, blocks: [1, 2, 2]}"]
+    both += ["--model.backbone_options.patch_size", "[1, 4, 4]"]
+    train(video_recipe, "both", *both, "--trainer.callbacks", CLIPS, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
+    series = read_metrics(tmp_path / "runs" / "both" / "metrics.jsonl")
+    consumed = {tag: points[-1][1] for tag, points in series.items() if tag.startswith("train/consumed/")}
+    assert sum(consumed.values()) == 12 * 4
+    assert all(0 < count < 48 and count % 4 == 0 for count in consumed.values())
+    assert len(consumed) == 2
+    drawn = ["sample", "both", "--prompt", CAPTIONS[0], "--steps", "2", "--frames", "1", "--size", f"{SIDE}x{2 * SIDE}"]
+    assert main(drawn) == 0
+    assert FRAMES > 1
+
+
+def test_data_that_the_layout_cannot_take_is_named_before_training(video_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(video_recipe), "--run-id", "bad", "--model.backbone_options.patch_size", "[3, 4, 4]"]) == 2
+    said = capsys.readouterr().err
+    assert "8" in said
+    assert "patch" in said
+    assert "Traceback" not in said
