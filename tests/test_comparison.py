@@ -124,6 +124,15 @@ def test_packaged_rows_fit_their_recipe(name: str, recipe: str) -> None:
             assert attentions[f"{row.name}, conv"] == attentions[row.name] | {"short_conv": 4}
 
 
+def test_packaged_rows_of_videos_fit_their_recipe() -> None:
+    """At the size that the file's own command names: 2,048 tokens."""
+    rows = rows_from_file(variants_file("video_quality"))
+    assert [row.name for row in rows] == ["softmax", "linear", "mhla", "hybrid"]
+    for row in rows:
+        given = {"model.backbone_options.input_size": [16, 64, 64], "model.backbone_options.depth": 3, **row.overrides}
+        assert math.prod(resolve(apply_overrides(load_recipe("video_dit/wan_tiny_mhla_clips_cpu").values, given)).task.grid) == 2048
+
+
 def test_unknown_packaged_rows_are_one_sentence() -> None:
     with pytest.raises(UserError, match=r"unknown variants .* 'language_qualty'.* did you mean 'language_quality'"):
         variants_file("language_qualty")
