@@ -34,6 +34,22 @@ def test_clips_of_any_size_that_makes_as_many_blocks(attention: Any) -> None:
         assert torch.equal(out, own(*inputs(own, size)))
 
 
+@pytest.mark.parametrize("attention", ["mhla", HYBRID, {"name": "mhla", "blocks": 2}, {"name": "mhla", "mix_per_head": True}], ids=str)
+def test_an_image_is_mixed_like_the_first_blocks_of_a_video(attention: Any) -> None:
+    """One frame, whatever the blocks of time: the mixing of the blocks that a video begins with."""
+    model = awake(build(attention=attention))
+    size = (1, 8, 12)
+    width = 2 if isinstance(attention, dict) and "blocks" in attention else 3
+    first = {"name": "mhla", **(attention if isinstance(attention, dict) else {}), "blocks": (1, 2, width)}
+    own = awake(build(attention=["softmax", first, first] if attention is HYBRID else first, input_size=size))
+    state = model.state_dict()
+    for name, value in own.state_dict().items():
+        if name.endswith("mixing.weight"):
+            state[name] = state[name][..., : value.shape[-2], : value.shape[-1]]
+    own.load_state_dict(state)
+    assert torch.equal(model(*inputs(model, size)), own(*inputs(own, size)))
+
+
 def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
     """11 columns in blocks of 4 are 4, 4 and 3: with equal weights for all blocks nothing depends on the borders."""
     uniform = {"name": "mhla", "mix_init": "uniform", "normalizer": "block"}
@@ -52,7 +68,6 @@ def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
     [
         ("softmax", (4, 7, 12), ["(4, 7, 12) (frames, height, width)", "patches of (1, 2, 2): height 7; use 6 or 8"]),
         ("softmax", (4, 8, 1), ["width 1; use 2"]),
-        ("mhla", (1, 8, 12), ["blocks (2, 2, 3): frames 1; use 2"]),
         ("mhla", (4, 8, 8), ["blocks (2, 2, 3): width 8; use 6 or 10"]),
         ({"name": "mhla", "block_size": (2, 2, 2)}, (5, 8, 12), ["blocks (2, 2, 3): frames 5; use 4"]),
         ({"name": "mhla", "block_size": 2}, (4, 8, 6), ["blocks (2, 2, 3): width 6; use 10"]),

@@ -61,16 +61,22 @@ def test_accumulation_and_ranks_take_the_same_step(video_recipe: Path, tmp_path:
     """One process with 4 clips at once, and two with 1: noise, time and dropped text belong to the sample."""
     fit(video_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
     fit(video_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "1")
-    whole, split = (dict(read_metrics(tmp_path / "runs" / name / "metrics.jsonl")["train/loss"]) for name in ("whole", "split"))
-    assert whole.keys() == split.keys() == {1, 2, 3}
-    for step, loss in whole.items():
-        assert split[step] == pytest.approx(loss, rel=1e-4)
+    whole, split = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "split"))
+    assert [step for step, _ in whole["train/loss"]] == [1, 2, 3]
+    tags = {tag for tag in whole if tag == "train/loss" or tag.startswith("loss_by_time/")}
+    assert len(tags) > 4
+    for tag in tags:
+        assert [step for step, _ in split[tag]] == [step for step, _ in whole[tag]], tag
+        assert [value for _, value in split[tag]] == pytest.approx([value for _, value in whole[tag]], rel=1e-4, nan_ok=True), tag
 
 
 def test_a_run_is_the_teacher_of_the_next(video_recipe: Path, tmp_path: Path) -> None:
     train(video_recipe, "teacher", "--model.attention", "softmax")
     told = ["--model.distill.teacher", str(tmp_path / "runs" / "teacher"), "--model.distill.output", "0.5"]
     train(video_recipe, "student", *told, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
+    assert main(["export", "teacher", "--to", str(tmp_path / "folder")]) == 0
+    again = ["--model.distill.teacher", str(tmp_path / "folder"), *told[2:], "--model.init_from", str(tmp_path / "folder")]
+    train(video_recipe, "of-a-folder", *again)
     series = read_metrics(tmp_path / "runs" / "student" / "metrics.jsonl")
     assert series["train/distill_layers"][-1][1] < series["train/distill_layers"][0][1]
     checkpoint = newest_checkpoint(tmp_path / "runs" / "student")
@@ -96,12 +102,11 @@ def test_a_run_is_exported_and_imported_bit_equal(video_recipe: Path, tmp_path: 
 
 
 def test_images_and_videos_in_one_run(video_recipe: Path, shards: Path, tmp_path: Path) -> None:
-    """Images are clips of one frame; a step takes one of the two, and a model that divides no time takes both."""
+    """Images are clips of one frame; a step takes one of the two, and blocks of videos take both."""
     image = ClipOptions((Clip(1, SIDE, SIDE, RATE),), stride=2, val_by="time", store="npy")
     make_clips(shards.parent / "films", tmp_path / "images", image)
     mix = json.dumps([{"path": str(shards)}, {"path": str(tmp_path / "images")}])
-    both = ["--data.path", "null", "--data.mix", mix, "--data.mix_by", "batch", "--model.attention", "{name: mhla, blocks: [1, 2, 2]}"]
-    both += ["--model.backbone_options.patch_size", "[1, 4, 4]"]
+    both = ["--data.path", "null", "--data.mix", mix, "--data.mix_by", "batch", "--model.backbone_options.patch_size", "[1, 4, 4]"]
     train(video_recipe, "both", *both, "--trainer.callbacks", CLIPS, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
     series = read_metrics(tmp_path / "runs" / "both" / "metrics.jsonl")
     consumed = {tag: points[-1][1] for tag, points in series.items() if tag.startswith("train/consumed/")}

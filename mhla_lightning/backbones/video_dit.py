@@ -300,6 +300,8 @@ class _Layout:
 
     def takes(self, axis: int, tokens: int) -> bool:
         """Whether an axis of so many tokens makes this layout's number of blocks."""
+        if axis == 0 and tokens == 1 and self.widths is None:  # an image: MHLA.is_image
+            return True
         count = self.blocks[axis]
         width = -(-tokens // count) if self.widths is None else min(tokens, self.widths[axis])
         return -(-tokens // width) == count and not (self.full and tokens % width)

@@ -46,6 +46,9 @@ def wan_target(state: State, wish: Wish) -> Target:
     layers = _layers(state, wish.source)
     wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
     own = wish.config.get(CONFIG, {})
+    kinds: dict[str, Any] = {"backbone": str, "attention": (str, dict, list), "backbone_options": dict}
+    if not isinstance(own, Mapping) or any(key in own and not isinstance(own[key], kind) for key, kind in kinds.items()):
+        raise UserError(f"config.json beside {wish.source}: its {CONFIG} is not what mhla export writes; remove it")
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     if wish.attention is not None:

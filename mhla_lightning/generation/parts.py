@@ -73,17 +73,22 @@ def draw_parts(
     """
     if not missing:
         return
+    threads = torch.get_num_threads()
     if processes == 1:
-        draw = make(device)
-        for batch in missing:
-            draw(batch)
-            on_batch(len(batch))
+        torch.set_num_threads(_threads(1))
+        try:
+            draw = make(device)
+            for batch in missing:
+                draw(batch)
+                on_batch(len(batch))
+        finally:
+            torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit CUDA and torch's thread pool
     ranks = context.Queue()
     for rank in range(processes):
         ranks.put(rank)
-    with ProcessPoolExecutor(processes, context, _begin, (make, device, torch.get_num_threads() // processes, ranks)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin, (make, device, _threads(processes), ranks)) as pool:
         waiting = {pool.submit(_draw, batch): batch for batch in missing}
         try:
             for future in as_completed(waiting):
@@ -94,12 +99,17 @@ def draw_parts(
             raise
 
 
+def _threads(processes: int) -> int:
+    """Of each process, a power of two: with others torch cuts tensors where its vectors do not end, and the last bits differ."""
+    return 1 << (max(1, torch.get_num_threads() // processes).bit_length() - 1)
+
+
 _worker: dict[str, Draw] = {}
 """What draws in a drawing process."""
 
 
 def _begin(make: Callable[[torch.device], Draw], device: torch.device, threads: int, ranks: Any) -> None:
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(threads)
     rank = ranks.get()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", rank % torch.cuda.device_count())

@@ -101,6 +101,10 @@ def training_size(found: VideoRun) -> Size:
         UserError: the data give no such sample.
     """
     _, frames, height, width = found.task.sample_shape
+    from mhla_lightning.data.modules.latents import LatentDataModule
+
+    if isinstance(found.data, LatentDataModule):
+        found.data.open_video_vae()  # one that cannot be opened is told as such
     for time, space in _STRIDES:
         size = Size(time * (frames - 1) + 1, space * height, space * width)
         if _shape(found, size) == tuple(found.task.sample_shape):

@@ -62,8 +62,8 @@ class DiffusionTask(Task):
         self.process, self.time_bins = process, time_bins
         self.teacher = Teacher(distill, backbone, self.backbone_options) if distill is not None else None
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
-        self.register_buffer("_by_time", torch.zeros(2, time_bins), persistent=False)  # sums and counts since the last point in TensorBoard
-        self._by_time: Tensor
+        # Sums and counts since the last point in TensorBoard. No buffer: DDP gives every rank those of rank 0, and bf16 counts to 256.
+        self._by_time = torch.zeros(2, time_bins)
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
@@ -127,6 +127,7 @@ class DiffusionTask(Task):
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step
+        self._by_time = self._by_time.to(self.device)
         if self.teacher is not None:
             self.teacher.prepare(self.device)
 

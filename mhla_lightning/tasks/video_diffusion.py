@@ -72,8 +72,7 @@ class VideoDiffusionTask(DiffusionTask):
         plan = self._plan()
         self.sample_shape = (plan.in_channels, *plan.input_size)
         self.text_shape = (plan.text_length, plan.text_dim)
-        self.register_buffer("null_text", torch.zeros(self.text_shape), persistent=False)
-        self.null_text: Tensor
+        self.null_text = torch.zeros(self.text_shape)  # no buffer: DDP sends those around before every forward
 
     def _plan(self) -> VideoDiffusionBackbone:
         with torch.device("meta"):
@@ -98,8 +97,7 @@ class VideoDiffusionTask(DiffusionTask):
     def on_train_start(self) -> None:
         super().on_train_start()
         found = cast(Any, self.trainer).datamodule.null_text()
-        self.null_text.zero_()
-        self.null_text[: len(found)] = found
+        self.null_text = torch.nn.functional.pad(found.float(), (0, 0, 0, len(self.null_text) - len(found))).to(self.device)
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.
@@ -115,6 +113,8 @@ class VideoDiffusionTask(DiffusionTask):
             if channels != plan.in_channels:
                 raise UserError(f"the data's samples have {channels} channels, and model.backbone_options.in_channels is {plan.in_channels}")
             plan.check_size(size)
+        if facts["text"] is None:
+            raise UserError("video diffusion needs text features, and data.text_encoder does not say what they are: name, tokens and channels")
         tokens, channels = facts["text"]
         if channels != plan.text_dim:
             raise UserError(f"the data's text features have {channels} channels, and model.backbone_options.text_dim is {plan.text_dim}")

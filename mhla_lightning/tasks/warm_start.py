@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mhla_lightning.backbones.weights import read_tensors
+from mhla_lightning.backbones.weights import read_tensors, weight_files
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import newest_checkpoint
 
@@ -44,10 +44,10 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
 
 
 def weight_file(source: str) -> Path:
-    """The file behind `init_from`.
+    """The file behind `init_from`, or the folder of a model's parts (Wan2.1's, diffusers', what `mhla export` writes).
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, or parts missing.
     """
     path = Path(source)
     if path.is_file():
@@ -58,6 +58,9 @@ def weight_file(source: str) -> Path:
     for name in _FILES:
         if (folder / name).is_file():
             return folder / name
+    if any(list(place.glob("*.safetensors")) for place in (path, path / "transformer")):
+        weight_files(path, "model.init_from")  # says what is wrong
+        return path
     raise UserError(f"model.init_from: {path} holds none of {', '.join(_FILES)}")
 
 

@@ -58,10 +58,13 @@ def fused_mhla(
 def _by_heads(
     q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, grid: BlockGrid, offset: float, normalize: bool, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory."""
+    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory.
+
+    Too few heads at a time read little of every token's row, which costs more than summaries beyond the nearest cache.
+    """
     work, out = _Workspace(offset, dtype, q.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads, summaries = q.shape[2], len(q) * grid.num_blocks * q.shape[-1] * v.shape[-1]
-    step = max(1, 2 * SLICE_ELEMENTS // summaries) if q.device.type == "cpu" else heads
+    step = max(1, 8 * SLICE_ELEMENTS // summaries) if q.device.type == "cpu" else heads
     m = None if mixing is None else mixing.to(dtype)
     for first in range(0, heads, step):
         part = slice(first, min(heads, first + step))

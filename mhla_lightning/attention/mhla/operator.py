@@ -81,16 +81,32 @@ class MHLA(base.Attention):
         base.no_documents(documents)
         if mask is not None and self.normalizer == "slot":
             raise UserError("normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' or 'none' with a mask")
-        blocks = self.grid if grid is None or tuple(grid) == self.grid.grid else BlockGrid(grid, **self.partition)
+        blocks = self._blocks(grid)
         if q.shape[1] != blocks.tokens:
             raise UserError(f"{q.shape[1]} tokens do not fill the grid {blocks.grid} of {blocks.tokens}")
-        mixing = self.mixing.matrix(blocks.num_blocks)
+        mixing = self._matrix(blocks)
         with base.full_precision(q):
             # A compiler fuses the plain form itself; rotary and masks take it too.
             if self.fused_offset is not None and rotary is None and mask is None and not torch.compiler.is_compiling():
                 normalize, dtype = self.normalizer == "block", base.accumulation_dtype(q)
                 return fused_mhla(q, k, v, mixing, blocks, offset=self.fused_offset, normalize=normalize, eps=self.eps, dtype=dtype)
             return self._plain(q, k, v, mixing, blocks, rotary, mask)
+
+    def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
+        if grid is None or tuple(grid) == self.grid.grid:
+            return self.grid
+        if self.is_image(grid):
+            return BlockGrid(grid, (1, *self.grid.blocks[1:]))
+        return BlockGrid(grid, **self.partition)
+
+    def _matrix(self, blocks: BlockGrid) -> Tensor:
+        if not self.is_image(blocks.grid):
+            return self.mixing.matrix(blocks.num_blocks)
+        return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
+
+    def is_image(self, grid: Sequence[int]) -> bool:
+        """Whether a grid is one frame for blocks of videos: it is mixed like their first blocks in time, as the first frame of a video is."""
+        return len(grid) == 3 and grid[0] == 1 and self.partition["blocks"] is not None and self.grid.blocks[0] > 1
 
     def _plain(self, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, blocks: BlockGrid, rotary: base.Rotary | None, mask: Tensor | None) -> Tensor:
         dtype = v.dtype

@@ -20,7 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--causal", action="store_true", help="tokens see earlier tokens only")
     counts = parser.add_mutually_exclusive_group()
     counts.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
-    counts.add_argument("--grid", type=int, nargs="+", metavar="N", help="tokens per axis of one grid of 1 to 3 axes, such as 21 30 50")
+    counts.add_argument(
+        "--grid",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens per axis of one grid of 1 to 3 axes, such as 21 30 50; with 3 mhla has no normalizer, as in video",
+    )
     parser.add_argument(
         "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536; with --causal or --grid none)"
     )
@@ -105,7 +111,9 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
 
 
 def _entries(args: argparse.Namespace) -> dict[str, Any]:
-    return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": {"name": "mhla", "blocks": _blocks(args)}}
+    video = {"normalizer": "none"} if args.grid is not None and len(args.grid) == 3 else {}  # a norm per head follows there (SPEC 6.4)
+    mhla = {"name": "mhla", "blocks": _blocks(args), **video}
+    return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": mhla}
 
 
 def _blocks(args: argparse.Namespace) -> int | list[int]:

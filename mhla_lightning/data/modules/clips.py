@@ -137,7 +137,7 @@ class ClipDataModule(TextConditioned, ShardDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Kind, shapes (3, frames, height, width) that occur, (tokens, channels) of the text."""
-        clips = [split.index.clip for split in self.splits("train") if split.index.clip is not None]
+        clips = [split.index.clip for name in SPLITS for split in self.splits(name) if split.index.clip is not None]
         shapes = list(dict.fromkeys((3, *_size(clip)) for clip in clips or [self._clip]))
         text = self._encoding()
         return {"kind": "clips", "shapes": shapes, "text": (text.tokens, text.channels), "vae": None, "classes": 0}

@@ -131,11 +131,11 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         """Latents as in a batch, (batch, C, t, h, w), to uint8 (batch, F, H, W, 3), by the VAE that data.vae names. Errors: see to_images."""
         from mhla_lightning.data.vaes import decode_videos
 
-        return decode_videos(self._video_vae(x.device), x)
+        return decode_videos(self.open_video_vae(x.device), x)
 
     def sample_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of videos of this size. Raises UserError, with the nearest size that works, for one that the VAE cannot take."""
-        return self._video_vae(None).latent_shape(frames, height, width)
+        return self.open_video_vae(None).latent_shape(frames, height, width)
 
     @property
     def frame_rate(self) -> float:
@@ -143,13 +143,13 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         clips = [split.index.clip for split in self.splits("train") if split.index.clip is not None]
         return max(clips, key=lambda clip: clip.frames).rate if clips else WAN_RATE
 
-    def _video_vae(self, device: torch.device | None) -> VideoAutoencoder:
-        """device: None takes any."""
+    def open_video_vae(self, device: torch.device | None = None) -> VideoAutoencoder:
+        """The VAE that data.vae names, opened at the first call. device: None takes any. Raises UserError when it cannot be opened."""
         from mhla_lightning.data.vaes import VideoAutoencoder, default_dtype, load_video_vae
 
         known = self._autoencoder
         if not isinstance(known, VideoAutoencoder) or device not in (None, known.device):
-            device = device or self._text_device()
+            device = device or torch.device("cpu")
             known = load_video_vae(self.vae.name, device=device, dtype=default_dtype(device))
             self._demand_same(known.sha256)
             self._autoencoder = known
@@ -185,6 +185,7 @@ class LatentDataModule(TextConditioned, ShardDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Kind, VAE, classes, (tokens, channels) of the text, and the shapes of latents, one for each size there is."""
-        shapes = list(dict.fromkeys(split.index.vae.shape for split in self.splits("train") if split.index.vae is not None))
+        splits = [split for name in SPLITS for split in self.splits(name)]
+        shapes = list(dict.fromkeys(split.index.vae.shape for split in splits if split.index.vae is not None))
         kind = "video_latents" if self.video else "latents"
         return {"kind": kind, "vae": self.vae, "classes": len(self.index().classes), "text": self._text_shape, "shapes": shapes}
