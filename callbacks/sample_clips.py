@@ -63,7 +63,10 @@ class SampleClips(DrawSamples):
         super().on_fit_start(trainer, pl_module)
         data = cast(Any, trainer).datamodule
         self._rows = [prompt for prompt in self.prompts for _ in range(self.per_prompt)]
-        encoded: Tensor = data.encode_text([*self._rows, ""])
+        try:
+            encoded: Tensor = data.encode_text([*self._rows, ""])
+        except UserError as error:
+            raise UserError(f"SampleClips.prompts: {error}") from error
         self._texts, self._null = encoded[:-1], encoded[-1]
         self._rate = float(data.frame_rate)
 

@@ -182,19 +182,20 @@ def test_no_clip_crosses_a_cut(tmp_path: Path) -> None:
     assert not any(crossing(tmp_path / "cut"))
 
 
-def test_buckets(tmp_path: Path) -> None:
+def test_buckets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"wide": (32, 64), "high": (64, 32), "short": (32, 64)}
     for name, size in sizes.items():
         for number in range(2):
             write_video(tmp_path / "in" / f"{name}{number}.mp4", greys(3 if name == "short" else 20, size))
     out = tmp_path / "out"
-    buckets = ["--bucket", "4x16x32", "--bucket", "4x32x16", "--bucket", "1x32x16"]
+    buckets = ["--bucket", "4x16x32", "--bucket", "4x32x16", "--bucket", "1x32x16", "--bucket", "9x30x31"]
     command = ["data", "clips", str(tmp_path / "in"), "--to", str(out), "--rate", "5", *buckets, "--val", "0.5", "--no-captions", "--workers", "1"]
     assert main(command) == 0
     names = {folder: {sample["__key__"].split("-")[1][:-1] for sample in samples(out / folder)} for folder in ("4x16x32/train", "4x32x16/val")}
     assert names == {"4x16x32/train": {"wide"}, "4x32x16/val": {"high"}}
     assert {sample["__key__"].split("-")[1][:-1] for sample in samples(out / "1x32x16/train")} == {"short"}, "too short for four frames"
     assert read_index(out / "1x32x16/train").clip == Clip(1, 32, 16, 5.0)
+    assert "9x30x31: no clips, other buckets were nearer to every video" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
     assert nearest(1.0, [(0.0, 9.0)], [Clip(4, 16, 32, 5.0), Clip(4, 32, 30, 5.0), Clip(8, 32, 30, 5.0)]) == 2, "of equals the longest"
 

@@ -173,7 +173,7 @@ def test_scikit_video(tmp_path: Path) -> None:
 REFUSED = {
     "expensive": (
         {"text_encoder": TextEncoding("google/umt5-xxl", 512, 4096)},
-        "too slow to run while clips are loaded: .*mhla data latents --video",
+        "data.text_encoder.name is .google/umt5-xxl.; clips in pixels take words:N.*mhla data latents --video",
     ),
     "flip": ({"flip": 1.5}, "data.flip is 1.5; it must be a probability"),
     "no source": ({"frames": 8}, "data.frames is of data.source, which is not set"),

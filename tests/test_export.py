@@ -124,6 +124,74 @@ def test_what_wan_has_not_is_written_beside_it(tmp_path: Path) -> None:
         assert export.config["_mhla_lightning"]["layers"] == ["linear", "mhla", "softmax"]
 
 
+CONVOLVED: list[Any] = [
+    {"name": "mhla", "blocks": [4, 1, 3], "pos_conv": "cpe3", "normalizer": "block"},
+    {"name": "softmax", "pos_conv": "cpe3"},
+    MHLA,
+]
+
+
+def again(source: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Status and report of `mhla import wan` with --layout 2 2 3."""
+    report = source.parent / "again.json"
+    out = ["--out", str(source.parent / "again.safetensors"), "--json", str(report)]
+    status = main(["import", "wan", str(source), *out, "--layout", *map(str, LAYOUT), *arguments])
+    return status, json.loads(report.read_text()) if status == 0 else {}
+
+
+@pytest.mark.parametrize("format", ["wan", "diffusers"])
+def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, format: str) -> None:
+    """12 blocks may lie 4 x 1 x 3 or 2 x 2 x 3: no weight and no other option is another one."""
+    ours = random_model(CONVOLVED)
+    write(plan(trained(ours, CONVOLVED), format), tmp_path / "out")
+    status, report = again(tmp_path / "out")
+    assert (status, report["created"], report["left"]) == (0, [], [])
+    assert report["model"]["attention"] == [{**CONVOLVED[0], "blocks": list(LAYOUT)}, *CONVOLVED[1:]]
+    written = load_file(tmp_path / "again.safetensors")
+    assert written.keys() == ours.state_dict().keys()
+    assert all(torch.equal(written[name], value) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("entry", ["mhla", {"name": "mhla", "block_size": [1, 2, 1]}], ids=["a name", "block_size"])
+def test_a_layout_goes_before_other_ways_to_say_blocks(tmp_path: Path, entry: Any) -> None:
+    options = {"blocks": [4, 1, 3]}
+    ours = random_model(entry, **options)
+    write(plan(trained(ours, entry, **options)), tmp_path / "out")
+    assert len(ours.state_dict()["blocks.0.attn.attention.mixing.weight"]) == 12
+    status, report = again(tmp_path / "out")
+    assert (status, report["created"], report["left"]) == (0, [], [])
+    assert report["model"]["attention"] == {"name": "mhla", "blocks": list(LAYOUT)}
+
+
+def test_a_layout_must_fit_our_own_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, entry in {"other": {**MHLA, "blocks": [2, 2, 2]}, "none": "softmax"}.items():
+        write(plan(trained(random_model(entry), entry)), tmp_path / name)
+        assert again(tmp_path / name)[0] == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "--layout 2 x 2 x 3 is 12 blocks, and layer 0 of" in first
+    assert "mixes 8" in first
+    assert "--layout is the blocks of MHLA layers" in second
+
+
+def test_weights_without_config_are_imported_whole(tmp_path: Path) -> None:
+    """As ema/weights.safetensors of a run: our names, and nothing that says what the layers are."""
+    ours = random_model(CONVOLVED)
+    save_file(ours.state_dict(), tmp_path / "weights.safetensors")
+    status, report = again(tmp_path / "weights.safetensors", "--backbone-options", json.dumps(OPTIONS))
+    assert (status, report["created"], report["left"]) == (0, [], [])
+    assert [entry["pos_conv"] for entry in report["model"]["attention"]] == ["cpe3", "cpe3", "none"]
+    assert load_file(tmp_path / "again.safetensors").keys() == ours.state_dict().keys()
+
+
+@pytest.mark.parametrize("heads", ["3", "7"])
+def test_heads_of_our_own_export_are_not_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
+    write(plan(trained(random_model("softmax"), "softmax")), tmp_path / "out")
+    arguments = ["import", "wan", str(tmp_path / "out"), "--out", str(tmp_path / "again.safetensors")]
+    assert main([*arguments, "--heads", heads]) == 2
+    assert f"--heads {heads}: by its config.json the weights in {tmp_path / 'out'} are of {HEADS} heads" in capsys.readouterr().err
+    assert main([*arguments, "--heads", str(HEADS)]) == 0
+
+
 def test_the_tensors_may_be_smaller(tmp_path: Path) -> None:
     ours = random_model("softmax")
     write(plan(trained(ours, "softmax"), "wan"), tmp_path / "out", torch.bfloat16)

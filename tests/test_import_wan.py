@@ -224,6 +224,9 @@ MISTAKES: dict[str, tuple[dict[str, Tensor], list[str], list[str]]] = {
     "image to video": (changed("patch_embedding.weight", 24, 9, 1, 2, 2), [], ["takes 9 channels and gives 4"]),
     "twice": (changed("module.patch_embedding.bias", 24), [], ["twice"]),
     "no Wan": ({"encoder.weight": torch.zeros(2)}, [], ["is no checkpoint of Wan2.1", "patch_embedding.weight", "encoder.weight"]),
+    "odd heads": (plain_wan(), ["--heads", "5"], ["--heads 5: so many do not divide the 24 channels"]),
+    "two numbers of heads": (plain_wan(), ["--heads", "2", "--backbone-options", '{"num_heads": 4}'], ["--heads 2", "num_heads: 4"]),
+    "another family": (plain_wan(), ["--backbone", "dit_s2"], ["--backbone dit_s2", "one of wan_1_3b, wan_14b, wan_tiny"]),
     "layout below 1": (hybrid_wan(), ["--layout", "0", "2", "3"], ["--layout 0"]),
 }
 
@@ -241,9 +244,31 @@ def test_a_wrong_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.Captu
     assert (status, sentence.count("\n")) == (2, 1), sentence
     for word in words:
         assert word in sentence
-    if "--layout" not in words[0] and "layout below" not in mistake:
+    if "--layout" not in words[0] and mistake not in ("layout below 1", "another family", "two numbers of heads"):
         assert source.name in sentence
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name", ["words.txt", "fake.pt"])
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"nothing", b"", b"a plain sentence", b"\x80\x02", b"(", b".", b"PK\x03\x04", b"q", bytes(range(256))], ids=str
+)
+def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
+    """torch's unpickler takes letters for instructions: `h` looks a number up that is not there, and so on."""
+    (tmp_path / name).write_bytes(content)
+    assert run_import(tmp_path / name, tmp_path / "ours.safetensors") == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1, sentence
+    assert f"{name} holds no plain tensors (" in sentence
+
+
+@pytest.mark.parametrize("named", [[], ["--backbone", "wan_1_3b"]], ids=["sizes found", "backbone named"])
+def test_heads_are_those_of_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
+    theirs().save_pretrained(tmp_path / "wan")
+    options = ALL_OPTIONS if named else OPTIONS
+    assert run_import(tmp_path / "wan", tmp_path / "ours.safetensors", "--heads", "3", *named, options={**options, "num_heads": 3}) == 2
+    assert "--heads 3: by its config.json the weights in" in capsys.readouterr().err
+    assert run_import(tmp_path / "wan", tmp_path / "ours.safetensors", "--heads", str(HEADS), *named, options=options) == 0
 
 
 @pytest.mark.parametrize(

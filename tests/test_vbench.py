@@ -40,10 +40,10 @@ def test_names_give_prompt_and_index_back(sampled: Path, tmp_path: Path) -> None
         names = lay_out(videos, tmp_path / "out")
     assert names == ["a stop sign, in a still frame-0.mp4", "Ein Ball-2-0.mp4", "a stop sign, in a still frame-1.mp4"]
     for (file, prompt), name in zip(videos, names, strict=True):
-        assert (tmp_path / "out" / name).read_bytes() == file.read_bytes()
+        assert (tmp_path / "out" / "videos" / name).read_bytes() == file.read_bytes()
         assert re.sub(r"-\d+$", "", Path(name).stem) == prompt, "the rule by which VBench reads a prompt from a name"
     lay_out(videos[:1], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == names[:1], "videos of an earlier call would be measured too"
+    assert [path.name for path in (tmp_path / "out" / "videos").iterdir()] == names[:1], "videos of an earlier call would be measured too"
 
 
 @pytest.mark.parametrize("prompt", ["a/b", "..", "", "x" * 300])
@@ -53,13 +53,55 @@ def test_prompts_that_are_no_names(sampled: Path, tmp_path: Path, prompt: str) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(sampled: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    (tmp_path / "mine" / "film.mp4").write_text("mine too")
-    with pytest.raises(UserError, match=r"holds notes\.txt"):
+@pytest.mark.parametrize("name", ["film.mp4", "notes.txt", "Ein Ball-2-0.mp4"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_users_own_files_are_left_alone(sampled: Path, tmp_path: Path, name: str, prepared: bool) -> None:
+    mine = tmp_path / "mine" / "videos"
+    if prepared:  # by mhla, of another video; then the user puts a file beside it
+        lay_out(sampled_videos(sampled)[:1], tmp_path / "mine")
+    mine.mkdir(parents=True, exist_ok=True)
+    (mine / name).write_text("mine")
+    before = sorted(mine.iterdir())
+    with pytest.raises(UserError, match=rf"holds {re.escape(name)}, which mhla did not put there; name an empty or a new folder with --to"):
         lay_out(sampled_videos(sampled), tmp_path / "mine")
-    assert len(list((tmp_path / "mine").iterdir())) == 2
+    assert sorted(mine.iterdir()) == before
+    assert (mine / name).read_text() == "mine"
+
+
+def test_a_list_of_ones_own_making_removes_nothing_elsewhere(sampled: Path, tmp_path: Path) -> None:
+    lay_out(sampled_videos(sampled), tmp_path / "out")
+    kept = tmp_path / "out" / "kept.mp4"
+    kept.write_text("mine")
+    listed = tmp_path / "out" / "prepared.json"
+    listed.write_text(json.dumps({"videos": [*json.loads(listed.read_text())["videos"], "../kept.mp4", str(kept), 3]}))
+    lay_out(sampled_videos(sampled), tmp_path / "out")
+    assert kept.read_text() == "mine"
+    listed.write_text("[1]")
+    with pytest.raises(UserError, match=r"prepared\.json that mhla did not write"):
+        lay_out(sampled_videos(sampled), tmp_path / "out")
+    assert listed.read_text() == "[1]"
+
+
+@pytest.mark.parametrize("inside", ["", "under", "videos", "results"])
+def test_a_file_in_place_of_the_folder(sampled: Path, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "taken"
+    if inside in ("videos", "results"):
+        to.mkdir()
+        (to / inside).write_text("mine")
+    else:
+        to.write_text("mine")
+        to = to / inside
+    assert main(["eval", "vbench", str(sampled), "--prepare", "--to", str(to)]) == 2
+    said = capsys.readouterr().err
+    assert f"--to {to} cannot be used" in said
+    assert "is no folder" in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made(sampled: Path, tmp_path: Path) -> None:
+    for to in (tmp_path / ("x" * 300), Path("/proc/vbench")):  # nobody, not even root, may make the second
+        with pytest.raises(UserError, match=rf"^--to {to} cannot be (used|written): "):
+            lay_out(sampled_videos(sampled), to)
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "/etc/passwd", "gone.mp4"])
@@ -88,16 +130,59 @@ def test_without_the_package_the_folder_is_prepared_and_the_way_to_it_told(sampl
     assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 3
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a tiny text-to-video model."""
+    root = tmp_path_factory.mktemp("trained")
+    train(write_recipe(root / "tiny.yaml", write_clips(root)), "one", "--runs", str(root / "runs"), "--trainer.max_steps", "4")
+    return root / "runs" / "one"
+
+
 @without_vbench
-def test_a_run_is_sampled_with_prompts_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(write_recipe(tmp_path / "tiny.yaml", write_clips(tmp_path)), "one", "--runs", str(tmp_path / "runs"), "--trainer.max_steps", "4")
-    asked = ["eval", "vbench", "one", "--runs", str(tmp_path / "runs"), "--steps", "2", "--device", "cpu", "--prepare"]
+def test_a_run_is_sampled_with_prompts_of_the_users(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["eval", "vbench", "one", "--runs", str(trained.parent), "--steps", "2", "--device", "cpu", "--prepare"]
     assert main(asked) == 2
     assert "give others with --prompts FILE" in capsys.readouterr().err
     (tmp_path / "p.txt").write_text("a bar moves right\na bar moves down\n")
     assert main([*asked, "--prompts", str(tmp_path / "p.txt"), "--to", str(tmp_path / "out"), "--n", "2"]) == 0
     wanted = [f"a bar moves {where}-{index}.mp4" for where in ("down", "right") for index in range(2)]
     assert sorted(path.name for path in (tmp_path / "out" / "videos").iterdir()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "extra", "says"),
+    [
+        ("a bar", ["--dimensions", "colour"], "did you mean 'color'"),
+        ("a bar/a ball", [], "cannot be a file's name"),
+        ("a bar", ["--to", "FILE"], "is no folder"),
+        ("a bar", ["--to", "MINE"], "holds film.mp4, which mhla did not put there"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_anything_is_drawn(
+    trained: Path, tmp_path: Path, prompt: str, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text(prompt)
+    (tmp_path / "mine" / "videos").mkdir(parents=True)
+    (tmp_path / "mine" / "videos" / "film.mp4").write_text("mine")
+    places = {"FILE": str(tmp_path / "p.txt"), "MINE": str(tmp_path / "mine")}
+    before = sorted(trained.rglob("*"))
+    asked = ["eval", "vbench", str(trained), "--prompts", str(tmp_path / "p.txt"), "--n", "1", "--steps", "3", "--device", "cpu", "--prepare"]
+    assert main([*asked, *(places.get(word, word) for word in extra)]) == 2
+    assert says in capsys.readouterr().err
+    assert sorted(trained.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--n 5", "--frames 8", "--size 16x16", "--rate 8", "--guidance 3", "--sampler euler", "--steps 3", "--seed 0", "--batch-size 1"]
+    + ["--processes 1", "--ckpt 4", "--no-ema", "--runs elsewhere"],
+)
+def test_how_to_draw_is_not_for_videos_that_are_drawn(sampled: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "vbench", str(sampled), "--prepare", *option.split()]) == 2
+    said = capsys.readouterr().err
+    assert f"{option.split()[0]} is for runs, and {sampled} is a folder of videos" in said
+    assert said.count("\n") == 1
+    assert not (sampled / "vbench").exists()
 
 
 @pytest.mark.parametrize(

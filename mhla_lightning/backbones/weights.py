@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -76,10 +75,11 @@ def _indexed(index: Path, what: str) -> list[Path]:
 def _read(path: Path, what: str) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load(path)
-    except UnpicklingError as error:  # torch's own words are a page of advice
-        raise UserError(f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{what}: {path} holds no plain tensors ({str(error).splitlines()[0]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{what}: {path} holds no plain tensors ({reason})") from error
+    except Exception as error:  # noqa: BLE001  of torch's unpickler: a page of advice, or, over a file that is no pickle, an error of any kind
+        raise UserError(f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{what}: {path} holds no plain tensors (a {type(state).__name__})")
     for key in _INSIDE:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhla_lightning.backbones import BACKBONES
+from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION
 from mhla_lightning.checkpoints.target import Entry, State, Target, Wish
 from mhla_lightning.errors import UserError
 
@@ -23,6 +23,8 @@ CLASSES = ("WanModel", "WanTransformer3DModel")
 OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
 
 _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, heads
+_MIXING = "attention.mixing.weight"
+_CONVOLUTIONS = {"lepe": "lepe.conv.weight", "cpe": "cpe.depthwise.conv.weight"}  # pos_conv -> tensor of a layer, see _layers
 _LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
 _NEEDED = (
     "patch_embedding.weight",
@@ -38,8 +40,9 @@ def wan_target(state: State, wish: Wish) -> Target:
     """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what the checkpoint says.
 
     Raises:
-        UserError: no text-to-video Wan, heads or blocks that nothing tells, a layout that does not fit.
+        UserError: no text-to-video Wan, another family's backbone, heads or blocks that nothing tells or that what is told contradicts.
     """
+    _check_backbone("--backbone", wish.backbone)
     for name in _NEEDED:
         if name not in state:
             raise UserError(f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but {', '.join(list(state)[:3])}")
@@ -49,17 +52,11 @@ def wan_target(state: State, wish: Wish) -> Target:
     kinds: dict[str, Any] = {"backbone": str, "attention": (str, dict, list), "backbone_options": dict}
     if not isinstance(own, Mapping) or any(key in own and not isinstance(own[key], kind) for key, kind in kinds.items()):
         raise UserError(f"config.json beside {wish.source}: its {CONFIG} is not what mhla export writes; remove it")
+    _check_backbone(f"config.json beside {wish.source}: backbone", own.get("backbone"))
+    _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
-    if wish.attention is not None:
-        attention = _with_layout(wish.attention, wish.layout)
-    elif "attention" in own and wish.layout is None:
-        attention = own["attention"]
-    else:
-        attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
-        if wish.layout is not None and not _names_mhla(attention):
-            raise UserError(f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla")
-    return Target(backbone, attention, _not_default(backbone, options), OPTIONAL, stray=False)
+    return Target(backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -81,6 +78,49 @@ def cycle(entries: Sequence[Entry]) -> Entry:
         if all(entry == entries[number % length] for number, entry in enumerate(entries)):
             return entries[0] if length == 1 else list(entries[:length])
     return list(entries) if len(entries) > 1 else entries[0]
+
+
+def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[str, Any]) -> Entry:
+    """As the command says, as our own config.json says, or as the tensors tell; --layout goes before the blocks of the last two."""
+    if wish.attention is not None:
+        return _with_layout(wish.attention, wish.layout)
+    if "attention" in own:
+        attention = _with_layout(own["attention"], wish.layout, replaces=True)
+        for number, layer in enumerate(layers):
+            if wish.layout is not None and _MIXING in layer:
+                _layout(layer[_MIXING].shape[-1], number, wish)
+    else:
+        attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
+    if wish.layout is not None and not _names_mhla(attention):
+        raise UserError(f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla")
+    return attention
+
+
+def _check_backbone(key: str, backbone: str | None) -> None:
+    if backbone is not None and backbone not in VIDEO_DIFFUSION:
+        raise UserError(f"{key} {backbone}: weights of Wan2.1 are for one of {', '.join(VIDEO_DIFFUSION)}")
+
+
+def _check_heads(state: State, wish: Wish) -> None:
+    """Raises UserError for --heads that the norms, config.json, the width or --backbone-options contradict."""
+    if wish.heads is None:
+        return
+    told, dim = _told_heads(state, wish), len(state["patch_embedding.weight"])
+    if told is not None and told[0] != wish.heads:
+        raise UserError(f"--heads {wish.heads}: {told[1]} {wish.source} are of {told[0]} heads")
+    if dim % (2 * wish.heads):
+        raise UserError(f"--heads {wish.heads}: so many do not divide the {dim} channels of {wish.source} into even heads")
+    if wish.options.get("num_heads", wish.heads) != wish.heads:
+        raise UserError(f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; give one of the two")
+
+
+def _told_heads(state: State, wish: Wish) -> tuple[object, str] | None:
+    """Heads by the width of a norm per head, or by config.json; and what says so, in words."""
+    norm = next((len(value) for name, value in state.items() if name.endswith(".attn.out_norm.weight")), None)
+    if norm is not None:
+        return len(state["patch_embedding.weight"]) // norm, "the norms in"
+    config = wish.config.get("num_heads", wish.config.get("num_attention_heads"))
+    return None if config is None else (config, "by its config.json the weights in")
 
 
 def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
@@ -115,12 +155,8 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
 
 def _heads(state: State, wish: Wish) -> int:
     """As the command says, as the width of a norm per head says, as config.json says, or as the public models of that width have."""
-    dim = len(state["patch_embedding.weight"])
-    norm = next((len(value) for name, value in state.items() if name.endswith(".attn.out_norm.weight")), None)
-    if norm is not None and wish.heads not in (None, dim // norm):
-        raise UserError(f"--heads {wish.heads}: the norms in {wish.source} are of {dim // norm} heads")
-    config = wish.config.get("num_heads", wish.config.get("num_attention_heads", _public(state)[1]))
-    heads = wish.heads or (config if norm is None else dim // norm)
+    told = _told_heads(state, wish)
+    heads = wish.heads or (_public(state)[1] if told is None else told[0])
     if not isinstance(heads, int):
         raise UserError(f"{wish.source} does not tell its number of attention heads; give --heads N")
     return heads
@@ -131,7 +167,7 @@ def _public(state: State) -> tuple[str, int | None]:
 
 
 def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
-    """Tensors of every layer's self-attention, by their names in it. Raises UserError for a block that is left out."""
+    """Tensors of every layer's self-attention, by their names in it, and `cpe.*` of its block. Raises UserError for a block that is left out."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -139,6 +175,8 @@ def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
             layer = found.setdefault(int(block[1]), {})
             if name.startswith(f"{block[0]}attn."):
                 layer[name.removeprefix(f"{block[0]}attn.")] = value
+            elif name.startswith(f"{block[0]}cpe."):
+                layer[name.removeprefix(block[0])] = value
     missing = next((number for number in range(len(found)) if number not in found), None)
     if missing is not None:
         raise UserError(f"{source} is not whole: it has blocks.{max(found)} and no blocks.{missing}")
@@ -147,9 +185,10 @@ def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
 
 def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
     """The attention entry that a layer was trained with. Mixing values stay as they are in training too (SPEC V8)."""
-    conv, mixing = layer.get("lepe.conv.weight"), layer.get("attention.mixing.weight")
+    mixing = layer.get(_MIXING)
+    convolutions = (f"{kind}{layer[name].shape[-1]}" for kind, name in _CONVOLUTIONS.items() if name in layer)
     found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}
-    found |= {"gate": "gate.weight" in layer, "out_norm": "out_norm.weight" in layer, "pos_conv": "none" if conv is None else f"lepe{conv.shape[-1]}"}
+    found |= {"gate": "gate.weight" in layer, "out_norm": "out_norm.weight" in layer, "pos_conv": next(convolutions, "none")}
     if mixing is None:
         plain = {"qk_norm": True, "qkv_bias": True, "gate": False, "out_norm": False, "pos_conv": "none"}
         return "softmax" if found == plain else {"name": "softmax", **found}
@@ -170,15 +209,17 @@ def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
     return list(layout)
 
 
-def _with_layout(attention: Entry, layout: tuple[int, ...] | None) -> Entry:
-    """--layout for the MHLA layers of --attention that name no blocks themselves."""
+def _with_layout(attention: Entry, layout: tuple[int, ...] | None, replaces: bool = False) -> Entry:
+    """--layout for the MHLA layers of an attention entry: for those that name no blocks themselves, or for all where it `replaces`."""
     if layout is None:
         return attention
     if not isinstance(attention, (str, Mapping)):
-        return [_with_layout(entry, layout) for entry in attention]
-    if not _names_mhla(attention) or (isinstance(attention, Mapping) and ("blocks" in attention or "block_size" in attention)):
+        return [_with_layout(entry, layout, replaces) for entry in attention]
+    given = {"name": attention} if isinstance(attention, str) else dict(attention)
+    if not _names_mhla(attention) or (not replaces and ("blocks" in given or "block_size" in given)):
         return attention
-    return {**({"name": attention} if isinstance(attention, str) else attention), "blocks": list(layout)}
+    given.pop("block_size", None)  # says the same as blocks
+    return {**given, "blocks": list(layout)}
 
 
 def _names_mhla(attention: Entry) -> bool:

@@ -155,6 +155,8 @@ def _prepare_data(resolved: Resolved) -> None:
     if _first_process():
         if data.source is not None and not data.is_ready():
             print(f"packing {data.source} into {data.path}", flush=True)
+        elif data.source is not None:
+            print(f"{data.path} holds shards already; {data.source} is not packed again", flush=True)
         data.prepare_data()
         return
     waited = 0.0

@@ -2,7 +2,8 @@
 
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
-The same command again goes on where it was stopped. Image (or video) i of a seed is the same for any batch size and number of processes.
+The same command again goes on where it was stopped. Image (or video) i of a seed is the same for any batch size and number of processes, to
+1/255 a pixel; to the bit for the same batch size.
 """
 
 from __future__ import annotations

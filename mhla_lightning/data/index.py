@@ -184,7 +184,8 @@ def read_index(split: str | Path | Store) -> ShardIndex:
         folder = address.rpartition("/")[0]
         if next(Path(folder).glob("*.tar"), None) is not None:
             raise DataError(f"{address} does not exist, and tar files are there: make it with 'mhla data index {folder}'")
-        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' (text: mhla data tokenize)")
+        others = "text: mhla data tokenize, videos: mhla data clips"
+        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' ({others})")
     if size > MAX_INDEX_BYTES:
         raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
     return parse_index(store.read(INDEX_NAME, 0, size), address)

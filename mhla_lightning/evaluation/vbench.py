@@ -18,7 +18,7 @@ from typing import Any
 
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.evaluation import vbench_call
-from mhla_lightning.runs.folder import read_json
+from mhla_lightning.runs.folder import read_json, write_json
 
 PER_PROMPT = 5
 """Videos of each prompt that VBench looks for."""
@@ -41,6 +41,10 @@ DIMENSIONS = (
 )
 INSTALL = "pip install vbench, in an environment of its own because it needs numpy below 2, and name that with --python .../bin/python"
 
+VIDEOS, RESULTS = "videos", "results"
+"""Folders in the one that is prepared."""
+
+_LIST = "prepared.json"  # names of the videos that were put there: no other file is ever removed
 _LONGEST = 255  # bytes of a file's name
 _NAME = "vbench"
 _WHERE = "import importlib.util as u; s = u.find_spec('vbench'); print(s.submodule_search_locations[0] if s else '')"
@@ -105,8 +109,55 @@ def sampled_videos(folder: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def video_names(prompts: Iterable[str]) -> list[str]:
+    """What VBench calls videos of these prompts: PROMPT-INDEX.mp4, with an index from 0 for each prompt.
+
+    Raises:
+        UserError: a prompt that cannot be a file's name.
+    """
+    counts: dict[str, int] = {}
+    names = []
+    for prompt in prompts:
+        index = counts[prompt] = counts.get(prompt, -1) + 1
+        name = f"{prompt}-{index}.mp4"
+        if "/" in prompt or "\0" in prompt or not prompt.strip() or prompt.startswith(".") or len(name.encode()) > _LONGEST:
+            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes")
+        names.append(name)
+    return names
+
+
+def check_target(to: Path) -> set[str]:
+    """Whether :func:`lay_out` can use a folder, which need not be there yet; nothing is made or changed.
+
+    Returns:
+        names of the videos in it that an earlier call put there.
+
+    Raises:
+        UserError: a file where a folder is needed, no right to write, or a file in TO/videos that no earlier call put there.
+    """
+    for wanted in (to, to / VIDEOS, to / RESULTS):
+        there = next(path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise UserError(f"--to {to} cannot be used: {there} is no folder")
+        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"--to {to} cannot be used: no right to read and write in {there}")
+    held = read_json(to / _LIST)
+    listed = held.get("videos") if isinstance(held, dict) else None
+    if os.path.lexists(to / _LIST) and not isinstance(listed, list):
+        raise UserError(f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder with --to")
+    written = {name for name in listed or [] if isinstance(name, str)}
+    try:
+        found = sorted((to / VIDEOS).iterdir()) if (to / VIDEOS).is_dir() else []
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--to {to} cannot be used: {error.strerror}") from error
+    for path in found:
+        if path.name not in written or not path.is_file():
+            raise UserError(f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a new folder with --to")
+    return {path.name for path in found}  # of files in that folder: whatever the list says, no name leaves it
+
+
 def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
-    """Puts videos into a folder as VBench names them, PROMPT-INDEX.mp4 with an index from 0 for each prompt; nothing else is left there.
+    """Puts videos into TO/videos as VBench names them (:func:`video_names`), in place of those of an earlier call; nothing else is removed.
 
     Args:
         videos: files and their prompts.
@@ -116,28 +167,25 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
         names, in the order of the videos.
 
     Raises:
-        UserError: a prompt that cannot be a file's name; a folder with something else than videos.
+        UserError: a prompt that cannot be a file's name; a folder that :func:`check_target` refuses, or that cannot be written.
     """
-    counts: dict[str, int] = {}
-    names: dict[str, Path] = {}
-    for file, prompt in videos:
-        index = counts[prompt] = counts.get(prompt, -1) + 1
-        name = f"{prompt}-{index}.mp4"
-        if "/" in prompt or "\0" in prompt or not prompt.strip() or prompt.startswith(".") or len(name.encode()) > _LONGEST:
-            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes")
-        names[name] = file
-    to.mkdir(parents=True, exist_ok=True)
-    others = [path for path in to.iterdir() if path.suffix != ".mp4" or not path.is_file()]
-    if others:
-        raise UserError(f"{to} holds {others[0].name}, which is no video; name an empty or a new folder with --to")
-    for path in to.iterdir():
-        path.unlink()
-    for name, file in names.items():
-        try:
-            os.link(file, to / name)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(file, to / name)
-    return list(names)
+    videos = list(videos)
+    names = video_names(prompt for _, prompt in videos)
+    earlier = check_target(to)
+    folder = to / VIDEOS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(to / _LIST, {"videos": sorted(earlier.union(names))})  # first: a call that is stopped leaves no video that the next does not know
+        for name in earlier:
+            (folder / name).unlink()
+        for name, (file, _) in zip(names, videos, strict=True):
+            try:
+                os.link(file, folder / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(file, folder / name)
+    except OSError as error:
+        raise UserError(f"--to {to} cannot be written: {error.strerror}") from error
+    return names
 
 
 def check_dimensions(names: Sequence[str], standard: bool) -> None:
@@ -153,7 +201,7 @@ def evaluate(package: Package, videos: Path, output: Path, dimensions: Sequence[
     """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks where they are not in its cache.
 
     Args:
-        videos: a folder of :func:`lay_out`.
+        videos: the folder VIDEOS of :func:`lay_out`.
         standard: the videos are of VBench's own prompts.
 
     Returns:

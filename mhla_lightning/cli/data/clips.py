@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )
     rows = _rows(report)
     console.print(_table(args.to, rows))
-    for line in _remarks(report):
+    for line in [*_empty_buckets(sizes, rows), *_remarks(report)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     skipped = [{"file": name, "reason": reason} for name, reason in report.skipped]
     output.write_json(args.json, {"rows": rows, "summary": {"skipped": skipped, "short": report.short}})
@@ -139,6 +139,12 @@ def _table(title: str, rows: list[dict[str, str | int | float]]) -> Table:
         }
         table.add_row(*(str(value) for value in shown.values()))
     return table
+
+
+def _empty_buckets(sizes: list[tuple[int, int, int]], rows: list[dict[str, str | int | float]]) -> list[str]:
+    """The buckets that no video went to: nothing is written for them."""
+    asked = ["x".join(map(str, size)) for size in sizes]
+    return [f"{name}: no clips, other buckets were nearer to every video" for name in asked if name not in {row["clip"] for row in rows}]
 
 
 def _remarks(report: Report) -> list[str]:

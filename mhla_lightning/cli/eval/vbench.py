@@ -18,6 +18,8 @@ from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
 HELP = "videos of a run, by the VBench package"
+_DEFAULTS = {"n": 5, "guidance": 3.0, "steps": 50, "seed": 0, "batch_size": 1, "processes": 1}
+_OF_RUNS = ("prompts", *_DEFAULTS, "frames", "size", "rate", "sampler", "runs", "ckpt", "no_ema")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,36 +30,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DIR", help="default: vbench in the folder of the videos")
     parser.add_argument("--python", metavar="PATH", help="interpreter of the environment that has vbench (default: this one)")
     parser.add_argument("--prepare", action="store_true", help="prepare the folder only")
-    parser.add_argument("--n", type=int, default=5, help="videos of each prompt (default: %(default)s)")
+    parser.add_argument("--n", type=int, help="videos of each prompt (default: 5)")
     parser.add_argument("--frames", type=int, metavar="F", help="default: those of training")
     parser.add_argument("--size", metavar="HxW", help="e.g. 480x800 (default: that of training)")
     parser.add_argument("--rate", type=float, metavar="R", help="frames a second of the files (default: those of the run's data)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, help="default: 3")
     parser.add_argument("--sampler", help="default: dpm++")
-    parser.add_argument("--steps", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="videos at once (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: 50")
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="videos at once (default: 1)")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: 1")
     parser.set_defaults(guidance_interval=(0.0, 1.0), out=None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
-    from mhla_lightning.cli.sample import check_common
-    from mhla_lightning.evaluation.vbench import ANY_PROMPT, DIMENSIONS, INSTALL, check_dimensions, evaluate, find_package, lay_out
+    from mhla_lightning.cli.sample import check_common, sample_videos
+    from mhla_lightning.evaluation.vbench import INSTALL, RESULTS, VIDEOS, check_target, evaluate, find_package, lay_out, sampled_videos, video_names
 
+    folder = Path(args.run_or_folder)
+    drawn = sampled_videos(folder) if folder.is_dir() and not (folder / "recipe.yaml").is_file() else None
+    _complete(args, drawn is not None)
     check_common(args)
     package = find_package(args.python)
     own = set(package.prompts()) if package is not None else set()
-    videos, folder = _videos(args, package)
-    standard = {prompt for _, prompt in videos} <= own
-    dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS if standard else ANY_PROMPT)
-    if args.dimensions:
-        check_dimensions(dimensions, standard or package is None)
+    asked = [] if drawn is not None else _prompts(args, package)
+    texts = [prompt for _, prompt in drawn] if drawn is not None else [prompt.text for prompt in asked for _ in range(args.n)]
+    standard = set(texts) <= own
+    dimensions = _dimensions(args.dimensions, standard, package is not None)
+    video_names(texts)  # this and the folder before anything is drawn, which takes hours
+    if args.to:
+        check_target(Path(args.to))
+    if drawn is None:
+        args.diffusion_run = args.run_or_folder
+        folder = sample_videos(args, asked)
     to = Path(args.to) if args.to else folder / "vbench"
-    names = lay_out(videos, to / "videos")
+    videos = sampled_videos(folder) if drawn is None else drawn
+    names = lay_out(videos, to)
     prompts = len({prompt for _, prompt in videos})
-    prepared = f"{len(names)} videos of {prompts} prompts are in {to / 'videos'}, named as VBench expects"
+    prepared = f"{len(names)} videos of {prompts} prompts are in {to / VIDEOS}, named as VBench expects"
     if standard and prompts < len(own):
         prepared += f" ({prompts} of its {len(own)} prompts: scores do not compare with published ones)"
     facts = {"videos": len(names), "prompts": prompts, "folder": str(to), "standard": standard, "dimensions": dimensions}
@@ -70,30 +81,44 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.generation.weights import choose_device
 
     _print(prepared)
-    scores = evaluate(package, to / "videos", to / "results", dimensions, standard, str(choose_device(args.device)))
+    scores = evaluate(package, to / VIDEOS, to / RESULTS, dimensions, standard, str(choose_device(args.device)))
     print_numbers(f"VBench of {folder.name}" + ("" if standard else ", prompts of your own"), scores)
     write_json(args.json, {"rows": [{"videos": folder.name, **scores}], "summary": facts})
     return 0
 
 
-def _videos(args: argparse.Namespace, package: Any) -> tuple[list[tuple[Path, str]], Path]:
-    """Files with their prompts, and the folder that holds them; drawn where a run was named."""
-    from mhla_lightning.cli.sample import given_prompts, sample_videos
-    from mhla_lightning.evaluation.vbench import INSTALL, sampled_videos
+def _complete(args: argparse.Namespace, drawn: bool) -> None:
+    """Fills in how a run is drawn where it is not given. Raises UserError where it is given for videos that are drawn already."""
+    for name in _OF_RUNS if drawn else ():
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 is given
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for runs, and {args.run_or_folder} is a folder of videos that are drawn already; leave it out")
+    for name, default in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def _dimensions(given: str | None, standard: bool, installed: bool) -> list[str]:
+    """Of --dimensions, or all that the prompts allow. Raises UserError."""
+    from mhla_lightning.evaluation.vbench import ANY_PROMPT, DIMENSIONS, check_dimensions
+
+    if not given:
+        return list(DIMENSIONS if standard else ANY_PROMPT)
+    check_dimensions(given.split(","), standard or not installed)  # without the package nobody knows whose prompts these are
+    return given.split(",")
+
+
+def _prompts(args: argparse.Namespace, package: Any) -> list[Any]:
+    """What a run is asked for: --prompts, else VBench's own. Raises UserError."""
+    from mhla_lightning.cli.sample import given_prompts
+    from mhla_lightning.evaluation.vbench import INSTALL
     from mhla_lightning.generation.prompts import Prompt
 
-    given = Path(args.run_or_folder)
-    if given.is_dir() and not (given / "recipe.yaml").is_file():
-        if args.prompts:
-            raise UserError(f"--prompts is for runs, and {given} is a folder of videos, whose samples.json holds their prompts; leave it out")
-        return sampled_videos(given), given
     if args.prompts is None and package is None:
         raise UserError(f"VBench is not installed, and its prompts come with it; give others with --prompts FILE, or {INSTALL}")
     own = [] if args.prompts else package.prompts()
-    prompts = given_prompts(args.prompts, None) or [Prompt(text, f"VBench's prompt {text[:40]!r}") for text in own]
-    args.diffusion_run = args.run_or_folder
-    folder = sample_videos(args, prompts)
-    return sampled_videos(folder), folder
+    return given_prompts(args.prompts, None) or [Prompt(text, f"VBench's prompt {text[:40]!r}") for text in own]
 
 
 def _print(text: str) -> None:

@@ -73,8 +73,8 @@ class ClipDataModule(TextConditioned, ShardDataModule):
             path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote, mix_by
         )
         if not text_encoder.name.startswith("words:"):
-            slow = f"data.text_encoder is {text_encoder.name}, too slow to run while clips are loaded"
-            raise UserError(f"{slow}: make latents and text features of the clips by 'mhla data latents --video', or take words:N, e.g. words:64")
+            wrong = f"data.text_encoder.name is '{text_encoder.name}'; clips in pixels take words:N, e.g. words:64, because others are too slow"
+            raise UserError(f"{wrong} to run while clips are loaded: make latents and text features by 'mhla data latents --video' for those")
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip is {flip}; it must be a probability from 0 to 1")
         self.text_encoder, self.flip = text_encoder, flip
@@ -122,8 +122,8 @@ class ClipDataModule(TextConditioned, ShardDataModule):
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second."""
-        return self._clip.rate
+        """Frames a second; of `source` as the recipe says, whether or not its clips are at hand."""
+        return self._clip.rate if self.source is None else self._options.clips[0].rate
 
     def sample_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape of a sample of so many frames and pixels: (3, frames, height, width). Raises UserError for less than one."""
