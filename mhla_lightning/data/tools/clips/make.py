@@ -18,11 +18,12 @@ from mhla_lightning.data.tools.clips.inputs import Video, open_videos
 from mhla_lightning.data.tools.clips.layout import place
 from mhla_lightning.data.tools.clips.options import ClipOptions, bucket_name, clip_bytes
 from mhla_lightning.data.tools.clips.probing import Probe, ProbeJob, probe
-from mhla_lightning.data.tools.clips.shards import Cut, Done, Job, finished_shard, write_clips
+from mhla_lightning.data.tools.clips.shards import Cut, Job, Tally, write_clips
 from mhla_lightning.data.tools.pack import Progress, check_target, fingerprint_of
 from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
 from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
 from mhla_lightning.data.tools.shards import SHARD_BYTES, shard_name
+from mhla_lightning.data.tools.tallies import Done, finished_shard
 from mhla_lightning.data.videos import av_package
 from mhla_lightning.errors import DataError, UserError
 
@@ -210,8 +211,8 @@ def _write(
 ) -> None:
     """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be read, Interrupted when shards are kept."""
     jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
-    finished = ((job, finished_shard(building, job.split, job.name)) for job in jobs)
-    done: dict[tuple[str, str], Done] = {(job.split, job.name): found for job, found in finished if found is not None}
+    finished = ((job, finished_shard(building, job.split, job.name, Tally)) for job in jobs)
+    done: dict[tuple[str, str], Done[Tally]] = {(job.split, job.name): found for job, found in finished if found is not None}
     if done:
         on_note(f"{len(done)} of {len(jobs)} shards were finished before and are kept")
     totals = {split.folder: split.bounds[-1] for split in splits}
@@ -248,7 +249,7 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
         yield Job(building, split.header, split.folder, shard_name(Path(split.folder).name, shard), first, cuts, store)
 
 
-def _judge(done: Iterable[Done], planned: int, options: ClipOptions) -> None:
+def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> None:
     """Raise DataError when more clips were left out than may be of all that are planned."""
     skipped = [one for shard in done for one in shard.tally.skipped]
     if skipped and len(skipped) > options.max_skipped_share * planned:
@@ -256,7 +257,7 @@ def _judge(done: Iterable[Done], planned: int, options: ClipOptions) -> None:
         raise DataError(f"{skipped[-1][1]}; {found}")
 
 
-def _finish(building: Building, split: _Split, shards: Sequence[Done], report: Report) -> None:
+def _finish(building: Building, split: _Split, shards: Sequence[Done[Tally]], report: Report) -> None:
     index = replace(split.header, shards=tuple(shard.entry for shard in shards))
     if not index.samples:
         raise DataError(f"no clip of {split.folder} can be read; {': '.join(shards[0].tally.skipped[0])}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mhla_lightning.data.index import ShardEntry, ShardIndex
+from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.tools.clips.frames import read_clips
 from mhla_lightning.data.tools.clips.inputs import Video
-from mhla_lightning.data.tools.replacing import Building, sync
+from mhla_lightning.data.tools.replacing import Building
 from mhla_lightning.data.tools.samples import Sample, npy_bytes
+from mhla_lightning.data.tools.tallies import Done, write_tallied
 from mhla_lightning.data.videos import encode_mp4
 from mhla_lightning.errors import DataError
 
@@ -52,29 +51,10 @@ class Tally:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Done(NamedTuple):
-    """A shard that is written."""
-
-    split: str
-    entry: ShardEntry
-    tally: Tally
-
-
-def write_clips(job: Job) -> Done:
+def write_clips(job: Job) -> Done[Tally]:
     """Write a shard and its tally."""
     tally = Tally(sum(len(cut.starts) for cut in job.cuts))
-    return Done(job.split, job.building.write(job.split, job.name, job.header.kind, _samples(job, tally), job.first), tally)
-
-
-def finished_shard(building: Building, split: str, name: str) -> Done | None:
-    """A shard that an earlier call finished, else None."""
-    entry = building.finished(split, name)
-    if entry is None:
-        return None
-    try:
-        return Done(split, entry, Tally(**json.loads(_tally_path(building, split, name).read_text())))
-    except (OSError, ValueError, TypeError):
-        return None
+    return write_tallied(job.building, job.split, job.name, job.header.kind, _samples(job, tally), tally, job.first)
 
 
 def clip_sample(header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy") -> Sample:
@@ -87,7 +67,7 @@ def clip_sample(header: ShardIndex, name: str, clip: np.ndarray, caption: str, s
 
 
 def _samples(job: Job, tally: Tally) -> Iterator[Sample]:
-    """Samples to write. At the end the tally stands beside the shard, before Building.write calls it finished."""
+    """Samples to write; what is left out goes into the tally."""
     assert job.header.clip is not None
     for cut in job.cuts:
         done = 0
@@ -99,15 +79,7 @@ def _samples(job: Job, tally: Tally) -> Iterator[Sample]:
             names = [_name(cut, number) for number in range(done, len(cut.starts))]
             _log.warning("skipped %d clips of %s: %s", len(names), cut.video.path, error)
             tally.skipped += [(name, str(error)) for name in names]
-    path = _tally_path(job.building, job.split, job.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(tally)))
-    sync(path)
 
 
 def _name(cut: Cut, number: int) -> str:
     return f"{cut.video.path.stem[:40]}-{round(cut.starts[number] * 1000)}ms"
-
-
-def _tally_path(building: Building, split: str, name: str) -> Path:
-    return building.folder / "tallies" / split / f"{name}.json"

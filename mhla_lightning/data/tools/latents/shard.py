@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from mhla_lightning.data.index import VAE, ShardEntry, ShardIndex
+from mhla_lightning.data.index import VAE, ShardIndex
 from mhla_lightning.data.tools.latents.devices import own_device
 from mhla_lightning.data.tools.pack import PlannedSplit
-from mhla_lightning.data.tools.replacing import Building, sync
+from mhla_lightning.data.tools.replacing import Building
 from mhla_lightning.data.tools.samples import Sample
 from mhla_lightning.data.tools.shards import shard_name
+from mhla_lightning.data.tools.tallies import Done, write_tallied
 
 # float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16 encoding gave is not rounded again; of fp32
 # encoding float32 is kept.
@@ -101,14 +100,6 @@ class Job(NamedTuple):
     encoder: Encoder
 
 
-class Done(NamedTuple):
-    """A shard that is written."""
-
-    split: str
-    entry: ShardEntry
-    tally: Tally
-
-
 def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iterator[Job]:
     """A job for each of these shards of a split, by number."""
     split = target.source
@@ -118,34 +109,9 @@ def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iter
         yield Job(building, target.header, target.name, samples, first, target.shards[shard], target.encoder)
 
 
-def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done:
+def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done[Tally]:
     """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when the VAE is not the header's."""
     tally = Tally()
     device = own_device(job.building.folder, job.encoder.devices)
     latents = job.encoder.latents(job, device, tally, on_samples or (lambda *_: None))
-    entry = job.building.write(job.split, job.name, job.header.kind, _then_tally(job, tally, latents), job.first)
-    return Done(job.split, entry, tally)
-
-
-def finished_shard(building: Building, split: str, name: str) -> Done | None:
-    """A shard that an earlier call finished, else None."""
-    entry = building.finished(split, name)
-    if entry is None:
-        return None
-    try:
-        return Done(split, entry, Tally(**json.loads(_tally_path(building, split, name).read_text())))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _then_tally(job: Job, tally: Tally, samples: Iterator[Sample]) -> Iterator[Sample]:
-    """At the end the tally stands beside the shard, before Building.write calls it finished."""
-    yield from samples
-    path = _tally_path(job.building, job.split, job.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(tally)))
-    sync(path)
-
-
-def _tally_path(building: Building, split: str, name: str) -> Path:
-    return building.folder / "tallies" / split / f"{name}.json"
+    return write_tallied(job.building, job.split, job.name, job.header.kind, latents, tally, job.first)

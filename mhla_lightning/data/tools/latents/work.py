@@ -18,10 +18,11 @@ import torch
 
 from mhla_lightning.data.index import ShardIndex, read_index
 from mhla_lightning.data.skips import JUDGED_AFTER
-from mhla_lightning.data.tools.latents.shard import Done, Job, Tally, Target, encode_shard, finished_shard, make_jobs
+from mhla_lightning.data.tools.latents.shard import Job, Tally, Target, encode_shard, make_jobs
 from mhla_lightning.data.tools.pack import Progress, check_target
 from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
 from mhla_lightning.data.tools.replacing import Building, Note, demand_free
+from mhla_lightning.data.tools.tallies import Done, finished_shard
 from mhla_lightning.errors import DataError, UserError
 
 SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are written, in words
@@ -45,14 +46,14 @@ class Work:
         self.targets = {target.name: target for target in targets}
         self.planned = {(name, shard): target.samples(n) for name, target in self.targets.items() for n, shard in enumerate(target.shards)}
         self.devices = targets[0].encoder.devices
-        self.done: dict[tuple[str, str], Done] = {}
+        self.done: dict[tuple[str, str], Done[Tally]] = {}
         self._seen = dict.fromkeys(self.targets, 0)
         self._on_progress = on_progress
 
     def run(self, note: Note) -> Report:
         """Encode what is not finished, and write the indices."""
         for name, target in self.targets.items():
-            found = {shard: finished_shard(self.building, name, shard) for shard in target.shards}
+            found = {shard: finished_shard(self.building, name, shard, Tally) for shard in target.shards}
             self.done |= {(name, shard): done for shard, done in found.items() if done is not None}
             self._advance(name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None))
         kept = len(self.done)
@@ -71,7 +72,7 @@ class Work:
     def _encode(self) -> int:
         """Samples that were read."""
         alone = len(self.devices) == 1
-        work: Callable[[Job], Done] = partial(encode_shard, on_samples=self._advance) if alone else encode_shard
+        work: Callable[[Job], Done[Tally]] = partial(encode_shard, on_samples=self._advance) if alone else encode_shard
         before = sum(self._seen.values())
         try:
             with closing(run_jobs(work, self._jobs(), len(self.devices))) as results:
@@ -143,7 +144,7 @@ def demand_target(target: Path, headers: Mapping[str, ShardIndex], settings: dic
             )
 
 
-def _index(header: ShardIndex, shards: Sequence[Done]) -> ShardIndex:
+def _index(header: ShardIndex, shards: Sequence[Done[Tally]]) -> ShardIndex:
     """The index of a split, with the statistics of its latents."""
     assert header.vae is not None
     tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
