@@ -14,7 +14,12 @@ class ProjectMixing(AfterStep):
     Without it a run with the block normalizer can go to NaN: a negative weight lets the denominator cross zero.
     """
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._matrices = [
+            module for module in pl_module.modules() if isinstance(module, MixingMatrix)
+        ]  # a search takes 1 ms, too long for every step
+
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for module in pl_module.modules():
-            if isinstance(module, MixingMatrix):
-                module.project_()
+        for matrix in self._matrices:
+            matrix.project_()

@@ -25,6 +25,10 @@ class BareLoop:
         task: a copy of the model; it is trained.
         trainer: whose length, precision and clipping count.
         device: of the model.
+
+    Attributes:
+        losses: of every micro batch.
+        averages: one for each EMA of the recipe.
     """
 
     def __init__(self, task: Task, trainer: pl.Trainer, device: torch.device) -> None:
@@ -35,11 +39,11 @@ class BareLoop:
         task.trainer = trainer
         built = cast(Any, task.configure_optimizers())
         task.trainer = None
-        task.log = lambda *_, **__: None  # type: ignore[method-assign, assignment, misc]  # nobody logs here
+        task.log = lambda *_, **__: None  # type: ignore[method-assign]  # nobody logs here
         self.optimizer, self._schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._mixing = [module for module in task.modules() if isinstance(module, MixingMatrix)]
-        self._averages = [Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)]
+        self.averages = [Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)]
         self._rng = _rng_state(device)
 
     def step(self, batches: Sequence[Batch]) -> None:
@@ -75,7 +79,7 @@ class BareLoop:
             for matrix in self._mixing:
                 matrix.project_()
         with timed(sources.AVERAGE):
-            for average in self._averages:
+            for average in self.averages:
                 average.update()
 
     def _autocast(self) -> AbstractContextManager[Any]:

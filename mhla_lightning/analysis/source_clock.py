@@ -13,8 +13,8 @@ from lightning.pytorch.profilers import Profiler
 
 FORWARD, BACKWARD, ZERO, CLIP = "forward and loss", "backward", "zeroing gradients", "gradient clipping"
 ADAMW, SCHEDULE, PROJECTION, AVERAGE = "AdamW", "learning-rate schedule", "projection", "average of the weights"
-SHARED = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW, SCHEDULE, PROJECTION, AVERAGE)
-"""What a bare loop does too, in its order."""
+SAME = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW)
+"""What both sides leave to the very same calls, in their order; all else is Lightning's own, or the platform's."""
 DATA, WRAPPER, TASK, LOGGING, LOOPS = "data hand-over", "optimizer wrapper", "hooks of the task", "logging", "loops and other hooks"
 GRADIENT_NORM = "Monitor: gradient norm"
 
@@ -37,13 +37,14 @@ _CALLBACK_HOOKS = {
     ("EMA", "on_train_batch_end"): AVERAGE,
     ("Monitor", "on_before_optimizer_step"): GRADIENT_NORM,
 }
+_OURS = (*SAME, SCHEDULE, PROJECTION, AVERAGE, DATA, LOGGING)  # actions that are named by their source
 
 
 def source_of(action: str) -> str:
     """The row of the breakdown that a timed action belongs to; a callback's hooks belong to its class."""
     match = _ACTION.fullmatch(action)
     if match is None:
-        return action if action in (*SHARED, DATA, LOGGING) else LOOPS
+        return action if action in _OURS else LOOPS
     kind, owner, hook = match.groups()
     if kind == "Callback":
         name = owner.partition("{")[0]

@@ -67,7 +67,7 @@ class SyntheticData(ShardDataModule):
         """Features of the empty prompt, (tokens, channels)."""
         return torch.zeros(self._facts["text"])
 
-    def train_dataloader(self) -> Iterator[Batch]:  # type: ignore[override]  # no shards, no loader
+    def train_dataloader(self) -> Iterator[Batch]:
         """Micro batches without end; the samples of each are numbered on, so that noise and mixup differ."""
         size, _ = self.micro_batch(1)
         rng, first = torch.Generator().manual_seed(0), 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "a recipe's training step under Lightning and in a bare loop, and where the difference goes"
 TAKES_OVERRIDES = True
-_TITLE = "A over B: whole steps; what Lightning does apart from the bare loop's work"
+_TITLE = "whole steps of Lightning over bare ones; what is Lightning's own (the lower rows) over a bare step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, data {data}; torch {torch.__version__}")
     for table in _tables(args, times):
         console.print(table)
-    write_json(args.json, _result(times) | {"recipe": args.recipe, "overrides": args.overrides, "data": data, "machine": machine, "steps": args.steps})
+    how = {"recipe": args.recipe, "overrides": args.overrides, "data": data, "machine": machine, "steps": args.steps}
+    write_json(args.json, _result(times) | how)
     return 0
 
 
@@ -72,7 +73,7 @@ def _resolve(args: argparse.Namespace) -> Resolved:
 
 
 def _result(times: StepTimes) -> dict[str, Any]:
-    facts = {"parameters": times.parameters, "batch_size": times.batch_size, "loss": times.loss}
+    facts = {"parameters": times.parameters, "batch_size": times.batch_size, "loss": times.loss, "extra_seconds": times.extra_seconds}
     return {"rows": times.rows(), "breakdown": times.breakdown(), "summary": times.summary(), **facts}
 
 
@@ -85,11 +86,11 @@ def _tables(args: argparse.Namespace, times: StepTimes) -> list[Any]:
     for row in times.rows():
         span = f"{row['fastest_seconds'] * 1e3:,.1f} - {row['slowest_seconds'] * 1e3:,.1f}"
         sides.add_row(row["side"], f"{row['step_seconds'] * 1e3:,.1f}", span, f"{row['samples_per_second']:,.1f}")
-    parts = Table(title="where it goes: ms a step, medians of the turns")
-    for heading in ("source", "lightning", "bare", "extra"):
-        parts.add_column(heading, justify="left" if heading == "source" else "right")
-    rows = times.breakdown()
-    for number, row in enumerate(rows):
-        numbers = (f"{row[key] * 1e3:,.3f}" for key in ("lightning_seconds", "bare_seconds", "extra_seconds"))
-        parts.add_row(row["source"], *numbers, end_section=row["shared"] and not rows[number + 1]["shared"])
-    return [sides, parts, summary_table(_TITLE, times.summary())]
+    parts = Table(title="where it goes: ms a step, medians of the turns", show_footer=True)
+    rows, keys = times.breakdown(), ("lightning_seconds", "bare_seconds", "extra_seconds")
+    parts.add_column("source", "together")
+    for key in keys:
+        parts.add_column(key.removesuffix("_seconds"), f"{sum(row[key] for row in rows) * 1e3:,.3f}", justify="right")
+    for row, after in zip(rows, [*rows[1:], rows[-1]], strict=True):
+        parts.add_row(row["source"], *(f"{row[key] * 1e3:,.3f}" for key in keys), end_section=row["same_calls"] and not after["same_calls"])
+    return [sides, parts, summary_table(_TITLE, times.summary(), digits=4)]
