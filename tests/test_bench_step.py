@@ -48,18 +48,20 @@ def test_both_sides_and_the_sources_of_the_difference_are_told(recipe: Path, tmp
     for row in sides.values():
         assert row["turns"] == 5
         assert 0 < row["fastest_seconds"] <= row["step_seconds"] <= row["slowest_seconds"]
+        assert row["cpu_seconds"] > 0
         assert row["samples_per_second"] == pytest.approx(16 / row["step_seconds"])
     assert math.isfinite(result["loss"])
     assert (result["data"], result["parameters"], result["batch_size"]) == ("the recipe's own", 4824, 16)
     extra = {row["source"]: row["extra_seconds"] for row in result["breakdown"]}
-    assert {*SAME, "projection", "average of the weights", "Monitor", "Monitor: gradient norm", "FiniteLoss", "ProgressFile", "Checkpoint"} <= set(
-        extra
-    )
+    callbacks = {"Monitor", "Monitor: gradient norm", "FiniteLoss", "ProgressFile", "Checkpoint", "projection", "average of the weights"}
+    assert extra.keys() >= {*SAME, *callbacks}
     assert {"optimizer wrapper", "data hand-over", "logging", "loops and other hooks"} <= {name for name, seconds in extra.items() if seconds > 0}
-    assert sum(extra.values()) == pytest.approx(result["extra_seconds"], rel=0.5)
-    assert result["summary"]["lightning_over_bare"] > 1
+    assert sum(extra.values()) == pytest.approx(
+        result["extra_seconds"], abs=0.5 * sides["bare"]["step_seconds"]
+    )  # medians; a turn's are exact, below
+    assert result["summary"].keys() == {"lightning_over_bare", "lightning_over_bare_cpu", "lightning_own_over_bare"}
     assert result["summary"]["lightning_own_over_bare"] > 0
-    assert "both sides end at loss" in capsys.readouterr().out
+    assert "both sides end at loss" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "runs").exists()
 
 
@@ -130,6 +132,7 @@ def test_the_clock_gives_every_moment_to_one_source(monkeypatch: pytest.MonkeyPa
         wait(16)
     wait(32)
     clock.pause()
+    assert 0 <= clock.cpu_seconds < 1
     wait(100)
     clock.resume()
     wait(64)
@@ -156,8 +159,9 @@ def test_actions_have_sources(action: str, source: str) -> None:
 
 def test_medians_and_ratios_are_taken_turn_by_turn() -> None:
     lightning = [{"backward": 2.0, "Monitor": 0.5}, {"backward": 4.0, "Monitor": 0.1}, {"backward": 8.0, "Monitor": 0.2}]
-    times = StepTimes(1, 8, 0.0, lightning, [{"backward": 2.0}, {"backward": 4.0}, {"backward": 16.0}])
-    assert times.summary() == pytest.approx({"lightning_over_bare": 4.1 / 4, "lightning_own_over_bare": 0.1 / 4})
+    times = StepTimes(1, 8, 0.0, lightning, [{"backward": 2.0}, {"backward": 4.0}, {"backward": 16.0}], [(3.0, 2.0), (3.0, 3.0), (3.0, 3.0)])
+    ratios = {"lightning_over_bare": 4.1 / 4, "lightning_over_bare_cpu": 1.0, "lightning_own_over_bare": 0.1 / 4}
+    assert times.summary() == pytest.approx(ratios)
     assert [(row["source"], row["extra_seconds"]) for row in times.breakdown()] == [("backward", 0.0), ("Monitor", 0.2)]
     assert times.extra_seconds == pytest.approx(0.1)
     assert [row["samples_per_second"] for row in times.rows()] == pytest.approx([8 / 4.1, 2])

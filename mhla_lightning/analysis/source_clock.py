@@ -60,11 +60,13 @@ class SourceClock(Profiler):
 
     Attributes:
         device: on a GPU `resume` and `pause` wait for it; between them the times are the host's.
+        cpu_seconds: CPU time of this process between `resume` and `pause`, which other programs on the machine hardly lengthen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.device = torch.device("cpu")
+        self.cpu_seconds = self._cpu_since = 0.0
         self._open, self._seconds, self._since = [LOOPS], defaultdict[str, float](float), time.perf_counter()
 
     def start(self, action_name: str) -> None:
@@ -83,19 +85,21 @@ class SourceClock(Profiler):
     def resume(self) -> None:
         """What has passed since `pause` belongs to nobody."""
         self._wait()
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
     def pause(self) -> None:
         """Ends what `resume` began; no action begins or ends in between."""
         self._wait()
         self._settle()
+        self.cpu_seconds += time.process_time() - self._cpu_since
 
     def take(self) -> dict[str, float]:
-        """Seconds by source since the last call, and forgets them."""
+        """Seconds by source since the last call, and forgets them, the CPU's too."""
         taken: dict[str, float] = defaultdict(float)
         for action, seconds in self._seconds.items():
             taken[source_of(action)] += seconds
         self._seconds.clear()
+        self.cpu_seconds = 0.0
         return dict(taken)
 
     def watch(self, owner: Any, method: str, action: str) -> None:

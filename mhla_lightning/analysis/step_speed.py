@@ -13,7 +13,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ class Feed:
         bare: the other side, once training has begun.
         losses: of Lightning's micro batches.
         lightning, others: of every measured turn, seconds a step by source.
+        cpu: of every measured turn, CPU seconds a step of Lightning and of the bare loop.
     """
 
     def __init__(self, session: Session, clock: SourceClock, steps: int, turns: int, on_turn: Callable[[], None]) -> None:
@@ -61,6 +62,7 @@ class Feed:
         self.losses: list[Tensor] = []
         self.lightning: list[dict[str, float]] = []
         self.others: list[dict[str, float]] = []
+        self.cpu: list[tuple[float, float]] = []
         _, self._accumulation = session.data.micro_batch(1)
         self._read = session.data.train_dataloader
 
@@ -81,12 +83,17 @@ class Feed:
                 self.clock.pause()
                 if step % 2:
                     bare.step(taken)
-            times = [{name: seconds / self.steps for name, seconds in clock.take().items()} for clock in (self.clock, bare.clock)]
-            if turn > 0:
-                self.lightning.append(times[0])
-                self.others.append(times[1])
+            self._note(bare, counted=turn > 0)
             self._on_turn()
         self._end()
+
+    def _note(self, bare: BareLoop, counted: bool) -> None:
+        cpu = self.clock.cpu_seconds / self.steps, bare.clock.cpu_seconds / self.steps
+        lightning, other = ({name: seconds / self.steps for name, seconds in clock.take().items()} for clock in (self.clock, bare.clock))
+        if counted:
+            self.lightning.append(lightning)
+            self.others.append(other)
+            self.cpu.append(cpu)
 
     def _begin(self) -> BareLoop:
         """The bare side's model is a copy of Lightning's before its first step."""
@@ -128,29 +135,36 @@ class StepTimes:
         batch_size: samples of a step.
         loss: of the last micro batch, of both sides alike.
         lightning, bare: of every turn, seconds a step by source.
+        cpu: of every turn, CPU seconds a step of Lightning and of the bare loop.
     """
 
     parameters: int
     batch_size: int
     loss: float
-    lightning: list[dict[str, float]] = field(default_factory=list)
-    bare: list[dict[str, float]] = field(default_factory=list)
+    lightning: list[dict[str, float]]
+    bare: list[dict[str, float]]
+    cpu: list[tuple[float, float]]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a side."""
-        return [self._row(LIGHTNING, self.lightning), self._row(BARE, self.bare)]
+        cpu = [statistics.median(side) for side in zip(*self.cpu, strict=True)]
+        return [self._row(LIGHTNING, self.lightning, cpu[0]), self._row(BARE, self.bare, cpu[1])]
 
-    def _row(self, side: str, turns: list[dict[str, float]]) -> dict[str, Any]:
+    def _row(self, side: str, turns: list[dict[str, float]], cpu: float) -> dict[str, Any]:
         seconds = [sum(turn.values()) for turn in turns]
         middle = statistics.median(seconds)
-        span = {"fastest_seconds": min(seconds), "slowest_seconds": max(seconds)}
+        span = {"fastest_seconds": min(seconds), "slowest_seconds": max(seconds), "cpu_seconds": cpu}
         return {"side": side, "step_seconds": middle, **span, "samples_per_second": self.batch_size / middle, "turns": len(seconds)}
 
     def summary(self) -> dict[str, float]:
-        """Whole steps of Lightning over bare ones; and Lightning's own (all but SAME) over bare steps, which the machine's noise in SAME spares."""
-        whole = [[sum(turn.values()) for turn in turns] for turns in (self.lightning, self.bare)]
+        """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but SAME) over bare steps.
+
+        The first is what a run sees. Beside other programs it is uncertain by what they take; the other two are not.
+        """
+        lightning, bare = ([sum(turn.values()) for turn in turns] for turns in (self.lightning, self.bare))
         own = [_own(a) - _own(b) for a, b in zip(self.lightning, self.bare, strict=True)]
-        return {"lightning_over_bare": ratio(*whole), "lightning_own_over_bare": ratio(own, whole[1])}
+        cpu = ratio(*zip(*self.cpu, strict=True))
+        return {"lightning_over_bare": ratio(lightning, bare), "lightning_over_bare_cpu": cpu, "lightning_own_over_bare": ratio(own, bare)}
 
     @property
     def extra_seconds(self) -> float:
@@ -198,7 +212,7 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
         session.trainer.fit(session.task, datamodule=session.data)
     assert feed.bare is not None
     loss = equal_losses(feed.losses, feed.bare.losses, TOLERANCE[device.type])
-    return StepTimes(session.task.parameter_count, session.data.batch_size, loss, feed.lightning, feed.others)
+    return StepTimes(session.task.parameter_count, session.data.batch_size, loss, feed.lightning, feed.others, feed.cpu)
 
 
 def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> Resolved:

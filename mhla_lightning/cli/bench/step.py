@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "a recipe's training step under Lightning and in a bare loop, and where the difference goes"
 TAKES_OVERRIDES = True
-_TITLE = "whole steps of Lightning over bare ones; what is Lightning's own (the lower rows) over a bare step"
+_TITLE = "Lightning's steps over bare ones, by the clock and by CPU time; Lightning's own (the lower rows) over a bare step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +81,11 @@ def _tables(args: argparse.Namespace, times: StepTimes) -> list[Any]:
     from rich.table import Table
 
     sides = Table(title=f"a training step: median and range of {args.turns} turns of {args.steps} steps; both sides end at loss {times.loss:.6g}")
-    for heading in ("side", "ms a step", "range", "samples/s"):
+    for heading in ("side", "ms a step", "range", "CPU ms", "samples/s"):
         sides.add_column(heading, justify="left" if heading == "side" else "right")
     for row in times.rows():
         span = f"{row['fastest_seconds'] * 1e3:,.1f} - {row['slowest_seconds'] * 1e3:,.1f}"
-        sides.add_row(row["side"], f"{row['step_seconds'] * 1e3:,.1f}", span, f"{row['samples_per_second']:,.1f}")
+        sides.add_row(row["side"], f"{row['step_seconds'] * 1e3:,.1f}", span, f"{row['cpu_seconds'] * 1e3:,.1f}", f"{row['samples_per_second']:,.1f}")
     parts = Table(title="where it goes: ms a step, medians of the turns", show_footer=True)
     rows, keys = times.breakdown(), ("lightning_seconds", "bare_seconds", "extra_seconds")
     parts.add_column("source", "together")
