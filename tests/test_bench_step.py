@@ -25,6 +25,7 @@ from mhla_lightning.errors import UserError
 # Kind of task -> a small recipe of it, whose data is not there.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("classification/deit_tiny_mhla_mnist_cpu", {"model.mixup": 0.8, "model.backbone_options.drop_path_rate": 0.5}),
+    "bf16": ("classification/deit_tiny_mhla_mnist_cpu", {"trainer.precision": "bf16-mixed"}),
     "language": ("language/lm_tiny_mhla_stdlib_cpu", {"model.eval_lengths": [64]}),
     "recall": ("language/lm_tiny_mhla_mqar_cpu", {}),
     "image diffusion": ("image_dit/dit_tiny_mhla_mnist_cpu", {}),
