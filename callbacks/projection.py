@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+import torch
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import AfterStep
+from mhla_lightning.strategies.local import local_weights
 
 
 class ProjectMixing(AfterStep):
     """Projects all mixing matrices after every optimizer step.
 
-    Without it a run with the block normalizer can go to NaN: a negative weight lets the denominator cross zero.
+    Without it a run with the block normalizer can go to NaN: a negative weight lets the denominator cross zero. Where a strategy keeps float32
+    masters or splits the weights, every tensor of this rank that holds values of the matrix is projected: a master left out would undo it at the
+    next step.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._matrices = [
-            module for module in pl_module.modules() if isinstance(module, MixingMatrix)
-        ]  # a search takes 1 ms, too long for every step
+        self._matrices = [module for module in pl_module.modules() if isinstance(module, MixingMatrix)]  # once: the search takes 1 ms
 
+    @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        local = local_weights(trainer)
         for matrix in self._matrices:
-            matrix.project_()
+            if not local.sharded:
+                matrix.project_()
+            elif matrix.clamp is not None:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
+                for values in local.copies(matrix.weight):
+                    values.clamp_(*matrix.clamp)

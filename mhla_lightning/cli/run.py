@@ -103,6 +103,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")  # DeepSpeed 0.19 on torch 2.14, DeepSpeed's to change
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
 
