@@ -27,7 +27,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("classification/deit_tiny_mhla_mnist_cpu", {"model.mixup": 0.8, "model.backbone_options.drop_path_rate": 0.5}),
     "bf16": ("classification/deit_tiny_mhla_mnist_cpu", {"trainer.precision": "bf16-mixed"}),
     "language": ("language/lm_tiny_mhla_stdlib_cpu", {"model.eval_lengths": [64]}),
-    "recall": ("language/lm_tiny_mhla_mqar_cpu", {}),
     "image diffusion": ("image_dit/dit_tiny_mhla_mnist_cpu", {}),
     "video diffusion": ("video_dit/wan_tiny_mhla_clips_cpu", {"model.backbone_options.input_size": [4, 16, 16]}),
 }
@@ -106,7 +105,7 @@ def test_a_slow_callback_is_found(recipe: Path, tmp_path: Path) -> None:
     resolved.trainer["callbacks"].append(Sleeper())
     times = measure(resolved, tmp_path / "run", steps=1, turns=3, on_turn=lambda: None)
     rows = {row["source"]: row for row in times.breakdown()}
-    assert 0.02 <= rows["Sleeper"]["extra_seconds"] < 0.04
+    assert rows["Sleeper"]["extra_seconds"] >= 0.02
     assert rows["Sleeper"]["bare_seconds"] == 0
     assert times.extra_seconds > 0.02
     for turn in (*times.lightning, *times.bare):
@@ -163,6 +162,7 @@ def test_medians_and_ratios_are_taken_turn_by_turn() -> None:
     times = StepTimes(1, 8, 0.0, lightning, [{"backward": 2.0}, {"backward": 4.0}, {"backward": 16.0}], [(3.0, 2.0), (3.0, 3.0), (3.0, 3.0)])
     ratios = {"lightning_over_bare": 4.1 / 4, "lightning_over_bare_cpu": 1.0, "lightning_own_over_bare": 0.1 / 4}
     assert times.summary() == pytest.approx(ratios)
+    assert times.ratios == pytest.approx([1.25, 4.1 / 4, 8.2 / 16])
     assert [(row["source"], row["extra_seconds"]) for row in times.breakdown()] == [("backward", 0.0), ("Monitor", 0.2)]
     assert times.extra_seconds == pytest.approx(0.1)
     assert [row["samples_per_second"] for row in times.rows()] == pytest.approx([8 / 4.1, 2])
@@ -183,11 +183,10 @@ def test_other_losses_are_not_compared() -> None:
         (["--trainer.strategy", "ddp"], "trainer.strategy is ddp: a bare loop has one process"),
         (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed, which the bare loop lacks; use 32-true or bf16-mixed"),
         (["--turns", "2"], "--turns is 2; it must be at least 5"),
-        (["--data.batch_size", "15", "--data.micro_batch_size", "4"], "data.micro_batch_size 4 must divide"),
         (["--model.num_classes", "7"], "model.num_classes is 7 and the data has 4 classes"),
         (["stray"], "unexpected argument 'stray'"),
     ],
-    ids=["strategy", "precision", "turns", "batch", "classes", "no option"],
+    ids=["strategy", "precision", "turns", "classes", "no option"],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", str(recipe), *arguments]) == 2

@@ -160,10 +160,15 @@ class StepTimes:
 
         The first is what a run sees. Beside other programs it is uncertain by what they take; the other two are not.
         """
-        lightning, bare = ([sum(turn.values()) for turn in turns] for turns in (self.lightning, self.bare))
+        bare = [sum(turn.values()) for turn in self.bare]
         own = [_own(a) - _own(b) for a, b in zip(self.lightning, self.bare, strict=True)]
         cpu = ratio(*zip(*self.cpu, strict=True))
-        return {"lightning_over_bare": ratio(lightning, bare), "lightning_over_bare_cpu": cpu, "lightning_own_over_bare": ratio(own, bare)}
+        return {"lightning_over_bare": statistics.median(self.ratios), "lightning_over_bare_cpu": cpu, "lightning_own_over_bare": ratio(own, bare)}
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of every turn, steps of Lightning over bare ones: how far they are apart says what their median is worth."""
+        return [sum(a.values()) / sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)]
 
     @property
     def extra_seconds(self) -> float:

@@ -18,7 +18,7 @@ from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task, VideoDiffusionTask
 
-_TOKENS = 256  # ids drawn: few, so that recall finds the same key again
+_TOKENS = 256  # ids drawn: few, so that associative recall finds a key again
 
 
 class SyntheticData(ShardDataModule):

@@ -73,7 +73,13 @@ def _resolve(args: argparse.Namespace) -> Resolved:
 
 
 def _result(times: StepTimes) -> dict[str, Any]:
-    facts = {"parameters": times.parameters, "batch_size": times.batch_size, "loss": times.loss, "extra_seconds": times.extra_seconds}
+    facts = {
+        "parameters": times.parameters,
+        "batch_size": times.batch_size,
+        "loss": times.loss,
+        "extra_seconds": times.extra_seconds,
+        "ratios": times.ratios,
+    }
     return {"rows": times.rows(), "breakdown": times.breakdown(), "summary": times.summary(), **facts}
 
 
@@ -87,10 +93,12 @@ def _tables(args: argparse.Namespace, times: StepTimes) -> list[Any]:
         span = f"{row['fastest_seconds'] * 1e3:,.1f} - {row['slowest_seconds'] * 1e3:,.1f}"
         sides.add_row(row["side"], f"{row['step_seconds'] * 1e3:,.1f}", span, f"{row['cpu_seconds'] * 1e3:,.1f}", f"{row['samples_per_second']:,.1f}")
     parts = Table(title="where it goes: ms a step, medians of the turns", show_footer=True)
+    low, high = min(times.ratios), max(times.ratios)
+    title = f"{_TITLE}; the turns' ratios by the clock lie between {low:.3f} and {high:.3f}"
     rows, keys = times.breakdown(), ("lightning_seconds", "bare_seconds", "extra_seconds")
     parts.add_column("source", "together")
     for key in keys:
         parts.add_column(key.removesuffix("_seconds"), f"{sum(row[key] for row in rows) * 1e3:,.3f}", justify="right")
     for row, after in zip(rows, [*rows[1:], rows[-1]], strict=True):
         parts.add_row(row["source"], *(f"{row[key] * 1e3:,.3f}" for key in keys), end_section=row["same_calls"] and not after["same_calls"])
-    return [sides, parts, summary_table(_TITLE, times.summary(), digits=4)]
+    return [sides, parts, summary_table(title, times.summary(), digits=4)]
