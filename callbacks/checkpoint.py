@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.checkpoints.atomic import begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, save_rng
-from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints
+from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, read_json
+from mhla_lightning.runs.lock import check_held
 
 
 class Checkpoint(LightningCheckpoint):
@@ -28,6 +30,9 @@ class Checkpoint(LightningCheckpoint):
         keep_last: complete checkpoints kept.
         resume: the checkpoint folder that this attempt goes on from.
         averages: the EMA callbacks, whose files belong into the folder.
+
+    Attributes:
+        save_seconds: the longest save so far, those of earlier attempts included.
     """
 
     def __init__(
@@ -42,7 +47,8 @@ class Checkpoint(LightningCheckpoint):
     ) -> None:
         self.run, self.facts, self.position = run, facts, position
         self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
-        self._step, self._due = 0, False
+        self._step, self._due, self._asked = 0, False, False
+        self.save_seconds = float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -54,9 +60,13 @@ class Checkpoint(LightningCheckpoint):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        self._due = self._step % self.every_n_steps == 0
+        self._due, self._asked = self._asked or self._step % self.every_n_steps == 0, False
         if self._due and not _validates_now(trainer, batch_idx):
             self._save_if_due(trainer)
+
+    def save_after_this_step(self) -> None:
+        """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it stands."""
+        self._asked = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation due at the same step comes first: a run killed between the two would never make it up."""
@@ -74,7 +84,9 @@ class Checkpoint(LightningCheckpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Writes one checkpoint; every rank calls it."""
-        step = trainer.global_step
+        step, began = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero:
+            check_held(self.run.path)
         folder: Path = trainer.strategy.broadcast(begin(self.run.checkpoints, step) if trainer.is_global_zero else Path())
         trainer.save_checkpoint(folder / "trainer.ckpt")
         save_rng(folder / "rng" / f"rank-{trainer.global_rank}.safetensors")
@@ -83,9 +95,11 @@ class Checkpoint(LightningCheckpoint):
                 average.save_files(folder)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
+            self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
             commit(folder, step, self._state(trainer))
             prune(self.run.path, self.keep_last)
         trainer.strategy.barrier()
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
         return {
@@ -94,6 +108,7 @@ class Checkpoint(LightningCheckpoint):
             "step": trainer.global_step,
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
+            "save_seconds": self.save_seconds,
             **self.facts,
         }
 

@@ -20,7 +20,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from mhla_lightning import __version__
 from mhla_lightning.analysis.comparison import higher_is_better
-from mhla_lightning.callbacks import EMA, Checkpoint, FiniteLoss, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks import EMA, Checkpoint, FiniteLoss, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.data.modules.base import ShardDataModule
@@ -29,6 +30,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.generation.loading import keep_tokenizer
 from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
+from mhla_lightning.runs.stopping import StopSignals
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
 
@@ -40,13 +42,14 @@ class Session:
         recipe: the resolved recipe; its data is packed.
         run: the run folder.
         resume: the checkpoint folder that training goes on from.
+        signals: of this process, which ask it to save and stop; None leaves every signal to what it does.
 
     Raises:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
     """
 
-    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None) -> None:
-        self.recipe, self.run, self.resume = recipe, run, resume
+    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None, signals: StopSignals | None = None) -> None:
+        self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
         self.task, self.data = recipe.task, recipe.data
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
@@ -76,6 +79,7 @@ class Session:
             trainer = pl.Trainer(**arguments)
         except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        leave_signals_alone(trainer)
         _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
             trainer.val_check_interval = min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
@@ -85,18 +89,17 @@ class Session:
         """After every optimizer step: project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         save = self.recipe.checkpoint
-        own: list[Callback] = [
-            Monitor(self.data.batch_size, math.prod(self.task.grid)),
-            MixingHeatmaps(),
-            self.progress,
-            Checkpoint(self.run, self._facts(), self.data.state_dict, save.every_n_steps, save.keep_last, self.resume, self._averages),
-        ]
+        finite = FiniteLoss(save.every_n_steps)
+        checkpoint = Checkpoint(self.run, self._facts(), self.data.state_dict, save.every_n_steps, save.keep_last, self.resume, self._averages)
+        own: list[Callback] = [Monitor(self.data.batch_size, math.prod(self.task.grid)), MixingHeatmaps(), self.progress, checkpoint]
+        if self.signals is not None:
+            own.append(Preemption(checkpoint, finite, self.signals))
         if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StepBar())
         elif not sys.stdout.isatty():
             arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
-        return [ProjectMixing(), FiniteLoss(save.every_n_steps), *given, *own]
+        return [ProjectMixing(), finite, *given, *own]
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}
@@ -120,7 +123,11 @@ class Session:
                 callback.resume_from(self.resume)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # the data knows where
+            if self.signals is not None:
+                self.signals.wait_for_step()
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.signals is not None:
+            self.signals.act_at_once()  # all is saved; what is left is a validation
         if self.progress.validated_at != self.trainer.global_step:
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:
