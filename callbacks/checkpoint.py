@@ -8,31 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
+from mhla_lightning.callbacks.checkpoint_files import files_of
 from mhla_lightning.callbacks.ema import EMA
-from mhla_lightning.checkpoints.atomic import begin, commit, prune
-from mhla_lightning.checkpoints.rng import load_rng, save_rng
-from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, read_json
+from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune
+from mhla_lightning.checkpoints.rng import load_rng
+from mhla_lightning.checkpoints.saving import Writer, complaint, lack_of_room
+from mhla_lightning.checkpoints.source import GROUPS
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, newest_checkpoint, read_json
 from mhla_lightning.runs.lock import check_held
+from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
 
 
 class Checkpoint(LightningCheckpoint):
     """Saves `checkpoints/step-.../` every `every_n_steps` optimizer steps and at the end.
 
-    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps neither random generators nor the average.
+    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps neither random generators nor the average;
+    its DeepSpeed checkpoints are pickles that only the same number of ranks can load.
 
     Args:
         run: the run folder.
         facts: what state.json says besides the step (data_hash, recipe_hash, versions, ...).
         position: the data's state: consumed samples and what gives their number a meaning.
         every_n_steps: between two saves.
-        keep_last: complete checkpoints kept.
+        keep: which complete checkpoints stay.
         resume: the checkpoint folder that this attempt goes on from.
         averages: the EMA callbacks, whose files belong into the folder.
+        asynchronous: write in a thread beside the training, from copies in the host's memory.
+        recipe: the resolved recipe as YAML, kept in the folder.
 
     Attributes:
-        save_seconds: the longest save so far, those of earlier attempts included.
+        save_seconds: from the call to the complete checkpoint, the longest so far, earlier attempts included.
+
+    Raises:
+        UserError: from the training, a disk that is full or cannot be written; the checkpoints before stay as they are.
     """
 
     def __init__(
@@ -41,14 +53,19 @@ class Checkpoint(LightningCheckpoint):
         facts: dict[str, Any],
         position: Callable[[], Mapping[str, Any]],
         every_n_steps: int = 1000,
-        keep_last: int = 3,
+        keep: Keep = Keep(last=3),  # noqa: B008  frozen
         resume: Path | None = None,
         averages: Sequence[EMA] = (),
+        asynchronous: bool = False,
+        recipe: str = "",
     ) -> None:
-        self.run, self.facts, self.position = run, facts, position
-        self.every_n_steps, self.keep_last, self.resume, self.averages = every_n_steps, keep_last, resume, averages
+        self.run, self.facts, self.position, self.recipe = run, facts, position, recipe
+        self.every_n_steps, self.keep, self.resume, self.averages = every_n_steps, keep, resume, averages
+        self.asynchronous = asynchronous
         self._step, self._due, self._asked = 0, False, False
         self.save_seconds = float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self._writer: Writer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -70,7 +87,14 @@ class Checkpoint(LightningCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation due at the same step comes first: a run killed between the two would never make it up."""
+        self._measured = (trainer.global_step, {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")})
+        self._check_monitor()
         self._save_if_due(trainer)
+
+    def _check_monitor(self) -> None:
+        tag, tags = self.keep.monitor, self._measured[1]
+        if tag is not None and tags and tag not in tags:
+            raise UserError(f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}")
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
         if self._due:
@@ -78,37 +102,90 @@ class Checkpoint(LightningCheckpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.finish_writing(trainer)
         done = complete_checkpoints(self.run.path)
         if trainer.global_step and not (done and done[-1].name.endswith(f"{trainer.global_step:08d}")):
             self.save(trainer)
+            self.finish_writing(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._writer is not None:  # no collective here: the other ranks may be gone
+            self._writer.wait()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[GROUPS] = optimizer_groups(trainer, pl_module)
+        if scale := loss_scale(trainer.optimizers[0]):
+            checkpoint[LOSS_SCALE] = scale
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Writes one checkpoint; every rank calls it."""
+        """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it."""
+        self.finish_writing(trainer)
         step, began = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero:
-            check_held(self.run.path)
-        folder: Path = trainer.strategy.broadcast(begin(self.run.checkpoints, step) if trainer.is_global_zero else Path())
-        trainer.save_checkpoint(folder / "trainer.ckpt")
-        save_rng(folder / "rng" / f"rank-{trainer.global_rank}.safetensors")
-        if trainer.is_global_zero:
-            for average in self.averages:
-                average.save_files(folder)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
+        parts = files_of(trainer, self._begin(trainer, step), self.averages, self.recipe, self.asynchronous)
+        needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
+        self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)
+        state = self._state(trainer)
+
+        def finish() -> None:
             self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
-            commit(folder, step, self._state(trainer))
-            prune(self.run.path, self.keep_last)
-        trainer.strategy.barrier()
+            commit(parts.folder, step, {**state, "save_seconds": self.save_seconds})
+            prune(self.run.path, self.keep)
+
+        if self.asynchronous:
+            self._writer = Writer(parts, trainer.world_size, finish)
+            return
+        self._agree(trainer, self._attempt(parts.write))
+        self._agree(trainer, self._attempt(finish) if trainer.is_global_zero else None)
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
+    def _begin(self, trainer: pl.Trainer, step: int) -> Path:
+        error, folder = None, Path()
+        if trainer.is_global_zero:
+            check_held(self.run.path)
+            try:
+                folder = begin(self.run.checkpoints, step)
+            except OSError as problem:
+                error = complaint(problem, self.run.checkpoints)
+        self._agree(trainer, error)
+        return trainer.strategy.broadcast(folder)
+
+    def _attempt(self, write: Callable[[], None]) -> str | None:
+        try:
+            write()
+        except (OSError, RuntimeError) as error:
+            return complaint(error, self.run.checkpoints)
+        return None
+
+    def finish_writing(self, trainer: pl.Trainer) -> None:
+        """Waits for the checkpoint that a thread still writes; every rank calls it."""
+        writer, self._writer = self._writer, None
+        if self.asynchronous:
+            self._agree(trainer, writer.wait() if writer is not None else None)
+
+    def _agree(self, trainer: pl.Trainer, error: str | None) -> None:
+        """All ranks stop where one could not write. Raises UserError."""
+        if not trainer.strategy.reduce(torch.tensor(float(error is not None), device=trainer.strategy.root_device), reduce_op="sum"):
+            return
+        errors: list[str | None] = [error]
+        if trainer.world_size > 1:
+            errors = [None] * trainer.world_size
+            torch.distributed.all_gather_object(errors, error)
+        if trainer.is_global_zero:
+            discard(self.run.checkpoints)
+        last = newest_checkpoint(self.run.path)
+        where = f"the last checkpoint, {last.name}, is intact" if last else "there is no earlier checkpoint"
+        told = next(text for text in errors if text is not None)
+        raise UserError(f"{told}; {where}: make room, or name another place with --runs, and give the same command again")
+
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
+        at, metrics = self._measured
         return {
             **self.position(),
             "format": FORMAT,
             "step": trainer.global_step,
             "world_size": trainer.world_size,
             "strategy": type(trainer.strategy).__name__,
-            "save_seconds": self.save_seconds,
+            "metrics": metrics if at == trainer.global_step else {},
             **self.facts,
         }
 

@@ -18,6 +18,7 @@ from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.diffusion import Guidance, Process, check_sampler
 from mhla_lightning.errors import UserError
 from mhla_lightning.generation.drawing import Key, draw_samples
+from mhla_lightning.strategies.local import run_forward
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class DrawSamples(AfterStep):
         training = pl_module.training
         pl_module.eval()
         try:
-            with averages[0].averaged(pl_module) if averages else nullcontext(), trainer.precision_plugin.val_step_context():
-                drawn = self.draw(trainer, pl_module)
+            with averages[0].averaged(trainer, pl_module) if averages else nullcontext():
+                drawn = run_forward(trainer, lambda: self.draw(trainer, pl_module))
         finally:
             pl_module.train(training)
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):

@@ -9,20 +9,22 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mhla_lightning.backbones.shards import WEIGHT, Stretch
 from mhla_lightning.callbacks.steps import AfterStep
+from mhla_lightning.checkpoints.average import open_average
 from mhla_lightning.errors import UserError
-
-WEIGHTS = "ema/weights.safetensors"
+from mhla_lightning.strategies.local import local_weights, run_forward
 
 
 class EMA(AfterStep):
     """Averages the weights in float32 after every optimizer step and validates them as `val_ema/...` beside the raw ones.
 
+    Where weights are split over ranks, a rank averages the float32 masters that it owns; they are put together for forwards only.
+
     Lightning's WeightAveraging lacks both: it validates the average only, averages in the weights' own dtype (0.9999 is below bf16's resolution),
-    and loses the average under DeepSpeed.
+    and loses the average under DeepSpeed (Lightning 21414).
 
     Args:
         decay: weight of the old average in a step.
@@ -40,13 +42,18 @@ class EMA(AfterStep):
 
     def resume_from(self, folder: Path) -> None:
         """Names the checkpoint folder whose average goes on."""
-        self._resume = folder / WEIGHTS
+        self._resume = folder
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start(pl_module)
+    def start_from(self, folder: Path | None) -> None:
+        """Reads the average anew from a checkpoint folder at the next look at it."""
+        self.average, self._resume = {}, folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._start(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     on_test_start = on_validation_start
 
@@ -54,9 +61,9 @@ class EMA(AfterStep):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        weights = _floating_state(pl_module)
-        names = list(self.average)
-        torch._foreach_lerp_([self.average[n] for n in names], [weights[n].float() for n in names], 1 - decay)
+        fragments = local_weights(trainer).fragments(_backbone(pl_module))
+        averages = [self.average[fragment.name].view(-1) for fragment in fragments]
+        torch._foreach_lerp_(averages, [fragment.values.float() for fragment in fragments], 1 - decay)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -69,22 +76,15 @@ class EMA(AfterStep):
         self._evaluate(trainer, pl_module, batch, "test_ema")
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, prefix: str) -> None:
-        with self.averaged(pl_module), trainer.precision_plugin.val_step_context():  # hooks run outside the step's autocast
-            cast(Any, pl_module).evaluate(batch, prefix)  # a Task
+        with self.averaged(trainer, pl_module):
+            run_forward(trainer, lambda: cast(Any, pl_module).evaluate(batch, prefix))  # a Task
 
     @contextmanager
-    def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Inside, the module holds the average; after, its own weights again, bit for bit."""
-        self._start(pl_module)
-        tensors = _floating_state(pl_module)
-        own = {name: tensor.data for name, tensor in tensors.items()}
-        try:
-            for name, tensor in tensors.items():
-                tensor.data = self.average[name].to(tensor.dtype)
+    def averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Inside, forwards of the module use the average; after, its own weights again, bit for bit. Every rank calls it."""
+        self._start(trainer, pl_module)
+        with local_weights(trainer).swapped(_backbone(pl_module), self.average):
             yield
-        finally:
-            for name, tensor in tensors.items():
-                tensor.data = own[name]
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}
@@ -92,29 +92,30 @@ class EMA(AfterStep):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
 
-    def save_files(self, folder: Path) -> None:
-        """Writes the average into a checkpoint folder (the main process calls it)."""
-        path = folder / WEIGHTS
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, path)
+    def stretches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Stretch]:
+        """What this rank saves of the average: all of it where it holds the weights whole."""
+        fragments = local_weights(trainer).fragments(_backbone(pl_module))
+        parts = [(f, self.average[f.name].view(-1)) for f in fragments if f.owned]
+        return [Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: values}) for fragment, values in parts]
 
     @torch.no_grad()
-    def _start(self, pl_module: pl.LightningModule) -> None:
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:
             return
-        weights = _floating_state(pl_module)
-        self.average = {name: tensor.detach().float().clone() for name, tensor in weights.items()}
+        local, backbone = local_weights(trainer), _backbone(pl_module)
+        fragments = local.fragments(backbone)
+        self.average = {f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape) for f in fragments}
         if self._resume is None:
             return
-        saved = load_file(self._resume) if self._resume.is_file() else {}
-        if saved.keys() != self.average.keys():
+        saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
+        if saved is None:
             raise UserError(f"{self._resume} does not hold this model's average; start a new run with --fresh or take EMA out of trainer.callbacks")
-        for name, tensor in self.average.items():
-            tensor.copy_(saved[name])
+        for fragment in fragments:
+            self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, len(fragment.values)))
 
 
-def _floating_state(pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Floating tensors of the backbone's state, by the backbone's own names (the averages' file loads into a bare backbone)."""
+def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:
+    """The averages go by the backbone's own names: their file loads into a bare backbone."""
     backbone = pl_module.backbone
     assert isinstance(backbone, torch.nn.Module), "configure_model has not run"
-    return {name: tensor for name, tensor in backbone.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    return backbone

@@ -51,11 +51,11 @@ class Preemption(AfterStep):
             self._group = dist.new_group(backend="gloo")
         self._begin_vote()
         if self._agreed():  # told while it was starting: there is nothing new to save
-            self._stop()
+            self._stop(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.stopping:
-            self._stop()
+            self._stop(trainer)
         if self._vote is None:
             self._begin_vote()
 
@@ -81,7 +81,8 @@ class Preemption(AfterStep):
         vote, self._vote, self._work = bool(self._vote.item()), None, None
         return vote
 
-    def _stop(self) -> None:
+    def _stop(self, trainer: pl.Trainer) -> None:
+        self.checkpoint.finish_writing(trainer)  # on all ranks, before the first of them ends: srun then kills the others
         self.signals.ignore()  # until exit: a second signal would kill a rank that is shutting down
         raise Preempted(self.signals.received or "the job's time limit")
 

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,19 @@ from mhla_lightning import __version__
 from mhla_lightning.analysis.comparison import higher_is_better
 from mhla_lightning.callbacks import EMA, Checkpoint, FiniteLoss, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.callbacks.preemption import leave_signals_alone
+from mhla_lightning.checkpoints.atomic import Keep
+from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.generation.loading import keep_tokenizer
-from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, read_metrics, recipe_hash, write_json
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
+from mhla_lightning.strategies.config import is_zero, lightning_precision
+from mhla_lightning.strategies.zero import ZeroStrategy
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
 
@@ -74,13 +78,16 @@ class Session:
         given = callbacks if isinstance(callbacks, list) else [callbacks]
         arguments |= {"max_steps": self.max_steps, "max_epochs": -1, "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0)}
         arguments |= {"default_root_dir": self.run.path, "logger": self.logger, "use_distributed_sampler": False}
-        arguments |= {"callbacks": self._callbacks(given, arguments), "plugins": _environment(arguments.get("plugins"))}
+        arguments |= {"callbacks": self._callbacks(given, arguments), "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()]}
+        arguments |= strategy_arguments(arguments)
         try:
             trainer = pl.Trainer(**arguments)
         except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         leave_signals_alone(trainer)
-        _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
+        micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
+        if isinstance(arguments.get("strategy"), ZeroStrategy):
+            arguments["strategy"].micro_batch = micro_batch
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
             trainer.val_check_interval = min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
         return trainer
@@ -89,8 +96,7 @@ class Session:
         """After every optimizer step: project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         save = self.recipe.checkpoint
-        finite = FiniteLoss(save.every_n_steps)
-        checkpoint = Checkpoint(self.run, self._facts(), self.data.state_dict, save.every_n_steps, save.keep_last, self.resume, self._averages)
+        checkpoint, finite = self._checkpoint(), FiniteLoss(save.every_n_steps)
         own: list[Callback] = [Monitor(self.data.batch_size, math.prod(self.task.grid)), MixingHeatmaps(), self.progress, checkpoint]
         if self.signals is not None:
             own.append(Preemption(checkpoint, finite, self.signals))
@@ -100,6 +106,21 @@ class Session:
             arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         return [ProjectMixing(), finite, *given, *own]
+
+    def _checkpoint(self) -> Checkpoint:
+        save = self.recipe.checkpoint
+        keep = Keep(save.keep_last, save.keep_best, save.monitor, save.monitor is not None and higher_is_better(save.monitor))
+        return Checkpoint(
+            self.run,
+            self._facts(),
+            self.data.state_dict,
+            save.every_n_steps,
+            keep,
+            self.resume,
+            self._averages,
+            save.asynchronous,
+            self.recipe.to_yaml(),
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe_hash": recipe_hash(self.recipe.identity()), "versions": versions()}
@@ -129,6 +150,8 @@ class Session:
         if self.signals is not None:
             self.signals.act_at_once()  # all is saved; what is left is a validation
         if self.progress.validated_at != self.trainer.global_step:
+            for callback in self._averages:  # outside of training the weights are split in another way, or not at all
+                callback.start_from(newest_checkpoint(self.run.path))
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:
             write_json(self.run.summary, self._summary())
@@ -164,6 +187,21 @@ class Session:
             "steps": self.trainer.global_step,
             "seconds": round(self.progress.seconds, 3),
         }
+
+
+def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning's Trainer is told in place of a strategy of ours.
+
+    Raises:
+        UserError: a strategy that cannot be had here.
+    """
+    entry = arguments.get("strategy")
+    if not is_zero(entry):
+        return {}
+    on_cpu = not torch.cuda.is_available() if arguments.get("accelerator", "auto") == "auto" else arguments["accelerator"] == "cpu"
+    precision = arguments.get("precision", "32-true")
+    accelerator = "cpu" if on_cpu else arguments.get("accelerator", "auto")
+    return {"strategy": ZeroStrategy(entry, precision, on_cpu), "precision": lightning_precision(precision), "accelerator": accelerator}
 
 
 def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:

@@ -6,25 +6,27 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks import EMA, ProjectMixing
 from mhla_lightning.callbacks.monitor import mixing_figure
-from mhla_lightning.checkpoints.atomic import begin, commit, prune
-from mhla_lightning.checkpoints.rng import load_rng, save_rng
+from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
+from mhla_lightning.checkpoints.rng import load_rng, rng_state
 from mhla_lightning.data import ImageDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, newest_checkpoint
 from mhla_lightning.runs.logger import keep_until
 from mhla_lightning.tasks import ClassificationTask, OptimizerConfig
 
+ONE_DEVICE: Any = SimpleNamespace(strategy=None, global_step=1)  # what EMA asks of a trainer
 OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
 
 
@@ -113,7 +115,7 @@ def test_ema_lends_its_weights_and_takes_them_back(shards: Path, tmp_path: Path)
     before = {name: p.detach().clone() for name, p in task.named_parameters()}
 
     def fail_inside() -> None:
-        with ema.averaged(task):
+        with ema.averaged(ONE_DEVICE, task):
             inside = dict(task.named_parameters())
             assert all(torch.equal(inside[f"backbone.{name}"], value) for name, value in ema.average.items())
             assert any(not torch.equal(inside[name], value) for name, value in before.items())
@@ -130,18 +132,15 @@ def test_ema_averages_bf16_weights_in_float32() -> None:
     task.configure_model()
     task.bfloat16()
     ema = EMA(decay=0.9999, warmup=False)
-    ema._start(task)
+    ema._start(ONE_DEVICE, task)
     assert task.backbone is not None
     start = ema.average["head.weight"].clone()
     with torch.no_grad():
         task.backbone.get_parameter("head.weight").add_(1.0)
 
-    class Stepped:
-        global_step = 1
-
-    ema.on_train_batch_end(Stepped(), task, None, None, 0)  # type: ignore[arg-type]
+    ema.on_train_batch_end(ONE_DEVICE, task, None, None, 0)
     torch.testing.assert_close(ema.average["head.weight"], start + 1e-4, rtol=0, atol=1e-5)
-    with ema.averaged(task):
+    with ema.averaged(ONE_DEVICE, task):
         assert task.backbone.get_parameter("head.weight").dtype == torch.bfloat16
 
 
@@ -152,7 +151,7 @@ def test_ema_refuses_what_is_not_its_own(tmp_path: Path) -> None:
     task.configure_model()
     ema = EMA()
     ema.resume_from(tmp_path)
-    with pytest.raises(UserError, match="does not hold this model's average"), ema.averaged(task):
+    with pytest.raises(UserError, match="does not hold this model's average"), ema.averaged(ONE_DEVICE, task):
         pass
 
 
@@ -183,14 +182,14 @@ def test_checkpoints_are_complete_or_absent(tmp_path: Path, monkeypatch: pytest.
     (run.checkpoints / "step-00000012").mkdir()  # killed by something that renamed before the end
     assert newest_checkpoint(run.path) == run.checkpoints / "step-00000010"
     with monkeypatch.context() as patch:
-        patch.setattr("mhla_lightning.checkpoints.atomic._sync", _disk_full)
+        patch.setattr("mhla_lightning.checkpoints.atomic.sync", _disk_full)
         with pytest.raises(OSError, match="disk full"):
             checkpoint(run, 13)
     assert newest_checkpoint(run.path) == run.checkpoints / "step-00000010"
     checkpoint(run, 14)
     assert not half.exists()
     assert not list(run.checkpoints.glob(".tmp-*"))
-    prune(run.path, keep_last=2)
+    prune(run.path, Keep(last=2))
     assert [c.name for c in complete_checkpoints(run.path)] == ["step-00000010", "step-00000014"]
     again = checkpoint(run, 14)  # the same step once more, by an attempt that went back
     assert json.loads((again / "state.json").read_text()) == {"step": 14}
@@ -203,11 +202,11 @@ def _disk_full(path: Path) -> None:
 def test_random_generators_go_on_where_they_stood(tmp_path: Path) -> None:
     random.gauss(0, 1)  # leaves a second value pending
     np.random.standard_normal()  # noqa: NPY002
-    save_rng(tmp_path / "rng" / "rank-0.safetensors")
+    save_file(rng_state(), tmp_path / "rank-0.safetensors")
     first = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
-    load_rng(tmp_path / "rng" / "rank-0.safetensors")
+    load_rng(tmp_path / "rank-0.safetensors")
     assert first == [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
-    assert load_file(tmp_path / "rng" / "rank-0.safetensors")
+    assert load_file(tmp_path / "rank-0.safetensors")
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 
-def save_rng(path: Path) -> None:
-    """Writes the states of python's, numpy's and torch's generators."""
+def rng_state() -> dict[str, torch.Tensor]:
+    """The states of python's, numpy's and torch's generators."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     tensors = {
@@ -24,12 +24,11 @@ def save_rng(path: Path) -> None:
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path)
+    return tensors
 
 
 def load_rng(path: Path) -> None:
-    """Restores what :func:`save_rng` wrote."""
+    """Restores a :func:`rng_state` that was written to a file."""
     tensors = load_file(path)
     gauss = float(tensors["python_gauss"])
     random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(gauss) else gauss))

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.strategies.config import check_strategy
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint")
 _OURS = {
@@ -42,6 +43,7 @@ def check_keys(values: Mapping[str, Any]) -> None:
         if trainer.get(key) is not None:
             raise UserError(f"trainer.{key} cannot be set: {reason}")
     _known("key", trainer, inspect.signature(Trainer.__init__).parameters, "trainer.")
+    check_strategy(trainer)
     for key, low in (("val_check_interval", 1), ("max_steps", -1)):
         value = trainer.get(key)
         if isinstance(value, float) or (isinstance(value, int) and (value < low or value == 0)):

@@ -145,7 +145,8 @@ _OF_SOURCE = ("source", "tokenizer", "frames", "size", "rate", "stride")
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare attention name becomes a mapping under a key below it.
+    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare name of an attention or a strategy becomes a
+    mapping under a key below it.
 
     data.source and its arguments say what the recipe's own data.path is made of: with another data.path, or with data.mix, they are left out.
 
@@ -165,7 +166,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
                 here = here.setdefault("init_args", {})
             if part is None:
                 break
-            if part == "attention" and isinstance(here.get(part), str):
+            if part in ("attention", "strategy") and isinstance(here.get(part), str):
                 here[part] = {"name": here[part]}
             if here.get(part) is None:
                 here[part] = {}

@@ -15,25 +15,36 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mhla_lightning.config.checks import check_keys, one_sentence
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
+from mhla_lightning.strategies.config import is_zero
 from mhla_lightning.tasks import Task
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run saves.
+    """How often a run saves, how, and what is kept.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
         keep_last: complete checkpoints kept.
+        keep_best: so many more, the best by `monitor`.
+        monitor: a tag of validation, such as val/loss; accuracies are best high, all others low.
+        asynchronous: write beside the training, from copies in the host's memory.
     """
 
     every_n_steps: int = 1000
     keep_last: int = 3
+    keep_best: int = 0
+    monitor: str | None = None
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("every_n_steps", self.every_n_steps), ("keep_last", self.keep_last)):
-            if value < 1:
-                raise UserError(f"checkpoint.{name} is {value}; it must be at least 1")
+        for name, least in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least {least}")
+        if bool(self.keep_best) != (self.monitor is not None):
+            raise UserError(
+                f"checkpoint.keep_best is {self.keep_best} and checkpoint.monitor {self.monitor}: give both, for example 2 and val/loss, or neither"
+            )
 
 
 @dataclass
@@ -68,6 +79,9 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         UserError: one sentence on the first thing that is wrong.
     """
     check_keys(values)
+    strategy = values["trainer"].get("strategy")
+    if is_zero(strategy):  # Lightning's parser knows its own strategies only
+        values = {**values, "trainer": {**values["trainer"], "strategy": "auto"}}
     parser = _parser()
     try:
         config = parser.parse_object(deepcopy(dict(values)))
@@ -84,12 +98,14 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         raise UserError(f"data.class_path {values['data']['class_path']} is no data module of mhla_lightning.data")
     trainer = vars(built.trainer)
     trainer = {key: value for key, value in trainer.items() if value is not None}
+    if is_zero(strategy):
+        trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
     return Resolved(dumped, task, data, trainer, built.checkpoint, config.seed_everything)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when they do not."""
-    before, after = _flat(_without_place(old)), _flat(_without_place(new))
+    before, after = ({key: value for key, value in _flat(_without_place(values)).items() if not _is_spread(key)} for values in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
@@ -98,6 +114,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) 
 # What may change between two attempts of one run: where data is, how it is fetched, on how many devices it is trained. The global batch stays.
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
 _PLACE_OF_TRAINER = ("devices", "num_nodes")
+
+
+def _is_spread(key: str) -> bool:
+    """A strategy changes where numbers lie, not what they are: under another one a run has another default id, but it may be resumed."""
+    return key == "trainer.strategy" or key.startswith("trainer.strategy.")
 
 
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""The files of a checkpoint folder, by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from safetensors.torch import save_file
+
+from mhla_lightning.backbones.shards import FOLDER, WEIGHT, Stretch, file_name, write_shard
+from mhla_lightning.callbacks.ema import EMA
+from mhla_lightning.checkpoints import average
+from mhla_lightning.checkpoints.io import RunCheckpointIO
+from mhla_lightning.checkpoints.rng import rng_state
+from mhla_lightning.checkpoints.saving import Parts, copied
+from mhla_lightning.checkpoints.source import FILE
+from mhla_lightning.strategies.local import ZeroWeights, local_weights
+from mhla_lightning.strategies.state import stretches
+
+
+def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:
+    """What this rank writes; every rank calls it, and collectives happen here, not while the files are written.
+
+    Args:
+        folder: the unfinished checkpoint folder.
+        averages: whose files belong into it.
+        recipe: the resolved recipe as YAML.
+        later: training goes on before the files are written: take copies.
+    """
+    rank, shard = trainer.global_rank, file_name(trainer.global_rank, trainer.world_size)
+    parts, local = Parts(folder, rank), local_weights(trainer)
+    trainer.save_checkpoint(folder / FILE)
+    if rank == 0:
+        checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(copied if later else _unchanged)
+        parts.add(FILE, checkpoint, write)
+        parts.add("recipe.yaml", (), lambda path: _write_text(path, recipe))
+    if isinstance(local, ZeroWeights):
+        _add_stretches(parts, f"{FOLDER}/{shard}", stretches(local, trainer.lightning_module, trainer.optimizers[0]), later)
+    for ema in averages:
+        own = ema.stretches(trainer, trainer.lightning_module)
+        if local.sharded:
+            _add_stretches(parts, f"{average.FOLDER}/{shard}", own, later)
+        elif rank == 0:
+            whole = {part.name: part.tensors[WEIGHT].view(part.shape) for part in own}
+            _add_tensors(parts, f"{average.FOLDER}/{average.WHOLE}", copied(whole) if later else whole)
+    _add_tensors(parts, f"rng/rank-{rank}.safetensors", rng_state())
+    return parts
+
+
+def _unchanged(values: Any) -> Any:
+    return values
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _add_stretches(parts: Parts, name: str, own: list[Stretch], later: bool) -> None:
+    kept = [Stretch(part.name, part.shape, part.start, copied(dict(part.tensors)), part.scalars) for part in own] if later else own
+    parts.add(name, [dict(part.tensors) for part in kept], lambda path: write_shard(path, kept))
+
+
+def _add_tensors(parts: Parts, name: str, tensors: dict[str, Any]) -> None:
+    parts.add(name, tensors, lambda path: save_file(tensors, path))

@@ -1,0 +1,137 @@
+"""Tensors that several ranks hold in parts, as one .safetensors file a rank, and read back whole or in any other parts.
+
+A file holds flat stretches `KIND/NAME`; its header says of every name the tensor's shape and where the stretch begins, so that a reader needs neither
+the number of ranks nor the strategy that wrote it. DeepSpeed's own checkpoints are pickles and tied to the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import FORMAT
+
+FOLDER = "shards"
+WEIGHT = "weight"
+_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a tensor that one rank holds.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the whole tensor.
+        start: first element of the part, in the flattened tensor.
+        tensors: flat parts by kind: `weight`, and the optimizer's `exp_avg`, `exp_avg_sq`; all of one length.
+        scalars: what the optimizer keeps once a tensor (`step`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+def file_name(rank: int, world_size: int) -> str:
+    """Name of one rank's file."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_shard(path: Path, stretches: Sequence[Stretch]) -> None:
+    """Writes one rank's file."""
+    tensors = {f"{kind}/{part.name}": value for part in stretches for kind, value in part.tensors.items()}
+    facts = {part.name: {"shape": list(part.shape), "start": part.start, "scalars": dict(part.scalars)} for part in stretches}
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"format": str(FORMAT), "stretches": json.dumps(facts)})
+
+
+@dataclass(frozen=True)
+class _Part:
+    file: Path
+    start: int
+    numel: int
+
+
+class ShardReader:
+    """The files that the ranks wrote into one folder.
+
+    Args:
+        folder: holds `rank-...safetensors`.
+
+    Raises:
+        UserError: files missing or damaged, or parts that do not add up to their tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: dict[str, list[str]] = {}
+        self.scalars: dict[str, dict[str, float]] = {}
+        self._parts: dict[str, list[_Part]] = {}
+        self._open: dict[Path, Any] = {}
+        for file in self._files():
+            self._take(file)
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part.start)
+            ends = [0, *(part.start + part.numel for part in parts)]
+            if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(self.shapes[name]):
+                raise UserError(f"{folder} does not hold all of {name}: parts {[(part.start, part.numel) for part in parts]} of {self.shapes[name]}")
+
+    def _files(self) -> list[Path]:
+        found = {path: match for path in self.folder.glob("rank-*") if (match := _FILE.fullmatch(path.name))}
+        counts = {int(match[2]) for match in found.values()}
+        ranks = {int(match[1]) for match in found.values()}
+        if len(counts) != 1 or ranks != set(range(next(iter(counts)))):
+            raise UserError(f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a checkpoint has one of every rank")
+        return sorted(found)
+
+    def _take(self, file: Path) -> None:
+        try:
+            opened = safe_open(file, "pt")
+            facts = json.loads((opened.metadata() or {})["stretches"])
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file} is damaged or no shard of a checkpoint: {error}") from error
+        self._open[file] = opened
+        for key in opened.keys():  # noqa: SIM118  no mapping
+            kind, _, name = key.partition("/")
+            self.kinds.setdefault(name, [])
+            if kind not in self.kinds[name]:
+                self.kinds[name].append(kind)
+            if kind == WEIGHT:
+                self._parts.setdefault(name, []).append(_Part(file, facts[name]["start"], opened.get_slice(key).get_shape()[0]))
+        for name, fact in facts.items():
+            self.shapes[name] = tuple(fact["shape"])
+            if fact["scalars"]:
+                self.scalars[name] = fact["scalars"]
+
+    def read(self, name: str, kind: str = WEIGHT, start: int = 0, numel: int | None = None) -> Tensor:
+        """A flat stretch of a tensor; all of it where no length is given."""
+        end = math.prod(self.shapes[name]) if numel is None else start + numel
+        found = []
+        for part in self._parts[name]:
+            low, high = max(start, part.start), min(end, part.start + part.numel)
+            if low < high:
+                found.append(self._open[part.file].get_slice(f"{kind}/{name}")[low - part.start : high - part.start])
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A tensor in its shape."""
+        return self.read(name, kind).view(self.shapes[name])
+
+    def names(self) -> list[str]:
+        """All tensors, sorted by name."""
+        return sorted(self.shapes)

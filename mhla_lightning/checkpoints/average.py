@@ -1,0 +1,37 @@
+"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one a rank where the run was split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mhla_lightning.backbones.shards import WEIGHT, ShardReader
+
+FOLDER = "ema"
+WHOLE = "weights.safetensors"
+
+
+def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor] | None:
+    """Reads stretches of the average: (name, start, numel) -> flat tensor. None where the folder has no average, or that of another model.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        model: the backbone's state, of which the floating tensors are averaged.
+
+    Raises:
+        UserError: damaged files.
+    """
+    wanted = {name for name, tensor in model.items() if tensor.is_floating_point()}
+    folder = checkpoint / FOLDER
+    if (folder / WHOLE).is_file():
+        opened = safe_open(folder / WHOLE, "pt")
+        if set(opened.keys()) != wanted:
+            return None
+        return lambda name, start, numel: opened.get_tensor(name).reshape(-1)[start : start + numel]
+    if not folder.is_dir():
+        return None
+    reader = ShardReader(folder)
+    return None if set(reader.names()) != wanted else lambda name, start, numel: reader.read(name, WEIGHT, start, numel)

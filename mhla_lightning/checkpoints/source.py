@@ -1,0 +1,132 @@
+"""What a checkpoint folder holds, whichever strategy wrote it: weights and optimizer state by name, whole or in stretches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.backbones.shards import FOLDER, WEIGHT, ShardReader
+from mhla_lightning.errors import UserError
+
+GROUPS = "optimizer_groups"
+FILE = "trainer.ckpt"
+
+
+class Source(ABC):
+    """Weights and optimizer state of a checkpoint.
+
+    Args:
+        checkpoint: Lightning's dict. Under `optimizer_groups` it holds, for each group, its settings and `names`, its parameters in order.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
+        self.checkpoint = checkpoint
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint["global_step"])
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's groups."""
+        return self.checkpoint.get(GROUPS, ())
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Tensors of the module's state."""
+
+    @abstractmethod
+    def kinds(self, name: str) -> list[str]:
+        """What the optimizer keeps of a weight, elementwise: `exp_avg`, `exp_avg_sq`."""
+
+    @abstractmethod
+    def scalars(self, name: str) -> Mapping[str, float]:
+        """What the optimizer keeps once a weight: `step`."""
+
+    @abstractmethod
+    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """A tensor in its shape."""
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """A flat stretch of a tensor."""
+        return self.whole(name, kind).reshape(-1)[start : start + numel]
+
+
+class WholeSource(Source):
+    """Lightning's own file: one device, or DDP."""
+
+    def names(self) -> list[str]:
+        return list(self.checkpoint["state_dict"])
+
+    @cached_property
+    def _states(self) -> dict[str, Mapping[str, Tensor]]:
+        states = self.checkpoint["optimizer_states"][0]["state"] if self.checkpoint.get("optimizer_states") else {}
+        names = [name for group in self.groups for name in group["names"]]
+        return {name: states[index] for index, name in enumerate(names) if index in states}
+
+    def kinds(self, name: str) -> list[str]:
+        return [key for key, value in self._states.get(name, {}).items() if value.ndim]
+
+    def scalars(self, name: str) -> Mapping[str, float]:
+        return {key: value.item() for key, value in self._states.get(name, {}).items() if not value.ndim}
+
+    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        return self.checkpoint["state_dict"][name] if kind == WEIGHT else self._states[name][kind]
+
+
+class ShardedSource(Source):
+    """The files of all ranks beside Lightning's file."""
+
+    def __init__(self, checkpoint: Mapping[str, Any], reader: ShardReader) -> None:
+        super().__init__(checkpoint)
+        self.reader = reader
+
+    def names(self) -> list[str]:
+        return self.reader.names()
+
+    def kinds(self, name: str) -> list[str]:
+        return [kind for kind in self.reader.kinds[name] if kind != WEIGHT]
+
+    def scalars(self, name: str) -> Mapping[str, float]:
+        return self.reader.scalars.get(name, {})
+
+    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
+        return self.reader.whole(name, kind)
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        return self.reader.read(name, kind, start, numel)
+
+    def as_whole(self) -> dict[str, Any]:
+        """The checkpoint as Lightning's own file would hold it."""
+        state = {name: self.whole(name) for name in self.names()}
+        states: dict[int, dict[str, Tensor]] = {}
+        groups: list[dict[str, Any]] = []
+        for group in self.groups:
+            first = len(states)
+            for name in group["names"]:
+                scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in self.scalars(name).items()}
+                states[len(states)] = scalars | {kind: self.whole(name, kind) for kind in self.kinds(name)}
+            settings = {key: value for key, value in group.items() if key != "names"}
+            groups.append({**settings, "params": list(range(first, len(states)))})
+        optimizer = {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
+        return {**self.checkpoint, "state_dict": state, "optimizer_states": [optimizer]}
+
+
+def open_source(path: Path) -> Source:
+    """The checkpoint behind a `trainer.ckpt`. Its tensors stay on disk until they are asked for.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    shards = path.parent / FOLDER
+    return ShardedSource(checkpoint, ShardReader(shards)) if shards.is_dir() else WholeSource(checkpoint)
