@@ -84,7 +84,7 @@ class Preemption(AfterStep):
     def _stop(self, trainer: pl.Trainer) -> None:
         self.checkpoint.finish_writing(trainer)  # on all ranks, before the first of them ends: srun then kills the others
         self.signals.ignore()  # until exit: a second signal would kill a rank that is shutting down
-        raise Preempted(self.signals.received or "the job's time limit")
+        raise Preempted(self.signals.received or ("the job's time limit" if self.clock.is_over(self.checkpoint.save_seconds) else "another process"))
 
 
 class JobClock:

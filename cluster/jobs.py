@@ -65,6 +65,12 @@ def mark_cancelled(run: RunFolder, job: str) -> None:
     write_text(run.path / CANCELLED, f"{job}\n")
 
 
+def is_marked_cancelled(run: RunFolder, job: str) -> bool:
+    """Whether `mhla cancel` ended this job."""
+    path = run.path / CANCELLED
+    return path.is_file() and path.read_text().strip() == job
+
+
 def code_folder(run: RunFolder) -> Path:
     """Where the copy of the code lies."""
     return run.path / "slurm" / "code"

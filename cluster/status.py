@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from mhla_lightning.cluster.jobs import attempts, current_job
+from mhla_lightning.cluster.jobs import attempts, current_job, is_marked_cancelled
 from mhla_lightning.cluster.queue import QueueState, ask
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
@@ -41,7 +41,7 @@ def _row(run: RunFolder, job: str | None, known: dict[str, QueueState], trouble:
     progress = read_json(run.progress) or {}
     queue = known.get(job) if job is not None else None
     if queue is None:
-        queue = _remembered(run, job, trouble) if job is not None else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
+        queue = _remembered(run, job, progress, trouble) if job is not None else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
     restarts = queue.restarts
     if restarts is None and job is not None:
         restarts = max((attempt.restart for attempt in attempts(run) if attempt.job == job), default=0)
@@ -63,8 +63,12 @@ def _row(run: RunFolder, job: str | None, known: dict[str, QueueState], trouble:
     }
 
 
-def _remembered(run: RunFolder, job: str, trouble: str | None) -> QueueState:
-    """The state of a job that SLURM does not know (any more), from the batch script's own record."""
+def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str | None) -> QueueState:
+    """The state of a job that SLURM does not know (any more), from the run's own files."""
+    if progress.get("state") == "finished":
+        return QueueState("COMPLETED", trouble)
+    if is_marked_cancelled(run, job):
+        return QueueState("CANCELLED", trouble)
     of_job = [attempt for attempt in attempts(run) if attempt.job == job]
     if not of_job or of_job[-1].kind == "started":
         return QueueState("UNKNOWN", trouble or "SLURM no longer knows the job, and its script recorded no end; mhla resume goes on")

@@ -113,6 +113,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")  # `mhla submit` uses it
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
 
@@ -189,8 +190,9 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
     try:
         session.fit()
     except Preempted as stop:
-        launched = _CHILD in os.environ and not _first_process()  # by Lightning, which kills the first process when a child ends with another code
-        return _stopped(stop.by, 0 if launched else _PREEMPTED, run_folder)
+        if _CHILD in os.environ and not _first_process():
+            return 0  # Lightning started it, and kills the first process when such a child ends with anything else
+        return _stopped(stop.by, _PREEMPTED, run_folder)
     except SystemExit:  # what Lightning makes of Ctrl-C once it has shut down
         return _stopped("Ctrl-C", _INTERRUPTED, run_folder)
     if first:
