@@ -12,7 +12,7 @@
 #SBATCH --output=mine/slurm/job.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# shellcheck disable=SC1091  files of the site are not there to look into
+# shellcheck disable=SC1091 # files of the site are not there to look into
 
 # Where things are. Everything a user typed stands in quotes here, or as YAML in the run's slurm/recipe.yaml.
 RUNS=/shared/runs

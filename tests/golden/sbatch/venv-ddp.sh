@@ -16,7 +16,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --exclusive
-# shellcheck disable=SC1091  files of the site are not there to look into
+# shellcheck disable=SC1091 # files of the site are not there to look into
 
 # Where things are. Everything a user typed stands in quotes here, or as YAML in the run's slurm/recipe.yaml.
 RUNS=/shared/runs
