@@ -1,0 +1,158 @@
+"""`mhla submit`, status, logs, cancel and resume in every state a job can be in."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.slurm.cluster import Cluster, cluster, wait_for
+
+__all__ = ["cluster"]
+pytestmark = pytest.mark.slurm
+LONG = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000", "--checkpoint.every_n_steps", "100000"]
+
+
+def trouble(**at: int) -> list[str]:
+    return ["--trainer.callbacks", json.dumps([{"class_path": "trouble.Trouble", "init_args": at}])]
+
+
+def ended(cluster: Cluster, job: str) -> bool:
+    return cluster.squeue(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def test_unknown_and_local_runs(cluster: Cluster) -> None:
+    for verb in ("status", "logs", "cancel", "resume"):
+        done = cluster.mhla(verb, "nothing", check=False)
+        assert (done.returncode, done.stderr.startswith("error: no run 'nothing'")) == (2, True), done.stderr
+        done = cluster.mhla(verb, "99999", check=False)
+        assert done.returncode == 2, done.stdout
+    (cluster.run("local").path).mkdir(parents=True)
+    cluster.run("local").recipe.write_text((cluster.work / "tiny.yaml").read_text())
+    assert cluster.status("local")["state"] == "NEW"
+    for verb, told in (("logs", "was never submitted"), ("cancel", "was never submitted"), ("resume", "name a site")):
+        assert told in cluster.mhla(verb, "local", check=False).stderr
+
+
+def test_a_life(cluster: Cluster) -> None:
+    """Pending on another run, running, cancelled, resumed, preempted and waiting for its next attempt, completed; two runs side by side."""
+    first = cluster.submit("first", *LONG, "--nodes", "2")
+    other = cluster.submit("other", *LONG)
+    waiting = cluster.submit("waiting", "--after", "first")
+    row = cluster.status("waiting")
+    assert (row["state"], row["reason"], row["job"]) == ("PENDING", "Dependency", waiting)
+    assert f"job {waiting} has printed nothing yet (PENDING, Dependency)" in cluster.mhla("logs", "waiting").stdout
+    assert "which was PENDING" in cluster.mhla("cancel", "waiting").stdout
+    assert cluster.status(waiting)["state"] == "CANCELLED"
+    assert cluster.squeue(first) == "RUNNING"
+
+    for name in ("first", "other"):
+        wait_for(f"{name} trains", lambda name=name: cluster.progress(name).get("step", 0) >= 10, told=lambda name=name: cluster.logs(name))
+    row = cluster.status("first")
+    assert (row["state"], row["nodes"], row["restarts"], row["max_steps"]) == ("RUNNING", "node[1-2]", 0, 100000)
+    assert row["job_time_left"].startswith("9:") or row["job_time_left"].startswith("8:"), row
+    assert "RUNNING" in cluster.mhla("status").stdout
+    assert "has an active job" in cluster.mhla("resume", "first", check=False).stderr
+    following = subprocess.Popen(
+        [sys.executable, "-m", "mhla_lightning", "logs", first, "-f"], cwd=cluster.work, env=cluster.env, stdout=subprocess.PIPE, text=True
+    )
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "mhla_lightning", "status", "other", "--watch", "1"],
+        cwd=cluster.work,
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(2)
+
+    assert f"cancelled job {first}" in cluster.mhla("cancel", first).stdout
+    said, _ = following.communicate(timeout=120)
+    assert following.returncode == 0
+    assert "run first: 100000 steps" in said
+    assert said.rstrip().endswith(f"job {first}: CANCELLED"), said[-500:]
+    row = cluster.status("first")
+    assert (row["state"], row["restarts"]) == ("CANCELLED", 0)
+    assert row["checkpoint"] == f"step-{row['step']:08d}", "it had the time to save"
+    assert not cluster.training("first")
+    assert "nothing to cancel" in cluster.mhla("cancel", "first").stdout
+    assert "run first" in cluster.mhla("logs", "first", "--rank", "0").stdout
+    assert "has no rank 3; ranks with a log: 0, 1" in cluster.mhla("logs", "first", "--rank", "3", check=False).stderr
+
+    cluster.call("scancel", "-b", "-s", "USR1", other)
+    wait_for("other waits for its next attempt", lambda: cluster.squeue(other) == "PENDING", told=lambda: cluster.logs("other"))
+    row = cluster.status("other")
+    assert (row["state"], row["restarts"], row["reason"]) == ("REQUEUED", 1, "BeginTime")
+    assert cluster.progress("other")["state"] == "preempted"
+    assert f"stopped at step {row['step']}; queued again" in cluster.mhla("logs", "other").stdout
+    assert "which was PENDING" in cluster.mhla("cancel", "other").stdout
+    assert watching.communicate(timeout=60)[0].count("RUNNING") >= 1
+    assert watching.returncode == 0
+
+    # Each goes on where it was, on another number of nodes, and neither has a line of the other's.
+    at = cluster.status("first")["step"]
+    (cluster.run("first").path / "slurm" / "recipe.yaml").write_text(
+        (cluster.run("first").path / "slurm" / "recipe.yaml").read_text().replace("max_steps: 100000", f"max_steps: {at + 20}")
+    )
+    done = cluster.mhla("resume", "first", "--nodes", "1", check=False)
+    assert done.returncode == 0, done.stderr
+    job = cluster.status("first")["job"]
+    assert job != first
+    wait_for("first ends", lambda: ended(cluster, job), told=lambda: cluster.logs("first"))
+
+
+def test_crash_at_step_0_is_not_queued_again(cluster: Cluster) -> None:
+    job = cluster.submit("crash", *trouble(crash=0))
+    wait_for("the crash", lambda: ended(cluster, job), told=lambda: cluster.logs("crash"))
+    time.sleep(8)  # longer than SLURM waits before it starts a requeued job
+    row = cluster.status("crash")
+    assert (row["state"], row["restarts"]) == ("FAILED", 0)
+    said = cluster.mhla("logs", "crash").stdout
+    assert "trouble on purpose" in said
+    assert "failed with exit code 1 at step 0; not queued again: it made 0 steps" in said
+    assert "nothing to cancel" in cluster.mhla("cancel", "crash").stdout
+    assert not cluster.training("crash")
+
+
+def test_user_mistake_in_the_job_is_not_queued_again(cluster: Cluster) -> None:
+    job = cluster.submit("mistake", "--model.atention", "mhla")
+    wait_for("its end", lambda: ended(cluster, job), told=lambda: cluster.logs("mistake"))
+    assert cluster.status("mistake")["state"] == "FAILED"
+    assert "a mistake in the recipe or the data" in cluster.mhla("logs", "mistake").stdout
+
+
+def test_timed_out(cluster: Cluster) -> None:
+    """A rank that hangs cannot save: SLURM kills it at the time limit, the state says so, and resume goes on."""
+    job = cluster.submit("hangs", *trouble(hang=6), "--time", "1", "--checkpoint.every_n_steps", "4")
+    wait_for("the time limit", lambda: ended(cluster, job), told=lambda: cluster.logs("hangs"))
+    row = cluster.status("hangs")
+    assert row["state"] == "TIMEOUT"
+    assert row["checkpoint"] == "step-00000004"
+    assert not cluster.training("hangs")
+    assert "TIMEOUT" in cluster.mhla("logs", "hangs", "-f").stdout
+    assert f"#SBATCH --signal=B:{signal.SIGUSR1.name.removeprefix('SIG')}@10" in cluster.mhla("resume", "hangs", "--dry-run").stdout
+
+
+def test_seeds_and_after(cluster: Cluster) -> None:
+    """An array of three seeds makes three runs, each with files of its own; what waits for it starts when all have finished."""
+    array = cluster.submit("seeds", "--array", "0-2", "--trainer.max_steps", "8")
+    chained = cluster.submit("chained", "--after", array, "--trainer.max_steps", "4")
+    names = [f"seeds-seed{seed}" for seed in range(3)]
+    wait_for("the chained run", lambda: ended(cluster, chained), told=lambda: "\n".join(map(cluster.logs, names)))
+    recipes, losses = set(), set()
+    for seed, name in enumerate(names):
+        row = cluster.status(name)
+        assert (row["state"], row["step"], row["job"]) == ("COMPLETED", 8, f"{array}_{seed}")
+        recipes.add(cluster.run(name).recipe.read_text())
+        losses.add(json.loads(cluster.run(name).summary.read_text())["last"]["val/loss"])
+        assert cluster.run(name).recipe.read_text().count(f"seed_everything: {seed}") == 1
+    assert len(recipes) == len(losses) == 3
+    assert len(json.loads(cluster.mhla("status", array, "--json", "-").stdout)["rows"]) == 3
+    assert "is an array of runs: seeds-seed0, seeds-seed1, seeds-seed2" in cluster.mhla("logs", array, check=False).stderr
+    assert cluster.status("chained")["state"] == "COMPLETED"
+    ends = [cluster.attempts(name, "finished")[0].time for name in names]
+    assert cluster.attempts("chained", "started")[0].time >= max(ends)
+    assert "is finished; there is nothing to resume" in cluster.mhla("resume", "chained").stdout
