@@ -10,13 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parents[1] / "mhla_lightning"
+import mhla_lightning
+
 _PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed", "tensorboard")
 
 
 def package_folder() -> Path:
-    """The folder of the package that runs here: of a checkout, where cluster/ lies beside it, or installed, where it lies inside."""
-    return PACKAGE if PACKAGE.is_dir() else Path(__file__).resolve().parents[1]
+    """The folder of the package that runs here."""
+    return Path(mhla_lightning.__file__).parent
 
 
 def copy_code(destination: Path) -> None:

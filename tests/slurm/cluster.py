@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,13 @@ class Cluster:
         (work / "tiny.yaml").write_text(TINY_RECIPE.replace("PATH", str(shards)))
         (work / "modules").mkdir()
         (work / "modules" / "trouble.py").write_text(TROUBLE)
-        profile = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10", "before": [f"export PYTHONPATH={work}/modules"], "first_steps": 5}
+        profile = {
+            "gpus_per_node": 0,
+            "cpus_per_task": 1,
+            "time": "10",
+            "before": [f"export PYTHONPATH={shlex.quote(str(work / 'modules'))}"],
+            "first_steps": 5,
+        }
         (work / "site.yaml").write_text(json.dumps(profile))
 
     def call(self, *command: str, check: bool = True, env: dict[str, str] | None = None, timeout: float = 900) -> subprocess.CompletedProcess[str]:
