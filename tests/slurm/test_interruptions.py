@@ -13,9 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
-from tests.slurm.cluster import HERE, Cluster, cluster, wait_for
+from tests.slurm.cluster import HERE, Cluster, wait_for
 
-__all__ = ["cluster"]
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 STEPS = 2400
 RECIPE = ["--nodes", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "400"]
@@ -71,29 +70,17 @@ INTERRUPTIONS: list[Callable[[Cluster, str], None]] = [
     requeue,
     kill_rank,
     kill_node,
-    warn_shell,  # while it is starting
+    warn_shell,  # EARLY
     nothing,
 ]
+EARLY = 8  # this one comes while the attempt still starts
 
 
 def test_ten_interruptions(cluster: Cluster) -> None:
     job = cluster.submit(NAME, *RECIPE, "--time", "2")
     for number, interrupt in enumerate(INTERRUPTIONS):
-        wait_for(f"attempt {number + 1}", lambda number=number: len(cluster.attempts(NAME, "started")) > number, told=lambda: cluster.logs(NAME))
-        begun = cluster.attempts(NAME, "started")[number].begun or 0
-        if number != 8:
-            wait_for(f"steps of attempt {number + 1}", lambda begun=begun: trains(cluster, begun + 10), 110, told=lambda: cluster.logs(NAME))
-        else:
-            wait_for("processes", lambda: cluster.training(NAME), told=lambda: cluster.logs(NAME))
-            time.sleep(1)
-        began = time.monotonic()
-        interrupt(cluster, job)
-        wait_for(
-            f"restart {number + 1} after {interrupt.__name__}", lambda number=number: restarts(cluster, job) > number, told=lambda: cluster.logs(NAME)
-        )
-        print(f"{interrupt.__name__}: step {cluster.progress(NAME).get('step')}, {time.monotonic() - began:.0f} s until queued again")
-        if interrupt is nothing:  # enough of short attempts: the rest at one go
-            cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+        interrupt_attempt(cluster, job, number, interrupt)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # enough of short attempts: the rest at one go
     wait_for("the end", lambda: cluster.squeue(job) == "COMPLETED", 600, told=lambda: cluster.logs(NAME))
 
     row = cluster.status(NAME)
@@ -105,6 +92,21 @@ def test_ten_interruptions(cluster: Cluster) -> None:
     whole = cluster.submit("whole", *RECIPE)
     wait_for("the uninterrupted run", lambda: cluster.squeue(whole) == "COMPLETED", 600, told=lambda: cluster.logs("whole"))
     assert_equal_curves(cluster, NAME, "whole")
+
+
+def interrupt_attempt(cluster: Cluster, job: str, number: int, interrupt: Callable[[Cluster, str], None]) -> None:
+    """Waits until this attempt trains (or, the ninth, until its processes are there), interrupts it, and waits until SLURM counts a restart."""
+    wait_for(f"attempt {number + 1}", lambda: len(cluster.attempts(NAME, "started")) > number, told=lambda: cluster.logs(NAME))
+    begun = cluster.attempts(NAME, "started")[number].begun or 0
+    if number == EARLY:
+        wait_for("processes", lambda: cluster.training(NAME), told=lambda: cluster.logs(NAME))
+        time.sleep(1)
+    else:
+        wait_for(f"steps of attempt {number + 1}", lambda: trains(cluster, begun + 10), 110, told=lambda: cluster.logs(NAME))
+    began = time.monotonic()
+    interrupt(cluster, job)
+    wait_for(f"restart after {interrupt.__name__}", lambda: restarts(cluster, job) > number, told=lambda: cluster.logs(NAME))
+    print(f"{interrupt.__name__}: step {cluster.progress(NAME).get('step')}, {time.monotonic() - began:.0f} s until queued again", flush=True)
 
 
 def trains(cluster: Cluster, step: int) -> bool:

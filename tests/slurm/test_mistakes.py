@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, cluster
+from tests.slurm.cluster import Cluster
 
-__all__ = ["cluster"]
 pytestmark = pytest.mark.slurm
 SITE = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
 

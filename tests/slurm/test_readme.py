@@ -7,9 +7,8 @@ import re
 
 import pytest
 
-from tests.slurm.cluster import REPOSITORY, Cluster, cluster, wait_for
+from tests.slurm.cluster import REPOSITORY, Cluster, wait_for
 
-__all__ = ["cluster"]
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 
