@@ -57,12 +57,18 @@ def attempts(run: RunFolder) -> list[Attempt]:
     """What the batch script recorded, oldest first."""
     path = run.path / ATTEMPTS
     rows = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
-    return [Attempt(job, int(n), kind, _number(code), _number(begun), _number(at), int(when)) for job, n, kind, code, begun, at, when in rows]
+    whole = [row for row in rows if len(row) == 7]  # a full disk or a lost node may cut the last one
+    return [Attempt(job, int(n), kind, _number(code), _number(begun), _number(at), int(when)) for job, n, kind, code, begun, at, when in whole]
 
 
 def mark_cancelled(run: RunFolder, job: str) -> None:
     """Tells the batch script that this end is wanted: it must not queue the job again."""
     write_text(run.path / CANCELLED, f"{job}\n")
+
+
+def unmark_cancelled(run: RunFolder) -> None:
+    """Takes the mark back."""
+    (run.path / CANCELLED).unlink(missing_ok=True)
 
 
 def is_marked_cancelled(run: RunFolder, job: str) -> bool:

@@ -231,7 +231,7 @@ class Slurm:
     def _submit(self, options: Sequence[str], script: str, runs: Path) -> str:
         folder = next(path for path in (runs, *runs.parents) if path.is_dir())
         # Nothing of an allocation that this shell may stand in carries over into the new job.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_")) or name in ("SLURM_CONF",)}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
         done = self.call(["sbatch", *options], stdin=script, cwd=folder, env=clean)
         if done.returncode:
             raise UserError(f"SLURM does not take the job: {_reason(done.stderr)}; {_requested(script)}")

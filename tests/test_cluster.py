@@ -182,6 +182,15 @@ def test_status_with_and_without_accounting(tmp_path: Path, stub: Stub, capsys: 
     assert "10/30" in capsys.readouterr().out
 
 
+def test_a_cancel_that_slurm_refuses_leaves_the_run_as_it_was(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    run = submitted(tmp_path, "one", "12")
+    stub("squeue", f"printf '%s' '{squeue_line('12', 'RUNNING', 'None', '0', 'n1', '1:00', 'x')}'")
+    stub("scancel", "echo 'scancel: error: Kill job error on job id 12: Access/permission denied' >&2; exit 1")
+    assert main(["cancel", "one", "--runs", str(tmp_path)]) == 2
+    assert "SLURM does not cancel 12: Kill job error on job id 12: Access/permission denied" in capsys.readouterr().err
+    assert not (run.path / "slurm" / "cancelled").exists()
+
+
 def test_a_run_is_found_by_id_folder_and_job(tmp_path: Path) -> None:
     run = submitted(tmp_path, "one", "12_0")
     submitted(tmp_path, "two", "12_1")

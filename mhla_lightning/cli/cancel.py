@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cluster.jobs import current_job, mark_cancelled
+from mhla_lightning.cluster.jobs import current_job, mark_cancelled, unmark_cancelled
 from mhla_lightning.cluster.queue import ask
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
@@ -37,5 +37,9 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
         print(f"job {job} of run {one.run_id} has ended{f' ({queue.state})' if queue else ''}; there is nothing to cancel")
         return
     mark_cancelled(one, job)  # before: the batch script may look at once
-    slurm.cancel([job])
+    try:
+        slurm.cancel([job])
+    except UserError:
+        unmark_cancelled(one)  # the job goes on, and its next preemption must bring it back
+        raise
     print(f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} goes on")

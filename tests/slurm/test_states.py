@@ -154,6 +154,8 @@ def test_seeds_and_after(cluster: Cluster) -> None:
     assert len(json.loads(cluster.mhla("status", array, "--json", "-").stdout)["rows"]) == 3
     assert "is an array of runs: seeds-seed0, seeds-seed1, seeds-seed2" in cluster.mhla("logs", array, check=False).stderr
     assert cluster.status("chained")["state"] == "COMPLETED"
+    assert "training is finished" in cluster.mhla("logs", "chained", "-f").stdout
+    assert "has ended (COMPLETED); there is nothing to cancel" in cluster.mhla("cancel", "chained").stdout
     ends = [cluster.attempts(name, "finished")[0].time for name in names]
     assert cluster.attempts("chained", "started")[0].time >= max(ends)
     assert "is finished; there is nothing to resume" in cluster.mhla("resume", "chained").stdout
