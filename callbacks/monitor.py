@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.strategies.local import local_weights
 
 
 class Monitor(pl.Callback):
@@ -60,6 +61,8 @@ class Monitor(pl.Callback):
             return
         self._step = trainer.global_step
         if self._step % self._every == 0:
+            if (norm := getattr(trainer.strategy, "gradient_norm", None)) is not None:
+                self._grad_norm = norm()
             self._log(trainer, pl_module)
             self._restart(self._ended)
         self._losses.clear()
@@ -96,8 +99,12 @@ class MixingHeatmaps(pl.Callback):
     """Draws every layer's mixing matrix (row = query block) after each validation, as the image `mixing`."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        matrices = {name: module.matrix() for name, module in pl_module.named_modules() if isinstance(module, MixingMatrix)}
-        if not matrices or trainer.sanity_checking or not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+        modules = {name: module for name, module in pl_module.named_modules() if isinstance(module, MixingMatrix)}
+        if not modules or trainer.sanity_checking:
+            return
+        with local_weights(trainer).whole([module.weight for module in modules.values()]):
+            matrices = {name: module.matrix().detach().clone() for name, module in modules.items()}
+        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
         trainer.logger.experiment.add_figure("mixing", mixing_figure(matrices), trainer.global_step)
 

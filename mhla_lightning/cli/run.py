@@ -114,6 +114,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")  # `mhla submit` uses it
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")  # DeepSpeed 0.19 on torch 2.14, DeepSpeed's to change
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,6 +47,10 @@ class LocalWeights(ABC):
     @abstractmethod
     def copies(self, parameter: nn.Parameter) -> list[Tensor]:
         """All tensors of this process that hold values of a parameter: what changes one element by itself must change it in each of them."""
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which parameters can be read whole. Every rank enters it."""
+        return nullcontext()
 
     @abstractmethod
     def publish(self, module: nn.Module) -> None:
@@ -164,7 +168,8 @@ class Zero12Weights(ZeroWeights):
         """Puts every rank's part of each group into the weights of all ranks."""
         groups = zip(parts, self.optimizer.bit16_groups_flat, self.optimizer.real_dp_process_group, strict=True)
         for part, weights, process_group in groups:
-            distributed.all_gather_into_tensor(weights, part.detach().to(weights.device, weights.dtype).contiguous(), group=process_group)
+            places = list(weights.view(distributed.get_world_size(process_group), -1))
+            distributed.all_gather(places, part.detach().to(weights.device, weights.dtype), group=process_group)
 
     @contextmanager
     def _swapped_parts(self, module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -205,6 +210,17 @@ class Zero3Weights(ZeroWeights):
         held, stretch = cast(Any, parameter), self._stretch("", parameter)
         tensors = [held.ds_tensor, *([stretch.values] if stretch is not None else [])]
         return [*tensors, parameter.data] if parameter.numel() else tensors  # a small weight stays whole besides
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        split: list[Any] = [parameter for parameter in parameters if self._splits(parameter) and not parameter.numel()]
+        if split:
+            split[0].all_gather(split)
+        try:
+            yield
+        finally:
+            if split:
+                split[0].partition(split)
 
     @torch.no_grad()
     def publish(self, module: nn.Module) -> None:

@@ -145,6 +145,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             return Zero3Weights(self._engine_optimizer() if fitting else None, self.global_rank)
         return Zero12Weights(self._engine_optimizer(), self.global_rank) if fitting else WholeWeights()
 
+    def gradient_norm(self) -> torch.Tensor | None:
+        """Norm of the last step's gradients before they were clipped, over all ranks; hooks find no gradients in the parameters."""
+        norm = cast(Any, self.model).get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

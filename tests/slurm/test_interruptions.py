@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from tests.slurm.cluster import HERE, Cluster, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2700)]
 STEPS, PAUSE = 2400, 0.05  # however fast the machine is, the time limit comes before the last step; and two runs side by side have room
 CALLBACKS = [
     {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
@@ -88,7 +88,7 @@ def test_ten_interruptions(cluster: Cluster) -> None:
         if interrupt is kill_node:  # which would have hit both
             whole = cluster.submit(WHOLE, *RECIPE)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # enough of short attempts: the rest at one go
-    wait_for("the end", lambda: cluster.squeue(job) == "COMPLETED", 600, told=lambda: cluster.logs(NAME))
+    wait_for("the end", lambda: cluster.squeue(job) == "COMPLETED", 900, told=lambda: cluster.logs(NAME))
 
     row = cluster.status(NAME)
     assert (row["state"], row["restarts"], row["step"], row["job"]) == ("COMPLETED", len(INTERRUPTIONS), STEPS, job)
@@ -96,7 +96,7 @@ def test_ten_interruptions(cluster: Cluster) -> None:
     assert not cluster.training(NAME), "orphans"
     assert [path.name for path in cluster.run(NAME).checkpoints.iterdir() if path.name.startswith(".")] == []
 
-    wait_for("the uninterrupted run", lambda: cluster.squeue(whole) == "COMPLETED", 600, told=lambda: cluster.logs(WHOLE))
+    wait_for("the uninterrupted run", lambda: cluster.squeue(whole) == "COMPLETED", 900, told=lambda: cluster.logs(WHOLE))
     assert cluster.status(WHOLE)["restarts"] == 0
     assert_equal_curves(cluster, NAME, WHOLE)
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2700)]
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 
 

@@ -1,0 +1,189 @@
+"""`mhla` commands as several ranks on this machine, started in a second: a process that has imported everything forks them.
+
+Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second would mostly import. What a rank does is
+what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+_POLL = 0.02  # seconds
+
+
+@dataclass
+class Ranks:
+    """Processes of one command.
+
+    Attributes:
+        pids: by rank.
+        logs: by rank, stdout and stderr together.
+        codes: exit codes of those that have ended, by rank; a signal is its negative number.
+    """
+
+    nursery: Nursery
+    pids: list[int]
+    logs: list[Path]
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def poll(self) -> bool:
+        """Whether all have ended."""
+        waiting = [rank for rank in range(len(self.pids)) if rank not in self.codes]
+        for rank, code in zip(waiting, self.nursery.poll([self.pids[rank] for rank in waiting]), strict=True):
+            if code is not None:
+                self.codes[rank] = code
+        return len(self.codes) == len(self.pids)
+
+    def wait(self, seconds: float = 240.0) -> list[int]:
+        """Exit codes by rank; whoever has not ended in time is killed."""
+        deadline = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"ranks did not end in {seconds} s: {self.output()[-3000:]}")
+            time.sleep(_POLL)
+        return [self.codes[rank] for rank in range(len(self.pids))]
+
+    def kill(self, ranks: Sequence[int] | None = None) -> None:
+        """SIGKILL."""
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            if rank not in self.codes:
+                os.kill(self.pids[rank], signal.SIGKILL)
+
+    def output(self) -> str:
+        """What all ranks printed."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+
+class Nursery:
+    """The process that forks.
+
+    Args:
+        folder: for logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._started = folder, 0
+        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        self._ask({"poll": []})
+
+    def start(self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> Ranks:
+        """Starts `mhla ARGUMENTS` as `world_size` ranks. Several need --trainer.devices."""
+        self._started += 1
+        port = str(_free_port())
+        pids, logs = [], []
+        for rank in range(world_size):
+            logs.append(self.folder / f"run-{self._started}-rank-{rank}.log")
+            place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            call = {"arguments": list(arguments), "cwd": str(cwd), "log": str(logs[-1]), "env": {**(place if world_size > 1 else {}), **(env or {})}}
+            pids.append(self._ask(call))
+        return Ranks(self, pids, logs)
+
+    def run(self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> str:
+        """Runs to the end, which must be exit code 0; returns the output."""
+        ranks = self.start(world_size, arguments, cwd, env)
+        codes = ranks.wait()
+        assert codes == [0] * world_size, f"{arguments}: {codes}\n{ranks.output()[-6000:]}"
+        return ranks.output()
+
+    def poll(self, pids: Sequence[int]) -> list[int | None]:
+        """Exit codes of processes, None while they run."""
+        return self._ask({"poll": list(pids)})
+
+    def close(self) -> None:
+        """Ends it and what it started."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def _ask(self, question: object) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def _free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def _serve() -> None:
+    import deepspeed  # noqa: F401
+    import lightning.pytorch  # noqa: F401
+    import torch
+
+    import mhla_lightning.cli.run
+    import mhla_lightning.config.resolve
+    import mhla_lightning.training  # noqa: F401
+
+    torch.set_num_threads(1)
+    children: dict[int, int | None] = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "poll" in question:
+            answer: Any = [_code(pid, children) for pid in question["poll"]]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(question)
+            children[answer] = None
+        print(json.dumps(answer), flush=True)
+    for pid, code in children.items():
+        if code is None and _code(pid, children) is None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _code(pid: int, children: dict[int, int | None]) -> int | None:
+    if children[pid] is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        children[pid] = os.waitstatus_to_exitcode(status) if ended else None
+    return children[pid]
+
+
+def _become(call: dict[str, Any]) -> None:
+    """Never returns."""
+    from mhla_lightning.cli.main import main
+
+    log = os.open(call["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(call["env"])
+    os.chdir(call["cwd"])
+    sys.argv = ["mhla", *call["arguments"]]
+    code = 1
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001  as the interpreter would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
