@@ -205,8 +205,8 @@ def _node_path(text: str | None) -> str | None:
 
 
 def _plain(value: Any) -> str:
-    """A YAML value as the text of an environment variable."""
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    """A YAML value as the text of an environment variable: null is empty, true and false are 1 and 0."""
+    return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
 class Slurm:

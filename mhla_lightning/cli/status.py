@@ -9,14 +9,14 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from mhla_lightning.cli.bench.report import check_json, write_json
 from mhla_lightning.cluster.queue import ACTIVE
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.status import status_rows
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import RunFolder, find_runs, runs_root
+from mhla_lightning.runs.folder import FORMAT, RunFolder, find_runs, runs_root
 
 _WIDE = 200  # columns where no terminal limits them
 
@@ -33,10 +33,16 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
     if args.watch is not None and args.watch <= 0:
         raise UserError(f"--watch is {args.watch}; it is a number of seconds")
+    file = None if args.json == "-" else args.json
+    check_json(file)
     root = runs_root(args.runs)
     while True:
         rows = status_rows(_chosen(args.run, root), Slurm())
-        _show(rows, args.json, clear=args.watch is not None and sys.stdout.isatty())
+        write_json(file, {"format": FORMAT, "rows": rows})
+        if args.json == "-":
+            print(json.dumps({"format": FORMAT, "rows": rows}, indent=1), flush=True)
+        else:
+            _show(rows, clear=args.watch is not None and sys.stdout.isatty())
         if args.watch is None or not any(row["state"] in ACTIVE for row in rows):
             return 0
         time.sleep(args.watch)
@@ -51,13 +57,7 @@ def _chosen(names: list[str], root: Path) -> list[RunFolder]:
     return runs
 
 
-def _show(rows: list[dict[str, Any]], json_file: str | None, clear: bool) -> None:
-    text = json.dumps({"format": 1, "rows": rows}, indent=1) + "\n"
-    if json_file == "-":
-        print(text, end="", flush=True)
-        return
-    if json_file is not None:
-        Path(json_file).write_text(text, encoding="utf-8")
+def _show(rows: list[dict[str, Any]], clear: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

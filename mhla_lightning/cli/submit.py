@@ -10,12 +10,12 @@ The job saves before its time is over or when it is preempted, queues itself aga
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from mhla_lightning.cli.bench.report import check_json, write_json
 from mhla_lightning.cluster.jobs import current_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes
 from mhla_lightning.cluster.slurm import Options, Slurm, Submission, prepare
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
+    check_json(args.json)
     recipe, overrides = load_recipe(args.recipe), parse_overrides(args.overrides)
     profile, runs = load_profile(args.profile), runs_root(args.runs)
     seeds = parse_seeds(args.array)
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
         check_recipe(next(iter(submission.recipes.values())), submission)
     jobs = queue_new(submission, profile, options, Slurm(), {"recipe": recipe.name, "command": sys.argv})
     say_queued(jobs, submission, profile, args.time)
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, {"jobs": jobs})
     return 0
 
 
