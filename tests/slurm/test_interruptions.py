@@ -17,12 +17,12 @@ from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from tests.slurm.cluster import HERE, Cluster, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2700)]
-STEPS, PAUSE = 2400, 0.05  # however fast the machine is, the time limit comes before the last step; and two runs side by side have room
+STEPS, PAUSE = 1500, 0.09  # however fast the machine is, the time limit comes before the last step; and two runs side by side have room
 CALLBACKS = [
     {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
     {"class_path": "trouble.Trouble", "init_args": {"pause": PAUSE}},
 ]
-RECIPE = ["--nodes", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "400"]
+RECIPE = ["--nodes", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "300"]
 RECIPE += ["--checkpoint.every_n_steps", "50", "--trainer.log_every_n_steps", "5", "--trainer.callbacks", json.dumps(CALLBACKS)]
 NAME, WHOLE = "cut", "whole"
 
