@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,20 @@ def test_a_warning_to_the_batch_shell_reaches_training(number: str, tmp_path: Pa
     assert done.returncode == 75, done.stdout + done.stderr
     assert (run / "signals").exists()
     assert calls(tmp_path / "bin", "scontrol") == [["requeue", "7"]]
+
+
+def test_a_port_that_is_taken_is_left_alone(tmp_path: Path, stub: Stub) -> None:
+    """Job ids repeat modulo 16,000, and others listen, too; this shell runs on the node whose port it is."""
+    (tmp_path / "runs" / "mine" / "slurm").mkdir(parents=True)
+    stub("squeue", "echo RUNNING")
+    stub("srun", f"echo $MASTER_PORT >{tmp_path}/port")
+    script = prepare(load_recipe(CPU), tiny_profile(), {}, options(runs=tmp_path / "runs", cwd=tmp_path)).script
+    with socket.create_server(("localhost", 0)) as other:
+        taken = other.getsockname()[1]
+        run_script(script.replace("15000 + SLURM_JOB_ID % 16000", str(taken)), tmp_path / "runs")
+    assert int((tmp_path / "port").read_text()) > taken
+    run_script(script, tmp_path / "runs")
+    assert 15007 <= int((tmp_path / "port").read_text()) < 15100
 
 
 def test_an_array_task_speaks_of_itself_only(tmp_path: Path, stub: Stub) -> None:

@@ -31,7 +31,9 @@ cd /home/me/project || exit 2
 # The environment of every process. The code is the copy made at submission, whatever happens to the checkout since.
 export PYTHONPATH="$RUN/slurm/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=2
-export MASTER_PORT=$((15000 + SLURM_JOB_ID % 16000))  # below the ports that the kernel hands out
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 16000))  # below the ports that the kernel hands out
+while (: >"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done  # somebody listens there
+export MASTER_PORT
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
 MHLA_JOB_END=$(date -d "$(squeue -h -j "$JOB" -o %e)" +%s 2>/dev/null)
 export MHLA_JOB_END  # training saves in time before it
