@@ -81,6 +81,7 @@ class ProgressFile(pl.Callback):
                 "last_checkpoint": newest.name if newest else None,
                 "seconds": round(self.seconds, 3),
             },
+            durable=state != "running",
         )
 
 

@@ -152,19 +152,20 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file at once: a reader sees the old or the new, never half."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Replaces a JSON file at once: a reader sees the old or the new, never half. See :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file at once."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replaces a text file at once. What need not outlive a power cut is not `durable`: waiting for the disk takes milliseconds."""
     temporary = path.parent / f".{path.name}-{os.getpid()}"
     try:
         with temporary.open("w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
