@@ -136,6 +136,7 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     assert code == 75, said
     newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
     assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
+    assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["last_checkpoint"] == newest
     assert not (run_folder(tmp_path, "term") / "lock").exists()
     assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
 
