@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 
-.PHONY: demo test slow gpu slurm lint wheel clean
+.PHONY: demo test slow gpu slurm chaos lint wheel clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/lightning run $(RECIPE)
@@ -22,6 +22,10 @@ slurm: $(VENV)/.dev-installed
 
 gpu: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m gpu
+
+# A hundred SIGKILLs over all tasks and strategies; about half an hour on two quiet cores.
+chaos: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.chaos
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

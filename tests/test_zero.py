@@ -59,6 +59,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Run
     clipped = TINY_RECIPE.replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
     # Adam divides by the gradient's size: where that is near 0, its usual eps makes whole steps of rounding errors.
     steady = clipped.replace("optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-2, eps: 1.0e-2}")
+    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
+    steady = steady.replace("{name: mhla, blocks: 2}", at_the_border)
     recipe.write_text(steady.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
     nursery = Nursery(folder)
     yield Runs(nursery, folder, recipe)
