@@ -63,6 +63,7 @@ class Cluster:
             "cpus_per_task": 1,
             "time": "10",
             "before": [f"export PYTHONPATH={shlex.quote(str(work / 'modules'))}"],
+            "signal_seconds": 20,
             "first_steps": 5,
         }
         (work / "site.yaml").write_text(json.dumps(profile))

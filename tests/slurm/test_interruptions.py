@@ -82,8 +82,10 @@ EARLY = 8  # this one comes while the attempt still starts
 
 
 def test_ten_interruptions(cluster: Cluster) -> None:
-    job, whole = cluster.submit(NAME, *RECIPE, "--time", "2"), ""
+    job, whole = cluster.submit(NAME, *RECIPE, "--time", "30"), ""
     for number, interrupt in enumerate(INTERRUPTIONS):
+        if interrupt is nothing:  # now it waits for its next attempt
+            cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
         interrupt_attempt(cluster, job, number, interrupt)
         if interrupt is kill_node:  # which would have hit both
             whole = cluster.submit(WHOLE, *RECIPE)
@@ -108,8 +110,8 @@ def interrupt_attempt(cluster: Cluster, job: str, number: int, interrupt: Callab
     if number == EARLY:
         wait_for("processes", lambda: cluster.training(NAME), told=lambda: cluster.logs(NAME))
         time.sleep(1)
-    else:
-        wait_for(f"steps of attempt {number + 1}", lambda: trains(cluster, begun + 10), 110, told=lambda: cluster.logs(NAME))
+    elif interrupt is not nothing:
+        wait_for(f"steps of attempt {number + 1}", lambda: trains(cluster, begun + 10), 400, told=lambda: cluster.logs(NAME))
     began = time.monotonic()
     interrupt(cluster, job)
     wait_for(f"restart after {interrupt.__name__}", lambda: restarts(cluster, job) > number, told=lambda: cluster.logs(NAME))
