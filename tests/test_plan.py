@@ -129,8 +129,8 @@ class TestPlan:
         ("gib", "chosen", "fits", "advice"),
         [
             (44.0, "ddp", True, ()),
-            (36.0, "ddp", False, ("trainer.strategy zero2", "trainer.strategy zero3")),
-            (30.0, "ddp", False, ("data.micro_batch_size 16, trainer.strategy zero2", "model.checkpoint_activations blocks")),
+            (39.5, "ddp", False, ("trainer.strategy zero2", "trainer.strategy zero3")),
+            (30.0, "ddp", False, ("data.micro_batch_size 16", "model.checkpoint_activations blocks")),
             (8.0, "zero3", False, ("data.micro_batch_size 4", "model.checkpoint_activations blocks, data.micro_batch_size 8")),
             (0.5, "zero3", False, ()),
         ],
@@ -183,7 +183,7 @@ class TestPlan:
         assert re.search(sentence, error)
 
     def test_memory_of_an_unknown_gpu_can_be_given(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plan", DIGITS, "--gpu-memory", "40GiB"]) == 0
+        assert main(["plan", DIGITS, "--gpu-memory", "40GiB", "--data.micro_batch_size", "4"]) == 0
         assert "ddp fits into 36.80 GiB, 92% of 40.00 (40GiB)." in capsys.readouterr().out
 
 

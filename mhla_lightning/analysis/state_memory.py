@@ -121,13 +121,12 @@ def partitioned(
     stage = int(config["stage"])
     split = _split_tensors if stage == 3 else _split_groups
     owned = sum(split(group, ranks) for group in model.trained)
-    # Stages 1 and 2 clone the weights they own as masters, also from float32; stage 3 only from 16 bits.
-    master = _FLOAT if stage < 3 or width < _FLOAT else 0
+    # Every stage clones a float32 master of what it owns, also where weights are float32: stage 3 means not to, but compares a device with a string.
     state = StateMemory(
         name,
         weights=_weights(model, ranks, width, config) + model.fixed,
         gradients=gradient_width * (model.trained_elements if stage == 1 else owned),
-        optimizer=(master + 2 * _FLOAT) * owned + _COUNTER * len(model.trained),
+        optimizer=3 * _FLOAT * owned + _COUNTER * len(model.trained),
         average=_FLOAT * (owned + _kept_whole(model, ranks, stage) + model.floats) if average else 0,
         buffers=_buffers(model, width, config),
         step=2 * _FLOAT * max((split(group, ranks) for group in model.trained), default=0),  # flat gradients, square roots
@@ -176,15 +175,11 @@ def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str
     """
     places = {key: (config.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
     if places["offload_optimizer"] != "none":
-        # DeepSpeed clones a master on the host also where weights are float32, and stages what goes back.
-        owned = weights // width
-        master = _FLOAT * owned if config["stage"] == 3 and width == _FLOAT else 0
-        moved = state.optimizer + master
+        owned, on_disk = weights // width, places["offload_optimizer"] == "nvme"
+        # Gradients in float32, the average, and at stage 2 what goes back to the GPU stay in the host's memory wherever the optimizer lies.
         near = _FLOAT * owned + state.average + (width * owned if config["stage"] < 3 else 0)
-        on_disk = places["offload_optimizer"] == "nvme"
-        gradients = state.gradients if config["stage"] == 1 else 0
-        state = replace(state, optimizer=0, gradients=gradients, average=0, step=0)
-        state = replace(state, host=near + (0 if on_disk else moved), disk=moved if on_disk else 0)
+        host, disk = (near, state.optimizer) if on_disk else (near + state.optimizer, 0)
+        state = replace(state, optimizer=0, gradients=0, average=0, step=0, host=host, disk=disk)
     if places["offload_param"] != "none":
         on_disk = places["offload_param"] == "nvme"
         state = replace(state, weights=state.weights - weights, host=state.host + (0 if on_disk else weights), disk=state.disk + on_disk * weights)

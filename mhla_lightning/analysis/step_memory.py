@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,8 +101,19 @@ def build(task: Task, precision: Precision) -> None:
         task.configure_model()
     finally:
         torch.set_default_dtype(before)
+    _convert(task, precision.weights)
     for parameter in task.train().parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+
+def _convert(task: Task, dtype: torch.dtype) -> None:
+    """What Lightning's module.to(dtype) does, which tensors without data refuse."""
+    for module in task.modules():
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                if x is not None and x.is_floating_point() and x.dtype != dtype:
+                    changed = x.detach().to(dtype)
+                    held[name] = nn.Parameter(changed, x.requires_grad) if held is module._parameters else changed
 
 
 def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.analysis.gpus import GIB, GPUS, MIB, USABLE, find_gpu
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.bench.report import check_json, demand_at_least, write_json
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides, parse_yaml
-from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.analysis.planning import Plan, Stage
@@ -55,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 def _spread(args: argparse.Namespace) -> dict[str, Any]:
     """The options that are keys of the recipe."""
     for name in ("nodes", "gpus_per_node"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        if getattr(args, name) is not None:
+            demand_at_least(args, **{name: 1})
     given = {
         "trainer.num_nodes": args.nodes,
         "trainer.devices": args.gpus_per_node,
