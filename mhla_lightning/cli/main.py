@@ -23,6 +23,7 @@ VERBS = {
     "bench": "measure speed ratios in one run",
     "data": "make, check, index and look at shards",
     "import": "other people's checkpoints as weights of our backbones",
+    "plan": "what a recipe takes on a cluster: batches, FLOPs, length, memory under every strategy",
     "export": "weights of a run under the names of diffusers or Wan2.1",
     "submit": "queue a recipe as a SLURM job that comes back after preemption and time limits",
     "status": "state, restarts, step, loss and speed of runs, queued or local",
