@@ -145,6 +145,6 @@ def open_source(path: Path) -> Source:
     shards = path.parent / FOLDER
     if shards.is_dir():
         return ShardedSource(checkpoint, ShardReader(shards))
-    if not isinstance(checkpoint.get("state_dict"), Mapping):
+    if not checkpoint.get("state_dict"):
         raise UserError(f"checkpoint {path} holds no weights, and there is no folder {FOLDER} beside it")
     return WholeSource(checkpoint)
