@@ -42,13 +42,19 @@ class FiniteLoss(pl.Callback):
         self._step = step = trainer.global_step
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
         if step % every == 0 or step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self._look(trainer)
+            self.look(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._batches:
-            self._look(trainer)
+        self.look(trainer)
 
-    def _look(self, trainer: pl.Trainer) -> None:
+    def look(self, trainer: pl.Trainer) -> None:
+        """Looks at the losses since the last look; every rank calls it.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        if not self._batches:
+            return
         batches, self._batches = self._batches, []
         finite = torch.stack([loss for _, _, loss in batches]).isfinite()
         bad = trainer.strategy.reduce((~finite).any().float(), reduce_op="sum")

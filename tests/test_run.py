@@ -136,6 +136,7 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     assert code == 75, said
     newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
     assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
+    assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["last_checkpoint"] == newest
     assert not (run_folder(tmp_path, "term") / "lock").exists()
     assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
 
@@ -215,7 +216,7 @@ def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.Captu
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
     assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
-    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2}
+    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2, "keep_best": 0, "monitor": None, "asynchronous": False}
 
 
 def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
