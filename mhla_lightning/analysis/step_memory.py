@@ -109,6 +109,7 @@ def build(task: Task, precision: Precision) -> None:
 def _convert(task: Task, dtype: torch.dtype) -> None:
     """What Lightning's module.to(dtype) does, which tensors without data refuse."""
     for module in task.modules():
+        held: Any
         for held in (module._parameters, module._buffers):
             for name, x in held.items():
                 if x is not None and x.is_floating_point() and x.dtype != dtype:
