@@ -194,7 +194,7 @@ def test_a_checkpoint_of_split_weights_is_validated_anywhere(runs: Runs) -> None
     for strategy, ranks in (("auto", 1), (ZERO3, 2), ("zero2", 2)):
         place = ["--mode", "validate", "--ckpt", str(run), "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
         output = runs.nursery.run(ranks, ["run", str(runs.recipe), *place], runs.root)
-        told[strategy] = [line for line in output.splitlines() if "val/loss" in line or "val_ema/loss" in line]
+        told[strategy] = [line for line in output.splitlines() if line.startswith(("│ val/loss", "│ val_ema/loss"))]
     assert len(told["auto"]) == 2
     assert told["auto"] == told[ZERO3] == told["zero2"]
     assert f"{dict(curves(run)['val/loss'])[12]:.4f}" in told["auto"][0]
