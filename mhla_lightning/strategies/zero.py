@@ -150,6 +150,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         norm = cast(Any, self.model).get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
+    def skipped_step(self) -> bool:
+        """Whether the last optimizer step was left out, on every rank, for gradients that are not finite."""
+        return bool(self._engine_optimizer().overflow)
+
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
