@@ -18,8 +18,10 @@ from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer, complaint, lack_of_room
 from mhla_lightning.checkpoints.source import GROUPS
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, newest_checkpoint
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint
 from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
+
+_GRACE = 60.0  # seconds that a failed run waits for the checkpoint it was writing
 
 
 class Checkpoint(LightningCheckpoint):
@@ -58,12 +60,12 @@ class Checkpoint(LightningCheckpoint):
         self.run, self.facts, self.position, self.recipe = run, facts, position, recipe
         self.every_n_steps, self.keep, self.resume, self.averages = every_n_steps, keep, resume, averages
         self.asynchronous = asynchronous
-        self._step, self._due = 0, False
+        self._step, self._saved, self._due = 0, 0, False
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._saved = trainer.global_step
         state = self.resume / "rng" / f"rank-{trainer.global_rank}.safetensors" if self.resume else None
         if state is not None and state.is_file():  # missing for ranks that the saved run did not have
             load_rng(state)
@@ -94,15 +96,13 @@ class Checkpoint(LightningCheckpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finish_writing(trainer)
-        done = complete_checkpoints(self.run.path)
-        if trainer.global_step and not (done and done[-1].name.endswith(f"{trainer.global_step:08d}")):
+        if trainer.global_step != self._saved:
             self.save(trainer)
-            self._finish_writing(trainer)
+        self._finish_writing(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:  # no collective here: the other ranks may be gone
-            self._writer.wait()
+            self._writer.wait(_GRACE)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[GROUPS] = optimizer_groups(trainer, pl_module)
@@ -112,7 +112,7 @@ class Checkpoint(LightningCheckpoint):
     def save(self, trainer: pl.Trainer) -> None:
         """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it."""
         self._finish_writing(trainer)
-        step = trainer.global_step
+        step = self._saved = trainer.global_step
         parts = files_of(trainer, self._begin(trainer, step), self.averages, self.recipe, self.asynchronous)
         needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
         self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)

@@ -37,10 +37,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def write_images(root: Path) -> Path:
     """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class shown by brightness."""
     from mhla_lightning.data.tools.pack import pack
 
-    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):
         for label in range(4):

@@ -1,7 +1,7 @@
 """`mhla` commands as several ranks on this machine, started in a second: a process that has imported everything forks them.
 
-Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second would mostly import. What a rank does is what
-`mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK, torchrun or srun.
+Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second would mostly import. What a rank does is
+what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -113,7 +114,7 @@ class Nursery:
         self._process.wait(30)
         self._process.stdout.close()
 
-    def _ask(self, question: object) -> object:  # type: ignore[override]
+    def _ask(self, question: object) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
@@ -141,12 +142,12 @@ def _serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "poll" in question:
-            answer: object = [_code(pid, children) for pid in question["poll"]]
+            answer: Any = [_code(pid, children) for pid in question["poll"]]
         else:
             answer = os.fork()
             if answer == 0:
                 _become(question)
-            children[answer] = None  # type: ignore[index]
+            children[answer] = None
         print(json.dumps(answer), flush=True)
     for pid, code in children.items():
         if code is None and _code(pid, children) is None:
@@ -160,17 +161,17 @@ def _code(pid: int, children: dict[int, int | None]) -> int | None:
     return children[pid]
 
 
-def _become(call: dict[str, object]) -> None:
+def _become(call: dict[str, Any]) -> None:
     """Never returns."""
     from mhla_lightning.cli.main import main
 
-    log = os.open(str(call["log"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(call["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(call["env"])  # type: ignore[call-overload]
-    os.chdir(str(call["cwd"]))
-    sys.argv = ["mhla", *call["arguments"]]  # type: ignore[misc]
+    os.environ.update(call["env"])
+    os.chdir(call["cwd"])
+    sys.argv = ["mhla", *call["arguments"]]
     code = 1
     try:
         code = main(sys.argv[1:])

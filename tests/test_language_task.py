@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.data.tools.sources.mqar import open_mqar
-from mhla_lightning.data.tools.text.tokenize import TextOptions, tokenize
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import read_metrics
 from mhla_lightning.tasks import ClassificationTask, LanguageTask, RecallTask
@@ -25,6 +24,7 @@ from mhla_lightning.tasks.language import seen_before
 from mhla_lightning.tasks.token_loss import IGNORE
 from mhla_lightning.training import best
 from tests.language_models import OPERATORS_ON_CPU
+from tests.language_runs import RECIPE, write_text
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 4, "max_chunks": 4, "heads": 2, "extrapolation": "shift"}
 OPTIONS: dict[str, Any] = {"vocab_size": 12, "context": 16, "embed_dim": 8, "depth": 2, "intermediate": 16}
@@ -240,35 +240,7 @@ def test_the_340m_model_is_planned_without_weights() -> None:
 
 @pytest.fixture(scope="module")
 def text_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short documents as bytes in rows of 32 (train) and 64 (val) tokens."""
-    root = tmp_path_factory.mktemp("language")
-    (root / "text").mkdir()
-    words = ["the", "cat", "sat", "on", "the", "mat", "and", "looked", "at", "a", "bird"]
-    for number in range(40):
-        chosen = np.random.default_rng(number).choice(words, 8 + number % 9)
-        (root / "text" / f"{number:02d}.txt").write_text(" ".join(chosen) + ".\n")
-    tokenize([str(root / "text")], root / "shards", TextOptions(length=32, val_length=64, val=6))
-    return root / "shards"
-
-
-TINY_RECIPE = """
-seed_everything: 0
-trainer: {accelerator: cpu, devices: 1, max_steps: 10, val_check_interval: 5, log_every_n_steps: 1, callbacks: [
-  {class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
-model:
-  class_path: mhla_lightning.tasks.LanguageTask
-  init_args:
-    backbone: lm_tiny
-    attention: {name: mhla, chunk_size: 8, max_chunks: 8, heads: 2}
-    backbone_options: {context: 32, embed_dim: 16, depth: 2, intermediate: 32}
-    eval_lengths: [16, 64]
-    optimizer: {lr: 2.0e-3, betas: [0.9, 0.95]}
-    schedule: {warmup_steps: 2, min_lr: 2.0e-4}
-data:
-  class_path: mhla_lightning.data.TokenDataModule
-  init_args: {path: PATH, batch_size: 8, num_workers: 0}
-checkpoint: {every_n_steps: 5, keep_last: 1}
-"""
+    return write_text(tmp_path_factory.mktemp("language"))
 
 
 @pytest.fixture
@@ -276,7 +248,7 @@ def language_recipe(tmp_path: Path, text_shards: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_RECIPE.replace("PATH", str(text_shards)))
+    path.write_text(RECIPE.replace("PATH", str(text_shards)))
     return path
 
 

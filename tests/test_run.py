@@ -215,7 +215,7 @@ def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.Captu
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
     assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
-    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2}
+    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2, "keep_best": 0, "monitor": None, "asynchronous": False}
 
 
 def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:

@@ -55,7 +55,7 @@ def test_weight_decay_spares_norms_biases_positions_and_mixing(decay_mixing: boo
     task = make()
     assert task.backbone is not None
     mixing = {name for name, _ in task.backbone.named_parameters() if name.endswith("mixing.weight")}
-    optimizer = OptimizerConfig(weight_decay=0.05, decay_mixing=decay_mixing).build(task.backbone, {"pos_embed", *mixing}, mixing)
+    optimizer = OptimizerConfig(weight_decay=0.05, decay_mixing=decay_mixing).build(task.backbone, task._weightless(), {"pos_embed", *mixing}, mixing)
     names = {id(p): name for name, p in task.backbone.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     spared = set(names.values()) - decayed

@@ -87,7 +87,7 @@ class Writer:
     def __init__(self, parts: Parts, world_size: int, finish: Callable[[], None]) -> None:
         self._parts, self._world_size, self._finish = parts, world_size, finish
         self.error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint-writer")
+        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -117,7 +117,7 @@ class Writer:
     def _mark(self, rank: int) -> Path:
         return self._parts.folder / f".written-{rank}"
 
-    def wait(self) -> str | None:
-        """Until the checkpoint is there; returns what went wrong on this rank."""
-        self._thread.join()
+    def wait(self, seconds: float | None = None) -> str | None:
+        """Until the checkpoint is there, or no longer than so many seconds; returns what went wrong on this rank."""
+        self._thread.join(seconds)
         return self.error

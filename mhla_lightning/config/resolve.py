@@ -125,7 +125,7 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when they do not."""
-    before, after = ({key: value for key, value in _flat(_without_place(values)).items() if not _is_spread(key)} for values in (old, new))
+    before, after = ({key: value for key, value in _flat(_without_place(values)).items() if not _changes_no_number(key)} for values in (old, new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
@@ -136,9 +136,9 @@ _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size",
 _PLACE_OF_TRAINER = ("devices", "num_nodes")
 
 
-def _is_spread(key: str) -> bool:
-    """A strategy changes where numbers lie, not what they are: under another one a run has another default id, but it may be resumed."""
-    return key == "trainer.strategy" or key.startswith("trainer.strategy.")
+def _changes_no_number(key: str) -> bool:
+    """Where the numbers lie, and what of them is saved when: with another such key a run has another default id, but it may be resumed."""
+    return key == "trainer.strategy" or key.startswith(("trainer.strategy.", "checkpoint."))
 
 
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:

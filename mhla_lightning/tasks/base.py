@@ -57,14 +57,14 @@ class Task(pl.LightningModule):
         self.optimizer_config, self.schedule_config = optimizer or OptimizerConfig(), schedule or ScheduleConfig()
         self.init_from, self.train_only, self.checkpoint_activations = init_from, list(train_only or []), checkpoint_activations
         self.backbone: nn.Module | None = None
-        plan = self._plan()
+        plan = self._weightless()
         if self.init_from:
             weight_file(self.init_from)
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
 
-    def _plan(self) -> nn.Module:
+    def _weightless(self) -> nn.Module:
         """The backbone without weights, frozen where it will be."""
         with torch.device("meta"):
             plan = self._build()
@@ -114,7 +114,7 @@ class Task(pl.LightningModule):
         assert self.backbone is not None, "configure_model has not run"
         mixing = {f"{name}.weight" for name, module in self.backbone.named_modules() if isinstance(module, MixingMatrix)}
         no_decay = cast(Backbone, self.backbone).no_weight_decay()
-        optimizer = self.optimizer_config.build(self.backbone, self._plan(), no_decay, mixing)
+        optimizer = self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
         # trainer.estimated_stepping_batches would make Lightning forget the restored data position (Lightning 20550).
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
         schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
