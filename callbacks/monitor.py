@@ -51,8 +51,7 @@ class Monitor(pl.Callback):
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
         self._skipped += int(batch["skipped"])
-        divided = 1 if trainer.strategy.handles_gradient_accumulation else trainer.accumulate_grad_batches  # by Lightning, for the backward
-        self._losses.append(outputs["loss"].detach() * divided)
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it for the backward
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
