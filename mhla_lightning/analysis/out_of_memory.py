@@ -47,10 +47,10 @@ def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: Ba
     micro, accumulation = recipe.data.micro_batch(ranks)
     tokens = torch.Size(recipe.task.grid).numel()
     strategy = strategy_name(recipe.trainer.get("strategy", "auto")) or "trainer.strategy's class"
-    many = f" over {ranks} ranks and {accumulation} accumulated" if ranks * accumulation > 1 else ""
-    spread = f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size}{many}), {tokens:,} tokens a sample"
+    parts = f"{ranks} rank{'s' * (ranks > 1)} x {micro} x {accumulation} accumulated"
+    spread = f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} tokens a sample"
     kept = recipe.task.checkpoint_activations
-    model = f"{recipe.task.parameter_count / 1e6:,.1f} M parameters under {strategy}, model.checkpoint_activations {kept}"
+    model = f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
     return f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} ({_short(error)})"
 
 
