@@ -5,7 +5,7 @@ A recipe names them under `trainer.callbacks`; the run command adds all but EMA,
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
 from mhla_lightning.callbacks.ema import EMA
-from mhla_lightning.callbacks.finite_loss import FiniteLoss
+from mhla_lightning.callbacks.health import Health
 from mhla_lightning.callbacks.monitor import MixingHeatmaps, Monitor
 from mhla_lightning.callbacks.preemption import Preemption
 from mhla_lightning.callbacks.progress import ProgressFile, StepBar
@@ -17,7 +17,7 @@ from mhla_lightning.callbacks.samples import SampleLog
 __all__ = [
     "EMA",
     "Checkpoint",
-    "FiniteLoss",
+    "Health",
     "MixingHeatmaps",
     "Monitor",
     "Preemption",

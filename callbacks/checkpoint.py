@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from mhla_lightning.callbacks.checkpoint_files import files_of
 from mhla_lightning.callbacks.ema import EMA
+from mhla_lightning.callbacks.steps import was_skipped
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune
 from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer, complaint, lack_of_room
@@ -79,7 +80,7 @@ class Checkpoint(LightningCheckpoint):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        self._due, self._asked = self._asked or self._step % self.every_n_steps == 0, False
+        self._due, self._asked = self._due or self._asked or self._step % self.every_n_steps == 0, False
         if self._due and not _validates_now(trainer, batch_idx):
             self._save_if_due(trainer)
 
@@ -99,7 +100,8 @@ class Checkpoint(LightningCheckpoint):
             raise UserError(f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}")
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
-        if self._due:
+        """After a step that was left out the next one that is taken is saved: while all fail, good checkpoints must not be pushed out."""
+        if self._due and not was_skipped(trainer):
             self._due = False
             self.save(trainer)
 

@@ -12,14 +12,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.strategies.local import local_weights
 
 
 class Monitor(pl.Callback):
-    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute and skipped, and of a mixture
-    consumed/SOURCE, every `log_every_n_steps` steps.
+    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute, skipped and skipped_steps,
+    and of a mixture consumed/SOURCE, every `log_every_n_steps` steps.
 
     The loss is that of the last step's global batch: over all its micro batches and ranks, where self.log would show one rank's last micro batch.
+    Of a step that was left out they may be no numbers: the curves have a hole there.
     Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for data and name their tags by optimizer group and device.
     Times are seconds an optimizer step, on the host: on a GPU the wait for the device falls to whatever call waits.
 
@@ -32,7 +34,6 @@ class Monitor(pl.Callback):
         self.batch_size, self.tokens = batch_size, tokens
         self._skipped = 0
         self._losses: list[torch.Tensor] = []
-        self._grad_norm: torch.Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -46,23 +47,15 @@ class Monitor(pl.Callback):
         self._started = time.perf_counter()
         self._data += self._started - self._ended
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if (trainer.global_step + 1) % self._every == 0:
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(grads) if grads else None
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
         self._skipped += int(batch["skipped"])
-        divided = 1 if trainer.strategy.handles_gradient_accumulation else trainer.accumulate_grad_batches  # by Lightning, for the backward
-        self._losses.append(outputs["loss"].detach() * divided)
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it for the backward
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
         if self._step % self._every == 0:
-            if (norm := getattr(trainer.strategy, "gradient_norm", None)) is not None:
-                self._grad_norm = norm()
             self._log(trainer, pl_module)
             self._restart(self._ended)
         self._losses.clear()
@@ -78,8 +71,10 @@ class Monitor(pl.Callback):
             "time_data": self._data / steps,
             "time_compute": self._compute / steps,
         }
-        if self._grad_norm is not None:
-            values["grad_norm"] = float(self._grad_norm)
+        if (guard := step_guard(trainer)) is not None:
+            values["skipped_steps"] = float(guard.skipped_steps)
+        if (norm := _gradient_norm(trainer)) is not None:
+            values["grad_norm"] = float(norm)
         skipped = trainer.strategy.reduce(torch.tensor(float(self._skipped), device=pl_module.device), reduce_op="sum")
         values["skipped"] = float(skipped)
         values |= _consumed(trainer)
@@ -87,6 +82,12 @@ class Monitor(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = time.perf_counter()  # validation is neither data nor compute of a training step
+
+
+def _gradient_norm(trainer: pl.Trainer) -> torch.Tensor | None:
+    """Norm of the last step's gradients: DeepSpeed's, or the guard's."""
+    norm = getattr(trainer.strategy, "gradient_norm", None)
+    return getattr(step_guard(trainer), "gradient_norm", None) if norm is None else norm()
 
 
 def _consumed(trainer: pl.Trainer) -> dict[str, float]:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
-from mhla_lightning.callbacks.finite_loss import FiniteLoss
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.runs.stopping import Preempted, StopSignals
 
@@ -29,16 +28,15 @@ class Preemption(AfterStep):
 
     Args:
         checkpoint: the callback that saves.
-        finite_loss: looks at the losses before every checkpoint, so before this one, too.
         signals: what has arrived in this process.
 
     Raises:
         Preempted: from the training, in every rank, when all is saved.
     """
 
-    def __init__(self, checkpoint: Checkpoint, finite_loss: FiniteLoss, signals: StopSignals) -> None:
+    def __init__(self, checkpoint: Checkpoint, signals: StopSignals) -> None:
         super().__init__()
-        self.checkpoint, self.finite_loss, self.signals = checkpoint, finite_loss, signals
+        self.checkpoint, self.signals = checkpoint, signals
         self.stopping = False
         self.clock = JobClock(float(os.environ.get(JOB_END) or "inf"))
         self._group: Any = None
@@ -63,7 +61,6 @@ class Preemption(AfterStep):
         self.clock.step()
         if self._agreed():
             self.stopping = True
-            self.finite_loss.look(trainer)
             self.checkpoint.save_after_this_step()
 
     def _begin_vote(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -93,4 +94,5 @@ class StepBar(RichProgressBar):
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    """None where a step that was left out had no number: JSON has none for it."""
+    return None if value is None or not math.isfinite(value) else float(value)

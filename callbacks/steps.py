@@ -1,4 +1,4 @@
-"""Batches are not optimizer steps: several of them may add up to one."""
+"""Batches are not optimizer steps: several of them may add up to one, and one may be left out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,36 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
+
+
+class StepGuard(pl.Callback):
+    """Decides which optimizer steps are taken; the first callback of a trainer.
+
+    Attributes:
+        skipped: the last step was left out: weights and optimizer are as before it.
+        skipped_steps: how many were, in the whole run.
+        gradient_norm: norm of the last step's gradients before they were clipped, over all ranks; None where the strategy knows it.
+    """
+
+    skipped: bool = False
+    skipped_steps: int = 0
+    gradient_norm: Tensor | None = None
+
+
+def step_guard(trainer: pl.Trainer) -> StepGuard | None:
+    """The trainer's guard; None where every step is taken."""
+    return next((callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, StepGuard)), None)
+
+
+def was_skipped(trainer: pl.Trainer) -> bool:
+    """Whether the last optimizer step was left out."""
+    guard = step_guard(trainer)
+    return guard is not None and guard.skipped
 
 
 class AfterStep(pl.Callback):
-    """A callback that acts after every optimizer step. Lightning's own hook comes before the step, or after every batch."""
+    """A callback that acts after every optimizer step that was taken. Lightning's own hook comes before the step, or after every batch."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -21,7 +47,8 @@ class AfterStep(pl.Callback):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        self.after_step(trainer, pl_module)
+        if not was_skipped(trainer):
+            self.after_step(trainer, pl_module)
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

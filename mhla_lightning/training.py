@@ -20,7 +20,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from mhla_lightning import __version__
 from mhla_lightning.analysis.comparison import higher_is_better
-from mhla_lightning.callbacks import EMA, Checkpoint, FiniteLoss, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.analysis.out_of_memory import is_out_of_memory, out_of_memory
+from mhla_lightning.callbacks import EMA, Checkpoint, Health, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep
 from mhla_lightning.checkpoints.io import RunCheckpointIO
@@ -34,6 +35,7 @@ from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, rea
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
+from mhla_lightning.strategies.launcher import watch_ranks
 from mhla_lightning.strategies.zero import ZeroStrategy
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
@@ -85,6 +87,7 @@ class Session:
         except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         leave_signals_alone(trainer)
+        watch_ranks(trainer, self.run.path)
         micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
             arguments["strategy"].micro_batch = micro_batch
@@ -93,19 +96,18 @@ class Session:
         return trainer
 
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
-        """After every optimizer step: project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
+        """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
-        save = self.recipe.checkpoint
-        checkpoint, finite = self._checkpoint(), FiniteLoss(save.every_n_steps)
+        health, checkpoint = self.recipe.health, self._checkpoint()
         own: list[Callback] = [Monitor(self.data.batch_size, math.prod(self.task.grid)), MixingHeatmaps(), self.progress, checkpoint]
         if self.signals is not None:
-            own.append(Preemption(checkpoint, finite, self.signals))
+            own.append(Preemption(checkpoint, self.signals))
         if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StepBar())
         elif not sys.stdout.isatty():
             arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
-        return [ProjectMixing(), finite, *given, *own]
+        return [Health(self.run, health.max_skipped, health.spike_factor), ProjectMixing(), *given, *own]
 
     def _checkpoint(self) -> Checkpoint:
         save = self.recipe.checkpoint
@@ -133,7 +135,20 @@ class Session:
         self.task.check_data(self.data.facts(), micro)
 
     def fit(self) -> None:
-        """Trains from the newest checkpoint to the end, validates, writes summary.json."""
+        """Trains from the newest checkpoint to the end, validates, writes summary.json.
+
+        Raises:
+            UserError: memory that does not suffice; see Health, Checkpoint and the data.
+        """
+        try:
+            self._fit()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            step, world, nodes = self.trainer.global_step, self.trainer.world_size, self.trainer.num_nodes
+            raise UserError(out_of_memory(self.recipe, step, world, nodes, error)) from error
+
+    def _fit(self) -> None:
         self.logger.start()
         if self.trainer.is_global_zero and isinstance(self.data, TokenDataModule):
             keep_tokenizer(self.data, self.run.path)

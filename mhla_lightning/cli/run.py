@@ -33,15 +33,18 @@ from mhla_lightning.runs.folder import (
     write_text,
 )
 from mhla_lightning.runs.lock import hold
+from mhla_lightning.runs.ranks import GRACE, PREEMPTED, RANK_ZERO, end_with_rank_zero, forget, place, tell_rank_zero
 from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
     from mhla_lightning.config.resolve import Resolved
+    from mhla_lightning.training import Session
 
 TAKES_OVERRIDES = True
 _CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
 _WAIT_FOR_DATA = 3600.0  # seconds
-_PREEMPTED = 75
+_WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
+_LAST_WAIT = 60.0  # seconds that other ranks have to end after the training has
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -62,12 +65,13 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
     # With three trainings on two cores OpenMP's default spinning made a step 20 times slower, this one 3 times. Alone it costs 3 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    end_with_rank_zero()
     try:
         with stop_signals() as signals:
             return _run(args, signals)
     except Preempted as stop:
         print(f"stopped by {stop.by} before training began; the same command goes on", file=sys.stderr)
-        return _PREEMPTED
+        return PREEMPTED
 
 
 def _run(args: argparse.Namespace, signals: StopSignals) -> int:
@@ -95,6 +99,7 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
         with ExitStack() as stack:
             if _first_process():
                 stack.enter_context(hold(run_folder.path))
+                forget(run_folder.path)
                 os.environ[_CHILD] = str(run_folder.path)
                 _record(resolved, run_folder)
             _prepare_data(resolved)
@@ -191,21 +196,72 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
     try:
         session.fit()
     except Preempted as stop:
-        if _CHILD in os.environ and not _first_process():
-            return 0  # Lightning started it, and kills the first process when such a child ends with anything else
-        return _stopped(stop.by, _PREEMPTED, run_folder)
+        return _all_ended(session) or _stopped(stop.by, PREEMPTED, run_folder)
     except SystemExit:  # what Lightning makes of Ctrl-C once it has shut down
         return _stopped("Ctrl-C", _INTERRUPTED, run_folder)
+    except Exception as error:
+        if session.trainer.world_size == 1:
+            raise
+        return _failed(error, session, run_folder)
     if first:
         _print_summary(run_folder)
-    return 0
+    return _all_ended(session)
+
+
+def _failed(error: Exception, session: Session, run_folder: RunFolder) -> int:
+    """What one rank of several does with an error: the last words of a run are those of the rank that failed first, not of those that missed it.
+
+    Raises:
+        Exception: the error, where it is this rank's own.
+    """
+    from mhla_lightning.strategies.launcher import lost_a_rank, watch_of
+
+    trainer = session.trainer
+    watch, lost = watch_of(trainer), lost_a_rank(error)
+    if watch is not None:
+        failed = None if isinstance(error, UserError) else watch.failure(GRACE if lost else 0.0)
+        watch.stop(0.0 if failed else _WAIT_FOR_OTHERS)
+        if failed is not None:
+            print(f"error: {failed}; the same command goes on from {_newest(run_folder)}", file=sys.stderr)
+            return failed.exit_code
+    elif RANK_ZERO in os.environ and trainer.local_rank > 0:
+        if isinstance(error, UserError):
+            tell_rank_zero(run_folder.path, trainer.global_rank, str(error))
+            return 2
+        time.sleep(GRACE if lost else 0.0)  # rank 0 knows which rank was lost, and ends this one
+    elif lost:
+        print(f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose own error is the cause", file=sys.stderr)
+        return 1
+    if not isinstance(error, UserError):
+        error.add_note(place(trainer.global_rank, trainer.world_size))
+    raise error
+
+
+def _all_ended(session: Session) -> int:
+    """Waits for the ranks that this one has started; the exit code of the first that failed, else 0."""
+    from mhla_lightning.strategies.launcher import watch_of
+
+    watch = watch_of(session.trainer)
+    if watch is None:
+        return 0
+    deadline = time.monotonic() + _LAST_WAIT
+    while not watch.ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    failed = watch.failure()
+    if failed is not None:
+        print(f"error: {failed}", file=sys.stderr)
+    watch.stop()
+    return 0 if failed is None else failed.exit_code
 
 
 def _stopped(by: str, code: int, run_folder: RunFolder) -> int:
-    newest = newest_checkpoint(run_folder.path)
-    where = newest.name if newest else "the start: no checkpoint was written yet"
-    print(f"stopped by {by}; the same command goes on from {where}", file=sys.stderr)
+    print(f"stopped by {by}; the same command goes on from {_newest(run_folder)}", file=sys.stderr)
     return code
+
+
+def _newest(run_folder: RunFolder) -> str:
+    newest = newest_checkpoint(run_folder.path)
+    return newest.name if newest else "the start: no checkpoint was written yet"
 
 
 def _evaluate(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> int:

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.strategies.config import check_strategy
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint")
+SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "health")
 _OURS = {
     "logger": "the run folder has its own logger",
     "default_root_dir": "a run lives in its run folder (--runs, --run-id)",

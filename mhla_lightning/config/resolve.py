@@ -47,6 +47,25 @@ class CheckpointConfig:
             )
 
 
+@dataclass(frozen=True)
+class HealthConfig:
+    """What a run does about steps that would spoil it.
+
+    Args:
+        max_skipped: optimizer steps in a row that may be left out because their loss or gradients are not finite, or leap.
+        spike_factor: leave out a step whose loss is more than so many times the median of the steps before; null does not look.
+    """
+
+    max_skipped: int = 10
+    spike_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 0:
+            raise UserError(f"health.max_skipped is {self.max_skipped}; it must be at least 0, which stops at the first")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise UserError(f"health.spike_factor is {self.spike_factor}; it must be above 1, or null")
+
+
 @dataclass
 class Resolved:
     """A recipe with every default filled in, and what it builds.
@@ -62,6 +81,7 @@ class Resolved:
     data: ShardDataModule
     trainer: dict[str, Any]
     checkpoint: CheckpointConfig
+    health: HealthConfig
     seed: int
 
     def to_yaml(self) -> str:
@@ -100,7 +120,7 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
     trainer = {key: value for key, value in trainer.items() if value is not None}
     if is_zero(strategy):
         trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
-    return Resolved(dumped, task, data, trainer, built.checkpoint, config.seed_everything)
+    return Resolved(dumped, task, data, trainer, built.checkpoint, built.health, config.seed_everything)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
@@ -145,4 +165,5 @@ def _parser() -> LightningArgumentParser:
     parser.add_lightning_class_args(Task, "model", subclass_mode=True)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    parser.add_class_arguments(HealthConfig, "health")
     return parser

@@ -150,6 +150,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         norm = cast(Any, self.model).get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Lightning divides the loss by the micro batches of a step, and so would DeepSpeed: norms and clipping would be off by that factor."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def skipped_step(self) -> bool:
+        """Whether the last optimizer step was left out, on every rank, for gradients that are not finite."""
+        return bool(self._engine_optimizer().overflow)
+
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

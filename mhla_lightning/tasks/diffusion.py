@@ -132,9 +132,9 @@ class DiffusionTask(Task):
 
     @torch.no_grad()
     def _count(self, losses: Tensor, times: Tensor) -> None:
-        bins = self.process.bins(times, self.time_bins)
-        self._by_time[0].index_add_(0, bins, losses.detach().to(self._by_time.dtype))
-        self._by_time[1].index_add_(0, bins, torch.ones_like(losses, dtype=self._by_time.dtype))
+        bins, numbers = self.process.bins(times, self.time_bins), losses.isfinite()
+        self._by_time[0].index_add_(0, bins, losses.detach().where(numbers, 0).to(self._by_time.dtype))
+        self._by_time[1].index_add_(0, bins, numbers.to(self._by_time.dtype))
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step

@@ -1,0 +1,97 @@
+"""What to do about memory that did not suffice, in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+from typing import Any
+
+import torch
+
+from mhla_lightning.config.resolve import Resolved, resolve
+from mhla_lightning.strategies.config import strategy_name
+
+log = logging.getLogger(__name__)
+_REFUSED = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE)
+_SHOWN = 3  # changes that would fit
+_LESS = {
+    "zero1": ("zero2", "zero3"),
+    "zero2": ("zero3", "zero3_offload"),
+    "zero2_offload": ("zero3_offload",),
+    "zero3": ("zero3_offload",),
+    "zero3_offload": ("zero3_nvme",),
+    "zero3_nvme": (),
+}
+"""Strategies that keep less on a GPU than another."""
+_WHOLE = ("zero1", "zero2", "zero3")  # than those that keep the weights whole on every rank
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had; torch has a class of its own for GPUs only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _REFUSED.search(str(error)) is not None
+
+
+def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: BaseException) -> str:
+    """The sentence.
+
+    Args:
+        recipe: of the run.
+        step: optimizer steps done.
+        ranks, nodes: processes and machines of the run.
+        error: what was raised.
+    """
+    micro, accumulation = recipe.data.micro_batch(ranks)
+    tokens = torch.Size(recipe.task.grid).numel()
+    strategy = strategy_name(recipe.trainer.get("strategy", "auto")) or "trainer.strategy's class"
+    parts = f"{ranks} rank{'s' * (ranks > 1)} x {micro} x {accumulation} accumulated"
+    spread = f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} tokens a sample"
+    kept = recipe.task.checkpoint_activations
+    model = f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
+    return f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} ({_short(error)})"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split()).split(". ")[0][:160] or type(error).__name__
+
+
+def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
+    try:
+        return _estimated(recipe, ranks, nodes)
+    except Exception as problem:  # noqa: BLE001  the estimate is an extra, and memory is short: what is known is told without it
+        log.debug(f"no estimate: {problem}")
+        return _by_rule(recipe, ranks, micro)
+
+
+def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
+    """By the estimate of `mhla plan`."""
+    planning: Any = importlib.import_module("mhla_lightning.analysis.planning")  # which imports training, which imports this
+    name, memory = _device(ranks // nodes)
+    fresh = resolve(recipe.values)  # the run's own task holds weights
+    plan = planning.make_plan(fresh, nodes=nodes, gpus_per_node=ranks // nodes, gpu=planning.GPU(name, memory))
+    asked = plan.stages[plan.strategy].total if plan.strategy is not None else None
+    if asked is None or not plan.advice:
+        raise LookupError("the estimate sees no lack")
+    return f"it takes about {asked / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {name}; what would fit: {'; or '.join(plan.advice[:_SHOWN])}"
+
+
+def _device(ranks: int) -> tuple[str, int]:
+    """Name of what a rank trains on, and its memory in bytes; `ranks` share this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return "this machine's memory for a rank", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+
+
+def _by_rule(recipe: Resolved, ranks: int, micro: int) -> str:
+    """Without an estimate: what takes less, the cheapest first."""
+    mine = recipe.data.batch_size // ranks
+    smaller = next((size for size in range(micro - 1, 0, -1) if mine % size == 0), None)
+    changes = [f"data.micro_batch_size {smaller}"] if smaller else []
+    if recipe.task.checkpoint_activations == "none":
+        changes.append("model.checkpoint_activations blocks")
+    name = strategy_name(recipe.trainer.get("strategy", "auto"))
+    changes += [f"trainer.strategy {stage}" for stage in _LESS.get(str(name), _WHOLE if ranks > 1 else ())]
+    return f"what takes less: {', or '.join(changes)}" if changes else "take a smaller model, or a GPU with more memory"
