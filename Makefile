@@ -5,19 +5,27 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 
-.PHONY: demo test slow gpu lint wheel clean
+.PHONY: demo test slow gpu slurm chaos lint wheel clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/lightning run $(RECIPE)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 
 slow: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m slow
 
+# A real SLURM of two nodes on this machine; needs root. Installs Debian's packages where there are none; 20 minutes on two cores.
+slurm: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+
 gpu: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -m gpu
+
+# A hundred SIGKILLs over all tasks and strategies; about half an hour on two quiet cores.
+chaos: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.chaos
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

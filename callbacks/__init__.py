@@ -7,6 +7,7 @@ from mhla_lightning.callbacks.checkpoint import Checkpoint
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.health import Health
 from mhla_lightning.callbacks.monitor import MixingHeatmaps, Monitor
+from mhla_lightning.callbacks.preemption import Preemption
 from mhla_lightning.callbacks.progress import ProgressFile, StepBar
 from mhla_lightning.callbacks.projection import ProjectMixing
 from mhla_lightning.callbacks.sample_clips import SampleClips
@@ -19,6 +20,7 @@ __all__ = [
     "Health",
     "MixingHeatmaps",
     "Monitor",
+    "Preemption",
     "ProgressFile",
     "ProjectMixing",
     "SampleClips",

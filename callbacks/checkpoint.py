@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer, complaint, lack_of_room
 from mhla_lightning.checkpoints.source import GROUPS
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json
+from mhla_lightning.runs.lock import check_held
 from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
 
 _GRACE = 60.0  # seconds that a failed run waits for the checkpoint it was writing
@@ -41,6 +43,9 @@ class Checkpoint(LightningCheckpoint):
         asynchronous: write in a thread beside the training, from copies in the host's memory.
         recipe: the resolved recipe as YAML, kept in the folder.
 
+    Attributes:
+        save_seconds: from the call to the complete checkpoint, the longest so far, earlier attempts included.
+
     Raises:
         UserError: from the training, a disk that is full or cannot be written; the checkpoints before stay as they are.
     """
@@ -60,7 +65,8 @@ class Checkpoint(LightningCheckpoint):
         self.run, self.facts, self.position, self.recipe = run, facts, position, recipe
         self.every_n_steps, self.keep, self.resume, self.averages = every_n_steps, keep, resume, averages
         self.asynchronous = asynchronous
-        self._step, self._saved, self._due = 0, 0, False
+        self._step, self._saved, self._due, self._asked = 0, 0, False, False
+        self.save_seconds = float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
 
@@ -74,9 +80,13 @@ class Checkpoint(LightningCheckpoint):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        self._due = self._due or self._step % self.every_n_steps == 0
+        self._due, self._asked = self._due or self._asked or self._step % self.every_n_steps == 0, False
         if self._due and not _validates_now(trainer, batch_idx):
             self._save_if_due(trainer)
+
+    def save_after_this_step(self) -> None:
+        """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it stands."""
+        self._asked = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation due at the same step comes first: a run killed between the two would never make it up."""
@@ -98,7 +108,7 @@ class Checkpoint(LightningCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._saved:
             self.save(trainer)
-        self._finish_writing(trainer)
+        self.finish_writing(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:  # no collective here: the other ranks may be gone
@@ -111,15 +121,17 @@ class Checkpoint(LightningCheckpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it."""
-        self._finish_writing(trainer)
-        step = self._saved = trainer.global_step
+        self.finish_writing(trainer)
+        step, began = trainer.global_step, time.monotonic()
+        self._saved = step
         parts = files_of(trainer, self._begin(trainer, step), self.averages, self.recipe, self.asynchronous)
         needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
         self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)
         state = self._state(trainer)
 
         def finish() -> None:
-            commit(parts.folder, step, state)
+            self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
+            commit(parts.folder, step, {**state, "save_seconds": self.save_seconds})
             prune(self.run.path, self.keep)
 
         if self.asynchronous:
@@ -127,10 +139,12 @@ class Checkpoint(LightningCheckpoint):
             return
         self._agree(trainer, self._attempt(parts.write))
         self._agree(trainer, self._attempt(finish) if trainer.is_global_zero else None)
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _begin(self, trainer: pl.Trainer, step: int) -> Path:
         error, folder = None, Path()
         if trainer.is_global_zero:
+            check_held(self.run.path)
             try:
                 folder = begin(self.run.checkpoints, step)
             except OSError as problem:
@@ -145,8 +159,8 @@ class Checkpoint(LightningCheckpoint):
             return complaint(error, self.run.checkpoints)
         return None
 
-    def _finish_writing(self, trainer: pl.Trainer) -> None:
-        """Waits for the checkpoint that a thread still writes."""
+    def finish_writing(self, trainer: pl.Trainer) -> None:
+        """Waits for the checkpoint that a thread still writes; every rank calls it."""
         writer, self._writer = self._writer, None
         if self.asynchronous:
             self._agree(trainer, writer.wait() if writer is not None else None)

@@ -51,6 +51,9 @@ class EMA(AfterStep):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start(trainer, pl_module)
+        fragments = local_weights(trainer).fragments(_backbone(pl_module))  # once: a step costs milliseconds in names alone
+        self._weights = [fragment.values for fragment in fragments]
+        self._averages = [self.average[fragment.name].view(-1) for fragment in fragments]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -61,9 +64,7 @@ class EMA(AfterStep):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        fragments = local_weights(trainer).fragments(_backbone(pl_module))
-        averages = [self.average[fragment.name].view(-1) for fragment in fragments]
-        torch._foreach_lerp_(averages, [fragment.values.float() for fragment in fragments], 1 - decay)
+        torch._foreach_lerp_(self._averages, [values.float() for values in self._weights], 1 - decay)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from mhla_lightning.callbacks.first_layer import first_layer
@@ -165,7 +164,7 @@ class Health(StepGuard):
         return f"the last checkpoint, {names[-1]}, holds the very weights that fail, and {before}"
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size > 1 and not isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+        if trainer.world_size > 1 and isinstance(exception, Exception):  # not Ctrl-C, nor a signal to save and stop
             end_within(HANGS, exception, trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,15 +10,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
+from mhla_lightning.runs.lock import check_held
+from mhla_lightning.runs.stopping import Preempted
 
 log = logging.getLogger(__name__)
+_FIRST_STEPS = 10  # a job that ends before is taken for one that dies at its start
 
 
 class ProgressFile(pl.Callback):
-    """Rewrites progress.json at most every `seconds`, and prints a line after each validation where no progress bar can draw.
+    """Rewrites progress.json every `seconds` and after the first ten steps, and prints a line after each validation where no progress bar can draw.
 
     Args:
         run: the run folder.
@@ -29,7 +31,7 @@ class ProgressFile(pl.Callback):
     def __init__(self, run: RunFolder, position: Callable[[], Mapping[str, Any]], seconds: float = 10.0) -> None:
         self.run, self.position, self.interval = run, position, seconds
         self.validated_at: int | None = None
-        self._training = False
+        self._training, self._first_step = False, 0
         self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))  # earlier attempts of this run
         self._began = self._written = time.monotonic()
 
@@ -39,11 +41,11 @@ class ProgressFile(pl.Callback):
         return self._before + time.monotonic() - self._began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._training = time.monotonic(), True
+        self._began, self._training, self._first_step = time.monotonic(), True, trainer.global_step
         self.write(trainer, "running")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if time.monotonic() - self._written >= self.interval:
+        if time.monotonic() - self._written >= self.interval or trainer.global_step == self._first_step + _FIRST_STEPS:
             self.write(trainer, "running")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,13 +59,14 @@ class ProgressFile(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._training:  # looking at a checkpoint changes nothing in its run
-            self.write(trainer, "preempted" if isinstance(exception, SIGTERMException) else "failed")
+            self.write(trainer, "preempted" if isinstance(exception, Preempted) else "failed")
 
     def write(self, trainer: pl.Trainer, state: str) -> None:
         """Writes the file now; the main process only. `state` is running, finished, failed or preempted."""
         if not trainer.is_global_zero:
             return
         self._written = time.monotonic()
+        check_held(self.run.path)
         step, metrics = trainer.global_step, trainer.callback_metrics
         newest, position = newest_checkpoint(self.run.path), self.position()
         write_json(
@@ -79,6 +82,7 @@ class ProgressFile(pl.Callback):
                 "last_checkpoint": newest.name if newest else None,
                 "seconds": round(self.seconds, 3),
             },
+            durable=state != "running",
         )
 
 

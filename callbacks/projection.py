@@ -18,14 +18,16 @@ class ProjectMixing(AfterStep):
     next step.
     """
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._matrices = [module for module in pl_module.modules() if isinstance(module, MixingMatrix)]  # once: the search takes 1 ms
+
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         local = local_weights(trainer)
-        for module in pl_module.modules():
-            if not isinstance(module, MixingMatrix):
-                continue
+        for matrix in self._matrices:
             if not local.sharded:
-                module.project_()
-            elif module.clamp is not None:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
-                for values in local.copies(module.weight):
-                    values.clamp_(*module.clamp)
+                matrix.project_()
+            elif matrix.clamp is not None:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
+                for values in local.copies(matrix.weight):
+                    values.clamp_(*matrix.clamp)

@@ -197,16 +197,16 @@ def _padding(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()
 
 
-def wrap(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLAForCausalLM:
-    """A built CausalLM as a model of transformers, which shares its weights.
+def language_config(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLALanguageConfig:
+    """What a CausalLM was built from.
 
     Args:
-        backbone: any CausalLM.
+        backbone: any CausalLM, with or without weights.
         attention: the entry it was built from.
         end: the id that ends a document: eos and padding.
     """
     layer = cast(Any, backbone.layers[0])
-    config = MHLALanguageConfig(
+    return MHLALanguageConfig(
         attention=cast(Any, attention),  # mappings and sequences of YAML: plain dicts and lists
         vocab_size=backbone.vocab_size,
         context=backbone.grid[0],
@@ -220,7 +220,11 @@ def wrap(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any],
         pad_token_id=end,
         eos_token_id=end,
     )
-    return MHLAForCausalLM(config, backbone).train(backbone.training)
+
+
+def wrap(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLAForCausalLM:
+    """A built CausalLM as a model of transformers, which shares its weights. Arguments as of :func:`language_config`."""
+    return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
 
 
 def to_hf(run: LanguageRun | str | Path) -> MHLAForCausalLM:

@@ -21,7 +21,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from mhla_lightning import __version__
 from mhla_lightning.analysis.comparison import higher_is_better
 from mhla_lightning.analysis.out_of_memory import is_out_of_memory, out_of_memory
-from mhla_lightning.callbacks import EMA, Checkpoint, Health, MixingHeatmaps, Monitor, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks import EMA, Checkpoint, Health, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep
 from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.config.resolve import Resolved
@@ -32,6 +33,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.generation.loading import keep_tokenizer
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
+from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
 from mhla_lightning.strategies.launcher import watch_ranks
 from mhla_lightning.strategies.zero import ZeroStrategy
@@ -46,13 +48,14 @@ class Session:
         recipe: the resolved recipe; its data is packed.
         run: the run folder.
         resume: the checkpoint folder that training goes on from.
+        signals: of this process, which ask it to save and stop; None leaves every signal to what it does.
 
     Raises:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
     """
 
-    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None) -> None:
-        self.recipe, self.run, self.resume = recipe, run, resume
+    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None, signals: StopSignals | None = None) -> None:
+        self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
         self.task, self.data = recipe.task, recipe.data
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
@@ -83,6 +86,7 @@ class Session:
             trainer = pl.Trainer(**arguments)
         except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        leave_signals_alone(trainer)
         watch_ranks(trainer, self.run.path)
         micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
@@ -94,13 +98,10 @@ class Session:
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
         """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
-        health = self.recipe.health
-        own: list[Callback] = [
-            Monitor(self.data.batch_size, math.prod(self.task.grid)),
-            MixingHeatmaps(),
-            self.progress,
-            self._checkpoint(),
-        ]
+        health, checkpoint = self.recipe.health, self._checkpoint()
+        own: list[Callback] = [Monitor(self.data.batch_size, math.prod(self.task.grid)), MixingHeatmaps(), self.progress, checkpoint]
+        if self.signals is not None:
+            own.append(Preemption(checkpoint, self.signals))
         if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StepBar())
         elif not sys.stdout.isatty():
@@ -158,7 +159,11 @@ class Session:
                 callback.resume_from(self.resume)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # the data knows where
+            if self.signals is not None:
+                self.signals.wait_for_step()
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.signals is not None:
+            self.signals.act_at_once()  # all is saved; what is left is a validation
         if self.progress.validated_at != self.trainer.global_step:
             for callback in self._averages:  # outside of training the weights are split in another way, or not at all
                 callback.start_from(newest_checkpoint(self.run.path))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest_plugins = ["tests.loopback"]
+pytest_plugins = ["tests.cluster_stubs", "tests.loopback"]
 SPARE_BYTES = 3 * 2**29  # address space that a test of `little_memory` may take on top of what is in use
 ORACLES = Path(__file__).parent / "oracles"
 

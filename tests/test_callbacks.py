@@ -132,7 +132,7 @@ def test_ema_averages_bf16_weights_in_float32() -> None:
     task.configure_model()
     task.bfloat16()
     ema = EMA(decay=0.9999, warmup=False)
-    ema._start(ONE_DEVICE, task)
+    ema.on_train_start(SimpleNamespace(strategy=None, global_step=0), task)  # type: ignore[arg-type]
     assert task.backbone is not None
     start = ema.average["head.weight"].clone()
     with torch.no_grad():

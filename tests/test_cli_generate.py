@@ -103,6 +103,20 @@ def test_a_run_keeps_its_tokenizer(runs: Path) -> None:
     assert find_language_run(str(runs / "bpe")).tokenizer.encode("the cat") == find_language_run("bpe").tokenizer.encode("the cat")
 
 
+def test_an_export_for_transformers_brings_the_tokenizer(runs: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name, files in {"bpe": {"tokenizer.json", "tokenizer_config.json"}, "bytes": set()}.items():
+        assert main(["export", name, "--to", name, "--format", "hf"]) == 0
+        assert {path.name for path in Path(name).iterdir()} == {"config.json", "model.safetensors", *files}
+    model, tokenizer = (kind.from_pretrained("bpe") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    ours = find_language_run("bpe")
+    assert tokenizer("the cat sat").input_ids == ours.tokenizer.encode("the cat sat")
+    assert tokenizer.eos_token_id == model.config.eos_token_id == ours.tokenizer.end
+    prompt = torch.tensor([ours.tokenizer.encode("the cat")])
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, load_model(ours)(prompt))
+
+
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_one_prompt_is_continued_as_by_the_engine(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out.json"

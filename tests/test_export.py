@@ -250,7 +250,7 @@ def test_what_wan_needs_must_be_there() -> None:
         (["foreign.safetensors"], "was not written by mhla import"),
         (["torn.safetensors"], "was not written by mhla import"),
         (["empty"], "must hold one .safetensors file"),
-        (["ours.safetensors", "--ckpt", "3"], "--ckpt and --no-ema choose between the weights of a run"),
+        (["ours.safetensors", "--ckpt", "3"], "--ckpt, --ema and --no-ema choose between the weights of a run"),
         (["ours.safetensors", "--format", "wann"], "did you mean 'wan'"),
         (["ours.safetensors", "--to", "full"], "--to full holds something already"),
         (["ours.safetensors", "--to", "notes.txt"], "--to notes.txt holds something already"),

@@ -23,7 +23,7 @@ from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
-TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped"}
+TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped", "skipped_steps"}
 
 
 def run_folder(tmp_path: Path, name: str = "r") -> Path:
@@ -136,6 +136,7 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     assert code == 75, said
     newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
     assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
+    assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["last_checkpoint"] == newest
     assert not (run_folder(tmp_path, "term") / "lock").exists()
     assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mhla_lightning.backbones.shards import WEIGHT, ShardReader
 from mhla_lightning.checkpoints.source import Source, open_source
@@ -56,7 +58,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Run
     folder = tmp_path_factory.mktemp("zero")
     recipe = folder / "tiny.yaml"
     clipped = TINY_RECIPE.replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
-    recipe.write_text(clipped.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
+    # Adam divides by the gradient's size: where that is near 0, its usual eps makes whole steps of rounding errors.
+    steady = clipped.replace("optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-2, eps: 1.0e-2}")
+    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
+    steady = steady.replace("{name: mhla, blocks: 2}", at_the_border)
+    recipe.write_text(steady.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
     nursery = Nursery(folder)
     yield Runs(nursery, folder, recipe)
     nursery.close()
@@ -86,7 +92,7 @@ def test_two_ranks_learn_what_one_process_learns(runs: Runs, name: str) -> None:
     assert got.names() == sorted(expected.names()) if name in SPLIT else got.names() == expected.names()
     for tensor in expected.names():
         difference = (got.whole(tensor) - expected.whole(tensor)).abs().max()
-        assert difference <= 2e-5, f"{tensor} differs by {difference}"
+        assert difference <= 2e-6, f"{tensor} differs by {difference}"
         assert got.kinds(tensor) == expected.kinds(tensor) == ["exp_avg", "exp_avg_sq"]
         assert got.scalars(tensor) == expected.scalars(tensor) == {"step": 12.0}
     decays = [{name: group["weight_decay"] for group in source.groups for name in group["names"]} for source in (expected, got)]
@@ -105,8 +111,6 @@ def test_mixing_stays_in_its_range_and_the_average_is_that_of_one_process(runs: 
         assert (expected.whole(tensor) == 1).any(), "nothing was projected: the test shows nothing"
         torch.testing.assert_close(values, expected.whole(tensor), rtol=0, atol=1e-6)
     whole = complete_checkpoints(runs.of("one"))[-1] / "ema" / "weights.safetensors"
-    from safetensors.torch import load_file
-
     average = ShardReader(complete_checkpoints(runs.of(name))[-1] / "ema")
     for tensor, values in load_file(whole).items():
         torch.testing.assert_close(average.whole(tensor), values, rtol=0, atol=1e-6)
@@ -123,7 +127,7 @@ def test_stages_split_what_they_should(runs: Runs) -> None:
         assert reader.read(reader.names()[0], WEIGHT).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_small_whole"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3_small_whole"))])
 def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
     runs.broken_off(name, f"{name}-again")
     again = runs.train(f"{name}-again", STRATEGIES[name], 2)
@@ -132,8 +136,16 @@ def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
     assert all(torch.equal(first.whole(t, kind), second.whole(t, kind)) for t in first.names() for kind in (WEIGHT, *first.kinds(t)))
 
 
-CHANGES = [("zero1", "zero1", 1), ("zero2", "zero2", 4), ("zero3", "zero3", 1), ("zero3", "zero3", 4), ("zero3_small_whole", "zero2", 2)]
-CHANGES += [("ddp", "zero3", 2), ("zero3", "ddp", 2), ("zero2", "one", 1)]
+CHANGES: list[Any] = [("zero3", "zero3", 1), ("zero3", "zero3", 4), ("zero2", "ddp", 2), ("ddp", "zero3", 2)]
+MORE = [
+    ("zero1", "zero1", 1),
+    ("zero1", "zero1", 4),
+    ("zero2", "zero2", 1),
+    ("zero2", "zero2", 4),
+    ("zero3_small_whole", "zero2", 2),
+    ("zero2", "one", 1),
+]
+CHANGES += [pytest.param(*change, marks=pytest.mark.slow) for change in MORE]
 
 
 @pytest.mark.parametrize(("before", "after", "ranks"), CHANGES, ids=lambda value: str(value))
@@ -142,3 +154,47 @@ def test_a_run_goes_on_with_other_ranks_and_strategies(runs: Runs, before: str, 
     runs.broken_off(before, name)
     run = runs.train(name, "auto" if after == "one" else STRATEGIES[after], ranks)
     assert_close_curves(run, runs.of(before), tolerance=1e-5)
+
+
+def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs) -> None:
+    """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have no master."""
+    start = str(complete_checkpoints(runs.of("one"))[-1] / "ema" / "weights.safetensors")
+    warm = ["--model.init_from", start, "--model.train_only", '["mixing", "norm", "head"]', "--trainer.max_steps", "4"]
+    expected = end_of(runs.train("warm-one", "auto", 1, *warm))
+    for name in ("zero2", "zero3"):
+        got = end_of(runs.train(f"warm-{name}", STRATEGIES[name], 2, *warm))
+        for tensor in expected.names():
+            torch.testing.assert_close(got.whole(tensor), expected.whole(tensor), rtol=0, atol=2e-6)
+        assert not got.kinds("backbone.blocks.0.attn.qkv.weight")
+        assert got.kinds("backbone.head.weight")
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("zero3", "bf16-mixed"), ("zero2", "bf16-true")])
+def test_bf16_follows_ddp(runs: Runs, strategy: str, precision: str) -> None:
+    shared = ["--trainer.precision", precision]
+    ddp, run = runs.train(f"ddp-{precision}", "ddp", 2, *shared), runs.train(f"{strategy}-{precision}", STRATEGIES[strategy], 2, *shared)
+    for tag in CURVES:
+        expected = [value for _, value in curves(ddp)[tag]]
+        assert [value for _, value in curves(run)[tag]] == pytest.approx(expected, rel=0.02), tag
+    got = end_of(run)
+    assert all(got.whole(name).dtype == torch.float32 for name in got.names()), "masters are saved, not bf16 weights"
+    mixing = [got.whole(name) for name in got.names() if name.endswith("mixing.weight")]
+    assert all(0 <= values.min() <= values.max() <= 1 for values in mixing)
+
+
+def test_accumulation_and_recomputation_change_nothing(runs: Runs) -> None:
+    """Four micro batches of 2 a rank and step, and every block computed again in the backward."""
+    split = ["--data.micro_batch_size", "2", "--model.checkpoint_activations", "blocks"]
+    for name in ("zero2", "zero3"):
+        assert_close_curves(runs.train(f"micro-{name}", STRATEGIES[name], 2, *split), runs.of("one"), tolerance=1e-5)
+
+
+def test_a_checkpoint_of_split_weights_is_validated_anywhere(runs: Runs) -> None:
+    run, told = runs.of("zero3"), {}
+    for strategy, ranks in (("auto", 1), (ZERO3, 2), ("zero2", 2)):
+        place = ["--mode", "validate", "--ckpt", str(run), "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
+        output = runs.nursery.run(ranks, ["run", str(runs.recipe), *place], runs.root)
+        told[strategy] = [line for line in output.splitlines() if "val/loss" in line or "val_ema/loss" in line]
+    assert len(told["auto"]) == 2
+    assert told["auto"] == told[ZERO3] == told["zero2"]
+    assert f"{dict(curves(run)['val/loss'])[12]:.4f}" in told["auto"][0]

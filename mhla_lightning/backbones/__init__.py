@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import timm
 from torch import Tensor, nn
@@ -119,17 +119,29 @@ def _register_with_timm() -> None:
 def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Module]:
     def entry(
         pretrained: bool = False,
-        pretrained_cfg: object = None,
-        pretrained_cfg_overlay: object = None,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
         cache_dir: object = None,
+        pretrained_model_args: object = None,
         **options: Any,
     ) -> nn.Module:
-        if pretrained:
+        facts = timm.models.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained_cfg else {}
+        if pretrained and not facts.get("file"):
             raise UserError(f"timm model '{name}' has no pretrained weights to download; load your own with init_from or load_state_dict")
-        return build_backbone(backbone, **{"attention": attention, **options})
+        model = cast(Any, build_backbone(backbone, **{"attention": attention, **options}))
+        if facts:
+            model.pretrained_cfg = model.default_cfg = facts  # where timm.data.resolve_model_data_config looks
+        if pretrained:
+            channels = model.patch_embed.proj.weight.shape[1]
+            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=_adapted)
+        return model
 
     entry.__name__ = name
     return entry
+
+
+def _adapted(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return cast(Backbone, model).adapt_state_dict(state)
 
 
 _register_with_timm()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mhla_lightning.backbones.stored import Stored, outline_of
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
 
@@ -51,6 +52,11 @@ def file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether ranks wrote their files into this folder."""
+    return folder.is_dir() and any(_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
 def write_shard(path: Path, stretches: Sequence[Stretch]) -> None:
     """Writes one rank's file."""
     tensors = {f"{kind}/{part.name}": value for part in stretches for kind, value in part.tensors.items()}
@@ -81,11 +87,13 @@ class ShardReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, list[str]] = {}
         self.scalars: dict[str, dict[str, float]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._parts: dict[str, list[_Part]] = {}
         self._open: dict[Path, Any] = {}
         for file in self._files():
             self._take(file)
-        for name, parts in self._parts.items():
+        for name in self.shapes:
+            parts = self._parts.get(name, [])
             parts.sort(key=lambda part: part.start)
             ends = [0, *(part.start + part.numel for part in parts)]
             if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(self.shapes[name]):
@@ -102,9 +110,11 @@ class ShardReader:
     def _take(self, file: Path) -> None:
         try:
             opened = safe_open(file, "pt")
-            facts = json.loads((opened.metadata() or {})["stretches"])
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            self._list(file, opened, json.loads((opened.metadata() or {})["stretches"]))
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise UserError(f"{file} is damaged or no shard of a checkpoint: {error}") from error
+
+    def _list(self, file: Path, opened: Any, facts: Mapping[str, Mapping[str, Any]]) -> None:
         self._open[file] = opened
         for key in opened.keys():  # noqa: SIM118  no mapping
             kind, _, name = key.partition("/")
@@ -112,7 +122,9 @@ class ShardReader:
             if kind not in self.kinds[name]:
                 self.kinds[name].append(kind)
             if kind == WEIGHT:
-                self._parts.setdefault(name, []).append(_Part(file, facts[name]["start"], opened.get_slice(key).get_shape()[0]))
+                outline = outline_of(opened.get_slice(key))
+                self._dtypes[name] = outline.dtype
+                self._parts.setdefault(name, []).append(_Part(file, facts[name]["start"], len(outline)))
         for name, fact in facts.items():
             self.shapes[name] = tuple(fact["shape"])
             if fact["scalars"]:
@@ -135,3 +147,8 @@ class ShardReader:
     def names(self) -> list[str]:
         """All tensors, sorted by name."""
         return sorted(self.shapes)
+
+    def weights(self) -> Stored:
+        """All weights, put together one at a time."""
+        outline = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name], device="meta") for name in self.names()}
+        return Stored(outline, self.whole)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mhla_lightning.backbones.shards import ShardReader, holds_shards
 from mhla_lightning.errors import UserError
 
 _INSIDE = ("ema", "state_dict", "model", "state_dict_ema")
@@ -23,14 +24,19 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch file by name, without what wrappers put before the names; of a training checkpoint its weights.
 
     Args:
-        path: a file, or a folder with one .safetensors file or with the parts that one *.safetensors.index.json names.
+        path: a file, or a folder with one .safetensors file, with the parts that one *.safetensors.index.json names, or with what the ranks of a
+            sharded run wrote.
         what: the key or argument that names the file, for the error.
 
     Raises:
         UserError: a file that is not plain tensors; a folder without weights, with several, or with a part missing.
     """
+    if is_deepspeed(path):
+        raise UserError(f"{what}: {refusal(path)}")
     if not path.is_dir():
         return _read(path, what)
+    if holds_shards(path):
+        return _named(ShardReader(path).weights(), path, what)
     state: dict[str, Tensor] = {}
     for part in weight_files(path, what):
         for name, value in _read(part, what).items():
@@ -86,6 +92,11 @@ def _read(path: Path, what: str) -> dict[str, Tensor]:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
+    return _named(state, path, what)
+
+
+def _named(state: Mapping[str, object], path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors among the values, by names without wrappers."""
     tensors: dict[str, Tensor] = {}
     for given, value in state.items():
         name = strip_wrappers(given)
@@ -95,6 +106,19 @@ def _read(path: Path, what: str) -> dict[str, Tensor]:
             raise UserError(f"{what}: {path} holds {name} twice; the second is called {given}")
         tensors[name] = value
     return tensors
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a folder is a checkpoint as DeepSpeed itself writes it (ours are not): `latest`, and files of pickles in the folder that it names."""
+    return (path / "latest").is_file() and any(path.glob("*/*_states.pt"))
+
+
+def refusal(path: Path) -> str:
+    """Why a checkpoint of DeepSpeed's is not read, and what to do."""
+    return (
+        f"{path} is a checkpoint of DeepSpeed's own, whose pickles can run any code; if you trust who wrote it,"
+        f" `mhla export {path} --to weights.safetensors --trust-checkpoint` makes a plain file of it"
+    )
 
 
 def strip_wrappers(name: str) -> str:

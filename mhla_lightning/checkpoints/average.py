@@ -8,10 +8,15 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from mhla_lightning.backbones.shards import WEIGHT, ShardReader
+from mhla_lightning.backbones.shards import WEIGHT, ShardReader, holds_shards
 
 FOLDER = "ema"
 WHOLE = "weights.safetensors"
+
+
+def has_average(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder holds averaged weights."""
+    return (checkpoint / FOLDER / WHOLE).is_file() or holds_shards(checkpoint / FOLDER)
 
 
 def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor] | None:

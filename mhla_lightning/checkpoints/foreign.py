@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.backbones import Backbone, build_backbone
 from mhla_lightning.backbones.wan_names import from_wan
-from mhla_lightning.checkpoints.target import Entry, State, Target, Wish
+from mhla_lightning.checkpoints.target import Entry, State, Target, Wish, file_header
 from mhla_lightning.checkpoints.wan import wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
@@ -143,8 +142,7 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Shapes:
 
 def save_weights(path: Path, imported: Imported, target: Target, source: str) -> None:
     """Replaces a .safetensors file at once; its header says what the weights are for and where they come from."""
-    entry, options = json.dumps(target.attention), json.dumps(dict(target.options))
-    header = {"format": str(FORMAT), "source": source, "backbone": target.backbone, "attention": entry, "backbone_options": options}
+    header = file_header(target.backbone, target.attention, target.options, source)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         save_file(imported.weights, temporary, metadata=header)

@@ -69,12 +69,12 @@ def complaint(error: OSError | RuntimeError, folder: Path) -> str:
     return f"{folder} cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})"
 
 
-def lack_of_room(folder: Path, needed: int) -> str | None:
+def lack_of_room(folder: Path, needed: int, what: str = "a checkpoint") -> str | None:
     """What to say where `needed` bytes do not fit; None where they do."""
     free = shutil.disk_usage(folder).free
     if free >= needed * _ROOM:
         return None
-    return f"a checkpoint of {needed / 2**20:,.0f} MiB does not fit: {free / 2**20:,.0f} MiB are free on the disk of {folder}"
+    return f"{what} of {needed / 2**20:,.0f} MiB does not fit: {free / 2**20:,.0f} MiB are free on the disk of {folder}"
 
 
 class Writer:

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhla_lightning.backbones.shards import FOLDER, WEIGHT, ShardReader
+from mhla_lightning.backbones.stored import Stored, as_stored
 from mhla_lightning.errors import UserError
 
 GROUPS = "optimizer_groups"
@@ -42,6 +44,10 @@ class Source(ABC):
         """Tensors of the module's state."""
 
     @abstractmethod
+    def weights(self) -> Stored:
+        """All tensors of the module's state, read one at a time."""
+
+    @abstractmethod
     def kinds(self, name: str) -> list[str]:
         """What the optimizer keeps of a weight, elementwise: `exp_avg`, `exp_avg_sq`."""
 
@@ -63,6 +69,9 @@ class WholeSource(Source):
 
     def names(self) -> list[str]:
         return list(self.checkpoint["state_dict"])
+
+    def weights(self) -> Stored:
+        return as_stored(self.checkpoint["state_dict"])
 
     @cached_property
     def _states(self) -> dict[str, Mapping[str, Tensor]]:
@@ -89,6 +98,9 @@ class ShardedSource(Source):
 
     def names(self) -> list[str]:
         return self.reader.names()
+
+    def weights(self) -> Stored:
+        return self.reader.weights()
 
     def kinds(self, name: str) -> list[str]:
         return [kind for kind in self.reader.kinds[name] if kind != WEIGHT]
@@ -128,5 +140,11 @@ def open_source(path: Path) -> Source:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    except UnpicklingError as error:  # its message is a page
+        raise UserError(f"checkpoint {path} holds more than tensors and plain values, and that is never unpickled") from error
     shards = path.parent / FOLDER
-    return ShardedSource(checkpoint, ShardReader(shards)) if shards.is_dir() else WholeSource(checkpoint)
+    if shards.is_dir():
+        return ShardedSource(checkpoint, ShardReader(shards))
+    if not checkpoint.get("state_dict"):
+        raise UserError(f"checkpoint {path} holds no weights, and there is no folder {FOLDER} beside it")
+    return WholeSource(checkpoint)

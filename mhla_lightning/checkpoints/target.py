@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from mhla_lightning.runs.folder import FORMAT
 
 Entry = str | Mapping[str, Any] | Sequence[Any]
 State = Mapping[str, Tensor]
@@ -53,3 +56,9 @@ class Target:
     options: Mapping[str, Any]
     optional: re.Pattern[str]
     stray: bool = True
+
+
+def file_header(backbone: str, attention: Entry, options: Mapping[str, Any], source: str) -> dict[str, str]:
+    """The metadata of a .safetensors file that stands alone: what the weights are for, and where they come from."""
+    model = {"backbone": backbone, "attention": json.dumps(attention), "backbone_options": json.dumps(dict(options))}
+    return {"format": str(FORMAT), "source": source, **model}

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument("--attention", metavar="YAML", help="attention entry (default: as the checkpoint was trained)")
         added.add_argument("--backbone-options", metavar="YAML", default="{}", help=f"such as '{_OPTIONS[name]}' (default: %(default)s)")
         added.add_argument("--seed", type=int, default=0, help="of the weights that are new (default: %(default)s)")
+        added.add_argument("--trust-checkpoint", action="store_true", help="unpickle a checkpoint of DeepSpeed's own, which can run any code")
         added.add_argument("--json", metavar="FILE", help="write what became of every tensor")
         if name == "wan":
             added.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not tell them")
@@ -65,12 +66,13 @@ def run(args: argparse.Namespace) -> int:
     _check_files(source, out)
     check_json(args.json)
 
-    from mhla_lightning.backbones.weights import read_tensors
+    from mhla_lightning.backbones.weights import is_deepspeed, read_tensors
+    from mhla_lightning.checkpoints.deepspeed_folder import read_deepspeed
     from mhla_lightning.checkpoints.foreign import FAMILIES, save_weights
     from mhla_lightning.checkpoints.target import Wish
     from mhla_lightning.checkpoints.wan import read_config
 
-    state = read_tensors(source, "PATH")
+    state = dict(read_deepspeed(source, args.trust_checkpoint, "PATH")) if is_deepspeed(source) else read_tensors(source, "PATH")
     config = read_config(source) if args.kind == "wan" else {}
     wish = Wish(str(source), args.backbone, attention, options, heads, None if layout is None else tuple(layout), config)
     imported, target = FAMILIES[args.kind].convert(state, wish, args.seed)

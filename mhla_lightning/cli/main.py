@@ -23,13 +23,20 @@ VERBS = {
     "bench": "measure speed ratios in one run",
     "data": "make, check, index and look at shards",
     "import": "other people's checkpoints as weights of our backbones",
+    "plan": "what a recipe takes on a cluster: batches, FLOPs, length, memory under every strategy",
     "export": "weights of a run under the names of diffusers or Wan2.1",
+    "submit": "queue a recipe as a SLURM job that comes back after preemption and time limits",
+    "status": "state, restarts, step, loss and speed of runs, queued or local",
+    "logs": "what a run's job has printed",
+    "cancel": "cancel the jobs of runs",
+    "resume": "queue a run again, from its newest checkpoint",
+    "monitor": "TensorBoard on run folders, with the ssh line for a login node",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
 EPILOG = (
     "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, recipe or data,\n"
-    "75 stopped by SIGTERM (preempted), 130 by Ctrl-C."
+    "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, 130 by Ctrl-C."
 )
 
 

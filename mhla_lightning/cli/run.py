@@ -34,6 +34,7 @@ from mhla_lightning.runs.folder import (
 )
 from mhla_lightning.runs.lock import hold
 from mhla_lightning.runs.ranks import GRACE, PREEMPTED, RANK_ZERO, end_with_rank_zero, forget, place, tell_rank_zero
+from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
     from mhla_lightning.config.resolve import Resolved
@@ -65,6 +66,15 @@ def run(args: argparse.Namespace) -> int:
     # With three trainings on two cores OpenMP's default spinning made a step 20 times slower, this one 3 times. Alone it costs 3 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     end_with_rank_zero()
+    try:
+        with stop_signals() as signals:
+            return _run(args, signals)
+    except Preempted as stop:
+        print(f"stopped by {stop.by} before training began; the same command goes on", file=sys.stderr)
+        return PREEMPTED
+
+
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     if args.ckpt and args.mode == "fit":
         raise UserError("--ckpt belongs to --mode validate or test; training resumes by itself, and model.init_from starts from other weights")
     recipe = load_recipe(args.recipe)
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 os.environ[_CHILD] = str(run_folder.path)
                 _record(resolved, run_folder)
             _prepare_data(resolved)
-            return _fit(resolved, run_folder)
+            return _fit(resolved, run_folder, signals)
     except UserError:
         begun = run_folder.metrics.exists() or newest_checkpoint(run_folder.path) is not None
         if new and _first_process() and not begun:  # refused: nothing of use is in there, and every verb would take it for a run
@@ -108,6 +118,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")  # `mhla submit` uses it
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")  # DeepSpeed 0.19 on torch 2.14, DeepSpeed's to change
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
@@ -171,12 +182,10 @@ def _prepare_data(resolved: Resolved) -> None:
         waited += 0.5
 
 
-def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
+def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int:
     from mhla_lightning.training import Session
 
-    session = Session(resolved, run_folder, resume=newest_checkpoint(run_folder.path))
+    session = Session(resolved, run_folder, resume=newest_checkpoint(run_folder.path), signals=signals)
     first = session.trainer.is_global_zero
     if first:
         from_step = f", going on from {session.resume.name}" if session.resume else ""
@@ -186,8 +195,10 @@ def _fit(resolved: Resolved, run_folder: RunFolder) -> int:
         print(f"watch it: tensorboard --logdir {run_folder.tensorboard}", flush=True)
     try:
         session.fit()
-    except SIGTERMException:
-        return _stopped("SIGTERM", PREEMPTED, run_folder)
+    except Preempted as stop:
+        if _CHILD in os.environ and not _first_process():
+            return 0  # the first process has the code of the command
+        return _stopped(stop.by, PREEMPTED, run_folder)
     except SystemExit:  # what Lightning makes of Ctrl-C once it has shut down
         return _stopped("Ctrl-C", _INTERRUPTED, run_folder)
     except Exception as error:

@@ -56,6 +56,11 @@ class Augmentation:
         _demand(len(self.std) == 3 and min(self.std) > 0, "std", self.std, "three numbers above 0")
         _demand(self.re_count >= 1, "re_count", self.re_count, "at least 1")
 
+    def for_timm(self) -> dict[str, Any]:
+        """How images are prepared for validation, by the keys of timm's pretrained_cfg."""
+        shared = {name: getattr(self, name) for name in ("crop_pct", "crop_mode", "mean", "std")}
+        return {**shared, "interpolation": self.eval_interpolation}
+
 
 def image_hw(size: ImageSize) -> tuple[int, int]:
     """(height, width) of an image size given as one int or as a pair. Raises UserError unless both are at least 1."""

@@ -65,7 +65,7 @@ def find_language_run(
     """
     folder = find_run(run, runs_root(runs))
     weights = find_weights(folder, ckpt, ema)
-    task = _task(folder, extrapolation)
+    task = find_task(folder, extrapolation)
     found = _tokenizer(folder, tokenizer)
     if found.vocabulary > task.vocab_size:
         raise UserError(f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}")
@@ -96,6 +96,11 @@ def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
     """Puts into a run folder what is needed to read and write its text once the data are elsewhere: the tokenizer's files and its name."""
     data.save_tokenizer(folder)
     write_json(folder / _NAME, {"format": FORMAT, "name": data.index().tokenizer})
+
+
+def keeps_tokenizer(run: RunFolder) -> bool:
+    """Whether :func:`kept_tokenizer` finds one."""
+    return (read_json(run.path / _NAME) or {}).get("name") == "bytes" or (run.path / "tokenizer.json").is_file()
 
 
 def kept_tokenizer(run: RunFolder) -> Tokenizer:
@@ -139,7 +144,9 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
     return layers
 
 
-def _task(folder: RunFolder, extrapolation: str | None) -> LanguageTask:
+def find_task(folder: RunFolder, extrapolation: str | None = None) -> LanguageTask:
+    """The task of a run without weights, wherever its data are now. Raises UserError for no language model."""
+
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         if (arguments.get("backbone_options") or {}).get("compile"):
             arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}  # every new length would compile anew

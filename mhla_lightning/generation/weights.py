@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mhla_lightning.backbones.shards import FOLDER, ShardReader, holds_shards
+from mhla_lightning.backbones.stored import Stored, open_safetensors
+from mhla_lightning.checkpoints import average
+from mhla_lightning.checkpoints.source import FILE, open_source
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
-
-_AVERAGE, _RAW = "ema/weights.safetensors", "trainer.ckpt"
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,29 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """The file that is loaded."""
-        return self.checkpoint / (_AVERAGE if self.averaged else _RAW)
+        """The file that is loaded, or the folder where every rank wrote one."""
+        folder = self.checkpoint / (average.FOLDER if self.averaged else FOLDER)
+        if holds_shards(folder):
+            return folder
+        return folder / average.WHOLE if self.averaged else self.checkpoint / FILE
+
+    def files(self) -> list[Path]:
+        """The files that are loaded."""
+        return sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+
+    def open(self) -> Stored:
+        """The backbone's tensors by its own names, on disk until they are asked for.
+
+        Raises:
+            UserError: damaged files.
+        """
+        if not self.averaged:
+            return open_source(self.checkpoint / FILE).weights().within("backbone.")
+        return ShardReader(self.path).weights() if self.path.is_dir() else open_safetensors(self.path, "the average")
 
     def read(self) -> dict[str, Tensor]:
-        """The backbone's tensors by its own names."""
-        if self.averaged:
-            return load_file(self.path)
-        state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        return {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+        """The backbone's tensors by its own names. Raises UserError for damaged files."""
+        return dict(self.open())
 
     def load(self, backbone: nn.Module) -> None:
         """Puts the weights into a backbone.
@@ -78,8 +93,8 @@ class FoundRun:
 
     def identity(self) -> dict[str, Any]:
         """Tells these weights from all others, without reading them."""
-        facts = self.weights.path.stat()
-        file = f"{facts.st_size}-{facts.st_mtime_ns}"
+        facts = [file.stat() for file in self.weights.files()]
+        file = f"{sum(fact.st_size for fact in facts)}-{max(fact.st_mtime_ns for fact in facts)}"
         return {"format": FORMAT, "run": self.run.run_id, "checkpoint": self.checkpoint.name, "averaged": self.averaged, "file": file}
 
 
@@ -94,15 +109,17 @@ def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
         UserError: no such checkpoint, or one that cannot be read here.
     """
     checkpoint = _checkpoint(folder, ckpt)
-    averaged = ema and (checkpoint / _AVERAGE).is_file()
-    if not averaged and not (checkpoint / _RAW).is_file():
-        raise UserError(f"{checkpoint} holds no {_RAW} that can be read here" + ("" if ema else "; leave out --no-ema to take the average"))
+    averaged = ema and average.has_average(checkpoint)
+    if not averaged and not (checkpoint / FILE).is_file():
+        raise UserError(f"{checkpoint} holds no {FILE} that can be read here" + ("" if ema else "; leave out --no-ema to take the average"))
     return Weights(checkpoint, averaged)
 
 
 def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:
     found = complete_checkpoints(folder.path)
     if ckpt is None:
+        if (folder.path / "COMPLETE").is_file():  # a checkpoint folder holds its recipe, and so may stand for its run
+            return folder.path
         if not found:
             raise UserError(f"run {folder.run_id} has no checkpoint yet")
         return found[-1]

@@ -14,6 +14,7 @@ from mhla_lightning.errors import UserError
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
+_JOB = re.compile(r"\d+(_\d+)?")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -57,6 +58,7 @@ class RunFolder:
         self.progress = path / "progress.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.job = path / "job.json"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
 
@@ -83,17 +85,38 @@ class RunFolder:
 
 
 def find_run(run: str, root: Path) -> RunFolder:
-    """A run by id or by folder.
+    """A run by id, by folder or by SLURM job id.
 
     Raises:
-        UserError: no such run; names the nearest ones.
+        UserError: no such run (names some), or the job of an array, which has several runs.
+    """
+    found = find_runs(run, root)
+    if len(found) > 1:
+        raise UserError(f"job {run} is an array of runs: {', '.join(one.run_id for one in found)}; name one of them")
+    return found[0]
+
+
+def find_runs(run: str, root: Path) -> list[RunFolder]:
+    """Like find_run; a job array gives all its runs.
+
+    Raises:
+        UserError: no such run; names some.
     """
     for path in (root / run, Path(run)):
         if (path / "recipe.yaml").is_file():
-            return RunFolder(path.resolve())
+            return [RunFolder(path.resolve())]
+    of_job = _runs_of_job(run, root) if _JOB.fullmatch(run) else []
+    if of_job:
+        return of_job
     known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
     raise UserError(f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
+
+
+def _runs_of_job(job: str, root: Path) -> list[RunFolder]:
+    """Runs that were queued as this job, or as tasks of this array."""
+    jobs = {path.parent: (read_json(path) or {}).get("jobs") or [] for path in sorted(root.glob("*/job.json"))}
+    return [RunFolder(folder) for folder, ids in jobs.items() if any(one == job or one.startswith(f"{job}_") for one in ids)]
 
 
 def step_folder(step: int) -> str:
@@ -129,19 +152,20 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a JSON file at once: a reader sees the old or the new, never half."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Replaces a JSON file at once: a reader sees the old or the new, never half. See :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file at once."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replaces a text file at once. What need not outlive a power cut is not `durable`: waiting for the disk takes milliseconds."""
     temporary = path.parent / f".{path.name}-{os.getpid()}"
     try:
         with temporary.open("w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import read_json
 
+_held: dict[Path, dict[str, object]] = {}  # by this process
+
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
@@ -38,10 +40,24 @@ def hold(folder: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
     else:
         raise UserError(f"run {folder.name} was taken by another process just now; try again")
+    _held[folder] = owner
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        del _held[folder]
+        if read_json(lock) == owner:
+            lock.unlink(missing_ok=True)
+
+
+def check_held(folder: Path) -> None:
+    """A node that SLURM has lost may train on while its job has begun again elsewhere: the earlier process must write nothing any more.
+
+    Raises:
+        UserError: this process held the folder, and another one does now.
+    """
+    owner = _held.get(folder)
+    if owner is not None and read_json(folder / "lock") != owner:
+        raise UserError(f"run {folder.name} was taken over by another process (a later start of its job); this one stops")
 
 
 def _alive(held: dict[str, object], owner: dict[str, object]) -> bool:

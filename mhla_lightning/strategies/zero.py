@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from mhla_lightning.checkpoints.source import open_source
-from mhla_lightning.errors import UserError
-from mhla_lightning.strategies.config import StrategyEntry, check_version, deepspeed_config, zero_config
+from mhla_lightning.strategies.config import StrategyEntry, check_nvme, check_version, deepspeed_config, zero_config
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights, Zero3Weights, Zero12Weights
 from mhla_lightning.strategies.state import group_names, restore
 
@@ -44,6 +43,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def __init__(self, entry: StrategyEntry, precision: str | int, on_cpu: bool) -> None:
         check_version()
+        check_nvme(entry)
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         self.entry, self.recipe_precision, self.on_cpu = entry, precision, on_cpu
@@ -195,10 +195,3 @@ class ZeroStrategy(DeepSpeedStrategy):
             return self._forward_redirection(cast(Any, self.model), module, "_forwarded")
         finally:
             del module.__dict__["_forwarded"]
-
-
-def check_offload(config: Mapping[str, Any], averaged: bool) -> None:
-    """Refuses what cannot work together before training. Raises UserError."""
-    offload = config["zero_optimization"].get("offload_param") or {}
-    if averaged and offload.get("device") == "nvme":
-        raise UserError("callbacks.EMA cannot average weights that lie on NVMe; take zero3_offload, or leave EMA out of trainer.callbacks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone
@@ -106,16 +107,40 @@ class Task(pl.LightningModule):
         facts: what the data module says of its samples, `kind` first. micro_batch: samples a rank takes at once.
         """
 
+    def check_batch(self, micro_batch: int) -> None:
+        """Refuses what can be refused of so many samples a rank without looking at data. Raises UserError."""
+
+    @abstractmethod
+    def example_batch(self, samples: int) -> dict[str, Tensor]:
+        """A batch of the shapes that training takes, to measure a step on: samples on the meta device, labels and keys with values."""
+
+    def rehearsal(self, depth: int | None = None) -> Task:
+        """A copy of a task that holds no weights yet, which builds without reading any, perhaps with another number of layers."""
+        twin = copy.deepcopy(self)
+        twin.init_from = None
+        if depth is not None:
+            twin.backbone_options["depth"] = depth
+        return twin
+
     def flops_per_batch(self, samples: int) -> int:
         """Training FLOPs of a batch: forward, and twice that backward."""
         return 3 * self.flops_per_sample * samples
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over what trains of the backbone."""
         assert self.backbone is not None, "configure_model has not run"
         mixing = {f"{name}.weight" for name, module in self.backbone.named_modules() if isinstance(module, MixingMatrix)}
         no_decay = cast(Backbone, self.backbone).no_weight_decay()
-        optimizer = self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
+        return self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.build_optimizer()
         # trainer.estimated_stepping_batches would make Lightning forget the restored data position (Lightning 20550).
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
         schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def keys(samples: int) -> dict[str, Tensor]:
+    """`index`, `epoch` and `weight` of an example batch."""
+    return {"index": torch.arange(samples), "epoch": torch.zeros(samples, dtype=torch.int64), "weight": torch.ones(samples)}

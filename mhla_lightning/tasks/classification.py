@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
@@ -12,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import PREFIXES, Task
+from mhla_lightning.tasks.base import PREFIXES, Task, keys
 from mhla_lightning.tasks.mixup import PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
@@ -86,6 +87,17 @@ class ClassificationTask(Task):
         for name, metric in metrics.items():
             self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name != "top5", batch_size=max(1, len(labels)))
 
+    def example_batch(self, samples: int) -> dict[str, Tensor]:
+        return {
+            "image": torch.empty(samples, 3, *self._image_size(), device="meta"),
+            "label": torch.zeros(samples, dtype=torch.int64),
+            **keys(samples),
+        }
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.backbone_options.get("img_size", 224)
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.
 
@@ -97,10 +109,11 @@ class ClassificationTask(Task):
         num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
             raise UserError(f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}")
-        expected = self.backbone_options.get("img_size", 224)
-        sides = (expected, expected) if isinstance(expected, int) else tuple(expected)
-        if tuple(image_size) != sides:
-            raise UserError(f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {sides}; they must be equal")
+        if tuple(image_size) != self._image_size():
+            raise UserError(f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {self._image_size()}; they must be equal")
+        self.check_batch(micro_batch)
+
+    def check_batch(self, micro_batch: int) -> None:
         if self.mixup is not None and micro_batch % 2:
             raise UserError(
                 f"mixup pairs the samples of a batch, and a micro batch of {micro_batch} is odd; choose an even one (data.micro_batch_size)"

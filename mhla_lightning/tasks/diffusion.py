@@ -83,6 +83,17 @@ class DiffusionTask(Task):
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(x, t, condition)
 
+    def rehearsal(self, depth: int | None = None) -> Task:
+        twin = cast(DiffusionTask, super().rehearsal(depth))
+        if twin.teacher is not None:
+            twin.teacher = twin.teacher.rehearsal(twin.backbone_options)
+        return twin
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.teacher is not None:
+            self.teacher.configure()
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         epochs = batch["epoch"].tolist()
         if self.teacher is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class Teacher:
     def __init__(self, config: Distillation, backbone: str, options: Mapping[str, Any]) -> None:
         self.config, self._backbone, self._options = config, backbone, dict(options)
         self.model: nn.Module | None = None
+        self._rehearses = False
         with torch.device("meta"):
             self._build()
         try:
@@ -86,6 +88,17 @@ class Teacher:
 
     def _build(self) -> nn.Module:
         return build_backbone(self._backbone, attention=self.config.attention, **self._options)
+
+    def rehearsal(self, options: Mapping[str, Any]) -> Teacher:
+        """A copy for a student of other options, which :meth:`configure` builds without reading weights."""
+        twin = copy.copy(self)
+        twin._options, twin._rehearses, twin.model = dict(options), True, None
+        return twin
+
+    def configure(self) -> None:
+        """Builds a rehearsal's teacher. Any other waits for :meth:`prepare`."""
+        if self._rehearses and self.model is None:
+            self.model = self._build().eval().requires_grad_(False)
 
     def prepare(self, device: torch.device) -> None:
         """Builds the teacher with its weights, once.

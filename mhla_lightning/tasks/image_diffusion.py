@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError
+from mhla_lightning.tasks.base import keys
 from mhla_lightning.tasks.diffusion import DiffusionTask
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
@@ -81,6 +82,10 @@ class ImageDiffusionTask(DiffusionTask):
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
         """Labels (batch,)."""
         return batch["label"].masked_fill(dropped, self.null_label)
+
+    def example_batch(self, samples: int) -> dict[str, Tensor]:
+        latents = torch.empty(samples, *self.sample_shape, device="meta")
+        return {"latent": latents, "label": torch.zeros(samples, dtype=torch.int64), **keys(samples)}
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.

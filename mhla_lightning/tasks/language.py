@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.base import PREFIXES, Task
+from mhla_lightning.tasks.base import PREFIXES, Task, keys
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
@@ -132,6 +132,13 @@ class LanguageTask(Task):
         if self.token_bytes is not None:
             length = self.token_bytes.to(targets.device)[targets[counted]].sum()
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
+
+    def example_batch(self, samples: int) -> dict[str, Tensor]:
+        """Rows of four documents of unlike lengths where they are kept apart, else of one."""
+        tokens = torch.zeros(samples, self.context, dtype=torch.int64)
+        ends = torch.tensor([self.context * share // 100 for share in (7, 31, 58)])
+        documents = torch.bucketize(torch.arange(self.context), ends, right=True).expand_as(tokens)
+        return {"tokens": tokens, "documents": documents if self.isolate_documents else torch.zeros_like(tokens), **keys(samples)}
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.

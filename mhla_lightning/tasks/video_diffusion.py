@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError
+from mhla_lightning.tasks.base import keys
 from mhla_lightning.tasks.diffusion import DiffusionTask
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
@@ -93,6 +94,10 @@ class VideoDiffusionTask(DiffusionTask):
         """Text features (batch, tokens, channels), of the empty prompt where the text is dropped."""
         text = batch["text"]
         return torch.where(dropped[:, None, None], self.null_text[: text.shape[1]].to(text), text)
+
+    def example_batch(self, samples: int) -> dict[str, Tensor]:
+        shapes = {"latent": self.sample_shape, "text": self.text_shape}
+        return {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()} | keys(samples)
 
     def on_train_start(self) -> None:
         super().on_train_start()

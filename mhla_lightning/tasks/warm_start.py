@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mhla_lightning.backbones.weights import read_tensors, weight_files
+from mhla_lightning.backbones.shards import holds_shards
+from mhla_lightning.backbones.weights import is_deepspeed, read_tensors, refusal, weight_files
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import newest_checkpoint
 
-_FILES = ("ema/weights.safetensors", "weights.safetensors", "model.safetensors", "trainer.ckpt")
+_PLACES = ("ema/weights.safetensors", "ema", "weights.safetensors", "model.safetensors", "shards", "trainer.ckpt")
+"""Where a folder keeps its weights, the first one found; `ema` and `shards` hold a file of every rank where a run was split."""
 
 
 @dataclass
@@ -44,24 +46,29 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
 
 
 def weight_file(source: str) -> Path:
-    """The file behind `init_from`, or the folder of a model's parts (Wan2.1's, diffusers', what `mhla export` writes).
+    """The file behind `init_from`, or the folder of a model's parts (Wan2.1's, diffusers', what `mhla export` or the ranks of a run write).
 
     Raises:
         UserError: nothing there, or parts missing.
     """
     path = Path(source)
     if path.is_file():
-        return path
+        shards = path.parent / "shards"
+        return shards if path.name == "trainer.ckpt" and holds_shards(shards) else path
     if not path.is_dir():
         raise UserError(f"model.init_from: {path} does not exist")
+    if is_deepspeed(path):
+        raise UserError(f"model.init_from: {refusal(path)}")
     folder = newest_checkpoint(path) or path
-    for name in _FILES:
-        if (folder / name).is_file():
-            return folder / name
+    if holds_shards(folder):
+        return folder
+    for place in _PLACES:
+        if (folder / place).is_file() or holds_shards(folder / place):
+            return folder / place
     if any(list(place.glob("*.safetensors")) for place in (path, path / "transformer")):
         weight_files(path, "model.init_from")  # says what is wrong
         return path
-    raise UserError(f"model.init_from: {path} holds none of {', '.join(_FILES)}")
+    raise UserError(f"model.init_from: {path} holds none of {', '.join(_PLACES)}")
 
 
 def load_matching(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> WarmStart:

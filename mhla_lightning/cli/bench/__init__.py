@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.bench import attention, backbone, data, decode, resume
+from mhla_lightning.cli.bench import attention, backbone, data, decode, resume, step
 from mhla_lightning.cli.bench.report import check_json
+from mhla_lightning.errors import UserError
 
-SUBJECTS = {"attention": attention, "backbone": backbone, "decode": decode, "data": data, "resume": resume}
+SUBJECTS = {"attention": attention, "backbone": backbone, "decode": decode, "data": data, "resume": resume, "step": step}
+TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     check_json(args.json)
-    return SUBJECTS[args.subject].run(args)
+    subject = SUBJECTS[args.subject]
+    if args.overrides and not getattr(subject, "TAKES_OVERRIDES", False):
+        raise UserError(f"bench {args.subject}: unrecognized arguments: {' '.join(args.overrides)}")
+    return subject.run(args)

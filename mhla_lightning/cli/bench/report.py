@@ -23,7 +23,7 @@ def load() -> str:
     return f"load {os.getloadavg()[0]:.1f}"
 
 
-def summary_table(title: str, summary: dict[str, float]) -> Any:
+def summary_table(title: str, summary: dict[str, float], digits: int = 2) -> Any:
     """A rich table of ratios."""
     from rich.table import Table
 
@@ -31,7 +31,7 @@ def summary_table(title: str, summary: dict[str, float]) -> Any:
     table.add_column("ratio")
     table.add_column("value", justify="right")
     for key, value in summary.items():
-        table.add_row(key, f"{value:.2f}")
+        table.add_row(key, f"{value:.{digits}f}")
     return table
 
 

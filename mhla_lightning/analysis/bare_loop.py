@@ -1,0 +1,124 @@
+"""The training loop that somebody would write without Lightning, doing what a recipe's training does to its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from mhla_lightning.analysis import source_clock as sources
+from mhla_lightning.analysis.source_clock import SourceClock
+from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.callbacks import EMA
+from mhla_lightning.data.stream import Batch
+from mhla_lightning.tasks import Task
+
+
+class BareLoop:
+    """Forward, backward, clipping, AdamW, schedule, projection and average, each timed; nothing is logged, watched or saved.
+
+    Args:
+        task: a copy of the model; it is trained.
+        trainer: whose length, precision and clipping count.
+        device: of the model.
+
+    Attributes:
+        losses: of every micro batch.
+        averages: one for each EMA of the recipe.
+    """
+
+    def __init__(self, task: Task, trainer: pl.Trainer, device: torch.device) -> None:
+        self.task, self.clock, self.losses = task, SourceClock(), list[Tensor]()
+        self.clock.device = device
+        self._device, self._mixed = device, trainer.precision == "bf16-mixed"
+        self._clip, self._by_value = trainer.gradient_clip_val or 0.0, trainer.gradient_clip_algorithm == "value"
+        task.trainer = trainer
+        built = cast(Any, task.configure_optimizers())
+        task.trainer = None
+        task.log = lambda *_, **__: None  # type: ignore[method-assign]  # nobody logs here
+        self.optimizer, self._schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._mixing = [module for module in task.modules() if isinstance(module, MixingMatrix)]
+        self.averages = [Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)]
+        self._rng = _rng_state(device)
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step over its micro batches; leaves the process's random generators as they were."""
+        others = _rng_state(self._device)
+        _set_rng_state(self._device, self._rng)
+        self.clock.resume()
+        self._step(batches)
+        self.clock.pause()
+        self._rng = _rng_state(self._device)
+        _set_rng_state(self._device, others)
+
+    def _step(self, batches: Sequence[Batch]) -> None:
+        timed = self.clock.profile
+        for number, batch in enumerate(batches):
+            with timed(sources.DATA):
+                batch = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            with timed(sources.FORWARD), self._autocast():
+                loss = cast(Tensor, self.task.training_step(batch, number))
+            if number == 0:
+                with timed(sources.ZERO):
+                    self.optimizer.zero_grad()
+            with timed(sources.BACKWARD):
+                (loss / len(batches)).backward()
+            self.losses.append(loss.detach())
+        with timed(sources.CLIP):
+            self._clip_gradients()
+        with timed(sources.ADAMW):
+            self.optimizer.step()
+        with timed(sources.SCHEDULE):
+            self._schedule.step()
+        with timed(sources.PROJECTION):
+            for matrix in self._mixing:
+                matrix.project_()
+        with timed(sources.AVERAGE):
+            for average in self.averages:
+                average.update()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, torch.bfloat16) if self._mixed else nullcontext()
+
+    def _clip_gradients(self) -> None:
+        if self._clip > 0 and self._by_value:
+            torch.nn.utils.clip_grad_value_(self._parameters, self._clip)
+        elif self._clip > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+
+
+class Average:
+    """The arithmetic of callbacks.EMA and nothing else.
+
+    Args:
+        task: whose backbone is averaged.
+        like: whose decay counts.
+    """
+
+    def __init__(self, task: Task, like: EMA) -> None:
+        state = cast(torch.nn.Module, task.backbone).state_dict(keep_vars=True)
+        self.weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        self.average = {name: tensor.detach().float().clone() for name, tensor in self.weights.items()}
+        self._decay, self._warmup, self._updates = like.decay, like.warmup, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step."""
+        self._updates += 1
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates)) if self._warmup else self._decay
+        torch._foreach_lerp_(list(self.average.values()), [weight.float() for weight in self.weights.values()], 1 - decay)
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_rng_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

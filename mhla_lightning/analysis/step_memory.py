@@ -1,0 +1,155 @@
+"""Memory of a training step beside weights, gradients and optimizer: measured on tensors without data, for a model of any size."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mhla_lightning.analysis.memory import peak_bytes
+from mhla_lightning.backbones import BACKBONES
+from mhla_lightning.strategies.config import known_precision
+from mhla_lightning.tasks import Task
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What `trainer.precision` means for memory.
+
+    Attributes:
+        name: as Lightning calls it, with its ending.
+        weights: dtype of weights and activations.
+        autocast: dtype of matrix products where they differ from the weights; None without autocast.
+    """
+
+    name: str
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+
+
+# float16 takes as many bytes as bfloat16, which every operator has on a CPU.
+_PRECISIONS = {
+    "32-true": (torch.float32, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.bfloat16),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.bfloat16, None),
+}
+
+
+def find_precision(name: str | int) -> Precision:
+    """The precision of `trainer.precision`. Raises UserError for one whose memory is not known."""
+    known = known_precision(name)
+    return Precision(known, *_PRECISIONS[known])
+
+
+def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extrapolate: bool = True) -> int:
+    """Bytes that forward and backward of a micro batch hold at once, at most, beside weights, gradients and the batch itself.
+
+    The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker. All layers of a model alike, the
+    bytes are linear in their number: a deep one is measured with few layers, twice.
+
+    Attention is torch's fused kernel, as on a GPU: no tokens x tokens matrix, except where documents are kept apart under softmax, whose mask is one.
+
+    Args:
+        task: without weights; it is not changed.
+        micro_batch: samples.
+        precision: of the step.
+        extrapolate: False measures all layers.
+    """
+    depth, cycle = layers(task), _cycle(task.attention)
+    few = depth % cycle + max(2, cycle) if depth is not None else 0  # what is left of the depth makes whole cycles
+    if depth is None or depth <= few + cycle or not extrapolate:
+        return _measure(task.rehearsal(), micro_batch, precision)
+    small, large = (_measure(task.rehearsal(count), micro_batch, precision) for count in (few, few + cycle))
+    return small + (large - small) * (depth - few) // cycle
+
+
+def layers(task: Task) -> int | None:
+    """How many layers a task's backbone has; None where it has no such option."""
+    option = inspect.signature(BACKBONES[task.backbone_name]).parameters.get("depth")
+    return None if option is None else int(task.backbone_options.get("depth", option.default))
+
+
+def _cycle(attention: str | Mapping[str, Any] | Sequence[Any]) -> int:
+    return len(attention) if isinstance(attention, Sequence) and not isinstance(attention, str) else 1
+
+
+def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
+    example = task.example_batch(micro_batch)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Known():
+        build(task, precision)
+        samples = {name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta}
+        return peak_bytes(training_step(task, example | samples, precision), CPU)
+
+
+def build(task: Task, precision: Precision) -> None:
+    """Gives a task weights and gradients in a precision, ready for a step of accumulation."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(precision.weights)  # as Lightning builds a model of true precision
+    try:
+        task.configure_model()
+    finally:
+        torch.set_default_dtype(before)
+    _convert(task, precision.weights)
+    for parameter in task.train().parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+
+def _convert(task: Task, dtype: torch.dtype) -> None:
+    """What Lightning's module.to(dtype) does, which tensors without data refuse."""
+    for module in task.modules():
+        held: Any
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                if x is not None and x.is_floating_point() and x.dtype != dtype:
+                    changed = x.detach().to(dtype)
+                    held[name] = nn.Parameter(changed, x.requires_grad) if held is module._parameters else changed
+
+
+def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:
+    """Forward and backward of a batch as Lightning runs them."""
+
+    def step() -> None:
+        with torch.autocast("cpu", precision.autocast or torch.bfloat16, enabled=precision.autocast is not None, cache_enabled=False):
+            loss = cast(Tensor, task.training_step(batch, 0))
+        loss.backward()
+
+    return step
+
+
+# A number among tensors (torch.where makes a tensor of it), and what timm reads the rates of its layers off.
+_VALUES = {torch.ops.aten.scalar_tensor.default, torch.ops.aten.linspace.default}
+
+
+_LARGEST = 2**22  # elements that are computed; a mask of tokens x tokens is only added up
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    """Of the largest tensor, or of what elementwise operations make of all."""
+    try:
+        return math.prod(torch.broadcast_shapes(*(x.shape for x in tensors)))
+    except RuntimeError:
+        return max(x.numel() for x in tensors)
+
+
+class _Known(TorchDispatchMode):
+    """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times) is computed and can be asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = (tensors or func in _VALUES) and not any(isinstance(x, FakeTensor) for x in tensors)
+        if known and _elements(tensors) <= _LARGEST:
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

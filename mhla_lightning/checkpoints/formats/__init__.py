@@ -1,0 +1,1 @@
+"""What an exported folder holds, one file a format."""

@@ -1,0 +1,40 @@
+"""Image classifiers as a folder of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from mhla_lightning.backbones import VisionTransformer
+from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.checkpoints.streaming import parts_of
+from mhla_lightning.checkpoints.target import Entry
+
+
+def timm(trained: Trained, model: nn.Module) -> Export:
+    """What timm.create_model opens after `import mhla_lightning.backbones`, by `local-dir:` or by architecture and model_args of its config.json."""
+    parts = parts_of(trained.stored())
+    opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
+    return Export("model.safetensors", parts, FOR_TORCH, _config(trained, cast(VisionTransformer, model)), shapes(parts), opened_by=opened_by)
+
+
+def _config(trained: Trained, model: VisionTransformer) -> dict[str, Any]:
+    channels = model.patch_embed.proj.weight.shape[1]
+    weights = {"input_size": [channels, *model.img_size], "fixed_input_size": True, "num_classes": model.num_classes}
+    weights |= {"first_conv": "patch_embed.proj", "classifier": "head", **trained.pixels}
+    return {
+        "architecture": f"{trained.backbone}_{_operator(trained.attention)}",
+        "num_classes": model.num_classes,
+        "num_features": model.embed_dim,
+        "model_args": {**trained.options, "attention": trained.attention},
+        "pretrained_cfg": weights,
+    }
+
+
+def _operator(attention: Entry) -> str:
+    """The operator in the name of a timm model; of a hybrid its first layer's, and model_args say the rest."""
+    if isinstance(attention, str):
+        return attention
+    return str(attention["name"]) if isinstance(attention, Mapping) else _operator(attention[0])

@@ -1,0 +1,28 @@
+"""Language models as a folder of transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+from torch import nn
+
+from mhla_lightning.backbones import CausalLM
+from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.checkpoints.streaming import parts_of
+
+
+def hf(trained: Trained, model: nn.Module) -> Export:
+    """What AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`, and the tokenizer's files where there are any.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    from mhla_lightning.hf import MHLAForCausalLM, language_config
+
+    config = language_config(cast(CausalLM, model), trained.attention, trained.end)
+    config.architectures = [MHLAForCausalLM.__name__]
+    weights, prefix = trained.stored(), MHLAForCausalLM.base_model_prefix
+    parts = parts_of(weights.renamed({f"{prefix}.{name}": name for name in weights}))
+    opened_by = "import mhla_lightning.hf; transformers.AutoModelForCausalLM.from_pretrained('DIR')"
+    return Export("model.safetensors", parts, FOR_TORCH, json.loads(config.to_json_string()), shapes(parts), files=trained.files, opened_by=opened_by)

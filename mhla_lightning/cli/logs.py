@@ -1,0 +1,105 @@
+"""Shows what a run's job has printed: the batch script's lines and those of rank 0, or of another rank.
+
+RUN is a run id, a run folder or a SLURM job id. With -f it goes on until the job has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mhla_lightning.cluster.jobs import attempts, current_job
+from mhla_lightning.cluster.queue import ask
+from mhla_lightning.cluster.slurm import JOB_LOG, Slurm
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import RunFolder, find_run, runs_root
+
+_POLL = 0.5  # seconds between two looks at the files
+_ASK = 5.0  # seconds between two questions to SLURM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla logs`."""
+    parser.add_argument("run", metavar="RUN", help="run id, run folder or SLURM job id")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as lines are written, until the job has ended")
+    parser.add_argument("--rank", type=int, metavar="N", help="only this rank's lines")
+    parser.add_argument("-n", "--lines", type=int, default=200, metavar="N", help="begin with the last N lines of each file (default: %(default)s)")
+    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb; returns the exit code."""
+    one, slurm = find_run(args.run, runs_root(args.runs)), Slurm()
+    job = current_job(one)
+    if job is None:
+        raise UserError(f"run {one.run_id} was never submitted; a local run prints to its terminal")
+    tail = _Tail(_files(one, args.rank), args.lines)
+    shown = tail.show()
+    if not shown and not args.follow:
+        print(f"job {job} has printed nothing yet ({_state(slurm, job)[0]})")
+    if args.follow:
+        _follow(tail, slurm, job)
+    return 0
+
+
+def _files(one: RunFolder, rank: int | None) -> list[Path]:
+    if rank is None:
+        return [one.path / JOB_LOG, one.path / "slurm" / "rank-0.log"]
+    path = one.path / "slurm" / f"rank-{rank}.log"
+    ranks = sorted(int(log.stem.removeprefix("rank-")) for log in path.parent.glob("rank-*.log"))
+    if not path.is_file() and attempts(one) and ranks:
+        raise UserError(f"run {one.run_id} has no rank {rank}; ranks with a log: {', '.join(map(str, ranks))}")
+    return [path]
+
+
+def _follow(tail: _Tail, slurm: Slurm, job: str) -> None:
+    while True:
+        state, active = _state(slurm, job)
+        asked = time.monotonic()
+        while time.monotonic() - asked < _ASK:
+            tail.show()
+            if not active:
+                print(f"job {job}: {state}")
+                return
+            time.sleep(_POLL)
+
+
+def _state(slurm: Slurm, job: str) -> tuple[str, bool]:
+    queue = ask(slurm, [job]).get(job)
+    if queue is None:
+        return "ended", False
+    return queue.state + (f", {queue.reason}" if queue.reason else ""), queue.active
+
+
+class _Tail:
+    """New lines of files since the last look; which file they are from is said where there are several, as `tail` does."""
+
+    def __init__(self, files: list[Path], lines: int) -> None:
+        self.files, self.lines = files, lines
+        self._at: dict[Path, int] = {}
+        self._last: Path | None = None
+
+    def show(self) -> bool:
+        """Prints what is new; whether there was anything."""
+        any_new = False
+        for path in self.files:
+            for line in self._new(path):
+                if len(self.files) > 1 and path != self._last:
+                    print(f"==> {path.parent.name}/{path.name} <==")
+                print(line, flush=True)
+                self._last, any_new = path, True
+        return any_new
+
+    def _new(self, path: Path) -> Iterator[str]:
+        if not path.is_file():
+            return
+        first = path not in self._at
+        with path.open("rb") as file:
+            file.seek(0 if first else self._at[path])
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a line that is being written waits
+        self._at[path] = self._at.get(path, 0) + len(whole)
+        lines = whole.decode(errors="replace").splitlines()
+        yield from lines[-self.lines :] if first else lines

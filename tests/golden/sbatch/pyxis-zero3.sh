@@ -1,0 +1,109 @@
+#!/bin/bash
+# Written by `mhla submit`, yours to edit. To queue it as it stands: cd into the folder of all runs; sbatch mine/slurm/train.sbatch
+#SBATCH --job-name=mine
+#SBATCH --partition=batch
+#SBATCH --account=research
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=14
+#SBATCH --gpus-per-node=8
+#SBATCH --time=08:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --output=mine/slurm/job.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# shellcheck disable=SC1091 # files of the site are not there to look into
+
+# Where things are. Everything a user typed stands in quotes here, or as YAML in the run's slurm/recipe.yaml.
+RUNS=/shared/runs
+RUN_ID=mine
+RUN=$RUNS/$RUN_ID
+JOB=$SLURM_JOB_ID
+cd /home/me/project || exit 2
+
+# The site's software
+
+# The environment of every process. The code is the copy made at submission, whatever happens to the checkout since.
+export PYTHONPATH="$RUN/slurm/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=2
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 16000))  # below the ports that the kernel hands out
+while (: >"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done  # somebody listens there
+export MASTER_PORT
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
+MHLA_JOB_END=$(date -d "$(squeue -h -j "$JOB" -o %e)" +%s 2>/dev/null)
+export MHLA_JOB_END  # training saves in time before it
+CACHES=/shared/cache
+export HF_HOME="$CACHES/huggingface" TORCH_HOME="$CACHES/torch" TORCH_EXTENSIONS_DIR="$CACHES/torch_extensions" TRITON_CACHE_DIR="$CACHES/triton"
+export NCCL_IB_HCA=mlx5
+
+say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$JOB" "$*"; }
+progress() { sed -n "s/^  \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/progress.json" 2>/dev/null; }
+record() { echo "$JOB ${SLURM_RESTART_COUNT:-0} $1 $2 $begun $3 $(date +%s)" >>"$RUN/slurm/attempts"; }  # `mhla status` reads it
+newest_step() {
+  local complete newest=0
+  for complete in "$RUN"/checkpoints/step-*/COMPLETE; do
+    [ -e "$complete" ] && newest=${complete%/COMPLETE} && newest=$((10#${newest##*step-}))
+  done
+  echo "$newest"
+}
+
+# Train: srun alone starts every process (DDP, DeepSpeed and hybrids alike). A warning to this shell goes on to all of them: they save and end with 75.
+begun=$(newest_step)
+before=$(cat "$RUN/progress.json" 2>/dev/null)
+record started - -
+say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of $RUN_ID on $SLURM_JOB_NODELIST, from step $begun"
+srun --kill-on-bad-exit=1 --output="${RUN//%/%%}/slurm/rank-%t.log" --open-mode=append \
+  --container-image=/shared/images/mhla.sqsh --container-workdir="$PWD" \
+  --container-mounts="$RUNS:$RUNS,$PWD:$PWD,$CACHES:$CACHES",/data:/data \
+  python3 -m mhla_lightning run "$RUN/slurm/recipe.yaml" --runs "$RUNS" --run-id "$RUN_ID" &
+step=$!
+signalled='' warned=''
+trap 'signalled=yes warned=yes; say "warned: training saves and stops"; kill -USR1 "$step"' USR1 TERM
+while true; do # a trap ends `wait` early, with no exit code of srun's
+  signalled=''
+  wait "$step"
+  code=$?
+  [ -n "$signalled" ] || break
+done
+trap '' USR1 TERM
+
+# What now? The exit code of srun is that of some rank; progress.json, when this attempt wrote it, is what training said itself.
+reached=$begun state=''
+if [ "$(cat "$RUN/progress.json" 2>/dev/null)" != "$before" ]; then
+  reached=$(progress step) state=$(progress state)
+fi
+made=$((reached - begun))
+queue=$(squeue -h -j "$JOB" -o %T 2>/dev/null)
+if [ "$code" = 0 ]; then
+  verdict=finished why="training is finished"
+elif [ "$(cat "$RUN/slurm/cancelled" 2>/dev/null)" = "$JOB" ] || [ "$queue" = CANCELLED ]; then
+  verdict=cancelled why="cancelled at step $reached"
+elif [ "$code" = 2 ]; then
+  verdict=mistake why="a mistake in the recipe or the data, see slurm/rank-0.log; not queued again"
+elif [ "$code" = 75 ] || [ "$state" = preempted ] || [ -n "$warned" ]; then
+  verdict=preempted why="stopped at step $reached" code=75
+else
+  verdict=failed why="failed with exit code $code at step $reached"
+fi
+record "$verdict" "$code" "$reached"
+count() { grep -c "^$JOB [0-9]* $1 " "$RUN/slurm/attempts"; }
+idle=$(awk -v job="$JOB" '$1 == job && $3 == "preempted" { idle = $6 > $5 ? 0 : idle + 1 } END { print idle + 0 }' "$RUN/slurm/attempts")
+again=''
+case $verdict in
+  preempted)
+    if [ "$idle" -lt 3 ]; then again=yes; else why="$why; not queued again: three attempts made no step"; fi ;;
+  failed)
+    if [ "$made" -lt 10 ]; then
+      why="$why; not queued again: it made $made steps, and would die there again"
+    elif [ "$(count failed)" -gt 5 ]; then
+      why="$why; not queued again after 5 restarts"
+    else
+      again=yes
+    fi ;;
+esac
+say "$why${again:+; queued again}"
+# Where SLURM has taken the job back already (scontrol requeue, a lost node), it queues it again by itself.
+if [ -n "$again" ] && { [ "$queue" = RUNNING ] || [ "$queue" = TIMEOUT ]; }; then
+  scontrol requeue "$JOB" || say "SLURM refuses to queue it again; mhla resume $RUN_ID does"
+fi
+exit "$code"

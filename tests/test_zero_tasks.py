@@ -1,0 +1,71 @@
+"""All four tasks under ZeRO on two real ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mhla_lightning.config.recipes import RECIPES
+from mhla_lightning.runs.folder import read_metrics
+from tests.ranks import Nursery
+from tests.test_zero import STRATEGIES, ZERO3
+from tests.tiny_tasks import TASKS, write_recipes
+
+LOSSES = ("train/loss", "val/loss", "val_ema/loss")
+GRIDS = "init_args: {grids: 2, first: 2, classes: [0], per_class: 1, sampler: ddpm, steps: 2}"
+SAMPLES = {  # what draws while it trains must draw on all ranks, or stage 3 waits for ever
+    "image_dit": f"{{class_path: mhla_lightning.callbacks.SampleGrids, {GRIDS}}}",
+    "video_dit": "{class_path: mhla_lightning.callbacks.SampleClips, init_args: {sheets: 2, first: 2, steps: 2}}",
+}
+EMA = "{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}"
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("logs"))
+    yield nursery
+    nursery.close()
+
+
+def losses(nursery: Nursery, recipe: str, root: Path, strategy: str, *overrides: str) -> dict[str, list[float]]:
+    run = ["run", recipe, "--runs", str(root), "--run-id", strategy.strip("{").split(",")[0].replace("name: ", ""), *overrides]
+    nursery.run(2, [*run, "--trainer.devices", "2", "--trainer.strategy", strategy], root)
+    series = read_metrics(root / run[5] / "metrics.jsonl")
+    return {tag: [value for _, value in series[tag]] for tag in LOSSES if tag in series}
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "classification"])
+def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> None:
+    recipe = str(write_recipes(tmp_path, [task])[task])
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]
+    if task in SAMPLES:
+        short += ["--trainer.callbacks", f"[{EMA}, {SAMPLES[task]}]"]
+    ddp, zero = (losses(nursery, recipe, tmp_path, strategy, *short) for strategy in ("ddp", ZERO3))
+    assert len(ddp["train/loss"]) == 4
+    for tag in LOSSES:
+        assert zero[tag] == pytest.approx(ddp[tag], abs=1e-5), tag
+
+
+CPU_RECIPES = {
+    "classification": "classification/deit_tiny_mhla_mnist_cpu",
+    "language": "language/lm_tiny_mhla_stdlib_cpu",
+    "image_dit": "image_dit/dit_tiny_mhla_mnist_cpu",
+    "video_dit": "video_dit/wan_tiny_mhla_clips_cpu",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("task", CPU_RECIPES)
+def test_the_cpu_recipes_follow_ddp(nursery: Nursery, task: str, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert (RECIPES / f"{CPU_RECIPES[task]}.yaml").is_file()
+    root = tmp_path_factory.mktemp(f"{task}-{precision}")
+    short = ["--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.precision", precision]
+    curves = {name: losses(nursery, CPU_RECIPES[task], root, STRATEGIES[name], *short) for name in ("ddp", "zero1", "zero2", "zero3")}
+    for name in ("zero1", "zero2", "zero3"):
+        for tag, expected in curves["ddp"].items():
+            near = pytest.approx(expected, abs=1e-4) if precision == "32-true" else pytest.approx(expected, rel=0.02)
+            assert curves[name][tag] == near, (name, tag)
