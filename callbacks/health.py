@@ -17,7 +17,6 @@ from mhla_lightning.callbacks.steps import StepGuard
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
-from mhla_lightning.runs.stopping import Preempted
 
 log = logging.getLogger(__name__)
 WINDOW, ENOUGH = 100, 20  # steps that the median of losses is of, at most and at least
@@ -165,7 +164,7 @@ class Health(StepGuard):
         return f"the last checkpoint, {names[-1]}, holds the very weights that fail, and {before}"
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size > 1 and not isinstance(exception, (KeyboardInterrupt, Preempted)):
+        if trainer.world_size > 1 and isinstance(exception, Exception):  # not Ctrl-C, nor a signal to save and stop
             end_within(HANGS, exception, trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:

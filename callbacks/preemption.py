@@ -24,6 +24,7 @@ class Preemption(AfterStep):
     Lightning's own handlers save or broadcast inside the signal handler: with 20 ms between the ranks' signals they meet different collectives
     (Lightning issue 21406), so they are taken out (`leave_signals_alone`). Here a signal sets a flag and nothing else. The flags meet in an
     all-reduce of one number on the CPU, begun at the start of a step and awaited at its end: no GPU waits for it, and all ranks decide alike.
+    A step that was left out is not saved: the next that is taken is the last then.
     The checkpoint is the callback's that saves anyway: after a validation that is due at that step, with metrics logged as in any other step.
 
     Args:

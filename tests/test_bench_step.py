@@ -53,7 +53,7 @@ def test_both_sides_and_the_sources_of_the_difference_are_told(recipe: Path, tmp
     assert math.isfinite(result["loss"])
     assert (result["data"], result["parameters"], result["batch_size"]) == ("the recipe's own", 4824, 16)
     extra = {row["source"]: row["extra_seconds"] for row in result["breakdown"]}
-    callbacks = {"Monitor", "Monitor: gradient norm", "Health", "ProgressFile", "Checkpoint", "projection", "average of the weights"}
+    callbacks = {"Monitor", "Health", "Health: gradient norm", "ProgressFile", "Checkpoint", "projection", "average of the weights"}
     assert extra.keys() >= {*SAME, *callbacks}
     assert {"optimizer wrapper", "data hand-over", "logging", "loops and other hooks"} <= {name for name, seconds in extra.items() if seconds > 0}
     assert sum(extra.values()) == pytest.approx(

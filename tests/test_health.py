@@ -160,7 +160,9 @@ def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.
     )
     more = ["--health.max_skipped", "0", "--health.spike_factor", "5", "--trainer.max_steps", "24"]
     assert main(arguments(place, "leapt", [fault("leap", [22], 0)], *more)) == 2
-    assert "times the median before it (health.spike_factor is 5.0), and 1 steps in a row" in capsys.readouterr().err
+    leapt = capsys.readouterr().err
+    assert "the loss of step 22 is " in leapt, "not that of step 3: the median is of 20 steps"
+    assert "times the median before it (health.spike_factor is 5.0), and 1 steps in a row" in leapt
 
 
 def test_a_resumed_run_counts_on_and_judges_alike(place: Path) -> None:

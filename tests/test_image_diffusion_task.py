@@ -170,6 +170,7 @@ def test_a_loss_that_is_no_number_stops_the_run(diffusion_recipe: Path, tmp_path
     """The checkpoint before it stays the newest, and the samples of the batch are named."""
     shaken = ["--model.optimizer.lr", "1e20", "--model.schedule.name", "constant", "--model.schedule.warmup_steps", "5"]
     shaken += ["--model.schedule.warmup_lr", "1e-9", "--checkpoint.every_n_steps", "2", "--trainer.log_every_n_steps", "3"]
+    shaken += ["--health.max_skipped", "2"]
     assert main(["run", str(diffusion_recipe), "--run-id", "nan", *shaken]) == 2
     said = capsys.readouterr().err
     assert "is not finite" in said
@@ -178,8 +179,9 @@ def test_a_loss_that_is_no_number_stops_the_run(diffusion_recipe: Path, tmp_path
     for checkpoint in complete_checkpoints(run):
         state = torch.load(checkpoint / "trainer.ckpt", weights_only=True)["state_dict"]
         assert all(bool(value.isfinite().all()) for value in state.values())
-    (report,) = (run / "not_finite").glob("step-*-rank-0.json")
-    batches = json.loads(report.read_text())["batches"]
+    reports = sorted((run / "not_finite").glob("step-*-rank-0.json"))
+    assert len(reports) == 3
+    batches = json.loads(reports[0].read_text())["batches"]
     assert len(batches[0]["keys"]) == 16
     assert json.loads((run / "progress.json").read_text())["state"] == "failed"
 

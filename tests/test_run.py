@@ -23,7 +23,7 @@ from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
-TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped"}
+TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped", "skipped_steps"}
 
 
 def run_folder(tmp_path: Path, name: str = "r") -> Path:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
-from typing import Any
 
 import torch
 
@@ -68,10 +66,12 @@ def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
 
 def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
     """By the estimate of `mhla plan`."""
-    planning: Any = importlib.import_module("mhla_lightning.analysis.planning")  # which imports training, which imports this
+    from mhla_lightning.analysis.gpus import GPU
+    from mhla_lightning.analysis.planning import make_plan  # which imports training, which imports this
+
     name, memory = _device(ranks // nodes)
     fresh = resolve(recipe.values)  # the run's own task holds weights
-    plan = planning.make_plan(fresh, nodes=nodes, gpus_per_node=ranks // nodes, gpu=planning.GPU(name, memory))
+    plan = make_plan(fresh, nodes=nodes, gpus_per_node=ranks // nodes, gpu=GPU(name, memory))
     asked = plan.stages[plan.strategy].total if plan.strategy is not None else None
     if asked is None or not plan.advice:
         raise LookupError("the estimate sees no lack")

@@ -16,7 +16,7 @@ ADAMW, SCHEDULE, PROJECTION, AVERAGE = "AdamW", "learning-rate schedule", "proje
 SAME = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW)
 """What both sides leave to the very same calls, in their order; all else is Lightning's own, or the platform's."""
 DATA, WRAPPER, TASK, LOGGING, LOOPS = "data hand-over", "optimizer wrapper", "hooks of the task", "logging", "loops and other hooks"
-GRADIENT_NORM = "Monitor: gradient norm"
+GRADIENT_NORM = "Health: gradient norm"
 
 _ACTION = re.compile(r"\[(\w+)\](.*)\.(\w+)")  # what Lightning calls a hook when it asks its profiler to time it
 _STEP_HOOKS = {
@@ -35,7 +35,7 @@ _STEP_HOOKS = {
 _CALLBACK_HOOKS = {
     ("ProjectMixing", "on_train_batch_end"): PROJECTION,
     ("EMA", "on_train_batch_end"): AVERAGE,
-    ("Monitor", "on_before_optimizer_step"): GRADIENT_NORM,
+    ("Health", "on_before_optimizer_step"): GRADIENT_NORM,
 }
 _OURS = (*SAME, SCHEDULE, PROJECTION, AVERAGE, DATA, LOGGING)  # actions that are named by their source
 

@@ -196,7 +196,9 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
     try:
         session.fit()
     except Preempted as stop:
-        return _all_ended(session) or _stopped(stop.by, PREEMPTED, run_folder)
+        if _CHILD in os.environ and not _first_process():
+            return 0  # the first process has the code of the command
+        return _stopped(stop.by, PREEMPTED, run_folder)
     except SystemExit:  # what Lightning makes of Ctrl-C once it has shut down
         return _stopped("Ctrl-C", _INTERRUPTED, run_folder)
     except Exception as error:
