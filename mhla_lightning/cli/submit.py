@@ -107,15 +107,15 @@ def job_of(name: str, runs: Path) -> str:
 
 
 def check_recipe(values: dict[str, Any], submission: Submission) -> None:
-    """Builds the recipe and its batch arithmetic on nodes x devices, as `mhla plan` does. Imports torch.
+    """What `mhla plan` says of the recipe on nodes x devices, of which only the mistakes are told. Imports torch.
 
     Raises:
         UserError: the first thing that is wrong.
     """
+    from mhla_lightning.analysis.planning import make_plan
     from mhla_lightning.config.resolve import resolve
 
-    resolved = resolve(values)
-    resolved.data.micro_batch(submission.nodes * submission.devices)
+    make_plan(resolve(values), nodes=submission.nodes, gpus_per_node=submission.devices)
 
 
 def say_queued(jobs: dict[str, str], submission: Submission, profile: Profile, time: str | None) -> None:
