@@ -46,7 +46,7 @@ checkpoint: {every_n_steps: 3, keep_last: 1}
 SHORT = ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--checkpoint.every_n_steps", "3"]
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"  # with the default, small weights are not split
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}
-SHARDED = ["zero1", "zero2", "zero3"]
+SHARDED = [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]  # stage 1 writes what stage 2 does, by the same code
 WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
 
 
@@ -57,39 +57,55 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     found.close()
 
 
+class Runs:
+    """Runs of three steps, each trained when it is first asked for: `single` on one process, all others on two.
+
+    Args:
+        folder: holds the recipes tiny.yaml and language.yaml.
+        nursery: starts the ranks.
+    """
+
+    def __init__(self, folder: Path, nursery: Nursery) -> None:
+        self.folder, self.root, self.nursery = folder, folder / "runs", nursery
+
+    def __call__(self, name: str) -> Path:
+        if not (self.root / name).exists():
+            if name == "language":
+                arguments = ["language.yaml", "--trainer.strategy", "zero2"]
+            else:
+                arguments = ["tiny.yaml", *SHORT, *([] if name == "single" else ["--trainer.devices", "2", "--trainer.strategy", STRATEGIES[name]])]
+            self.nursery.run(1 if name == "single" else 2, ["run", *arguments, "--run-id", name, "--runs", str(self.root)], self.folder)
+        return self.root / name
+
+
 @pytest.fixture(scope="module")
-def root(nursery: Nursery, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of the tiny classifier on one process, and on two under every strategy; of a language model under ZeRO-3."""
+def trained(nursery: Nursery, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("export")
     (folder / "tiny.yaml").write_text(TINY_RECIPE.replace("PATH", str(shards)))
     (folder / "language.yaml").write_text(LANGUAGE)
     text_folder(folder / "texts", texts_of_all_lengths(60, 200))
-    nursery.run(1, ["run", "tiny.yaml", "--run-id", "single", *SHORT], folder)
-    for name, strategy in STRATEGIES.items():
-        nursery.run(2, ["run", "tiny.yaml", "--run-id", name, *SHORT, "--trainer.devices", "2", "--trainer.strategy", strategy], folder)
-    nursery.run(2, ["run", "language.yaml", "--run-id", "language", "--trainer.strategy", ZERO3], folder)
-    return folder
+    return Runs(folder, nursery)
 
 
 @pytest.fixture
-def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The runs' folder; the test writes elsewhere."""
-    monkeypatch.setenv("MHLA_RUNS", str(root / "runs"))
+def runs(trained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """The runs, for commands given in another folder."""
+    monkeypatch.setenv("MHLA_RUNS", str(trained.root))
     monkeypatch.chdir(tmp_path)
-    return root / "runs"
+    return trained
 
 
-def checkpoint_of(runs: Path, name: str) -> Path:
-    found = newest_checkpoint(runs / name)
+def checkpoint_of(run: Path) -> Path:
+    found = newest_checkpoint(run)
     assert found is not None
     return found
 
 
-def exported(runs: Path, run: str, *arguments: str) -> dict[str, Tensor]:
+def exported(runs: Runs, name: str, *arguments: str) -> dict[str, Tensor]:
     """The tensors of `mhla export RUN --to FILE`, which is done once."""
-    file = runs.parent / f"{run}{''.join(arguments)}.safetensors"
+    file = runs.folder / f"{name}{''.join(arguments)}.safetensors"
     if not file.exists():
-        assert main(["export", run, "--to", str(file), *arguments]) == 0
+        assert main(["export", runs(name).name, "--to", str(file), *arguments]) == 0
     return load_file(file)
 
 
@@ -108,8 +124,8 @@ def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_export_is_that_of_one_process(runs: Path, strategy: str, weights: str) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: str) -> None:
     single, found = exported(runs, "single", *WEIGHTS[weights]), exported(runs, strategy, *WEIGHTS[weights])
     assert found.keys() == single.keys()
     assert max(float((found[name] - value).abs().max()) for name, value in single.items()) < 1e-6
@@ -119,19 +135,19 @@ def test_the_export_is_that_of_one_process(runs: Path, strategy: str, weights: s
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_the_export_is_bit_for_bit_what_the_ranks_wrote(runs: Path, strategy: str, weights: str) -> None:
+def test_the_export_is_bit_for_bit_what_the_ranks_wrote(runs: Runs, strategy: str, weights: str) -> None:
     found = exported(runs, strategy, *WEIGHTS[weights])
-    held, split = joined(checkpoint_of(runs, strategy) / ("ema" if weights == "averaged" else "shards"))
+    held, split = joined(checkpoint_of(runs(strategy)) / ("ema" if weights == "averaged" else "shards"))
     assert split > 0
     assert found.keys() == {name.removeprefix("backbone.") for name in held}
     for name, values in held.items():
         assert np.array_equal(found[name.removeprefix("backbone.")].numpy().reshape(-1).view(np.int32), values.view(np.int32))
 
 
-def test_torch_and_timm_load_a_classifier(runs: Path) -> None:
-    assert main(["export", "zero3", "--to", "folder", "--format", "timm"]) == 0
+def test_torch_and_timm_load_a_classifier(runs: Runs) -> None:
     state = exported(runs, "zero3")
-    with safe_open(runs.parent / "zero3.safetensors", "pt") as opened:
+    assert main(["export", "zero3", "--to", "folder", "--format", "timm"]) == 0
+    with safe_open(runs.folder / "zero3.safetensors", "pt") as opened:
         header = opened.metadata()
     backbone: Any = build_backbone(header["backbone"], attention=json.loads(header["attention"]), **json.loads(header["backbone_options"]))
     backbone.load_state_dict(state)
@@ -151,13 +167,13 @@ def test_torch_and_timm_load_a_classifier(runs: Path) -> None:
     assert timm.create_model("local-dir:folder", pretrained=True, img_size=16).grid == (8, 8)
 
 
-def test_transformers_loads_a_language_model(runs: Path) -> None:
+def test_transformers_loads_a_language_model(runs: Runs) -> None:
     transformers = pytest.importorskip("transformers")
+    state = exported(runs, "language")
     assert main(["export", "language", "--to", "folder", "--format", "hf"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("folder")
     assert type(theirs).__module__ == "mhla_lightning.hf"
     ours = load_model(find_language_run("language"))
-    state = exported(runs, "language")
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     tokens = torch.randint(0, 256, (2, 40))
     with torch.no_grad():
@@ -167,29 +183,30 @@ def test_transformers_loads_a_language_model(runs: Path) -> None:
     assert theirs.config.eos_token_id == 256
 
 
-def test_generate_and_validate_read_what_the_ranks_wrote(root: Path, runs: Path, nursery: Nursery, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "language", "--prompt", "abc", "--greedy", "--max-new-tokens", "5"]) == 0
+def test_generate_and_validate_read_what_the_ranks_wrote(runs: Runs) -> None:
+    assert main(["generate", runs("language").name, "--prompt", "abc", "--greedy", "--max-new-tokens", "5"]) == 0
     found = find_language_run("language").identity()
     assert (found["averaged"], found["checkpoint"]) == (False, "step-00000003")
-    output = nursery.run(1, ["run", "tiny.yaml", "--mode", "validate", "--ckpt", str(checkpoint_of(runs, "zero3")), *SHORT], root)
+    validate = ["run", "tiny.yaml", "--mode", "validate", "--ckpt", str(checkpoint_of(runs("zero3"))), *SHORT]
+    output = runs.nursery.run(1, [*validate, "--runs", str(runs.root)], runs.folder)
     measured = dict(re.findall(r"(val\w*/\w+)\W+([\d.]+)", output))
-    written = read_metrics(RunFolder(runs / "zero3").metrics)
+    written = read_metrics(RunFolder(runs("zero3")).metrics)
     assert {"val/loss", "val_ema/loss", "val/top1"} <= measured.keys()
     assert all(float(value) == pytest.approx(written[tag][-1][1], abs=1e-4) for tag, value in measured.items())
 
 
-def test_a_warm_start_takes_what_the_ranks_wrote(runs: Path) -> None:
-    checkpoint, averaged, raw = checkpoint_of(runs, "zero3"), exported(runs, "zero3"), exported(runs, "zero3", "--no-ema")
-    places = {runs / "zero3": averaged, checkpoint: averaged, checkpoint / "shards": raw, checkpoint / "trainer.ckpt": raw}
+def test_a_warm_start_takes_what_the_ranks_wrote(runs: Runs) -> None:
+    checkpoint, averaged, raw = checkpoint_of(runs("zero3")), exported(runs, "zero3"), exported(runs, "zero3", "--no-ema")
+    places = {runs("zero3"): averaged, checkpoint: averaged, checkpoint / "shards": raw, checkpoint / "trainer.ckpt": raw}
     for place, wanted in places.items():
         _, found = read_weights(str(place))
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_checkpoint_folder_stands_for_its_run_and_types_change(runs: Path) -> None:
+def test_a_checkpoint_folder_stands_for_its_run_and_types_change(runs: Runs) -> None:
     whole = exported(runs, "zero2", "--no-ema")
-    assert main(["export", str(checkpoint_of(runs, "zero2")), "--no-ema", "--to", "half.safetensors", "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(checkpoint_of(runs("zero2"))), "--no-ema", "--to", "half.safetensors", "--dtype", "bfloat16"]) == 0
     assert all(torch.equal(value, whole[name].bfloat16()) for name, value in load_file("half.safetensors").items())
     assert main(["export", "half.safetensors", "--to", "folder", "--format", "timm"]) == 0
     assert Path("folder/model.safetensors").stat().st_mode == Path("folder/config.json").stat().st_mode
@@ -234,12 +251,12 @@ def empty(checkpoint: Path) -> None:
     ids=str,
 )
 def test_mistakes_are_one_sentence(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, arguments: list[str], words: str
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, arguments: list[str], words: str
 ) -> None:
-    shutil.copytree(runs / "zero2", tmp_path / "copy")
+    shutil.copytree(runs("zero2"), tmp_path / "copy")
     Path("here.safetensors").touch()
     if damage is not None:
-        damage(checkpoint_of(tmp_path, "copy"))
+        damage(checkpoint_of(tmp_path / "copy"))
     before = sorted(tmp_path.rglob("*"))
     to = [] if "--to" in arguments else ["--to", "out.safetensors"]
     assert main(["export", "copy", *to, *arguments]) == 2
@@ -250,7 +267,8 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.parametrize("target", ["out.safetensors", "out"])
-def test_a_full_disk_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+def test_a_full_disk_leaves_nothing(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    runs("zero2")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
