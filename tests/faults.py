@@ -42,8 +42,9 @@ class Fault(pl.Callback):
         if self.kind in ("layer", "gradient"):
             pl_module.get_submodule(LAYER).register_forward_hook(self._spoil)
         elif trainer.global_rank == self.rank:
-            step = pl_module.training_step
-            pl_module.training_step = lambda batch, batch_idx: self._instead(step(batch, batch_idx))  # type: ignore[method-assign]
+            task: Any = pl_module
+            step = task.training_step
+            task.training_step = lambda batch, batch_idx: self._instead(step(batch, batch_idx))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._micro += 1
