@@ -248,7 +248,7 @@ def empty(checkpoint: Path) -> None:
         (None, ["--to", "here.safetensors"], "--to here.safetensors exists already"),
         (None, ["--to", "no/where.safetensors"], "there is no folder"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_mistakes_are_one_sentence(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, arguments: list[str], words: str
