@@ -19,6 +19,7 @@ from mhla_lightning.analysis.memory import peak_bytes
 from mhla_lightning.analysis.timing import Case, take_turns
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import build_backbone
+from mhla_lightning.cli.bench import backbone
 from mhla_lightning.cli.main import main
 
 CPU = torch.device("cpu")
@@ -105,6 +106,26 @@ def test_clips_are_measured_by_layer_with_a_hybrid(tmp_path: Path) -> None:
     assert result["summary"].keys() == {f"{pair}_{kind}_{clip}" for pair in pairs for kind in ("forward", "step") for clip in clips}
 
 
+def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest clip takes the better part of an hour."""
+    measure, target = backbone._measure, tmp_path / "bench.json"
+
+    def stopped(args: Any, family: Any, size: Any, *rest: Any) -> Any:
+        if size == (4, 16, 16):
+            raise KeyboardInterrupt
+        return measure(args, family, size, *rest)
+
+    monkeypatch.setattr(backbone, "_measure", stopped)
+    monkeypatch.setattr(timing, "GEMM_SIDE", 8)
+    assert main([*VIDEO, "4x16x16", "2x8x16", "--attention", "[linear, mhla]", "--json", str(target)]) == 130
+    result = json.loads(target.read_text())
+    assert [(row["video"], row["operator"]) for row in result["rows"]] == [("2x8x16", "linear"), ("2x8x16", "mhla")]
+    assert result["summary"].keys() == {"mhla_over_linear_forward_2x8x16", "mhla_over_linear_step_2x8x16"}
+    assert "2x8x16" in capsys.readouterr().out
+
+
 def test_hybrid_flops_lie_between_those_of_its_operators(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     attention = "[softmax, mhla, [softmax, mhla, mhla], [mhla, softmax, {name: linear, gate: true}]]"
@@ -159,7 +180,9 @@ def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.Monke
 
     slow = Case("softmax", 1, 1, None, lambda: work("slow", 0.06))
     fast = Case("mhla", 1, 1, None, lambda: work("fast", 0.0))
-    take_turns([slow, fast], 5, CPU, lambda: None)
+    turns: list[str] = []
+    take_turns([slow, fast], 5, CPU, lambda case: turns.append(case.operator))
+    assert turns == 6 * ["softmax", "mhla"], "the bar ends where it was said to end"
     assert calls == {"slow": 1, "fast": 6}
     assert (len(slow.step), len(fast.step), slow.forward) == (1, 5, [])
     assert "forward_seconds" not in slow.row()

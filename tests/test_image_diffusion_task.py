@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from mhla_lightning.callbacks.sample_grids import grid_steps
 from mhla_lightning.cli.main import main
@@ -80,12 +82,27 @@ def test_losses_by_time_make_up_the_loss() -> None:
     task, batch = make_task(time_bins=3), make_batch(6)
     with torch.no_grad():
         losses, times = task._losses(batch, [0] * 6, "diffusion", 0.0)
-    task._count(losses["loss"], times)
-    sums, counts = task._by_time
+    task._count("train", losses["loss"], times)
+    sums, counts = task._by_time["train"]
     assert counts.sum() == 6
     assert float(sums.sum()) == pytest.approx(float(losses["loss"].sum()), rel=1e-5)
     expected = torch.bincount((times / 1000 * 3).long().clamp_max(2), minlength=3)
     assert counts.tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers")  # one batch in memory needs none
+def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
+    """It was NaN in TensorBoard and in metrics.jsonl. Padding, weight 0, is no sample either; the next validation begins anew."""
+    task, batch = make_task(time_bins=40), make_batch(6) | {"weight": torch.tensor([1.0, 1, 1, 1, 0, 0])}
+    bins = task.process.bins(task._draw((1,), [0] * 6, range(6), "validation", 0.0)[1], 40)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    for _ in range(2):
+        (found,) = trainer.validate(task, DataLoader([batch], batch_size=None), verbose=False)
+        parts = {tag: value for tag, value in found.items() if tag.startswith("loss_by_time/")}
+        assert parts.keys() == {f"loss_by_time/val_{number + 1}of40" for number in bins[:4].tolist()}
+        shares = torch.bincount(bins[:4], minlength=40) / 4
+        total = sum(float(shares[number]) * parts[f"loss_by_time/val_{number + 1}of40"] for number in set(bins[:4].tolist()))
+        assert total == pytest.approx(found["val/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def test_other_lengths_and_sizes_than_those_of_training(
         (["--frames", "0"], "--frames is 0"),
         (["--n", "0"], "--n is 0"),
         (["--rate", "0"], "--rate is 0"),
+        (["--size", "40000x40000"], "cannot draw 8 frames of 40000x40000: they take at least"),
+        (["--frames", "400000000", "--batch-size", "2"], "frames of 16x16, 2 at once: they take at least"),
         (["--sampler", "ddpm"], "valid: dpm++, euler"),
         (["--steps", "1001"], "1001"),
         (["--guidance", "-1"], "-1"),

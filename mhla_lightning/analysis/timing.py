@@ -26,6 +26,7 @@ class Case:
         flops: of the forward.
         run_forward: None where only steps are measured.
         forward, step: seconds of every turn; step is forward and backward.
+        forward_cpu, step_cpu: seconds of processor time of all threads together, which other work on the machine adds little to.
         gemm: seconds that the matrix product of the same turn would need for the forward FLOPs.
         peak_bytes: tensors held at once by a step, at most, besides its inputs.
     """
@@ -38,6 +39,8 @@ class Case:
     peak_bytes: int = 0
     forward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
+    forward_cpu: list[float] = field(default_factory=list)
+    step_cpu: list[float] = field(default_factory=list)
     gemm: list[float] = field(default_factory=list)
 
     def release(self) -> None:
@@ -46,13 +49,20 @@ class Case:
 
     def row(self) -> dict[str, Any]:
         """Medians, as the table and the JSON file show them."""
-        forward = {"forward_seconds": statistics.median(self.forward), "forward_over_gemm": ratio(self.forward, self.gemm)} if self.forward else {}
+        forward = {}
+        if self.forward:
+            forward = {
+                "forward_seconds": statistics.median(self.forward),
+                "forward_cpu_seconds": statistics.median(self.forward_cpu),
+                "forward_over_gemm": ratio(self.forward, self.gemm),
+            }
         return {
             "operator": self.operator,
             "tokens": self.tokens,
             "flops_forward": self.flops,
             **forward,
             "step_seconds": statistics.median(self.step),
+            "step_cpu_seconds": statistics.median(self.step_cpu),
             "step_over_gemm": ratio(self.step, self.gemm) / 3,
             "peak_bytes": self.peak_bytes,
             "turns": len(self.step),
@@ -88,32 +98,43 @@ def _forward(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return operator(q, k, v)
 
 
-def take_turns(cases: Sequence[Case], turns: int, device: torch.device, on_turn: Callable[[], None]) -> list[float]:
-    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s. Slow cases run once, without warm-up."""
+def take_turns(cases: Sequence[Case], turns: int, device: torch.device, on_case: Callable[[Case], None]) -> list[float]:
+    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s. Slow cases run once, without warm-up.
+
+    on_case: called before a case has its turn, len(cases) x (turns + 1) times in all, also for slow ones that are passed over.
+    """
     square = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
     rates: list[float] = []
     for turn in range(turns + 1):
-        seconds = statistics.median(_seconds(lambda: square @ square, device) for _ in range(3))
+        seconds = statistics.median(_seconds(lambda: square @ square, device)[0] for _ in range(3))
         rates.append(2 * GEMM_SIDE**3 / seconds)
         for case in cases:
+            on_case(case)
             if case.step and case.step[-1] > SLOW:
                 continue
-            forward = [_seconds(case.run_forward, device)] if case.run_forward else []
+            forward = _seconds(case.run_forward, device) if case.run_forward else None
             step = _seconds(case.run_step, device)
-            if turn > 0 or step > SLOW:  # the first turn warms up
-                case.forward += forward
-                case.step.append(step)
+            if turn > 0 or step[0] > SLOW:  # the first turn warms up
+                _note(case, forward, step)
                 case.gemm.append(case.flops / rates[-1])
-        on_turn()
     return rates[1:]
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _note(case: Case, forward: tuple[float, float] | None, step: tuple[float, float]) -> None:
+    if forward is not None:
+        case.forward.append(forward[0])
+        case.forward_cpu.append(forward[1])
+    case.step.append(step[0])
+    case.step_cpu.append(step[1])
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """By the clock, and of processor time."""
     _synchronize(device)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     run()
     _synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def _synchronize(device: torch.device) -> None:

@@ -89,7 +89,7 @@ def draw_videos(
         UserError: what cannot be drawn, a prompt that is too long, PyAV missing, or a folder that holds other videos.
     """
     require_av()
-    check_video(job.found, job.drawing)
+    check_video(job.found, job.drawing, min(job.batch_size, len(job.texts)), device)
     if job.found.data.text_encoder is None:
         raise UserError(f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts would be encoded by")
     cache = TextCache(folder / TEXT, job.found.data.text_encoder)

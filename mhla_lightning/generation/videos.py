@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
@@ -16,7 +18,7 @@ from mhla_lightning.diffusion import Guidance, Process, check_sampler, default_s
 from mhla_lightning.errors import UserError
 from mhla_lightning.generation.drawing import Key, draw_samples
 from mhla_lightning.generation.rebuilding import load_backbone, rebuild
-from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.generation.weights import FoundRun, find_weights, memory_bytes
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.video_diffusion import VideoDiffusionTask
 
@@ -122,12 +124,12 @@ def _shape(found: VideoRun, size: Size) -> tuple[int, ...] | None:
         return None
 
 
-def check_video(found: VideoRun, drawing: VideoDrawing) -> tuple[int, ...]:
-    """The shape (C, T, H, W) of a sample.
+def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: torch.device) -> None:
+    """Whether so many videos at once can be drawn on `device`.
 
     Raises:
-        UserError: an unknown sampler, guided channels that are not there, or frames, height and width that the VAE, the patch or a layer's blocks
-            cannot take, with the nearest that they can.
+        UserError: an unknown sampler, guided channels that are not there, frames, height and width that the VAE, the patch or a layer's blocks
+            cannot take, with the nearest that they can, or that fit into no memory of this size.
     """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     channels = found.task.sample_shape[0]
@@ -137,28 +139,37 @@ def check_video(found: VideoRun, drawing: VideoDrawing) -> tuple[int, ...]:
         task = found.task
         plan: Any = build_backbone(task.backbone_name, attention=task.attention, **task.backbone_options)
 
-    def shape(size: Size) -> tuple[int, ...]:
+    def grid(size: Size) -> tuple[int, ...]:
         if min(size) < 1:
             raise UserError("frames, height and width must be at least 1")
-        found_shape = tuple(found.data.sample_shape(*size))
-        plan.check_size(found_shape[1:])
-        return found_shape
+        return plan.check_size(found.data.sample_shape(*size)[1:])
 
     try:
-        return shape(drawing.size)
+        tokens = math.prod(grid(drawing.size))
     except UserError as error:
         frames, height, width = drawing.size
-        near = _nearest(found, drawing.size, shape)
+        near = _nearest(found, drawing.size, grid)
         hint = "" if near is None else f"; the nearest it can is --frames {near.frames} --size {near.height}x{near.width}"
         raise UserError(f"run {found.run.run_id} cannot draw {frames} frames of {height}x{width} ({error}){hint}") from error
+    least, room = videos * _least_bytes(drawing.size, tokens, plan.embed_dim), memory_bytes(device)
+    if least > room:
+        frames, height, width = drawing.size
+        what = f"{frames} frames of {height}x{width}" + (f", {videos} at once" if videos > 1 else "")
+        has = f"{device} has {decimal(room)} of memory"
+        raise UserError(f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and {has}; ask for fewer or smaller frames")
 
 
-def _nearest(found: VideoRun, size: Size, shape: Callable[[Size], Any]) -> Size | None:
+def _least_bytes(size: Size, tokens: int, channels: int) -> int:
+    """Of a video, however it is drawn: the residual stream in float32 beside q, k and v in bf16, or the frames in float32 and as bytes."""
+    return max((4 + 3 * 2) * tokens * channels, (4 + 1) * 3 * math.prod(size))
+
+
+def _nearest(found: VideoRun, size: Size, fit: Callable[[Size], Any]) -> Size | None:
     """Axis by axis: what works beside the sizes of training works, since no axis asks anything of another."""
 
     def works(candidate: Size) -> bool:
         try:
-            shape(candidate)
+            fit(candidate)
         except UserError:
             return False
         return True

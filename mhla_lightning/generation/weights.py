@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,10 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one") from error
     return device
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a device, used or not; of the CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -62,13 +62,12 @@ class DiffusionTask(Task):
         self.process, self.time_bins = process, time_bins
         self.teacher = Teacher(distill, backbone, self.backbone_options) if distill is not None else None
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
-        # Sums and counts since the last point in TensorBoard. No buffer: DDP gives every rank those of rank 0, and bf16 counts to 256.
-        self._by_time = torch.zeros(2, time_bins)
+        # Sums and counts since the last point in TensorBoard. No buffers: DDP gives every rank those of rank 0, and bf16 counts to 256.
+        self._by_time = {prefix: torch.zeros(2, time_bins) for prefix in ("train", *PREFIXES)}
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
-        names = ["loss", *self.process.parts, *(f"time_{n}" for n in range(self.time_bins))]
-        return {name: MeanMetric() for name in names}
+        return {name: MeanMetric() for name in ("loss", *self.process.parts)}
 
     @abstractmethod
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -106,7 +105,7 @@ class DiffusionTask(Task):
             total = losses["loss"].mean() + self.teacher.weigh(apart)
             for name, value in apart.items():
                 self.log(f"train/distill_{name}", value.detach(), batch_size=len(epochs))
-        self._count(losses["loss"], times)
+        self._count("train", losses["loss"], times)
         return total
 
     def _losses(self, batch: Mapping[str, Tensor], epochs: Sequence[int], purpose: str, dropout: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -131,14 +130,26 @@ class DiffusionTask(Task):
         return torch.from_numpy(noise), torch.from_numpy(times), torch.from_numpy(dropped)
 
     @torch.no_grad()
-    def _count(self, losses: Tensor, times: Tensor) -> None:
+    def _count(self, prefix: str, losses: Tensor, times: Tensor) -> None:
+        tally = self._by_time[prefix] = self._by_time[prefix].to(losses.device)
         bins, numbers = self.process.bins(times, self.time_bins), losses.isfinite()
-        self._by_time[0].index_add_(0, bins, losses.detach().where(numbers, 0).to(self._by_time.dtype))
-        self._by_time[1].index_add_(0, bins, numbers.to(self._by_time.dtype))
+        tally[0].index_add_(0, bins, losses.detach().where(numbers, 0).to(tally.dtype))
+        tally[1].index_add_(0, bins, numbers.to(tally.dtype))
+
+    def _counted(self, prefix: str) -> Tensor:
+        """Sums and counts (2, time_bins) of all ranks."""
+        return cast(Tensor, self.trainer.strategy.reduce(self._by_time[prefix].to(self.device, copy=True), reduce_op="sum"))
+
+    def _log_by_time(self, prefix: str) -> None:
+        """Logs the mean loss of every part of the time axis that met a sample; the next mean begins."""
+        for number, (total, count) in enumerate(self._counted(prefix).T.tolist()):
+            if count:
+                tag = f"loss_by_time/{prefix}_{number + 1}of{self.time_bins}"
+                self.log(tag, total / count, batch_size=1, sync_dist=prefix != "train")  # all ranks agree; Lightning warns unless told so
+        self._by_time[prefix].zero_()
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step
-        self._by_time = self._by_time.to(self.device)
         if self.teacher is not None:
             self.teacher.prepare(self.device)
 
@@ -147,35 +158,32 @@ class DiffusionTask(Task):
         if step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps:  # the first while gradients accumulate
             return
         self._counted_step = step
-        sums, counts = cast(Tensor, self.trainer.strategy.reduce(self._by_time, reduce_op="sum")).tolist()
-        for number, (total, count) in enumerate(zip(sums, counts, strict=True)):
-            if count:
-                self.log(self._bin_tag("train", number), total / count)
-        self._by_time.zero_()
+        self._log_by_time("train")
+
+    def on_validation_epoch_end(self) -> None:
+        for prefix in ("val", "val_ema"):
+            self._log_by_time(prefix)
+
+    def on_test_epoch_end(self) -> None:
+        for prefix in ("test", "test_ema"):
+            self._log_by_time(prefix)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was counted since the last point, of all ranks: a run that is resumed between two points draws the same curve."""
         if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps:  # else all of it is logged before anything more is counted
-            checkpoint["loss_by_time"] = self.trainer.strategy.reduce(self._by_time.clone(), reduce_op="sum")
+            checkpoint["loss_by_time"] = self._counted("train")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         waiting = checkpoint.get("loss_by_time")
         if waiting is not None and self.trainer.is_global_zero:
-            self._by_time.copy_(waiting)
-
-    def _bin_tag(self, prefix: str, number: int) -> str:
-        return f"loss_by_time/{prefix}_{number + 1}of{self.time_bins}"
+            self._by_time["train"].copy_(waiting)
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Adds a batch to the metrics under `prefix` (one of PREFIXES); a sample meets the same noise and time at every validation."""
         real = batch["weight"] > 0
         losses, times = self._losses(batch, [0] * len(real), "validation", 0.0)
         metrics = cast(dict[str, Metric], self.metrics[prefix])
-        bins = self.process.bins(times, self.time_bins)
-        for name in ("loss", *self.process.parts):
-            metrics[name].update(losses[name][real])
-            self.log(f"{prefix}/{name}", metrics[name], prog_bar=prefix == "val" and name == "loss", batch_size=len(real))
-        for number in range(self.time_bins):
-            mine = losses["loss"][real & (bins == number)]
-            metrics[f"time_{number}"].update(mine.sum() / max(1, len(mine)), weight=len(mine))
-            self.log(self._bin_tag(prefix, number), metrics[f"time_{number}"], batch_size=len(real))
+        for name, metric in metrics.items():
+            metric.update(losses[name][real])
+            self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name == "loss", batch_size=len(real))
+        self._count(prefix, losses["loss"][real], times[real])

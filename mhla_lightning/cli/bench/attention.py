@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.bench.report import demand_at_least, load, measuring_bar, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mhla_lightning.analysis.timing import Case
 
 HELP = "softmax (SDPA), linear and mhla over token counts"
@@ -60,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: there is no CUDA device here; use cpu")
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
     torch.manual_seed(0)
-    cases, rates = _measure(args, device)
+    console = Console()
+    cases, rates = _measure(args, device, console)
     result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
     rate = sorted(rates)[len(rates) // 2]
     machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    console = Console()
     console.print(f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
     for table in _tables(result, max(args.tokens)):
         console.print(table)
@@ -86,9 +88,7 @@ def _take_grid(args: argparse.Namespace) -> None:
     args.blocks = args.blocks or list(layout_for(tuple(args.grid)))
 
 
-def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[float]]:
-    from rich.progress import Progress
-
+def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[list[Case], list[float]]:
     from mhla_lightning.analysis.timing import make_case, take_turns
 
     entries = _causal_entries(args) if args.causal else _entries(args)
@@ -99,11 +99,10 @@ def _measure(args: argparse.Namespace, device: Any) -> tuple[list[Case], list[fl
         larger *= 2
     shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch, "causal": args.causal, "grid": args.grid}
     cases, rates = [], []
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=len({tokens for _, tokens in plan}) * (args.turns + 1))
+    with measuring_bar(console, len(plan) * (args.turns + 1)) as on_case:
         for tokens in dict.fromkeys(tokens for _, tokens in plan):  # one token count at a time: the memory of one is enough
             group = [make_case(name, entries[name], tokens, **shape, device=device) for name, n in plan if n == tokens]
-            rates += take_turns(group, args.turns, device, lambda: progress.advance(bar))
+            rates += take_turns(group, args.turns, device, lambda case: on_case(f"{case.operator} at {case.tokens:,} tokens"))
             for case in group:
                 case.release()
             cases += group

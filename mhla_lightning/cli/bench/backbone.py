@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.bench.report import demand_at_least, load, measuring_bar, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,23 +63,34 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     torch.manual_seed(0)
     plan = _plan(args, family, sizes, entries)
-    cases, rates = _measure(args, family, plan, device)
-    rows = [_row(args, family, size, case, plan[size][case.operator]) for size, group in cases.items() for case in group]
-    summary = {key: value for size, group in cases.items() for key, value in _ratios(family, size, group).items()}
-    rate = sorted(rates)[len(rates) // 2]
-    machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    precision = "bf16 autocast" if args.bf16 else "float32"
+    console = Console()
+    console.print(_what(args, family))
+    result: dict[str, Any] = {"rows": [], "summary": {}, "precision": _precision(args), "checkpointing": args.checkpointing}
+    with measuring_bar(console, len(plan) * len(entries) * (args.turns + 1)) as on_case:
+        for size, planned in plan.items():  # one size at a time: the memory of one is enough
+            group, rate = _measure(args, family, size, planned, device, on_case)
+            rows = [_row(args, family, size, case, planned[case.operator]) for case in group]
+            machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+            console.print(f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+            console.print(_table(family, rows))
+            result["rows"] += [{**row, "gemm_flops_per_second": rate, "machine": machine} for row in rows]
+            result["summary"] |= _ratios(family, size, group)
+            write_json(args.json, result)  # the next size may take an hour: a run that is stopped keeps what it measured
+    if result["summary"]:
+        by = "pixels" if family.key == "res" else "clip"
+        console.print(summary_table(f"summary: time of A over time of B, by {by}", result["summary"]))
+    return 0
+
+
+def _what(args: argparse.Namespace, family: Family) -> str:
+    """What is measured, in a line."""
     layers = "" if args.layers is None else f" with {args.layers} layers"
     steps = "forward and backward" + (" with recomputation of every block" if args.checkpointing else "")
-    console = Console()
-    console.print(f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
-    console.print(f"{args.backbone}{layers}, {precision}, batch {args.batch}, pos_conv {_pos_conv(args, family) or 'none'}; steps are {steps}")
-    console.print(_table(family, rows))
-    if summary:
-        console.print(summary_table(f"summary: time of A over time of B, by {'pixels' if family.key == 'res' else 'clip'}", summary))
-    settings = {"machine": machine, "precision": precision, "checkpointing": args.checkpointing}
-    write_json(args.json, {"rows": rows, "summary": summary, "gemm_flops_per_second": rate, **settings})
-    return 0
+    return f"{args.backbone}{layers}, {_precision(args)}, batch {args.batch}, pos_conv {_pos_conv(args, family) or 'none'}; steps are {steps}"
+
+
+def _precision(args: argparse.Namespace) -> str:
+    return "bf16 autocast" if args.bf16 else "float32"
 
 
 def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
@@ -174,25 +185,20 @@ def _options(args: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]:
     return size if args.layers is None else {**size, "depth": args.layers}
 
 
-def _measure(args: argparse.Namespace, family: Family, plan: dict[Size, dict[str, Entry]], device: Any) -> tuple[dict[Size, list[Case]], list[float]]:
-    from rich.progress import Progress
-
+def _measure(
+    args: argparse.Namespace, family: Family, size: Size, entries: dict[str, Entry], device: Any, on_case: Callable[[str], None]
+) -> tuple[list[Case], float]:
+    """The cases of one size with their times, and the GEMM rate in FLOP/s."""
     from mhla_lightning.analysis.backbone_speed import make_case
     from mhla_lightning.analysis.timing import take_turns
 
-    cases: dict[Size, list[Case]] = {}
-    rates: list[float] = []
+    options = _options(args, family.options(size))
     how = {"bf16": args.bf16, "checkpointing": args.checkpointing}
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=len(plan) * (args.turns + 1))
-        for size, entries in plan.items():  # one size at a time: the memory of one is enough
-            options = _options(args, family.options(size))
-            group = [make_case(label, args.backbone, entry, options, args.batch, device, **how) for label, entry in entries.items()]
-            rates += take_turns(group, args.turns, device, lambda: progress.advance(bar))
-            for case in group:
-                case.release()
-            cases[size] = group
-    return cases, rates
+    group = [make_case(label, args.backbone, entry, options, args.batch, device, **how) for label, entry in entries.items()]
+    rates = take_turns(group, args.turns, device, lambda case: on_case(f"{case.operator} at {_name(size)}"))
+    for case in group:
+        case.release()
+    return group, sorted(rates)[len(rates) // 2]
 
 
 def _row(args: argparse.Namespace, family: Family, size: Size, case: Case, entry: Entry) -> dict[str, Any]:

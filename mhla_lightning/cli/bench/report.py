@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhla_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def demand_at_least(args: argparse.Namespace, **least: int) -> None:
@@ -21,6 +27,16 @@ def demand_at_least(args: argparse.Namespace, **least: int) -> None:
 def load() -> str:
     """Processes that want a core now, over the last minute."""
     return f"load {os.getloadavg()[0]:.1f}"
+
+
+@contextmanager
+def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of so many measurements on a terminal; what it gives is called with the name of each as it begins."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        bar, done = progress.add_task("measuring", total=total), count()
+        yield lambda name: progress.update(bar, description=f"measuring {name}", completed=next(done))
 
 
 def summary_table(title: str, summary: dict[str, float], digits: int = 2) -> Any:
