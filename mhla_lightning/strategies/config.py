@@ -131,7 +131,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,  # Lightning and the run folder tell the progress
         **config,
-        **_precision_config(known_precision(precision), config.get("fp16"), accelerator),
+        **_precision_config(known_precision(precision), config.get("fp16"), accelerator, zero["stage"]),
     }
 
 
@@ -149,7 +149,7 @@ def lightning_precision(precision: str | int) -> str:
     return "32-true" if name == "bf16-mixed" else name
 
 
-def _precision_config(precision: str, fp16: Mapping[str, Any] | None, accelerator: str) -> dict[str, Any]:
+def _precision_config(precision: str, fp16: Mapping[str, Any] | None, accelerator: str, stage: int) -> dict[str, Any]:
     if precision.startswith("16"):
         if accelerator == "cpu":
             raise UserError(f"trainer.precision {precision} needs a GPU: DeepSpeed has no float16 on a CPU; take bf16-mixed, bf16-true or 32-true")
@@ -159,7 +159,8 @@ def _precision_config(precision: str, fp16: Mapping[str, Any] | None, accelerato
     if precision == "bf16-mixed":
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if precision == "bf16-true":
-        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # At stage 1 float32 accumulation would bring another optimizer of DeepSpeed's, which keeps all gradients whole in float32.
+        return {"bf16": {"enabled": True}, **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {})}
     return {}
 
 
