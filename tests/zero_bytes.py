@@ -16,7 +16,6 @@ from mhla_lightning.tasks import LanguageTask, Task
 # class -> attributes of the flat weights and of the flat float32 masters of this rank
 _HELD = {
     "DeepSpeedZeroOptimizer": ("bit16_groups_flat", "single_partition_of_fp32_groups"),
-    "BF16_Optimizer": ("bf16_groups_flat", "fp32_groups_flat_partition"),
     "DeepSpeedZeroOptimizer_Stage3": ("fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
 }
 
