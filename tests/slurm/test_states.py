@@ -106,7 +106,7 @@ def check_resumed(cluster: Cluster, cancelled: str) -> None:
     assert cluster.mhla("resume", "first", "--nodes", "1").stdout.startswith("job ")
     again = cluster.status("first")["job"]
     assert again != cancelled
-    wait_for("first ends", lambda: ended(cluster, again), told=lambda: cluster.logs("first"))
+    wait_for("first ends", lambda: ended(cluster, again), 600, told=lambda: cluster.logs("first"))
     row = cluster.status("first")
     assert (row["state"], row["step"]) == ("COMPLETED", 1500)
     assert f"attempt 1 of first on node1, from step {at}" in cluster.mhla("logs", "first").stdout
