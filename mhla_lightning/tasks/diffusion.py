@@ -67,7 +67,7 @@ class DiffusionTask(Task):
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
-        return {name: MeanMetric() for name in ("loss", *self.process.parts)}
+        return {name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)}  # NaN is shown, not left out
 
     @abstractmethod
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
