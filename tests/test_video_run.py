@@ -43,7 +43,8 @@ def test_a_run_learns(video_recipe: Path, tmp_path: Path) -> None:
     learn = ["--model.optimizer.lr", "1e-2", "--model.backbone_options.patch_size", "[2, 2, 2]"]
     train(video_recipe, "one", *learn, "--trainer.max_steps", "120", "--trainer.val_check_interval", "60", "--checkpoint.every_n_steps", "60")
     series = read_metrics(tmp_path / "runs" / "one" / "metrics.jsonl")
-    assert {"val/loss", "val_ema/loss", "loss_by_time/train_1of4", "loss_by_time/val_4of4"} <= series.keys()
+    assert {"val/loss", "val_ema/loss", "loss_by_time/train_1of4"} <= series.keys()
+    assert any(tag.startswith("loss_by_time/val_") for tag in series), "a part of the time axis that met no clip is not logged, the others are"
     assert series["val/loss"][-1][1] < 0.6 * series["train/loss"][0][1]
 
 
