@@ -101,6 +101,7 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
                 stack.enter_context(hold(run_folder.path))
                 forget(run_folder.path)
                 os.environ[_CHILD] = str(run_folder.path)
+                stack.callback(os.environ.pop, _CHILD, None)
                 _record(resolved, run_folder)
             _prepare_data(resolved)
             return _fit(resolved, run_folder, signals)
