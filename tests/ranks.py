@@ -23,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 _POLL = 0.02  # seconds
-_PATIENCE = 120.0  # seconds
 
 
 @dataclass
@@ -100,11 +99,7 @@ class Nursery:
     def run(self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> str:
         """Runs to the end, which must be exit code 0; returns the output."""
         ranks = self.start(world_size, arguments, cwd, env)
-        try:
-            codes = ranks.wait(_PATIENCE)
-        except TimeoutError:  # seen once in some hundred starts: gloo's first collective of two forked ranks never came back
-            ranks = self.start(world_size, arguments, cwd, env)
-            codes = ranks.wait()
+        codes = ranks.wait()
         assert codes == [0] * world_size, f"{arguments}: {codes}\n{ranks.output()[-6000:]}"
         return ranks.output()
 
