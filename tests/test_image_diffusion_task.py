@@ -96,8 +96,9 @@ def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
     task, batch = make_task(time_bins=40), make_batch(6) | {"weight": torch.tensor([1.0, 1, 1, 1, 0, 0])}
     bins = task.process.bins(task._draw((1,), [0] * 6, range(6), "validation", 0.0)[1], 40)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    batches: Any = [batch]
     for _ in range(2):
-        (found,) = trainer.validate(task, DataLoader([batch], batch_size=None), verbose=False)
+        (found,) = trainer.validate(task, DataLoader(batches, batch_size=None), verbose=False)
         parts = {tag: value for tag, value in found.items() if tag.startswith("loss_by_time/")}
         assert parts.keys() == {f"loss_by_time/val_{number + 1}of40" for number in bins[:4].tolist()}
         shares = torch.bincount(bins[:4], minlength=40) / 4
