@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,13 +74,14 @@ def test_a_monitor_that_is_none(recipe: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_of_equal_checkpoints_the_newest_is_best(tmp_path: Path) -> None:
-    for step, loss in ((1, 0.5), (2, 0.25), (3, 0.25)):
+    for step, loss in ((1, 0.5), (2, 0.25), (3, 0.25), (5, math.nan)):
         (tmp_path / str(step)).mkdir()
         (tmp_path / str(step) / "state.json").write_text(json.dumps({"metrics": {"val/loss": loss}}))
     (tmp_path / "4").mkdir()
-    found = [tmp_path / str(step) for step in (1, 2, 3, 4)]
+    found = [tmp_path / str(step) for step in (1, 2, 3, 4, 5)]
     assert [path.name for path in best_checkpoints(found, Keep(1, 2, "val/loss"))] == ["3", "2"]
     assert [path.name for path in best_checkpoints(found, Keep(1, 1, "val/loss", highest=True))] == ["1"]
+    assert len(best_checkpoints(found, Keep(1, 9, "val/loss"))) == 3, "4 was not validated, and the loss of 5 is no number"
     assert best_checkpoints(found, Keep(1)) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -72,12 +73,12 @@ def prune(run: Path, keep: Keep) -> None:
 
 
 def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
-    """The best by the monitored tag, best first; of equal ones the newest."""
+    """The best by the monitored tag, best first; of equal ones the newest. What is no number is never best."""
     if not keep.best or keep.monitor is None:
         return []
     values = {path: (read_json(path / "state.json") or {}).get("metrics", {}).get(keep.monitor) for path in reversed(checkpoints)}
-    sign = -1 if keep.highest else 1
-    return sorted((path for path, value in values.items() if value is not None), key=lambda path: sign * values[path])[: keep.best]
+    measured = [path for path, value in values.items() if value is not None and math.isfinite(value)]
+    return sorted(measured, key=lambda path: -values[path] if keep.highest else values[path])[: keep.best]
 
 
 def sync(path: Path) -> None:
