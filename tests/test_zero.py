@@ -51,10 +51,10 @@ class Runs:
             return folder
         return self.train(name, "auto", 1) if name == "one" else self.train(name, STRATEGIES[name], 2)
 
-    def broken_off(self, name: str, copy: str) -> Path:
+    def broken_off(self, run: Path, copy: str) -> Path:
         """A copy of a run as a kill after step 4 leaves it."""
         folder = self.root / copy
-        shutil.copytree(self.of(name), folder)
+        shutil.copytree(run, folder)
         for later in complete_checkpoints(folder)[1:]:
             shutil.rmtree(later)
         (folder / "summary.json").unlink()
@@ -137,7 +137,7 @@ def test_stages_split_what_they_should(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3_small_whole"))])
 def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
-    runs.broken_off(name, f"{name}-again")
+    runs.broken_off(runs.of(name), f"{name}-again")
     again = runs.train(f"{name}-again", STRATEGIES[name], 2)
     assert curves(again) == curves(runs.of(name))
     first, second = end_of(runs.of(name)), end_of(again)
@@ -159,9 +159,21 @@ CHANGES += [pytest.param(*change, marks=pytest.mark.slow) for change in MORE]
 @pytest.mark.parametrize(("before", "after", "ranks"), CHANGES, ids=lambda value: str(value))
 def test_a_run_goes_on_with_other_ranks_and_strategies(runs: Runs, before: str, after: str, ranks: int) -> None:
     name = f"{before}-{after}-{ranks}"
-    runs.broken_off(before, name)
+    runs.broken_off(runs.of(before), name)
     run = runs.train(name, "auto" if after == "one" else STRATEGIES[after], ranks)
     assert_close_curves(run, runs.of(before), tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_twenty_more_steps_with_one_rank_and_with_four(runs: Runs, name: str) -> None:
+    long = ["--trainer.max_steps", "24"]
+    unbroken = runs.train(f"long-{name}", STRATEGIES[name], 2, *long)
+    assert len(curves(unbroken)["train/loss"]) == 24
+    for ranks in (1, 4):
+        again = f"long-{name}-{ranks}"
+        runs.broken_off(unbroken, again)
+        assert_close_curves(runs.train(again, STRATEGIES[name], ranks, *long), unbroken, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])

@@ -22,6 +22,10 @@ from mhla_lightning.attention.mhla.grid import BlockGrid
 SLICE_ELEMENTS = 2**21
 """Elements of q that one slice holds on a CPU (8 MiB in float32); other devices take everything at once."""
 
+ROWS_FROM = 2**20
+"""Numbers in the summaries of one head from which on they lie row by row on a CPU (4 MiB in float32): mixing is then many products of a size that
+fits the cache, in half the time of one product of few rows and very many columns. Of smaller ones, writing rows far apart costs more than that."""
+
 
 def fused_mhla(
     q: Tensor,
@@ -77,7 +81,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fills out; returns S, z and their mixtures, all in the workspace's memory."""
-    summary, z = work.summaries(grid, q, v.shape[-1])
+    summary, z = work.summaries(grid, q, v.shape[-1], m)
     for part in _slices(q, grid):
         kf = work.features("k", k, part, keys=True)
         torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
@@ -127,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
     grid, offset, normalize, eps, dtype = ctx.settings
     work = _Workspace(offset, dtype, q.device)
-    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
+    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1], m)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for part in _slices(q, grid):
         qf, g = work.features("q", q, part), work.blocks("v", grad, part)
@@ -141,7 +145,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             torch.bmm(g_norm.mT, qf, out=part.of(d_z_mixed).unsqueeze(-2))
         part.store(grad_q, work.relu_backward(dq, qf))
     m_turned = None if m is None else m.mT
-    d_summary, d_z = _mix(m_turned, d_mixed), _mix(m_turned, d_z_mixed) if normalize else d_z_mixed
+    d_summary, d_z = _mix(m_turned, d_mixed, work), _mix(m_turned, d_z_mixed) if normalize else d_z_mixed
     for part in _slices(q, grid):
         kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.of(d_summary)
         dk = work.bmm("dq", vb, ds.mT)
@@ -245,11 +249,24 @@ class _Workspace:
         self.offset, self.dtype, self.device = offset, dtype, device
         self._buffers: dict[str, Tensor] = {}
 
-    def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
+    def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
         """Room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
         batch, _, heads, dim_k = q.shape
-        lead = (batch, grid.num_blocks, heads, dim_k)
-        return self._buffer("S", (*lead, dim_v)), self._buffer("z", lead)
+        lead = (batch, grid.num_blocks, heads)
+        shared = mixing is not None and mixing.dim() == 2
+        by_rows = shared and self.device.type == "cpu" and grid.num_blocks * dim_k * dim_v >= ROWS_FROM
+        shape = (*lead, dim_k, dim_v)
+        return self._summaries("S", shape, by_rows), self._buffer("z", (*lead, dim_k))
+
+    def mixed(self, summaries: Tensor) -> Tensor:
+        """Room for the mixtures, laid out as the summaries are."""
+        return self._summaries("mixed", summaries.shape, _by_rows(summaries))
+
+    def _summaries(self, name: str, shape: Sequence[int], by_rows: bool) -> Tensor:
+        if not by_rows:
+            return self._buffer(name, shape)
+        *lead, dim_k, dim_v = shape
+        return self._buffer(name, (dim_k, *lead, dim_v)).movedim(0, 3)
 
     def blocks(self, name: str, x: Tensor, part: _Slice) -> Tensor:
         view = part.arrange(x)
@@ -258,7 +275,9 @@ class _Workspace:
     def features(self, name: str, x: Tensor, part: _Slice, *, keys: bool = False) -> Tensor:
         """relu(x) + offset; keys are 0 at the missing places of short blocks."""
         view = part.arrange(x)
-        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self._buffer(name, view.shape)).add_(self.offset), part)
+        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self._buffer(name, view.shape)), part)
+        if self.offset:
+            phi.add_(self.offset)
         mask = part.grid.mask if keys else None
         if mask is not None:
             phi.unflatten(0, (-1, part.grid.num_blocks, x.shape[2])).mul_(mask.to(phi)[:, None, :, None])
@@ -286,18 +305,34 @@ def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = Non
     """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head."""
     if mixing is None:
         return summaries.sum(1, keepdim=True).expand_as(summaries)
-    if mixing.dim() == 2:
-        every = mixing.expand(len(summaries), -1, -1)  # matmul would fold the batch into the columns, with copies
-        flat = summaries.flatten(2)
-        return (torch.bmm(every, flat) if work is None else work.bmm("mixed", every, flat)).view_as(summaries)
-    return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
+    if mixing.dim() == 3:
+        return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
+    out = torch.empty_like(summaries) if work is None else work.mixed(summaries)
+    for x, to in zip(_products(summaries), _products(out), strict=True):
+        torch.bmm(mixing.expand(len(x), -1, -1), x, out=to)  # matmul would fold the batch into the columns, with copies
+    return out
 
 
 def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
     """Gradient of the mixing matrix, summed over samples (and over heads that share it)."""
-    if mixing.dim() == 2:
-        return (d_mixed.flatten(2) @ summaries.flatten(2).mT).sum(0)
-    return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
+    if mixing.dim() == 3:
+        return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
+    gradient = torch.zeros_like(mixing)
+    for d, x in zip(_products(d_mixed), _products(summaries), strict=True):
+        gradient += torch.bmm(d, x.mT).sum(0)
+    return gradient
+
+
+def _products(summaries: Tensor) -> list[Tensor]:
+    """(batch, blocks, heads, ...) as the matrices (products, blocks, columns) that a shared mixing matrix is multiplied with: views."""
+    if _by_rows(summaries):
+        return [sample.flatten(2) for sample in summaries.movedim(3, 1).unbind()]
+    return [summaries.flatten(2)]
+
+
+def _by_rows(summaries: Tensor) -> bool:
+    """Whether the first rows of all summaries come before the second ones."""
+    return summaries.dim() == 5 and summaries.stride(3) > summaries.stride(1)
 
 
 def _head_first(summaries: Tensor) -> Tensor:
