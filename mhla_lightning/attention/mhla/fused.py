@@ -19,12 +19,14 @@ from torch.autograd.function import once_differentiable
 from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.grid import BlockGrid
 
-SLICE_ELEMENTS = 2**21
-"""Elements of q that one slice holds on a CPU (8 MiB in float32); other devices take everything at once."""
+SLICE_ELEMENTS = 2**20
+"""Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
 
 ROWS_FROM = 2**20
 """Numbers in the summaries of one head from which on they lie row by row on a CPU (4 MiB in float32): mixing is then many products of a size that
 fits the cache, in half the time of one product of few rows and very many columns. Of smaller ones, writing rows far apart costs more than that."""
+
+_ROWS_AT_ONCE = 4
 
 
 def fused_mhla(
@@ -62,7 +64,7 @@ def fused_mhla(
 def _by_heads(
     q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, grid: BlockGrid, offset: float, normalize: bool, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory.
+    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory, about 32 MiB in float32.
 
     Too few heads at a time read little of every token's row, which costs more than summaries beyond the nearest cache.
     """
@@ -73,21 +75,21 @@ def _by_heads(
     for first in range(0, heads, step):
         part = slice(first, min(heads, first + step))
         own = m if m is None or m.dim() == 2 else m[part]
-        _forward(q[:, :, part], k[:, :, part], v[:, :, part], own, grid, out[:, :, part], work, normalize, eps)
+        _forward(q[:, :, part], k[:, :, part], v[:, :, part], own, grid, out[:, :, part], work, normalize, eps, keep=False)
     return out
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float
+    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fills out; returns S, z and their mixtures, all in the workspace's memory."""
+    """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be lost."""
     summary, z = work.summaries(grid, q, v.shape[-1], m)
     for part in _slices(q, grid):
         kf = work.features("k", k, part, keys=True)
         torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
         if normalize:
             torch.sum(kf, -2, out=part.of(z))
-    mixed, z_mixed = _mix(m, summary, work), _mix(m, z) if normalize else z
+    mixed, z_mixed = _mix(m, summary, work, keep=keep), _mix(m, z) if normalize else z
     for part in _slices(q, grid):
         qf = work.features("q", q, part)
         o = work.bmm("o", qf, part.of(mixed))
@@ -114,7 +116,7 @@ class _FusedMHLA(torch.autograd.Function):
         work = _Workspace(offset, dtype, q.device)
         m = None if mixing is None else mixing.to(dtype)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        summary, z, mixed, z_mixed = _forward(q, k, v, m, grid, out, work, normalize, eps)
+        summary, z, mixed, z_mixed = _forward(q, k, v, m, grid, out, work, normalize, eps, keep=True)
         ctx.save_for_backward(q, k, v, m, out, summary, z, mixed, z_mixed)
         ctx.settings = (grid, offset, normalize, eps, dtype)
         ctx.mixing_dtype = None if mixing is None else mixing.dtype
@@ -301,12 +303,19 @@ class _Workspace:
         return held[:size].view(*shape)
 
 
-def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None) -> Tensor:
-    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head."""
+def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True) -> Tensor:
+    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head.
+
+    Without `keep`, those that lie by rows are mixed in their place, some rows at a time, which halves what passes through memory.
+    """
     if mixing is None:
         return summaries.sum(1, keepdim=True).expand_as(summaries)
     if mixing.dim() == 3:
         return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
+    if work is not None and not keep and _by_rows(summaries):
+        for rows in (rows for sample in _products(summaries) for rows in sample.split(_ROWS_AT_ONCE)):
+            rows.copy_(work.bmm("mixed", mixing.expand(len(rows), -1, -1), rows))
+        return summaries
     out = torch.empty_like(summaries) if work is None else work.mixed(summaries)
     for x, to in zip(_products(summaries), _products(out), strict=True):
         torch.bmm(mixing.expand(len(x), -1, -1), x, out=to)  # matmul would fold the batch into the columns, with copies
