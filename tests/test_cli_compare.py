@@ -112,6 +112,7 @@ def check_picture(path: Path) -> None:
     assert (np.ptp(pixels, axis=-1) > 60).sum() > 2000, "no curves to be seen"
 
 
+@pytest.mark.slow
 def test_a_failing_run_ends_the_comparison_and_the_same_command_goes_on(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     variants = tmp_path / "variants.yaml"
     variants.write_text("good: {model.attention: linear}\nbad: {model.backbone_options.img_size: 32}\nnever: {}\n")
@@ -136,6 +137,7 @@ class TakeOptions:
     place: int = 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_run_once_on_every_finished_run(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,6 +313,7 @@ def test_help_of_eval_loads_no_torch() -> None:
     assert "--reference" in found.stdout
 
 
+@pytest.mark.slow
 def test_compare_shows_what_samples_says(here: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of a diffusion recipe, drawn from and judged once; the second time numbers and runs are read."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -174,7 +174,7 @@ def _images_of(batches: Iterable[Batch]) -> dict[tuple[int, int], torch.Tensor]:
     return {pair: image for batch in batches for pair, image in zip(_pairs([batch]), batch["image"], strict=True)}
 
 
-@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_started_workers_read_their_part(split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch, start: StartMethod) -> None:
     monkeypatch.setenv("RANK", "0")  # a stale one from a launcher must not matter
     monkeypatch.setenv("WORLD_SIZE", "7")

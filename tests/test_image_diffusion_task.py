@@ -173,6 +173,7 @@ def test_accumulation_and_ranks_take_the_same_step(diffusion_recipe: Path, tmp_p
         assert split[step] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(diffusion_recipe: Path, tmp_path: Path) -> None:
     """Checkpoints lie between the points of the curves, and once on one of them."""
     extra = ["--trainer.callbacks", ALL, "--trainer.max_steps", "40", "--trainer.val_check_interval", "10", "--checkpoint.every_n_steps", "3"]

@@ -84,6 +84,7 @@ def test_killed_in_the_middle_of_epochs(recipe: Path, tmp_path: Path) -> None:
     assert sorted(samples(whole)) == list(range(60))
 
 
+@pytest.mark.slow
 def test_one_two_one_processes(recipe: Path, tmp_path: Path) -> None:
     """Another number of processes and workers, other micro batches: the same global batches, and the same losses but for rounding."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "5"]
@@ -98,6 +99,7 @@ def test_one_two_one_processes(recipe: Path, tmp_path: Path) -> None:
     assert sorted(losses[1]) == list(range(1, 16))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_on_two_processes_without_being_asked(recipe: Path, tmp_path: Path) -> None:
     """Devices and workers are where a run happens, not what it is: no --accept-changes."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "4", "--trainer.max_steps", "24"]

@@ -69,6 +69,7 @@ def test_an_image_is_its_own_in_any_batch(trained: Path, sampler: str) -> None:
     assert np.abs(whole[0] - whole[4]).mean() > 1, "the same class twice, with other noise"
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_bits(trained: Path, tmp_path: Path) -> None:
     for processes in ("1", "2"):
         assert main(command(trained, tmp_path / processes, "--processes", processes)) == 0
@@ -77,6 +78,7 @@ def test_two_processes_draw_the_same_bits(trained: Path, tmp_path: Path) -> None
     assert np.array_equal(one["arr_1"], two["arr_1"])
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on(trained: Path, tmp_path: Path) -> None:
     slow = ["--steps", "200", "--batch-size", "1"]
     with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *command(trained, tmp_path / "cut", *slow)]) as process:

@@ -58,6 +58,7 @@ def test_killed_and_resumed_bit_for_bit(video_recipe: Path, tmp_path: Path) -> N
     assert exact_metrics(whole) == exact_metrics(cut)
 
 
+@pytest.mark.slow
 def test_accumulation_and_ranks_take_the_same_step(video_recipe: Path, tmp_path: Path) -> None:
     """One process with 4 clips at once, and two with 1: noise, time and dropped text belong to the sample."""
     fit(video_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
