@@ -83,6 +83,7 @@ class Health(StepGuard):
             return
         parameters = [parameter for parameter in pl_module.parameters() if parameter.grad is not None]
         self.gradient_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        pl_module.gradient_norm = self.gradient_norm
         self.skipped = not self.gradient_norm.isfinite()
         if self.skipped:
             for parameter in parameters:

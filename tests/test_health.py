@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.tasks.base import Task
 from tests.conftest import TINY_RECIPE
 from tests.faults import LAYER
 from tests.ranks import Nursery
@@ -100,6 +102,19 @@ def test_steps_are_left_out_on_one_device(place: Path, capsys: pytest.CaptureFix
     assert len(json.loads(leap.read_text())["batches"][0]["keys"]) == 16
     state = json.loads((complete_checkpoints(run)[-1] / "state.json").read_text())
     assert state["consumed"] == STEPS * 16
+
+
+def test_clipping_takes_the_norm_that_is_known_already(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(name: str, clip: str) -> list[float]:
+        assert main(arguments(place, name, [], "--trainer.max_steps", "4", "--trainer.gradient_clip_val", clip)) == 0
+        return [loss for _, loss in read_metrics(place / "runs" / name / "metrics.jsonl")["train/loss"]]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Task, "configure_gradient_clipping", pl.LightningModule.configure_gradient_clipping)
+        lightnings, loose = losses("clipped-by-lightning", "1e-3"), losses("not-clipped", "1e9")
+    monkeypatch.setattr(Task, "clip_gradients", None)  # must not be called
+    assert losses("clipped", "1e-3") == pytest.approx(lightnings, rel=1e-6)
+    assert lightnings != pytest.approx(loose, rel=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in STRATEGIES])

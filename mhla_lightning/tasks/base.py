@@ -38,9 +38,14 @@ class Task(pl.LightningModule):
         train_only: regular expressions; parameters that none finds are frozen.
         checkpoint_activations: `blocks` recomputes every block in the backward to save memory.
 
+    Attributes:
+        gradient_norm: of the step to be taken, where a callback has measured it; clipping then does not measure it again.
+
     Raises:
         UserError: unknown names or options, sizes that do not fit.
     """
+
+    gradient_norm: Tensor | None = None
 
     def __init__(
         self,
@@ -89,6 +94,15 @@ class Task(pl.LightningModule):
             rank_zero_only(log.info)(str(report))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning's clipping, without its second pass over the gradients where their norm is known."""
+        if self.gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+        else:
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.evaluate(batch, "val")
