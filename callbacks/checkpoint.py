@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ class Checkpoint(LightningCheckpoint):
 
     Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps neither random generators nor the average;
     its DeepSpeed checkpoints are pickles that only the same number of ranks can load.
+
+    What a step logs is written after the callbacks have seen its end. A checkpoint of it becomes complete only then: a run killed between the two
+    would go on behind the step, and its numbers would never be made up.
 
     Args:
         run: the run folder.
@@ -69,6 +73,8 @@ class Checkpoint(LightningCheckpoint):
         self.save_seconds = float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
+        self._complete: Callable[[], None] | None = None
+        self._logged = threading.Event()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
@@ -82,7 +88,10 @@ class Checkpoint(LightningCheckpoint):
         self._step = trainer.global_step
         self._due, self._asked = self._due or self._asked or self._step % self.every_n_steps == 0, False
         if self._due and not _validates_now(trainer, batch_idx):
-            self._save_if_due(trainer)
+            self._save_if_due(trainer, logged=False)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._complete_logged(trainer)
 
     def save_after_this_step(self) -> None:
         """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it stands."""
@@ -99,11 +108,11 @@ class Checkpoint(LightningCheckpoint):
         if tag is not None and tags and tag not in tags:
             raise UserError(f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}")
 
-    def _save_if_due(self, trainer: pl.Trainer) -> None:
+    def _save_if_due(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
         """After a step that was left out the next one that is taken is saved: while all fail, good checkpoints must not be pushed out."""
         if self._due and not was_skipped(trainer):
             self._due = False
-            self.save(trainer)
+            self.save(trainer, logged=logged)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._saved:
@@ -111,16 +120,22 @@ class Checkpoint(LightningCheckpoint):
         self.finish_writing(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._logged.set()
         if self._writer is not None:  # no collective here: the other ranks may be gone
             self._writer.wait(_GRACE)
+        if self._complete is not None and trainer.is_global_zero:  # all ranks have written
+            self._attempt(self._complete)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[GROUPS] = optimizer_groups(trainer, pl_module)
         if scale := loss_scale(trainer.optimizers[0]):
             checkpoint[LOSS_SCALE] = scale
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it."""
+    def save(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
+        """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it.
+
+        logged: the numbers of the step are written; else it becomes complete at the next step's start.
+        """
         self.finish_writing(trainer)
         step, began = trainer.global_step, time.monotonic()
         self._saved = step
@@ -128,18 +143,35 @@ class Checkpoint(LightningCheckpoint):
         needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
         self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)
         state = self._state(trainer)
+        self._logged = written = threading.Event()
 
-        def finish() -> None:
+        def measure() -> None:
             self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
+
+        def complete() -> None:
             commit(parts.folder, step, {**state, "save_seconds": self.save_seconds})
             prune(self.run.path, self.keep)
 
+        def complete_when_logged() -> None:
+            measure()
+            written.wait()
+            complete()
+
         if self.asynchronous:
-            self._writer = Writer(parts, trainer.world_size, finish)
-            return
-        self._agree(trainer, self._attempt(parts.write))
-        self._agree(trainer, self._attempt(finish) if trainer.is_global_zero else None)
-        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+            self._writer = Writer(parts, trainer.world_size, complete_when_logged)
+        else:
+            self._agree(trainer, self._attempt(parts.write))
+            measure()
+            self._complete = complete
+        if logged:
+            self._complete_logged(trainer)
+
+    def _complete_logged(self, trainer: pl.Trainer) -> None:
+        """Makes the checkpoint complete that waits for its step's numbers to be written; every rank calls it."""
+        self._logged.set()
+        complete, self._complete = self._complete, None
+        if complete is not None:
+            self._agree(trainer, self._attempt(complete) if trainer.is_global_zero else None)
 
     def _begin(self, trainer: pl.Trainer, step: int) -> Path:
         error, folder = None, Path()
@@ -160,7 +192,8 @@ class Checkpoint(LightningCheckpoint):
         return None
 
     def finish_writing(self, trainer: pl.Trainer) -> None:
-        """Waits for the checkpoint that a thread still writes; every rank calls it."""
+        """Completes the last checkpoint, and waits for the thread that may still write it; every rank calls it."""
+        self._complete_logged(trainer)
         writer, self._writer = self._writer, None
         if self.asynchronous:
             self._agree(trainer, writer.wait() if writer is not None else None)

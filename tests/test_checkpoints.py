@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mhla_lightning.checkpoints.atomic import Keep, best_checkpoints
+from mhla_lightning.checkpoints.atomic import Keep, best_checkpoints, commit
 from mhla_lightning.checkpoints.saving import Parts, Writer, copied, lack_of_room, tensor_bytes
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.cli.main import main
@@ -52,6 +53,26 @@ def test_writing_beside_the_training_changes_no_number(recipe: Path, tmp_path: P
         assert all(first.whole(name).equal(second.whole(name)) for name in first.names())
         assert (one / "ema" / "weights.safetensors").read_bytes() == (other / "ema" / "weights.safetensors").read_bytes()
         assert (one / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_checkpoint_is_complete_once_the_numbers_of_its_step_are_written(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
+    """A run killed between the two would go on behind the step and leave a hole in its curves."""
+    written: dict[int, bool] = {}
+
+    def watched(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+        tags = ("train/loss", "val/loss") if step == 4 else ("train/loss",)
+        series = read_metrics(tmp_path / "runs" / "watched" / "metrics.jsonl")
+        written[step] = all(step in dict(series[tag]) for tag in tags)
+        return commit(folder, step, state)
+
+    monkeypatch.setattr("mhla_lightning.callbacks.checkpoint.commit", watched)
+    lengths = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "1", "--checkpoint.keep_last", "9"]
+    logged = ["--trainer.log_every_n_steps", "1", "--checkpoint.asynchronous", asynchronous]
+    assert main(["run", str(recipe), "--run-id", "watched", *lengths, *logged]) == 0
+    assert written == dict.fromkeys(range(1, 7), True)
 
 
 @pytest.mark.parametrize(
