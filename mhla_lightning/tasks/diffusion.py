@@ -140,13 +140,16 @@ class DiffusionTask(Task):
         """Sums and counts (2, time_bins) of all ranks."""
         return cast(Tensor, self.trainer.strategy.reduce(self._by_time[prefix].to(self.device, copy=True), reduce_op="sum"))
 
-    def _log_by_time(self, prefix: str) -> None:
-        """Logs the mean loss of every part of the time axis that met a sample; the next mean begins."""
-        for number, (total, count) in enumerate(self._counted(prefix).T.tolist()):
-            if count:
-                tag = f"loss_by_time/{prefix}_{number + 1}of{self.time_bins}"
-                self.log(tag, total / count, batch_size=1, sync_dist=prefix != "train")  # all ranks agree; Lightning warns unless told so
+    def _means_by_time(self, prefix: str) -> dict[str, float]:
+        """The mean loss of every part of the time axis that met a sample, the same on all ranks; the next mean begins."""
+        counted = enumerate(self._counted(prefix).T.tolist(), start=1)
+        means = {f"loss_by_time/{prefix}_{number}of{self.time_bins}": total / count for number, (total, count) in counted if count}
         self._by_time[prefix].zero_()
+        return means
+
+    def _log_by_time(self, prefix: str) -> None:
+        for tag, mean in self._means_by_time(prefix).items():
+            self.log(tag, mean, batch_size=1, sync_dist=True)  # all ranks agree; Lightning warns unless told so
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step
@@ -158,7 +161,9 @@ class DiffusionTask(Task):
         if step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps:  # the first while gradients accumulate
             return
         self._counted_step = step
-        self._log_by_time("train")
+        means = self._means_by_time("train")
+        for logger in self.trainer.loggers:  # self.log would write a part that no sample has met once more, with its last value
+            logger.log_metrics(means, step)
 
     def on_validation_epoch_end(self) -> None:
         for prefix in ("val", "val_ema"):
