@@ -81,8 +81,8 @@ class Health(StepGuard):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if hasattr(trainer.strategy, "skipped_step"):  # DeepSpeed: no gradients here, and it comes after every micro batch
             return
-        parameters = [parameter for parameter in pl_module.parameters() if parameter.grad is not None]
-        self.gradient_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        self.gradient_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         pl_module.gradient_norm = self.gradient_norm
         self.skipped = not self.gradient_norm.isfinite()
         if self.skipped:
