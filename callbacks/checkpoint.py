@@ -74,7 +74,7 @@ class Checkpoint(LightningCheckpoint):
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
         self._complete: Callable[[], None] | None = None
-        self._logged = threading.Event()
+        self._logged, self._written = threading.Event(), -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
@@ -120,6 +120,8 @@ class Checkpoint(LightningCheckpoint):
         self.finish_writing(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not self._logged.is_set() and _steps_written(trainer) == self._written:
+            return  # the numbers of its step are not: as after a kill, the run goes on from the checkpoint before
         self._logged.set()
         if self._writer is not None:  # no collective here: the other ranks may be gone
             self._writer.wait(_GRACE)
@@ -143,7 +145,8 @@ class Checkpoint(LightningCheckpoint):
         needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
         self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)
         state = self._state(trainer)
-        self._logged = written = threading.Event()
+        self._logged, self._written = threading.Event(), _steps_written(trainer)
+        numbers = self._logged
 
         def measure() -> None:
             self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
@@ -154,7 +157,7 @@ class Checkpoint(LightningCheckpoint):
 
         def complete_when_logged() -> None:
             measure()
-            written.wait()
+            numbers.wait()
             complete()
 
         if self.asynchronous:
@@ -224,6 +227,11 @@ class Checkpoint(LightningCheckpoint):
             "metrics": metrics if at == trainer.global_step else {},
             **self.facts,
         }
+
+
+def _steps_written(trainer: pl.Trainer) -> int:
+    """Steps whose numbers Lightning has handed to the loggers; global_step is ahead by one until it has."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -17,6 +17,7 @@ from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.tasks import ClassificationTask
 from tests.test_resume import exact_metrics
 
 OPTIONS = ["--trainer.max_steps", "16", "--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "4"]
@@ -73,6 +74,27 @@ def test_a_checkpoint_is_complete_once_the_numbers_of_its_step_are_written(
     logged = ["--trainer.log_every_n_steps", "1", "--checkpoint.asynchronous", asynchronous]
     assert main(["run", str(recipe), "--run-id", "watched", *lengths, *logged]) == 0
     assert written == dict.fromkeys(range(1, 7), True)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_an_error_before_the_numbers_are_written_leaves_no_hole(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
+    """As when another rank dies between a save and the end of the step: the checkpoint of that step does not count."""
+
+    def fails(task: ClassificationTask, *_: Any) -> None:
+        if task.trainer.global_step == 4:
+            raise RuntimeError("the other rank is gone")
+
+    run = ["run", str(recipe), "--run-id", "hole", "--trainer.max_steps", "6", "--trainer.val_check_interval", "6", "--checkpoint.every_n_steps", "1"]
+    run += ["--checkpoint.keep_last", "9", "--trainer.log_every_n_steps", "1", "--checkpoint.asynchronous", asynchronous]
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationTask, "on_train_batch_end", fails)
+        with pytest.raises(RuntimeError, match="the other rank is gone"):
+            main(run)
+    assert steps(tmp_path / "runs" / "hole") == [1, 2, 3]
+    assert main(run) == 0
+    assert [step for step, _ in read_metrics(tmp_path / "runs" / "hole" / "metrics.jsonl")["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

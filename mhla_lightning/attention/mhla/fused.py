@@ -313,8 +313,9 @@ def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = Non
     if mixing.dim() == 3:
         return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
     if work is not None and not keep and _by_rows(summaries):
-        for rows in (rows for sample in _products(summaries) for rows in sample.split(_ROWS_AT_ONCE)):
-            rows.copy_(work.bmm("mixed", mixing.expand(len(rows), -1, -1), rows))
+        for sample in _products(summaries):
+            for rows in sample.split(_ROWS_AT_ONCE):
+                rows.copy_(work.bmm("mixed", mixing.expand(len(rows), -1, -1), rows))
         return summaries
     out = torch.empty_like(summaries) if work is None else work.mixed(summaries)
     for x, to in zip(_products(summaries), _products(out), strict=True):
