@@ -149,6 +149,7 @@ def test_peak_memory_without_data_is_that_with_data(checkpointing: bool) -> None
     assert case.peak_bytes == peak_bytes(case.run_step, CPU)
 
 
+@pytest.mark.slow
 def test_checkpointing_takes_less_memory(tmp_path: Path) -> None:
     peaks = []
     for flags in ([], ["--checkpointing"]):

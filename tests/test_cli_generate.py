@@ -311,6 +311,7 @@ def test_to_hf_is_the_run(runs: Path) -> None:
     assert model.generate(tokens, max_new_tokens=30, do_sample=False)[0, tokens.shape[1] :].tolist() == expected
 
 
+@pytest.mark.slow
 def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
     from tests.test_lm_harness import local_tasks

@@ -152,6 +152,7 @@ def test_latents_can_be_made_anew(root: Path, tmp_path: Path) -> None:
         make_video_latents(root / "buckets", tmp_path / "out", options(root), overwrite=True)
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_bits(root: Path, tmp_path: Path) -> None:
     make_video_latents(root / "buckets", tmp_path / "whole", options(root, str(root / "umt5")))
     shown = ["--shards", "3", "--tokens", "20", "--device", "cpu"]

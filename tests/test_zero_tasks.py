@@ -36,7 +36,7 @@ def losses(nursery: Nursery, recipe: str, root: Path, strategy: str, *overrides:
     return {tag: [value for _, value in series[tag]] for tag in LOSSES if tag in series}
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "classification"])
+@pytest.mark.parametrize("task", ["language", pytest.param("image_dit", marks=pytest.mark.slow), "video_dit"])
 def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> None:
     recipe = str(write_recipes(tmp_path, [task])[task])
     short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]

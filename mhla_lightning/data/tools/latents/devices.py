@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -14,7 +14,7 @@ from mhla_lightning.data.tools.parallel import Interrupted
 from mhla_lightning.errors import UserError, unknown_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_held: list[TextIO] = []  # locks of this process
+_held: list[int] = []  # descriptors of the locks of this process
 
 
 def find_devices(spec: str = "auto") -> tuple[str, ...]:
@@ -49,13 +49,13 @@ def find_dtype(name: str | None, device: str) -> str:
 def own_device(folder: Path, devices: Sequence[str]) -> str:
     """The device of this process: the first that no other process which works on `folder` holds. The kernel lets it go when the process ends."""
     for number, device in enumerate(devices):
-        file = open(folder / f"device-{number}.lock", "w", encoding="utf-8")  # noqa: SIM115  held until the process ends
+        descriptor = os.open(folder / f"device-{number}.lock", os.O_WRONLY | os.O_CREAT)  # held until the process ends
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
+            os.close(descriptor)
             continue
-        _held.append(file)
+        _held.append(descriptor)
         return device
     raise Interrupted(f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, and run the same command again")
 
@@ -64,4 +64,4 @@ def release_devices() -> None:
     """Let go what own_device gave this process, so that others can have it."""
     own_device.cache_clear()
     while _held:
-        _held.pop().close()
+        os.close(_held.pop())
