@@ -22,11 +22,12 @@ from mhla_lightning.attention.mhla.grid import BlockGrid
 SLICE_ELEMENTS = 2**20
 """Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
 
-ROWS_FROM = 2**20
-"""Numbers in the summaries of one head from which on they lie row by row on a CPU (4 MiB in float32): mixing is then many products of a size that
-fits the cache, in half the time of one product of few rows and very many columns. Of smaller ones, writing rows far apart costs more than that."""
+PANELS_FROM = 2**21
+"""Numbers in the summaries of one sample from which on a CPU mixes them panel by panel (8 MiB in float32): one product of few rows and very many
+columns leaves the cache, and takes up to twice as long."""
 
-_ROWS_AT_ONCE = 4
+PANEL = 2048  # columns
+_PANELS_AT_ONCE = 4
 
 
 def fused_mhla(
@@ -83,7 +84,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be lost."""
-    summary, z = work.summaries(grid, q, v.shape[-1], m)
+    summary, z = work.summaries(grid, q, v.shape[-1])
     for part in _slices(q, grid):
         kf = work.features("k", k, part, keys=True)
         torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
@@ -133,7 +134,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
     grid, offset, normalize, eps, dtype = ctx.settings
     work = _Workspace(offset, dtype, q.device)
-    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1], m)
+    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for part in _slices(q, grid):
         qf, g = work.features("q", q, part), work.blocks("v", grad, part)
@@ -251,33 +252,20 @@ class _Workspace:
         self.offset, self.dtype, self.device = offset, dtype, device
         self._buffers: dict[str, Tensor] = {}
 
-    def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+    def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
         """Room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
         batch, _, heads, dim_k = q.shape
         lead = (batch, grid.num_blocks, heads)
-        shared = mixing is not None and mixing.dim() == 2
-        by_rows = shared and self.device.type == "cpu" and grid.num_blocks * dim_k * dim_v >= ROWS_FROM
-        shape = (*lead, dim_k, dim_v)
-        return self._summaries("S", shape, by_rows), self._buffer("z", (*lead, dim_k))
-
-    def mixed(self, summaries: Tensor) -> Tensor:
-        """Room for the mixtures, laid out as the summaries are."""
-        return self._summaries("mixed", summaries.shape, _by_rows(summaries))
-
-    def _summaries(self, name: str, shape: Sequence[int], by_rows: bool) -> Tensor:
-        if not by_rows:
-            return self._buffer(name, shape)
-        *lead, dim_k, dim_v = shape
-        return self._buffer(name, (dim_k, *lead, dim_v)).movedim(0, 3)
+        return self.room("S", (*lead, dim_k, dim_v)), self.room("z", (*lead, dim_k))
 
     def blocks(self, name: str, x: Tensor, part: _Slice) -> Tensor:
         view = part.arrange(x)
-        return self._in_blocks(self._buffer(name, view.shape).copy_(view), part)
+        return self._in_blocks(self.room(name, view.shape).copy_(view), part)
 
     def features(self, name: str, x: Tensor, part: _Slice, *, keys: bool = False) -> Tensor:
         """relu(x) + offset; keys are 0 at the missing places of short blocks."""
         view = part.arrange(x)
-        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self._buffer(name, view.shape)), part)
+        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self.room(name, view.shape)), part)
         if self.offset:
             phi.add_(self.offset)
         mask = part.grid.mask if keys else None
@@ -286,7 +274,7 @@ class _Workspace:
         return phi
 
     def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self._buffer(name, (*a.shape[:2], b.shape[2])))
+        return torch.bmm(a, b, out=self.room(name, (*a.shape[:2], b.shape[2])))
 
     def relu_backward(self, grad: Tensor, phi: Tensor) -> Tensor:
         """grad where the feature map's relu was open, else 0, in place."""
@@ -295,7 +283,7 @@ class _Workspace:
     def _in_blocks(self, arranged: Tensor, part: _Slice) -> Tensor:
         return arranged.view(-1, part.grid.tokens_per_block, arranged.shape[-1])
 
-    def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
+    def room(self, name: str, shape: Sequence[int]) -> Tensor:
         size = math.prod(shape)
         held = self._buffers.get(name)
         if held is None or held.numel() < size:
@@ -306,19 +294,19 @@ class _Workspace:
 def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True) -> Tensor:
     """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head.
 
-    Without `keep`, those that lie by rows are mixed in their place, some rows at a time, which halves what passes through memory.
+    Without `keep`, large ones are mixed in their place, which halves what passes through memory.
     """
     if mixing is None:
         return summaries.sum(1, keepdim=True).expand_as(summaries)
     if mixing.dim() == 3:
         return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
-    if work is not None and not keep and _by_rows(summaries):
-        for sample in _products(summaries):
-            for rows in sample.split(_ROWS_AT_ONCE):
-                rows.copy_(work.bmm("mixed", mixing.expand(len(rows), -1, -1), rows))
+    panels = _panels(summaries)
+    if work is not None and not keep and len(panels) > 1:
+        for x in panels:
+            x.copy_(work.bmm("mixed", mixing.expand(len(x), -1, -1), x))
         return summaries
-    out = torch.empty_like(summaries) if work is None else work.mixed(summaries)
-    for x, to in zip(_products(summaries), _products(out), strict=True):
+    out = torch.empty_like(summaries) if work is None else work.room("mixed", summaries.shape)
+    for x, to in zip(panels, _panels(out), strict=True):
         torch.bmm(mixing.expand(len(x), -1, -1), x, out=to)  # matmul would fold the batch into the columns, with copies
     return out
 
@@ -328,21 +316,23 @@ def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
     if mixing.dim() == 3:
         return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
     gradient = torch.zeros_like(mixing)
-    for d, x in zip(_products(d_mixed), _products(summaries), strict=True):
+    for d, x in zip(_panels(d_mixed), _panels(summaries), strict=True):
         gradient += torch.bmm(d, x.mT).sum(0)
     return gradient
 
 
-def _products(summaries: Tensor) -> list[Tensor]:
+def _panels(summaries: Tensor) -> list[Tensor]:
     """(batch, blocks, heads, ...) as the matrices (products, blocks, columns) that a shared mixing matrix is multiplied with: views."""
-    if _by_rows(summaries):
-        return [sample.flatten(2) for sample in summaries.movedim(3, 1).unbind()]
-    return [summaries.flatten(2)]
-
-
-def _by_rows(summaries: Tensor) -> bool:
-    """Whether the first rows of all summaries come before the second ones."""
-    return summaries.dim() == 5 and summaries.stride(3) > summaries.stride(1)
+    flat = summaries.flatten(2)
+    if flat.device.type != "cpu" or flat[0].numel() < PANELS_FROM:
+        return [flat]
+    panels: list[Tensor] = []
+    whole = flat.shape[2] // PANEL * PANEL
+    for sample in flat.unbind():
+        panels += sample[:, :whole].unflatten(1, (-1, PANEL)).transpose(0, 1).split(_PANELS_AT_ONCE)
+        if whole < flat.shape[2]:
+            panels.append(sample[:, whole:].unsqueeze(0))
+    return panels
 
 
 def _head_first(summaries: Tensor) -> Tensor:
