@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.ranks import Nursery
+
 pytest_plugins = ["tests.cluster_stubs", "tests.loopback"]
 SPARE_BYTES = 3 * 2**29  # address space that a test of `little_memory` may take on top of what is in use
 ORACLES = Path(__file__).parent / "oracles"
@@ -33,6 +35,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not cases:
             raise pytest.UsageError(f"no oracle cases (*.npz) in {', '.join(map(str, folders))}")
         metafunc.parametrize("oracle", cases, ids=[case.stem for case in cases])
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("ranks"))
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,6 @@ ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}
 SHARDED = [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]  # stage 1 writes what stage 2 does, by the same code
 WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    found = Nursery(tmp_path_factory.mktemp("logs"))
-    yield found
-    found.close()
 
 
 class Runs:

@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ STRATEGIES = {
     "zero3_bf16": ["--trainer.strategy", "zero3", "--trainer.strategy.zero_optimization", WHOLE, "--trainer.precision", "bf16-true"],
 }
 IN_CI = ("ddp", "zero2")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("ranks"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints, newest_checkpoint, read_metrics
 from mhla_lightning.tasks import ImageDiffusionTask
 from tests.diffusion_models import MHLA, OPTIONS, make_batch, make_task, train, write_recipe
+from tests.ranks import Nursery
 from tests.test_resume import exact_metrics, fit, fit_killed
 
 FACTS: dict[str, Any] = {"kind": "images", "classes": 4, "image_size": (8, 8)}
@@ -163,10 +164,10 @@ def test_grids_change_nothing_in_training(diffusion_recipe: Path, tmp_path: Path
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_accumulation_and_ranks_take_the_same_step(diffusion_recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_and_ranks_take_the_same_step(nursery: Nursery, diffusion_recipe: Path, tmp_path: Path) -> None:
     """One process with 16 samples at once, and two with 4: noise belongs to the sample."""
-    fit(diffusion_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
-    fit(diffusion_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "4")
+    fit(nursery, diffusion_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
+    fit(nursery, diffusion_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "4")
     whole, split = (dict(read_metrics(tmp_path / "runs" / name / "metrics.jsonl")["train/loss"]) for name in ("whole", "split"))
     assert whole.keys() == split.keys() == {1, 2, 3}
     for step, loss in whole.items():
@@ -174,14 +175,14 @@ def test_accumulation_and_ranks_take_the_same_step(diffusion_recipe: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_bit_for_bit(diffusion_recipe: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_bit_for_bit(nursery: Nursery, diffusion_recipe: Path, tmp_path: Path) -> None:
     """Checkpoints lie between the points of the curves, and once on one of them."""
     extra = ["--trainer.callbacks", ALL, "--trainer.max_steps", "40", "--trainer.val_check_interval", "10", "--checkpoint.every_n_steps", "3"]
     extra += ["--trainer.log_every_n_steps", "4"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(diffusion_recipe, whole, *extra)
-    assert fit_killed(diffusion_recipe, cut, 17, *extra), "the run ended before it could be killed"
-    fit(diffusion_recipe, cut, *extra)
+    fit(nursery, diffusion_recipe, whole, *extra)
+    assert fit_killed(nursery, diffusion_recipe, cut, 17, *extra), "the run ended before it could be killed"
+    fit(nursery, diffusion_recipe, cut, *extra)
     assert exact_metrics(whole) == exact_metrics(cut)
 
 

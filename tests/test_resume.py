@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -15,33 +13,31 @@ from pathlib import Path
 import pytest
 
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from tests.ranks import Nursery
 
 MIXED = ["--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.schedule.name", "constant"]
 LOGGED = ["--trainer.callbacks", "[{class_path: mhla_lightning.callbacks.EMA}, {class_path: mhla_lightning.callbacks.SampleLog}]"]
 TWO = ["--trainer.devices", "2"]
 
 
-def command(recipe: Path | str, run: Path, *extra: str) -> list[str]:
-    arguments = ["run", str(recipe), "--runs", str(run.parent), "--run-id", run.name, "--trainer.log_every_n_steps", "1"]
-    return [sys.executable, "-m", "mhla_lightning", *arguments, *LOGGED, *extra]
+def arguments(recipe: Path | str, run: Path, *extra: str) -> list[str]:
+    return ["run", str(recipe), "--runs", str(run.parent), "--run-id", run.name, "--trainer.log_every_n_steps", "1", *LOGGED, *extra]
 
 
-def fit(recipe: Path | str, run: Path, *extra: str) -> str:
-    done = subprocess.run(command(recipe, run, *extra), check=False, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def fit(nursery: Nursery, recipe: Path | str, run: Path, *extra: str) -> str:
+    return nursery.run(1, arguments(recipe, run, *extra), Path.cwd())
 
 
-def fit_killed(recipe: Path | str, run: Path, step: int, *extra: str) -> bool:
+def fit_killed(nursery: Nursery, recipe: Path | str, run: Path, step: int, *extra: str) -> bool:
     """Train until a batch of `step` was handed out, then kill the process at once; False when training ended before."""
-    with subprocess.Popen(command(recipe, run, *extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and last_step(run) < step and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0
+    process = nursery.start(1, arguments(recipe, run, *extra), Path.cwd())
+    deadline = time.monotonic() + 300
+    while not process.poll() and last_step(run) < step and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    (code,) = process.wait(60)
+    assert code in (0, -signal.SIGKILL), process.output()
+    return code != 0
 
 
 def last_step(run: Path) -> int:
@@ -71,13 +67,13 @@ def exact_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: values for tag, values in series.items() if tag.removeprefix("train/") not in timed}
 
 
-def test_killed_in_the_middle_of_epochs(recipe: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken run."""
     extra = [*MIXED, "--data.num_workers", "2", "--checkpoint.every_n_steps", "3", "--trainer.max_steps", "60", "--trainer.val_check_interval", "20"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(recipe, whole, *extra)
-    kills = sum(fit_killed(recipe, cut, step, *extra) for step in (7, 30))
-    fit(recipe, cut, *extra)
+    fit(nursery, recipe, whole, *extra)
+    kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 30))
+    fit(nursery, recipe, cut, *extra)
     assert kills == 2
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)
@@ -85,14 +81,14 @@ def test_killed_in_the_middle_of_epochs(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_two_one_processes(recipe: Path, tmp_path: Path) -> None:
+def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """Another number of processes and workers, other micro batches: the same global batches, and the same losses but for rounding."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "5"]
     whole, elastic = tmp_path / "runs" / "whole", tmp_path / "runs" / "elastic"
-    fit(recipe, whole, *extra, "--trainer.max_steps", "15")
+    fit(nursery, recipe, whole, *extra, "--trainer.max_steps", "15")
     for steps, place in (("5", ["--data.micro_batch_size", "4"]), ("10", [*TWO, "--data.num_workers", "1"]), ("15", ["--data.num_workers", "2"])):
         changed = [] if steps == "5" else ["--accept-changes"]  # only the length changes
-        fit(recipe, elastic, *extra, "--trainer.max_steps", steps, *place, *changed)
+        fit(nursery, recipe, elastic, *extra, "--trainer.max_steps", steps, *place, *changed)
     assert {step: sorted(taken) for step, taken in samples(whole).items()} == samples(elastic)
     losses = [dict(read_metrics(run / "metrics.jsonl")["train/loss"]) for run in (whole, elastic)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -100,14 +96,14 @@ def test_one_two_one_processes(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_on_two_processes_without_being_asked(recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_on_two_processes_without_being_asked(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """Devices and workers are where a run happens, not what it is: no --accept-changes."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "4", "--trainer.max_steps", "24"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(recipe, whole, *extra)
-    assert fit_killed(recipe, cut, 9, *extra)
+    fit(nursery, recipe, whole, *extra)
+    assert fit_killed(nursery, recipe, cut, 9, *extra)
     before = complete_checkpoints(cut)[-1].name
-    assert f"going on from {before}" in fit(recipe, cut, *extra, *TWO)
+    assert f"going on from {before}" in fit(nursery, recipe, cut, *extra, *TWO)
     assert {step: sorted(taken) for step, taken in samples(whole).items()} == samples(cut)
     losses = [dict(read_metrics(run / "metrics.jsonl")["train/loss"]) for run in (whole, cut)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -115,17 +111,17 @@ def test_a_killed_run_goes_on_on_two_processes_without_being_asked(recipe: Path,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_cpu_recipe_killed_at_twenty_random_steps(tmp_path: Path) -> None:
+def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path: Path) -> None:
     """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the unbroken run's, bit for bit."""
     recipe = "classification/deit_tiny_mhla_mnist_cpu"
     data = ["--data.path", str(tmp_path / "mnist"), "--data.source", "mnist", "--data.num_workers", "2"]
     steps = ["--trainer.max_steps", "260", "--trainer.val_check_interval", "100", "--checkpoint.every_n_steps", "7"]
     extra = [*MIXED[:4], *data, *steps]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(recipe, whole, *extra)
+    fit(nursery, recipe, whole, *extra)
     at = sorted(random.Random(os.environ.get("MHLA_TEST_SEED", "20")).sample(range(8, 250), 20))
-    killed = [step for step in at if fit_killed(recipe, cut, step, *extra)]
-    fit(recipe, cut, *extra)
+    killed = [step for step in at if fit_killed(nursery, recipe, cut, step, *extra)]
+    fit(nursery, recipe, cut, *extra)
     assert killed == at
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)

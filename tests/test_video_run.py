@@ -15,6 +15,7 @@ from mhla_lightning.data.tools.clips.make import make_clips
 from mhla_lightning.data.tools.clips.options import ClipOptions
 from mhla_lightning.runs.folder import newest_checkpoint, read_metrics
 from tests.diffusion_models import train
+from tests.ranks import Nursery
 from tests.test_resume import exact_metrics, fit, fit_killed
 from tests.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
 
@@ -48,23 +49,23 @@ def test_a_run_learns(video_recipe: Path, tmp_path: Path) -> None:
     assert series["val/loss"][-1][1] < 0.6 * series["train/loss"][0][1]
 
 
-def test_killed_and_resumed_bit_for_bit(video_recipe: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_bit_for_bit(nursery: Nursery, video_recipe: Path, tmp_path: Path) -> None:
     extra = ["--trainer.callbacks", CLIPS, "--trainer.max_steps", "24", "--trainer.val_check_interval", "8", "--checkpoint.every_n_steps", "3"]
     extra += ["--trainer.log_every_n_steps", "4", "--model.time_bins", "40"]  # more than a point of the curves has samples
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
-    fit(video_recipe, whole, *extra)
-    assert fit_killed(video_recipe, cut, 11, *extra), "the run ended before it could be killed"
-    fit(video_recipe, cut, *extra)
+    fit(nursery, video_recipe, whole, *extra)
+    assert fit_killed(nursery, video_recipe, cut, 11, *extra), "the run ended before it could be killed"
+    fit(nursery, video_recipe, cut, *extra)
     assert exact_metrics(whole) == exact_metrics(cut)
     parts = {tag: values for tag, values in read_metrics(whole / "metrics.jsonl").items() if tag.startswith("loss_by_time/train_")}
     assert all(len({value for _, value in values}) == len(values) for values in parts.values()), "a part that no sample met is not logged again"
 
 
 @pytest.mark.slow
-def test_accumulation_and_ranks_take_the_same_step(video_recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_and_ranks_take_the_same_step(nursery: Nursery, video_recipe: Path, tmp_path: Path) -> None:
     """One process with 4 clips at once, and two with 1: noise, time and dropped text belong to the sample."""
-    fit(video_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
-    fit(video_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "1")
+    fit(nursery, video_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
+    fit(nursery, video_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "1")
     whole, split = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "split"))
     assert [step for step, _ in whole["train/loss"]] == [1, 2, 3]
     tags = {tag for tag in whole if tag == "train/loss" or tag.startswith("loss_by_time/")}

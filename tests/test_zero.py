@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Runs]:
+def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Runs:
     folder = tmp_path_factory.mktemp("zero")
     recipe = folder / "tiny.yaml"
     clipped = TINY_RECIPE.replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
@@ -71,9 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Run
     at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
     steady = steady.replace("{name: mhla, blocks: 2}", at_the_border)
     recipe.write_text(steady.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
-    nursery = Nursery(folder)
-    yield Runs(nursery, folder, recipe)
-    nursery.close()
+    return Runs(nursery, folder, recipe)
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:

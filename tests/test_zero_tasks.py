@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ SAMPLES = {  # what draws while it trains must draw on all ranks, or stage 3 wai
     "video_dit": "{class_path: mhla_lightning.callbacks.SampleClips, init_args: {sheets: 2, first: 2, steps: 2}}",
 }
 EMA = "{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}"
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("logs"))
-    yield nursery
-    nursery.close()
 
 
 def losses(nursery: Nursery, recipe: str, root: Path, strategy: str, *overrides: str) -> dict[str, list[float]]:
