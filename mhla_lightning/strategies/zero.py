@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.strategies.config import StrategyEntry, check_nvme, check_version, deepspeed_config, zero_config
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights, Zero3Weights, Zero12Weights
+from mhla_lightning.strategies.norm import norm_of_partitions
 from mhla_lightning.strategies.state import group_names, restore
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -98,14 +100,18 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        with super().model_sharded_context():
-            if not self.zero_stage_3:
-                yield
-                return
-            from mhla_lightning.strategies.building import InitialiseSplit
+        """At stage 3, splits weights as they are made. Lightning's own leaves DeepSpeed to round every tensor that is made meanwhile to the weights'
+        precision: tables of angles and mixing matrices that are computed in float64 would not be those of one process."""
+        if not self.zero_stage_3:
+            yield
+            return
+        import deepspeed
 
-            with InitialiseSplit():
-                yield
+        from mhla_lightning.strategies.building import InitialiseSplit
+
+        self._init_config_if_needed()
+        with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config, tensor_overrides=[]), InitialiseSplit():
+            yield
 
     def _setup_model_and_optimizer(self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
         zero = cast(dict[str, Any], self.config)["zero_optimization"]
@@ -120,7 +126,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
         super()._initialize_deepspeed_train(model)
-        self._engine_optimizer().check_grad_overflow = True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
+        optimizer = self._engine_optimizer()
+        optimizer.check_grad_overflow = True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
+        if not self.zero_stage_3:
+            optimizer.get_grad_norm_direct = partial(norm_of_partitions, optimizer)
 
     def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
         """Lightning's own leaves autocast out."""
