@@ -17,6 +17,7 @@ from mhla_lightning.callbacks.steps import StepGuard
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
+from mhla_lightning.strategies.norm import total_norm
 
 log = logging.getLogger(__name__)
 WINDOW, ENOUGH = 100, 20  # steps that the median of losses is of, at most and at least
@@ -82,7 +83,7 @@ class Health(StepGuard):
         if hasattr(trainer.strategy, "skipped_step"):  # DeepSpeed: no gradients here, and it comes after every micro batch
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
-        self.gradient_norm = _norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        self.gradient_norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         pl_module.gradient_norm = self.gradient_norm
         self.skipped = not self.gradient_norm.isfinite()
         if self.skipped:
@@ -186,12 +187,3 @@ def _of_all_ranks(trainer: pl.Trainer, keys: list[str]) -> list[str]:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """2-norm of all, a scalar in float64 as DeepSpeed's: in float32 that of 20 million numbers is off by 4e-6, and clipping would make a run under
-    ZeRO another one."""
-    if not gradients:
-        return torch.zeros(())
-    wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))

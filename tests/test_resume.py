@@ -25,7 +25,8 @@ def arguments(recipe: Path | str, run: Path, *extra: str) -> list[str]:
 
 
 def fit(nursery: Nursery, recipe: Path | str, run: Path, *extra: str) -> str:
-    return nursery.run(1, arguments(recipe, run, *extra), Path.cwd())
+    ranks = int(extra[extra.index("--trainer.devices") + 1]) if "--trainer.devices" in extra else 1
+    return nursery.run(ranks, arguments(recipe, run, *extra), Path.cwd())
 
 
 def fit_killed(nursery: Nursery, recipe: Path | str, run: Path, step: int, *extra: str) -> bool:

@@ -95,6 +95,17 @@ def test_a_finished_run_says_so_and_fresh_starts_another(recipe: Path, tmp_path:
     assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
+@pytest.mark.parametrize("size", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"], ids=["torchrun", "srun"])
+def test_processes_started_together_choose_no_folder_each(
+    recipe: Path, tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second would find the folder of the first, and write its part of every checkpoint elsewhere."""
+    monkeypatch.setenv(size, "2")
+    assert fit(recipe, "--fresh") == 2
+    assert "--fresh chooses a folder" in capsys.readouterr().err
+    assert not run_folder(tmp_path).exists()
+
+
 def start(recipe: Path, *extra: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mhla_lightning", "run", str(recipe), *extra]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

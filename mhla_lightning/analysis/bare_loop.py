@@ -15,6 +15,7 @@ from mhla_lightning.analysis.source_clock import SourceClock
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.data.stream import Batch
+from mhla_lightning.strategies.norm import total_norm
 from mhla_lightning.tasks import Task
 
 
@@ -89,7 +90,8 @@ class BareLoop:
         if self._clip > 0 and self._by_value:
             torch.nn.utils.clip_grad_value_(self._parameters, self._clip)
         elif self._clip > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+            norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
 
 
 class Average:

@@ -138,6 +138,8 @@ def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved)
         return RunFolder(Path(os.environ[_CHILD]))
     root = runs_root(args.runs)
     name = check_run_id(args.run_id) if args.run_id else default_run_id(recipe.name, resolved.identity())
+    if args.fresh and _started_among_others():
+        raise UserError("--fresh chooses a folder, and each of the processes that were started together would choose another: use a new --run-id")
     if args.fresh and (root / name).exists():
         name = next(f"{name}-{n}" for n in range(2, sys.maxsize) if not (root / f"{name}-{n}").exists())
     return RunFolder(root / name)
@@ -146,6 +148,11 @@ def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved)
 def _first_process() -> bool:
     """Whether this process is rank 0 as far as the launcher's environment tells (Lightning, torchrun, srun)."""
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _started_among_others() -> bool:
+    """Whether torchrun, srun or the like has started this process as one of several."""
+    return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 def _changes(run_folder: RunFolder, resolved: Resolved) -> str:
