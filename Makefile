@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 
 .PHONY: demo test slow gpu slurm chaos lint wheel clean

@@ -26,6 +26,12 @@ CPU = torch.device("cpu")
 SMALL = ["bench", "backbone", "dit_s8", "--layers", "1"]
 
 
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What times are compared with; how fast it is matters to no test."""
+    monkeypatch.setattr(timing, "GEMM_SIDE", 64)
+
+
 def test_rows_and_ratios_of_every_size(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     assert main([*SMALL, "--res", "128", "64", "--batch", "2", "--json", str(target)]) == 0
@@ -118,7 +124,6 @@ def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
         return measure(args, family, size, *rest)
 
     monkeypatch.setattr(backbone, "_measure", stopped)
-    monkeypatch.setattr(timing, "GEMM_SIDE", 8)
     assert main([*VIDEO, "4x16x16", "2x8x16", "--attention", "[linear, mhla]", "--json", str(target)]) == 130
     result = json.loads(target.read_text())
     assert [(row["video"], row["operator"]) for row in result["rows"]] == [("2x8x16", "linear"), ("2x8x16", "mhla")]
@@ -172,7 +177,6 @@ def test_a_step_reaches_every_parameter_of_a_branch_that_starts_at_zero() -> Non
 
 def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SLOW", 0.05)
-    monkeypatch.setattr(timing, "GEMM_SIDE", 8)
     calls = {"slow": 0, "fast": 0}
 
     def work(name: str, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from mhla_lightning.data.tokenizers import open_tokenizer
 from mhla_lightning.errors import UserError
+from mhla_lightning.evaluation import lm_harness
 from mhla_lightning.evaluation.lm_harness import PAPER_TASKS, HarnessLM, evaluate, load_tasks, near
 from mhla_lightning.generation import Sampling
 from mhla_lightning.generation.text import continue_prompts
@@ -154,7 +157,7 @@ ROWS: list[dict[str, Any]] = [
 
 def local_tasks(folder: Path) -> Path:
     """Two tasks of the harness over a file of ours, with no network."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, text in (("choice", CHOICE), ("rolling", ROLLING)):
@@ -162,16 +165,26 @@ def local_tasks(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tasks")
+
+
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of local_tasks, with a cache of its own. The harness reads its thousands of task files once for all tests."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(lm_harness, "TaskManager", read_once)
+    return str(local_tasks(tasks_folder))
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_local_tasks_of_the_harness(tmp_path: Path) -> None:
+read_once = lru_cache(TaskManager)
+
+
+def test_local_tasks_of_the_harness(folder: str) -> None:
     entry = "mhla"
     model = harness(entry)
-    manager, tasks = load_tasks(["local_choice", "local_rolling"], str(local_tasks(tmp_path / "tasks")))
+    manager, tasks = load_tasks(["local_choice", "local_rolling"], folder)
     table = evaluate(model, tasks, manager)
     right = 0
     for row in ROWS:
@@ -186,24 +199,20 @@ def test_local_tasks_of_the_harness(tmp_path: Path) -> None:
     assert evaluate(model, tasks, manager, limit=2)["local_choice"]["samples"] == 2
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="^unknown task 'wikitex'.*did you mean 'wikitext'"):
-        load_tasks(["wikitex"])
+        load_tasks(["wikitex"], folder)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = local_tasks(tmp_path / "tasks")
-    (folder / "rows.jsonl").unlink()
+    (Path(folder) / "rows.jsonl").unlink()
     with pytest.raises(UserError, match="^the data of the task local_choice cannot be loaded") as error:
-        load_tasks(["local_choice"], str(folder))
+        load_tasks(["local_choice"], folder)
     assert "\n" not in str(error.value)
 
 
-def test_paper_means_nine_tasks_of_the_harness() -> None:
+def test_paper_means_nine_tasks_of_the_harness(folder: str) -> None:
     assert len(PAPER_TASKS) == 9
-    from lm_eval.tasks import TaskManager
-
-    assert set(PAPER_TASKS) <= set(TaskManager().all_tasks)
+    assert set(PAPER_TASKS) <= set(read_once(include_path=folder).all_tasks)
 
 
 def test_near_names_begin_alike() -> None:

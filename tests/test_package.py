@@ -109,7 +109,8 @@ def test_the_lightning_command_is_ours_for_run_alone() -> None:
     assert (other.returncode, "belongs to lightning-sdk, which is not installed" in other.stderr) == (2, True)
 
 
-def test_bench_attention_writes_rows_and_ratios(tmp_path: Path) -> None:
+def test_bench_attention_writes_rows_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mhla_lightning.analysis.timing.GEMM_SIDE", 64)
     target = tmp_path / "bench.json"
     arguments = ["bench", "attention", "--tokens", "64", "128", "--slope-to", "0", "--heads", "2", "--dim", "8", "--blocks", "8", "--turns", "5"]
     assert main([*arguments, "--json", str(target)]) == 0

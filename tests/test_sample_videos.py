@@ -102,7 +102,7 @@ def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> 
 
 
 def test_killed_and_gone_on(trained: Path, prompts: Path, tmp_path: Path) -> None:
-    slow = ["--steps", "300", "--n", "3"]
+    slow = ["--steps", "120", "--n", "3"]
     with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *command(trained, prompts, tmp_path / "cut", *slow)]) as process:
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "cut").glob("parts/0*.npy"))) < 2 and time.monotonic() < deadline:
