@@ -39,6 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """What forks ranks, for all tests: importing everything once takes 8 s of a core."""
     nursery = Nursery(tmp_path_factory.mktemp("ranks"))
     yield nursery
     nursery.close()

@@ -22,6 +22,8 @@ from mhla_lightning.tasks import Task
 class BareLoop:
     """Forward, backward, clipping, AdamW, schedule, projection and average, each timed; nothing is logged, watched or saved.
 
+    It clips by the norm that training clips by, which is not torch's own to the last bit: both must come to the same losses.
+
     Args:
         task: a copy of the model; it is trained.
         trainer: whose length, precision and clipping count.
