@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -261,6 +262,29 @@ def test_a_language_model_generates_and_compiles(name: str) -> None:
     before = model(tokens, documents=documents)
     model.compile_layers(backend="aot_eager")
     assert_close(model(tokens, documents=documents), before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.usefixtures("on_cpu")
+def test_batches_may_be_forgotten_while_a_layer_compiles() -> None:
+    """Dynamo walks what a layer looks at, and fails where the collector takes something out meanwhile: no layer may look at all batches there are."""
+    torch.compiler.reset()
+    tokens, documents = torch.tensor(prompts(9)), torch.tensor([[0] * 4 + [1] * 5])
+    batches = [Packing(None, documents) for _ in range(1000)]
+    for packing in batches:
+        packing.sequences()
+
+    def forget(phase: str, info: dict[str, int]) -> None:
+        del batches[-1:]
+
+    model = tiny_model("mamba2")
+    model.compile_layers(backend="eager")
+    gc.callbacks.append(forget)
+    try:
+        model(tokens, documents=documents)
+    finally:
+        gc.callbacks.remove(forget)
+    assert 0 < len(batches) < 1000
 
 
 @pytest.mark.usefixtures("installed")

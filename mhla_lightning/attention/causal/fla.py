@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,42 +20,6 @@ from mhla_lightning.errors import UserError, missing_extra
 _CHUNK = 64  # tokens that the kernels compute at once
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 """q, k (batch, tokens, heads, dim_k), v (batch, tokens, heads, dim_v), log decays -> the output as v, and the state where it is asked for."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """The real tokens of a batch laid end to end, document after document.
-
-    Attributes:
-        places: (real tokens,) int64, where each stands in (batch * tokens).
-        bounds: (documents + 1,) int64, where each document starts, and the end.
-        rows: (documents,) int64, the row of each.
-    """
-
-    places: Tensor
-    bounds: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, packing: Packing) -> Sequences:
-        """Remembered as long as the packing lives, since every layer asks (it waits for the device once)."""
-        if packing not in _SEQUENCES:
-            places = packing.real.flatten().nonzero().squeeze(1)
-            starts = (packing.positions.flatten()[places] == 0).nonzero().squeeze(1)
-            rows = places[starts] // packing.real.shape[1]
-            _SEQUENCES[packing] = cls(places, F.pad(starts, (0, 1), value=len(places)), rows)
-        return _SEQUENCES[packing]
-
-    def join(self, x: Tensor) -> Tensor:
-        """(batch, tokens, ...) -> (1, real tokens, ...)"""
-        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
-
-    def split(self, x: Tensor, batch: int, tokens: int) -> Tensor:
-        """The inverse, zeros at padding."""
-        return x.new_zeros(batch * tokens, *x.shape[2:]).index_copy(0, self.places, x[0]).unflatten(0, (batch, tokens))
-
-
-_SEQUENCES: WeakKeyDictionary[Packing, Sequences] = WeakKeyDictionary()
 
 
 def load_kernels(ops: str, name: str, device: torch.device) -> tuple[Kernel, Kernel]:
@@ -138,7 +100,7 @@ class FlashOperator(CausalAttention):
         options = {"scale": self._scale(q.shape[-1]), "output_final_state": keep}
         if packing is None:
             return _call(kernel, self._prepared(q, k, v, rotary, log_decay, beta), **options)
-        sequences, (batch, tokens) = Sequences.of(packing), q.shape[:2]
+        sequences, (batch, tokens) = packing.sequences(), q.shape[:2]
         total = None
         if keep:
             total = self.init_state(batch, heads=v.shape[2], dim_k=q.shape[-1], dim_v=v.shape[-1], device=v.device, dtype=v.dtype).total

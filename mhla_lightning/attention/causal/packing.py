@@ -49,6 +49,29 @@ class Chunks:
         return same & (self.number[:, None, :] < self.number[:, :, None])
 
 
+@dataclass(frozen=True)
+class Sequences:
+    """The real tokens of a batch laid end to end, document after document.
+
+    Attributes:
+        places: (real tokens,) int64, where each stands in (batch * tokens).
+        bounds: (documents + 1,) int64, where each document starts, and the end.
+        rows: (documents,) int64, the row of each.
+    """
+
+    places: Tensor
+    bounds: Tensor
+    rows: Tensor
+
+    def join(self, x: Tensor) -> Tensor:
+        """(batch, tokens, ...) -> (1, real tokens, ...)"""
+        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def split(self, x: Tensor, batch: int, tokens: int) -> Tensor:
+        """The inverse, zeros at padding."""
+        return x.new_zeros(batch * tokens, *x.shape[2:]).index_copy(0, self.places, x[0]).unflatten(0, (batch, tokens))
+
+
 class Packing:
     """Mask and documents of a batch. A document is a run of equal numbers; padding belongs to none.
 
@@ -75,6 +98,7 @@ class Packing:
         self.run = starts.long().cumsum(1)
         self.positions = (count - before - 1).clamp_min(0)
         self._chunks: dict[int, Chunks] = {}
+        self._sequences: Sequences | None = None
 
     @classmethod
     def of(cls, mask: Tensor | None, documents: Tensor | None) -> Packing | None:
@@ -93,6 +117,15 @@ class Packing:
         if size not in self._chunks:
             self._chunks[size] = self._cut(size)
         return self._chunks[size]
+
+    def sequences(self) -> Sequences:
+        """The documents end to end without padding; remembered, as chunks are."""
+        if self._sequences is None:
+            places = self.real.flatten().nonzero().squeeze(1)
+            starts = (self.positions.flatten()[places] == 0).nonzero().squeeze(1)
+            rows = places[starts] // self.real.shape[1]
+            self._sequences = Sequences(places, F.pad(starts, (0, 1), value=len(places)), rows)
+        return self._sequences
 
     def _cut(self, size: int) -> Chunks:
         batch, tokens = self.real.shape
