@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,10 @@ from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.checkpoints.rng import rng_state
-from mhla_lightning.checkpoints.saving import Parts, copied
+from mhla_lightning.checkpoints.saving import Parts, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import FILE
-from mhla_lightning.strategies.local import ZeroWeights, local_weights
-from mhla_lightning.strategies.state import stretches
+from mhla_lightning.strategies.local import Fragment, ZeroWeights, local_weights
+from mhla_lightning.strategies.state import saved_bytes, saved_lots, stretches, whole_numbers
 
 
 def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:
@@ -34,10 +35,10 @@ def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe:
     trainer.save_checkpoint(folder / FILE)
     if rank == 0:
         checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(copied if later else _unchanged)
-        parts.add(FILE, checkpoint, write)
-        parts.add("recipe.yaml", (), lambda path: _write_text(path, recipe))
+        parts.add(FILE, tensor_bytes(checkpoint), write)
+        parts.add("recipe.yaml", 0, lambda path: _write_text(path, recipe))
     if isinstance(local, ZeroWeights):
-        _add_stretches(parts, f"{FOLDER}/{shard}", stretches(local, trainer.lightning_module, trainer.optimizers[0]), later)
+        _add_lots(parts, trainer, local, later)
     for ema in averages:
         own = ema.stretches(trainer, trainer.lightning_module)
         if local.sharded:
@@ -57,10 +58,29 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _add_lots(parts: Parts, trainer: pl.Trainer, local: ZeroWeights, later: bool) -> None:
+    """Weights and optimizer state, a file for what is in memory at one time. What lies on a disk is read when its file is written."""
+    module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+    lots = saved_lots(local, module)
+    for number, lot in enumerate(lots):
+        name = f"{FOLDER}/{file_name(trainer.global_rank, trainer.world_size, number, len(lots))}"
+        numbers = whole_numbers(local, module) if number == 0 else []
+        if later or len(lots) == 1:
+            with local.loaded(lot) as fragments:
+                _add_stretches(parts, name, [*stretches(fragments, optimizer), *numbers], later)
+        else:
+            parts.add(name, saved_bytes(lot, optimizer), partial(_write_lot, local, lot, optimizer, numbers))
+
+
+def _write_lot(local: ZeroWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path) -> None:
+    with local.loaded(lot) as fragments:
+        write_shard(path, [*stretches(fragments, optimizer), *more])
+
+
 def _add_stretches(parts: Parts, name: str, own: list[Stretch], later: bool) -> None:
     kept = [Stretch(part.name, part.shape, part.start, copied(dict(part.tensors)), part.scalars) for part in own] if later else own
-    parts.add(name, [dict(part.tensors) for part in kept], lambda path: write_shard(path, kept))
+    parts.add(name, tensor_bytes([dict(part.tensors) for part in kept]), lambda path: write_shard(path, kept))
 
 
 def _add_tensors(parts: Parts, name: str, tensors: dict[str, Any]) -> None:
-    parts.add(name, tensors, lambda path: save_file(tensors, path))
+    parts.add(name, tensor_bytes(tensors), lambda path: save_file(tensors, path))

@@ -51,9 +51,9 @@ class EMA(AfterStep):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start(trainer, pl_module)
-        fragments = local_weights(trainer).fragments(_backbone(pl_module))  # once: a step costs milliseconds in names alone
-        self._weights = [fragment.values for fragment in fragments]
-        self._averages = [self.average[fragment.name].view(-1) for fragment in fragments]
+        local = local_weights(trainer)
+        lots = local.lots(local.fragments(_backbone(pl_module)))  # once: a step costs milliseconds in names alone
+        self._lots = [(lot, [self.average[fragment.name].view(-1) for fragment in lot]) for lot in lots]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -64,7 +64,9 @@ class EMA(AfterStep):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        torch._foreach_lerp_(self._averages, [values.float() for values in self._weights], 1 - decay)
+        for lot, averages in self._lots:
+            with local_weights(trainer).loaded(lot) as fragments:
+                torch._foreach_lerp_(averages, [fragment.values.float() for fragment in fragments], 1 - decay)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -105,14 +107,16 @@ class EMA(AfterStep):
             return
         local, backbone = local_weights(trainer), _backbone(pl_module)
         fragments = local.fragments(backbone)
-        self.average = {f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape) for f in fragments}
+        for lot in local.lots(fragments):
+            with local.loaded(lot) as loaded:
+                self.average |= {f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape) for f in loaded}
         if self._resume is None:
             return
         saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
         if saved is None:
             raise UserError(f"{self._resume} does not hold this model's average; start a new run with --fresh or take EMA out of trainer.callbacks")
         for fragment in fragments:
-            self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, len(fragment.values)))
+            self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, fragment.size))
 
 
 def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:

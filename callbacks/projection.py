@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import AfterStep
@@ -25,9 +28,12 @@ class ProjectMixing(AfterStep):
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         local = local_weights(trainer)
+        if local.sharded:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
+            local.change([(matrix.weight, partial(_clamp, *matrix.clamp)) for matrix in self._matrices if matrix.clamp is not None])
+            return
         for matrix in self._matrices:
-            if not local.sharded:
-                matrix.project_()
-            elif matrix.clamp is not None:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
-                for values in local.copies(matrix.weight):
-                    values.clamp_(*matrix.clamp)
+            matrix.project_()
+
+
+def _clamp(low: float, high: float, values: Tensor) -> None:
+    values.clamp_(low, high)

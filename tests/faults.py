@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.callbacks.steps import AfterStep
-from mhla_lightning.strategies.local import local_weights
-from mhla_lightning.strategies.state import stretches
+from mhla_lightning.strategies.local import ZeroWeights, local_weights
+from mhla_lightning.strategies.state import saved_lots, stretches
 
 LAYER = "backbone.blocks.1.mlp.fc1"
 
@@ -99,7 +99,8 @@ def _tensors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Ten
     if not local.sharded:
         states = trainer.optimizers[0].state.values()
         return [*pl_module.state_dict().values(), *(value for state in states for value in state.values())]
-    parts = stretches(local, pl_module, trainer.strategy._engine_optimizer())  # type: ignore[arg-type, attr-defined]
+    assert isinstance(local, ZeroWeights)
+    parts = [part for lot in saved_lots(local, pl_module) for part in stretches(lot, trainer.optimizers[0])]
     scalars = [torch.tensor(value) for part in parts for value in part.scalars.values()]
     weights = [getattr(parameter, "ds_tensor", parameter).data for parameter in pl_module.parameters()]
     return [*(value for part in parts for value in part.tensors.values()), *scalars, *weights]

@@ -136,8 +136,8 @@ def test_a_writer_tells_what_another_rank_met(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     first, second = Parts(tmp_path, 0), Parts(tmp_path, 1)
-    first.add("a", (), Path.touch)
-    second.add("b", (), fail)
+    first.add("a", 0, Path.touch)
+    second.add("b", 0, fail)
     writers = [Writer(parts, 2, lambda: finished.append(1)) for parts in (first, second)]
     errors = [writer.wait(20) for writer in writers]
     assert not finished

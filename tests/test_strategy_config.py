@@ -11,7 +11,6 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.strategies import config as module
 from mhla_lightning.strategies.config import (
     ZERO,
-    check_nvme,
     check_strategy,
     check_version,
     deepspeed_config,
@@ -123,13 +122,6 @@ def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "version", lambda name: "0.21.3")
     with pytest.raises(UserError, match=r"deepspeed 0.21.3 is installed.*>=0.19,<0.20"):
         check_version()
-
-
-def test_nvme_can_be_planned_and_is_refused_in_training() -> None:
-    assert make("zero3_nvme")["zero_optimization"]["offload_param"]["device"] == "nvme"
-    with pytest.raises(UserError, match=r"zero3_nvme: offload_optimizer on nvme can be planned.*take zero3_offload"):
-        check_nvme("zero3_nvme")
-    check_nvme("zero3_offload")
 
 
 @pytest.mark.parametrize("name", ZERO)

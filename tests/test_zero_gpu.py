@@ -9,6 +9,8 @@ import torch
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.strategies import disk
+from tests.test_zero_disk import nvme
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,6 +21,20 @@ CASES += [("zero2_offload", "32-true"), ("zero3_offload", "32-true")]
 
 @pytest.mark.parametrize(("strategy", "precision"), CASES)
 def test_trains_and_resumes(recipe: Path, tmp_path: Path, strategy: str, precision: str) -> None:
+    assert_trains_and_resumes(recipe, tmp_path, strategy, precision)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_trains_and_resumes_with_states_on_a_disk(recipe: Path, tmp_path: Path, precision: str) -> None:
+    if not disk._reads_and_writes():
+        pytest.skip("libaio-dev is not installed")
+    recipe.write_text(recipe.read_text().replace("embed_dim: 12", "embed_dim: 768"))  # DeepSpeed leaves less than 1 MiB in memory
+    (tmp_path / "swap").mkdir()
+    assert_trains_and_resumes(recipe, tmp_path, nvme(tmp_path), precision)
+    assert not list((tmp_path / "swap").iterdir())
+
+
+def assert_trains_and_resumes(recipe: Path, tmp_path: Path, strategy: str, precision: str) -> None:
     place = ["--trainer.accelerator", "gpu", "--trainer.strategy", strategy, "--trainer.precision", precision, "--run-id", "gpu"]
     assert main(["run", str(recipe), *place, "--trainer.max_steps", "8"]) == 0
     assert main(["run", str(recipe), *place, "--trainer.max_steps", "12", "--accept-changes"]) == 0

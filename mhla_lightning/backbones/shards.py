@@ -25,7 +25,7 @@ from mhla_lightning.runs.folder import FORMAT
 
 FOLDER = "shards"
 WEIGHT = "weight"
-_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})\.safetensors")
+_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-lot-(\d{3})-of-(\d{3}))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class Stretch:
     scalars: Mapping[str, float] = field(default_factory=dict)
 
 
-def file_name(rank: int, world_size: int) -> str:
-    """Name of one rank's file."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+def file_name(rank: int, world_size: int, lot: int = 0, lots: int = 1) -> str:
+    """Name of one rank's file, or of one of its several files."""
+    part = f"-lot-{lot:03d}-of-{lots:03d}" if lots > 1 else ""
+    return f"rank-{rank:05d}-of-{world_size:05d}{part}.safetensors"
 
 
 def holds_shards(folder: Path) -> bool:
@@ -105,6 +106,11 @@ class ShardReader:
         ranks = {int(match[1]) for match in found.values()}
         if len(counts) != 1 or ranks != set(range(next(iter(counts)))):
             raise UserError(f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a checkpoint has one of every rank")
+        for rank in sorted(ranks):
+            own = [match for match in found.values() if int(match[1]) == rank]
+            numbers, lots = sorted(int(match[3] or 0) for match in own), {int(match[4] or 1) for match in own}
+            if lots != {len(own)} or numbers != [*range(len(own))]:
+                raise UserError(f"{self.folder} holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has all of them")
         return sorted(found)
 
     def _take(self, file: Path) -> None:

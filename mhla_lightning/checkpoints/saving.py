@@ -37,11 +37,11 @@ class Parts:
     files: dict[Path, Callable[[], None]] = field(default_factory=dict)
     bytes: int = 0
 
-    def add(self, name: str, tensors: Any, write: Callable[[Path], None]) -> None:
-        """A file of the folder; `tensors` is what `write` writes."""
+    def add(self, name: str, size: int, write: Callable[[Path], None]) -> None:
+        """A file of the folder, and the bytes of the tensors that `write` writes into it."""
         path = self.folder / name
         self.files[path] = lambda: write(path)
-        self.bytes += tensor_bytes(tensors)
+        self.bytes += size
 
     def write(self) -> None:
         """Writes all files and has them on disk. Raises OSError."""

@@ -18,6 +18,8 @@ _NEED_NO_NUMBERS = frozenset(
     }
 )
 
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
 
 class InitialiseSplit(TorchFunctionMode):
     """Inside, code that reads or writes a split weight meets it whole, and every rank keeps its part of what was written.
@@ -31,6 +33,8 @@ class InitialiseSplit(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func == _SHAPE and _is_split(args[0]):  # DeepSpeed itself asks, in the middle of splitting a weight
+            return args[0].ds_shape
         split = [] if func in _NEED_NO_NUMBERS else [x for x in _flat([*args, *kwargs.values()]) if _is_split(x)]
         for weight in split:
             weight.all_gather()

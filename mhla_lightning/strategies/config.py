@@ -174,20 +174,6 @@ def check_version() -> None:
         raise UserError(f"trainer.strategy: deepspeed {found} is installed; the zero strategies are tested with >={TESTED[0]},<{TESTED[1]}")
 
 
-def check_nvme(entry: StrategyEntry) -> None:
-    """Refuses to train with weights or optimizer state on a disk. Raises UserError.
-
-    DeepSpeed has them in memory for moments only, which neither the projection of the mixing matrices nor our checkpoints wait for.
-    """
-    zero = zero_config(entry)["zero_optimization"]
-    for place in ("offload_optimizer", "offload_param"):
-        if (zero.get(place) or {}).get("device") == "nvme":
-            raise UserError(
-                f"trainer.strategy {strategy_name(entry)}: {place} on nvme can be planned, but not trained here yet"
-                " (mixing matrices could not be projected, nor checkpoints written); take zero3_offload"
-            )
-
-
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 

@@ -21,18 +21,27 @@ class Fragment:
         name: of the tensor in the module.
         shape: of the whole tensor.
         start: first element of the stretch, in the flattened tensor.
-        values: flat view of the numbers that count: the float32 master where the strategy keeps one, else the weight itself.
+        size: its elements.
+        values: flat view of the numbers that count: the float32 master where the strategy keeps one, else the weight itself. Empty while they lie
+            on a disk (LocalWeights.loaded).
         owned: whether it is this rank that saves it (a tensor that every rank holds whole is saved by rank 0).
         flat, offset: the optimizer's own tensor that `values` is a part of, and where; None where no optimizer steps it.
+        parameter: of the module, where ranks hold it in parts.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
+    size: int
     values: Tensor
     owned: bool = True
     flat: Tensor | None = None
     offset: int = 0
+    parameter: nn.Parameter | None = None
+
+
+Change = tuple[nn.Parameter, Callable[[Tensor], object]]
+"""A parameter, and what changes a stretch of it in place, each element by itself."""
 
 
 class LocalWeights(ABC):
@@ -44,9 +53,23 @@ class LocalWeights(ABC):
     def fragments(self, module: nn.Module) -> list[Fragment]:
         """Every floating weight and buffer of the module's state, or this rank's stretch of it."""
 
+    def lots(self, fragments: Sequence[Fragment]) -> list[list[Fragment]]:
+        """The fragments by what is in memory at one time; all in one where nothing lies on a disk."""
+        return [list(fragments)]
+
+    def loaded(self, lot: list[Fragment], changed: bool = False) -> AbstractContextManager[list[Fragment]]:
+        """A context in which the values of a lot, and the optimizer's state of them, are in memory; `changed` keeps what is written into them."""
+        return nullcontext(lot)
+
+    def change(self, changes: Sequence[Change]) -> None:
+        """Changes parameters in place, in every tensor of this process that holds values of them. Every rank calls it."""
+        for parameter, function in changes:
+            for values in self._copies(parameter):
+                function(values)
+
     @abstractmethod
-    def copies(self, parameter: nn.Parameter) -> list[Tensor]:
-        """All tensors of this process that hold values of a parameter: what changes one element by itself must change it in each of them."""
+    def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
+        """All tensors of this process that hold values of a parameter."""
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """A context in which parameters can be read whole. Every rank enters it."""
@@ -67,9 +90,9 @@ class WholeWeights(LocalWeights):
     sharded = False
 
     def fragments(self, module: nn.Module) -> list[Fragment]:
-        return [Fragment(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1)) for name, tensor in floating_state(module).items()]
+        return [_whole_fragment(name, tensor) for name, tensor in floating_state(module).items()]
 
-    def copies(self, parameter: nn.Parameter) -> list[Tensor]:
+    def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
         return [parameter.data]
 
     def publish(self, module: nn.Module) -> None:
@@ -91,6 +114,10 @@ class WholeWeights(LocalWeights):
 def floating_state(module: nn.Module) -> dict[str, Tensor]:
     """Floating tensors of a module's state by name, the parameters themselves rather than copies."""
     return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+
+
+def _whole_fragment(name: str, tensor: Tensor, owned: bool = True) -> Fragment:
+    return Fragment(name, tuple(tensor.shape), 0, tensor.numel(), tensor.detach().reshape(-1), owned)
 
 
 class ZeroWeights(LocalWeights):
@@ -122,7 +149,7 @@ class ZeroWeights(LocalWeights):
     def _whole(self, module: nn.Module) -> list[Fragment]:
         """Buffers, and at stages 1 and 2 frozen weights."""
         state = {name: tensor for name, tensor in floating_state(module).items() if not self._splits(tensor)}
-        return [Fragment(name, tuple(tensor.shape), 0, tensor.detach().view(-1), self.rank == 0) for name, tensor in state.items()]
+        return [_whole_fragment(name, tensor, owned=self.rank == 0) for name, tensor in state.items()]
 
     @contextmanager
     def swapped(self, module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -154,9 +181,10 @@ class Zero12Weights(ZeroWeights):
             return None
         flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
-        return Fragment(name, tuple(parameter.shape), start, mapping.hp_fragment.detach(), flat=flat, offset=offset)
+        values = mapping.hp_fragment.detach()
+        return Fragment(name, tuple(parameter.shape), start, len(values), values, flat=flat, offset=offset, parameter=parameter)
 
-    def copies(self, parameter: nn.Parameter) -> list[Tensor]:
+    def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
         stretch = self._stretch("", parameter) if self._splits(parameter) else None
         return [parameter.data, *([stretch.values] if stretch is not None else [])]
 
@@ -178,7 +206,7 @@ class Zero12Weights(ZeroWeights):
         number = {id(flat): index for index, flat in enumerate(masters)}
         for fragment in self.fragments(module):
             if fragment.flat is not None:
-                parts[number[id(fragment.flat)]].narrow(0, fragment.offset, len(fragment.values)).copy_(values[fragment.name])
+                parts[number[id(fragment.flat)]].narrow(0, fragment.offset, fragment.size).copy_(values[fragment.name])
         self._spread(parts)
         try:
             yield
@@ -199,14 +227,17 @@ class Zero3Weights(ZeroWeights):
         numel = min(size, held.ds_numel - start)  # the last ranks' stretches are padded
         if numel <= 0:
             return None
-        values, flat, offset = held.ds_tensor.detach(), None, 0
+        flat, offset = None, 0
         if self.optimizer is not None and parameter.requires_grad:
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
-            values = flat.detach().narrow(0, offset, size)
-        return Fragment(name, tuple(held.ds_shape), start, values.narrow(0, 0, numel), flat=flat, offset=offset)
+        values = self._part(held.ds_tensor if flat is None else flat, offset, numel)
+        return Fragment(name, tuple(held.ds_shape), start, numel, values, flat=flat, offset=offset, parameter=parameter)
 
-    def copies(self, parameter: nn.Parameter) -> list[Tensor]:
+    def _part(self, held: Tensor, offset: int, numel: int) -> Tensor:
+        return held.detach().narrow(0, offset, numel)
+
+    def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
         held, stretch = cast(Any, parameter), self._stretch("", parameter)
         tensors = [held.ds_tensor, *([stretch.values] if stretch is not None else [])]
         return [*tensors, parameter.data] if parameter.numel() else tensors  # a small weight stays whole besides
@@ -214,8 +245,7 @@ class Zero3Weights(ZeroWeights):
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         split: list[Any] = [parameter for parameter in parameters if self._splits(parameter) and not parameter.numel()]
-        if split:
-            split[0].all_gather(split)
+        self._gather(split)
         try:
             yield
         finally:
@@ -228,7 +258,7 @@ class Zero3Weights(ZeroWeights):
             for name, parameter in self._split(module):
                 stretch = self._stretch(name, parameter)
                 if stretch is not None:
-                    cast(Any, parameter).ds_tensor.narrow(0, 0, len(stretch.values)).copy_(stretch.values)
+                    cast(Any, parameter).ds_tensor.narrow(0, 0, stretch.size).copy_(stretch.values)
 
     @contextmanager
     def _released(self, module: nn.Module) -> Iterator[None]:
@@ -237,24 +267,39 @@ class Zero3Weights(ZeroWeights):
         if whole:
             whole[0].partition(whole)
         yield
-        if whole:
-            whole[0].all_gather(whole)
+        self._gather(whole)
+
+    def _gather(self, parameters: list[Any]) -> None:
+        if parameters:
+            parameters[0].all_gather(parameters)
 
     @contextmanager
     def _swapped_parts(self, module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-        stretches = [cast(Any, parameter).ds_tensor for _, parameter in self._split(module)]
-        own = [stretch.data for stretch in stretches]
+        split = [(name, parameter) for name, parameter in self._split(module) if name in values]  # not where the whole stretch is padding
         with self._released(module):
-            for (name, _), stretch in zip(self._split(module), stretches, strict=True):
-                if name in values:  # not where the whole stretch is padding
-                    numbers = values[name].to(stretch.device, stretch.dtype)
-                    stretch.data = nn.functional.pad(numbers, (0, stretch.ds_numel - len(numbers)))
+            put_back = [self._show(parameter, values[name]) for name, parameter in split]
         try:
             yield
         finally:
             with self._released(module):
-                for stretch, numbers in zip(stretches, own, strict=True):
-                    stretch.data = numbers
+                for restore in put_back:
+                    restore()
+
+    def _show(self, parameter: nn.Parameter, values: Tensor) -> Callable[[], None]:
+        """Puts other values into this rank's stretch of a weight; returns what puts its own back."""
+        stretch = cast(Any, parameter).ds_tensor
+        own = stretch.data
+        stretch.data = padded(values.to(stretch.device, stretch.dtype), stretch.ds_numel)
+
+        def restore() -> None:
+            stretch.data = own
+
+        return restore
+
+
+def padded(values: Tensor, size: int) -> Tensor:
+    """A flat tensor with zeros behind it."""
+    return nn.functional.pad(values, (0, size - len(values)))
 
 
 def local_weights(trainer: pl.Trainer) -> LocalWeights:

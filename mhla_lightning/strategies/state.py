@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,36 +18,52 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 LOSS_SCALE = "loss_scale"
 
 
-def stretches(local: ZeroWeights, module: nn.Module, optimizer: Any) -> list[Stretch]:
-    """What this rank writes: its own stretches of weights and optimizer state.
+def saved_lots(local: ZeroWeights, module: nn.Module) -> list[list[Fragment]]:
+    """What this rank saves, by what is in memory at one time; at least one lot, if an empty one."""
+    return local.lots([fragment for fragment in local.fragments(module) if fragment.owned]) or [[]]
+
+
+def stretches(lot: Sequence[Fragment], optimizer: Any) -> list[Stretch]:
+    """What this rank writes of a lot that is loaded: its stretches of weights and optimizer state.
 
     Args:
         optimizer: DeepSpeed's.
     """
     found = []
-    for fragment in local.fragments(module):
-        if fragment.owned:
-            kinds, scalars = _optimizer_state(fragment, optimizer.optimizer)
-            found.append(Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: fragment.values, **kinds}, scalars))
-    if local.rank == 0:
-        found += [Stretch(name, tuple(value.shape), 0, {WEIGHT: value.view(-1)}) for name, value in _whole_numbers(module).items()]
+    for fragment in lot:
+        kinds, scalars = _optimizer_state(fragment, optimizer.optimizer)
+        found.append(Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: fragment.values, **kinds}, scalars))
     return found
+
+
+def saved_bytes(lot: Sequence[Fragment], optimizer: Any) -> int:
+    """Of the tensors that :func:`stretches` gives, loaded or not."""
+    return sum(f.size * f.values.element_size() * (1 + len(_elementwise(f, optimizer.optimizer))) for f in lot)
+
+
+def whole_numbers(local: ZeroWeights, module: nn.Module) -> list[Stretch]:
+    """The module's integer buffers, which rank 0 writes."""
+    numbers = _whole_numbers(module) if local.rank == 0 else {}
+    return [Stretch(name, tuple(value.shape), 0, {WEIGHT: value.view(-1)}) for name, value in numbers.items()]
 
 
 def _whole_numbers(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict(keep_vars=True).items() if not value.is_floating_point()}
 
 
+def _kept(fragment: Fragment, optimizer: Any) -> Mapping[str, Any]:
+    """What the optimizer keeps of the tensor that a fragment is a part of."""
+    return optimizer.state.get(fragment.flat, {}) if fragment.flat is not None else {}
+
+
+def _elementwise(fragment: Fragment, optimizer: Any) -> dict[str, Tensor]:
+    return {key: value for key, value in _kept(fragment, optimizer).items() if isinstance(value, Tensor) and value.ndim}
+
+
 def _optimizer_state(fragment: Fragment, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the optimizer keeps of a fragment: elementwise, and once."""
-    state: Mapping[str, Any] = optimizer.state.get(fragment.flat, {}) if fragment.flat is not None else {}
-    kinds, scalars = {}, {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.ndim:
-            kinds[key] = value.narrow(0, fragment.offset, len(fragment.values))
-        else:
-            scalars[key] = float(value)
-    return kinds, scalars
+    kinds = {key: value.narrow(0, fragment.offset, fragment.size) for key, value in _elementwise(fragment, optimizer).items()}
+    return kinds, {key: float(value) for key, value in _kept(fragment, optimizer).items() if key not in kinds}
 
 
 @torch.no_grad()
@@ -67,13 +83,14 @@ def restore(local: LocalWeights, module: nn.Module, source: Source, optimizer: A
         return
     for name, value in _whole_numbers(module).items():
         value.copy_(source.whole(name))
-    fragments = local.fragments(module)
-    for fragment in fragments:
-        fragment.values.copy_(source.read(fragment.name, WEIGHT, fragment.start, len(fragment.values)))
+    for lot in local.lots(local.fragments(module)):
+        with local.loaded(lot, changed=True) as fragments:
+            for fragment in fragments:
+                fragment.values.copy_(source.read(fragment.name, WEIGHT, fragment.start, fragment.size))
+                if optimizer is not None:
+                    _restore_optimizer(fragment, source, optimizer.optimizer)
     local.publish(module)
     if optimizer is not None:
-        for fragment in fragments:
-            _restore_optimizer(fragment, source, optimizer.optimizer)
         for group, saved in zip(optimizer.optimizer.param_groups, source.groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "names"})
         _restore_scale(optimizer, source.checkpoint.get(LOSS_SCALE))
@@ -93,7 +110,7 @@ def _restore_optimizer(fragment: Fragment, source: Source, optimizer: Any) -> No
     for kind in source.kinds(fragment.name):
         if kind not in state:
             state[kind] = torch.zeros_like(fragment.flat)
-        state[kind].narrow(0, fragment.offset, len(fragment.values)).copy_(source.read(fragment.name, kind, fragment.start, len(fragment.values)))
+        state[kind].narrow(0, fragment.offset, fragment.size).copy_(source.read(fragment.name, kind, fragment.start, fragment.size))
     for key, value in source.scalars(fragment.name).items():
         state[key] = torch.tensor(value, dtype=torch.float32) if isinstance(optimizer, torch.optim.AdamW) else int(value)
 

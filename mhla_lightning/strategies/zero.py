@@ -19,7 +19,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from mhla_lightning.checkpoints.source import open_source
-from mhla_lightning.strategies.config import StrategyEntry, check_nvme, check_version, deepspeed_config, zero_config
+from mhla_lightning.errors import UserError
+from mhla_lightning.strategies.config import StrategyEntry, check_version, deepspeed_config, zero_config
+from mhla_lightning.strategies.disk import check_disk, on_disk, remove_swapped, swap_folder
+from mhla_lightning.strategies.disk_gradients import read_aligned
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights, Zero3Weights, Zero12Weights
 from mhla_lightning.strategies.norm import norm_of_partitions
 from mhla_lightning.strategies.state import group_names, restore
@@ -45,11 +48,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def __init__(self, entry: StrategyEntry, precision: str | int, on_cpu: bool) -> None:
         check_version()
-        check_nvme(entry)
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         self.entry, self.recipe_precision, self.on_cpu = entry, precision, on_cpu
         self.micro_batch = 1
+        self._swap_folders: set[Path] = set()
         self._configure(1, None)  # says what is wrong before anything is started
         super().__init__(config=zero_config(entry), process_group_backend="gloo" if on_cpu else None)
 
@@ -71,10 +74,31 @@ class ZeroStrategy(DeepSpeedStrategy):
         for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
             if key in zero:  # DeepSpeed makes buffers of this size, however small the model
                 zero[key] = min(zero[key], max(1024, parameters + parameters % 2))
+        self._place_on_disk(zero, trainer)
+
+    def _place_on_disk(self, zero: dict[str, Any], trainer: pl.Trainer) -> None:
+        """Where a disk is used: a folder of the run's own, and buffers that hold the largest weight. Validation alone keeps weights in memory."""
+        for place in on_disk(zero):
+            if trainer.state.fn != TrainerFn.FITTING:
+                zero[place] = {"device": "cpu", "pin_memory": zero[place]["pin_memory"]}
+                continue
+            folder = swap_folder(zero[place]["nvme_path"], Path(trainer.default_root_dir))
+            zero[place]["nvme_path"] = str(folder)
+            self._swap_folders.add(folder)
+            if place == "offload_param":
+                needed = -(-cast(Any, self.lightning_module).largest_weight // trainer.world_size)
+                if zero[place].setdefault("buffer_size", needed) < needed:
+                    key = f"trainer.strategy.zero_optimization.{place}.buffer_size"
+                    raise UserError(f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} elements on a rank; leave the key out")
+                # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not (see disk_gradients).
+                if zero[place].get("max_in_cpu"):
+                    key = f"trainer.strategy.zero_optimization.{place}.max_in_cpu"
+                    raise UserError(f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps all weights in memory")
 
     # CPU
 
     def setup_environment(self) -> None:
+        check_disk(zero_config(self.entry)["zero_optimization"])
         if self.on_cpu:
             super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses CPUs
         else:
@@ -130,6 +154,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         optimizer.check_grad_overflow = True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
         if not self.zero_stage_3:
             optimizer.get_grad_norm_direct = partial(norm_of_partitions, optimizer)
+        elif optimizer.swap_optimizer:
+            read_aligned(optimizer.optimizer_swapper)
 
     def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
         """Lightning's own leaves autocast out."""
@@ -151,7 +177,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         """How this rank holds the weights."""
         fitting = cast(pl.LightningModule, self.lightning_module).trainer.state.fn == TrainerFn.FITTING
         if self.zero_stage_3:
-            return Zero3Weights(self._engine_optimizer() if fitting else None, self.global_rank)
+            optimizer = self._engine_optimizer() if fitting else None
+            if on_disk(cast(dict[str, Any], self.config)["zero_optimization"]):
+                from mhla_lightning.strategies.disk_weights import DiskWeights
+
+                return DiskWeights(optimizer, self.global_rank)
+            return Zero3Weights(optimizer, self.global_rank)
         return Zero12Weights(self._engine_optimizer(), self.global_rank) if fitting else WholeWeights()
 
     def gradient_norm(self) -> torch.Tensor | None:
@@ -166,6 +197,11 @@ class ZeroStrategy(DeepSpeedStrategy):
     def skipped_step(self) -> bool:
         """Whether the last optimizer step was left out, on every rank, for gradients that are not finite."""
         return bool(self._engine_optimizer().overflow)
+
+    def teardown(self) -> None:
+        super().teardown()
+        for folder in self._swap_folders:
+            remove_swapped(folder, self.global_rank)
 
     # Checkpoints
 

@@ -67,6 +67,7 @@ class Task(pl.LightningModule):
         if self.init_from:
             weight_file(self.init_from)
         self.parameter_count = sum(p.numel() for p in plan.parameters())
+        self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
 

@@ -1,0 +1,53 @@
+"""A local disk for the optimizer's state, or weights too (`device: nvme`): whether it can be used, and where on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.errors import UserError
+
+PLACES = ("offload_optimizer", "offload_param")
+
+
+def on_disk(zero: Mapping[str, Any]) -> list[str]:
+    """The keys of DeepSpeed's `zero_optimization` that put something on a disk."""
+    return [place for place in PLACES if (zero.get(place) or {}).get("device") == "nvme"]
+
+
+def check_disk(zero: Mapping[str, Any]) -> None:
+    """Refuses, on the machine that trains and before anything is built, disks that cannot be used. Raises UserError."""
+    for place in on_disk(zero):
+        key, path = f"trainer.strategy.zero_optimization.{place}.nvme_path", Path(zero[place]["nvme_path"])
+        if not path.is_dir():
+            raise UserError(f"{key} is {path}, and there is no such folder on this machine; name a folder on a fast local disk")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"{key} is {path}, which cannot be written")
+    if on_disk(zero) and not _reads_and_writes():
+        raise UserError("trainer.strategy: device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ compiler")
+
+
+def _reads_and_writes() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible())
+
+
+def swap_folder(base: str | Path, run: Path) -> Path:
+    """Where a run keeps what it swaps out, in a folder that several runs may share; the same again when the run is resumed."""
+    run = run.absolute()
+    return Path(base, f"{run.name}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}")
+
+
+def remove_swapped(folder: Path, rank: int) -> None:
+    """Deletes what a rank has swapped out into a run's :func:`swap_folder`; the last rank of a machine deletes the folder."""
+    for own in folder.glob(f"*/*/rank{rank}"):
+        shutil.rmtree(own, ignore_errors=True)
+    with suppress(OSError):  # others still use it
+        for parent in (*folder.glob("*/*"), *folder.glob("*"), folder):
+            parent.rmdir()
