@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.backbones.shards import Stretch, file_name, write_shard
+from mhla_lightning.backbones.shards import ShardReader, Stretch, file_name, write_shard
 from mhla_lightning.backbones.stored import as_stored, open_safetensors
 from mhla_lightning.checkpoints.streaming import parts_of, write_safetensors
 from mhla_lightning.cli.main import main
@@ -177,6 +177,21 @@ def half(name: str, value: Tensor, rank: int) -> Stretch:
     """What the first or the second of two ranks holds."""
     parts = value.view(-1).tensor_split(2)
     return Stretch(name, tuple(value.shape), rank * len(parts[0]), {"weight": parts[rank].clone()})
+
+
+def test_a_rank_may_write_several_files_and_all_of_them_are_needed(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0)}
+    for rank in range(2):
+        for lot, (name, value) in enumerate(tensors.items()):
+            write_shard(tmp_path / file_name(rank, 2, lot, 2), [half(name, value, rank)])
+    reader = ShardReader(tmp_path)
+    assert all(torch.equal(reader.whole(name), value) for name, value in tensors.items())
+    (tmp_path / file_name(1, 2, 1, 2)).unlink()
+    with pytest.raises(UserError, match=r"holds files \[0\] of \[2\] of rank 1; a checkpoint has all of them"):
+        ShardReader(tmp_path)
+    (tmp_path / file_name(1, 2, 0, 2)).unlink()
+    with pytest.raises(UserError, match=r"files of ranks \[0\] of \[2\]; a checkpoint has one of every rank"):
+        ShardReader(tmp_path)
 
 
 def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:
