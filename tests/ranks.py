@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,15 @@ class Ranks:
         for rank in range(len(self.pids)) if ranks is None else ranks:
             if rank not in self.codes:
                 os.kill(self.pids[rank], signal.SIGKILL)
+
+    def kill_when(self, reached: Callable[[], bool]) -> None:
+        """SIGKILL to all and to the workers that they have started, as soon as something is reached; it must be reached before they end."""
+        while not reached():
+            assert not self.poll(), self.output()
+            time.sleep(0.002)
+        for pid in self.pids:
+            os.killpg(pid, signal.SIGKILL)
+        assert self.wait() == [-signal.SIGKILL] * len(self.pids)
 
     def output(self) -> str:
         """What all ranks printed."""
@@ -169,6 +178,7 @@ def _become(call: dict[str, Any]) -> None:
     """Never returns."""
     from mhla_lightning.cli.main import main
 
+    os.setsid()  # whoever kills it kills its workers with it
     log = os.open(call["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

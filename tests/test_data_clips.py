@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ from mhla_lightning.data.tools.clips.options import ClipOptions
 from mhla_lightning.data.tools.clips.probing import frame_times
 from mhla_lightning.data.tools.verify import verify
 from mhla_lightning.data.videos import decode_mp4
+from tests.ranks import Nursery
 
 pytest.importorskip("av")
 from tests.videos import greys, numbers, save_videos, write_video  # noqa: E402  needs PyAV
@@ -234,22 +230,15 @@ def test_processes_do_not_change_the_bytes(tmp_path: Path, store: str) -> None:
     assert content(tmp_path / "1") == content(tmp_path / "2")
 
 
-def test_killed_and_run_again(tmp_path: Path) -> None:
+def test_killed_and_run_again(tmp_path: Path, nursery: Nursery) -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (160, 160, 3), dtype=np.uint8) for _ in range(40)]
     for number in range(3):
         write_video(tmp_path / "in" / f"noise{number}.mp4", noise)
     arguments = ["data", "clips", str(tmp_path / "in"), "--frames", "8", "--size", "128", "--rate", "10", "--stride", "1", "--no-captions"]
     arguments += ["--val-by", "time", "--store", "mp4", "--workers", "2", "--to"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "mhla_lightning", *arguments, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, start_new_session=True
-    )
     entries = tmp_path / ".killed.packing/entries/train"
-    limit = time.monotonic() + 120
-    while len(list(entries.glob("*.json"))) < 2 and child.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    nursery.start(1, [*arguments, str(tmp_path / "killed")], tmp_path).kill_when(lambda: len(list(entries.glob("*.json"))) >= 2)
     finished = sorted(entries.glob("*.json"))
     assert len(finished) >= 2
     assert not (tmp_path / "killed").exists(), "it was killed in the middle"

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +26,7 @@ from mhla_lightning.data.tools.samples import Sample
 from mhla_lightning.data.tools.verify import verify
 from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.data.vaes import decode_latents, load_vae
+from tests.ranks import Nursery
 from tests.vaes import FACTOR, SIZE, save_dc, save_images, save_kl
 
 pytest.importorskip("diffusers")
@@ -223,19 +219,13 @@ def test_two_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "two"]
 
 
-def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path, nursery: Nursery) -> None:
     save_images(tmp_path / "many", train=60, val=4, size=(160, 160))
     make_latents(tmp_path / "many", tmp_path / "alone", options(root, shards=20))
-    command = [sys.executable, "-m", "mhla_lightning", "data", "latents", str(tmp_path / "many"), str(tmp_path / "out"), "--vae", str(root / "kl")]
+    command = ["data", "latents", str(tmp_path / "many"), str(tmp_path / "out"), "--vae", str(root / "kl")]
     command += ["--size", str(SIZE), "--batch-size", "4", "--shards", "20", "--device", "cpu", "--workers", "1"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     entries = tmp_path / ".out.packing" / "entries" / "train"
-    while len(list(entries.glob("*.json"))) < 3:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert process.returncode == -9
+    nursery.start(1, command, root).kill_when(lambda: len(list(entries.glob("*.json"))) >= 3)
     assert not (tmp_path / "out").exists()
     kept = len(list(entries.glob("*.json")))
     notes: list[str] = []

@@ -5,11 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +27,7 @@ from mhla_lightning.data.tools.verify import verify
 from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.data.vaes import decode_videos, load_video_vae
 from mhla_lightning.errors import DataError, UserError
+from tests.ranks import Nursery
 from tests.vaes import save_clips, save_umt5, save_wan
 
 pytest.importorskip("diffusers")
@@ -153,20 +149,13 @@ def test_latents_can_be_made_anew(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_continued_gives_the_same_bits(root: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_gives_the_same_bits(root: Path, tmp_path: Path, nursery: Nursery) -> None:
     make_video_latents(root / "buckets", tmp_path / "whole", options(root, str(root / "umt5")))
     shown = ["--shards", "3", "--tokens", "20", "--device", "cpu"]
-    command = [sys.executable, "-m", "mhla_lightning", "data", "latents", "--video", str(root / "buckets"), "--to", str(tmp_path / "out")]
+    command = ["data", "latents", "--video", str(root / "buckets"), "--to", str(tmp_path / "out")]
     command += ["--vae", str(root / "wan"), "--text-encoder", str(root / "umt5"), *shown]
     hidden = tmp_path / ".out.packing"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not list(hidden.glob("entries/*/*/*.json")):
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    nursery.start(1, command, root).kill_when(lambda: bool(list(hidden.glob("entries/*/*/*.json"))))
     assert not (tmp_path / "out").exists()
     notes: list[str] = []
     report = make_video_latents(root / "buckets", tmp_path / "out", options(root, str(root / "umt5")), on_note=notes.append)

@@ -262,7 +262,7 @@ def test_a_cache_smaller_than_the_data_changes_nothing(remote_url: str, local: l
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= bound
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+@pytest.mark.parametrize("damage", ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("emptied", "removed"))])
 def test_a_damaged_cached_shard_is_fetched_again(remote_url: str, local: list[Batch], tmp_path: Path, damage: str) -> None:
     remote = Remote(cache_dir=str(tmp_path), **PATIENT)
     _sequence(_module(remote_url, remote))

@@ -2,11 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +19,7 @@ from mhla_lightning.data.tools.text.tokenize import TextOptions, tokenize
 from mhla_lightning.data.tools.text.train import train_tokenizer
 from mhla_lightning.data.tools.verify import verify
 from mhla_lightning.errors import DataError, UserError
+from tests.ranks import Nursery
 from tests.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
 
 pytest.importorskip("tokenizers")
@@ -227,17 +223,11 @@ def test_two_workers_write_the_same_bytes(large: Path, bpe: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("finished", "many"), [("tokens/0*.json", 2), ("entries/train/*.json", 3)], ids=["tokenizing", "writing shards"])
-def test_killed_and_continued_gives_the_same_bytes(large: Path, bpe: Path, tmp_path: Path, finished: str, many: int) -> None:
+def test_killed_and_continued_gives_the_same_bytes(large: Path, bpe: Path, tmp_path: Path, nursery: Nursery, finished: str, many: int) -> None:
     target, hidden = tmp_path / "to", tmp_path / ".to.packing"
-    command = [sys.executable, "-m", "mhla_lightning", "data", "tokenize", str(large / "text.jsonl"), "--to", str(target), "--workers", "2"]
+    command = ["data", "tokenize", str(large / "text.jsonl"), "--to", str(target), "--workers", "2"]
     command += ["--tokenizer", str(bpe), "--length", "128", "--shards", "50"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while len(list(hidden.glob(finished))) < many:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert process.returncode == -9
+    nursery.start(1, command, large).kill_when(lambda: len(list(hidden.glob(finished))) >= many)
     assert [path.name for path in tmp_path.iterdir()] == [".to.packing"]
     made = {path: path.stat().st_mtime_ns for path in hidden.glob("tokens/0*.npy")}
     chunk_count = len(list(hidden.glob("tokens/0*.json")))

@@ -101,7 +101,8 @@ def test_a_rank_that_is_killed_ends_the_others(recipe_file: Path, strategy: str)
     assert not (recipe_file.parent / "runs" / "r" / "lock").exists()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param(ZERO3, marks=pytest.mark.slow, id="zero3")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param(ZERO3, id="zero3")])
 def test_nobody_outlives_rank_zero(recipe_file: Path, strategy: str) -> None:
     end = run(recipe_file, "kill", 0, strategy)
     assert end.code == -signal.SIGKILL

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from mhla_lightning.generation.prompts import Prompt, TextCache, read_prompts
 from mhla_lightning.generation.video_files import animated_gif, contact_sheet, read_frames, slug, thumbnails, write_mp4
 from mhla_lightning.generation.videos import Size, VideoDrawing, draw_videos_of, find_video_run, load_video_task, training_size
 from tests.diffusion_models import train
+from tests.ranks import Nursery
 from tests.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
 
 
@@ -101,13 +98,10 @@ def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> 
     assert np.abs(one - other).max() > 10, "another prompt on the same noise"
 
 
-def test_killed_and_gone_on(trained: Path, prompts: Path, tmp_path: Path) -> None:
-    slow = ["--steps", "120", "--n", "3"]
-    with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *command(trained, prompts, tmp_path / "cut", *slow)]) as process:
-        deadline = time.monotonic() + 120
-        while len(list((tmp_path / "cut").glob("parts/0*.npy"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+def test_killed_and_gone_on(trained: Path, prompts: Path, tmp_path: Path, nursery: Nursery) -> None:
+    slow = ["--steps", "40", "--n", "3"]
+    started = nursery.start(1, command(trained, prompts, tmp_path / "cut", *slow), tmp_path)
+    started.kill_when(lambda: len(list((tmp_path / "cut").glob("parts/0*.npy"))) >= 2)
     left = {path.stem: os.stat(path).st_mtime_ns for path in (tmp_path / "cut" / "parts").glob("0*.npy")}
     assert 2 <= len(left) < 9
     for name in ("cut", "whole"):
