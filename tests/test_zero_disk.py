@@ -157,6 +157,8 @@ def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest
         check_disk(_zero(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"nvme_path is /proc/self, which cannot be written"):
         check_disk(_zero(Path("/proc/self")))
+    with pytest.raises(UserError, match=r"offload_optimizer\.nvme_path is not set"):
+        check_disk({"offload_optimizer": {"device": "nvme"}})
     monkeypatch.setattr(disk, "_reads_and_writes", lambda: False)
     with pytest.raises(UserError, match=r"needs libaio's headers on this machine \(Debian: libaio-dev"):
         check_disk(_zero(tmp_path))

@@ -23,7 +23,10 @@ def on_disk(zero: Mapping[str, Any]) -> list[str]:
 def check_disk(zero: Mapping[str, Any]) -> None:
     """Refuses, on the machine that trains and before anything is built, disks that cannot be used. Raises UserError."""
     for place in on_disk(zero):
-        key, path = f"trainer.strategy.zero_optimization.{place}.nvme_path", Path(zero[place]["nvme_path"])
+        key = f"trainer.strategy.zero_optimization.{place}.nvme_path"
+        if not zero[place].get("nvme_path"):
+            raise UserError(f"{key} is not set; device nvme needs a folder on a fast local disk")
+        path = Path(zero[place]["nvme_path"])
         if not path.is_dir():
             raise UserError(f"{key} is {path}, and there is no such folder on this machine; name a folder on a fast local disk")
         if not os.access(path, os.W_OK | os.X_OK):

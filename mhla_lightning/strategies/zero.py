@@ -80,7 +80,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Where a disk is used: a folder of the run's own, and buffers that hold the largest weight. Validation alone keeps weights in memory."""
         for place in on_disk(zero):
             if trainer.state.fn != TrainerFn.FITTING:
-                zero[place] = {"device": "cpu", "pin_memory": zero[place]["pin_memory"]}
+                zero[place] = {"device": "cpu", "pin_memory": zero[place].get("pin_memory", False)}
                 continue
             folder = swap_folder(zero[place]["nvme_path"], Path(trainer.default_root_dir))
             zero[place]["nvme_path"] = str(folder)
@@ -91,7 +91,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                     key = f"trainer.strategy.zero_optimization.{place}.buffer_size"
                     raise UserError(f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} elements on a rank; leave the key out")
                 # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not (see disk_gradients).
-                if zero[place].get("max_in_cpu"):
+                if zero[place].setdefault("max_in_cpu", 0):
                     key = f"trainer.strategy.zero_optimization.{place}.max_in_cpu"
                     raise UserError(f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps all weights in memory")
 
