@@ -98,7 +98,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     # CPU
 
     def setup_environment(self) -> None:
-        check_disk(zero_config(self.entry)["zero_optimization"])
+        if cast(pl.LightningModule, self.lightning_module).trainer.state.fn == TrainerFn.FITTING:
+            check_disk(zero_config(self.entry)["zero_optimization"])
         if self.on_cpu:
             super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses CPUs
         else:
