@@ -12,7 +12,7 @@ from mhla_lightning.callbacks.progress import ProgressFile, StepBar
 from mhla_lightning.callbacks.projection import ProjectMixing
 from mhla_lightning.callbacks.sample_clips import SampleClips
 from mhla_lightning.callbacks.sample_grids import SampleGrids
-from mhla_lightning.callbacks.samples import SampleLog
+from mhla_lightning.callbacks.sample_log import SampleLog
 
 __all__ = [
     "EMA",

@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from safetensors.torch import save_file
 
-from mhla_lightning.backbones.shards import FOLDER, WEIGHT, Stretch, file_name, write_shard
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.io import RunCheckpointIO
@@ -19,6 +18,7 @@ from mhla_lightning.checkpoints.saving import Parts, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import FILE
 from mhla_lightning.strategies.local import Fragment, ZeroWeights, local_weights
 from mhla_lightning.strategies.state import saved_bytes, saved_lots, stretches, whole_numbers
+from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, Stretch, file_name, write_shard
 
 
 def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:

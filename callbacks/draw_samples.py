@@ -17,7 +17,7 @@ from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.diffusion import Guidance, Process, check_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.drawing import Key, draw_samples
+from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
 from mhla_lightning.strategies.local import run_forward
 
 

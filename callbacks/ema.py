@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mhla_lightning.backbones.shards import WEIGHT, Stretch
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.checkpoints.average import open_average
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.local import local_weights, run_forward
+from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 
 class EMA(AfterStep):

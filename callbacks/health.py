@@ -17,7 +17,7 @@ from mhla_lightning.callbacks.steps import StepGuard
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
-from mhla_lightning.strategies.norm import total_norm
+from mhla_lightning.strategies.zero.norm import total_norm
 
 log = logging.getLogger(__name__)
 WINDOW, ENOUGH = 100, 20  # steps that the median of losses is of, at most and at least

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from mhla_lightning.callbacks.drawing import DrawSamples
+from mhla_lightning.callbacks.draw_samples import DrawSamples
 from mhla_lightning.diffusion import Process
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.video_files import animated_gif, at_a_glance, contact_sheet, thumbnails
-from mhla_lightning.generation.videos import video_sampler
+from mhla_lightning.inference.diffusion.video_files import animated_gif, at_a_glance, contact_sheet, thumbnails
+from mhla_lightning.inference.diffusion.videos import video_sampler
 
 SHEET, MOVING = "samples/sheet", "samples/clips"
 

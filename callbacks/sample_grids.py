@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from mhla_lightning.callbacks.drawing import DrawSamples
-from mhla_lightning.callbacks.drawing import due_steps as grid_steps
+from mhla_lightning.callbacks.draw_samples import DrawSamples
+from mhla_lightning.callbacks.draw_samples import due_steps as grid_steps
 from mhla_lightning.diffusion import Process, default_sampler
 from mhla_lightning.errors import UserError
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.runs.folder import complete_checkpoints, newest_checkpoint, read_metrics
-from tests.ranks import Nursery, Ranks
-from tests.tiny_tasks import TASKS, write_recipes
+from tests.helpers.ranks import Nursery, Ranks
+from tests.helpers.tiny_tasks import TASKS, write_recipes
 
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}

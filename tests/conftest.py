@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ranks import Nursery
+from tests.helpers.ranks import Nursery
 
-pytest_plugins = ["tests.cluster_stubs", "tests.loopback"]
+pytest_plugins = ["tests.helpers.cluster_stubs", "tests.helpers.loopback"]
 SPARE_BYTES = 3 * 2**29  # address space that a test of `little_memory` may take on top of what is in use
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -52,7 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_images(root: Path) -> Path:
     """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class shown by brightness."""
-    from mhla_lightning.data.tools.pack import pack
+    from mhla_lightning.data.prepare.pack import pack
 
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):

@@ -34,8 +34,8 @@ from mhla_lightning.backbones.dit import DiT
 from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, our_name
 from mhla_lightning.diffusion import Guidance, guided
-from tests.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
-from tests.video_oracles import check_rope_tables, check_video_layer, check_wan
+from tests.helpers.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
+from tests.helpers.video_oracles import check_rope_tables, check_video_layer, check_wan
 
 
 @dataclass

@@ -8,8 +8,8 @@ torch.Size([1, 96, 64])
 """
 
 from mhla_lightning.attention.base import Attention, CausalAttention, Rotary, State
-from mhla_lightning.attention.causal.layer import CausalSelfAttention, LayerState
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.baselines.linear import Linear
+from mhla_lightning.attention.baselines.softmax import Softmax
 from mhla_lightning.attention.entry import (
     ATTENTION,
     CAUSAL_ATTENTION,
@@ -19,8 +19,9 @@ from mhla_lightning.attention.entry import (
     resolve_layer,
     resolve_layers,
 )
-from mhla_lightning.attention.layer import DepthwiseConv, SelfAttention, attention_outputs
-from mhla_lightning.attention.linear import Linear
+from mhla_lightning.attention.layers.causal_self_attention import CausalSelfAttention, LayerState
+from mhla_lightning.attention.layers.outputs import attention_outputs
+from mhla_lightning.attention.layers.self_attention import DepthwiseConv, SelfAttention
 from mhla_lightning.attention.mhla import (
     MHLA,
     BlockGrid,
@@ -35,7 +36,7 @@ from mhla_lightning.attention.mhla import (
     read,
     step_state,
 )
-from mhla_lightning.attention.softmax import Softmax
+from mhla_lightning.attention.packing import Packing
 
 __all__ = [
     "ATTENTION",

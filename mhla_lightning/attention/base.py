@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, unknown_name
 
 Rotary = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.causal.packing import Chunks, Packing
+from mhla_lightning.attention.packing import Chunks, Packing
 from mhla_lightning.errors import UserError
 
 SPANS = ("chunk", "sequence")

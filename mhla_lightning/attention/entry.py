@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mhla_lightning.attention.base import Attention, CausalAttention
-from mhla_lightning.attention.causal.fla import GatedDeltaNet, GatedLinearAttention, Mamba2
-from mhla_lightning.attention.causal.linear import CausalLinear
-from mhla_lightning.attention.causal.softmax import CausalSoftmax
-from mhla_lightning.attention.linear import Linear
+from mhla_lightning.attention.baselines.causal_fla import GatedDeltaNet, GatedLinearAttention, Mamba2
+from mhla_lightning.attention.baselines.causal_linear import CausalLinear
+from mhla_lightning.attention.baselines.causal_softmax import CausalSoftmax
+from mhla_lightning.attention.baselines.linear import Linear
+from mhla_lightning.attention.baselines.softmax import Softmax
 from mhla_lightning.attention.mhla import MHLA, CausalMHLA
-from mhla_lightning.attention.softmax import Softmax
 from mhla_lightning.errors import UserError, unknown_name
 
 ATTENTION: dict[str, type[Attention]] = {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import CausalSelfAttention, LayerAttention, LayerState, MixingMatrix, Packing, resolve_layers
-from mhla_lightning.attention.layer import RMSNorm
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.rotary import Rotation, rotations
 from mhla_lightning.errors import UserError
 

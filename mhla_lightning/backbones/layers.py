@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import BlockGrid, DepthwiseConv
-from mhla_lightning.attention.layer import RMSNorm
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError
 
 

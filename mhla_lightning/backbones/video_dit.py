@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mhla_lightning.attention import BlockGrid, DepthwiseConv, LayerAttention, MixingMatrix, Rotary, SelfAttention, resolve_layers
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
 from mhla_lightning.backbones.layers import ConditionalPosition, CrossAttention, GridRotation, modulate, time_sinusoid
-from mhla_lightning.backbones.wan_names import from_wan
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.wan_names import from_wan
 
 AXES = ("frames", "height", "width")
 

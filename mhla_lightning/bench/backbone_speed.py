@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mhla_lightning.analysis.memory import peak_bytes
-from mhla_lightning.analysis.timing import Case
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import IMAGE_DIFFUSION, VIDEO_DIFFUSION, Backbone, DiT, VideoDiT, build_backbone
+from mhla_lightning.bench.timing import Case
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.planning.memory import peak_bytes
 
 VAE_STRIDE = 8  # pixels a side of one latent pixel of Stable Diffusion's VAE
 WAN_STRIDE = (4, 8, 8)  # frames, rows and columns of one latent pixel of Wan2.1's VAE; the first frame stands alone

@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mhla_lightning.analysis import source_clock as sources
-from mhla_lightning.analysis.source_clock import SourceClock
 from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.bench import source_clock as sources
+from mhla_lightning.bench.source_clock import SourceClock
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.data.stream import Batch
-from mhla_lightning.strategies.norm import total_norm
+from mhla_lightning.strategies.zero.norm import total_norm
 from mhla_lightning.tasks import Task
 
 

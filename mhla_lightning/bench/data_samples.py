@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.samples import Sample, image_sample, token_samples
-from mhla_lightning.data.tools.writer import write_split
+from mhla_lightning.data.prepare.samples import Sample, image_sample, token_samples
+from mhla_lightning.data.prepare.writer import write_split
 
 VOCABULARY = 50257  # GPT-2's: two bytes a token
 SHARDS = 16

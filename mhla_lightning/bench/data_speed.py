@@ -25,7 +25,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mhla_lightning.analysis.data_samples import TokenFiles
+from mhla_lightning.bench.data_samples import TokenFiles
 from mhla_lightning.data.batching import Part
 from mhla_lightning.data.corpus import Place, TrainCorpus
 from mhla_lightning.data.kinds import Kind

@@ -19,18 +19,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mhla_lightning.analysis.bare_loop import BareLoop
-from mhla_lightning.analysis.source_clock import LOGGING, SAME, SourceClock
-from mhla_lightning.analysis.synthetic_data import SyntheticData
-from mhla_lightning.analysis.timing import ratio
+from mhla_lightning.bench.bare_loop import BareLoop
+from mhla_lightning.bench.source_clock import LOGGING, SAME, SourceClock
+from mhla_lightning.bench.synthetic_data import SyntheticData
+from mhla_lightning.bench.timing import ratio
 from mhla_lightning.callbacks import Checkpoint
-from mhla_lightning.callbacks.drawing import DrawSamples
+from mhla_lightning.callbacks.draw_samples import DrawSamples
+from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import CheckpointConfig, Resolved
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
-from mhla_lightning.training import Session, length
+from mhla_lightning.training.session import Session
 
 LIGHTNING, BARE = "lightning", "bare"
 GPU_TOLERANCE = 1e-4  # by which the losses of the sides may be apart: a GPU sums in any order, a CPU does not

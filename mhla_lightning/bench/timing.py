@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from mhla_lightning.analysis.memory import peak_bytes
 from mhla_lightning.attention import Attention, build_attention
+from mhla_lightning.planning.memory import peak_bytes
 
 GEMM_SIDE = 2048
 SLOW = 20.0  # seconds; a slower case is measured once

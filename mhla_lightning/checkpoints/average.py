@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from mhla_lightning.backbones.shards import WEIGHT, ShardReader, holds_shards
+from mhla_lightning.weights.rank_files import WEIGHT, ShardReader, holds_shards
 
 FOLDER = "ema"
 WHOLE = "weights.safetensors"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +13,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mhla_lightning.checkpoints.atomic import sync
+from mhla_lightning.weights.disk_errors import complaint
 
 _POLL = 0.05  # seconds
-_ROOM = 1.05  # a checkpoint needs so many times its tensors' bytes
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -59,22 +56,6 @@ def tensor_bytes(values: Any) -> int:
 def copied(values: Any) -> Any:
     """The same containers with copies of their tensors in the host's memory: training may change its own meanwhile."""
     return tree_map(lambda value: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value, values)
-
-
-def complaint(error: OSError | RuntimeError, folder: Path) -> str:
-    """What went wrong with the disk, in words."""
-    number = getattr(error, "errno", None)
-    if number in _NO_ROOM or "No space left" in str(error):
-        return f"the disk of {folder} is full"
-    return f"{folder} cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})"
-
-
-def lack_of_room(folder: Path, needed: int, what: str = "a checkpoint") -> str | None:
-    """What to say where `needed` bytes do not fit; None where they do."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed * _ROOM:
-        return None
-    return f"{what} of {needed / 2**20:,.0f} MiB does not fit: {free / 2**20:,.0f} MiB are free on the disk of {folder}"
 
 
 class Writer:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_lightning.backbones.shards import FOLDER, WEIGHT, ShardReader
-from mhla_lightning.backbones.stored import Stored, as_stored
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, ShardReader
+from mhla_lightning.weights.stored import Stored, as_stored
 
 GROUPS = "optimizer_groups"
 FILE = "trainer.ckpt"

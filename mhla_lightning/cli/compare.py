@@ -23,12 +23,12 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from mhla_lightning.analysis.comparison import COSTS, headline, rich_table, score_tags, table_row
-from mhla_lightning.analysis.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
+from mhla_lightning.compare.child import ChildRun, train_in_children
+from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
+from mhla_lightning.compare.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS, Wanted, wanted_evaluation
-from mhla_lightning.runs.child import ChildRun, train_in_children
 from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
 from mhla_lightning.runs.lock import hold
 
@@ -229,7 +229,7 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
 
 
 def _report(plan: Plan, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
-    from mhla_lightning.analysis.curves import write_curves
+    from mhla_lightning.compare.curves import write_curves
 
     summaries = {row.name: {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows}
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]

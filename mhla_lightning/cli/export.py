@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
 from mhla_lightning.cli.import_ import weights_table
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.checkpoints.export import Export, Trained
+    from mhla_lightning.conversion.export import Export, Trained
     from mhla_lightning.runs.folder import RunFolder
     from mhla_lightning.tasks import Task
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from mhla_lightning.checkpoints.export import check_target, is_file, write
+    from mhla_lightning.conversion.export import check_target, is_file, write
 
     check_target(target)
     title, export = _export(args, target)
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace, target: Path) -> tuple[str, Export]:
     """What is written, and what it is of."""
-    from mhla_lightning.backbones.weights import is_deepspeed
-    from mhla_lightning.checkpoints.deepspeed_folder import read_deepspeed
-    from mhla_lightning.checkpoints.export import bare, is_file, plan
+    from mhla_lightning.conversion.export import bare, is_file, plan
+    from mhla_lightning.weights.deepspeed_folder import read_deepspeed
+    from mhla_lightning.weights.files import is_deepspeed
 
     path = Path(args.trained)
     if not is_deepspeed(path):
@@ -90,8 +90,8 @@ def _refuse_choices(args: argparse.Namespace) -> None:
 
 
 def _find(args: argparse.Namespace) -> Trained:
-    from mhla_lightning.checkpoints.export import Trained, read_imported
-    from mhla_lightning.generation.weights import find_weights
+    from mhla_lightning.conversion.export import Trained, read_imported
+    from mhla_lightning.inference.weights import find_weights
     from mhla_lightning.runs.folder import find_run, runs_root
 
     path, root = Path(args.trained), runs_root(args.runs)
@@ -110,8 +110,8 @@ def _find(args: argparse.Namespace) -> Trained:
 def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any]]:
     """The task without weights, and what formats say besides: the tokenizer of a language model, the preparation of a classifier's images."""
     from mhla_lightning.data import ImageDataModule
-    from mhla_lightning.generation.loading import find_task, keeps_tokenizer, kept_tokenizer
-    from mhla_lightning.generation.rebuilding import rebuild, trains
+    from mhla_lightning.inference.loading import find_task, keeps_tokenizer, kept_tokenizer
+    from mhla_lightning.inference.rebuilding import rebuild, trains
     from mhla_lightning.tasks import LanguageTask, Task
 
     if trains(folder, LanguageTask):
@@ -123,7 +123,7 @@ def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:
     """One line where code that knows only softmax would compute something else."""
-    from mhla_lightning.checkpoints.wan import CONFIG
+    from mhla_lightning.conversion.wan import CONFIG
 
     facts = config.get(CONFIG)
     layers = facts["layers"] if isinstance(facts, dict) else []

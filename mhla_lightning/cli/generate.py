@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
 from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.generation import Sampling
-    from mhla_lightning.generation.loading import LanguageRun
-    from mhla_lightning.generation.text import Continuation
+    from mhla_lightning.inference.loading import LanguageRun
+    from mhla_lightning.inference.text import Sampling
+    from mhla_lightning.inference.text.continuation import Continuation
 
 _INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     found, device = find(args)
     ids = _encode(found, prompts, args.max_new_tokens)
     backbone = load(args, found, device)
-    from mhla_lightning.generation.text import continue_prompts
+    from mhla_lightning.inference.text.continuation import continue_prompts
 
     output = _Output(prompts, started=time.perf_counter())
     steps = continue_prompts(
@@ -106,7 +106,7 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
-    from mhla_lightning.generation import Sampling
+    from mhla_lightning.inference.text import Sampling
 
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed") if getattr(args, name) is not None}
     if args.greedy and given:
@@ -117,8 +117,8 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 def _encode(found: LanguageRun, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
     """Token ids, checked against what the model can take."""
-    from mhla_lightning.generation.engine import start_tokens
-    from mhla_lightning.generation.loading import check_length
+    from mhla_lightning.inference.loading import check_length
+    from mhla_lightning.inference.text.engine import start_tokens
 
     ids = start_tokens([found.tokenizer.encode(prompt) for prompt in prompts], found.tokenizer.end)
     check_length(found, max(map(len, ids)) + max_new_tokens - 1)  # the last new token is not put in

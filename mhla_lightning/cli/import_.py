@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.checkpoints.foreign import Imported
-    from mhla_lightning.checkpoints.target import Target
+    from mhla_lightning.conversion.foreign import Imported
+    from mhla_lightning.weights.target import Target
 
 _KINDS = {
     "dit": "facebookresearch's DiT, or the DiT of the MHLA authors",
@@ -66,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
     _check_files(source, out)
     check_json(args.json)
 
-    from mhla_lightning.backbones.weights import is_deepspeed, read_tensors
-    from mhla_lightning.checkpoints.deepspeed_folder import read_deepspeed
-    from mhla_lightning.checkpoints.foreign import FAMILIES, save_weights
-    from mhla_lightning.checkpoints.target import Wish
-    from mhla_lightning.checkpoints.wan import read_config
+    from mhla_lightning.conversion.foreign import FAMILIES, save_weights
+    from mhla_lightning.conversion.wan import read_config
+    from mhla_lightning.weights.deepspeed_folder import read_deepspeed
+    from mhla_lightning.weights.files import is_deepspeed, read_tensors
+    from mhla_lightning.weights.target import Wish
 
     state = dict(read_deepspeed(source, args.trust_checkpoint, "PATH")) if is_deepspeed(source) else read_tensors(source, "PATH")
     config = read_config(source) if args.kind == "wan" else {}

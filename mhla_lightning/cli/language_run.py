@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from mhla_lightning.backbones import CausalLM
-    from mhla_lightning.generation.loading import LanguageRun
+    from mhla_lightning.inference.loading import LanguageRun
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -29,8 +29,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
     """The run and the device, checked; no weights are loaded. Raises UserError."""
-    from mhla_lightning.generation.loading import find_language_run
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.loading import find_language_run
+    from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
     options = {"runs": args.runs, "ckpt": args.ckpt, "tokenizer": args.tokenizer, "extrapolation": args.extrapolation}
@@ -41,7 +41,7 @@ def load(args: argparse.Namespace, found: LanguageRun, device: torch.device) -> 
     """The model, in eval mode. Raises UserError for weights of another one."""
     import torch
 
-    from mhla_lightning.generation.loading import load_model
+    from mhla_lightning.inference.loading import load_model
 
     return load_model(found, device, getattr(torch, args.dtype))
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.analysis.gpus import GIB, GPUS, MIB, USABLE, find_gpu
-from mhla_lightning.cli.bench.report import check_json, demand_at_least, write_json
+from mhla_lightning.cli.output import check_json, demand_at_least, write_json
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides, parse_yaml
+from mhla_lightning.planning.gpus import GIB, GPUS, MIB, USABLE, find_gpu
 
 if TYPE_CHECKING:
-    from mhla_lightning.analysis.planning import Plan, Stage
+    from mhla_lightning.planning.plan import Plan, Stage
 
 TAKES_OVERRIDES = True
 
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     gpu = find_gpu(args.gpu, args.gpu_memory)
     recipe = load_recipe(args.recipe)
     values = apply_overrides(recipe.values, _spread(args) | parse_overrides(args.overrides))
-    from mhla_lightning.analysis.planning import make_plan
     from mhla_lightning.config.resolve import resolve
+    from mhla_lightning.planning.plan import make_plan
 
     resolved = resolve(values)
     nodes, devices = int(resolved.trainer.get("num_nodes", 1)), resolved.trainer.get("devices", "auto")

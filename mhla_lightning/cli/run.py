@@ -38,7 +38,7 @@ from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
     from mhla_lightning.config.resolve import Resolved
-    from mhla_lightning.training import Session
+    from mhla_lightning.training.session import Session
 
 TAKES_OVERRIDES = True
 _CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
@@ -125,7 +125,7 @@ def _quiet() -> None:
 
 
 def _print_config(resolved: Resolved) -> int:
-    from mhla_lightning.training import length
+    from mhla_lightning.config.length import length
 
     if resolved.values["data"]["init_args"].get("epochs") is not None and resolved.data.is_ready():
         resolved.values["trainer"]["max_steps"] = length(resolved)
@@ -166,7 +166,7 @@ def _changes(run_folder: RunFolder, resolved: Resolved) -> str:
 
 def _record(resolved: Resolved, run_folder: RunFolder) -> None:
     """Writes recipe.yaml and environment.json."""
-    from mhla_lightning.training import versions
+    from mhla_lightning.training.session import versions
 
     run_folder.summary.unlink(missing_ok=True)  # before the recipe: another rank that looks now must not take the run for finished
     write_text(run_folder.recipe, resolved.to_yaml())
@@ -191,7 +191,7 @@ def _prepare_data(resolved: Resolved) -> None:
 
 
 def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int:
-    from mhla_lightning.training import Session
+    from mhla_lightning.training.session import Session
 
     session = Session(resolved, run_folder, resume=newest_checkpoint(run_folder.path), signals=signals)
     first = session.trainer.is_global_zero
@@ -276,7 +276,7 @@ def _newest(run_folder: RunFolder) -> str:
 
 def _evaluate(args: argparse.Namespace, resolved: Resolved, run_folder: RunFolder) -> int:
     """Validates or tests a checkpoint; writes nothing."""
-    from mhla_lightning.training import Session
+    from mhla_lightning.training.session import Session
 
     checkpoint = _checkpoint(args, run_folder)
     _prepare_data(resolved)
@@ -305,7 +305,7 @@ def _checkpoint(args: argparse.Namespace, run_folder: RunFolder) -> Path:
 
 
 def _say_finished(resolved: Resolved, run_folder: RunFolder) -> int:
-    from mhla_lightning.training import check_same_data
+    from mhla_lightning.training.session import check_same_data
 
     _prepare_data(resolved)
     newest = newest_checkpoint(run_folder.path)

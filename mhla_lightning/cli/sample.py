@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     check_common(args)
     check_json(args.json)
     classes = None if args.classes is None else parse_classes(args.classes)
-    from mhla_lightning.generation.rebuilding import trains
+    from mhla_lightning.inference.rebuilding import trains
     from mhla_lightning.runs.folder import find_run, runs_root
     from mhla_lightning.tasks import VideoDiffusionTask
 
@@ -94,10 +94,10 @@ def check_common(args: argparse.Namespace) -> None:
 
 def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
     from mhla_lightning.diffusion import Guidance, default_sampler
-    from mhla_lightning.generation.image_job import ImageJob, draw_images
-    from mhla_lightning.generation.images import Drawing, find_image_run
-    from mhla_lightning.generation.parts import job_name
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.diffusion.image_job import ImageJob, draw_images
+    from mhla_lightning.inference.diffusion.images import Drawing, find_image_run
+    from mhla_lightning.inference.diffusion.parts import job_name
+    from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
     found = find_image_run(args.diffusion_run, args.runs, args.ckpt, ema=not args.no_ema)
@@ -128,10 +128,10 @@ def _videos(args: argparse.Namespace) -> int:
 
 def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
     """Draws args.n videos of each prompt and says so; the folder that holds them. Raises UserError."""
-    from mhla_lightning.generation.parts import job_name
-    from mhla_lightning.generation.video_job import LIST, SHEET, VideoJob, draw_videos, frame_rate
-    from mhla_lightning.generation.videos import find_video_run
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.diffusion.parts import job_name
+    from mhla_lightning.inference.diffusion.video_job import LIST, SHEET, VideoJob, draw_videos, frame_rate
+    from mhla_lightning.inference.diffusion.videos import find_video_run
+    from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
     found = find_video_run(args.diffusion_run, args.runs, args.ckpt, ema=not args.no_ema)
@@ -148,7 +148,7 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
 
 def given_prompts(file: str | None, texts: list[str] | None) -> list[Any]:
     """Prompts of --prompts and --prompt. Raises UserError for a file that holds none."""
-    from mhla_lightning.generation.prompts import Prompt, read_prompts
+    from mhla_lightning.inference.diffusion.prompts import Prompt, read_prompts
 
     return [*(read_prompts(file) if file else []), *(Prompt(text, "--prompt") for text in texts or [])]
 
@@ -156,7 +156,7 @@ def given_prompts(file: str | None, texts: list[str] | None) -> list[Any]:
 def video_drawing(args: argparse.Namespace, found: Any) -> Any:
     """How videos of a run are drawn, with those of training where --frames or --size is not given. Raises UserError."""
     from mhla_lightning.diffusion import Guidance
-    from mhla_lightning.generation.videos import Size, VideoDrawing, training_size, video_sampler
+    from mhla_lightning.inference.diffusion.videos import Size, VideoDrawing, training_size, video_sampler
 
     size = None if args.size is None else parse_size(args.size)
     own = training_size(found) if size is None or args.frames is None else None

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cluster.queue import ACTIVE
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.status import status_rows

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import check_json, write_json
+from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cluster.jobs import current_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes
 from mhla_lightning.cluster.slurm import Options, Slurm, Submission, prepare
@@ -112,8 +112,8 @@ def check_recipe(values: dict[str, Any], submission: Submission) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    from mhla_lightning.analysis.planning import make_plan
     from mhla_lightning.config.resolve import resolve
+    from mhla_lightning.planning.plan import make_plan
 
     make_plan(resolve(values), nodes=submission.nodes, gpus_per_node=submission.devices)
 

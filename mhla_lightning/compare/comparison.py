@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mhla_lightning.evaluation import EVALUATIONS
+from mhla_lightning.evaluation.tags import higher_is_better
 
 # key of summary.json -> (heading, factor to its unit, format)
 COSTS = {
@@ -68,12 +69,6 @@ def spread(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(math.isfinite(value) for value in values) else math.nan
-
-
-def higher_is_better(tag: str) -> bool:
-    """Accuracies (top1, top5, accuracy) are best high, and what an evaluation says of its own numbers; everything else low."""
-    name, _, number = tag.rpartition("/")
-    return number in EVALUATIONS[name].higher if name in EVALUATIONS else number.startswith(("top", "accuracy"))
 
 
 def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mhla_lightning.analysis.comparison import headline, higher_is_better
+from mhla_lightning.compare.comparison import headline
+from mhla_lightning.evaluation.tags import higher_is_better
 
 Curve = list[tuple[int, float]]  # (step, value)
 Runs = Mapping[str, Sequence[Mapping[str, Curve]]]  # row name -> one mapping tag -> curve for each seed

@@ -15,17 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, VideoDiT, build_backbone
-from mhla_lightning.backbones.stored import Stored, open_safetensors
-from mhla_lightning.backbones.weights import weight_files
-from mhla_lightning.checkpoints.formats.base import Export, Trained, shapes
-from mhla_lightning.checkpoints.formats.classifier import timm
-from mhla_lightning.checkpoints.formats.language import hf
-from mhla_lightning.checkpoints.formats.plain import plain
-from mhla_lightning.checkpoints.formats.video import diffusers, wan
-from mhla_lightning.checkpoints.saving import complaint
-from mhla_lightning.checkpoints.streaming import parts_of, write_safetensors
-from mhla_lightning.checkpoints.target import file_header
+from mhla_lightning.conversion.formats.base import Export, Trained, shapes
+from mhla_lightning.conversion.formats.classifier import timm
+from mhla_lightning.conversion.formats.language import hf
+from mhla_lightning.conversion.formats.plain import plain
+from mhla_lightning.conversion.formats.video import diffusers, wan
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.weights.disk_errors import complaint
+from mhla_lightning.weights.files import weight_files
+from mhla_lightning.weights.stored import Stored, open_safetensors
+from mhla_lightning.weights.streaming import parts_of, write_safetensors
+from mhla_lightning.weights.target import file_header
 
 SUFFIX = ".safetensors"
 

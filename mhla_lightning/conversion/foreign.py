@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mhla_lightning.backbones import Backbone, build_backbone
-from mhla_lightning.backbones.wan_names import from_wan
-from mhla_lightning.checkpoints.target import Entry, State, Target, Wish, file_header
-from mhla_lightning.checkpoints.wan import wan_target
+from mhla_lightning.conversion.wan import wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
+from mhla_lightning.weights.target import Entry, State, Target, Wish, file_header
+from mhla_lightning.weights.wan_names import from_wan
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 

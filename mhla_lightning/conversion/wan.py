@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION
-from mhla_lightning.checkpoints.target import Entry, State, Target, Wish
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.target import Entry, State, Target, Wish
 
 CONFIG = "_mhla_lightning"
 """Key of our own facts in an exported config.json; diffusers passes over names that begin with an underscore."""

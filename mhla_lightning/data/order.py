@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhla_lightning.keyed import philox
+from mhla_lightning.randomness import philox
 
 LANES = 48  # a multiple of most ranks x workers on one machine
 WINDOW = 2048

@@ -12,9 +12,9 @@ from mhla_lightning.data.corpus import Corpus
 from mhla_lightning.data.index import read_index
 from mhla_lightning.data.kinds import Images
 from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stream import EvalStream
-from mhla_lightning.data.tools.places import find_splits
 from mhla_lightning.data.transforms import Augmentation
 from mhla_lightning.errors import DataError
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Gaussian, Reference

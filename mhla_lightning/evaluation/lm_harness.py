@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mhla_lightning.data.tokenizers import Tokenizer
 from mhla_lightning.errors import UserError, missing_extra, unknown_name
-from mhla_lightning.generation import Sampling
-from mhla_lightning.generation.engine import pad
-from mhla_lightning.generation.text import continue_prompts
+from mhla_lightning.inference.text import Sampling
+from mhla_lightning.inference.text.continuation import continue_prompts
+from mhla_lightning.inference.text.engine import pad
 
 try:
     from lm_eval.api.instance import Instance

@@ -17,8 +17,8 @@ from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import eval_transform
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Features
-from mhla_lightning.generation.rebuilding import rebuild
-from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.inference.rebuilding import rebuild
+from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks import ClassificationTask
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from mhla_lightning.generation.images import ImageRun
+    from mhla_lightning.inference.diffusion.images import ImageRun
 
 _LAST_SEED = 2**32 - 1
 _NEIGHBOURS = 3  # of precision and recall, which need more images than that
@@ -118,8 +118,8 @@ def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
     """
     from mhla_lightning.evaluation.image_metrics import image_metrics
     from mhla_lightning.evaluation.networks import OwnFeatures, find_classifier
-    from mhla_lightning.generation.images import find_image_run
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.diffusion.images import find_image_run
+    from mhla_lightning.inference.weights import choose_device
 
     found, device = find_image_run(str(run.path), ema=options.ema), choose_device(options.device)
     check_samples(options, found.task, found.data)
@@ -137,7 +137,7 @@ def _draw(found: ImageRun, options: SampleOptions, device: torch.device) -> tupl
     import numpy as np
 
     from mhla_lightning.diffusion import Guidance, default_sampler
-    from mhla_lightning.generation.images import Drawing, load_task, sample_images
+    from mhla_lightning.inference.diffusion.images import Drawing, load_task, sample_images
 
     labels = [number % found.task.num_classes for number in range(options.n)]
     drawing = Drawing(options.seed, options.sampler or default_sampler(found.task.process), options.steps, Guidance(float(options.guidance)))

@@ -15,8 +15,8 @@ from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer, same_tokenizer
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.rebuilding import rebuild
-from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.inference.rebuilding import rebuild
+from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import FORMAT, RunFolder, find_run, read_json, runs_root, write_json
 from mhla_lightning.tasks.language import LanguageTask
 

@@ -11,7 +11,7 @@ import torch
 from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.weights import Weights
+from mhla_lightning.inference.weights import Weights
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 

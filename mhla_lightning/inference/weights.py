@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.backbones.shards import FOLDER, ShardReader, holds_shards
-from mhla_lightning.backbones.stored import Stored, open_safetensors
 from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.source import FILE, open_source
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
+from mhla_lightning.weights.rank_files import FOLDER, ShardReader, holds_shards
+from mhla_lightning.weights.stored import Stored, open_safetensors
 
 
 @dataclass(frozen=True)

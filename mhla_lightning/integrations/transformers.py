@@ -6,13 +6,12 @@ The cache that `generate` hands around is our state: of constant size but for so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.attention.layer import RMSNorm
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones import CausalLM, ModelState
 from mhla_lightning.errors import UserError, missing_extra
 
@@ -23,7 +22,7 @@ except ImportError as error:
     raise UserError(missing_extra("transformers", "language", "mhla_lightning.hf")) from error
 
 if TYPE_CHECKING:
-    from mhla_lightning.generation.loading import LanguageRun
+    pass
 
 
 class MHLALanguageConfig(PreTrainedConfig):
@@ -225,18 +224,6 @@ def language_config(backbone: CausalLM, attention: str | Mapping[str, Any] | Seq
 def wrap(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLAForCausalLM:
     """A built CausalLM as a model of transformers, which shares its weights. Arguments as of :func:`language_config`."""
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
-
-
-def to_hf(run: LanguageRun | str | Path) -> MHLAForCausalLM:
-    """A run (id, folder, or what `generation.loading.find_language_run` gave) as a model of transformers, averaged weights where it has them.
-
-    Raises:
-        UserError: no such run, no language run, no checkpoint.
-    """
-    from mhla_lightning.generation.loading import find_language_run, load_model
-
-    found = find_language_run(str(run)) if isinstance(run, (str, Path)) else run
-    return wrap(load_model(found), found.attention, found.tokenizer.end)
 
 
 AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhla_lightning.analysis.gpus import GPU
-from mhla_lightning.analysis.state_memory import ModelSize, StateMemory, partitioned, replicated
-from mhla_lightning.analysis.step_memory import Precision, activation_bytes, find_precision
 from mhla_lightning.attention import CausalSelfAttention, MixingMatrix, SelfAttention
 from mhla_lightning.backbones.layers import CrossAttention
 from mhla_lightning.callbacks import EMA
+from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
+from mhla_lightning.planning.gpus import GPU
+from mhla_lightning.planning.state_memory import ModelSize, StateMemory, partitioned, replicated
+from mhla_lightning.planning.step_memory import Precision, activation_bytes, find_precision
 from mhla_lightning.strategies.config import ZERO, StrategyEntry, deepspeed_config, is_zero, strategy_name
 from mhla_lightning.tasks import Task
-from mhla_lightning.training import length
 
 UTILISATION = 0.4
 """Share of a GPU's peak that training is taken to reach where nobody says: an assumption, not a measurement."""

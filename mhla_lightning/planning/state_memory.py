@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mhla_lightning.analysis.step_memory import Precision
+from mhla_lightning.planning.step_memory import Precision
 from mhla_lightning.tasks import Task
 
 Shape = tuple[int, ...]

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mhla_lightning.analysis.memory import peak_bytes
 from mhla_lightning.backbones import BACKBONES
+from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.strategies.config import known_precision
 from mhla_lightning.tasks import Task
 

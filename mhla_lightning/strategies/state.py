@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.backbones.shards import WEIGHT, Stretch
 from mhla_lightning.checkpoints.source import Source
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.local import Fragment, LocalWeights, ZeroWeights
+from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 LOSS_SCALE = "loss_scale"

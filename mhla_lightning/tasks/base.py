@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.tasks.warm_start import freeze_except, load_matching, read_weights, weight_file
+from mhla_lightning.weights.warm_start import freeze_except, load_matching, read_weights, weight_file
 
 log = logging.getLogger(__name__)
 PREFIXES = ("val", "val_ema", "test", "test_ema")  # of what `evaluate` measures; callbacks.EMA adds the averaged weights

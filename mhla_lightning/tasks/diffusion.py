@@ -13,8 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError
-from mhla_lightning.keyed import generator
-from mhla_lightning.randomness import run_seed
+from mhla_lightning.randomness import generator, run_seed
 from mhla_lightning.tasks.base import PREFIXES, Task
 from mhla_lightning.tasks.distillation import Distillation, Teacher
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mhla_lightning.attention import attention_outputs
 from mhla_lightning.backbones import Backbone, build_backbone
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.warm_start import load_matching, read_weights, weight_file
+from mhla_lightning.weights.warm_start import load_matching, read_weights, weight_file
 
 
 @dataclass(frozen=True)

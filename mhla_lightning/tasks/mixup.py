@@ -9,7 +9,7 @@ import torch
 from timm.data.mixup import one_hot
 from torch import Tensor
 
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
 
 def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
     """By the estimate of `mhla plan`."""
-    from mhla_lightning.analysis.gpus import GPU
-    from mhla_lightning.analysis.planning import make_plan  # which imports training, which imports this
+    from mhla_lightning.planning.gpus import GPU
+    from mhla_lightning.planning.plan import make_plan  # which imports training, which imports this
 
     name, memory = _device(ranks // nodes)
     fresh = resolve(recipe.values)  # the run's own task holds weights

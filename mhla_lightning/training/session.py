@@ -19,24 +19,24 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from mhla_lightning import __version__
-from mhla_lightning.analysis.comparison import higher_is_better
-from mhla_lightning.analysis.out_of_memory import is_out_of_memory, out_of_memory
 from mhla_lightning.callbacks import EMA, Checkpoint, Health, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
 from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep
 from mhla_lightning.checkpoints.io import RunCheckpointIO
+from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
-from mhla_lightning.data.batching import steps_for_epochs
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.loading import keep_tokenizer
+from mhla_lightning.evaluation.tags import higher_is_better
+from mhla_lightning.inference.loading import keep_tokenizer
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
 from mhla_lightning.strategies.launcher import watch_ranks
-from mhla_lightning.strategies.zero import ZeroStrategy
+from mhla_lightning.strategies.zero.strategy import ZeroStrategy
+from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
 
@@ -231,22 +231,6 @@ def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
             f"run {checkpoint.parent.parent.name} was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]};"
             " use --fresh, another --run-id, or the old data"
         )
-
-
-def length(recipe: Resolved) -> int:
-    """Optimizer steps of a run, from trainer.max_steps or data.epochs.
-
-    Raises:
-        UserError: both or neither are set.
-    """
-    steps, epochs = recipe.trainer.get("max_steps", -1), recipe.data.epochs
-    if steps > 0 and epochs is not None:
-        raise UserError(f"trainer.max_steps is {steps} and data.epochs {epochs}: a run has one length, set one of them to null")
-    if steps > 0:
-        return int(steps)
-    if epochs is None:
-        raise UserError("the recipe has no length: set trainer.max_steps or data.epochs")
-    return steps_for_epochs(epochs, recipe.data.samples, recipe.data.batch_size)
 
 
 def best(tag: str, values: Iterable[float]) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mhla_lightning.backbones.stored import Stored
-from mhla_lightning.backbones.weights import refusal, strip_wrappers
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.files import refusal, strip_wrappers
+from mhla_lightning.weights.stored import Stored
 
 
 def read_deepspeed(path: Path, trusted: bool, what: str) -> Stored:

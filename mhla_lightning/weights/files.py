@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mhla_lightning.backbones.shards import ShardReader, holds_shards
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.rank_files import ShardReader, holds_shards
 
 _INSIDE = ("ema", "state_dict", "model", "state_dict_ema")
 """Where a training checkpoint keeps its weights, the first one found; `ema` is the public DiT's average, which its own sampler takes."""

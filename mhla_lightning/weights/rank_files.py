@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mhla_lightning.backbones.stored import Stored, outline_of
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
+from mhla_lightning.weights.stored import Stored, outline_of
 
 FOLDER = "shards"
 WEIGHT = "weight"

@@ -17,9 +17,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from mhla_lightning.backbones.stored import DTYPES, Stored
-from mhla_lightning.checkpoints.saving import complaint, lack_of_room
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.disk_errors import complaint, lack_of_room
+from mhla_lightning.weights.stored import DTYPES, Stored
 
 Rename = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mhla_lightning.backbones.weights import strip_wrappers
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.files import strip_wrappers
 
 State = Mapping[str, Tensor]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mhla_lightning.backbones.shards import holds_shards
-from mhla_lightning.backbones.weights import is_deepspeed, read_tensors, refusal, weight_files
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import newest_checkpoint
+from mhla_lightning.weights.files import is_deepspeed, read_tensors, refusal, weight_files
+from mhla_lightning.weights.rank_files import holds_shards
 
 _PLACES = ("ema/weights.safetensors", "ema", "weights.safetensors", "model.safetensors", "shards", "trainer.ckpt")
 """Where a folder keeps its weights, the first one found; `ema` and `shards` hold a file of every rank where a run was split."""

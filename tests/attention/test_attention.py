@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning.attention import ATTENTION, MHLA, Attention, BlockGrid, SelfAttention, build_attention, dense_mhla, mhla, register_attention
-from mhla_lightning.attention.layer import POS_CONVS
+from mhla_lightning.attention.layers.self_attention import POS_CONVS
 from mhla_lightning.attention.mhla import fused
 from mhla_lightning.errors import UserError
 

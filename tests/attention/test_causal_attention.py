@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning.attention import CAUSAL_ATTENTION, CausalAttention, Packing, build_attention, register_attention
 from mhla_lightning.errors import UserError
-from tests.causal_reference import dense
-from tests.language_models import CUDA_ONLY
+from tests.helpers.causal_reference import dense
+from tests.helpers.language_models import CUDA_ONLY
 
 HEADS, DIM_K, DIM_V = 2, 4, 5
 MHLA = {"name": "mhla", "chunk_size": 8, "max_chunks": 5}

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning.attention import CausalSelfAttention, Packing
-from mhla_lightning.attention.causal.conv import ShortConvolution
+from mhla_lightning.attention.baselines.causal_conv import ShortConvolution
 from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.errors import UserError
-from tests.language_models import OPERATORS_ON_CPU
+from tests.helpers.language_models import OPERATORS_ON_CPU
 
 DIM, TOKENS = 32, 40
 SMALL: dict[str, dict[str, Any]] = {"softmax": {}, "linear": {"chunk_size": 8}, "mhla": {"chunk_size": 8, "max_chunks": 6}}

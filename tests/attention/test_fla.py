@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import tests.test_causal_layer as layer_contract
+import tests.attention.test_causal_layer as layer_contract
 from mhla_lightning.attention import CausalAttention, CausalSelfAttention, Packing, build_attention
 from mhla_lightning.attention.base import accumulation_dtype
-from mhla_lightning.attention.causal import fla
-from mhla_lightning.attention.causal.linear import CausalLinear
+from mhla_lightning.attention.baselines import causal_fla as fla
+from mhla_lightning.attention.baselines.causal_linear import CausalLinear
 from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation import Sampling, generate
-from tests.language_models import CUDA_ONLY, prompts, tiny_model
+from mhla_lightning.inference.text import Sampling, generate
+from tests.helpers.language_models import CUDA_ONLY, prompts, tiny_model
 
 KERNELS = {"gla": "gla", "gated_deltanet": "gated_delta_rule", "mamba2": "simple_gla"}  # name -> module of fla.ops
 HEADS, DIM_K, DIM_V = 2, 4, 5

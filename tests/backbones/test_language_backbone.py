@@ -17,7 +17,7 @@ from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
 from tests.conftest import ORACLES
-from tests.language_models import CUDA_ONLY, OPERATORS_ON_CPU
+from tests.helpers.language_models import CUDA_ONLY, OPERATORS_ON_CPU
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 8, "max_chunks": 6}
 LINEAR: dict[str, Any] = {"name": "linear", "chunk_size": 8}

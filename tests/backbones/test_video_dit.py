@@ -15,9 +15,9 @@ from mhla_lightning import backbones
 from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import VIDEO_DIFFUSION
 from mhla_lightning.backbones.layers import GridRotation, time_sinusoid
-from mhla_lightning.backbones.wan_names import to_diffusers, to_wan
 from mhla_lightning.errors import UserError
-from tests.video_models import ENTRIES, FULL, HYBRID, awake, build, inputs
+from mhla_lightning.weights.wan_names import to_diffusers, to_wan
+from tests.helpers.video_models import ENTRIES, FULL, HYBRID, awake, build, inputs
 
 
 def diffusers_model(model: Any, heads: int = 2) -> Any:

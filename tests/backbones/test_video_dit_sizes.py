@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mhla_lightning.errors import UserError
-from tests.video_models import ENTRIES, HYBRID, awake, build, inputs
+from tests.helpers.video_models import ENTRIES, HYBRID, awake, build, inputs
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4])

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from mhla_lightning.analysis import timing
-from mhla_lightning.analysis.backbone_speed import FAMILIES, blocks_for, layout_for, make_case
-from mhla_lightning.analysis.memory import peak_bytes
-from mhla_lightning.analysis.timing import Case, take_turns
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import build_backbone
+from mhla_lightning.bench import timing
+from mhla_lightning.bench.backbone_speed import FAMILIES, blocks_for, layout_for, make_case
+from mhla_lightning.bench.timing import Case, take_turns
 from mhla_lightning.cli.bench import backbone
 from mhla_lightning.cli.main import main
+from mhla_lightning.planning.memory import peak_bytes
 
 CPU = torch.device("cpu")
 SMALL = ["bench", "backbone", "dit_s8", "--layers", "1"]

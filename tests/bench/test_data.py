@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhla_lightning.analysis.data_samples import TokenFiles, write_images, write_tokens
-from mhla_lightning.analysis.data_speed import Plan, decoder_loop, make_case, memmap_loop, own_stream, take_turns, webdataset_pipeline
+from mhla_lightning.bench.data_samples import TokenFiles, write_images, write_tokens
+from mhla_lightning.bench.data_speed import Plan, decoder_loop, make_case, memmap_loop, own_stream, take_turns, webdataset_pipeline
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.loader import shut_down
 from mhla_lightning.data.modules.images import ImageDataModule

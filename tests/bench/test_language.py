@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhla_lightning.analysis.decode_speed import build_model, decode_at
-from mhla_lightning.analysis.memory import peak_bytes
+from mhla_lightning.bench.decode_speed import build_model, decode_at
 from mhla_lightning.cli.main import main
+from mhla_lightning.planning.memory import peak_bytes
 
 
 def test_causal_attention_is_measured_with_every_chunk_kept(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from mhla_lightning.analysis import step_speed
-from mhla_lightning.analysis.bare_loop import BareLoop
-from mhla_lightning.analysis.source_clock import SAME, SourceClock, source_of
-from mhla_lightning.analysis.step_speed import Feed, StepTimes, equal_losses, measure
+from mhla_lightning.bench import step_speed
+from mhla_lightning.bench.bare_loop import BareLoop
+from mhla_lightning.bench.source_clock import SAME, SourceClock, source_of
+from mhla_lightning.bench.step_speed import Feed, StepTimes, equal_losses, measure
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import apply_overrides, load_recipe

@@ -16,8 +16,8 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks.base import Task
 from tests.conftest import TINY_RECIPE
-from tests.faults import LAYER
-from tests.ranks import Nursery
+from tests.helpers.faults import LAYER
+from tests.helpers.ranks import Nursery
 
 STEPS = 26
 BAD = {4: "layer", 6: "gradient", 24: "leap"}  # of the steps of `left_out`; the guard against leaps acts from the 20th step taken
@@ -45,12 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def fault(kind: str, steps: list[int], rank: int) -> dict[str, Any]:
-    return {"class_path": "tests.faults.Fault", "init_args": {"kind": kind, "steps": steps, "rank": rank}}
+    return {"class_path": "tests.helpers.faults.Fault", "init_args": {"kind": kind, "steps": steps, "rank": rank}}
 
 
 def arguments(place: Path, name: str, faults: list[dict[str, Any]], *extra: str) -> list[str]:
     average = {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}}
-    callbacks = [average, *faults, {"class_path": "tests.faults.Digests"}]
+    callbacks = [average, *faults, {"class_path": "tests.helpers.faults.Digests"}]
     run = ["run", str(place / "tiny.yaml"), "--runs", str(place / "runs"), "--run-id", name, "--trainer.callbacks", json.dumps(callbacks)]
     return [*run, "--trainer.val_check_interval", "100", "--model.schedule.warmup_steps", "30", *extra]
 

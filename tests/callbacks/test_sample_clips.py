@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import read_metrics
-from tests.diffusion_models import train
-from tests.video_runs import CAPTIONS, FRAMES, SIDE, write_clips, write_recipe
+from tests.helpers.diffusion_models import train
+from tests.helpers.video_runs import CAPTIONS, FRAMES, SIDE, write_clips, write_recipe
 
 EMA = {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}}
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from mhla_lightning.checkpoints.atomic import Keep, best_checkpoints, commit
-from mhla_lightning.checkpoints.saving import Parts, Writer, copied, lack_of_room, tensor_bytes
+from mhla_lightning.checkpoints.saving import Parts, Writer, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks import ClassificationTask
-from tests.test_resume import exact_metrics
+from mhla_lightning.weights.disk_errors import lack_of_room
+from tests.training.test_resume import exact_metrics
 
 OPTIONS = ["--trainer.max_steps", "16", "--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "4"]
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from mhla_lightning.cli import doctor
+from mhla_lightning.cli.doctor import devices, installation, processes
+from mhla_lightning.cli.doctor.finding import Finding
 from mhla_lightning.cli.main import main
-from mhla_lightning.doctor import devices, installation, processes
-from mhla_lightning.doctor.finding import Finding
 
 OURS = {"mhla-lightning": "mhla_lightning.cli.main:lightning"}
 SDK = {"lightning-sdk": "lightning_sdk.cli.entrypoint:main_cli"}

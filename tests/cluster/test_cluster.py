@@ -20,8 +20,8 @@ from mhla_lightning.cluster.queue import parse_sacct, parse_squeue
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, find_run, find_runs
 from mhla_lightning.runs.lock import check_held, hold
-from tests.cluster_stubs import Stub, calls
 from tests.conftest import TINY_RECIPE
+from tests.helpers.cluster_stubs import Stub, calls
 
 LEAST: dict[str, Any] = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
 
@@ -240,7 +240,7 @@ def test_a_queued_job_imports_its_copy_of_the_code(unpacked: Path, tmp_path: Pat
     code = tmp_path / "runs" / "mine" / "slurm" / "code"
     ask = [sys.executable, "-c", "import mhla_lightning.cluster.slurm as slurm; print(slurm.__file__)"]
     env = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(ask, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(ask, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(code / "mhla_lightning" / "cluster" / "slurm.py")
 
 

@@ -17,9 +17,9 @@ from mhla_lightning.cluster.profile import Profile, load_profile, profile_from
 from mhla_lightning.cluster.slurm import Options, prepare
 from mhla_lightning.config.recipes import Recipe, load_recipe, parse_overrides
 from mhla_lightning.errors import UserError
-from tests.cluster_stubs import Stub, calls
+from tests.helpers.cluster_stubs import Stub, calls
 
-GOLDEN = Path(__file__).parent / "golden" / "sbatch"
+GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch"
 CPU, GPU = "classification/deit_tiny_mhla_mnist_cpu", "language/lm_340m_mhla_fineweb_edu"
 COMBINATIONS: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # golden file: recipe, profile, strategy, options
     "cpu-ddp": (CPU, "cpu", "ddp", {"nodes": 2}),

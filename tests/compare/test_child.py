@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mhla_lightning.runs import child
+from mhla_lightning.compare import child
 from mhla_lightning.runs.folder import RunFolder
 
 

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mhla_lightning.analysis.comparison import score
 from mhla_lightning.cli.compare import print_table
 from mhla_lightning.cli.main import main
+from mhla_lightning.compare.comparison import score
 from mhla_lightning.evaluation import EVALUATIONS, Evaluation
 from mhla_lightning.runs.folder import RunFolder, read_metrics
-from mhla_lightning.tasks.warm_start import read_weights
+from mhla_lightning.weights.warm_start import read_weights
 
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 SMALL = """
@@ -38,7 +38,7 @@ data.batch_size: 8
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 shapes of two classes as shards: squares left or right."""
-    from mhla_lightning.data.tools.pack import pack
+    from mhla_lightning.data.prepare.pack import pack
 
     root = tmp_path_factory.mktemp("digits")
     for index in range(64):

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from mhla_lightning.analysis.comparison import best_rows, cost, headline, higher_is_better, score, score_tags, spread, table_row, validation_tags
-from mhla_lightning.analysis.curves import colors, curves_figure, finite, mean_curve, smooth, smoothing_width
-from mhla_lightning.analysis.variants import Row, arguments, describe, identity, merged, parse_seeds, rows_from_file, rows_over, slug
+from mhla_lightning.compare.comparison import best_rows, cost, headline, score, score_tags, spread, table_row, validation_tags
+from mhla_lightning.compare.curves import colors, curves_figure, finite, mean_curve, smooth, smoothing_width
+from mhla_lightning.compare.variants import Row, arguments, describe, identity, merged, parse_seeds, rows_from_file, rows_over, slug
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides, recipe_names, variants_file
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS, register_evaluation, wanted_evaluation
+from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.runs.folder import check_run_id
 
 # rows

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.backbones.wan_names import added, from_wan, to_diffusers, to_wan
-from mhla_lightning.checkpoints.export import Trained, plan, write
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import read_yaml
+from mhla_lightning.conversion.export import Trained, plan, write
 from mhla_lightning.errors import UserError
-from tests.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, opened, plain_wan
+from mhla_lightning.weights.wan_names import added, from_wan, to_diffusers, to_wan
+from tests.helpers.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, opened, plain_wan
 
 FILE = "diffusion_pytorch_model.safetensors"
 MHLA = {"name": "mhla", "blocks": list(LAYOUT), "gate": True}

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.backbones.shards import ShardReader, Stretch, file_name, write_shard
-from mhla_lightning.backbones.stored import as_stored, open_safetensors
-from mhla_lightning.checkpoints.streaming import parts_of, write_safetensors
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.warm_start import read_weights
+from mhla_lightning.weights.rank_files import ShardReader, Stretch, file_name, write_shard
+from mhla_lightning.weights.stored import as_stored, open_safetensors
+from mhla_lightning.weights.streaming import parts_of, write_safetensors
+from mhla_lightning.weights.warm_start import read_weights
 
 MIXED = {
     "count": torch.tensor(7),

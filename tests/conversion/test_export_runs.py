@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.cli.main import main
-from mhla_lightning.generation.loading import find_language_run, load_model
+from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_metrics
-from mhla_lightning.tasks.warm_start import read_weights
+from mhla_lightning.weights.warm_start import read_weights
 from tests.conftest import TINY_RECIPE
-from tests.ranks import Nursery
-from tests.texts import text_folder, texts_of_all_lengths
+from tests.helpers.ranks import Nursery
+from tests.helpers.texts import text_folder, texts_of_all_lengths
 
 LANGUAGE = """
 seed_everything: 0
@@ -164,7 +164,7 @@ def test_transformers_loads_a_language_model(runs: Runs) -> None:
     state = exported(runs, "language")
     assert main(["export", "language", "--to", "folder", "--format", "hf"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("folder")
-    assert type(theirs).__module__ == "mhla_lightning.hf"
+    assert type(theirs).__module__ == "mhla_lightning.integrations.transformers"
     ours = load_model(find_language_run("language"))
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     tokens = torch.randint(0, 256, (2, 40))

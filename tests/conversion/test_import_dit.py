@@ -16,12 +16,12 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.backbones.weights import read_tensors
-from mhla_lightning.checkpoints.foreign import FAMILIES
 from mhla_lightning.cli import import_
 from mhla_lightning.cli.main import main
+from mhla_lightning.conversion.foreign import FAMILIES
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.warm_start import load_matching, read_weights
+from mhla_lightning.weights.files import read_tensors
+from mhla_lightning.weights.warm_start import load_matching, read_weights
 
 DIM, DEPTH, HEADS, CLASSES = 24, 3, 3, 5
 OPTIONS: dict[str, Any] = {"input_size": 8, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES}

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from mhla_lightning.attention import MHLA
 from mhla_lightning.backbones import BACKBONES, VideoDiT, build_backbone
-from mhla_lightning.backbones.wan_names import added, from_wan, needed, to_diffusers, to_wan
-from mhla_lightning.backbones.weights import read_tensors
-from mhla_lightning.checkpoints.wan import cycle
 from mhla_lightning.cli.main import main
+from mhla_lightning.conversion.wan import cycle
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.files import read_tensors
+from mhla_lightning.weights.wan_names import added, from_wan, needed, to_diffusers, to_wan
 from tests.conftest import ORACLES
-from tests.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, plain_wan, theirs
+from tests.helpers.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, plain_wan, theirs
 
 NEW = {"attn.attention.mixing.weight", "attn.out_norm.weight"}
 

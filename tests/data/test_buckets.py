@@ -20,9 +20,9 @@ from mhla_lightning.data.index import VAE, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import Kind, kind_of
 from mhla_lightning.data.mixture import BLOCK, Ingredient, Mixture, WhenExhausted
 from mhla_lightning.data.order import Order
+from mhla_lightning.data.prepare.samples import Sample, latent_sample
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.stream import Batch, EvalStream, TrainStream
-from mhla_lightning.data.tools.samples import Sample, latent_sample
-from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.errors import DataError, UserError
 
 SHAPES = ((4, 3, 2, 4), (4, 1, 4, 4), (4, 2, 2, 2))

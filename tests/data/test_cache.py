@@ -14,7 +14,7 @@ import pytest
 from mhla_lightning.data.stores import LocalStore, Remote, Store, open_store, with_cache
 from mhla_lightning.data.stores.cache_folder import CacheFolder
 from mhla_lightning.errors import DataError
-from tests.loopback import BODY, NAME, FileServer, cached, entry, one_sentence
+from tests.helpers.loopback import BODY, NAME, FileServer, cached, entry, one_sentence
 
 
 def test_one_download_serves_all_processes(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:

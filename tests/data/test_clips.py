@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.data.encoders.videos import decode_mp4
 from mhla_lightning.data.index import Clip, read_index
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.prepare.clips.frames import fit, read_clips
+from mhla_lightning.data.prepare.clips.layout import nearest, place, split_in_time
+from mhla_lightning.data.prepare.clips.make import make_clips
+from mhla_lightning.data.prepare.clips.options import ClipOptions
+from mhla_lightning.data.prepare.clips.probing import frame_times
+from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.tools.clips.frames import fit, read_clips
-from mhla_lightning.data.tools.clips.layout import nearest, place, split_in_time
-from mhla_lightning.data.tools.clips.make import make_clips
-from mhla_lightning.data.tools.clips.options import ClipOptions
-from mhla_lightning.data.tools.clips.probing import frame_times
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.videos import decode_mp4
-from tests.ranks import Nursery
+from tests.helpers.ranks import Nursery
 
 pytest.importorskip("av")
-from tests.videos import greys, numbers, save_videos, write_video  # noqa: E402  needs PyAV
+from tests.helpers.videos import greys, numbers, save_videos, write_video  # noqa: E402  needs PyAV
 
 SMALL = Clip(4, 16, 24, 5.0)
 

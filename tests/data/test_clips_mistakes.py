@@ -13,13 +13,13 @@ import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.index import Clip, read_index
-from mhla_lightning.data.tools.clips.make import make_clips
-from mhla_lightning.data.tools.clips.options import ClipOptions, make_clip
-from mhla_lightning.data.tools.parallel import Interrupted
+from mhla_lightning.data.prepare.clips.make import make_clips
+from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
+from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.errors import DataError, UserError
 
 pytest.importorskip("av")
-from tests.videos import greys, save_videos, write_video  # noqa: E402  needs PyAV
+from tests.helpers.videos import greys, save_videos, write_video  # noqa: E402  needs PyAV
 
 SMALL = Clip(4, 16, 24, 5.0)
 

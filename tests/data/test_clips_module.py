@@ -16,25 +16,25 @@ from PIL import Image
 
 from mhla_lightning.data import ClipDataModule
 from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
 from mhla_lightning.data.index import Clip, ShardIndex, TextEncoding, read_index
 from mhla_lightning.data.kinds import Clips
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.prepare.clips.make import make_clips
+from mhla_lightning.data.prepare.clips.options import ClipOptions
+from mhla_lightning.data.prepare.clips.shards import clip_sample
+from mhla_lightning.data.prepare.indexing import Facts, index_shards
+from mhla_lightning.data.prepare.preview import TILE, preview
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.verify import verify
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.text_encoders import load_text_encoder, pad_rows
-from mhla_lightning.data.tools.clips.make import make_clips
-from mhla_lightning.data.tools.clips.options import ClipOptions
-from mhla_lightning.data.tools.clips.shards import clip_sample
-from mhla_lightning.data.tools.indexing import Facts, index_shards
-from mhla_lightning.data.tools.preview import TILE, preview
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.errors import DataError, UserError
 
 pytest.importorskip("av")
-from tests.videos import save_videos, write_video  # noqa: E402  needs PyAV
+from tests.helpers.videos import save_videos, write_video  # noqa: E402  needs PyAV
 
 WORDS = TextEncoding("words:8", 6, 8)
 SMALL = Clip(4, 16, 24, 5.0)

@@ -18,7 +18,7 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from mhla_lightning.data.loader import build_loader, shut_down
-from tests.damaged import (
+from tests.helpers.damaged import (
     HUGE,
     SAMPLES,
     SHARDS,

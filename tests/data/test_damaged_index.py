@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.damaged import HUGE, SAMPLES, SHARDS, Damage, DataSet, assert_run_says, assert_told, entry_with, in_place_of, make_sparse
+from tests.helpers.damaged import HUGE, SAMPLES, SHARDS, Damage, DataSet, assert_run_says, assert_told, entry_with, in_place_of, make_sparse
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
 

@@ -18,7 +18,7 @@ import pytest
 from mhla_lightning.data.index import VAE
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.errors import DataError
-from tests.damaged import BAD, HUGE, LENGTH, VAE_USED, DataKind, DataSet, Member, Sample, assert_trains, npy, npy_claiming, png, told
+from tests.helpers.damaged import BAD, HUGE, LENGTH, VAE_USED, DataKind, DataSet, Member, Sample, assert_trains, npy, npy_claiming, png, told
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
 KEY = f"{BAD:05d}"

@@ -12,9 +12,9 @@ from PIL import Image
 
 from mhla_lightning.data.check import Verify, check_split
 from mhla_lightning.data.index import ShardEntry, ShardIndex, read_index, write_index
+from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.tools.pack import pack
 from mhla_lightning.errors import DataError, UserError
 
 

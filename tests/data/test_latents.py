@@ -18,12 +18,12 @@ from mhla_lightning.data.index import VAE, ShardIndex, parse_index, read_index, 
 from mhla_lightning.data.kinds import Latents, kind_of
 from mhla_lightning.data.kinds.latents import draw
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.stream import Batch
-from mhla_lightning.data.tools.samples import Sample, npy_bytes
-from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.errors import DataError, UserError
-from tests.vaes import FACTOR, SIZE, save_kl
+from tests.helpers.vaes import FACTOR, SIZE, save_kl
 
 MADE = VAE("tiny", 0.5, 0.25, (4, 3, 2), "AutoencoderKL", "ab" * 32, True, True, (0.0,) * 4, (1.0,) * 4)
 ASKED = VAE("tiny", 0.5, 0.25, (4, 3, 2))
@@ -235,7 +235,7 @@ def test_a_vae_of_the_wrong_types_is_refused(tmp_path: Path, change: dict) -> No
 
 def test_to_images_decodes_by_the_recipes_vae(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    from mhla_lightning.data.vaes import load_vae
+    from mhla_lightning.data.encoders.vaes import load_vae
 
     name = save_kl(tmp_path / "kl")
     vae = VAE(name, 0.3, 0.1, (4, SIZE // FACTOR, SIZE // FACTOR))

@@ -14,20 +14,20 @@ from PIL import Image
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
+from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
 from mhla_lightning.data.index import VAE, ShardIndex, read_index
 from mhla_lightning.data.kinds.latents import Latents
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.prepare.latents.images import crop
+from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.verify import verify
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.tools.latents.images import crop
-from mhla_lightning.data.tools.latents.make import LatentOptions, make_latents
-from mhla_lightning.data.tools.pack import pack
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.tools.writer import write_split
-from mhla_lightning.data.vaes import decode_latents, load_vae
-from tests.ranks import Nursery
-from tests.vaes import FACTOR, SIZE, save_dc, save_images, save_kl
+from tests.helpers.ranks import Nursery
+from tests.helpers.vaes import FACTOR, SIZE, save_dc, save_images, save_kl
 
 pytest.importorskip("diffusers")
 

@@ -16,18 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
 from mhla_lightning.data.index import Clip, ShardIndex, read_index, write_index
-from mhla_lightning.data.tools.latents.devices import find_devices
-from mhla_lightning.data.tools.latents.make import LatentOptions, make_latents
-from mhla_lightning.data.tools.pack import pack
-from mhla_lightning.data.tools.parallel import Interrupted
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.tools.writer import write_split
-from mhla_lightning.data.vaes import decode_latents, load_vae
+from mhla_lightning.data.prepare.latents.devices import find_devices
+from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.parallel import Interrupted
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.verify import verify
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.errors import DataError, UserError
-from tests.damaged import DataSet
-from tests.vaes import SIZE, save_dc, save_images, save_kl
+from tests.helpers.damaged import DataSet
+from tests.helpers.vaes import SIZE, save_dc, save_images, save_kl
 
 pytest.importorskip("diffusers")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,19 +16,19 @@ import torch
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.encoders.text_encoders import load_text_encoder
+from mhla_lightning.data.encoders.vaes import decode_videos, load_video_vae
 from mhla_lightning.data.index import VAE, Clip, ShardIndex, TextEncoding, read_index, write_index
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_video_latents
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
+from mhla_lightning.data.prepare.verify import verify
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.text_encoders import load_text_encoder
-from mhla_lightning.data.tools.latents.make_videos import VideoOptions, make_video_latents
-from mhla_lightning.data.tools.samples import Sample, npy_bytes
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.tools.writer import write_split
-from mhla_lightning.data.vaes import decode_videos, load_video_vae
 from mhla_lightning.errors import DataError, UserError
-from tests.ranks import Nursery
-from tests.vaes import save_clips, save_umt5, save_wan
+from tests.helpers.ranks import Nursery
+from tests.helpers.vaes import save_clips, save_umt5, save_wan
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_lightning.data.vaes import VideoAutoencoder, decode_videos, load_video_vae
+from mhla_lightning.data.encoders.vaes import VideoAutoencoder, decode_videos, load_video_vae
 from mhla_lightning.errors import UserError
-from tests.vaes import save_kl, save_wan
+from tests.helpers.vaes import save_kl, save_wan
 
 pytest.importorskip("diffusers")
 

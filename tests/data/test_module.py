@@ -17,7 +17,7 @@ from PIL import Image
 from mhla_lightning.data import Augmentation, ImageDataModule
 from mhla_lightning.data.corpus import Source
 from mhla_lightning.data.loader import Loading, ignore_signals
-from mhla_lightning.data.tools.pack import pack
+from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.errors import DataError, UserError
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)

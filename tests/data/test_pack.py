@@ -21,11 +21,11 @@ from PIL import Image
 from mhla_lightning.cli import data as data_cli
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import VAE, read_index
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
+from mhla_lightning.data.prepare.sources import open_source
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.tools.pack import pack
-from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
-from mhla_lightning.data.tools.sources import open_source
 from mhla_lightning.errors import DataError, UserError
 
 
@@ -212,7 +212,7 @@ def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
         if not waiting:
             with pytest.raises(UserError, match=rf"to is being made by process {os.getpid()} on .*: wait for it"):
                 pack(source, target, wait=False)
-            code = "import sys; from mhla_lightning.data.tools.pack import pack; pack(*sys.argv[1:])"
+            code = "import sys; from mhla_lightning.data.prepare.pack import pack; pack(*sys.argv[1:])"
             command = [sys.executable, "-c", code, str(source), str(target)]
             waiting.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 

@@ -19,8 +19,8 @@ from mhla_lightning.data.corpus import Source
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError
-from tests.damaged import BAD, SHARDS, DataSet, told
-from tests.loopback import FORKS, FileServer, S3Bucket
+from tests.helpers.damaged import BAD, SHARDS, DataSet, told
+from tests.helpers.loopback import FORKS, FileServer, S3Bucket
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings(FORKS)]
 PATIENT: dict[str, Any] = {"retries": 8, "timeout": 0.6, "backoff": 0.01}

@@ -11,7 +11,7 @@ import pytest
 
 from mhla_lightning.data.stores import Remote, Store
 from mhla_lightning.errors import DataError
-from tests.loopback import BODY, FORKS, NAME, FileServer, S3Bucket, cached, one_sentence
+from tests.helpers.loopback import BODY, FORKS, NAME, FileServer, S3Bucket, cached, one_sentence
 
 
 def test_s3(bucket: S3Bucket, opened: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ import pytest
 from mhla_lightning.data.stores import LocalStore, Remote, Store, open_store
 from mhla_lightning.data.stores.remote import BLOCK, RemoteStore
 from mhla_lightning.errors import DataError, UserError
-from tests.loopback import BODY, FORKS, NAME, ONCE, FileServer, cached, entry, one_sentence
+from tests.helpers.loopback import BODY, FORKS, NAME, ONCE, FileServer, cached, entry, one_sentence
 
 # ---- addresses and settings
 

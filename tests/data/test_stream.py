@@ -18,10 +18,10 @@ from mhla_lightning.data.corpus import Corpus, Source, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Images
 from mhla_lightning.data.loader import Loading, StartMethod, build_loader, shut_down
+from mhla_lightning.data.prepare.shards import describe_shard
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore, Store, open_store
 from mhla_lightning.data.stream import Batch, EvalStream, TrainStream
-from mhla_lightning.data.tools.shards import describe_shard
 from mhla_lightning.data.transforms import Augmentation
 from mhla_lightning.errors import DataError
 

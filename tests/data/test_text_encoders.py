@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from mhla_lightning.data.encoders.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
 from mhla_lightning.data.modules.text import TextConditioned
-from mhla_lightning.data.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
 from mhla_lightning.errors import UserError
-from tests.vaes import save_kl, save_umt5
+from tests.helpers.vaes import save_kl, save_umt5
 
 WORDS = TextEncoding("words:64", 12, 64)
 CAT = [-1.1309932, 0.9060153, 1.0947771]

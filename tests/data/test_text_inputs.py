@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.tools.text import chunks, inputs
-from mhla_lightning.data.tools.text.tokenize import Report, TextOptions, tokenize
+from mhla_lightning.data.prepare.text import chunks, inputs
+from mhla_lightning.data.prepare.text.tokenize import Report, TextOptions, tokenize
 from mhla_lightning.errors import DataError
-from tests.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
+from tests.helpers.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
 
 COLUMN = "content"
 

@@ -11,16 +11,16 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import read_index
 from mhla_lightning.data.modules.tokens import TokenDataModule
+from mhla_lightning.data.prepare.preview import preview
+from mhla_lightning.data.prepare.text import chunks
+from mhla_lightning.data.prepare.text.layout import Layout, best_fit, concatenate, held_out, lay_out
+from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
+from mhla_lightning.data.prepare.text.train import train_tokenizer
+from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.tokenizers import open_tokenizer, tokenizer_of
-from mhla_lightning.data.tools.preview import preview
-from mhla_lightning.data.tools.text import chunks
-from mhla_lightning.data.tools.text.layout import Layout, best_fit, concatenate, held_out, lay_out
-from mhla_lightning.data.tools.text.tokenize import TextOptions, tokenize
-from mhla_lightning.data.tools.text.train import train_tokenizer
-from mhla_lightning.data.tools.verify import verify
 from mhla_lightning.errors import DataError, UserError
-from tests.ranks import Nursery
-from tests.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
+from tests.helpers.ranks import Nursery
+from tests.helpers.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
 
 pytest.importorskip("tokenizers")
 END = 256

@@ -12,10 +12,10 @@ import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.prepare.text.train import END, train_tokenizer
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.tokenizers import TextStream, Tokenizer, open_tokenizer, same_tokenizer, tokenizer_of
 from mhla_lightning.data.tokenizers.base import ByteTokenizer
-from mhla_lightning.data.tools.text.train import END, train_tokenizer
 from mhla_lightning.errors import DataError, UserError
 
 tokenizers = pytest.importorskip("tokenizers")

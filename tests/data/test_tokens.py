@@ -21,13 +21,13 @@ from mhla_lightning.data.corpus import Source, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Tokens
 from mhla_lightning.data.modules.tokens import TokenDataModule
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.shards import describe_shard
+from mhla_lightning.data.prepare.sources import mqar
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import open_store
 from mhla_lightning.data.stream import Batch, TrainStream
-from mhla_lightning.data.tools.pack import pack
-from mhla_lightning.data.tools.shards import describe_shard
-from mhla_lightning.data.tools.sources import mqar
 from mhla_lightning.errors import DataError, UserError
 
 LENGTH = 16

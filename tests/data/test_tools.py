@@ -17,12 +17,12 @@ from webdataset.writer import TarWriter
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.index import VAE, ShardIndex, offsets_path, read_index, write_index
-from mhla_lightning.data.tools.indexing import Facts, index_shards
-from mhla_lightning.data.tools.preview import preview
-from mhla_lightning.data.tools.samples import image_sample, latent_sample, token_samples
-from mhla_lightning.data.tools.shards import describe_shard
-from mhla_lightning.data.tools.verify import verify
-from mhla_lightning.data.tools.writer import write_split
+from mhla_lightning.data.prepare.indexing import Facts, index_shards
+from mhla_lightning.data.prepare.preview import preview
+from mhla_lightning.data.prepare.samples import image_sample, latent_sample, token_samples
+from mhla_lightning.data.prepare.shards import describe_shard
+from mhla_lightning.data.prepare.verify import verify
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.errors import DataError, UserError
 
 IMAGES = ShardIndex("images", (), ("cat", "dog"))

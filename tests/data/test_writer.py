@@ -12,11 +12,11 @@ from PIL import Image
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import VAE, ShardIndex, read_index
 from mhla_lightning.data.kinds import kind_of
+from mhla_lightning.data.prepare.replacing import new_folder
+from mhla_lightning.data.prepare.samples import Sample, image_sample, latent_sample, token_samples
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.data.tools.replacing import new_folder
-from mhla_lightning.data.tools.samples import Sample, image_sample, latent_sample, token_samples
-from mhla_lightning.data.tools.writer import write_split
 from mhla_lightning.errors import DataError, UserError
 
 IMAGES = ShardIndex("images", (), ("cat", "dog"))

@@ -16,9 +16,9 @@ from torch import Tensor
 from mhla_lightning.diffusion import DDPM, PROCESSES, FlowMatching, Guidance, build_process, guided, respaced
 from mhla_lightning.diffusion.chain import Chain, discretized_log_likelihood, linear_betas
 from mhla_lightning.errors import UserError
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
-ORACLES = Path(__file__).parent / "oracles"
+ORACLES = Path(__file__).parents[1] / "oracles"
 SHAPE = (6, 3, 4, 4)
 TIMES = torch.tensor([0, 1, 2, 300, 998, 999])
 

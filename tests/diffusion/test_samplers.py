@@ -15,10 +15,10 @@ from torch import Tensor
 from mhla_lightning.diffusion import DDPM, SAMPLERS, FlowMatching, Process, check_sampler, sample
 from mhla_lightning.diffusion.guidance import Denoiser
 from mhla_lightning.errors import UserError
-from mhla_lightning.keyed import generator
-from tests.diffusion_oracles import no_noise
+from mhla_lightning.randomness import generator
+from tests.helpers.diffusion_oracles import no_noise
 
-ORACLES = Path(__file__).parent / "oracles"
+ORACLES = Path(__file__).parents[1] / "oracles"
 MEAN, STD = 0.7, 0.4
 SERVED = [(sampler, process) for sampler, serves in SAMPLERS.items() for process in serves]
 PROCESS: dict[str, Process] = {"ddpm": DDPM(), "flow": FlowMatching(shift=3.0)}

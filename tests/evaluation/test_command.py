@@ -22,9 +22,9 @@ from mhla_lightning.diffusion import Guidance
 from mhla_lightning.evaluation.image_metrics import Features, Gaussian, frechet_distance, image_metrics
 from mhla_lightning.evaluation.images import read_reference, read_shards, validation_images
 from mhla_lightning.evaluation.networks import Inception, OwnFeatures, find_classifier, open_network
-from mhla_lightning.generation.images import Drawing, find_image_run, load_task, sample_images
+from mhla_lightning.inference.diffusion.images import Drawing, find_image_run, load_task, sample_images
 from tests.conftest import TINY_RECIPE
-from tests.diffusion_models import train, write_recipe
+from tests.helpers.diffusion_models import train, write_recipe
 
 CLASSIFIER = """
 model.num_classes: 4

@@ -13,7 +13,7 @@ from torch import nn
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation.image_metrics import Features, Gaussian, Reference, frechet_distance, image_metrics, inception_score, precision_recall
 
-GOLDEN = Path(__file__).parent / "golden" / "frechet.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "frechet.npz"
 RANKS = pytest.mark.parametrize(("count", "size"), [(500, 24), (25, 24), (12, 24), (2, 24), (40, 200)], ids=lambda value: str(value))
 
 

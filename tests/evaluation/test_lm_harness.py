@@ -18,9 +18,9 @@ from mhla_lightning.data.tokenizers import open_tokenizer
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import lm_harness
 from mhla_lightning.evaluation.lm_harness import PAPER_TASKS, HarnessLM, evaluate, load_tasks, near
-from mhla_lightning.generation import Sampling
-from mhla_lightning.generation.text import continue_prompts
-from tests.language_models import ENTRIES, entry_id, tiny_model
+from mhla_lightning.inference.text import Sampling
+from mhla_lightning.inference.text.continuation import continue_prompts
+from tests.helpers.language_models import ENTRIES, entry_id, tiny_model
 
 BYTES = open_tokenizer("bytes")
 LENGTH = 32

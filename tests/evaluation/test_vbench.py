@@ -13,8 +13,8 @@ import pytest
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation.vbench import ANY_PROMPT, DIMENSIONS, Package, check_dimensions, find_package, lay_out, sampled_videos
-from tests.diffusion_models import train
-from tests.video_runs import write_clips, write_recipe
+from tests.helpers.diffusion_models import train
+from tests.helpers.video_runs import write_clips, write_recipe
 
 without_vbench = pytest.mark.skipif(importlib.util.find_spec("vbench") is not None, reason="VBench is installed")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention import CausalAttention
-from mhla_lightning.attention.causal.linear import CausalLinear
-from mhla_lightning.attention.causal.softmax import CausalSoftmax
+from mhla_lightning.attention.baselines.causal_linear import CausalLinear
+from mhla_lightning.attention.baselines.causal_softmax import CausalSoftmax
 from mhla_lightning.attention.mhla import CausalMHLA
 
 

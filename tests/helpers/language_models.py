@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mhla_lightning.attention import CAUSAL_ATTENTION
-from mhla_lightning.attention.causal.fla import FlashOperator
+from mhla_lightning.attention.baselines.causal_fla import FlashOperator
 from mhla_lightning.backbones import CausalLM
 
 VOCABULARY = 61

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mhla_lightning.data.tools.text.tokenize import TextOptions, tokenize
+from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
 RECIPE = """
 seed_everything: 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 _POLL = 0.02  # seconds
 
@@ -89,7 +89,7 @@ class Nursery:
         self.folder, self._started = folder, 0
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+            [sys.executable, "-m", "tests.helpers.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
         self._ask({"poll": []})
 
@@ -148,7 +148,7 @@ def _serve() -> None:
 
     import mhla_lightning.cli.run
     import mhla_lightning.config.resolve
-    import mhla_lightning.training  # noqa: F401
+    import mhla_lightning.training.session  # noqa: F401
 
     torch.set_num_threads(1)
     children: dict[int, int | None] = {}

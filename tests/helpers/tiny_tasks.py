@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests import conftest, diffusion_models, language_runs, video_runs
+from tests import conftest
+from tests.helpers import diffusion_models, language_runs, video_runs
 
 TASKS = ("classification", "language", "image_dit", "video_dit")
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from mhla_lightning.data.index import Clip, ShardIndex
-from mhla_lightning.data.tools.samples import Sample, npy_bytes
-from mhla_lightning.data.tools.writer import write_split
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
+from mhla_lightning.data.prepare.writer import write_split
 
 FACTOR, SIZE = 4, 16  # pixels a place of a latent, and a side of the images that are encoded
 

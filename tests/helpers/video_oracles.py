@@ -10,7 +10,7 @@ from torch import Tensor
 from mhla_lightning.attention import MHLA, SelfAttention, dense_mhla
 from mhla_lightning.backbones.layers import GridRotation, grid_turns, time_sinusoid
 from mhla_lightning.backbones.video_dit import VIDEO_PRESETS, VideoDiT
-from mhla_lightning.backbones.wan_names import from_wan
+from mhla_lightning.weights.wan_names import from_wan
 
 Arrays = dict[str, Tensor]
 

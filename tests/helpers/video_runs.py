@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mhla_lightning.data.index import Clip
-from mhla_lightning.data.tools.clips.make import make_clips
-from mhla_lightning.data.tools.clips.options import ClipOptions
+from mhla_lightning.data.prepare.clips.make import make_clips
+from mhla_lightning.data.prepare.clips.options import ClipOptions
 
 pytest.importorskip("av")
-from tests.videos import write_video  # noqa: E402  needs PyAV
+from tests.helpers.videos import write_video  # noqa: E402  needs PyAV
 
 FRAMES, SIDE, RATE = 8, 16, 8.0
 CAPTIONS = ("a bar moves right", "a bar moves down")

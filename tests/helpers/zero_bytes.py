@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mhla_lightning.analysis.step_memory import build, find_precision
+from mhla_lightning.planning.step_memory import build, find_precision
 from mhla_lightning.strategies.config import deepspeed_config
 from mhla_lightning.tasks import LanguageTask, Task
 

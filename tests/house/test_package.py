@@ -15,7 +15,7 @@ import pytest
 
 from mhla_lightning.cli.main import VERBS, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRACKED_FOLDERS = ("mhla_lightning", "callbacks", "recipes", "cluster")
 
 
@@ -110,7 +110,7 @@ def test_the_lightning_command_is_ours_for_run_alone() -> None:
 
 
 def test_bench_attention_writes_rows_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhla_lightning.analysis.timing.GEMM_SIDE", 64)
+    monkeypatch.setattr("mhla_lightning.bench.timing.GEMM_SIDE", 64)
     target = tmp_path / "bench.json"
     arguments = ["bench", "attention", "--tokens", "64", "128", "--slope-to", "0", "--heads", "2", "--dim", "8", "--blocks", "8", "--turns", "5"]
     assert main([*arguments, "--json", str(target)]) == 0

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation import Sampling, generate
-from mhla_lightning.generation.loading import find_language_run, load_model
+from mhla_lightning.inference.loading import find_language_run, load_model
+from mhla_lightning.inference.text import Sampling, generate
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "—", "naïve", "dogs", "ran", "to", "their", "own", "house", "by", "the", "sea"]
 RECIPE = """
@@ -238,7 +238,7 @@ def test_mistakes_are_one_sentence_before_weights_are_loaded(
     (tmp_path / "empty.txt").write_text("\n")
     shutil.copytree(runs / "bytes" / "checkpoints" / "step-00000008", tmp_path / "CUT")
     (tmp_path / "CUT" / "trainer.ckpt").unlink()
-    monkeypatch.setattr("mhla_lightning.generation.loading.load_model", refuse_to_load)
+    monkeypatch.setattr("mhla_lightning.inference.loading.load_model", refuse_to_load)
     assert main(["generate", *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
@@ -300,7 +300,7 @@ def test_text_streams_and_ctrl_c_ends_it_cleanly(runs: Path) -> None:
 
 def test_to_hf_is_the_run(runs: Path) -> None:
     pytest.importorskip("transformers")
-    from mhla_lightning.hf import to_hf
+    from mhla_lightning.integrations.from_run import to_hf
 
     found = find_language_run("bytes")
     model: Any = to_hf("bytes")
@@ -314,7 +314,7 @@ def test_to_hf_is_the_run(runs: Path) -> None:
 @pytest.mark.slow
 def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
-    from tests.test_lm_harness import local_tasks
+    from tests.evaluation.test_lm_harness import local_tasks
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = str(local_tasks(tmp_path / "tasks"))
@@ -327,7 +327,7 @@ def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert 0 < rows["local_rolling"]["bits_per_byte"] < 8.5
     assert f"{rows['local_rolling']['bits_per_byte']:.4f}" in out
     assert result["summary"]["max_length"] == 64
-    monkeypatch.setattr("mhla_lightning.generation.loading.load_model", refuse_to_load)
+    monkeypatch.setattr("mhla_lightning.inference.loading.load_model", refuse_to_load)
     for arguments, sentence in (
         (["--tasks", "wikitex"], "unknown task 'wikitex'"),
         (["--tasks", ","], "--tasks names no task"),

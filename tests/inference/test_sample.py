@@ -19,8 +19,8 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.cli.sample import parse_classes
 from mhla_lightning.diffusion import Guidance
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.images import Drawing, draw_batch, find_image_run, load_task, sample_images
-from tests.diffusion_models import train, write_recipe
+from mhla_lightning.inference.diffusion.images import Drawing, draw_batch, find_image_run, load_task, sample_images
+from tests.helpers.diffusion_models import train, write_recipe
 
 
 @pytest.fixture(scope="module")

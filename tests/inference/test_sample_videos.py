@@ -16,12 +16,12 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.diffusion import Guidance
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.prompts import Prompt, TextCache, read_prompts
-from mhla_lightning.generation.video_files import animated_gif, contact_sheet, read_frames, slug, thumbnails, write_mp4
-from mhla_lightning.generation.videos import Size, VideoDrawing, draw_videos_of, find_video_run, load_video_task, training_size
-from tests.diffusion_models import train
-from tests.ranks import Nursery
-from tests.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
+from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache, read_prompts
+from mhla_lightning.inference.diffusion.video_files import animated_gif, contact_sheet, read_frames, slug, thumbnails, write_mp4
+from mhla_lightning.inference.diffusion.videos import Size, VideoDrawing, draw_videos_of, find_video_run, load_video_task, training_size
+from tests.helpers.diffusion_models import train
+from tests.helpers.ranks import Nursery
+from tests.helpers.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_nearest_that_works_works(trained: Path, prompts: Path, tmp_path: Pa
 
 
 def test_prompts_of_an_image_run_are_refused(shards: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.diffusion_models import write_recipe as write_image_recipe
+    from tests.helpers.diffusion_models import write_recipe as write_image_recipe
 
     train(write_image_recipe(tmp_path / "image.yaml", shards), "pictures", "--runs", str(tmp_path / "runs"), "--trainer.max_steps", "4")
     assert main(command(tmp_path / "runs" / "pictures", prompts, tmp_path / "out")) == 2

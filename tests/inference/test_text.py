@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from mhla_lightning import generation
 from mhla_lightning.backbones import CausalLM
 from mhla_lightning.data.tokenizers import open_tokenizer
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation import Sampling, Step, generate
-from mhla_lightning.generation.sampling import sequence_keys
-from mhla_lightning.generation.text import StopText, continue_prompts
-from tests.language_models import ENTRIES, entry_id, prompts, tiny_model
+from mhla_lightning.inference import text as generation
+from mhla_lightning.inference.text import Sampling, Step, generate
+from mhla_lightning.inference.text.continuation import StopText, continue_prompts
+from mhla_lightning.inference.text.sampling import sequence_keys
+from tests.helpers.language_models import ENTRIES, entry_id, prompts, tiny_model
 
 GREEDY = Sampling(greedy=True)
 every_operator = pytest.mark.parametrize("entry", ENTRIES, ids=entry_id)
@@ -134,7 +134,7 @@ def test_sampling_and_engine_import_neither_lightning_nor_timm() -> None:
     for name in ("__init__", "sampling", "engine"):
         imported = [node for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())) if isinstance(node, ast.ImportFrom)]
         modules = {str(node.module) for node in imported}
-        allowed = ("mhla_lightning.errors", "mhla_lightning.keyed", "mhla_lightning.generation.")
+        allowed = ("mhla_lightning.errors", "mhla_lightning.keyed", "mhla_lightning.inference.text.")
         assert all(module.startswith(allowed) for module in modules if module.startswith("mhla_lightning"))
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_lightning.analysis import planning
-from mhla_lightning.analysis.gpus import GIB, GPU, GPUS, find_gpu, parse_size
-from mhla_lightning.analysis.planning import Plan, make_plan
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, recipe_names
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.errors import UserError
+from mhla_lightning.planning import plan as planning
+from mhla_lightning.planning.gpus import GIB, GPU, GPUS, find_gpu, parse_size
+from mhla_lightning.planning.plan import Plan, make_plan
 
 DIGITS = "classification/deit_tiny_mhla_mnist_cpu"
 

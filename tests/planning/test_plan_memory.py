@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from mhla_lightning.analysis.memory import peak_bytes
-from mhla_lightning.analysis.state_memory import ModelSize, partitioned, replicated
-from mhla_lightning.analysis.step_memory import activation_bytes, build, find_precision, training_step
 from mhla_lightning.config.recipes import load_recipe
 from mhla_lightning.config.resolve import resolve
+from mhla_lightning.planning.memory import peak_bytes
+from mhla_lightning.planning.state_memory import ModelSize, partitioned, replicated
+from mhla_lightning.planning.step_memory import activation_bytes, build, find_precision, training_step
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task, VideoDiffusionTask
-from tests import zero_bytes
+from tests.helpers import zero_bytes
 
 CPU = torch.device("cpu")
 FAMILIES = ("classification", "language", "image_dit", "video_dit")

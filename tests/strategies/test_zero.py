@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mhla_lightning.backbones.shards import WEIGHT, ShardReader
 from mhla_lightning.checkpoints.source import Source, open_source
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
 from tests.conftest import TINY_RECIPE
-from tests.ranks import Nursery
+from tests.helpers.ranks import Nursery
 
 # With the usual threshold tensors of a tiny model stay whole on every rank, and stage 3 would split nothing.
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mhla_lightning.strategies.zero.strategy.nvme import disk
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
-from mhla_lightning.strategies import disk
-from tests.test_zero_disk import nvme
+from tests.strategies.test_zero_nvme import nvme
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

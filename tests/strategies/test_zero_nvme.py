@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from mhla_lightning.strategies.zero.strategy.nvme import disk
 
-from mhla_lightning.backbones.shards import WEIGHT, ShardReader
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints
-from mhla_lightning.strategies import disk
 from mhla_lightning.strategies.config import zero_config
-from mhla_lightning.strategies.disk import check_disk, remove_swapped, swap_folder
+from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
+from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
 from tests.conftest import TINY_RECIPE
-from tests.ranks import Nursery
-from tests.test_zero import STRATEGIES, Runs, assert_close_curves, curves, end_of
+from tests.helpers.ranks import Nursery
+from tests.strategies.test_zero import STRATEGIES, Runs, assert_close_curves, curves, end_of
 
 WIDE = TINY_RECIPE.replace("embed_dim: 12", "embed_dim: 384").replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
 """DeepSpeed leaves less than 1 MiB in memory: a matrix must be larger on each of two ranks."""

@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.tools.pack import pack
-from mhla_lightning.data.tools.sources.mqar import open_mqar
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.sources.mqar import open_mqar
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import read_metrics
 from mhla_lightning.tasks import ClassificationTask, LanguageTask, RecallTask
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.language import seen_before
 from mhla_lightning.tasks.token_loss import IGNORE
-from mhla_lightning.training import best
-from tests.language_models import OPERATORS_ON_CPU
-from tests.language_runs import RECIPE, write_text
+from mhla_lightning.training.session import best
+from tests.helpers.language_models import OPERATORS_ON_CPU
+from tests.helpers.language_runs import RECIPE, write_text
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 4, "max_chunks": 4, "heads": 2, "extrapolation": "shift"}
 OPTIONS: dict[str, Any] = {"vocab_size": 12, "context": 16, "embed_dim": 8, "depth": 2, "intermediate": 16}
 FACTS: dict[str, Any] = {"kind": "tokens", "length": 16, "val_length": 32, "vocabulary": 12, "token_bytes": None}
-GOLDEN = Path(__file__).parent / "golden" / "language.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "language.json"
 
 
 def make(kind: type[LanguageTask] = LanguageTask, attention: Any = MHLA, **options: Any) -> Any:

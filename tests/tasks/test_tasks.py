@@ -19,10 +19,10 @@ from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import read_metrics
 from mhla_lightning.tasks import ClassificationTask, OptimizerConfig, ScheduleConfig
-from mhla_lightning.tasks.warm_start import load_matching, read_weights
+from mhla_lightning.weights.warm_start import load_matching, read_weights
 
 OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
-GOLDEN = Path(__file__).parent / "golden" / "classification.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "classification.json"
 
 
 def make(attention: Any = None, **options: Any) -> ClassificationTask:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mhla_lightning.diffusion import Guidance, guided
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks import Distillation, ImageDiffusionTask, VideoDiffusionTask
-from tests import diffusion_models
+from tests.helpers import diffusion_models
 
 OPTIONS: dict[str, Any] = {
     "input_size": [4, 8, 8],

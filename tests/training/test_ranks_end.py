@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY_RECIPE
-from tests.ranks import ONE_THREAD, ROOT
+from tests.helpers.ranks import ONE_THREAD, ROOT
 
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"
 SOON = 60.0  # seconds from the fault to the end of the last process; on a quiet machine it takes about five
@@ -41,7 +41,7 @@ def recipe_file(tmp_path: Path, shards: Path) -> Path:
 
 
 def arguments(recipe: Path, kind: str, rank: int, strategy: str) -> list[str]:
-    fault = {"class_path": "tests.faults.Fault", "init_args": {"kind": kind, "steps": [3], "rank": rank}}
+    fault = {"class_path": "tests.helpers.faults.Fault", "init_args": {"kind": kind, "steps": [3], "rank": rank}}
     place = ["--runs", str(recipe.parent / "runs"), "--run-id", "r", "--trainer.devices", "2", "--trainer.strategy", strategy]
     return ["run", str(recipe), *place, "--trainer.callbacks", json.dumps([fault]), "--checkpoint.every_n_steps", "2", "--health.max_skipped", "0"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
-from tests.ranks import Nursery
+from tests.helpers.ranks import Nursery
 
 MIXED = ["--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.schedule.name", "constant"]
 LOGGED = ["--trainer.callbacks", "[{class_path: mhla_lightning.callbacks.EMA}, {class_path: mhla_lightning.callbacks.SampleLog}]"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.tools.pack import pack
+from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.index import Clip
-from mhla_lightning.data.tools.clips.make import make_clips
-from mhla_lightning.data.tools.clips.options import ClipOptions
+from mhla_lightning.data.prepare.clips.make import make_clips
+from mhla_lightning.data.prepare.clips.options import ClipOptions
 from mhla_lightning.runs.folder import newest_checkpoint, read_metrics
-from tests.diffusion_models import train
-from tests.ranks import Nursery
-from tests.test_resume import exact_metrics, fit, fit_killed
-from tests.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
+from tests.helpers.diffusion_models import train
+from tests.helpers.ranks import Nursery
+from tests.helpers.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
+from tests.training.test_resume import exact_metrics, fit, fit_killed
 
 CLIPS = json.dumps(
     [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError
 
 

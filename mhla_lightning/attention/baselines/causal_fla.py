@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention.base import CausalAttention, Rotary, State, accumulation_dtype
-from mhla_lightning.attention.causal.linear import LinearState
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.baselines.causal_linear import LinearState
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, missing_extra
 
 _CHUNK = 64  # tokens that the kernels compute at once

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import base
-from mhla_lightning.attention.causal.decay import spread_logits
-from mhla_lightning.attention.causal.packing import Packing
-from mhla_lightning.attention.mhla.chunkwise import ChunkedTokens, chunk_tokens, real_places
+from mhla_lightning.attention.chunks import ChunkedTokens, chunk_tokens, real_places
+from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, unknown_name
 
 NORMALIZERS = ("none", "block")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention.base import CausalAttention, Rotary, State
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.packing import Packing
 
 _GROWTH = 256  # tokens by which the cache grows: fewer copies than token by token, less waste than doubling
 

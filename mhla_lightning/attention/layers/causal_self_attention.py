@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention.base import CausalAttention, Rotary, State, accumulation_dtype
-from mhla_lightning.attention.causal.conv import ShortConvolution
-from mhla_lightning.attention.causal.decay import spread_logits
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.baselines.causal_conv import ShortConvolution
+from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.entry import Entry, build_attention
-from mhla_lightning.attention.layer import RMSNorm
+from mhla_lightning.attention.norm import RMSNorm
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError
 
 

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention.base import Rotary
 from mhla_lightning.attention.entry import Entry, build_attention
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError, unknown_name
 
 POS_CONVS = ("none", "lepe3", "lepe5", "cpe3")
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, which leaves its fused kernel (with a warning) when autocast hands it bf16 and the weight is float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class DepthwiseConv(nn.Module):
@@ -133,32 +123,3 @@ class SelfAttention(nn.Module):
 
 
 _NOT_IN_ENTRY = ("self", "dim", "heads", "attention", "grid")
-
-
-@contextmanager
-def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it every forward of `model` appends the output of each of its self-attention layers, (batch, tokens, dim) each, in layer order.
-
-    What is appended is part of the forward's graph, so a loss on it reaches the weights (distillation from a teacher, layer by layer).
-    A layer that activation checkpointing runs again in the backward appends nothing.
-
-    Raises:
-        UserError: a model without such layers.
-    """
-    from mhla_lightning.attention.causal.layer import CausalSelfAttention  # which is built on this module
-
-    layers = [module for module in model.modules() if isinstance(module, (SelfAttention, CausalSelfAttention))]
-    if not layers:
-        raise UserError(f"{type(model).__name__} has no self-attention layer of ours whose output could be taken")
-    outputs: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch._C._current_graph_task_id() == -1:  # else a backward is under way, and this forward is a recomputation
-            outputs.append(output)
-
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

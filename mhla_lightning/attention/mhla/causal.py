@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention.causal.packing import Packing
-from mhla_lightning.attention.mhla.chunkwise import EXTRAPOLATIONS, SPANS, ChunkedTokens, chunk_tokens, real_places, weights
+from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS, ChunkedTokens, chunk_tokens, real_places, weights
 from mhla_lightning.attention.mhla.decode import MHLAState
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
 from mhla_lightning.attention.mhla.mixing import FORMS
 from mhla_lightning.attention.mhla.prefill import state_after
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, unknown_name
 
 CAUSAL_NORMALIZERS = ("none", "block")

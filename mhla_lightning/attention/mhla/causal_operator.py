@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import base
-from mhla_lightning.attention.causal.decay import spread_logits
-from mhla_lightning.attention.causal.packing import Packing
+from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS
+from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.causal import CAUSAL_NORMALIZERS, causal_mhla
-from mhla_lightning.attention.mhla.chunkwise import EXTRAPOLATIONS, SPANS
 from mhla_lightning.attention.mhla.decode import MHLAState, init_state, step_state
 from mhla_lightning.attention.mhla.mixing import FORMS, MixingMatrix, mix_options
 from mhla_lightning.attention.mhla.window import Window, window_after, window_attention
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, unknown_name
 
 INTRAS = ("plain", "decay", "window")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.mhla.chunkwise import check_reach
+from mhla_lightning.attention.chunks import check_reach
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.mhla.chunkwise import ChunkedTokens
+from mhla_lightning.attention.chunks import ChunkedTokens
 from mhla_lightning.attention.mhla.decode import MHLAState, Reach, Summaries, enter_chunk
 
 

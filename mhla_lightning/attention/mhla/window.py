@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.causal.packing import Packing
-from mhla_lightning.attention.mhla.chunkwise import split
+from mhla_lightning.attention.chunks import split
+from mhla_lightning.attention.packing import Packing
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, packing: Packing | None) -> Tensor:

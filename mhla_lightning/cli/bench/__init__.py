@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mhla_lightning.cli.bench import attention, backbone, data, decode, resume, step
-from mhla_lightning.cli.bench.report import check_json
+from mhla_lightning.cli.output import check_json
 from mhla_lightning.errors import UserError
 
 SUBJECTS = {"attention": attention, "backbone": backbone, "decode": decode, "data": data, "resume": resume, "step": step}

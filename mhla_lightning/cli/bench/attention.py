@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, measuring_bar, summary_table, write_json
+from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mhla_lightning.analysis.timing import Case
+    from mhla_lightning.bench.timing import Case
 
 HELP = "softmax (SDPA), linear and mhla over token counts"
 SLOPE_FROM = 4096
@@ -78,8 +78,8 @@ def _take_grid(args: argparse.Namespace) -> None:
     """One token count, that of the grid. Raises UserError for a grid that cannot be measured."""
     import math
 
-    from mhla_lightning.analysis.backbone_speed import layout_for
     from mhla_lightning.attention import BlockGrid
+    from mhla_lightning.bench.backbone_speed import layout_for
 
     if args.causal or args.slope_to is not None:
         raise UserError(f"--grid is one size without an order of tokens; it does not go with {'--causal' if args.causal else '--slope-to'}")
@@ -89,7 +89,7 @@ def _take_grid(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[list[Case], list[float]]:
-    from mhla_lightning.analysis.timing import make_case, take_turns
+    from mhla_lightning.bench.timing import make_case, take_turns
 
     entries = _causal_entries(args) if args.causal else _entries(args)
     plan = [(name, tokens) for tokens in sorted(args.tokens) for name in entries]
@@ -129,7 +129,7 @@ def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(cases: list[Case], tokens: int) -> dict[str, float]:
-    from mhla_lightning.analysis.timing import ratio, slope
+    from mhla_lightning.bench.timing import ratio, slope
 
     at = {case.operator: case for case in cases if case.tokens == tokens}
     softmax, linear, mhla = at["softmax"], at["linear"], at["mhla"]

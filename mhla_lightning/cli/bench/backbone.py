@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, measuring_bar, summary_table, write_json
+from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.analysis.backbone_speed import Family, Size
-    from mhla_lightning.analysis.timing import Case
+    from mhla_lightning.bench.backbone_speed import Family, Size
+    from mhla_lightning.bench.timing import Case
 
 Entry = dict[str, Any] | list[dict[str, Any]]
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     demand_at_least(args, turns=5, batch=1, **({} if args.layers is None else {"layers": 1}))
-    from mhla_lightning.analysis.backbone_speed import family_of
+    from mhla_lightning.bench.backbone_speed import family_of
 
     family = family_of(args.backbone)
     entries = _entries(args, family)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
     torch.manual_seed(0)
@@ -161,9 +161,9 @@ def _plan(args: argparse.Namespace, family: Family, sizes: list[Size], entries: 
     """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without weights, so that mistakes come first."""
     import torch
 
-    from mhla_lightning.analysis.backbone_speed import token_grid
     from mhla_lightning.attention.entry import lookup_attention
     from mhla_lightning.backbones import build_backbone
+    from mhla_lightning.bench.backbone_speed import token_grid
 
     plan: dict[Size, dict[str, Entry]] = {}
     for size in sizes:
@@ -189,8 +189,8 @@ def _measure(
     args: argparse.Namespace, family: Family, size: Size, entries: dict[str, Entry], device: Any, on_case: Callable[[str], None]
 ) -> tuple[list[Case], float]:
     """The cases of one size with their times, and the GEMM rate in FLOP/s."""
-    from mhla_lightning.analysis.backbone_speed import make_case
-    from mhla_lightning.analysis.timing import take_turns
+    from mhla_lightning.bench.backbone_speed import make_case
+    from mhla_lightning.bench.timing import take_turns
 
     options = _options(args, family.options(size))
     how = {"bf16": args.bf16, "checkpointing": args.checkpointing}
@@ -202,8 +202,8 @@ def _measure(
 
 
 def _row(args: argparse.Namespace, family: Family, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
-    from mhla_lightning.analysis.backbone_speed import layers_of
-    from mhla_lightning.analysis.timing import SLOW
+    from mhla_lightning.bench.backbone_speed import layers_of
+    from mhla_lightning.bench.timing import SLOW
 
     row = case.row()
     named = {"resolution": size} if isinstance(size, int) else {"video": _name(size)}
@@ -219,7 +219,7 @@ def _name(size: Size) -> str:
 
 
 def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
-    from mhla_lightning.analysis.timing import ratio
+    from mhla_lightning.bench.timing import ratio
 
     at = {case.operator: case for case in group}
     pairs = [(a, b) for a, b in RATIOS if a in at and b in at]

@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.output import demand_at_least, load, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.analysis.data_speed import DataCase, Plan
+    from mhla_lightning.bench.data_speed import DataCase, Plan
     from mhla_lightning.data.modules.base import ShardDataModule
 
 HELP = "the training stream beside the bare decoder, webdataset and numpy's memmap"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mhla_lightning.analysis.data_speed import take_turns
+    from mhla_lightning.bench.data_speed import take_turns
 
     cases: list[DataCase] = []
     with tempfile.TemporaryDirectory(prefix="mhla-bench-") as folder, Progress(transient=True) as progress:
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
     """The cases that take turns with each other; the loaders of one group at a time."""
-    from mhla_lightning.analysis.data_samples import write_images, write_tokens
-    from mhla_lightning.analysis.data_speed import make_case, memmap_loop, own_stream
+    from mhla_lightning.bench.data_samples import write_images, write_tokens
+    from mhla_lightning.bench.data_speed import make_case, memmap_loop, own_stream
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
@@ -85,7 +85,7 @@ def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
 
 
 def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: Plan) -> list[DataCase]:
-    from mhla_lightning.analysis.data_speed import decoder_loop, make_case, own_stream, webdataset_pipeline
+    from mhla_lightning.bench.data_speed import decoder_loop, make_case, own_stream, webdataset_pipeline
     from mhla_lightning.data.modules.images import ImageDataModule
 
     module: ShardDataModule = ImageDataModule(str(path), plan.batch_size, image_size=size, augmentation=augmentation, seed=0)
@@ -102,7 +102,7 @@ def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: P
 
 
 def _plan(args: argparse.Namespace, name: str) -> Plan:
-    from mhla_lightning.analysis.data_speed import WARM_UP, Plan
+    from mhla_lightning.bench.data_speed import WARM_UP, Plan
 
     workers = max(1, args.workers)
     demand_at_least(args, **{name: 2 * WARM_UP * args.batch * workers})
@@ -117,7 +117,7 @@ def _image_folder(path: str) -> Path:
 
 
 def _summary(cases: Sequence[DataCase]) -> dict[str, float]:
-    from mhla_lightning.analysis.timing import ratio
+    from mhla_lightning.bench.timing import ratio
 
     rates = {(case.subject, case.name): case.rates for case in cases}
     pairs = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.output import demand_at_least, load, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.analysis.decode_speed import Place
+    from mhla_lightning.bench.decode_speed import Place
 
 HELP = "time and state of one more token, by position"
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, device: Any) -> list[Place]:
     from rich.progress import Progress
 
-    from mhla_lightning.analysis.decode_speed import build_model, decode_at
+    from mhla_lightning.bench.decode_speed import build_model, decode_at
 
     farthest = max(args.positions) + args.turns * args.tokens
     entries: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def _measure(args: argparse.Namespace, device: Any) -> list[Place]:
 
 
 def _summary(places: list[Place], near: int, far: int) -> dict[str, float]:
-    from mhla_lightning.analysis.timing import ratio
+    from mhla_lightning.bench.timing import ratio
 
     at = {(place.operator, place.position): place for place in places}
     names = dict.fromkeys(place.operator for place in places)

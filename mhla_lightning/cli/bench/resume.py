@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, write_json
+from mhla_lightning.cli.output import demand_at_least, load, write_json
 from mhla_lightning.errors import UserError
 
 HELP = "seconds and memory from a data module to its first batch, deep inside many samples"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from mhla_lightning.analysis.data_resume import make_many, measure_resume
+    from mhla_lightning.bench.data_resume import make_many, measure_resume
 
     with tempfile.TemporaryDirectory(prefix="mhla-bench-") as folder, Progress(transient=True) as progress:
         bar = progress.add_task("making shards", total=args.shards)

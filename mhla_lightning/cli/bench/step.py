@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.report import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.output import demand_at_least, load, summary_table, write_json
 
 if TYPE_CHECKING:
-    from mhla_lightning.analysis.step_speed import StepTimes
+    from mhla_lightning.bench.step_speed import StepTimes
     from mhla_lightning.config.resolve import Resolved
 
 HELP = "a recipe's training step under Lightning and in a bare loop, and where the difference goes"
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from mhla_lightning.analysis.step_speed import measure
+    from mhla_lightning.bench.step_speed import measure
 
     data = "the recipe's own" if recipe.data.is_ready() else "synthetic, as the recipe's own is not there"
     with tempfile.TemporaryDirectory(prefix="mhla-bench-") as folder, Progress(transient=True) as progress:

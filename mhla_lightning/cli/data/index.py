@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     output.check_writable("--json", args.json)
     given, classes = output.vae_options(args), _classes(args.classes)
     from mhla_lightning.data.index import VAE
-    from mhla_lightning.data.tools.indexing import Facts, index_shards
+    from mhla_lightning.data.prepare.indexing import Facts, index_shards
 
     facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer, args.rate)
     console = Console()

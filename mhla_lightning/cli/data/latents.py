@@ -12,7 +12,7 @@ from mhla_lightning.cli.data import output
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.tools.latents.work import Report
+    from mhla_lightning.data.prepare.latents.work import Report
 
 HELP = "encode images or videos by a VAE into latent shards"
 EPILOG = """SOURCE is a folder or an address of packed images (its splits and order are kept), or what mhla data pack takes.
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]) -> Report:
     """Encode what args say."""
-    from mhla_lightning.data.tools.latents.make import LatentOptions, make_latents
-    from mhla_lightning.data.tools.latents.make_videos import VideoOptions, make_video_latents
+    from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
+    from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_video_latents
 
     names = ("vae", "subfolder", "name", "device", "dtype", "shards", "max_skipped_share")
     chosen = {name: getattr(args, name) for name in names}

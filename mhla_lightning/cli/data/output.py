@@ -70,7 +70,7 @@ def vae_options(args: argparse.Namespace) -> tuple[str, float, float] | None:
 
 def workers(args: argparse.Namespace) -> int:
     """--workers, or as many as this machine has use for."""
-    from mhla_lightning.data.tools.parallel import default_workers
+    from mhla_lightning.data.prepare.parallel import default_workers
 
     return default_workers() if args.workers is None else args.workers
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     output.check_writable("--json", args.json)
     given = output.vae_options(args)
     from mhla_lightning.data.index import VAE
-    from mhla_lightning.data.tools.pack import pack
+    from mhla_lightning.data.prepare.pack import pack
 
     console = Console()
     with output.progress_bars(console) as on_progress:

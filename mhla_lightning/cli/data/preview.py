@@ -13,7 +13,7 @@ from mhla_lightning.cli.data import output
 from mhla_lightning.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.tools.preview import Preview
+    from mhla_lightning.data.prepare.preview import Preview
 
 HELP = "a contact sheet of images, latents or clips, or the first token rows"
 EPILOG = """examples:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show; 0 when done. Raises UserError."""
     output.check_writable("--to", args.to)
-    from mhla_lightning.data.tools.preview import preview
+    from mhla_lightning.data.prepare.preview import preview
 
     found = preview(args.path, args.split, args.n, args.seed)
     console = Console()

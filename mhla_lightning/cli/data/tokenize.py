@@ -11,7 +11,7 @@ from rich.table import Table
 from mhla_lightning.cli.data import output
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.tools.text.tokenize import Report
+    from mhla_lightning.data.prepare.text.tokenize import Report
 
 HELP = "write text as token shards"
 EPILOG = """INPUT is a file of text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, a folder of these (a file of text is a document; text:FOLDER names
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tokenize; 0 when done. Raises UserError."""
     output.check_writable("--json", args.json)
-    from mhla_lightning.data.tools.text.tokenize import TextOptions, tokenize
+    from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
     options = TextOptions(args.tokenizer, args.length, args.val_length, args.packing, args.val, args.text_column, args.seed, args.shards)
     console = Console()

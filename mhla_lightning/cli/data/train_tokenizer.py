@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if output.workers(args) < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
     os.environ["RAYON_NUM_THREADS"] = str(output.workers(args))  # read when the package tokenizers starts its threads
-    from mhla_lightning.data.tools.text.train import train_tokenizer
+    from mhla_lightning.data.prepare.text.train import train_tokenizer
 
     console = Console()
     with output.progress_bars(console) as on_progress:

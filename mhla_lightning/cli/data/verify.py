@@ -12,7 +12,7 @@ from rich.table import Table
 from mhla_lightning.cli.data import output
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.tools.verify import Report
+    from mhla_lightning.data.prepare.verify import Report
 
 HELP = "check shards: bytes, structure, every sample"
 EPILOG = """examples:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify; 0 when clean, 2 when there are problems. Raises UserError when there is nothing to look at."""
     output.check_writable("--json", args.json)
-    from mhla_lightning.data.tools.verify import verify
+    from mhla_lightning.data.prepare.verify import verify
 
     console = Console()
     with output.progress_bars(console) as on_progress:

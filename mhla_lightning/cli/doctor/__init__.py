@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mhla_lightning.doctor import devices, installation, processes
-from mhla_lightning.doctor.finding import Finding, Status
+from mhla_lightning.cli.doctor import devices, installation, processes
+from mhla_lightning.cli.doctor.finding import Finding, Status
 
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": installation.python,

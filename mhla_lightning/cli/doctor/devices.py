@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from mhla_lightning.doctor.finding import Finding
+from mhla_lightning.cli.doctor.finding import Finding
 from mhla_lightning.runs.folder import runs_root
 
 LITTLE_DISK = 10 * 10**9

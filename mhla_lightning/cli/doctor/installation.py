@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from pathlib import Path
 
 from mhla_lightning import __version__
-from mhla_lightning.doctor.finding import Finding
+from mhla_lightning.cli.doctor.finding import Finding
 
 PACKAGE = "mhla-lightning"
 OLDEST_PYTHON = (3, 11)

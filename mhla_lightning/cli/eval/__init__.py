@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.bench.report import check_json
 from mhla_lightning.cli.eval import fid, lm, samples, vbench
+from mhla_lightning.cli.output import check_json
 
 SUBJECTS = {"lm": lm, "fid": fid, "samples": samples, "vbench": vbench}
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mhla_lightning.cli.bench.report import write_json
 from mhla_lightning.cli.eval.image_table import print_numbers
+from mhla_lightning.cli.output import write_json
 
 HELP = "generated images against real ones: FID, sFID, IS, precision, recall"
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.evaluation.image_metrics import image_metrics
     from mhla_lightning.evaluation.images import read_reference, read_samples
     from mhla_lightning.evaluation.networks import open_network
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
     images = read_samples(args.samples)

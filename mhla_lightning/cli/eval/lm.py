@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import write_json
 from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
+from mhla_lightning.cli.output import write_json
 from mhla_lightning.errors import UserError
 
 HELP = "lm-evaluation-harness on a language run"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--include {args.include} is no folder")
     found, device = find(args)
     from mhla_lightning.evaluation.lm_harness import HarnessLM, evaluate, load_tasks
-    from mhla_lightning.generation.loading import check_length
+    from mhla_lightning.inference.loading import check_length
 
     max_length = args.max_length or found.task.context
     if max_length < 2:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from mhla_lightning.cli.bench.report import write_json
 from mhla_lightning.cli.eval.image_table import print_numbers
+from mhla_lightning.cli.output import write_json
 from mhla_lightning.evaluation import with_options
 from mhla_lightning.evaluation.samples import SampleOptions
 from mhla_lightning.runs.folder import find_run, runs_root

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.cli.bench.report import write_json
 from mhla_lightning.cli.eval.image_table import print_numbers
+from mhla_lightning.cli.output import write_json
 from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if package is None:
         raise UserError(f"VBench is not installed; {prepared}; to have it measure them: {INSTALL}")
-    from mhla_lightning.generation.weights import choose_device
+    from mhla_lightning.inference.weights import choose_device
 
     _print(prepared)
     scores = evaluate(package, to / VIDEOS, to / RESULTS, dimensions, standard, str(choose_device(args.device)))
@@ -113,7 +113,7 @@ def _prompts(args: argparse.Namespace, package: Any) -> list[Any]:
     """What a run is asked for: --prompts, else VBench's own. Raises UserError."""
     from mhla_lightning.cli.sample import given_prompts
     from mhla_lightning.evaluation.vbench import INSTALL
-    from mhla_lightning.generation.prompts import Prompt
+    from mhla_lightning.inference.diffusion.prompts import Prompt
 
     if args.prompts is None and package is None:
         raise UserError(f"VBench is not installed, and its prompts come with it; give others with --prompts FILE, or {INSTALL}")

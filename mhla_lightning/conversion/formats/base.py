@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mhla_lightning.backbones.stored import Stored, as_stored
-from mhla_lightning.checkpoints.foreign import Shapes, table_rows
-from mhla_lightning.checkpoints.streaming import Part
-from mhla_lightning.checkpoints.target import Entry
+from mhla_lightning.conversion.foreign import Shapes, table_rows
 from mhla_lightning.runs.folder import FORMAT
+from mhla_lightning.weights.stored import Stored, as_stored
+from mhla_lightning.weights.streaming import Part
+from mhla_lightning.weights.target import Entry
 
 FOR_TORCH = {"format": "pt"}
 """What transformers wants to read in the header of a .safetensors file."""

@@ -8,9 +8,9 @@ from typing import Any, cast
 from torch import nn
 
 from mhla_lightning.backbones import VisionTransformer
-from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
-from mhla_lightning.checkpoints.streaming import parts_of
-from mhla_lightning.checkpoints.target import Entry
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.weights.streaming import parts_of
+from mhla_lightning.weights.target import Entry
 
 
 def timm(trained: Trained, model: nn.Module) -> Export:

@@ -8,8 +8,8 @@ from typing import cast
 from torch import nn
 
 from mhla_lightning.backbones import CausalLM
-from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
-from mhla_lightning.checkpoints.streaming import parts_of
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.weights.streaming import parts_of
 
 
 def hf(trained: Trained, model: nn.Module) -> Export:

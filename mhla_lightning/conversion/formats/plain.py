@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
-from mhla_lightning.checkpoints.streaming import parts_of
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.weights.streaming import parts_of
 
 
 def plain(trained: Trained, model: nn.Module) -> Export:

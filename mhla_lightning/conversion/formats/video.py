@@ -9,11 +9,11 @@ from torch import nn
 
 from mhla_lightning.backbones import VideoDiT
 from mhla_lightning.backbones.video_dit import VideoBlock
-from mhla_lightning.backbones.wan_names import added, needed, to_diffusers, to_wan
-from mhla_lightning.checkpoints.formats.base import FOR_TORCH, Export, Trained, shapes
-from mhla_lightning.checkpoints.streaming import Rename, parts_of
-from mhla_lightning.checkpoints.wan import CONFIG
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.conversion.wan import CONFIG
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.streaming import Rename, parts_of
+from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
 
 
 def diffusers(trained: Trained, model: nn.Module) -> Export:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.data.encoders.vaes import default_dtype
 from mhla_lightning.data.index import TextEncoding
-from mhla_lightning.data.vaes import default_dtype
 from mhla_lightning.errors import UserError, missing_extra
-from mhla_lightning.keyed import philox
+from mhla_lightning.randomness import philox
 
 __all__ = ["TextEncoder", "TextEncoding", "clean", "load_text_encoder", "pad_rows", "text_sha256"]
 

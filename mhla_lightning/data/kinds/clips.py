@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhla_lightning.data.encoders.videos import decode_mp4
 from mhla_lightning.data.index import Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.base import Kind, array_of, member
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
-from mhla_lightning.data.videos import decode_mp4
 from mhla_lightning.errors import DataError, UserError
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.text_encoders import TextEncoder
+    from mhla_lightning.data.encoders.text_encoders import TextEncoder
 
 NPY, MP4, CAPTION = "clip.npy", "mp4", "txt"
 
@@ -84,7 +84,7 @@ class Clips(Kind):
 
     def _features(self, sample: RawSample, caption: str) -> Tensor:
         """(tokens, channels). Raises DataError for a caption that is too long: to train without it would be in silence."""
-        from mhla_lightning.data.text_encoders import pad_rows
+        from mhla_lightning.data.encoders.text_encoders import pad_rows
 
         assert self.text is not None
         try:
@@ -103,6 +103,6 @@ def caption_of(sample: RawSample) -> str:
 
 @lru_cache(maxsize=8)
 def _encoder(text: TextEncoding) -> TextEncoder:
-    from mhla_lightning.data.text_encoders import load_text_encoder
+    from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
     return load_text_encoder(text)

@@ -17,7 +17,7 @@ from mhla_lightning.data.kinds.base import Kind, array_of, label_of
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.errors import DataError
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 LATENT, FLIPPED = "latent", "flipped"
 LOGVAR = {LATENT: "logvar", FLIPPED: "flipped_logvar"}

@@ -16,9 +16,9 @@ from mhla_lightning.data.loader import Loading
 from mhla_lightning.data.modules.base import MixBy, ShardDataModule
 from mhla_lightning.data.modules.text import TextConditioned
 from mhla_lightning.data.order import LANES, WINDOW
+from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
+from mhla_lightning.data.prepare.sources.films import NAME
 from mhla_lightning.data.stores import Remote
-from mhla_lightning.data.tools.clips.options import ClipOptions, make_clip
-from mhla_lightning.data.tools.sources.films import NAME
 from mhla_lightning.data.transforms import ImageSize, image_hw
 from mhla_lightning.errors import DataError, UserError
 
@@ -86,8 +86,8 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         self._options = _options(frames, size, rate, stride, shots, val)
 
     def _pack(self, source: str, folder: Path) -> None:
-        from mhla_lightning.data.tools.clips.make import make_clips
-        from mhla_lightning.data.tools.parallel import default_workers
+        from mhla_lightning.data.prepare.clips.make import make_clips
+        from mhla_lightning.data.prepare.parallel import default_workers
 
         few = source == NAME  # starting processes takes longer than cutting these films
         make_clips(source, folder, self._options, workers=1 if few else default_workers())
@@ -99,7 +99,7 @@ class ClipDataModule(TextConditioned, ShardDataModule):
     def check(self, world_size: int) -> None:
         """Also that clips which stand in one batch have one size, and are those that `source` is to give."""
         super().check(world_size)
-        from mhla_lightning.data.text_encoders import load_text_encoder
+        from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
         load_text_encoder(self._encoding())  # the encoder is another than the recipe says: told now, not by a worker
         for source in self.sources:

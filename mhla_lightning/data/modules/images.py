@@ -59,7 +59,7 @@ class ImageDataModule(ShardDataModule):
         Images(1, self.image_size, self.augmentation)  # refuses unknown policies now
 
     def _pack(self, source: str, folder: Path) -> None:
-        from mhla_lightning.data.tools.pack import pack
+        from mhla_lightning.data.prepare.pack import pack
 
         pack(source, folder)
 

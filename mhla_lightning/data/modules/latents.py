@@ -23,7 +23,7 @@ from mhla_lightning.data.stores import Remote, open_store
 from mhla_lightning.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.vaes import Autoencoder, VideoAutoencoder
+    from mhla_lightning.data.encoders.vaes import Autoencoder, VideoAutoencoder
 
 WAN_RATE = 16.0  # frames a second, where the index does not say
 _EMPTY_BYTES = 2**28
@@ -118,7 +118,7 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         Raises:
             UserError: the VAE cannot be opened, or is not the one that data.vae.sha256 says.
         """
-        from mhla_lightning.data.vaes import Autoencoder, decode_latents, default_dtype, load_vae
+        from mhla_lightning.data.encoders.vaes import Autoencoder, decode_latents, default_dtype, load_vae
 
         if not isinstance(self._autoencoder, Autoencoder) or self._autoencoder.device != x.device:
             dtype = default_dtype(x.device)
@@ -129,7 +129,7 @@ class LatentDataModule(TextConditioned, ShardDataModule):
 
     def to_videos(self, x: Tensor) -> Tensor:
         """Latents as in a batch, (batch, C, t, h, w), to uint8 (batch, F, H, W, 3), by the VAE that data.vae names. Errors: see to_images."""
-        from mhla_lightning.data.vaes import decode_videos
+        from mhla_lightning.data.encoders.vaes import decode_videos
 
         return decode_videos(self.open_video_vae(x.device), x)
 
@@ -145,7 +145,7 @@ class LatentDataModule(TextConditioned, ShardDataModule):
 
     def open_video_vae(self, device: torch.device | None = None) -> VideoAutoencoder:
         """The VAE that data.vae names, opened at the first call. device: None takes any. Raises UserError when it cannot be opened."""
-        from mhla_lightning.data.vaes import VideoAutoencoder, default_dtype, load_video_vae
+        from mhla_lightning.data.encoders.vaes import VideoAutoencoder, default_dtype, load_video_vae
 
         known = self._autoencoder
         if not isinstance(known, VideoAutoencoder) or device not in (None, known.device):

@@ -26,7 +26,7 @@ class TextConditioned:
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Features of prompts, zero-padded, float32 (n, tokens, channels) on the CPU. Raises UserError for a text that is too long."""
-        from mhla_lightning.data.text_encoders import load_text_encoder, pad_rows
+        from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
 
         encoding = self._encoding()
         known = self._known_features()

@@ -13,11 +13,11 @@ from mhla_lightning.data.kinds import Tokens
 from mhla_lightning.data.loader import Loading
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.order import LANES, WINDOW
+from mhla_lightning.data.prepare.sources import mqar
+from mhla_lightning.data.prepare.text.layout import Packing
+from mhla_lightning.data.prepare.text.tokenize import LENGTH, VAL, TextOptions
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer, same_tokenizer
-from mhla_lightning.data.tools.sources import mqar
-from mhla_lightning.data.tools.text.layout import Packing
-from mhla_lightning.data.tools.text.tokenize import LENGTH, VAL, TextOptions
 from mhla_lightning.errors import DataError, UserError
 
 
@@ -75,9 +75,9 @@ class TokenDataModule(ShardDataModule):
         return mqar.open_mqar(source, self.length or mqar.LENGTH, self.val_length, **val)  # type: ignore[arg-type]  # it refuses a share
 
     def _pack(self, source: str, folder: Path) -> None:
-        from mhla_lightning.data.tools.pack import pack
-        from mhla_lightning.data.tools.parallel import default_workers
-        from mhla_lightning.data.tools.text.tokenize import tokenize
+        from mhla_lightning.data.prepare.pack import pack
+        from mhla_lightning.data.prepare.parallel import default_workers
+        from mhla_lightning.data.prepare.text.tokenize import tokenize
 
         if mqar.is_mqar(source):
             pack(self._recall(source), folder)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mhla_lightning.data.index import INDEX_NAME, KINDS, SPLITS, VAE, Clip, ShardIndex, read_index, write_index
+from mhla_lightning.data.prepare.parallel import run_jobs
+from mhla_lightning.data.prepare.places import find_splits, tar_files
+from mhla_lightning.data.prepare.survey import Survey, SurveyJob, survey_shard
 from mhla_lightning.data.stores import LocalStore, open_store
-from mhla_lightning.data.tools.parallel import run_jobs
-from mhla_lightning.data.tools.places import find_splits, tar_files
-from mhla_lightning.data.tools.survey import Survey, SurveyJob, survey_shard
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 OnProgress = Callable[[str, int, int], None]  # split, shards done, shards in all

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from mhla_lightning import __version__
 from mhla_lightning.data.index import SPLITS, VAE, ShardEntry, ShardIndex
+from mhla_lightning.data.prepare.parallel import run_jobs
+from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.shards import SHARD_BYTES, shard_name
+from mhla_lightning.data.prepare.sources import Part, Source, open_source
 from mhla_lightning.data.stores.addresses import parse
-from mhla_lightning.data.tools.parallel import run_jobs
-from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.shards import SHARD_BYTES, shard_name
-from mhla_lightning.data.tools.sources import Part, Source, open_source
 from mhla_lightning.errors import DataError, UserError
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all

@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import INDEX_NAME, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind, kind_of
+from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, with_cache
 from mhla_lightning.data.stores.retry import NoRanges
 from mhla_lightning.data.tokenizers import Tokenizer, tokenizer_of
-from mhla_lightning.data.tools.places import find_splits
 from mhla_lightning.errors import DataError, UserError
 
 PICTURES, ROWS = 64, 4  # shown by default

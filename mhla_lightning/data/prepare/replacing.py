@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from mhla_lightning.data.index import EMPTY_TEXT, INDEX_NAME, SPLITS, ShardEntry, ShardIndex, offsets_path, write_index
-from mhla_lightning.data.tools.locking import hold_folder
-from mhla_lightning.data.tools.parallel import Interrupted
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.shards import describe_shard, write_shard
+from mhla_lightning.data.prepare.locking import hold_folder
+from mhla_lightning.data.prepare.parallel import Interrupted
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.shards import describe_shard, write_shard
 from mhla_lightning.errors import UserError
 
 FORMAT = 1

@@ -17,7 +17,7 @@ from mhla_lightning.data.check import sha256_of
 from mhla_lightning.data.columns import find_columns
 from mhla_lightning.data.index import ShardEntry
 from mhla_lightning.data.members import Scan, scan_shard
-from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.errors import DataError
 
 SHARD_BYTES = 512 * 2**20

@@ -10,11 +10,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mhla_lightning.data.check import sha256_of
+from mhla_lightning.data.encoders.videos import measure_mp4
 from mhla_lightning.data.index import ShardEntry, offsets_path
 from mhla_lightning.data.members import RawSample, Scan, image_extension, parse_sample, scan_shard
 from mhla_lightning.data.npy import load_npy
-from mhla_lightning.data.tools.shards import row_offsets, token_members
-from mhla_lightning.data.videos import measure_mp4
+from mhla_lightning.data.prepare.shards import row_offsets, token_members
 from mhla_lightning.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png")

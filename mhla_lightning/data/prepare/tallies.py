@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from mhla_lightning.data.index import ShardEntry
-from mhla_lightning.data.tools.replacing import Building, sync
-from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.data.prepare.replacing import Building, sync
+from mhla_lightning.data.prepare.samples import Sample
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

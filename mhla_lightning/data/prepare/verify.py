@@ -12,10 +12,10 @@ import numpy as np
 from mhla_lightning.data.index import INDEX_NAME, ShardEntry, ShardIndex, parse_index, read_index
 from mhla_lightning.data.kinds import kind_of
 from mhla_lightning.data.members import scan_shard
+from mhla_lightning.data.prepare.parallel import run_jobs
+from mhla_lightning.data.prepare.places import find_splits
+from mhla_lightning.data.prepare.verify_shard import Findings, Problem, ShardJob, verify_shard
 from mhla_lightning.data.stores import Store
-from mhla_lightning.data.tools.parallel import run_jobs
-from mhla_lightning.data.tools.places import find_splits
-from mhla_lightning.data.tools.verify_shard import Findings, Problem, ShardJob, verify_shard
 from mhla_lightning.errors import DataError
 
 OnProgress = Callable[[str, int, int], None]  # split, samples done, samples in all

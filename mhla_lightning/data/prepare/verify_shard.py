@@ -15,10 +15,10 @@ from mhla_lightning.data.check import sha256_of
 from mhla_lightning.data.index import INDEX_NAME, ShardEntry, ShardIndex, offsets_path, parse_offsets
 from mhla_lightning.data.kinds import Kind, kind_of
 from mhla_lightning.data.members import Scan, scan_shard
+from mhla_lightning.data.prepare.shards import row_offsets, token_members
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore, Store
-from mhla_lightning.data.tools.shards import row_offsets, token_members
 from mhla_lightning.errors import DataError, UserError
 
 MOST_PROBLEMS = 1_000  # of one shard that are listed; all are counted

@@ -13,8 +13,8 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from mhla_lightning.data.index import ShardEntry, ShardIndex, offsets_path, write_index
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.shards import SHARD_BYTES, describe_shard, open_tar, shard_name, write_sample
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.shards import SHARD_BYTES, describe_shard, open_tar, shard_name, write_sample
 from mhla_lightning.errors import DataError
 
 

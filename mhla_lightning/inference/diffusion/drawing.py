@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.diffusion import Guidance, guided, sample
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 Key = tuple[int | str, ...]
 

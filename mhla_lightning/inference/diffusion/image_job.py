@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhla_lightning.generation.images import Drawing, ImageRun, check_drawing, draw_batch, find_image_run, load_task
-from mhla_lightning.generation.parts import Draw, batches, claim, draw_parts, part_file, write_npy
+from mhla_lightning.inference.diffusion.images import Drawing, ImageRun, check_drawing, draw_batch, find_image_run, load_task
+from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
 
 IMAGES = "samples.npz"
 

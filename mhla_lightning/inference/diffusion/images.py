@@ -13,10 +13,10 @@ from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.latents import LatentDataModule
 from mhla_lightning.diffusion import Guidance, check_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.drawing import Key, draw_samples
-from mhla_lightning.generation.parts import batches
-from mhla_lightning.generation.rebuilding import load_backbone, rebuild
-from mhla_lightning.generation.weights import FoundRun, find_weights
+from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
+from mhla_lightning.inference.diffusion.parts import batches
+from mhla_lightning.inference.rebuilding import load_backbone, rebuild
+from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.parts import write_npy
+from mhla_lightning.inference.diffusion.parts import write_npy
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TextCache:
         missing = {prompt.text: prompt for prompt in reversed(prompts) if not self.file(prompt.text).is_file()}  # its first place is named
         if not missing:
             return {}
-        from mhla_lightning.data.text_encoders import load_text_encoder
+        from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
         encoder = load_text_encoder(self.encoding, device)
         features = {}

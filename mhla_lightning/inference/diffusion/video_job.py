@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.parts import Draw, batches, claim, draw_parts, part_file, write_npy
-from mhla_lightning.generation.prompts import Prompt, TextCache
-from mhla_lightning.generation.video_files import contact_sheet, file_name, require_av, thumbnails, write_mp4
-from mhla_lightning.generation.videos import VideoDrawing, VideoRun, check_video, draw_videos_of, find_video_run, load_video_task
+from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
+from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
+from mhla_lightning.inference.diffusion.video_files import contact_sheet, file_name, require_av, thumbnails, write_mp4
+from mhla_lightning.inference.diffusion.videos import VideoDrawing, VideoRun, check_video, draw_videos_of, find_video_run, load_video_task
 from mhla_lightning.runs.folder import FORMAT, write_json
 
 SHEET, LIST, TEXT = "sheet.png", "samples.json", "text"

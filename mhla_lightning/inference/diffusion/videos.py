@@ -16,9 +16,9 @@ from torch import Tensor
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.diffusion import Guidance, Process, check_sampler, default_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.drawing import Key, draw_samples
-from mhla_lightning.generation.rebuilding import load_backbone, rebuild
-from mhla_lightning.generation.weights import FoundRun, find_weights, memory_bytes
+from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
+from mhla_lightning.inference.rebuilding import load_backbone, rebuild
+from mhla_lightning.inference.weights import FoundRun, find_weights, memory_bytes
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.video_diffusion import VideoDiffusionTask
 

@@ -10,8 +10,8 @@ import torch
 
 from mhla_lightning.data.tokenizers import TextStream, Tokenizer
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.engine import CausalBackbone, Finish, generate
-from mhla_lightning.generation.sampling import Sampling
+from mhla_lightning.inference.text.engine import CausalBackbone, Finish, generate
+from mhla_lightning.inference.text.sampling import Sampling
 
 
 class StopText:

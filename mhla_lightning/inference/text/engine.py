@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.generation.sampling import Sampling, sequence_keys
+from mhla_lightning.inference.text.sampling import Sampling, sequence_keys
 
 Finish = Literal["end", "stop", "length"]
 """Why a sequence ended: the tokenizer's end of a document, what `stop` said, or max_new_tokens."""

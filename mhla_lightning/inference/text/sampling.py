@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import StrategyEntry, check_version, deepspeed_config, zero_config
-from mhla_lightning.strategies.disk import check_disk, on_disk, remove_swapped, swap_folder
-from mhla_lightning.strategies.disk_gradients import read_aligned
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights, Zero3Weights, Zero12Weights
-from mhla_lightning.strategies.norm import norm_of_partitions
 from mhla_lightning.strategies.state import group_names, restore
+from mhla_lightning.strategies.zero.norm import norm_of_partitions
+from mhla_lightning.strategies.zero.nvme.disk import check_disk, on_disk, remove_swapped, swap_folder
+from mhla_lightning.strategies.zero.nvme.gradients import read_aligned
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -132,7 +132,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         import deepspeed
 
-        from mhla_lightning.strategies.building import InitialiseSplit
+        from mhla_lightning.strategies.zero.building import InitialiseSplit
 
         self._init_config_if_needed()
         with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config, tensor_overrides=[]), InitialiseSplit():
@@ -180,7 +180,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.zero_stage_3:
             optimizer = self._engine_optimizer() if fitting else None
             if on_disk(cast(dict[str, Any], self.config)["zero_optimization"]):
-                from mhla_lightning.strategies.disk_weights import DiskWeights
+                from mhla_lightning.strategies.zero.nvme.weights import DiskWeights
 
                 return DiskWeights(optimizer, self.global_rank)
             return Zero3Weights(optimizer, self.global_rank)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from mhla_lightning.data.encoders.videos import open_video, pixels, shown_aspect
 from mhla_lightning.data.index import Clip
-from mhla_lightning.data.tools.clips.layout import SLACK
-from mhla_lightning.data.videos import open_video, pixels, shown_aspect
+from mhla_lightning.data.prepare.clips.layout import SLACK
 from mhla_lightning.errors import DataError
 
 if TYPE_CHECKING:

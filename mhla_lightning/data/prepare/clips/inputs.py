@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhla_lightning.data.tools.sources.films import NAME, open_films
-from mhla_lightning.data.videos import SUFFIXES
+from mhla_lightning.data.encoders.videos import SUFFIXES
+from mhla_lightning.data.prepare.sources.films import NAME, open_films
 from mhla_lightning.errors import DataError, UserError
 
 _LONGEST_CAPTION = 2**20  # bytes

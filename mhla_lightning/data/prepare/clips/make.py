@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 
+from mhla_lightning.data.encoders.videos import av_package
 from mhla_lightning.data.index import Clip, ShardIndex
-from mhla_lightning.data.tools.clips.inputs import Video, open_videos
-from mhla_lightning.data.tools.clips.layout import place
-from mhla_lightning.data.tools.clips.options import ClipOptions, bucket_name, clip_bytes
-from mhla_lightning.data.tools.clips.probing import Probe, ProbeJob, probe
-from mhla_lightning.data.tools.clips.shards import Cut, Job, Tally, write_clips
-from mhla_lightning.data.tools.pack import Progress, check_target, fingerprint_of
-from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
-from mhla_lightning.data.tools.replacing import Building, Note, build, demand_free
-from mhla_lightning.data.tools.shards import SHARD_BYTES, shard_name
-from mhla_lightning.data.tools.tallies import Done, finished_shard
-from mhla_lightning.data.videos import av_package
+from mhla_lightning.data.prepare.clips.inputs import Video, open_videos
+from mhla_lightning.data.prepare.clips.layout import place
+from mhla_lightning.data.prepare.clips.options import ClipOptions, bucket_name, clip_bytes
+from mhla_lightning.data.prepare.clips.probing import Probe, ProbeJob, probe
+from mhla_lightning.data.prepare.clips.shards import Cut, Job, Tally, write_clips
+from mhla_lightning.data.prepare.pack import Progress, check_target, fingerprint_of
+from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
+from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
+from mhla_lightning.data.prepare.shards import SHARD_BYTES, shard_name
+from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4}  # so that small sets can still be dealt over ranks x workers

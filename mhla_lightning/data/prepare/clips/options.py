@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mhla_lightning.data.index import Clip
+from mhla_lightning.data.prepare.clips.probing import CUT
+from mhla_lightning.data.prepare.clips.shards import Store
+from mhla_lightning.data.prepare.pack import Options
 from mhla_lightning.data.split import MAX_SAMPLE_BYTES
-from mhla_lightning.data.tools.clips.probing import CUT
-from mhla_lightning.data.tools.clips.shards import Store
-from mhla_lightning.data.tools.pack import Options
 from mhla_lightning.errors import UserError, unknown_name
 
 _SMALL = 8 * 2**20  # bytes of a clip up to which it is stored as it is

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mhla_lightning.data.encoders.videos import open_video, shown_aspect
 from mhla_lightning.data.index import Clip
-from mhla_lightning.data.tools.clips.layout import Stretch, nearest, shots, split_in_time
-from mhla_lightning.data.videos import open_video, shown_aspect
+from mhla_lightning.data.prepare.clips.layout import Stretch, nearest, shots, split_in_time
 from mhla_lightning.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mhla_lightning.data.encoders.videos import encode_mp4
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.clips.frames import read_clips
-from mhla_lightning.data.tools.clips.inputs import Video
-from mhla_lightning.data.tools.replacing import Building
-from mhla_lightning.data.tools.samples import Sample, npy_bytes
-from mhla_lightning.data.tools.tallies import Done, write_tallied
-from mhla_lightning.data.videos import encode_mp4
+from mhla_lightning.data.prepare.clips.frames import read_clips
+from mhla_lightning.data.prepare.clips.inputs import Video
+from mhla_lightning.data.prepare.replacing import Building
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
+from mhla_lightning.data.prepare.tallies import Done, write_tallied
 from mhla_lightning.errors import DataError
 
 Store = Literal["npy", "mp4"]

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mhla_lightning.data.encoders.text_encoders import TextEncoder, load_text_encoder
 from mhla_lightning.data.index import TextEncoding
-from mhla_lightning.data.text_encoders import TextEncoder, load_text_encoder
-from mhla_lightning.data.tools.latents.devices import DTYPES, own_device, release_devices
-from mhla_lightning.data.tools.parallel import run_jobs
-from mhla_lightning.data.tools.replacing import Building, sync
-from mhla_lightning.data.tools.samples import npy_bytes
+from mhla_lightning.data.prepare.latents.devices import DTYPES, own_device, release_devices
+from mhla_lightning.data.prepare.parallel import run_jobs
+from mhla_lightning.data.prepare.replacing import Building, sync
+from mhla_lightning.data.prepare.samples import npy_bytes
 from mhla_lightning.errors import DataError, UserError
 
 _TOGETHER = 32  # captions of a job

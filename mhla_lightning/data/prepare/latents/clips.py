@@ -14,11 +14,11 @@ from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
 from mhla_lightning.data.kinds.clips import CAPTION
 from mhla_lightning.data.members import shown
+from mhla_lightning.data.prepare.latents.images import NUMBER, ShardPart, shards_for
+from mhla_lightning.data.prepare.pack import Options, PlannedSplit
+from mhla_lightning.data.prepare.places import find_splits
+from mhla_lightning.data.prepare.replacing import is_bucket
 from mhla_lightning.data.split import Split
-from mhla_lightning.data.tools.latents.images import NUMBER, ShardPart, shards_for
-from mhla_lightning.data.tools.pack import Options, PlannedSplit
-from mhla_lightning.data.tools.places import find_splits
-from mhla_lightning.data.tools.replacing import is_bucket
 from mhla_lightning.errors import DataError, UserError
 
 _AT_ONCE = 2**26  # bytes of clips that are asked of a store at once

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mhla_lightning.data.tools.parallel import Interrupted
+from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.errors import UserError, unknown_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

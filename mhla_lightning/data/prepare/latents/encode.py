@@ -11,15 +11,15 @@ from itertools import islice
 import numpy as np
 import torch
 
+from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.kinds.latents import FLIPPED, LATENT, LOGVAR, draw
+from mhla_lightning.data.prepare.latents.devices import DTYPES
+from mhla_lightning.data.prepare.latents.images import Picture, picture
+from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally
+from mhla_lightning.data.prepare.samples import Sample, latent_sample, npy_bytes
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
-from mhla_lightning.data.tools.latents.devices import DTYPES
-from mhla_lightning.data.tools.latents.images import Picture, picture
-from mhla_lightning.data.tools.latents.shard import STORED, Encoder, Job, OnSamples, Tally
-from mhla_lightning.data.tools.samples import Sample, latent_sample, npy_bytes
-from mhla_lightning.data.vaes import Autoencoder, load_vae
 from mhla_lightning.errors import DataError, UserError
-from mhla_lightning.keyed import generator
+from mhla_lightning.randomness import generator
 
 
 @dataclass(frozen=True)

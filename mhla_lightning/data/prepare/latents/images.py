@@ -16,13 +16,13 @@ from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.kinds.base import label_of
 from mhla_lightning.data.kinds.images import decode_image
+from mhla_lightning.data.prepare.pack import Options, PlannedSplit, plan
+from mhla_lightning.data.prepare.places import find_splits, tar_files
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.shards import SHARD_BYTES
+from mhla_lightning.data.prepare.sources import open_source
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
-from mhla_lightning.data.tools.pack import Options, PlannedSplit, plan
-from mhla_lightning.data.tools.places import find_splits, tar_files
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.shards import SHARD_BYTES
-from mhla_lightning.data.tools.sources import open_source
 from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}  # so that small sets can still be dealt over ranks x workers

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
-from mhla_lightning.data.tools.latents.devices import find_devices, find_dtype
-from mhla_lightning.data.tools.latents.encode import ImageEncoder
-from mhla_lightning.data.tools.latents.images import Images, open_images
-from mhla_lightning.data.tools.latents.shard import STORED, Target
-from mhla_lightning.data.tools.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
-from mhla_lightning.data.tools.pack import Options, Progress, fingerprint_of
-from mhla_lightning.data.tools.replacing import Note, build
-from mhla_lightning.data.vaes import Autoencoder, load_vae
+from mhla_lightning.data.prepare.latents.devices import find_devices, find_dtype
+from mhla_lightning.data.prepare.latents.encode import ImageEncoder
+from mhla_lightning.data.prepare.latents.images import Images, open_images
+from mhla_lightning.data.prepare.latents.shard import STORED, Target
+from mhla_lightning.data.prepare.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.replacing import Note, build
 from mhla_lightning.errors import UserError
 
 _BLOCK, _NPY_HEADER = 512, 128  # bytes, of a tar file and of an npy file

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from mhla_lightning.data.encoders.text_encoders import load_text_encoder
+from mhla_lightning.data.encoders.vaes import VideoAutoencoder, load_video_vae
 from mhla_lightning.data.index import EMPTY_TEXT, VAE, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.clips import Clips
+from mhla_lightning.data.prepare.latents.captions import Features, encode_captions
+from mhla_lightning.data.prepare.latents.clips import ClipSplit, open_clips
+from mhla_lightning.data.prepare.latents.devices import DTYPES, find_devices, find_dtype
+from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
+from mhla_lightning.data.prepare.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.replacing import Building, Note, build
+from mhla_lightning.data.prepare.samples import Sample, latent_sample
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
-from mhla_lightning.data.text_encoders import load_text_encoder
-from mhla_lightning.data.tools.latents.captions import Features, encode_captions
-from mhla_lightning.data.tools.latents.clips import ClipSplit, open_clips
-from mhla_lightning.data.tools.latents.devices import DTYPES, find_devices, find_dtype
-from mhla_lightning.data.tools.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
-from mhla_lightning.data.tools.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
-from mhla_lightning.data.tools.pack import Options, Progress, fingerprint_of
-from mhla_lightning.data.tools.replacing import Building, Note, build
-from mhla_lightning.data.tools.samples import Sample, latent_sample
-from mhla_lightning.data.vaes import VideoAutoencoder, load_video_vae
 from mhla_lightning.errors import DataError, UserError
 
 _OVERHEAD = 4096  # bytes of a sample's headers in a tar file

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mhla_lightning.data.index import VAE, ShardIndex
-from mhla_lightning.data.tools.latents.devices import own_device
-from mhla_lightning.data.tools.pack import PlannedSplit
-from mhla_lightning.data.tools.replacing import Building
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.shards import shard_name
-from mhla_lightning.data.tools.tallies import Done, write_tallied
+from mhla_lightning.data.prepare.latents.devices import own_device
+from mhla_lightning.data.prepare.pack import PlannedSplit
+from mhla_lightning.data.prepare.replacing import Building
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.shards import shard_name
+from mhla_lightning.data.prepare.tallies import Done, write_tallied
 
 # float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16 encoding gave is not rounded again; of fp32
 # encoding float32 is kept.

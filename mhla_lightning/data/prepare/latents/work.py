@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from mhla_lightning.data.index import ShardIndex, read_index
+from mhla_lightning.data.prepare.latents.shard import Job, Tally, Target, encode_shard, make_jobs
+from mhla_lightning.data.prepare.pack import Progress, check_target
+from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
+from mhla_lightning.data.prepare.replacing import Building, Note, demand_free
+from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.data.skips import JUDGED_AFTER
-from mhla_lightning.data.tools.latents.shard import Job, Tally, Target, encode_shard, make_jobs
-from mhla_lightning.data.tools.pack import Progress, check_target
-from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
-from mhla_lightning.data.tools.replacing import Building, Note, demand_free
-from mhla_lightning.data.tools.tallies import Done, finished_shard
 from mhla_lightning.errors import DataError, UserError
 
 SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are written, in words

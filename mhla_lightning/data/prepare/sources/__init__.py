@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mhla_lightning.data.index import VAE
-from mhla_lightning.data.tools.sources.base import Part, Source
-from mhla_lightning.data.tools.sources.folder import open_folder
-from mhla_lightning.data.tools.sources.latents import DIMENSIONS, open_latents
-from mhla_lightning.data.tools.sources.mnist import open_mnist
-from mhla_lightning.data.tools.sources.mqar import is_mqar, open_mqar
-from mhla_lightning.data.tools.sources.vision import open_torchvision
+from mhla_lightning.data.prepare.sources.base import Part, Source
+from mhla_lightning.data.prepare.sources.folder import open_folder
+from mhla_lightning.data.prepare.sources.latents import DIMENSIONS, open_latents
+from mhla_lightning.data.prepare.sources.mnist import open_mnist
+from mhla_lightning.data.prepare.sources.mqar import is_mqar, open_mqar
+from mhla_lightning.data.prepare.sources.vision import open_torchvision
 from mhla_lightning.errors import UserError, unknown_name
 
 __all__ = ["PACKED_KINDS", "SOURCES", "Part", "Source", "open_source"]

@@ -12,7 +12,7 @@ from typing import Protocol
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.samples import Sample
+from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.errors import DataError
 
 

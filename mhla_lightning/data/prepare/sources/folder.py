@@ -9,9 +9,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.members import image_extension
-from mhla_lightning.data.tools.samples import Sample, image_sample
-from mhla_lightning.data.tools.sources.base import Source, png_bytes
-from mhla_lightning.data.tools.sources.listing import LabelledFiles, list_classes
+from mhla_lightning.data.prepare.samples import Sample, image_sample
+from mhla_lightning.data.prepare.sources.base import Source, png_bytes
+from mhla_lightning.data.prepare.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what PIL decodes by itself; its PostScript plugin would start a program

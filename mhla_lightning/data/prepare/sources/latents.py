@@ -9,9 +9,9 @@ import numpy as np
 
 from mhla_lightning.data.index import VAE, ShardIndex
 from mhla_lightning.data.npy import load_npy
-from mhla_lightning.data.tools.samples import Sample, latent_sample
-from mhla_lightning.data.tools.sources.base import Source
-from mhla_lightning.data.tools.sources.listing import LabelledFiles, list_classes
+from mhla_lightning.data.prepare.samples import Sample, latent_sample
+from mhla_lightning.data.prepare.sources.base import Source
+from mhla_lightning.data.prepare.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
 DIMENSIONS = {"latents": 3, "video_latents": 4}

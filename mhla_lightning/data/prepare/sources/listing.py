@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mhla_lightning.data.index import SPLITS, ShardIndex
-from mhla_lightning.data.tools.samples import Sample
-from mhla_lightning.data.tools.sources.base import files_fingerprint
+from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.sources.base import files_fingerprint
 from mhla_lightning.errors import DataError
 
 

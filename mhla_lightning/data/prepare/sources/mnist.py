@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.samples import Sample, image_sample
-from mhla_lightning.data.tools.sources.base import Source, png_bytes
+from mhla_lightning.data.prepare.samples import Sample, image_sample
+from mhla_lightning.data.prepare.sources.base import Source, png_bytes
 from mhla_lightning.errors import UserError, missing_extra
 
 

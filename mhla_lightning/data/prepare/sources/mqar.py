@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
-from mhla_lightning.data.tools.samples import Sample, token_samples
-from mhla_lightning.data.tools.sources.base import Source
+from mhla_lightning.data.prepare.samples import Sample, token_samples
+from mhla_lightning.data.prepare.sources.base import Source
 from mhla_lightning.errors import UserError
 
 NAME = "mqar"

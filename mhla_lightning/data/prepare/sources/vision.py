@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.samples import Sample, image_sample
-from mhla_lightning.data.tools.sources.base import Source, files_fingerprint, png_bytes
+from mhla_lightning.data.prepare.samples import Sample, image_sample
+from mhla_lightning.data.prepare.sources.base import Source, files_fingerprint, png_bytes
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 DEFAULT_ROOT = Path("~/.cache/torchvision")

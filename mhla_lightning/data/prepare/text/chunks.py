@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
+from mhla_lightning.data.prepare.replacing import Note, sync
+from mhla_lightning.data.prepare.text.documents import Group
+from mhla_lightning.data.prepare.text.inputs import Input
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
-from mhla_lightning.data.tools.parallel import Interrupted, run_jobs
-from mhla_lightning.data.tools.replacing import Note, sync
-from mhla_lightning.data.tools.text.documents import Group
-from mhla_lightning.data.tools.text.inputs import Input
 
 LEAST_BYTES, MOST_BYTES, CHUNKS = 2**20, 2**24, 64  # of a chunk's text; chunks of a small corpus
 _STRETCH = 2**22  # characters that are encoded at once: the package tokenizers takes a hundred bytes for each

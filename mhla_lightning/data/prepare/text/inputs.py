@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from mhla_lightning.data.tools.text.documents import Files, Group, Lines, RowGroup, Texts, open_parquet
+from mhla_lightning.data.prepare.text.documents import Files, Group, Lines, RowGroup, Texts, open_parquet
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

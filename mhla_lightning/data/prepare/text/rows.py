@@ -11,9 +11,9 @@ import numpy as np
 
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import ShardIndex
-from mhla_lightning.data.tools.samples import Sample, token_samples
-from mhla_lightning.data.tools.text.chunks import chunk_path
-from mhla_lightning.data.tools.text.layout import Layout
+from mhla_lightning.data.prepare.samples import Sample, token_samples
+from mhla_lightning.data.prepare.text.chunks import chunk_path
+from mhla_lightning.data.prepare.text.layout import Layout
 
 _OPEN = 128  # chunks mapped at a time: each takes a file handle
 _FIRSTS = "firsts.npy"

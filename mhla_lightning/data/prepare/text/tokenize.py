@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
+from mhla_lightning.data.prepare.pack import Options, Progress, check_target, fill, fingerprint_of, plan
+from mhla_lightning.data.prepare.replacing import Note, build, demand_free
+from mhla_lightning.data.prepare.sources.base import Source
+from mhla_lightning.data.prepare.text.chunks import Chunks, documents_path, tokenize_chunks
+from mhla_lightning.data.prepare.text.inputs import Input, folder_of, open_inputs
+from mhla_lightning.data.prepare.text.layout import check_packing, held_out, lay_out
+from mhla_lightning.data.prepare.text.rows import Rows, write_firsts, write_layout
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
-from mhla_lightning.data.tools.pack import Options, Progress, check_target, fill, fingerprint_of, plan
-from mhla_lightning.data.tools.replacing import Note, build, demand_free
-from mhla_lightning.data.tools.sources.base import Source
-from mhla_lightning.data.tools.text.chunks import Chunks, documents_path, tokenize_chunks
-from mhla_lightning.data.tools.text.inputs import Input, folder_of, open_inputs
-from mhla_lightning.data.tools.text.layout import check_packing, held_out, lay_out
-from mhla_lightning.data.tools.text.rows import Rows, write_firsts, write_layout
 from mhla_lightning.errors import DataError, UserError
 
 LENGTH, VAL = 2048, 0.01

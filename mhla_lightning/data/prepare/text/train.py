@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from mhla_lightning.data.prepare.text.chunks import MOST_BYTES
+from mhla_lightning.data.prepare.text.inputs import open_inputs
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
-from mhla_lightning.data.tools.text.chunks import MOST_BYTES
-from mhla_lightning.data.tools.text.inputs import open_inputs
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 END = "<|endoftext|>"

@@ -1,0 +1,1 @@
+"""Layers around any operator: projections, rotary positions, gates, convolutions."""

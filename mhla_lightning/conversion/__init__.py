@@ -1,0 +1,1 @@
+"""Other libraries' weights to ours, and ours to theirs."""

@@ -1,0 +1,1 @@
+"""Pretrained networks that turn pixels and captions into tensors."""

@@ -1,0 +1,1 @@
+"""Images and videos drawn from trained diffusion models."""

@@ -1,0 +1,1 @@
+"""Classes that live in other libraries' worlds."""

@@ -1,0 +1,18 @@
+"""Trained runs as models of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mhla_lightning.inference.loading import LanguageRun, find_language_run, load_model
+from mhla_lightning.integrations.transformers import MHLAForCausalLM, wrap
+
+
+def to_hf(run: LanguageRun | str | Path) -> MHLAForCausalLM:
+    """A run (id, folder, or what `generation.loading.find_language_run` gave) as a model of transformers, averaged weights where it has them.
+
+    Raises:
+        UserError: no such run, no language run, no checkpoint.
+    """
+    found = find_language_run(str(run)) if isinstance(run, (str, Path)) else run
+    return wrap(load_model(found), found.attention, found.tokenizer.end)

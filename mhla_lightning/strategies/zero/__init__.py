@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO as a Lightning strategy, on GPUs and on CPUs."""

@@ -1,0 +1,1 @@
+"""ZeRO-3 with its state on a local disk (experimental)."""

@@ -1,0 +1,1 @@
+"""A run: one process of it, and the whole of it."""

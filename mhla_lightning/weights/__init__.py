@@ -1,0 +1,1 @@
+"""Files of weights: read, write, split over ranks, stream, start from."""
