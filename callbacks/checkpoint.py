@@ -71,7 +71,9 @@ class Checkpoint(LightningCheckpoint):
         self.every_n_steps, self.keep, self.resume, self.averages = every_n_steps, keep, resume, averages
         self.asynchronous = asynchronous
         self._step, self._saved, self._due, self._asked = 0, 0, False, False
-        self.save_seconds = float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
+        self.save_seconds = (
+            float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
+        )
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
         self._complete: Callable[[], None] | None = None
@@ -83,7 +85,9 @@ class Checkpoint(LightningCheckpoint):
         if state is not None and state.is_file():  # missing for ranks that the saved run did not have
             load_rng(state)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
@@ -91,7 +95,9 @@ class Checkpoint(LightningCheckpoint):
         if self._due and not _validates_now(trainer, batch_idx):
             self._save_if_due(trainer, logged=False)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._complete_logged(trainer)
 
     def save_after_this_step(self) -> None:
@@ -100,14 +106,19 @@ class Checkpoint(LightningCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation due at the same step comes first: a run killed between the two would never make it up."""
-        self._measured = (trainer.global_step, {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")})
+        self._measured = (
+            trainer.global_step,
+            {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")},
+        )
         self._check_monitor()
         self._save_if_due(trainer)
 
     def _check_monitor(self) -> None:
         tag, tags = self.keep.monitor, self._measured[1]
         if tag is not None and tags and tag not in tags:
-            raise UserError(f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}")
+            raise UserError(
+                f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}"
+            )
 
     def _save_if_due(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
         """After a step that was left out the next one that is taken is saved: while all fail, good checkpoints must not be pushed out."""
@@ -120,7 +131,9 @@ class Checkpoint(LightningCheckpoint):
             self.save(trainer)
         self.finish_writing(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         if not self._logged.is_set() and _steps_written(trainer) == self._written:
             return  # the numbers of its step are not: as after a kill, the run goes on from the checkpoint before
         self._logged.set()
@@ -129,7 +142,9 @@ class Checkpoint(LightningCheckpoint):
         if self._complete is not None and trainer.is_global_zero:  # all ranks have written
             self._attempt(self._complete)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint[GROUPS] = optimizer_groups(trainer, pl_module)
         if scale := loss_scale(trainer.optimizers[0]):
             checkpoint[LOSS_SCALE] = scale
@@ -143,7 +158,11 @@ class Checkpoint(LightningCheckpoint):
         step, began = trainer.global_step, time.monotonic()
         self._saved = step
         parts = files_of(trainer, self._begin(trainer, step), self.averages, self.recipe, self.asynchronous)
-        needed = int(trainer.strategy.reduce(torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"))
+        needed = int(
+            trainer.strategy.reduce(
+                torch.tensor(float(parts.bytes), device=trainer.strategy.root_device), reduce_op="sum"
+            )
+        )
         self._agree(trainer, lack_of_room(self.run.checkpoints, needed) if trainer.is_global_zero else None)
         state = self._state(trainer)
         self._logged, self._written = threading.Event(), _steps_written(trainer)
@@ -204,7 +223,9 @@ class Checkpoint(LightningCheckpoint):
 
     def _agree(self, trainer: pl.Trainer, error: str | None) -> None:
         """All ranks stop where one could not write. Raises UserError."""
-        if not trainer.strategy.reduce(torch.tensor(float(error is not None), device=trainer.strategy.root_device), reduce_op="sum"):
+        if not trainer.strategy.reduce(
+            torch.tensor(float(error is not None), device=trainer.strategy.root_device), reduce_op="sum"
+        ):
             return
         errors: list[str | None] = [error]
         if trainer.world_size > 1:
@@ -215,7 +236,9 @@ class Checkpoint(LightningCheckpoint):
         last = newest_checkpoint(self.run.path)
         where = f"the last checkpoint, {last.name}, is intact" if last else "there is no earlier checkpoint"
         told = next(text for text in errors if text is not None)
-        raise UserError(f"{told}; {where}: make room, or name another place with --runs, and give the same command again")
+        raise UserError(
+            f"{told}; {where}: make room, or name another place with --runs, and give the same command again"
+        )
 
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
         at, metrics = self._measured

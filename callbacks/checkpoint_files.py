@@ -34,7 +34,9 @@ def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe:
     parts, local = Parts(folder, rank), local_weights(trainer)
     trainer.save_checkpoint(folder / FILE)
     if rank == 0:
-        checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(copied if later else _unchanged)
+        checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(
+            copied if later else _unchanged
+        )
         parts.add(FILE, tensor_bytes(checkpoint), write)
         parts.add("recipe.yaml", 0, lambda path: _write_text(path, recipe))
     if isinstance(local, ZeroWeights):
@@ -72,13 +74,19 @@ def _add_lots(parts: Parts, trainer: pl.Trainer, local: ZeroWeights, later: bool
             parts.add(name, saved_bytes(lot, optimizer), partial(_write_lot, local, lot, optimizer, numbers))
 
 
-def _write_lot(local: ZeroWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path) -> None:
+def _write_lot(
+    local: ZeroWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path
+) -> None:
     with local.loaded(lot) as fragments:
         write_shard(path, [*stretches(fragments, optimizer), *more])
 
 
 def _add_stretches(parts: Parts, name: str, own: list[Stretch], later: bool) -> None:
-    kept = [Stretch(part.name, part.shape, part.start, copied(dict(part.tensors)), part.scalars) for part in own] if later else own
+    kept = (
+        [Stretch(part.name, part.shape, part.start, copied(dict(part.tensors)), part.scalars) for part in own]
+        if later
+        else own
+    )
     parts.add(name, tensor_bytes([dict(part.tensors) for part in kept]), lambda path: write_shard(path, kept))
 
 

@@ -47,7 +47,9 @@ class DrawSamples(AfterStep):
         UserError: counts below 1.
     """
 
-    def __init__(self, counts: dict[str, int], times: int, sampler: str | None, guidance: float, seed: int) -> None:
+    def __init__(
+        self, counts: dict[str, int], times: int, sampler: str | None, guidance: float, seed: int
+    ) -> None:
         super().__init__()
         for name, value in counts.items():
             if value < 1:
@@ -87,7 +89,9 @@ class DrawSamples(AfterStep):
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             self.show(trainer.logger, trainer.global_step, drawn)
 
-    def samples(self, task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key]) -> Tensor:
+    def samples(
+        self, task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key]
+    ) -> Tensor:
         """Samples (B, *shape), see generation.drawing.draw_samples."""
         return draw_samples(task, condition, null, shape, [(self.seed, *key) for key in keys], self._how)
 

@@ -52,7 +52,9 @@ class EMA(AfterStep):
         super().on_train_start(trainer, pl_module)
         self._start(trainer, pl_module)
         local = local_weights(trainer)
-        lots = local.lots(local.fragments(_backbone(pl_module)))  # once: a step costs milliseconds in names alone
+        lots = local.lots(
+            local.fragments(_backbone(pl_module))
+        )  # once: a step costs milliseconds in names alone
         self._lots = [(lot, [self.average[fragment.name].view(-1) for fragment in lot]) for lot in lots]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,12 +71,24 @@ class EMA(AfterStep):
                 torch._foreach_lerp_(averages, [fragment.values.float() for fragment in fragments], 1 - decay)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate(trainer, pl_module, batch, "val_ema")
 
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate(trainer, pl_module, batch, "test_ema")
 
@@ -99,7 +113,10 @@ class EMA(AfterStep):
         """What this rank saves of the average: all of it where it holds the weights whole."""
         fragments = local_weights(trainer).fragments(_backbone(pl_module))
         parts = [(f, self.average[f.name].view(-1)) for f in fragments if f.owned]
-        return [Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: values}) for fragment, values in parts]
+        return [
+            Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: values})
+            for fragment, values in parts
+        ]
 
     @torch.no_grad()
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,12 +126,17 @@ class EMA(AfterStep):
         fragments = local.fragments(backbone)
         for lot in local.lots(fragments):
             with local.loaded(lot) as loaded:
-                self.average |= {f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape) for f in loaded}
+                self.average |= {
+                    f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape)
+                    for f in loaded
+                }
         if self._resume is None:
             return
         saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
         if saved is None:
-            raise UserError(f"{self._resume} does not hold this model's average; start a new run with --fresh or take EMA out of trainer.callbacks")
+            raise UserError(
+                f"{self._resume} does not hold this model's average; start a new run with --fresh or take EMA out of trainer.callbacks"
+            )
         for fragment in fragments:
             self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, fragment.size))
 

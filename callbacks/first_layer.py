@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from mhla_lightning.strategies.local import run_forward
 
 
-def first_layer(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[tuple[Any, int]]) -> str:
+def first_layer(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[tuple[Any, int]]
+) -> str:
     """Runs batches again, forward and then backward, and says in half a sentence where numbers stop being finite.
 
     Every rank calls it with as many batches; a rank's own failure is told, not raised. Gradients are left behind. Dropout draws anew: what hung on
@@ -50,7 +52,10 @@ class _Search:
         try:
             return function()
         except RuntimeError as error:  # out of memory, say: what was wrong before must still be told
-            self.found = self.found or f"which layer gives them could not be found: {' '.join(str(error).split())[:200]}"
+            self.found = (
+                self.found
+                or f"which layer gives them could not be found: {' '.join(str(error).split())[:200]}"
+            )
             return None
 
     def after_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

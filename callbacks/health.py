@@ -79,10 +79,19 @@ class Health(StepGuard):
         self._leapt = usual > 0 and self._loss > self.factor * usual  # type: ignore[operator]  # not None: see the caller
         return self._leapt
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if hasattr(trainer.strategy, "skipped_step"):  # DeepSpeed: no gradients here, and it comes after every micro batch
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if hasattr(
+            trainer.strategy, "skipped_step"
+        ):  # DeepSpeed: no gradients here, and it comes after every micro batch
             return
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
         self.gradient_norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         pl_module.gradient_norm = self.gradient_norm
         self.skipped = not self.gradient_norm.isfinite()
@@ -90,9 +99,13 @@ class Health(StepGuard):
             for parameter in parameters:
                 parameter.grad = None
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._batches.append((batch["key"], outputs["loss"].detach()))
-        if self.row == self.max_skipped:  # the next step left out is the last, and its batches will be looked at
+        if (
+            self.row == self.max_skipped
+        ):  # the next step left out is the last, and its batches will be looked at
             self._kept.append((batch, batch_idx))
         if trainer.global_step == self._step:  # still accumulating
             return
@@ -129,9 +142,14 @@ class Health(StepGuard):
         everything = [key for keys, _ in self._batches for key in keys]
         if self._leapt:
             times = self._loss / statistics.median(self._recent)
-            return f"the loss of step {self._step} is {times:.3g} times the median before it (health.spike_factor is {self.factor})", everything
+            return (
+                f"the loss of step {self._step} is {times:.3g} times the median before it (health.spike_factor is {self.factor})",
+                everything,
+            )
         bad = [not loss.isfinite() for _, loss in self._batches]
-        if trainer.strategy.reduce(torch.tensor(float(any(bad)), device=trainer.strategy.root_device), reduce_op="sum"):
+        if trainer.strategy.reduce(
+            torch.tensor(float(any(bad)), device=trainer.strategy.root_device), reduce_op="sum"
+        ):
             keys = [key for (keys, _), wrong in zip(self._batches, bad, strict=True) if wrong for key in keys]
             return f"the loss of step {self._step} is not finite", keys
         if self._scaled:  # float16 finds its loss scale by leaving out steps
@@ -162,11 +180,19 @@ class Health(StepGuard):
             return "there is no checkpoint yet"
         if good[-1:] == names[-1:]:
             return f"the last checkpoint, {names[-1]}, is good"
-        before = f"{good[-1]}, before it, is good: remove the later one to go back" if good else "there is none before it"
+        before = (
+            f"{good[-1]}, before it, is good: remove the later one to go back"
+            if good
+            else "there is none before it"
+        )
         return f"the last checkpoint, {names[-1]}, holds the very weights that fail, and {before}"
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size > 1 and isinstance(exception, Exception):  # not Ctrl-C, nor a signal to save and stop
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.world_size > 1 and isinstance(
+            exception, Exception
+        ):  # not Ctrl-C, nor a signal to save and stop
             end_within(HANGS, exception, trainer.global_rank)
 
     def state_dict(self) -> dict[str, Any]:

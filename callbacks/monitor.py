@@ -43,15 +43,21 @@ class Monitor(pl.Callback):
     def _restart(self, now: float) -> None:
         self._ended, self._data, self._compute, self._window = now, 0.0, 0.0, self._step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._started = time.perf_counter()
         self._data += self._started - self._ended
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
         self._skipped += int(batch["skipped"])
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning has divided it for the backward
+        self._losses.append(
+            outputs["loss"].detach() * trainer.accumulate_grad_batches
+        )  # Lightning has divided it for the backward
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
@@ -75,7 +81,9 @@ class Monitor(pl.Callback):
             values["skipped_steps"] = float(guard.skipped_steps)
         if (norm := _gradient_norm(trainer)) is not None:
             values["grad_norm"] = float(norm)
-        skipped = trainer.strategy.reduce(torch.tensor(float(self._skipped), device=pl_module.device), reduce_op="sum")
+        skipped = trainer.strategy.reduce(
+            torch.tensor(float(self._skipped), device=pl_module.device), reduce_op="sum"
+        )
         values["skipped"] = float(skipped)
         values |= _consumed(trainer)
         pl_module.log_dict({f"train/{name}": value for name, value in values.items()})
@@ -93,14 +101,18 @@ def _gradient_norm(trainer: pl.Trainer) -> torch.Tensor | None:
 def _consumed(trainer: pl.Trainer) -> dict[str, float]:
     """Samples consumed of every source, where training mixes several."""
     by_source: dict[str, int] = getattr(getattr(trainer, "datamodule", None), "consumed_by_source", dict)()
-    return {f"consumed/{name}": float(count) for name, count in by_source.items()} if len(by_source) > 1 else {}
+    return (
+        {f"consumed/{name}": float(count) for name, count in by_source.items()} if len(by_source) > 1 else {}
+    )
 
 
 class MixingHeatmaps(pl.Callback):
     """Draws every layer's mixing matrix (row = query block) after each validation, as the image `mixing`."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        modules = {name: module for name, module in pl_module.named_modules() if isinstance(module, MixingMatrix)}
+        modules = {
+            name: module for name, module in pl_module.named_modules() if isinstance(module, MixingMatrix)
+        }
         if not modules or trainer.sanity_checking:
             return
         with local_weights(trainer).whole([module.weight for module in modules.values()]):

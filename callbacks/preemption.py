@@ -52,7 +52,9 @@ class Preemption(AfterStep):
         if self._agreed():  # told while it was starting: there is nothing new to save
             self._stop(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.stopping:
             self._stop(trainer)
         if self._vote is None:
@@ -80,9 +82,18 @@ class Preemption(AfterStep):
         return vote
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        self.checkpoint.finish_writing(trainer)  # on all ranks, before the first of them ends: srun then kills the others
+        self.checkpoint.finish_writing(
+            trainer
+        )  # on all ranks, before the first of them ends: srun then kills the others
         self.signals.ignore()  # until exit: a second signal would kill a rank that is shutting down
-        raise Preempted(self.signals.received or ("the job's time limit" if self.clock.is_over(self.checkpoint.save_seconds) else "another process"))
+        raise Preempted(
+            self.signals.received
+            or (
+                "the job's time limit"
+                if self.clock.is_over(self.checkpoint.save_seconds)
+                else "another process"
+            )
+        )
 
 
 class JobClock:

@@ -28,11 +28,15 @@ class ProgressFile(pl.Callback):
         seconds: between two writes.
     """
 
-    def __init__(self, run: RunFolder, position: Callable[[], Mapping[str, Any]], seconds: float = 10.0) -> None:
+    def __init__(
+        self, run: RunFolder, position: Callable[[], Mapping[str, Any]], seconds: float = 10.0
+    ) -> None:
         self.run, self.position, self.interval = run, position, seconds
         self.validated_at: int | None = None
         self._training, self._first_step = False, 0
-        self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))  # earlier attempts of this run
+        self._before = float(
+            (read_json(run.progress) or {}).get("seconds", 0.0)
+        )  # earlier attempts of this run
         self._began = self._written = time.monotonic()
 
     @property
@@ -44,20 +48,29 @@ class ProgressFile(pl.Callback):
         self._began, self._training, self._first_step = time.monotonic(), True, trainer.global_step
         self.write(trainer, "running")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if time.monotonic() - self._written >= self.interval or trainer.global_step == self._first_step + _FIRST_STEPS:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (
+            time.monotonic() - self._written >= self.interval
+            or trainer.global_step == self._first_step + _FIRST_STEPS
+        ):
             self.write(trainer, "running")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         self.validated_at = trainer.global_step
-        values = {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")}
+        values = {
+            tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")
+        }
         line = "  ".join(f"{tag} {value:.4g}" for tag, value in sorted(values.items()))
         if trainer.is_global_zero:
             log.info(f"step {trainer.global_step}/{trainer.max_steps}  {line}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         if self._training:  # looking at a checkpoint changes nothing in its run
             self.write(trainer, "preempted" if isinstance(exception, Preempted) else "failed")
 

@@ -23,13 +23,21 @@ class ProjectMixing(AfterStep):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._matrices = [module for module in pl_module.modules() if isinstance(module, MixingMatrix)]  # once: the search takes 1 ms
+        self._matrices = [
+            module for module in pl_module.modules() if isinstance(module, MixingMatrix)
+        ]  # once: the search takes 1 ms
 
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         local = local_weights(trainer)
         if local.sharded:  # the upper triangle of a causal matrix stays 0: it starts so and has no gradient
-            local.change([(matrix.weight, partial(_clamp, *matrix.clamp)) for matrix in self._matrices if matrix.clamp is not None])
+            local.change(
+                [
+                    (matrix.weight, partial(_clamp, *matrix.clamp))
+                    for matrix in self._matrices
+                    if matrix.clamp is not None
+                ]
+            )
             return
         for matrix in self._matrices:
             matrix.project_()

@@ -13,7 +13,12 @@ from torch import Tensor
 from mhla_lightning.callbacks.draw_samples import DrawSamples
 from mhla_lightning.diffusion import Process
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.video_files import animated_gif, at_a_glance, contact_sheet, thumbnails
+from mhla_lightning.inference.diffusion.video_files import (
+    animated_gif,
+    at_a_glance,
+    contact_sheet,
+    thumbnails,
+)
 from mhla_lightning.inference.diffusion.videos import video_sampler
 
 SHEET, MOVING = "samples/sheet", "samples/clips"
@@ -51,9 +56,17 @@ class SampleClips(DrawSamples):
         guidance: float = 3.0,
         seed: int = 0,
     ) -> None:
-        super().__init__({"sheets": sheets, "first": first, "per_prompt": per_prompt, "steps": steps}, sheets, sampler, guidance, seed)
+        super().__init__(
+            {"sheets": sheets, "first": first, "per_prompt": per_prompt, "steps": steps},
+            sheets,
+            sampler,
+            guidance,
+            seed,
+        )
         if prompts is not None and not prompts:
-            raise UserError("SampleClips.prompts is empty; name at least one, or leave it out for the empty prompt")
+            raise UserError(
+                "SampleClips.prompts is empty; name at least one, or leave it out for the empty prompt"
+            )
         self.prompts, self.per_prompt = prompts or [""], per_prompt
 
     def usual_sampler(self, process: Process) -> str:
@@ -82,5 +95,12 @@ class SampleClips(DrawSamples):
         sheet = np.asarray(contact_sheet([thumbnails(clip) for clip in drawn], self._rows))
         logger.experiment.add_image(SHEET, sheet, step, dataformats="HWC")
         moving = np.concatenate([at_a_glance(clip) for clip in drawn], axis=2)
-        image = Summary.Image(height=moving.shape[1], width=moving.shape[2], colorspace=3, encoded_image_string=animated_gif(moving, self._rate))
-        logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=MOVING, image=image)]), step)
+        image = Summary.Image(
+            height=moving.shape[1],
+            width=moving.shape[2],
+            colorspace=3,
+            encoded_image_string=animated_gif(moving, self._rate),
+        )
+        logger.experiment.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=MOVING, image=image)]), step
+        )

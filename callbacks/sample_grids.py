@@ -50,7 +50,13 @@ class SampleGrids(DrawSamples):
         guidance: float = 3.0,
         seed: int = 0,
     ) -> None:
-        super().__init__({"grids": grids, "first": first, "per_class": per_class, "steps": steps}, grids, sampler, guidance, seed)
+        super().__init__(
+            {"grids": grids, "first": first, "per_class": per_class, "steps": steps},
+            grids,
+            sampler,
+            guidance,
+            seed,
+        )
         self.classes, self.per_class = classes, per_class
 
     def usual_sampler(self, process: Process) -> str:
@@ -62,13 +68,19 @@ class SampleGrids(DrawSamples):
         self._labels = self.classes if self.classes is not None else list(range(min(8, classes)))
         unknown = [label for label in self._labels if not 0 <= label < classes]
         if unknown:
-            raise UserError(f"SampleGrids.classes holds {unknown[0]}; the model's classes are 0 to {classes - 1}")
+            raise UserError(
+                f"SampleGrids.classes holds {unknown[0]}; the model's classes are 0 to {classes - 1}"
+            )
 
     def draw(self, trainer: pl.Trainer, task: Any) -> Tensor:
         """uint8 (rows * columns, H, W, 3), row by row."""
         labels = torch.tensor(self._labels * self.per_class)
-        drawn = self.samples(task, labels, task.null_label, task.sample_shape, [("grid", row) for row in range(len(labels))])
+        drawn = self.samples(
+            task, labels, task.null_label, task.sample_shape, [("grid", row) for row in range(len(labels))]
+        )
         return cast(Any, trainer).datamodule.to_images(drawn)
 
     def show(self, logger: TensorBoardLogger, step: int, drawn: Tensor) -> None:
-        logger.experiment.add_image(TAG, make_grid(drawn.permute(0, 3, 1, 2), nrow=len(self._labels), padding=1), step)
+        logger.experiment.add_image(
+            TAG, make_grid(drawn.permute(0, 3, 1, 2), nrow=len(self._labels), padding=1), step
+        )

@@ -30,9 +30,16 @@ class SampleLog(pl.Callback):
         trainer.strategy.barrier()
         self._file = open(folder / f"rank-{trainer.global_rank}.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed in teardown
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         assert self._file is not None
-        line = {"step": trainer.global_step, "epoch": batch["epoch"].tolist(), "index": batch["index"].tolist(), "key": batch["key"]}
+        line = {
+            "step": trainer.global_step,
+            "epoch": batch["epoch"].tolist(),
+            "index": batch["index"].tolist(),
+            "key": batch["key"],
+        }
         self._file.write(json.dumps(line) + "\n")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -43,5 +50,9 @@ class SampleLog(pl.Callback):
 
 def forget_after(path: Path, step: int) -> None:
     """Keep the lines of the steps before `step`; a last line that a kill cut short goes too."""
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < step]
+    kept = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] < step
+    ]
     path.write_text("".join(kept), encoding="utf-8")

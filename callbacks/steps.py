@@ -25,7 +25,9 @@ class StepGuard(pl.Callback):
 
 def step_guard(trainer: pl.Trainer) -> StepGuard | None:
     """The trainer's guard; None where every step is taken."""
-    return next((callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, StepGuard)), None)
+    return next(
+        (callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, StepGuard)), None
+    )
 
 
 def was_skipped(trainer: pl.Trainer) -> bool:
@@ -43,7 +45,9 @@ class AfterStep(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step

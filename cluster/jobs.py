@@ -58,7 +58,10 @@ def attempts(run: RunFolder) -> list[Attempt]:
     path = run.path / ATTEMPTS
     rows = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
     whole = [row for row in rows if len(row) == 7]  # a full disk or a lost node may cut the last one
-    return [Attempt(job, int(n), kind, _number(code), _number(begun), _number(at), int(when)) for job, n, kind, code, begun, at, when in whole]
+    return [
+        Attempt(job, int(n), kind, _number(code), _number(begun), _number(at), int(when))
+        for job, n, kind, code, begun, at, when in whole
+    ]
 
 
 def mark_cancelled(run: RunFolder, job: str) -> None:

@@ -19,7 +19,18 @@ PROFILES = Path(__file__).parent / "profiles"
 _WORD = re.compile(r"[^\s'\"\\`$;#]+")  # what an #SBATCH line takes without quoting
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
-_MAIL = ("BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS", "ALL")
+_MAIL = (
+    "BEGIN",
+    "END",
+    "FAIL",
+    "REQUEUE",
+    "TIME_LIMIT",
+    "TIME_LIMIT_90",
+    "TIME_LIMIT_80",
+    "TIME_LIMIT_50",
+    "ARRAY_TASKS",
+    "ALL",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,9 @@ class Container:
         if self.kind not in ("pyxis", "apptainer"):
             raise UserError(unknown_name("kind", self.kind, ("pyxis", "apptainer"), of="container"))
         if any("," in mount or ":" not in mount for mount in self.mounts):
-            raise UserError(f"container.mounts is {self.mounts}; each is written SOURCE:TARGET, without a comma")
+            raise UserError(
+                f"container.mounts is {self.mounts}; each is written SOURCE:TARGET, without a comma"
+            )
 
     @property
     def file(self) -> Path | None:
@@ -100,15 +113,29 @@ class Profile:
         for name in ("partition", "account", "qos", "constraint", "reservation", "gpu_type", "memory"):
             value = getattr(self, name)
             if value is not None and not _WORD.fullmatch(value):
-                raise UserError(f"{name} of profile {self.name} is {value!r}; SLURM takes one word there, without blanks or quotes")
-        for name, low in (("gpus_per_node", 0), ("cpus_per_task", 1), ("signal_seconds", 1), ("failures", 0), ("first_steps", 1)):
+                raise UserError(
+                    f"{name} of profile {self.name} is {value!r}; SLURM takes one word there, without blanks or quotes"
+                )
+        for name, low in (
+            ("gpus_per_node", 0),
+            ("cpus_per_task", 1),
+            ("signal_seconds", 1),
+            ("failures", 0),
+            ("first_steps", 1),
+        ):
             if getattr(self, name) < low:
-                raise UserError(f"{name} of profile {self.name} is {getattr(self, name)}; it must be at least {low}")
+                raise UserError(
+                    f"{name} of profile {self.name} is {getattr(self, name)}; it must be at least {low}"
+                )
         if any(not option.startswith("--") or "\n" in option for option in self.sbatch):
-            raise UserError(f"sbatch of profile {self.name} is {self.sbatch}; each is one option of sbatch, such as --switches=1")
+            raise UserError(
+                f"sbatch of profile {self.name} is {self.sbatch}; each is one option of sbatch, such as --switches=1"
+            )
         for name in self.env:
             if not _ENVIRONMENT_NAME.fullmatch(name):
-                raise UserError(f"env of profile {self.name} has the key {name!r}; a variable's name has letters, digits and _")
+                raise UserError(
+                    f"env of profile {self.name} has the key {name!r}; a variable's name has letters, digits and _"
+                )
         if self.signal not in ("batch", "step"):
             raise UserError(unknown_name("signal", self.signal, ("batch", "step"), of=f"profile {self.name}"))
         if self.venv and self.conda:
@@ -127,7 +154,9 @@ class Profile:
         if image is not None and not image.exists():
             raise UserError(f"container.image of profile {self.name}: there is no {image}")
         if self.venv is not None and not (Path(self.venv).expanduser() / "bin" / "activate").is_file():
-            raise UserError(f"venv of profile {self.name}: there is no {Path(self.venv).expanduser() / 'bin' / 'activate'}")
+            raise UserError(
+                f"venv of profile {self.name}: there is no {Path(self.venv).expanduser() / 'bin' / 'activate'}"
+            )
 
 
 def minutes(text: str, key: str) -> int:
@@ -138,7 +167,9 @@ def minutes(text: str, key: str) -> int:
     """
     match = _TIME.fullmatch(text)
     if match is None:
-        raise UserError(f"{key} is {text!r}; SLURM's forms are MINUTES, HOURS:MINUTES:SECONDS and DAYS-HOURS:MINUTES:SECONDS")
+        raise UserError(
+            f"{key} is {text!r}; SLURM's forms are MINUTES, HOURS:MINUTES:SECONDS and DAYS-HOURS:MINUTES:SECONDS"
+        )
     fields = [int(field) for field in match["fields"].split(":")]
     if match["days"] is not None:
         hours, mins, secs = (fields + [0, 0])[:3]
@@ -167,10 +198,15 @@ def load_profile(name: str) -> Profile:
     known = profile_names()
     path = Path(name) if name.endswith((".yaml", ".yml")) or "/" in name else known.get(name)
     if path is None:
-        raise UserError(unknown_name("profile", name, known) + f"; write your own from an example in {PROFILES} and give its path")
+        raise UserError(
+            unknown_name("profile", name, known)
+            + f"; write your own from an example in {PROFILES} and give its path"
+        )
     values = read_yaml(path)
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} is no profile: it holds {type(values).__name__}, a profile is a mapping of settings")
+        raise UserError(
+            f"{path} is no profile: it holds {type(values).__name__}, a profile is a mapping of settings"
+        )
     return profile_from(values, path.stem)
 
 
@@ -189,10 +225,20 @@ def _build(kind: type, values: Mapping[str, Any], of: str, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in fields:
-            raise UserError(unknown_name("key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields if name != "name"], of=of))
+            raise UserError(
+                unknown_name(
+                    "key", f"{prefix}{key}", [f"{prefix}{name}" for name in fields if name != "name"], of=of
+                )
+            )
     for field in fields.values():
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and values.get(field.name) is None:
-            raise UserError(f"{of} has no key '{prefix}{field.name}'; it needs one: {_type_name(hints[field.name])}, see {PROFILES / 'venv.yaml'}")
+        if (
+            field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and values.get(field.name) is None
+        ):
+            raise UserError(
+                f"{of} has no key '{prefix}{field.name}'; it needs one: {_type_name(hints[field.name])}, see {PROFILES / 'venv.yaml'}"
+            )
     given = {key: value for key, value in values.items() if value is not None}
     return kind(**{key: _typed(value, hints[key], of, f"{prefix}{key}") for key, value in given.items()})
 
@@ -208,7 +254,9 @@ def _typed(value: Any, hint: Any, of: str, key: str) -> Any:
     origin = typing.get_origin(hint) or hint
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         if key == "time":
-            raise UserError(f"{key} of {of} is the number {value}: YAML reads 24:00:00 as seconds, so write it in quotes, time: '24:00:00'")
+            raise UserError(
+                f"{key} of {of} is the number {value}: YAML reads 24:00:00 as seconds, so write it in quotes, time: '24:00:00'"
+            )
         return str(value)  # account: 4711, memory: 0
     if not isinstance(value, origin) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{key} of {of} is {value!r}; it must be {_type_name(hint)}")

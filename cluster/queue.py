@@ -12,7 +12,19 @@ from mhla_lightning.errors import UserError
 _WIDTH = 200
 _COLUMNS = ("JobArrayID", "State", "Reason", "RestartCnt", "NodeList", "TimeLeft", "StartTime")
 _SACCT = ("JobID", "State", "ExitCode", "NodeList")
-ACTIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+ACTIVE = (
+    "PENDING",
+    "RUNNING",
+    "SUSPENDED",
+    "COMPLETING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,18 @@ def parse_squeue(text: str) -> dict[str, QueueState]:
     """Lines of squeue's table as job id -> state."""
     rows: dict[str, QueueState] = {}
     for line in text.splitlines():
-        job, state, reason, restarts, nodes, left, start = (line[n * _WIDTH : (n + 1) * _WIDTH].strip() for n in range(len(_COLUMNS)))
+        job, state, reason, restarts, nodes, left, start = (
+            line[n * _WIDTH : (n + 1) * _WIDTH].strip() for n in range(len(_COLUMNS))
+        )
         if job:
-            rows[job] = QueueState(state, _told(reason), int(restarts) if restarts.isdigit() else None, _told(nodes), _told(left), _told(start))
+            rows[job] = QueueState(
+                state,
+                _told(reason),
+                int(restarts) if restarts.isdigit() else None,
+                _told(nodes),
+                _told(left),
+                _told(start),
+            )
     return rows
 
 
@@ -66,7 +87,9 @@ def parse_sacct(text: str) -> dict[str, QueueState]:
         fields = line.split("|")
         if len(fields) == len(_SACCT) and fields[0]:
             job, state, code, nodes = fields
-            rows[job] = QueueState(state.split(" ")[0], None if code == "0:0" else f"exit code {code}", None, _told(nodes))
+            rows[job] = QueueState(
+                state.split(" ")[0], None if code == "0:0" else f"exit code {code}", None, _told(nodes)
+            )
     return rows
 
 

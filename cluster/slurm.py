@@ -69,14 +69,20 @@ def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], opti
     given = apply_overrides(recipe.values, overrides)
     trainer = given.setdefault("trainer", {})
     if options.seeds and "seed_everything" in overrides:
-        raise UserError("seed_everything cannot be an override beside --array: every run takes one of the array's seeds")
+        raise UserError(
+            "seed_everything cannot be an override beside --array: every run takes one of the array's seeds"
+        )
     asked = options.devices if options.devices is not None else overrides.get("trainer.devices")
     on_gpu, devices = _devices(trainer, profile, asked)
     nodes = options.nodes if options.nodes is not None else int(trainer.get("num_nodes") or 1)
     if nodes < 1:
         raise UserError(f"--nodes is {nodes}; it must be at least 1")
-    workers, threads = _workers_and_threads(given, profile.cpus_per_task, on_gpu, fixed="data.num_workers" in overrides)
-    values = apply_overrides(given, {"trainer.num_nodes": nodes, "trainer.devices": devices, "data.num_workers": workers})
+    workers, threads = _workers_and_threads(
+        given, profile.cpus_per_task, on_gpu, fixed="data.num_workers" in overrides
+    )
+    values = apply_overrides(
+        given, {"trainer.num_nodes": nodes, "trainer.devices": devices, "data.num_workers": workers}
+    )
     recipes = {name: deepcopy(values) for name in options.run_ids()}
     for name, seed in zip(recipes, options.seeds, strict=False):
         recipes[name]["seed_everything"] = seed
@@ -86,7 +92,9 @@ def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], opti
 def _check_paths(profile: Profile, options: Options) -> None:
     for path in (options.runs, options.cwd):
         text = str(path)
-        bad = next((mark for mark in ("\n", "\\", ":") if mark in text), None) or ("," if profile.container and "," in text else None)
+        bad = next((mark for mark in ("\n", "\\", ":") if mark in text), None) or (
+            "," if profile.container and "," in text else None
+        )
         if bad is not None:
             raise UserError(
                 f"the path {text!r} holds {bad!r}, which SLURM, containers or Python's search path take for their own; use another folder"
@@ -106,9 +114,13 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
         own = trainer.get("devices")
         wanted = profile.gpus_per_node if on_gpu else own if isinstance(own, int) else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise UserError(f"trainer.devices is {wanted!r}; under SLURM it is a number of processes a node, from 1")
+        raise UserError(
+            f"trainer.devices is {wanted!r}; under SLURM it is a number of processes a node, from 1"
+        )
     if on_gpu and wanted > profile.gpus_per_node:
-        raise UserError(f"{wanted} devices a node are asked for, and nodes of profile {profile.name} have {profile.gpus_per_node} (gpus_per_node)")
+        raise UserError(
+            f"{wanted} devices a node are asked for, and nodes of profile {profile.name} have {profile.gpus_per_node} (gpus_per_node)"
+        )
     return on_gpu, wanted
 
 
@@ -136,7 +148,12 @@ def _script(profile: Profile, options: Options, nodes: int, devices: int, on_gpu
     )
     environment.filters["q"] = lambda value: shlex.quote(str(value))
     image = "" if profile.container is None else str(profile.container.file or profile.container.image)
-    mounted = ["$RUNS:$RUNS", "$PWD:$PWD", *(["$CACHES:$CACHES"] if profile.caches else []), *(["$TMPDIR:$TMPDIR"] if profile.scratch else [])]
+    mounted = [
+        "$RUNS:$RUNS",
+        "$PWD:$PWD",
+        *(["$CACHES:$CACHES"] if profile.caches else []),
+        *(["$TMPDIR:$TMPDIR"] if profile.scratch else []),
+    ]
     return environment.get_template(TEMPLATE).render(
         run_id=options.run_id,
         seeds=options.seeds,
@@ -201,7 +218,10 @@ def _node_path(text: str | None) -> str | None:
     if text is None:
         return None
     parts = _NODE_VARIABLE.split(str(Path(text).expanduser()))
-    return "".join(f'"${{{part}:?}}"' if index % 2 else shlex.quote(part) if part else "" for index, part in enumerate(parts))
+    return "".join(
+        f'"${{{part}:?}}"' if index % 2 else shlex.quote(part) if part else ""
+        for index, part in enumerate(parts)
+    )
 
 
 def _plain(value: Any) -> str:
@@ -231,7 +251,11 @@ class Slurm:
     def _submit(self, options: Sequence[str], script: str, runs: Path) -> str:
         folder = next(path for path in (runs, *runs.parents) if path.is_dir())
         # Nothing of an allocation that this shell may stand in carries over into the new job.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("SLURM_") or name == "SLURM_CONF"
+        }
         done = self.call(["sbatch", *options], stdin=script, cwd=folder, env=clean)
         if done.returncode:
             raise UserError(f"SLURM does not take the job: {_reason(done.stderr)}; {_requested(script)}")
@@ -248,7 +272,11 @@ class Slurm:
             raise UserError(f"SLURM does not cancel {', '.join(jobs)}: {_reason(done.stderr)}")
 
     def call(
-        self, command: Sequence[str], stdin: str | None = None, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        stdin: str | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs one of SLURM's commands and returns what it said.
 
@@ -256,24 +284,51 @@ class Slurm:
             UserError: the command does not exist here, or does not answer.
         """
         try:
-            return subprocess.run(command, input=stdin or "", capture_output=True, text=True, cwd=cwd, env=env, timeout=_TIMEOUT, check=False)
+            return subprocess.run(
+                command,
+                input=stdin or "",
+                capture_output=True,
+                text=True,
+                cwd=cwd,
+                env=env,
+                timeout=_TIMEOUT,
+                check=False,
+            )
         except FileNotFoundError as error:
             raise UserError(
                 f"there is no {command[0]} on this machine: this verb needs SLURM, on a login node or in an allocation (submit --dry-run needs none)"
             ) from error
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"{command[0]} has not answered for {_TIMEOUT} s; SLURM is not reachable") from error
+            raise UserError(
+                f"{command[0]} has not answered for {_TIMEOUT} s; SLURM is not reachable"
+            ) from error
 
 
 def _reason(stderr: str) -> str:
     """SLURM's own words on one line; of several that say the same the first."""
-    lines = [re.sub(r"^(sbatch: |scancel: )?(error: )?|^allocation failure: ", "", line).strip() for line in stderr.splitlines()]
-    kept = [line for line in lines if line and not line.startswith("Batch job submission failed")] or [line for line in lines if line]
+    lines = [
+        re.sub(r"^(sbatch: |scancel: )?(error: )?|^allocation failure: ", "", line).strip()
+        for line in stderr.splitlines()
+    ]
+    kept = [line for line in lines if line and not line.startswith("Batch job submission failed")] or [
+        line for line in lines if line
+    ]
     return kept[0] if kept else "it gives no reason"
 
 
 def _requested(script: str) -> str:
     """The options that SLURM may have refused."""
-    wanted = ("partition", "account", "qos", "constraint", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time")
+    wanted = (
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "nodes",
+        "ntasks-per-node",
+        "cpus-per-task",
+        "gpus-per-node",
+        "mem",
+        "time",
+    )
     found = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", script, re.MULTILINE))
     return "asked for " + ", ".join(f"{name} {found[name]}" for name in wanted if name in found)

@@ -12,7 +12,16 @@ from typing import Any
 
 import mhla_lightning
 
-_PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed", "tensorboard")
+_PACKAGES = (
+    "lightning",
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "timm",
+    "webdataset",
+    "deepspeed",
+    "tensorboard",
+)
 
 
 def package_folder() -> Path:
@@ -46,12 +55,18 @@ def git_state() -> dict[str, Any] | None:
     if commit is None:
         return None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no") or ""
-    return {"commit": commit, "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"), "changed": [line[3:] for line in changed.splitlines()]}
+    return {
+        "commit": commit,
+        "branch": _git(folder, "rev-parse", "--abbrev-ref", "HEAD"),
+        "changed": [line[3:] for line in changed.splitlines()],
+    }
 
 
 def _git(folder: Path, *words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.rstrip("\n") if done.returncode == 0 else None

@@ -13,7 +13,13 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_json
 
 # What a recorded end would be called by SLURM, where it has forgotten the job.
-_ENDED = {"finished": "COMPLETED", "failed": "FAILED", "mistake": "FAILED", "cancelled": "CANCELLED", "preempted": "PREEMPTED"}
+_ENDED = {
+    "finished": "COMPLETED",
+    "failed": "FAILED",
+    "mistake": "FAILED",
+    "cancelled": "CANCELLED",
+    "preempted": "PREEMPTED",
+}
 # What is known of a run that SLURM never had.
 _LOCAL = {"running": "LOCAL", "finished": "FINISHED", "failed": "FAILED", "preempted": "STOPPED"}
 
@@ -37,11 +43,17 @@ def _ask(slurm: Slurm, jobs: list[str]) -> tuple[dict[str, QueueState], str | No
         return {}, str(error)
 
 
-def _row(run: RunFolder, job: str | None, known: dict[str, QueueState], trouble: str | None) -> dict[str, Any]:
+def _row(
+    run: RunFolder, job: str | None, known: dict[str, QueueState], trouble: str | None
+) -> dict[str, Any]:
     progress = read_json(run.progress) or {}
     queue = known.get(job) if job is not None else None
     if queue is None:
-        queue = _remembered(run, job, progress, trouble) if job is not None else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
+        queue = (
+            _remembered(run, job, progress, trouble)
+            if job is not None
+            else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
+        )
     restarts = queue.restarts
     if restarts is None and job is not None:
         restarts = max((attempt.restart for attempt in attempts(run) if attempt.job == job), default=0)
@@ -71,9 +83,14 @@ def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str
         return QueueState("CANCELLED", trouble)
     of_job = [attempt for attempt in attempts(run) if attempt.job == job]
     if not of_job or of_job[-1].kind == "started":
-        return QueueState("UNKNOWN", trouble or "SLURM no longer knows the job, and its script recorded no end; mhla resume goes on")
+        return QueueState(
+            "UNKNOWN",
+            trouble or "SLURM no longer knows the job, and its script recorded no end; mhla resume goes on",
+        )
     last = of_job[-1]
-    return QueueState(_ENDED[last.kind], trouble or (f"exit code {last.code}" if last.code else None), last.restart)
+    return QueueState(
+        _ENDED[last.kind], trouble or (f"exit code {last.code}" if last.code else None), last.restart
+    )
 
 
 def _time_left(progress: dict[str, Any]) -> str | None:

@@ -30,7 +30,9 @@ def new_run_id(recipe_name: str, values: Mapping[str, Any], runs: Path, seeds: S
     return name
 
 
-def queue_new(submission: Submission, profile: Profile, options: Options, slurm: Slurm, facts: Mapping[str, Any]) -> dict[str, str]:
+def queue_new(
+    submission: Submission, profile: Profile, options: Options, slurm: Slurm, facts: Mapping[str, Any]
+) -> dict[str, str]:
     """Writes one folder a run and queues them; returns run id -> job id.
 
     facts: what job.json says besides, such as the command.
@@ -57,7 +59,14 @@ def queue_new(submission: Submission, profile: Profile, options: Options, slurm:
         return _submit(runs, submission, profile, options, slurm, facts)
 
 
-def queue_again(run: RunFolder, submission: Submission, profile: Profile, options: Options, slurm: Slurm, facts: Mapping[str, Any]) -> str:
+def queue_again(
+    run: RunFolder,
+    submission: Submission,
+    profile: Profile,
+    options: Options,
+    slurm: Slurm,
+    facts: Mapping[str, Any],
+) -> str:
     """Queues a run that exists; returns the job id. A run that was never submitted gets its copy of the code now.
 
     Raises:
@@ -68,13 +77,21 @@ def queue_again(run: RunFolder, submission: Submission, profile: Profile, option
         (run.path / "slurm").mkdir(exist_ok=True)
         if not code_folder(run).is_dir():
             copy_code(code_folder(run))
-        write_text(run.path / RECIPE_FILE, yaml.safe_dump(submission.recipes[run.run_id], sort_keys=False, allow_unicode=True))
+        write_text(
+            run.path / RECIPE_FILE,
+            yaml.safe_dump(submission.recipes[run.run_id], sort_keys=False, allow_unicode=True),
+        )
         write_text(run.path / SCRIPT, submission.script)
     return _submit([run], submission, profile, options, slurm, facts)[run.run_id]
 
 
 def _submit(
-    runs: Sequence[RunFolder], submission: Submission, profile: Profile, options: Options, slurm: Slurm, facts: Mapping[str, Any]
+    runs: Sequence[RunFolder],
+    submission: Submission,
+    profile: Profile,
+    options: Options,
+    slurm: Slurm,
+    facts: Mapping[str, Any],
 ) -> dict[str, str]:
     kept = {
         **facts,
@@ -88,7 +105,9 @@ def _submit(
         "git": git_state(),
     }
     job = slurm.submit(submission.script, options.runs)
-    ids = {run.run_id: f"{job}_{seed}" for run, seed in zip(runs, options.seeds, strict=False)} or {runs[0].run_id: job}
+    ids = {run.run_id: f"{job}_{seed}" for run, seed in zip(runs, options.seeds, strict=False)} or {
+        runs[0].run_id: job
+    }
     try:
         for run in runs:
             earlier = (read_job(run) or {}).get("jobs", [])
@@ -116,6 +135,10 @@ def _told() -> Iterator[None]:
     try:
         yield
     except shutil.Error as error:  # of copytree: a list of (source, destination, why)
-        raise UserError(f"cannot write the run folder: {error.args[0][0][2]}; choose another place with --runs or $MHLA_RUNS") from error
+        raise UserError(
+            f"cannot write the run folder: {error.args[0][0][2]}; choose another place with --runs or $MHLA_RUNS"
+        ) from error
     except OSError as error:
-        raise UserError(f"cannot write the run folder: {error.filename}: {error.strerror}; choose another place with --runs or $MHLA_RUNS") from error
+        raise UserError(
+            f"cannot write the run folder: {error.filename}: {error.strerror}; choose another place with --runs or $MHLA_RUNS"
+        ) from error

@@ -41,7 +41,9 @@ def sample_rng(seed: int, purpose: str, epoch: int, index: int) -> Iterator[None
     value = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{epoch}/{index}".encode()).digest()[:8])
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002
-    torch.default_generator.manual_seed(value)  # torch.manual_seed would also queue a seed for CUDA at every sample
+    torch.default_generator.manual_seed(
+        value
+    )  # torch.manual_seed would also queue a seed for CUDA at every sample
     try:
         yield
     finally:

@@ -42,9 +42,28 @@ class Series:
     kills: Counter[str] = field(default_factory=Counter)
 
     def start(self, run_id: str) -> Ranks:
-        options = {"max_steps": STEPS, "val_check_interval": 6, "devices": RANKS, "strategy": STRATEGIES[self.strategy]}
-        arguments = ["run", str(self.recipe), "--runs", str(self.root), "--run-id", run_id, "--checkpoint.every_n_steps", str(EVERY)]
-        arguments += ["--checkpoint.asynchronous", str(self.asynchronous).lower(), "--checkpoint.keep_last", "2"]
+        options = {
+            "max_steps": STEPS,
+            "val_check_interval": 6,
+            "devices": RANKS,
+            "strategy": STRATEGIES[self.strategy],
+        }
+        arguments = [
+            "run",
+            str(self.recipe),
+            "--runs",
+            str(self.root),
+            "--run-id",
+            run_id,
+            "--checkpoint.every_n_steps",
+            str(EVERY),
+        ]
+        arguments += [
+            "--checkpoint.asynchronous",
+            str(self.asynchronous).lower(),
+            "--checkpoint.keep_last",
+            "2",
+        ]
         arguments += [f"--trainer.{key}={value}" for key, value in options.items()]
         return self.nursery.start(RANKS, arguments, self.root)
 
@@ -54,7 +73,9 @@ class Series:
         while newest_checkpoint(run) == before and not ranks.poll():
             time.sleep(_POLL)
         moment = time.monotonic() + self.rng.uniform(0, 0.3)
-        while not ranks.poll() and (time.monotonic() < moment if how == "step" else not list((run / "checkpoints").glob(".tmp-*"))):
+        while not ranks.poll() and (
+            time.monotonic() < moment if how == "step" else not list((run / "checkpoints").glob(".tmp-*"))
+        ):
             time.sleep(_POLL)
         if ranks.poll():
             return False
@@ -63,7 +84,9 @@ class Series:
         self.kills[f"{how}, {'both ranks' if len(victims) > 1 else f'rank {victims[0]}'}"] += 1
         began = time.monotonic()
         ranks.wait(60)
-        self.kills["seconds until the others ended"] = max(self.kills["seconds until the others ended"], round(time.monotonic() - began))
+        self.kills["seconds until the others ended"] = max(
+            self.kills["seconds until the others ended"], round(time.monotonic() - began)
+        )
         return True
 
     def broken(self, kills: int) -> Path:
@@ -74,7 +97,9 @@ class Series:
             if self.total < kills and self.interrupt(ranks, run):
                 for checkpoint in complete_checkpoints(run):
                     source = open_source(checkpoint / "trainer.ckpt")
-                    assert [len(source.whole(name)) for name in source.names() if source.whole(name).ndim], f"{checkpoint} cannot be read"
+                    assert [len(source.whole(name)) for name in source.names() if source.whole(name).ndim], (
+                        f"{checkpoint} cannot be read"
+                    )
                 continue
             assert ranks.wait() == [0] * RANKS, ranks.output()[-4000:]
             if self.total < kills:  # it ended before it could be killed: once more from the start
@@ -93,7 +118,9 @@ def numbers(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=7, help="kills a series (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
@@ -101,18 +128,27 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     recipes, nursery, kills, began = write_recipes(folder), Nursery(folder), Counter[str](), time.monotonic()
-    for number, (task, strategy) in enumerate((task, strategy) for task in args.tasks for strategy in args.strategies):
+    for number, (task, strategy) in enumerate(
+        (task, strategy) for task in args.tasks for strategy in args.strategies
+    ):
         root = folder / f"{task}-{strategy}"
         root.mkdir()
-        series = Series(nursery, recipes[task], strategy, root, bool(number % 2), random.Random(args.seed + number))
+        series = Series(
+            nursery, recipes[task], strategy, root, bool(number % 2), random.Random(args.seed + number)
+        )
         whole = series.start("whole")
         assert whole.wait() == [0] * RANKS, whole.output()[-4000:]
         broken = series.broken(args.kills)
-        assert numbers(broken) == numbers(root / "whole"), f"{root}: the broken run has other numbers than the whole one"
+        assert numbers(broken) == numbers(root / "whole"), (
+            f"{root}: the broken run has other numbers than the whole one"
+        )
         longest = series.kills.pop("seconds until the others ended")
         kills += series.kills
         saves = "written beside" if series.asynchronous else "written in turn"
-        print(f"{task} {strategy} ({saves}): {sum(series.kills.values())} kills, others ended within {longest} s, equal bit for bit", flush=True)
+        print(
+            f"{task} {strategy} ({saves}): {sum(series.kills.values())} kills, others ended within {longest} s, equal bit for bit",
+            flush=True,
+        )
         shutil.rmtree(root)
     nursery.close()
     shutil.rmtree(folder)

@@ -19,7 +19,12 @@ ORACLES = Path(__file__).parent / "oracles"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--oracles", action="append", default=[], help="another folder of oracle cases (NAME.npz + NAME.json), several times if need be")
+    parser.addoption(
+        "--oracles",
+        action="append",
+        default=[],
+        help="another folder of oracle cases (NAME.npz + NAME.json), several times if need be",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

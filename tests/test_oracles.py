@@ -44,7 +44,9 @@ class Case:
     arrays: dict[str, Tensor]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in self.arrays.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): value for name, value in self.arrays.items() if name.startswith(prefix)
+        }
 
 
 def load(path: Path) -> Case:
@@ -66,35 +68,81 @@ def check_dense(case: Case) -> None:
     for kind in ("rand", "init"):
         mixing = case.arrays[f"in.mix_{kind}"]
         for normalizer, key in (("block", f"out.norm_{kind}"), ("none", f"out.nonorm_{kind}")):
-            dense = dense_mhla(q, k, v, mixing, grid.block_of_token, normalizer=normalizer, scale=scale, causal=is_causal)
+            dense = dense_mhla(
+                q, k, v, mixing, grid.block_of_token, normalizer=normalizer, scale=scale, causal=is_causal
+            )
             assert_close(dense, case.arrays[key], 1e-10, 1e-12)
             if not is_causal:
                 qb, kb, vb = (grid.to_blocks(x) for x in (q * scale, k, v))
-                fast = grid.from_blocks(mhla(qb, kb, vb, mixing, normalizer=normalizer, eps=0.0, mask=grid.mask))
+                fast = grid.from_blocks(
+                    mhla(qb, kb, vb, mixing, normalizer=normalizer, eps=0.0, mask=grid.mask)
+                )
                 assert_close(fast, case.arrays[key], 1e-10, 1e-12)
                 qr, kr, vr = (case.arrays[f"in.{name}"].transpose(1, 2) for name in "qkv")
                 normalize = normalizer == "block"
-                fused = fused_mhla(qr, kr, vr, mixing, grid, offset=1e-6, normalize=normalize, eps=0.0, dtype=torch.float64).transpose(1, 2)
+                fused = fused_mhla(
+                    qr, kr, vr, mixing, grid, offset=1e-6, normalize=normalize, eps=0.0, dtype=torch.float64
+                ).transpose(1, 2)
                 assert_close(fused * (1 if normalize else scale), case.arrays[key], 1e-10, 1e-12)
             else:
-                causal = causal_mhla(q, k, v, mixing, chunk_size=case.meta["block"][0], scale=scale, normalizer=normalizer, eps=0.0)
+                causal = causal_mhla(
+                    q,
+                    k,
+                    v,
+                    mixing,
+                    chunk_size=case.meta["block"][0],
+                    scale=scale,
+                    normalizer=normalizer,
+                    eps=0.0,
+                )
                 assert isinstance(causal, Tensor)
                 assert_close(causal, case.arrays[key], 1e-10, 1e-12)
-                assert_close(streamed(q, k, v, mixing, case.meta["block"][0], scale, normalizer), case.arrays[key], 1e-10, 1e-12)
+                assert_close(
+                    streamed(q, k, v, mixing, case.meta["block"][0], scale, normalizer),
+                    case.arrays[key],
+                    1e-10,
+                    1e-12,
+                )
     init = "causal_uniform" if is_causal else "local_row"
     assert_close(initial_mixing(grid.distances(), init), case.arrays["in.mix_init"], 1e-10, 1e-12)
     if "out.A_rand" in case.arrays:
         identity = torch.eye(grid.tokens, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
-        attention = dense_mhla(q, k, identity, case.arrays["in.mix_rand"], grid.block_of_token, normalizer="none", scale=scale, causal=is_causal)
+        attention = dense_mhla(
+            q,
+            k,
+            identity,
+            case.arrays["in.mix_rand"],
+            grid.block_of_token,
+            normalizer="none",
+            scale=scale,
+            causal=is_causal,
+        )
         assert_close(attention, case.arrays["out.A_rand"], 1e-10, 1e-12)
 
 
-def streamed(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, chunk_size: int, scale: float, normalizer: str) -> Tensor:
+def streamed(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, chunk_size: int, scale: float, normalizer: str
+) -> Tensor:
     """Causal MHLA token by token; (batch, heads, tokens, dim)."""
     batch, heads, tokens, dim_k = q.shape
     blocks, dim_v = mixing.shape[-1], v.shape[-1]
-    state = init_state(batch, heads=heads, dim_k=dim_k, dim_v=dim_v, chunk_size=chunk_size, blocks=blocks, normalizer=normalizer, dtype=q.dtype)
-    return torch.stack([step_state(state, q[:, :, t] * scale, k[:, :, t], v[:, :, t], mixing, eps=0.0) for t in range(tokens)], dim=2)
+    state = init_state(
+        batch,
+        heads=heads,
+        dim_k=dim_k,
+        dim_v=dim_v,
+        chunk_size=chunk_size,
+        blocks=blocks,
+        normalizer=normalizer,
+        dtype=q.dtype,
+    )
+    return torch.stack(
+        [
+            step_state(state, q[:, :, t] * scale, k[:, :, t], v[:, :, t], mixing, eps=0.0)
+            for t in range(tokens)
+        ],
+        dim=2,
+    )
 
 
 def check_language_operator(case: Case) -> None:
@@ -102,7 +150,11 @@ def check_language_operator(case: Case) -> None:
     size = case.meta["constructor"]["chunk_size"]
     q, k, v = (case.arrays[f"in.{name}"].transpose(1, 2).requires_grad_() for name in "qkv")
     scale = q.shape[-1] ** -0.5
-    for mixing_key, key in (("in.mix", "out.chunk"), ("in.mix_init", "out.chunk_init"), ("in.mix_rand", "out.chunk_rand")):
+    for mixing_key, key in (
+        ("in.mix", "out.chunk"),
+        ("in.mix_init", "out.chunk_init"),
+        ("in.mix_rand", "out.chunk_rand"),
+    ):
         if mixing_key not in case.arrays:
             continue
         mixing, expected = case.arrays[mixing_key].requires_grad_(), case.arrays[key].transpose(1, 2)
@@ -125,7 +177,12 @@ def check_language_layer(case: Case) -> None:
     keys = CausalSelfAttention.layer_options()
     operator = {key: value for key, value in preset.items() if key not in keys}
     layer = {key: value for key, value in preset.items() if key in keys}
-    layer |= {"heads": options["num_heads"], "expand_k": options["expand_k"], "expand_v": options["expand_v"], "gate": options["use_output_gate"]}
+    layer |= {
+        "heads": options["num_heads"],
+        "expand_k": options["expand_k"],
+        "expand_v": options["expand_v"],
+        "gate": options["use_output_gate"],
+    }
     attention = CausalSelfAttention(options["hidden_size"], attention={"name": "mhla", **operator}, **layer)
     prefix = "model.layers.0.attn."
     model = build_backbone("lm_tiny")
@@ -169,7 +226,9 @@ def check_init(kind: str, counts: list[int], expected: Tensor) -> None:
     if option:
         key = f"{rule}_{option.rstrip('0123456789.')}"
         options[key] = float(kind.removeprefix(key))
-    actual = MixingMatrix(counts, rule, exp_sigma=options.get("exp_sigma", 3.0), local_thres=options.get("local_thres", 1.5)).matrix()
+    actual = MixingMatrix(
+        counts, rule, exp_sigma=options.get("exp_sigma", 3.0), local_thres=options.get("local_thres", 1.5)
+    ).matrix()
     if math.prod(counts) == 1:  # the release divides by zero there; ours is defined (SPEC P8)
         assert torch.equal(actual, torch.ones(1, 1))
         return
@@ -184,10 +243,16 @@ def release_layer(case: Case, pos_conv: str) -> SelfAttention:
     preset = dict(VISION_PRESETS["release"]["mhla"])
     layer_keys = SelfAttention.layer_options()
     layer = {key: value for key, value in preset.items() if key in layer_keys}
-    layer |= {"pos_conv": pos_conv, "qk_norm": options.get("qk_norm", False), "qkv_bias": options.get("qkv_bias", False)}
+    layer |= {
+        "pos_conv": pos_conv,
+        "qk_norm": options.get("qk_norm", False),
+        "qkv_bias": options.get("qkv_bias", False),
+    }
     operator = {key: value for key, value in preset.items() if key not in (*layer_keys, "blocks")}
     operator |= {"block_size": block, "mix_init": options.get("transform", "cos"), "mix_init_options": given}
-    attention = SelfAttention(options["dim"], options["heads"], attention={"name": "mhla", **operator}, grid=(side, side), **layer)
+    attention = SelfAttention(
+        options["dim"], options["heads"], attention={"name": "mhla", **operator}, grid=(side, side), **layer
+    )
     return attention.to(getattr(torch, case.meta["dtype"].removeprefix("torch."))).eval()
 
 
@@ -196,7 +261,10 @@ def check_release_attention(case: Case) -> None:
     layer = release_layer(case, pos_conv=f"lepe{kernel}")
     operator = layer.attention
     assert isinstance(operator, MHLA)
-    state = {our_name(f".attn.{name}").removeprefix(".attn."): value for name, value in case.group("param.").items()}
+    state = {
+        our_name(f".attn.{name}").removeprefix(".attn."): value
+        for name, value in case.group("param.").items()
+    }
     state["attention.mixing.weight"] = state["attention.mixing.weight"].flatten(1)
     if case.meta["mixing"] == "init":
         assert_close(operator.mixing.weight.float(), state["attention.mixing.weight"].float(), 1e-5, 1e-7)
@@ -211,13 +279,18 @@ def check_release_attention(case: Case) -> None:
         parameters = dict(layer.named_parameters())
         grads = torch.autograd.grad((y * case.arrays["in.cotangent"]).sum(), [x, *parameters.values()])
         assert_close(grads[0], case.arrays["grad_in.x"], *tolerance)
-        expected = {our_name(f".attn.{name}").removeprefix(".attn."): value for name, value in case.group("grad.").items()}
+        expected = {
+            our_name(f".attn.{name}").removeprefix(".attn."): value
+            for name, value in case.group("grad.").items()
+        }
         assert expected.keys() == parameters.keys()
         for name, grad in zip(parameters, grads[1:], strict=True):
             assert_close(grad, expected[name].view_as(grad), *tolerance)
 
 
-def check_intermediates(case: Case, layer: SelfAttention, operator: MHLA, tolerance: tuple[float, float]) -> None:
+def check_intermediates(
+    case: Case, layer: SelfAttention, operator: MHLA, tolerance: tuple[float, float]
+) -> None:
     heads, mid = layer.heads, case.group("mid.")
     q, k, v = (t.unflatten(0, (-1, heads)) for t in (mid["q"], mid["k"], mid["v"]))
     mixing = operator.mixing.matrix()
@@ -226,7 +299,15 @@ def check_intermediates(case: Case, layer: SelfAttention, operator: MHLA, tolera
     slot = mhla(q, k, v, mixing, normalizer="slot", eps=operator.eps)
     assert_close(slot * mid["normalizer"].unflatten(0, (-1, heads)), numerator, *tolerance)
     raster = [operator.grid.from_blocks(t) for t in (q, k, v)]
-    dense = dense_mhla(raster[0], raster[1], raster[2], mixing, operator.grid.block_of_token, normalizer="slot", eps=operator.eps)
+    dense = dense_mhla(
+        raster[0],
+        raster[1],
+        raster[2],
+        mixing,
+        operator.grid.block_of_token,
+        normalizer="slot",
+        eps=operator.eps,
+    )
     assert_close(operator.grid.to_blocks(dense), slot, *tolerance)
     assert layer.lepe is not None
     raster_v = operator.grid.from_blocks(v).transpose(1, 2).flatten(2)
@@ -238,11 +319,21 @@ def check_vit(case: Case) -> None:
     block = math.isqrt(attn["window_size"])
     image = case.arrays["in.img"]
     model = VisionTransformer(
-        attention={"name": "mhla", "preset": "release", "block_size": block, "mix_init": attn["transform"], "qk_norm": options.get("qk_norm", False)},
+        attention={
+            "name": "mhla",
+            "preset": "release",
+            "block_size": block,
+            "mix_init": attn["transform"],
+            "qk_norm": options.get("qk_norm", False),
+        },
         img_size=tuple(image.shape[-2:]),
         token_multiple=options["img_size"] // options["patch_size"] // options["piece_size"],
         in_chans=image.shape[1],
-        **{key: options[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "drop_path_rate") if key in options},
+        **{
+            key: options[key]
+            for key in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "drop_path_rate")
+            if key in options
+        },
     ).eval()
     model = model.to(image.dtype)
     model.load_state_dict(model.adapt_state_dict(case.group("param.")))
@@ -270,12 +361,19 @@ def check_dit(case: Case) -> None:
     x, t, y = (case.arrays[f"in.{name}"] for name in "xty")
     tokens = model.x_embedder(x) + model.pos_embed
     assert_close(tokens, case.arrays["mid.tokens_raster"], 1e-5, 1e-6)
-    assert_close(model.t_embedder(t) + model.y_embedder(y), case.arrays["mid.c"], 1e-4, 1e-5)  # float32 angles of up to 1000 radians
+    assert_close(
+        model.t_embedder(t) + model.y_embedder(y), case.arrays["mid.c"], 1e-4, 1e-5
+    )  # float32 angles of up to 1000 radians
     assert_close(model(x, t, y), case.arrays["out.y"], 1e-4, 1e-5)
 
     labels, expected = case.arrays["in.y_cfg"], case.arrays["out.cfg4"]
     assert torch.equal(labels[len(x) :], torch.full_like(y, model.num_classes))
-    assert_close(guided(model, labels[: len(x)], model.num_classes, Guidance(4.0))(x, t), expected[: len(x)], 1e-4, 1e-5)
+    assert_close(
+        guided(model, labels[: len(x)], model.num_classes, Guidance(4.0))(x, t),
+        expected[: len(x)],
+        1e-4,
+        1e-5,
+    )
     conditional, unconditional = (model(x, t, half) for half in labels.chunk(2))
     by_hand = unconditional + 4.0 * (conditional - unconditional)
     assert_close(by_hand[:, : model.in_channels], expected[len(x) :, : model.in_channels], 1e-4, 1e-5)
@@ -295,7 +393,9 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "video_flow": lambda case: check_flow(case.meta, case.arrays),
     "video_dpm": lambda case: check_dpm_sampler(case.meta, case.arrays),
     "video_rope": lambda case: check_rope_tables(case.meta, case.arrays),
-    "video_": lambda case: check_video_layer(case.meta, case.arrays),  # after the kinds above it, which begin alike
+    "video_": lambda case: check_video_layer(
+        case.meta, case.arrays
+    ),  # after the kinds above it, which begin alike
     "wan_full": lambda case: check_wan(case.meta, case.arrays),
     "nlp_ops": check_language_operator,
     "nlp_layer": check_language_layer,
@@ -305,5 +405,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 def test_oracle(oracle: Path) -> None:
     check = next((check for prefix, check in CHECKS.items() if oracle.stem.startswith(prefix)), None)
     if check is None:
-        pytest.skip(f"kind of '{oracle.stem}' belongs to a model family that is not built yet; kinds here: {', '.join(CHECKS)}")
+        pytest.skip(
+            f"kind of '{oracle.stem}' belongs to a model family that is not built yet; kinds here: {', '.join(CHECKS)}"
+        )
     check(load(oracle))

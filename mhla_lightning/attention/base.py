@@ -64,7 +64,9 @@ class Attention(nn.Module):
     @classmethod
     def options(cls) -> tuple[str, ...]:
         """The operator's own keys in an attention entry."""
-        return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in _SHARED_ARGUMENTS)
+        return tuple(
+            name for name in inspect.signature(cls.__init__).parameters if name not in _SHARED_ARGUMENTS
+        )
 
 
 class State(Protocol):
@@ -125,7 +127,16 @@ class CausalAttention(Attention):
         """
 
     @abstractmethod
-    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> State:
+    def init_state(
+        self,
+        batch: int,
+        *,
+        heads: int,
+        dim_k: int,
+        dim_v: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> State:
         """The state before the first token; heads are those of k and v."""
 
     @abstractmethod
@@ -144,7 +155,14 @@ class CausalAttention(Attention):
 
     @abstractmethod
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State, *, rotary: Rotary | None = None, log_decay: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: State,
+        *,
+        rotary: Rotary | None = None,
+        log_decay: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """One more token of each sequence: q, k (batch, 1, heads, dim_k), v (batch, 1, heads, dim_v) -> (batch, 1, heads, dim_v)."""
 
@@ -183,7 +201,9 @@ def positive(key: str, value: object) -> None:
 def demand_decay(log_decay: Tensor | None) -> Tensor:
     """The decays that a gated operator cannot do without. Raises UserError."""
     if log_decay is None:
-        raise UserError("decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention computes from the tokens")
+        raise UserError(
+            "decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention computes from the tokens"
+        )
     return log_decay
 
 

@@ -95,7 +95,11 @@ class ChunkedTokens:
             return F.pad(summaries[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
         count = summaries.shape[2]
         lower = (
-            self._earlier(count, summaries) if mixing is None else mixing.tril(-1) if self.chunks is None else mixing * self._earlier(count, mixing)
+            self._earlier(count, summaries)
+            if mixing is None
+            else mixing.tril(-1)
+            if self.chunks is None
+            else mixing * self._earlier(count, mixing)
         )
         if decayed:
             assert self.decay is not None
@@ -145,7 +149,9 @@ def _decay(log_decay: Tensor, tokens: int, size: int, chunks: Chunks | None, spa
     """log_decay: (batch, heads, tokens), or (heads,) where all tokens decay alike."""
     if log_decay.dim() == 1:
         # Only full chunks are read from later ones, so a short chunk's total may count places where no token stands.
-        until = log_decay[None, :, None, None] * torch.arange(1, size + 1, device=log_decay.device, dtype=log_decay.dtype)
+        until = log_decay[None, :, None, None] * torch.arange(
+            1, size + 1, device=log_decay.device, dtype=log_decay.dtype
+        )
         count = -(-tokens // size) if chunks is None else chunks.count
         return Decay(until, until[..., -1].expand(-1, -1, count), span)
     until = split(log_decay.unsqueeze(-1), size, chunks).squeeze(-1).cumsum(-1)
@@ -160,7 +166,15 @@ def real_places(tokens: ChunkedTokens) -> Tensor:
     return (torch.arange(count * size, device=tokens.k.device) < tokens.tokens).view(count, size, 1)
 
 
-def weights(mixing: Tensor, form: str, extrapolation: str | None, *, longest: int, size: int, chunks: Chunks | None = None) -> tuple[Tensor, Tensor]:
+def weights(
+    mixing: Tensor,
+    form: str,
+    extrapolation: str | None,
+    *,
+    longest: int,
+    size: int,
+    chunks: Chunks | None = None,
+) -> tuple[Tensor, Tensor]:
     """Mixing weights between the chunks of a call, broadcastable to (batch, heads, M, M), and of each chunk with itself, to (batch, heads, M).
 
     mixing: (blocks, blocks) or (heads, blocks, blocks); for the relative form (heads or 1, distances). longest: chunks of the longest document.

@@ -70,7 +70,15 @@ def lookup_attention(name: object, causal: bool = False) -> type[Attention]:
     return table[name]
 
 
-def build_attention(entry: Entry, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None, causal: bool = False) -> Attention:
+def build_attention(
+    entry: Entry,
+    *,
+    heads: int,
+    dim_k: int,
+    dim_v: int,
+    grid: Sequence[int] | None = None,
+    causal: bool = False,
+) -> Attention:
     """Builds one operator from a name or a mapping of ``name`` and the operator's own options; a causal one is a :class:`CausalAttention`.
 
     Raises:
@@ -82,18 +90,26 @@ def build_attention(entry: Entry, *, heads: int, dim_k: int, dim_v: int, grid: S
 
 
 def resolve_layers(
-    entry: Entry | Sequence[Entry], depth: int, presets: Presets, layer_options: Iterable[str], causal: bool = False
+    entry: Entry | Sequence[Entry],
+    depth: int,
+    presets: Presets,
+    layer_options: Iterable[str],
+    causal: bool = False,
 ) -> list[LayerAttention]:
     """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the paper's hybrid)."""
     entries = [entry] if isinstance(entry, (str, Mapping)) else list(entry)
     if not entries:
-        raise UserError("attention is an empty list; give at least one of: " + ", ".join(sorted(operators(causal))))
+        raise UserError(
+            "attention is an empty list; give at least one of: " + ", ".join(sorted(operators(causal)))
+        )
     options = tuple(layer_options)
     resolved = [resolve_layer(e, presets, options, causal) for e in entries]
     return [resolved[i % len(resolved)] for i in range(depth)]
 
 
-def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str], causal: bool = False) -> LayerAttention:
+def resolve_layer(
+    entry: Entry, presets: Presets, layer_options: Iterable[str], causal: bool = False
+) -> LayerAttention:
     """Fills one entry from its preset (`paper` when not named) and splits it into operator and layer options.
 
     Raises:
@@ -102,16 +118,24 @@ def resolve_layer(entry: Entry, presets: Presets, layer_options: Iterable[str], 
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name is None:
-        raise UserError(f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), got {sorted(given)}")
+        raise UserError(
+            f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), got {sorted(given)}"
+        )
     operator_keys, layer_keys = lookup_attention(name, causal).options(), tuple(layer_options)
     preset = given.pop("preset", "paper")
     if presets and preset not in presets:
         raise UserError(unknown_name("attention preset", preset, presets))
     for key in given:
         if key not in (*operator_keys, *layer_keys):
-            raise UserError(unknown_name("option", key, ("name", "preset", *operator_keys, *layer_keys), of=f"attention '{name}'"))
+            raise UserError(
+                unknown_name(
+                    "option", key, ("name", "preset", *operator_keys, *layer_keys), of=f"attention '{name}'"
+                )
+            )
     defaults = dict(presets.get(preset, {}).get(name, {}))
-    if "blocks" in given or "block_size" in given:  # the two name one thing: what is given replaces the preset's
+    if (
+        "blocks" in given or "block_size" in given
+    ):  # the two name one thing: what is given replaces the preset's
         defaults.pop("blocks", None)
         defaults.pop("block_size", None)
     options = {**defaults, **given}

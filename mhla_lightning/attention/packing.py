@@ -69,7 +69,11 @@ class Sequences:
 
     def split(self, x: Tensor, batch: int, tokens: int) -> Tensor:
         """The inverse, zeros at padding."""
-        return x.new_zeros(batch * tokens, *x.shape[2:]).index_copy(0, self.places, x[0]).unflatten(0, (batch, tokens))
+        return (
+            x.new_zeros(batch * tokens, *x.shape[2:])
+            .index_copy(0, self.places, x[0])
+            .unflatten(0, (batch, tokens))
+        )
 
 
 class Packing:
@@ -133,7 +137,10 @@ class Packing:
         first = self.real & (within == 0)
         chunk = first.long().cumsum(1) - 1
         numbers = self.positions // size
-        count, longest = (int(n) for n in torch.stack([chunk.max() + 1, torch.where(self.real, numbers, 0).max() + 1]).tolist())
+        count, longest = (
+            int(n)
+            for n in torch.stack([chunk.max() + 1, torch.where(self.real, numbers, 0).max() + 1]).tolist()
+        )
         count = max(1, count)
         places = count * size + 1
         rows = torch.arange(batch, device=chunk.device)[:, None] * places
@@ -144,4 +151,12 @@ class Packing:
         document = chunk.new_full((batch, count + 1), -1).scatter_(1, target, self.run)[:, :count]
         real = torch.zeros(batch * places, dtype=torch.bool, device=chunk.device)
         real[slot] = self.real.flatten()
-        return Chunks(size, count, longest, slot, number, document, real.view(batch, places)[:, :-1].view(batch, count, size))
+        return Chunks(
+            size,
+            count,
+            longest,
+            slot,
+            number,
+            document,
+            real.view(batch, places)[:, :-1].view(batch, count, size),
+        )

@@ -60,15 +60,32 @@ _DIT_SIZES: dict[str, dict[str, Any]] = {
 }
 
 IMAGE_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
-    f"dit_{name}{patch}": partial(DiT, patch_size=patch, **size) for name, size in _DIT_SIZES.items() for patch in (2, 4, 8)
+    f"dit_{name}{patch}": partial(DiT, patch_size=patch, **size)
+    for name, size in _DIT_SIZES.items()
+    for patch in (2, 4, 8)
 }
 
-_WAN_TINY: dict[str, Any] = {"input_size": (16, 64, 64), "patch_size": (2, 4, 4), "in_channels": 3, "embed_dim": 128, "ffn_dim": 384}
+_WAN_TINY: dict[str, Any] = {
+    "input_size": (16, 64, 64),
+    "patch_size": (2, 4, 4),
+    "in_channels": 3,
+    "embed_dim": 128,
+    "ffn_dim": 384,
+}
 
 VIDEO_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
     "wan_1_3b": VideoDiT,
     "wan_14b": partial(VideoDiT, embed_dim=5120, ffn_dim=13824, depth=40, num_heads=40),
-    "wan_tiny": partial(VideoDiT, **_WAN_TINY, depth=4, num_heads=2, freq_dim=64, text_dim=64, text_length=16, blocks=(2, 4, 4)),
+    "wan_tiny": partial(
+        VideoDiT,
+        **_WAN_TINY,
+        depth=4,
+        num_heads=2,
+        freq_dim=64,
+        text_dim=64,
+        text_length=16,
+        blocks=(2, 4, 4),
+    ),
 }
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -92,7 +109,9 @@ def register_backbone(name: str, builder: Callable[..., nn.Module]) -> None:
     BACKBONES[name] = builder
 
 
-def build_backbone(name: str, *, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", **options: Any) -> nn.Module:
+def build_backbone(
+    name: str, *, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", **options: Any
+) -> nn.Module:
     """Builds a backbone of the registry around an attention entry.
 
     Raises:
@@ -103,7 +122,9 @@ def build_backbone(name: str, *, attention: str | Mapping[str, Any] | Sequence[A
     valid = inspect.signature(BACKBONES[name]).parameters
     for key in options:
         if key not in valid:
-            raise UserError(unknown_name("option", key, [n for n in valid if n != "attention"], of=f"backbone '{name}'"))
+            raise UserError(
+                unknown_name("option", key, [n for n in valid if n != "attention"], of=f"backbone '{name}'")
+            )
     return BACKBONES[name](attention=attention, **options)
 
 
@@ -125,12 +146,20 @@ def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Mo
         pretrained_model_args: object = None,
         **options: Any,
     ) -> nn.Module:
-        facts = timm.models.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict() if pretrained_cfg else {}
+        facts = (
+            timm.models.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+            if pretrained_cfg
+            else {}
+        )
         if pretrained and not facts.get("file"):
-            raise UserError(f"timm model '{name}' has no pretrained weights to download; load your own with init_from or load_state_dict")
+            raise UserError(
+                f"timm model '{name}' has no pretrained weights to download; load your own with init_from or load_state_dict"
+            )
         model = cast(Any, build_backbone(backbone, **{"attention": attention, **options}))
         if facts:
-            model.pretrained_cfg = model.default_cfg = facts  # where timm.data.resolve_model_data_config looks
+            model.pretrained_cfg = model.default_cfg = (
+                facts  # where timm.data.resolve_model_data_config looks
+            )
         if pretrained:
             channels = model.patch_embed.proj.weight.shape[1]
             timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=_adapted)

@@ -13,14 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mhla_lightning.attention import CausalSelfAttention, LayerAttention, LayerState, MixingMatrix, Packing, resolve_layers
+from mhla_lightning.attention import (
+    CausalSelfAttention,
+    LayerAttention,
+    LayerState,
+    MixingMatrix,
+    Packing,
+    resolve_layers,
+)
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.rotary import Rotation, rotations
 from mhla_lightning.errors import UserError
 
 _LAYER = {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "gate": True, "out_norm": True}
 _LINEAR = {**_LAYER, "feature_map": "relu", "normalizer": "none", "chunk_size": 64}
-_MHLA = {**_LINEAR, "max_chunks": 32, "mix_init": "causal_local"}  # measured better than causal_uniform, see README
+_MHLA = {
+    **_LINEAR,
+    "max_chunks": 32,
+    "mix_init": "causal_local",
+}  # measured better than causal_uniform, see README
 # Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see `presets_for`.
 _SOFTMAX = {"expand_k": 1.0, "expand_v": 1.0, "gate": False, "out_norm": False, "rotary": True}
 
@@ -53,7 +64,10 @@ LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def presets_for(embed_dim: int) -> dict[str, dict[str, dict[str, Any]]]:
     """LANGUAGE_PRESETS with softmax heads of 64 channels (16 heads at 1,024), of all channels in a model narrower than 64."""
     heads = max(1, embed_dim // 64)
-    return {name: {**table, "softmax": {"heads": heads, **table["softmax"]}} for name, table in LANGUAGE_PRESETS.items()}
+    return {
+        name: {**table, "softmax": {"heads": heads, **table["softmax"]}}
+        for name, table in LANGUAGE_PRESETS.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -108,11 +122,15 @@ class DecoderLayer(nn.Module):
         dropout: after attention and MLP.
     """
 
-    def __init__(self, dim: int, hidden: int, spec: LayerAttention, context: int, norm_eps: float, dropout: float) -> None:
+    def __init__(
+        self, dim: int, hidden: int, spec: LayerAttention, context: int, norm_eps: float, dropout: float
+    ) -> None:
         super().__init__()
         options = {"norm_eps": norm_eps, "dropout": dropout, **spec.layer}
         self.attn_norm = RMSNorm(dim, eps=norm_eps)
-        self.attn = CausalSelfAttention(dim, attention={"name": spec.name, **spec.operator}, context=context, **options)
+        self.attn = CausalSelfAttention(
+            dim, attention={"name": spec.name, **spec.operator}, context=context, **options
+        )
         self.mlp_norm = RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
         self.dropout = nn.Dropout(dropout)
@@ -121,12 +139,16 @@ class DecoderLayer(nn.Module):
         """(batch, tokens, dim) -> same shape."""
         return self._mlp(x + self.attn(self.attn_norm(x), rotary=rotary, packing=packing))
 
-    def prefill(self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None) -> tuple[Tensor, LayerState]:
+    def prefill(
+        self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None
+    ) -> tuple[Tensor, LayerState]:
         """`forward`, and the state behind the last real token."""
         out, state = self.attn.prefill(self.attn_norm(x), rotary=rotary, packing=packing)
         return self._mlp(x + out), state
 
-    def step(self, x: Tensor, state: LayerState, *, rotary: Rotation | None = None) -> tuple[Tensor, LayerState]:
+    def step(
+        self, x: Tensor, state: LayerState, *, rotary: Rotation | None = None
+    ) -> tuple[Tensor, LayerState]:
         """One more token, (batch, 1, dim) -> same shape."""
         out, state = self.attn.step(self.attn_norm(x), state, rotary=rotary)
         return self._mlp(x + out), state
@@ -176,14 +198,28 @@ class CausalLM(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("vocab_size", vocab_size), ("context", context), ("embed_dim", embed_dim), ("depth", depth)):
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("context", context),
+            ("embed_dim", embed_dim),
+            ("depth", depth),
+        ):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
-        self.vocab_size, self.embed_dim, self.grid, self.rope_base = vocab_size, embed_dim, (context,), rope_base
+        self.vocab_size, self.embed_dim, self.grid, self.rope_base = (
+            vocab_size,
+            embed_dim,
+            (context,),
+            rope_base,
+        )
         hidden = 256 * math.ceil(int(embed_dim * 4 * 2 / 3) / 256) if intermediate is None else intermediate
-        specs = resolve_layers(attention, depth, presets_for(embed_dim), CausalSelfAttention.layer_options(), causal=True)
+        specs = resolve_layers(
+            attention, depth, presets_for(embed_dim), CausalSelfAttention.layer_options(), causal=True
+        )
         self.embeddings = nn.Embedding(vocab_size, embed_dim)
-        self.layers = nn.ModuleList(DecoderLayer(embed_dim, hidden, spec, context, norm_eps, dropout) for spec in specs)
+        self.layers = nn.ModuleList(
+            DecoderLayer(embed_dim, hidden, spec, context, norm_eps, dropout) for spec in specs
+        )
         self.norm = RMSNorm(embed_dim, eps=norm_eps)
         self.lm_head = None if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
         self.rotary_dims = tuple(sorted({layer.attn.dim_k for layer in self._layers() if layer.attn.rotary}))
@@ -227,7 +263,9 @@ class CausalLM(nn.Module):
         positions = torch.zeros(batch, dtype=torch.int64, device=self.head_weight.device)
         return ModelState(tuple(layer.attn.init_state(batch) for layer in self._layers()), positions)
 
-    def prefill(self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False) -> tuple[Tensor, ModelState]:
+    def prefill(
+        self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False
+    ) -> tuple[Tensor, ModelState]:
         """`forward` over prompts, and the state behind the last real token of each.
 
         Returns:
@@ -256,7 +294,10 @@ class CausalLM(nn.Module):
     def flops(self, shape: Sequence[int]) -> int:
         """Forward FLOPs of one sample, 2 a multiply-add; shape = (tokens,)."""
         tokens = math.prod(shape)
-        return sum(layer.flops(tokens) for layer in self._layers()) + 2 * tokens * self.embed_dim * self.vocab_size
+        return (
+            sum(layer.flops(tokens) for layer in self._layers())
+            + 2 * tokens * self.embed_dim * self.vocab_size
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)."""
@@ -281,13 +322,21 @@ class CausalLM(nn.Module):
     def _layers(self) -> list[DecoderLayer]:
         return [cast(DecoderLayer, layer) for layer in self.layers]
 
-    def _places(self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None) -> tuple[Packing | None, dict[int, Rotation]]:
+    def _places(
+        self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None
+    ) -> tuple[Packing | None, dict[int, Rotation]]:
         """The packing of a batch and the rotations of its positions, made once for all layers."""
         for name, given in (("mask", mask), ("documents", documents)):
             if given is not None and given.shape != tokens.shape:
-                raise UserError(f"{name} is {tuple(given.shape)} and tokens are {tuple(tokens.shape)}; they must be equal")
+                raise UserError(
+                    f"{name} is {tuple(given.shape)} and tokens are {tuple(tokens.shape)}; they must be equal"
+                )
         packing = Packing.of(mask, documents)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if packing is None else packing.positions
+        positions = (
+            torch.arange(tokens.shape[1], device=tokens.device)[None]
+            if packing is None
+            else packing.positions
+        )
         return packing, self._rotations(positions)
 
     def _rotations(self, positions: Tensor) -> dict[int, Rotation]:

@@ -47,9 +47,13 @@ class ConvNet(nn.Module):
             raise UserError(f"model.attention is {attention}, and a convnet has no attention; write none")
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(rows, columns) < _STRIDE:
-            raise UserError(f"img_size {img_size} is below {_STRIDE} pixels, and nothing is left of it after two halvings")
+            raise UserError(
+                f"img_size {img_size} is below {_STRIDE} pixels, and nothing is left of it after two halvings"
+            )
         if len(widths) != 3 or min(widths) < 1:
-            raise UserError(f"widths is {list(widths)}; a convnet has three stages of at least one channel, for example [32, 64, 128]")
+            raise UserError(
+                f"widths is {list(widths)}; a convnet has three stages of at least one channel, for example [32, 64, 128]"
+            )
         self.img_size = (rows, columns)
         self.grid = (math.ceil(math.ceil(rows / 2) / 2), math.ceil(math.ceil(columns / 2) / 2))
         layers: list[nn.Module] = []
@@ -77,7 +81,9 @@ class ConvNet(nn.Module):
     def flops(self, shape: Sequence[int]) -> int:
         """Forward FLOPs of one image of `img_size`, 2 a multiply-add; shape must be the grid."""
         if tuple(shape) != self.grid:
-            raise UserError(f"this convnet of img_size {self.img_size} has a last stage of {self.grid}, not {tuple(shape)}")
+            raise UserError(
+                f"this convnet of img_size {self.img_size} has a last stage of {self.grid}, not {tuple(shape)}"
+            )
         rows, columns = self.img_size
         total = 0
         for layer in self.stages:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import BlockGrid, LayerAttention, MixingMatrix, SelfAttention, resolve_layers
-from mhla_lightning.backbones.layers import BlockOrderConv, ConditionalPosition, LabelEmbedder, TimestepEmbedder, grid_sinusoid, modulate
+from mhla_lightning.backbones.layers import (
+    BlockOrderConv,
+    ConditionalPosition,
+    LabelEmbedder,
+    TimestepEmbedder,
+    grid_sinusoid,
+    modulate,
+)
 from mhla_lightning.backbones.vit import our_name as vit_name
 from mhla_lightning.errors import UserError
 
@@ -25,7 +32,14 @@ DIT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "softmax": _PLAIN,
         "linear": _LINEAR,
-        "mhla": {**_PLAIN, "blocks": 4, "normalizer": "block", "mix_init": "local_row", "pos_conv": "cpe3", "gate": True},
+        "mhla": {
+            **_PLAIN,
+            "blocks": 4,
+            "normalizer": "block",
+            "mix_init": "local_row",
+            "pos_conv": "cpe3",
+            "gate": True,
+        },
     },
     "release": {
         "softmax": _PLAIN,
@@ -85,10 +99,17 @@ class DiT(nn.Module):
         self.input_size = _two_sides(input_size)
         self.grid = token_grid(self.input_size, patch_size)
         if embed_dim % 4:
-            raise UserError(f"embed_dim {embed_dim} is no multiple of 4, which sine-cosine positions on two axes need")
+            raise UserError(
+                f"embed_dim {embed_dim} is no multiple of 4, which sine-cosine positions on two axes need"
+            )
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}; it must be at least 1")
-        self.patch_size, self.in_channels, self.num_classes, self.embed_dim = patch_size, in_channels, num_classes, embed_dim
+        self.patch_size, self.in_channels, self.num_classes, self.embed_dim = (
+            patch_size,
+            in_channels,
+            num_classes,
+            embed_dim,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         layers = resolve_layers(attention, depth, DIT_PRESETS, SelfAttention.layer_options())
         self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, embed_dim)
@@ -96,7 +117,9 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, embed_dim)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", grid_sinusoid(self.grid, embed_dim)[None])
-        self.blocks = nn.ModuleList(DiTBlock(embed_dim, num_heads, mlp_ratio, spec, self.grid, dwconv) for spec in layers)
+        self.blocks = nn.ModuleList(
+            DiTBlock(embed_dim, num_heads, mlp_ratio, spec, self.grid, dwconv) for spec in layers
+        )
         self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_channels)
         self.checkpointing = False
         self._initialise()
@@ -125,10 +148,14 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         wanted = (self.in_channels, *self.input_size)
         if tuple(x.shape[1:]) != wanted:
-            raise UserError(f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes (channels, height, width) = {wanted}")
+            raise UserError(
+                f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes (channels, height, width) = {wanted}"
+            )
         for name, given in (("times", t), ("labels", y)):
             if given.shape != x.shape[:1]:
-                raise UserError(f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)")
+                raise UserError(
+                    f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)"
+                )
         if y.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_labels(y)
 
@@ -137,7 +164,9 @@ class DiT(nn.Module):
         wrong = y[(y < 0) | (y > self.num_classes)]
         if len(wrong):
             last = self.num_classes - 1
-            raise UserError(f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and {self.num_classes} is the null label")
+            raise UserError(
+                f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and {self.num_classes} is the null label"
+            )
 
     def _initialise(self) -> None:
         """SPEC 4.2: branches and output start at zero, convolutions of the release as the identity; mixing matrices stay."""
@@ -176,7 +205,9 @@ class DiT(nn.Module):
         width = adapted.get("x_embedder.proj.bias")
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
-            raise UserError(f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, and this DiT needs {needed}")
+            raise UserError(
+                f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, and this DiT needs {needed}"
+            )
         if "pos_embed" in adapted and adapted["pos_embed"].shape != self.pos_embed.shape:
             del adapted["pos_embed"]
         return {name: _our_shape(name, value) for name, value in adapted.items()}
@@ -192,11 +223,15 @@ class DiTBlock(nn.Module):
         dwconv: see :class:`DiT`.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, spec: LayerAttention, grid: Sequence[int], dwconv: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, spec: LayerAttention, grid: Sequence[int], dwconv: bool
+    ) -> None:
         super().__init__()
         self.grid = tuple(grid)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.attn = SelfAttention(
+            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]  # timm calls it
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -252,7 +287,9 @@ def token_grid(input_size: Sequence[int], patch_size: int) -> tuple[int, int]:
     for side in input_size:
         if side % patch_size or side < 1:
             fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n > 0]
-            raise UserError(f"input_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit)) or patch_size}")
+            raise UserError(
+                f"input_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit)) or patch_size}"
+            )
     return input_size[0] // patch_size, input_size[1] // patch_size
 
 

@@ -53,7 +53,9 @@ class BlockOrderConv(DepthwiseConv):
     def __init__(self, dim: int, blocks: BlockGrid | None, tokens: int) -> None:
         super().__init__(dim, axes=2, kernel_size=3)
         if math.isqrt(tokens) ** 2 != tokens:
-            raise UserError(f"dwconv lays the tokens out as a square, and {tokens} is no square number; take pos_conv: cpe3")
+            raise UserError(
+                f"dwconv lays the tokens out as a square, and {tokens} is no square number; take pos_conv: cpe3"
+            )
         if blocks is not None and not blocks.even:
             raise UserError(f"dwconv needs full blocks, and {blocks} has short ones; take pos_conv: cpe3")
         self.blocks, self.side = blocks, math.isqrt(tokens)
@@ -64,7 +66,9 @@ class BlockOrderConv(DepthwiseConv):
         if self.blocks is None:
             return super().forward(x, square)
         out = super().forward(self.blocks.to_blocks(x).flatten(1, 2), square)
-        return self.blocks.from_blocks(out.unflatten(1, (self.blocks.num_blocks, self.blocks.tokens_per_block)))
+        return self.blocks.from_blocks(
+            out.unflatten(1, (self.blocks.num_blocks, self.blocks.tokens_per_block))
+        )
 
 
 class TimestepEmbedder(nn.Module):
@@ -162,7 +166,9 @@ def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu"
     """(tokens, 1, dim / 2) complex128 in raster order: what :class:`GridRotation` multiplies with, e^(i angle)."""
     pairs = dim // 2
     by_axis = []
-    for axis, (count, own) in enumerate(zip(grid, (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3), strict=True)):
+    for axis, (count, own) in enumerate(
+        zip(grid, (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3), strict=True)
+    ):
         frequency = 10000.0 ** (-torch.arange(own, dtype=torch.float64, device=device) / max(own, 1))
         angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequency
         shape = [1, 1, 1, own]

@@ -20,7 +20,9 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1).to(x.dtype)
+        return torch.cat(
+            [first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1
+        ).to(x.dtype)
 
 
 def rotations(positions: Tensor, dims: Iterable[int], base: float, dtype: torch.dtype) -> dict[int, Rotation]:
@@ -32,7 +34,10 @@ def rotations(positions: Tensor, dims: Iterable[int], base: float, dtype: torch.
         base: the longest wave is 2 pi `base` tokens.
         dtype: of the activations; angles are float64 for float64, else float32.
     """
-    return {dim: _rotation(positions, dim, base, torch.float64 if dtype == torch.float64 else torch.float32) for dim in dims}
+    return {
+        dim: _rotation(positions, dim, base, torch.float64 if dtype == torch.float64 else torch.float32)
+        for dim in dims
+    }
 
 
 def _rotation(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Rotation:

@@ -12,9 +12,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mhla_lightning.attention import BlockGrid, DepthwiseConv, LayerAttention, MixingMatrix, Rotary, SelfAttention, resolve_layers
+from mhla_lightning.attention import (
+    BlockGrid,
+    DepthwiseConv,
+    LayerAttention,
+    MixingMatrix,
+    Rotary,
+    SelfAttention,
+    resolve_layers,
+)
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
-from mhla_lightning.backbones.layers import ConditionalPosition, CrossAttention, GridRotation, modulate, time_sinusoid
+from mhla_lightning.backbones.layers import (
+    ConditionalPosition,
+    CrossAttention,
+    GridRotation,
+    modulate,
+    time_sinusoid,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.wan_names import from_wan
 
@@ -25,8 +39,16 @@ _LINEAR = {**_WAN, "feature_map": "relu"}  # SPEC 6.9
 _MHLA = {**_WAN, "blocks": (3, 5, 10), "normalizer": "none", "out_norm": True}
 
 VIDEO_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"softmax": _WAN, "linear": _LINEAR, "mhla": {**_MHLA, "mix_init": "local_row", "mix_clamp": (0.0, 1.0)}},
-    "release": {"softmax": _WAN, "linear": _LINEAR, "mhla": {**_MHLA, "mix_init": "const", "mix_clamp": None}},
+    "paper": {
+        "softmax": _WAN,
+        "linear": _LINEAR,
+        "mhla": {**_MHLA, "mix_init": "local_row", "mix_clamp": (0.0, 1.0)},
+    },
+    "release": {
+        "softmax": _WAN,
+        "linear": _LINEAR,
+        "mhla": {**_MHLA, "mix_init": "const", "mix_clamp": None},
+    },
 }
 """preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video). `release` starts every mixing weight at 1e-6 and never clamps (V6, V7)."""
 
@@ -75,21 +97,45 @@ class VideoDiT(nn.Module):
         self.input_size, self.patch_size = _three("input_size", input_size), _three("patch_size", patch_size)
         self._layouts: list[_Layout] = []
         self.grid = self.check_size(self.input_size)
-        sizes = {"embed_dim": embed_dim, "ffn_dim": ffn_dim, "depth": depth, "num_heads": num_heads, "in_channels": in_channels}
-        for key, value in {**sizes, "freq_dim": freq_dim, "text_dim": text_dim, "text_length": text_length}.items():
+        sizes = {
+            "embed_dim": embed_dim,
+            "ffn_dim": ffn_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "in_channels": in_channels,
+        }
+        for key, value in {
+            **sizes,
+            "freq_dim": freq_dim,
+            "text_dim": text_dim,
+            "text_length": text_length,
+        }.items():
             positive(key, value)
         if embed_dim % (2 * num_heads):
-            raise UserError(f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary positions need")
+            raise UserError(
+                f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary positions need"
+            )
         if freq_dim % 2:
             raise UserError(f"freq_dim is {freq_dim}; it must be even: half cosines, half sines")
         self.in_channels = self.out_channels = in_channels
-        self.embed_dim, self.freq_dim, self.text_dim, self.text_length = embed_dim, freq_dim, text_dim, text_length
+        self.embed_dim, self.freq_dim, self.text_dim, self.text_length = (
+            embed_dim,
+            freq_dim,
+            text_dim,
+            text_length,
+        )
         layers = resolve_layers(attention, depth, _presets(blocks), SelfAttention.layer_options())
         self.patch_embedding = nn.Conv3d(in_channels, embed_dim, self.patch_size, self.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, embed_dim), nn.GELU(approximate="tanh"), nn.Linear(embed_dim, embed_dim))
-        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, embed_dim), nn.GELU(approximate="tanh"), nn.Linear(embed_dim, embed_dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(freq_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 6 * embed_dim))
-        self.blocks = nn.ModuleList(VideoBlock(embed_dim, num_heads, ffn_dim, spec, self.grid) for spec in layers)
+        self.blocks = nn.ModuleList(
+            VideoBlock(embed_dim, num_heads, ffn_dim, spec, self.grid) for spec in layers
+        )
         self.head = Head(embed_dim, math.prod(self.patch_size) * in_channels)
         self._layouts = _layouts(layers, self.grid)
         self.checkpointing = False
@@ -118,7 +164,9 @@ class VideoDiT(nn.Module):
         rotary = GridRotation(grid, self.embed_dim // cast(VideoBlock, self.blocks[0]).attn.heads, x.device)
         for block in self.blocks:
             if self.checkpointing and self.training:
-                tokens = cast(Tensor, checkpoint(block, tokens, modulation, text, rotary, grid, use_reentrant=False))
+                tokens = cast(
+                    Tensor, checkpoint(block, tokens, modulation, text, rotary, grid, use_reentrant=False)
+                )
             else:
                 tokens = block(tokens, modulation, text, rotary, grid)
         return self._to_video(self.head(tokens, time), grid)
@@ -143,10 +191,19 @@ class VideoDiT(nn.Module):
             wanted = f"(batch, {self.in_channels}, frames, height, width)"
             raise UserError(f"latents of shape {tuple(x.shape)} do not fit this model, which takes {wanted}")
         if t.shape != x.shape[:1]:
-            raise UserError(f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)")
-        if text.dim() != 3 or len(text) != len(x) or text.shape[1] > self.text_length or text.shape[2] != self.text_dim:
+            raise UserError(
+                f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)"
+            )
+        if (
+            text.dim() != 3
+            or len(text) != len(x)
+            or text.shape[1] > self.text_length
+            or text.shape[2] != self.text_dim
+        ):
             wanted = f"({len(x)}, at most {self.text_length}, {self.text_dim})"
-            raise UserError(f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, channels) = {wanted}")
+            raise UserError(
+                f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, channels) = {wanted}"
+            )
         return self.check_size(tuple(x.shape[2:]))
 
     def check_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -165,7 +222,10 @@ class VideoDiT(nn.Module):
                 raise UserError(
                     f"latents of {shape} (frames, height, width) do not fit patches of {self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}"
                 )
-        return cast(tuple[int, int, int], tuple(size // patch for size, patch in zip(shape, self.patch_size, strict=True)))
+        return cast(
+            tuple[int, int, int],
+            tuple(size // patch for size, patch in zip(shape, self.patch_size, strict=True)),
+        )
 
     def nearest(self, axis: int, size: int) -> tuple[int, ...]:
         """Latent sizes along an axis (0 frames, 1 height, 2 width) that work: `size` alone where it does, else the next below and above it."""
@@ -174,7 +234,14 @@ class VideoDiT(nn.Module):
             return (size,)
         down = next((n for n in range((size - 1) // patch, 0, -1) if self._fits(axis, n)), None)
         first = max(1, size // patch + 1)
-        up = next((n for n in range(first, 2 * first + 4 * self.grid[axis] if self._layouts else first + 1) if self._fits(axis, n)), None)
+        up = next(
+            (
+                n
+                for n in range(first, 2 * first + 4 * self.grid[axis] if self._layouts else first + 1)
+                if self._fits(axis, n)
+            ),
+            None,
+        )
         return tuple(n * patch for n in (down, up) if n is not None)
 
     def _fits(self, axis: int, tokens: int) -> bool:
@@ -185,7 +252,9 @@ class VideoDiT(nn.Module):
         """Wan2.1's: Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output zero. Depthwise convolutions, which Wan has
         not, start at zero: a fresh one changes nothing. Mixing matrices, norms and modulations (N(0, 1 / dim)) stay."""
         # apply(), because under ZeRO-3 it gathers each module's weights around the call.
-        self.apply(partial(_initialise, small={*self.text_embedding, *self.time_embedding}, zero={self.head.head}))
+        self.apply(
+            partial(_initialise, small={*self.text_embedding, *self.time_embedding}, zero={self.head.head})
+        )
 
     def flops(self, shape: Sequence[int]) -> int:
         """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
@@ -193,12 +262,23 @@ class VideoDiT(nn.Module):
         ends = 2 * tokens * (self.patch_embedding.weight.numel() + self.head.head.weight.numel())
         text = self.text_length * _linear_flops(self.text_embedding)
         time = _linear_flops(self.time_embedding) + _linear_flops(self.time_projection)
-        return ends + text + time + sum(cast(VideoBlock, block).flops(shape, self.text_length) for block in self.blocks)
+        return (
+            ends
+            + text
+            + time
+            + sum(cast(VideoBlock, block).flops(shape, self.text_length) for block in self.blocks)
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4) and modulations, which are offsets."""
-        mixing = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
-        return mixing | {f"{name}.modulation" for name, module in self.named_modules() if isinstance(module, (VideoBlock, Head))}
+        mixing = {
+            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
+        }
+        return mixing | {
+            f"{name}.modulation"
+            for name, module in self.named_modules()
+            if isinstance(module, (VideoBlock, Head))
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every block in the backward to save memory."""
@@ -214,7 +294,9 @@ class VideoDiT(nn.Module):
         width = adapted.get("patch_embedding.bias")
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
-            raise UserError(f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, and this model needs {needed}")
+            raise UserError(
+                f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, and this model needs {needed}"
+            )
         return adapted
 
 
@@ -233,12 +315,18 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.attn = SelfAttention(
+            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.cross_attn = CrossAttention(dim, heads)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+        )
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]
+    ) -> Tensor:
         """x (batch, tokens, dim) in raster order, modulation (batch, 6, dim) in float32, text (batch, rows, dim) -> (batch, tokens, dim)"""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
         attended = self.attn(_modulated(self.norm1, x, shift1, scale1), grid=grid, rotary=rotary)
@@ -251,7 +339,12 @@ class VideoBlock(nn.Module):
         """Of one sample's forward with `rows` rows of text."""
         tokens = math.prod(grid)
         convolution = 0 if self.cpe is None else self.cpe.flops(tokens)
-        return self._layer(grid).flops(grid) + self.cross_attn.flops(tokens, rows) + tokens * _linear_flops(self.ffn) + convolution
+        return (
+            self._layer(grid).flops(grid)
+            + self.cross_attn.flops(tokens, rows)
+            + tokens * _linear_flops(self.ffn)
+            + convolution
+        )
 
     def _layer(self, grid: Sequence[int]) -> SelfAttention:
         """The attention layer as laid out for a grid: how much short blocks are filled up depends on it."""
@@ -259,7 +352,9 @@ class VideoBlock(nn.Module):
             return self.attn
         with torch.device("meta"):
             entry = {"name": self.spec.name, **self.spec.operator}
-            return SelfAttention(self.attn.dim, self.attn.heads, attention=entry, grid=grid, **self.spec.layer)
+            return SelfAttention(
+                self.attn.dim, self.attn.heads, attention=entry, grid=grid, **self.spec.layer
+            )
 
 
 class Head(nn.Module):
@@ -311,7 +406,9 @@ def _layouts(layers: Sequence[LayerAttention], grid: Sequence[int]) -> list[_Lay
     """One a partition that occurs in the layers."""
     found: dict[str, _Layout] = {}
     for spec in layers:
-        partition = {key: spec.operator[key] for key in ("blocks", "block_size") if spec.operator.get(key) is not None}
+        partition = {
+            key: spec.operator[key] for key in ("blocks", "block_size") if spec.operator.get(key) is not None
+        }
         full = spec.operator.get("normalizer") == "slot"  # pairs queries by their place in the block
         if partition:
             found.setdefault(f"{partition} {full}", _Layout(partition, grid, full))
@@ -321,7 +418,10 @@ def _layouts(layers: Sequence[LayerAttention], grid: Sequence[int]) -> list[_Lay
 def _presets(blocks: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
     """VIDEO_PRESETS with these blocks wherever it has some."""
     return {
-        preset: {name: {**options, "blocks": tuple(blocks)} if "blocks" in options else options for name, options in entries.items()}
+        preset: {
+            name: {**options, "blocks": tuple(blocks)} if "blocks" in options else options
+            for name, options in entries.items()
+        }
         for preset, entries in VIDEO_PRESETS.items()
     }
 
@@ -357,5 +457,7 @@ def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module
             nn.init.normal_(module.weight, std=0.02)
         else:
             nn.init.xavier_uniform_(module.weight)
-    elif isinstance(module, nn.Conv3d) and module.groups == 1:  # the patches, as one Linear; its bias stays torch's, as in Wan2.1
+    elif (
+        isinstance(module, nn.Conv3d) and module.groups == 1
+    ):  # the patches, as one Linear; its bias stays torch's, as in Wan2.1
         nn.init.xavier_uniform_(module.weight.flatten(1))

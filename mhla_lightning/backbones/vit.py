@@ -18,7 +18,14 @@ from mhla_lightning.attention import LayerAttention, MixingMatrix, SelfAttention
 from mhla_lightning.backbones.layers import ConditionalPosition
 from mhla_lightning.errors import UserError
 
-_LINEAR = {"feature_map": "relu", "qk_norm": True, "qk_norm_eps": 1e-6, "qkv_bias": False, "pos_conv": "none", "inner_norm": False}
+_LINEAR = {
+    "feature_map": "relu",
+    "qk_norm": True,
+    "qk_norm_eps": 1e-6,
+    "qkv_bias": False,
+    "pos_conv": "none",
+    "inner_norm": False,
+}
 _MHLA = {"blocks": 4, "qk_norm": True, "qkv_bias": False, "pos_conv": "lepe5"}
 _SOFTMAX = {"qkv_bias": True}
 
@@ -26,12 +33,24 @@ VISION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "softmax": _SOFTMAX,
         "linear": _LINEAR,
-        "mhla": {**_MHLA, "normalizer": "block", "mix_init": "local_row", "inner_norm": False, "qk_norm_eps": 1e-6},
+        "mhla": {
+            **_MHLA,
+            "normalizer": "block",
+            "mix_init": "local_row",
+            "inner_norm": False,
+            "qk_norm_eps": 1e-6,
+        },
     },
     "release": {
         "softmax": _SOFTMAX,
         "linear": _LINEAR,
-        "mhla": {**_MHLA, "normalizer": "slot", "mix_init": "linear", "inner_norm": True, "qk_norm_eps": None},
+        "mhla": {
+            **_MHLA,
+            "normalizer": "slot",
+            "mix_init": "linear",
+            "inner_norm": True,
+            "qk_norm_eps": None,
+        },
     },
 }
 """preset -> operator -> options (SPEC section 9, classification)."""
@@ -100,7 +119,9 @@ class VisionTransformer(TimmVisionTransformer):
     def _pad(self, x: Tensor) -> Tensor:
         full = self.patch_embed.img_size
         if tuple(x.shape[-2:]) not in (self.img_size, tuple(full)):
-            raise UserError(f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size {self.img_size} (padded {tuple(full)})")
+            raise UserError(
+                f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size {self.img_size} (padded {tuple(full)})"
+            )
         spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
         return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
 
@@ -111,25 +132,38 @@ class VisionTransformer(TimmVisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay besides timm's norms and biases: positions and mixing matrices (SPEC 1.4)."""
-        mixing = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+        mixing = {
+            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
+        }
         return {"pos_embed", *mixing}
 
     def flops(self, shape: Sequence[int]) -> int:
         """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
         tokens, dim = math.prod(shape), self.embed_dim
         patch = 2 * tokens * self.patch_embed.proj.weight.numel()
-        return patch + sum(cast(MixedBlock, block).flops(shape) for block in self.blocks) + 2 * dim * self.num_classes
+        return (
+            patch
+            + sum(cast(MixedBlock, block).flops(shape) for block in self.blocks)
+            + 2 * dim * self.num_classes
+        )
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of timm's ViTs and of the MHLA authors under our names, position embedding resampled to this grid."""
         adapted = {our_name(name): value for name, value in state.items()}
         adapted = {
-            name: value.flatten(2).squeeze(-1) if name.endswith("mixing.weight") and value.dim() == 4 else value for name, value in adapted.items()
+            name: value.flatten(2).squeeze(-1)
+            if name.endswith("mixing.weight") and value.dim() == 4
+            else value
+            for name, value in adapted.items()
         }
         position = adapted.get("pos_embed")
         if position is not None and position.shape[1] != math.prod(self.grid):
-            prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2  # class and distillation tokens stand before a square grid
-            adapted["pos_embed"] = resample_abs_pos_embed(position[:, prefix:], list(self.grid), num_prefix_tokens=0)
+            prefix = (
+                position.shape[1] - math.isqrt(position.shape[1]) ** 2
+            )  # class and distillation tokens stand before a square grid
+            adapted["pos_embed"] = resample_abs_pos_embed(
+                position[:, prefix:], list(self.grid), num_prefix_tokens=0
+            )
         return adapted
 
 
@@ -160,7 +194,9 @@ class MixedBlock(Block):
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
-        self.attn = SelfAttention(dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer)
+        self.attn = SelfAttention(
+            dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.register_buffer("token_mask", token_mask, persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -172,7 +208,11 @@ class MixedBlock(Block):
 
     def flops(self, grid: Sequence[int]) -> int:
         tokens = math.prod(grid)
-        mlp = 2 * tokens * sum(layer.weight.numel() for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
+        mlp = (
+            2
+            * tokens
+            * sum(layer.weight.numel() for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
+        )
         cpe = self.cpe.flops(tokens) if self.cpe is not None else 0
         return cast(SelfAttention, self.attn).flops(grid) + mlp + cpe
 
@@ -186,7 +226,9 @@ def padded_grid(img_size: Sequence[int], patch_size: int, token_multiple: int) -
     for side in img_size:
         if side % patch_size:
             fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n]
-            raise UserError(f"img_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit))}")
+            raise UserError(
+                f"img_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit))}"
+            )
     rows, columns = (math.ceil(side // patch_size / token_multiple) * token_multiple for side in img_size)
     return rows, columns
 

@@ -20,7 +20,11 @@ from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.planning.memory import peak_bytes
 
 VAE_STRIDE = 8  # pixels a side of one latent pixel of Stable Diffusion's VAE
-WAN_STRIDE = (4, 8, 8)  # frames, rows and columns of one latent pixel of Wan2.1's VAE; the first frame stands alone
+WAN_STRIDE = (
+    4,
+    8,
+    8,
+)  # frames, rows and columns of one latent pixel of Wan2.1's VAE; the first frame stands alone
 
 Size = int | tuple[int, int, int]
 """Pixels a side of an image, or (frames, height, width) of a clip."""
@@ -71,8 +75,12 @@ def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
     near = [1 + WAN_STRIDE[0] * round((frames - 1) / WAN_STRIDE[0])]
     near += [16 * max(1, round(side / 16)) for side in (height, width)]  # the VAE's 8 times the patch's 2
     if list(clip) != near:
-        raise UserError(f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of 16; use {video_name(near)}")
-    return {"input_size": ((frames - 1) // WAN_STRIDE[0] + 1, height // WAN_STRIDE[1], width // WAN_STRIDE[2])}
+        raise UserError(
+            f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of 16; use {video_name(near)}"
+        )
+    return {
+        "input_size": ((frames - 1) // WAN_STRIDE[0] + 1, height // WAN_STRIDE[1], width // WAN_STRIDE[2])
+    }
 
 
 def _pixel_options(clip: tuple[int, int, int]) -> dict[str, Any]:
@@ -92,7 +100,9 @@ def video_name(clip: Sequence[int]) -> str:
 def blocks_for(grid: tuple[int, ...]) -> int:
     """Blocks per axis, the same on every axis, so that M^2 <= N: the most that every axis takes, full ones if those are at least half as many."""
     tokens, axes = torch.Size(grid).numel(), len(grid)
-    fitting = [count for count in range(1, min(grid) + 1) if count ** (2 * axes) <= tokens and _takes(grid, count)]
+    fitting = [
+        count for count in range(1, min(grid) + 1) if count ** (2 * axes) <= tokens and _takes(grid, count)
+    ]
     full = [count for count in fitting if BlockGrid(grid, count).even]
     return full[-1] if 2 * full[-1] >= fitting[-1] else fitting[-1]
 
@@ -116,7 +126,16 @@ def layout_for(grid: tuple[int, ...]) -> tuple[int, ...]:
     return max((layout for layout in layouts if 2 * math.prod(layout) >= most), key=worth)
 
 
-IMAGES = Family("res", "images", (256, 512, 1024, 2048), "[softmax, linear, mhla]", "cpe3", _latent_options, _latent_inputs, blocks_for)
+IMAGES = Family(
+    "res",
+    "images",
+    (256, 512, 1024, 2048),
+    "[softmax, linear, mhla]",
+    "cpe3",
+    _latent_options,
+    _latent_inputs,
+    blocks_for,
+)
 WAN = Family(
     key="video",
     unit="clips",
@@ -147,7 +166,9 @@ def family_of(backbone: str) -> Family:
 def token_grid(backbone: str, options: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens per axis of a backbone with these options, which is not built."""
     with torch.device("meta"):
-        return tuple(cast(Backbone, build_backbone(backbone, attention="softmax", **{**options, "depth": 1})).grid)
+        return tuple(
+            cast(Backbone, build_backbone(backbone, attention="softmax", **{**options, "depth": 1})).grid
+        )
 
 
 def layers_of(backbone: str) -> int:
@@ -177,7 +198,9 @@ def make_case(
     def make() -> tuple[nn.Module, Callable[[], Any], Callable[[], None]]:
         model = build_backbone(backbone, attention=attention, **options)
         inputs = tuple(x.to(device) for x in family.inputs(model, batch))
-        model = (model if device.type == "cpu" else model.to(device)).train()  # tensors without data refuse .to(), even to where they are
+        model = (
+            model if device.type == "cpu" else model.to(device)
+        ).train()  # tensors without data refuse .to(), even to where they are
         if checkpointing:
             cast(Any, model).set_grad_checkpointing(True)
         return model, *_work(model, inputs, device, bf16)
@@ -191,10 +214,19 @@ def make_case(
             peak = peak_bytes(make()[2], device)
     else:
         peak = peak_bytes(step, device)
-    return Case(label, tokens, batch * facts.flops(facts.grid), forward if family.by_layer else None, step, peak_bytes=peak)
+    return Case(
+        label,
+        tokens,
+        batch * facts.flops(facts.grid),
+        forward if family.by_layer else None,
+        step,
+        peak_bytes=peak,
+    )
 
 
-def _work(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, bf16: bool) -> tuple[Callable[[], Any], Callable[[], None]]:
+def _work(
+    model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, bf16: bool
+) -> tuple[Callable[[], Any], Callable[[], None]]:
     """A forward without gradients, and a training step."""
 
     def autocast() -> AbstractContextManager[Any]:

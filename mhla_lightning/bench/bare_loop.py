@@ -38,15 +38,22 @@ class BareLoop:
         self.task, self.clock, self.losses = task, SourceClock(), list[Tensor]()
         self.clock.device = device
         self._device, self._mixed = device, trainer.precision == "bf16-mixed"
-        self._clip, self._by_value = trainer.gradient_clip_val or 0.0, trainer.gradient_clip_algorithm == "value"
+        self._clip, self._by_value = (
+            trainer.gradient_clip_val or 0.0,
+            trainer.gradient_clip_algorithm == "value",
+        )
         task.trainer = trainer
         built = cast(Any, task.configure_optimizers())
         task.trainer = None
         task.log = lambda *_, **__: None  # type: ignore[method-assign]  # nobody logs here
         self.optimizer, self._schedule = built["optimizer"], built["lr_scheduler"]["scheduler"]
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._parameters = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
         self._mixing = [module for module in task.modules() if isinstance(module, MixingMatrix)]
-        self.averages = [Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)]
+        self.averages = [
+            Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)
+        ]
         self._rng = _rng_state(device)
 
     def step(self, batches: Sequence[Batch]) -> None:
@@ -63,7 +70,10 @@ class BareLoop:
         timed = self.clock.profile
         for number, batch in enumerate(batches):
             with timed(sources.DATA):
-                batch = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+                batch = {
+                    name: value.to(self._device) if isinstance(value, Tensor) else value
+                    for name, value in batch.items()
+                }
             with timed(sources.FORWARD), self._autocast():
                 loss = cast(Tensor, self.task.training_step(batch, number))
             if number == 0:
@@ -115,7 +125,9 @@ class Average:
         """After an optimizer step."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates)) if self._warmup else self._decay
-        torch._foreach_lerp_(list(self.average.values()), [weight.float() for weight in self.weights.values()], 1 - decay)
+        torch._foreach_lerp_(
+            list(self.average.values()), [weight.float() for weight in self.weights.values()], 1 - decay
+        )
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

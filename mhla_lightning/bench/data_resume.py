@@ -41,7 +41,9 @@ def make_many(folder: Path, shards: int, samples: int, on_shard: Callable[[], ob
 def measure_resume(folder: Path, position: int, workers: int) -> dict[str, Any]:
     """Seconds from a constructed data module, set to `position`, to its first batch, and the anonymous memory of this process and of its workers."""
     plain = Augmentation(auto_augment=None, re_prob=0.0, color_jitter=None)
-    module = ImageDataModule(str(folder), batch_size=256, image_size=8, num_workers=workers, augmentation=plain)
+    module = ImageDataModule(
+        str(folder), batch_size=256, image_size=8, num_workers=workers, augmentation=plain
+    )
     state = {"consumed": position}
     others, before, start = set(_children()), anonymous_bytes(os.getpid()), time.perf_counter()
     module.load_state_dict(state)
@@ -79,9 +81,13 @@ def _children() -> list[int]:
 def _template(samples: int) -> tuple[bytes, np.ndarray]:
     image, tar = io.BytesIO(), io.BytesIO()
     Image.new("L", (8, 8)).save(image, format="PNG")
-    with TarWriter(tar, user="mhla", group="mhla", mode=0o444, mtime=0, encoder=False, compress=False) as writer:
+    with TarWriter(
+        tar, user="mhla", group="mhla", mode=0o444, mtime=0, encoder=False, compress=False
+    ) as writer:
         for number in range(samples):
-            writer.write({"__key__": f"{_KEY}{number:06d}", "png": image.getvalue(), "cls": str(number % 2).encode()})
+            writer.write(
+                {"__key__": f"{_KEY}{number:06d}", "png": image.getvalue(), "cls": str(number % 2).encode()}
+            )
     data = tar.getvalue()
     return data, scan_shard(io.BytesIO(data), "template").offsets
 

@@ -34,7 +34,9 @@ def write_images(folder: Path, samples: int, side: int) -> Path:
     """A data folder whose training split holds `samples` JPEG images of side x side pixels, in about 16 shards."""
     header, rng = ShardIndex("images", (), _CLASSES), np.random.default_rng(0)
     images = (image_sample(header, f"{n}", _jpeg(rng, side), n % len(_CLASSES)) for n in range(samples))
-    size = len(_jpeg(np.random.default_rng(0), side)) + 4 * tarfile.BLOCKSIZE  # two headers, the label, and half a block that is not full
+    size = (
+        len(_jpeg(np.random.default_rng(0), side)) + 4 * tarfile.BLOCKSIZE
+    )  # two headers, the label, and half a block that is not full
     folder.mkdir()
     write_split(folder / "train", header, images, shard_bytes=samples * size // SHARDS)
     return folder
@@ -44,7 +46,9 @@ def _jpeg(rng: np.random.Generator, side: int) -> bytes:
     """Noise of two scales, blown up: neither flat nor noise, which would be unlike photographs in decoding time."""
     image = np.zeros((side, side, 3))
     for cells, strength in ((6, 90.0), (side // 4, 30.0)):
-        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         image += (np.asarray(noise, dtype=np.float64) / 127.5 - 1) * strength
     buffer = io.BytesIO()
     Image.fromarray(np.clip(image + 128, 0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=90)
@@ -64,12 +68,21 @@ def write_tokens(folder: Path, rows: int, length: int) -> TokenFiles:
                 documents.write(block[1].tobytes())
                 yield block
 
-        write_split(files.split, header, _members(header, blocks(), rows, length), shard_bytes=max(1, rows * length * 4 // SHARDS))
+        write_split(
+            files.split,
+            header,
+            _members(header, blocks(), rows, length),
+            shard_bytes=max(1, rows * length * 4 // SHARDS),
+        )
     return files
 
 
-def _members(header: ShardIndex, blocks: Iterator[tuple[np.ndarray, np.ndarray]], rows: int, length: int) -> Iterator[Sample]:
-    return token_samples(header, blocks, VOCABULARY, member_bytes=max(1, min(2**23, rows * length * 2 // SHARDS)))
+def _members(
+    header: ShardIndex, blocks: Iterator[tuple[np.ndarray, np.ndarray]], rows: int, length: int
+) -> Iterator[Sample]:
+    return token_samples(
+        header, blocks, VOCABULARY, member_bytes=max(1, min(2**23, rows * length * 2 // SHARDS))
+    )
 
 
 def _token_blocks(rows: int, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -170,7 +170,9 @@ def _decoded(kind: Kind, sample: RawSample, place: Place) -> Row:
     try:
         tensors = kind.train(sample | {"__index__": place.index}, place.epoch)
     except BadSample as reason:
-        raise DataError(f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): measure on data without such") from reason
+        raise DataError(
+            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): measure on data without such"
+        ) from reason
     return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, tensors)
 
 
@@ -178,7 +180,9 @@ def webdataset_pipeline(folder: Path, shards: Sequence[str], kind: Kind, plan: P
     """webdataset's own pipeline over the tar files of a local folder."""
     urls = [str(folder / name) for name in shards]
     samples = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(SHUFFLE_BUFFER).map(_Decode(kind)).repeat()
-    return wds.DataPipeline(samples, wds.batched(plan.batch_size, collation_fn=partial(collate, skipped=0)))  # repeated inside: no short batches
+    return wds.DataPipeline(
+        samples, wds.batched(plan.batch_size, collation_fn=partial(collate, skipped=0))
+    )  # repeated inside: no short batches
 
 
 @dataclass
@@ -199,7 +203,9 @@ class MemmapLoop:
     places: Sequence[Sequence[Place]]
 
     def __iter__(self) -> Iterator[Batch]:
-        tokens, documents = (np.memmap(path, np.uint16, "r").reshape(-1, self.files.length) for path in self.files[1:3])
+        tokens, documents = (
+            np.memmap(path, np.uint16, "r").reshape(-1, self.files.length) for path in self.files[1:3]
+        )
         for places in islice(self.places, *_this_worker()):
             rows = [place.index for place in places]
             yield {

@@ -29,10 +29,17 @@ class Place:
     def row(self) -> dict[str, Any]:
         """As the table and the JSON file show it."""
         seconds = statistics.median(self.seconds)
-        return {"operator": self.operator, "position": self.position, "seconds_per_token": seconds, "state_bytes": self.state_bytes}
+        return {
+            "operator": self.operator,
+            "position": self.position,
+            "seconds_per_token": seconds,
+            "state_bytes": self.state_bytes,
+        }
 
 
-def build_model(attention: str | Mapping[str, Any], shape: Mapping[str, Any], device: torch.device) -> CausalLM:
+def build_model(
+    attention: str | Mapping[str, Any], shape: Mapping[str, Any], device: torch.device
+) -> CausalLM:
     """lm_340m with other sizes where `shape` names them, random weights, float32."""
     model = build_backbone("lm_340m", attention=attention, **shape)
     assert isinstance(model, CausalLM)
@@ -73,7 +80,9 @@ def decode_at(
     return places
 
 
-def _timed_step(model: CausalLM, token: torch.Tensor, state: ModelState, device: torch.device) -> tuple[float, ModelState]:
+def _timed_step(
+    model: CausalLM, token: torch.Tensor, state: ModelState, device: torch.device
+) -> tuple[float, ModelState]:
     start = time.perf_counter()
     _, state = model.step(token, state)
     if device.type == "cuda":

@@ -12,13 +12,26 @@ import torch
 from lightning.pytorch.profilers import Profiler
 
 FORWARD, BACKWARD, ZERO, CLIP = "forward and loss", "backward", "zeroing gradients", "gradient clipping"
-ADAMW, SCHEDULE, PROJECTION, AVERAGE = "AdamW", "learning-rate schedule", "projection", "average of the weights"
+ADAMW, SCHEDULE, PROJECTION, AVERAGE = (
+    "AdamW",
+    "learning-rate schedule",
+    "projection",
+    "average of the weights",
+)
 SAME = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW)
 """What both sides leave to the very same calls, in their order; all else is Lightning's own, or the platform's."""
-DATA, WRAPPER, TASK, LOGGING, LOOPS = "data hand-over", "optimizer wrapper", "hooks of the task", "logging", "loops and other hooks"
+DATA, WRAPPER, TASK, LOGGING, LOOPS = (
+    "data hand-over",
+    "optimizer wrapper",
+    "hooks of the task",
+    "logging",
+    "loops and other hooks",
+)
 GRADIENT_NORM = "Health: gradient norm"
 
-_ACTION = re.compile(r"\[(\w+)\](.*)\.(\w+)")  # what Lightning calls a hook when it asks its profiler to time it
+_ACTION = re.compile(
+    r"\[(\w+)\](.*)\.(\w+)"
+)  # what Lightning calls a hook when it asks its profiler to time it
 _STEP_HOOKS = {
     "training_step": FORWARD,
     "backward": BACKWARD,

@@ -56,8 +56,16 @@ class Feed:
         cpu: of every measured turn, CPU seconds a step of Lightning and of the bare loop.
     """
 
-    def __init__(self, session: Session, clock: SourceClock, steps: int, turns: int, on_turn: Callable[[], None]) -> None:
-        self.session, self.clock, self.steps, self.turns, self._on_turn = session, clock, steps, turns, on_turn
+    def __init__(
+        self, session: Session, clock: SourceClock, steps: int, turns: int, on_turn: Callable[[], None]
+    ) -> None:
+        self.session, self.clock, self.steps, self.turns, self._on_turn = (
+            session,
+            clock,
+            steps,
+            turns,
+            on_turn,
+        )
         self.bare: BareLoop | None = None
         self.losses: list[Tensor] = []
         self.lightning: list[dict[str, float]] = []
@@ -89,7 +97,10 @@ class Feed:
 
     def _note(self, bare: BareLoop, counted: bool) -> None:
         cpu = self.clock.cpu_seconds / self.steps, bare.clock.cpu_seconds / self.steps
-        lightning, other = ({name: seconds / self.steps for name, seconds in clock.take().items()} for clock in (self.clock, bare.clock))
+        lightning, other = (
+            {name: seconds / self.steps for name, seconds in clock.take().items()}
+            for clock in (self.clock, bare.clock)
+        )
         if counted:
             self.lightning.append(lightning)
             self.others.append(other)
@@ -111,7 +122,9 @@ class Feed:
     def _end(self) -> None:
         """Leaves no checkpoint: nobody goes on from here."""
         trainer: Any = self.session.trainer
-        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
+        trainer.callbacks = [
+            callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)
+        ]
         trainer.should_stop = True
 
 
@@ -154,7 +167,13 @@ class StepTimes:
         seconds = [sum(turn.values()) for turn in turns]
         middle = statistics.median(seconds)
         span = {"fastest_seconds": min(seconds), "slowest_seconds": max(seconds), "cpu_seconds": cpu}
-        return {"side": side, "step_seconds": middle, **span, "samples_per_second": self.batch_size / middle, "turns": len(seconds)}
+        return {
+            "side": side,
+            "step_seconds": middle,
+            **span,
+            "samples_per_second": self.batch_size / middle,
+            "turns": len(seconds),
+        }
 
     def summary(self) -> dict[str, float]:
         """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but SAME) over bare steps.
@@ -164,7 +183,11 @@ class StepTimes:
         bare = [sum(turn.values()) for turn in self.bare]
         own = [_own(a) - _own(b) for a, b in zip(self.lightning, self.bare, strict=True)]
         cpu = ratio(*zip(*self.cpu, strict=True))
-        return {"lightning_over_bare": statistics.median(self.ratios), "lightning_over_bare_cpu": cpu, "lightning_own_over_bare": ratio(own, bare)}
+        return {
+            "lightning_over_bare": statistics.median(self.ratios),
+            "lightning_over_bare_cpu": cpu,
+            "lightning_own_over_bare": ratio(own, bare),
+        }
 
     @property
     def ratios(self) -> list[float]:
@@ -174,7 +197,9 @@ class StepTimes:
     @property
     def extra_seconds(self) -> float:
         """By how much a step is longer under Lightning, median of the turns."""
-        return statistics.median(sum(a.values()) - sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True))
+        return statistics.median(
+            sum(a.values()) - sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)
+        )
 
     def breakdown(self) -> list[dict[str, Any]]:
         """A row a source, seconds a step, medians of the turns: first the same calls of both sides, then Lightning's own, the dearest first.
@@ -184,12 +209,18 @@ class StepTimes:
         names = dict.fromkeys(name for turn in (*self.lightning, *self.bare) for name in turn)
         rows = [self._source(name) for name in names]
         same = sorted((row for row in rows if row["same_calls"]), key=lambda row: SAME.index(row["source"]))
-        return same + sorted((row for row in rows if not row["same_calls"]), key=lambda row: -row["extra_seconds"])
+        return same + sorted(
+            (row for row in rows if not row["same_calls"]), key=lambda row: -row["extra_seconds"]
+        )
 
     def _source(self, name: str) -> dict[str, Any]:
         pairs = [(a.get(name, 0.0), b.get(name, 0.0)) for a, b in zip(self.lightning, self.bare, strict=True)]
         lightning, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
-        times = {"lightning_seconds": lightning, "bare_seconds": bare, "extra_seconds": statistics.median(a - b for a, b in pairs)}
+        times = {
+            "lightning_seconds": lightning,
+            "bare_seconds": bare,
+            "extra_seconds": statistics.median(a - b for a, b in pairs),
+        }
         return {"source": name, "same_calls": name in SAME, **times}
 
 
@@ -217,16 +248,22 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
         session.trainer.fit(session.task, datamodule=session.data)
     assert feed.bare is not None
     loss = equal_losses(feed.losses, feed.bare.losses, 0.0 if device.type == "cpu" else GPU_TOLERANCE)
-    return StepTimes(session.task.parameter_count, session.data.batch_size, loss, feed.lightning, feed.others, feed.cpu)
+    return StepTimes(
+        session.task.parameter_count, session.data.batch_size, loss, feed.lightning, feed.others, feed.cpu
+    )
 
 
 def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> Resolved:
     """The recipe as it is measured: in one process, steps alone. Drawings come a few times in a run, a progress bar on a terminal only."""
     given = recipe.trainer
     if given.get("strategy", "auto") != "auto":
-        raise UserError(f"trainer.strategy is {given['strategy']}: a bare loop has one process and no sharding; leave the strategy out")
+        raise UserError(
+            f"trainer.strategy is {given['strategy']}: a bare loop has one process and no sharding; leave the strategy out"
+        )
     if (precision := given.get("precision", PRECISIONS[0])) not in PRECISIONS:
-        raise UserError(f"trainer.precision is {precision}, which the bare loop lacks; use {' or '.join(PRECISIONS)}")
+        raise UserError(
+            f"trainer.precision is {precision}, which the bare loop lacks; use {' or '.join(PRECISIONS)}"
+        )
     ready = recipe.data.is_ready()
     data = recipe.data if ready else SyntheticData(recipe.task, recipe.data)
     data.num_workers = 0  # workers that read ahead would slow whichever side comes next
@@ -240,7 +277,9 @@ def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> 
         "val_check_interval": 1.0,
         "log_every_n_steps": min(given.get("log_every_n_steps", 50), steps),
         "enable_progress_bar": False,
-        "callbacks": [callback for callback in _as_list(given.get("callbacks")) if not isinstance(callback, DrawSamples)],
+        "callbacks": [
+            callback for callback in _as_list(given.get("callbacks")) if not isinstance(callback, DrawSamples)
+        ],
         "profiler": clock,
     }
     data.epochs = None

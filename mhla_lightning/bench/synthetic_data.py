@@ -16,7 +16,13 @@ from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.order import LANES, WINDOW
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task, VideoDiffusionTask
+from mhla_lightning.tasks import (
+    ClassificationTask,
+    ImageDiffusionTask,
+    LanguageTask,
+    Task,
+    VideoDiffusionTask,
+)
 
 _TOKENS = 256  # ids drawn: few, so that associative recall finds a key again
 
@@ -33,7 +39,21 @@ class SyntheticData(ShardDataModule):
     """
 
     def __init__(self, task: Task, like: ShardDataModule) -> None:
-        super().__init__("synthetic", like.batch_size, like.micro_batch_size, None, 0, None, LANES, WINDOW, 0, 0.0, "size", None, None)
+        super().__init__(
+            "synthetic",
+            like.batch_size,
+            like.micro_batch_size,
+            None,
+            0,
+            None,
+            LANES,
+            WINDOW,
+            0,
+            0.0,
+            "size",
+            None,
+            None,
+        )
         self._task = task
         self._facts, self._tensors = _of(task)
 
@@ -75,8 +95,17 @@ class SyntheticData(ShardDataModule):
             index = torch.arange(first, first + size)
             zeros = torch.zeros(size, dtype=torch.int64)
             keys = [f"synthetic-{n}" for n in index.tolist()]
-            columns = {"key": keys, "index": index, "epoch": zeros, "source": zeros, "weight": torch.ones(size), "skipped": torch.tensor(0)}
-            yield columns | {name: _draw(shape, below, size, rng) for name, (shape, below) in self._tensors.items()}
+            columns = {
+                "key": keys,
+                "index": index,
+                "epoch": zeros,
+                "source": zeros,
+                "weight": torch.ones(size),
+                "skipped": torch.tensor(0),
+            }
+            yield columns | {
+                name: _draw(shape, below, size, rng) for name, (shape, below) in self._tensors.items()
+            }
             first += size
 
 
@@ -85,7 +114,11 @@ Tensors = Mapping[str, tuple[tuple[int, ...], int | None]]
 
 
 def _draw(shape: tuple[int, ...], below: int | None, size: int, rng: torch.Generator) -> Tensor:
-    return torch.randn(size, *shape, generator=rng) if below is None else torch.randint(below, (size, *shape), generator=rng)
+    return (
+        torch.randn(size, *shape, generator=rng)
+        if below is None
+        else torch.randint(below, (size, *shape), generator=rng)
+    )
 
 
 def _of(task: Task) -> tuple[dict[str, Any], Tensors]:
@@ -98,11 +131,20 @@ def _of(task: Task) -> tuple[dict[str, Any], Tensors]:
     if isinstance(task, LanguageTask):
         row = {"length": task.context, "val_length": math.lcm(task.context, *task.eval_lengths)}
         facts = {"kind": "tokens", "vocabulary": task.vocab_size, "token_bytes": None, **row}
-        return facts, {"tokens": ((task.context,), min(_TOKENS, task.vocab_size)), "documents": ((task.context,), 1)}
+        return facts, {
+            "tokens": ((task.context,), min(_TOKENS, task.vocab_size)),
+            "documents": ((task.context,), 1),
+        }
     if isinstance(task, ImageDiffusionTask):
-        facts = {"kind": "latents", "classes": task.num_classes, "vae": SimpleNamespace(shape=task.sample_shape)}
+        facts = {
+            "kind": "latents",
+            "classes": task.num_classes,
+            "vae": SimpleNamespace(shape=task.sample_shape),
+        }
         return facts, {"latent": (task.sample_shape, None), "label": ((), task.num_classes)}
     if isinstance(task, VideoDiffusionTask):
         facts = {"kind": "video_latents", "shapes": [task.sample_shape], "text": task.text_shape}
         return facts, {"latent": (task.sample_shape, None), "text": (task.text_shape, None)}
-    raise UserError(f"the recipe's data is not there, and nothing is known of the batches of {type(task).__name__}: pack its data first")
+    raise UserError(
+        f"the recipe's data is not there, and nothing is known of the batches of {type(task).__name__}: pack its data first"
+    )

@@ -82,7 +82,9 @@ def make_case(
     grid: Sequence[int] | None = None,
 ) -> Case:
     """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on `grid`, else on one axis."""
-    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,) if grid is None else grid, causal=causal).to(device)
+    operator = build_attention(
+        entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,) if grid is None else grid, causal=causal
+    ).to(device)
     q, k, v = (torch.randn(batch, tokens, heads, dim, device=device, requires_grad=True) for _ in range(3))
     cotangent = torch.randn(batch, tokens, heads, dim, device=device)
 
@@ -90,7 +92,9 @@ def make_case(
         return torch.autograd.grad(operator(q, k, v), [q, k, v, *operator.parameters()], cotangent)
 
     flops = batch * operator.flops(tokens, heads, dim, dim)
-    return Case(name, tokens, flops, lambda: _forward(operator, q, k, v), step, peak_bytes=peak_bytes(step, device))
+    return Case(
+        name, tokens, flops, lambda: _forward(operator, q, k, v), step, peak_bytes=peak_bytes(step, device)
+    )
 
 
 @torch.no_grad()
@@ -98,7 +102,9 @@ def _forward(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return operator(q, k, v)
 
 
-def take_turns(cases: Sequence[Case], turns: int, device: torch.device, on_case: Callable[[Case], None]) -> list[float]:
+def take_turns(
+    cases: Sequence[Case], turns: int, device: torch.device, on_case: Callable[[Case], None]
+) -> list[float]:
     """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s. Slow cases run once, without warm-up.
 
     on_case: called before a case has its turn, len(cases) x (turns + 1) times in all, also for slow ones that are passed over.

@@ -68,7 +68,9 @@ def prune(run: Path, keep: Keep) -> None:
     stay = {*found[-keep.last :], *best_checkpoints(found, keep)}
     for old in found:
         if old not in stay:
-            (old / MARKER).unlink()  # from here on it is not a checkpoint any more, even when the removal is cut short
+            (
+                old / MARKER
+            ).unlink()  # from here on it is not a checkpoint any more, even when the removal is cut short
             shutil.rmtree(old)
 
 
@@ -76,7 +78,10 @@ def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
     """The best by the monitored tag, best first; of equal ones the newest. What is no number is never best."""
     if not keep.best or keep.monitor is None:
         return []
-    values = {path: (read_json(path / "state.json") or {}).get("metrics", {}).get(keep.monitor) for path in reversed(checkpoints)}
+    values = {
+        path: (read_json(path / "state.json") or {}).get("metrics", {}).get(keep.monitor)
+        for path in reversed(checkpoints)
+    }
     measured = [path for path, value in values.items() if value is not None and math.isfinite(value)]
     return sorted(measured, key=lambda path: -values[path] if keep.highest else values[path])[: keep.best]
 

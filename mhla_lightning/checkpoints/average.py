@@ -39,4 +39,8 @@ def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str
     if not folder.is_dir():
         return None
     reader = ShardReader(folder)
-    return None if set(reader.names()) != wanted else lambda name, start, numel: reader.read(name, WEIGHT, start, numel)
+    return (
+        None
+        if set(reader.names()) != wanted
+        else lambda name, start, numel: reader.read(name, WEIGHT, start, numel)
+    )

@@ -18,7 +18,9 @@ class RunCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         self._taken: dict[str, Any] | None = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Takes what is to be written; :meth:`take` gives it out."""
         self._taken = checkpoint
 
@@ -28,7 +30,12 @@ class RunCheckpointIO(TorchCheckpointIO):
         kept, self._taken = change(self._taken), None
         return kept, lambda path: super(RunCheckpointIO, self).save_checkpoint(kept, path)
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = lambda storage, loc: storage, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
         """The file's content; of a sharded run with weights and optimizer put together."""
         source = open_source(Path(path))
         return source.as_whole() if isinstance(source, ShardedSource) else dict(source.checkpoint)

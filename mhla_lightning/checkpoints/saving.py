@@ -55,7 +55,10 @@ def tensor_bytes(values: Any) -> int:
 
 def copied(values: Any) -> Any:
     """The same containers with copies of their tensors in the host's memory: training may change its own meanwhile."""
-    return tree_map(lambda value: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value, values)
+    return tree_map(
+        lambda value: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value,
+        values,
+    )
 
 
 class Writer:

@@ -75,7 +75,9 @@ class WholeSource(Source):
 
     @cached_property
     def _states(self) -> dict[str, Mapping[str, Tensor]]:
-        states = self.checkpoint["optimizer_states"][0]["state"] if self.checkpoint.get("optimizer_states") else {}
+        states = (
+            self.checkpoint["optimizer_states"][0]["state"] if self.checkpoint.get("optimizer_states") else {}
+        )
         names = [name for group in self.groups for name in group["names"]]
         return {name: states[index] for index, name in enumerate(names) if index in states}
 
@@ -122,11 +124,16 @@ class ShardedSource(Source):
         for group in self.groups:
             first = len(states)
             for name in group["names"]:
-                scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in self.scalars(name).items()}
+                scalars = {
+                    key: torch.tensor(value, dtype=torch.float32) for key, value in self.scalars(name).items()
+                }
                 states[len(states)] = scalars | {kind: self.whole(name, kind) for kind in self.kinds(name)}
             settings = {key: value for key, value in group.items() if key != "names"}
             groups.append({**settings, "params": list(range(first, len(states)))})
-        optimizer = {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
+        optimizer = {
+            "state": {index: state for index, state in states.items() if state},
+            "param_groups": groups,
+        }
         return {**self.checkpoint, "state_dict": state, "optimizer_states": [optimizer]}
 
 
@@ -139,9 +146,13 @@ def open_source(path: Path) -> Source:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+        raise UserError(
+            f"checkpoint {path} is damaged: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
     except UnpicklingError as error:  # its message is a page
-        raise UserError(f"checkpoint {path} holds more than tensors and plain values, and that is never unpickled") from error
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and plain values, and that is never unpickled"
+        ) from error
     shards = path.parent / FOLDER
     if shards.is_dir():
         return ShardedSource(checkpoint, ShardReader(shards))

@@ -17,7 +17,9 @@ from mhla_lightning.runs.folder import RunFolder, find_runs, runs_root
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla cancel`."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run id, run folder or SLURM job id")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +36,9 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
         raise UserError(f"run {one.run_id} was never submitted; a local run is stopped by Ctrl-C or SIGTERM")
     queue = ask(slurm, [job]).get(job)
     if queue is None or not queue.active:
-        print(f"job {job} of run {one.run_id} has ended{f' ({queue.state})' if queue else ''}; there is nothing to cancel")
+        print(
+            f"job {job} of run {one.run_id} has ended{f' ({queue.state})' if queue else ''}; there is nothing to cancel"
+        )
         return
     mark_cancelled(one, job)  # before: the batch script may look at once
     try:
@@ -42,4 +46,6 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
     except UserError:
         unmark_cancelled(one)  # the job goes on, and its next preemption must bring it back
         raise
-    print(f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} goes on")
+    print(
+        f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} goes on"
+    )

@@ -25,11 +25,27 @@ from rich.text import Text
 
 from mhla_lightning.compare.child import ChildRun, train_in_children
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
-from mhla_lightning.compare.variants import Row, arguments, identity, merged, parse_seeds, rows_from_file, rows_over
+from mhla_lightning.compare.variants import (
+    Row,
+    arguments,
+    identity,
+    merged,
+    parse_seeds,
+    rows_from_file,
+    rows_over,
+)
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS, Wanted, wanted_evaluation
-from mhla_lightning.runs.folder import FORMAT, RunFolder, check_run_id, read_json, read_metrics, runs_root, write_json
+from mhla_lightning.runs.folder import (
+    FORMAT,
+    RunFolder,
+    check_run_id,
+    read_json,
+    read_metrics,
+    runs_root,
+    write_json,
+)
 from mhla_lightning.runs.lock import hold
 
 TAKES_OVERRIDES = True
@@ -71,14 +87,34 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla compare`."""
-    parser.usage = "%(prog)s RECIPE (--over KEY=YAML-LIST ... | --variants FILE) [options] [--dotted.key VALUE ...]"
-    parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
-    parser.add_argument("--over", action="append", default=[], metavar="KEY=YAML-LIST", help="a row for each value; several --over multiply")
-    parser.add_argument(
-        "--variants", metavar="FILE", help="YAML mapping from a row's name to its dotted overrides, or a packaged one: language_quality"
+    parser.usage = (
+        "%(prog)s RECIPE (--over KEY=YAML-LIST ... | --variants FILE) [options] [--dotted.key VALUE ...]"
     )
-    parser.add_argument("--seeds", metavar="N,N,...", help="train every row with each of these seeds (default: the recipe's one)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs trained at once; they share the cores (default: %(default)s)")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
+    parser.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=YAML-LIST",
+        help="a row for each value; several --over multiply",
+    )
+    parser.add_argument(
+        "--variants",
+        metavar="FILE",
+        help="YAML mapping from a row's name to its dotted overrides, or a packaged one: language_quality",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="N,N,...",
+        help="train every row with each of these seeds (default: the recipe's one)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs trained at once; they share the cores (default: %(default)s)",
+    )
     parser.add_argument(
         "--eval",
         action="append",
@@ -86,7 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"evaluation, or 'NAME: {{option: value}}' (YAML); names: {', '.join(EVALUATIONS)}",
     )
-    parser.add_argument("--runs", metavar="DIR", help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="where the folder compare-HASH is made (default: $MHLA_RUNS, else ./runs)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table there too, as JSON")
 
 
@@ -102,7 +142,10 @@ def run(args: argparse.Namespace) -> int:
             code = _train(plan, console)
             return code or _report(plan, console, args.json, _measure(plan, console))
         except KeyboardInterrupt:
-            print("interrupted; finished runs and checkpoints are kept: the same command goes on from here", file=sys.stderr)
+            print(
+                "interrupted; finished runs and checkpoints are kept: the same command goes on from here",
+                file=sys.stderr,
+            )
             return _INTERRUPTED
 
 
@@ -114,11 +157,17 @@ def _plan(args: argparse.Namespace) -> Plan:
     recipe = load_recipe(args.recipe)
     common = parse_overrides(args.overrides)
     if bool(args.over) == (args.variants is not None):
-        raise UserError("compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several times) or --variants FILE")
+        raise UserError(
+            "compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several times) or --variants FILE"
+        )
     rows = rows_over(args.over) if args.over else rows_from_file(variants_file(args.variants))
     if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
-        raise UserError("seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2")
-    seeds = parse_seeds(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
+        raise UserError(
+            "seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2"
+        )
+    seeds = parse_seeds(
+        args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0))
+    )
     name = f"compare-{identity(recipe.values, rows, seeds, common)}"
     evaluations = [wanted_evaluation(text, args.runs) for text in args.eval]
     for number, wanted in enumerate(evaluations):
@@ -144,7 +193,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another place with --runs or $MHLA_RUNS") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; choose another place with --runs or $MHLA_RUNS"
+        ) from error
 
 
 def _train(plan: Plan, console: Console) -> int:
@@ -164,8 +215,14 @@ def _train(plan: Plan, console: Console) -> int:
             else:
                 _say_failed(row, seed, child.log, code)
 
-        children = [_child(plan, row, seed, folder) for (row, seed, folder), before in zip(runs, reused, strict=True) if not before]
-        code = train_in_children(children, plan.jobs, lambda done: progress.update(bar, completed=sum(reused) + done), ended)
+        children = [
+            _child(plan, row, seed, folder)
+            for (row, seed, folder), before in zip(runs, reused, strict=True)
+            if not before
+        ]
+        code = train_in_children(
+            children, plan.jobs, lambda done: progress.update(bar, completed=sum(reused) + done), ended
+        )
     return code or int(not all(folder.finished() for _, _, folder in runs))
 
 
@@ -200,7 +257,9 @@ def _finished_line(row: Row, seed: int, folder: RunFolder, reused: bool) -> str:
     summary = read_json(folder.summary)
     tag = headline(summary["last"])
     value = f"{tag} {summary['last'][tag]:.4f}, " if tag else ""
-    return f"{row.name}, seed {seed}: {value}{summary['seconds']:.1f} s" + (" (finished before)" if reused else "")
+    return f"{row.name}, seed {seed}: {value}{summary['seconds']:.1f} s" + (
+        " (finished before)" if reused else ""
+    )
 
 
 def _say(console: Console, line: str) -> None:
@@ -223,7 +282,10 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
             except UserError as error:
                 raise UserError(f"row '{row.name}', seed {seed}: {error}") from error
             shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
-            _say(console, f"{row.name}, seed {seed}: {wanted.name}: {shown}{' (measured before)' if kept is not None else ''}")
+            _say(
+                console,
+                f"{row.name}, seed {seed}: {wanted.name}: {shown}{' (measured before)' if kept is not None else ''}",
+            )
             measured[row.name][seed][wanted.name] = found
     return measured
 
@@ -231,14 +293,25 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
 def _report(plan: Plan, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
     from mhla_lightning.compare.curves import write_curves
 
-    summaries = {row.name: {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows}
+    summaries = {
+        row.name: {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
+    }
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
     evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
-    table = {"format": FORMAT, "recipe": plan.recipe.name, "seeds": plan.seeds, "overrides": plan.common, "evaluations": evaluations, "rows": rows}
+    table = {
+        "format": FORMAT,
+        "recipe": plan.recipe.name,
+        "seeds": plan.seeds,
+        "overrides": plan.common,
+        "evaluations": evaluations,
+        "rows": rows,
+    }
     written = plan.folder / "table.json"
     for path in (written, *([Path(json_file)] if json_file is not None else [])):
         write_json(path, table)
-    curves = {row.name: [read_metrics(plan.run(row, seed).metrics) for seed in plan.seeds] for row in plan.rows}
+    curves = {
+        row.name: [read_metrics(plan.run(row, seed).metrics) for seed in plan.seeds] for row in plan.rows
+    }
     seeds = f"seeds {', '.join(map(str, plan.seeds))}" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
     write_curves(plan.folder / "curves.png", f"{plan.recipe.name}, {seeds}", curves)
     print_table(console, f"{plan.recipe.name}, {seeds}", rows)

@@ -30,16 +30,44 @@ _STATES = {"shared": "written", "added": "added"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla export`."""
-    parser.add_argument("trained", metavar="RUN", help="run id, run or checkpoint folder, or a file that mhla import wrote")
-    parser.add_argument("--to", required=True, metavar="PATH", help="a new file that ends in .safetensors, or a folder, new or empty")
-    parser.add_argument("--format", metavar="NAME", help="plain, hf, timm, diffusers or wan (default: plain; for a folder of video diffusers)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the tensors (default: %(default)s)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "trained", metavar="RUN", help="run id, run or checkpoint folder, or a file that mhla import wrote"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="PATH",
+        help="a new file that ends in .safetensors, or a folder, new or empty",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="plain, hf, timm, diffusers or wan (default: plain; for a folder of video diffusers)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the tensors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
     parser.add_argument("--ckpt", metavar="STEP", help="step, or checkpoint folder (default: the newest)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--ema", action="store_true", help="the average of the weights, and nothing where the run has none")
-    which.add_argument("--no-ema", action="store_true", help="the weights as trained (default: their average, where the run has one)")
-    parser.add_argument("--trust-checkpoint", action="store_true", help="unpickle a checkpoint of DeepSpeed's own, which can run any code")
+    which.add_argument(
+        "--ema", action="store_true", help="the average of the weights, and nothing where the run has none"
+    )
+    which.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="the weights as trained (default: their average, where the run has one)",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="unpickle a checkpoint of DeepSpeed's own, which can run any code",
+    )
     parser.add_argument("--json", metavar="FILE", help="write what became of every tensor")
 
 
@@ -80,13 +108,17 @@ def _export(args: argparse.Namespace, target: Path) -> tuple[str, Export]:
         return f"{trained.source}: {trained.backbone}", plan(trained, args.format, is_file(target))
     _refuse_choices(args)
     if not is_file(target) or args.format not in (None, "plain"):
-        raise UserError(f"RUN {path} does not say what model it is of: --to a file that ends in .safetensors, without --format")
+        raise UserError(
+            f"RUN {path} does not say what model it is of: --to a file that ends in .safetensors, without --format"
+        )
     return str(path), bare(read_deepspeed(path, args.trust_checkpoint, "RUN"), path.name)
 
 
 def _refuse_choices(args: argparse.Namespace) -> None:
     if args.ckpt is not None or args.ema or args.no_ema:
-        raise UserError(f"RUN {args.trained} is no run, and --ckpt, --ema and --no-ema choose between the weights of a run")
+        raise UserError(
+            f"RUN {args.trained} is no run, and --ckpt, --ema and --no-ema choose between the weights of a run"
+        )
 
 
 def _find(args: argparse.Namespace) -> Trained:
@@ -95,16 +127,24 @@ def _find(args: argparse.Namespace) -> Trained:
     from mhla_lightning.runs.folder import find_run, runs_root
 
     path, root = Path(args.trained), runs_root(args.runs)
-    if path.exists() and not any((folder / "recipe.yaml").is_file() for folder in (root / args.trained, path)):
+    if path.exists() and not any(
+        (folder / "recipe.yaml").is_file() for folder in (root / args.trained, path)
+    ):
         _refuse_choices(args)
         return read_imported(path)
     folder = find_run(args.trained, root)
     task, beside = _rebuilt(folder, args.format)
     weights = find_weights(folder, args.ckpt, ema=not args.no_ema)
     if args.ema and not weights.averaged:
-        raise UserError(f"{weights.checkpoint} holds no average (callbacks.EMA); leave out --ema to take the weights as trained")
-    source = f"run {folder.run_id} {weights.checkpoint.name} ({'averaged' if weights.averaged else 'raw'} weights)"
-    return Trained(weights.open(), task.backbone_name, task.attention, task.backbone_options, source, **beside)
+        raise UserError(
+            f"{weights.checkpoint} holds no average (callbacks.EMA); leave out --ema to take the weights as trained"
+        )
+    source = (
+        f"run {folder.run_id} {weights.checkpoint.name} ({'averaged' if weights.averaged else 'raw'} weights)"
+    )
+    return Trained(
+        weights.open(), task.backbone_name, task.attention, task.backbone_options, source, **beside
+    )
 
 
 def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any]]:
@@ -118,7 +158,9 @@ def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any
         tokenizer = kept_tokenizer(folder) if format == "hf" and keeps_tokenizer(folder) else None
         return find_task(folder), {"end": tokenizer.end, "files": tokenizer.files} if tokenizer else {}
     built = rebuild(folder, Task, "only what trains a backbone can be exported")  # type: ignore[type-abstract]  # any kind will do
-    return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(built.data, ImageDataModule) else {}
+    return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(
+        built.data, ImageDataModule
+    ) else {}
 
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:
@@ -130,4 +172,6 @@ def _foreign_layers(config: Mapping[str, object]) -> list[str]:
     others = [str(number) for number, name in enumerate(layers) if name != "softmax"]
     if not others:
         return []
-    return [f"layers {', '.join(others)} are no softmax attention: diffusers and Wan2.1 load the shared tensors and compute softmax there"]
+    return [
+        f"layers {', '.join(others)} are no softmax attention: diffusers and Wan2.1 load the shared tensors and compute softmax there"
+    ]

@@ -32,16 +32,37 @@ _INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla generate`."""
     add_run_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="text to continue; several times if need be (default: none)")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text to continue; several times if need be (default: none)",
+    )
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with the key prompt")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=200, help="of each prompt (default: 200)")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=200, help="of each prompt (default: 200)"
+    )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits (default: 1)")
     parser.add_argument("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
-    parser.add_argument("--top-p", metavar="P", type=float, help="draw among the fewest likeliest tokens whose probabilities sum to P")
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="draw among the fewest likeliest tokens whose probabilities sum to P",
+    )
     parser.add_argument("--seed", metavar="S", type=int, help="of the draws (default: 0)")
-    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; several times if need be")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts continued together (default: 16)")
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end before this text; several times if need be",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=16, help="prompts continued together (default: 16)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write prompts and continuations as JSON too")
 
 
@@ -60,11 +81,23 @@ def run(args: argparse.Namespace) -> int:
 
     output = _Output(prompts, started=time.perf_counter())
     steps = continue_prompts(
-        backbone, found.tokenizer, ids, sampling, args.max_new_tokens, stops=args.stop, batch_size=args.batch_size, device=device
+        backbone,
+        found.tokenizer,
+        ids,
+        sampling,
+        args.max_new_tokens,
+        stops=args.stop,
+        batch_size=args.batch_size,
+        device=device,
     )
     interrupted = _show(output, steps)
     average = "averaged" if found.averaged else "raw"
-    summary = {"run": found.run.run_id, "checkpoint": found.checkpoint.name, "weights": average, **output.summary()}
+    summary = {
+        "run": found.run.run_id,
+        "checkpoint": found.checkpoint.name,
+        "weights": average,
+        **output.summary(),
+    }
     print(
         f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state of all prompts {summary['state_bytes']:,} bytes,",
         end=" ",
@@ -89,17 +122,25 @@ def _read(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})") from error
+        raise UserError(
+            f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})"
+        ) from error
     if not lines:
         raise UserError(f"--prompts {path} holds no prompt")
-    return [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+    return (
+        [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
+        if path.suffix == ".jsonl"
+        else lines
+    )
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--prompts {path}: prompt {number} is no JSON object with the key 'prompt'") from error
+        raise UserError(
+            f"--prompts {path}: prompt {number} is no JSON object with the key 'prompt'"
+        ) from error
     if not isinstance(prompt, str):
         raise UserError(f"--prompts {path}: prompt {number} is {type(prompt).__name__}; it must be a string")
     return prompt
@@ -108,7 +149,11 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
 def _sampling(args: argparse.Namespace) -> Sampling:
     from mhla_lightning.inference.text import Sampling
 
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed") if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_k", "top_p", "seed")
+        if getattr(args, name) is not None
+    }
     if args.greedy and given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserError(f"--greedy draws nothing and goes with no {names}: leave one of them out")
@@ -147,12 +192,21 @@ class _Output:
 
     def summary(self) -> dict[str, Any]:
         tokens = sum(self.tokens.values())
-        return {"tokens": tokens, "tokens_per_second": tokens / self.seconds if tokens else 0.0, "state_bytes": self.state_bytes}
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds if tokens else 0.0,
+            "state_bytes": self.state_bytes,
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each prompt that was begun."""
         return [
-            {"prompt": self.prompts[n], "text": text, "tokens": self.tokens[n], "finished": self.finished.get(n, "interrupted")}
+            {
+                "prompt": self.prompts[n],
+                "text": text,
+                "tokens": self.tokens[n],
+                "finished": self.finished.get(n, "interrupted"),
+            }
             for n, text in sorted(self.texts.items())
         ]
 
@@ -185,6 +239,9 @@ def _print_each(output: _Output, steps: Iterable[Continuation]) -> None:
             output.take(new)
             if new.finished:
                 status.stop()  # while it runs rich takes stdout for itself, also where that is a file
-                print(f"[{new.prompt + 1}/{total}] {output.prompts[new.prompt]}{output.texts[new.prompt]}", flush=True)
+                print(
+                    f"[{new.prompt + 1}/{total}] {output.prompts[new.prompt]}{output.texts[new.prompt]}",
+                    flush=True,
+                )
                 status.start()
             status.update(f"{len(output.finished)} of {total} prompts, {sum(output.tokens.values())} tokens")

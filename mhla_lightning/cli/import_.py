@@ -36,20 +36,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla import`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, summary in _KINDS.items():
-        added = kinds.add_parser(name, help=summary, description=f"Takes a checkpoint of {summary}.", allow_abbrev=False)
+        added = kinds.add_parser(
+            name, help=summary, description=f"Takes a checkpoint of {summary}.", allow_abbrev=False
+        )
         added.add_argument(
-            "path", metavar="PATH", help="torch or .safetensors file, or a folder of .safetensors: bare weights, or a training checkpoint's"
+            "path",
+            metavar="PATH",
+            help="torch or .safetensors file, or a folder of .safetensors: bare weights, or a training checkpoint's",
         )
         added.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
         added.add_argument("--backbone", help=f"name in the registry (default: {_DEFAULT[name]})")
-        added.add_argument("--attention", metavar="YAML", help="attention entry (default: as the checkpoint was trained)")
-        added.add_argument("--backbone-options", metavar="YAML", default="{}", help=f"such as '{_OPTIONS[name]}' (default: %(default)s)")
-        added.add_argument("--seed", type=int, default=0, help="of the weights that are new (default: %(default)s)")
-        added.add_argument("--trust-checkpoint", action="store_true", help="unpickle a checkpoint of DeepSpeed's own, which can run any code")
+        added.add_argument(
+            "--attention", metavar="YAML", help="attention entry (default: as the checkpoint was trained)"
+        )
+        added.add_argument(
+            "--backbone-options",
+            metavar="YAML",
+            default="{}",
+            help=f"such as '{_OPTIONS[name]}' (default: %(default)s)",
+        )
+        added.add_argument(
+            "--seed", type=int, default=0, help="of the weights that are new (default: %(default)s)"
+        )
+        added.add_argument(
+            "--trust-checkpoint",
+            action="store_true",
+            help="unpickle a checkpoint of DeepSpeed's own, which can run any code",
+        )
         added.add_argument("--json", metavar="FILE", help="write what became of every tensor")
         if name == "wan":
-            added.add_argument("--heads", type=int, metavar="N", help="attention heads, where the checkpoint does not tell them")
-            added.add_argument("--layout", type=int, nargs=3, metavar=("T", "H", "W"), help="blocks per axis of the MHLA layers (150 blocks: 3 5 10)")
+            added.add_argument(
+                "--heads",
+                type=int,
+                metavar="N",
+                help="attention heads, where the checkpoint does not tell them",
+            )
+            added.add_argument(
+                "--layout",
+                type=int,
+                nargs=3,
+                metavar=("T", "H", "W"),
+                help="blocks per axis of the MHLA layers (150 blocks: 3 5 10)",
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     attention = None if args.attention is None else _yaml("--attention", args.attention)
     options = _yaml("--backbone-options", args.backbone_options)
     if not isinstance(options, dict):
-        raise UserError(f"--backbone-options {args.backbone_options}: a mapping is wanted, such as '{_OPTIONS[args.kind]}'")
+        raise UserError(
+            f"--backbone-options {args.backbone_options}: a mapping is wanted, such as '{_OPTIONS[args.kind]}'"
+        )
     heads, layout = getattr(args, "heads", None), getattr(args, "layout", None)
     for name, number in (("--heads", heads), *(("--layout", count) for count in layout or ())):
         if number is not None and number < 1:
@@ -72,9 +102,21 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.weights.files import is_deepspeed, read_tensors
     from mhla_lightning.weights.target import Wish
 
-    state = dict(read_deepspeed(source, args.trust_checkpoint, "PATH")) if is_deepspeed(source) else read_tensors(source, "PATH")
+    state = (
+        dict(read_deepspeed(source, args.trust_checkpoint, "PATH"))
+        if is_deepspeed(source)
+        else read_tensors(source, "PATH")
+    )
     config = read_config(source) if args.kind == "wan" else {}
-    wish = Wish(str(source), args.backbone, attention, options, heads, None if layout is None else tuple(layout), config)
+    wish = Wish(
+        str(source),
+        args.backbone,
+        attention,
+        options,
+        heads,
+        None if layout is None else tuple(layout),
+        config,
+    )
     imported, target = FAMILIES[args.kind].convert(state, wish, args.seed)
     save_weights(out, imported, target, source.name)
     _show(imported, target, out)
@@ -137,7 +179,11 @@ def _show(imported: Imported, target: Target, out: Path) -> None:
     console = Console()
     console.print(weights_table(f"{target.backbone}, attention {target.attention}", imported.rows(), _STATES))
     counts = f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, {len(imported.left)} left over"
-    said = yaml.safe_dump(json.loads(json.dumps({"model": {"init_args": _model(target, out)}})), sort_keys=False, default_flow_style=None)
+    said = yaml.safe_dump(
+        json.loads(json.dumps({"model": {"init_args": _model(target, out)}})),
+        sort_keys=False,
+        default_flow_style=None,
+    )
     for text in (f"{out}: {counts}; start from it with", said.rstrip(), *_mixing_range(imported)):
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 

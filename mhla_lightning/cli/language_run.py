@@ -20,11 +20,19 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and how it is loaded."""
     add_trained_arguments(parser, "language_run")
-    parser.add_argument("--tokenizer", metavar="NAME", help="bytes, a tokenizer.json or a Hugging Face name (default: the run's own)")
     parser.add_argument(
-        "--extrapolation", choices=("shift",), help="for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)"
+        "--tokenizer",
+        metavar="NAME",
+        help="bytes, a tokenizer.json or a Hugging Face name (default: the run's own)",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument(
+        "--extrapolation",
+        choices=("shift",),
+        help="for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)"
+    )
 
 
 def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
@@ -33,7 +41,12 @@ def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
     from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
-    options = {"runs": args.runs, "ckpt": args.ckpt, "tokenizer": args.tokenizer, "extrapolation": args.extrapolation}
+    options = {
+        "runs": args.runs,
+        "ckpt": args.ckpt,
+        "tokenizer": args.tokenizer,
+        "extrapolation": args.extrapolation,
+    }
     return find_language_run(args.language_run, ema=not args.no_ema, **options), device
 
 

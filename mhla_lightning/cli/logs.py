@@ -23,10 +23,21 @@ _ASK = 5.0  # seconds between two questions to SLURM
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla logs`."""
     parser.add_argument("run", metavar="RUN", help="run id, run folder or SLURM job id")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as lines are written, until the job has ended")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on as lines are written, until the job has ended"
+    )
     parser.add_argument("--rank", type=int, metavar="N", help="only this rank's lines")
-    parser.add_argument("-n", "--lines", type=int, default=200, metavar="N", help="begin with the last N lines of each file (default: %(default)s)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "-n",
+        "--lines",
+        type=int,
+        default=200,
+        metavar="N",
+        help="begin with the last N lines of each file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +61,9 @@ def _files(one: RunFolder, rank: int | None) -> list[Path]:
     path = one.path / "slurm" / f"rank-{rank}.log"
     ranks = sorted(int(log.stem.removeprefix("rank-")) for log in path.parent.glob("rank-*.log"))
     if not path.is_file() and attempts(one) and ranks:
-        raise UserError(f"run {one.run_id} has no rank {rank}; ranks with a log: {', '.join(map(str, ranks))}")
+        raise UserError(
+            f"run {one.run_id} has no rank {rank}; ranks with a log: {', '.join(map(str, ranks))}"
+        )
     return [path]
 
 

@@ -65,7 +65,9 @@ def lightning() -> int:
         importlib.import_module("lightning_sdk.cli.entrypoint").main_cli()
         return 0
     if arguments in ([], ["-h"], ["--help"]):
-        print("usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of mhla-lightning (mhla --help for all verbs).")
+        print(
+            "usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of mhla-lightning (mhla --help for all verbs)."
+        )
         return 0
     print(
         f"error: `lightning {arguments[0]}` belongs to lightning-sdk, which is not installed; mhla-lightning brings `lightning run RECIPE`",
@@ -95,7 +97,10 @@ def _dispatch(arguments: list[str]) -> int:
     module = f"{name}_" if keyword.iskeyword(name) else name  # `import` cannot be a module's name
     verb = importlib.import_module(f"mhla_lightning.cli.{module}")
     sub = argparse.ArgumentParser(
-        prog=f"mhla {name}", description=verb.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=f"mhla {name}",
+        description=verb.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     verb.add_arguments(sub)
     if getattr(verb, "TAKES_OVERRIDES", False):

@@ -21,9 +21,19 @@ from mhla_lightning.runs.folder import find_runs, runs_root
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla monitor`."""
-    parser.add_argument("run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--port", type=int, default=6006, metavar="N", help="of TensorBoard on this machine (default: %(default)s)")
+    parser.add_argument(
+        "run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)"
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=6006,
+        metavar="N",
+        help="of TensorBoard on this machine (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,9 +47,21 @@ def run(args: argparse.Namespace) -> int:
         logdir = _linked(args.run, root, Path(links)) if args.run else root
         print(f"http://localhost:{args.port}/  ({logdir if not args.run else ', '.join(args.run)})")
         if "SSH_CONNECTION" in os.environ:
-            print(f"on your own machine: ssh -N -L {args.port}:localhost:{args.port} {getpass.getuser()}@{socket.getfqdn()}")
+            print(
+                f"on your own machine: ssh -N -L {args.port}:localhost:{args.port} {getpass.getuser()}@{socket.getfqdn()}"
+            )
         sys.stdout.flush()
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", str(args.port), "--host", "localhost"]
+        command = [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            str(logdir),
+            "--port",
+            str(args.port),
+            "--host",
+            "localhost",
+        ]
         with subprocess.Popen(command) as process:
             try:
                 return process.wait()

@@ -21,7 +21,9 @@ def demand_at_least(args: argparse.Namespace, **least: int) -> None:
     """Raises UserError for an argument below its least value."""
     for name, value in least.items():
         if getattr(args, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {value}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {value}"
+            )
 
 
 def load() -> str:

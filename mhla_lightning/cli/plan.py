@@ -25,12 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla plan`."""
     parser.usage = "%(prog)s RECIPE [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
-    parser.add_argument("--nodes", type=int, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each (default: the recipe's trainer.devices, 1 where that is auto)")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="machines (default: the recipe's trainer.num_nodes)"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help="GPUs of each (default: the recipe's trainer.devices, 1 where that is auto)",
+    )
     parser.add_argument("--gpu", metavar="NAME", help=f"kind of GPU: {', '.join(GPUS)}")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, for example 40GiB, in place of what --gpu says")
-    parser.add_argument("--strategy", metavar="NAME", help="as trainer.strategy: ddp, zero1, zero2, zero3, zero2_offload, ...")
-    parser.add_argument("--utilisation", type=float, default=0.4, metavar="SHARE", help="share of the GPU's peak that the time assumes (default 0.4)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of a GPU, for example 40GiB, in place of what --gpu says"
+    )
+    parser.add_argument(
+        "--strategy", metavar="NAME", help="as trainer.strategy: ddp, zero1, zero2, zero3, zero2_offload, ..."
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the GPU's peak that the time assumes (default 0.4)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON too")
 
 
@@ -45,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
     resolved = resolve(values)
     nodes, devices = int(resolved.trainer.get("num_nodes", 1)), resolved.trainer.get("devices", "auto")
-    plan = make_plan(resolved, nodes=nodes, gpus_per_node=_count(devices), gpu=gpu, utilisation=args.utilisation)
+    plan = make_plan(
+        resolved, nodes=nodes, gpus_per_node=_count(devices), gpu=gpu, utilisation=args.utilisation
+    )
     _print(recipe.name, plan)
     write_json(args.json, {"recipe": recipe.name, **plan.to_dict()})
     return 0
@@ -86,34 +105,61 @@ def _print(name: str, plan: Plan) -> None:
     if plan.deepspeed is not None:
         import yaml
 
-        console.print("\nDeepSpeed's configuration:", yaml.safe_dump(plan.deepspeed, sort_keys=False), sep="\n", end="", markup=False)
+        console.print(
+            "\nDeepSpeed's configuration:",
+            yaml.safe_dump(plan.deepspeed, sort_keys=False),
+            sep="\n",
+            end="",
+            markup=False,
+        )
 
 
 def _lines(name: str, plan: Plan) -> Iterator[tuple[str, str]]:
     model, batches = plan.values["model"]["init_args"], plan.batches
     yield "recipe", f"{name}: {model['backbone']}, attention {_entry(model['attention'])}, {plan.precision}"
-    yield "", f"checkpoint_activations {model['checkpoint_activations']}; everything: lightning run {name} --print_config"
+    yield (
+        "",
+        f"checkpoint_activations {model['checkpoint_activations']}; everything: lightning run {name} --print_config",
+    )
     gpu = "" if plan.gpu is None else f" {plan.gpu.name}"
-    yield "cluster", f"{_many(plan.nodes, 'node')} x {_many(plan.gpus_per_node, 'GPU')}{gpu}, strategy {plan.strategy or 'of another kind'}"
-    yield "batch", f"{batches.batch:,} = {batches.ranks:,} ranks x {batches.micro:,} samples at once x {batches.accumulation:,} accumulated"
+    yield (
+        "cluster",
+        f"{_many(plan.nodes, 'node')} x {_many(plan.gpus_per_node, 'GPU')}{gpu}, strategy {plan.strategy or 'of another kind'}",
+    )
+    yield (
+        "batch",
+        f"{batches.batch:,} = {batches.ranks:,} ranks x {batches.micro:,} samples at once x {batches.accumulation:,} accumulated",
+    )
     yield "parameters", _parameters(plan)
     forward, tokens = plan.flops_per_sample, plan.tokens
-    yield "FLOPs", f"forward {_si(forward)} a sample, {_si(forward / tokens)} a token ({tokens:,} tokens); training takes three times that"
+    yield (
+        "FLOPs",
+        f"forward {_si(forward)} a sample, {_si(forward / tokens)} a token ({tokens:,} tokens); training takes three times that",
+    )
     yield "length", _length(plan)
     if plan.seconds is not None and plan.gpu is not None:
-        yield "time", f"{_time(plan.seconds)}, assuming {plan.utilisation:.0%} of the peak of {_si(plan.peak or 0)}/s a GPU"
+        yield (
+            "time",
+            f"{_time(plan.seconds)}, assuming {plan.utilisation:.0%} of the peak of {_si(plan.peak or 0)}/s a GPU",
+        )
 
 
 def _parameters(plan: Plan) -> str:
     kinds = {kind: count for kind, count in plan.parameters.items() if kind not in ("total", "trained")}
-    trained = "all train" if plan.parameters["trained"] == plan.parameters["total"] else f"{plan.parameters['trained']:,} train"
+    trained = (
+        "all train"
+        if plan.parameters["trained"] == plan.parameters["total"]
+        else f"{plan.parameters['trained']:,} train"
+    )
     return f"{plan.parameters['total']:,}, {trained} ({', '.join(f'{kind} {count:,}' for kind, count in kinds.items())})"
 
 
 def _length(plan: Plan) -> str:
     steps, samples, epochs = plan.length.steps, plan.length.samples, plan.length.epochs
     parts = [] if steps is None else [f"{_many(steps, 'step')}, {steps * plan.batches.batch:,} samples"]
-    parts += [] if epochs is None else [f"{epochs:,.4g} epochs" + ("" if samples is None else f" of {samples:,}")]
+    parts += (
+        [] if epochs is None else [f"{epochs:,.4g} epochs" + ("" if samples is None else f" of {samples:,}")]
+    )
     parts += [] if plan.training_flops is None else [f"{_si(plan.training_flops)} in all"]
     return "; ".join(parts)
 
@@ -121,17 +167,42 @@ def _length(plan: Plan) -> str:
 def _table(plan: Plan) -> Any:
     from rich.table import Table
 
-    columns = ("weights", "gradients", "optimizer", "EMA", "buffers", "activations", "sum", "host RAM/node", "disk/node")
+    columns = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "EMA",
+        "buffers",
+        "activations",
+        "sum",
+        "host RAM/node",
+        "disk/node",
+    )
     stages = plan.stages.values()
-    shown = [name for name in columns if not (name.endswith("/node") or name == "EMA") or any(_cell(plan, stage, name) != "-" for stage in stages)]
+    shown = [
+        name
+        for name in columns
+        if not (name.endswith("/node") or name == "EMA")
+        or any(_cell(plan, stage, name) != "-" for stage in stages)
+    ]
     unit = _unit(plan)
-    table = Table("strategy", *shown, "" if plan.gpu is None else f"of {_number(plan.gpu.usable, unit)}", title=f"{unit} on each GPU, at most")
+    table = Table(
+        "strategy",
+        *shown,
+        "" if plan.gpu is None else f"of {_number(plan.gpu.usable, unit)}",
+        title=f"{unit} on each GPU, at most",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, stage in plan.stages.items():
         verdict = "" if stage.fits is None else "fits" if stage.fits else "too much"
         cells = [_cell(plan, stage, column) for column in shown]
-        table.add_row(f"> {name}" if name == plan.strategy else f"  {name}", *cells, verdict, style="bold" if name == plan.strategy else None)
+        table.add_row(
+            f"> {name}" if name == plan.strategy else f"  {name}",
+            *cells,
+            verdict,
+            style="bold" if name == plan.strategy else None,
+        )
     return table
 
 
@@ -154,7 +225,9 @@ def _cell(plan: Plan, stage: Stage, column: str) -> str:
 
 def _unit(plan: Plan) -> str:
     """GiB, or MiB where a model is small."""
-    return "GiB" if max(stage.total or stage.state.total(0) for stage in plan.stages.values()) >= GIB else "MiB"
+    return (
+        "GiB" if max(stage.total or stage.state.total(0) for stage in plan.stages.values()) >= GIB else "MiB"
+    )
 
 
 def _number(size: int, unit: str) -> str:
@@ -163,7 +236,9 @@ def _number(size: int, unit: str) -> str:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
-    if any(plan.activations is not None and stage.state.step > plan.activations for stage in plan.stages.values()):
+    if any(
+        plan.activations is not None and stage.state.step > plan.activations for stage in plan.stages.values()
+    ):
         yield "activations: where the optimizer's step takes more for a moment, that."
     if plan.gpu is not None and plan.strategy is not None and plan.fits is not None:
         room = f"{_number(plan.gpu.usable, 'GiB')} GiB, {USABLE:.0%} of {_number(plan.gpu.memory, 'GiB')}"

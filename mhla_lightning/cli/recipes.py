@@ -24,10 +24,14 @@ _LABEL = re.compile(r"^paper(?:'s number)?:\s*", re.IGNORECASE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `mhla recipes` to its parser."""
     verbs = parser.add_subparsers(dest="recipes_verb", required=True, metavar="VERB")
-    listing = verbs.add_parser("list", help="one line a recipe", description="Lists the recipes that come with the package.")
+    listing = verbs.add_parser(
+        "list", help="one line a recipe", description="Lists the recipes that come with the package."
+    )
     listing.add_argument("--task", metavar="NAME", help="only this task's, for example classification")
     listing.add_argument("--json", metavar="FILE", help="write the table as JSON too")
-    show = verbs.add_parser("show", help="print a recipe as it is", description="Prints a recipe's file as it is.")
+    show = verbs.add_parser(
+        "show", help="print a recipe as it is", description="Prints a recipe's file as it is."
+    )
     show.add_argument("name", metavar="NAME", help="name of a packaged recipe, or path of a YAML file")
 
 
@@ -37,10 +41,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(task: str | None, json_file: str | None) -> int:
-    rows = [{"recipe": name, **header_facts((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))} for name in _names(task)]
+    rows = [
+        {"recipe": name, **header_facts((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))}
+        for name in _names(task)
+    ]
     _print_table(rows)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(json_file).write_text(
+            json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return 0
 
 
@@ -93,7 +102,9 @@ def paper_number(header: str) -> str | None:
     """The first sentence (or part of one up to a semicolon) about the paper that begins with `Paper:` or holds a decimal or a percentage."""
     for sentence in re.split(r"(?<=[.;])\s+", header):
         words = sentence.strip().rstrip(".;")
-        if not re.search(r"\bpaper\b", words, re.IGNORECASE) or re.search(r"\bnot an?\b", words, re.IGNORECASE):
+        if not re.search(r"\bpaper\b", words, re.IGNORECASE) or re.search(
+            r"\bnot an?\b", words, re.IGNORECASE
+        ):
             continue
         if _LABEL.match(words) or _VALUE.search(_ARXIV.sub("", words)):
             return _LABEL.sub("", words)

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: as before)")
     parser.add_argument("--devices", type=int, metavar="D", help="processes a node (default: as before)")
     parser.add_argument("--time", metavar="LIMIT", help="of one attempt (default: as before)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
 
 
@@ -59,7 +61,9 @@ def _profile(args: argparse.Namespace, one: RunFolder, before: dict[str, Any]) -
     if args.profile is not None:
         return load_profile(args.profile)
     if "profile" not in before:
-        raise UserError(f"run {one.run_id} was never submitted; name a site: mhla resume {one.run_id} --profile P")
+        raise UserError(
+            f"run {one.run_id} was never submitted; name a site: mhla resume {one.run_id} --profile P"
+        )
     values = dict(before["profile"])
     return profile_from(values, values.pop("name"))
 
@@ -80,4 +84,6 @@ def _check_idle(one: RunFolder, slurm: Slurm) -> None:
     job = current_job(one)
     queue = ask(slurm, [job]).get(job) if job is not None else None
     if queue is not None and queue.active:
-        raise UserError(f"run {one.run_id} has an active job, {job} ({queue.state}); mhla cancel {one.run_id} ends it")
+        raise UserError(
+            f"run {one.run_id} has an active job, {job} ({queue.state}); mhla cancel {one.run_id} ends it"
+        )

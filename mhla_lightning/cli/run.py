@@ -33,7 +33,15 @@ from mhla_lightning.runs.folder import (
     write_text,
 )
 from mhla_lightning.runs.lock import hold
-from mhla_lightning.runs.ranks import GRACE, PREEMPTED, RANK_ZERO, end_with_rank_zero, forget, place, tell_rank_zero
+from mhla_lightning.runs.ranks import (
+    GRACE,
+    PREEMPTED,
+    RANK_ZERO,
+    end_with_rank_zero,
+    forget,
+    place,
+    tell_rank_zero,
+)
 from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
@@ -41,7 +49,9 @@ if TYPE_CHECKING:
     from mhla_lightning.training.session import Session
 
 TAKES_OVERRIDES = True
-_CHILD = "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
+_CHILD = (
+    "MHLA_RUN_FOLDER"  # processes that Lightning starts for further ranks find the folder of the first here
+)
 _WAIT_FOR_DATA = 3600.0  # seconds
 _WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
 _LAST_WAIT = 60.0  # seconds that other ranks have to end after the training has
@@ -52,12 +62,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla run`."""
     parser.usage = "%(prog)s RECIPE [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--run-id", metavar="NAME", help="name of the run (default: recipe name and a hash of the resolved recipe)")
-    parser.add_argument("--fresh", action="store_true", help="start anew in NAME-2, NAME-3, ... instead of resuming")
-    parser.add_argument("--accept-changes", action="store_true", help="go on with a run although the recipe has changed")
-    parser.add_argument("--mode", choices=["fit", "validate", "test"], default="fit", help="fit trains and validates (default)")
-    parser.add_argument("--ckpt", metavar="PATH", help="checkpoint folder or run for --mode validate and test (default: the run's newest)")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--run-id",
+        metavar="NAME",
+        help="name of the run (default: recipe name and a hash of the resolved recipe)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew in NAME-2, NAME-3, ... instead of resuming"
+    )
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on with a run although the recipe has changed"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=["fit", "validate", "test"],
+        default="fit",
+        help="fit trains and validates (default)",
+    )
+    parser.add_argument(
+        "--ckpt",
+        metavar="PATH",
+        help="checkpoint folder or run for --mode validate and test (default: the run's newest)",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
 
 
@@ -76,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     if args.ckpt and args.mode == "fit":
-        raise UserError("--ckpt belongs to --mode validate or test; training resumes by itself, and model.init_from starts from other weights")
+        raise UserError(
+            "--ckpt belongs to --mode validate or test; training resumes by itself, and model.init_from starts from other weights"
+        )
     recipe = load_recipe(args.recipe)
     values = apply_overrides(recipe.values, parse_overrides(args.overrides))
     from mhla_lightning.config.resolve import resolve
@@ -90,7 +121,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
         return _evaluate(args, resolved, run_folder)
     changed = _changes(run_folder, resolved)
     if changed and _first_process() and not args.accept_changes:
-        raise UserError(f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes")
+        raise UserError(
+            f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes"
+        )
     if run_folder.finished() and not changed:
         return _say_finished(resolved, run_folder)
     new = not run_folder.path.exists()
@@ -107,7 +140,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
             return _fit(resolved, run_folder, signals)
     except UserError:
         begun = run_folder.metrics.exists() or newest_checkpoint(run_folder.path) is not None
-        if new and _first_process() and not begun:  # refused: nothing of use is in there, and every verb would take it for a run
+        if (
+            new and _first_process() and not begun
+        ):  # refused: nothing of use is in there, and every verb would take it for a run
             shutil.rmtree(run_folder.path, ignore_errors=True)
         raise
 
@@ -118,10 +153,18 @@ def _quiet() -> None:
     ours.handlers, ours.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP copies such a gradient once more, no error
-    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")  # `mhla submit` uses it
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")  # DeepSpeed 0.19 on torch 2.14, DeepSpeed's to change
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
+    warnings.filterwarnings(
+        "ignore", message="Grad strides do not match bucket view strides"
+    )  # DDP copies such a gradient once more, no error
+    warnings.filterwarnings(
+        "ignore", message="The `srun` command is available on your system but is not used"
+    )  # `mhla submit` uses it
+    warnings.filterwarnings(
+        "ignore", message=".*torch.distributed.* is deprecated"
+    )  # DeepSpeed 0.19 on torch 2.14, DeepSpeed's to change
+    warnings.filterwarnings(
+        "ignore", message=r".*isinstance\(treespec, LeafSpec\)"
+    )  # Lightning 2.6.6 on torch 2.14, Lightning's to change
 
 
 def _print_config(resolved: Resolved) -> int:
@@ -139,7 +182,9 @@ def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved)
     root = runs_root(args.runs)
     name = check_run_id(args.run_id) if args.run_id else default_run_id(recipe.name, resolved.identity())
     if args.fresh and _started_among_others():
-        raise UserError("--fresh chooses a folder, and each of the processes that were started together would choose another: use a new --run-id")
+        raise UserError(
+            "--fresh chooses a folder, and each of the processes that were started together would choose another: use a new --run-id"
+        )
     if args.fresh and (root / name).exists():
         name = next(f"{name}-{n}" for n in range(2, sys.maxsize) if not (root / f"{name}-{n}").exists())
     return RunFolder(root / name)
@@ -168,10 +213,20 @@ def _record(resolved: Resolved, run_folder: RunFolder) -> None:
     """Writes recipe.yaml and environment.json."""
     from mhla_lightning.training.session import versions
 
-    run_folder.summary.unlink(missing_ok=True)  # before the recipe: another rank that looks now must not take the run for finished
+    run_folder.summary.unlink(
+        missing_ok=True
+    )  # before the recipe: another rank that looks now must not take the run for finished
     write_text(run_folder.recipe, resolved.to_yaml())
-    facts = {"command": sys.argv, "cwd": str(Path.cwd()), "host": platform.node(), "cpus": os.cpu_count(), "versions": versions()}
-    write_json(run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())})
+    facts = {
+        "command": sys.argv,
+        "cwd": str(Path.cwd()),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
+    write_json(
+        run_folder.environment, {"format": 1, **facts, "recipe_hash": recipe_hash(resolved.identity())}
+    )
 
 
 def _prepare_data(resolved: Resolved) -> None:
@@ -199,7 +254,9 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
         from_step = f", going on from {session.resume.name}" if session.resume else ""
         task = session.task
         print(f"run {run_folder.run_id}: {session.max_steps} steps of {session.data.batch_size}{from_step}")
-        print(f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample (forward), {run_folder.path}")
+        print(
+            f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample (forward), {run_folder.path}"
+        )
         print(f"watch it: tensorboard --logdir {run_folder.tensorboard}", flush=True)
     try:
         session.fit()
@@ -240,7 +297,10 @@ def _failed(error: Exception, session: Session, run_folder: RunFolder) -> int:
             return 2
         time.sleep(GRACE if lost else 0.0)  # rank 0 knows which rank was lost, and ends this one
     elif lost:
-        print(f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose own error is the cause", file=sys.stderr)
+        print(
+            f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose own error is the cause",
+            file=sys.stderr,
+        )
         return 1
     if not isinstance(error, UserError):
         error.add_note(place(trainer.global_rank, trainer.world_size))
@@ -319,7 +379,11 @@ def _say_finished(resolved: Resolved, run_folder: RunFolder) -> int:
 
 def _print_summary(run_folder: RunFolder) -> None:
     summary = read_json(run_folder.summary)
-    _print_metrics(f"{run_folder.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s", summary["last"], summary["best"])
+    _print_metrics(
+        f"{run_folder.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s",
+        summary["last"],
+        summary["best"],
+    )
     print(f"run folder: {run_folder.path}\ntensorboard --logdir {run_folder.tensorboard}")
 
 

@@ -24,40 +24,76 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _GRID = 100  # images at most
 _FASTEST = 240  # frames a second
-_DEFAULTS = {"images": {"n": 100, "guidance": 1.5, "steps": 250, "batch_size": 50}, "videos": {"n": 1, "guidance": 3.0, "steps": 50, "batch_size": 1}}
-_ONLY = {"images": ("classes", "guidance_channels"), "videos": ("prompts", "prompt", "frames", "size", "rate")}
+_DEFAULTS = {
+    "images": {"n": 100, "guidance": 1.5, "steps": 250, "batch_size": 50},
+    "videos": {"n": 1, "guidance": 3.0, "steps": 50, "batch_size": 1},
+}
+_ONLY = {
+    "images": ("classes", "guidance_channels"),
+    "videos": ("prompts", "prompt", "frames", "size", "rate"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla sample`."""
     add_trained_arguments(parser, "diffusion_run")
-    parser.add_argument("--n", type=int, help="images over all classes (default: 100), or videos of each prompt (default: 1)")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none (default: 1.5, of videos 3)")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"), help="part of the time axis that is guided"
+        "--n", type=int, help="images over all classes (default: 100), or videos of each prompt (default: 1)"
     )
     parser.add_argument(
-        "--sampler", help="ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler for images, dpm++ for videos)"
+        "--guidance",
+        type=float,
+        help="scale of classifier-free guidance; 1 is none (default: 1.5, of videos 3)",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="part of the time axis that is guided",
+    )
+    parser.add_argument(
+        "--sampler",
+        help="ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler for images, dpm++ for videos)",
     )
     parser.add_argument("--steps", type=int, help="default: 250, of videos 50")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: 50), or videos (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images at once (default: 50), or videos (default: 1)"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", help="default: images/NAME or videos/NAME in the run folder")
     parser.add_argument("--json", metavar="FILE", help="write what was drawn and how fast, as JSON")
     images = parser.add_argument_group("images")
     images.add_argument("--classes", metavar="0-9,12", help="labels, taken in turn (default: all)")
-    images.add_argument("--guidance-channels", type=int, metavar="C", help="guide the first C channels only, 3 as the original DiT (default: all)")
+    images.add_argument(
+        "--guidance-channels",
+        type=int,
+        metavar="C",
+        help="guide the first C channels only, 3 as the original DiT (default: all)",
+    )
     add_video_arguments(parser.add_argument_group("videos"))
 
 
 def add_video_arguments(parser: Any) -> None:
     """What videos alone are asked for."""
-    parser.add_argument("--prompts", metavar="FILE", help='a prompt a line, or .jsonl with {"prompt": ...} in every line')
-    parser.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help='a prompt a line, or .jsonl with {"prompt": ...} in every line'
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times"
+    )
     parser.add_argument("--frames", type=int, metavar="F", help="default: those of training")
-    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, e.g. 480x800 (default: those of training)")
-    parser.add_argument("--rate", type=float, metavar="R", help="frames a second of the files (default: those of the run's data)")
+    parser.add_argument(
+        "--size", metavar="HxW", help="height and width in pixels, e.g. 480x800 (default: those of training)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="frames a second of the files (default: those of the run's data)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     kind, other = ("videos", "images") if trains(folder, VideoDiffusionTask) else ("images", "videos")
     for name in _ONLY[other]:
         if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for runs that draw {other}, and run {folder.run_id} draws {kind}; leave it out")
+            raise UserError(
+                f"--{name.replace('_', '-')} is for runs that draw {other}, and run {folder.run_id} draws {kind}; leave it out"
+            )
     for name, value in _DEFAULTS[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -106,22 +144,33 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
     sampler = args.sampler or default_sampler(found.task.process)
     guidance = Guidance(args.guidance, args.guidance_channels, tuple(args.guidance_interval))
     job = ImageJob(found, labels, Drawing(args.seed, sampler, args.steps, guidance), args.batch_size)
-    folder = Path(args.out) if args.out else found.run.path / "images" / job_name(found.checkpoint, job.settings())
+    folder = (
+        Path(args.out) if args.out else found.run.path / "images" / job_name(found.checkpoint, job.settings())
+    )
     started = time.perf_counter()
     with drawing_bar(len(labels)) as on_batch:
         images = draw_images(job, folder, args.processes, device, on_batch)
     seconds = time.perf_counter() - started
     columns = min(len(classes), 10) if len(classes) > 1 else 10
     write_grid(images[:_GRID], columns, folder / "grid.png")
-    _say(found, f"{len(images)} images", seconds, {"images": folder / "samples.npz", "grid": folder / "grid.png"})
-    write_json(args.json, {**job.settings(), "folder": str(folder), "images": len(images), "seconds": seconds})
+    _say(
+        found,
+        f"{len(images)} images",
+        seconds,
+        {"images": folder / "samples.npz", "grid": folder / "grid.png"},
+    )
+    write_json(
+        args.json, {**job.settings(), "folder": str(folder), "images": len(images), "seconds": seconds}
+    )
     return 0
 
 
 def _videos(args: argparse.Namespace) -> int:
     prompts = given_prompts(args.prompts, args.prompt)
     if not prompts:
-        raise UserError("no prompt was given; name a file with --prompts FILE, or write one with --prompt TEXT")
+        raise UserError(
+            "no prompt was given; name a file with --prompts FILE, or write one with --prompt TEXT"
+        )
     sample_videos(args, prompts)
     return 0
 
@@ -135,13 +184,27 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
 
     device = choose_device(args.device)
     found = find_video_run(args.diffusion_run, args.runs, args.ckpt, ema=not args.no_ema)
-    job = VideoJob(found, tuple(prompts), args.n, video_drawing(args, found), args.batch_size, frame_rate(found, args.rate))
-    folder = Path(args.out) if args.out else found.run.path / "videos" / job_name(found.checkpoint, job.settings())
+    job = VideoJob(
+        found,
+        tuple(prompts),
+        args.n,
+        video_drawing(args, found),
+        args.batch_size,
+        frame_rate(found, args.rate),
+    )
+    folder = (
+        Path(args.out) if args.out else found.run.path / "videos" / job_name(found.checkpoint, job.settings())
+    )
     started = time.perf_counter()
     with drawing_bar(len(job.texts)) as on_batch:
         files = draw_videos(job, folder, args.processes, device, on_batch)
     seconds = time.perf_counter() - started
-    _say(found, f"{len(files)} videos", seconds, {"videos": folder, "sheet": folder / SHEET, "list": folder / LIST})
+    _say(
+        found,
+        f"{len(files)} videos",
+        seconds,
+        {"videos": folder, "sheet": folder / SHEET, "list": folder / LIST},
+    )
     write_json(args.json, {**job.settings(), "folder": str(folder), "videos": len(files), "seconds": seconds})
     return folder
 
@@ -163,7 +226,13 @@ def video_drawing(args: argparse.Namespace, found: Any) -> Any:
     frames = args.frames if own is None or args.frames is not None else own.frames
     height, width = size or (own.height, own.width)  # type: ignore[union-attr]  # one of them is there
     guidance = Guidance(args.guidance, None, tuple(args.guidance_interval))
-    return VideoDrawing(Size(frames, height, width), args.seed, args.sampler or video_sampler(found.task.process), args.steps, guidance)
+    return VideoDrawing(
+        Size(frames, height, width),
+        args.seed,
+        args.sampler or video_sampler(found.task.process),
+        args.steps,
+        guidance,
+    )
 
 
 @contextmanager
@@ -182,7 +251,10 @@ def _say(found: Any, what: str, seconds: float, places: dict[str, Path]) -> None
     from rich.console import Console
 
     console, average = Console(), "averaged" if found.averaged else "raw"
-    console.print(f"{what} of {found.run.run_id} {found.checkpoint.name} ({average} weights) in {seconds:.1f} s", soft_wrap=True)
+    console.print(
+        f"{what} of {found.run.run_id} {found.checkpoint.name} ({average} weights) in {seconds:.1f} s",
+        soft_wrap=True,
+    )
     for name, place in places.items():
         console.print(f"{name + ':':8}{place}", soft_wrap=True, highlight=False)
 
@@ -193,7 +265,9 @@ def parse_classes(text: str) -> list[int]:
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--classes {text}: '{part}' is no class and no range; write 3 or 0-9, with commas between them")
+            raise UserError(
+                f"--classes {text}: '{part}' is no class and no range; write 3 or 0-9, with commas between them"
+            )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 

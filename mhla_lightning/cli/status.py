@@ -24,10 +24,25 @@ _WIDE = 200  # columns where no terminal limits them
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla status`."""
-    parser.add_argument("run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="show it again and again (10) until no job is active")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too; - writes them to the standard output instead of the table")
+    parser.add_argument(
+        "run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)"
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=10.0,
+        metavar="SECONDS",
+        help="show it again and again (10) until no job is active",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the rows as JSON too; - writes them to the standard output instead of the table",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
 def _chosen(names: list[str], root: Path) -> list[RunFolder]:
     if names:
         return [one for name in names for one in find_runs(name, root)]
-    runs = [RunFolder(path.parent) for path in sorted(root.glob("*/recipe.yaml"), key=lambda path: path.parent.stat().st_mtime)]
+    runs = [
+        RunFolder(path.parent)
+        for path in sorted(root.glob("*/recipe.yaml"), key=lambda path: path.parent.stat().st_mtime)
+    ]
     if not runs:
         raise UserError(f"there are no runs in {root}; choose another place with --runs or $MHLA_RUNS")
     return runs
@@ -63,7 +81,18 @@ def _show(rows: list[dict[str, Any]], clear: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("run", "job", "state", "restarts", "nodes", "step", "loss", "samples/s", "time left: job, run", "checkpoint")
+    table = Table(
+        "run",
+        "job",
+        "state",
+        "restarts",
+        "nodes",
+        "step",
+        "loss",
+        "samples/s",
+        "time left: job, run",
+        "checkpoint",
+    )
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in _cells(row)))
     console = Console(width=None if sys.stdout.isatty() else _WIDE)

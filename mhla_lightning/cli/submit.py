@@ -33,18 +33,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s RECIPE --profile P [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
     parser.add_argument(
-        "--profile", required=True, metavar="P", help="site settings: a YAML file, or a name (packaged, or in ~/.config/mhla/profiles)"
+        "--profile",
+        required=True,
+        metavar="P",
+        help="site settings: a YAML file, or a name (packaged, or in ~/.config/mhla/profiles)",
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: the recipe's trainer.num_nodes)")
     parser.add_argument(
-        "--devices", type=int, metavar="D", help="processes a node (default: the profile's GPUs, on CPUs the recipe's trainer.devices)"
+        "--nodes", type=int, metavar="N", help="nodes (default: the recipe's trainer.num_nodes)"
     )
-    parser.add_argument("--time", metavar="LIMIT", help="of one attempt, as SLURM writes it (default: the profile's)")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        metavar="D",
+        help="processes a node (default: the profile's GPUs, on CPUs the recipe's trainer.devices)",
+    )
+    parser.add_argument(
+        "--time", metavar="LIMIT", help="of one attempt, as SLURM writes it (default: the profile's)"
+    )
     parser.add_argument("--array", metavar="SEEDS", help="a run for each seed, such as 0,1,2 or 0-2")
-    parser.add_argument("--after", action="append", default=[], metavar="JOB", help="start when this job, or the job of this run, has finished well")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--run-id", metavar="NAME", help="name of the run (default: recipe name and a hash, with a number behind it if need be)")
-    parser.add_argument("--no-check", action="store_true", help="skip the checks of `mhla plan`; SLURM is still asked")
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="start when this job, or the job of this run, has finished well",
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--run-id",
+        metavar="NAME",
+        help="name of the run (default: recipe name and a hash, with a number behind it if need be)",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="skip the checks of `mhla plan`; SLURM is still asked"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
     parser.add_argument("--json", metavar="FILE", help="write run and job ids as JSON too")
 
@@ -57,9 +81,15 @@ def run(args: argparse.Namespace) -> int:
     seeds = parse_seeds(args.array)
     if args.time is not None:
         minutes(args.time, "--time")
-    name = check_run_id(args.run_id) if args.run_id else new_run_id(recipe.name, apply_overrides(recipe.values, overrides), runs, seeds)
+    name = (
+        check_run_id(args.run_id)
+        if args.run_id
+        else new_run_id(recipe.name, apply_overrides(recipe.values, overrides), runs, seeds)
+    )
     after = () if args.dry_run and not args.after else tuple(job_of(one, runs) for one in args.after)
-    options = Options(name, runs, Path.cwd(), args.nodes, args.devices, args.time, seeds, after, Path(sys.executable))
+    options = Options(
+        name, runs, Path.cwd(), args.nodes, args.devices, args.time, seeds, after, Path(sys.executable)
+    )
     submission = prepare(recipe, profile, overrides, options)
     if args.dry_run:
         print(submission.script, end="")

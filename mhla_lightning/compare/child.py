@@ -37,10 +37,17 @@ class ChildRun:
         place = ["--runs", str(self.run.path.parent), "--run-id", self.run.run_id]
         command = [sys.executable, "-m", "mhla_lightning", "run", self.recipe, *place, *self.overrides]
         env = None if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
+        )
 
 
-def train_in_children(runs: Sequence[ChildRun], jobs: int, on_progress: Callable[[float], None], on_end: Callable[[ChildRun, int], None]) -> int:
+def train_in_children(
+    runs: Sequence[ChildRun],
+    jobs: int,
+    on_progress: Callable[[float], None],
+    on_end: Callable[[ChildRun, int], None],
+) -> int:
     """Trains `runs` in their order, `jobs` at once, which then share the cores. After one has failed no other is started.
 
     Args:
@@ -86,7 +93,9 @@ def _end_with_us(children: Mapping[subprocess.Popen[bytes], ChildRun]) -> Iterat
     try:
         yield
     except BaseException:
-        forward(signal.SIGINT, None)  # a terminal's Ctrl-C reaches the children too; a second one does no harm
+        forward(
+            signal.SIGINT, None
+        )  # a terminal's Ctrl-C reaches the children too; a second one does no harm
         deadline = time.monotonic() + _GRACE
         for child in children:
             try:

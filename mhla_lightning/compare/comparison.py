@@ -43,7 +43,9 @@ def table_row(
         deviation (None with one seed). The numbers of an evaluation have the tags `NAME/number`.
     """
     evaluated = {seed: {"eval": found} for seed, found in (measured or {}).items() if found}
-    numbers = [{**_numbers(summary), **_tagged((measured or {}).get(seed, {}))} for seed, summary in runs.items()]
+    numbers = [
+        {**_numbers(summary), **_tagged((measured or {}).get(seed, {}))} for seed, summary in runs.items()
+    ]
     keys = list(dict.fromkeys(key for found in numbers for key in found))
     columns = {key: [found[key] for found in numbers if key in found] for key in keys}
     return {
@@ -61,7 +63,9 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tagged(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f"{name}/{number}": value for name, found in evaluations.items() for number, value in found.items()}
+    return {
+        f"{name}/{number}": value for name, found in evaluations.items() for number, value in found.items()
+    }
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -84,14 +88,23 @@ def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def score_tags(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns of scores: validation, then evaluations in the order of their numbers."""
-    evaluated = dict.fromkeys(tag for row in rows for tag in row["mean"] if tag.rpartition("/")[0] in EVALUATIONS)
+    evaluated = dict.fromkeys(
+        tag for row in rows for tag in row["mean"] if tag.rpartition("/")[0] in EVALUATIONS
+    )
     return [*validation_tags(rows), *evaluated]
 
 
 def headline(tags: Iterable[str]) -> str | None:
     """The tag that stands for a run in one line: accuracy, else bits per byte, else the loss, else the first of validation."""
     found = [tag for tag in tags if tag.startswith("val/")]
-    return next((tag for tag in ("val/top1", "val/accuracy", "val/bits_per_byte", "val/loss", *found) if tag in found), None)
+    return next(
+        (
+            tag
+            for tag in ("val/top1", "val/accuracy", "val/bits_per_byte", "val/loss", *found)
+            if tag in found
+        ),
+        None,
+    )
 
 
 def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -117,7 +130,9 @@ def cost(key: str, mean: float | None) -> str:
     return "-" if mean is None else f"{mean * factor:{form}}"
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, Any]], tags: Sequence[str], costs: Sequence[str]) -> Table:
+def rich_table(
+    title: str, rows: Sequence[Mapping[str, Any]], tags: Sequence[str], costs: Sequence[str]
+) -> Table:
     """One line a row; the best mean of every tag in bold.
 
     Args:
@@ -128,7 +143,9 @@ def rich_table(title: str, rows: Sequence[Mapping[str, Any]], tags: Sequence[str
     """
     winners = {tag: best_rows(tag, rows) for tag in tags}
     several = len(rows[0]["seeds"]) > 1
-    table = Table(title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None)
+    table = Table(
+        title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None
+    )
     table.add_column("row", overflow="fold")
     for heading in (*(tag.replace("/", "/\n") for tag in tags), *(COSTS[key][0] for key in costs)):
         table.add_column(heading, justify="right", overflow="fold")

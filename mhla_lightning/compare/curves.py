@@ -49,9 +49,19 @@ def curves_figure(title: str, runs: Runs) -> Figure:
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for both panels: a row has one colour."""
-    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=_columns(handles), frameon=False)
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=_columns(handles),
+            frameon=False,
+        )
 
 
 def _columns(names: Iterable[str]) -> int:
@@ -70,7 +80,9 @@ def _draw(panel: Axes, runs: Runs, tag: str, width: int) -> None:
         average = mean_curve(curves)
         if average:
             marker = "o" if len(average) <= _FEW else None
-            panel.plot(*_xy(average), color=color, linewidth=2.0, marker=marker, markersize=4, label=_short(name))
+            panel.plot(
+                *_xy(average), color=color, linewidth=2.0, marker=marker, markersize=4, label=_short(name)
+            )
     _dress(panel, tag)
 
 
@@ -79,7 +91,9 @@ def _dress(panel: Axes, tag: str) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.set_title("validation" if tag.startswith("val") else "training", loc="left", fontsize=10, color="0.35")
+    panel.set_title(
+        "validation" if tag.startswith("val") else "training", loc="left", fontsize=10, color="0.35"
+    )
     if not panel.lines:
         panel.text(0.5, 0.5, f"no {tag} logged", transform=panel.transAxes, ha="center", color="0.4")
     elif higher_is_better(tag):
@@ -88,7 +102,9 @@ def _dress(panel: Axes, tag: str) -> None:
 
 def smoothing_width(runs: Runs) -> int:
     """Points of the running mean of the training loss: odd, light, none at all on short curves."""
-    longest = max((len(series.get("train/loss", [])) for seeds in runs.values() for series in seeds), default=0)
+    longest = max(
+        (len(series.get("train/loss", [])) for seeds in runs.values() for series in seeds), default=0
+    )
     return min(51, longest // 40 | 1)
 
 

@@ -51,21 +51,30 @@ def rows_over(given: Sequence[str]) -> list[Row]:
             raise UserError(f"--over {key} is given twice; write all its values in one list")
         axes[key] = values
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return _rows((", ".join(describe(key, value) for key, value in overrides.items()), overrides) for overrides in combinations)
+    return _rows(
+        (", ".join(describe(key, value) for key, value in overrides.items()), overrides)
+        for overrides in combinations
+    )
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.removeprefix("--").partition("=")
     if not key or not equals:
-        raise UserError(f"--over '{text}' is not KEY=YAML-LIST; write for example --over 'model.attention=[linear, mhla]'")
+        raise UserError(
+            f"--over '{text}' is not KEY=YAML-LIST; write for example --over 'model.attention=[linear, mhla]'"
+        )
     try:
         found = parse_yaml(values)
     except yaml.YAMLError as error:
         raise UserError(f"the list of --over {key} is no YAML: {values}") from error
     if not isinstance(found, list) or not found:
-        raise UserError(f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; write --over '{key}=[A, B]'")
+        raise UserError(
+            f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; write --over '{key}=[A, B]'"
+        )
     for index, value in enumerate(found):
-        if value in found[:index] and _as_json(value) in map(_as_json, found[:index]):  # 1 == True, as JSON they differ
+        if value in found[:index] and _as_json(value) in map(
+            _as_json, found[:index]
+        ):  # 1 == True, as JSON they differ
             raise UserError(f"--over {key} lists {describe(key, value)} twice")
     return key, found
 
@@ -78,11 +87,18 @@ def rows_from_file(path: Path) -> list[Row]:
     """
     table = read_yaml(path)
     if not isinstance(table, dict) or not table:
-        raise UserError(f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: {{model.optimizer.lr: 1e-4}}'")
+        raise UserError(
+            f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: {{model.optimizer.lr: 1e-4}}'"
+        )
     for name, overrides in table.items():
         if not isinstance(overrides, dict | None):
-            raise UserError(f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as {{model.attention: linear}}")
-    return _rows((str(name), {str(key): value for key, value in (overrides or {}).items()}) for name, overrides in table.items())
+            raise UserError(
+                f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as {{model.attention: linear}}"
+            )
+    return _rows(
+        (str(name), {str(key): value for key, value in (overrides or {}).items()})
+        for name, overrides in table.items()
+    )
 
 
 def _rows(named: Iterable[tuple[str, dict[str, Any]]]) -> list[Row]:
@@ -158,16 +174,23 @@ def arguments(overrides: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={_as_json(value)}" for key, value in overrides.items()]
 
 
-def identity(recipe: Mapping[str, Any], rows: Sequence[Row], seeds: Sequence[int], common: Mapping[str, Any]) -> str:
+def identity(
+    recipe: Mapping[str, Any], rows: Sequence[Row], seeds: Sequence[int], common: Mapping[str, Any]
+) -> str:
     """Eight hex digits: the same for the same comparison, wherever its data lies."""
     data = recipe.get("data")
     init_args = data.get("init_args") if isinstance(data, Mapping) else None
     content = dict(recipe)
     if isinstance(data, Mapping) and isinstance(init_args, Mapping):
-        content["data"] = {**data, "init_args": {key: value for key, value in init_args.items() if key not in ("path", "source")}}
+        content["data"] = {
+            **data,
+            "init_args": {key: value for key, value in init_args.items() if key not in ("path", "source")},
+        }
     kept = {key: value for key, value in common.items() if key not in _PATHS}
     table = [[row.name, row.overrides] for row in rows]
-    return hashlib.sha256(_as_json([content, table, list(seeds), kept], sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(_as_json([content, table, list(seeds), kept], sort_keys=True).encode()).hexdigest()[
+        :8
+    ]
 
 
 def _as_json(value: Any, *, sort_keys: bool = False) -> str:

@@ -50,12 +50,17 @@ def check_keys(values: Mapping[str, Any]) -> None:
             raise UserError(f"trainer.{key} is {value}; it counts optimizer steps: a whole number from 1")
     for section in ("model", "data"):
         if "class_path" not in values[section]:
-            raise UserError(f"{section}.class_path is missing: the class to build, for example {_EXAMPLES[section]}")
+            raise UserError(
+                f"{section}.class_path is missing: the class to build, for example {_EXAMPLES[section]}"
+            )
     for section in ("trainer", "model", "data"):
         _check_value(values[section], section)
 
 
-_EXAMPLES = {"model": "mhla_lightning.tasks.ClassificationTask", "data": "mhla_lightning.data.ImageDataModule"}
+_EXAMPLES = {
+    "model": "mhla_lightning.tasks.ClassificationTask",
+    "data": "mhla_lightning.data.ImageDataModule",
+}
 
 
 def _known(kind: str, given: Mapping[str, Any], valid: typing.Iterable[str], prefix: str) -> None:
@@ -111,7 +116,9 @@ def import_class(path: str, where: str) -> type:
     except (ImportError, ValueError) as error:
         raise UserError(f"{where}.class_path '{path}': {error}") from error
     if not isinstance(getattr(loaded, name, None), type):
-        valid = [n for n in getattr(loaded, "__all__", dir(loaded)) if isinstance(getattr(loaded, n, None), type)]
+        valid = [
+            n for n in getattr(loaded, "__all__", dir(loaded)) if isinstance(getattr(loaded, n, None), type)
+        ]
         raise UserError(unknown_name(f"class in {module}", name, valid))
     return getattr(loaded, name)
 
@@ -120,10 +127,14 @@ def _dataclass_in(hint: Any) -> Any:
     """The dataclass of an annotation `Config`, `Config | None` or `list[Config] | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     options = tuple(inner for option in options for inner in (typing.get_args(option) or (option,)))
-    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+    return next(
+        (option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None
+    )
 
 
-_FRAME = re.compile(r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Not a valid|Subclass types|a class path|a dict")
+_FRAME = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Not a valid|Subclass types|a class path|a dict"
+)
 
 
 def one_sentence(error: Exception) -> str:
@@ -149,4 +160,7 @@ def one_sentence(error: Exception) -> str:
         elif text and not _FRAME.match(text) and not text.startswith("Given value type"):
             reason = reason or text
     place = f"{'.'.join(path)}: " if path else ""
-    return place + (reason or f"{value} does not fit; allowed: {', '.join(name for name in allowed if name != 'NoneType')}")
+    return place + (
+        reason
+        or f"{value} does not fit; allowed: {', '.join(name for name in allowed if name != 'NoneType')}"
+    )

@@ -24,13 +24,17 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{twice}' stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"),
+    re.compile(
+        r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -74,7 +78,11 @@ def read_yaml(path: Path) -> Any:
 
 def recipe_names() -> list[str]:
     """Packaged recipes, `<task>/<name>`."""
-    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml") if path.parent.name != _VARIANTS)
+    return sorted(
+        str(path.relative_to(RECIPES).with_suffix(""))
+        for path in RECIPES.glob("*/*.yaml")
+        if path.parent.name != _VARIANTS
+    )
 
 
 def variants_file(name: str) -> Path:
@@ -103,11 +111,15 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         what = "is a folder, no recipe file" if path.is_dir() else "does not exist"
         raise UserError(
-            f"recipe file {name} {what}" if name.endswith((".yaml", ".yml")) or path.is_dir() else unknown_name("recipe", name, recipe_names())
+            f"recipe file {name} {what}"
+            if name.endswith((".yaml", ".yml")) or path.is_dir()
+            else unknown_name("recipe", name, recipe_names())
         )
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data")
+        raise UserError(
+            f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data"
+        )
     return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, values)
 
 
@@ -123,7 +135,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise UserError(f"unexpected argument '{word}'; overrides are written --key value, for example --trainer.max_steps 100")
+            raise UserError(
+                f"unexpected argument '{word}'; overrides are written --key value, for example --trainer.max_steps 100"
+            )
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"option --{key} has no value; write --{key} VALUE")
@@ -137,7 +151,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _argument(values: Mapping[str, Any], name: str) -> Any:
     """What a recipe says of its data; None where it says nothing."""
-    arguments = (values.get("data") or {}).get("init_args") if isinstance(values.get("data"), Mapping) else None
+    arguments = (
+        (values.get("data") or {}).get("init_args") if isinstance(values.get("data"), Mapping) else None
+    )
     return arguments.get(name) if isinstance(arguments, Mapping) else None
 
 
@@ -154,15 +170,26 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
         UserError: a key below something that is no mapping.
     """
     result = deepcopy(dict(values))
-    if _argument(result, "source") is not None and {"data.path", "data.mix"} & overrides.keys() and "data.source" not in overrides:
-        overrides = {**{f"data.{name}": None for name in _OF_SOURCE if _argument(result, name) is not None}, **overrides}
+    if (
+        _argument(result, "source") is not None
+        and {"data.path", "data.mix"} & overrides.keys()
+        and "data.source" not in overrides
+    ):
+        overrides = {
+            **{f"data.{name}": None for name in _OF_SOURCE if _argument(result, name) is not None},
+            **overrides,
+        }
     for key, value in overrides.items():
         here: Any = result
         *parents, last = key.split(".")
         for depth, part in enumerate([*parents, None]):
             if not isinstance(here, dict):
                 raise UserError(f"--{key}: {'.'.join(parents[:depth])} is {here!r} and has no keys below it")
-            if "class_path" in here and part not in ("class_path", "init_args") and not (part is None and last in ("class_path", "init_args")):
+            if (
+                "class_path" in here
+                and part not in ("class_path", "init_args")
+                and not (part is None and last in ("class_path", "init_args"))
+            ):
                 here = here.setdefault("init_args", {})
             if part is None:
                 break

@@ -61,7 +61,9 @@ class HealthConfig:
 
     def __post_init__(self) -> None:
         if self.max_skipped < 0:
-            raise UserError(f"health.max_skipped is {self.max_skipped}; it must be at least 0, which stops at the first")
+            raise UserError(
+                f"health.max_skipped is {self.max_skipped}; it must be at least 0, which stops at the first"
+            )
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise UserError(f"health.spike_factor is {self.spike_factor}; it must be above 1, or null")
 
@@ -113,9 +115,13 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         raise UserError(f"seed_everything is {config.seed_everything}; a seed lies in 0 to 4294967295")
     task, data = built.model, built.data
     if not isinstance(task, Task):
-        raise UserError(f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks")
+        raise UserError(
+            f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks"
+        )
     if not isinstance(data, ShardDataModule):
-        raise UserError(f"data.class_path {values['data']['class_path']} is no data module of mhla_lightning.data")
+        raise UserError(
+            f"data.class_path {values['data']['class_path']} is no data module of mhla_lightning.data"
+        )
     trainer = vars(built.trainer)
     trainer = {key: value for key, value in trainer.items() if value is not None}
     if is_zero(strategy):
@@ -125,7 +131,10 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when they do not."""
-    before, after = ({key: value for key, value in _flat(_without_place(values)).items() if not _changes_no_number(key)} for values in (old, new))
+    before, after = (
+        {key: value for key, value in _flat(_without_place(values)).items() if not _changes_no_number(key)}
+        for values in (old, new)
+    )
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
@@ -154,7 +163,11 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping) and value:
-        return {key: item for name, inner in value.items() for key, item in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+        return {
+            key: item
+            for name, inner in value.items()
+            for key, item in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+        }
     return {prefix: value}
 
 

@@ -48,11 +48,17 @@ class _Format:
 
 
 _FORMATS = {
-    "diffusers": _Format(diffusers, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
+    "diffusers": _Format(
+        diffusers, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True
+    ),
     "wan": _Format(wan, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
     "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
     "hf": _Format(hf, "language models", lambda name, model: isinstance(model, CausalLM)),
-    "timm": _Format(timm, f"image classifiers ({', '.join(IMAGE_CLASSIFIERS)})", lambda name, model: name in IMAGE_CLASSIFIERS),
+    "timm": _Format(
+        timm,
+        f"image classifiers ({', '.join(IMAGE_CLASSIFIERS)})",
+        lambda name, model: name in IMAGE_CLASSIFIERS,
+    ),
 }
 FORMATS = tuple(_FORMATS)
 
@@ -74,10 +80,22 @@ def read_imported(path: Path) -> Trained:
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
-        backbone, attention, options = header["backbone"], json.loads(header["attention"]), json.loads(header["backbone_options"])
+        backbone, attention, options = (
+            header["backbone"],
+            json.loads(header["attention"]),
+            json.loads(header["backbone_options"]),
+        )
     except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"RUN {file} was not written by mhla import: its header does not name a backbone; import it first") from error
-    return Trained(open_safetensors(file, "RUN"), backbone, attention, options, f"{file.name}, imported from {header.get('source', 'elsewhere')}")
+        raise UserError(
+            f"RUN {file} was not written by mhla import: its header does not name a backbone; import it first"
+        ) from error
+    return Trained(
+        open_safetensors(file, "RUN"),
+        backbone,
+        attention,
+        options,
+        f"{file.name}, imported from {header.get('source', 'elsewhere')}",
+    )
 
 
 def plan(trained: Trained, format: str | None = None, one_file: bool = False) -> Export:
@@ -97,13 +115,19 @@ def plan(trained: Trained, format: str | None = None, one_file: bool = False) ->
     chosen = format or ("diffusers" if isinstance(model, VideoDiT) and not one_file else "plain")
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
-        raise UserError(f"--format {chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out or take plain")
+        raise UserError(
+            f"--format {chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out or take plain"
+        )
     if one_file and not kind.alone:
-        raise UserError(f"--format {chosen} writes a folder; name one with --to that does not end in {SUFFIX}")
+        raise UserError(
+            f"--format {chosen} writes a folder; name one with --to that does not end in {SUFFIX}"
+        )
     export = kind.export(replace(trained, weights=_checked(trained, model)), model)
     if not (one_file and chosen == "plain"):
         return export
-    return replace(export, metadata=file_header(trained.backbone, trained.attention, trained.options, trained.source))
+    return replace(
+        export, metadata=file_header(trained.backbone, trained.attention, trained.options, trained.source)
+    )
 
 
 def bare(weights: Stored, source: str) -> Export:
@@ -167,9 +191,13 @@ def check_target(target: Path) -> None:
 def _checked(trained: Trained, model: nn.Module) -> Stored:
     """The weights in the model's order. Raises UserError where they are not all of the model's, and no others."""
     weights, state = trained.stored(), model.state_dict()
-    own = {name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()}  # an average holds nothing else
+    own = {
+        name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()
+    }  # an average holds nothing else
     given = {name: tuple(value.shape) for name, value in weights.outline.items() if value.is_floating_point()}
     wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
     if wrong:
-        raise UserError(f"{trained.source} does not fit {trained.backbone}: {len(wrong)} tensors differ ({', '.join(wrong[:4])})")
+        raise UserError(
+            f"{trained.source} does not fit {trained.backbone}: {len(wrong)} tensors differ ({', '.join(wrong[:4])})"
+        )
     return weights.renamed({name: name for name in state if name in weights})

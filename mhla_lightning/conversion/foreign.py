@@ -58,7 +58,13 @@ def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
             key = (state, re.sub(r"^blocks\.\d+\.", "blocks.*.", name), shape)
             found[key] = found.get(key, 0) + 1
     return [
-        {"state": state, "name": name, "tensors": count, "shape": list(shape), "parameters": count * math.prod(shape)}
+        {
+            "state": state,
+            "name": name,
+            "tensors": count,
+            "shape": list(shape),
+            "parameters": count * math.prod(shape),
+        }
         for (state, name, shape), count in found.items()
     ]
 
@@ -118,7 +124,9 @@ def _without_place(found: State, own: State, target: Target, source: str) -> Sha
             raise UserError(f"{wrong}{name} is {tuple(value.shape)}, and {target.backbone} needs {needed}")
     for name, value in own.items():
         if name not in found and not target.optional.search(name):
-            raise UserError(f"{wrong}it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}")
+            raise UserError(
+                f"{wrong}it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}"
+            )
     return left
 
 

@@ -24,7 +24,10 @@ OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)
 
 _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, heads
 _MIXING = "attention.mixing.weight"
-_CONVOLUTIONS = {"lepe": "lepe.conv.weight", "cpe": "cpe.depthwise.conv.weight"}  # pos_conv -> tensor of a layer, see _layers
+_CONVOLUTIONS = {
+    "lepe": "lepe.conv.weight",
+    "cpe": "cpe.depthwise.conv.weight",
+}  # pos_conv -> tensor of a layer, see _layers
 _LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
 _NEEDED = (
     "patch_embedding.weight",
@@ -45,18 +48,26 @@ def wan_target(state: State, wish: Wish) -> Target:
     _check_backbone("--backbone", wish.backbone)
     for name in _NEEDED:
         if name not in state:
-            raise UserError(f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but {', '.join(list(state)[:3])}")
+            raise UserError(
+                f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but {', '.join(list(state)[:3])}"
+            )
     layers = _layers(state, wish.source)
     wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
     own = wish.config.get(CONFIG, {})
     kinds: dict[str, Any] = {"backbone": str, "attention": (str, dict, list), "backbone_options": dict}
-    if not isinstance(own, Mapping) or any(key in own and not isinstance(own[key], kind) for key, kind in kinds.items()):
-        raise UserError(f"config.json beside {wish.source}: its {CONFIG} is not what mhla export writes; remove it")
+    if not isinstance(own, Mapping) or any(
+        key in own and not isinstance(own[key], kind) for key, kind in kinds.items()
+    ):
+        raise UserError(
+            f"config.json beside {wish.source}: its {CONFIG} is not what mhla export writes; remove it"
+        )
     _check_backbone(f"config.json beside {wish.source}: backbone", own.get("backbone"))
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
-    return Target(backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False)
+    return Target(
+        backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -92,7 +103,9 @@ def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[
     else:
         attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
     if wish.layout is not None and not _names_mhla(attention):
-        raise UserError(f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla")
+        raise UserError(
+            f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla"
+        )
     return attention
 
 
@@ -109,9 +122,13 @@ def _check_heads(state: State, wish: Wish) -> None:
     if told is not None and told[0] != wish.heads:
         raise UserError(f"--heads {wish.heads}: {told[1]} {wish.source} are of {told[0]} heads")
     if dim % (2 * wish.heads):
-        raise UserError(f"--heads {wish.heads}: so many do not divide the {dim} channels of {wish.source} into even heads")
+        raise UserError(
+            f"--heads {wish.heads}: so many do not divide the {dim} channels of {wish.source} into even heads"
+        )
     if wish.options.get("num_heads", wish.heads) != wish.heads:
-        raise UserError(f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; give one of the two")
+        raise UserError(
+            f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; give one of the two"
+        )
 
 
 def _told_heads(state: State, wish: Wish) -> tuple[object, str] | None:
@@ -126,7 +143,9 @@ def _told_heads(state: State, wish: Wish) -> tuple[object, str] | None:
 def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
     """The config, unless its width or depth is that of another model."""
     width = config.get("dim", config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
-    return config if (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth) else {}
+    return (
+        config if (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth) else {}
+    )
 
 
 def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -139,7 +158,9 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
     patch_size, channels = list(patch.shape[2:]), patch.shape[1]
     out_channels = len(state["head.head.weight"]) // math.prod(patch_size)
     if out_channels != channels:
-        raise UserError(f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video models have a place here")
+        raise UserError(
+            f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video models have a place here"
+        )
     sizes = {
         "patch_size": patch_size,
         "in_channels": channels,
@@ -188,7 +209,11 @@ def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
     mixing = layer.get(_MIXING)
     convolutions = (f"{kind}{layer[name].shape[-1]}" for kind, name in _CONVOLUTIONS.items() if name in layer)
     found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}
-    found |= {"gate": "gate.weight" in layer, "out_norm": "out_norm.weight" in layer, "pos_conv": next(convolutions, "none")}
+    found |= {
+        "gate": "gate.weight" in layer,
+        "out_norm": "out_norm.weight" in layer,
+        "pos_conv": next(convolutions, "none"),
+    }
     if mixing is None:
         plain = {"qk_norm": True, "qkv_bias": True, "gate": False, "out_norm": False, "pos_conv": "none"}
         return "softmax" if found == plain else {"name": "softmax", **found}
@@ -202,10 +227,14 @@ def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
     layout = wish.layout or _LAYOUTS.get(blocks)
     if layout is None:
         hint = "7 3 5" if blocks == 105 else "T H W"
-        raise UserError(f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; give --layout {hint}")
+        raise UserError(
+            f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; give --layout {hint}"
+        )
     if math.prod(layout) != blocks:
         given = " x ".join(map(str, layout))
-        raise UserError(f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} mixes {blocks}")
+        raise UserError(
+            f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} mixes {blocks}"
+        )
     return list(layout)
 
 
@@ -233,7 +262,11 @@ def _names_mhla(attention: Entry) -> bool:
 def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that the registry's backbone has anyway."""
     defaults = inspect.signature(BACKBONES[backbone]).parameters if backbone in BACKBONES else {}
-    return {key: value for key, value in options.items() if key not in defaults or not _same(defaults[key].default, value)}
+    return {
+        key: value
+        for key, value in options.items()
+        if key not in defaults or not _same(defaults[key].default, value)
+    }
 
 
 def _same(a: object, b: object) -> bool:

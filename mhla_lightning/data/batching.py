@@ -24,7 +24,9 @@ def split_batch(batch_size: int, world_size: int, micro_batch_size: int | None =
     if rest or per_rank == 0:
         near = sorted({max(per_rank, 1) * world_size, (per_rank + 1) * world_size})
         sizes = " or ".join(str(size) for size in near)
-        raise UserError(f"data.batch_size {batch_size} cannot be divided over {world_size} ranks; the nearest sizes that work: {sizes}")
+        raise UserError(
+            f"data.batch_size {batch_size} cannot be divided over {world_size} ranks; the nearest sizes that work: {sizes}"
+        )
     micro = per_rank if micro_batch_size is None else micro_batch_size
     if micro < 1 or per_rank % micro:
         sizes = ", ".join(str(size) for size in _divisors(per_rank))
@@ -39,7 +41,9 @@ def steps_for_epochs(epochs: float, samples: int, batch_size: int) -> int:
     """Optimizer steps that see all `samples` samples `epochs` times, rounded up; epochs may be a fraction. Raises UserError unless epochs > 0."""
     if not (math.isfinite(epochs) and epochs > 0):
         raise UserError(f"data.epochs is {epochs}; it must be a number above 0")
-    return math.ceil(Fraction(str(epochs)) * samples / batch_size)  # exact: 0.07 * 100 is 7.000000000000001 in floats
+    return math.ceil(
+        Fraction(str(epochs)) * samples / batch_size
+    )  # exact: 0.07 * 100 is 7.000000000000001 in floats
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ class Part:
         accumulation = self.batch_size // self.world_size // self.micro_batch_size
         step, part = divmod(micro_step, accumulation)
         together = 2 if self.micro_batch_size % 2 == 0 else 1
-        turns, within = np.divmod(np.arange(part * self.micro_batch_size, (part + 1) * self.micro_batch_size, dtype=np.int64), together)
+        turns, within = np.divmod(
+            np.arange(part * self.micro_batch_size, (part + 1) * self.micro_batch_size, dtype=np.int64),
+            together,
+        )
         return self.first + step * self.batch_size + (turns * self.world_size + self.rank) * together + within
 
 
@@ -77,7 +84,9 @@ def eval_batches_per_rank(samples: int, batch_size: int, world_size: int) -> int
     return math.ceil(math.ceil(samples / batch_size) / world_size)
 
 
-def eval_ranges(samples: int, batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1) -> list[tuple[int, int]]:
+def eval_ranges(
+    samples: int, batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
+) -> list[tuple[int, int]]:
     """The batches of one worker in a validation pass as ranges [start, stop) of global sample indices; (samples, samples) is a batch of padding only.
 
     Batch number i of the split goes to rank i % world_size; a rank's batches go round its workers, which is the order in which a DataLoader
@@ -98,7 +107,10 @@ def grouped_eval_ranges(
     ranges: list[tuple[int, int, int]] = []
     first = 0
     for group, samples in enumerate(groups):
-        ranges += [(group, first + start, first + stop) for start, stop in eval_ranges(samples, batch_size, rank, world_size)]
+        ranges += [
+            (group, first + start, first + stop)
+            for start, stop in eval_ranges(samples, batch_size, rank, world_size)
+        ]
         first += samples
     return ranges[worker::workers]
 

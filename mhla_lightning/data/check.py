@@ -42,13 +42,19 @@ def check_shard(split: Split, number: int) -> None:
     entry, address = split.index.shards[number], split.address(number)
     size = split.store.size(entry.name)
     if size is None:
-        raise DataError(f"{address} is missing, but {INDEX_NAME} lists it: copy it again or pack the data again")
+        raise DataError(
+            f"{address} is missing, but {INDEX_NAME} lists it: copy it again or pack the data again"
+        )
     if size != entry.bytes:
-        raise DataError(f"{address} has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again")
+        raise DataError(
+            f"{address} has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again"
+        )
     offsets = split.offsets(number)
     for offset in {int(offsets[0]), int(offsets[-2])} if entry.samples else ():
         if split.store.read(entry.name, offset + _MAGIC_AT, offset + _MAGIC_AT + len(_MAGIC)) != _MAGIC:
-            raise DataError(f"{address} has no tar header at byte {offset}, where its offsets say that a sample begins: copy it again")
+            raise DataError(
+                f"{address} has no tar header at byte {offset}, where its offsets say that a sample begins: copy it again"
+            )
 
 
 def check_sha256(split: Split, entry: ShardEntry) -> None:
@@ -58,9 +64,13 @@ def check_sha256(split: Split, entry: ShardEntry) -> None:
         with split.store.open(entry.name) as file:
             found = sha256_of(file)
     except OSError as error:
-        raise DataError(f"{address} cannot be read ({error.strerror or error}): check the disk and the rights") from error
+        raise DataError(
+            f"{address} cannot be read ({error.strerror or error}): check the disk and the rights"
+        ) from error
     if found != entry.sha256:
-        raise DataError(f"{address} has sha256 {found[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again")
+        raise DataError(
+            f"{address} has sha256 {found[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again"
+        )
 
 
 def sha256_of(file: BinaryIO) -> str:

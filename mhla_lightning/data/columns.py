@@ -18,7 +18,12 @@ PADDING = 2**16 - 1  # the document number of places in a row that hold no text;
 COLUMNS = ("tokens.npy", "documents.npy")
 _BLOCK = tarfile.BLOCKSIZE
 _HEAD_BYTES = _BLOCK + 256  # a tar header, and more than the header of an npy file with two dimensions takes
-_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # webdataset's writer makes one for every mtime
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # webdataset's writer makes one for every mtime
 
 
 class Column(NamedTuple):
@@ -34,7 +39,9 @@ class Column(NamedTuple):
         return self.shape[1] * self.dtype.itemsize
 
 
-def find_columns(read: Callable[[int, int], bytes], start: int, end: int, address: str) -> tuple[Column, Column]:
+def find_columns(
+    read: Callable[[int, int], bytes], start: int, end: int, address: str
+) -> tuple[Column, Column]:
     """Tokens and documents of the sample whose first tar header stands at byte `start`; its last member ends at `end`.
 
     read(start, stop): bytes of the shard at `address`. Raises DataError for anything but two arrays (rows, length) of uint16 or uint32.
@@ -46,17 +53,23 @@ def find_columns(read: Callable[[int, int], bytes], start: int, end: int, addres
         try:
             info = tarfile.TarInfo.frombuf(head[:_BLOCK], "utf-8", "surrogateescape")
         except (tarfile.TarError, ValueError) as error:
-            raise DataError(f"{address} has no tar header at byte {position} ({error}): its bytes changed; copy it again") from error
+            raise DataError(
+                f"{address} has no tar header at byte {position} ({error}): its bytes changed; copy it again"
+            ) from error
         after = position + _BLOCK + -(-info.size // _BLOCK) * _BLOCK
         if not position < after <= end:  # a header can hold a size below 0
-            raise DataError(f"{address}: member {shown(info.name)} says it has {info.size} bytes, more than its sample: copy or pack the shard again")
+            raise DataError(
+                f"{address}: member {shown(info.name)} says it has {info.size} bytes, more than its sample: copy or pack the shard again"
+            )
         extension = next((name for name in COLUMNS if info.name.endswith(f".{name}")), None)
         if extension is not None and info.type not in _EXTENDED:
             found[extension] = _column(info, head[_BLOCK:], position + _BLOCK, address)
         position = after
     if len(found) < len(COLUMNS) or found[COLUMNS[0]].shape != found[COLUMNS[1]].shape:
         shapes = ", ".join(f"{name} {column.shape}" for name, column in found.items()) or "neither"
-        raise DataError(f"{address} needs {' and '.join(COLUMNS)} of equal shape at byte {start}, and has {shapes}: index or pack it again")
+        raise DataError(
+            f"{address} needs {' and '.join(COLUMNS)} of equal shape at byte {start}, and has {shapes}: index or pack it again"
+        )
     return found[COLUMNS[0]], found[COLUMNS[1]]
 
 
@@ -65,8 +78,14 @@ def _column(info: tarfile.TarInfo, head: bytes, start: int, address: str) -> Col
     try:
         shape, dtype = npy_header(stream)
     except ValueError as error:
-        raise DataError(f"{address}: member {shown(info.name)} is no npy array ({error}): its bytes changed; copy it again") from error
-    fits = info.isreg() and dtype.name in TOKEN_TYPES and dtype.isnative and len(shape) == 2 and min(shape) > 0
+        raise DataError(
+            f"{address}: member {shown(info.name)} is no npy array ({error}): its bytes changed; copy it again"
+        ) from error
+    fits = (
+        info.isreg() and dtype.name in TOKEN_TYPES and dtype.isnative and len(shape) == 2 and min(shape) > 0
+    )
     if not fits or info.size != stream.tell() + shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(f"{address}: member {shown(info.name)} is {dtype} {shape} in {info.size} bytes; (rows, length) of uint16 or uint32 is needed")
+        raise DataError(
+            f"{address}: member {shown(info.name)} is {dtype} {shape} in {info.size} bytes; (rows, length) of uint16 or uint32 is needed"
+        )
     return Column(start + stream.tell(), (shape[0], shape[1]), dtype)

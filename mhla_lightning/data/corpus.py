@@ -100,15 +100,31 @@ class TrainCorpus(Corpus):
     """
 
     def __init__(
-        self, splits: Sequence[Split], sources: Sequence[Source], seed: int, lanes: int = LANES, window: int = WINDOW, group: int = 1
+        self,
+        splits: Sequence[Split],
+        sources: Sequence[Source],
+        seed: int,
+        lanes: int = LANES,
+        window: int = WINDOW,
+        group: int = 1,
     ) -> None:
         super().__init__(splits)
         self.sources = tuple(sources)
-        names: list[int | str] = [seed] if len(splits) == 1 else [f"{seed}/{number}" for number in range(len(splits))]
-        orders = [Order([e.samples for e in s.index.shards], name, lanes, window) for s, name in zip(splits, names, strict=True)]
+        names: list[int | str] = (
+            [seed] if len(splits) == 1 else [f"{seed}/{number}" for number in range(len(splits))]
+        )
+        orders = [
+            Order([e.samples for e in s.index.shards], name, lanes, window)
+            for s, name in zip(splits, names, strict=True)
+        ]
         try:
             self.mixture = Mixture(
-                [Ingredient(order, s.weight, s.replacement, s.when_exhausted) for order, s in zip(orders, sources, strict=True)], seed, group
+                [
+                    Ingredient(order, s.weight, s.replacement, s.when_exhausted)
+                    for order, s in zip(orders, sources, strict=True)
+                ],
+                seed,
+                group,
             )
         except ValueError as error:
             raise UserError(f"data.mix: {error}") from error
@@ -116,7 +132,9 @@ class TrainCorpus(Corpus):
     @property
     def hash(self) -> str:
         """Identity of the data: the index's hash, or one over the hashes, weights and policies of a mixture."""
-        if len(self.splits) == 1 and self.sources[0] == Source(self.sources[0].path, name=self.sources[0].name):
+        if len(self.splits) == 1 and self.sources[0] == Source(
+            self.sources[0].path, name=self.sources[0].name
+        ):
             return self.splits[0].index.hash
         lines = (
             f"{split.index.hash} {source.weight} {source.replacement} {source.when_exhausted}\n"
@@ -127,4 +145,7 @@ class TrainCorpus(Corpus):
     def locate(self, positions: np.ndarray) -> list[Place]:
         """The samples at these positions of the endless sequence."""
         sources, epochs, indices = self.mixture.locate(positions)
-        return [Place(s, e, i + self._firsts[s]) for s, e, i in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
+        return [
+            Place(s, e, i + self._firsts[s])
+            for s, e, i in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)
+        ]

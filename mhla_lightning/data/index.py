@@ -58,16 +58,30 @@ class VAE:
 
     def fits(self, found: VAE) -> bool:
         """Whether latents of `found` are what this, of a recipe, asks for."""
-        if (self.name, self.scale, self.shift, tuple(self.shape)) != (found.name, found.scale, found.shift, found.shape):
+        if (self.name, self.scale, self.shift, tuple(self.shape)) != (
+            found.name,
+            found.scale,
+            found.shift,
+            found.shape,
+        ):
             return False
-        more = ((self.model, found.model), (self.sha256, found.sha256), (self.moments, bool(found.moments)), (self.flipped, bool(found.flipped)))
+        more = (
+            (self.model, found.model),
+            (self.sha256, found.sha256),
+            (self.moments, bool(found.moments)),
+            (self.flipped, bool(found.flipped)),
+        )
         return all(asked is None or asked == there for asked, there in more)
 
     def __str__(self) -> str:
         """In one line, without statistics."""
         known = [f"scale {self.scale:g}", f"shift {self.shift:g}", f"shape {tuple(self.shape)}"]
         known += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
-        known += [("" if said else "no ") + what for what, said in (("moments", self.moments), ("flips", self.flipped)) if said is not None]
+        known += [
+            ("" if said else "no ") + what
+            for what, said in (("moments", self.moments), ("flips", self.flipped))
+            if said is not None
+        ]
         return f"{self.name} ({', '.join([self.model, *known] if self.model else known)})"
 
 
@@ -164,12 +178,28 @@ class ShardIndex:
 
 def write_index(split_dir: str | Path, index: ShardIndex) -> None:
     """Write `index` as split_dir/index.json."""
-    content = {"format": FORMAT, "kind": index.kind, "samples": index.samples, "shards": [asdict(shard) for shard in index.shards]}
-    content |= {"classes": list(index.classes), "tokenizer": index.tokenizer, "vae": index.vae and _vae_content(index.vae), "length": index.length}
+    content = {
+        "format": FORMAT,
+        "kind": index.kind,
+        "samples": index.samples,
+        "shards": [asdict(shard) for shard in index.shards],
+    }
+    content |= {
+        "classes": list(index.classes),
+        "tokenizer": index.tokenizer,
+        "vae": index.vae and _vae_content(index.vae),
+        "length": index.length,
+    }
     content |= {"clip": asdict(index.clip)} if index.clip is not None else {}
-    content |= {"text": {key: value for key, value in asdict(index.text).items() if value is not None}} if index.text is not None else {}
+    content |= (
+        {"text": {key: value for key, value in asdict(index.text).items() if value is not None}}
+        if index.text is not None
+        else {}
+    )
     content |= {"hash": index.hash}
-    Path(split_dir, INDEX_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(split_dir, INDEX_NAME).write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_index(split: str | Path | Store) -> ShardIndex:
@@ -183,9 +213,13 @@ def read_index(split: str | Path | Store) -> ShardIndex:
     if size is None:
         folder = address.rpartition("/")[0]
         if next(Path(folder).glob("*.tar"), None) is not None:
-            raise DataError(f"{address} does not exist, and tar files are there: make it with 'mhla data index {folder}'")
+            raise DataError(
+                f"{address} does not exist, and tar files are there: make it with 'mhla data index {folder}'"
+            )
         others = "text: mhla data tokenize, videos: mhla data clips"
-        raise DataError(f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' ({others})")
+        raise DataError(
+            f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' ({others})"
+        )
     if size > MAX_INDEX_BYTES:
         raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
     return parse_index(store.read(INDEX_NAME, 0, size), address)
@@ -219,11 +253,21 @@ def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np
     try:
         offsets = load_npy(data, "its array")
     except DataError as error:
-        raise DataError(f"{address} is unreadable ({error}): copy it again or run 'mhla data index'") from error
+        raise DataError(
+            f"{address} is unreadable ({error}): copy it again or run 'mhla data index'"
+        ) from error
     if offsets.dtype != np.int64 or offsets.shape != (entry.samples + 1,):
-        raise DataError(f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): copy it again")
-    if offsets[0] < 0 or offsets[-1] > entry.bytes or (np.diff(offsets) < (0 if kind == "tokens" else 1)).any():
-        raise DataError(f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack the data again")
+        raise DataError(
+            f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): copy it again"
+        )
+    if (
+        offsets[0] < 0
+        or offsets[-1] > entry.bytes
+        or (np.diff(offsets) < (0 if kind == "tokens" else 1)).any()
+    ):
+        raise DataError(
+            f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack the data again"
+        )
     return offsets
 
 
@@ -239,7 +283,10 @@ def _load(text: bytes, address: str) -> dict[str, Any]:
 
 def _build(path: str, content: dict[str, Any]) -> ShardIndex:
     try:
-        shards = tuple(ShardEntry(str(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"])) for s in content["shards"])
+        shards = tuple(
+            ShardEntry(str(s["name"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
+            for s in content["shards"]
+        )
         classes = tuple(str(name) for name in content["classes"] or ())
         _plausible(shards)
         _typed(content, "classes", list)
@@ -248,7 +295,16 @@ def _build(path: str, content: dict[str, Any]) -> ShardIndex:
         if not 0 <= (content.get("length") or 0) <= MAX_LENGTH:
             raise ValueError(f"rows of {content['length']} tokens")
         clip, text = _clip(content), _text(content)
-        return ShardIndex(content["kind"], shards, classes, content["tokenizer"], _vae(content), content.get("length"), clip=clip, text=text)
+        return ShardIndex(
+            content["kind"],
+            shards,
+            classes,
+            content["tokenizer"],
+            _vae(content),
+            content.get("length"),
+            clip=clip,
+            text=text,
+        )
     except KeyError as error:
         raise DataError(f"{path} lacks the key {error}") from error
     except (TypeError, ValueError, OverflowError) as error:
@@ -277,11 +333,16 @@ def _vae(content: dict[str, Any]) -> VAE | None:
         return None
     for key, wanted in (("model", str), ("sha256", str), ("moments", bool), ("flipped", bool)):
         _typed(found, key, wanted)
-    shape, mean, std = tuple(int(n) for n in found["shape"]), *(tuple(float(x) for x in found.get(key, ())) for key in ("mean", "std"))
+    shape, mean, std = (
+        tuple(int(n) for n in found["shape"]),
+        *(tuple(float(x) for x in found.get(key, ())) for key in ("mean", "std")),
+    )
     if any(values and len(values) != shape[0] for values in (mean, std)):
         raise ValueError(f"statistics of {len(mean)} and {len(std)} channels for latents {shape}")
     said = {key: found.get(key) for key in ("model", "sha256", "moments", "flipped")}
-    return VAE(str(found["name"]), float(found["scale"]), float(found["shift"]), shape, **said, mean=mean, std=std)
+    return VAE(
+        str(found["name"]), float(found["scale"]), float(found["shift"]), shape, **said, mean=mean, std=std
+    )
 
 
 def _clip(content: dict[str, Any]) -> Clip | None:
@@ -305,7 +366,9 @@ def _text(content: dict[str, Any]) -> TextEncoding | None:
         _typed(found, key, wanted)
     if min(found["tokens"], found["channels"]) < 1:
         raise ValueError(f"texts of {found['tokens']} tokens of {found['channels']} channels")
-    return TextEncoding(str(found["name"]), found["tokens"], found["channels"], found.get("sha256"), found.get("empty"))
+    return TextEncoding(
+        str(found["name"]), found["tokens"], found["channels"], found.get("sha256"), found.get("empty")
+    )
 
 
 def _vae_content(vae: VAE) -> dict[str, Any]:
@@ -317,15 +380,29 @@ def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
     names = [shard.name for shard in index.shards]
     for name in names:
         if not _is_plain(name):
-            raise DataError(f"{path} names the shard {name!r}; a shard is a plain file name ending in .tar, beside its index")
+            raise DataError(
+                f"{path} names the shard {name!r}; a shard is a plain file name ending in .tar, beside its index"
+            )
     if len(set(names)) != len(names):
-        raise DataError(f"{path} lists a shard twice: {sorted(name for name in set(names) if names.count(name) > 1)[0]}")
+        raise DataError(
+            f"{path} lists a shard twice: {sorted(name for name in set(names) if names.count(name) > 1)[0]}"
+        )
     if content.get("samples") != index.samples:
-        raise DataError(f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: it was edited or damaged")
+        raise DataError(
+            f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: it was edited or damaged"
+        )
     if content.get("hash") != index.hash:
         found = repr(content.get("hash")).strip("'")  # in one line, whatever it is
-        raise DataError(f"{path} says hash {found}, but its shards give {index.hash}: it was edited or damaged")
+        raise DataError(
+            f"{path} says hash {found}, but its shards give {index.hash}: it was edited or damaged"
+        )
 
 
 def _is_plain(name: str) -> bool:
-    return name.endswith(".tar") and Path(name).name == name and not name.startswith(".") and name.isprintable() and not set(name) & set("\\:|")
+    return (
+        name.endswith(".tar")
+        and Path(name).name == name
+        and not name.startswith(".")
+        and name.isprintable()
+        and not set(name) & set("\\:|")
+    )

@@ -41,7 +41,11 @@ class Loading:
 
 
 def build_loader(
-    stream: IterableDataset[Batch], workers: int, loading: Loading | None = None, on_gpu: bool = False, batches: int | None = None
+    stream: IterableDataset[Batch],
+    workers: int,
+    loading: Loading | None = None,
+    on_gpu: bool = False,
+    batches: int | None = None,
 ) -> wds.WebLoader:
     """A loader of ready batches.
 
@@ -88,7 +92,9 @@ def _start_worker(worker: int) -> None:
 def _end_workers(loader: DataLoader) -> None:
     """torch has no public way to do it; this is what Lightning's CombinedLoader.reset does to a bare DataLoader."""
     iterator, loader._iterator = loader._iterator, None
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):  # the iterator without worker processes has none
+    if iterator is not None and hasattr(
+        iterator, "_shutdown_workers"
+    ):  # the iterator without worker processes has none
         iterator._shutdown_workers()
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()  # only does something to one that hangs: torch sends it a SIGTERM, which it ignores, and exit would wait for it

@@ -18,12 +18,20 @@ from webdataset.tariterators import base_plus_ext
 
 from mhla_lightning.errors import DataError
 
-RawSample = dict[str, Any]  # "__key__": str, "__url__": the shard's address, "__index__": index in the split, and the members' bytes by extension
+RawSample = dict[
+    str, Any
+]  # "__key__": str, "__url__": the shard's address, "__index__": index in the split, and the members' bytes by extension
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 2**16  # bytes; names and attributes are far shorter
-_NO_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError)  # what tarfile raises for bytes that are none
+_NO_TAR = (
+    tarfile.TarError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    RecursionError,
+)  # what tarfile raises for bytes that are none
 _IMAGE_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
@@ -49,13 +57,19 @@ def parse_sample(data: bytes, address: str, index: int) -> RawSample:
             key, extension = named
             if info.offset_data + info.size > len(data):
                 size = f"{info.size} bytes, more than its sample"
-                raise DataError(f"{address}: member {shown(info.name)} says it has {size}: copy or pack the shard again")
+                raise DataError(
+                    f"{address}: member {shown(info.name)} says it has {size}: copy or pack the shard again"
+                )
             if sample["__key__"] not in ("", key) or extension in sample:
-                raise DataError(f"{address}: member {shown(info.name)} stands inside the sample {sample['__key__'] or key}: index the shard again")
+                raise DataError(
+                    f"{address}: member {shown(info.name)} stands inside the sample {sample['__key__'] or key}: index the shard again"
+                )
             sample["__key__"] = key
             sample[extension] = data[info.offset_data : info.offset_data + info.size]
     except _NO_TAR as error:
-        raise DataError(f"{address} has no tar header where sample {index} should be ({error}): its bytes changed; copy it again") from error
+        raise DataError(
+            f"{address} has no tar header where sample {index} should be ({error}): its bytes changed; copy it again"
+        ) from error
     if not sample["__key__"]:
         raise DataError(f"{address} holds no members where sample {index} should be: copy it again")
     return sample
@@ -84,7 +98,9 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
                     starts.append(info.offset)
                     extensions = set()
                 if extension in extensions:
-                    raise DataError(f"{address}: member {shown(info.name)} is there twice; every sample needs a name of its own")
+                    raise DataError(
+                        f"{address}: member {shown(info.name)} is there twice; every sample needs a name of its own"
+                    )
                 extensions.add(extension)
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
@@ -118,7 +134,9 @@ def _demand_uncompressed(file: BinaryIO, address: str) -> None:
     compressed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     if compressed:
-        raise DataError(f"{address} is compressed by gzip, so single samples cannot be read from it: decompress it first")
+        raise DataError(
+            f"{address} is compressed by gzip, so single samples cannot be read from it: decompress it first"
+        )
 
 
 def _demand_end(file: BinaryIO, offset: int) -> None:
@@ -133,7 +151,9 @@ def _demand_together(keys: list[str], address: str) -> None:
     seen: set[str] = set()
     for key in keys:
         if key in seen:
-            raise DataError(f"{address}: the members of sample {key} do not stand side by side, or two samples have this name; sort the tar by name")
+            raise DataError(
+                f"{address}: the members of sample {key} do not stand side by side, or two samples have this name; sort the tar by name"
+            )
         seen.add(key)
 
 
@@ -158,11 +178,15 @@ def _named(info: tarfile.TarInfo, address: str) -> tuple[str, str] | None:
     _demand_size(info)
     path = PurePosixPath(info.name)
     if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{address}: member {shown(info.name)} has a path that leads out of its folder: such a shard is not read")
+        raise DataError(
+            f"{address}: member {shown(info.name)} has a path that leads out of its folder: such a shard is not read"
+        )
     if info.isdir():
         return None
     if info.type not in _REGULAR or info.issparse():
-        raise DataError(f"{address}: member {shown(info.name)} is no regular file (a link, a device or a file with holes): such a shard is not read")
+        raise DataError(
+            f"{address}: member {shown(info.name)} is no regular file (a link, a device or a file with holes): such a shard is not read"
+        )
     key, extension = base_plus_ext(info.name)
     return None if not key or not extension else (shown(key), extension.lower())
 

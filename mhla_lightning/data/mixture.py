@@ -93,7 +93,9 @@ class Mixture:
             raise ValueError("a mixture needs sources with weights above 0")
         short = next((item for item in ingredients if item.supply < group), None)
         if short is not None:
-            raise ValueError(f"a source that is to {short.when_exhausted} has {short.order.samples} samples, less than a batch of {group}")
+            raise ValueError(
+                f"a source that is to {short.when_exhausted} has {short.order.samples} samples, less than a batch of {group}"
+            )
         self.samples = sum(item.order.samples for item in ingredients)
         self._stretches = self._plan()
         self.length = self._stretches[-1].end * group
@@ -114,7 +116,9 @@ class Mixture:
             here = (groups >= start) & (groups < start + stretch.size)
             pattern, ranks = self._pattern_of(stretch, start)
             sources[here] = pattern[groups[here] - start]
-            drawn[here] = (stretch.drawn + block * stretch.counts)[sources[here]] + ranks[groups[here] - start]
+            drawn[here] = (stretch.drawn + block * stretch.counts)[sources[here]] + ranks[
+                groups[here] - start
+            ]
             left &= ~here
         drawn = drawn * self.group + within
         epochs, indices = np.empty_like(positions), np.empty_like(positions)
@@ -130,7 +134,11 @@ class Mixture:
         stretch, block, start = self._block_of(positions - 1)
         pattern, _ = self._pattern_of(stretch, start)
         groups, begun = divmod(positions, self.group)
-        counts = (stretch.drawn + block * stretch.counts + np.bincount(pattern[: groups - start], minlength=len(self.ingredients))) * self.group
+        counts = (
+            stretch.drawn
+            + block * stretch.counts
+            + np.bincount(pattern[: groups - start], minlength=len(self.ingredients))
+        ) * self.group
         if begun:
             counts[pattern[groups - start]] += begun
         return counts.tolist()
@@ -147,7 +155,9 @@ class Mixture:
     def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Of every group in the block that begins at `start`: its source, and how many of that source stand before it in the block."""
         if self._pattern[0] != start:
-            sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[permutation(stretch.size, self.seed, "mixture", start)]
+            sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[
+                permutation(stretch.size, self.seed, "mixture", start)
+            ]
             ranks = np.empty_like(sources)
             for number, count in enumerate(stretch.counts):
                 ranks[sources == number] = np.arange(count)
@@ -158,7 +168,9 @@ class Mixture:
         item = self.ingredients[number]
         if not item.replacement:
             return item.order.locate(drawn)
-        chosen = [int(draws(1, item.order.seed, "draw", int(n))[0] % np.uint64(item.order.samples)) for n in drawn]
+        chosen = [
+            int(draws(1, item.order.seed, "draw", int(n))[0] % np.uint64(item.order.samples)) for n in drawn
+        ]
         return drawn // item.order.samples, np.array(chosen, dtype=np.int64)
 
     def _plan(self) -> list[_Stretch]:
@@ -176,12 +188,17 @@ class Mixture:
             first, drawn = first + int(blocks) * int(counts.sum()), drawn + int(blocks) * counts
             left = np.where(bounded, supply - drawn, counts).astype(np.int64)
             scarcest = int(np.argmin(np.where(bounded, left / np.maximum(counts, 1), np.inf)))
-            if left[scarcest]:  # a short block in the same proportions, with the last samples of the scarcest source
+            if left[
+                scarcest
+            ]:  # a short block in the same proportions, with the last samples of the scarcest source
                 last = counts * left[scarcest] // counts[scarcest]
                 plan.append(_Stretch(first, last, drawn.copy(), 1.0))
                 first, drawn = first + int(last.sum()), drawn + last
             ended = drawn >= supply
-            if ended.all() or any(item.when_exhausted == "stop" and done for item, done in zip(self.ingredients, ended, strict=True)):
+            if ended.all() or any(
+                item.when_exhausted == "stop" and done
+                for item, done in zip(self.ingredients, ended, strict=True)
+            ):
                 return plan
 
 

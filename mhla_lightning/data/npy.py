@@ -19,12 +19,18 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"version {version}")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = read_header(file)
-    except Exception as error:  # numpy gives the header to Python's parser, which raises nearly anything on damaged text
+    except (
+        Exception
+    ) as error:  # numpy gives the header to Python's parser, which raises nearly anything on damaged text
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
     if dtype.hasobject or fortran or any(type(size) is not int or not 0 <= size < 2**62 for size in shape):
-        raise ValueError(f"{str(dtype)[:100]} {str(shape)[:100]} {'by columns ' if fortran else ''}is not read")
+        raise ValueError(
+            f"{str(dtype)[:100]} {str(shape)[:100]} {'by columns ' if fortran else ''}is not read"
+        )
     return shape, dtype
 
 

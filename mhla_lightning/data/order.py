@@ -57,23 +57,33 @@ class Order:
         ValueError: no samples, or lanes or window below 1.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int | str = 0, lanes: int = LANES, window: int = WINDOW) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], seed: int | str = 0, lanes: int = LANES, window: int = WINDOW
+    ) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.samples, self.seed, self.lanes, self.window = int(self._sizes.sum()), seed, lanes, window
         if self.samples < 1 or lanes < 1 or window < 1:
-            raise ValueError(f"an order needs samples, lanes and a window, not {self.samples}, {lanes}, {window}")
+            raise ValueError(
+                f"an order needs samples, lanes and a window, not {self.samples}, {lanes}, {window}"
+            )
         self._firsts = np.cumsum(self._sizes) - self._sizes
-        self._short, self._longer = divmod(self.samples, lanes)  # the first `_longer` lanes hold one sample more
+        self._short, self._longer = divmod(
+            self.samples, lanes
+        )  # the first `_longer` lanes hold one sample more
         self._epochs: dict[int, _Epoch] = {}
         width = min(window, -(-self.samples // lanes))
-        self._table = np.zeros((lanes, width), dtype=np.int32)  # of every lane, the window that it was asked for last
+        self._table = np.zeros(
+            (lanes, width), dtype=np.int32
+        )  # of every lane, the window that it was asked for last
         self._filled = np.full((lanes, 2), -1, dtype=np.int64)  # its epoch and its number
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and global sample index of every position: int64 (P,) -> two int64 (P,)."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         indices = np.empty_like(places)
-        for epoch in np.unique(epochs) if (epochs != epochs[:1]).any() else epochs[:1]:  # nearly always one: unique is slow
+        for epoch in (
+            np.unique(epochs) if (epochs != epochs[:1]).any() else epochs[:1]
+        ):  # nearly always one: unique is slow
             here = epochs == epoch
             indices[here] = self._indices(int(epoch), places[here])
         return epochs, indices
@@ -99,7 +109,9 @@ class Order:
             stale = (self._filled[lane, 0] != epoch) | (self._filled[lane, 1] != number)
             if stale.any():
                 for place in left[stale][np.unique(lane[stale], return_index=True)[1]]:
-                    self._fill(epoch, int(lanes[place]), int(numbers[place]), int(stops[place] - starts[place]))
+                    self._fill(
+                        epoch, int(lanes[place]), int(numbers[place]), int(stops[place] - starts[place])
+                    )
             fits = left[self._filled[lane, 1] == number]
             mixed[fits] = starts[fits] + self._table[lanes[fits], spots[fits] - starts[fits]]
             left = left[self._filled[lane, 1] != number]

@@ -65,7 +65,9 @@ class Split:
         for run, (_, start, _), data in zip(runs, stretches, self.store.read_many(stretches), strict=True):
             for shard, position, number in run:
                 offsets = self.offsets(shard)
-                piece = data[offsets[position] - start : offsets[position + 1] - start] if len(run) > 1 else data
+                piece = (
+                    data[offsets[position] - start : offsets[position + 1] - start] if len(run) > 1 else data
+                )
                 found[number] = parse_sample(piece, self.address(shard), int(samples[number]))
         return found
 
@@ -81,7 +83,9 @@ class Split:
         offsets = self.offsets(shard)
         start, stop = int(offsets[first]), int(offsets[run[-1][1] + 1])
         if stop - start > max(MAX_SAMPLE_BYTES, _RUN_BYTES):
-            raise DataError(f"{self.address(shard)}: sample {self._firsts[shard] + first} has {stop - start} bytes, more than {MAX_SAMPLE_BYTES}")
+            raise DataError(
+                f"{self.address(shard)}: sample {self._firsts[shard] + first} has {stop - start} bytes, more than {MAX_SAMPLE_BYTES}"
+            )
         return self.index.shards[shard].name, start, stop
 
     def offsets(self, shard: int) -> np.ndarray:
@@ -99,15 +103,21 @@ class Split:
         name = f"{entry.name}.offsets.npy"
         size = self.store.size(name)
         if size is not None and size > 8 * (entry.samples + 1) + _NPY_HEAD_BYTES:
-            raise DataError(f"{self.store.address(name)} has {size} bytes, too many for {entry.samples} samples: copy it again")
+            raise DataError(
+                f"{self.store.address(name)} has {size} bytes, too many for {entry.samples} samples: copy it again"
+            )
         if size is not None:
             return parse_offsets(self.store.read(name, 0, size), entry, kind, self.store.address(name))
         if kind == "tokens":
-            raise DataError(f"{self.store.address(name)} is missing: token shards are read by it; copy it again or run 'mhla data index'")
+            raise DataError(
+                f"{self.store.address(name)} is missing: token shards are read by it; copy it again or run 'mhla data index'"
+            )
         with self.store.open(entry.name) as file:
             scan = scan_shard(file, self.address(shard))
         if len(scan.keys) != entry.samples:
-            raise DataError(f"{self.address(shard)} ends after {len(scan.keys)} of {entry.samples} samples: it was cut; copy it again")
+            raise DataError(
+                f"{self.address(shard)} ends after {len(scan.keys)} of {entry.samples} samples: it was cut; copy it again"
+            )
         return scan.offsets
 
     def __getstate__(self) -> dict[str, object]:

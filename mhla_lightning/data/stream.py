@@ -81,7 +81,9 @@ class TrainStream(IterableDataset[Batch]):
         meter = SkipMeter(self.max_skipped_share, min(JUDGED_AFTER, own_samples))
         for step in count(worker, workers):
             positions = self.part.positions(step)
-            if positions[-1] >= self.corpus.mixture.length:  # of a mixture that ends; asked for ahead of training
+            if (
+                positions[-1] >= self.corpus.mixture.length
+            ):  # of a mixture that ends; asked for ahead of training
                 return
             yield self._batch(positions, meter)
 
@@ -93,10 +95,15 @@ class TrainStream(IterableDataset[Batch]):
         if together is None:
             return collate(self._rows(positions, places, samples, meter), meter.take())
         meter.read += len(samples)
-        rows = [Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, {}) for place, sample in zip(places, samples, strict=True)]
+        rows = [
+            Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, {})
+            for place, sample in zip(places, samples, strict=True)
+        ]
         return collate(rows, meter.take(), together)
 
-    def _rows(self, positions: np.ndarray, places: Sequence[Place], samples: Sequence[RawSample], meter: SkipMeter) -> list[Row]:
+    def _rows(
+        self, positions: np.ndarray, places: Sequence[Place], samples: Sequence[RawSample], meter: SkipMeter
+    ) -> list[Row]:
         rows = []
         for position, place, sample in zip(positions.tolist(), places, samples, strict=True):
             try:
@@ -108,14 +115,23 @@ class TrainStream(IterableDataset[Batch]):
         return rows
 
     def _row(self, place: Place, sample: RawSample) -> Row:
-        return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, self._kind(place).train(sample, place.epoch))
+        return Row(
+            sample["__key__"],
+            place.index,
+            place.epoch,
+            place.source,
+            1.0,
+            self._kind(place).train(sample, place.epoch),
+        )
 
     def _kind(self, place: Place) -> Kind:
         return self.kinds[place.source] if self.kinds else self.kind
 
     def _substitute(self, position: int, source: int, meter: SkipMeter) -> Row:
         after = range(position + 1, int(min(position + 1 + JUDGED_AFTER, self.corpus.mixture.length)))
-        before = range(position - 1, max(-1, position - 1 - JUDGED_AFTER), -1)  # for the last sample of a mixture that ends
+        before = range(
+            position - 1, max(-1, position - 1 - JUDGED_AFTER), -1
+        )  # for the last sample of a mixture that ends
         for place in self.corpus.locate(np.array([*after, *before], dtype=np.int64)):
             if self.kinds and place.source != source:  # of another shape
                 continue
@@ -125,7 +141,9 @@ class TrainStream(IterableDataset[Batch]):
             except BadSample:  # counted when its own turn comes
                 continue
         meter.judge()
-        raise DataError(f"none of the samples around position {position} can be decoded: run 'mhla data verify'")
+        raise DataError(
+            f"none of the samples around position {position} can be decoded: run 'mhla data verify'"
+        )
 
 
 @dataclass
@@ -149,12 +167,16 @@ class EvalStream(IterableDataset[Batch]):
     @property
     def batches(self) -> int:
         """Batches that every rank yields in one pass."""
-        return sum(eval_batches_per_rank(samples, self.batch_size, self.world_size) for samples in self._groups())
+        return sum(
+            eval_batches_per_rank(samples, self.batch_size, self.world_size) for samples in self._groups()
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches for the worker that asks."""
         meter = SkipMeter(self.max_skipped_share)
-        ranges = grouped_eval_ranges(self._groups(), self.batch_size, self.rank, self.world_size, *_this_worker())
+        ranges = grouped_eval_ranges(
+            self._groups(), self.batch_size, self.rank, self.world_size, *_this_worker()
+        )
         for number, (group, start, stop) in enumerate(ranges, start=1):
             kind = self.kinds[group] if self.kinds else self.kind
             rows = [self._row(kind, sample, meter) for sample in self.corpus.read(kind, range(start, stop))]

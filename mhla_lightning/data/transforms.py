@@ -49,7 +49,12 @@ class Augmentation:
         """Raise UserError for a value outside its range."""
         for name in ("hflip", "vflip", "re_prob"):
             _demand(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability from 0 to 1")
-        _demand(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "(low, high) with 0 < low <= high <= 1")
+        _demand(
+            0 < self.scale[0] <= self.scale[1] <= 1,
+            "scale",
+            self.scale,
+            "(low, high) with 0 < low <= high <= 1",
+        )
         _demand(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "(low, high) with 0 < low <= high")
         _demand(0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0 and at most 1")
         _demand(len(self.mean) == 3, "mean", self.mean, "three numbers")
@@ -94,7 +99,9 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
             re_count=a.re_count,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. rand-m9-mstd0.5-inc1") from error
+        raise UserError(
+            f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. rand-m9-mstd0.5-inc1"
+        ) from error
     for op in chain.from_iterable(_augment_ops(part) for part in transform.transforms):
         if op.aug_fn is posterize:
             op.aug_fn = _posterize
@@ -117,7 +124,13 @@ def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
     """Validation transform without randomness: PIL image -> float32 (3, H, W)."""
     a = augmentation
     return create_transform(
-        image_hw(size), is_training=False, interpolation=a.eval_interpolation, crop_pct=a.crop_pct, crop_mode=a.crop_mode, mean=a.mean, std=a.std
+        image_hw(size),
+        is_training=False,
+        interpolation=a.eval_interpolation,
+        crop_pct=a.crop_pct,
+        crop_mode=a.crop_mode,
+        mean=a.mean,
+        std=a.std,
     )
 
 

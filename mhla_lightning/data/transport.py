@@ -36,7 +36,9 @@ class LightBatch(dict[str, Any]):
 
 
 def _sent(value: Any, pieces: dict[int, Tensor]) -> Any:
-    if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.bfloat16:  # what a worker never sends, but a copy may hold
+    if (
+        not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.bfloat16
+    ):  # what a worker never sends, but a copy may hold
         return value
     if value.nbytes <= _SMALL_BYTES:
         return value.numpy()
@@ -51,5 +53,7 @@ def _arrived(sent: dict[str, Any], pieces: dict[int, Tensor]) -> dict[str, Any]:
 
 def _received(value: Any, pieces: dict[int, Tensor]) -> Any:
     if isinstance(value, _Part):
-        return torch.empty(0, dtype=value.dtype).set_(pieces[value.piece].untyped_storage(), value.offset, value.size, value.stride)
+        return torch.empty(0, dtype=value.dtype).set_(
+            pieces[value.piece].untyped_storage(), value.offset, value.size, value.stride
+        )
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -41,11 +41,15 @@ def build_process(entry: str | Mapping[str, Any]) -> Process:
         UserError: no name, an unknown name or option, or a value that the process refuses.
     """
     if not isinstance(entry, (str, Mapping)):
-        raise UserError(f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: {', '.join(PROCESSES)}")
+        raise UserError(
+            f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: {', '.join(PROCESSES)}"
+        )
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name is None:
-        raise UserError(f"a noise process needs the key 'name' ({', '.join(PROCESSES)}), got {sorted(map(str, given))}")
+        raise UserError(
+            f"a noise process needs the key 'name' ({', '.join(PROCESSES)}), got {sorted(map(str, given))}"
+        )
     if not isinstance(name, str) or name not in PROCESSES:
         raise UserError(unknown_name("noise process", name, PROCESSES))
     options = [option.name for option in dataclasses.fields(PROCESSES[name]) if option.init]

@@ -40,14 +40,18 @@ def respaced(respacing: str | int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: no such form, N outside 1 to 1000, or an N that no stride of "ddimN" gives.
     """
-    kept = np.asarray(_strided(str(respacing)) if str(respacing).startswith("ddim") else _even(respacing), dtype=np.int64)
+    kept = np.asarray(
+        _strided(str(respacing)) if str(respacing).startswith("ddim") else _even(respacing), dtype=np.int64
+    )
     levels = np.cumprod(1 - linear_betas())[kept]
     return kept, 1 - levels / np.append(1.0, levels[:-1])
 
 
 def _count(text: str, given: str | int) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= STEPS:
-        raise UserError(f"respacing '{given}' is neither a number of steps from 1 to {STEPS} nor 'ddim' followed by one")
+        raise UserError(
+            f"respacing '{given}' is neither a number of steps from 1 to {STEPS} nor 'ddim' followed by one"
+        )
     return int(text)
 
 
@@ -56,14 +60,18 @@ def _even(given: str | int) -> list[int]:
     if count == 1:
         return [STEPS - 1]
     stride = (STEPS - 1) / (count - 1)
-    return [round(position) for position in accumulate([stride] * (count - 1), initial=0.0)]  # summed up, as the official code: 499.5 may fall short
+    return [
+        round(position) for position in accumulate([stride] * (count - 1), initial=0.0)
+    ]  # summed up, as the official code: 499.5 may fall short
 
 
 def _strided(given: str) -> range:
     count = _count(given.removeprefix("ddim"), given)
     steps = range(0, STEPS, -(-STEPS // count))
     if len(steps) != count:
-        raise UserError(f"respacing '{given}': no stride over {STEPS} steps keeps {count} of them; the nearest below is 'ddim{len(steps)}'")
+        raise UserError(
+            f"respacing '{given}': no stride over {STEPS} steps keeps {count} of them; the nearest below is 'ddim{len(steps)}'"
+        )
     return steps
 
 
@@ -92,7 +100,9 @@ class Chain:
         before = np.append(1.0, self.alphas_cumprod[:-1])
         variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
         # the variance of the first step is 0 and takes the second's value; a chain of one step has no second, and never draws from it
-        self.posterior_log_variance_clipped = np.log(np.append(variance[1], variance[1:]) if len(variance) > 1 else self.betas)
+        self.posterior_log_variance_clipped = np.log(
+            np.append(variance[1], variance[1:]) if len(variance) > 1 else self.betas
+        )
         self._tables = {
             "signal": np.sqrt(self.alphas_cumprod),
             "noise": np.sqrt(1 - self.alphas_cumprod),
@@ -125,7 +135,9 @@ class Chain:
         mean = self._at("posterior_x0", t, x_t) * x0 + self._at("posterior_x_t", t, x_t) * x_t
         return mean, self._at("log_smallest", t, x_t)
 
-    def p_mean_variance(self, prediction: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False) -> Reverse:
+    def p_mean_variance(
+        self, prediction: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+    ) -> Reverse:
         """The network's step back; `clip_denoised` clamps x0 to [-1, 1], which is wrong for latents.
 
         Raises:
@@ -146,7 +158,9 @@ class Chain:
         step = self.p_mean_variance(prediction, x_t, t)
         if noise is None:
             return step.mean
-        return step.mean + over_sample((t != 0).to(x_t.dtype), x_t) * torch.exp(0.5 * step.log_variance) * noise
+        return (
+            step.mean + over_sample((t != 0).to(x_t.dtype), x_t) * torch.exp(0.5 * step.log_variance) * noise
+        )
 
     def ddim_step(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The deterministic step of DDIM (eta 0): x_{t-1} from the x0 and the noise that the network sees in x_t."""
@@ -173,7 +187,9 @@ def split(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     channels = x.shape[1]
     if prediction.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"the network predicts {prediction.shape[1]} channels for a sample of {channels}; {channels} or {2 * channels} are possible")
+        raise ValueError(
+            f"the network predicts {prediction.shape[1]} channels for a sample of {channels}; {channels} or {2 * channels} are possible"
+        )
     prediction = precise(prediction)
     return prediction[:, :channels], prediction[:, channels:] if prediction.shape[1] > channels else None
 

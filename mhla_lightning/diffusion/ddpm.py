@@ -33,8 +33,12 @@ class DDPM(Process):
 
     def __post_init__(self) -> None:
         if not isinstance(self.learn_variance, bool):
-            raise UserError(f"learn_variance of process 'ddpm' is {self.learn_variance!r}; it is true or false")
-        object.__setattr__(self, "chain", Chain(respaced(STEPS)[1]))  # like the official code, to the last bit
+            raise UserError(
+                f"learn_variance of process 'ddpm' is {self.learn_variance!r}; it is true or false"
+            )
+        object.__setattr__(
+            self, "chain", Chain(respaced(STEPS)[1])
+        )  # like the official code, to the last bit
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -55,7 +59,9 @@ class DDPM(Process):
     def bins(self, t: Tensor, count: int) -> Tensor:
         return t.long() * count // STEPS
 
-    def losses(self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
         """ "mse" of the noise, "vb" in bits per value, and "loss", their sum. The bound trains the variance alone: the noise is detached in it."""
         require_channels(prediction, self.out_channels(x0.shape[1]))
         x0, noise, x_t, t = precise(x0), precise(noise), precise(x_t), t.long()

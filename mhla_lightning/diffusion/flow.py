@@ -13,7 +13,14 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from mhla_lightning.diffusion.process import MODEL_TIMES, Process, mean_of_sample, over_sample, precise, require_channels
+from mhla_lightning.diffusion.process import (
+    MODEL_TIMES,
+    Process,
+    mean_of_sample,
+    over_sample,
+    precise,
+    require_channels,
+)
 from mhla_lightning.errors import UserError
 
 DRAWS = ("logit_normal", "uniform")
@@ -47,8 +54,15 @@ class FlowMatching(Process):
             raise UserError(f"times of process 'flow' is {self.times!r}; valid: {', '.join(DRAWS)}")
         for option in ("mean", "std", "shift"):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or (option != "mean" and value <= 0):
-                raise UserError(f"{option} of process 'flow' is {value!r}; it must be a {'' if option == 'mean' else 'positive '}number")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or (option != "mean" and value <= 0)
+            ):
+                raise UserError(
+                    f"{option} of process 'flow' is {value!r}; it must be a {'' if option == 'mean' else 'positive '}number"
+                )
         if not isinstance(self.integer_times, bool):
             raise UserError(f"integer_times of process 'flow' is {self.integer_times!r}; it is true or false")
 
@@ -65,11 +79,19 @@ class FlowMatching(Process):
 
     def grid_time(self, index: int) -> float:
         """The shifted time of a point, 0 to 999, on the release's grid."""
-        return self.shifted(float((1 - np.linspace(1, 1 / MODEL_TIMES, MODEL_TIMES))[index]))  # its rounding decides floor(1000 t) at two points
+        return self.shifted(
+            float((1 - np.linspace(1, 1 / MODEL_TIMES, MODEL_TIMES))[index])
+        )  # its rounding decides floor(1000 t) at two points
 
     def draw_time(self, rng: np.random.Generator) -> float:
-        drawn = rng.random() if self.times == "uniform" else 1 / (1 + math.exp(-rng.normal(self.mean, self.std)))
-        return self.grid_time(min(int(MODEL_TIMES * drawn), MODEL_TIMES - 1)) if self.integer_times else self.shifted(drawn)
+        drawn = (
+            rng.random() if self.times == "uniform" else 1 / (1 + math.exp(-rng.normal(self.mean, self.std)))
+        )
+        return (
+            self.grid_time(min(int(MODEL_TIMES * drawn), MODEL_TIMES - 1))
+            if self.integer_times
+            else self.shifted(drawn)
+        )
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         share = over_sample(t.to(x0.dtype), x0)
@@ -82,7 +104,9 @@ class FlowMatching(Process):
     def bins(self, t: Tensor, count: int) -> Tensor:
         return (t * count).long().clamp(0, count - 1)
 
-    def losses(self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
         """ "loss": the MSE of the velocity."""
         require_channels(prediction, self.out_channels(x0.shape[1]))
         return {"loss": mean_of_sample((precise(prediction) - (precise(noise) - precise(x0))) ** 2)}

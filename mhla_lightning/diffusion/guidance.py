@@ -35,16 +35,34 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not _is_number(self.scale) or self.scale < 0:
-            raise UserError(f"the guidance scale is {self.scale!r}; it must be a number of at least 0 (1 is no guidance)")
-        if self.channels is not None and (isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1):
-            raise UserError(f"the guidance channels are {self.channels!r}; give a whole number of at least 1, or null for all")
+            raise UserError(
+                f"the guidance scale is {self.scale!r}; it must be a number of at least 0 (1 is no guidance)"
+            )
+        if self.channels is not None and (
+            isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1
+        ):
+            raise UserError(
+                f"the guidance channels are {self.channels!r}; give a whole number of at least 1, or null for all"
+            )
         ends = self.interval
-        valid = isinstance(ends, Sequence) and len(ends) == 2 and all(map(_is_number, ends)) and 0 <= ends[0] < ends[1] <= 1
+        valid = (
+            isinstance(ends, Sequence)
+            and len(ends) == 2
+            and all(map(_is_number, ends))
+            and 0 <= ends[0] < ends[1] <= 1
+        )
         if not valid:
-            raise UserError(f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 (noise), the smaller first")
+            raise UserError(
+                f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 (noise), the smaller first"
+            )
 
 
-def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], condition: Tensor, null: int | Tensor, guidance: Guidance) -> Denoiser:
+def guided(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    condition: Tensor,
+    null: int | Tensor,
+    guidance: Guidance,
+) -> Denoiser:
     """The denoiser under these conditions, labels (B,) or text features (B, L, D): one forward of 2B samples a step, or of B where nothing is guided.
 
     Channels beyond the sample's (a learned variance) are the conditional prediction's, untouched.
@@ -56,7 +74,10 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], condition: Tensor,
     Raises:
         UserError: guidance.channels exceeds the sample's channels (at the first call).
     """
-    nulls, everywhere = torch.as_tensor(null).to(condition).expand_as(condition), tuple(guidance.interval) == (0, 1)
+    nulls, everywhere = (
+        torch.as_tensor(null).to(condition).expand_as(condition),
+        tuple(guidance.interval) == (0, 1),
+    )
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
         channels = x.shape[1] if guidance.channels is None else guidance.channels

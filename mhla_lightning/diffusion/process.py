@@ -45,7 +45,9 @@ class Process(ABC):
         """The times (B,) that the network is given for `t` (B,)."""
 
     @abstractmethod
-    def losses(self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
         """Losses (B,), "loss" and its parts, in float32. prediction: (B, out_channels, ...); x0, noise, x_t: (B, C, ...); t: (B,)."""
 
     @abstractmethod
@@ -75,4 +77,6 @@ def require_channels(prediction: Tensor, expected: int) -> None:
         ValueError: the network does not predict `expected` channels.
     """
     if prediction.shape[1] != expected:
-        raise ValueError(f"the network predicts {prediction.shape[1]} channels and the noise process needs {expected} (Process.out_channels)")
+        raise ValueError(
+            f"the network predicts {prediction.shape[1]} channels and the noise process needs {expected} (Process.out_channels)"
+        )

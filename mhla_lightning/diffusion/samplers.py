@@ -60,7 +60,9 @@ class Scheduled:
     times: Sequence[float]
 
     def step(self, i: int, prediction: Tensor, x: Tensor) -> Tensor:
-        return self.scheduler.step(prediction[:, : x.shape[1]], self.scheduler.timesteps[i], x, return_dict=False)[0]
+        return self.scheduler.step(
+            prediction[:, : x.shape[1]], self.scheduler.timesteps[i], x, return_dict=False
+        )[0]
 
 
 def _ancestral(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
@@ -89,15 +91,24 @@ def _dpm_chain(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
 
 
 def _dpm_flow(process: FlowMatching, steps: int, step_noise: StepNoise) -> Solver:
-    scheduler = _scheduler("DPMSolverMultistepScheduler", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=process.shift)
+    scheduler = _scheduler(
+        "DPMSolverMultistepScheduler",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=process.shift,
+    )
     _set_timesteps(scheduler, num_inference_steps=steps)
-    scheduler.set_begin_index(0)  # its timesteps are whole numbers and may repeat; it must not look steps up by them
+    scheduler.set_begin_index(
+        0
+    )  # its timesteps are whole numbers and may repeat; it must not look steps up by them
     return Scheduled(scheduler, [MODEL_TIMES * sigma for sigma in scheduler.sigmas[:-1].tolist()])
 
 
 def _euler(process: FlowMatching, steps: int, step_noise: StepNoise) -> Solver:
     scheduler = _scheduler("FlowMatchEulerDiscreteScheduler", shift=process.shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # its own grid shifts the last time twice
+    scheduler.set_timesteps(
+        sigmas=np.linspace(1, 1 / steps, steps).tolist()
+    )  # its own grid shifts the last time twice
     scheduler.set_begin_index(0)
     return Scheduled(scheduler, scheduler.timesteps.tolist())
 
@@ -118,12 +129,16 @@ def _scheduler(name: str, **options: Any) -> Any:
 
 def _chain_scheduler(name: str, chain: Chain, **options: Any) -> Any:
     scheduler = _scheduler(name, trained_betas=chain.betas.tolist(), **options)
-    scheduler.alphas_cumprod = torch.from_numpy(chain.alphas_cumprod)  # its own are float32 products: off by 1e-4 where a beta is close to 1
+    scheduler.alphas_cumprod = torch.from_numpy(
+        chain.alphas_cumprod
+    )  # its own are float32 products: off by 1e-4 where a beta is close to 1
     return scheduler
 
 
 def _set_timesteps(scheduler: Any, **grid: Any) -> None:
-    with warnings.catch_warnings():  # diffusers 0.42 copies a tensor with np.array, which numpy 2.4 calls deprecated
+    with (
+        warnings.catch_warnings()
+    ):  # diffusers 0.42 copies a tensor with np.array, which numpy 2.4 calls deprecated
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         scheduler.set_timesteps(**grid)
 
@@ -143,9 +158,13 @@ def check_sampler(name: str, process: Process, steps: int) -> None:
         raise UserError(unknown_name("sampler", name, SAMPLERS))
     if process.name not in SAMPLERS[name]:
         fitting = ", ".join(sampler for sampler, serves in SAMPLERS.items() if process.name in serves)
-        raise UserError(f"sampler '{name}' does not serve the noise process '{process.name}'; valid: {fitting}")
+        raise UserError(
+            f"sampler '{name}' does not serve the noise process '{process.name}'; valid: {fitting}"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise UserError(f"the number of sampling steps is {steps!r}; it must be a whole number from 1 to {MAX_STEPS}")
+        raise UserError(
+            f"the number of sampling steps is {steps!r}; it must be a whole number from 1 to {MAX_STEPS}"
+        )
     if name not in OWN and find_spec("diffusers") is None:
         raise UserError(missing_extra("diffusers", "diffusion", f"sampler '{name}'"))
 

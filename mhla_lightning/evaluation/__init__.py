@@ -98,7 +98,10 @@ class Wanted:
     def measure(self, run: RunFolder) -> dict[str, float]:
         """Measures a run and keeps the numbers in its folder. Raises UserError."""
         values = EVALUATIONS[self.name].measure(run, self.options)
-        write_json(self.file(run), {"format": FORMAT, "evaluation": self.name, "options": self.identity, "values": values})
+        write_json(
+            self.file(run),
+            {"format": FORMAT, "evaluation": self.name, "options": self.identity, "values": values},
+        )
         return values
 
 
@@ -115,9 +118,13 @@ def wanted_evaluation(text: str, runs: str | None = None) -> Wanted:
         found = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--eval '{text}' is no YAML; write NAME or 'NAME: {{option: value}}'") from error
-    name, given = next(iter(found.items())) if isinstance(found, Mapping) and len(found) == 1 else (found, None)
+    name, given = (
+        next(iter(found.items())) if isinstance(found, Mapping) and len(found) == 1 else (found, None)
+    )
     if not isinstance(name, str) or not isinstance(given, Mapping | None):
-        raise UserError(f"--eval '{text}' is not NAME or 'NAME: {{option: value}}'; names: {', '.join(sorted(EVALUATIONS))}")
+        raise UserError(
+            f"--eval '{text}' is not NAME or 'NAME: {{option: value}}'; names: {', '.join(sorted(EVALUATIONS))}"
+        )
     return with_options(name, given or {}, runs)
 
 
@@ -129,10 +136,18 @@ def with_options(name: str, given: Mapping[str, Any], runs: str | None = None) -
     fields = dataclasses.fields(evaluation.options)
     for key in given:
         if key not in [field.name for field in fields]:
-            raise UserError(unknown_name("option", key, [field.name for field in fields], of=f"evaluation '{name}'"))
+            raise UserError(
+                unknown_name("option", key, [field.name for field in fields], of=f"evaluation '{name}'")
+            )
     for field in fields:
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and field.name not in given:
-            raise UserError(f"evaluation '{name}' needs the option {field.name}, for example --eval '{name}: {{{field.name}: ...}}'")
+        if (
+            field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and field.name not in given
+        ):
+            raise UserError(
+                f"evaluation '{name}' needs the option {field.name}, for example --eval '{name}: {{{field.name}: ...}}'"
+            )
     try:
         options = evaluation.options(**given)
         values, contents = evaluation.fix(options, runs)

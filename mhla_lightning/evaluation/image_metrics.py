@@ -88,7 +88,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     sigmas = [np.atleast_2d(np.asarray(sigma, dtype=np.float64)) for sigma in (sigma1, sigma2)]
     for mu, sigma in zip(means, sigmas, strict=True):
         if mu.shape != means[0].shape or sigma.shape != (len(means[0]), len(means[0])):
-            raise UserError(f"statistics of {means[0].shape} and {sigmas[0].shape} cannot be compared with {mu.shape} and {sigma.shape}")
+            raise UserError(
+                f"statistics of {means[0].shape} and {sigmas[0].shape} cannot be compared with {mu.shape} and {sigma.shape}"
+            )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError("the features hold numbers that are not finite, and no distance can be computed")
     one, other = (_factor(sigma) for sigma in sigmas)
@@ -117,7 +119,9 @@ def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(features_real: np.ndarray, features_fake: np.ndarray, k: int = 3, device: torch.device | str = "cpu") -> tuple[float, float]:
+def precision_recall(
+    features_real: np.ndarray, features_fake: np.ndarray, k: int = 3, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """(share of fake images inside the real manifold, share of real images inside the fake one) (Kynkaanniemi et al. 2019).
 
     A manifold is the union of balls around its features that reach to their k-th neighbour. Distances are exact: equal images have distance 0.
@@ -132,9 +136,14 @@ def precision_recall(features_real: np.ndarray, features_fake: np.ndarray, k: in
     """
     fewest = min(len(features_real), len(features_fake))
     if fewest <= k:
-        raise UserError(f"precision and recall look at {k} neighbours and need more than {k} images on either side; here are {fewest}")
+        raise UserError(
+            f"precision and recall look at {k} neighbours and need more than {k} images on either side; here are {fewest}"
+        )
     place = torch.device(device) if torch.device(device).type != "mps" else torch.device("cpu")
-    real, fake = (torch.as_tensor(np.asarray(found, dtype=np.float64), device=place) for found in (features_real, features_fake))
+    real, fake = (
+        torch.as_tensor(np.asarray(found, dtype=np.float64), device=place)
+        for found in (features_real, features_fake)
+    )
     return _inside(fake, real, _radii(real, k)), _inside(real, fake, _radii(fake, k))
 
 
@@ -145,7 +154,12 @@ def _radii(points: Tensor, k: int) -> Tensor:
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of `points` that lie in at least one ball."""
-    return torch.cat([(_distances(rows, centres) <= radii).any(1) for rows in points.split(_ROWS)]).double().mean().item()
+    return (
+        torch.cat([(_distances(rows, centres) <= radii).any(1) for rows in points.split(_ROWS)])
+        .double()
+        .mean()
+        .item()
+    )
 
 
 def _distances(rows: Tensor, points: Tensor) -> Tensor:
@@ -173,14 +187,18 @@ class Reference:
         return cls(name, Gaussian.of(features.pooled), Gaussian.of(features.spatial), features.pooled)
 
 
-def image_metrics(fake: Features, reference: Reference, published: bool, device: torch.device | str = "cpu") -> dict[str, float]:
+def image_metrics(
+    fake: Features, reference: Reference, published: bool, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """All numbers of generated images.
 
     Returns:
         fid, sfid and inception_score, or fd, sfd and class_score where the network is not the one that papers use; precision and recall.
         What the reference cannot give is left out.
     """
-    distance, spatial, score = ("fid", "sfid", "inception_score") if published else ("fd", "sfd", "class_score")
+    distance, spatial, score = (
+        ("fid", "sfid", "inception_score") if published else ("fd", "sfd", "class_score")
+    )
     found = {distance: _distance(Gaussian.of(fake.pooled), reference.pooled)}
     if reference.spatial is not None:
         found[spatial] = _distance(Gaussian.of(fake.spatial), reference.spatial)

@@ -20,7 +20,9 @@ from mhla_lightning.errors import DataError
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Gaussian, Reference
 
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-_PIXELS = Augmentation(crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # of validation: resized and cropped to the middle, nothing else
+_PIXELS = Augmentation(
+    crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+)  # of validation: resized and cropped to the middle, nothing else
 _BATCH = 64
 
 
@@ -52,7 +54,9 @@ def read_samples(path: str) -> np.ndarray:
     """
     found = read_npz(path, ("arr_0",))
     if "arr_0" not in found:
-        raise DataError(f"{path} holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as 'mhla sample' writes them")
+        raise DataError(
+            f"{path} holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as 'mhla sample' writes them"
+        )
     return _checked(found["arr_0"], path)
 
 
@@ -79,7 +83,9 @@ def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) ->
     found = read_npz(path, (*_STATISTICS, "arr_0"))
     name = Path(path).name
     if network.published and "mu" in found and "sigma" in found:
-        spatial = _gaussian(found, "mu_s", "sigma_s", path) if "mu_s" in found and "sigma_s" in found else None
+        spatial = (
+            _gaussian(found, "mu_s", "sigma_s", path) if "mu_s" in found and "sigma_s" in found else None
+        )
         features = network(_checked(found["arr_0"], path)).pooled if "arr_0" in found else None
         return Reference(name, _gaussian(found, "mu", "sigma", path), spatial, features)
     if "arr_0" not in found:
@@ -93,7 +99,9 @@ def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) ->
 def _gaussian(found: dict[str, np.ndarray], mean: str, covariance: str, path: str) -> Gaussian:
     mu, sigma = found[mean], found[covariance]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-        raise DataError(f"{path}: {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and covariance")
+        raise DataError(
+            f"{path}: {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and covariance"
+        )
     return Gaussian(mu, sigma)
 
 

@@ -25,7 +25,17 @@ try:
 except ImportError as error:
     raise UserError(missing_extra("lm_eval", "lm_eval", "mhla eval lm")) from error
 
-PAPER_TASKS = ("wikitext", "lambada_openai", "winogrande", "piqa", "arc_challenge", "openbookqa", "arc_easy", "boolq", "mmlu")
+PAPER_TASKS = (
+    "wikitext",
+    "lambada_openai",
+    "winogrande",
+    "piqa",
+    "arc_challenge",
+    "openbookqa",
+    "arc_easy",
+    "boolq",
+    "mmlu",
+)
 """The paper's zero-shot table of language models (SPEC 5.2)."""
 
 _DEFAULT_NEW_TOKENS = 256  # the harness's own
@@ -50,11 +60,21 @@ class HarnessLM(TemplateLM):
         UserError: a tokenizer without an end of a document.
     """
 
-    def __init__(self, backbone: Any, tokenizer: Tokenizer, max_length: int, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self, backbone: Any, tokenizer: Tokenizer, max_length: int, batch_size: int = 8, seed: int = 0
+    ) -> None:
         super().__init__()
         if tokenizer.end is None:
-            raise UserError(f"the tokenizer {tokenizer.name} has no end of a document, and the harness needs it where a text has no context")
-        self.backbone, self.text_tokenizer, self.max_length, self.batch_size, self.seed = backbone, tokenizer, max_length, batch_size, seed
+            raise UserError(
+                f"the tokenizer {tokenizer.name} has no end of a document, and the harness needs it where a text has no context"
+            )
+        self.backbone, self.text_tokenizer, self.max_length, self.batch_size, self.seed = (
+            backbone,
+            tokenizer,
+            max_length,
+            batch_size,
+            seed,
+        )
         self._end = tokenizer.end
         self._device = next(backbone.parameters()).device
 
@@ -66,7 +86,9 @@ class HarnessLM(TemplateLM):
         """Token ids; our tokenizers add no special tokens."""
         return self.text_tokenizer.encode(string)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         results = self.score([(context, continuation) for _, context, continuation in requests])
         for (pair, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
@@ -96,10 +118,16 @@ class HarnessLM(TemplateLM):
         rows: dict[tuple[int, ...], list[int]] = {}
         for number, (context, continuation) in enumerate(pairs):
             if not context or len(continuation) > self.max_length:
-                raise UserError(f"a continuation of {len(continuation)} tokens does not fit behind its context in the {self.max_length} of the model")
-            rows.setdefault(tuple([*context, *continuation][-(self.max_length + 1) :][:-1]), []).append(number)
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens does not fit behind its context in the {self.max_length} of the model"
+                )
+            rows.setdefault(tuple([*context, *continuation][-(self.max_length + 1) :][:-1]), []).append(
+                number
+            )
         results: dict[int, tuple[float, bool]] = {}
-        ordered = sorted(rows, key=len, reverse=True)  # like lengths together, and a batch that is too large for memory fails first
+        ordered = sorted(
+            rows, key=len, reverse=True
+        )  # like lengths together, and a batch that is too large for memory fails first
         for first in range(0, len(ordered), self.batch_size):
             batch = ordered[first : first + self.batch_size]
             tokens, _ = pad(batch, "right", self._device)
@@ -117,7 +145,9 @@ class HarnessLM(TemplateLM):
         texts: dict[int, str] = {}
         for numbers in groups.values():
             chosen = [requests[number].args for number in numbers]
-            texts |= dict(zip(numbers, self._generate([context for context, _ in chosen], chosen[0][1]), strict=True))
+            texts |= dict(
+                zip(numbers, self._generate([context for context, _ in chosen], chosen[0][1]), strict=True)
+            )
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[number])
         return [texts[number] for number in range(len(requests))]
@@ -128,7 +158,10 @@ class HarnessLM(TemplateLM):
         if unknown:
             raise UserError(unknown_name("generation_kwargs key", unknown[0], _GENERATION_KEYS))
         new = min(given["max_gen_toks"], self.max_length - 1)
-        prompts = [maybe_truncate(self.tok_encode(context), new, self.max_length, verbose=False)[0] for context in contexts]
+        prompts = [
+            maybe_truncate(self.tok_encode(context), new, self.max_length, verbose=False)[0]
+            for context in contexts
+        ]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
         texts = [""] * len(prompts)
         for continuation in continue_prompts(
@@ -156,8 +189,14 @@ def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
     if not continuation:
         return 0.0, True
     target = torch.tensor(continuation, device=logits.device)
-    logits = logits[-len(continuation) :].float()  # bfloat16 has 8 bits, too few for differences between answers
-    likelihood = logits.log_softmax(-1).gather(-1, target[:, None]).sum(dtype=torch.float32 if logits.is_mps else torch.float64)
+    logits = logits[
+        -len(continuation) :
+    ].float()  # bfloat16 has 8 bits, too few for differences between answers
+    likelihood = (
+        logits.log_softmax(-1)
+        .gather(-1, target[:, None])
+        .sum(dtype=torch.float32 if logits.is_mps else torch.float64)
+    )
     return likelihood.item(), bool((logits.argmax(-1) == target).all())
 
 
@@ -182,19 +221,35 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
             found = manager.load([name])
         except Exception as error:  # noqa: BLE001  of datasets, its builders and the network
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            raise UserError(f"the data of the task {name} cannot be loaded ({type(error).__name__}: {reason})") from error
-        loaded += [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
+            raise UserError(
+                f"the data of the task {name} cannot be loaded ({type(error).__name__}: {reason})"
+            ) from error
+        loaded += (
+            [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
+        )
     return manager, loaded
 
 
 def near(name: str, names: Iterable[str], limit: int = 8) -> list[str]:
     """The names that begin like `name`; the harness has thousands."""
     known = list(names)
-    return next((found[:limit] for cut in range(len(name), 0, -1) if (found := [n for n in known if n.startswith(name[:cut])])), known[:limit])
+    return next(
+        (
+            found[:limit]
+            for cut in range(len(name), 0, -1)
+            if (found := [n for n in known if n.startswith(name[:cut])])
+        ),
+        known[:limit],
+    )
 
 
 def evaluate(
-    model: HarnessLM, tasks: Sequence[Any], manager: TaskManager, *, limit: float | None = None, num_fewshot: int | None = None
+    model: HarnessLM,
+    tasks: Sequence[Any],
+    manager: TaskManager,
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """task or group -> {metric: value, `samples`: count} as the harness computes them.
 
@@ -216,7 +271,11 @@ def evaluate(
     assert found is not None, "one process gathers the results"
     table: dict[str, dict[str, Any]] = {}
     for name, values in found["results"].items():
-        metrics = {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float) and "_stderr" not in key}
+        metrics = {
+            key.removesuffix(",none"): value
+            for key, value in values.items()
+            if isinstance(value, float) and "_stderr" not in key
+        }
         counts = found.get("n-samples", {}).get(name)
         table[name] = {**metrics, **({"samples": counts["effective"]} if counts else {})}
     return table

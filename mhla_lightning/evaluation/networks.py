@@ -49,7 +49,10 @@ class Inception:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+            from torch_fidelity.feature_extractor_inceptionv3 import (
+                URL_INCEPTION_V3,
+                FeatureExtractorInceptionV3,
+            )
         except ImportError as error:
             raise UserError(missing_extra("torch-fidelity", "eval", "--features inception")) from error
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
@@ -58,10 +61,14 @@ class Inception:
                 f"--features inception needs Inception's weights at {path}: download {URL_INCEPTION_V3} to there, or name a classifier run"
             )
         try:
-            torch.load(path, map_location="meta", weights_only=True)  # torch-fidelity itself would unpickle anything
+            torch.load(
+                path, map_location="meta", weights_only=True
+            )  # torch-fidelity itself would unpickle anything
         except (UnpicklingError, RuntimeError, EOFError) as error:
             raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0]})") from error
-        self._network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path)).to(device)
+        self._network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path)).to(
+            device
+        )
         self._device, self._seen = device, torch.empty(0)
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -111,7 +118,9 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
     folder = find_run(run, runs_root(runs))
     built = rebuild(folder, ClassificationTask, "features come from an image classifier")
     weights = find_weights(folder, None, True)
-    return ClassifierRun(folder, weights, cast(ClassificationTask, built.task), cast(ImageDataModule, built.data))
+    return ClassifierRun(
+        folder, weights, cast(ClassificationTask, built.task), cast(ImageDataModule, built.data)
+    )
 
 
 class OwnFeatures:
@@ -140,10 +149,22 @@ class OwnFeatures:
         """images: uint8 (N, H, W, 3)."""
         parts = []
         for first in range(0, len(images), _BATCH):
-            batch = torch.stack([self._transform(Image.fromarray(image)) for image in images[first : first + _BATCH]]).to(self._device)
+            batch = torch.stack(
+                [self._transform(Image.fromarray(image)) for image in images[first : first + _BATCH]]
+            ).to(self._device)
             last = self._backbone.forward_features(batch)
-            spatial = channels_last(last[:, :_SPATIAL_CHANNELS]) if last.dim() == 4 else last[..., :_SPATIAL_CHANNELS].flatten(1)
-            parts.append((self._backbone.forward_head(last, pre_logits=True), spatial, self._backbone.forward_head(last)))
+            spatial = (
+                channels_last(last[:, :_SPATIAL_CHANNELS])
+                if last.dim() == 4
+                else last[..., :_SPATIAL_CHANNELS].flatten(1)
+            )
+            parts.append(
+                (
+                    self._backbone.forward_head(last, pre_logits=True),
+                    spatial,
+                    self._backbone.forward_head(last),
+                )
+            )
         return _features(parts)
 
 
@@ -154,5 +175,7 @@ def channels_last(maps: Tensor) -> Tensor:
 
 def _features(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Features:
     """From (pooled, spatial, logits) of every batch."""
-    pooled, spatial, logits = (torch.cat([part[column].float().cpu() for part in parts]) for column in range(3))
+    pooled, spatial, logits = (
+        torch.cat([part[column].float().cpu() for part in parts]) for column in range(3)
+    )
     return Features(pooled.numpy(), spatial.numpy(), logits.double().softmax(-1).numpy())

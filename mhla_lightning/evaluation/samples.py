@@ -62,7 +62,11 @@ class SampleOptions:
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name in ("sampler", "reference")):
                 raise UserError(f"{name} is {value!r}; it must be text")
-        if not isinstance(self.guidance, (int, float)) or isinstance(self.guidance, bool) or not 0 <= self.guidance < float("inf"):
+        if (
+            not isinstance(self.guidance, (int, float))
+            or isinstance(self.guidance, bool)
+            or not 0 <= self.guidance < float("inf")
+        ):
             raise UserError(f"guidance is {self.guidance!r}; it must be a number, at least 0")
         if not isinstance(self.ema, bool):
             raise UserError(f"ema is {self.ema!r}; it must be true or false")
@@ -92,7 +96,9 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
     from mhla_lightning.tasks import ImageDiffusionTask
 
     if not isinstance(task, ImageDiffusionTask):
-        raise UserError(f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)")
+        raise UserError(
+            f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)"
+        )
     check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
     classes = find_classifier(options.classifier).task.num_classes
     if classes != task.num_classes:
@@ -100,9 +106,13 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
             f"the classifier {options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they must be the same"
         )
     if options.n % classes:
-        raise UserError(f"n is {options.n}; for as many images of each of {classes} classes take {-(-options.n // classes) * classes}")
+        raise UserError(
+            f"n is {options.n}; for as many images of each of {classes} classes take {-(-options.n // classes) * classes}"
+        )
     if options.reference is None and not isinstance(data, ImageDataModule):
-        raise UserError("the run's data hold latents, no images to compare with; name some with reference: REF.npz or a folder of image shards")
+        raise UserError(
+            "the run's data hold latents, no images to compare with; name some with reference: REF.npz or a folder of image shards"
+        )
 
 
 def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
@@ -132,7 +142,9 @@ def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
     return {"agreement": float(agreement), **numbers, "images_per_second": len(images) / seconds}
 
 
-def _draw(found: ImageRun, options: SampleOptions, device: torch.device) -> tuple[np.ndarray, np.ndarray, float]:
+def _draw(
+    found: ImageRun, options: SampleOptions, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Images uint8 (n, H, W, 3), labels (n,), seconds."""
     import numpy as np
 
@@ -140,7 +152,12 @@ def _draw(found: ImageRun, options: SampleOptions, device: torch.device) -> tupl
     from mhla_lightning.inference.diffusion.images import Drawing, load_task, sample_images
 
     labels = [number % found.task.num_classes for number in range(options.n)]
-    drawing = Drawing(options.seed, options.sampler or default_sampler(found.task.process), options.steps, Guidance(float(options.guidance)))
+    drawing = Drawing(
+        options.seed,
+        options.sampler or default_sampler(found.task.process),
+        options.steps,
+        Guidance(float(options.guidance)),
+    )
     task = load_task(found, device)
     started = time.perf_counter()
     images = sample_images(found, task, labels, drawing, options.batch_size)

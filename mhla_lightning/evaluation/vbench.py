@@ -23,7 +23,14 @@ from mhla_lightning.runs.folder import read_json, write_json
 PER_PROMPT = 5
 """Videos of each prompt that VBench looks for."""
 
-ANY_PROMPT = ("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality")
+ANY_PROMPT = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+)
 """Dimensions that need no prompts of VBench's own."""
 
 DIMENSIONS = (
@@ -99,7 +106,9 @@ def sampled_videos(folder: Path) -> list[tuple[Path, str]]:
     """
     listed = read_json(folder / "samples.json")
     if not isinstance(listed, dict) or not listed.get("videos"):
-        raise UserError(f"{folder} holds no samples.json with videos; give a run, or a folder that mhla sample has filled")
+        raise UserError(
+            f"{folder} holds no samples.json with videos; give a run, or a folder that mhla sample has filled"
+        )
     found = []
     for entry in listed["videos"]:
         name = str(entry["file"])
@@ -120,8 +129,16 @@ def video_names(prompts: Iterable[str]) -> list[str]:
     for prompt in prompts:
         index = counts[prompt] = counts.get(prompt, -1) + 1
         name = f"{prompt}-{index}.mp4"
-        if "/" in prompt or "\0" in prompt or not prompt.strip() or prompt.startswith(".") or len(name.encode()) > _LONGEST:
-            raise UserError(f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes")
+        if (
+            "/" in prompt
+            or "\0" in prompt
+            or not prompt.strip()
+            or prompt.startswith(".")
+            or len(name.encode()) > _LONGEST
+        ):
+            raise UserError(
+                f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes"
+            )
         names.append(name)
     return names
 
@@ -136,7 +153,9 @@ def check_target(to: Path) -> set[str]:
         UserError: a file where a folder is needed, no right to write, or a file in TO/videos that no earlier call put there.
     """
     for wanted in (to, to / VIDEOS, to / RESULTS):
-        there = next(path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path))
+        there = next(
+            path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
+        )
         if not there.is_dir():
             raise UserError(f"--to {to} cannot be used: {there} is no folder")
         if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
@@ -144,7 +163,9 @@ def check_target(to: Path) -> set[str]:
     held = read_json(to / _LIST)
     listed = held.get("videos") if isinstance(held, dict) else None
     if os.path.lexists(to / _LIST) and not isinstance(listed, list):
-        raise UserError(f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder with --to")
+        raise UserError(
+            f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder with --to"
+        )
     written = {name for name in listed or [] if isinstance(name, str)}
     try:
         found = sorted((to / VIDEOS).iterdir()) if (to / VIDEOS).is_dir() else []
@@ -152,7 +173,9 @@ def check_target(to: Path) -> set[str]:
         raise UserError(f"--to {to} cannot be used: {error.strerror}") from error
     for path in found:
         if path.name not in written or not path.is_file():
-            raise UserError(f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a new folder with --to")
+            raise UserError(
+                f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a new folder with --to"
+            )
     return {path.name for path in found}  # of files in that folder: whatever the list says, no name leaves it
 
 
@@ -175,7 +198,9 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
     folder = to / VIDEOS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(to / _LIST, {"videos": sorted(earlier.union(names))})  # first: a call that is stopped leaves no video that the next does not know
+        write_json(
+            to / _LIST, {"videos": sorted(earlier.union(names))}
+        )  # first: a call that is stopped leaves no video that the next does not know
         for name in earlier:
             (folder / name).unlink()
         for name, (file, _) in zip(names, videos, strict=True):
@@ -194,10 +219,14 @@ def check_dimensions(names: Sequence[str], standard: bool) -> None:
         if name not in DIMENSIONS:
             raise UserError(unknown_name("dimension", name, DIMENSIONS))
         if not standard and name not in ANY_PROMPT:
-            raise UserError(f"dimension '{name}' is measured on VBench's own prompts; on others: {', '.join(ANY_PROMPT)}")
+            raise UserError(
+                f"dimension '{name}' is measured on VBench's own prompts; on others: {', '.join(ANY_PROMPT)}"
+            )
 
 
-def evaluate(package: Package, videos: Path, output: Path, dimensions: Sequence[str], standard: bool, device: str) -> dict[str, float]:
+def evaluate(
+    package: Package, videos: Path, output: Path, dimensions: Sequence[str], standard: bool, device: str
+) -> dict[str, float]:
     """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks where they are not in its cache.
 
     Args:
@@ -212,13 +241,24 @@ def evaluate(package: Package, videos: Path, output: Path, dimensions: Sequence[
     """
     output.mkdir(parents=True, exist_ok=True)
     mode = "vbench_standard" if standard else "custom_input"
-    given = {"videos": str(videos.absolute()), "output": str(output.absolute()), "name": _NAME, "dimensions": list(dimensions)}
+    given = {
+        "videos": str(videos.absolute()),
+        "output": str(output.absolute()),
+        "name": _NAME,
+        "dimensions": list(dimensions),
+    }
     log, results = output / "vbench.log", output / f"{_NAME}_eval_results.json"
     results.unlink(missing_ok=True)
     with log.open("w") as said:
-        command = [package.python, vbench_call.__file__, json.dumps({**given, "mode": mode, "device": device})]
+        command = [
+            package.python,
+            vbench_call.__file__,
+            json.dumps({**given, "mode": mode, "device": device}),
+        ]
         done = subprocess.run(command, stdout=said, check=False, cwd=output)
     found: Any = read_json(results)
     if done.returncode or not isinstance(found, dict):
-        raise UserError(f"VBench failed (exit code {done.returncode}); its last message stands above, the others in {log}")
+        raise UserError(
+            f"VBench failed (exit code {done.returncode}); its last message stands above, the others in {log}"
+        )
     return {name: float(value[0] if isinstance(value, list) else value) for name, value in found.items()}

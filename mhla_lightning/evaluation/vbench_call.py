@@ -14,7 +14,12 @@ def main():  # type: ignore[no-untyped-def]  # noqa: ANN201  Python 3.8 reads th
     given = json.loads(sys.argv[1])
     full_info = vbench.__file__.replace("__init__.py", "VBench_full_info.json")
     evaluator = vbench.VBench(torch.device(given["device"]), full_info, given["output"])
-    evaluator.evaluate(videos_path=given["videos"], name=given["name"], dimension_list=given["dimensions"], mode=given["mode"])
+    evaluator.evaluate(
+        videos_path=given["videos"],
+        name=given["name"],
+        dimension_list=given["dimensions"],
+        mode=given["mode"],
+    )
 
 
 if __name__ == "__main__":

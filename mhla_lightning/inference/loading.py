@@ -68,11 +68,15 @@ def find_language_run(
     task = find_task(folder, extrapolation)
     found = _tokenizer(folder, tokenizer)
     if found.vocabulary > task.vocab_size:
-        raise UserError(f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}")
+        raise UserError(
+            f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}"
+        )
     return LanguageRun(folder, weights, task, found)
 
 
-def load_model(found: LanguageRun, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_model(
+    found: LanguageRun, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CausalLM:
     """The model in eval mode, on `device`.
 
     Raises:
@@ -100,7 +104,9 @@ def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
 
 def keeps_tokenizer(run: RunFolder) -> bool:
     """Whether :func:`kept_tokenizer` finds one."""
-    return (read_json(run.path / _NAME) or {}).get("name") == "bytes" or (run.path / "tokenizer.json").is_file()
+    return (read_json(run.path / _NAME) or {}).get("name") == "bytes" or (
+        run.path / "tokenizer.json"
+    ).is_file()
 
 
 def kept_tokenizer(run: RunFolder) -> Tokenizer:
@@ -115,7 +121,9 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
     if (run.path / "tokenizer.json").is_file():
         return open_tokenizer(str(run.path))
     made = f"its data were made with '{name}'" if name else "its data named none"
-    raise UserError(f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a tokenizer.json, or a Hugging Face name")
+    raise UserError(
+        f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a tokenizer.json, or a Hugging Face name"
+    )
 
 
 def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
@@ -124,7 +132,9 @@ def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
         return kept_tokenizer(folder)
     found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")
     if own is not None and not same_tokenizer(found.name, own):
-        raise UserError(f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other text; leave it out")
+        raise UserError(
+            f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other text; leave it out"
+        )
     return found
 
 
@@ -136,9 +146,16 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
     """
     entries = [attention] if isinstance(attention, (str, Mapping)) else attention
     layers = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in entries]
-    bounded = [layer for layer in layers if "extrapolation" in CAUSAL_ATTENTION[layer["name"]].options() and layer.get("mix_form") != "relative"]
+    bounded = [
+        layer
+        for layer in layers
+        if "extrapolation" in CAUSAL_ATTENTION[layer["name"]].options()
+        and layer.get("mix_form") != "relative"
+    ]
     if not bounded:
-        raise UserError(f"--extrapolation {how}: the layers of this run take text of any length as they are; leave it out")
+        raise UserError(
+            f"--extrapolation {how}: the layers of this run take text of any length as they are; leave it out"
+        )
     for layer in bounded:
         layer["extrapolation"] = how
     return layers
@@ -149,10 +166,19 @@ def find_task(folder: RunFolder, extrapolation: str | None = None) -> LanguageTa
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         if (arguments.get("backbone_options") or {}).get("compile"):
-            arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}  # every new length would compile anew
+            arguments["backbone_options"] = {
+                **arguments["backbone_options"],
+                "compile": False,
+            }  # every new length would compile anew
         if extrapolation is not None:
             arguments["attention"] = extrapolated(arguments.get("attention", "mhla"), extrapolation)
         return arguments
 
-    data = {"class_path": "mhla_lightning.data.TokenDataModule", "init_args": {"path": "."}}  # the tokenizer that its own names may be gone
-    return cast(LanguageTask, rebuild(folder, LanguageTask, "generate and eval lm need a language model", change, data).task)
+    data = {
+        "class_path": "mhla_lightning.data.TokenDataModule",
+        "init_args": {"path": "."},
+    }  # the tokenizer that its own names may be gone
+    return cast(
+        LanguageTask,
+        rebuild(folder, LanguageTask, "generate and eval lm need a language model", change, data).task,
+    )

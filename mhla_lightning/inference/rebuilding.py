@@ -41,8 +41,12 @@ def rebuild(
     model, data = values["model"], data or values["data"]
     task = _class(str(model["class_path"]))
     if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
-        raise UserError(f"run {folder.run_id} trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})")
-    gone = {key: None for key in ("init_from", "distill") if key in model["init_args"]}  # the run's own weights follow; these may not be there now
+        raise UserError(
+            f"run {folder.run_id} trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})"
+        )
+    gone = {
+        key: None for key in ("init_from", "distill") if key in model["init_args"]
+    }  # the run's own weights follow; these may not be there now
     arguments = change({**model["init_args"], **gone})
     return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
 

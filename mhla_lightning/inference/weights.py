@@ -50,7 +50,11 @@ class Weights:
         """
         if not self.averaged:
             return open_source(self.checkpoint / FILE).weights().within("backbone.")
-        return ShardReader(self.path).weights() if self.path.is_dir() else open_safetensors(self.path, "the average")
+        return (
+            ShardReader(self.path).weights()
+            if self.path.is_dir()
+            else open_safetensors(self.path, "the average")
+        )
 
     def read(self) -> dict[str, Tensor]:
         """The backbone's tensors by its own names. Raises UserError for damaged files."""
@@ -67,7 +71,9 @@ class Weights:
         missing = [name for name in missing if own[name].is_floating_point()]  # an average holds nothing else
         if missing or unexpected:
             names = ", ".join([*missing, *unexpected][:4])
-            raise UserError(f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} left over ({names})")
+            raise UserError(
+                f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} left over ({names})"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,13 @@ class FoundRun:
         """Tells these weights from all others, without reading them."""
         facts = [file.stat() for file in self.weights.files()]
         file = f"{sum(fact.st_size for fact in facts)}-{max(fact.st_mtime_ns for fact in facts)}"
-        return {"format": FORMAT, "run": self.run.run_id, "checkpoint": self.checkpoint.name, "averaged": self.averaged, "file": file}
+        return {
+            "format": FORMAT,
+            "run": self.run.run_id,
+            "checkpoint": self.checkpoint.name,
+            "averaged": self.averaged,
+            "file": file,
+        }
 
 
 def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
@@ -112,14 +124,19 @@ def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
     checkpoint = _checkpoint(folder, ckpt)
     averaged = ema and average.has_average(checkpoint)
     if not averaged and not (checkpoint / FILE).is_file():
-        raise UserError(f"{checkpoint} holds no {FILE} that can be read here" + ("" if ema else "; leave out --no-ema to take the average"))
+        raise UserError(
+            f"{checkpoint} holds no {FILE} that can be read here"
+            + ("" if ema else "; leave out --no-ema to take the average")
+        )
     return Weights(checkpoint, averaged)
 
 
 def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:
     found = complete_checkpoints(folder.path)
     if ckpt is None:
-        if (folder.path / "COMPLETE").is_file():  # a checkpoint folder holds its recipe, and so may stand for its run
+        if (
+            folder.path / "COMPLETE"
+        ).is_file():  # a checkpoint folder holds its recipe, and so may stand for its run
             return folder.path
         if not found:
             raise UserError(f"run {folder.run_id} has no checkpoint yet")
@@ -143,7 +160,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one") from error
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one"
+        ) from error
     return device
 
 

@@ -16,7 +16,13 @@ from mhla_lightning.backbones import CausalLM, ModelState
 from mhla_lightning.errors import UserError, missing_extra
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise UserError(missing_extra("transformers", "language", "mhla_lightning.hf")) from error
@@ -109,7 +115,9 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MHLALanguageConfig, backbone: CausalLM | None = None) -> None:
         super().__init__(config)
         self.model = config.build() if backbone is None else backbone
-        if not self.model.head_weight.is_meta:  # from_pretrained builds on meta, and what its file lacks is not initialised
+        if (
+            not self.model.head_weight.is_meta
+        ):  # from_pretrained builds on meta, and what its file lacks is not initialised
             for module in self.model.modules():
                 cast(Any, module)._is_hf_initialized = True
         self.post_init()
@@ -122,8 +130,12 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         """Called for new embeddings (`resize_token_embeddings`) and for weights that a checkpoint lacks; a CausalLM has initialised itself."""
         if isinstance(module, (nn.Linear, nn.Embedding, RMSNorm)):
             super()._init_weights(module)
-        elif not all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)):
-            raise UserError(f"the checkpoint lacks weights of {type(module).__name__}, and this model cannot go without them")
+        elif not all(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)
+        ):
+            raise UserError(
+                f"the checkpoint lacks weights of {type(module).__name__}, and this model cannot go without them"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embeddings
@@ -167,7 +179,9 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is not None:
             if mask is not None and not mask[:, -input_ids.shape[1] :].all():
-                raise UserError("attention_mask pads tokens behind a cache; after the prompt every token must be real")
+                raise UserError(
+                    "attention_mask pads tokens behind a cache; after the prompt every token must be real"
+                )
             if labels is not None:
                 raise UserError("labels need the whole text in one call, without past_key_values")
             logits, cache = self._continue(input_ids, cache)
@@ -177,7 +191,11 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             logits, cache = logits[:, None] if last else logits, StateCache(state, input_ids.shape[1])
         else:
             logits = self.model(input_ids, mask=mask)
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        )
         output = CausalLMOutputWithPast(loss=loss, logits=logits[:, keep], past_key_values=cast(Any, cache))
         return output if return_dict is not False else output.to_tuple()
 
@@ -196,7 +214,9 @@ def _padding(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()
 
 
-def language_config(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLALanguageConfig:
+def language_config(
+    backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None
+) -> MHLALanguageConfig:
     """What a CausalLM was built from.
 
     Args:
@@ -221,7 +241,9 @@ def language_config(backbone: CausalLM, attention: str | Mapping[str, Any] | Seq
     )
 
 
-def wrap(backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None) -> MHLAForCausalLM:
+def wrap(
+    backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None
+) -> MHLAForCausalLM:
     """A built CausalLM as a model of transformers, which shares its weights. Arguments as of :func:`language_config`."""
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
 

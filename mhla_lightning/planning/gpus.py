@@ -76,13 +76,28 @@ def find_gpu(name: str | None, memory: str | None = None) -> GPU | None:
     return GPU(known.name, parse_size(memory, "--gpu-memory"), known.bf16, known.fp32)
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_size(text: str, key: str) -> int:
     """Bytes of `40GiB`, `80 GB` or a number. Raises UserError, which names the key."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    size = math.nan if match is None or match[2].upper() not in _UNITS else float(match[1]) * _UNITS[match[2].upper()]
+    size = (
+        math.nan
+        if match is None or match[2].upper() not in _UNITS
+        else float(match[1]) * _UNITS[match[2].upper()]
+    )
     if not size > 0:
         raise UserError(f"{key} is '{text}'; it is a size above 0 such as 40GiB or 80GB")
     return int(size)

@@ -119,7 +119,11 @@ class Plan:
     @property
     def training_flops(self) -> int | None:
         """Of the whole run: three forwards a sample, without what checkpoint_activations computes anew."""
-        return None if self.length.steps is None else 3 * self.flops_per_sample * self.batches.batch * self.length.steps
+        return (
+            None
+            if self.length.steps is None
+            else 3 * self.flops_per_sample * self.batches.batch * self.length.steps
+        )
 
     @property
     def peak(self) -> float | None:
@@ -135,7 +139,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, what is derived included; bytes, elements, FLOPs and seconds."""
-        return {**asdict(self), "fits": self.fits, "training_flops": self.training_flops, "seconds": self.seconds}
+        return {
+            **asdict(self),
+            "fits": self.fits,
+            "training_flops": self.training_flops,
+            "seconds": self.seconds,
+        }
 
 
 def make_plan(
@@ -162,7 +171,9 @@ def make_plan(
     if min(nodes, gpus_per_node) < 1:
         raise UserError(f"a cluster of {nodes} nodes with {gpus_per_node} GPUs; both are at least 1")
     if not 0 < utilisation <= 1:
-        raise UserError(f"the utilisation is {utilisation}; it is a share of the GPU's peak, above 0 and at most 1")
+        raise UserError(
+            f"the utilisation is {utilisation}; it is a share of the GPU's peak, above 0 and at most 1"
+        )
     precision = find_precision(recipe.trainer.get("precision", "32-true"))
     ranks = nodes * gpus_per_node
     batches = Batches(recipe.data.batch_size, ranks, *recipe.data.micro_batch(ranks))
@@ -203,7 +214,13 @@ def make_plan(
 def _planned_name(entry: Any) -> str | None:
     """The row of the table that an entry means."""
     name = strategy_name(entry)
-    return name if name in ZERO else "ddp" if name is not None and (name == "auto" or name.startswith("ddp")) else None
+    return (
+        name
+        if name in ZERO
+        else "ddp"
+        if name is not None and (name == "auto" or name.startswith("ddp"))
+        else None
+    )
 
 
 def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]]:
@@ -213,7 +230,9 @@ def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]
         steps = length(recipe)  # says so where both or neither are set
     if not _there(data):
         left = "how many steps that makes" if data.epochs is not None else "how many epochs that makes"
-        return Length(steps if steps > 0 else None, None, data.epochs), (f"no shards in {data.path}: {left} is not known",)
+        return Length(steps if steps > 0 else None, None, data.epochs), (
+            f"no shards in {data.path}: {left} is not known",
+        )
     recipe.task.check_data(data.facts(), batches.micro)
     steps = length(recipe)
     return Length(steps, data.samples, steps * batches.batch / data.samples), ()
@@ -243,15 +262,29 @@ def _deepspeed(recipe: Resolved, batches: Batches, entry: Any) -> dict[str, Any]
 class _Cases:
     """The strategies and changes of a recipe that are compared."""
 
-    def __init__(self, recipe: Resolved, precision: Precision, batches: Batches, gpu: GPU | None, entry: Any) -> None:
-        self.recipe, self.precision, self.batches, self.gpu, self.entry = recipe, precision, batches, gpu, entry
+    def __init__(
+        self, recipe: Resolved, precision: Precision, batches: Batches, gpu: GPU | None, entry: Any
+    ) -> None:
+        self.recipe, self.precision, self.batches, self.gpu, self.entry = (
+            recipe,
+            precision,
+            batches,
+            gpu,
+            entry,
+        )
         with torch.device("meta"):
             twin = recipe.task.rehearsal()
             twin.configure_model()
         self.size = ModelSize.of(twin)
-        self.parameters = {"total": self.size.elements, "trained": self.size.trained_elements, **_by_kind(twin)}
+        self.parameters = {
+            "total": self.size.elements,
+            "trained": self.size.trained_elements,
+            **_by_kind(twin),
+        }
         given = recipe.trainer.get("callbacks", [])
-        self.average = any(isinstance(callback, EMA) for callback in (given if isinstance(given, list) else [given]))
+        self.average = any(
+            isinstance(callback, EMA) for callback in (given if isinstance(given, list) else [given])
+        )
 
     def stages(self, activations: int | None) -> dict[str, Stage]:
         """Every strategy's memory with these activations."""
@@ -263,7 +296,15 @@ class _Cases:
         config = _deepspeed(self.recipe, self.batches, entry) or {}
         wide = config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         zero = config["zero_optimization"]
-        return partitioned(str(strategy_name(entry)), self.size, self.precision, self.batches.ranks, self.average, zero, 4 if wide else None)
+        return partitioned(
+            str(strategy_name(entry)),
+            self.size,
+            self.precision,
+            self.batches.ranks,
+            self.average,
+            zero,
+            4 if wide else None,
+        )
 
     def _stage(self, state: StateMemory, activations: int | None) -> Stage:
         total = None if activations is None else state.total(activations)
@@ -279,7 +320,9 @@ class _Cases:
             for size, stages in self._by_size(task):
                 fitting = [name for name, stage in stages.items() if stage.fits]
                 if fitting:
-                    words = [change] * bool(change) + [f"data.micro_batch_size {size}"] * (size < self.batches.micro)
+                    words = [change] * bool(change) + [f"data.micro_batch_size {size}"] * (
+                        size < self.batches.micro
+                    )
                     other = [] if chosen in fitting else [f"trainer.strategy {fitting[0]}"]
                     found.append(", ".join([*words, *other]))
                     break
@@ -305,7 +348,11 @@ class _Cases:
     def _sizes(self) -> list[int]:
         """Micro batches up to the recipe's that its batch and task take, the smallest first."""
         rank = self.batches.micro * self.batches.accumulation
-        return [size for size in range(1, self.batches.micro + 1) if rank % size == 0 and _takes(self.recipe.task, size)]
+        return [
+            size
+            for size in range(1, self.batches.micro + 1)
+            if rank % size == 0 and _takes(self.recipe.task, size)
+        ]
 
 
 def _takes(task: Task, micro_batch: int) -> bool:

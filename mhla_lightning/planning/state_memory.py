@@ -38,10 +38,14 @@ class ModelSize:
     def of(cls, task: Task) -> ModelSize:
         """Of a task with its backbone, on any device."""
         assert task.backbone is not None, "configure_model has not run"
-        groups = tuple(tuple(tuple(p.shape) for p in group["params"]) for group in task.build_optimizer().param_groups)
+        groups = tuple(
+            tuple(tuple(p.shape) for p in group["params"]) for group in task.build_optimizer().param_groups
+        )
         frozen = tuple(tuple(p.shape) for p in task.backbone.parameters() if not p.requires_grad)
         state = task.backbone.state_dict(keep_vars=True).values()
-        floats = sum(x.numel() for x in state if x.is_floating_point() and not isinstance(x, torch.nn.Parameter))
+        floats = sum(
+            x.numel() for x in state if x.is_floating_point() and not isinstance(x, torch.nn.Parameter)
+        )
         teacher = getattr(getattr(task, "teacher", None), "model", None)
         held = [*task.buffers(), *(teacher.parameters() if teacher is not None else ())]
         return cls(groups, frozen, floats, sum(x.numel() * x.element_size() for x in held))
@@ -81,7 +85,14 @@ class StateMemory:
 
     def total(self, activations: int) -> int:
         """The most that is held at once: activations are gone when the optimizer steps."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.buffers + max(activations, self.step)
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.average
+            + self.buffers
+            + max(activations, self.step)
+        )
 
 
 def elements(shapes: Iterable[Shape]) -> int:
@@ -99,12 +110,19 @@ def replicated(model: ModelSize, precision: Precision, ranks: int, average: bool
         optimizer=2 * trained * width + _COUNTER * sum(map(len, model.trained)),
         average=_FLOAT * (model.elements + model.floats) if average else 0,
         buffers=trained * width if ranks > 1 else 0,  # DDP's buckets
-        step=trained * width,  # square roots of all second moments: torch updates all tensors at once on a GPU
+        step=trained
+        * width,  # square roots of all second moments: torch updates all tensors at once on a GPU
     )
 
 
 def partitioned(
-    name: str, model: ModelSize, precision: Precision, ranks: int, average: bool, config: Mapping[str, Any], gradient_width: int | None = None
+    name: str,
+    model: ModelSize,
+    precision: Precision,
+    ranks: int,
+    average: bool,
+    config: Mapping[str, Any],
+    gradient_width: int | None = None,
 ) -> StateMemory:
     """A ZeRO stage.
 
@@ -129,7 +147,9 @@ def partitioned(
         optimizer=3 * _FLOAT * owned + _COUNTER * len(model.trained),
         average=_FLOAT * (owned + _kept_whole(model, ranks, stage) + model.floats) if average else 0,
         buffers=_buffers(model, width, config),
-        step=2 * _FLOAT * max((split(group, ranks) for group in model.trained), default=0),  # flat gradients, square roots
+        step=2
+        * _FLOAT
+        * max((split(group, ranks) for group in model.trained), default=0),  # flat gradients, square roots
     )
     return _offloaded(state, owned * width, width, config)
 
@@ -139,8 +159,12 @@ def _weights(model: ModelSize, ranks: int, width: int, config: Mapping[str, Any]
         flat = sum(_split_groups(group, ranks) * ranks for group in model.trained)
         return width * (flat + elements(model.frozen))
     shapes = [*(shape for group in model.trained for shape in group), *model.frozen]
-    small = [shape for shape in shapes if math.prod(shape) < config.get("stage3_param_persistence_threshold", 1e5)]
-    return width * (_split_tensors(shapes, ranks) + elements(small))  # small ones stay whole beside their parts
+    small = [
+        shape for shape in shapes if math.prod(shape) < config.get("stage3_param_persistence_threshold", 1e5)
+    ]
+    return width * (
+        _split_tensors(shapes, ranks) + elements(small)
+    )  # small ones stay whole beside their parts
 
 
 def _kept_whole(model: ModelSize, ranks: int, stage: int) -> int:
@@ -153,7 +177,10 @@ def _buffers(model: ModelSize, width: int, config: Mapping[str, Any]) -> int:
     if config["stage"] < 3:
         return bucket * (2 if config.get("overlap_comm") else 1)
     # Weights stay gathered while they are used again within so many elements, forward and backward together, and those ahead are fetched.
-    reuse, ahead = config.get("stage3_max_reuse_distance", 1e9), config.get("stage3_prefetch_bucket_size", 5e7)
+    reuse, ahead = (
+        config.get("stage3_max_reuse_distance", 1e9),
+        config.get("stage3_prefetch_bucket_size", 5e7),
+    )
     gathered = min(model.elements, int(reuse / 2 + ahead), int(config.get("stage3_max_live_parameters", 1e9)))
     return bucket + width * gathered
 
@@ -173,7 +200,9 @@ def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str
 
     weights: bytes of the split weights. width: bytes of a weight.
     """
-    places = {key: (config.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    places = {
+        key: (config.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
+    }
     if places["offload_optimizer"] != "none":
         owned, on_disk = weights // width, places["offload_optimizer"] == "nvme"
         # Gradients in float32, the average, and at stage 2 what goes back to the GPU stay in the host's memory wherever the optimizer lies.
@@ -182,5 +211,10 @@ def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str
         state = replace(state, optimizer=0, gradients=0, average=0, step=0, host=host, disk=disk)
     if places["offload_param"] != "none":
         on_disk = places["offload_param"] == "nvme"
-        state = replace(state, weights=state.weights - weights, host=state.host + (0 if on_disk else weights), disk=state.disk + on_disk * weights)
+        state = replace(
+            state,
+            weights=state.weights - weights,
+            host=state.host + (0 if on_disk else weights),
+            disk=state.disk + on_disk * weights,
+        )
     return state

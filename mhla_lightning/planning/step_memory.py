@@ -68,7 +68,9 @@ def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extr
         extrapolate: False measures all layers.
     """
     depth, cycle = layers(task), _cycle(task.attention)
-    few = depth % cycle + max(2, cycle) if depth is not None else 0  # what is left of the depth makes whole cycles
+    few = (
+        depth % cycle + max(2, cycle) if depth is not None else 0
+    )  # what is left of the depth makes whole cycles
     if depth is None or depth <= few + cycle or not extrapolate:
         return _measure(task.rehearsal(), micro_batch, precision)
     small, large = (_measure(task.rehearsal(count), micro_batch, precision) for count in (few, few + cycle))
@@ -89,7 +91,9 @@ def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
     example = task.example_batch(micro_batch)
     with FakeTensorMode(allow_non_fake_inputs=True), _Known():
         build(task, precision)
-        samples = {name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta}
+        samples = {
+            name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta
+        }
         return peak_bytes(training_step(task, example | samples, precision), CPU)
 
 
@@ -114,14 +118,21 @@ def _convert(task: Task, dtype: torch.dtype) -> None:
             for name, x in held.items():
                 if x is not None and x.is_floating_point() and x.dtype != dtype:
                     changed = x.detach().to(dtype)
-                    held[name] = nn.Parameter(changed, x.requires_grad) if held is module._parameters else changed
+                    held[name] = (
+                        nn.Parameter(changed, x.requires_grad) if held is module._parameters else changed
+                    )
 
 
 def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:
     """Forward and backward of a batch as Lightning runs them."""
 
     def step() -> None:
-        with torch.autocast("cpu", precision.autocast or torch.bfloat16, enabled=precision.autocast is not None, cache_enabled=False):
+        with torch.autocast(
+            "cpu",
+            precision.autocast or torch.bfloat16,
+            enabled=precision.autocast is not None,
+            cache_enabled=False,
+        ):
             loss = cast(Tensor, task.training_step(batch, 0))
         loss.backward()
 
@@ -146,7 +157,13 @@ def _elements(tensors: Sequence[Tensor]) -> int:
 class _Known(TorchDispatchMode):
     """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times) is computed and can be asked for."""
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = (tensors or func in _VALUES) and not any(isinstance(x, FakeTensor) for x in tensors)
         if known and _elements(tensors) <= _LARGEST:

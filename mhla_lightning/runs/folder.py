@@ -76,7 +76,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.tensorboard.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; choose another with --runs or $MHLA_RUNS") from error
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another with --runs or $MHLA_RUNS"
+            ) from error
 
     def finished(self) -> bool:
         """Whether training has reached its end."""
@@ -92,7 +94,9 @@ def find_run(run: str, root: Path) -> RunFolder:
     """
     found = find_runs(run, root)
     if len(found) > 1:
-        raise UserError(f"job {run} is an array of runs: {', '.join(one.run_id for one in found)}; name one of them")
+        raise UserError(
+            f"job {run} is an array of runs: {', '.join(one.run_id for one in found)}; name one of them"
+        )
     return found[0]
 
 
@@ -115,8 +119,14 @@ def find_runs(run: str, root: Path) -> list[RunFolder]:
 
 def _runs_of_job(job: str, root: Path) -> list[RunFolder]:
     """Runs that were queued as this job, or as tasks of this array."""
-    jobs = {path.parent: (read_json(path) or {}).get("jobs") or [] for path in sorted(root.glob("*/job.json"))}
-    return [RunFolder(folder) for folder, ids in jobs.items() if any(one == job or one.startswith(f"{job}_") for one in ids)]
+    jobs = {
+        path.parent: (read_json(path) or {}).get("jobs") or [] for path in sorted(root.glob("*/job.json"))
+    }
+    return [
+        RunFolder(folder)
+        for folder, ids in jobs.items()
+        if any(one == job or one.startswith(f"{job}_") for one in ids)
+    ]
 
 
 def step_folder(step: int) -> str:
@@ -126,7 +136,11 @@ def step_folder(step: int) -> str:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run that were written to the end, oldest first."""
-    found = [(int(match[1]), path) for path in (run / "checkpoints").glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in (run / "checkpoints").glob("step-*")
+        if (match := _STEP.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found) if (path / "COMPLETE").is_file()]
 
 

@@ -23,7 +23,12 @@ def hold(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     lock = folder / "lock"
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "job": os.environ.get("SLURM_JOB_ID")}
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
     for _ in range(2):
         try:
             with open(lock, "x") as file:
@@ -57,7 +62,9 @@ def check_held(folder: Path) -> None:
     """
     owner = _held.get(folder)
     if owner is not None and read_json(folder / "lock") != owner:
-        raise UserError(f"run {folder.name} was taken over by another process (a later start of its job); this one stops")
+        raise UserError(
+            f"run {folder.name} was taken over by another process (a later start of its job); this one stops"
+        )
 
 
 def _alive(held: dict[str, object], owner: dict[str, object]) -> bool:

@@ -24,7 +24,13 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, run: RunFolder, resume_step: int = 0) -> None:
-        super().__init__(save_dir=run.tensorboard, name="", version="", default_hp_metric=False, purge_step=resume_step + 1 if resume_step else None)
+        super().__init__(
+            save_dir=run.tensorboard,
+            name="",
+            version="",
+            default_hp_metric=False,
+            purge_step=resume_step + 1 if resume_step else None,
+        )
         self._file = run.metrics
         self._resume_step = resume_step
         self.optimizer_steps: Callable[[], int] | None = None
@@ -36,19 +42,28 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        metrics = {tag: value for tag, value in metrics.items() if tag != "epoch"}  # one endless epoch: says nothing
+        metrics = {
+            tag: value for tag, value in metrics.items() if tag != "epoch"
+        }  # one endless epoch: says nothing
         if self.optimizer_steps is not None:  # Lightning counts one less in validation than in training
             step = self.optimizer_steps()
         super().log_metrics(metrics, step)
         with self._file.open("a") as file:
-            file.writelines(json.dumps({"step": step, "tag": tag, "value": float(value)}) + "\n" for tag, value in metrics.items())
+            file.writelines(
+                json.dumps({"step": step, "tag": tag, "value": float(value)}) + "\n"
+                for tag, value in metrics.items()
+            )
 
 
 def keep_until(metrics: Path, step: int) -> None:
     """Keeps the lines of metrics.jsonl up to `step`; a last line cut by a kill goes too."""
     if not metrics.is_file():
         return
-    kept = [line for line in metrics.read_text().splitlines() if _step_of(line) is not None and _step_of(line) <= step]  # type: ignore[operator]
+    kept = [
+        line
+        for line in metrics.read_text().splitlines()
+        if _step_of(line) is not None and _step_of(line) <= step
+    ]  # type: ignore[operator]
     write_text(metrics, "".join(line + "\n" for line in kept))
 
 

@@ -71,7 +71,9 @@ class Watch(threading.Thread):
         run: the run folder.
     """
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], first_rank: int, world_size: int, run: Path) -> None:
+    def __init__(
+        self, processes: Sequence[subprocess.Popen[bytes]], first_rank: int, world_size: int, run: Path
+    ) -> None:
         super().__init__(daemon=True, name="ranks")
         self.processes, self.first_rank, self.world_size, self.folder = processes, first_rank, world_size, run
         self.asked = False  # ranks were told to end: that is no failure
@@ -153,7 +155,10 @@ def end_within(seconds: float, error: BaseException, rank: int) -> None:
 
     def force() -> None:
         traceback.print_exception(error)
-        _leave(2 if isinstance(error, UserError) else 1, f"rank {rank} did not end in {seconds:.0f} s after this error and was stopped")
+        _leave(
+            2 if isinstance(error, UserError) else 1,
+            f"rank {rank} did not end in {seconds:.0f} s after this error and was stopped",
+        )
 
     timer = threading.Timer(seconds, force)
     timer.daemon = True

@@ -55,7 +55,9 @@ def check_strategy(trainer: Mapping[str, Any]) -> None:
     if isinstance(entry, Mapping) and "class_path" in entry:
         return
     if isinstance(entry, Mapping) and not isinstance(entry.get("name"), str):
-        raise UserError(f"trainer.strategy is a mapping without a name; it names one of {', '.join(ZERO)}, or has a class_path")
+        raise UserError(
+            f"trainer.strategy is a mapping without a name; it names one of {', '.join(ZERO)}, or has a class_path"
+        )
     name = strategy_name(entry)
     if name is None:
         return
@@ -67,7 +69,9 @@ def check_strategy(trainer: Mapping[str, Any]) -> None:
         zero_config(entry)
         known_precision(trainer.get("precision") or "32-true")
         if trainer.get("gradient_clip_algorithm") == "value":
-            raise UserError(f"trainer.gradient_clip_algorithm is value, and {name} clips by norm only; take norm or leave it out")
+            raise UserError(
+                f"trainer.gradient_clip_algorithm is value, and {name} clips by norm only; take norm or leave it out"
+            )
     elif isinstance(entry, Mapping) or name.startswith("zero"):
         raise UserError(unknown_name("trainer.strategy", name, [*ZERO, "ddp", "auto"]))
 
@@ -82,15 +86,21 @@ def zero_config(entry: StrategyEntry) -> dict[str, Any]:
     if name not in ZERO:
         raise UserError(unknown_name("trainer.strategy", str(name), ZERO))
     preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    given = {key: value for key, value in entry.items() if key != "name"} if isinstance(entry, Mapping) else {}
+    given = (
+        {key: value for key, value in entry.items() if key != "name"} if isinstance(entry, Mapping) else {}
+    )
     for key in given:
         if key in _FOLLOWS:
             raise UserError(f"trainer.strategy.{key} cannot be set: {_FOLLOWS[key]}")
         if key not in _FREE:
-            raise UserError(unknown_name("key", f"trainer.strategy.{key}", [f"trainer.strategy.{free}" for free in _FREE]))
+            raise UserError(
+                unknown_name("key", f"trainer.strategy.{key}", [f"trainer.strategy.{free}" for free in _FREE])
+            )
     stage = (given.get("zero_optimization") or {}).get("stage")
     if stage not in (None, preset["zero_optimization"]["stage"]):
-        raise UserError(f"trainer.strategy.zero_optimization.stage is {stage}, and {name} is stage {preset['zero_optimization']['stage']}")
+        raise UserError(
+            f"trainer.strategy.zero_optimization.stage is {stage}, and {name} is stage {preset['zero_optimization']['stage']}"
+        )
     return _merge(preset, given)
 
 
@@ -139,7 +149,9 @@ def known_precision(precision: str | int) -> str:
     """A precision of Lightning's that DeepSpeed has too, by its long name. Raises UserError."""
     name = _ALIASES.get(precision, precision)
     if name not in PRECISIONS:
-        raise UserError(unknown_name("trainer.precision", str(precision), PRECISIONS, of="the zero strategies"))
+        raise UserError(
+            unknown_name("trainer.precision", str(precision), PRECISIONS, of="the zero strategies")
+        )
     return str(name)
 
 
@@ -149,18 +161,36 @@ def lightning_precision(precision: str | int) -> str:
     return "32-true" if name == "bf16-mixed" else name
 
 
-def _precision_config(precision: str, fp16: Mapping[str, Any] | None, accelerator: str, stage: int) -> dict[str, Any]:
+def _precision_config(
+    precision: str, fp16: Mapping[str, Any] | None, accelerator: str, stage: int
+) -> dict[str, Any]:
     if precision.startswith("16"):
         if accelerator == "cpu":
-            raise UserError(f"trainer.precision {precision} needs a GPU: DeepSpeed has no float16 on a CPU; take bf16-mixed, bf16-true or 32-true")
-        return {"fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1, **(fp16 or {}), "enabled": True}}
+            raise UserError(
+                f"trainer.precision {precision} needs a GPU: DeepSpeed has no float16 on a CPU; take bf16-mixed, bf16-true or 32-true"
+            )
+        return {
+            "fp16": {
+                "initial_scale_power": 16,
+                "loss_scale_window": 1000,
+                "hysteresis": 2,
+                "min_loss_scale": 1,
+                **(fp16 or {}),
+                "enabled": True,
+            }
+        }
     if fp16:
-        raise UserError(f"trainer.strategy.fp16 is set and trainer.precision is {precision}; it belongs to 16-mixed and 16-true")
+        raise UserError(
+            f"trainer.strategy.fp16 is set and trainer.precision is {precision}; it belongs to 16-mixed and 16-true"
+        )
     if precision == "bf16-mixed":
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if precision == "bf16-true":
         # At stage 1 float32 accumulation would bring another optimizer of DeepSpeed's, which keeps all gradients whole in float32.
-        return {"bf16": {"enabled": True}, **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {})}
+        return {
+            "bf16": {"enabled": True},
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
+        }
     return {}
 
 
@@ -169,9 +199,13 @@ def check_version() -> None:
     try:
         found = version("deepspeed")
     except PackageNotFoundError:
-        raise UserError("trainer.strategy: the zero strategies need deepspeed>=0.19,<0.20, which is not installed") from None
+        raise UserError(
+            "trainer.strategy: the zero strategies need deepspeed>=0.19,<0.20, which is not installed"
+        ) from None
     if not _numbers(TESTED[0]) <= _numbers(found) < _numbers(TESTED[1]):
-        raise UserError(f"trainer.strategy: deepspeed {found} is installed; the zero strategies are tested with >={TESTED[0]},<{TESTED[1]}")
+        raise UserError(
+            f"trainer.strategy: deepspeed {found} is installed; the zero strategies are tested with >={TESTED[0]},<{TESTED[1]}"
+        )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -181,5 +215,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = deepcopy(dict(base))
     for key, value in over.items():
-        result[key] = _merge(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else deepcopy(value)
+        result[key] = (
+            _merge(result[key], value)
+            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            else deepcopy(value)
+        )
     return result

@@ -31,7 +31,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         self.folder = run
         self.watch: Watch | None = None
 
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any
+    ) -> Any:
         """Starts the ranks, once, then calls the function."""
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
@@ -67,4 +69,6 @@ def lost_a_rank(error: BaseException) -> bool:
     """Whether an error is what a collective says of a rank that is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")
+    )

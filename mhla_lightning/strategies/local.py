@@ -113,7 +113,11 @@ class WholeWeights(LocalWeights):
 
 def floating_state(module: nn.Module) -> dict[str, Tensor]:
     """Floating tensors of a module's state by name, the parameters themselves rather than copies."""
-    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    return {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point()
+    }
 
 
 def _whole_fragment(name: str, tensor: Tensor, owned: bool = True) -> Fragment:
@@ -144,7 +148,11 @@ class ZeroWeights(LocalWeights):
         return [*(stretch for stretch in stretches if stretch is not None), *self._whole(module)]
 
     def _split(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [(name, cast(nn.Parameter, tensor)) for name, tensor in floating_state(module).items() if self._splits(tensor)]
+        return [
+            (name, cast(nn.Parameter, tensor))
+            for name, tensor in floating_state(module).items()
+            if self._splits(tensor)
+        ]
 
     def _whole(self, module: nn.Module) -> list[Fragment]:
         """Buffers, and at stages 1 and 2 frozen weights."""
@@ -182,7 +190,16 @@ class Zero12Weights(ZeroWeights):
         flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
         values = mapping.hp_fragment.detach()
-        return Fragment(name, tuple(parameter.shape), start, len(values), values, flat=flat, offset=offset, parameter=parameter)
+        return Fragment(
+            name,
+            tuple(parameter.shape),
+            start,
+            len(values),
+            values,
+            flat=flat,
+            offset=offset,
+            parameter=parameter,
+        )
 
     def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
         stretch = self._stretch("", parameter) if self._splits(parameter) else None
@@ -194,10 +211,14 @@ class Zero12Weights(ZeroWeights):
     @torch.no_grad()
     def _spread(self, parts: Sequence[Tensor]) -> None:
         """Puts every rank's part of each group into the weights of all ranks."""
-        groups = zip(parts, self.optimizer.bit16_groups_flat, self.optimizer.real_dp_process_group, strict=True)
+        groups = zip(
+            parts, self.optimizer.bit16_groups_flat, self.optimizer.real_dp_process_group, strict=True
+        )
         for part, weights, process_group in groups:
             places = list(weights.view(distributed.get_world_size(process_group), -1))
-            distributed.all_gather(places, part.detach().to(weights.device, weights.dtype), group=process_group)
+            distributed.all_gather(
+                places, part.detach().to(weights.device, weights.dtype), group=process_group
+            )
 
     @contextmanager
     def _swapped_parts(self, module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -206,7 +227,9 @@ class Zero12Weights(ZeroWeights):
         number = {id(flat): index for index, flat in enumerate(masters)}
         for fragment in self.fragments(module):
             if fragment.flat is not None:
-                parts[number[id(fragment.flat)]].narrow(0, fragment.offset, fragment.size).copy_(values[fragment.name])
+                parts[number[id(fragment.flat)]].narrow(0, fragment.offset, fragment.size).copy_(
+                    values[fragment.name]
+                )
         self._spread(parts)
         try:
             yield
@@ -232,7 +255,9 @@ class Zero3Weights(ZeroWeights):
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
         values = self._part(held.ds_tensor if flat is None else flat, offset, numel)
-        return Fragment(name, tuple(held.ds_shape), start, numel, values, flat=flat, offset=offset, parameter=parameter)
+        return Fragment(
+            name, tuple(held.ds_shape), start, numel, values, flat=flat, offset=offset, parameter=parameter
+        )
 
     def _part(self, held: Tensor, offset: int, numel: int) -> Tensor:
         return held.detach().narrow(0, offset, numel)
@@ -240,11 +265,15 @@ class Zero3Weights(ZeroWeights):
     def _copies(self, parameter: nn.Parameter) -> list[Tensor]:
         held, stretch = cast(Any, parameter), self._stretch("", parameter)
         tensors = [held.ds_tensor, *([stretch.values] if stretch is not None else [])]
-        return [*tensors, parameter.data] if parameter.numel() else tensors  # a small weight stays whole besides
+        return (
+            [*tensors, parameter.data] if parameter.numel() else tensors
+        )  # a small weight stays whole besides
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        split: list[Any] = [parameter for parameter in parameters if self._splits(parameter) and not parameter.numel()]
+        split: list[Any] = [
+            parameter for parameter in parameters if self._splits(parameter) and not parameter.numel()
+        ]
         self._gather(split)
         try:
             yield
@@ -275,7 +304,9 @@ class Zero3Weights(ZeroWeights):
 
     @contextmanager
     def _swapped_parts(self, module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-        split = [(name, parameter) for name, parameter in self._split(module) if name in values]  # not where the whole stretch is padding
+        split = [
+            (name, parameter) for name, parameter in self._split(module) if name in values
+        ]  # not where the whole stretch is padding
         with self._released(module):
             put_back = [self._show(parameter, values[name]) for name, parameter in split]
         try:

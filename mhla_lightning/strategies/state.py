@@ -32,13 +32,19 @@ def stretches(lot: Sequence[Fragment], optimizer: Any) -> list[Stretch]:
     found = []
     for fragment in lot:
         kinds, scalars = _optimizer_state(fragment, optimizer.optimizer)
-        found.append(Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: fragment.values, **kinds}, scalars))
+        found.append(
+            Stretch(
+                fragment.name, fragment.shape, fragment.start, {WEIGHT: fragment.values, **kinds}, scalars
+            )
+        )
     return found
 
 
 def saved_bytes(lot: Sequence[Fragment], optimizer: Any) -> int:
     """Of the tensors that :func:`stretches` gives, loaded or not."""
-    return sum(f.size * f.values.element_size() * (1 + len(_elementwise(f, optimizer.optimizer))) for f in lot)
+    return sum(
+        f.size * f.values.element_size() * (1 + len(_elementwise(f, optimizer.optimizer))) for f in lot
+    )
 
 
 def whole_numbers(local: ZeroWeights, module: nn.Module) -> list[Stretch]:
@@ -48,7 +54,11 @@ def whole_numbers(local: ZeroWeights, module: nn.Module) -> list[Stretch]:
 
 
 def _whole_numbers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in module.state_dict(keep_vars=True).items() if not value.is_floating_point()}
+    return {
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if not value.is_floating_point()
+    }
 
 
 def _kept(fragment: Fragment, optimizer: Any) -> Mapping[str, Any]:
@@ -57,12 +67,19 @@ def _kept(fragment: Fragment, optimizer: Any) -> Mapping[str, Any]:
 
 
 def _elementwise(fragment: Fragment, optimizer: Any) -> dict[str, Tensor]:
-    return {key: value for key, value in _kept(fragment, optimizer).items() if isinstance(value, Tensor) and value.ndim}
+    return {
+        key: value
+        for key, value in _kept(fragment, optimizer).items()
+        if isinstance(value, Tensor) and value.ndim
+    }
 
 
 def _optimizer_state(fragment: Fragment, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the optimizer keeps of a fragment: elementwise, and once."""
-    kinds = {key: value.narrow(0, fragment.offset, fragment.size) for key, value in _elementwise(fragment, optimizer).items()}
+    kinds = {
+        key: value.narrow(0, fragment.offset, fragment.size)
+        for key, value in _elementwise(fragment, optimizer).items()
+    }
     return kinds, {key: float(value) for key, value in _kept(fragment, optimizer).items() if key not in kinds}
 
 
@@ -100,25 +117,39 @@ def _check(module: nn.Module, source: Source) -> None:
     own, given = set(module.state_dict(keep_vars=True)), set(source.names())
     if own != given:
         named = ", ".join(sorted(own ^ given)[:4])
-        raise UserError(f"the checkpoint does not fit this model: {len(own - given)} tensors missing, {len(given - own)} left over ({named})")
+        raise UserError(
+            f"the checkpoint does not fit this model: {len(own - given)} tensors missing, {len(given - own)} left over ({named})"
+        )
 
 
 def _restore_optimizer(fragment: Fragment, source: Source, optimizer: Any) -> None:
-    if fragment.flat is None or not source.kinds(fragment.name):  # before its first step an optimizer keeps nothing
+    if fragment.flat is None or not source.kinds(
+        fragment.name
+    ):  # before its first step an optimizer keeps nothing
         return
     state = optimizer.state[fragment.flat]
     for kind in source.kinds(fragment.name):
         if kind not in state:
             state[kind] = torch.zeros_like(fragment.flat)
-        state[kind].narrow(0, fragment.offset, fragment.size).copy_(source.read(fragment.name, kind, fragment.start, fragment.size))
+        state[kind].narrow(0, fragment.offset, fragment.size).copy_(
+            source.read(fragment.name, kind, fragment.start, fragment.size)
+        )
     for key, value in source.scalars(fragment.name).items():
-        state[key] = torch.tensor(value, dtype=torch.float32) if isinstance(optimizer, torch.optim.AdamW) else int(value)
+        state[key] = (
+            torch.tensor(value, dtype=torch.float32)
+            if isinstance(optimizer, torch.optim.AdamW)
+            else int(value)
+        )
 
 
 def loss_scale(optimizer: Any) -> dict[str, float]:
     """Where the loss scale of float16 training stands; empty without one."""
     scaler = getattr(optimizer, "loss_scaler", None)
-    return {name: getattr(scaler, name) for name in _SCALER if getattr(optimizer, "dynamic_loss_scale", False) and hasattr(scaler, name)}
+    return {
+        name: getattr(scaler, name)
+        for name in _SCALER
+        if getattr(optimizer, "dynamic_loss_scale", False) and hasattr(scaler, name)
+    }
 
 
 def _restore_scale(optimizer: Any, saved: Mapping[str, float] | None) -> None:
@@ -130,7 +161,9 @@ def optimizer_groups(trainer: pl.Trainer, module: nn.Module) -> list[dict[str, A
     """Of every group of the optimizer its settings, and `names`, its parameters in order."""
     optimizer = trainer.optimizers[0]
     names = getattr(trainer.strategy, "group_names", None) or group_names(optimizer, module)
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
     return [{**group, "names": members} for group, members in zip(settings, names, strict=True)]
 
 

@@ -20,7 +20,12 @@ from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.weights.warm_start import freeze_except, load_matching, read_weights, weight_file
 
 log = logging.getLogger(__name__)
-PREFIXES = ("val", "val_ema", "test", "test_ema")  # of what `evaluate` measures; callbacks.EMA adds the averaged weights
+PREFIXES = (
+    "val",
+    "val_ema",
+    "test",
+    "test_ema",
+)  # of what `evaluate` measures; callbacks.EMA adds the averaged weights
 
 
 class Task(pl.LightningModule):
@@ -59,9 +64,20 @@ class Task(pl.LightningModule):
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
         super().__init__()
-        self.backbone_name, self.attention, self.backbone_options = backbone, attention, dict(backbone_options or {})
-        self.optimizer_config, self.schedule_config = optimizer or OptimizerConfig(), schedule or ScheduleConfig()
-        self.init_from, self.train_only, self.checkpoint_activations = init_from, list(train_only or []), checkpoint_activations
+        self.backbone_name, self.attention, self.backbone_options = (
+            backbone,
+            attention,
+            dict(backbone_options or {}),
+        )
+        self.optimizer_config, self.schedule_config = (
+            optimizer or OptimizerConfig(),
+            schedule or ScheduleConfig(),
+        )
+        self.init_from, self.train_only, self.checkpoint_activations = (
+            init_from,
+            list(train_only or []),
+            checkpoint_activations,
+        )
         self.backbone: nn.Module | None = None
         plan = self._weightless()
         if self.init_from:
@@ -97,11 +113,22 @@ class Task(pl.LightningModule):
             freeze_except(self.backbone, self.train_only)
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning's clipping, without its second pass over the gradients where their norm is known."""
-        if self.gradient_norm is None or not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
-            self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+        if (
+            self.gradient_norm is None
+            or not gradient_clip_val
+            or gradient_clip_algorithm not in (None, "norm")
+        ):
+            self.clip_gradients(
+                optimizer,
+                gradient_clip_val=gradient_clip_val,
+                gradient_clip_algorithm=gradient_clip_algorithm,
+            )
         else:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
 
@@ -144,7 +171,11 @@ class Task(pl.LightningModule):
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over what trains of the backbone."""
         assert self.backbone is not None, "configure_model has not run"
-        mixing = {f"{name}.weight" for name, module in self.backbone.named_modules() if isinstance(module, MixingMatrix)}
+        mixing = {
+            f"{name}.weight"
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, MixingMatrix)
+        }
         no_decay = cast(Backbone, self.backbone).no_weight_decay()
         return self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
 
@@ -158,4 +189,8 @@ class Task(pl.LightningModule):
 
 def keys(samples: int) -> dict[str, Tensor]:
     """`index`, `epoch` and `weight` of an example batch."""
-    return {"index": torch.arange(samples), "epoch": torch.zeros(samples, dtype=torch.int64), "weight": torch.ones(samples)}
+    return {
+        "index": torch.arange(samples),
+        "epoch": torch.zeros(samples, dtype=torch.int64),
+        "weight": torch.ones(samples),
+    }

@@ -52,7 +52,9 @@ class ClassificationTask(Task):
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
         options = {**(backbone_options or {}), "num_classes": num_classes}
-        super().__init__(backbone, attention, options, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        super().__init__(
+            backbone, attention, options, optimizer, schedule, init_from, train_only, checkpoint_activations
+        )
         if num_classes < 2:
             raise UserError(f"model.num_classes is {num_classes}; a classifier needs at least 2")
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
@@ -85,7 +87,12 @@ class ClassificationTask(Task):
             metrics["top1"].update(logits, labels)
             metrics["top5"].update(logits, labels)
         for name, metric in metrics.items():
-            self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name != "top5", batch_size=max(1, len(labels)))
+            self.log(
+                f"{prefix}/{name}",
+                metric,
+                prog_bar=prefix == "val" and name != "top5",
+                batch_size=max(1, len(labels)),
+            )
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
         return {
@@ -108,9 +115,13 @@ class ClassificationTask(Task):
             raise UserError(f"classification needs images, and the data holds {facts['kind']}")
         num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
-            raise UserError(f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}")
+            raise UserError(
+                f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}"
+            )
         if tuple(image_size) != self._image_size():
-            raise UserError(f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {self._image_size()}; they must be equal")
+            raise UserError(
+                f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {self._image_size()}; they must be equal"
+            )
         self.check_batch(micro_batch)
 
     def check_batch(self, micro_batch: int) -> None:

@@ -57,7 +57,16 @@ class DiffusionTask(Task):
         if time_bins < 1:
             raise UserError(f"model.time_bins is {time_bins}; it must be at least 1")
         process = build_process(diffusion)
-        super().__init__(backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        super().__init__(
+            backbone,
+            attention,
+            backbone_options,
+            optimizer,
+            schedule,
+            init_from,
+            train_only,
+            checkpoint_activations,
+        )
         self.process, self.time_bins = process, time_bins
         self.teacher = Teacher(distill, backbone, self.backbone_options) if distill is not None else None
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
@@ -66,7 +75,9 @@ class DiffusionTask(Task):
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
-        return {name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)}  # NaN is shown, not left out
+        return {
+            name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)
+        }  # NaN is shown, not left out
 
     @abstractmethod
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -107,21 +118,34 @@ class DiffusionTask(Task):
         self._count("train", losses["loss"], times)
         return total
 
-    def _losses(self, batch: Mapping[str, Tensor], epochs: Sequence[int], purpose: str, dropout: float) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(
+        self, batch: Mapping[str, Tensor], epochs: Sequence[int], purpose: str, dropout: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses (batch,) by name, and the times (batch,)."""
         clean = self.clean(batch)
-        noise, times, dropped = self._draw(tuple(clean.shape[1:]), epochs, batch["index"].tolist(), purpose, dropout)
+        noise, times, dropped = self._draw(
+            tuple(clean.shape[1:]), epochs, batch["index"].tolist(), purpose, dropout
+        )
         noise, times, dropped = noise.to(clean), times.to(clean.device), dropped.to(clean.device)
         noisy = self.process.add_noise(clean, noise, times)
         prediction = self(noisy, self.process.model_time(times), self.condition(batch, dropped))
         return self.process.losses(prediction.float(), clean, noise, noisy, times), times
 
     def _draw(
-        self, shape: tuple[int, ...], epochs: Sequence[int], indices: Sequence[int], purpose: str, dropout: float
+        self,
+        shape: tuple[int, ...],
+        epochs: Sequence[int],
+        indices: Sequence[int],
+        purpose: str,
+        dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (batch, *shape), times (batch,) and whether the condition is dropped (batch,), each sample's by its own key."""
         count = len(indices)
-        noise, times, dropped = np.empty((count, *shape), np.float32), np.empty(count, np.float32), np.empty(count, bool)
+        noise, times, dropped = (
+            np.empty((count, *shape), np.float32),
+            np.empty(count, np.float32),
+            np.empty(count, bool),
+        )
         for row, key in enumerate(zip(epochs, indices, strict=True)):
             rng = generator(run_seed(), purpose, *key)
             times[row], dropped[row] = self.process.draw_time(rng), rng.random() < dropout
@@ -137,18 +161,27 @@ class DiffusionTask(Task):
 
     def _counted(self, prefix: str) -> Tensor:
         """Sums and counts (2, time_bins) of all ranks."""
-        return cast(Tensor, self.trainer.strategy.reduce(self._by_time[prefix].to(self.device, copy=True), reduce_op="sum"))
+        return cast(
+            Tensor,
+            self.trainer.strategy.reduce(self._by_time[prefix].to(self.device, copy=True), reduce_op="sum"),
+        )
 
     def _means_by_time(self, prefix: str) -> dict[str, float]:
         """The mean loss of every part of the time axis that met a sample, the same on all ranks; the next mean begins."""
         counted = enumerate(self._counted(prefix).T.tolist(), start=1)
-        means = {f"loss_by_time/{prefix}_{number}of{self.time_bins}": total / count for number, (total, count) in counted if count}
+        means = {
+            f"loss_by_time/{prefix}_{number}of{self.time_bins}": total / count
+            for number, (total, count) in counted
+            if count
+        }
         self._by_time[prefix].zero_()
         return means
 
     def _log_by_time(self, prefix: str) -> None:
         for tag, mean in self._means_by_time(prefix).items():
-            self.log(tag, mean, batch_size=1, sync_dist=True)  # all ranks agree; Lightning warns unless told so
+            self.log(
+                tag, mean, batch_size=1, sync_dist=True
+            )  # all ranks agree; Lightning warns unless told so
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step
@@ -157,11 +190,15 @@ class DiffusionTask(Task):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
-        if step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps:  # the first while gradients accumulate
+        if (
+            step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps
+        ):  # the first while gradients accumulate
             return
         self._counted_step = step
         means = self._means_by_time("train")
-        for logger in self.trainer.loggers:  # self.log would write a part that no sample has met once more, with its last value
+        for logger in (
+            self.trainer.loggers
+        ):  # self.log would write a part that no sample has met once more, with its last value
             logger.log_metrics(means, step)
 
     def on_validation_epoch_end(self) -> None:
@@ -174,7 +211,9 @@ class DiffusionTask(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was counted since the last point, of all ranks: a run that is resumed between two points draws the same curve."""
-        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps:  # else all of it is logged before anything more is counted
+        if (
+            self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps
+        ):  # else all of it is logged before anything more is counted
             checkpoint["loss_by_time"] = self._counted("train")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -189,5 +228,7 @@ class DiffusionTask(Task):
         metrics = cast(dict[str, Metric], self.metrics[prefix])
         for name, metric in metrics.items():
             metric.update(losses[name][real])
-            self.log(f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name == "loss", batch_size=len(real))
+            self.log(
+                f"{prefix}/{name}", metric, prog_bar=prefix == "val" and name == "loss", batch_size=len(real)
+            )
         self._count(prefix, losses["loss"][real], times[real])

@@ -43,7 +43,9 @@ class Distillation:
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"model.distill.{name} is {value}; it must be a number of at least 0")
         if not self.output + self.layers:
-            raise UserError("model.distill.output and model.distill.layers are both 0: nothing would be learned from the teacher; leave distill out")
+            raise UserError(
+                "model.distill.output and model.distill.layers are both 0: nothing would be learned from the teacher; leave distill out"
+            )
 
 
 class Lesson:
@@ -113,7 +115,9 @@ class Teacher:
             report = load_matching(model, cast(Backbone, model).adapt_state_dict(state), path)
             missing = [name for name in report.fresh if model.state_dict()[name].is_floating_point()]
             if missing:
-                raise UserError(f"model.distill.teacher: {path} lacks {len(missing)} tensors of the teacher ({', '.join(missing[:4])})")
+                raise UserError(
+                    f"model.distill.teacher: {path} lacks {len(missing)} tensors of the teacher ({', '.join(missing[:4])})"
+                )
             self.model = model.eval().requires_grad_(False)
         self.model.to(device)
 

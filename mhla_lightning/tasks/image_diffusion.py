@@ -59,7 +59,11 @@ class ImageDiffusionTask(DiffusionTask):
     ) -> None:
         if num_classes < 1:
             raise UserError(f"model.num_classes is {num_classes}; it must be at least 1")
-        options = {**(backbone_options or {}), "num_classes": num_classes, "learn_sigma": build_process(diffusion).out_channels(1) == 2}
+        options = {
+            **(backbone_options or {}),
+            "num_classes": num_classes,
+            "learn_sigma": build_process(diffusion).out_channels(1) == 2,
+        }
         dropout = ("label_dropout", label_dropout)
         shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
         super().__init__(backbone, attention, options, diffusion, dropout, time_bins, *shared)
@@ -67,7 +71,9 @@ class ImageDiffusionTask(DiffusionTask):
         with torch.device("meta"):
             plan = self._build()
         if not isinstance(plan, ImageDiffusionBackbone):
-            raise UserError(f"backbone '{backbone}' is no image diffusion model; take dit_s2, dit_b2, dit_l2 or dit_xl2")
+            raise UserError(
+                f"backbone '{backbone}' is no image diffusion model; take dit_s2, dit_b2, dit_l2 or dit_xl2"
+            )
         self.sample_shape = (plan.in_channels, *plan.input_size)
 
     @property

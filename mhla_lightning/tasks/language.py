@@ -33,7 +33,9 @@ class LanguageBackbone(Protocol):
     @property
     def head_weight(self) -> Tensor: ...
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor: ...
+    def features(
+        self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class LanguageTask(Task):
@@ -53,7 +55,11 @@ class LanguageTask(Task):
         UserError: see :class:`Task`; a backbone that is no language model, a length that the operators refuse.
     """
 
-    METRICS: ClassVar[dict[str, type[MeanMetric]]] = {"loss": MeanMetric, "perplexity": Perplexity, "bits_per_byte": MeanMetric}
+    METRICS: ClassVar[dict[str, type[MeanMetric]]] = {
+        "loss": MeanMetric,
+        "perplexity": Perplexity,
+        "bits_per_byte": MeanMetric,
+    }
 
     def __init__(
         self,
@@ -69,7 +75,16 @@ class LanguageTask(Task):
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
-        super().__init__(backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        super().__init__(
+            backbone,
+            attention,
+            backbone_options,
+            optimizer,
+            schedule,
+            init_from,
+            train_only,
+            checkpoint_activations,
+        )
         if z_loss < 0:
             raise UserError(f"model.z_loss is {z_loss}; it cannot be negative")
         self.context = math.prod(self.grid)
@@ -77,18 +92,26 @@ class LanguageTask(Task):
         self.eval_lengths = sorted({*(eval_lengths or ())} - {self.context})
         self.vocab_size = self._try_lengths()
         self.token_bytes: Tensor | None = None
-        tags = [self._tag(prefix, length) for prefix in PREFIXES for length in (self.context, *self.eval_lengths)]
-        self.metrics = nn.ModuleDict({tag: nn.ModuleDict({name: kind() for name, kind in self.METRICS.items()}) for tag in tags})
+        tags = [
+            self._tag(prefix, length) for prefix in PREFIXES for length in (self.context, *self.eval_lengths)
+        ]
+        self.metrics = nn.ModuleDict(
+            {tag: nn.ModuleDict({name: kind() for name, kind in self.METRICS.items()}) for tag in tags}
+        )
 
     def _try_lengths(self) -> int:
         """Runs the model without weights at every length, so that an operator that refuses one does it now; returns the vocabulary's size."""
         with torch.device("meta"):
             plan = self._build()
             if not isinstance(plan, LanguageBackbone):
-                raise UserError(f"backbone '{self.backbone_name}' is no language model; take lm_340m or lm_tiny")
+                raise UserError(
+                    f"backbone '{self.backbone_name}' is no language model; take lm_340m or lm_tiny"
+                )
             for length in (self.context, *self.eval_lengths):
                 if length < 2:
-                    raise UserError(f"a context of {length} tokens has no next token; model.eval_lengths and context are at least 2")
+                    raise UserError(
+                        f"a context of {length} tokens has no next token; model.eval_lengths and context are at least 2"
+                    )
                 plan.features(torch.empty(1, length, dtype=torch.int64))
         return plan.vocab_size
 
@@ -106,7 +129,9 @@ class LanguageTask(Task):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         tokens, documents = batch["tokens"], batch["documents"]
         features = self._features(tokens, documents)
-        return token_loss(features, self._model().head_weight, self.targets(tokens, documents), z_loss=self.z_loss)
+        return token_loss(
+            features, self._model().head_weight, self.targets(tokens, documents), z_loss=self.z_loss
+        )
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Adds a batch to the metrics under `prefix` (one of PREFIXES) at every context length; rows of weight 0 count nowhere."""
@@ -120,7 +145,12 @@ class LanguageTask(Task):
             self.measure(metrics, self._features(tokens, documents), targets)
             for name, metric in metrics.items():
                 if name != "bits_per_byte" or self.token_bytes is not None:
-                    self.log(f"{tag}/{name}", metric, prog_bar=tag == "val" and name == "loss", batch_size=len(tokens))
+                    self.log(
+                        f"{tag}/{name}",
+                        metric,
+                        prog_bar=tag == "val" and name == "loss",
+                        batch_size=len(tokens),
+                    )
 
     def measure(self, metrics: Mapping[str, MeanMetric], features: Tensor, targets: Tensor) -> None:
         """Adds the counted targets of a batch to the metrics of one context length."""
@@ -138,7 +168,11 @@ class LanguageTask(Task):
         tokens = torch.zeros(samples, self.context, dtype=torch.int64)
         ends = torch.tensor([self.context * share // 100 for share in (7, 31, 58)])
         documents = torch.bucketize(torch.arange(self.context), ends, right=True).expand_as(tokens)
-        return {"tokens": tokens, "documents": documents if self.isolate_documents else torch.zeros_like(tokens), **keys(samples)}
+        return {
+            "tokens": tokens,
+            "documents": documents if self.isolate_documents else torch.zeros_like(tokens),
+            **keys(samples),
+        }
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.
@@ -154,7 +188,9 @@ class LanguageTask(Task):
                 f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is {self.vocab_size}; set it to {vocabulary} or more"
             )
         if length != self.context:
-            raise UserError(f"the data's rows hold {length} tokens and model.backbone_options.context is {self.context}; they must be equal")
+            raise UserError(
+                f"the data's rows hold {length} tokens and model.backbone_options.context is {self.context}; they must be equal"
+            )
         val_length = facts.get("val_length") or length
         for window in (self.context, *self.eval_lengths):
             if val_length % window:

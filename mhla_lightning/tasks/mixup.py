@@ -35,13 +35,18 @@ class PairMix:
     label_smoothing: float
     num_classes: int
 
-    def __call__(self, images: Tensor, labels: Tensor, epochs: Tensor, indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epochs: Tensor, indices: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
         """Mixed images (B, C, H, W) and soft targets (B, classes) of images and labels (B,); B is even.
 
         epochs, indices: int64 (B,) of the samples; a pair's draw is keyed by its first sample.
         """
         height, width = images.shape[-2:]
-        drawn = [self._draw(height, width, seed, *key) for key in zip(epochs[::2].tolist(), indices[::2].tolist(), strict=True)]
+        drawn = [
+            self._draw(height, width, seed, *key)
+            for key in zip(epochs[::2].tolist(), indices[::2].tolist(), strict=True)
+        ]
         table = torch.tensor(drawn, dtype=torch.float32, device=images.device)
         blend, keep, top, bottom, left, right = table[:, :, None, None, None].unbind(1)
         rows = torch.arange(height, device=images.device)[:, None]
@@ -49,13 +54,17 @@ class PairMix:
         inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (pairs, 1, H, W)
         pairs = images.unflatten(0, (-1, 2))
         blend = blend[:, None].to(images.dtype)
-        mixed = torch.where(inside[:, None], pairs.flip(1), blend * pairs + (1 - blend) * pairs.flip(1)).flatten(0, 1)
+        mixed = torch.where(
+            inside[:, None], pairs.flip(1), blend * pairs + (1 - blend) * pairs.flip(1)
+        ).flatten(0, 1)
         off = self.label_smoothing / self.num_classes
         targets = one_hot(labels, self.num_classes, 1 - self.label_smoothing + off, off).unflatten(0, (-1, 2))
         share = keep.view(-1, 1, 1)
         return mixed, (share * targets + (1 - share) * targets.flip(1)).flatten(0, 1)
 
-    def _draw(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[float, float, int, int, int, int]:
+    def _draw(
+        self, height: int, width: int, seed: int, epoch: int, index: int
+    ) -> tuple[float, float, int, int, int, int]:
         """(weight of the own pixels outside the box, share of the own label, top, bottom, left, right); the box holds the neighbour's pixels."""
         rng = generator(seed, "mixup", epoch, index)
         if rng.random() >= self.prob:

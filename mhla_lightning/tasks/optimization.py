@@ -41,7 +41,9 @@ class OptimizerConfig:
                 f"model.optimizer: weight_decay {self.weight_decay}, eps {self.eps} or betas {self.betas} cannot be (betas lie in [0, 1))"
             )
 
-    def build(self, model: nn.Module, plan: nn.Module, no_decay: set[str], mixing: set[str]) -> torch.optim.AdamW:
+    def build(
+        self, model: nn.Module, plan: nn.Module, no_decay: set[str], mixing: set[str]
+    ) -> torch.optim.AdamW:
         """AdamW over the parameters that train.
 
         Args:
@@ -51,7 +53,10 @@ class OptimizerConfig:
         kept = no_decay - mixing if self.decay_mixing else no_decay | mixing
         groups = param_groups_weight_decay(plan, self.weight_decay, no_weight_decay_list=sorted(kept))
         names = {id(parameter): name for name, parameter in plan.named_parameters()}
-        groups = [{**group, "params": [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]} for group in groups]
+        groups = [
+            {**group, "params": [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]}
+            for group in groups
+        ]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 

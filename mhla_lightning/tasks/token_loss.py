@@ -13,7 +13,15 @@ IGNORE = -100  # a target that counts nowhere
 _LOGITS = 2**25  # logits held at once: 128 MiB in float32
 
 
-def token_loss(features: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0, total: bool = False, chunk: int | None = None) -> Tensor:
+def token_loss(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    z_loss: float = 0.0,
+    total: bool = False,
+    chunk: int | None = None,
+) -> Tensor:
     """Cross entropy of softmax(features weight^T) in nats, a scalar; 0 where nothing counts.
 
     Args:
@@ -27,8 +35,12 @@ def token_loss(features: Tensor, weight: Tensor, targets: Tensor, *, z_loss: flo
     features, targets = features.flatten(0, -2), targets.flatten()
     chunk = max(1, _LOGITS // len(weight)) if chunk is None else chunk
     if z_loss == 0 and _torch_has_it(features):
-        options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=min(chunk, len(targets)))
-        loss = F.linear_cross_entropy(features, weight, targets, reduction="sum", ignore_index=IGNORE, options=options)
+        options = torch.nn.LinearCrossEntropyOptions(
+            chunking_method=None, batch_chunk_size=min(chunk, len(targets))
+        )
+        loss = F.linear_cross_entropy(
+            features, weight, targets, reduction="sum", ignore_index=IGNORE, options=options
+        )
     else:
         loss = chunked_loss(features, weight, targets, z_loss, chunk)
     return loss if total else loss / (targets != IGNORE).sum().clamp_min(1)
@@ -36,7 +48,9 @@ def token_loss(features: Tensor, weight: Tensor, targets: Tensor, *, z_loss: flo
 
 def _torch_has_it(features: Tensor) -> bool:
     """torch >= 2.14 computes a chunk's gradients with its loss. But of bf16 it returns a bf16 sum (10.5 for 10.47), and it knows no autocast."""
-    exact = features.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(features.device.type)
+    exact = features.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
+        features.device.type
+    )
     return exact and hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 

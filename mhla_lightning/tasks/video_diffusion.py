@@ -67,19 +67,33 @@ class VideoDiffusionTask(DiffusionTask):
     ) -> None:
         process = build_process(diffusion)
         if process.out_channels(1) != 1:
-            raise UserError(f"model.diffusion '{process.name}' learns a variance, which video models do not predict; take flow")
+            raise UserError(
+                f"model.diffusion '{process.name}' learns a variance, which video models do not predict; take flow"
+            )
         shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
-        super().__init__(backbone, attention, backbone_options, diffusion, ("text_dropout", text_dropout), time_bins, *shared)
+        super().__init__(
+            backbone,
+            attention,
+            backbone_options,
+            diffusion,
+            ("text_dropout", text_dropout),
+            time_bins,
+            *shared,
+        )
         plan = self._plan()
         self.sample_shape = (plan.in_channels, *plan.input_size)
         self.text_shape = (plan.text_length, plan.text_dim)
-        self.null_text = torch.zeros(self.text_shape)  # no buffer: DDP sends those around before every forward
+        self.null_text = torch.zeros(
+            self.text_shape
+        )  # no buffer: DDP sends those around before every forward
 
     def _plan(self) -> VideoDiffusionBackbone:
         with torch.device("meta"):
             plan = self._build()
         if not isinstance(plan, VideoDiffusionBackbone):
-            raise UserError(f"backbone '{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny")
+            raise UserError(
+                f"backbone '{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny"
+            )
         return plan
 
     def check_size(self, size: Sequence[int]) -> None:
@@ -97,12 +111,16 @@ class VideoDiffusionTask(DiffusionTask):
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
         shapes = {"latent": self.sample_shape, "text": self.text_shape}
-        return {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()} | keys(samples)
+        return {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()} | keys(
+            samples
+        )
 
     def on_train_start(self) -> None:
         super().on_train_start()
         found = cast(Any, self.trainer).datamodule.null_text()
-        self.null_text = torch.nn.functional.pad(found.float(), (0, 0, 0, len(self.null_text) - len(found))).to(self.device)
+        self.null_text = torch.nn.functional.pad(
+            found.float(), (0, 0, 0, len(self.null_text) - len(found))
+        ).to(self.device)
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses data that this model cannot take, before training.
@@ -112,17 +130,25 @@ class VideoDiffusionTask(DiffusionTask):
                 features that are too many or of another width.
         """
         if facts["kind"] not in ("clips", "video_latents"):
-            raise UserError(f"video diffusion needs clips or video latents, and the data holds {facts['kind']}")
+            raise UserError(
+                f"video diffusion needs clips or video latents, and the data holds {facts['kind']}"
+            )
         plan = self._plan()
         for channels, *size in facts["shapes"]:
             if channels != plan.in_channels:
-                raise UserError(f"the data's samples have {channels} channels, and model.backbone_options.in_channels is {plan.in_channels}")
+                raise UserError(
+                    f"the data's samples have {channels} channels, and model.backbone_options.in_channels is {plan.in_channels}"
+                )
             plan.check_size(size)
         if facts["text"] is None:
-            raise UserError("video diffusion needs text features, and data.text_encoder does not say what they are: name, tokens and channels")
+            raise UserError(
+                "video diffusion needs text features, and data.text_encoder does not say what they are: name, tokens and channels"
+            )
         tokens, channels = facts["text"]
         if channels != plan.text_dim:
-            raise UserError(f"the data's text features have {channels} channels, and model.backbone_options.text_dim is {plan.text_dim}")
+            raise UserError(
+                f"the data's text features have {channels} channels, and model.backbone_options.text_dim is {plan.text_dim}"
+            )
         if tokens > plan.text_length:
             raise UserError(
                 f"the data's text features have {tokens} tokens; model.backbone_options.text_length is {plan.text_length}, the most it takes"

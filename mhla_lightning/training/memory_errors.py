@@ -12,7 +12,9 @@ from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.strategies.config import strategy_name
 
 log = logging.getLogger(__name__)
-_REFUSED = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE)
+_REFUSED = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE
+)
 _SHOWN = 3  # changes that would fit
 _LESS = {
     "zero1": ("zero2", "zero3"),
@@ -48,7 +50,9 @@ def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: Ba
     parts = f"{ranks} rank{'s' * (ranks > 1)} x {micro} x {accumulation} accumulated"
     spread = f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} tokens a sample"
     kept = recipe.task.checkpoint_activations
-    model = f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
+    model = (
+        f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
+    )
     return f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} ({_short(error)})"
 
 
@@ -81,8 +85,12 @@ def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
 def _device(ranks: int) -> tuple[str, int]:
     """Name of what a rank trains on, and its memory in bytes; `ranks` share this machine."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return "this machine's memory for a rank", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(
+            torch.cuda.current_device()
+        ).total_memory
+    return "this machine's memory for a rank", os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    ) // ranks
 
 
 def _by_rule(recipe: Resolved, ranks: int, micro: int) -> str:
@@ -94,4 +102,8 @@ def _by_rule(recipe: Resolved, ranks: int, micro: int) -> str:
         changes.append("model.checkpoint_activations blocks")
     name = strategy_name(recipe.trainer.get("strategy", "auto"))
     changes += [f"trainer.strategy {stage}" for stage in _LESS.get(str(name), _WHOLE if ranks > 1 else ())]
-    return f"what takes less: {', or '.join(changes)}" if changes else "take a smaller model, or a GPU with more memory"
+    return (
+        f"what takes less: {', or '.join(changes)}"
+        if changes
+        else "take a smaller model, or a GPU with more memory"
+    )

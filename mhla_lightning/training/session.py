@@ -19,7 +19,17 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from mhla_lightning import __version__
-from mhla_lightning.callbacks import EMA, Checkpoint, Health, MixingHeatmaps, Monitor, Preemption, ProgressFile, ProjectMixing, StepBar
+from mhla_lightning.callbacks import (
+    EMA,
+    Checkpoint,
+    Health,
+    MixingHeatmaps,
+    Monitor,
+    Preemption,
+    ProgressFile,
+    ProjectMixing,
+    StepBar,
+)
 from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep
 from mhla_lightning.checkpoints.io import RunCheckpointIO
@@ -30,7 +40,15 @@ from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.inference.loading import keep_tokenizer
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, read_metrics, recipe_hash, write_json
+from mhla_lightning.runs.folder import (
+    FORMAT,
+    RunFolder,
+    newest_checkpoint,
+    read_json,
+    read_metrics,
+    recipe_hash,
+    write_json,
+)
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
@@ -54,7 +72,9 @@ class Session:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
     """
 
-    def __init__(self, recipe: Resolved, run: RunFolder, resume: Path | None, signals: StopSignals | None = None) -> None:
+    def __init__(
+        self, recipe: Resolved, run: RunFolder, resume: Path | None, signals: StopSignals | None = None
+    ) -> None:
         self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
         self.task, self.data = recipe.task, recipe.data
         self.max_steps = length(recipe)
@@ -68,7 +88,9 @@ class Session:
     def _resumed_state(self) -> dict[str, Any]:
         state = read_json(self.resume / "state.json") if self.resume else {}
         if state and state.get("format") != FORMAT:
-            raise UserError(f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh")
+            raise UserError(
+                f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh"
+            )
         if self.resume and state:
             check_same_data(self.resume, self.data)
             self.data.check_state(state)
@@ -78,13 +100,29 @@ class Session:
         arguments = dict(self.recipe.trainer)
         callbacks = arguments.pop("callbacks", [])
         given = callbacks if isinstance(callbacks, list) else [callbacks]
-        arguments |= {"max_steps": self.max_steps, "max_epochs": -1, "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0)}
-        arguments |= {"default_root_dir": self.run.path, "logger": self.logger, "use_distributed_sampler": False}
-        arguments |= {"callbacks": self._callbacks(given, arguments), "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()]}
+        arguments |= {
+            "max_steps": self.max_steps,
+            "max_epochs": -1,
+            "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0),
+        }
+        arguments |= {
+            "default_root_dir": self.run.path,
+            "logger": self.logger,
+            "use_distributed_sampler": False,
+        }
+        arguments |= {
+            "callbacks": self._callbacks(given, arguments),
+            "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()],
+        }
         arguments |= strategy_arguments(arguments)
         try:
             trainer = pl.Trainer(**arguments)
-        except (ValueError, TypeError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            pl.utilities.exceptions.MisconfigurationException,
+        ) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         leave_signals_alone(trainer)
         watch_ranks(trainer, self.run.path)
@@ -92,26 +130,44 @@ class Session:
         if isinstance(arguments.get("strategy"), ZeroStrategy):
             arguments["strategy"].micro_batch = micro_batch
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
-            trainer.val_check_interval = min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
+            trainer.val_check_interval = (
+                min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
+            )
         return trainer
 
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
         """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
-        own: list[Callback] = [Monitor(self.data.batch_size, math.prod(self.task.grid)), MixingHeatmaps(), self.progress, checkpoint]
+        own: list[Callback] = [
+            Monitor(self.data.batch_size, math.prod(self.task.grid)),
+            MixingHeatmaps(),
+            self.progress,
+            checkpoint,
+        ]
         if self.signals is not None:
             own.append(Preemption(checkpoint, self.signals))
-        if arguments.get("enable_progress_bar", True) and sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in given):
+        if (
+            arguments.get("enable_progress_bar", True)
+            and sys.stdout.isatty()
+            and not any(isinstance(c, ProgressBar) for c in given)
+        ):
             own.append(StepBar())
         elif not sys.stdout.isatty():
-            arguments.setdefault("enable_progress_bar", False)  # ProgressFile prints a line a validation instead
+            arguments.setdefault(
+                "enable_progress_bar", False
+            )  # ProgressFile prints a line a validation instead
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         return [Health(self.run, health.max_skipped, health.spike_factor), ProjectMixing(), *given, *own]
 
     def _checkpoint(self) -> Checkpoint:
         save = self.recipe.checkpoint
-        keep = Keep(save.keep_last, save.keep_best, save.monitor, save.monitor is not None and higher_is_better(save.monitor))
+        keep = Keep(
+            save.keep_last,
+            save.keep_best,
+            save.monitor,
+            save.monitor is not None and higher_is_better(save.monitor),
+        )
         return Checkpoint(
             self.run,
             self._facts(),
@@ -158,14 +214,18 @@ class Session:
             for callback in self._averages:
                 callback.resume_from(self.resume)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")  # the data knows where
+            warnings.filterwarnings(
+                "ignore", message="You're resuming from a checkpoint that ended before the epoch"
+            )  # the data knows where
             if self.signals is not None:
                 self.signals.wait_for_step()
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.signals is not None:
             self.signals.act_at_once()  # all is saved; what is left is a validation
         if self.progress.validated_at != self.trainer.global_step:
-            for callback in self._averages:  # outside of training the weights are split in another way, or not at all
+            for (
+                callback
+            ) in self._averages:  # outside of training the weights are split in another way, or not at all
                 callback.start_from(newest_checkpoint(self.run.path))
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:
@@ -180,11 +240,19 @@ class Session:
         self.trainer.loggers = []  # a look at a finished run changes nothing in its folder
         verb = self.trainer.validate if mode == "validate" else self.trainer.test
         try:
-            verb(self.task, datamodule=self.data, ckpt_path=checkpoint / "trainer.ckpt", weights_only=True, verbose=False)
+            verb(
+                self.task,
+                datamodule=self.data,
+                ckpt_path=checkpoint / "trainer.ckpt",
+                weights_only=True,
+                verbose=False,
+            )
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            raise UserError(f"the weights of {checkpoint} do not fit this recipe: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"the weights of {checkpoint} do not fit this recipe: {' '.join(str(error).split())[:300]}"
+            ) from error
         return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
 
     def _summary(self) -> dict[str, Any]:
@@ -194,7 +262,11 @@ class Session:
             "format": FORMAT,
             "run_id": self.run.run_id,
             "last": {tag: values[-1][1] for tag, values in series.items() if tag.startswith("val")},
-            "best": {tag: best(tag, (value for _, value in values)) for tag, values in series.items() if tag.startswith("val")},
+            "best": {
+                tag: best(tag, (value for _, value in values))
+                for tag, values in series.items()
+                if tag.startswith("val")
+            },
             "samples_per_second": statistics.median(speeds) if speeds else None,
             "parameters": self.task.parameter_count,
             "flops_per_sample": self.task.flops_per_sample,
@@ -213,10 +285,18 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     entry = arguments.get("strategy")
     if not is_zero(entry):
         return {}
-    on_cpu = not torch.cuda.is_available() if arguments.get("accelerator", "auto") == "auto" else arguments["accelerator"] == "cpu"
+    on_cpu = (
+        not torch.cuda.is_available()
+        if arguments.get("accelerator", "auto") == "auto"
+        else arguments["accelerator"] == "cpu"
+    )
     precision = arguments.get("precision", "32-true")
     accelerator = "cpu" if on_cpu else arguments.get("accelerator", "auto")
-    return {"strategy": ZeroStrategy(entry, precision, on_cpu), "precision": lightning_precision(precision), "accelerator": accelerator}
+    return {
+        "strategy": ZeroStrategy(entry, precision, on_cpu),
+        "precision": lightning_precision(precision),
+        "accelerator": accelerator,
+    }
 
 
 def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
@@ -240,7 +320,11 @@ def best(tag: str, values: Iterable[float]) -> float:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on."""
-    return {"mhla_lightning": __version__, "python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}}
+    return {
+        "mhla_lightning": __version__,
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def peak_memory_bytes() -> int:

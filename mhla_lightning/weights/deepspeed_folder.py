@@ -34,9 +34,14 @@ def read_deepspeed(path: Path, trusted: bool, what: str) -> Stored:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
             found = get_fp32_state_dict_from_zero_checkpoint(str(path), lazy_mode=True)
     except Exception as error:  # noqa: BLE001  an error of any kind, DeepSpeed's or the pickles'
-        raise UserError(f"{what} {path} cannot be read by DeepSpeed ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"{what} {path} cannot be read by DeepSpeed ({' '.join(str(error).split())[:200]})"
+        ) from error
     names = {strip_wrappers(name): name for name in found}
     if len(names) < len(found):
         raise UserError(f"{what} {path} holds a name twice once module., model. and the like are taken off")
-    outline = {name: torch.empty(tuple(found[given].shape), dtype=found[given].dtype, device="meta") for name, given in names.items()}
+    outline = {
+        name: torch.empty(tuple(found[given].shape), dtype=found[given].dtype, device="meta")
+        for name, given in names.items()
+    }
     return Stored(outline, lambda name: found[names[name]].contiguous())

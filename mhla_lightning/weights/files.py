@@ -64,14 +64,18 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     if not found and (folder / "transformer").is_dir():  # a diffusers pipeline: the model is one of its parts
         return weight_files(folder / "transformer", what)
     names = ", ".join(path.name for path in found[:4]) or "none"
-    raise UserError(f"{what}: {folder} must hold one .safetensors file, or several and their *.safetensors.index.json; it holds {names}")
+    raise UserError(
+        f"{what}: {folder} must hold one .safetensors file, or several and their *.safetensors.index.json; it holds {names}"
+    )
 
 
 def _indexed(index: Path, what: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{what}: {index} is no index of weights (a JSON file with a weight_map of names to files)") from error
+        raise UserError(
+            f"{what}: {index} is no index of weights (a JSON file with a weight_map of names to files)"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{what}: {index} names {name!r}, and {index.parent} holds no such file")
@@ -85,7 +89,9 @@ def _read(path: Path, what: str) -> dict[str, Tensor]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{what}: {path} holds no plain tensors ({reason})") from error
     except Exception as error:  # noqa: BLE001  of torch's unpickler: a page of advice, or, over a file that is no pickle, an error of any kind
-        raise UserError(f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)") from error
+        raise UserError(
+            f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)"
+        ) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{what}: {path} holds no plain tensors (a {type(state).__name__})")
     for key in _INSIDE:

@@ -61,7 +61,10 @@ def holds_shards(folder: Path) -> bool:
 def write_shard(path: Path, stretches: Sequence[Stretch]) -> None:
     """Writes one rank's file."""
     tensors = {f"{kind}/{part.name}": value for part in stretches for kind, value in part.tensors.items()}
-    facts = {part.name: {"shape": list(part.shape), "start": part.start, "scalars": dict(part.scalars)} for part in stretches}
+    facts = {
+        part.name: {"shape": list(part.shape), "start": part.start, "scalars": dict(part.scalars)}
+        for part in stretches
+    }
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, metadata={"format": str(FORMAT), "stretches": json.dumps(facts)})
 
@@ -98,19 +101,25 @@ class ShardReader:
             parts.sort(key=lambda part: part.start)
             ends = [0, *(part.start + part.numel for part in parts)]
             if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(self.shapes[name]):
-                raise UserError(f"{folder} does not hold all of {name}: parts {[(part.start, part.numel) for part in parts]} of {self.shapes[name]}")
+                raise UserError(
+                    f"{folder} does not hold all of {name}: parts {[(part.start, part.numel) for part in parts]} of {self.shapes[name]}"
+                )
 
     def _files(self) -> list[Path]:
         found = {path: match for path in self.folder.glob("rank-*") if (match := _FILE.fullmatch(path.name))}
         counts = {int(match[2]) for match in found.values()}
         ranks = {int(match[1]) for match in found.values()}
         if len(counts) != 1 or ranks != set(range(next(iter(counts)))):
-            raise UserError(f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a checkpoint has one of every rank")
+            raise UserError(
+                f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a checkpoint has one of every rank"
+            )
         for rank in sorted(ranks):
             own = [match for match in found.values() if int(match[1]) == rank]
             numbers, lots = sorted(int(match[3] or 0) for match in own), {int(match[4] or 1) for match in own}
             if lots != {len(own)} or numbers != [*range(len(own))]:
-                raise UserError(f"{self.folder} holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has all of them")
+                raise UserError(
+                    f"{self.folder} holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has all of them"
+                )
         return sorted(found)
 
     def _take(self, file: Path) -> None:
@@ -143,7 +152,9 @@ class ShardReader:
         for part in self._parts[name]:
             low, high = max(start, part.start), min(end, part.start + part.numel)
             if low < high:
-                found.append(self._open[part.file].get_slice(f"{kind}/{name}")[low - part.start : high - part.start])
+                found.append(
+                    self._open[part.file].get_slice(f"{kind}/{name}")[low - part.start : high - part.start]
+                )
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
@@ -156,5 +167,8 @@ class ShardReader:
 
     def weights(self) -> Stored:
         """All weights, put together one at a time."""
-        outline = {name: torch.empty(self.shapes[name], dtype=self._dtypes[name], device="meta") for name in self.names()}
+        outline = {
+            name: torch.empty(self.shapes[name], dtype=self._dtypes[name], device="meta")
+            for name in self.names()
+        }
         return Stored(outline, self.whole)

@@ -60,7 +60,11 @@ class Stored(Mapping[str, Tensor]):
 
 def as_stored(tensors: Mapping[str, Tensor]) -> Stored:
     """Tensors that are at hand already: in memory, or mapped from a file."""
-    return tensors if isinstance(tensors, Stored) else Stored({name: value.to("meta") for name, value in tensors.items()}, tensors.__getitem__)
+    return (
+        tensors
+        if isinstance(tensors, Stored)
+        else Stored({name: value.to("meta") for name, value in tensors.items()}, tensors.__getitem__)
+    )
 
 
 def outline_of(part: Any) -> Tensor:

@@ -45,14 +45,19 @@ def parts_of(weights: Stored, rename: Rename = dict) -> list[Part]:
     Args:
         rename: from one tensor under its name to what is written of it, under one or several names.
     """
-    return [Part(rename({name: value}), partial(_read, weights, name, rename)) for name, value in weights.outline.items()]
+    return [
+        Part(rename({name: value}), partial(_read, weights, name, rename))
+        for name, value in weights.outline.items()
+    ]
 
 
 def _read(weights: Stored, name: str, rename: Rename) -> Mapping[str, Tensor]:
     return rename({name: weights[name]})
 
 
-def write_safetensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+def write_safetensors(
+    path: Path, parts: Sequence[Part], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
     """Writes a new file and has it on disk.
 
     Args:
@@ -62,7 +67,10 @@ def write_safetensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, 
     Raises:
         UserError: a disk that is full or cannot be written; the file is gone then.
     """
-    ordered = sorted(parts, key=lambda part: -max((_typed(value, dtype).itemsize for value in part.outline.values()), default=0))
+    ordered = sorted(
+        parts,
+        key=lambda part: -max((_typed(value, dtype).itemsize for value in part.outline.values()), default=0),
+    )
     entries, size = _entries(ordered, dtype)
     header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
@@ -111,5 +119,7 @@ def _write_part(file: IO[bytes], part: Part, dtype: torch.dtype | None) -> None:
     tensors = part.read()
     for name, outline in part.outline.items():
         value = tensors[name].detach().to(_typed(outline, dtype)).contiguous()
-        assert value.shape == outline.shape, f"{name} is {tuple(value.shape)}, announced as {tuple(outline.shape)}"
+        assert value.shape == outline.shape, (
+            f"{name} is {tuple(value.shape)}, announced as {tuple(outline.shape)}"
+        )
         file.write(value.reshape(-1).view(torch.uint8).numpy().data)

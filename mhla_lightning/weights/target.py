@@ -60,5 +60,9 @@ class Target:
 
 def file_header(backbone: str, attention: Entry, options: Mapping[str, Any], source: str) -> dict[str, str]:
     """The metadata of a .safetensors file that stands alone: what the weights are for, and where they come from."""
-    model = {"backbone": backbone, "attention": json.dumps(attention), "backbone_options": json.dumps(dict(options))}
+    model = {
+        "backbone": backbone,
+        "attention": json.dumps(attention),
+        "backbone_options": json.dumps(dict(options)),
+    }
     return {"format": str(FORMAT), "source": source, **model}

@@ -95,7 +95,10 @@ def from_wan(state: State) -> dict[str, Tensor]:
 def to_wan(state: State) -> dict[str, Tensor]:
     """Our tensors by Wan's names and those that the MHLA authors add; q, k and v are views of ours, a mixing matrix is (M, M, 1, 1)."""
     renamed = {_rename(name, _TO_WAN): value for name, value in _split(state).items()}
-    return {name: _as_conv(value) if name.endswith(".block_attn.conv.weight") else value for name, value in renamed.items()}
+    return {
+        name: _as_conv(value) if name.endswith(".block_attn.conv.weight") else value
+        for name, value in renamed.items()
+    }
 
 
 def to_diffusers(state: State) -> dict[str, Tensor]:
@@ -115,8 +118,18 @@ def added(name: str) -> bool:
 def needed(depth: int) -> list[str]:
     """Our names of all tensors of a Wan2.1 with so many layers."""
     modules = [*_TOP, *(f"blocks.{i}.{name}" for i in range(depth) for name in _BLOCK if name not in _ADDED)]
-    leaves = {"modulation": ("",), "q_norm": (".weight",), "k_norm": (".weight",), "norm_q": (".weight",), "norm_k": (".weight",)}
-    names = [module + leaf for module in modules for leaf in leaves.get(module.rpartition(".")[2], (".weight", ".bias"))]
+    leaves = {
+        "modulation": ("",),
+        "q_norm": (".weight",),
+        "k_norm": (".weight",),
+        "norm_q": (".weight",),
+        "norm_k": (".weight",),
+    }
+    names = [
+        module + leaf
+        for module in modules
+        for leaf in leaves.get(module.rpartition(".")[2], (".weight", ".bias"))
+    ]
     return list(dict.fromkeys(re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", name) for name in names))
 
 
@@ -157,7 +170,11 @@ def _join(state: dict[str, Tensor]) -> dict[str, Tensor]:
         present = [tensor for tensor in parts if tensor is not None]
         shapes = [tuple(tensor.shape) for tensor in present]
         if len(present) < len(parts) or len(set(shapes)) > 1:
-            found = ", ".join(f"{letter} {tuple(tensor.shape)}" for letter, tensor in zip(_QKV, parts, strict=True) if tensor is not None)
+            found = ", ".join(
+                f"{letter} {tuple(tensor.shape)}"
+                for letter, tensor in zip(_QKV, parts, strict=True)
+                if tensor is not None
+            )
             raise UserError(f"{whole} is q, k and v of one size, joined; the checkpoint holds {found}")
         if whole in state:
             raise UserError(f"the checkpoint holds {whole} twice; the second is called {name}")
@@ -174,5 +191,8 @@ def _split(state: State) -> dict[str, Tensor]:
         if whole is None:
             split[name] = value
         else:
-            split |= {f"{whole[1]}{letter}.{whole[2]}": part for letter, part in zip(_QKV, value.chunk(3), strict=True)}
+            split |= {
+                f"{whole[1]}{letter}.{whole[2]}": part
+                for letter, part in zip(_QKV, value.chunk(3), strict=True)
+            }
     return split

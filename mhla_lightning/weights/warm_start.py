@@ -14,7 +14,14 @@ from mhla_lightning.runs.folder import newest_checkpoint
 from mhla_lightning.weights.files import is_deepspeed, read_tensors, refusal, weight_files
 from mhla_lightning.weights.rank_files import holds_shards
 
-_PLACES = ("ema/weights.safetensors", "ema", "weights.safetensors", "model.safetensors", "shards", "trainer.ckpt")
+_PLACES = (
+    "ema/weights.safetensors",
+    "ema",
+    "weights.safetensors",
+    "model.safetensors",
+    "shards",
+    "trainer.ckpt",
+)
 """Where a folder keeps its weights, the first one found; `ema` and `shards` hold a file of every rank where a run was split."""
 
 
@@ -31,7 +38,9 @@ class WarmStart:
         parts = [f"init_from {self.source}: {len(self.copied)} tensors copied"]
         for title, names in (("new here", self.fresh), ("left over", self.left)):
             if names:
-                parts.append(f"{len(names)} {title} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})")
+                parts.append(
+                    f"{len(names)} {title} ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})"
+                )
         return "; ".join(parts)
 
 
@@ -87,7 +96,9 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], source: Path) -
         else:
             report.copied.append(name)
     if not report.copied:
-        raise UserError(f"init_from: no tensor of {source} fits the model; it has {', '.join(list(state)[:4])}, the model {', '.join(list(own)[:4])}")
+        raise UserError(
+            f"init_from: no tensor of {source} fits the model; it has {', '.join(list(state)[:4])}, the model {', '.join(list(own)[:4])}"
+        )
     model.load_state_dict({name: state[name] for name in report.copied}, strict=False)
     report.fresh = [name for name in own if name not in set(report.copied)]
     return report
@@ -106,6 +117,10 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
         except re.error as error:
             raise UserError(f"model.train_only: '{pattern}' is no regular expression ({error})") from error
         if not found:
-            raise UserError(f"model.train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}")
+            raise UserError(
+                f"model.train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}"
+            )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and any(re.search(pattern, name) for pattern in patterns))
+        parameter.requires_grad_(
+            parameter.requires_grad and any(re.search(pattern, name) for pattern in patterns)
+        )

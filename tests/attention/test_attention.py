@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_lightning.attention import ATTENTION, MHLA, Attention, BlockGrid, SelfAttention, build_attention, dense_mhla, mhla, register_attention
+from mhla_lightning.attention import (
+    ATTENTION,
+    MHLA,
+    Attention,
+    BlockGrid,
+    SelfAttention,
+    build_attention,
+    dense_mhla,
+    mhla,
+    register_attention,
+)
 from mhla_lightning.attention.layers.self_attention import POS_CONVS
 from mhla_lightning.attention.mhla import fused
 from mhla_lightning.errors import UserError
@@ -45,10 +55,15 @@ def build(entry: str | dict, grid: tuple[int, ...], dtype: torch.dtype = torch.f
 
 def inputs(tokens: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(batch, tokens, HEADS, d, dtype=dtype, generator=generator).requires_grad_() for d in (DIM_K, DIM_K, DIM_V)]
+    return [
+        torch.randn(batch, tokens, HEADS, d, dtype=dtype, generator=generator).requires_grad_()
+        for d in (DIM_K, DIM_K, DIM_V)
+    ]
 
 
-def reference(operator: Attention, entry: str | dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def reference(
+    operator: Attention, entry: str | dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """The same attention with its full matrix."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     name = entry if isinstance(entry, str) else entry["name"]
@@ -60,10 +75,20 @@ def reference(operator: Attention, entry: str | dict, q: Tensor, k: Tensor, v: T
         return (out if mask is None else out * mask[:, None, :, None]).transpose(1, 2)
     phi: Callable[[Tensor], Tensor] = operator.phi  # type: ignore[assignment]
     if isinstance(operator, MHLA):
-        mixing, blocks, normalizer = operator.mixing.matrix(), operator.grid.block_of_token, operator.normalizer
+        mixing, blocks, normalizer = (
+            operator.mixing.matrix(),
+            operator.grid.block_of_token,
+            operator.normalizer,
+        )
     else:
-        mixing, blocks, normalizer = torch.ones(1, 1, dtype=q.dtype), torch.zeros(q.shape[2], dtype=torch.long), "block"
-    return dense_mhla(phi(q), phi(k), v, mixing, blocks, normalizer=normalizer, eps=1e-6, mask=mask).transpose(1, 2)
+        mixing, blocks, normalizer = (
+            torch.ones(1, 1, dtype=q.dtype),
+            torch.zeros(q.shape[2], dtype=torch.long),
+            "block",
+        )
+    return dense_mhla(
+        phi(q), phi(k), v, mixing, blocks, normalizer=normalizer, eps=1e-6, mask=mask
+    ).transpose(1, 2)
 
 
 def test_every_registered_operator_is_covered() -> None:
@@ -72,7 +97,9 @@ def test_every_registered_operator_is_covered() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=label)
 @pytest.mark.parametrize("entry", OPERATORS, ids=label)
-def test_forward_and_all_gradients_equal_the_dense_reference(entry: str | dict, grid: tuple[int, ...]) -> None:
+def test_forward_and_all_gradients_equal_the_dense_reference(
+    entry: str | dict, grid: tuple[int, ...]
+) -> None:
     operator = build(entry, grid)
     q, k, v = inputs(math.prod(grid))
     wanted = [q, k, v, *operator.parameters()]
@@ -101,7 +128,9 @@ def test_padding_counts_nowhere(entry: str | dict, side: str) -> None:
     torch.testing.assert_close(out, reference(operator, entry, q, k, v, mask), rtol=1e-10, atol=1e-11)
     loud = [torch.where(mask[..., None, None], x, 1e3) for x in (q, k, v)]
     torch.testing.assert_close(operator(*loud, mask=mask), out, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(out[1], operator(*(x[1:] for x in (q, k, v)))[0], rtol=1e-10, atol=1e-11)  # the full sample, alone
+    torch.testing.assert_close(
+        out[1], operator(*(x[1:] for x in (q, k, v)))[0], rtol=1e-10, atol=1e-11
+    )  # the full sample, alone
 
 
 @pytest.mark.parametrize("entry", OPERATORS, ids=label)
@@ -119,13 +148,17 @@ def test_rotary_turns_numerators_only(entry: str | dict) -> None:
     """A rotation that is the same for all tokens leaves q.k alone, so nothing may change; one that turns keys by token must change the result."""
     operator = build(entry, (9,))
     q, k, v = inputs(9)
-    turn = torch.linalg.qr(torch.randn(DIM_K, DIM_K, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    turn = torch.linalg.qr(
+        torch.randn(DIM_K, DIM_K, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    )[0]
     plain = operator(q, k, v)
     torch.testing.assert_close(operator(q, k, v, rotary=lambda x: x @ turn), plain, rtol=1e-10, atol=1e-11)
     signs = torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)[:9, None, None]
     assert not torch.allclose(operator(q, k, v, rotary=lambda x: x * signs), plain)
     if entry == "linear" or (isinstance(entry, dict) and entry.get("normalizer") != "none"):
-        constant = torch.ones_like(v)  # values of 1 read out numerator / denominator: the denominator must be the unrotated one
+        constant = torch.ones_like(
+            v
+        )  # values of 1 read out numerator / denominator: the denominator must be the unrotated one
         phi: Callable[[Tensor], Tensor] = operator.phi  # type: ignore[assignment]
         halved = operator(q, k, constant, rotary=lambda x: x * math.sqrt(0.5))
         torch.testing.assert_close(halved, 0.5 * operator(q, k, constant), rtol=1e-9, atol=1e-10)
@@ -150,11 +183,22 @@ def test_compiles_without_graph_breaks(entry: str | dict, masked: bool) -> None:
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(4)) < 0.8 if masked else None
     compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
     wanted = [q, k, v, *operator.parameters()]
-    for a, e in zip(_with_gradients(compiled, q, k, v, mask, wanted), _with_gradients(operator, q, k, v, mask, wanted), strict=True):
+    for a, e in zip(
+        _with_gradients(compiled, q, k, v, mask, wanted),
+        _with_gradients(operator, q, k, v, mask, wanted),
+        strict=True,
+    ):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
 
 
-def _with_gradients(operator: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wanted: list[Tensor]) -> list[Tensor]:
+def _with_gradients(
+    operator: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    wanted: list[Tensor],
+) -> list[Tensor]:
     out = operator(q, k, v, mask=mask)
     return [out, *torch.autograd.grad(out.square().sum(), wanted)]
 
@@ -163,7 +207,14 @@ def _with_gradients(operator: Callable[..., Tensor], q: Tensor, k: Tensor, v: Te
 @pytest.mark.parametrize("name", sorted(ATTENTION))
 def test_inductor_agrees(name: str) -> None:
     torch.compiler.reset()
-    layer = SelfAttention(24, 3, attention={"name": name, **({"blocks": 4} if name == "mhla" else {})}, grid=(8, 12), pos_conv="lepe3", qk_norm=True)
+    layer = SelfAttention(
+        24,
+        3,
+        attention={"name": name, **({"blocks": 4} if name == "mhla" else {})},
+        grid=(8, 12),
+        pos_conv="lepe3",
+        qk_norm=True,
+    )
     x = torch.randn(2, 96, 24)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=1e-4, atol=1e-5)
 
@@ -173,7 +224,9 @@ def test_bf16_at_16k_tokens_accumulates_in_float32(entry: str | dict) -> None:
     """Sums of 16,384 positive terms: bf16 stops growing at 256. Under autocast and with bf16 inputs the result stays at bf16's own rounding."""
     tokens = 16384
     operator = build_attention(entry, heads=2, dim_k=16, dim_v=16, grid=(tokens,))
-    q, k, v = (torch.randn(1, tokens, 2, 16, generator=torch.Generator().manual_seed(5)).bfloat16() for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, 2, 16, generator=torch.Generator().manual_seed(5)).bfloat16() for _ in range(3)
+    )
     exact = operator(*(x.double() for x in (q, k, v)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = operator(q, k, v)
@@ -200,7 +253,9 @@ def test_scaling_a_row_of_the_mixing_matrix_changes_nothing_and_a_column_does() 
     scale = torch.tensor([1.0, 3.0, 0.2, 7.0], dtype=torch.float64)
     for normalizer in ("block", "slot"):
         plain = mhla(q, k, v, mixing, normalizer=normalizer, eps=0.0)
-        torch.testing.assert_close(mhla(q, k, v, scale[:, None] * mixing, normalizer=normalizer, eps=0.0), plain)
+        torch.testing.assert_close(
+            mhla(q, k, v, scale[:, None] * mixing, normalizer=normalizer, eps=0.0), plain
+        )
         assert not torch.allclose(mhla(q, k, v, mixing * scale, normalizer=normalizer, eps=0.0), plain)
 
 
@@ -218,15 +273,23 @@ def test_block_normalizer_ignores_other_blocks_queries_and_slot_does_not() -> No
 def test_one_block_is_linear_attention() -> None:
     q, k, v = inputs(20)
     one = build_attention({"name": "mhla", "blocks": 1}, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, grid=(20,))
-    linear = build_attention({"name": "linear", "feature_map": "relu_eps"}, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V)
+    linear = build_attention(
+        {"name": "linear", "feature_map": "relu_eps"}, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V
+    )
     torch.testing.assert_close(one(q, k, v), linear(q, k, v))
 
 
 @pytest.mark.parametrize("layout", ["shared", "per head", "panels"])
 @pytest.mark.parametrize("budget", [1, 500, 2**20], ids=["tiny slices", "some slices", "one slice"])
 @pytest.mark.parametrize("grid", [(7, 10), (4, 7, 5), (4, 6, 3)], ids=label)
-def test_slices_of_the_fused_path_change_nothing(grid: tuple[int, ...], budget: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"name": "mhla", "block_size": 3 if len(grid) == 2 else (2, 2, 3), "mix_per_head": layout == "per head"}
+def test_slices_of_the_fused_path_change_nothing(
+    grid: tuple[int, ...], budget: int, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {
+        "name": "mhla",
+        "block_size": 3 if len(grid) == 2 else (2, 2, 3),
+        "mix_per_head": layout == "per head",
+    }
     operator = build(entry, grid)
     q, k, v = inputs(math.prod(grid), batch=5)
     monkeypatch.setattr(fused, "SLICE_ELEMENTS", budget)
@@ -236,7 +299,9 @@ def test_slices_of_the_fused_path_change_nothing(grid: tuple[int, ...], budget: 
     out, dense = operator(q, k, v), reference(operator, entry, q, k, v)
     wanted = [q, k, v, *operator.parameters()]
     torch.testing.assert_close(out, dense, rtol=1e-10, atol=1e-11)
-    for a, e in zip(torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(dense.sum(), wanted), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(out.sum(), wanted), torch.autograd.grad(dense.sum(), wanted), strict=True
+    ):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(operator(q, k, v), dense, rtol=1e-10, atol=1e-11)
@@ -245,7 +310,16 @@ def test_slices_of_the_fused_path_change_nothing(grid: tuple[int, ...], budget: 
 @pytest.mark.parametrize("pos_conv", POS_CONVS)
 @pytest.mark.parametrize("grid", [(12,), (4, 6), (2, 3, 4)], ids=label)
 def test_layer_on_one_two_and_three_axes(grid: tuple[int, ...], pos_conv: str) -> None:
-    layer = SelfAttention(12, 3, attention={"name": "mhla", "blocks": 2}, grid=grid, pos_conv=pos_conv, gate=True, out_norm=True, inner_norm=True)
+    layer = SelfAttention(
+        12,
+        3,
+        attention={"name": "mhla", "blocks": 2},
+        grid=grid,
+        pos_conv=pos_conv,
+        gate=True,
+        out_norm=True,
+        inner_norm=True,
+    )
     x = torch.randn(2, math.prod(grid), 12)
     assert layer(x).shape == x.shape
     with FlopCounterMode(display=False) as counter:
@@ -254,7 +328,9 @@ def test_layer_on_one_two_and_three_axes(grid: tuple[int, ...], pos_conv: str) -
 
 
 def test_layer_ignores_padded_tokens() -> None:
-    layer = SelfAttention(12, 3, attention={"name": "mhla", "blocks": 2}, grid=(4, 6), pos_conv="lepe3", qk_norm=True)
+    layer = SelfAttention(
+        12, 3, attention={"name": "mhla", "blocks": 2}, grid=(4, 6), pos_conv="lepe3", qk_norm=True
+    )
     x, mask = torch.randn(2, 24, 12), torch.rand(2, 24) < 0.7
     loud = torch.where(mask[..., None], x, 50.0)
     torch.testing.assert_close(layer(x, mask=mask)[mask], layer(loud, mask=mask)[mask])
@@ -272,9 +348,18 @@ def test_layer_ignores_padded_tokens() -> None:
         ({"name": "mhla", "blocks": 9}, ["blocks=9 does not fit an axis of 10 tokens", "use 5 or 10"]),
         ({"name": "mhla", "blocks": [2, 2]}, ["one positive whole number per axis", "(10,)"]),
         ({"name": "mhla", "blocks": 3, "normalizer": "slot"}, ["slot", "full blocks"]),
-        ({"name": "mhla", "blocks": 2, "normalizer": "rows"}, ["unknown normalizer 'rows'", "block, none, slot"]),
-        ({"name": "mhla", "blocks": 2, "mix_init": "locl"}, ["unknown mix_init 'locl'", "did you mean 'local'"]),
-        ({"name": "mhla", "blocks": 2, "mix_init_options": {"sigma": 1}}, ["mix_init_options key 'sigma'", "exp_sigma"]),
+        (
+            {"name": "mhla", "blocks": 2, "normalizer": "rows"},
+            ["unknown normalizer 'rows'", "block, none, slot"],
+        ),
+        (
+            {"name": "mhla", "blocks": 2, "mix_init": "locl"},
+            ["unknown mix_init 'locl'", "did you mean 'local'"],
+        ),
+        (
+            {"name": "mhla", "blocks": 2, "mix_init_options": {"sigma": 1}},
+            ["mix_init_options key 'sigma'", "exp_sigma"],
+        ),
         ({"name": "mhla", "blocks": 2, "feature_map": "gelu"}, ["unknown feature_map 'gelu'"]),
         ({"name": "mhla", "blocks": 2, "mix_clamp": [1, 0]}, ["mix_clamp", "low < high"]),
     ],

@@ -13,11 +13,21 @@ from mhla_lightning.backbones import build_backbone
 from mhla_lightning.errors import UserError
 
 Inputs = tuple[torch.Tensor, ...]
-WAN = {"input_size": (2, 8, 16), "embed_dim": 24, "ffn_dim": 40, "freq_dim": 16, "text_dim": 10, "depth": 3, "blocks": (1, 2, 2)}
+WAN = {
+    "input_size": (2, 8, 16),
+    "embed_dim": 24,
+    "ffn_dim": 40,
+    "freq_dim": 16,
+    "text_dim": 10,
+    "depth": 3,
+    "blocks": (1, 2, 2),
+}
 
 
 def vit() -> tuple[Any, Inputs]:
-    return build_backbone("deit_tiny", img_size=32, patch_size=4, embed_dim=24, depth=3, num_classes=5), (torch.randn(2, 3, 32, 32),)
+    return build_backbone("deit_tiny", img_size=32, patch_size=4, embed_dim=24, depth=3, num_classes=5), (
+        torch.randn(2, 3, 32, 32),
+    )
 
 
 def dit() -> tuple[Any, Inputs]:
@@ -34,7 +44,12 @@ def language() -> tuple[Any, Inputs]:
     return build_backbone("lm_tiny", depth=3, context=128), (torch.randint(257, (2, 40)),)
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Inputs]]] = {"vit": vit, "dit": dit, "video": video, "language": language}
+FAMILIES: dict[str, Callable[[], tuple[Any, Inputs]]] = {
+    "vit": vit,
+    "dit": dit,
+    "video": video,
+    "language": language,
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -56,7 +71,9 @@ def layers(model: Any) -> list[torch.nn.Module]:
 def test_one_output_a_layer_in_order(case: tuple[Any, Inputs]) -> None:
     model, inputs = case
     expected: list[torch.Tensor] = []
-    handles = [layer.register_forward_hook(lambda module, args, out: expected.append(out)) for layer in layers(model)]
+    handles = [
+        layer.register_forward_hook(lambda module, args, out: expected.append(out)) for layer in layers(model)
+    ]
     with attention_outputs(model) as outputs:
         model(*inputs)
         assert len(outputs) == 3
@@ -65,7 +82,9 @@ def test_one_output_a_layer_in_order(case: tuple[Any, Inputs]) -> None:
         handle.remove()
     assert len(outputs) == 6
     assert all(a is b for a, b in zip(outputs, expected, strict=True))
-    assert [out.shape for out in outputs[:3]] == [(2, outputs[0].shape[1], 24 if hasattr(model, "blocks") else 128)] * 3
+    assert [out.shape for out in outputs[:3]] == [
+        (2, outputs[0].shape[1], 24 if hasattr(model, "blocks") else 128)
+    ] * 3
     model(*inputs)
     assert len(outputs) == 6  # nothing outside
 
@@ -97,7 +116,9 @@ def test_only_layer_losses_reach_the_layers_before_them(case: tuple[Any, Inputs]
     with attention_outputs(model) as outputs:
         model(*inputs)
     outputs[1].square().mean().backward()
-    reached = [any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters()) for layer in layers(model)]
+    reached = [
+        any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters()) for layer in layers(model)
+    ]
     assert reached == [True, True, False]
 
 
@@ -132,5 +153,8 @@ def test_a_layer_alone_is_a_model() -> None:
 
 
 def test_a_model_without_self_attention_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="Linear has no self-attention layer of ours"), attention_outputs(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(UserError, match="Linear has no self-attention layer of ours"),
+        attention_outputs(torch.nn.Linear(2, 2)),
+    ):
         pass

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhla_lightning.attention import CAUSAL_ATTENTION, CausalAttention, Packing, build_attention, register_attention
+from mhla_lightning.attention import (
+    CAUSAL_ATTENTION,
+    CausalAttention,
+    Packing,
+    build_attention,
+    register_attention,
+)
 from mhla_lightning.errors import UserError
 from tests.helpers.causal_reference import dense
 from tests.helpers.language_models import CUDA_ONLY
@@ -60,10 +66,13 @@ def build(entry: dict[str, Any], dtype: torch.dtype = torch.float64) -> CausalAt
     return operator
 
 
-def inputs(operator: CausalAttention, tokens: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def inputs(
+    operator: CausalAttention, tokens: int, batch: int = 2, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     made = {
-        name: torch.randn(batch, tokens, HEADS, dim, dtype=dtype, generator=generator) for name, dim in zip("qkv", (DIM_K, DIM_K, DIM_V), strict=True)
+        name: torch.randn(batch, tokens, HEADS, dim, dtype=dtype, generator=generator)
+        for name, dim in zip("qkv", (DIM_K, DIM_K, DIM_V), strict=True)
     }
     if operator.token_decay:
         made["log_decay"] = -torch.rand(batch, tokens, HEADS, dtype=dtype, generator=generator)
@@ -82,7 +91,9 @@ def stream(operator: CausalAttention, x: dict[str, Any], prompt: int, mask: Tens
         out, state = operator.prefill(**cut(x, 0, prompt), mask=mask)
         parts.append(out)
     else:
-        state = operator.init_state(batch, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=x["q"].dtype)
+        state = operator.init_state(
+            batch, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=x["q"].dtype
+        )
     for t in range(prompt, tokens):
         out, state = operator.step(**cut(x, t, t + 1), state=state)
         parts.append(out)
@@ -90,24 +101,38 @@ def stream(operator: CausalAttention, x: dict[str, Any], prompt: int, mask: Tens
 
 
 def gradients(operator: CausalAttention, x: dict[str, Any], out: Tensor) -> list[Tensor]:
-    cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(out.dtype)
-    found = torch.autograd.grad(out, [*x.values(), *operator.parameters()], cotangent, allow_unused=True, materialize_grads=True)
+    cotangent = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(
+        out.dtype
+    )
+    found = torch.autograd.grad(
+        out, [*x.values(), *operator.parameters()], cotangent, allow_unused=True, materialize_grads=True
+    )
     return list(found)
 
 
 def assert_same(actual: Tensor, expected: Tensor, within: float) -> None:
     """Largest difference relative to the largest value."""
     assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= within * expected.abs().max().clamp_min(1e-300), (actual - expected).abs().max()
+    assert (actual - expected).abs().max() <= within * expected.abs().max().clamp_min(1e-300), (
+        (actual - expected).abs().max()
+    )
 
 
 def test_every_registered_operator_is_covered() -> None:
-    assert {entry["name"] for entry in OPERATORS} == set(CAUSAL_ATTENTION) - set(CUDA_ONLY)  # tests/test_fla.py covers exactly those
+    assert {entry["name"] for entry in OPERATORS} == set(CAUSAL_ATTENTION) - set(
+        CUDA_ONLY
+    )  # tests/test_fla.py covers exactly those
 
 
 @pytest.mark.parametrize("budget", [1, 200, 2**20], ids=["a chunk a slice", "some slices", "one slice"])
-@pytest.mark.parametrize("entry", [MHLA, MHLA | {"mix_per_head": True}, SHIFT, RELATIVE, {"name": "linear", "chunk_size": 8}], ids=label)
-def test_the_sliced_form_for_long_rows_changes_nothing(entry: dict[str, Any], budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "entry",
+    [MHLA, MHLA | {"mix_per_head": True}, SHIFT, RELATIVE, {"name": "linear", "chunk_size": 8}],
+    ids=label,
+)
+def test_the_sliced_form_for_long_rows_changes_nothing(
+    entry: dict[str, Any], budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[int] = []
     sliced = sys.modules["mhla_lightning.attention.mhla.fused_causal"]
     heads = sliced._heads
@@ -124,14 +149,18 @@ def test_the_sliced_form_for_long_rows_changes_nothing(entry: dict[str, Any], bu
         x = inputs(operator, tokens)
         out, expected = operator(**x), dense(operator, **x)
         assert_same(out, expected, 1e-10)
-        for actual, gradient in zip(gradients(operator, x, out), gradients(operator, x, expected), strict=True):
+        for actual, gradient in zip(
+            gradients(operator, x, out), gradients(operator, x, expected), strict=True
+        ):
             assert_same(actual, gradient, 1e-9)
     assert used == [4, 7] * 3  # forward and backward both went there
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 22, 40])
 @every_operator
-def test_parallel_and_token_by_token_equal_the_full_matrix_with_all_gradients(entry: dict[str, Any], tokens: int) -> None:
+def test_parallel_and_token_by_token_equal_the_full_matrix_with_all_gradients(
+    entry: dict[str, Any], tokens: int
+) -> None:
     operator = build(entry)
     x = inputs(operator, tokens)
     expected = dense(operator, **x)
@@ -188,15 +217,27 @@ def test_packed_documents_are_as_if_alone(entry: dict[str, Any]) -> None:
     operator = build(entry)
     x = inputs(operator, 37)
     borders = [[0, 5, 6, 29, 37], [0, 24, 37]]
-    documents = torch.stack([torch.repeat_interleave(torch.arange(len(b) - 1), torch.tensor(b).diff()) for b in borders])
+    documents = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(b) - 1), torch.tensor(b).diff()) for b in borders]
+    )
     mask = torch.ones(2, 37, dtype=torch.bool)
     mask[1, 24:] = False
-    pieces = [(row, b[i], b[i + 1]) for row, b in enumerate(borders) for i in range(len(b) - 1) if not (row == 1 and i == 1)]
+    pieces = [
+        (row, b[i], b[i + 1])
+        for row, b in enumerate(borders)
+        for i in range(len(b) - 1)
+        if not (row == 1 and i == 1)
+    ]
     alone = torch.zeros_like(x["v"])
     for row, start, stop in pieces:
         one = {name: value[row : row + 1, start:stop] for name, value in x.items()}
-        alone = alone + torch.nn.functional.pad(dense(operator, **one), (0, 0, 0, 0, start, 37 - stop, row, 1 - row))
-    loud = {name: torch.where(mask[:, :, None, None] if value.dim() == 4 else mask[:, :, None], value, torch.nan) for name, value in x.items()}
+        alone = alone + torch.nn.functional.pad(
+            dense(operator, **one), (0, 0, 0, 0, start, 37 - stop, row, 1 - row)
+        )
+    loud = {
+        name: torch.where(mask[:, :, None, None] if value.dim() == 4 else mask[:, :, None], value, torch.nan)
+        for name, value in x.items()
+    }
     packed = operator(**loud, documents=documents, mask=mask)
     assert_same(packed, alone, 1e-10)
     assert (packed[~mask] == 0).all()
@@ -256,7 +297,9 @@ def test_a_state_can_be_reordered(entry: dict[str, Any]) -> None:
         state = state.reorder(order)
         assert state.bytes == before // 3 * 4
         for t in range(13, 24):
-            out, state = operator.step(**{name: value[order] for name, value in cut(x, t, t + 1).items()}, state=state)
+            out, state = operator.step(
+                **{name: value[order] for name, value in cut(x, t, t + 1).items()}, state=state
+            )
             for row, source in enumerate(order.tolist()):
                 real = torch.cat([mask[source], torch.ones(t - 12, dtype=torch.bool)])
                 one = {name: value[source : source + 1, : t + 1][:, real] for name, value in x.items()}
@@ -267,7 +310,9 @@ def test_a_state_can_be_reordered(entry: dict[str, Any]) -> None:
 def test_rotary_turns_numerators_only(entry: dict[str, Any]) -> None:
     operator = build(entry)
     x = inputs(operator, 19)
-    turn = torch.linalg.qr(torch.randn(DIM_K, DIM_K, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    turn = torch.linalg.qr(
+        torch.randn(DIM_K, DIM_K, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    )[0]
     plain = operator(**x)
     assert_same(operator(**x, rotary=lambda y: y @ turn), plain, 1e-9)
     if entry.get("normalizer") == "block":
@@ -304,7 +349,10 @@ def test_compiles_without_graph_breaks(entry: dict[str, Any]) -> None:
 
 @every_operator
 def test_bf16_autocast_is_summed_in_float32(entry: dict[str, Any]) -> None:
-    operator = build(entry | ({"max_chunks": 64} if entry["name"] == "mhla" and "extrapolation" not in entry else {}), torch.float32)
+    operator = build(
+        entry | ({"max_chunks": 64} if entry["name"] == "mhla" and "extrapolation" not in entry else {}),
+        torch.float32,
+    )
     x = {name: value.bfloat16() for name, value in inputs(operator, 512, dtype=torch.float32).items()}
     with torch.no_grad():
         exact = operator(**{name: value.float() for name, value in x.items()})
@@ -326,11 +374,17 @@ def test_the_state_stops_growing(entry: dict[str, Any], kept: int) -> None:
         x = inputs(operator, 120, batch=1)
         _, early = operator.prefill(**cut(x, 0, 64))
         _, late = operator.prefill(**x)
-        streamed = operator.init_state(1, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=torch.float64)
+        streamed = operator.init_state(
+            1, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=torch.float64
+        )
         for t in range(120):
             _, streamed = operator.step(**cut(x, t, t + 1), state=streamed)
     summary = HEADS * DIM_K * DIM_V * 8
-    extra = {"shift": 2, "relative": 3}.get("relative" if "mix_form" in entry else "shift", 0) if entry["name"] == "mhla" else 1
+    extra = (
+        {"shift": 2, "relative": 3}.get("relative" if "mix_form" in entry else "shift", 0)
+        if entry["name"] == "mhla"
+        else 1
+    )
     assert late.bytes <= (kept + 1 + extra) * summary
     assert streamed.bytes <= (2 * kept + extra) * summary if kept == 14 else streamed.bytes == late.bytes
     assert (early.bytes < late.bytes) == (kept == 14)
@@ -352,7 +406,10 @@ def test_the_merged_far_chunks_of_the_relative_form_are_all_still_read() -> None
         ({"max_chunks": 2.5}, ["max_chunks is 2.5"]),
         ({"extrapolation": "repeat"}, ["unknown extrapolation 'repeat'", "null, shift"]),
         ({"mix_form": "relativ"}, ["unknown mix_form 'relativ'", "did you mean 'relative'"]),
-        ({"mix_form": "relative", "mix_init": "local_row"}, ["mix_init 'local_row' of the relative form", "causal_exp"]),
+        (
+            {"mix_form": "relative", "mix_init": "local_row"},
+            ["mix_init 'local_row' of the relative form", "causal_exp"],
+        ),
         ({"mix_form": "relative", "extrapolation": "shift"}, ["relative", "leave it out"]),
         ({"intra": "soft"}, ["unknown intra 'soft'", "decay, plain, window"]),
         ({"decay": "layer"}, ["unknown decay 'layer'"]),
@@ -375,9 +432,14 @@ def test_a_wrong_option_is_one_clear_sentence(options: dict[str, Any], words: li
 def test_text_beyond_the_matrix_is_refused_at_once_and_while_streaming() -> None:
     operator = build(MHLA)
     x = inputs(operator, 41)
-    with pytest.raises(UserError, match=r"5 chunks of 8 = 40 tokens a document, and there are more .*; give max_chunks, extrapolation: shift"):
+    with pytest.raises(
+        UserError,
+        match=r"5 chunks of 8 = 40 tokens a document, and there are more .*; give max_chunks, extrapolation: shift",
+    ):
         operator(**x)
-    assert operator(**x, documents=torch.tensor([[0] * 20 + [1] * 21] * 2)).shape == x["v"].shape  # each document alone fits
+    assert (
+        operator(**x, documents=torch.tensor([[0] * 20 + [1] * 21] * 2)).shape == x["v"].shape
+    )  # each document alone fits
     with torch.no_grad():
         _, state = operator.prefill(**cut(x, 0, 40))
         with pytest.raises(UserError, match="there are more"):

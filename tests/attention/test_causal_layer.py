@@ -17,7 +17,11 @@ from mhla_lightning.errors import UserError
 from tests.helpers.language_models import OPERATORS_ON_CPU
 
 DIM, TOKENS = 32, 40
-SMALL: dict[str, dict[str, Any]] = {"softmax": {}, "linear": {"chunk_size": 8}, "mhla": {"chunk_size": 8, "max_chunks": 6}}
+SMALL: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "linear": {"chunk_size": 8},
+    "mhla": {"chunk_size": 8, "max_chunks": 6},
+}
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped": {"kv_heads": 2},
@@ -30,7 +34,9 @@ every_operator = pytest.mark.parametrize("name", OPERATORS_ON_CPU)
 
 def build(name: str, **options: Any) -> CausalSelfAttention:
     torch.manual_seed(0)
-    return CausalSelfAttention(DIM, attention={"name": name, **SMALL.get(name, {})}, heads=4, **options).double()
+    return CausalSelfAttention(
+        DIM, attention={"name": name, **SMALL.get(name, {})}, heads=4, **options
+    ).double()
 
 
 def tokens(batch: int = 2, count: int = TOKENS) -> Tensor:
@@ -62,7 +68,9 @@ def test_nothing_before_a_token_sees_it(name: str, layer_options: dict[str, Any]
 
 @every_operator
 @every_layer
-def test_packed_documents_and_padding_give_what_each_document_gives_alone(name: str, layer_options: dict[str, Any]) -> None:
+def test_packed_documents_and_padding_give_what_each_document_gives_alone(
+    name: str, layer_options: dict[str, Any]
+) -> None:
     layer, x = build(name, **layer_options), tokens()
     documents = torch.tensor([[0] * 3 + [1] * 20 + [2] * 17, [5] * 30 + [5] * 2 + [-1] * 8])
     mask = documents >= 0
@@ -71,14 +79,18 @@ def test_packed_documents_and_padding_give_what_each_document_gives_alone(name: 
         alone = run(layer, x[row : row + 1, start:stop])
         torch.testing.assert_close(packed[row : row + 1, start:stop], alone, rtol=1e-10, atol=1e-12)
     left = torch.arange(TOKENS).expand(2, -1) >= torch.tensor([[5], [0]])
-    torch.testing.assert_close(run(layer, x, Packing(left, None))[:1, 5:], run(layer, x[:1, 5:]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        run(layer, x, Packing(left, None))[:1, 5:], run(layer, x[:1, 5:]), rtol=1e-10, atol=1e-12
+    )
 
 
 @every_operator
 @every_layer
 @pytest.mark.parametrize("prompt", [1, 2, 8, 21, 39])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_prefill_and_steps_equal_forward(name: str, layer_options: dict[str, Any], prompt: int, padding: str) -> None:
+def test_prefill_and_steps_equal_forward(
+    name: str, layer_options: dict[str, Any], prompt: int, padding: str
+) -> None:
     layer, x = build(name, **layer_options), tokens()
     expected = run(layer, x)
     packing, given, spare = None, x[:, :prompt], 5
@@ -107,7 +119,9 @@ def test_steps_from_nothing_and_another_order_of_sequences(name: str, layer_opti
         if t == 5:
             order = torch.tensor([2, 0, 0, 1])
             state = state.reorder(order)
-        out, state = layer.step(x[order, t : t + 1], state, rotary=turn(layer, torch.full((len(order), 1), t)))
+        out, state = layer.step(
+            x[order, t : t + 1], state, rotary=turn(layer, torch.full((len(order), 1), t))
+        )
         torch.testing.assert_close(out[:, 0], expected[order, t], rtol=1e-10, atol=1e-12)
     assert state.bytes >= sum(kept.nbytes for kept in state.inputs)
     assert len(state.inputs) == (3 if layer_options.get("short_conv") else 0)
@@ -160,7 +174,10 @@ def test_heads_start_with_decays_of_their_own(name: str) -> None:
 @pytest.mark.parametrize("count", [64, 200])
 def test_flops_are_what_torch_counts(name: str, layer_options: dict[str, Any], count: int) -> None:
     with torch.device("meta"):
-        layer, x = CausalSelfAttention(64, attention=name, heads=4, **layer_options), torch.empty(1, count, 64)
+        layer, x = (
+            CausalSelfAttention(64, attention=name, heads=4, **layer_options),
+            torch.empty(1, count, 64),
+        )
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == layer.flops(count) > 0

@@ -29,7 +29,11 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text import Sampling, generate
 from tests.helpers.language_models import CUDA_ONLY, prompts, tiny_model
 
-KERNELS = {"gla": "gla", "gated_deltanet": "gated_delta_rule", "mamba2": "simple_gla"}  # name -> module of fla.ops
+KERNELS = {
+    "gla": "gla",
+    "gated_deltanet": "gated_delta_rule",
+    "mamba2": "simple_gla",
+}  # name -> module of fla.ops
 HEADS, DIM_K, DIM_V = 2, 4, 5
 every_operator = pytest.mark.parametrize("name", KERNELS)
 
@@ -57,7 +61,10 @@ def recurrence(
         assert len(q) == 1
         assert bounds == sorted(set(bounds))
         assert (bounds[0], bounds[-1]) == (0, q.shape[1])
-        done = [_recur([x[:, start:stop] for x in given], None) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        done = [
+            _recur([x[:, start:stop] for x in given], None)
+            for start, stop in zip(bounds, bounds[1:], strict=False)
+        ]
         out, state = torch.cat([out for out, _ in done], 1), torch.cat([state for _, state in done])
     return (scale * out).to(v.dtype), state if output_final_state else None
 
@@ -68,7 +75,11 @@ def _recur(given: list[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
     outs = []
     for t in range(q.shape[1]):
         state = state * (g[:, t].exp().unsqueeze(-1) if g.dim() == 4 else g[:, t].exp()[..., None, None])
-        value = (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])) * beta[0][:, t, :, None] if beta else v[:, t]
+        value = (
+            (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])) * beta[0][:, t, :, None]
+            if beta
+            else v[:, t]
+        )
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], value)
         outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
     return torch.stack(outs, 1), state
@@ -92,10 +103,15 @@ def build(name: str) -> CausalAttention:
     return operator
 
 
-def inputs(name: str, tokens: int, batch: int = 2, dims: tuple[int, int] = (DIM_K, DIM_V), heads: int = HEADS) -> dict[str, Any]:
+def inputs(
+    name: str, tokens: int, batch: int = 2, dims: tuple[int, int] = (DIM_K, DIM_V), heads: int = HEADS
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     widths = {"q": dims[0], "k": dims[0], "v": dims[1]}
-    made = {key: torch.randn(batch, tokens, heads, dim, dtype=torch.float64, generator=generator) for key, dim in widths.items()}
+    made = {
+        key: torch.randn(batch, tokens, heads, dim, dtype=torch.float64, generator=generator)
+        for key, dim in widths.items()
+    }
     channels = (dims[0],) if name == "gla" else ()
     made["log_decay"] = -torch.rand(batch, tokens, heads, *channels, dtype=torch.float64, generator=generator)
     if name == "gated_deltanet":
@@ -107,7 +123,9 @@ def cut(x: dict[str, Any], start: int, stop: int, rows: slice = slice(None)) -> 
     return {key: value[rows, start:stop] for key, value in x.items()}
 
 
-def written_out(name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None) -> Tensor:
+def written_out(
+    name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None
+) -> Tensor:
     """What each paper says of one document a row, as a sum over earlier tokens where there is one."""
     if name == "gated_deltanet":
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
@@ -118,7 +136,10 @@ def written_out(name: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, b
         for t in range(q.shape[1]):
             kt, bt = k[:, t], beta[:, t, :, None, None]
             erase = eye - bt * kt[..., :, None] * kt[..., None, :]
-            state = log_decay[:, t].exp()[..., None, None] * erase @ state + bt * kt[..., :, None] * v[:, t, :, None, :]
+            state = (
+                log_decay[:, t].exp()[..., None, None] * erase @ state
+                + bt * kt[..., :, None] * v[:, t, :, None, :]
+            )
             outs.append((q[:, t, :, None] @ state).squeeze(-2))
         return torch.stack(outs, 1) * q.shape[-1] ** -0.5
     if name == "mamba2":
@@ -157,7 +178,12 @@ def test_parallel_and_streamed_are_what_the_paper_says_with_all_gradients(name: 
             out, state = operator.prefill(**cut(x, 0, prompt))
             outs = [out]
         else:
-            outs, state = [], operator.init_state(2, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=torch.float64)
+            outs, state = (
+                [],
+                operator.init_state(
+                    2, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=torch.float64
+                ),
+            )
         assert state.bytes == 2 * HEADS * DIM_K * DIM_V * 8
         for t in range(prompt, tokens):
             out, state = operator.step(**cut(x, t, t + 1), state=state)
@@ -174,7 +200,12 @@ def test_documents_and_padding_are_sequences_of_their_own(name: str) -> None:
     operator, x = build(name), inputs(name, 12, batch=3)
     documents = torch.tensor([[-1] * 2 + [0] * 4 + [1] * 6, [0] * 1 + [7] * 8 + [-1] * 3, [-1] * 12])
     mask = documents >= 0
-    hole = {key: value.detach().masked_fill(~mask.view(3, 12, *[1] * (value.dim() - 2)), float("nan")).requires_grad_() for key, value in x.items()}
+    hole = {
+        key: value.detach()
+        .masked_fill(~mask.view(3, 12, *[1] * (value.dim() - 2)), float("nan"))
+        .requires_grad_()
+        for key, value in x.items()
+    }
     out = operator(**hole, mask=mask, documents=documents)
     expected = torch.zeros_like(out)
     for row, start, stop in ((0, 2, 6), (0, 6, 12), (1, 0, 1), (1, 1, 9)):
@@ -197,9 +228,13 @@ def test_states_end_at_the_last_real_token_and_take_another_order(name: str) -> 
     _, second = operator.prefill(**cut(x, 2, 8, slice(1, 2)))
     nothing = operator.init_state(1, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=torch.float64)
     token = cut(x, 7, 8, slice(0, 1))
-    wanted = [operator.step(**token, state=copy.deepcopy(alone))[0] for alone in (nothing, second, first, second)]
+    wanted = [
+        operator.step(**token, state=copy.deepcopy(alone))[0] for alone in (nothing, second, first, second)
+    ]
     moved = state.reorder(torch.tensor([2, 1, 0, 1]))
-    out, _ = operator.step(**{key: value.expand(4, *value.shape[1:]) for key, value in token.items()}, state=moved)
+    out, _ = operator.step(
+        **{key: value.expand(4, *value.shape[1:]) for key, value in token.items()}, state=moved
+    )
     assert_close(out, torch.cat(wanted))
     with pytest.raises(UserError, match="one document a row"):
         operator.prefill(**x, packing=Packing(mask, torch.zeros(3, 8)))
@@ -223,7 +258,9 @@ def test_gates_start_apart_and_learn(name: str) -> None:
     assert layer.decay is not None
     spans = 1 / (1 - torch.sigmoid(layer.decay.bias.detach()))
     assert spans.shape == ((4 * layer.dim_k,) if name == "gla" else (4,))
-    torch.testing.assert_close(spans.view(-1, 4)[0], torch.tensor([4.0, 16.0, 64.0, 256.0], dtype=torch.float64), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(
+        spans.view(-1, 4)[0], torch.tensor([4.0, 16.0, 64.0, 256.0], dtype=torch.float64), rtol=1e-4, atol=0.0
+    )
     assert (layer.beta is not None) == (name == "gated_deltanet")
     torch.nn.init.normal_(layer.decay.weight, std=0.1)
     layer_contract.run(layer, layer_contract.tokens()).square().sum().backward()
@@ -245,7 +282,9 @@ def test_low_precision_stays_near_float64(name: str, autocast: bool) -> None:
     assert (out.double() - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it, and hides the warning otherwise
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo looks at it, and hides the warning otherwise
 @pytest.mark.usefixtures("on_cpu")
 @every_operator
 def test_a_language_model_generates_and_compiles(name: str) -> None:
@@ -253,7 +292,9 @@ def test_a_language_model_generates_and_compiles(name: str) -> None:
     model = tiny_model(name)
     (row,) = prompts(9)
     with torch.no_grad():
-        chosen = [int(step.tokens[0]) for step in generate(model, [row], Sampling(greedy=True), max_new_tokens=5)]
+        chosen = [
+            int(step.tokens[0]) for step in generate(model, [row], Sampling(greedy=True), max_new_tokens=5)
+        ]
         expected = list(row)
         for _ in range(5):
             expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
@@ -310,7 +351,10 @@ def test_flops_are_those_of_linear_attention_and_more_for_the_delta_rule(name: s
 @every_operator
 def test_without_the_package_nothing_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fla, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"attention '{name}' needs the package 'flash-linear-attention': pip install 'mhla-lightning\[fla\]'"):
+    with pytest.raises(
+        UserError,
+        match=rf"attention '{name}' needs the package 'flash-linear-attention': pip install 'mhla-lightning\[fla\]'",
+    ):
         build(name)
 
 
@@ -327,7 +371,9 @@ def test_without_a_cuda_device_the_first_forward_says_what_to_take(name: str) ->
 @pytest.mark.usefixtures("on_cpu")
 def test_a_missing_gate_is_named() -> None:
     x = inputs("gated_deltanet", 3)
-    with pytest.raises(UserError, match="attention 'gated_deltanet' needs beta, which CausalSelfAttention computes"):
+    with pytest.raises(
+        UserError, match="attention 'gated_deltanet' needs beta, which CausalSelfAttention computes"
+    ):
         build("gated_deltanet")(**{key: value for key, value in x.items() if key != "beta"})
     with pytest.raises(UserError, match="attention 'gla' needs log_decay"):
         build("gla")(x["q"], x["k"], x["v"])
@@ -335,7 +381,12 @@ def test_a_missing_gate_is_named() -> None:
 
 def test_the_package_is_not_imported_with_ours() -> None:
     code = "import json, sys, mhla_lightning.attention; print(json.dumps([m for m in ('fla', 'triton', 'einops') if m in sys.modules]))"
-    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == []
+    assert (
+        json.loads(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
+        == []
+    )
 
 
 def ops(name: str) -> Any:
@@ -345,7 +396,9 @@ def ops(name: str) -> Any:
         return importlib.import_module(f"fla.ops.{name}")
 
 
-needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
 
 
 @needs_fla
@@ -358,7 +411,9 @@ def test_the_recurrence_here_is_the_reference_of_the_package(name: str, started:
     state = torch.randn(2, HEADS, DIM_K, DIM_V) if started else None
     gates = {"gk" if name == "gla" else "g": x.pop("log_decay")}
     out, end = reference(**x, **gates, initial_state=state, output_final_state=True)
-    mine, my_end = recurrence(**x, g=next(iter(gates.values())), scale=DIM_K**-0.5, initial_state=state, output_final_state=True)
+    mine, my_end = recurrence(
+        **x, g=next(iter(gates.values())), scale=DIM_K**-0.5, initial_state=state, output_final_state=True
+    )
     torch.testing.assert_close(mine, out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(my_end, end, rtol=1e-5, atol=1e-5)
 
@@ -368,7 +423,10 @@ def test_the_recurrence_here_is_the_reference_of_the_package(name: str, started:
 def test_the_kernels_are_there_and_take_our_arguments(name: str) -> None:
     module = ops(KERNELS[name])
     chunk, recurrent = fla.load_kernels(KERNELS[name], name, torch.device("cuda"))
-    assert (chunk, recurrent) == (getattr(module, f"chunk_{KERNELS[name]}"), getattr(module, f"fused_recurrent_{KERNELS[name]}"))
+    assert (chunk, recurrent) == (
+        getattr(module, f"chunk_{KERNELS[name]}"),
+        getattr(module, f"fused_recurrent_{KERNELS[name]}"),
+    )
     gates = {"gla": ("g", "gk")}.get(name, ("g", "g"))
     for kernel, gate in zip((chunk, recurrent), gates, strict=True):
         names = list(inspect.signature(kernel).parameters)
@@ -390,7 +448,10 @@ def test_the_kernels_compute_what_the_paper_says(name: str, dtype: torch.dtype) 
     expected = torch.cat([written_out(name, **cut(x, 0, 70)), written_out(name, **cut(x, 70, 150))], 1)
     second = written_out(name, **cut(x, 0, 131, slice(1, 2)))
     expected = torch.cat([expected[:1], F.pad(second, (0, 0, 0, 0, 0, 19))])
-    there = {key: value.detach().to("cuda", torch.float32 if key == "log_decay" else dtype).requires_grad_() for key, value in x.items()}
+    there = {
+        key: value.detach().to("cuda", torch.float32 if key == "log_decay" else dtype).requires_grad_()
+        for key, value in x.items()
+    }
     out = operator(**there, mask=mask.cuda(), documents=documents.cuda())
     close_on_cuda(out, expected)
     for actual, gradient in zip(gradients(there, out), gradients(x, expected), strict=True):
@@ -406,7 +467,12 @@ def test_the_kernels_stream_what_they_compute_at_once(name: str) -> None:
     x = {key: value.detach().float().cuda() for key, value in inputs(name, 100, dims=(32, 64)).items()}
     mask = (torch.arange(90) >= torch.tensor([[0], [7]])).cuda()
     with torch.no_grad():
-        whole = torch.cat([operator(**cut(x, 0, 100, slice(0, 1))), F.pad(operator(**cut(x, 7, 100, slice(1, 2))), (0, 0, 0, 0, 7, 0))])
+        whole = torch.cat(
+            [
+                operator(**cut(x, 0, 100, slice(0, 1))),
+                F.pad(operator(**cut(x, 7, 100, slice(1, 2))), (0, 0, 0, 0, 7, 0)),
+            ]
+        )
         out, state = operator.prefill(**cut(x, 0, 90), mask=mask)
         outs = [out]
         for t in range(90, 100):

@@ -10,7 +10,15 @@ import torch
 from mhla_lightning.attention import BlockGrid, MixingMatrix, initial_mixing
 from mhla_lightning.errors import UserError
 
-GRIDS = [((16,), 4), ((22,), 3), ((4, 4), 2), ((7, 10), (3, 3)), ((4, 6, 2), (2, 3, 2)), ((5, 7, 3), (2, 3, 3)), ((1, 1), 1)]
+GRIDS = [
+    ((16,), 4),
+    ((22,), 3),
+    ((4, 4), 2),
+    ((7, 10), (3, 3)),
+    ((4, 6, 2), (2, 3, 2)),
+    ((5, 7, 3), (2, 3, 3)),
+    ((1, 1), 1),
+]
 
 
 @pytest.mark.parametrize(("grid", "blocks"), GRIDS, ids=str)
@@ -25,14 +33,18 @@ def test_blocks_and_back(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -
 
 
 @pytest.mark.parametrize(("grid", "blocks"), GRIDS, ids=str)
-def test_block_order_is_row_major_blocks_of_row_major_tokens(grid: tuple[int, ...], blocks: int | tuple[int, ...]) -> None:
+def test_block_order_is_row_major_blocks_of_row_major_tokens(
+    grid: tuple[int, ...], blocks: int | tuple[int, ...]
+) -> None:
     """Against a loop over the tokens of every block."""
     b = BlockGrid(grid, blocks)
     numbers = torch.arange(b.tokens).view(grid)
     placed = b.to_blocks(torch.arange(1, b.tokens + 1).view(-1, 1)).squeeze(-1)
     expected = []
     for corner in torch.cartesian_prod(*(torch.arange(n) for n in b.blocks)).view(b.num_blocks, -1):
-        for place in torch.cartesian_prod(*(torch.arange(n) for n in b.block_size)).view(b.tokens_per_block, -1):
+        for place in torch.cartesian_prod(*(torch.arange(n) for n in b.block_size)).view(
+            b.tokens_per_block, -1
+        ):
             where = [int(c) * size + int(p) for c, p, size in zip(corner, place, b.block_size, strict=True)]
             inside = all(w < n for w, n in zip(where, grid, strict=True))
             expected.append(int(numbers[tuple(where)]) + 1 if inside else 0)
@@ -60,13 +72,22 @@ def test_a_count_that_does_not_fit_names_the_nearest(tokens: int, blocks: int, n
 
 
 def test_causal_initialisations_are_what_the_design_says() -> None:
-    local, decaying = (MixingMatrix(4, init, causal=True, exp_sigma=0.5).matrix() for init in ("causal_local", "causal_exp"))
-    rows = [[1.0], [1.0, 1e-3], [1.0, 0.5, 1e-3], [1.0, 2 / 3, 1 / 3, 1e-3]]  # 1 - (i - b) / max(i, 1) by distance, at least 1e-3
+    local, decaying = (
+        MixingMatrix(4, init, causal=True, exp_sigma=0.5).matrix() for init in ("causal_local", "causal_exp")
+    )
+    rows = [
+        [1.0],
+        [1.0, 1e-3],
+        [1.0, 0.5, 1e-3],
+        [1.0, 2 / 3, 1 / 3, 1e-3],
+    ]  # 1 - (i - b) / max(i, 1) by distance, at least 1e-3
     for i, row in enumerate(rows):
         expected = torch.tensor(row[::-1]) / sum(row)
         torch.testing.assert_close(local[i], torch.nn.functional.pad(expected, (0, 3 - i)))
         torch.testing.assert_close(decaying[i, : i + 1], torch.exp(-torch.arange(i, -1, -1.0) / 0.5))
-    torch.testing.assert_close(MixingMatrix(4, "causal_exp", causal=True).weight[3], torch.exp(-torch.arange(3, -1, -1.0)))
+    torch.testing.assert_close(
+        MixingMatrix(4, "causal_exp", causal=True).weight[3], torch.exp(-torch.arange(3, -1, -1.0))
+    )
 
 
 def test_the_relative_form_serves_any_number_of_blocks() -> None:
@@ -77,10 +98,18 @@ def test_the_relative_form_serves_any_number_of_blocks() -> None:
     mixing.project_()
     w = [[0.9, 0.5, 0.1], [0.0, 1.0, 0.3]]
     for head, (own, near, far) in enumerate(w):
-        expected = [[own, 0, 0, 0, 0], [near, own, 0, 0, 0], [far, near, own, 0, 0], [far, far, near, own, 0], [far, far, far, near, own]]
+        expected = [
+            [own, 0, 0, 0, 0],
+            [near, own, 0, 0, 0],
+            [far, near, own, 0, 0],
+            [far, far, near, own, 0],
+            [far, far, far, near, own],
+        ]
         torch.testing.assert_close(mixing.matrix(5)[head], torch.tensor(expected))
     assert (MixingMatrix(4, "causal_uniform", causal=True, heads=2, form="relative").weight == 1).all()
-    torch.testing.assert_close(MixingMatrix(3, "causal_local", causal=True, form="relative").weight, torch.tensor([[1.0, 0.5, 1e-3]]))
+    torch.testing.assert_close(
+        MixingMatrix(3, "causal_local", causal=True, form="relative").weight, torch.tensor([[1.0, 0.5, 1e-3]])
+    )
     with pytest.raises(UserError, match="'relative' .* needs a causal model"):
         MixingMatrix(3, "const", form="relative")
 
@@ -97,7 +126,9 @@ def test_options_of_the_initialisations_reach_them() -> None:
     assert torch.equal(initial_mixing(d, "const", value=0.25), torch.full_like(d, 0.25))
     near, far = (initial_mixing(d, "exp", exp_sigma=s) for s in (0.5, 5.0))
     assert near[0, 0] > far[0, 0]
-    assert (initial_mixing(d, "local", local_thres=1.0) > 0).sum() < (initial_mixing(d, "local", local_thres=1.5) > 0).sum()
+    assert (initial_mixing(d, "local", local_thres=1.0) > 0).sum() < (
+        initial_mixing(d, "local", local_thres=1.5) > 0
+    ).sum()
 
 
 def test_projection_restores_range_and_triangle() -> None:

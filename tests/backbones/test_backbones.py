@@ -16,7 +16,14 @@ from mhla_lightning.backbones import IMAGE_CLASSIFIERS, VisionTransformer, regis
 from mhla_lightning.backbones.vit import padded_grid
 from mhla_lightning.errors import UserError
 
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+TINY: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
 
 
 def build_backbone(name: str, **options: Any) -> Any:
@@ -24,7 +31,9 @@ def build_backbone(name: str, **options: Any) -> Any:
     return backbones.build_backbone(name, **options)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("deit_tiny", 5_793_832), ("deit_small", 22_200_424), ("deit_base", 86_864_104)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("deit_tiny", 5_793_832), ("deit_small", 22_200_424), ("deit_base", 86_864_104)]
+)
 def test_preset_release_has_the_released_parameter_counts(name: str, parameters: int) -> None:
     """SPEC 3.1."""
     with torch.device("meta"):
@@ -40,8 +49,14 @@ def test_timm_creates_every_backbone_with_every_operator(name: str, attention: s
 
 
 @pytest.mark.parametrize("attention", [*ATTENTION, {"name": "mhla", "preset": "release"}], ids=str)
-@pytest.mark.parametrize(("img_size", "grid"), [(224, (16, 16)), (256, (16, 16)), (384, (24, 24)), (512, (32, 32)), ((224, 336), (16, 24))], ids=str)
-def test_flops_and_grid_at_the_papers_sizes(attention: str | dict, img_size: int | tuple[int, int], grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("img_size", "grid"),
+    [(224, (16, 16)), (256, (16, 16)), (384, (24, 24)), (512, (32, 32)), ((224, 336), (16, 24))],
+    ids=str,
+)
+def test_flops_and_grid_at_the_papers_sizes(
+    attention: str | dict, img_size: int | tuple[int, int], grid: tuple[int, int]
+) -> None:
     with torch.device("meta"):
         model = build_backbone("deit_tiny", attention=attention, img_size=img_size).eval()
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -53,7 +68,9 @@ def test_flops_and_grid_at_the_papers_sizes(attention: str | dict, img_size: int
 
 
 def test_a_list_of_operators_is_cycled_over_the_layers() -> None:
-    model = build_backbone("deit_tiny", attention=["softmax", "mhla", {"name": "mhla", "blocks": 2}], **{**TINY, "depth": 6})
+    model = build_backbone(
+        "deit_tiny", attention=["softmax", "mhla", {"name": "mhla", "blocks": 2}], **{**TINY, "depth": 6}
+    )
     operators = [block.attn.attention for block in model.blocks]
     assert [type(o) for o in operators] == [Softmax, MHLA, MHLA] * 2
     assert [o.grid.num_blocks for o in operators if isinstance(o, MHLA)] == [16, 4] * 2
@@ -75,7 +92,9 @@ def test_positional_convolutions(pos_conv: str) -> None:
 
 def test_tokens_stay_in_raster_order() -> None:
     """Moving the image by whole patches moves the tokens of a position-free model alike, whatever the blocks: nothing leaks block order."""
-    model = build_backbone("deit_tiny", attention={"name": "mhla", "blocks": 1, "pos_conv": "none"}, **TINY).eval()
+    model = build_backbone(
+        "deit_tiny", attention={"name": "mhla", "blocks": 1, "pos_conv": "none"}, **TINY
+    ).eval()
     torch.nn.init.zeros_(model.pos_embed)
     image = torch.randn(1, 3, 32, 32)
     tokens = model.forward_features(image).unflatten(1, model.grid)
@@ -87,7 +106,9 @@ def test_masked_padding_is_never_seen() -> None:
     """With mask_padding, what stands in the padding ring cannot matter; without, it does (the paper lets it take part)."""
     for masked in (True, False):
         torch.manual_seed(0)
-        model = build_backbone("deit_tiny", attention="mhla", **{**TINY, "img_size": 24}, mask_padding=masked).eval()
+        model = build_backbone(
+            "deit_tiny", attention="mhla", **{**TINY, "img_size": 24}, mask_padding=masked
+        ).eval()
         image = torch.randn(1, 3, 24, 24)
         framed = torch.nn.functional.pad(image, (4, 4, 4, 4), value=3.0)
         assert torch.allclose(model(image), model(framed), atol=1e-5) == masked
@@ -118,7 +139,9 @@ def test_weights_of_a_plain_timm_vit_fit_a_softmax_backbone() -> None:
 
 
 def test_position_embeddings_are_resampled_and_class_tokens_dropped() -> None:
-    small: Any = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    small: Any = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5
+    )
     ours = build_backbone("deit_tiny", attention="softmax", **TINY)
     adapted = ours.adapt_state_dict(small.state_dict())
     assert adapted["pos_embed"].shape == ours.pos_embed.shape
@@ -141,11 +164,31 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     ("name", "options", "words"),
     [
         ("deit_tinny", {}, ["unknown backbone 'deit_tinny'", "did you mean 'deit_tiny'"]),
-        ("deit_tiny", {"image_size": 32}, ["unknown option 'image_size' of backbone 'deit_tiny'", "did you mean 'img_size'"]),
-        ("deit_tiny", {"img_size": 30, "patch_size": 4}, ["img_size 30 is no multiple of patch_size 4", "use 28 or 32"]),
-        ("deit_tiny", {"attention": {"name": "mhla", "blocks": 5}}, ["blocks=5 does not fit an axis of 16 tokens", "use 4 or 6"]),
-        ("deit_tiny", {"attention": {"name": "mhla", "preset": "papr"}}, ["unknown attention preset 'papr'", "paper, release"]),
-        ("deit_tiny", {"attention": {"name": "mhla", "pos_conv": "lepe7"}}, ["unknown pos_conv 'lepe7'", "lepe5"]),
+        (
+            "deit_tiny",
+            {"image_size": 32},
+            ["unknown option 'image_size' of backbone 'deit_tiny'", "did you mean 'img_size'"],
+        ),
+        (
+            "deit_tiny",
+            {"img_size": 30, "patch_size": 4},
+            ["img_size 30 is no multiple of patch_size 4", "use 28 or 32"],
+        ),
+        (
+            "deit_tiny",
+            {"attention": {"name": "mhla", "blocks": 5}},
+            ["blocks=5 does not fit an axis of 16 tokens", "use 4 or 6"],
+        ),
+        (
+            "deit_tiny",
+            {"attention": {"name": "mhla", "preset": "papr"}},
+            ["unknown attention preset 'papr'", "paper, release"],
+        ),
+        (
+            "deit_tiny",
+            {"attention": {"name": "mhla", "pos_conv": "lepe7"}},
+            ["unknown pos_conv 'lepe7'", "lepe5"],
+        ),
         ("deit_tiny", {"attention": []}, ["attention is an empty list"]),
         ("deit_tiny", {"embed_dim": 100}, ["3 heads do not divide 100 channels"]),
     ],

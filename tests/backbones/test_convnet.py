@@ -13,11 +13,15 @@ from mhla_lightning.config.recipes import apply_overrides, load_recipe
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
 
-SIZES = pytest.mark.parametrize(("img_size", "grid"), [(28, (7, 7)), (32, (8, 8)), ((30, 45), (8, 12)), (5, (2, 2))], ids=str)
+SIZES = pytest.mark.parametrize(
+    ("img_size", "grid"), [(28, (7, 7)), (32, (8, 8)), ((30, 45), (8, 12)), (5, (2, 2))], ids=str
+)
 
 
 def build(**options: Any) -> Any:
-    return backbones.build_backbone("convnet_tiny", attention="none", **{"num_classes": 10, "widths": (4, 6, 8), **options})
+    return backbones.build_backbone(
+        "convnet_tiny", attention="none", **{"num_classes": 10, "widths": (4, 6, 8), **options}
+    )
 
 
 @SIZES
@@ -43,7 +47,9 @@ def test_the_head_is_linear_on_what_stands_before_it() -> None:
 def test_every_parameter_learns_and_own_weights_come_back() -> None:
     model, other = build(), build()
     model(torch.randn(4, 3, 28, 28)).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters()
+    )
     other.load_state_dict(other.adapt_state_dict(model.state_dict()))
     image = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(other.eval()(image), model.eval()(image))

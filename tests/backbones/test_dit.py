@@ -19,7 +19,12 @@ from mhla_lightning.errors import UserError
 
 TINY: dict[str, Any] = {"input_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 RELEASE = {"name": "mhla", "preset": "release"}
-ENTRIES: list[Any] = [*ATTENTION, RELEASE, ["softmax", "mhla"], {"name": "linear", "pos_conv": "cpe3", "gate": True}]
+ENTRIES: list[Any] = [
+    *ATTENTION,
+    RELEASE,
+    ["softmax", "mhla"],
+    {"name": "linear", "pos_conv": "cpe3", "gate": True},
+]
 
 
 def build(name: str = "dit_s2", **options: Any) -> Any:
@@ -32,7 +37,9 @@ def awake(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 if "mixing" not in name else parameter)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 0.1 if "mixing" not in name else parameter
+            )
     return model.eval()
 
 
@@ -43,7 +50,9 @@ def inputs(model: Any, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("dit_s2", 32_923_424), ("dit_b2", 130_429_472), ("dit_l2", 458_141_728), ("dit_xl2", 675_228_960)], ids=str
+    ("name", "parameters"),
+    [("dit_s2", 32_923_424), ("dit_b2", 130_429_472), ("dit_l2", 458_141_728), ("dit_xl2", 675_228_960)],
+    ids=str,
 )
 def test_preset_release_has_the_released_parameter_counts(name: str, parameters: int) -> None:
     """SPEC 4.1: trainable ones; the positions come on top, in the state dict."""
@@ -55,7 +64,9 @@ def test_preset_release_has_the_released_parameter_counts(name: str, parameters:
 
 
 def test_every_size_and_patch_has_a_name() -> None:
-    assert set(IMAGE_DIFFUSION) == {f"dit_{size}{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)}
+    assert set(IMAGE_DIFFUSION) == {
+        f"dit_{size}{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)
+    }
     for name in IMAGE_DIFFUSION:
         with torch.device("meta"):
             model: Any = backbones.build_backbone(name)
@@ -113,7 +124,12 @@ def test_initial_weights_follow_the_spec() -> None:
     assert all(not value.any() for name, value in weights.items() if name.endswith("bias"))
     for name in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"):
         assert weights[name].std() == pytest.approx(0.02, rel=0.02)
-    for name in ("blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.attn.gate.weight"):
+    for name in (
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.attn.gate.weight",
+    ):
         rows, columns = weights[name].shape
         bound = (6 / (rows + columns)) ** 0.5
         assert weights[name].abs().max() <= bound
@@ -138,14 +154,21 @@ def test_positions_are_those_of_the_public_dit() -> None:
 
 def test_times_are_embedded_in_float32_whatever_they_come_as() -> None:
     t = torch.tensor([0, 3, 999])
-    expected = np.concatenate([f(t[:, None].numpy() * np.exp(-np.log(10000.0) * np.arange(128) / 128)) for f in (np.cos, np.sin)], axis=1)
+    expected = np.concatenate(
+        [f(t[:, None].numpy() * np.exp(-np.log(10000.0) * np.arange(128) / 128)) for f in (np.cos, np.sin)],
+        axis=1,
+    )
     for given in (t, t.float(), t.double()):
         sinusoid = time_sinusoid(given, 256)
         assert sinusoid.dtype == torch.float32
-        np.testing.assert_allclose(sinusoid.numpy(), expected, atol=2e-4)  # float32 angles of up to 999 radians
+        np.testing.assert_allclose(
+            sinusoid.numpy(), expected, atol=2e-4
+        )  # float32 angles of up to 999 radians
 
 
-@pytest.mark.parametrize("attention", ["softmax", "linear", {"name": "mhla", "blocks": 1, "pos_conv": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "attention", ["softmax", "linear", {"name": "mhla", "blocks": 1, "pos_conv": "none"}], ids=str
+)
 def test_moving_the_image_by_patches_moves_the_output(attention: Any) -> None:
     """Without positions: tokens go out where they came in."""
     model = awake(build(attention=attention, patch_size=4, in_channels=3))
@@ -158,11 +181,15 @@ def test_moving_the_image_by_patches_moves_the_output(attention: Any) -> None:
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_shuffling_whole_blocks_moves_the_output_when_all_blocks_are_equally_far(preset: str) -> None:
     """With a uniform mixing matrix no block stands out, so exchanging two rows of blocks exchanges their outputs: block order does not leak."""
-    model = awake(build(attention={"name": "mhla", "preset": preset, "mix_init": "uniform", "pos_conv": "none"}))
+    model = awake(
+        build(attention={"name": "mhla", "preset": preset, "mix_init": "uniform", "pos_conv": "none"})
+    )
     model.pos_embed.zero_()
     x, t, y = inputs(model)
     block = 16 // model.blocks[0].attn.attention.grid.blocks[0]
-    torch.testing.assert_close(model(x.roll(block, 2), t, y), model(x, t, y).roll(block, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(x.roll(block, 2), t, y), model(x, t, y).roll(block, 2), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_patch_goes_out_row_column_channel() -> None:
@@ -172,7 +199,9 @@ def test_a_patch_goes_out_row_column_channel() -> None:
     seen: dict[str, torch.Tensor] = {}
     model.final_layer.register_forward_hook(lambda module, args, out: seen.update(out=out))
     image = model(x, t, y)
-    torch.testing.assert_close(image, rearrange(seen["out"], "b (h w) (p q c) -> b c (h p) (w q)", h=3, w=4, p=2, q=2, c=4))
+    torch.testing.assert_close(
+        image, rearrange(seen["out"], "b (h w) (p q c) -> b c (h p) (w q)", h=3, w=4, p=2, q=2, c=4)
+    )
 
 
 def test_linear_is_mhla_with_one_block() -> None:
@@ -183,9 +212,16 @@ def test_linear_is_mhla_with_one_block() -> None:
     torch.testing.assert_close(mhla(*inputs(mhla)), linear(*inputs(linear)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pos_conv", "gate"), [("none", False), ("cpe3", False), ("none", True), ("cpe3", True), ("lepe3", False)])
+@pytest.mark.parametrize(
+    ("pos_conv", "gate"), [("none", False), ("cpe3", False), ("none", True), ("cpe3", True), ("lepe3", False)]
+)
 def test_the_papers_ablation_is_one_option_each(pos_conv: str, gate: bool) -> None:
-    names = {name for name, _ in build(attention={"name": "mhla", "pos_conv": pos_conv, "gate": gate}).blocks[0].named_parameters()}
+    names = {
+        name
+        for name, _ in build(attention={"name": "mhla", "pos_conv": pos_conv, "gate": gate})
+        .blocks[0]
+        .named_parameters()
+    }
     assert any(name.startswith("cpe.") for name in names) == (pos_conv == "cpe3")
     assert any(name.startswith("attn.lepe.") for name in names) == (pos_conv == "lepe3")
     assert any(name.startswith("attn.gate.") for name in names) == gate
@@ -203,7 +239,9 @@ def test_cpe_acts_after_both_residuals_on_the_raster_grid() -> None:
     image = rearrange(before, "b (h w) c -> b c h w", h=8, w=12)
     conv = block.cpe.depthwise.conv
     expected = image + F.conv2d(image, conv.weight, conv.bias, padding=1, groups=24)
-    torch.testing.assert_close(block(x, condition), rearrange(expected, "b c h w -> b (h w) c"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        block(x, condition), rearrange(expected, "b c h w -> b (h w) c"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_dwconv_is_the_releases_on_tokens_in_block_order() -> None:
@@ -215,7 +253,9 @@ def test_dwconv_is_the_releases_on_tokens_in_block_order() -> None:
     x, condition = torch.randn(2, 64, 24), torch.randn(2, 24)
     sequence = rearrange(plain(x, condition), "b (h p w q) c -> b c (h w p q)", h=4, w=4, p=2, q=2)
     conv = block.dw_conv.conv
-    expected = F.conv2d(sequence.unflatten(2, (8, 8)), conv.weight, conv.bias, padding=1, groups=24).flatten(2)
+    expected = F.conv2d(sequence.unflatten(2, (8, 8)), conv.weight, conv.bias, padding=1, groups=24).flatten(
+        2
+    )
     expected = rearrange(expected, "b c (h w p q) -> b (h p w q) c", h=4, w=4, p=2, q=2)
     torch.testing.assert_close(block(x, condition), expected, rtol=1e-4, atol=1e-5)
 
@@ -226,7 +266,9 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
     wanted = model(*inputs(model))
     out = model.to(dtype)(*inputs(model))
     assert out.dtype == dtype
-    assert (out.float() - wanted).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4) * wanted.abs().max()
+    assert (out.float() - wanted).abs().max() < (
+        0.05 if dtype == torch.bfloat16 else 1e-4
+    ) * wanted.abs().max()
 
 
 @pytest.mark.parametrize("attention", ENTRIES, ids=str)
@@ -258,12 +300,18 @@ def test_no_weight_decay_names_are_the_mixing_matrices() -> None:
     [
         ({"input_size": 33}, ["input_size 33 is no multiple of patch_size 2", "use 32 or 34"]),
         ({"input_size": (16, 1)}, ["input_size 1 is no multiple of patch_size 2", "use 2"]),
-        ({"input_size": (16, 16, 16)}, ["input_size takes one whole number or [height, width]", "(16, 16, 16)"]),
+        (
+            {"input_size": (16, 16, 16)},
+            ["input_size takes one whole number or [height, width]", "(16, 16, 16)"],
+        ),
         ({"patch_size": 0}, ["patch_size is 0"]),
         ({"embed_dim": 30}, ["embed_dim 30 is no multiple of 4"]),
         ({"num_heads": 5}, ["5 heads do not divide 24 channels"]),
         ({"num_classes": 0}, ["num_classes is 0"]),
-        ({"attention": {"name": "mhla", "blocks": 5}}, ["blocks=5 does not fit an axis of 8 tokens", "use 4 or 8"]),
+        (
+            {"attention": {"name": "mhla", "blocks": 5}},
+            ["blocks=5 does not fit an axis of 8 tokens", "use 4 or 8"],
+        ),
         ({"attention": {"name": "mhla", "gated": True}}, ["unknown option 'gated'", "did you mean 'gate'"]),
         ({"attention": {**RELEASE, "blocks": 3}}, ["normalizer 'slot' needs full blocks"]),
         ({"attention": {"name": "mhla", "blocks": 3}, "dwconv": True}, ["dwconv needs full blocks", "cpe3"]),
@@ -293,7 +341,10 @@ def test_short_last_blocks_are_allowed() -> None:
         ({"x": torch.zeros(2, 4, 16, 32)}, ["(4, 16, 32)", "(4, 16, 16)"]),
         ({"t": torch.tensor(7)}, ["times have the shape ()", "(2,)"]),
         ({"y": torch.zeros(3, dtype=torch.int64)}, ["labels have the shape (3,)", "(2,)"]),
-        ({"y": torch.tensor([0, 6])}, ["class 6 is out of range", "classes are 0 to 4, and 5 is the null label"]),
+        (
+            {"y": torch.tensor([0, 6])},
+            ["class 6 is out of range", "classes are 0 to 4, and 5 is the null label"],
+        ),
         ({"y": torch.tensor([-1, 0])}, ["class -1 is out of range"]),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",

@@ -51,12 +51,20 @@ def text(batch: int = 2, count: int = TOKENS) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10 * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-10, atol=1e-10 * float(expected.detach().abs().max())
+    )
 
 
 def test_every_operator_is_covered() -> None:
     def names(entry: Any) -> set[str]:
-        return {entry} if isinstance(entry, str) else {entry["name"]} if isinstance(entry, dict) else set().union(*map(names, entry))
+        return (
+            {entry}
+            if isinstance(entry, str)
+            else {entry["name"]}
+            if isinstance(entry, dict)
+            else set().union(*map(names, entry))
+        )
 
     assert names(list(ENTRIES.values())) == set(CAUSAL_ATTENTION) - set(CUDA_ONLY)
 
@@ -98,7 +106,10 @@ def test_prefill_and_steps_equal_forward(entry: Any, prompt: int) -> None:
     lengths = (prompt, prompt + 2)
     expected = [model(tokens[row : row + 1]) for row in range(2)]
     for side in ("left", "right"):
-        prompts, mask = torch.zeros(2, prompt + 2, dtype=torch.int64), torch.zeros(2, prompt + 2, dtype=torch.bool)
+        prompts, mask = (
+            torch.zeros(2, prompt + 2, dtype=torch.int64),
+            torch.zeros(2, prompt + 2, dtype=torch.bool),
+        )
         for row, length in enumerate(lengths):
             place = slice(prompt + 2 - length, None) if side == "left" else slice(0, length)
             prompts[row, place], mask[row, place] = tokens[row, :length], True
@@ -110,7 +121,9 @@ def test_prefill_and_steps_equal_forward(entry: Any, prompt: int) -> None:
         for t in range(12):
             for row, length in enumerate(lengths):
                 assert_close(logits[row], expected[row][0, length - 1 + t])
-            logits, state = model.step(torch.stack([tokens[row, length + t] for row, length in enumerate(lengths)]), state)
+            logits, state = model.step(
+                torch.stack([tokens[row, length + t] for row, length in enumerate(lengths)]), state
+            )
 
 
 @every_entry
@@ -153,7 +166,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(entry: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it, and hides the warning otherwise
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo looks at it, and hides the warning otherwise
 @pytest.mark.parametrize("entry", ["softmax", LINEAR, MHLA, ENTRIES["hybrid"]], ids=str)
 def test_compiled_layers_equal_eager_ones_and_keep_their_names(entry: Any) -> None:
     eager, compiled = build(entry), build(entry)
@@ -178,7 +193,11 @@ def test_the_option_compile_compiles() -> None:
 
 @pytest.mark.parametrize(
     ("entry", "parameters"),
-    [("mhla", 341_130_240), ({"name": "mhla", "preset": "release"}, 341_130_240), ({"name": "mhla", "gate": False}, 315_964_416)],
+    [
+        ("mhla", 341_130_240),
+        ({"name": "mhla", "preset": "release"}, 341_130_240),
+        ({"name": "mhla", "gate": False}, 315_964_416),
+    ],
     ids=str,
 )
 def test_lm_340m_has_the_released_parameter_counts(entry: Any, parameters: int) -> None:
@@ -209,11 +228,17 @@ def test_flops_are_what_torch_counts(preset: str, name: str, backbone: str, toke
 
 def test_presets_are_the_papers() -> None:
     with torch.device("meta"):
-        layers = [build_backbone("lm_340m", attention=name, depth=1).layers[0].attn for name in ("mhla", "softmax", "linear")]  # type: ignore[index, union-attr]
+        layers = [
+            build_backbone("lm_340m", attention=name, depth=1).layers[0].attn
+            for name in ("mhla", "softmax", "linear")
+        ]  # type: ignore[index, union-attr]
     sizes = [(layer.heads, layer.dim_k, layer.dim_v, layer.g_proj is not None) for layer in layers]
     assert sizes == [(4, 128, 256, True), (16, 64, 64, False), (4, 128, 256, True)]
     assert (layers[0].attention.mixing.blocks, layers[0].attention.chunk_size) == (32, 64)
-    heads = {dim: build_backbone("lm_tiny", attention="softmax", embed_dim=dim, depth=1).layers[0].attn.heads for dim in (32, 128, 192)}  # type: ignore[index, union-attr]
+    heads = {
+        dim: build_backbone("lm_tiny", attention="softmax", embed_dim=dim, depth=1).layers[0].attn.heads
+        for dim in (32, 128, 192)
+    }  # type: ignore[index, union-attr]
     assert heads == {32: 1, 128: 2, 192: 3}
 
 
@@ -242,10 +267,17 @@ def test_the_layer_of_the_authors_gives_their_numbers_from_their_weights() -> No
     case = np.load(ORACLES / "nlp_layer_gated.npz")
     facts = json.loads((ORACLES / "nlp_layer_gated.json").read_text())["constructor"]
     model = build_backbone(
-        "lm_tiny", attention={"name": "mhla", "preset": "release", "heads": facts["num_heads"]}, embed_dim=facts["hidden_size"], depth=1
+        "lm_tiny",
+        attention={"name": "mhla", "preset": "release", "heads": facts["num_heads"]},
+        embed_dim=facts["hidden_size"],
+        depth=1,
     )
     assert isinstance(model, CausalLM)
-    theirs = {name.removeprefix("param."): torch.from_numpy(case[name]) for name in case if name.startswith("param.")}
+    theirs = {
+        name.removeprefix("param."): torch.from_numpy(case[name])
+        for name in case
+        if name.startswith("param.")
+    }
     adapted = model.adapt_state_dict({f"model.layers.0.attn.{name}": value for name, value in theirs.items()})
     done = model.load_state_dict(adapted, strict=False)
     assert done.unexpected_keys == []
@@ -276,16 +308,28 @@ def test_weights_of_a_llama_of_transformers_fit_a_softmax_model() -> None:
     )
     theirs = transformers.LlamaForCausalLM(config).double().eval()
     ours = build({"name": "softmax", "heads": 4, "kv_heads": 2})
-    ours.load_state_dict(ours.adapt_state_dict({k: v for k, v in theirs.state_dict().items() if "rotary" not in k}))
+    ours.load_state_dict(
+        ours.adapt_state_dict({k: v for k, v in theirs.state_dict().items() if "rotary" not in k})
+    )
     with torch.no_grad():
-        torch.testing.assert_close(ours(text()), theirs(text()).logits, rtol=1e-4, atol=1e-5)  # theirs turns in float32
+        torch.testing.assert_close(
+            ours(text()), theirs(text()).logits, rtol=1e-4, atol=1e-5
+        )  # theirs turns in float32
 
 
 def test_convolutions_of_flash_linear_attention_fit() -> None:
     model = build(LINEAR | {"short_conv": 4})
     own = model.layers[0].attn.convs["q"].weight  # type: ignore[union-attr, index]
-    adapted = model.adapt_state_dict({"model.layers.0.attn.q_conv1d.weight": torch.zeros(len(own), 1, 4), "model.norm.weight": torch.ones(32)})
-    assert {name: tuple(value.shape) for name, value in adapted.items()} == {"layers.0.attn.convs.q.weight": tuple(own.shape), "norm.weight": (32,)}
+    adapted = model.adapt_state_dict(
+        {
+            "model.layers.0.attn.q_conv1d.weight": torch.zeros(len(own), 1, 4),
+            "model.norm.weight": torch.ones(32),
+        }
+    )
+    assert {name: tuple(value.shape) for name, value in adapted.items()} == {
+        "layers.0.attn.convs.q.weight": tuple(own.shape),
+        "norm.weight": (32,),
+    }
 
 
 def test_an_output_of_its_own() -> None:
@@ -314,7 +358,10 @@ def test_a_longer_forward_is_the_operators_decision() -> None:
     [
         ({"attention": "mlha"}, ["unknown causal attention 'mlha'", "did you mean 'mhla'"]),
         ({"attention": {"name": "mhla", "blocks": 4}}, ["unknown option 'blocks'", "chunk_size"]),
-        ({"attention": {"name": "mhla", "preset": "papper"}}, ["unknown attention preset 'papper'", "best, paper, release"]),
+        (
+            {"attention": {"name": "mhla", "preset": "papper"}},
+            ["unknown attention preset 'papper'", "best, paper, release"],
+        ),
         ({"context": 0}, ["context is 0", "at least 1"]),
         ({"attention": {"name": "softmax", "heads": 3}}, ["3 heads do not divide 128 channels"]),
         ({"img_size": 32}, ["unknown option 'img_size' of backbone 'lm_tiny'", "context"]),

@@ -52,7 +52,9 @@ def test_it_is_wan_as_diffusers_has_it(patch_size: tuple[int, int, int]) -> None
     gradients = to_diffusers({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, parameter in theirs.named_parameters():
         assert gradients[name].any(), name
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4 * float(parameter.grad.abs().max()))
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-4, atol=1e-4 * float(parameter.grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize("names", [to_wan, to_diffusers], ids=["wan", "diffusers"])
@@ -64,7 +66,10 @@ def test_weights_by_other_peoples_names_are_taken(names: Any) -> None:
 
 
 def test_weights_of_another_width_are_refused() -> None:
-    with pytest.raises(UserError, match=r"weights of another size: patch_embedding.bias is \(24,\), and this model needs \(48,\)"):
+    with pytest.raises(
+        UserError,
+        match=r"weights of another size: patch_embedding.bias is \(24,\), and this model needs \(48,\)",
+    ):
         build(embed_dim=48).adapt_state_dict(build().state_dict())
 
 
@@ -124,9 +129,16 @@ def test_output_is_zero_at_the_start_whatever_goes_in() -> None:
 
 
 def test_initial_weights_are_wans() -> None:
-    model = backbones.build_backbone("wan_tiny", attention={"name": "mhla", "gate": True, "pos_conv": "lepe3"}, depth=1, embed_dim=256)
+    model = backbones.build_backbone(
+        "wan_tiny", attention={"name": "mhla", "gate": True, "pos_conv": "lepe3"}, depth=1, embed_dim=256
+    )
     weights = model.state_dict()
-    for name in ("text_embedding.0.weight", "text_embedding.2.weight", "time_embedding.0.weight", "time_embedding.2.weight"):
+    for name in (
+        "text_embedding.0.weight",
+        "text_embedding.2.weight",
+        "time_embedding.0.weight",
+        "time_embedding.2.weight",
+    ):
         assert weights[name].std() == pytest.approx(0.02, rel=0.02)
     for name in ("attn.qkv", "attn.proj", "attn.gate", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"):
         weight = weights[f"blocks.0.{name}.weight"]
@@ -139,7 +151,9 @@ def test_initial_weights_are_wans() -> None:
     for name in ("head.modulation", "blocks.0.modulation"):
         assert weights[name].std() == pytest.approx(256**-0.5, rel=0.15)
     for name in ("q_norm", "k_norm", "out_norm"):
-        assert torch.equal(weights[f"blocks.0.attn.{name}.weight"], torch.ones_like(weights[f"blocks.0.attn.{name}.weight"]))
+        assert torch.equal(
+            weights[f"blocks.0.attn.{name}.weight"], torch.ones_like(weights[f"blocks.0.attn.{name}.weight"])
+        )
     assert weights["blocks.0.attn.attention.mixing.weight"].sum(1) == pytest.approx(torch.ones(32))
 
 
@@ -159,15 +173,21 @@ def test_a_fresh_convolution_changes_nothing_and_then_acts_on_three_axes(pos_con
 
     def convolved(tokens: torch.Tensor) -> torch.Tensor:
         image = rearrange(tokens, "b (f h w) c -> b c f h w", f=4, h=4, w=6)
-        return rearrange(F.conv3d(image, conv.weight, conv.bias, padding=1, groups=24), "b c f h w -> b (f h w) c")
+        return rearrange(
+            F.conv3d(image, conv.weight, conv.bias, padding=1, groups=24), "b c f h w -> b (f h w) c"
+        )
 
     if pos_conv == "cpe3":  # behind the block, with a residual
         out = before(x, modulation, text, rotary, grid)
-        torch.testing.assert_close(block(x, modulation, text, rotary, grid), out + convolved(out), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            block(x, modulation, text, rotary, grid), out + convolved(out), rtol=1e-4, atol=1e-5
+        )
     else:  # on v, before the output projection
         proj = block.attn.proj
         added = convolved(block.attn.qkv(x).chunk(3, dim=-1)[2]) @ proj.weight.T
-        torch.testing.assert_close(block.attn(x, rotary=rotary), before.attn(x, rotary=rotary) + added, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            block.attn(x, rotary=rotary), before.attn(x, rotary=rotary) + added, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_linear_baseline_is_the_authors() -> None:
@@ -176,9 +196,13 @@ def test_the_linear_baseline_is_the_authors() -> None:
     rotary = GridRotation((4, 4, 6), 12, torch.device("cpu"))
     x = torch.randn(2, 96, 24)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)
-    q, k, v = (t.unflatten(-1, (2, 12)) for t in (torch.relu(layer.q_norm(q)), torch.relu(layer.k_norm(k)), v))
+    q, k, v = (
+        t.unflatten(-1, (2, 12)) for t in (torch.relu(layer.q_norm(q)), torch.relu(layer.k_norm(k)), v)
+    )
     summary = torch.einsum("bnhd,bnhe->bhde", rotary(k), v) / 96
-    out = torch.einsum("bnhd,bhde->bnhe", rotary(q), summary) / (torch.einsum("bnhd,bhd->bnh", q, k.mean(1)) + 1e-6).unsqueeze(-1)
+    out = torch.einsum("bnhd,bhde->bnhe", rotary(q), summary) / (
+        torch.einsum("bnhd,bhd->bnh", q, k.mean(1)) + 1e-6
+    ).unsqueeze(-1)
     torch.testing.assert_close(layer(x, rotary=rotary), layer.proj(out.flatten(2)), rtol=1e-4, atol=1e-5)
 
 
@@ -188,12 +212,17 @@ def test_rotation_depends_on_differences_of_positions_only() -> None:
     grid = (5, 6, 7)
     rotary = GridRotation(grid, 24, torch.device("cpu"))
     turned_q, turned_k = (rotary(x.expand(1, 210, 1, 24)).view(*grid, 24) for x in (q, k))
-    for a, b, c, d in [((0, 0, 0), (1, 2, 3), (2, 3, 1), (3, 5, 4)), ((4, 0, 6), (0, 5, 1), (4, 0, 5), (0, 5, 0))]:
+    for a, b, c, d in [
+        ((0, 0, 0), (1, 2, 3), (2, 3, 1), (3, 5, 4)),
+        ((4, 0, 6), (0, 5, 1), (4, 0, 5), (0, 5, 0)),
+    ]:
         torch.testing.assert_close(turned_q[a] @ turned_k[b], turned_q[c] @ turned_k[d])
     for axis in range(3):
         step = [0, 0, 0]
         step[axis] = 1
-        assert (turned_q[0, 0, 0] @ turned_k[tuple(step)] - turned_q[0, 0, 0] @ turned_k[0, 0, 0]).abs() > 1e-3
+        assert (
+            turned_q[0, 0, 0] @ turned_k[tuple(step)] - turned_q[0, 0, 0] @ turned_k[0, 0, 0]
+        ).abs() > 1e-3
 
 
 def test_rotation_in_float32_is_that_in_float64_but_for_the_last_bit() -> None:
@@ -209,7 +238,9 @@ def test_times_are_exact_where_float32_angles_are_not() -> None:
     t = torch.tensor([0.0, 3.0, 999.75])
     frequency = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
     angle = t.double()[:, None] * frequency
-    torch.testing.assert_close(time_sinusoid(t, 16, torch.float64), torch.cat([angle.cos(), angle.sin()], dim=1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        time_sinusoid(t, 16, torch.float64), torch.cat([angle.cos(), angle.sin()], dim=1), rtol=0, atol=1e-11
+    )
     model = awake(build())
     x, _, text = inputs(model)
     whole, fraction = (model(x, torch.full((2,), value), text) for value in (999.0, 999.5))
@@ -221,7 +252,9 @@ def test_a_list_of_operators_is_cycled_over_the_layers() -> None:
     """The paper's hybrid keeps softmax at 0, 3, 6, ... (SPEC 6.5)."""
     with torch.device("meta"):
         model: Any = backbones.build_backbone("wan_1_3b", attention=HYBRID)
-    softmax = [i for i, block in enumerate(model.blocks) if isinstance(block.attn.attention, ATTENTION["softmax"])]
+    softmax = [
+        i for i, block in enumerate(model.blocks) if isinstance(block.attn.attention, ATTENTION["softmax"])
+    ]
     assert softmax == list(range(0, 30, 3))
     assert {block.attn.attention.mixing.blocks for i, block in enumerate(model.blocks) if i % 3} == {150}
 
@@ -275,7 +308,9 @@ def test_parameters_of_any_dtype(attention: Any, dtype: torch.dtype) -> None:
     wanted = model(*inputs(model))
     out = model.to(dtype)(*inputs(model))
     assert out.dtype == dtype
-    assert (out.float() - wanted).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4) * wanted.abs().max()
+    assert (out.float() - wanted).abs().max() < (
+        0.05 if dtype == torch.bfloat16 else 1e-4
+    ) * wanted.abs().max()
 
 
 @pytest.mark.parametrize("attention", ENTRIES, ids=str)
@@ -308,6 +343,11 @@ def test_every_operator_trains_on_the_tiny_size(attention: Any) -> None:
 
 def test_no_weight_decay_names_are_mixing_matrices_and_modulations() -> None:
     model = build(attention=["softmax", "mhla"], depth=2)
-    names = {"blocks.0.modulation", "blocks.1.modulation", "head.modulation", "blocks.1.attn.attention.mixing.weight"}
+    names = {
+        "blocks.0.modulation",
+        "blocks.1.modulation",
+        "head.modulation",
+        "blocks.1.attn.attention.mixing.weight",
+    }
     assert model.no_weight_decay() == names
     assert names <= dict(model.named_parameters()).keys()

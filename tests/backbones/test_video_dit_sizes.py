@@ -34,7 +34,11 @@ def test_clips_of_any_size_that_makes_as_many_blocks(attention: Any) -> None:
         assert torch.equal(out, own(*inputs(own, size)))
 
 
-@pytest.mark.parametrize("attention", ["mhla", HYBRID, {"name": "mhla", "blocks": 2}, {"name": "mhla", "mix_per_head": True}], ids=str)
+@pytest.mark.parametrize(
+    "attention",
+    ["mhla", HYBRID, {"name": "mhla", "blocks": 2}, {"name": "mhla", "mix_per_head": True}],
+    ids=str,
+)
 def test_an_image_is_mixed_like_the_first_blocks_of_a_video(attention: Any) -> None:
     """One frame, whatever the blocks of time: the mixing of the blocks that a video begins with."""
     model = awake(build(attention=attention))
@@ -66,17 +70,27 @@ def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
 @pytest.mark.parametrize(
     ("attention", "size", "words"),
     [
-        ("softmax", (4, 7, 12), ["(4, 7, 12) (frames, height, width)", "patches of (1, 2, 2): height 7; use 6 or 8"]),
+        (
+            "softmax",
+            (4, 7, 12),
+            ["(4, 7, 12) (frames, height, width)", "patches of (1, 2, 2): height 7; use 6 or 8"],
+        ),
         ("softmax", (4, 8, 1), ["width 1; use 2"]),
         ("mhla", (4, 8, 8), ["blocks (2, 2, 3): width 8; use 6 or 10"]),
         ({"name": "mhla", "block_size": (2, 2, 2)}, (5, 8, 12), ["blocks (2, 2, 3): frames 5; use 4"]),
         ({"name": "mhla", "block_size": 2}, (4, 8, 6), ["blocks (2, 2, 3): width 6; use 10"]),
         ({"name": "mhla", "normalizer": "slot"}, (4, 8, 14), ["width 14; use 12 or 18"]),
-        ("linear", (4, 8), ["latents takes three whole numbers from 1 on, [frames, height, width]", "(4, 8)"]),
+        (
+            "linear",
+            (4, 8),
+            ["latents takes three whole numbers from 1 on, [frames, height, width]", "(4, 8)"],
+        ),
     ],
     ids=str,
 )
-def test_a_size_that_does_not_fit_names_the_nearest(attention: Any, size: tuple[int, ...], words: list[str]) -> None:
+def test_a_size_that_does_not_fit_names_the_nearest(
+    attention: Any, size: tuple[int, ...], words: list[str]
+) -> None:
     model = build(attention=attention)
     with pytest.raises(UserError) as error:
         model.check_size(size)
@@ -95,7 +109,11 @@ def test_a_size_has_to_suit_the_blocks_of_every_layer() -> None:
         model.check_size((4, 8, 12))
 
 
-@pytest.mark.parametrize("attention", [*ENTRIES, {"name": "mhla", "block_size": (2, 3, 2)}, {"name": "mhla", "normalizer": "slot"}], ids=str)
+@pytest.mark.parametrize(
+    "attention",
+    [*ENTRIES, {"name": "mhla", "block_size": (2, 3, 2)}, {"name": "mhla", "normalizer": "slot"}],
+    ids=str,
+)
 def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
     """Every size it allows runs, and every nearest size it names is allowed."""
     model = awake(build(attention=attention, depth=1))
@@ -114,7 +132,11 @@ def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
             else:
                 with pytest.raises(UserError):
                     model.check_size(size)
-                assert not [other for other in range(min(near[0], n) + 1, max(near[-1], n)) if model.nearest(axis, other) == (other,)]
+                assert not [
+                    other
+                    for other in range(min(near[0], n) + 1, max(near[-1], n))
+                    if model.nearest(axis, other) == (other,)
+                ]
     assert allowed >= 3
 
 
@@ -129,7 +151,10 @@ def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
         ({"freq_dim": 15}, ["freq_dim is 15; it must be even"]),
         ({"depth": 0}, ["depth is 0"]),
         ({"text_length": 0}, ["text_length is 0"]),
-        ({"attention": {"name": "mhla", "blocks": (2, 3, 3)}}, ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
+        (
+            {"attention": {"name": "mhla", "blocks": (2, 3, 3)}},
+            ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"],
+        ),
         ({"attention": {"name": "mhla", "is_gated": True}}, ["unknown option 'is_gated'", "gate"]),
         ({"dim": 24}, ["unknown option 'dim' of backbone 'wan_1_3b'"]),
     ],

@@ -64,12 +64,38 @@ def test_flops_are_those_of_the_same_model_elsewhere(tmp_path: Path) -> None:
 
 def test_entries_of_one_operator_are_told_apart(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
-    assert main([*SMALL, "--res", "64", "--attention", "[mhla, {name: mhla, normalizer: none}]", "--json", str(target)]) == 0
-    assert [row["operator"] for row in json.loads(target.read_text())["rows"]] == ["mhla", "mhla normalizer=none"]
+    assert (
+        main(
+            [
+                *SMALL,
+                "--res",
+                "64",
+                "--attention",
+                "[mhla, {name: mhla, normalizer: none}]",
+                "--json",
+                str(target),
+            ]
+        )
+        == 0
+    )
+    assert [row["operator"] for row in json.loads(target.read_text())["rows"]] == [
+        "mhla",
+        "mhla normalizer=none",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("grid", "blocks"), [((16, 16), 4), ((32, 32), 4), ((64, 64), 8), ((128, 128), 8), ((16, 24), 4), ((21, 30, 50), 5), ((4, 4), 2), ((1, 1), 1)]
+    ("grid", "blocks"),
+    [
+        ((16, 16), 4),
+        ((32, 32), 4),
+        ((64, 64), 8),
+        ((128, 128), 8),
+        ((16, 24), 4),
+        ((21, 30, 50), 5),
+        ((4, 4), 2),
+        ((1, 1), 1),
+    ],
 )
 def test_as_many_blocks_as_the_tokens_pay_for(grid: tuple[int, ...], blocks: int) -> None:
     """M^2 <= N (SPEC section 1): beyond it the summaries cost more than the tokens."""
@@ -78,9 +104,12 @@ def test_as_many_blocks_as_the_tokens_pay_for(grid: tuple[int, ...], blocks: int
 
 
 @pytest.mark.parametrize(
-    ("grid", "blocks"), [((21, 30, 50), (3, 5, 10)), ((8, 16, 16), (2, 4, 4)), ((1, 30, 50), (1, 3, 10)), ((1, 1, 1), (1, 1, 1))]
+    ("grid", "blocks"),
+    [((21, 30, 50), (3, 5, 10)), ((8, 16, 16), (2, 4, 4)), ((1, 30, 50), (1, 3, 10)), ((1, 1, 1), (1, 1, 1))],
 )
-def test_blocks_of_a_clip_are_near_cubes_that_the_tokens_pay_for(grid: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+def test_blocks_of_a_clip_are_near_cubes_that_the_tokens_pay_for(
+    grid: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
     """31,500 tokens get the paper's layout."""
     assert layout_for(grid) == blocks
 
@@ -104,12 +133,23 @@ def test_clips_are_measured_by_layer_with_a_hybrid(tmp_path: Path) -> None:
     assert set(rows) == set(product(clips, ("softmax", "linear", "mhla", "hybrid")))
     for row in rows.values():
         assert row["clips_per_second"] == pytest.approx(1 / row["step_seconds"])
-        assert (row["forward_seconds_per_layer"], row["step_seconds_per_layer"]) == (row["forward_seconds"] / 3, row["step_seconds"] / 3)
+        assert (row["forward_seconds_per_layer"], row["step_seconds_per_layer"]) == (
+            row["forward_seconds"] / 3,
+            row["step_seconds"] / 3,
+        )
     hybrid = rows["4x16x16", "hybrid"]
     assert [entry["name"] for entry in hybrid["attention"]] == ["softmax", "mhla", "mhla"]
     assert hybrid["attention"][1]["blocks"] == list(layout_for((2, 4, 4)))
-    pairs = ("mhla_over_linear", "softmax_over_mhla", "softmax_over_linear", "softmax_over_hybrid", "hybrid_over_mhla")
-    assert result["summary"].keys() == {f"{pair}_{kind}_{clip}" for pair in pairs for kind in ("forward", "step") for clip in clips}
+    pairs = (
+        "mhla_over_linear",
+        "softmax_over_mhla",
+        "softmax_over_linear",
+        "softmax_over_hybrid",
+        "hybrid_over_mhla",
+    )
+    assert result["summary"].keys() == {
+        f"{pair}_{kind}_{clip}" for pair in pairs for kind in ("forward", "step") for clip in clips
+    }
 
 
 def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
@@ -126,7 +166,10 @@ def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
     monkeypatch.setattr(backbone, "_measure", stopped)
     assert main([*VIDEO, "4x16x16", "2x8x16", "--attention", "[linear, mhla]", "--json", str(target)]) == 130
     result = json.loads(target.read_text())
-    assert [(row["video"], row["operator"]) for row in result["rows"]] == [("2x8x16", "linear"), ("2x8x16", "mhla")]
+    assert [(row["video"], row["operator"]) for row in result["rows"]] == [
+        ("2x8x16", "linear"),
+        ("2x8x16", "mhla"),
+    ]
     assert result["summary"].keys() == {"mhla_over_linear_forward_2x8x16", "mhla_over_linear_step_2x8x16"}
     assert "2x8x16" in capsys.readouterr().out
 
@@ -142,7 +185,11 @@ def test_hybrid_flops_lie_between_those_of_its_operators(tmp_path: Path) -> None
 
 def test_the_1_3b_model_is_measured_on_what_its_vae_makes_of_a_clip() -> None:
     family = FAMILIES["wan_1_3b"]
-    assert [family.options(clip)["input_size"] for clip in family.sizes] == [(8, 32, 32), (8, 64, 64), (21, 60, 100)]
+    assert [family.options(clip)["input_size"] for clip in family.sizes] == [
+        (8, 32, 32),
+        (8, 64, 64),
+        (21, 60, 100),
+    ]
     assert family.options((1, 480, 800)) == {"input_size": (1, 60, 100)}
 
 
@@ -150,7 +197,9 @@ def test_the_1_3b_model_is_measured_on_what_its_vae_makes_of_a_clip() -> None:
 def test_peak_memory_without_data_is_that_with_data(checkpointing: bool) -> None:
     """A step at 31,500 tokens takes minutes; its memory can be found without one."""
     options: dict[str, Any] = {"input_size": (4, 32, 32), "depth": 2}
-    case = make_case("mhla", "wan_tiny", {"name": "mhla", "blocks": 2}, options, 1, CPU, checkpointing=checkpointing)
+    case = make_case(
+        "mhla", "wan_tiny", {"name": "mhla", "blocks": 2}, options, 1, CPU, checkpointing=checkpointing
+    )
     assert case.peak_bytes == peak_bytes(case.run_step, CPU)
 
 
@@ -211,7 +260,10 @@ def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.Monke
         (["dit_s2", "--device", "tpu"], "--device tpu"),
         (["dit_s2", "--video", "4x16x16"], "--video does not go with dit_s2, which takes --res"),
         (["wan_1_3b", "--res", "256"], "--res does not go with wan_1_3b, which takes --video"),
-        (["wan_1_3b", "--video", "80x480x800"], "4 n + 1 frames, height and width in steps of 16; use 81x480x800"),
+        (
+            ["wan_1_3b", "--video", "80x480x800"],
+            "4 n + 1 frames, height and width in steps of 16; use 81x480x800",
+        ),
         (["wan_1_3b", "--video", "81x480x808"], "use 81x480x800"),
         (["wan_1_3b", "--video", "81x480"], "--video 81x480: a clip is FRAMESxHEIGHTxWIDTH in pixels"),
         (["wan_tiny", "--video", "3x16x16"], "do not fit patches of (2, 4, 4): frames 3; use 2 or 4"),
@@ -220,7 +272,9 @@ def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.Monke
     ],
     ids=str,
 )
-def test_what_cannot_be_measured_is_refused_first(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_refused_first(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "backbone", *arguments]) == 2
     assert words in capsys.readouterr().err
 
@@ -247,7 +301,9 @@ class _WatchedLayer(torch.nn.Module):
 
 def test_what_was_measured_is_let_go() -> None:
     """At 16,384 tokens three models of dit_s2 that keep their activations do not fit into 23 GB."""
-    model: Any = build_backbone("dit_s8", attention="linear", input_size=16, embed_dim=16, depth=2, num_heads=2)
+    model: Any = build_backbone(
+        "dit_s8", attention="linear", input_size=16, embed_dim=16, depth=2, num_heads=2
+    )
     for block in model.blocks:
         block.mlp.act = _WatchedLayer()
     inputs = torch.randn(1, 4, 16, 16), torch.tensor([3]), torch.tensor([1])
@@ -262,12 +318,19 @@ def test_bench_attention_on_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["bench", "attention", "--grid", "4", "6", "8", "--heads", "2", "--dim", "8", "--turns", "5"]
     assert main([*arguments, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
-    assert [(row["tokens"], row["operator"]) for row in result["rows"]] == [(192, name) for name in ("softmax", "linear", "mhla")]
+    assert [(row["tokens"], row["operator"]) for row in result["rows"]] == [
+        (192, name) for name in ("softmax", "linear", "mhla")
+    ]
     assert {"sdpa_over_mhla_forward", "mhla_over_linear_forward"} <= result["summary"].keys()
     assert main([*arguments, "--blocks", "2", "3", "4", "--json", str(target)]) == 0
     blocks = BlockGrid((4, 6, 8), (2, 3, 4))
-    products = 2 * 192 * 8 * 8 + 24**2 * 8 * 8  # S and its readings, the mixture; three axes are a video's, without a normalizer
-    assert (blocks.num_blocks, json.loads(target.read_text())["rows"][2]["flops_forward"]) == (24, 2 * 2 * products)
+    products = (
+        2 * 192 * 8 * 8 + 24**2 * 8 * 8
+    )  # S and its readings, the mixture; three axes are a video's, without a normalizer
+    assert (blocks.num_blocks, json.loads(target.read_text())["rows"][2]["flops_forward"]) == (
+        24,
+        2 * 2 * products,
+    )
     for wrong, words in (
         (["--causal"], "it does not go with --causal"),
         (["--slope-to", "512"], "it does not go with --slope-to"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from mhla_lightning.bench.data_samples import TokenFiles, write_images, write_tokens
-from mhla_lightning.bench.data_speed import Plan, decoder_loop, make_case, memmap_loop, own_stream, take_turns, webdataset_pipeline
+from mhla_lightning.bench.data_speed import (
+    Plan,
+    decoder_loop,
+    make_case,
+    memmap_loop,
+    own_stream,
+    take_turns,
+    webdataset_pipeline,
+)
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.loader import shut_down
 from mhla_lightning.data.modules.images import ImageDataModule
@@ -36,7 +44,11 @@ def _images_module(path: Path) -> ImageDataModule:
 
 
 def _same(batches: Sequence[Batch], others: Sequence[Batch], names: Sequence[str]) -> bool:
-    return all(torch.equal(batch[name], other[name]) for batch, other in zip(batches, others, strict=True) for name in names)
+    return all(
+        torch.equal(batch[name], other[name])
+        for batch, other in zip(batches, others, strict=True)
+        for name in names
+    )
 
 
 def test_made_images_are_spread_over_shards(images: Path) -> None:
@@ -58,7 +70,12 @@ def test_webdataset_reads_every_sample_once_an_epoch_in_full_batches(images: Pat
     module = _images_module(images)
     names = [shard.name for shard in module.index().shards]
     plan = Plan(batch_size=4, batches=2 * IMAGES // 4, workers=1, turns=5)
-    case = make_case("images", "webdataset", plan, webdataset_pipeline(images / "train", names, module.kind(module.index()), plan))
+    case = make_case(
+        "images",
+        "webdataset",
+        plan,
+        webdataset_pipeline(images / "train", names, module.kind(module.index()), plan),
+    )
     batches = list(case.loader)
     shut_down(case.loader)
     keys = [key for batch in batches for key in batch["key"]]
@@ -70,7 +87,10 @@ def test_webdataset_reads_every_sample_once_an_epoch_in_full_batches(images: Pat
 
 def test_memmap_reads_the_rows_of_the_stream(tokens: TokenFiles) -> None:
     module = TokenDataModule(str(tokens.split.parent), 4, seed=0)
-    streams = own_stream(module.corpus, module.kind(module.index()), PLAN), memmap_loop(module.corpus, PLAN, tokens)
+    streams = (
+        own_stream(module.corpus, module.kind(module.index()), PLAN),
+        memmap_loop(module.corpus, PLAN, tokens),
+    )
     own, mapped = (list(islice(stream, PLAN.steps * (PLAN.turns + 1))) for stream in streams)
     assert _same(own, mapped, ["tokens", "documents"])
     assert any(batch["documents"].any() for batch in own)
@@ -99,15 +119,40 @@ def test_a_bad_sample_is_told(images: Path) -> None:
         next(iter(loop))
 
 
-TINY = ["bench", "data", "--samples", "16", "--batch", "4", "--rows", "32", "--length", "16", "--image-size", "16", "--workers", "1", "--turns", "5"]
+TINY = [
+    "bench",
+    "data",
+    "--samples",
+    "16",
+    "--batch",
+    "4",
+    "--rows",
+    "32",
+    "--length",
+    "16",
+    "--image-size",
+    "16",
+    "--workers",
+    "1",
+    "--turns",
+    "5",
+]
 
 
 def test_the_command_writes_rows_and_ratios(shards: Path, tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     assert main([*TINY, "--path", str(shards), "--json", str(target)]) == 0
     result = json.loads(target.read_text())
-    cases = [(subject, case) for subject in ("images, DeiT", "images, crop") for case in ("stream", "decoder", "webdataset")]
-    assert [(row["subject"], row["case"]) for row in result["rows"]] == [*cases, ("tokens", "stream"), ("tokens", "memmap")]
+    cases = [
+        (subject, case)
+        for subject in ("images, DeiT", "images, crop")
+        for case in ("stream", "decoder", "webdataset")
+    ]
+    assert [(row["subject"], row["case"]) for row in result["rows"]] == [
+        *cases,
+        ("tokens", "stream"),
+        ("tokens", "memmap"),
+    ]
     for row in result["rows"]:
         samples = 32 if row["subject"] == "tokens" else 16
         assert (row["turns"], row["samples_a_turn"], row["samples_read"]) == (5, samples, 6 * samples)
@@ -123,13 +168,18 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "samples": (lambda _: ["--samples", "15"], "--samples is 15; it must be at least 16"),
     "rows": (lambda _: ["--rows", "7"], "--rows is 7; it must be at least 16"),
     "no folder": (lambda _: ["--path", "/no/such"], "--path /no/such is no folder of this machine"),
-    "few shards": (lambda images: ["--path", str(images), "--workers", "40", "--samples", "9999", "--rows", "9999"], "needs one for every worker"),
+    "few shards": (
+        lambda images: ["--path", str(images), "--workers", "40", "--samples", "9999", "--rows", "9999"],
+        "needs one for every worker",
+    ),
     "json": (lambda _: ["--json", "/no/such/x.json"], "--json /no/such/x.json: there is no folder /no/such"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_told(images: Path, capsys: pytest.CaptureFixture[str], arguments: Callable[[Path], list[str]], sentence: str) -> None:
+def test_mistakes_are_told(
+    images: Path, capsys: pytest.CaptureFixture[str], arguments: Callable[[Path], list[str]], sentence: str
+) -> None:
     assert main([*TINY, *arguments(images)]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -138,8 +188,28 @@ def test_mistakes_are_told(images: Path, capsys: pytest.CaptureFixture[str], arg
 def test_bench_resume_reports_time_and_memory(tmp_path: Path, workers: str) -> None:
     """That the first batch is the right one is checked by the measurement itself."""
     target = tmp_path / "resume.json"
-    assert main(["bench", "resume", "--shards", "30", "--samples", "20", "--turns", "2", "--workers", workers, "--json", str(target)]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "resume",
+                "--shards",
+                "30",
+                "--samples",
+                "20",
+                "--turns",
+                "2",
+                "--workers",
+                workers,
+                "--json",
+                str(target),
+            ]
+        )
+        == 0
+    )
     result = json.loads(target.read_text())
-    assert [(row["samples"], row["shards"], row["position"]) for row in result["rows"]] == [(600, 30, 540)] * 2
+    assert [(row["samples"], row["shards"], row["position"]) for row in result["rows"]] == [
+        (600, 30, 540)
+    ] * 2
     assert all(row["seconds"] > 0 for row in result["rows"])
     assert all((row["worker_bytes"] > 0) is (workers == "2") for row in result["rows"])

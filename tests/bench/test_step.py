@@ -24,23 +24,43 @@ from mhla_lightning.errors import UserError
 
 # Kind of task -> a small recipe of it, whose data is not there.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "classification": ("classification/deit_tiny_mhla_mnist_cpu", {"model.mixup": 0.8, "model.backbone_options.drop_path_rate": 0.5}),
+    "classification": (
+        "classification/deit_tiny_mhla_mnist_cpu",
+        {"model.mixup": 0.8, "model.backbone_options.drop_path_rate": 0.5},
+    ),
     "bf16": ("classification/deit_tiny_mhla_mnist_cpu", {"trainer.precision": "bf16-mixed"}),
     "language": ("language/lm_tiny_mhla_stdlib_cpu", {"model.eval_lengths": [64]}),
     "image diffusion": ("image_dit/dit_tiny_mhla_mnist_cpu", {}),
-    "video diffusion": ("video_dit/wan_tiny_mhla_clips_cpu", {"model.backbone_options.input_size": [4, 16, 16]}),
+    "video diffusion": (
+        "video_dit/wan_tiny_mhla_clips_cpu",
+        {"model.backbone_options.input_size": [4, 16, 16]},
+    ),
 }
 
 
 def small(family: str) -> Any:
     name, overrides = FAMILIES[family]
-    small = {"model.backbone_options.depth": 1, "data.batch_size": 2, "data.path": "nowhere", "trainer.gradient_clip_val": 0.1}
+    small = {
+        "model.backbone_options.depth": 1,
+        "data.batch_size": 2,
+        "data.path": "nowhere",
+        "trainer.gradient_clip_val": 0.1,
+    }
     return resolve(apply_overrides(load_recipe(name).values, small | overrides))
 
 
-def test_both_sides_and_the_sources_of_the_difference_are_told(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_sides_and_the_sources_of_the_difference_are_told(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "step.json"
-    overrides = ["--data.micro_batch_size", "8", "--trainer.gradient_clip_val", "0.5", "--trainer.devices", "2"]
+    overrides = [
+        "--data.micro_batch_size",
+        "8",
+        "--trainer.gradient_clip_val",
+        "0.5",
+        "--trainer.devices",
+        "2",
+    ]
     assert main(["bench", "step", str(recipe), "--steps", "2", *overrides, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     sides = {row["side"]: row for row in result["rows"]}
@@ -53,13 +73,27 @@ def test_both_sides_and_the_sources_of_the_difference_are_told(recipe: Path, tmp
     assert math.isfinite(result["loss"])
     assert (result["data"], result["parameters"], result["batch_size"]) == ("the recipe's own", 4824, 16)
     extra = {row["source"]: row["extra_seconds"] for row in result["breakdown"]}
-    callbacks = {"Monitor", "Health", "Health: gradient norm", "ProgressFile", "Checkpoint", "projection", "average of the weights"}
+    callbacks = {
+        "Monitor",
+        "Health",
+        "Health: gradient norm",
+        "ProgressFile",
+        "Checkpoint",
+        "projection",
+        "average of the weights",
+    }
     assert extra.keys() >= {*SAME, *callbacks}
-    assert {"optimizer wrapper", "data hand-over", "logging", "loops and other hooks"} <= {name for name, seconds in extra.items() if seconds > 0}
+    assert {"optimizer wrapper", "data hand-over", "logging", "loops and other hooks"} <= {
+        name for name, seconds in extra.items() if seconds > 0
+    }
     assert sum(extra.values()) == pytest.approx(
         result["extra_seconds"], abs=0.5 * sides["bare"]["step_seconds"]
     )  # medians; a turn's are exact, below
-    assert result["summary"].keys() == {"lightning_over_bare", "lightning_over_bare_cpu", "lightning_own_over_bare"}
+    assert result["summary"].keys() == {
+        "lightning_over_bare",
+        "lightning_over_bare_cpu",
+        "lightning_own_over_bare",
+    }
     assert result["summary"]["lightning_own_over_bare"] > 0
     assert "both sides end at loss" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "runs").exists()
@@ -69,7 +103,9 @@ def test_both_sides_and_the_sources_of_the_difference_are_told(recipe: Path, tmp
 def test_both_sides_do_the_same_work(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = small(family)
-    average = next((callback for callback in recipe.trainer.get("callbacks", []) if isinstance(callback, EMA)), None)
+    average = next(
+        (callback for callback in recipe.trainer.get("callbacks", []) if isinstance(callback, EMA)), None
+    )
     feeds: list[Feed] = []
 
     class Kept(Feed):
@@ -158,12 +194,30 @@ def test_actions_have_sources(action: str, source: str) -> None:
 
 
 def test_medians_and_ratios_are_taken_turn_by_turn() -> None:
-    lightning = [{"backward": 2.0, "Monitor": 0.5}, {"backward": 4.0, "Monitor": 0.1}, {"backward": 8.0, "Monitor": 0.2}]
-    times = StepTimes(1, 8, 0.0, lightning, [{"backward": 2.0}, {"backward": 4.0}, {"backward": 16.0}], [(3.0, 2.0), (3.0, 3.0), (3.0, 3.0)])
-    ratios = {"lightning_over_bare": 4.1 / 4, "lightning_over_bare_cpu": 1.0, "lightning_own_over_bare": 0.1 / 4}
+    lightning = [
+        {"backward": 2.0, "Monitor": 0.5},
+        {"backward": 4.0, "Monitor": 0.1},
+        {"backward": 8.0, "Monitor": 0.2},
+    ]
+    times = StepTimes(
+        1,
+        8,
+        0.0,
+        lightning,
+        [{"backward": 2.0}, {"backward": 4.0}, {"backward": 16.0}],
+        [(3.0, 2.0), (3.0, 3.0), (3.0, 3.0)],
+    )
+    ratios = {
+        "lightning_over_bare": 4.1 / 4,
+        "lightning_over_bare_cpu": 1.0,
+        "lightning_own_over_bare": 0.1 / 4,
+    }
     assert times.summary() == pytest.approx(ratios)
     assert times.ratios == pytest.approx([1.25, 4.1 / 4, 8.2 / 16])
-    assert [(row["source"], row["extra_seconds"]) for row in times.breakdown()] == [("backward", 0.0), ("Monitor", 0.2)]
+    assert [(row["source"], row["extra_seconds"]) for row in times.breakdown()] == [
+        ("backward", 0.0),
+        ("Monitor", 0.2),
+    ]
     assert times.extra_seconds == pytest.approx(0.1)
     assert [row["samples_per_second"] for row in times.rows()] == pytest.approx([8 / 4.1, 2])
 
@@ -173,7 +227,9 @@ def test_other_losses_are_not_compared() -> None:
     assert equal_losses(losses, losses, 0.0) == 1.0
     other = [torch.tensor(2.0), torch.tensor(1.0 + 1e-6)]
     assert equal_losses(losses, other, 1e-4) == 1.0
-    with pytest.raises(UserError, match=r"the loss of micro batch 1 is 1.0 under Lightning and 1\.00000\d+ in the bare loop"):
+    with pytest.raises(
+        UserError, match=r"the loss of micro batch 1 is 1.0 under Lightning and 1\.00000\d+ in the bare loop"
+    ):
         equal_losses(losses, other, 0.0)
 
 
@@ -181,14 +237,19 @@ def test_other_losses_are_not_compared() -> None:
     ("arguments", "sentence"),
     [
         (["--trainer.strategy", "ddp"], "trainer.strategy is ddp: a bare loop has one process"),
-        (["--trainer.precision", "16-mixed"], "trainer.precision is 16-mixed, which the bare loop lacks; use 32-true or bf16-mixed"),
+        (
+            ["--trainer.precision", "16-mixed"],
+            "trainer.precision is 16-mixed, which the bare loop lacks; use 32-true or bf16-mixed",
+        ),
         (["--turns", "2"], "--turns is 2; it must be at least 5"),
         (["--model.num_classes", "7"], "model.num_classes is 7 and the data has 4 classes"),
         (["stray"], "unexpected argument 'stray'"),
     ],
     ids=["strategy", "precision", "turns", "classes", "no option"],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], sentence: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "step", str(recipe), *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error

@@ -36,15 +36,28 @@ class Watch(pl.Callback):
     def __init__(self, look: Callable[[pl.Trainer, Any], None]) -> None:
         self.look = look
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.look(trainer, pl_module)
 
 
-def train(shards: Path, tmp_path: Path, *callbacks: pl.Callback, steps: int = 4, accumulate: int = 1, lr: float = 1e-2) -> ClassificationTask:
+def train(
+    shards: Path,
+    tmp_path: Path,
+    *callbacks: pl.Callback,
+    steps: int = 4,
+    accumulate: int = 1,
+    lr: float = 1e-2,
+) -> ClassificationTask:
     pl.seed_everything(0, verbose=False)
     attention = {"name": "mhla", "blocks": 2}
-    task = ClassificationTask("deit_tiny", attention, OPTIONS, num_classes=4, optimizer=OptimizerConfig(lr=lr))
-    data = ImageDataModule(str(shards), batch_size=16, micro_batch_size=16 // accumulate, image_size=8, num_workers=0)
+    task = ClassificationTask(
+        "deit_tiny", attention, OPTIONS, num_classes=4, optimizer=OptimizerConfig(lr=lr)
+    )
+    data = ImageDataModule(
+        str(shards), batch_size=16, micro_batch_size=16 // accumulate, image_size=8, num_workers=0
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -67,7 +80,9 @@ def mixing_of(task: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixing_matrices_stay_in_range_after_every_optimizer_step(shards: Path, tmp_path: Path, accumulate: int) -> None:
+def test_mixing_matrices_stay_in_range_after_every_optimizer_step(
+    shards: Path, tmp_path: Path, accumulate: int
+) -> None:
     """A learning rate that leaves [0, 1] at once: with the callback every step ends inside, without it does not."""
     seen: list[tuple[int, float, float]] = []
     watch = Watch(lambda trainer, task: seen.append((trainer.global_step, *_range(task))))
@@ -92,7 +107,9 @@ def test_ema_is_the_recursion_in_float32(shards: Path, tmp_path: Path, warmup: b
     weights: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(trainer: pl.Trainer, task: Any) -> None:
-        weights[trainer.global_step] = {name: p.detach().double().clone() for name, p in task.backbone.named_parameters()}
+        weights[trainer.global_step] = {
+            name: p.detach().double().clone() for name, p in task.backbone.named_parameters()
+        }
 
     task = train(shards, tmp_path, ProjectMixing(), ema, Watch(note), steps=4, accumulate=accumulate)
     assert task.backbone is not None
@@ -103,7 +120,9 @@ def test_ema_is_the_recursion_in_float32(shards: Path, tmp_path: Path, warmup: b
     expected = {name: p.detach().double() for name, p in fresh.backbone.named_parameters()}
     for step in range(1, 5):
         decay = min(0.9, (1 + step) / (10 + step)) if warmup else 0.9
-        expected = {name: decay * value + (1 - decay) * weights[step][name] for name, value in expected.items()}
+        expected = {
+            name: decay * value + (1 - decay) * weights[step][name] for name, value in expected.items()
+        }
     assert ema.updates == 4
     for name, value in expected.items():
         torch.testing.assert_close(ema.average[name].double(), value, rtol=1e-5, atol=1e-7)
@@ -203,9 +222,21 @@ def test_random_generators_go_on_where_they_stood(tmp_path: Path) -> None:
     random.gauss(0, 1)  # leaves a second value pending
     np.random.standard_normal()  # noqa: NPY002
     save_file(rng_state(), tmp_path / "rank-0.safetensors")
-    first = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+    first = [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.standard_normal(),
+        np.random.rand(),
+        float(torch.rand(())),
+    ]  # noqa: NPY002
     load_rng(tmp_path / "rank-0.safetensors")
-    assert first == [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+    assert first == [
+        random.gauss(0, 1),
+        random.random(),
+        np.random.standard_normal(),
+        np.random.rand(),
+        float(torch.rand(())),
+    ]  # noqa: NPY002
     assert load_file(tmp_path / "rank-0.safetensors")
 
 

@@ -20,7 +20,11 @@ from tests.helpers.faults import LAYER
 from tests.helpers.ranks import Nursery
 
 STEPS = 26
-BAD = {4: "layer", 6: "gradient", 24: "leap"}  # of the steps of `left_out`; the guard against leaps acts from the 20th step taken
+BAD = {
+    4: "layer",
+    6: "gradient",
+    24: "leap",
+}  # of the steps of `left_out`; the guard against leaps acts from the 20th step taken
 WHOLE = "{stage3_param_persistence_threshold: 0}"
 STRATEGIES = {
     "ddp": ["--trainer.strategy", "ddp"],
@@ -31,7 +35,14 @@ STRATEGIES = {
     "zero2_offload": ["--trainer.strategy", "zero2_offload"],
     "zero3_offload": ["--trainer.strategy", "zero3_offload", "--trainer.strategy.zero_optimization", WHOLE],
     "zero2_bf16": ["--trainer.strategy", "zero2", "--trainer.precision", "bf16-true"],
-    "zero3_bf16": ["--trainer.strategy", "zero3", "--trainer.strategy.zero_optimization", WHOLE, "--trainer.precision", "bf16-true"],
+    "zero3_bf16": [
+        "--trainer.strategy",
+        "zero3",
+        "--trainer.strategy.zero_optimization",
+        WHOLE,
+        "--trainer.precision",
+        "bf16-true",
+    ],
 }
 IN_CI = ("ddp", "zero2")
 
@@ -45,31 +56,50 @@ def place(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def fault(kind: str, steps: list[int], rank: int) -> dict[str, Any]:
-    return {"class_path": "tests.helpers.faults.Fault", "init_args": {"kind": kind, "steps": steps, "rank": rank}}
+    return {
+        "class_path": "tests.helpers.faults.Fault",
+        "init_args": {"kind": kind, "steps": steps, "rank": rank},
+    }
 
 
 def arguments(place: Path, name: str, faults: list[dict[str, Any]], *extra: str) -> list[str]:
     average = {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}}
     callbacks = [average, *faults, {"class_path": "tests.helpers.faults.Digests"}]
-    run = ["run", str(place / "tiny.yaml"), "--runs", str(place / "runs"), "--run-id", name, "--trainer.callbacks", json.dumps(callbacks)]
+    run = [
+        "run",
+        str(place / "tiny.yaml"),
+        "--runs",
+        str(place / "runs"),
+        "--run-id",
+        name,
+        "--trainer.callbacks",
+        json.dumps(callbacks),
+    ]
     return [*run, "--trainer.val_check_interval", "100", "--model.schedule.warmup_steps", "30", *extra]
 
 
 def spoiled(place: Path, name: str, last_rank: int, *extra: str) -> list[str]:
     """A run in which the steps BAD go wrong, some on the last rank only."""
     faults = [fault("layer", [4], last_rank), fault("gradient", [6], 0), fault("leap", [24], last_rank)]
-    return arguments(place, name, faults, "--trainer.max_steps", str(STEPS), "--health.spike_factor", "5", *extra)
+    return arguments(
+        place, name, faults, "--trainer.max_steps", str(STEPS), "--health.spike_factor", "5", *extra
+    )
 
 
 def digests(run: Path, rank: int) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in map(json.loads, (run / f"digest-rank-{rank}.jsonl").read_text().splitlines())}
+    return {
+        line["step"]: line
+        for line in map(json.loads, (run / f"digest-rank-{rank}.jsonl").read_text().splitlines())
+    }
 
 
 def check_left_out(run: Path, ranks: int) -> None:
     for rank in range(ranks):
         held = digests(run, rank)
         for step in range(2, STEPS + 1):
-            same = {what: held[step][what] == held[step - 1][what] for what in ("state", "average", "updates")}
+            same = {
+                what: held[step][what] == held[step - 1][what] for what in ("state", "average", "updates")
+            }
             assert set(same.values()) == {step in BAD}, f"rank {rank}, step {step}: {same}"
         assert held[STEPS]["updates"] == STEPS - len(BAD)
     series = read_metrics(run / "metrics.jsonl")
@@ -78,7 +108,9 @@ def check_left_out(run: Path, ranks: int) -> None:
     assert [step for step, loss in series["train/loss"] if not math.isfinite(loss)] == [4]
     assert [step for step, norm in series["train/grad_norm"] if not math.isfinite(norm)] == list(BAD)
     rates = [rate for _, rate in series["train/lr"]]
-    assert all(later > earlier for earlier, later in zip(rates, rates[1:], strict=False)), "the schedule goes on"
+    assert all(later > earlier for earlier, later in zip(rates, rates[1:], strict=False)), (
+        "the schedule goes on"
+    )
 
 
 def test_steps_are_left_out_on_one_device(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +121,10 @@ def test_steps_are_left_out_on_one_device(place: Path, capsys: pytest.CaptureFix
     assert "step 4 is left out: the loss of step 4 is not finite" in out
     assert "step 6 is left out: the loss of step 6 is finite, but a gradient is not finite" in out
     assert "times the median before it (health.spike_factor is 5.0)" in out
-    assert {path.name for path in (run / "not_finite").iterdir()} == {"step-00000004-rank-0.json", "step-00000006-rank-0.json"}
+    assert {path.name for path in (run / "not_finite").iterdir()} == {
+        "step-00000004-rank-0.json",
+        "step-00000006-rank-0.json",
+    }
     (leap,) = (run / "spikes").iterdir()
     assert len(json.loads(leap.read_text())["batches"][0]["keys"]) == 16
     state = json.loads((complete_checkpoints(run)[-1] / "state.json").read_text())
@@ -98,7 +133,10 @@ def test_steps_are_left_out_on_one_device(place: Path, capsys: pytest.CaptureFix
 
 def test_clipping_takes_the_norm_that_is_known_already(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def losses(name: str, clip: str) -> list[float]:
-        assert main(arguments(place, name, [], "--trainer.max_steps", "4", "--trainer.gradient_clip_val", clip)) == 0
+        assert (
+            main(arguments(place, name, [], "--trainer.max_steps", "4", "--trainer.gradient_clip_val", clip))
+            == 0
+        )
         return [loss for _, loss in read_metrics(place / "runs" / name / "metrics.jsonl")["train/loss"]]
 
     with monkeypatch.context() as patched:
@@ -109,14 +147,19 @@ def test_clipping_takes_the_norm_that_is_known_already(place: Path, monkeypatch:
     assert lightnings != pytest.approx(loose, rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in STRATEGIES])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in STRATEGIES]
+)
 def test_steps_are_left_out_alike_on_all_ranks(nursery: Nursery, place: Path, strategy: str) -> None:
     """Two processes, two micro batches a step, each fault in one micro batch of one rank."""
     extra = ["--trainer.devices", "2", "--data.micro_batch_size", "4", *STRATEGIES[strategy]]
     nursery.run(2, spoiled(place, strategy, 1, *extra), place)
     run = place / "runs" / strategy
     check_left_out(run, 2)
-    named = {path.name: json.loads(path.read_text())["batches"][0]["keys"] for path in (run / "not_finite").iterdir()}
+    named = {
+        path.name: json.loads(path.read_text())["batches"][0]["keys"]
+        for path in (run / "not_finite").iterdir()
+    }
     assert {name: len(keys) for name, keys in named.items()} == {
         "step-00000004-rank-1.json": 4,
         "step-00000006-rank-0.json": 8,
@@ -124,35 +167,60 @@ def test_steps_are_left_out_alike_on_all_ranks(nursery: Nursery, place: Path, st
     }
     assert len(list((run / "spikes").iterdir())) == 2
     if (place / "runs" / "ddp").exists() and "bf16" not in strategy:
-        series, expected = (read_metrics(place / "runs" / name / "metrics.jsonl") for name in (strategy, "ddp"))
-        assert dict(series["train/loss"]) == pytest.approx(dict(expected["train/loss"]), abs=1e-4, nan_ok=True)
-        norms, others = ({step: norm for step, norm in one["train/grad_norm"] if step not in BAD} for one in (series, expected))
+        series, expected = (
+            read_metrics(place / "runs" / name / "metrics.jsonl") for name in (strategy, "ddp")
+        )
+        assert dict(series["train/loss"]) == pytest.approx(
+            dict(expected["train/loss"]), abs=1e-4, nan_ok=True
+        )
+        norms, others = (
+            {step: norm for step, norm in one["train/grad_norm"] if step not in BAD}
+            for one in (series, expected)
+        )
         assert norms == pytest.approx(others, rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))])
+@pytest.mark.parametrize(
+    "strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))]
+)
 @pytest.mark.parametrize("kind", ["layer", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_too_many_in_a_row_stop_the_run_and_name_the_layer(nursery: Nursery, place: Path, strategy: str, kind: str) -> None:
+def test_too_many_in_a_row_stop_the_run_and_name_the_layer(
+    nursery: Nursery, place: Path, strategy: str, kind: str
+) -> None:
     """Checkpoints at 2 and 4; of the one at 4 no loss has shown that its weights are good. A step left out is never saved."""
     name = f"stopped-{strategy}-{kind}"
-    extra = ["--trainer.devices", "2", "--data.micro_batch_size", "4", *STRATEGIES[strategy], "--health.max_skipped", "2"]
+    extra = [
+        "--trainer.devices",
+        "2",
+        "--data.micro_batch_size",
+        "4",
+        *STRATEGIES[strategy],
+        "--health.max_skipped",
+        "2",
+    ]
     extra += ["--checkpoint.every_n_steps", "2", "--checkpoint.keep_last", "9"]
     ranks = nursery.start(2, arguments(place, name, [fault(kind, list(range(5, 99)), 1)], *extra), place)
     assert ranks.wait() == [2, 2], ranks.output()
-    errors = [[line for line in log.read_text().splitlines() if line.startswith("error: ")] for log in ranks.logs]
+    errors = [
+        [line for line in log.read_text().splitlines() if line.startswith("error: ")] for log in ranks.logs
+    ]
     assert errors[0] == errors[1]
     (said,) = errors[0]
     assert "step 7 is " in said
     assert "not finite, and 3 steps in a row were left out (health.max_skipped is 2)" in said
     following = "backbone.blocks.1.mlp.act"  # the first that the infinite gradient goes through
     layer = (
-        f"the first layer whose output is not finite is {LAYER} (rank 1)" if kind == "layer" else f"whose gradients are not is {following} (rank 1)"
+        f"the first layer whose output is not finite is {LAYER} (rank 1)"
+        if kind == "layer"
+        else f"whose gradients are not is {following} (rank 1)"
     )
     assert layer in said
     assert "step-00000004, holds the very weights that fail, and step-00000002, before it, is good" in said
     run = place / "runs" / name
     assert [path.name for path in complete_checkpoints(run)] == ["step-00000002", "step-00000004"]
-    reported = json.loads((run / "not_finite" / "step-00000007-rank-1.json").read_text())["batches"][0]["keys"]
+    reported = json.loads((run / "not_finite" / "step-00000007-rank-1.json").read_text())["batches"][0][
+        "keys"
+    ]
     assert reported[0] in said
     assert "Traceback" not in ranks.output()
 
@@ -162,9 +230,20 @@ def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"the first layer whose output is not finite is {LAYER}; there is no checkpoint yet" in said
-    assert main(arguments(place, "leap", [fault("leap", [22], 0)], "--health.max_skipped", "0", "--health.spike_factor", "5")) == 0, (
-        "not before step 20"
-    )
+    assert (
+        main(
+            arguments(
+                place,
+                "leap",
+                [fault("leap", [22], 0)],
+                "--health.max_skipped",
+                "0",
+                "--health.spike_factor",
+                "5",
+            )
+        )
+        == 0
+    ), "not before step 20"
     more = ["--health.max_skipped", "0", "--health.spike_factor", "5", "--trainer.max_steps", "24"]
     assert main(arguments(place, "leapt", [fault("leap", [22], 0)], *more)) == 2
     leapt = capsys.readouterr().err
@@ -178,8 +257,13 @@ def test_a_resumed_run_counts_on_and_judges_alike(place: Path) -> None:
     faults = [fault("layer", [3], 0), fault("leap", [23], 0)]
     assert main(arguments(place, "whole", faults, "--trainer.max_steps", "24", *extra)) == 0
     assert main(arguments(place, "parts", faults, "--trainer.max_steps", "12", *extra)) == 0
-    assert main(arguments(place, "parts", faults, "--trainer.max_steps", "24", "--accept-changes", *extra)) == 0
-    series = [read_metrics(place / "runs" / name / "metrics.jsonl")["train/skipped_steps"] for name in ("whole", "parts")]
+    assert (
+        main(arguments(place, "parts", faults, "--trainer.max_steps", "24", "--accept-changes", *extra)) == 0
+    )
+    series = [
+        read_metrics(place / "runs" / name / "metrics.jsonl")["train/skipped_steps"]
+        for name in ("whole", "parts")
+    ]
     assert series[0] == series[1]
     assert series[0][-1] == (24, 2)
 
@@ -193,7 +277,9 @@ def test_a_resumed_run_counts_on_and_judges_alike(place: Path) -> None:
     ],
     ids=["negative", "factor", "unknown"],
 )
-def test_settings_that_cannot_be(place: Path, capsys: pytest.CaptureFixture[str], extra: list[str], says: str) -> None:
+def test_settings_that_cannot_be(
+    place: Path, capsys: pytest.CaptureFixture[str], extra: list[str], says: str
+) -> None:
     assert main(arguments(place, "bad", [], *extra)) == 2
     assert says in capsys.readouterr().err
 
@@ -202,7 +288,10 @@ def test_too_little_memory_is_one_sentence(place: Path, capsys: pytest.CaptureFi
     assert main(arguments(place, "memory", [fault("memory", [3], 0)], "--data.micro_batch_size", "8")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 1 rank x 8 x 2 accumulated), 16 tokens a sample" in said
+    assert (
+        "out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 1 rank x 8 x 2 accumulated), 16 tokens a sample"
+        in said
+    )
     assert "4,824 parameters under auto, model.checkpoint_activations none" in said
     assert "data.micro_batch_size 4" in said
     assert "DefaultCPUAllocator: can't allocate memory" in said
@@ -212,10 +301,19 @@ def test_where_something_else_starts_the_ranks_each_says_what_it_knows(nursery: 
     """As under torchrun and srun: rank 0 has not started the other and cannot see how it ended. Ordinary commands: test_ranks_end.py."""
     for kind, code in (("kill", -signal.SIGKILL), ("exception", 1)):
         began = time.monotonic()
-        ranks = nursery.start(2, arguments(place, f"lost-{kind}", [fault(kind, [3], 1)], "--trainer.devices", "2", *STRATEGIES["ddp"]), place)
+        ranks = nursery.start(
+            2,
+            arguments(
+                place, f"lost-{kind}", [fault(kind, [3], 1)], "--trainer.devices", "2", *STRATEGIES["ddp"]
+            ),
+            place,
+        )
         assert ranks.wait() == [1, code]
         assert time.monotonic() - began < 60
         own, other = (log.read_text() for log in ranks.logs)
-        assert own.strip().splitlines()[-1] == "error: rank 0 of 2 has lost another rank, whose own error is the cause"
+        assert (
+            own.strip().splitlines()[-1]
+            == "error: rank 0 of 2 has lost another rank, whose own error is the cause"
+        )
         assert "Traceback" not in own
         assert ("on rank 1 of 2, process" in other) == (kind == "exception")

@@ -47,7 +47,13 @@ def test_signals_do_what_they_did_after_a_run() -> None:
 
 @pytest.mark.parametrize(
     ("left", "steps", "save", "over"),
-    [(20.0, [0.1], 1.0, False), (16.0, [0.1], 1.0, True), (60.0, [0.1], 25.0, True), (60.0, [0.1], 10.0, False), (60.0, [0.1, 30.0], 1.0, True)],
+    [
+        (20.0, [0.1], 1.0, False),
+        (16.0, [0.1], 1.0, True),
+        (60.0, [0.1], 25.0, True),
+        (60.0, [0.1], 10.0, False),
+        (60.0, [0.1, 30.0], 1.0, True),
+    ],
     ids=["time left", "only the reserve left", "long save", "save that fits", "long step"],
 )
 def test_the_clock_leaves_time_for_two_steps_and_two_saves(
@@ -88,14 +94,38 @@ def runs(pid: int) -> bool:
 def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(recipe: Path, tmp_path: Path) -> None:
     """Real gloo. The second process gets the signal; the checkpoint is that of the step where both stop, and nothing is left running."""
     folder = tmp_path / "runs" / "told"
-    words = ["run", str(recipe), "--run-id", "told", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000"]
+    words = [
+        "run",
+        str(recipe),
+        "--run-id",
+        "told",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_steps",
+        "100000",
+    ]
     words += ["--checkpoint.every_n_steps", "100000", "--trainer.val_check_interval", "100000"]
-    with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "mhla_lightning", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         deadline = time.monotonic() + 200
-        while len(read_metrics(folder / "metrics.jsonl").get("train/loss", [])) < 5 and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(read_metrics(folder / "metrics.jsonl").get("train/loss", [])) < 5
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        second = next(int(child) for child in children if b"mhla_lightning" in Path(f"/proc/{child}/cmdline").read_bytes())
+        second = next(
+            int(child)
+            for child in children
+            if b"mhla_lightning" in Path(f"/proc/{child}/cmdline").read_bytes()
+        )
         for _ in range(3):  # a second one does no more than the first
             os.kill(second, signal.SIGUSR1)
             time.sleep(0.02)
@@ -105,7 +135,11 @@ def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(recipe: Pat
     progress = json.loads((folder / "progress.json").read_text())
     (saved,) = complete_checkpoints(folder)
     assert (progress["state"], progress["last_checkpoint"]) == ("preempted", saved.name)
-    assert int(saved.name.removeprefix("step-")) == progress["step"] == read_metrics(folder / "metrics.jsonl")["train/loss"][-1][0]
+    assert (
+        int(saved.name.removeprefix("step-"))
+        == progress["step"]
+        == read_metrics(folder / "metrics.jsonl")["train/loss"][-1][0]
+    )
     state = json.loads((saved / "state.json").read_text())
     assert (state["world_size"], state["consumed"]) == (2, 16 * progress["step"])
     assert state["save_seconds"] > 0

@@ -21,7 +21,10 @@ EMA = {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}
 
 
 def clips(**options: Any) -> dict[str, Any]:
-    return {"class_path": "mhla_lightning.callbacks.SampleClips", "init_args": {"sheets": 2, "first": 2, "steps": 2, **options}}
+    return {
+        "class_path": "mhla_lightning.callbacks.SampleClips",
+        "init_args": {"sheets": 2, "first": 2, "steps": 2, **options},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,9 @@ def test_wrong_options_are_refused_before_training(
     recipe: Path, tmp_path: Path, options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = json.dumps([clips(**options)])
-    assert main(["run", str(recipe), "--run-id", "bad", "--runs", str(tmp_path), "--trainer.callbacks", chosen]) == 2
+    assert (
+        main(["run", str(recipe), "--run-id", "bad", "--runs", str(tmp_path), "--trainer.callbacks", chosen])
+        == 2
+    )
     assert says in capsys.readouterr().err
     assert not list(tmp_path.rglob("trainer.ckpt"))

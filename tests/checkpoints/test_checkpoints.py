@@ -21,7 +21,14 @@ from mhla_lightning.tasks import ClassificationTask
 from mhla_lightning.weights.disk_errors import lack_of_room
 from tests.training.test_resume import exact_metrics
 
-OPTIONS = ["--trainer.max_steps", "16", "--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "4"]
+OPTIONS = [
+    "--trainer.max_steps",
+    "16",
+    "--trainer.val_check_interval",
+    "4",
+    "--checkpoint.every_n_steps",
+    "4",
+]
 
 
 def steps(run: Path) -> list[int]:
@@ -31,7 +38,12 @@ def steps(run: Path) -> list[int]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_last_and_the_best_are_kept(recipe: Path, tmp_path: Path, asynchronous: bool) -> None:
     keep = ["--checkpoint.keep_last", "1", "--checkpoint.keep_best", "2", "--checkpoint.monitor", "val/loss"]
-    rising = ["--model.optimizer.lr", "0.5", "--checkpoint.asynchronous", str(asynchronous).lower()]  # far too high: the loss goes up and down
+    rising = [
+        "--model.optimizer.lr",
+        "0.5",
+        "--checkpoint.asynchronous",
+        str(asynchronous).lower(),
+    ]  # far too high: the loss goes up and down
     assert main(["run", str(recipe), "--run-id", "best", *OPTIONS, *keep, *rising]) == 0
     run = tmp_path / "runs" / "best"
     losses = dict(read_metrics(run / "metrics.jsonl")["val/loss"])
@@ -46,14 +58,31 @@ def test_the_last_and_the_best_are_kept(recipe: Path, tmp_path: Path, asynchrono
 def test_writing_beside_the_training_changes_no_number(recipe: Path, tmp_path: Path) -> None:
     """The copies are those of the step, although training goes on while they are written."""
     for name in ("true", "false"):
-        assert main(["run", str(recipe), "--run-id", name, *OPTIONS, "--checkpoint.keep_last", "9", "--checkpoint.asynchronous", name]) == 0
+        assert (
+            main(
+                [
+                    "run",
+                    str(recipe),
+                    "--run-id",
+                    name,
+                    *OPTIONS,
+                    "--checkpoint.keep_last",
+                    "9",
+                    "--checkpoint.asynchronous",
+                    name,
+                ]
+            )
+            == 0
+        )
     beside, in_turn = (tmp_path / "runs" / name for name in ("true", "false"))
     assert exact_metrics(beside) == exact_metrics(in_turn)
     assert steps(beside) == steps(in_turn) == [4, 8, 12, 16]
     for one, other in zip(complete_checkpoints(beside), complete_checkpoints(in_turn), strict=True):
         first, second = (open_source(path / "trainer.ckpt") for path in (one, other))
         assert all(first.whole(name).equal(second.whole(name)) for name in first.names())
-        assert (one / "ema" / "weights.safetensors").read_bytes() == (other / "ema" / "weights.safetensors").read_bytes()
+        assert (one / "ema" / "weights.safetensors").read_bytes() == (
+            other / "ema" / "weights.safetensors"
+        ).read_bytes()
         assert (one / "recipe.yaml").read_text()
 
 
@@ -71,7 +100,16 @@ def test_a_checkpoint_is_complete_once_the_numbers_of_its_step_are_written(
         return commit(folder, step, state)
 
     monkeypatch.setattr("mhla_lightning.callbacks.checkpoint.commit", watched)
-    lengths = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "4", "--checkpoint.every_n_steps", "1", "--checkpoint.keep_last", "9"]
+    lengths = [
+        "--trainer.max_steps",
+        "6",
+        "--trainer.val_check_interval",
+        "4",
+        "--checkpoint.every_n_steps",
+        "1",
+        "--checkpoint.keep_last",
+        "9",
+    ]
     logged = ["--trainer.log_every_n_steps", "1", "--checkpoint.asynchronous", asynchronous]
     assert main(["run", str(recipe), "--run-id", "watched", *lengths, *logged]) == 0
     assert written == dict.fromkeys(range(1, 7), True)
@@ -87,15 +125,40 @@ def test_an_error_before_the_numbers_are_written_leaves_no_hole(
         if task.trainer.global_step == 4:
             raise RuntimeError("the other rank is gone")
 
-    run = ["run", str(recipe), "--run-id", "hole", "--trainer.max_steps", "6", "--trainer.val_check_interval", "6", "--checkpoint.every_n_steps", "1"]
-    run += ["--checkpoint.keep_last", "9", "--trainer.log_every_n_steps", "1", "--checkpoint.asynchronous", asynchronous]
+    run = [
+        "run",
+        str(recipe),
+        "--run-id",
+        "hole",
+        "--trainer.max_steps",
+        "6",
+        "--trainer.val_check_interval",
+        "6",
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
+    run += [
+        "--checkpoint.keep_last",
+        "9",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--checkpoint.asynchronous",
+        asynchronous,
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(ClassificationTask, "on_train_batch_end", fails)
         with pytest.raises(RuntimeError, match="the other rank is gone"):
             main(run)
     assert steps(tmp_path / "runs" / "hole") == [1, 2, 3]
     assert main(run) == 0
-    assert [step for step, _ in read_metrics(tmp_path / "runs" / "hole" / "metrics.jsonl")["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in read_metrics(tmp_path / "runs" / "hole" / "metrics.jsonl")["train/loss"]] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +172,9 @@ def test_an_error_before_the_numbers_are_written_leaves_no_hole(
         ),
     ],
 )
-def test_a_monitor_that_is_none(recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str) -> None:
+def test_a_monitor_that_is_none(
+    recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
     assert main(["run", str(recipe), *OPTIONS, *options]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -125,7 +190,9 @@ def test_of_equal_checkpoints_the_newest_is_best(tmp_path: Path) -> None:
     found = [tmp_path / str(step) for step in (1, 2, 3, 4, 5)]
     assert [path.name for path in best_checkpoints(found, Keep(1, 2, "val/loss"))] == ["3", "2"]
     assert [path.name for path in best_checkpoints(found, Keep(1, 1, "val/loss", highest=True))] == ["1"]
-    assert len(best_checkpoints(found, Keep(1, 9, "val/loss"))) == 3, "4 was not validated, and the loss of 5 is no number"
+    assert len(best_checkpoints(found, Keep(1, 9, "val/loss"))) == 3, (
+        "4 was not validated, and the loss of 5 is no number"
+    )
     assert best_checkpoints(found, Keep(1)) == []
 
 
@@ -169,7 +236,12 @@ def disk(tmp_path: Path) -> Iterator[Mount]:
     def mount(options: str) -> Path:
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             pytest.skip(f"mounting a small disk needs root: {done.stderr.strip()}")
         made.append(folder)
@@ -181,10 +253,24 @@ def disk(tmp_path: Path) -> Iterator[Mount]:
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_a_full_disk_leaves_the_last_checkpoint(recipe: Path, disk: Mount, capsys: pytest.CaptureFixture[str], asynchronous: str) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(
+    recipe: Path, disk: Mount, capsys: pytest.CaptureFixture[str], asynchronous: str
+) -> None:
     root = disk("size=1500k")
-    keep = ["--checkpoint.keep_last", "99", "--checkpoint.asynchronous", asynchronous, "--checkpoint.every_n_steps", "1"]
-    assert main(["run", str(recipe), "--runs", str(root), "--run-id", "full", "--trainer.max_steps", "40", *keep]) == 2
+    keep = [
+        "--checkpoint.keep_last",
+        "99",
+        "--checkpoint.asynchronous",
+        asynchronous,
+        "--checkpoint.every_n_steps",
+        "1",
+    ]
+    assert (
+        main(
+            ["run", str(recipe), "--runs", str(root), "--run-id", "full", "--trainer.max_steps", "40", *keep]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     last = complete_checkpoints(root / "full")[-1]
     assert "MiB are free" in error
@@ -194,7 +280,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(recipe: Path, disk: Mount, capsy
     assert not list((root / "full" / "checkpoints").glob(".tmp-*"))
 
 
-def test_a_disk_that_cannot_be_written(recipe: Path, disk: Mount, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_cannot_be_written(
+    recipe: Path, disk: Mount, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = disk("size=4m,ro")
     assert main(["run", str(recipe), "--runs", str(root), "--run-id", "never"]) == 2
     assert "cannot write the run folder" in capsys.readouterr().err
@@ -204,9 +292,14 @@ def test_a_disk_that_cannot_be_written(recipe: Path, disk: Mount, tmp_path: Path
     subprocess.run(["mount", "--bind", str(run / "checkpoints"), str(run / "checkpoints")], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(run / "checkpoints")], check=True)
-        assert main(["run", str(recipe), "--run-id", "later", "--trainer.max_steps", "12", "--accept-changes"]) == 2
+        assert (
+            main(["run", str(recipe), "--run-id", "later", "--trainer.max_steps", "12", "--accept-changes"])
+            == 2
+        )
     finally:
-        subprocess.run(["umount", "-l", str(run / "checkpoints")], check=True)  # the checkpoint that was resumed is mapped
+        subprocess.run(
+            ["umount", "-l", str(run / "checkpoints")], check=True
+        )  # the checkpoint that was resumed is mapped
     error = capsys.readouterr().err
     assert "cannot be written (Read-only file system); the last checkpoint, step-00000008, is intact" in error
     assert steps(run)[-1] == 8

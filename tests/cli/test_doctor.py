@@ -21,7 +21,9 @@ OURS = {"mhla-lightning": "mhla_lightning.cli.main:lightning"}
 SDK = {"lightning-sdk": "lightning_sdk.cli.entrypoint:main_cli"}
 
 
-def test_doctor_runs_here_and_finds_nothing_broken(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_runs_here_and_finds_nothing_broken(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     rows = {row["check"]: row for row in json.loads((tmp_path / "doctor.json").read_text())["rows"]}
@@ -33,7 +35,9 @@ def test_doctor_runs_here_and_finds_nothing_broken(capsys: pytest.CaptureFixture
     assert not (tmp_path / "runs").exists(), "doctor only looks"
 
 
-def test_doctor_exits_1_when_a_check_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_exits_1_when_a_check_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> Finding:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
@@ -45,8 +49,13 @@ def test_doctor_exits_1_when_a_check_fails(capsys: pytest.CaptureFixture[str], m
 
 
 @pytest.mark.parametrize("package", ["lightning", "pytorch-lightning"])
-@pytest.mark.parametrize(("number", "status"), [("2.6.1", "ok"), ("2.6.2", "fail"), ("2.6.3", "fail"), ("2.6.6", "ok"), (None, "ok")])
-def test_compromised_releases(package: str, number: str | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [("2.6.1", "ok"), ("2.6.2", "fail"), ("2.6.3", "fail"), ("2.6.6", "ok"), (None, "ok")],
+)
+def test_compromised_releases(
+    package: str, number: str | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(installation, "installed", lambda name: number if name == package else None)
     finding = installation.compromised()
     assert finding.status == status
@@ -62,7 +71,9 @@ def test_compromised_releases(package: str, number: str | None, status: str, mon
         ("1.1.0.dev0", "ok", "timm 1.1.0.dev0"),
     ],
 )
-def test_versions_against_what_is_asked_for(number: str | None, status: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_against_what_is_asked_for(
+    number: str | None, status: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(installation, "installed", lambda name: number)
     wanted = ["timm>=1.0.31,<2", "mlxtend>=0.25; extra == 'demo'", "deepspeed>=9; sys_platform == 'nowhere'"]
     finding = installation.compare_versions(wanted)
@@ -127,7 +138,9 @@ def test_a_runs_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch:
 
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path))
     monkeypatch.setattr(devices.tempfile, "TemporaryFile", refuse)
-    assert devices.runs_folder() == Finding("fail", f"{tmp_path} cannot be written: Permission denied; choose another with --runs or $MHLA_RUNS")
+    assert devices.runs_folder() == Finding(
+        "fail", f"{tmp_path} cannot be written: Permission denied; choose another with --runs or $MHLA_RUNS"
+    )
 
 
 def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +149,9 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert devices.runs_folder().status == "warn"
 
 
-@pytest.mark.parametrize("outputs", [["3.0\n", "1.0\n"], ["3.0\n", ""], ["", ""]], ids=["wrong sum", "one died", "both died"])
+@pytest.mark.parametrize(
+    "outputs", [["3.0\n", "1.0\n"], ["3.0\n", ""], ["", ""]], ids=["wrong sum", "one died", "both died"]
+)
 def test_a_wrong_sum_fails_with_the_last_words(outputs: list[str]) -> None:
     finding = processes.judge(outputs, ["", "Traceback\nRuntimeError: no interface"], 1.0)
     assert finding.status == "fail"
@@ -152,5 +167,7 @@ def test_processes_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_help_needs_no_torch() -> None:
-    code = "import sys, mhla_lightning.cli.doctor, mhla_lightning.cli.compare; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, mhla_lightning.cli.doctor, mhla_lightning.cli.compare; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

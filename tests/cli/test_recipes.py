@@ -16,7 +16,9 @@ from mhla_lightning.config.recipes import RECIPES, recipe_names
 CPU_RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 
 
-def test_list_shows_every_packaged_recipe_with_its_purpose(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_list_shows_every_packaged_recipe_with_its_purpose(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["recipes", "list", "--json", str(tmp_path / "list.json")]) == 0
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / "list.json").read_text())["rows"]
@@ -42,7 +44,9 @@ def test_show_prints_the_file_as_it_is(name: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == (RECIPES / f"{name}.yaml").read_text()
 
 
-def test_show_on_a_terminal_keeps_every_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_on_a_terminal_keeps_every_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
@@ -57,16 +61,30 @@ def test_show_names_the_nearest_recipe(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_recipes_do_not_import_torch() -> None:
     code = "import sys; from mhla_lightning.cli.main import main; main(['recipes', 'list']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "purpose", "paper"),
     [
-        ("# Trains it. Paper: 75.8 % top-1 (Table 2).\nmodel: 1\n", "Trains it. Paper: 75.8 % top-1 (Table 2).", "75.8 % top-1 (Table 2)"),
-        ("# Trains it.\n#\n# The paper reports FID 59.80.\nx: 1\n# Paper: 1.0\n", "Trains it.", "The paper reports FID 59.80"),
+        (
+            "# Trains it. Paper: 75.8 % top-1 (Table 2).\nmodel: 1\n",
+            "Trains it. Paper: 75.8 % top-1 (Table 2).",
+            "75.8 % top-1 (Table 2)",
+        ),
+        (
+            "# Trains it.\n#\n# The paper reports FID 59.80.\nx: 1\n# Paper: 1.0\n",
+            "Trains it.",
+            "The paper reports FID 59.80",
+        ),
         ("# Not a paper row; at least 93 % here.\nx: 1\n", "Not a paper row; at least 93 % here.", None),
-        ("# As in the paper (arXiv 2601.07832), smaller.\nx: 1\n", "As in the paper (arXiv 2601.07832), smaller.", None),
+        (
+            "# As in the paper (arXiv 2601.07832), smaller.\nx: 1\n",
+            "As in the paper (arXiv 2601.07832), smaller.",
+            None,
+        ),
         ("x: 1  # paper: 3.5\n", None, None),
         ("", None, None),
     ],

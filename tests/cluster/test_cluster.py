@@ -64,14 +64,24 @@ BAD_PROFILES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("words in a word", {**LEAST, "partition": "gpu --wrap=x"}, ["partition", "one word"]),
     ("newline in an option", {**LEAST, "sbatch": ["--comment=a\n#SBATCH --uid=0"]}, ["sbatch", "one option"]),
     ("variable", {**LEAST, "env": {"A B": 1}}, ["env", "'A B'"]),
-    ("container kind", {**LEAST, "container": {"kind": "docker", "image": "x"}}, ["unknown kind 'docker' of container", "apptainer, pyxis"]),
-    ("mount", {**LEAST, "container": {"kind": "pyxis", "image": "x", "mounts": ["/a"]}}, ["container.mounts", "SOURCE:TARGET"]),
+    (
+        "container kind",
+        {**LEAST, "container": {"kind": "docker", "image": "x"}},
+        ["unknown kind 'docker' of container", "apptainer, pyxis"],
+    ),
+    (
+        "mount",
+        {**LEAST, "container": {"kind": "pyxis", "image": "x", "mounts": ["/a"]}},
+        ["container.mounts", "SOURCE:TARGET"],
+    ),
     ("two pythons", {**LEAST, "venv": "/a", "conda": "b"}, ["venv and conda"]),
     ("mail event", {**LEAST, "mail": {"to": "me@x.org", "events": ["OFTEN"]}}, ["unknown event 'OFTEN'"]),
 ]
 
 
-@pytest.mark.parametrize(("values", "told"), [case[1:] for case in BAD_PROFILES], ids=[case[0] for case in BAD_PROFILES])
+@pytest.mark.parametrize(
+    ("values", "told"), [case[1:] for case in BAD_PROFILES], ids=[case[0] for case in BAD_PROFILES]
+)
 def test_bad_profiles(values: dict[str, Any], told: list[str]) -> None:
     with pytest.raises(UserError) as error:
         profile_from(values, "x")
@@ -80,7 +90,10 @@ def test_bad_profiles(values: dict[str, Any], told: list[str]) -> None:
 
 def test_unknown_profile_and_one_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MHLA_PROFILES", str(tmp_path))
-    with pytest.raises(UserError, match=r"unknown profile 'pyxi'; valid: apptainer, conda.*did you mean 'pyxis'.*give its path"):
+    with pytest.raises(
+        UserError,
+        match=r"unknown profile 'pyxi'; valid: apptainer, conda.*did you mean 'pyxis'.*give its path",
+    ):
         load_profile("pyxi")
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(LEAST))
     assert load_profile("here").name == "here"
@@ -108,7 +121,9 @@ def test_seeds() -> None:
 
 def test_squeue_and_sacct_as_recorded() -> None:
     text = squeue_line("12", "RUNNING", "None", "1", "node[1-2]", "9:33", "2026-11-25T16:03:51")
-    text += squeue_line("13_1", "PENDING", "(Nodes required for job are DOWN, DRAINED)", "0", "", "10:00", "N/A")
+    text += squeue_line(
+        "13_1", "PENDING", "(Nodes required for job are DOWN, DRAINED)", "0", "", "10:00", "N/A"
+    )
     rows = parse_squeue(text)
     assert rows["12"].__dict__ == {
         "state": "RUNNING",
@@ -118,9 +133,19 @@ def test_squeue_and_sacct_as_recorded() -> None:
         "time_left": "9:33",
         "start": "2026-11-25T16:03:51",
     }
-    assert (rows["13_1"].reason, rows["13_1"].nodes, rows["13_1"].active) == ("(Nodes required for job are DOWN, DRAINED)", None, True)
-    rows = parse_sacct("12|COMPLETED|0:0|node[1-2]\n14|CANCELLED by 1000|0:15|None assigned\n15|FAILED|1:0|node1\n")
-    assert [(row.state, row.reason) for row in rows.values()] == [("COMPLETED", None), ("CANCELLED", "exit code 0:15"), ("FAILED", "exit code 1:0")]
+    assert (rows["13_1"].reason, rows["13_1"].nodes, rows["13_1"].active) == (
+        "(Nodes required for job are DOWN, DRAINED)",
+        None,
+        True,
+    )
+    rows = parse_sacct(
+        "12|COMPLETED|0:0|node[1-2]\n14|CANCELLED by 1000|0:15|None assigned\n15|FAILED|1:0|node1\n"
+    )
+    assert [(row.state, row.reason) for row in rows.values()] == [
+        ("COMPLETED", None),
+        ("CANCELLED", "exit code 0:15"),
+        ("FAILED", "exit code 1:0"),
+    ]
     assert rows["14"].nodes is None
 
 
@@ -141,7 +166,18 @@ def submitted(root: Path, name: str, job: str, attempts: str = "", **progress: A
     write_job(run, {"run_id": name, "jobs": ["3", job]})
     (run.path / "slurm" / "attempts").write_text(attempts)
     if progress:
-        run.progress.write_text(json.dumps({"step": 10, "max_steps": 30, "consumed": 160, "samples_per_second": 16.0, "loss": 0.5, **progress}))
+        run.progress.write_text(
+            json.dumps(
+                {
+                    "step": 10,
+                    "max_steps": 30,
+                    "consumed": 160,
+                    "samples_per_second": 16.0,
+                    "loss": 0.5,
+                    **progress,
+                }
+            )
+        )
     return run
 
 
@@ -151,26 +187,38 @@ def rows_of(root: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict
     return {row["run"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
-def test_status_with_and_without_accounting(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_with_and_without_accounting(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "runs"
     submitted(root, "runs", "20", "20 0 started - 0 - 1\n", state="running")
     submitted(root, "requeued", "21", state="preempted")
     submitted(root, "old", "22", "22 0 started - 0 - 1\n22 0 failed 1 0 10 2\n", state="failed")
     submitted(root, "ended", "23", "23 2 started - 0 - 1\n23 2 finished 0 0 30 2\n", state="finished")
     submitted(root, "lost", "24", "24 0 started - 0 - 1\n", state="running")
-    lines = squeue_line("20", "RUNNING", "None", "2", "n[1-2]", "1:00:00", "x") + squeue_line("21", "PENDING", "BeginTime", "1", "", "1:00:00", "x")
+    lines = squeue_line("20", "RUNNING", "None", "2", "n[1-2]", "1:00:00", "x") + squeue_line(
+        "21", "PENDING", "BeginTime", "1", "", "1:00:00", "x"
+    )
     stub("squeue", f"printf '%s' '{lines}'")
     stub("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     rows = rows_of(root, capsys)
     states = {name: (row["state"], row["restarts"]) for name, row in rows.items()}
-    assert states == {"runs": ("RUNNING", 2), "requeued": ("REQUEUED", 1), "old": ("FAILED", 0), "ended": ("COMPLETED", 2), "lost": ("UNKNOWN", 0)}
+    assert states == {
+        "runs": ("RUNNING", 2),
+        "requeued": ("REQUEUED", 1),
+        "old": ("FAILED", 0),
+        "ended": ("COMPLETED", 2),
+        "lost": ("UNKNOWN", 0),
+    }
     assert rows["runs"]["run_time_left"] == "0:00:20"  # 20 steps of 16 samples at 16 a second
     assert rows["runs"]["job_time_left"] == "1:00:00"
     assert rows["requeued"]["reason"] == "BeginTime"
     assert rows["old"]["reason"] == "exit code 1"
     assert "mhla resume" in rows["lost"]["reason"]
     (asked,) = calls(tmp_path / "bin", "squeue")
-    assert sorted(asked[asked.index("-j") + 1].split(",")) == ["20", "21", "22", "23", "24"], "one question for all"
+    assert sorted(asked[asked.index("-j") + 1].split(",")) == ["20", "21", "22", "23", "24"], (
+        "one question for all"
+    )
 
     stub("sacct", "echo '24|NODE_FAIL|0:0|n1'")
     assert rows_of(root, capsys, "lost")["lost"]["state"] == "NODE_FAIL"
@@ -182,12 +230,19 @@ def test_status_with_and_without_accounting(tmp_path: Path, stub: Stub, capsys: 
     assert "10/30" in capsys.readouterr().out
 
 
-def test_a_cancel_that_slurm_refuses_leaves_the_run_as_it_was(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cancel_that_slurm_refuses_leaves_the_run_as_it_was(
+    tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = submitted(tmp_path, "one", "12")
     stub("squeue", f"printf '%s' '{squeue_line('12', 'RUNNING', 'None', '0', 'n1', '1:00', 'x')}'")
-    stub("scancel", "echo 'scancel: error: Kill job error on job id 12: Access/permission denied' >&2; exit 1")
+    stub(
+        "scancel", "echo 'scancel: error: Kill job error on job id 12: Access/permission denied' >&2; exit 1"
+    )
     assert main(["cancel", "one", "--runs", str(tmp_path)]) == 2
-    assert "SLURM does not cancel 12: Kill job error on job id 12: Access/permission denied" in capsys.readouterr().err
+    assert (
+        "SLURM does not cancel 12: Kill job error on job id 12: Access/permission denied"
+        in capsys.readouterr().err
+    )
     assert not (run.path / "slurm" / "cancelled").exists()
 
 
@@ -203,9 +258,21 @@ def test_a_run_is_found_by_id_folder_and_job(tmp_path: Path) -> None:
         find_run("1", tmp_path)
 
 
-def test_submit_writes_the_run_folder(unpacked: Path, tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_writes_the_run_folder(
+    unpacked: Path, tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
     stub("sbatch", 'cat >/dev/null; case "$*" in *--test-only*) ;; *) echo "42;cluster" ;; esac')
-    command = ["submit", str(unpacked), "--profile", "cpu", "--no-check", "--trainer.max_steps", "3", "--json", "queued.json"]
+    command = [
+        "submit",
+        str(unpacked),
+        "--profile",
+        "cpu",
+        "--no-check",
+        "--trainer.max_steps",
+        "3",
+        "--json",
+        "queued.json",
+    ]
     assert main(command) == 0
     out = capsys.readouterr().out
     (run,) = (RunFolder(path) for path in (tmp_path / "runs").iterdir())
@@ -213,12 +280,23 @@ def test_submit_writes_the_run_folder(unpacked: Path, tmp_path: Path, stub: Stub
     assert f"mhla logs {run.run_id} -f" in out
     assert json.loads(Path("queued.json").read_text()) == {"jobs": {run.run_id: "42"}}
     job = json.loads(run.job.read_text())
-    assert (job["jobs"], job["recipe"], job["cwd"], job["nodes"], job["devices"]) == (["42"], "tiny.yaml", str(tmp_path), 1, 1)
+    assert (job["jobs"], job["recipe"], job["cwd"], job["nodes"], job["devices"]) == (
+        ["42"],
+        "tiny.yaml",
+        str(tmp_path),
+        1,
+        1,
+    )
     assert len(job["git"]["commit"]) == 40
     assert job["environment"]["versions"]["torch"]
     slurm = run.path / "slurm"
     assert yaml.safe_load((slurm / "recipe.yaml").read_text())["trainer"]["max_steps"] == 3
-    for file in ("cli/main.py", "callbacks/checkpoint.py", "cluster/train.sbatch.j2", "recipes/classification/deit_tiny_mhla_mnist_cpu.yaml"):
+    for file in (
+        "cli/main.py",
+        "callbacks/checkpoint.py",
+        "cluster/train.sbatch.j2",
+        "recipes/classification/deit_tiny_mhla_mnist_cpu.yaml",
+    ):
         assert (slurm / "code" / "mhla_lightning" / file).is_file()
     assert not any(path.is_symlink() for path in (slurm / "code").rglob("*"))
     assert [call[0] for call in calls(tmp_path / "bin", "sbatch")] == ["--test-only", "--parsable"]
@@ -227,7 +305,10 @@ def test_submit_writes_the_run_folder(unpacked: Path, tmp_path: Path, stub: Stub
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [run.run_id, f"{run.run_id}-2"]
     assert main([*command, "--run-id", run.run_id]) == 2
     assert f"run {run.run_id} exists already" in capsys.readouterr().err
-    stub("sbatch", 'cat >/dev/null; case "$*" in *--test-only*) ;; *) echo "sbatch: error: Invalid account" >&2; exit 1 ;; esac')
+    stub(
+        "sbatch",
+        'cat >/dev/null; case "$*" in *--test-only*) ;; *) echo "sbatch: error: Invalid account" >&2; exit 1 ;; esac',
+    )
     assert main([*command, "--run-id", "refused"]) == 2
     assert "SLURM does not take the job: Invalid account; asked for nodes 1" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "refused").exists()
@@ -240,16 +321,25 @@ def test_a_queued_job_imports_its_copy_of_the_code(unpacked: Path, tmp_path: Pat
     code = tmp_path / "runs" / "mine" / "slurm" / "code"
     ask = [sys.executable, "-c", "import mhla_lightning.cluster.slurm as slurm; print(slurm.__file__)"]
     env = {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(ask, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ask, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(code / "mhla_lightning" / "cluster" / "slurm.py")
 
 
 @pytest.mark.parametrize(
     "words",
-    [["status"], ["logs", "one"], ["cancel", "one"], ["submit", "classification/deit_tiny_mhla_mnist_cpu", "--profile", "cpu", "--dry-run"]],
+    [
+        ["status"],
+        ["logs", "one"],
+        ["cancel", "one"],
+        ["submit", "classification/deit_tiny_mhla_mnist_cpu", "--profile", "cpu", "--dry-run"],
+    ],
     ids=str,
 )
-def test_verbs_import_no_torch_and_answer_in_under_a_second(words: list[str], tmp_path: Path, stub: Stub) -> None:
+def test_verbs_import_no_torch_and_answer_in_under_a_second(
+    words: list[str], tmp_path: Path, stub: Stub
+) -> None:
     submitted(tmp_path / "runs", "one", "5")
     stub("squeue", "")
     stub("sacct", "exit 1")
@@ -274,7 +364,9 @@ def test_a_process_whose_folder_was_taken_over_stops(tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "lock").read_text()) == other, "the lock of the later start stays"
 
 
-def test_monitor_names_the_ssh_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
+def test_monitor_names_the_ssh_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stub: Stub
+) -> None:
     run = submitted(tmp_path / "runs", "one", "5")
     run.tensorboard.mkdir()
     monkeypatch.setenv("SSH_CONNECTION", "1.2.3.4 5 6.7.8.9 22")

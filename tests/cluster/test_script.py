@@ -21,7 +21,9 @@ from tests.helpers.cluster_stubs import Stub, calls
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch"
 CPU, GPU = "classification/deit_tiny_mhla_mnist_cpu", "language/lm_340m_mhla_fineweb_edu"
-COMBINATIONS: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # golden file: recipe, profile, strategy, options
+COMBINATIONS: dict[
+    str, tuple[str, str, str, dict[str, Any]]
+] = {  # golden file: recipe, profile, strategy, options
     "cpu-ddp": (CPU, "cpu", "ddp", {"nodes": 2}),
     "cpu-zero2-seeds": (CPU, "cpu", "zero2", {"nodes": 2, "devices": 2, "seeds": (0, 1, 2), "time": "5"}),
     "venv-ddp": (GPU, "venv", "ddp", {"nodes": 4}),
@@ -34,7 +36,12 @@ COMBINATIONS: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # golden file
 
 
 def options(**given: Any) -> Options:
-    place = {"run_id": "mine", "runs": Path("/shared/runs"), "cwd": Path("/home/me/project"), "python": Path("/shared/envs/mhla/bin/python")}
+    place = {
+        "run_id": "mine",
+        "runs": Path("/shared/runs"),
+        "cwd": Path("/home/me/project"),
+        "python": Path("/shared/envs/mhla/bin/python"),
+    }
     return Options(**{**place, **given})
 
 
@@ -43,17 +50,25 @@ def test_golden_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wanted change of the template changes these files, too: the message holds the new text."""
     monkeypatch.setenv("HOME", "/home/me")
     recipe, profile, strategy, given = COMBINATIONS[name]
-    made = prepare(load_recipe(recipe), load_profile(profile), {"trainer.strategy": strategy}, options(**given))
+    made = prepare(
+        load_recipe(recipe), load_profile(profile), {"trainer.strategy": strategy}, options(**given)
+    )
     assert made.script == (GOLDEN / f"{name}.sh").read_text()
     for run_id, values in made.recipes.items():
         trainer = values["trainer"]
-        assert (trainer["strategy"], trainer["num_nodes"], trainer["devices"]) == (strategy, given.get("nodes", 1), made.devices)
+        assert (trainer["strategy"], trainer["num_nodes"], trainer["devices"]) == (
+            strategy,
+            given.get("nodes", 1),
+            made.devices,
+        )
         assert f"#SBATCH --ntasks-per-node={trainer['devices']}\n" in made.script
         if "seeds" in given:
             assert run_id == f"mine-seed{values['seed_everything']}"
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (make slurm installs it)")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed (make slurm installs it)"
+)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_shellcheck_finds_nothing(name: str) -> None:
     done = subprocess.run(["shellcheck", GOLDEN / f"{name}.sh"], capture_output=True, text=True, check=False)
@@ -78,14 +93,22 @@ def test_the_same_recipe_gives_the_same_text_and_stays_as_it_was() -> None:
     ],
     ids=["gpu", "override", "tiny samples", "one cpu"],
 )
-def test_workers_and_threads_come_from_the_allocation(profile: str, recipe: str, overrides: dict[str, Any], workers: int, threads: int) -> None:
+def test_workers_and_threads_come_from_the_allocation(
+    profile: str, recipe: str, overrides: dict[str, Any], workers: int, threads: int
+) -> None:
     made = prepare(load_recipe(recipe), load_profile(profile), overrides, options())
     assert made.recipes["mine"]["data"]["init_args"]["num_workers"] == workers
     assert f"export OMP_NUM_THREADS={threads}\n" in made.script
 
 
 MISTAKES = [
-    ("cpu profile, gpu recipe", "cpu", {"trainer.accelerator": "gpu"}, {}, ["trainer.accelerator is gpu", "gpus_per_node 0"]),
+    (
+        "cpu profile, gpu recipe",
+        "cpu",
+        {"trainer.accelerator": "gpu"},
+        {},
+        ["trainer.accelerator is gpu", "gpus_per_node 0"],
+    ),
     ("too many devices", "venv", {"trainer.accelerator": "gpu"}, {"devices": 9}, ["9 devices", "have 8"]),
     ("list of devices", "cpu", {"trainer.devices": [0, 1]}, {}, ["trainer.devices is [0, 1]", "from 1"]),
     ("no node", "cpu", {}, {"nodes": 0}, ["--nodes is 0"]),
@@ -95,7 +118,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("profile", "overrides", "given", "told"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+@pytest.mark.parametrize(
+    ("profile", "overrides", "given", "told"),
+    [case[1:] for case in MISTAKES],
+    ids=[case[0] for case in MISTAKES],
+)
 def test_mistakes(profile: str, overrides: dict[str, Any], given: dict[str, Any], told: list[str]) -> None:
     with pytest.raises(UserError) as error:
         prepare(load_recipe(CPU), load_profile(profile), overrides, options(**given))
@@ -114,8 +141,20 @@ def tiny_profile(**more: Any) -> Profile:
 def run_script(script: str, runs: Path, **env: str) -> subprocess.CompletedProcess[str]:
     path = runs / "script.sh"
     path.write_text(script)
-    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
-    return subprocess.run(["bash", str(path)], env={**os.environ, **job, **env}, capture_output=True, text=True, check=False, timeout=60)
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    return subprocess.run(
+        ["bash", str(path)],
+        env={**os.environ, **job, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def test_user_text_stays_data(tmp_path: Path, stub: Stub) -> None:
@@ -126,11 +165,23 @@ def test_user_text_stays_data(tmp_path: Path, stub: Stub) -> None:
     stub("scontrol", "")
     stub("srun", 'printf "%s" "$NASTY" >got; pwd >where; echo "$PYTHONPATH" >path')
     recipe = Recipe("r", Path("r.yaml"), {"trainer": {"accelerator": "cpu"}, "model": {}, "data": {}})
-    made = prepare(recipe, tiny_profile(env={"NASTY": NASTY}), parse_overrides([f"--model.note={json.dumps(NASTY)}"]), options(runs=odd, cwd=odd))
+    made = prepare(
+        recipe,
+        tiny_profile(env={"NASTY": NASTY}),
+        parse_overrides([f"--model.note={json.dumps(NASTY)}"]),
+        options(runs=odd, cwd=odd),
+    )
     done = run_script(made.script, odd)
     assert done.returncode == 0, done.stderr
     (words,) = calls(tmp_path / "bin", "srun")
-    assert words[words.index("run") :] == ["run", f"{odd}/mine/slurm/recipe.yaml", "--runs", str(odd), "--run-id", "mine"]
+    assert words[words.index("run") :] == [
+        "run",
+        f"{odd}/mine/slurm/recipe.yaml",
+        "--runs",
+        str(odd),
+        "--run-id",
+        "mine",
+    ]
     assert (odd / "got").read_text() == NASTY
     assert (odd / "where").read_text() == f"{odd}\n"
     assert (odd / "path").read_text().startswith(f"{odd}/mine/slurm/code")
@@ -164,13 +215,33 @@ ENDS = [
     ("crash later", 1, ("failed", 10), "", "RUNNING", False, True, "failed"),
     ("killed rank", 137, ("running", 50), "", "RUNNING", False, True, "failed"),
     ("last allowed failure", 1, ("failed", 10), "7 0 failed 1 0 10 1\n", "RUNNING", False, True, "failed"),
-    ("too many failures", 1, ("failed", 10), "7 0 failed 1 0 10 1\n7 1 failed 1 0 10 1\n", "RUNNING", False, False, "failed"),
-    ("failures of another job", 1, ("failed", 10), "6 0 failed 1 0 10 1\n6 1 failed 1 0 10 1\n", "RUNNING", False, True, "failed"),
+    (
+        "too many failures",
+        1,
+        ("failed", 10),
+        "7 0 failed 1 0 10 1\n7 1 failed 1 0 10 1\n",
+        "RUNNING",
+        False,
+        False,
+        "failed",
+    ),
+    (
+        "failures of another job",
+        1,
+        ("failed", 10),
+        "6 0 failed 1 0 10 1\n6 1 failed 1 0 10 1\n",
+        "RUNNING",
+        False,
+        True,
+        "failed",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("code", "progress", "earlier", "queue", "marked", "again", "verdict"), [end[1:] for end in ENDS], ids=[end[0] for end in ENDS]
+    ("code", "progress", "earlier", "queue", "marked", "again", "verdict"),
+    [end[1:] for end in ENDS],
+    ids=[end[0] for end in ENDS],
 )
 def test_what_the_script_does_when_training_ends(
     code: int,
@@ -186,14 +257,22 @@ def test_what_the_script_does_when_training_ends(
     run = tmp_path / "runs" / "mine"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm" / "attempts").write_text(earlier)
-    (run / "progress.json").write_text(json.dumps({"state": "preempted", "step": 30, "seconds": 1}, indent=2))  # of an earlier attempt: says nothing
+    (run / "progress.json").write_text(
+        json.dumps({"state": "preempted", "step": 30, "seconds": 1}, indent=2)
+    )  # of an earlier attempt: says nothing
     if marked:
         (run / "slurm" / "cancelled").write_text("7\n")
     stub("squeue", f"echo {queue}")
     stub("scontrol", "")
-    written = json.dumps({"state": progress[0], "step": progress[1], "seconds": 2}, indent=2) if progress else ""
-    stub("srun", (f"cat >'{run}/progress.json' <<'END'\n{written}\nEND\n" if progress else "") + f"exit {code}")
-    script = prepare(load_recipe(CPU), tiny_profile(failures=2), {}, options(runs=run.parent, cwd=tmp_path)).script
+    written = (
+        json.dumps({"state": progress[0], "step": progress[1], "seconds": 2}, indent=2) if progress else ""
+    )
+    stub(
+        "srun", (f"cat >'{run}/progress.json' <<'END'\n{written}\nEND\n" if progress else "") + f"exit {code}"
+    )
+    script = prepare(
+        load_recipe(CPU), tiny_profile(failures=2), {}, options(runs=run.parent, cwd=tmp_path)
+    ).script
     done = run_script(script, run.parent)
     assert calls(tmp_path / "bin", "scontrol") == ([["requeue", "7"]] if again else []), done.stdout
     last = (run / "slurm" / "attempts").read_text().splitlines()[-1].split()
@@ -223,7 +302,9 @@ def test_a_port_that_is_taken_is_left_alone(tmp_path: Path, stub: Stub) -> None:
     (tmp_path / "runs" / "mine" / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")
     stub("srun", f"echo $MASTER_PORT >{tmp_path}/port")
-    script = prepare(load_recipe(CPU), tiny_profile(), {}, options(runs=tmp_path / "runs", cwd=tmp_path)).script
+    script = prepare(
+        load_recipe(CPU), tiny_profile(), {}, options(runs=tmp_path / "runs", cwd=tmp_path)
+    ).script
     with socket.create_server(("localhost", 0)) as other:
         taken = other.getsockname()[1]
         run_script(script.replace("15000 + SLURM_JOB_ID % 16000", str(taken)), tmp_path / "runs")
@@ -239,7 +320,9 @@ def test_an_array_task_speaks_of_itself_only(tmp_path: Path, stub: Stub) -> None
     stub("squeue", "echo RUNNING")
     stub("scontrol", "")
     stub("srun", "exit 75")
-    script = prepare(load_recipe(CPU), tiny_profile(), {}, options(runs=run.parent, cwd=tmp_path, seeds=(1, 2))).script
+    script = prepare(
+        load_recipe(CPU), tiny_profile(), {}, options(runs=run.parent, cwd=tmp_path, seeds=(1, 2))
+    ).script
     run_script(script, run.parent, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert calls(tmp_path / "bin", "scontrol") == [["requeue", "7_2"]]
     assert all("7_2" in call for call in calls(tmp_path / "bin", "squeue"))

@@ -28,7 +28,9 @@ def child_run(folder: Path, name: str) -> child.ChildRun:
     return child.ChildRun("r", RunFolder(folder / name), [], folder / f"{name}.log")
 
 
-def test_children_run_at_once_and_none_is_started_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_run_at_once_and_none_is_started_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two at once, of which the second fails while the first still works: the third never starts, the first ends in peace."""
     start = subprocess.Popen
     code = (
@@ -47,7 +49,10 @@ def test_children_run_at_once_and_none_is_started_after_a_failure(tmp_path: Path
     ended: list[tuple[str, int]] = []
     done: list[float] = []
     result = child.train_in_children(
-        [child_run(tmp_path, name) for name in "abc"], 2, done.append, lambda one, code: ended.append((one.run.run_id, code))
+        [child_run(tmp_path, name) for name in "abc"],
+        2,
+        done.append,
+        lambda one, code: ended.append((one.run.run_id, code)),
     )
     assert result == 3
     assert ended == [("b", 3), ("a", 0)]
@@ -56,8 +61,13 @@ def test_children_run_at_once_and_none_is_started_after_a_failure(tmp_path: Path
     assert (tmp_path / "a.log").read_text() == f"{max(1, (os.cpu_count() or 1) // 2)}\n"
 
 
-def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, sleeper = tmp_path / "run.log", [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, sleeper = (
+        tmp_path / "run.log",
+        [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"],
+    )
     start = subprocess.Popen
     monkeypatch.setattr(child.subprocess, "Popen", lambda command, **options: start(sleeper, **options))
 
@@ -69,6 +79,9 @@ def test_a_signal_to_us_reaches_the_run_and_shows_in_the_exit_code(tmp_path: Pat
     thread = threading.Thread(target=stop_when_up)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    assert child.train_in_children([child_run(tmp_path, "run")], 1, lambda done: None, lambda run, code: None) == 128 + signal.SIGTERM
+    assert (
+        child.train_in_children([child_run(tmp_path, "run")], 1, lambda done: None, lambda run, code: None)
+        == 128 + signal.SIGTERM
+    )
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -58,12 +58,26 @@ def small(digits: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MHLA_RUNS", raising=False)
     lines = [line.split(": ") for line in SMALL.strip().splitlines()]
-    return [f"--{key}={value}" for key, value in [*lines, ["data.path", str(digits)], ["model.num_classes", "2"]]]
+    return [
+        f"--{key}={value}" for key, value in [*lines, ["data.path", str(digits)], ["model.num_classes", "2"]]
+    ]
 
 
 def test_compare_end_to_end(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     over = "model.attention=[linear, {name: mhla, mix_init: uniform}]"
-    command = ["compare", RECIPE, "--over", over, "--seeds", "0,1", "--runs", str(tmp_path), "--json", str(tmp_path / "copy.json"), *small]
+    command = [
+        "compare",
+        RECIPE,
+        "--over",
+        over,
+        "--seeds",
+        "0,1",
+        "--runs",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "copy.json"),
+        *small,
+    ]
     assert main(command) == 0
     shown = capsys.readouterr().out
     (folder,) = tmp_path.glob("compare-*")
@@ -73,7 +87,9 @@ def test_compare_end_to_end(small: list[str], tmp_path: Path, capsys: pytest.Cap
     table = json.loads((folder / "table.json").read_text())
     assert json.loads((tmp_path / "copy.json").read_text()) == table
     summaries = [json.loads((folder / run_id / "summary.json").read_text()) for run_id in ids]
-    assert [seed for row in table["rows"] for seed in row["seeds"]] == [{"seed": n % 2, **found} for n, found in enumerate(summaries)]
+    assert [seed for row in table["rows"] for seed in row["seeds"]] == [
+        {"seed": n % 2, **found} for n, found in enumerate(summaries)
+    ]
     for row, own in zip(table["rows"], (summaries[:2], summaries[2:]), strict=True):
         losses = [found["last"]["val/loss"] for found in own]
         assert losses[0] != losses[1], "the seeds did not reach the runs"
@@ -100,7 +116,9 @@ def check_narrow_table(rows: list[dict[str, Any]]) -> None:
     print_table(console, "title", rows)
     shown = console.export_text()
     assert "…" not in shown
-    assert all(word in shown for word in ("parameters", "GFLOPs", "val_ema/", f"{rows[0]['mean']['val/loss']:.4f}"))
+    assert all(
+        word in shown for word in ("parameters", "GFLOPs", "val_ema/", f"{rows[0]['mean']['val/loss']:.4f}")
+    )
 
 
 def check_picture(path: Path) -> None:
@@ -113,14 +131,21 @@ def check_picture(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failing_run_ends_the_comparison_and_the_same_command_goes_on(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_run_ends_the_comparison_and_the_same_command_goes_on(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     variants = tmp_path / "variants.yaml"
-    variants.write_text("good: {model.attention: linear}\nbad: {model.backbone_options.img_size: 32}\nnever: {}\n")
+    variants.write_text(
+        "good: {model.attention: linear}\nbad: {model.backbone_options.img_size: 32}\nnever: {}\n"
+    )
     command = ["compare", RECIPE, "--variants", str(variants), "--runs", str(tmp_path), *small]
     assert main(command) == 2
     shown = capsys.readouterr()
     (folder,) = tmp_path.glob("compare-*")
-    assert f"row 'bad', seed 0 stopped with exit code 2; all it said is in {folder / 'bad-seed0.log'}" in shown.err
+    assert (
+        f"row 'bad', seed 0 stopped with exit code 2; all it said is in {folder / 'bad-seed0.log'}"
+        in shown.err
+    )
     assert "error: " in (folder / "bad-seed0.log").read_text()
     assert (folder / "bad-seed0.log").read_text().splitlines()[-1] in shown.err
     assert "good, seed 0: val/top1 " in shown.out
@@ -150,7 +175,17 @@ def test_an_evaluation_is_run_once_on_every_finished_run(
         return {"bias": weights["head.bias"][options.place].abs().item(), "place": float(options.place)}
 
     monkeypatch.setitem(EVALUATIONS, "take", Evaluation(TakeOptions, measure, frozenset({"bias"})))
-    command = ["compare", RECIPE, "--over", "model.attention=[linear, softmax]", "--seeds", "0,1", "--runs", str(tmp_path), *small]
+    command = [
+        "compare",
+        RECIPE,
+        "--over",
+        "model.attention=[linear, softmax]",
+        "--seeds",
+        "0,1",
+        "--runs",
+        str(tmp_path),
+        *small,
+    ]
     ids = [f"{row}-seed{seed}" for row in ("linear", "softmax") for seed in (0, 1)]
     assert main([*command, "--eval", "take"]) == 0
     assert looked == ids
@@ -162,7 +197,9 @@ def test_an_evaluation_is_run_once_on_every_finished_run(
         assert biases[0] != biases[1]
         assert row["mean"]["take/bias"] == pytest.approx(statistics.fmean(biases))
         assert row["spread"]["take/bias"] == pytest.approx(statistics.stdev(biases))
-    console = Console(width=250, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        width=250, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
     print_table(console, "title", table["rows"])
     best = max(row["mean"]["take/bias"] for row in table["rows"])
     assert f"\x1b[1m{best:.4f}" in console.export_text(styles=True)
@@ -182,21 +219,38 @@ def test_an_evaluation_is_run_once_on_every_finished_run(
     ("arguments", "words"),
     [
         (["--over", "model.optimizer.lr=[1e-3, fast]"], ["row 'fast': ", "model.optimizer.lr"]),
-        (["--over", "model.attention=[linear, {name: mhla, mix_int: uniform}]"], ["row 'mhla mix_int=uniform': ", "did you mean 'mix_init'"]),
-        (["--over", "model.attention=[linear]", "--model.optimzer.lr", "1"], ["row 'linear': ", "did you mean"]),
+        (
+            ["--over", "model.attention=[linear, {name: mhla, mix_int: uniform}]"],
+            ["row 'mhla mix_int=uniform': ", "did you mean 'mix_init'"],
+        ),
+        (
+            ["--over", "model.attention=[linear]", "--model.optimzer.lr", "1"],
+            ["row 'linear': ", "did you mean"],
+        ),
         (["--over", "model.attention=[linear]", "--variants", "v.yaml"], ["exactly one way"]),
         ([], ["exactly one way"]),
         (["--over", "model.attention=[linear]", "--seeds", "a"], ["--seeds 'a'"]),
         (["--over", "seed_everything=[0, 1]"], ["--seeds 0,1,2"]),
         (["--over", "model.attention=[linear]", "--seed_everything", "3"], ["--seeds 0,1,2"]),
         (["--over", "model.attention=[linear]", "--json", "nowhere/t.json"], ["there is no folder"]),
-        (["--over", "model.attention=[linear]", "--eval", "sampels"], ["unknown evaluation 'sampels'", "did you mean 'samples'"]),
-        (["--over", "model.attention=[linear]", "--eval", "samples: {clasifier: a}"], ["unknown option 'clasifier'"]),
-        (["--over", "model.attention=[linear]", "--eval", "samples: {classifier: a}"], ["evaluation 'samples': no run 'a'"]),
+        (
+            ["--over", "model.attention=[linear]", "--eval", "sampels"],
+            ["unknown evaluation 'sampels'", "did you mean 'samples'"],
+        ),
+        (
+            ["--over", "model.attention=[linear]", "--eval", "samples: {clasifier: a}"],
+            ["unknown option 'clasifier'"],
+        ),
+        (
+            ["--over", "model.attention=[linear]", "--eval", "samples: {classifier: a}"],
+            ["evaluation 'samples': no run 'a'"],
+        ),
         (["--over", "model.attention=[linear]", "more"], ["unexpected argument 'more'"]),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_before_anything_runs(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", RECIPE, "--runs", str(tmp_path / "runs"), *arguments]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words)

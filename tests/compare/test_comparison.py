@@ -9,10 +9,35 @@ from typing import Any
 
 import pytest
 
-from mhla_lightning.compare.comparison import best_rows, cost, headline, score, score_tags, spread, table_row, validation_tags
+from mhla_lightning.compare.comparison import (
+    best_rows,
+    cost,
+    headline,
+    score,
+    score_tags,
+    spread,
+    table_row,
+    validation_tags,
+)
 from mhla_lightning.compare.curves import colors, curves_figure, finite, mean_curve, smooth, smoothing_width
-from mhla_lightning.compare.variants import Row, arguments, describe, identity, merged, parse_seeds, rows_from_file, rows_over, slug
-from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides, recipe_names, variants_file
+from mhla_lightning.compare.variants import (
+    Row,
+    arguments,
+    describe,
+    identity,
+    merged,
+    parse_seeds,
+    rows_from_file,
+    rows_over,
+    slug,
+)
+from mhla_lightning.config.recipes import (
+    apply_overrides,
+    load_recipe,
+    parse_overrides,
+    recipe_names,
+    variants_file,
+)
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS, register_evaluation, wanted_evaluation
@@ -92,7 +117,11 @@ def test_variants_file(tmp_path: Path) -> None:
     file.write_text("base:\nsmall lr: {model.optimizer.lr: 1e-4}\n2: {model.attention: linear}\n")
     rows = rows_from_file(file)
     assert names(rows) == ["base", "small lr", "2"]
-    assert [row.overrides for row in rows] == [{}, {"model.optimizer.lr": 1e-4}, {"model.attention": "linear"}]
+    assert [row.overrides for row in rows] == [
+        {},
+        {"model.optimizer.lr": 1e-4},
+        {"model.attention": "linear"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +163,25 @@ def test_packaged_rows_of_videos_fit_their_recipe() -> None:
     rows = rows_from_file(variants_file("video_quality"))
     assert [row.name for row in rows] == ["softmax", "linear", "mhla", "hybrid"]
     for row in rows:
-        given = {"model.backbone_options.input_size": [16, 64, 64], "model.backbone_options.depth": 3, **row.overrides}
-        assert math.prod(resolve(apply_overrides(load_recipe("video_dit/wan_tiny_mhla_clips_cpu").values, given)).task.grid) == 2048
+        given = {
+            "model.backbone_options.input_size": [16, 64, 64],
+            "model.backbone_options.depth": 3,
+            **row.overrides,
+        }
+        assert (
+            math.prod(
+                resolve(
+                    apply_overrides(load_recipe("video_dit/wan_tiny_mhla_clips_cpu").values, given)
+                ).task.grid
+            )
+            == 2048
+        )
 
 
 def test_unknown_packaged_rows_are_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"unknown variants .* 'language_qualty'.* did you mean 'language_quality'"):
+    with pytest.raises(
+        UserError, match=r"unknown variants .* 'language_qualty'.* did you mean 'language_quality'"
+    ):
         variants_file("language_qualty")
     assert "variants/language_quality" not in recipe_names()
 
@@ -149,7 +191,9 @@ def test_a_missing_variants_file_is_one_sentence(tmp_path: Path) -> None:
         rows_from_file(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["mhla", "a, b", "../../etc", "...", "", "ä ö", "x" * 300, "-seed", "a/b", "1..2"])
+@pytest.mark.parametrize(
+    "name", ["mhla", "a, b", "../../etc", "...", "", "ä ö", "x" * 300, "-seed", "a/b", "1..2"]
+)
 def test_slugs_are_run_ids(name: str) -> None:
     assert len(check_run_id(Row(name, slug(name), {}).run_id(0))) < 80
 
@@ -165,12 +209,29 @@ def test_seeds() -> None:
 
 
 def test_a_rows_value_counts_and_deeper_keys_come_later() -> None:
-    values = merged({"model.attention.gate": True, "trainer.max_steps": 5, "x": 1}, {"model.attention": "mhla", "trainer.max_steps": 2})
-    assert list(values.items()) == [("x", 1), ("trainer.max_steps", 2), ("model.attention", "mhla"), ("model.attention.gate", True)]
+    values = merged(
+        {"model.attention.gate": True, "trainer.max_steps": 5, "x": 1},
+        {"model.attention": "mhla", "trainer.max_steps": 2},
+    )
+    assert list(values.items()) == [
+        ("x", 1),
+        ("trainer.max_steps", 2),
+        ("model.attention", "mhla"),
+        ("model.attention.gate", True),
+    ]
 
 
 def test_overrides_survive_the_command_line() -> None:
-    values = {"a.b": {"name": "mhla", "sizes": [4, 4]}, "c": None, "d": True, "e": 1e-05, "f": "1e-5", "g": "--x", "h": "null", "i": "a: b #é"}
+    values = {
+        "a.b": {"name": "mhla", "sizes": [4, 4]},
+        "c": None,
+        "d": True,
+        "e": 1e-05,
+        "f": "1e-5",
+        "g": "--x",
+        "h": "null",
+        "i": "a: b #é",
+    }
     assert parse_overrides(arguments(values)) == values
 
 
@@ -195,7 +256,14 @@ def test_identity_knows_everything_but_paths() -> None:
 
 
 def summary(top1: float, **more: Any) -> dict[str, Any]:
-    return {"last": {"val/top1": top1, "val/loss": 2 - top1}, "best": {}, "samples_per_second": 10.0, "parameters": 5, "seconds": 1.0, **more}
+    return {
+        "last": {"val/top1": top1, "val/loss": 2 - top1},
+        "best": {},
+        "samples_per_second": 10.0,
+        "parameters": 5,
+        "seconds": 1.0,
+        **more,
+    }
 
 
 def test_table_row_means_and_spreads() -> None:
@@ -215,7 +283,10 @@ def test_spread_of_one_and_of_nan() -> None:
 
 
 def test_best_rows() -> None:
-    rows = [table_row(name, {}, {0: summary(top1)}) for name, top1 in [("a", 0.5), ("b", 0.9), ("c", 0.9), ("d", math.nan)]]
+    rows = [
+        table_row(name, {}, {0: summary(top1)})
+        for name, top1 in [("a", 0.5), ("b", 0.9), ("c", 0.9), ("d", math.nan)]
+    ]
     assert best_rows("val/top1", rows) == {"b", "c"}
     assert best_rows("val/loss", rows[:2]) == {"b"}
     assert best_rows("val/top1", rows[:1]) == best_rows("val/other", rows) == set()
@@ -240,7 +311,10 @@ def test_numbers_of_an_evaluation_stand_beside_validation() -> None:
     assert [run["eval"] for run in row["seeds"]] == [measured[0], measured[3]]
     assert score_tags([row]) == ["val/loss", "val/top1", "samples/fd", "samples/agreement"]
     other = table_row("b", {}, {0: summary(0.5)}, {0: {"samples": {"fd": 4.5, "agreement": 0.95}}})
-    assert (best_rows("samples/fd", [row, other]), best_rows("samples/agreement", [row, other])) == ({"a"}, {"b"})
+    assert (best_rows("samples/fd", [row, other]), best_rows("samples/agreement", [row, other])) == (
+        {"a"},
+        {"b"},
+    )
 
 
 @pytest.mark.parametrize("number", ["agreement", "class_score", "precision", "recall", "images_per_second"])
@@ -253,9 +327,15 @@ def test_what_samples_measures_is_best_high_but_distances(number: str) -> None:
     ("text", "words"),
     [
         ("sampels", "unknown evaluation 'sampels'; valid: samples; did you mean 'samples'"),
-        ("samples: {clasifier: a}", "unknown option 'clasifier' of evaluation 'samples'.* did you mean 'classifier'"),
+        (
+            "samples: {clasifier: a}",
+            "unknown option 'clasifier' of evaluation 'samples'.* did you mean 'classifier'",
+        ),
         ("samples", "evaluation 'samples' needs the option classifier"),
-        ("samples: {n: 3, classifier: a}", "evaluation 'samples': n is 3; it must be a whole number, at least 4"),
+        (
+            "samples: {n: 3, classifier: a}",
+            "evaluation 'samples': n is 3; it must be a whole number, at least 4",
+        ),
         ("samples: {n: true, classifier: a}", "n is True"),
         ("samples: {guidance: high, classifier: a}", "guidance is 'high'; it must be a number"),
         ("samples: {ema: 1, classifier: a}", "ema is 1; it must be true or false"),
@@ -299,7 +379,9 @@ def test_smoothing_keeps_the_ends_and_straight_lines() -> None:
 
 
 def test_smoothing_is_light_and_odd() -> None:
-    widths = [smoothing_width({"a": [{"train/loss": [(0, 0.0)] * count}]}) for count in (0, 20, 90, 1000, 100_000)]
+    widths = [
+        smoothing_width({"a": [{"train/loss": [(0, 0.0)] * count}]}) for count in (0, 20, 90, 1000, 100_000)
+    ]
     assert widths == [1, 1, 3, 25, 51]
 
 

@@ -17,7 +17,18 @@ from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.conversion.export import Trained, plan, write
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.wan_names import added, from_wan, to_diffusers, to_wan
-from tests.helpers.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, opened, plain_wan
+from tests.helpers.wan_checkpoints import (
+    ALL_OPTIONS,
+    CHANNELS,
+    DEPTH,
+    HEADS,
+    LAYOUT,
+    OPTIONS,
+    TEXT,
+    hybrid_wan,
+    opened,
+    plain_wan,
+)
 
 FILE = "diffusion_pytorch_model.safetensors"
 MHLA = {"name": "mhla", "blocks": list(LAYOUT), "gate": True}
@@ -28,7 +39,19 @@ def hybrid(tmp_path: Path) -> Path:
     """What `mhla import wan` makes of a checkpoint with every key."""
     save_file(hybrid_wan(), tmp_path / "wan.safetensors")
     layout = ["--layout", *map(str, LAYOUT), "--backbone-options", json.dumps(OPTIONS)]
-    assert main(["import", "wan", str(tmp_path / "wan.safetensors"), "--out", str(tmp_path / "ours.safetensors"), *layout]) == 0
+    assert (
+        main(
+            [
+                "import",
+                "wan",
+                str(tmp_path / "wan.safetensors"),
+                "--out",
+                str(tmp_path / "ours.safetensors"),
+                *layout,
+            ]
+        )
+        == 0
+    )
     return tmp_path / "ours.safetensors"
 
 
@@ -71,7 +94,9 @@ def test_import_and_export_are_bit_equal(hybrid: Path, format: str) -> None:
     assert written.keys() == wanted.keys()
     assert all(torch.equal(written[name], wanted[name]) for name in wanted)
     again = hybrid.parent / "again.safetensors"
-    assert main(["import", "wan", str(out), "--out", str(again)]) == 0  # layout, heads and sizes come out of config.json
+    assert (
+        main(["import", "wan", str(out), "--out", str(again)]) == 0
+    )  # layout, heads and sizes come out of config.json
     first, second = load_file(hybrid), load_file(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -82,14 +107,22 @@ def test_the_folder_says_what_it_holds(hybrid: Path, capsys: pytest.CaptureFixtu
     assert main(["export", str(hybrid), "--to", str(out), "--json", str(report)]) == 0
     facts = json.loads((out / "config.json").read_text())["_mhla_lightning"]
     names = to_diffusers({name: value for name, value in from_wan(hybrid_wan()).items() if added(name)})
-    assert set(facts["added"]) == set(names) == {name for name in load_file(out / FILE) if name not in to_diffusers(from_wan(plain_wan()))}
+    assert (
+        set(facts["added"])
+        == set(names)
+        == {name for name in load_file(out / FILE) if name not in to_diffusers(from_wan(plain_wan()))}
+    )
     assert facts["layers"] == ["softmax", "mhla", "mhla"]
     assert (facts["backbone"], facts["attention"][1]["blocks"]) == ("wan_1_3b", list(LAYOUT))
     result = json.loads(report.read_text())
-    assert sum(row["parameters"] for row in result["rows"]) == sum(value.numel() for value in hybrid_wan().values())
+    assert sum(row["parameters"] for row in result["rows"]) == sum(
+        value.numel() for value in hybrid_wan().values()
+    )
     assert "layers 1, 2 are no softmax attention" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", FILE]
-    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # whoever may read the one may read the other
+    assert (
+        len({path.stat().st_mode for path in out.iterdir()}) == 1
+    )  # whoever may read the one may read the other
 
 
 def test_diffusers_opens_a_hybrid_by_its_shared_layers(hybrid: Path) -> None:
@@ -100,7 +133,9 @@ def test_diffusers_opens_a_hybrid_by_its_shared_layers(hybrid: Path) -> None:
     shared = to_diffusers(from_wan(plain_wan()))
     state = hybrid_wan()
     assert theirs.state_dict().keys() == shared.keys()
-    assert torch.equal(theirs.state_dict()["blocks.2.attn1.to_k.weight"], state["blocks.2.self_attn.k.weight"])
+    assert torch.equal(
+        theirs.state_dict()["blocks.2.attn1.to_k.weight"], state["blocks.2.self_attn.k.weight"]
+    )
 
 
 def test_wans_own_config(hybrid: Path) -> None:
@@ -152,7 +187,9 @@ def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, form
     assert all(torch.equal(written[name], value) for name, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("entry", ["mhla", {"name": "mhla", "block_size": [1, 2, 1]}], ids=["a name", "block_size"])
+@pytest.mark.parametrize(
+    "entry", ["mhla", {"name": "mhla", "block_size": [1, 2, 1]}], ids=["a name", "block_size"]
+)
 def test_a_layout_goes_before_other_ways_to_say_blocks(tmp_path: Path, entry: Any) -> None:
     options = {"blocks": [4, 1, 3]}
     ours = random_model(entry, **options)
@@ -184,11 +221,16 @@ def test_weights_without_config_are_imported_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("heads", ["3", "7"])
-def test_heads_of_our_own_export_are_not_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], heads: str) -> None:
+def test_heads_of_our_own_export_are_not_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], heads: str
+) -> None:
     write(plan(trained(random_model("softmax"), "softmax")), tmp_path / "out")
     arguments = ["import", "wan", str(tmp_path / "out"), "--out", str(tmp_path / "again.safetensors")]
     assert main([*arguments, "--heads", heads]) == 2
-    assert f"--heads {heads}: by its config.json the weights in {tmp_path / 'out'} are of {HEADS} heads" in capsys.readouterr().err
+    assert (
+        f"--heads {heads}: by its config.json the weights in {tmp_path / 'out'} are of {HEADS} heads"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "--heads", str(HEADS)]) == 0
 
 
@@ -205,16 +247,22 @@ def finished(recipe: Path) -> Path:
     return run
 
 
-def test_a_run_of_another_family_is_written_under_our_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_another_family_is_written_under_our_names(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its averaged weights, or on demand those as trained; a recipe starts from the folder."""
     run = finished(recipe)
     for name, arguments in {"averaged": [], "raw": ["--no-ema"], "earlier": ["--ckpt", "8"]}.items():
         assert main(["export", run.name, "--to", name, *arguments]) == 0
     average = load_file(run / "checkpoints" / "step-00000012" / "ema" / "weights.safetensors")
-    averaged, raw, earlier = (load_file(Path(name) / "model.safetensors") for name in ("averaged", "raw", "earlier"))
+    averaged, raw, earlier = (
+        load_file(Path(name) / "model.safetensors") for name in ("averaged", "raw", "earlier")
+    )
     assert averaged.keys() == average.keys()
     assert all(torch.equal(averaged[name], average[name]) for name in average)
-    state = torch.load(run / "checkpoints" / "step-00000012" / "trainer.ckpt", weights_only=True)["state_dict"]
+    state = torch.load(run / "checkpoints" / "step-00000012" / "trainer.ckpt", weights_only=True)[
+        "state_dict"
+    ]
     assert all(torch.equal(raw[name], state[f"backbone.{name}"]) for name in average)
     assert any(not torch.equal(averaged[name], other[name]) for name in average for other in (raw, earlier))
     config = json.loads(Path("averaged/config.json").read_text())
@@ -222,7 +270,21 @@ def test_a_run_of_another_family_is_written_under_our_names(recipe: Path, tmp_pa
     model.load_state_dict(averaged)
     arguments = read_yaml(run / "recipe.yaml")["model"]["init_args"]
     assert config["attention"] == arguments["attention"]
-    assert main(["run", str(recipe), "--run-id", "warm", "--model.init_from", "averaged", "--trainer.max_steps", "1"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(recipe),
+                "--run-id",
+                "warm",
+                "--model.init_from",
+                "averaged",
+                "--trainer.max_steps",
+                "1",
+            ]
+        )
+        == 0
+    )
     capsys.readouterr()
     assert main(["export", run.name, "--to", "wan", "--format", "diffusers"]) == 2
     assert "--format diffusers is for video models" in capsys.readouterr().err
@@ -231,13 +293,17 @@ def test_a_run_of_another_family_is_written_under_our_names(recipe: Path, tmp_pa
 
 def test_weights_of_another_backbone_are_refused() -> None:
     ours = random_model("softmax")
-    with pytest.raises(UserError, match=r"a test's model does not fit wan_1_3b: .*blocks\.0\.attn\.gate\.bias"):
+    with pytest.raises(
+        UserError, match=r"a test's model does not fit wan_1_3b: .*blocks\.0\.attn\.gate\.bias"
+    ):
         plan(trained(ours, MHLA))
 
 
 def test_what_wan_needs_must_be_there() -> None:
     entry = {"name": "softmax", "qk_norm": False}
-    with pytest.raises(UserError, match=r"Wan2\.1 has blocks\.0\.attn\.q_norm\.weight, and a test's model has none"):
+    with pytest.raises(
+        UserError, match=r"Wan2\.1 has blocks\.0\.attn\.q_norm\.weight, and a test's model has none"
+    ):
         plan(trained(random_model(entry), entry))
     assert plan(trained(random_model(entry), entry), "plain").file == "model.safetensors"
 
@@ -250,7 +316,10 @@ def test_what_wan_needs_must_be_there() -> None:
         (["foreign.safetensors"], "was not written by mhla import"),
         (["torn.safetensors"], "was not written by mhla import"),
         (["empty"], "must hold one .safetensors file"),
-        (["ours.safetensors", "--ckpt", "3"], "--ckpt, --ema and --no-ema choose between the weights of a run"),
+        (
+            ["ours.safetensors", "--ckpt", "3"],
+            "--ckpt, --ema and --no-ema choose between the weights of a run",
+        ),
         (["ours.safetensors", "--format", "wann"], "did you mean 'wan'"),
         (["ours.safetensors", "--to", "full"], "--to full holds something already"),
         (["ours.safetensors", "--to", "notes.txt"], "--to notes.txt holds something already"),
@@ -260,7 +329,11 @@ def test_what_wan_needs_must_be_there() -> None:
     ids=str,
 )
 def test_mistakes_are_one_sentence(
-    hybrid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    hybrid: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
 ) -> None:
     monkeypatch.chdir(hybrid.parent)
     save_file(plain_wan(), "foreign.safetensors")

@@ -53,7 +53,9 @@ def test_a_streamed_file_is_one_that_safetensors_reads(tmp_path: Path, dtype: to
     entries = header(path)
     assert all(entry["data_offsets"][0] % found[name].itemsize == 0 for name, entry in entries.items())
     stored = open_safetensors(path, "a test's")
-    assert {name: (value.shape, value.dtype) for name, value in stored.outline.items()} == {n: (v.shape, v.dtype) for n, v in found.items()}
+    assert {name: (value.shape, value.dtype) for name, value in stored.outline.items()} == {
+        n: (v.shape, v.dtype) for n, v in found.items()
+    }
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -98,15 +100,25 @@ def deepspeeds(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["export", "theirs", "--to", "out.safetensors"], ["import", "dit", "theirs", "--out", "out.safetensors"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "theirs", "--to", "out.safetensors"],
+        ["import", "dit", "theirs", "--out", "out.safetensors"],
+    ],
+)
 def test_pickles_of_deepspeed_wait_for_trust(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(deepspeeds(tmp_path / "theirs").parent.rglob("*"))
     assert main(arguments) == 2
-    assert "theirs is a checkpoint of DeepSpeed's own, whose pickles can run any code" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"^model\.init_from: .* `mhla export .*--trust-checkpoint` makes a plain file of it$"):
+    assert (
+        "theirs is a checkpoint of DeepSpeed's own, whose pickles can run any code" in capsys.readouterr().err
+    )
+    with pytest.raises(
+        UserError, match=r"^model\.init_from: .* `mhla export .*--trust-checkpoint` makes a plain file of it$"
+    ):
         read_weights("theirs")
     assert sorted(tmp_path.rglob("*")) == before
     assert main([*arguments, "--trust-checkpoint"]) == 2
@@ -114,7 +126,10 @@ def test_pickles_of_deepspeed_wait_for_trust(
     assert "theirs cannot be read by DeepSpeed" in sentence
     assert sentence.count("\n") == 1
     if arguments[0] == "export":
-        for more, words in ((["--no-ema"], "is no run"), (["--format", "timm"], "does not say what model it is of")):
+        for more, words in (
+            (["--no-ema"], "is no run"),
+            (["--format", "timm"], "does not say what model it is of"),
+        ):
             assert main([*arguments, *more]) == 2
             assert words in capsys.readouterr().err
 
@@ -137,11 +152,25 @@ with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=sys.arg
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_trusted_checkpoint_of_deepspeed_becomes_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+def test_a_trusted_checkpoint_of_deepspeed_becomes_a_plain_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
     monkeypatch.chdir(tmp_path)
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + stage)}
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29600 + stage),
+    }
     environment = {**os.environ, **place, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", _TRAIN, str(stage)], env=environment, check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", _TRAIN, str(stage)],
+        env=environment,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
     assert main(["export", "theirs", "--to", "plain.safetensors", "--trust-checkpoint"]) == 0
     found, wanted = load_file("plain.safetensors"), torch.load("weights.pt", weights_only=True)
     assert found.keys() == wanted.keys()
@@ -164,10 +193,16 @@ def big_run(folder: Path, sharded: bool) -> list[str]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with torch.device("meta"):
         state = build_backbone("lm_340m", attention="mhla", **BIG).state_dict()
-    tensors = {f"backbone.{name}": torch.full(value.shape, float(number)) for number, (name, value) in enumerate(state.items())}
+    tensors = {
+        f"backbone.{name}": torch.full(value.shape, float(number))
+        for number, (name, value) in enumerate(state.items())
+    }
     torch.save({"global_step": 1, "state_dict": {} if sharded else tensors}, checkpoint / "trainer.ckpt")
     for rank in range(2 if sharded else 0):
-        write_shard(checkpoint / "shards" / file_name(rank, 2), [half(name, value, rank) for name, value in tensors.items()])
+        write_shard(
+            checkpoint / "shards" / file_name(rank, 2),
+            [half(name, value, rank) for name, value in tensors.items()],
+        )
     (checkpoint / "COMPLETE").touch()
     assert sum(value.nbytes for value in tensors.values()) > 2 * GIGABYTE
     return list(state)
@@ -187,7 +222,9 @@ def test_a_rank_may_write_several_files_and_all_of_them_are_needed(tmp_path: Pat
     reader = ShardReader(tmp_path)
     assert all(torch.equal(reader.whole(name), value) for name, value in tensors.items())
     (tmp_path / file_name(1, 2, 1, 2)).unlink()
-    with pytest.raises(UserError, match=r"holds files \[0\] of \[2\] of rank 1; a checkpoint has all of them"):
+    with pytest.raises(
+        UserError, match=r"holds files \[0\] of \[2\] of rank 1; a checkpoint has all of them"
+    ):
         ShardReader(tmp_path)
     (tmp_path / file_name(1, 2, 0, 2)).unlink()
     with pytest.raises(UserError, match=r"files of ranks \[0\] of \[2\]; a checkpoint has one of every rank"):
@@ -199,17 +236,37 @@ def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max(peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        peak = max(
+            peak,
+            *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")),
+            0,
+        )
         time.sleep(0.005)
     return peak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharded", "format"), [(False, "plain"), (False, "hf"), (True, "plain")], ids=["whole", "whole as hf", "sharded"])
+@pytest.mark.parametrize(
+    ("sharded", "format"),
+    [(False, "plain"), (False, "hf"), (True, "plain")],
+    ids=["whole", "whole as hf", "sharded"],
+)
 def test_two_gigabytes_are_exported_in_less_than_one(tmp_path: Path, sharded: bool, format: str) -> None:
     names = big_run(tmp_path / "runs" / "big", sharded)
     target = tmp_path / ("out.safetensors" if format == "plain" else "out")
-    command = [sys.executable, "-m", "mhla_lightning", "export", "big", "--runs", str(tmp_path / "runs"), "--to", str(target), "--format", format]
+    command = [
+        sys.executable,
+        "-m",
+        "mhla_lightning",
+        "export",
+        "big",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--to",
+        str(target),
+        "--format",
+        format,
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         peak = peak_anonymous_bytes(process)
     assert process.returncode == 0
@@ -218,4 +275,6 @@ def test_two_gigabytes_are_exported_in_less_than_one(tmp_path: Path, sharded: bo
     stored = open_safetensors(target if format == "plain" else target / "model.safetensors", "the export")
     prefix = "" if format == "plain" else "model."
     assert set(stored) == {prefix + name for name in names}
-    assert all(stored[prefix + name].unique().tolist() == [number] for number, name in list(enumerate(names))[::40])
+    assert all(
+        stored[prefix + name].unique().tolist() == [number] for number, name in list(enumerate(names))[::40]
+    )

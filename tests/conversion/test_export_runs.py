@@ -45,7 +45,11 @@ checkpoint: {every_n_steps: 3, keep_last: 1}
 SHORT = ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--checkpoint.every_n_steps", "3"]
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"  # with the default, small weights are not split
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}
-SHARDED = [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"]  # stage 1 writes what stage 2 does, by the same code
+SHARDED = [
+    pytest.param("zero1", marks=pytest.mark.slow),
+    "zero2",
+    "zero3",
+]  # stage 1 writes what stage 2 does, by the same code
 WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
 
 
@@ -65,8 +69,20 @@ class Runs:
             if name == "language":
                 arguments = ["language.yaml", "--trainer.strategy", "zero2"]
             else:
-                arguments = ["tiny.yaml", *SHORT, *([] if name == "single" else ["--trainer.devices", "2", "--trainer.strategy", STRATEGIES[name]])]
-            self.nursery.run(1 if name == "single" else 2, ["run", *arguments, "--run-id", name, "--runs", str(self.root)], self.folder)
+                arguments = [
+                    "tiny.yaml",
+                    *SHORT,
+                    *(
+                        []
+                        if name == "single"
+                        else ["--trainer.devices", "2", "--trainer.strategy", STRATEGIES[name]]
+                    ),
+                ]
+            self.nursery.run(
+                1 if name == "single" else 2,
+                ["run", *arguments, "--run-id", name, "--runs", str(self.root)],
+                self.folder,
+            )
         return self.root / name
 
 
@@ -112,7 +128,9 @@ def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
                 if kind == "weight":
                     parts.setdefault(name, {})[facts[name]["start"]] = opened.get_tensor(key)
     split = sum(len(found) > 1 for found in parts.values())
-    return {name: np.concatenate([found[start] for start in sorted(found)]) for name, found in parts.items()}, split
+    return {
+        name: np.concatenate([found[start] for start in sorted(found)]) for name, found in parts.items()
+    }, split
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -122,7 +140,9 @@ def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: s
     assert found.keys() == single.keys()
     assert max(float((found[name] - value).abs().max()) for name, value in single.items()) < 1e-6
     other = exported(runs, "single", *WEIGHTS["raw" if weights == "averaged" else "averaged"])
-    assert max(float((other[name] - value).abs().max()) for name, value in single.items()) > 1e-5, "the average is not the weights"
+    assert max(float((other[name] - value).abs().max()) for name, value in single.items()) > 1e-5, (
+        "the average is not the weights"
+    )
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -133,7 +153,9 @@ def test_the_export_is_bit_for_bit_what_the_ranks_wrote(runs: Runs, strategy: st
     assert split > 0
     assert found.keys() == {name.removeprefix("backbone.") for name in held}
     for name, values in held.items():
-        assert np.array_equal(found[name.removeprefix("backbone.")].numpy().reshape(-1).view(np.int32), values.view(np.int32))
+        assert np.array_equal(
+            found[name.removeprefix("backbone.")].numpy().reshape(-1).view(np.int32), values.view(np.int32)
+        )
 
 
 def test_torch_and_timm_load_a_classifier(runs: Runs) -> None:
@@ -141,11 +163,17 @@ def test_torch_and_timm_load_a_classifier(runs: Runs) -> None:
     assert main(["export", "zero3", "--to", "folder", "--format", "timm"]) == 0
     with safe_open(runs.folder / "zero3.safetensors", "pt") as opened:
         header = opened.metadata()
-    backbone: Any = build_backbone(header["backbone"], attention=json.loads(header["attention"]), **json.loads(header["backbone_options"]))
+    backbone: Any = build_backbone(
+        header["backbone"],
+        attention=json.loads(header["attention"]),
+        **json.loads(header["backbone_options"]),
+    )
     backbone.load_state_dict(state)
     config = json.loads(Path("folder/config.json").read_text())
     assert config["architecture"] == "deit_tiny_mhla"
-    by_path = timm.create_model(config["architecture"], checkpoint_path="folder/model.safetensors", **config["model_args"])
+    by_path = timm.create_model(
+        config["architecture"], checkpoint_path="folder/model.safetensors", **config["model_args"]
+    )
     by_folder = timm.create_model("local-dir:folder", pretrained=True)
     images = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
@@ -176,7 +204,9 @@ def test_transformers_loads_a_language_model(runs: Runs) -> None:
 
 
 def test_generate_and_validate_read_what_the_ranks_wrote(runs: Runs) -> None:
-    assert main(["generate", runs("language").name, "--prompt", "abc", "--greedy", "--max-new-tokens", "5"]) == 0
+    assert (
+        main(["generate", runs("language").name, "--prompt", "abc", "--greedy", "--max-new-tokens", "5"]) == 0
+    )
     found = find_language_run("language").identity()
     assert (found["averaged"], found["checkpoint"]) == (False, "step-00000003")
     validate = ["run", "tiny.yaml", "--mode", "validate", "--ckpt", str(checkpoint_of(runs("zero3"))), *SHORT]
@@ -184,12 +214,23 @@ def test_generate_and_validate_read_what_the_ranks_wrote(runs: Runs) -> None:
     measured = dict(re.findall(r"(val\w*/\w+)\W+([\d.]+)", output))
     written = read_metrics(RunFolder(runs("zero3")).metrics)
     assert {"val/loss", "val_ema/loss", "val/top1"} <= measured.keys()
-    assert all(float(value) == pytest.approx(written[tag][-1][1], abs=1e-4) for tag, value in measured.items())
+    assert all(
+        float(value) == pytest.approx(written[tag][-1][1], abs=1e-4) for tag, value in measured.items()
+    )
 
 
 def test_a_warm_start_takes_what_the_ranks_wrote(runs: Runs) -> None:
-    checkpoint, averaged, raw = checkpoint_of(runs("zero3")), exported(runs, "zero3"), exported(runs, "zero3", "--no-ema")
-    places = {runs("zero3"): averaged, checkpoint: averaged, checkpoint / "shards": raw, checkpoint / "trainer.ckpt": raw}
+    checkpoint, averaged, raw = (
+        checkpoint_of(runs("zero3")),
+        exported(runs, "zero3"),
+        exported(runs, "zero3", "--no-ema"),
+    )
+    places = {
+        runs("zero3"): averaged,
+        checkpoint: averaged,
+        checkpoint / "shards": raw,
+        checkpoint / "trainer.ckpt": raw,
+    }
     for place, wanted in places.items():
         _, found = read_weights(str(place))
         assert found.keys() == wanted.keys()
@@ -198,8 +239,23 @@ def test_a_warm_start_takes_what_the_ranks_wrote(runs: Runs) -> None:
 
 def test_a_checkpoint_folder_stands_for_its_run_and_types_change(runs: Runs) -> None:
     whole = exported(runs, "zero2", "--no-ema")
-    assert main(["export", str(checkpoint_of(runs("zero2"))), "--no-ema", "--to", "half.safetensors", "--dtype", "bfloat16"]) == 0
-    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in load_file("half.safetensors").items())
+    assert (
+        main(
+            [
+                "export",
+                str(checkpoint_of(runs("zero2"))),
+                "--no-ema",
+                "--to",
+                "half.safetensors",
+                "--dtype",
+                "bfloat16",
+            ]
+        )
+        == 0
+    )
+    assert all(
+        torch.equal(value, whole[name].bfloat16()) for name, value in load_file("half.safetensors").items()
+    )
     assert main(["export", "half.safetensors", "--to", "folder", "--format", "timm"]) == 0
     assert Path("folder/model.safetensors").stat().st_mode == Path("folder/config.json").stat().st_mode
 
@@ -243,7 +299,12 @@ def empty(checkpoint: Path) -> None:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_mistakes_are_one_sentence(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, arguments: list[str], words: str
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Any,
+    arguments: list[str],
+    words: str,
 ) -> None:
     shutil.copytree(runs("zero2"), tmp_path / "copy")
     Path("here.safetensors").touch()
@@ -259,7 +320,9 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.parametrize("target", ["out.safetensors", "out"])
-def test_a_full_disk_leaves_nothing(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+def test_a_full_disk_leaves_nothing(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
     runs("zero2")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

@@ -24,8 +24,20 @@ from mhla_lightning.weights.files import read_tensors
 from mhla_lightning.weights.warm_start import load_matching, read_weights
 
 DIM, DEPTH, HEADS, CLASSES = 24, 3, 3, 5
-OPTIONS: dict[str, Any] = {"input_size": 8, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "num_classes": CLASSES}
-NEW_IN_MHLA = {"attn.attention.mixing.weight", "attn.gate.weight", "attn.gate.bias", "cpe.depthwise.conv.weight", "cpe.depthwise.conv.bias"}
+OPTIONS: dict[str, Any] = {
+    "input_size": 8,
+    "embed_dim": DIM,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "num_classes": CLASSES,
+}
+NEW_IN_MHLA = {
+    "attn.attention.mixing.weight",
+    "attn.gate.weight",
+    "attn.gate.bias",
+    "cpe.depthwise.conv.weight",
+    "cpe.depthwise.conv.bias",
+}
 
 
 class Embedder(nn.Module):
@@ -98,14 +110,32 @@ def public() -> PublicDiT:
 def training_checkpoint(model: nn.Module, path: Path) -> Path:
     """As the public DiT's train.py writes one: the raw weights differ from the average, and the arguments are a Namespace."""
     raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    content = {"model": raw, "ema": model.state_dict(), "opt": {"state": {}, "param_groups": []}, "args": argparse.Namespace(model="DiT-S/2")}
+    content = {
+        "model": raw,
+        "ema": model.state_dict(),
+        "opt": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(model="DiT-S/2"),
+    }
     torch.save(content, path)
     return path
 
 
 def run_import(source: Path, out: Path, *arguments: str, options: dict[str, Any] | None = None) -> int:
     given = json.dumps(OPTIONS if options is None else options)
-    return main(["import", "dit", str(source), "--out", str(out), "--backbone", "dit_s2", "--backbone-options", given, *arguments])
+    return main(
+        [
+            "import",
+            "dit",
+            str(source),
+            "--out",
+            str(out),
+            "--backbone",
+            "dit_s2",
+            "--backbone-options",
+            given,
+            *arguments,
+        ]
+    )
 
 
 def ours(path: Path, attention: Any = "softmax", **options: Any) -> Any:
@@ -115,20 +145,34 @@ def ours(path: Path, attention: Any = "softmax", **options: Any) -> Any:
 
 
 def some_input() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 870]), torch.tensor([0, CLASSES])
+    return (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([3, 870]),
+        torch.tensor([0, CLASSES]),
+    )
 
 
 @pytest.mark.parametrize("form", ["bare", "ema", "wrapped", "safetensors"])
-def test_an_imported_dit_computes_what_the_public_one_does(public: PublicDiT, tmp_path: Path, form: str) -> None:
+def test_an_imported_dit_computes_what_the_public_one_does(
+    public: PublicDiT, tmp_path: Path, form: str
+) -> None:
     source = tmp_path / ("public.safetensors" if form == "safetensors" else "public.pt")
     if form == "ema":
         training_checkpoint(public, source)
     elif form == "safetensors":
         save_file(public.state_dict(), source)
     else:
-        torch.save({("module." if form == "wrapped" else "") + name: value for name, value in public.state_dict().items()}, source)
+        torch.save(
+            {
+                ("module." if form == "wrapped" else "") + name: value
+                for name, value in public.state_dict().items()
+            },
+            source,
+        )
     assert run_import(source, tmp_path / "ours.safetensors") == 0
-    torch.testing.assert_close(ours(tmp_path / "ours.safetensors")(*some_input()), public(*some_input()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours(tmp_path / "ours.safetensors")(*some_input()), public(*some_input()), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_every_tensor_is_accounted_for(public: PublicDiT, tmp_path: Path) -> None:
@@ -144,22 +188,38 @@ def test_every_tensor_is_accounted_for(public: PublicDiT, tmp_path: Path) -> Non
     rows = {(row["state"], row["name"]): row for row in result["rows"]}
     assert rows["copied", "blocks.*.attn.qkv.weight"]["tensors"] == DEPTH
     assert rows["created", "blocks.*.attn.gate.weight"]["parameters"] == DEPTH * DIM * DIM
-    assert sum(row["parameters"] for row in result["rows"] if row["state"] != "left") == sum(value.numel() for value in written.values())
+    assert sum(row["parameters"] for row in result["rows"] if row["state"] != "left") == sum(
+        value.numel() for value in written.values()
+    )
 
 
 def test_what_mhla_adds_keeps_its_initialisation(public: PublicDiT, tmp_path: Path) -> None:
     torch.save(public.state_dict(), tmp_path / "public.pt")
     for name in ("a", "b"):
-        assert run_import(tmp_path / "public.pt", tmp_path / f"{name}.safetensors", "--attention", "{name: mhla, blocks: 2}") == 0
+        assert (
+            run_import(
+                tmp_path / "public.pt",
+                tmp_path / f"{name}.safetensors",
+                "--attention",
+                "{name: mhla, blocks: 2}",
+            )
+            == 0
+        )
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)  # the same command, the same file
     fresh = build_backbone("dit_s2", attention={"name": "mhla", "blocks": 2}, **OPTIONS).state_dict()
-    assert torch.equal(first["blocks.1.attn.attention.mixing.weight"], fresh["blocks.1.attn.attention.mixing.weight"])
+    assert torch.equal(
+        first["blocks.1.attn.attention.mixing.weight"], fresh["blocks.1.attn.attention.mixing.weight"]
+    )
     assert not first["blocks.1.cpe.depthwise.conv.weight"].any()
     assert first["blocks.1.attn.gate.weight"].any()
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         header = file.metadata()
-    assert (header["format"], header["backbone"], json.loads(header["attention"])) == ("1", "dit_s2", {"name": "mhla", "blocks": 2})
+    assert (header["format"], header["backbone"], json.loads(header["attention"])) == (
+        "1",
+        "dit_s2",
+        {"name": "mhla", "blocks": 2},
+    )
 
 
 def release_state(public: PublicDiT, dwconv: bool) -> dict[str, Tensor]:
@@ -169,24 +229,38 @@ def release_state(public: PublicDiT, dwconv: bool) -> dict[str, Tensor]:
     for name, value in public.state_dict().items():
         state[name.replace("attn.qkv.", "attn.to_qkv.").replace("attn.proj.", "attn.to_out.0.")] = value
     for i in range(DEPTH):
-        shapes = {"attn.norm.weight": (DIM,), "attn.norm.bias": (DIM,), "attn.lepe.weight": (DIM, 1, 3, 3), "attn.lepe.bias": (DIM,)}
+        shapes = {
+            "attn.norm.weight": (DIM,),
+            "attn.norm.bias": (DIM,),
+            "attn.lepe.weight": (DIM, 1, 3, 3),
+            "attn.lepe.bias": (DIM,),
+        }
         shapes["attn.piece_attn.conv.weight"] = (4, 4, 1, 1)
         if dwconv:
             shapes |= {"dw_conv.weight": (DIM, 1, 3, 3), "dw_conv.bias": (DIM,)}
-        state |= {f"blocks.{i}.{name}": torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        state |= {
+            f"blocks.{i}.{name}": torch.rand(shape, generator=generator) for name, shape in shapes.items()
+        }
     return state
 
 
 @pytest.mark.parametrize("dwconv", [False, True])
-def test_the_authors_checkpoint_says_itself_what_it_is(public: PublicDiT, tmp_path: Path, dwconv: bool) -> None:
+def test_the_authors_checkpoint_says_itself_what_it_is(
+    public: PublicDiT, tmp_path: Path, dwconv: bool
+) -> None:
     state = release_state(public, dwconv)
     torch.save(state, tmp_path / "release.pt")
     report = tmp_path / "report.json"
     assert run_import(tmp_path / "release.pt", tmp_path / "ours.safetensors", "--json", str(report)) == 0
     result = json.loads(report.read_text())
     assert (result["created"], result["left"], len(result["copied"])) == ([], [], len(state))
-    model = ours(tmp_path / "ours.safetensors", {"name": "mhla", "preset": "release", "blocks": 2}, dwconv=dwconv)
-    assert torch.equal(model.blocks[1].attn.attention.mixing.weight, state["blocks.1.attn.piece_attn.conv.weight"][:, :, 0, 0])
+    model = ours(
+        tmp_path / "ours.safetensors", {"name": "mhla", "preset": "release", "blocks": 2}, dwconv=dwconv
+    )
+    assert torch.equal(
+        model.blocks[1].attn.attention.mixing.weight,
+        state["blocks.1.attn.piece_attn.conv.weight"][:, :, 0, 0],
+    )
     assert torch.equal(model.blocks[2].attn.lepe.conv.weight, state["blocks.2.attn.lepe.weight"])
     assert torch.equal(model.blocks[0].attn.proj.weight, state["blocks.0.attn.to_out.0.weight"])
     if dwconv:
@@ -197,7 +271,17 @@ def test_what_the_target_cannot_take_is_listed_as_left_over(public: PublicDiT, t
     """MHLA weights in a softmax model: the mixing matrices have no place there, and the table says so."""
     torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
     report = tmp_path / "report.json"
-    assert run_import(tmp_path / "release.pt", tmp_path / "ours.safetensors", "--attention", "softmax", "--json", str(report)) == 0
+    assert (
+        run_import(
+            tmp_path / "release.pt",
+            tmp_path / "ours.safetensors",
+            "--attention",
+            "softmax",
+            "--json",
+            str(report),
+        )
+        == 0
+    )
     left = json.loads(report.read_text())["left"]
     assert len(left) == 5 * DEPTH
     assert "blocks.2.attn.attention.mixing.weight" in left
@@ -207,7 +291,16 @@ def test_another_resolution_takes_its_own_positions(public: PublicDiT, tmp_path:
     """They are a formula: a 256 px checkpoint starts a 512 px model."""
     torch.save(public.state_dict(), tmp_path / "public.pt")
     larger = {**OPTIONS, "input_size": 16}
-    assert run_import(tmp_path / "public.pt", tmp_path / "ours.safetensors", "--json", str(tmp_path / "r.json"), options=larger) == 0
+    assert (
+        run_import(
+            tmp_path / "public.pt",
+            tmp_path / "ours.safetensors",
+            "--json",
+            str(tmp_path / "r.json"),
+            options=larger,
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["created"], result["left"]) == (["pos_embed"], ["pos_embed"])
     fresh = build_backbone("dit_s2", attention="softmax", **larger)
@@ -227,10 +320,16 @@ def test_another_resolution_takes_its_own_positions(public: PublicDiT, tmp_path:
     ids=str,
 )
 def test_a_checkpoint_of_another_size_is_one_sentence(
-    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], words: list[str]
+    public: PublicDiT,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    words: list[str],
 ) -> None:
     torch.save(public.state_dict(), tmp_path / "public.pt")
-    assert run_import(tmp_path / "public.pt", tmp_path / "ours.safetensors", options={**OPTIONS, **options}) == 2
+    assert (
+        run_import(tmp_path / "public.pt", tmp_path / "ours.safetensors", options={**OPTIONS, **options}) == 2
+    )
     sentence = capsys.readouterr().err
     assert "of another size: " in sentence
     for word in words:
@@ -238,11 +337,16 @@ def test_a_checkpoint_of_another_size_is_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["public.pt"]
 
 
-def test_a_mixing_matrix_of_other_blocks_is_one_sentence(public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixing_matrix_of_other_blocks_is_one_sentence(
+    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
     entry = "{name: mhla, preset: release, blocks: 4}"
     assert run_import(tmp_path / "release.pt", tmp_path / "ours.safetensors", "--attention", entry) == 2
-    assert "blocks.0.attn.attention.mixing.weight is (4, 4), and dit_s2 needs (16, 16)" in capsys.readouterr().err
+    assert (
+        "blocks.0.attn.attention.mixing.weight is (4, 4), and dit_s2 needs (16, 16)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +379,9 @@ def test_mistakes_are_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["public.pt"]
 
 
-def test_the_file_that_is_read_is_never_written(public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_that_is_read_is_never_written(
+    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "public.safetensors"
     save_file(public.state_dict(), path)
     before = path.read_bytes()

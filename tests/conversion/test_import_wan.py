@@ -21,7 +21,18 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.weights.files import read_tensors
 from mhla_lightning.weights.wan_names import added, from_wan, needed, to_diffusers, to_wan
 from tests.conftest import ORACLES
-from tests.helpers.wan_checkpoints import ALL_OPTIONS, CHANNELS, DEPTH, HEADS, LAYOUT, OPTIONS, TEXT, hybrid_wan, plain_wan, theirs
+from tests.helpers.wan_checkpoints import (
+    ALL_OPTIONS,
+    CHANNELS,
+    DEPTH,
+    HEADS,
+    LAYOUT,
+    OPTIONS,
+    TEXT,
+    hybrid_wan,
+    plain_wan,
+    theirs,
+)
 
 NEW = {"attn.attention.mixing.weight", "attn.out_norm.weight"}
 
@@ -31,12 +42,18 @@ def run_import(source: Path, out: Path, *arguments: str, options: dict[str, Any]
     return main(["import", "wan", str(source), "--out", str(out), "--backbone-options", given, *arguments])
 
 
-def imported(source: Path, *arguments: str, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], VideoDiT]:
+def imported(
+    source: Path, *arguments: str, options: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], VideoDiT]:
     """The report, and the model that its `model` section builds, with the written weights."""
     out, report = source.parent / "ours.safetensors", source.parent / "report.json"
     assert run_import(source, out, "--json", str(report), *arguments, options=options) == 0
     result = json.loads(report.read_text())
-    model = build_backbone(result["model"]["backbone"], attention=result["model"]["attention"], **result["model"]["backbone_options"])
+    model = build_backbone(
+        result["model"]["backbone"],
+        attention=result["model"]["attention"],
+        **result["model"]["backbone_options"],
+    )
     model.load_state_dict(load_file(out))
     assert isinstance(model, VideoDiT)
     return result, model.eval()
@@ -44,7 +61,11 @@ def imported(source: Path, *arguments: str, options: dict[str, Any] | None = Non
 
 def some_input() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, CHANNELS, 4, 4, 6, generator=generator), torch.tensor([3, 870]), torch.randn(2, 6, TEXT, generator=generator)
+    return (
+        torch.randn(2, CHANNELS, 4, 4, 6, generator=generator),
+        torch.tensor([3, 870]),
+        torch.randn(2, 6, TEXT, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "hybrid"])
@@ -57,13 +78,17 @@ def test_names_go_there_and_back(name: str) -> None:
     assert from_wan(ours).keys() == ours.keys()
     assert sum(value.numel() for value in ours.values()) == sum(value.numel() for value in state.values())
     assert {key for key in ours if not added(key)} == set(needed(DEPTH)) == set(from_wan(plain_wan()))
-    build_backbone("wan_1_3b", attention="softmax", **ALL_OPTIONS).load_state_dict({key: ours[key] for key in needed(DEPTH)})
+    build_backbone("wan_1_3b", attention="softmax", **ALL_OPTIONS).load_state_dict(
+        {key: ours[key] for key in needed(DEPTH)}
+    )
 
 
 def test_diffusers_names_are_diffusers_names() -> None:
     own = theirs().state_dict()
     renamed = to_diffusers(from_wan(plain_wan()))
-    assert {name: value.shape for name, value in renamed.items()} == {name: value.shape for name, value in own.items()}
+    assert {name: value.shape for name, value in renamed.items()} == {
+        name: value.shape for name, value in own.items()
+    }
 
 
 @pytest.mark.parametrize("ones", [0, 2, 3, 4])
@@ -75,16 +100,22 @@ def test_a_mixing_matrix_may_be_a_convolution(ones: int) -> None:
 
 def test_matrices_of_single_heads_stay_apart() -> None:
     state = {"blocks.0.attn.attention.mixing.weight": torch.rand(2, 5, 5)}
-    assert torch.equal(from_wan(to_wan(state))["blocks.0.attn.attention.mixing.weight"], next(iter(state.values())))
+    assert torch.equal(
+        from_wan(to_wan(state))["blocks.0.attn.attention.mixing.weight"], next(iter(state.values()))
+    )
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pt", "state_dict", "wrapped", "folder", "sharded", "diffusers"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", "pt", "state_dict", "wrapped", "folder", "sharded", "diffusers"]
+)
 def test_every_form_of_a_checkpoint_gives_the_same_weights(tmp_path: Path, form: str) -> None:
     state = plain_wan()
     source = tmp_path / "model"
     source.mkdir()
     if form in ("pt", "state_dict", "wrapped"):
-        named = {f"module.model.{name}": value for name, value in state.items()} if form == "wrapped" else state
+        named = (
+            {f"module.model.{name}": value for name, value in state.items()} if form == "wrapped" else state
+        )
         source = source / "model.pt"
         torch.save({"state_dict": named, "step": 7} if form == "state_dict" else named, source)
     elif form == "sharded":
@@ -95,7 +126,11 @@ def test_every_form_of_a_checkpoint_gives_the_same_weights(tmp_path: Path, form:
         index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
-        tensors = {name: value.clone() for name, value in to_diffusers(from_wan(state)).items()} if form == "diffusers" else state
+        tensors = (
+            {name: value.clone() for name, value in to_diffusers(from_wan(state)).items()}
+            if form == "diffusers"
+            else state
+        )
         save_file(tensors, source / "diffusion_pytorch_model.safetensors")
         source = source if form == "folder" else source / "diffusion_pytorch_model.safetensors"
     out = tmp_path / "ours.safetensors"
@@ -125,8 +160,19 @@ def test_a_full_checkpoint_says_itself_what_it_is(tmp_path: Path) -> None:
     assert (result["created"], result["left"]) == ([], [])
     softmax, mhla, gated = result["model"]["attention"]
     assert softmax == "softmax"
-    assert (mhla["blocks"], mhla["gate"], mhla["pos_conv"], mhla["mix_clamp"], mhla["normalizer"]) == (list(LAYOUT), False, "none", None, "none")
-    assert (gated["blocks"], gated["gate"], gated["pos_conv"], gated["out_norm"]) == (list(LAYOUT), True, "lepe3", True)
+    assert (mhla["blocks"], mhla["gate"], mhla["pos_conv"], mhla["mix_clamp"], mhla["normalizer"]) == (
+        list(LAYOUT),
+        False,
+        "none",
+        None,
+        "none",
+    )
+    assert (gated["blocks"], gated["gate"], gated["pos_conv"], gated["out_norm"]) == (
+        list(LAYOUT),
+        True,
+        "lepe3",
+        True,
+    )
     back = to_wan(model.state_dict())
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -155,9 +201,16 @@ def test_the_release_computes_what_it_did(tmp_path: Path) -> None:
     """The oracle holds the release's own names; 150 blocks are known to lie 3 x 5 x 10."""
     with np.load(ORACLES / "wan_full_tiny_hybrid.npz") as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    save_file({name.removeprefix("param."): value for name, value in arrays.items() if name.startswith("param.")}, tmp_path / "wan.safetensors")
-    result, model = imported(tmp_path / "wan.safetensors", options={"input_size": [3, 10, 20], "text_length": 6})
-    assert [entry if isinstance(entry, str) else entry["blocks"] for entry in result["model"]["attention"]] == ["softmax", [3, 5, 10]]
+    save_file(
+        {name.removeprefix("param."): value for name, value in arrays.items() if name.startswith("param.")},
+        tmp_path / "wan.safetensors",
+    )
+    result, model = imported(
+        tmp_path / "wan.safetensors", options={"input_size": [3, 10, 20], "text_length": 6}
+    )
+    assert [
+        entry if isinstance(entry, str) else entry["blocks"] for entry in result["model"]["attention"]
+    ] == ["softmax", [3, 5, 10]]
     assert result["created"] == result["left"] == []
     short = torch.cat([arrays["in.ctx1"], torch.zeros(2, TEXT)])
     with torch.no_grad():
@@ -167,7 +220,14 @@ def test_the_release_computes_what_it_did(tmp_path: Path) -> None:
 
 def test_what_mhla_adds_to_wan_is_listed_as_new(tmp_path: Path) -> None:
     save_file(plain_wan(), tmp_path / "wan.safetensors")
-    arguments = ("--heads", str(HEADS), "--attention", "[softmax, {name: mhla, gate: true}, mhla]", "--layout", *map(str, LAYOUT))
+    arguments = (
+        "--heads",
+        str(HEADS),
+        "--attention",
+        "[softmax, {name: mhla, gate: true}, mhla]",
+        "--layout",
+        *map(str, LAYOUT),
+    )
     result, model = imported(tmp_path / "wan.safetensors", *arguments)
     gate = {"blocks.1.attn.gate.weight", "blocks.1.attn.gate.bias"}
     assert set(result["created"]) == gate | {f"blocks.{i}.{name}" for i in (1, 2) for name in NEW}
@@ -211,49 +271,124 @@ def changed(name: str, *shape: int) -> dict[str, Tensor]:
 
 MISTAKES: dict[str, tuple[dict[str, Tensor], list[str], list[str]]] = {
     "105 blocks": (hybrid_wan(105), [], ["mixes 105 blocks in layer 1", "give --layout 7 3 5"]),
-    "another layout": (hybrid_wan(), ["--layout", "2", "2", "2"], ["--layout 2 x 2 x 2 is 8 blocks", "layer 1", "mixes 12"]),
-    "layout without mhla": (plain_wan(), ["--heads", "2", "--layout", "2", "2", "3"], ["--layout is the blocks of MHLA layers"]),
+    "another layout": (
+        hybrid_wan(),
+        ["--layout", "2", "2", "2"],
+        ["--layout 2 x 2 x 2 is 8 blocks", "layer 1", "mixes 12"],
+    ),
+    "layout without mhla": (
+        plain_wan(),
+        ["--heads", "2", "--layout", "2", "2", "3"],
+        ["--layout is the blocks of MHLA layers"],
+    ),
     "unknown heads": (plain_wan(), [], ["does not tell its number of attention heads; give --heads N"]),
-    "other heads": (hybrid_wan(), ["--heads", "3", "--layout", "2", "2", "3"], ["--heads 3", "the norms in", "are of 2 heads"]),
-    "another size": (plain_wan(), ["--backbone", "wan_1_3b"], ["of another size", "patch_embedding", "(24,", "needs (1536,"]),
-    "missing": (without("blocks.2.norm3.bias"), ["--layout", "2", "2", "3"], ["of another size", "it has no blocks.2.norm3.bias"]),
-    "missing part": (without("blocks.0.self_attn.k.weight"), [], ["blocks.0.attn.qkv.weight is q, k and v", "q (24, 24), v (24, 24)"]),
-    "missing block": ({n: v for n, v in hybrid_wan().items() if ".1." not in n[6:10]}, [], ["it has blocks.2 and no blocks.1"]),
-    "unknown": (changed("img_emb.proj.0.weight", 3), ["--layout", "2", "2", "3"], ["img_emb.proj.0.weight (3,) has no place in wan_1_3b"]),
-    "unknown in a block": (changed("blocks.0.cross_attn.k_img.bias", 24), ["--layout", "2", "2", "3"], ["blocks.0.cross_attn.k_img.bias"]),
-    "image to video": (changed("patch_embedding.weight", 24, 9, 1, 2, 2), [], ["takes 9 channels and gives 4"]),
+    "other heads": (
+        hybrid_wan(),
+        ["--heads", "3", "--layout", "2", "2", "3"],
+        ["--heads 3", "the norms in", "are of 2 heads"],
+    ),
+    "another size": (
+        plain_wan(),
+        ["--backbone", "wan_1_3b"],
+        ["of another size", "patch_embedding", "(24,", "needs (1536,"],
+    ),
+    "missing": (
+        without("blocks.2.norm3.bias"),
+        ["--layout", "2", "2", "3"],
+        ["of another size", "it has no blocks.2.norm3.bias"],
+    ),
+    "missing part": (
+        without("blocks.0.self_attn.k.weight"),
+        [],
+        ["blocks.0.attn.qkv.weight is q, k and v", "q (24, 24), v (24, 24)"],
+    ),
+    "missing block": (
+        {n: v for n, v in hybrid_wan().items() if ".1." not in n[6:10]},
+        [],
+        ["it has blocks.2 and no blocks.1"],
+    ),
+    "unknown": (
+        changed("img_emb.proj.0.weight", 3),
+        ["--layout", "2", "2", "3"],
+        ["img_emb.proj.0.weight (3,) has no place in wan_1_3b"],
+    ),
+    "unknown in a block": (
+        changed("blocks.0.cross_attn.k_img.bias", 24),
+        ["--layout", "2", "2", "3"],
+        ["blocks.0.cross_attn.k_img.bias"],
+    ),
+    "image to video": (
+        changed("patch_embedding.weight", 24, 9, 1, 2, 2),
+        [],
+        ["takes 9 channels and gives 4"],
+    ),
     "twice": (changed("module.patch_embedding.bias", 24), [], ["twice"]),
-    "no Wan": ({"encoder.weight": torch.zeros(2)}, [], ["is no checkpoint of Wan2.1", "patch_embedding.weight", "encoder.weight"]),
+    "no Wan": (
+        {"encoder.weight": torch.zeros(2)},
+        [],
+        ["is no checkpoint of Wan2.1", "patch_embedding.weight", "encoder.weight"],
+    ),
     "odd heads": (plain_wan(), ["--heads", "5"], ["--heads 5: so many do not divide the 24 channels"]),
-    "two numbers of heads": (plain_wan(), ["--heads", "2", "--backbone-options", '{"num_heads": 4}'], ["--heads 2", "num_heads: 4"]),
-    "another family": (plain_wan(), ["--backbone", "dit_s2"], ["--backbone dit_s2", "one of wan_1_3b, wan_14b, wan_tiny"]),
+    "two numbers of heads": (
+        plain_wan(),
+        ["--heads", "2", "--backbone-options", '{"num_heads": 4}'],
+        ["--heads 2", "num_heads: 4"],
+    ),
+    "another family": (
+        plain_wan(),
+        ["--backbone", "dit_s2"],
+        ["--backbone dit_s2", "one of wan_1_3b, wan_14b, wan_tiny"],
+    ),
     "layout below 1": (hybrid_wan(), ["--layout", "0", "2", "3"], ["--layout 0"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+def test_a_wrong_checkpoint_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
     state, arguments, words = MISTAKES[mistake]
     if mistake == "twice":
         torch.save(state, tmp_path / "wan.pt")
     else:
         save_file(state, tmp_path / "wan.safetensors")
     (source,) = tmp_path.iterdir()
-    status = run_import(source, tmp_path / "ours.safetensors", *arguments, options={} if mistake == "another size" else None)
+    status = run_import(
+        source, tmp_path / "ours.safetensors", *arguments, options={} if mistake == "another size" else None
+    )
     sentence = capsys.readouterr().err
     assert (status, sentence.count("\n")) == (2, 1), sentence
     for word in words:
         assert word in sentence
-    if "--layout" not in words[0] and mistake not in ("layout below 1", "another family", "two numbers of heads"):
+    if "--layout" not in words[0] and mistake not in (
+        "layout below 1",
+        "another family",
+        "two numbers of heads",
+    ):
         assert source.name in sentence
     assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize("name", ["words.txt", "fake.pt"])
 @pytest.mark.parametrize(
-    "content", [b"hello\n", b"nothing", b"", b"a plain sentence", b"\x80\x02", b"(", b".", b"PK\x03\x04", b"q", bytes(range(256))], ids=str
+    "content",
+    [
+        b"hello\n",
+        b"nothing",
+        b"",
+        b"a plain sentence",
+        b"\x80\x02",
+        b"(",
+        b".",
+        b"PK\x03\x04",
+        b"q",
+        bytes(range(256)),
+    ],
+    ids=str,
 )
-def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
+def test_a_file_that_is_no_checkpoint_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
     """torch's unpickler takes letters for instructions: `h` looks a number up that is not there, and so on."""
     (tmp_path / name).write_bytes(content)
     assert run_import(tmp_path / name, tmp_path / "ours.safetensors") == 2
@@ -263,12 +398,29 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("named", [[], ["--backbone", "wan_1_3b"]], ids=["sizes found", "backbone named"])
-def test_heads_are_those_of_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
+def test_heads_are_those_of_config_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], named: list[str]
+) -> None:
     theirs().save_pretrained(tmp_path / "wan")
     options = ALL_OPTIONS if named else OPTIONS
-    assert run_import(tmp_path / "wan", tmp_path / "ours.safetensors", "--heads", "3", *named, options={**options, "num_heads": 3}) == 2
+    assert (
+        run_import(
+            tmp_path / "wan",
+            tmp_path / "ours.safetensors",
+            "--heads",
+            "3",
+            *named,
+            options={**options, "num_heads": 3},
+        )
+        == 2
+    )
     assert "--heads 3: by its config.json the weights in" in capsys.readouterr().err
-    assert run_import(tmp_path / "wan", tmp_path / "ours.safetensors", "--heads", str(HEADS), *named, options=options) == 0
+    assert (
+        run_import(
+            tmp_path / "wan", tmp_path / "ours.safetensors", "--heads", str(HEADS), *named, options=options
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,8 +429,14 @@ def test_heads_are_those_of_config_json(tmp_path: Path, capsys: pytest.CaptureFi
         ({}, "must hold one .safetensors file"),
         ({"a.safetensors": b"", "b.safetensors": b""}, "it holds a.safetensors, b.safetensors"),
         ({"m.safetensors.index.json": b"[]"}, "is no index of weights"),
-        ({"m.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'}, "names 'gone.safetensors'"),
-        ({"m.safetensors.index.json": b'{"weight_map": {"a": "../wan.safetensors"}}'}, "names '../wan.safetensors'"),
+        (
+            {"m.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'},
+            "names 'gone.safetensors'",
+        ),
+        (
+            {"m.safetensors.index.json": b'{"weight_map": {"a": "../wan.safetensors"}}'},
+            "names '../wan.safetensors'",
+        ),
         ({"m.safetensors.index.json": b'{"weight_map": {"a": 3, "b": "c"}}'}, "is no index of weights"),
         ({"a.safetensors": b"nothing"}, "holds no plain tensors"),
     ],

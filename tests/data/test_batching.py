@@ -12,7 +12,13 @@ from mhla_lightning.errors import UserError
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [((256, 1), (256, 1)), ((256, 4), (64, 1)), ((256, 4, 16), (16, 4)), ((6, 3, 1), (1, 2)), ((5, 5), (1, 1))],
+    [
+        ((256, 1), (256, 1)),
+        ((256, 4), (64, 1)),
+        ((256, 4, 16), (16, 4)),
+        ((6, 3, 1), (1, 2)),
+        ((5, 5), (1, 1)),
+    ],
 )
 def test_split_batch(arguments: tuple, expected: tuple[int, int]) -> None:
     assert split_batch(*arguments) == expected
@@ -54,9 +60,14 @@ def test_steps_for_epochs_refuses(epochs: float) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_eval_ranges_cover_all_samples_with_equal_batches(samples: int, world: int, workers: int) -> None:
     batch = 4
-    ranges = [[eval_ranges(samples, batch, rank, world, worker, workers) for worker in range(workers)] for rank in range(world)]
+    ranges = [
+        [eval_ranges(samples, batch, rank, world, worker, workers) for worker in range(workers)]
+        for rank in range(world)
+    ]
     assert {sum(map(len, rank)) for rank in ranges} == {eval_batches_per_rank(samples, batch, world)}
-    seen = [index for rank in ranges for worker in rank for start, stop in worker for index in range(start, stop)]
+    seen = [
+        index for rank in ranges for worker in rank for start, stop in worker for index in range(start, stop)
+    ]
     assert sorted(seen) == list(range(samples))
     assert all(0 <= stop - start <= batch for rank in ranges for worker in rank for start, stop in worker)
 

@@ -32,7 +32,9 @@ ASKED = VAE("tiny", 1.0, 0.0, SHAPES[0])
 
 
 def _header(shape: tuple[int, ...], **vae: Any) -> ShardIndex:
-    return ShardIndex("video_latents", (), vae=VAE("tiny", 1.0, 0.0, shape, **vae), clip=Clip(9, 16, 16, 8.0), text=TEXT)
+    return ShardIndex(
+        "video_latents", (), vae=VAE("tiny", 1.0, 0.0, shape, **vae), clip=Clip(9, 16, 16, 8.0), text=TEXT
+    )
 
 
 def _samples(header: ShardIndex, source: int, count: int) -> list[Sample]:
@@ -41,7 +43,10 @@ def _samples(header: ShardIndex, source: int, count: int) -> list[Sample]:
     latents = [np.full(header.vae.shape, source + number / 1000, np.float32) for number in range(count)]
     rng = np.random.default_rng(source)
     texts = [rng.normal(size=(1 + number % 6, 8)).astype(np.float16) for number in range(count)]
-    return [latent_sample(header, f"s{n}", latent, text=text) for n, (latent, text) in enumerate(zip(latents, texts, strict=True))]
+    return [
+        latent_sample(header, f"s{n}", latent, text=text)
+        for n, (latent, text) in enumerate(zip(latents, texts, strict=True))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +57,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, counts in (("train", TRAIN), ("val", VAL)):
             folder = root / str(source)
             folder.mkdir(exist_ok=True)
-            write_split(folder / split, _header(shape), _samples(_header(shape), source, counts[source]), 20_000)
+            write_split(
+                folder / split, _header(shape), _samples(_header(shape), source, counts[source]), 20_000
+            )
     return root
 
 
 def _module(root: Path, weights: Sequence[float] = (3, 2, 1), **options: Any) -> LatentDataModule:
     mix = [Source(str(root / str(number)), weight) for number, weight in enumerate(weights)]
-    given: dict[str, Any] = {"vae": ASKED, "mix": mix, "mix_by": "batch", "video": True, "text_encoder": TEXT, "batch_size": 4, "num_workers": 0}
+    given: dict[str, Any] = {
+        "vae": ASKED,
+        "mix": mix,
+        "mix_by": "batch",
+        "video": True,
+        "text_encoder": TEXT,
+        "batch_size": 4,
+        "num_workers": 0,
+    }
     return LatentDataModule(**given | {"lanes": 4, "window": 4} | options)
 
 
@@ -74,17 +89,27 @@ def _identity(batch: Batch) -> list[tuple[int, int, int]]:
 
 
 def _mixture(
-    sizes: Sequence[int], weights: Sequence[float], group: int, when: Sequence[WhenExhausted] = (), replacement: Sequence[bool] = ()
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    group: int,
+    when: Sequence[WhenExhausted] = (),
+    replacement: Sequence[bool] = (),
 ) -> Mixture:
     orders = [Order([size], f"0/{number}", 4, 8) for number, size in enumerate(sizes)]
     when, replacement = when or ["repeat"] * len(sizes), replacement or [False] * len(sizes)
-    return Mixture([Ingredient(*items) for items in zip(orders, weights, replacement, when, strict=True)], 0, group)
+    return Mixture(
+        [Ingredient(*items) for items in zip(orders, weights, replacement, when, strict=True)], 0, group
+    )
 
 
 @pytest.mark.parametrize("group", [2, 7, 64])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 2.0], [0.7, 0.2, 0.1]], ids=str)
 def test_groups_are_of_one_source_in_the_weights_proportions(group: int, weights: list[float]) -> None:
-    found = _mixture([70, 500, 33], weights, group).locate(np.arange(3 * BLOCK * group)).sources.reshape(3, BLOCK, group)
+    found = (
+        _mixture([70, 500, 33], weights, group)
+        .locate(np.arange(3 * BLOCK * group))
+        .sources.reshape(3, BLOCK, group)
+    )
     assert (found == found[..., :1]).all()
     for block in found[..., 0]:
         assert np.abs(np.bincount(block, minlength=3) - np.array(weights) / sum(weights) * BLOCK).max() <= 1
@@ -114,8 +139,14 @@ def test_grouped_sources_go_epoch_by_epoch() -> None:
 
 
 def test_groups_of_one_are_the_ungrouped_sequence() -> None:
-    one, plain = _mixture([70, 500], [1, 2], 1), Mixture([Ingredient(Order([s], f"0/{n}", 4, 8), n + 1) for n, s in enumerate((70, 500))], 0)
-    assert all((a == b).all() for a, b in zip(one.locate(np.arange(3000)), plain.locate(np.arange(3000)), strict=True))
+    one, plain = (
+        _mixture([70, 500], [1, 2], 1),
+        Mixture([Ingredient(Order([s], f"0/{n}", 4, 8), n + 1) for n, s in enumerate((70, 500))], 0),
+    )
+    assert all(
+        (a == b).all()
+        for a, b in zip(one.locate(np.arange(3000)), plain.locate(np.arange(3000)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("when", [["drop", "repeat"], ["stop", "repeat"], ["drop", "drop"]], ids=str)
@@ -133,7 +164,9 @@ def test_a_source_that_runs_out_gives_whole_groups_once(when: list[WhenExhausted
 def test_a_source_that_runs_out_needs_a_group() -> None:
     with pytest.raises(ValueError, match="that is to drop has 7 samples, less than a batch of 8"):
         _mixture([7, 500], [1, 1], 8, ["drop", "repeat"])
-    assert (_mixture([7, 500], [1, 1], 8).locate(np.arange(800)).sources == 0).any(), "one that repeats may be smaller"
+    assert (_mixture([7, 500], [1, 1], 8).locate(np.arange(800)).sources == 0).any(), (
+        "one that repeats may be smaller"
+    )
 
 
 # In training
@@ -145,9 +178,17 @@ def test_every_step_is_of_one_source_and_shape(root: Path) -> None:
     for batch in _steps(module, 60):
         (source,) = set(batch["source"].tolist())
         assert batch["latent"].shape == (4, *SHAPES[source])
-        assert (batch["latent"].mean(dim=(1, 2, 3, 4)) - source - (batch["index"] - sum(TRAIN[:source])) / 1000).abs().max() < 1e-4
+        assert (
+            batch["latent"].mean(dim=(1, 2, 3, 4)) - source - (batch["index"] - sum(TRAIN[:source])) / 1000
+        ).abs().max() < 1e-4
         assert batch["text"].shape == (4, 6, 8)
-    assert module.facts() == {"kind": "video_latents", "vae": ASKED, "classes": 0, "text": (6, 8), "shapes": list(SHAPES)}
+    assert module.facts() == {
+        "kind": "video_latents",
+        "vae": ASKED,
+        "classes": 0,
+        "text": (6, 8),
+        "shapes": list(SHAPES),
+    }
 
 
 def test_proportions_are_kept(root: Path) -> None:
@@ -175,7 +216,12 @@ def test_ranks_and_workers_do_not_matter(root: Path, world: int, micro: int, wor
 
 def _stream(module: LatentDataModule, rank: int, world: int, micro: int) -> Any:
     part = Part(rank, world, module.batch_size, micro)
-    stream = TrainStream(module.corpus, module.kind(module.index()), part, kinds=[module.kind(split.index) for split in module.splits("train")])
+    stream = TrainStream(
+        module.corpus,
+        module.kind(module.index()),
+        part,
+        kinds=[module.kind(split.index) for split in module.splits("train")],
+    )
     return DataLoader(stream, batch_size=None, num_workers=module.num_workers)
 
 
@@ -190,8 +236,20 @@ def test_a_resumed_run_goes_on_with_the_next_batch(root: Path) -> None:
 
 
 def test_a_position_in_another_order_is_refused(root: Path) -> None:
-    same = LatentDataModule(ASKED, str(root / "0"), 4, num_workers=0, video=True, text_encoder=TEXT, lanes=4, window=4)
-    by_batch = LatentDataModule(ASKED, str(root / "0"), 4, num_workers=0, video=True, text_encoder=TEXT, lanes=4, window=4, mix_by="batch")
+    same = LatentDataModule(
+        ASKED, str(root / "0"), 4, num_workers=0, video=True, text_encoder=TEXT, lanes=4, window=4
+    )
+    by_batch = LatentDataModule(
+        ASKED,
+        str(root / "0"),
+        4,
+        num_workers=0,
+        video=True,
+        text_encoder=TEXT,
+        lanes=4,
+        window=4,
+        mix_by="batch",
+    )
     assert "mix_by" not in same.state_dict(), "as it was before there was a choice"
     for module, state, says in (
         (by_batch, same.state_dict(), "mix_by sample, and here it is batch"),
@@ -209,7 +267,9 @@ def test_a_bad_sample_is_replaced_by_one_of_its_source(tmp_path: Path) -> None:
         for split in ("train", "val"):
             samples = _samples(_header(shape), source, 200)
             for number in range(0, 200, 25):
-                samples[number] = Sample(f"s{number}", {"latent.npy": b"damaged", "text.npy": samples[number].members["text.npy"]})
+                samples[number] = Sample(
+                    f"s{number}", {"latent.npy": b"damaged", "text.npy": samples[number].members["text.npy"]}
+                )
             write_split(tmp_path / str(source) / split, _header(shape), samples, 30_000)
     module = _module(tmp_path, (1, 1), max_skipped_share=0.1)
     batches = _steps(module, 100)
@@ -226,7 +286,10 @@ def test_a_bad_sample_is_replaced_by_one_of_its_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_grouped_ranges_cover_every_sample_once(world: int, workers: int) -> None:
     groups, size = [7, 12, 1, 30], 4
-    ranks = [[grouped_eval_ranges(groups, size, rank, world, worker, workers) for worker in range(workers)] for rank in range(world)]
+    ranks = [
+        [grouped_eval_ranges(groups, size, rank, world, worker, workers) for worker in range(workers)]
+        for rank in range(world)
+    ]
     assert len({sum(map(len, rank)) for rank in ranks}) == 1, "every rank as many"
     firsts = np.cumsum([0, *groups])
     seen: list[int] = []
@@ -239,7 +302,9 @@ def test_grouped_ranges_cover_every_sample_once(world: int, workers: int) -> Non
     whole = [grouped_eval_ranges(groups, size, rank, world) for rank in range(world)]
     for together in zip(*whole, strict=True):
         assert len({group for group, _, _ in together}) == 1, "all ranks are in one group at a time"
-    assert [(start, stop) for _, start, stop in grouped_eval_ranges([50], 4, 1, 3)] == eval_ranges(50, 4, 1, 3)
+    assert [(start, stop) for _, start, stop in grouped_eval_ranges([50], 4, 1, 3)] == eval_ranges(
+        50, 4, 1, 3
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -274,14 +339,19 @@ def test_validation_through_the_loader(root: Path, workers: int) -> None:
     module.teardown("validate")
     assert len(batches) == 2 + 2 + 3
     assert float(sum(batch["weight"].sum() for batch in batches)) == sum(VAL)
-    assert sorted(index for batch in batches for index in batch["index"].tolist() if index >= 0) == list(range(sum(VAL)))
+    assert sorted(index for batch in batches for index in batch["index"].tolist() if index >= 0) == list(
+        range(sum(VAL))
+    )
 
 
 # Mistakes
 
 
 def test_shapes_may_differ_between_batches_only(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"shape \(4, 1, 4, 4\).*recipe says|latents of one shape unless data\.mix_by is batch"):
+    with pytest.raises(
+        DataError,
+        match=r"shape \(4, 1, 4, 4\).*recipe says|latents of one shape unless data\.mix_by is batch",
+    ):
         _module(root, mix_by="sample").check(1)
     with pytest.raises(UserError, match="unknown data.mix_by 'step'"):
         _module(root, mix_by="step")

@@ -17,7 +17,9 @@ from mhla_lightning.errors import DataError
 from tests.helpers.loopback import BODY, NAME, FileServer, cached, entry, one_sentence
 
 
-def test_one_download_serves_all_processes(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_one_download_serves_all_processes(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     store = cached(opened(f"{server.url}/data"), tmp_path)
     with ProcessPoolExecutor(3, multiprocessing.get_context("forkserver")) as pool:
         reads = [pool.submit(store.read, NAME, n, n + 50) for n in range(9)]
@@ -27,10 +29,14 @@ def test_one_download_serves_all_processes(server: FileServer, opened: Callable[
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_threads_of_one_process_share_a_download(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_threads_of_one_process_share_a_download(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     store = cached(opened(f"{server.url}/data"), tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda n: store.read(NAME, n, n + 5), range(32))) == [BODY[n : n + 5] for n in range(32)]
+        assert list(pool.map(lambda n: store.read(NAME, n, n + 5), range(32))) == [
+            BODY[n : n + 5] for n in range(32)
+        ]
     assert server.bodies() == 1
 
 
@@ -49,10 +55,14 @@ def test_a_file_stays_open_while_it_is_looked_at(tmp_path: Path, monkeypatch: py
     assert store.read(NAME) == BODY
 
 
-def test_a_killed_download_is_taken_over(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_killed_download_is_taken_over(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     patient = opened(f"{server.url}/data", Remote(timeout=30.0))
     server.faults = ["stall-body"]
-    process = multiprocessing.get_context("forkserver").Process(target=cached(patient, tmp_path).read, args=(NAME,))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=cached(patient, tmp_path).read, args=(NAME,)
+    )
     process.start()
     while not list(tmp_path.glob("*.tmp")) or not server.log:
         time.sleep(0.02)
@@ -70,7 +80,9 @@ def test_a_killed_download_is_taken_over(server: FileServer, opened: Callable[..
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_equal_names_do_not_collide_and_other_files_pass_through(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_equal_names_do_not_collide_and_other_files_pass_through(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     server.files |= {"/other/" + NAME: BODY[::-1], "/data/index.json": b"{}"}
     one = cached(opened(f"{server.url}/data"), tmp_path)
     other = cached(opened(f"{server.url}/other"), tmp_path, bodies={NAME: BODY[::-1]})
@@ -95,18 +107,24 @@ def test_with_cache_also_for_local_folders(tmp_path: Path) -> None:
         with_cache(store, {NAME: ("../../x", 5)}, Remote(cache_dir=str(tmp_path)))
 
 
-def test_wrong_bytes_are_fetched_again_then_refused(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_wrong_bytes_are_fetched_again_then_refused(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     store = cached(opened(f"{server.url}/data"), tmp_path)
     server.faults = ["wrong", "wrong"]
     assert store.read(NAME) == BODY
     server.faults = ["wrong"] * 3
-    with pytest.raises(DataError, match=r"has sha256 \w{12}\.\.\. and 10240 bytes, but the index says .* after 3 downloads") as caught:
+    with pytest.raises(
+        DataError, match=r"has sha256 \w{12}\.\.\. and 10240 bytes, but the index says .* after 3 downloads"
+    ) as caught:
         cached(opened(f"{server.url}/data"), tmp_path / "other").read(NAME)
     one_sentence(caught.value)
     assert not list((tmp_path / "other").glob("*.t*"))
 
 
-def test_a_truncated_cached_file_is_fetched_again(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_a_truncated_cached_file_is_fetched_again(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     store = cached(opened(f"{server.url}/data"), tmp_path)
     assert store.read(NAME) == BODY
     os.truncate(next(tmp_path.glob("*.tar")), 100)
@@ -159,7 +177,12 @@ def test_a_shard_beyond_the_bound_is_read_directly(
 
 @pytest.mark.parametrize("what", ["full disk", "no folder"])
 def test_a_cache_that_cannot_be_written_is_done_without(
-    what: str, server: FileServer, opened: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    what: str,
+    server: FileServer,
+    opened: Callable[..., Store],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(descriptor: int, data: bytes) -> int:
         raise OSError(28, "No space left on device")

@@ -48,7 +48,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     return Source(folder)
 
 
-def cached(source: Source, tmp_path: Path, sha256: str = hashlib.sha256(BYTES).hexdigest(), limit: int = 10**6) -> CachedStore:
+def cached(
+    source: Source, tmp_path: Path, sha256: str = hashlib.sha256(BYTES).hexdigest(), limit: int = 10**6
+) -> CachedStore:
     return CachedStore(source, {"a.tar": (sha256, len(BYTES))}, tmp_path / "cache", limit)
 
 
@@ -75,7 +77,9 @@ def test_reading_does_not_wait_for_the_download(source: Source, tmp_path: Path) 
         Source.pause = 0.0
 
 
-def test_a_server_without_ranges_is_waited_for(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_ranges_is_waited_for(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Source, "ranges", False)
     monkeypatch.setattr(Source, "pause", 0.2)
     store = cached(source, tmp_path)

@@ -46,7 +46,11 @@ def frames_of(sample: RawSample) -> np.ndarray:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # Frames by time
@@ -55,7 +59,9 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".gif"])
 def test_frames_come_at_a_constant_rate(tmp_path: Path, suffix: str) -> None:
     save_videos(tmp_path / "in", 2, frames=30, suffix=suffix)
-    report = make_clips(tmp_path / "in", tmp_path / "out", options())  # every second of 3 s at 10 a second: 15 frames, of which 5 are held out
+    report = make_clips(
+        tmp_path / "in", tmp_path / "out", options()
+    )  # every second of 3 s at 10 a second: 15 frames, of which 5 are held out
     train, val = samples(tmp_path / "out/train"), samples(tmp_path / "out/val")
     by_film: dict[bytes, list[list[int]]] = {}
     for sample in train:
@@ -100,7 +106,9 @@ def test_phones_turn_their_pictures(tmp_path: Path) -> None:
     path = write_video(tmp_path / "film.mp4", [picture] * 10)
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30)  # shown turned clockwise: what is left goes up
+    data[matrix : matrix + 36] = struct.pack(
+        ">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30
+    )  # shown turned clockwise: what is left goes up
     path.write_bytes(data)
     times, _, aspect = frame_times(path)
     assert aspect == 0.5
@@ -118,7 +126,9 @@ def test_fit_keeps_the_middle_and_its_shape() -> None:
     assert (squeezed[:, :8] == 0).all()
     assert (squeezed[:, 12:28] == 200).all()
     rows = np.repeat(np.arange(64) % 2 * 255, 64).reshape(64, 64, 1).repeat(3, axis=2).astype(np.uint8)
-    assert np.abs(fit(rows, 1.0, 8, 8).astype(int) - 127)[1:-1].max() < 20, "single lines are smoothed, not picked"
+    assert np.abs(fit(rows, 1.0, 8, 8).astype(int) - 127)[1:-1].max() < 20, (
+        "single lines are smoothed, not picked"
+    )
 
 
 # Which stretches
@@ -127,7 +137,9 @@ def test_fit_keeps_the_middle_and_its_shape() -> None:
 def test_overlapping_clips(tmp_path: Path) -> None:
     save_videos(tmp_path / "in", 1, frames=30)
     make_clips(tmp_path / "in", tmp_path / "out", options(stride=1, val=0.4))
-    assert [numbers(frames_of(sample)) for sample in samples(tmp_path / "out/train")] == [[n, n + 2, n + 4, n + 6] for n in (0, 2, 4, 6, 8, 10)]
+    assert [numbers(frames_of(sample)) for sample in samples(tmp_path / "out/train")] == [
+        [n, n + 2, n + 4, n + 6] for n in (0, 2, 4, 6, 8, 10)
+    ]
 
 
 @pytest.mark.parametrize("val_by", ["time", "video"])
@@ -135,7 +147,10 @@ def test_overlapping_clips(tmp_path: Path) -> None:
 def test_no_frame_is_in_train_and_val(tmp_path: Path, val_by: str, stride: float | None) -> None:
     save_videos(tmp_path / "in", 4, frames=23)
     report = make_clips(tmp_path / "in", tmp_path / "out", options(stride=stride, val_by=val_by, val=0.25))
-    seen = {split: {(s["txt"], n) for s in samples(tmp_path / "out" / split) for n in numbers(frames_of(s))} for split in report.indices}
+    seen = {
+        split: {(s["txt"], n) for s in samples(tmp_path / "out" / split) for n in numbers(frames_of(s))}
+        for split in report.indices
+    }
     assert seen["train"]
     assert seen["val"]
     assert not seen["train"] & seen["val"]
@@ -155,8 +170,12 @@ def test_the_end_that_is_held_out_has_room_for_a_clip() -> None:
     assert train[-1][1] == val[0][0]
     assert val[-1][1] == 4.0
     assert len(place(val, clip, 1 / 12)) == 1
-    assert split_in_time([(0.0, 1.6)], times[:40], clip, 0.5) == ([(0.0, 1.6)], []), "one clip alone is trained on"
-    train, val = split_in_time([(0.0, 2.0), (2.0, 3.6), (3.6, 4.0)], times, clip, 0.2)  # the last shot is too short
+    assert split_in_time([(0.0, 1.6)], times[:40], clip, 0.5) == ([(0.0, 1.6)], []), (
+        "one clip alone is trained on"
+    )
+    train, val = split_in_time(
+        [(0.0, 2.0), (2.0, 3.6), (3.6, 4.0)], times, clip, 0.2
+    )  # the last shot is too short
     assert place(val, clip, 1 / 12)[0] >= 2.0
     assert len(place(train, clip, 1 / 12)) > 5
 
@@ -164,13 +183,19 @@ def test_the_end_that_is_held_out_has_room_for_a_clip() -> None:
 def test_no_clip_crosses_a_cut(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scenes = [rng.integers(0, 256, (4, 6, 3)).repeat(8, 0).repeat(8, 1) for _ in range(3)]
-    film = [np.clip(scene + 2 * shade, 0, 255).astype(np.uint8) for scene, length in zip(scenes, (12, 5, 13), strict=True) for shade in range(length)]
+    film = [
+        np.clip(scene + 2 * shade, 0, 255).astype(np.uint8)
+        for scene, length in zip(scenes, (12, 5, 13), strict=True)
+        for shade in range(length)
+    ]
     write_video(tmp_path / "in/film.mp4", film)
     make_clips(tmp_path / "in", tmp_path / "cut", options(shots=True, stride=1), need_captions=False)
     make_clips(tmp_path / "in", tmp_path / "whole", options(stride=1), need_captions=False)
 
     def crossing(folder: Path) -> list[bool]:
-        clips = [frames_of(sample).astype(int) for split in ("train", "val") for sample in samples(folder / split)]
+        clips = [
+            frames_of(sample).astype(int) for split in ("train", "val") for sample in samples(folder / split)
+        ]
         return [np.abs(np.diff(clip, axis=0)).mean(axis=(1, 2, 3)).max() > 25 for clip in clips]
 
     assert any(crossing(tmp_path / "whole"))
@@ -185,15 +210,36 @@ def test_buckets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             write_video(tmp_path / "in" / f"{name}{number}.mp4", greys(3 if name == "short" else 20, size))
     out = tmp_path / "out"
     buckets = ["--bucket", "4x16x32", "--bucket", "4x32x16", "--bucket", "1x32x16", "--bucket", "9x30x31"]
-    command = ["data", "clips", str(tmp_path / "in"), "--to", str(out), "--rate", "5", *buckets, "--val", "0.5", "--no-captions", "--workers", "1"]
+    command = [
+        "data",
+        "clips",
+        str(tmp_path / "in"),
+        "--to",
+        str(out),
+        "--rate",
+        "5",
+        *buckets,
+        "--val",
+        "0.5",
+        "--no-captions",
+        "--workers",
+        "1",
+    ]
     assert main(command) == 0
-    names = {folder: {sample["__key__"].split("-")[1][:-1] for sample in samples(out / folder)} for folder in ("4x16x32/train", "4x32x16/val")}
+    names = {
+        folder: {sample["__key__"].split("-")[1][:-1] for sample in samples(out / folder)}
+        for folder in ("4x16x32/train", "4x32x16/val")
+    }
     assert names == {"4x16x32/train": {"wide"}, "4x32x16/val": {"high"}}
-    assert {sample["__key__"].split("-")[1][:-1] for sample in samples(out / "1x32x16/train")} == {"short"}, "too short for four frames"
+    assert {sample["__key__"].split("-")[1][:-1] for sample in samples(out / "1x32x16/train")} == {"short"}, (
+        "too short for four frames"
+    )
     assert read_index(out / "1x32x16/train").clip == Clip(1, 32, 16, 5.0)
     assert "9x30x31: no clips, other buckets were nearer to every video" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
-    assert nearest(1.0, [(0.0, 9.0)], [Clip(4, 16, 32, 5.0), Clip(4, 32, 30, 5.0), Clip(8, 32, 30, 5.0)]) == 2, "of equals the longest"
+    assert (
+        nearest(1.0, [(0.0, 9.0)], [Clip(4, 16, 32, 5.0), Clip(4, 32, 30, 5.0), Clip(8, 32, 30, 5.0)]) == 2
+    ), "of equals the longest"
 
 
 def test_captions_of_json_lines(tmp_path: Path) -> None:
@@ -203,9 +249,14 @@ def test_captions_of_json_lines(tmp_path: Path) -> None:
         {"file": "video1.mp4", "caption": "schön"},
         {"file": "elsewhere.mp4", "caption": "?"},
     ]
-    (tmp_path / "told.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
+    (tmp_path / "told.jsonl").write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
+    )
     make_clips(tmp_path / "in", tmp_path / "out", options(), captions=tmp_path / "told.jsonl")
-    assert {sample["txt"].decode() for sample in samples(tmp_path / "out/train")} == {"one\u2028line", "schön"}
+    assert {sample["txt"].decode() for sample in samples(tmp_path / "out/train")} == {
+        "one\u2028line",
+        "schön",
+    }
 
 
 def test_mp4_members_hold_nearly_the_same_pixels(tmp_path: Path) -> None:
@@ -226,7 +277,12 @@ def test_mp4_members_hold_nearly_the_same_pixels(tmp_path: Path) -> None:
 def test_processes_do_not_change_the_bytes(tmp_path: Path, store: str) -> None:
     save_videos(tmp_path / "in", 3)
     for workers in (1, 2):
-        make_clips(tmp_path / "in", tmp_path / str(workers), options(stride=2, shots=True, store=store), workers=workers)
+        make_clips(
+            tmp_path / "in",
+            tmp_path / str(workers),
+            options(stride=2, shots=True, store=store),
+            workers=workers,
+        )
     assert content(tmp_path / "1") == content(tmp_path / "2")
 
 
@@ -235,10 +291,25 @@ def test_killed_and_run_again(tmp_path: Path, nursery: Nursery) -> None:
     noise = [rng.integers(0, 256, (160, 160, 3), dtype=np.uint8) for _ in range(40)]
     for number in range(3):
         write_video(tmp_path / "in" / f"noise{number}.mp4", noise)
-    arguments = ["data", "clips", str(tmp_path / "in"), "--frames", "8", "--size", "128", "--rate", "10", "--stride", "1", "--no-captions"]
+    arguments = [
+        "data",
+        "clips",
+        str(tmp_path / "in"),
+        "--frames",
+        "8",
+        "--size",
+        "128",
+        "--rate",
+        "10",
+        "--stride",
+        "1",
+        "--no-captions",
+    ]
     arguments += ["--val-by", "time", "--store", "mp4", "--workers", "2", "--to"]
     entries = tmp_path / ".killed.packing/entries/train"
-    nursery.start(1, [*arguments, str(tmp_path / "killed")], tmp_path).kill_when(lambda: len(list(entries.glob("*.json"))) >= 2)
+    nursery.start(1, [*arguments, str(tmp_path / "killed")], tmp_path).kill_when(
+        lambda: len(list(entries.glob("*.json"))) >= 2
+    )
     finished = sorted(entries.glob("*.json"))
     assert len(finished) >= 2
     assert not (tmp_path / "killed").exists(), "it was killed in the middle"

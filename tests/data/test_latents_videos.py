@@ -46,12 +46,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_umt5(root / "umt5")
     save_clips(root / "clips", CLIP, {"train": 10, "val": 4})
     save_clips(root / "buckets" / "9x16x24", CLIP, {"train": 8, "val": 3})
-    save_clips(root / "buckets" / "1x24x16", STILL, {"train": 12, "val": 5}, captions=("a still", "a red cat"))
+    save_clips(
+        root / "buckets" / "1x24x16", STILL, {"train": 12, "val": 5}, captions=("a still", "a red cat")
+    )
     return root
 
 
 def options(root: Path, text: str = WORDS, **others: Any) -> VideoOptions:
-    given: dict[str, Any] = {"vae": str(root / "wan"), "text_encoder": text, "tokens": 20, "device": "cpu", "shards": 3}
+    given: dict[str, Any] = {
+        "vae": str(root / "wan"),
+        "text_encoder": text,
+        "tokens": 20,
+        "device": "cpu",
+        "shards": 3,
+    }
     return VideoOptions(**given | others)
 
 
@@ -65,7 +73,11 @@ def array(sample: RawSample, name: str) -> np.ndarray:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def pixels(sample: RawSample) -> torch.Tensor:
@@ -81,7 +93,10 @@ def pixels(sample: RawSample) -> torch.Tensor:
 def test_latents_and_features_are_those_of_the_models(root: Path, tmp_path: Path, text: str) -> None:
     name = text if text == WORDS else str(root / text)
     report = make_video_latents(root / "clips", tmp_path / "out", options(root, name))
-    vae, encoder = load_video_vae(str(root / "wan")), load_text_encoder(TextEncoding(name, 20, 8 if text == WORDS else 24))
+    vae, encoder = (
+        load_video_vae(str(root / "wan")),
+        load_text_encoder(TextEncoding(name, 20, 8 if text == WORDS else 24)),
+    )
     for split in ("train", "val"):
         clips, latents = samples(root / "clips" / split), samples(tmp_path / "out" / split)
         assert len(clips) == len(latents) == report.indices[split].samples
@@ -90,13 +105,21 @@ def test_latents_and_features_are_those_of_the_models(root: Path, tmp_path: Path
             np.testing.assert_allclose(array(latent, "latent"), vae.encode(pixels(clip))[0], atol=1e-5)
             features = array(latent, "text")
             assert features.dtype == np.float16
-            assert np.array_equal(features, encoder.encode([clip["txt"].decode()])[0].numpy().astype(np.float16)), "a text's own rows only"
+            assert np.array_equal(
+                features, encoder.encode([clip["txt"].decode()])[0].numpy().astype(np.float16)
+            ), "a text's own rows only"
         index = read_index(tmp_path / "out" / split)
         assert (index.kind, index.clip, index.classes) == ("video_latents", CLIP, ())
         empty = (tmp_path / "out" / "empty_text.npy").read_bytes()
-        assert index.text == TextEncoding(name, 20, encoder.encoding.channels, encoder.encoding.sha256, hashlib.sha256(empty).hexdigest())
+        assert index.text == TextEncoding(
+            name, 20, encoder.encoding.channels, encoder.encoding.sha256, hashlib.sha256(empty).hexdigest()
+        )
         assert index.vae is not None
-        assert (index.vae.name, index.vae.shape, index.vae.sha256) == (str(root / "wan"), (4, 3, 4, 6), vae.sha256)
+        assert (index.vae.name, index.vae.shape, index.vae.sha256) == (
+            str(root / "wan"),
+            (4, 3, 4, 6),
+            vae.sha256,
+        )
         assert (index.vae.scale, index.vae.shift) == (1.0, 0.0)
         stored = np.stack([array(sample, "latent") for sample in latents]).astype(np.float64)
         np.testing.assert_allclose(index.vae.mean, stored.mean(axis=(0, 2, 3, 4)), rtol=1e-5)
@@ -115,7 +138,9 @@ def test_bf16_is_stored_as_float16(root: Path, tmp_path: Path) -> None:
 def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
     """Every size by itself, images among them; two processes write the bytes of one, and training takes all of it."""
     steps: list[tuple[str, int, int]] = []
-    report = make_video_latents(root / "buckets", tmp_path / "one", options(root), on_progress=lambda *step: steps.append(step))
+    report = make_video_latents(
+        root / "buckets", tmp_path / "one", options(root), on_progress=lambda *step: steps.append(step)
+    )
     make_video_latents(root / "buckets", tmp_path / "two", options(root, device="cpu,cpu"))
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert sorted(report.indices) == ["1x24x16/train", "1x24x16/val", "9x16x24/train", "9x16x24/val"]
@@ -126,7 +151,9 @@ def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
     vae = VAE(str(root / "wan"), 1.0, 0.0, (4, 3, 4, 6))
     text = TextEncoding(WORDS, 20, 8)
     mix = [Source(str(tmp_path / "one" / name)) for name in shapes]
-    module = LatentDataModule(vae, batch_size=2, num_workers=0, video=True, text_encoder=text, mix=mix, mix_by="batch")
+    module = LatentDataModule(
+        vae, batch_size=2, num_workers=0, video=True, text_encoder=text, mix=mix, mix_by="batch"
+    )
     module.check(1)
     assert module.facts()["shapes"] == list(shapes.values())
     seen = {tuple(batch["latent"].shape) for batch in islice(module.train_dataloader(), 30)}
@@ -158,7 +185,9 @@ def test_killed_and_continued_gives_the_same_bits(root: Path, tmp_path: Path, nu
     nursery.start(1, command, root).kill_when(lambda: bool(list(hidden.glob("entries/*/*/*.json"))))
     assert not (tmp_path / "out").exists()
     notes: list[str] = []
-    report = make_video_latents(root / "buckets", tmp_path / "out", options(root, str(root / "umt5")), on_note=notes.append)
+    report = make_video_latents(
+        root / "buckets", tmp_path / "out", options(root, str(root / "umt5")), on_note=notes.append
+    )
     assert any("were finished before and are kept" in note for note in notes)
     assert 0 < report.samples < 28
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -203,7 +232,13 @@ def test_a_data_module_encodes_prompts_and_decodes_videos(root: Path, made: Path
     assert data.frame_rate == 8.0
     with pytest.raises(UserError, match="the nearest: 9 frames of 16x24"):
         data.sample_shape(10, 16, 24)
-    assert data.facts() == {"kind": "video_latents", "vae": data.vae, "classes": 0, "text": (20, 24), "shapes": [(4, 3, 4, 6)]}
+    assert data.facts() == {
+        "kind": "video_latents",
+        "vae": data.vae,
+        "classes": 0,
+        "text": (20, 24),
+        "shapes": [(4, 3, 4, 6)],
+    }
 
 
 def test_training_needs_no_text_encoder(root: Path, made: Path) -> None:
@@ -242,11 +277,21 @@ def test_other_features_are_refused(root: Path, made: Path) -> None:
     with pytest.raises(UserError, match="has captions and no classes: data.text_encoder"):
         module(root, made, text_encoder=None).check(1)
     with pytest.raises(UserError, match=r"sha256 .*, and data\.vae\.sha256 is cdcd"):
-        module(root, made, vae=VAE(str(root / "wan"), 1.0, 0.0, (4, 3, 4, 6), sha256="cd" * 32)).to_videos(torch.zeros(1, 4, 1, 4, 4))
+        module(root, made, vae=VAE(str(root / "wan"), 1.0, 0.0, (4, 3, 4, 6), sha256="cd" * 32)).to_videos(
+            torch.zeros(1, 4, 1, 4, 4)
+        )
 
 
 @pytest.mark.parametrize(
-    "text", [[1], "x", {"name": "w"}, {"name": "w", "tokens": "9", "channels": 3}, {"name": "w", "tokens": 0, "channels": 3}], ids=str
+    "text",
+    [
+        [1],
+        "x",
+        {"name": "w"},
+        {"name": "w", "tokens": "9", "channels": 3},
+        {"name": "w", "tokens": 0, "channels": 3},
+    ],
+    ids=str,
 )
 def test_a_damaged_index_is_told(root: Path, made: Path, tmp_path: Path, text: object) -> None:
     written = json.loads((made / "val" / "index.json").read_text())
@@ -260,7 +305,19 @@ def test_a_damaged_index_is_told(root: Path, made: Path, tmp_path: Path, text: o
 
 
 def _command(root: Path, out: Path, *more: str, source: str = "clips") -> list[str]:
-    return ["data", "latents", "--video", str(root / source), "--to", str(out), "--vae", str(root / "wan"), "--device", "cpu", *more]
+    return [
+        "data",
+        "latents",
+        "--video",
+        str(root / source),
+        "--to",
+        str(out),
+        "--vae",
+        str(root / "wan"),
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +327,10 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "data.vae: {name: wan, scale: 1, shift: 0, shape: [4, 3, 4, 6]}" in shown
     assert "data.text_encoder: {name: 'words:8', tokens: 20, channels: 8}" in shown
     table = json.loads((tmp_path / "t.json").read_text())
-    assert [(row["split"], row["kind"], row["samples"]) for row in table["rows"]] == [("train", "video_latents", 10), ("val", "video_latents", 4)]
+    assert [(row["split"], row["kind"], row["samples"]) for row in table["rows"]] == [
+        ("train", "video_latents", 10),
+        ("val", "video_latents", 4),
+    ]
     assert table["summary"]["clips"] == 14
 
 
@@ -282,12 +342,17 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--text-encoder", WORDS, "--samples"], "--samples is for images"),
         (["--text-encoder", WORDS, "--no-flip"], "--no-flip is for images"),
         (["--text-encoder", WORDS, "--tokens", "0"], "--tokens is 0; it must be at least 1"),
-        (["--text-encoder", WORDS, "--tokens", "2"], "sample c0 of train: the text 'a red cat' has 3 tokens, and words:8 takes at most 2"),
+        (
+            ["--text-encoder", WORDS, "--tokens", "2"],
+            "sample c0 of train: the text 'a red cat' has 3 tokens, and words:8 takes at most 2",
+        ),
         (["--text-encoder", "words:no"], "words:N has N channels"),
     ],
     ids=str,
 )
-def test_mistakes_are_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str) -> None:
+def test_mistakes_are_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
     assert main(_command(root, tmp_path / "out", *more)) == 2
     told = capsys.readouterr().err
     assert says in told
@@ -295,15 +360,31 @@ def test_mistakes_are_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-def test_where_the_command_writes_is_said_once(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both = ["data", "latents", str(root / "clips"), str(tmp_path / "a"), "--to", str(tmp_path / "b"), "--vae", "x"]
+def test_where_the_command_writes_is_said_once(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [
+        "data",
+        "latents",
+        str(root / "clips"),
+        str(tmp_path / "a"),
+        "--to",
+        str(tmp_path / "b"),
+        "--vae",
+        "x",
+    ]
     assert main(both) == 2
     assert "OUT, the folder to make, is needed once" in capsys.readouterr().err
-    assert main(["data", "latents", str(root / "clips"), str(tmp_path / "a"), "--vae", "x", "--tokens", "3"]) == 2
+    assert (
+        main(["data", "latents", str(root / "clips"), str(tmp_path / "a"), "--vae", "x", "--tokens", "3"])
+        == 2
+    )
     assert "--tokens is for videos" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["no caption", "not UTF-8", "a size that does not fit", "images", "nothing"])
+@pytest.mark.parametrize(
+    "damage", ["no caption", "not UTF-8", "a size that does not fit", "images", "nothing"]
+)
 def test_bad_clips_are_told(root: Path, tmp_path: Path, damage: str) -> None:
     source, says = tmp_path / "clips", ""
     if damage == "nothing":
@@ -321,8 +402,16 @@ def test_bad_clips_are_told(root: Path, tmp_path: Path, damage: str) -> None:
         source.mkdir()
         clip = npy_bytes(np.zeros((9, 16, 24, 3), np.uint8))
         members = {"clip.npy": clip} if damage == "no caption" else {"clip.npy": clip, "txt": b"\xff\xfe"}
-        write_split(source / "train", ShardIndex("clips", (), clip=CLIP), [Sample("good", {"clip.npy": clip, "txt": b"x"}), Sample("bad", members)])
-        says = "holds 2 clips and 1 captions" if damage == "no caption" else "train sample bad: its caption is no UTF-8"
+        write_split(
+            source / "train",
+            ShardIndex("clips", (), clip=CLIP),
+            [Sample("good", {"clip.npy": clip, "txt": b"x"}), Sample("bad", members)],
+        )
+        says = (
+            "holds 2 clips and 1 captions"
+            if damage == "no caption"
+            else "train sample bad: its caption is no UTF-8"
+        )
     with pytest.raises(DataError if damage != "a size that does not fit" else UserError, match=says):
         make_video_latents(source, tmp_path / "out", options(root))
     assert not (tmp_path / ".out.packing").exists()
@@ -331,11 +420,16 @@ def test_bad_clips_are_told(root: Path, tmp_path: Path, damage: str) -> None:
 def test_a_damaged_clip_is_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     save_clips(tmp_path / "clips", CLIP, {"train": 6, "val": 2})
     (tmp_path / "whole").mkdir()
-    raws = [Sample(f"c{n}", {"clip.npy": raw["clip.npy"], "txt": raw["txt"]}) for n, raw in enumerate(samples(tmp_path / "clips" / "train"))]
+    raws = [
+        Sample(f"c{n}", {"clip.npy": raw["clip.npy"], "txt": raw["txt"]})
+        for n, raw in enumerate(samples(tmp_path / "clips" / "train"))
+    ]
     raws[2] = Sample("c2", {"clip.npy": b"damaged", "txt": b"a red cat"})
     write_split(tmp_path / "whole" / "train", ShardIndex("clips", (), clip=CLIP), raws)
     report = make_video_latents(tmp_path / "whole", tmp_path / "out", options(root, max_skipped_share=0.2))
     assert [(split, name) for split, name, _ in report.skipped] == [("train", "c2")]
     assert report.indices["train"].samples == 5
-    with pytest.raises(UserError, match=r"1 of 6 clips \(16\.7%\) give no latent, .* the last is c2 of train"):
+    with pytest.raises(
+        UserError, match=r"1 of 6 clips \(16\.7%\) give no latent, .* the last is c2 of train"
+    ):
         make_video_latents(tmp_path / "whole", tmp_path / "again", options(root))

@@ -31,12 +31,17 @@ def test_the_vae_is_that_of_diffusers(root: Path) -> None:
     vae = load_video_vae(str(root / "wan"))
     videos = torch.rand(2, 3, 9, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = vae.encode(videos)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (model.config.latents_mean, model.config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (model.config.latents_mean, model.config.latents_std)
+    )
     posterior = torch.cat([model.encode(video).latent_dist.mode() for video in videos.split(1)])
     torch.testing.assert_close(found, (posterior - mean) / std, atol=1e-5, rtol=1e-5)
     assert found.shape == (2, *vae.latent_shape(9, 16, 24))
     decoded = vae.decode(found)
-    torch.testing.assert_close(decoded, torch.cat([model.decode(z).sample for z in posterior.split(1)]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        decoded, torch.cat([model.decode(z).sample for z in posterior.split(1)]), atol=1e-5, rtol=1e-5
+    )
     assert decoded.shape == videos.shape
     frames = decode_videos(vae, found)
     assert (frames.shape, frames.dtype) == ((2, 9, 16, 24, 3), torch.uint8)
@@ -46,15 +51,25 @@ def test_the_vae_is_that_of_diffusers(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "nearest"),
-    [((8, 16, 24), "9 frames of 16x24"), ((9, 15, 24), "9 frames of 16x24"), ((2, 16, 1), "1 frames of 16x4"), ((0, 16, 16), "1 frames of 16x16")],
+    [
+        ((8, 16, 24), "9 frames of 16x24"),
+        ((9, 15, 24), "9 frames of 16x24"),
+        ((2, 16, 1), "1 frames of 16x4"),
+        ((0, 16, 16), "1 frames of 16x16"),
+    ],
     ids=str,
 )
 def test_the_nearest_size_is_told(root: Path, size: tuple[int, int, int], nearest: str) -> None:
     vae = load_video_vae(str(root / "wan"))
-    with pytest.raises(UserError, match=rf"videos of {size[0]} frames of {size[1]}x{size[2]} pixels do not fit .* the nearest: {nearest}$"):
+    with pytest.raises(
+        UserError,
+        match=rf"videos of {size[0]} frames of {size[1]}x{size[2]} pixels do not fit .* the nearest: {nearest}$",
+    ):
         vae.latent_shape(*size)
     frames, height, width = (int(word) for word in nearest.replace(" frames of ", "x").split("x"))
-    assert vae.encode(torch.zeros(1, 3, frames, height, width)).shape[1:] == vae.latent_shape(frames, height, width)
+    assert vae.encode(torch.zeros(1, 3, frames, height, width)).shape[1:] == vae.latent_shape(
+        frames, height, width
+    )
 
 
 def test_the_sizes_of_wan() -> None:
@@ -74,4 +89,7 @@ def test_other_vaes_are_told(root: Path, tmp_path: Path) -> None:
         load_video_vae(save_wan(tmp_path / "wan", z_dim=8))
     with pytest.raises(UserError, match="unknown class 'AutoencoderKL'.*; valid: AutoencoderKLWan"):
         load_video_vae(save_kl(tmp_path / "kl"))
-    assert load_video_vae(str(root / "wan"), dtype=torch.bfloat16).sha256 == load_video_vae(str(root / "wan")).sha256
+    assert (
+        load_video_vae(str(root / "wan"), dtype=torch.bfloat16).sha256
+        == load_video_vae(str(root / "wan")).sha256
+    )

@@ -69,19 +69,32 @@ class _Probe(pl.LightningModule):
 
 
 def _trainer(**options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return pl.Trainer(accelerator="cpu", num_sanity_val_steps=0, **(quiet | options))
 
 
 # Lightning 2.6.6 with torch 2.14: its own use of a deprecated pytree test, and advice about workers.
-lightning_warnings = pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*")
+lightning_warnings = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*"
+)
 
 
 @lightning_warnings
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fit_with_accumulation(packed: Path, workers: int) -> None:
     data, model = _module(packed, micro_batch_size=4, num_workers=workers), _Probe()
-    trainer = _trainer(max_steps=2, max_epochs=-1, accumulate_grad_batches=2, val_check_interval=4, check_val_every_n_epoch=None)
+    trainer = _trainer(
+        max_steps=2,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+    )
     trainer.fit(model, data)
     assert (trainer.global_step, len(model.indices), len(set(model.indices))) == (2, 16, 16)
     assert trainer.num_training_batches == 4
@@ -108,15 +121,27 @@ def test_a_fit_goes_on_with_the_next_sample(packed: Path, tmp_path: Path, worker
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     data = _module(packed, num_workers=workers)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*ended before the epoch.*")  # the data says where, not the loader
-        _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(second, data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+        warnings.filterwarnings(
+            "ignore", message=".*ended before the epoch.*"
+        )  # the data says where, not the loader
+        _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(
+            second, data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
+        )
     assert first.indices + second.indices == whole.indices
     assert data.consumed == 88
 
 
 def test_the_state_is_the_position(packed: Path) -> None:
     data = _module(packed, seed=3)
-    assert data.state_dict() == {"format": 1, "seed": 3, "epoch": 0, "consumed": 0, "lanes": 48, "window": 2048, "data_hash": data.data_hash}
+    assert data.state_dict() == {
+        "format": 1,
+        "seed": 3,
+        "epoch": 0,
+        "consumed": 0,
+        "lanes": 48,
+        "window": 2048,
+        "data_hash": data.data_hash,
+    }
     data.load_state_dict(data.state_dict() | {"consumed": 33})
     assert (data.consumed, data.state_dict()["epoch"]) == (33, 1)
     whole, expected = _module(packed, seed=3).train_dataloader(), []
@@ -129,7 +154,9 @@ def test_the_state_is_the_position(packed: Path) -> None:
 def test_a_position_in_another_sequence_is_refused(packed: Path, key: str, value: object) -> None:
     data = _module(packed)
     data.load_state_dict(data.state_dict() | {key: value})
-    with pytest.raises(UserError, match=f"the checkpoint's position belongs to data with {key} {value}, and here it is"):
+    with pytest.raises(
+        UserError, match=f"the checkpoint's position belongs to data with {key} {value}, and here it is"
+    ):
         data.train_dataloader()
 
 
@@ -154,7 +181,9 @@ def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
     with pytest.raises(UserError, match=r"data\.mix runs out in step 5, before trainer\.max_steps 6"):
         _trainer(max_steps=6, max_epochs=-1).fit(_Probe(), data)
     model = _Probe()
-    _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(model, _module(None, mix=[Source(str(packed), when_exhausted="stop")]))
+    _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(
+        model, _module(None, mix=[Source(str(packed), when_exhausted="stop")])
+    )
     assert sorted(model.indices) == list(range(32))
 
 
@@ -270,14 +299,21 @@ def test_more_readers_than_shards(packed: Path) -> None:
 
 def test_check_needs_data(packed: Path, tmp_path: Path) -> None:
     _module(packed).check(4)
-    with pytest.raises(DataError, match=f"index.json does not exist: make it with 'mhla data pack SOURCE --to {tmp_path}'"):
+    with pytest.raises(
+        DataError, match=f"index.json does not exist: make it with 'mhla data pack SOURCE --to {tmp_path}'"
+    ):
         _module(tmp_path).check(1)
 
 
 def test_arguments_from_yaml(packed: Path) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(ImageDataModule, "data")
-    arguments = [f"--data.path={packed}", "--data.image_size=[8, 16]", "--data.augmentation.hflip=0", "--data.augmentation.auto_augment=null"]
+    arguments = [
+        f"--data.path={packed}",
+        "--data.image_size=[8, 16]",
+        "--data.augmentation.hflip=0",
+        "--data.augmentation.auto_augment=null",
+    ]
     data = parser.instantiate(parser.parse_args(arguments)).data
     assert (data.image_size, data.augmentation) == ((8, 16), Augmentation(hflip=0.0, auto_augment=None))
 
@@ -301,4 +337,7 @@ data = ImageDataModule({str(packed)!r}, batch_size=4, image_size=8, num_workers=
 batches = iter(data.train_dataloader())
 next(batches)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True).returncode
+        == 0
+    )

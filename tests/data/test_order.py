@@ -48,7 +48,10 @@ def test_a_position_needs_no_history(number: int) -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = [Order([50] * 20, seed, lanes=12, window=16).locate(np.arange(2000))[1].reshape(2, 1000) for seed in (0, 1)]
+    orders = [
+        Order([50] * 20, seed, lanes=12, window=16).locate(np.arange(2000))[1].reshape(2, 1000)
+        for seed in (0, 1)
+    ]
     lines = [epoch.tolist() for order in orders for epoch in order]
     for number, line in enumerate(lines):
         for other in lines[number + 1 :]:
@@ -69,7 +72,9 @@ def test_samples_are_mixed_across_shards_and_inside_windows() -> None:
     lane = indices[7::20]
     for start in range(0, 5000, 100):  # windows of exactly 100 here
         window = np.sort(lane[start : start + 100])
-        assert window[-1] - window[0] < 200 or len(set(window // 1000)) == 2, "a window stays in one place, or spans the end of a shard"
+        assert window[-1] - window[0] < 200 or len(set(window // 1000)) == 2, (
+            "a window stays in one place, or spans the end of a shard"
+        )
         assert (lane[start : start + 100] != window).any()
 
 
@@ -113,7 +118,9 @@ def test_the_order_is_numpy_alone() -> None:
 # Ranks and workers
 
 
-def batches(order: Order, world: int, workers: int, batch: int, micro: int, steps: int, first: int = 0) -> list[set[tuple[int, int]]]:
+def batches(
+    order: Order, world: int, workers: int, batch: int, micro: int, steps: int, first: int = 0
+) -> list[set[tuple[int, int]]]:
     """The samples (epoch, index) of every global batch, put together from what each worker of each rank reads."""
     parts = [Part(rank, world, batch, micro, first) for rank in range(world)]
     accumulation = batch // world // micro
@@ -178,7 +185,9 @@ def mixture(
 ) -> Mixture:
     when, replacement = when or ["repeat"] * len(sizes), replacement or [False] * len(sizes)
     orders = [Order([size], f"{seed}/{number}", 4, 8) for number, size in enumerate(sizes)]
-    return Mixture([Ingredient(*items) for items in zip(orders, weights, replacement, when, strict=True)], seed)
+    return Mixture(
+        [Ingredient(*items) for items in zip(orders, weights, replacement, when, strict=True)], seed
+    )
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 2.0], [0.7, 0.2, 0.1], [1, 998, 1], [1 / 3, 1 / 3, 1 / 3]])
@@ -227,7 +236,9 @@ def test_a_dropped_source_is_seen_once_and_leaves_its_share_to_the_others() -> N
     for source, size in ((0, 700), (2, 300)):
         assert sorted(found.indices[found.sources == source].tolist()) == list(range(size))
     assert (found.sources[-5000:] == 1).all()
-    assert np.bincount(found.sources[:1400]).tolist() == [700, 420, 280], "the weights hold until the first source runs out"
+    assert np.bincount(found.sources[:1400]).tolist() == [700, 420, 280], (
+        "the weights hold until the first source runs out"
+    )
 
 
 def test_a_source_smaller_than_a_block_keeps_its_share() -> None:
@@ -237,7 +248,11 @@ def test_a_source_smaller_than_a_block_keeps_its_share() -> None:
 
 @pytest.mark.parametrize(
     ("when", "length", "counts"),
-    [(["stop", "repeat"], 1400, [700, 700]), (["drop", "drop"], 5700, [700, 5000]), (["stop", "stop"], 1400, [700, 700])],
+    [
+        (["stop", "repeat"], 1400, [700, 700]),
+        (["drop", "drop"], 5700, [700, 5000]),
+        (["stop", "stop"], 1400, [700, 700]),
+    ],
     ids=["stop", "drop all", "stop both"],
 )
 def test_a_mixture_may_end(when: list[WhenExhausted], length: int, counts: list[int]) -> None:
@@ -256,7 +271,9 @@ def test_one_source_is_its_order() -> None:
     assert (found.indices == indices).all()
 
 
-@pytest.mark.parametrize("weights", [[], [0.0, 1.0], [-1.0, 2.0], [1.0, 100_000.0]], ids=["none", "zero", "negative", "too small"])
+@pytest.mark.parametrize(
+    "weights", [[], [0.0, 1.0], [-1.0, 2.0], [1.0, 100_000.0]], ids=["none", "zero", "negative", "too small"]
+)
 def test_impossible_weights(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="weight"):
         mixture([10] * len(weights), weights)

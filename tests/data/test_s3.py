@@ -14,7 +14,9 @@ from mhla_lightning.errors import DataError
 from tests.helpers.loopback import BODY, FORKS, NAME, FileServer, S3Bucket, cached, one_sentence
 
 
-def test_s3(bucket: S3Bucket, opened: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3(
+    bucket: S3Bucket, opened: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
     for remote in (Remote(timeout=10.0, endpoint=bucket.endpoint), Remote(timeout=10.0)):
         store = opened("s3://bucket/data", remote)
@@ -37,7 +39,9 @@ def test_s3(bucket: S3Bucket, opened: Callable[..., Store], tmp_path: Path, monk
 
 @pytest.mark.filterwarnings(FORKS)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_s3_workers_read_after_the_parent_did(method: str, bucket: S3Bucket, opened: Callable[..., Store]) -> None:
+def test_s3_workers_read_after_the_parent_did(
+    method: str, bucket: S3Bucket, opened: Callable[..., Store]
+) -> None:
     store = opened("s3://bucket/data", Remote(timeout=10.0, retries=0, endpoint=bucket.endpoint))
     assert store.read(NAME, 0, 5) == BODY[:5]
     with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as pool:
@@ -54,7 +58,9 @@ def test_s3_workers_read_after_the_parent_did(method: str, bucket: S3Bucket, ope
         ("403", "HTTP 403, access"),
     ],
 )
-def test_s3_faults(fault: str, says: str, server: FileServer, s3_env: None, opened: Callable[..., Store]) -> None:
+def test_s3_faults(
+    fault: str, says: str, server: FileServer, s3_env: None, opened: Callable[..., Store]
+) -> None:
     """One try of ours is one request: neither s3fs nor botocore multiplies them."""
     server.files[f"/bucket/{NAME}"] = BODY
     store = opened("s3://bucket", Remote(retries=1, timeout=2.0, backoff=0.01, endpoint=server.url))
@@ -71,7 +77,9 @@ def test_s3_faults(fault: str, says: str, server: FileServer, s3_env: None, open
     assert server.bodies() == {"403": 1, "stall-body": 2}.get(fault, 4)
 
 
-def test_s3_without_credentials_or_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened: Callable[..., Store]) -> None:
+def test_s3_without_credentials_or_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened: Callable[..., Store]
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -80,4 +88,6 @@ def test_s3_without_credentials_or_server(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(DataError, match=r"no credentials .*data\.remote\.anonymous: true"):
         opened("s3://bucket", Remote(timeout=5.0, endpoint=nowhere)).size(NAME)
     with pytest.raises(DataError, match="connection refused after 2 tries"):
-        opened("s3://bucket", Remote(retries=1, backoff=0.01, timeout=5.0, endpoint=nowhere, anonymous=True)).size(NAME)
+        opened(
+            "s3://bucket", Remote(retries=1, backoff=0.01, timeout=5.0, endpoint=nowhere, anonymous=True)
+        ).size(NAME)

@@ -64,11 +64,15 @@ def test_refused_addresses(url: str) -> None:
 
 
 def test_the_refusal_lists_what_is_allowed() -> None:
-    with pytest.raises(UserError, match=r"'ftp://'; allowed: a local folder, file://, http://, https://, s3:// and gs://"):
+    with pytest.raises(
+        UserError, match=r"'ftp://'; allowed: a local folder, file://, http://, https://, s3:// and gs://"
+    ):
         open_store("ftp://host/x")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../x", "a//b", "./a", "", "pipe:x", "a|", "a\\b", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../x", "a/../x", "a//b", "./a", "", "pipe:x", "a|", "a\\b", "a\n"]
+)
 def test_refused_names(name: str, tmp_path: Path) -> None:
     for store in (LocalStore(tmp_path), RemoteStore("http://127.0.0.1:9/x", ONCE)):
         for use in (store.size, store.read, store.open):
@@ -100,7 +104,13 @@ def test_wrong_settings_name_the_key(field: str, value: Any) -> None:
 
 def test_cache_sizes_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (50_000_000_000, "50GB", "50 GiB", "1.5KB", "7")
-    assert [Remote(cache_bytes=size).cache_limit for size in sizes] == [50 * 10**9, 50 * 10**9, 50 * 2**30, 1500, 7]
+    assert [Remote(cache_bytes=size).cache_limit for size in sizes] == [
+        50 * 10**9,
+        50 * 10**9,
+        50 * 2**30,
+        1500,
+        7,
+    ]
     assert [Remote().pause(attempt, 1.0) for attempt in (0, 1, 2, 20)] == [0.5, 1.0, 2.0, 30.0]
     assert Remote().pause(0, 0.0) == 0.25
     monkeypatch.setenv("SCRATCH", "/scratch/me")
@@ -112,15 +122,18 @@ def test_cache_sizes_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, module, url in (("s3fs", "s3fs", "s3://b/x"), ("gcsfs", "gcsfs.core", "gs://b/x")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UserError, match=rf"needs the package '{package}': pip install 'mhla-lightning\[{url[:2]}\]'"):
+        with pytest.raises(
+            UserError, match=rf"needs the package '{package}': pip install 'mhla-lightning\[{url[:2]}\]'"
+        ):
             open_store(url)
 
 
 def test_stores_import_without_torch_and_local_ones_without_aiohttp() -> None:
-    code = (
-        "import sys, mhla_lightning.data.stores as s; s.open_store('/tmp'); print([m for m in ('torch', 'lightning', 'aiohttp') if m in sys.modules])"
+    code = "import sys, mhla_lightning.data.stores as s; s.open_store('/tmp'); print([m for m in ('torch', 'lightning', 'aiohttp') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # ---- local folders
@@ -133,7 +146,11 @@ def test_local_ranges(tmp_path: Path) -> None:
         assert store.size("other.tar") is None
         assert store.read(NAME) == BODY
         assert store.read(NAME, 10_000) == BODY[10_000:]
-        assert store.read_many([(NAME, 5, 9), (NAME, 0, 0), (NAME, 300, 700)]) == [BODY[5:9], b"", BODY[300:700]]
+        assert store.read_many([(NAME, 5, 9), (NAME, 0, 0), (NAME, 300, 700)]) == [
+            BODY[5:9],
+            b"",
+            BODY[300:700],
+        ]
         with store.open(NAME) as file:
             assert file.seek(100) == 100
             assert file.read(3) == BODY[100:103]
@@ -174,7 +191,9 @@ def test_http_ranges(server: FileServer, opened: Callable[..., Store]) -> None:
     assert store.read_many(requests) == [BODY[n : n + 7] for n in range(40)]
 
 
-def test_credentials_and_queries_are_sent_but_never_shown(server: FileServer, opened: Callable[..., Store]) -> None:
+def test_credentials_and_queries_are_sent_but_never_shown(
+    server: FileServer, opened: Callable[..., Store]
+) -> None:
     server.files["/a b/x y.tar"] = b"spaces"
     store = opened(f"{server.url.replace('//', '//me:secret@')}/a%20b?token=secret")
     assert store.read("x y.tar") == b"spaces"
@@ -203,7 +222,9 @@ def test_a_scan_reads_blocks(server: FileServer, opened: Callable[..., Store]) -
 
 
 @pytest.mark.parametrize("fault", ["503", "429", "500", "cut", "stall", "stall-body"])
-def test_what_passes_is_retried_and_logged(fault: str, server: FileServer, opened: Callable[..., Store], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_passes_is_retried_and_logged(
+    fault: str, server: FileServer, opened: Callable[..., Store], caplog: pytest.LogCaptureFixture
+) -> None:
     store = opened(f"{server.url}/data")
     server.faults = [fault]
     assert store.read(NAME, 100, 900) == BODY[100:900]
@@ -211,7 +232,10 @@ def test_what_passes_is_retried_and_logged(fault: str, server: FileServer, opene
     assert store.read(NAME) == BODY
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
-    assert all(record.name == "mhla_lightning.data.stores.retry" and "\n" not in record.getMessage() for record in warnings)
+    assert all(
+        record.name == "mhla_lightning.data.stores.retry" and "\n" not in record.getMessage()
+        for record in warnings
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +247,9 @@ def test_what_passes_is_retried_and_logged(fault: str, server: FileServer, opene
         ("stall-body", r"timed out after 0\.5 s after 3 tries"),
     ],
 )
-def test_what_does_not_pass_is_one_sentence(fault: str, says: str, server: FileServer, opened: Callable[..., Store]) -> None:
+def test_what_does_not_pass_is_one_sentence(
+    fault: str, says: str, server: FileServer, opened: Callable[..., Store]
+) -> None:
     store = opened(f"{server.url}/data")
     server.faults = [fault] * 3
     began = time.monotonic()
@@ -235,9 +261,17 @@ def test_what_does_not_pass_is_one_sentence(fault: str, says: str, server: FileS
 
 
 @pytest.mark.parametrize(
-    ("status", "says"), [("404", "there is no such file"), ("403", "access refused"), ("401", "access refused"), ("400", "HTTP 400")]
+    ("status", "says"),
+    [
+        ("404", "there is no such file"),
+        ("403", "access refused"),
+        ("401", "access refused"),
+        ("400", "HTTP 400"),
+    ],
 )
-def test_what_is_permanent_is_asked_once(status: str, says: str, server: FileServer, opened: Callable[..., Store]) -> None:
+def test_what_is_permanent_is_asked_once(
+    status: str, says: str, server: FileServer, opened: Callable[..., Store]
+) -> None:
     store = opened(f"{server.url}/data")
     server.faults = [status]
     with pytest.raises(DataError, match=f"HTTP {status}") as caught:
@@ -297,7 +331,8 @@ def test_a_server_without_ranges_is_not_misread(tmp_path: Path, opened: Callable
         assert store.size(NAME) == len(BODY)
         for start, stop in ((0, 512), (512, 1024)):
             with pytest.raises(
-                DataError, match=r"does not serve byte ranges; set data\.remote\.cache_dir so that shards are downloaded whole"
+                DataError,
+                match=r"does not serve byte ranges; set data\.remote\.cache_dir so that shards are downloaded whole",
             ) as caught:
                 store.read(NAME, start, stop)
             one_sentence(caught.value)
@@ -306,7 +341,9 @@ def test_a_server_without_ranges_is_not_misread(tmp_path: Path, opened: Callable
         thread.join()
 
 
-def test_large_files_are_copied_in_blocks_or_whole(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_large_files_are_copied_in_blocks_or_whole(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     large = bytes(1000) + os.urandom(2 * BLOCK)
     server.files["/data/large.tar"] = large
     store = opened(f"{server.url}/data", Remote(retries=2, timeout=5.0, backoff=0.01))
@@ -325,13 +362,17 @@ def test_large_files_are_copied_in_blocks_or_whole(server: FileServer, opened: C
 
 @pytest.mark.filterwarnings(FORKS)
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_read_after_the_parent_did(method: str, server: FileServer, opened: Callable[..., Store]) -> None:
+def test_workers_read_after_the_parent_did(
+    method: str, server: FileServer, opened: Callable[..., Store]
+) -> None:
     store = opened(f"{server.url}/data", Remote(retries=0, timeout=5.0))
     assert store.read(NAME, 0, 5) == BODY[:5]
     for _ in range(2):
         with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
             reads = [pool.submit(store.read, NAME, n, n + 50) for n in range(6)]
-            assert store.read_many([(NAME, n, n + 9) for n in range(16)]) == [BODY[n : n + 9] for n in range(16)]
+            assert store.read_many([(NAME, n, n + 9) for n in range(16)]) == [
+                BODY[n : n + 9] for n in range(16)
+            ]
             assert [read.result(20) for read in reads] == [BODY[n : n + 50] for n in range(6)]
     assert store.read(NAME, 7, 9) == BODY[7:9]
 
@@ -351,7 +392,9 @@ def test_a_forked_child_that_drops_the_store_leaves_the_parent_alone(server: Fil
     store.close()
 
 
-def test_closing_ends_the_thread_and_pickling_leaves_it_behind(server: FileServer, opened: Callable[..., Store], tmp_path: Path) -> None:
+def test_closing_ends_the_thread_and_pickling_leaves_it_behind(
+    server: FileServer, opened: Callable[..., Store], tmp_path: Path
+) -> None:
     store = cached(opened(f"{server.url}/data"), tmp_path)
     threads = threading.active_count()
     assert store.read(NAME, 0, 5) == BODY[:5]

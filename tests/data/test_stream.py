@@ -76,7 +76,14 @@ def _images(seed: int = 0) -> Images:
     return Images(3, (8, 8), PLAIN, seed)
 
 
-def _train(folder: Path, index: ShardIndex, part: Part | None = None, seed: int = 0, share: float = 0.01, window: int = 16) -> TrainStream:
+def _train(
+    folder: Path,
+    index: ShardIndex,
+    part: Part | None = None,
+    seed: int = 0,
+    share: float = 0.01,
+    window: int = 16,
+) -> TrainStream:
     corpus = TrainCorpus([_split(folder, index)], [Source(str(folder))], seed, 12, window)
     return TrainStream(corpus, _images(seed), part or _part(), share)
 
@@ -85,7 +92,9 @@ def _eval(folder: Path, index: ShardIndex, rank: int = 0, world: int = 1, share:
     return EvalStream(Corpus([_split(folder, index)]), _images(), 4, rank, world, share)
 
 
-def _batches(stream: IterableDataset[Batch], workers: int, count: int | None = None, start: StartMethod | None = None) -> Iterator[Batch]:
+def _batches(
+    stream: IterableDataset[Batch], workers: int, count: int | None = None, start: StartMethod | None = None
+) -> Iterator[Batch]:
     loader = build_loader(stream, workers, Loading(start_method=start))
     try:
         yield from islice(loader, count)
@@ -94,10 +103,16 @@ def _batches(stream: IterableDataset[Batch], workers: int, count: int | None = N
 
 
 def _pairs(batches: Iterable[Batch]) -> list[tuple[int, int]]:
-    return [pair for batch in batches for pair in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)]
+    return [
+        pair
+        for batch in batches
+        for pair in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
+    ]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # more than the cores of a small machine: on purpose
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 3 worker processes"
+)  # more than the cores of a small machine: on purpose
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_workers_do_not_change_the_sequence(split: tuple[Path, ShardIndex], workers: int) -> None:
     pairs = _pairs(_batches(_train(*split), workers, 30))  # three epochs and more
@@ -145,7 +160,11 @@ _plain_read = LocalStore.read
 
 def test_batch_has_the_documented_types(split: tuple[Path, ShardIndex]) -> None:
     batch = next(iter(_train(*split)))
-    shapes = {name: (value.dtype, tuple(value.shape)) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    shapes = {
+        name: (value.dtype, tuple(value.shape))
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
     int64, float32 = torch.int64, torch.float32
     assert shapes == {
         "index": (int64, (4,)),
@@ -171,11 +190,15 @@ def test_augmentation_does_not_depend_on_ranks_or_workers(split: tuple[Path, Sha
 
 
 def _images_of(batches: Iterable[Batch]) -> dict[tuple[int, int], torch.Tensor]:
-    return {pair: image for batch in batches for pair, image in zip(_pairs([batch]), batch["image"], strict=True)}
+    return {
+        pair: image for batch in batches for pair, image in zip(_pairs([batch]), batch["image"], strict=True)
+    }
 
 
 @pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
-def test_started_workers_read_their_part(split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch, start: StartMethod) -> None:
+def test_started_workers_read_their_part(
+    split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch, start: StartMethod
+) -> None:
     monkeypatch.setenv("RANK", "0")  # a stale one from a launcher must not matter
     monkeypatch.setenv("WORLD_SIZE", "7")
     pairs = _pairs(_batches(_train(*split, _part(1, 2)), 2, 20, start))
@@ -192,9 +215,19 @@ def test_validation_is_exact_and_even(tmp_path: Path, world: int, workers: int, 
     batches = [batch for rank in ranks for batch in rank]
     assert all(batch["image"].shape == (4, 3, 8, 8) for batch in batches)
     assert sum(batch["weight"].sum().item() for batch in batches) == sum(sizes)
-    kept = sorted(i for batch in batches for i, w in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True) if w)
+    kept = sorted(
+        i
+        for batch in batches
+        for i, w in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True)
+        if w
+    )
     assert kept == list(range(sum(sizes)))
-    assert all(i == -1 for batch in batches for i, w in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True) if not w)
+    assert all(
+        i == -1
+        for batch in batches
+        for i, w in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True)
+        if not w
+    )
 
 
 @pytest.mark.parametrize("offsets", ["with", "without"])
@@ -206,10 +239,14 @@ def test_samples_are_read_by_place(tmp_path: Path, offsets: str) -> None:
             path.unlink()
     for wanted in ([0], [5], list(range(4, 15)), [35, 3, 4, 20, 5, 35]):
         samples = _split(tmp_path, index).read(wanted)
-        assert [(s["__index__"], s["__key__"], s["png"]) for s in samples] == [(i, f"{i:08d}", _png(i)) for i in wanted]
+        assert [(s["__index__"], s["__key__"], s["png"]) for s in samples] == [
+            (i, f"{i:08d}", _png(i)) for i in wanted
+        ]
 
 
-def test_neighbours_come_with_one_read(split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_come_with_one_read(
+    split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = _split(*split)
     opened.read(range(36))  # the offsets are known afterwards
     asked: list[tuple[str, int, int]] = []
@@ -243,7 +280,9 @@ def test_bad_samples_are_skipped_and_counted(tmp_path: Path, change: dict) -> No
     assert sum(batch["skipped"].item() for batch in batches) == 4
     assert 3 not in {i for _, i in _pairs(batches)}
     places = [(place.epoch, place.index) for place in stream.corpus.locate(np.arange(121))]
-    assert _pairs(batches) == [places[n + 1] if places[n][1] == 3 else places[n] for n in range(120)], "the next sample fills the slot"
+    assert _pairs(batches) == [places[n + 1] if places[n][1] == 3 else places[n] for n in range(120)], (
+        "the next sample fills the slot"
+    )
     evaluated = list(_eval(tmp_path, index, share=0.1))
     assert sum(batch["skipped"].item() for batch in evaluated) == 1
     assert sum(batch["weight"].sum().item() for batch in evaluated) == 29
@@ -251,8 +290,14 @@ def test_bad_samples_are_skipped_and_counted(tmp_path: Path, change: dict) -> No
 
 def test_a_skipped_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
     index = _make_split(tmp_path, [30], {i: {"png": b"x"} for i in (3, 4, 17)})
-    one = [sorted(_pairs([batch])) for batch in islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(0, 1, 8, 8), 0.9), 10)]
-    two = [islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(rank, 2, 8, 2), 0.9), 20) for rank in (0, 1)]
+    one = [
+        sorted(_pairs([batch]))
+        for batch in islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(0, 1, 8, 8), 0.9), 10)
+    ]
+    two = [
+        islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(rank, 2, 8, 2), 0.9), 20)
+        for rank in (0, 1)
+    ]
     micro = [_pairs([a, b]) for a, b in zip(*two, strict=True)]
     assert [sorted(first + second) for first, second in zip(micro[::2], micro[1::2], strict=True)] == one
 
@@ -270,7 +315,9 @@ def test_only_jpeg_and_png_reach_pil(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("pixels", [30, 60], ids=["error", "warning only"])
 def test_decompression_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
     index = _make_split(tmp_path, [30])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)  # an image has 64: above the limit PIL warns, above twice the limit it raises
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", pixels
+    )  # an image has 64: above the limit PIL warns, above twice the limit it raises
     with pytest.raises(DataError, match="decompression bomb"):
         next(iter(_train(tmp_path, index)))
 
@@ -299,7 +346,11 @@ def test_a_cut_shard_is_told(tmp_path: Path, cut: str) -> None:
     index = _make_split(tmp_path, [6])
     path = tmp_path / "000.tar"
     data, offsets = path.read_bytes(), np.load(offsets_path(tmp_path, path.name))
-    content = {"between members": data[: offsets[3]], "inside a member": data[: offsets[3] + 1600], "foreign bytes": b"\x1f" * len(data)}
+    content = {
+        "between members": data[: offsets[3]],
+        "inside a member": data[: offsets[3] + 1600],
+        "foreign bytes": b"\x1f" * len(data),
+    }
     path.write_bytes(content[cut])
     with pytest.raises(DataError, match=r"000\.tar") as error:
         list(islice(_train(tmp_path, index), 3))
@@ -329,12 +380,21 @@ class _Trap:
 
 
 def test_a_mixture_reads_every_source(tmp_path: Path) -> None:
-    splits = [_split(tmp_path / name, _make_split(tmp_path / name, sizes)) for name, sizes in (("a", [20]), ("b", [7, 8]))]
+    splits = [
+        _split(tmp_path / name, _make_split(tmp_path / name, sizes))
+        for name, sizes in (("a", [20]), ("b", [7, 8]))
+    ]
     sources = [Source("a", 3.0), Source("b", 1.0, when_exhausted="drop")]
     stream = TrainStream(TrainCorpus(splits, sources, 0, 4, 8), _images(), _part())
     batches = list(_batches(stream, 2, 100))
-    found = [pair for batch in batches for pair in zip(batch["source"].tolist(), batch["index"].tolist(), batch["key"], strict=True)]
-    assert sorted(i for s, i, _ in found if s == 1) == list(range(20, 35)), "source b once, its indices after those of a"
+    found = [
+        pair
+        for batch in batches
+        for pair in zip(batch["source"].tolist(), batch["index"].tolist(), batch["key"], strict=True)
+    ]
+    assert sorted(i for s, i, _ in found if s == 1) == list(range(20, 35)), (
+        "source b once, its indices after those of a"
+    )
     assert all(int(key) == (index if source == 0 else index - 20) for source, index, key in found)
     evaluated = list(EvalStream(Corpus(splits), _images(), 4))
     assert [i for batch in evaluated for i in batch["index"].tolist()] == [*range(35), -1]
@@ -345,9 +405,17 @@ def test_a_mixture_reads_every_source(tmp_path: Path) -> None:
 def test_a_mixture_that_ends(tmp_path: Path, workers: int) -> None:
     """Workers read ahead of training, and the last sample cannot be decoded: its slot takes one before it."""
     folder = tmp_path / "a"
-    order = TrainCorpus([_split(folder, _make_split(folder, [12, 8]))], [Source("a", when_exhausted="stop")], 0, 4, 8)
+    order = TrainCorpus(
+        [_split(folder, _make_split(folder, [12, 8]))], [Source("a", when_exhausted="stop")], 0, 4, 8
+    )
     last = order.locate(np.array([19]))[0].index
-    stopping = TrainCorpus([_split(folder, _make_split(folder, [12, 8], {last: {"png": b"x"}}))], [Source("a", when_exhausted="stop")], 0, 4, 8)
+    stopping = TrainCorpus(
+        [_split(folder, _make_split(folder, [12, 8], {last: {"png": b"x"}}))],
+        [Source("a", when_exhausted="stop")],
+        0,
+        4,
+        8,
+    )
     batches = list(_batches(TrainStream(stopping, _images(), _part(), 0.5), workers))
     assert len(batches) == 5
     assert sorted({i for _, i in _pairs(batches)}) == [i for i in range(20) if i != last]
@@ -355,11 +423,21 @@ def test_a_mixture_that_ends(tmp_path: Path, workers: int) -> None:
 
 
 def test_the_hash_of_a_mixture_names_its_data_and_its_rules(tmp_path: Path) -> None:
-    a, b = (_split(tmp_path / name, _make_split(tmp_path / name, sizes)) for name, sizes in (("a", [20]), ("b", [7, 8])))
+    a, b = (
+        _split(tmp_path / name, _make_split(tmp_path / name, sizes))
+        for name, sizes in (("a", [20]), ("b", [7, 8]))
+    )
 
     def hash_of(*sources: tuple[Split, float]) -> str:
-        return TrainCorpus([s for s, _ in sources], [Source(str(n), w) for n, (_, w) in enumerate(sources)], 0).hash
+        return TrainCorpus(
+            [s for s, _ in sources], [Source(str(n), w) for n, (_, w) in enumerate(sources)], 0
+        ).hash
 
     assert hash_of((a, 1.0)) == a.index.hash
-    hashes = [hash_of((a, 1.0), (b, 1.0)), hash_of((a, 2.0), (b, 1.0)), hash_of((b, 1.0), (a, 1.0)), a.index.hash]
+    hashes = [
+        hash_of((a, 1.0), (b, 1.0)),
+        hash_of((a, 2.0), (b, 1.0)),
+        hash_of((b, 1.0), (a, 1.0)),
+        a.index.hash,
+    ]
     assert len(set(hashes)) == len(hashes)

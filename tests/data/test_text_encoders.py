@@ -47,7 +47,9 @@ def test_a_word_is_the_same_row_wherever_it_stands() -> None:
 
 
 def test_the_rows_of_words_are_unit_gaussians() -> None:
-    (rows,) = load_text_encoder(TextEncoding("words:64", 2000, 64)).encode([" ".join(f"w{number}" for number in range(2000))])
+    (rows,) = load_text_encoder(TextEncoding("words:64", 2000, 64)).encode(
+        [" ".join(f"w{number}" for number in range(2000))]
+    )
     assert abs(float(rows.mean())) < 0.01
     assert abs(float(rows.std()) - 1) < 0.01
     similarity = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
@@ -84,7 +86,9 @@ def test_umt5_is_that_of_transformers(umt5: str) -> None:
 
     texts = ["a red cat", "", "dogs run over the hill"]
     found = load_text_encoder(TextEncoding(umt5, 32, 24)).encode(texts)
-    tokens = AutoTokenizer.from_pretrained(umt5)(texts, padding="max_length", max_length=32, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(umt5)(
+        texts, padding="max_length", max_length=32, return_tensors="pt"
+    )
     model: Any = UMT5EncoderModel.from_pretrained(umt5)
     direct = model.eval()(tokens.input_ids, tokens.attention_mask).last_hidden_state
     for rows, its, mask in zip(found, direct, tokens.attention_mask, strict=True):
@@ -106,7 +110,9 @@ def test_the_identity_is_of_weights_and_vocabulary(umt5: str, tmp_path: Path) ->
     in_pipeline = load_text_encoder(save_umt5(tmp_path / "pipeline", pipeline=True)).encoding
     assert in_pipeline.sha256 == known.sha256
     assert load_text_encoder(save_umt5(tmp_path / "other", seed=1)).encoding.sha256 != known.sha256
-    assert load_text_encoder(save_umt5(tmp_path / "heads", num_heads=2, d_kv=12)).encoding.sha256 != known.sha256
+    assert (
+        load_text_encoder(save_umt5(tmp_path / "heads", num_heads=2, d_kv=12)).encoding.sha256 != known.sha256
+    )
     with pytest.raises(UserError, match="sha256 .* it is another"):
         load_text_encoder(TextEncoding(umt5, 8, 24, "ab" * 32))
     assert load_text_encoder("words:64").encoding.sha256 != load_text_encoder("words:65").encoding.sha256

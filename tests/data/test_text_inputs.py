@@ -18,7 +18,10 @@ COLUMN = "content"
 
 
 def _write(path: Path, texts: list[str]) -> None:
-    lines = "".join(f"{json.dumps({'id': number, COLUMN: text}, ensure_ascii=number % 2 == 0)}\n" for number, text in enumerate(texts)).encode()
+    lines = "".join(
+        f"{json.dumps({'id': number, COLUMN: text}, ensure_ascii=number % 2 == 0)}\n"
+        for number, text in enumerate(texts)
+    ).encode()
     if path.name.endswith(".gz"):
         path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))
     elif path.name.endswith(".zst"):
@@ -48,26 +51,41 @@ def _hashes(report: Report) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 @pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
 def test_every_format_gives_the_same_documents(
-    texts_and_hashes: tuple[list[str], dict[str, str]], tmp_path: Path, name: str, in_folder: bool, monkeypatch: pytest.MonkeyPatch
+    texts_and_hashes: tuple[list[str], dict[str, str]],
+    tmp_path: Path,
+    name: str,
+    in_folder: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunks, "LEAST_BYTES", 700)  # many chunks
     (tmp_path / "in").mkdir()
     _write(tmp_path / "in" / name, texts_and_hashes[0])
-    report = tokenize([str(tmp_path / "in" if in_folder else tmp_path / "in" / name)], tmp_path / "out", OPTIONS, workers=1)
+    report = tokenize(
+        [str(tmp_path / "in" if in_folder else tmp_path / "in" / name)], tmp_path / "out", OPTIONS, workers=1
+    )
     assert _hashes(report) == texts_and_hashes[1]
 
 
-def test_several_inputs_are_read_in_their_order(texts_and_hashes: tuple[list[str], dict[str, str]], tmp_path: Path) -> None:
+def test_several_inputs_are_read_in_their_order(
+    texts_and_hashes: tuple[list[str], dict[str, str]], tmp_path: Path
+) -> None:
     texts = texts_and_hashes[0]
     text_folder(tmp_path / "a", texts[:10])
     _write(tmp_path / "b.jsonl.gz", texts[10:35])
     _write(tmp_path / "c.parquet", texts[35:])
-    report = tokenize([f"text:{tmp_path / 'a'}", str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.parquet")], tmp_path / "out", OPTIONS)
+    report = tokenize(
+        [f"text:{tmp_path / 'a'}", str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.parquet")],
+        tmp_path / "out",
+        OPTIONS,
+    )
     assert _hashes(report) == texts_and_hashes[1]
 
 
 def test_a_data_set_of_the_hub(
-    texts_and_hashes: tuple[list[str], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    texts_and_hashes: tuple[list[str], dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
@@ -79,9 +97,16 @@ def test_a_data_set_of_the_hub(
         return datasets.Dataset.from_dict({"id": range(50), COLUMN: texts_and_hashes[0]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for number, spec in enumerate(("hf:org/name", "hf:org/name:part", "hf:org/name::validation", "hf:org/name:part:test")):
+    for number, spec in enumerate(
+        ("hf:org/name", "hf:org/name:part", "hf:org/name::validation", "hf:org/name:part:test")
+    ):
         assert _hashes(tokenize([spec], tmp_path / f"{number}", OPTIONS)) == texts_and_hashes[1]
-    assert asked == [("org/name", None, "train"), ("org/name", "part", "train"), ("org/name", None, "validation"), ("org/name", "part", "test")]
+    assert asked == [
+        ("org/name", None, "train"),
+        ("org/name", "part", "train"),
+        ("org/name", None, "validation"),
+        ("org/name", "part", "test"),
+    ]
     for arguments, sentence in {
         ("hf:none",): "the data set hf:none cannot be loaded (there is no such thing)",
         ("hf:",): "is not of the form hf:NAME[:CONFIG][:SPLIT]",
@@ -101,8 +126,14 @@ def test_the_standard_library_is_read_in_order_and_without_tests() -> None:
     assert found.size > 5_000_000
     assert paths == sorted(paths)
     assert {"os.py", "ast.py", "decoder.py"} <= {path.name for path in paths}
-    assert not [path for path in paths if {"test", "tests", "site-packages", "__pycache__"} & set(path.parts) or path.suffix != ".py"]
-    assert not [path for path in paths if path.name.startswith("_sysconfigdata")], "it holds the paths of one machine"
+    assert not [
+        path
+        for path in paths
+        if {"test", "tests", "site-packages", "__pycache__"} & set(path.parts) or path.suffix != ".py"
+    ]
+    assert not [path for path in paths if path.name.startswith("_sysconfigdata")], (
+        "it holds the paths of one machine"
+    )
 
 
 def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -123,14 +154,22 @@ def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
     texts = ["\ufeffmark\r\nreturns\r", "nul\0 and \x1a", "\U0010ffff 🙂"]
     tokenize([str(text_folder(tmp_path / "in", texts))], tmp_path / "out", TextOptions(length=64, val=1))
-    pieces = [bytes(piece[:-1]).decode() for split in ("train", "val") for piece in documents_of(*read_rows(tmp_path / "out", split, 64))]
+    pieces = [
+        bytes(piece[:-1]).decode()
+        for split in ("train", "val")
+        for piece in documents_of(*read_rows(tmp_path / "out", split, 64))
+    ]
     assert sorted(pieces) == sorted(texts)
 
 
 def test_half_a_character_in_json_becomes_a_replacement(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83db"}\n\n{"text": "\\ud83d\\ude42"}\n')
     tokenize([str(tmp_path / "a.jsonl")], tmp_path / "out", TextOptions(length=64, val=1))
-    pieces = [bytes(piece[:-1]).decode() for split in ("train", "val") for piece in documents_of(*read_rows(tmp_path / "out", split, 64))]
+    pieces = [
+        bytes(piece[:-1]).decode()
+        for split in ("train", "val")
+        for piece in documents_of(*read_rows(tmp_path / "out", split, 64))
+    ]
     assert sorted(pieces) == ["a\N{REPLACEMENT CHARACTER}b", "🙂"]
 
 
@@ -151,24 +190,68 @@ MISTAKES: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "an empty folder": ({"in/.keep": b""}, ["in"], "in holds no files"),
     "nothing but binary files": ({"in/a.bin": b"\xff"}, ["in"], "no text was found (1 binary files"),
     "an empty file": ({"a.txt": b""}, ["a.txt"], "no text was found"),
-    "one document": ({"a.txt": b"text"}, ["a.txt"], "the input holds 1 document, and one is held out for val"),
-    "bad JSON": ({"a.jsonl": f"{GOOD * 3}{{'text': 1}}\n{GOOD}".encode()}, ["a.jsonl"], "a.jsonl line 4 is no JSON"),
-    "a JSON list": ({"a.jsonl": f"{GOOD}\n[1]\n".encode()}, ["a.jsonl"], "a.jsonl line 3 is a JSON list; an object with the key 'text'"),
-    "another key": ({"a.jsonl": f'{GOOD}{{"body": "x"}}'.encode()}, ["a.jsonl"], "a.jsonl line 2 has no key 'text'; it has 'body'"),
-    "a number": ({"a.jsonl": f'{GOOD}{{"text": 5}}'.encode()}, ["a.jsonl"], "a.jsonl line 2: the key 'text' holds a JSON int, no text"),
+    "one document": (
+        {"a.txt": b"text"},
+        ["a.txt"],
+        "the input holds 1 document, and one is held out for val",
+    ),
+    "bad JSON": (
+        {"a.jsonl": f"{GOOD * 3}{{'text': 1}}\n{GOOD}".encode()},
+        ["a.jsonl"],
+        "a.jsonl line 4 is no JSON",
+    ),
+    "a JSON list": (
+        {"a.jsonl": f"{GOOD}\n[1]\n".encode()},
+        ["a.jsonl"],
+        "a.jsonl line 3 is a JSON list; an object with the key 'text'",
+    ),
+    "another key": (
+        {"a.jsonl": f'{GOOD}{{"body": "x"}}'.encode()},
+        ["a.jsonl"],
+        "a.jsonl line 2 has no key 'text'; it has 'body'",
+    ),
+    "a number": (
+        {"a.jsonl": f'{GOOD}{{"text": 5}}'.encode()},
+        ["a.jsonl"],
+        "a.jsonl line 2: the key 'text' holds a JSON int, no text",
+    ),
     "no UTF-8": ({"a.jsonl": GOOD.encode() + b'{"text": "\xff"}'}, ["a.jsonl"], "a.jsonl line 2 is no JSON"),
     "no gzip": ({"a.jsonl.gz": GOOD.encode()}, ["a.jsonl.gz"], "a.jsonl.gz cannot be read to its end"),
-    "a cut gzip": ({"a.jsonl.gz": gzip.compress(os.urandom(5000).hex().encode())[:3000]}, ["a.jsonl.gz"], "a.jsonl.gz cannot be read to its end"),
-    "no zstandard": ({"a.jsonl.zst": GOOD.encode()}, ["a.jsonl.zst"], "a.jsonl.zst cannot be read to its end"),
-    "no parquet": ({"a.parquet": GOOD.encode() * 9}, ["a.parquet"], "a.parquet is no parquet file that can be read"),
-    "rows of one token": ({"a.txt": b"a", "b.txt": b"b"}, ["a.txt", "b.txt", "--length", "1"], "--length is 1; it must be a number of tokens from 2"),
-    "a val row of none": ({"a.txt": b"a", "b.txt": b"b"}, ["a.txt", "b.txt", "--val-length", "0"], "--val-length is 0"),
+    "a cut gzip": (
+        {"a.jsonl.gz": gzip.compress(os.urandom(5000).hex().encode())[:3000]},
+        ["a.jsonl.gz"],
+        "a.jsonl.gz cannot be read to its end",
+    ),
+    "no zstandard": (
+        {"a.jsonl.zst": GOOD.encode()},
+        ["a.jsonl.zst"],
+        "a.jsonl.zst cannot be read to its end",
+    ),
+    "no parquet": (
+        {"a.parquet": GOOD.encode() * 9},
+        ["a.parquet"],
+        "a.parquet is no parquet file that can be read",
+    ),
+    "rows of one token": (
+        {"a.txt": b"a", "b.txt": b"b"},
+        ["a.txt", "b.txt", "--length", "1"],
+        "--length is 1; it must be a number of tokens from 2",
+    ),
+    "a val row of none": (
+        {"a.txt": b"a", "b.txt": b"b"},
+        ["a.txt", "b.txt", "--val-length", "0"],
+        "--val-length is 0",
+    ),
     "another packing": (
         {"a.txt": b"a"},
         ["a.txt", "--packing", "best"],
         "unknown packing 'best'; valid: best-fit, concatenate; did you mean 'best-fit'",
     ),
-    "all held out": ({"a.txt": b"a", "b.txt": b"b"}, ["a.txt", "b.txt", "--val", "2"], "--val is 2; it must be a number of documents from 1 to 1"),
+    "all held out": (
+        {"a.txt": b"a", "b.txt": b"b"},
+        ["a.txt", "b.txt", "--val", "2"],
+        "--val is 2; it must be a number of documents from 1 to 1",
+    ),
     "nothing held out": ({"a.txt": b"a", "b.txt": b"b"}, ["a.txt", "b.txt", "--val", "0"], "--val is 0"),
     "no row": (
         {"a.txt": b"a" * 40, "b.txt": b"b" * 40},
@@ -179,8 +262,16 @@ MISTAKES: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "no shards": ({"a.txt": b"a"}, ["a.txt", "--shards", "0"], "--shards is 0"),
     "no workers": ({"a.txt": b"a"}, ["a.txt", "--workers", "0"], "--workers is 0"),
     "inside the input": ({"in/a.txt": b"a"}, ["in", "--to", "in/out"], "lies inside the source"),
-    "an address": ({"a.txt": b"a"}, ["a.txt", "--to", "s3://bucket/x"], "--to s3://bucket/x is no folder of this machine"),
-    "a target in use": ({"a.txt": b"a", "used/b": b""}, ["a.txt", "--to", "used"], "used exists and is not empty"),
+    "an address": (
+        {"a.txt": b"a"},
+        ["a.txt", "--to", "s3://bucket/x"],
+        "--to s3://bucket/x is no folder of this machine",
+    ),
+    "a target in use": (
+        {"a.txt": b"a", "used/b": b""},
+        ["a.txt", "--to", "used"],
+        "used exists and is not empty",
+    ),
 }
 
 
@@ -207,13 +298,38 @@ def test_mistakes_are_told_in_one_sentence(
 
 def test_columns_of_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path / "a.parquet", ["one", "two"])
-    for column, sentence in {"text": "has no column 'text'; it has 'id', 'content'", "id": "the column 'id' holds int64, no text"}.items():
-        assert main(["data", "tokenize", str(tmp_path / "a.parquet"), "--to", str(tmp_path / "out"), "--text-column", column]) == 2
+    for column, sentence in {
+        "text": "has no column 'text'; it has 'id', 'content'",
+        "id": "the column 'id' holds int64, no text",
+    }.items():
+        assert (
+            main(
+                [
+                    "data",
+                    "tokenize",
+                    str(tmp_path / "a.parquet"),
+                    "--to",
+                    str(tmp_path / "out"),
+                    "--text-column",
+                    column,
+                ]
+            )
+            == 2
+        )
         assert_one_sentence(capsys.readouterr().err, sentence)
 
 
-@pytest.mark.parametrize(("package", "name"), [("zstandard", "a.jsonl.zst"), ("pyarrow.parquet", "a.parquet"), ("datasets", "hf:a")])
-def test_missing_packages(package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("zstandard", "a.jsonl.zst"), ("pyarrow.parquet", "a.parquet"), ("datasets", "hf:a")],
+)
+def test_missing_packages(
+    package: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl.zst").write_bytes(b"x")
     Path("a.parquet").write_bytes(b"x")
@@ -222,8 +338,13 @@ def test_missing_packages(package: str, name: str, tmp_path: Path, monkeypatch: 
     assert_one_sentence(capsys.readouterr().err, "pip install 'mhla-lightning[language]'")
 
 
-def test_an_error_in_a_worker_is_the_same_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_a_worker_is_the_same_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = json.dumps({"text": "x" * 1000})
     (tmp_path / "a.jsonl").write_text("\n".join([line] * 2500 + ["{"]))
-    assert main(["data", "tokenize", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "out"), "--workers", "2"]) == 2
+    assert (
+        main(["data", "tokenize", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "out"), "--workers", "2"])
+        == 2
+    )
     assert_one_sentence(capsys.readouterr().err.replace("\r", ""), "a.jsonl line 2501 is no JSON")

@@ -47,16 +47,38 @@ def train_and_name(text: Path, to: Path) -> Path:
 
 def _sentencepiece(path: Path, prefix: bool) -> Path:
     """A tokenizer as Llama's converter writes it: U+2581 for spaces, <0x..> for bytes, perhaps a space before the text."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "a",
+        "b",
+        "▁a",
+        "ab",
+        "▁ab",
+    ]
     merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
     core = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True)
+        tokenizers.models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
     )
     core.normalizer = tokenizers.normalizers.Sequence(
         [*([tokenizers.normalizers.Prepend("▁")] if prefix else []), tokenizers.normalizers.Replace(" ", "▁")]
     )
-    steps: list[Any] = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    core.decoder = tokenizers.decoders.Sequence([*steps, *([tokenizers.decoders.Strip(" ", 1, 0)] if prefix else [])])
+    steps: list[Any] = [
+        tokenizers.decoders.Replace("▁", " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
+    core.decoder = tokenizers.decoders.Sequence(
+        [*steps, *([tokenizers.decoders.Strip(" ", 1, 0)] if prefix else [])]
+    )
     core.add_special_tokens(["<unk>", "<s>", "</s>"])
     core.save(str(path))
     return path
@@ -118,9 +140,13 @@ def test_sentencepiece_spells_spaces_and_bytes(tmp_path: Path) -> None:
 def test_vocabulary_with_holes_and_added_tokens(bpe: Path, tmp_path: Path) -> None:
     content = json.loads(bpe.read_text())
     vocabulary = content["model"]["vocab"]
-    token, number = next((token, number) for token, number in vocabulary.items() if number == max(vocabulary.values()))
+    token, number = next(
+        (token, number) for token, number in vocabulary.items() if number == max(vocabulary.values())
+    )
     vocabulary[token] = 400
-    content["added_tokens"].append({**content["added_tokens"][0], "id": number, "content": "é  é", "special": False})
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": number, "content": "é  é", "special": False}
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     found = open_tokenizer(str(tmp_path))
     assert found.vocabulary == 401
@@ -200,7 +226,10 @@ def test_the_end_that_a_config_names(bpe: Path, tmp_path: Path) -> None:
 def test_the_tokenizer_of_a_data_folder(bpe: Path, tmp_path: Path) -> None:
     found = open_tokenizer(str(bpe))
     index = ShardIndex("tokens", (), tokenizer=found.name, length=8)
-    with pytest.raises(DataError, match=r"tokenizer.json is missing, and the tokens were made with tokenizer.json sha256:.*beside train/"):
+    with pytest.raises(
+        DataError,
+        match=r"tokenizer.json is missing, and the tokens were made with tokenizer.json sha256:.*beside train/",
+    ):
         tokenizer_of(tmp_path, index)
     found.save(tmp_path)
     again = tokenizer_of(tmp_path, index)
@@ -216,7 +245,9 @@ def test_the_tokenizer_of_a_remote_folder(bpe: Path, tmp_path: Path, server: Any
     found = open_tokenizer(str(bpe))
     found.save(tmp_path)
     server.files = {f"/data/{path.name}": path.read_bytes() for path in tmp_path.iterdir()}
-    again = tokenizer_of(f"{server.url}/data", ShardIndex("tokens", (), tokenizer=found.name, length=8), Remote(retries=0))
+    again = tokenizer_of(
+        f"{server.url}/data", ShardIndex("tokens", (), tokenizer=found.name, length=8), Remote(retries=0)
+    )
     assert again.encode(TEXTS[4]) == found.encode(TEXTS[4])
 
 
@@ -262,21 +293,33 @@ def test_names_of_the_hub(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert open_tokenizer("gpt2").name == open_tokenizer(str(bpe)).name.replace("tokenizer.json", "gpt2")
-    with pytest.raises(UserError, match=r"the tokenizer org/name is no file here, and .* \(nothing called org/name/tokenizer.json\)") as error:
+    with pytest.raises(
+        UserError,
+        match=r"the tokenizer org/name is no file here, and .* \(nothing called org/name/tokenizer.json\)",
+    ) as error:
         open_tokenizer("org/name")
     assert "\n" not in str(error.value)
 
 
 def test_without_the_package(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"needs the package 'tokenizers': pip install 'mhla-lightning\[language\]'"):
+    with pytest.raises(
+        UserError, match=r"needs the package 'tokenizers': pip install 'mhla-lightning\[language\]'"
+    ):
         open_tokenizer(str(bpe))
     assert open_tokenizer("bytes").encode("a") == [97]
 
 
 def test_training_is_the_same_in_every_process(bpe: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
-        command = [sys.executable, "-m", "mhla_lightning", "data", "train-tokenizer", str(bpe.parent / "text.txt")]
+        command = [
+            sys.executable,
+            "-m",
+            "mhla_lightning",
+            "data",
+            "train-tokenizer",
+            str(bpe.parent / "text.txt"),
+        ]
         command += [
             "--to",
             str(tmp_path / f"{threads}.json"),
@@ -300,9 +343,15 @@ def test_training_is_the_same_in_every_process(bpe: Path, tmp_path: Path) -> Non
 
 
 BAD_TRAINING = {
-    "few ids": (["TEXT", "--to", "x.json", "--vocabulary", "256"], "--vocabulary is 256; it must be from 257"),
+    "few ids": (
+        ["TEXT", "--to", "x.json", "--vocabulary", "256"],
+        "--vocabulary is 256; it must be from 257",
+    ),
     "no json": (["TEXT", "--to", "x", "--vocabulary", "300"], "must name a file that ends in .json"),
-    "in use": (["TEXT", "--to", "TEXT.json", "--vocabulary", "300"], "exists: choose another file, or pass --overwrite"),
+    "in use": (
+        ["TEXT", "--to", "TEXT.json", "--vocabulary", "300"],
+        "exists: choose another file, or pass --overwrite",
+    ),
     "no folder": (["TEXT", "--to", "no/x.json", "--vocabulary", "300"], "there is no folder"),
     "no text": (["EMPTY", "--to", "x.json", "--vocabulary", "300"], "no text was found"),
     "no input": (["nothing", "--to", "x.json", "--vocabulary", "300"], "the input nothing does not exist"),
@@ -312,7 +361,11 @@ BAD_TRAINING = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), BAD_TRAINING.values(), ids=BAD_TRAINING)
 def test_bad_training(
-    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, content in (("text.txt", "some text"), ("empty.txt", ""), ("text.txt.json", "{}")):

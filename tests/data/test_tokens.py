@@ -42,14 +42,18 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _arrays(dtype: str = "uint16", rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(
+    dtype: str = "uint16", rows: int = ROWS, length: int = LENGTH, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and documents, (rows, length); beyond what fewer bytes hold where `dtype` has more."""
     rng, largest = np.random.default_rng(seed), 100_000 if dtype == "uint32" else VOCABULARY
     tokens = rng.integers(0, largest, (rows, length)).astype(dtype)
     return tokens, np.sort(rng.integers(0, 5, (rows, length)), axis=1).astype("uint16")
 
 
-def _write(folder: Path, tokens: np.ndarray, documents: np.ndarray, members: list[list[int]] = MEMBERS) -> ShardIndex:
+def _write(
+    folder: Path, tokens: np.ndarray, documents: np.ndarray, members: list[list[int]] = MEMBERS
+) -> ShardIndex:
     folder.mkdir(parents=True)
     entries, first = [], 0
     for number, sizes in enumerate(members):
@@ -122,7 +126,11 @@ def test_a_batch_leaves_its_worker_whole_and_in_one_piece(tmp_path: Path) -> Non
     assert type(arrived) is dict
     assert list(arrived) == list(batch)
     for name, value in batch.items():
-        same = torch.equal(value, arrived[name]) and value.dtype == arrived[name].dtype if isinstance(value, torch.Tensor) else value == arrived[name]
+        same = (
+            torch.equal(value, arrived[name]) and value.dtype == arrived[name].dtype
+            if isinstance(value, torch.Tensor)
+            else value == arrived[name]
+        )
         assert same, name
     assert arrived["tokens"].is_shared()
     assert arrived["tokens"].untyped_storage().data_ptr() == arrived["documents"].untyped_storage().data_ptr()
@@ -131,27 +139,39 @@ def test_a_batch_leaves_its_worker_whole_and_in_one_piece(tmp_path: Path) -> Non
 
 
 def test_a_batch_in_half_precision_can_be_copied(tmp_path: Path) -> None:
-    batch: Batch = next(iter(_stream(tmp_path / "train", _write(tmp_path / "train", *_arrays()), Tokens(LENGTH))))
+    batch: Batch = next(
+        iter(_stream(tmp_path / "train", _write(tmp_path / "train", *_arrays()), Tokens(LENGTH)))
+    )
     batch["weight"] = batch["weight"].bfloat16()
     copied = copy.deepcopy(batch)
     assert torch.equal(copied["weight"], batch["weight"])
     assert copied["tokens"].data_ptr() != batch["tokens"].data_ptr()
 
 
-@pytest.mark.parametrize(("bad", "reason"), [("token", "outside the vocabulary of 500"), ("documents", "must not fall")])
-def test_a_bad_row_is_skipped_and_counted(tmp_path: Path, bad: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("bad", "reason"), [("token", "outside the vocabulary of 500"), ("documents", "must not fall")]
+)
+def test_a_bad_row_is_skipped_and_counted(
+    tmp_path: Path, bad: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tokens, documents = _arrays()
     if bad == "token":
         tokens[6, 3] = VOCABULARY
     else:
         documents[6, 1], documents[6, 2] = 4, 0
-    stream = _stream(tmp_path / "train", _write(tmp_path / "train", tokens, documents), Tokens(LENGTH, VOCABULARY))
+    stream = _stream(
+        tmp_path / "train", _write(tmp_path / "train", tokens, documents), Tokens(LENGTH, VOCABULARY)
+    )
     batches = list(islice(stream, ROWS))  # four epochs
     found = [index for batch in batches for index in batch["index"].tolist()]
     order = [place.index for place in stream.corpus.locate(np.arange(4 * ROWS + 1))]
-    assert found == [order[n + 1] if order[n] == 6 else order[n] for n in range(4 * ROWS)], "the next row fills the slot"
+    assert found == [order[n + 1] if order[n] == 6 else order[n] for n in range(4 * ROWS)], (
+        "the next row fills the slot"
+    )
     assert sum(batch["skipped"].item() for batch in batches) == 4
-    np.testing.assert_array_equal(np.concatenate([batch["tokens"].numpy() for batch in batches]), tokens[found])
+    np.testing.assert_array_equal(
+        np.concatenate([batch["tokens"].numpy() for batch in batches]), tokens[found]
+    )
     assert reason in caplog.text
     assert "000.tar:6" in caplog.text
 
@@ -175,10 +195,16 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "objects": (_replace(b"<u2", b"|O "), "member 0000.tokens.npy is"),
     "columns first": (_replace(b"False", b"True "), "member 0000.tokens.npy is "),
     "other shape": (_replace(b"(5, 16)", b"(16, 5)"), "needs tokens.npy and documents.npy of equal shape"),
-    "other size": (_replace(b"(5, 16)", b"(6, 16)"), r"member 0000.tokens.npy is uint16 \(6, 16\) in 288 bytes"),
+    "other size": (
+        _replace(b"(5, 16)", b"(6, 16)"),
+        r"member 0000.tokens.npy is uint16 \(6, 16\) in 288 bytes",
+    ),
     "one axis": (_replace(b"(5, 16)", b"( 80, )"), r"member 0000.tokens.npy is uint16 \(80,\)"),
     "no npy": (_replace(b"\x93NUMPY", b"\x93PANDA"), "member 0000.tokens.npy is no npy array"),
-    "other names": (lambda data: data.replace(b"documents.npy", b"documents.txt"), "has no tar header|and has tokens.npy"),
+    "other names": (
+        lambda data: data.replace(b"documents.npy", b"documents.txt"),
+        "has no tar header|and has tokens.npy",
+    ),
     "foreign bytes": (lambda data: b"\x1f" * len(data), "has no tar header at byte 0"),
     "cut inside a member": (lambda data: data[:700], "ends at byte 700"),
     "cut between members": (lambda data: data[:1024], "ends at byte 1024"),
@@ -186,7 +212,9 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_told_in_one_sentence(tmp_path: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
+def test_damage_is_told_in_one_sentence(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+) -> None:
     index = _write(tmp_path / "train", *_arrays())
     path = tmp_path / "train" / "000.tar"
     path.write_bytes(damage(path.read_bytes()))
@@ -225,8 +253,12 @@ def test_the_module_reads_every_row_once_an_epoch(data: Path, workers: int) -> N
     rows = [index for batch in batches for index in batch["index"].tolist()]
     assert sorted(rows) == sorted([*range(ROWS)] * 2)
     for name, written in (("tokens", tokens), ("documents", documents)):
-        assert {(batch[name].dtype, tuple(batch[name].shape)) for batch in batches} == {(torch.int64, (4, LENGTH))}
-        np.testing.assert_array_equal(np.concatenate([batch[name].numpy() for batch in batches]), written[rows])
+        assert {(batch[name].dtype, tuple(batch[name].shape)) for batch in batches} == {
+            (torch.int64, (4, LENGTH))
+        }
+        np.testing.assert_array_equal(
+            np.concatenate([batch[name].numpy() for batch in batches]), written[rows]
+        )
 
 
 def test_the_module_validates_on_every_row_once(data: Path) -> None:
@@ -234,7 +266,9 @@ def test_the_module_validates_on_every_row_once(data: Path) -> None:
     batches = list(module.val_dataloader())
     module.teardown("validate")
     assert [batch["weight"].tolist() for batch in batches] == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0]]
-    np.testing.assert_array_equal(np.concatenate([batch["tokens"].numpy() for batch in batches])[:6], _arrays(rows=6, seed=1)[0])
+    np.testing.assert_array_equal(
+        np.concatenate([batch["tokens"].numpy() for batch in batches])[:6], _arrays(rows=6, seed=1)[0]
+    )
 
 
 def test_the_module_tells_what_a_task_needs(data: Path) -> None:
@@ -252,8 +286,12 @@ def test_rows_of_val_may_have_another_length(tmp_path: Path) -> None:
     assert (module.facts()["length"], module.facts()["val_length"]) == (LENGTH, 8)
     assert next(iter(module.train_dataloader()))["tokens"].shape == (4, LENGTH)
     batches = list(module.val_dataloader())
-    assert [tuple(batch["documents"].shape) for batch in batches] == [(4, 8), (4, 8)], "slots without a row too"
-    np.testing.assert_array_equal(np.concatenate([batch["tokens"].numpy() for batch in batches])[:6], _arrays(rows=6, length=8)[0])
+    assert [tuple(batch["documents"].shape) for batch in batches] == [(4, 8), (4, 8)], (
+        "slots without a row too"
+    )
+    np.testing.assert_array_equal(
+        np.concatenate([batch["tokens"].numpy() for batch in batches])[:6], _arrays(rows=6, length=8)[0]
+    )
 
 
 def test_train_rows_of_a_mixture_have_one_length(tmp_path: Path) -> None:
@@ -273,7 +311,10 @@ def test_padding_is_document_minus_one(tmp_path: Path, dtype: str) -> None:
     padded = {3: 5, 7: 15, 12: 1}  # rows, and their places without text
     for row, places in padded.items():
         tokens[row, LENGTH - places :], documents[row, LENGTH - places :] = 0, PADDING
-    kind, split = Tokens(LENGTH), _split(tmp_path / "train", _write(tmp_path / "train", tokens, documents.astype(dtype)))
+    kind, split = (
+        Tokens(LENGTH),
+        _split(tmp_path / "train", _write(tmp_path / "train", tokens, documents.astype(dtype))),
+    )
     samples = kind.read(split, range(ROWS))
     together = kind.train_batch(samples, [0] * ROWS)
     wanted = np.where(documents == PADDING, -1, documents.astype(np.int64))
@@ -310,7 +351,11 @@ def _text(root: Path) -> Path:
 def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     def module(**options: Any) -> TokenDataModule:
         return TokenDataModule(
-            str(tmp_path / "to"), 4, num_workers=0, source=str(_text(tmp_path)), **{"length": 64, "val_length": 32, "val": 5, **options}
+            str(tmp_path / "to"),
+            4,
+            num_workers=0,
+            source=str(_text(tmp_path)),
+            **{"length": 64, "val_length": 32, "val": 5, **options},
         )
 
     first = module()
@@ -318,7 +363,12 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     first.prepare_data()
     first.check(1)
     facts = first.facts()
-    assert (facts["length"], facts["val_length"], facts["tokenizer"], facts["vocabulary"]) == (64, 32, "bytes", 257)
+    assert (facts["length"], facts["val_length"], facts["tokenizer"], facts["vocabulary"]) == (
+        64,
+        32,
+        "bytes",
+        257,
+    )
     np.testing.assert_array_equal(facts["token_bytes"], [1] * 256 + [0])
     assert next(iter(first.train_dataloader()))["tokens"].shape == (4, 64)
     assert next(iter(first.val_dataloader()))["tokens"].shape == (4, 32)
@@ -329,7 +379,10 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*")} == times
     assert again.data_hash == first.data_hash
     for options, sentence in (
-        ({"length": 128}, "data.length is 128, and the shards in .* were made with 64: remove them, or set another data.path"),
+        (
+            {"length": 128},
+            "data.length is 128, and the shards in .* were made with 64: remove them, or set another data.path",
+        ),
         ({"length": None}, "data.length is 2048"),
         ({"val_length": None}, "data.val_length is 64"),
         ({"tokenizer": "gpt2"}, "data.tokenizer is gpt2, and the shards in .* were made with bytes"),
@@ -337,8 +390,12 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             module(**options).check(1)
     for tokenizer in (None, "bytes"):
-        TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer=tokenizer).check(1)  # without a source the index decides
-    with pytest.raises(UserError, match="data.tokenizer is gpt2, and the shards in .* were made with bytes: leave it out"):
+        TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer=tokenizer).check(
+            1
+        )  # without a source the index decides
+    with pytest.raises(
+        UserError, match="data.tokenizer is gpt2, and the shards in .* were made with bytes: leave it out"
+    ):
         TokenDataModule(str(tmp_path / "to"), 4, tokenizer="gpt2").check(1)
 
 
@@ -349,7 +406,12 @@ def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
             "init_args": {"path": "a", "source": "stdlib", "tokenizer": "bytes", "length": 8},
         }
     }
-    assert apply_overrides(recipe, {"data.path": "b"})["data"]["init_args"] == {"path": "b", "source": None, "tokenizer": None, "length": 8}
+    assert apply_overrides(recipe, {"data.path": "b"})["data"]["init_args"] == {
+        "path": "b",
+        "source": None,
+        "tokenizer": None,
+        "length": 8,
+    }
     named = apply_overrides(recipe, {"data.path": "b", "data.tokenizer": "x.json"})["data"]["init_args"]
     assert named == {"path": "b", "source": None, "tokenizer": "x.json", "length": 8}
     assert apply_overrides(recipe, {"data.length": 9})["data"]["init_args"]["tokenizer"] == "bytes"
@@ -362,7 +424,10 @@ def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
         ({"length": 1}, "--length is 1"),
         ({"source": "mqar:65"}, r"mqar:65 is not of the form mqar\[:PAIRS\] with 1 to 64 pairs"),
         ({"source": "mqar:x"}, "is not of the form"),
-        ({"source": "mqar", "length": 63}, "rows of 63 tokens do not hold 16 pairs twice: mqar needs at least 64"),
+        (
+            {"source": "mqar", "length": 63},
+            "rows of 63 tokens do not hold 16 pairs twice: mqar needs at least 64",
+        ),
         ({"source": "mqar", "val": 0.5}, "is a number of rows from 1 on; got 0.5"),
         ({"path": None, "mix": [Source("x")]}, "data.source is packed into data.path"),
         ({"path": "s3://bucket/x"}, "data.source is packed into data.path"),
@@ -374,10 +439,16 @@ def test_options_of_a_source_are_checked_at_once(options: dict[str, Any], senten
         TokenDataModule(**{"path": "x", "source": "stdlib", **options})
 
 
-@pytest.mark.parametrize(("spec", "pairs", "length"), [("mqar", 16, 128), ("mqar:4", 4, 16), ("mqar:1", 1, 9)])
-def test_mqar_rows_ask_for_every_pair_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, pairs: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "pairs", "length"), [("mqar", 16, 128), ("mqar:4", 4, 16), ("mqar:1", 1, 9)]
+)
+def test_mqar_rows_ask_for_every_pair_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, pairs: int, length: int
+) -> None:
     monkeypatch.setitem(mqar.ROWS, "train", 300)
-    module = TokenDataModule(str(tmp_path / "to"), 100, num_workers=0, source=spec, length=length, val_length=length + 20, val=50)
+    module = TokenDataModule(
+        str(tmp_path / "to"), 100, num_workers=0, source=spec, length=length, val_length=length + 20, val=50
+    )
     module.prepare_data()
     module.check(1)
     assert module.facts() == {
@@ -401,9 +472,15 @@ def test_mqar_rows_ask_for_every_pair_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_mqar_is_a_function_of_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name: len(part) for name, part in mqar.open_mqar().parts.items()} == {"train": 20_000, "val": 1_000}
+    assert {name: len(part) for name, part in mqar.open_mqar().parts.items()} == {
+        "train": 20_000,
+        "val": 1_000,
+    }
     monkeypatch.setitem(mqar.ROWS, "train", 40)
-    hashes = [pack(mqar.open_mqar("mqar:3", 16, val=9, seed=seed), tmp_path / str(n))["train"].hash for n, seed in enumerate((0, 0, 1))]
+    hashes = [
+        pack(mqar.open_mqar("mqar:3", 16, val=9, seed=seed), tmp_path / str(n))["train"].hash
+        for n, seed in enumerate((0, 0, 1))
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
     monkeypatch.setitem(mqar.ROWS, "val", 9)
     assert pack("mqar", tmp_path / "named")["train"].length == 128

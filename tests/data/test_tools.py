@@ -49,8 +49,13 @@ def _write(folder: Path, header: ShardIndex) -> None:
     else:
         rng = np.random.default_rng(0)
         assert header.vae is not None
-        condition = [{"label": n % 2} if header.classes else {"text": np.zeros((3, 6), np.float32)} for n in range(20)]
-        samples = [latent_sample(header, f"n{n}", rng.normal(size=header.vae.shape), **condition[n]) for n in range(20)]
+        condition = [
+            {"label": n % 2} if header.classes else {"text": np.zeros((3, 6), np.float32)} for n in range(20)
+        ]
+        samples = [
+            latent_sample(header, f"n{n}", rng.normal(size=header.vae.shape), **condition[n])
+            for n in range(20)
+        ]
     write_split(folder, header, samples, shard_bytes=6_000)
 
 
@@ -77,7 +82,9 @@ def data(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return copy
 
 
-def _rewrite(split: Path, number: int, change: Callable[[dict[str, bytes]], object], told: bool = True) -> None:
+def _rewrite(
+    split: Path, number: int, change: Callable[[dict[str, bytes]], object], told: bool = True
+) -> None:
     """Change the members (by name) of a shard. told: whether index and offsets are made to agree."""
     index = read_index(split)
     path = split / index.shards[number].name
@@ -93,7 +100,9 @@ def _rewrite(split: Path, number: int, change: Callable[[dict[str, bytes]], obje
         entry, offsets = describe_shard(path, index.kind)
         np.save(offsets_path(split, path.name), offsets)
         shards = tuple(entry if place == number else shard for place, shard in enumerate(index.shards))
-        write_index(split, ShardIndex(index.kind, shards, index.classes, index.tokenizer, index.vae, index.length))
+        write_index(
+            split, ShardIndex(index.kind, shards, index.classes, index.tokenizer, index.vae, index.length)
+        )
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -120,7 +129,9 @@ def _flip(path: Path, place: int) -> None:
 
 def _put(split: Path, number: int, extension: str, content: bytes, place: int = 0) -> None:
     """Replace a member of the sample at `place` of a shard."""
-    _rewrite(split, number, lambda m: m.update({[name for name in m if name.endswith(extension)][place]: content}))
+    _rewrite(
+        split, number, lambda m: m.update({[name for name in m if name.endswith(extension)][place]: content})
+    )
 
 
 def _same_key(split: Path) -> None:
@@ -143,10 +154,18 @@ def _apart(split: Path) -> None:
 
 
 SHARD, SECOND = "train/train-000000.tar", "train/train-000001.tar"
-NAN, FALLING = _npy(np.full((4, 3, 2), np.nan, np.float16)), _npy(np.array([[0, 0, 0, 1, 1, 0, 0, 0]] * 3, np.uint16))
+NAN, FALLING = (
+    _npy(np.full((4, 3, 2), np.nan, np.float16)),
+    _npy(np.array([[0, 0, 0, 1, 1, 0, 0, 0]] * 3, np.uint16)),
+)
 # kind, damage, (file, what its problem says) in order, number of samples that cannot be used
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[tuple[str, str]], int]] = {
-    "missing shard": ("images", lambda s: (s / "train-000001.tar").unlink(), [(SECOND, "is missing, but index.json lists it")], 3),
+    "missing shard": (
+        "images",
+        lambda s: (s / "train-000001.tar").unlink(),
+        [(SECOND, "is missing, but index.json lists it")],
+        3,
+    ),
     "flipped header": (
         "images",
         lambda s: _flip(s / "train-000000.tar", 150),
@@ -156,7 +175,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[tuple[str, str]], i
     "cut in a member": (
         "images",
         lambda s: _cut(s / "train-000000.tar", 2600),
-        [(SHARD, "has 2600 bytes, but index.json says"), (SHARD, "cannot be read as a tar file"), (SHARD, "it was cut"), (SHARD, "it was cut")],
+        [
+            (SHARD, "has 2600 bytes, but index.json says"),
+            (SHARD, "cannot be read as a tar file"),
+            (SHARD, "it was cut"),
+            (SHARD, "it was cut"),
+        ],
         2,
     ),
     "cut between samples": (
@@ -168,7 +192,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[tuple[str, str]], i
     "a sample too many in the index": (
         "images",
         lambda s: _edit_index(s, lambda c: c["shards"][0].update(samples=4)),
-        [("train/index.json", "says 20 samples, but its shards hold 21"), (SHARD + ".offsets.npy", "int64 (4,)"), (SHARD, "holds 3 samples")],
+        [
+            ("train/index.json", "says 20 samples, but its shards hold 21"),
+            (SHARD + ".offsets.npy", "int64 (4,)"),
+            (SHARD, "holds 3 samples"),
+        ],
         1,
     ),
     "wrong offsets": (
@@ -177,22 +205,67 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[tuple[str, str]], i
         [(SHARD + ".offsets.npy", "says byte 1024, but sample 1 of the shard is at byte 2048")],
         0,
     ),
-    "missing offsets": ("tokens", lambda s: (s / "train-000000.tar.offsets.npy").unlink(), [(SHARD + ".offsets.npy", "is missing")], 0),
-    "no image": ("images", lambda s: _put(s, 0, "png", b"\x89PNG\r\n\x1a\nnothing"), [(SHARD, "image cannot be decoded")], 1),
-    "label": ("images", lambda s: _put(s, 0, "cls", b"7"), [(SHARD, "cls is b'7'; it must be an integer from 0 to 1")], 1),
+    "missing offsets": (
+        "tokens",
+        lambda s: (s / "train-000000.tar.offsets.npy").unlink(),
+        [(SHARD + ".offsets.npy", "is missing")],
+        0,
+    ),
+    "no image": (
+        "images",
+        lambda s: _put(s, 0, "png", b"\x89PNG\r\n\x1a\nnothing"),
+        [(SHARD, "image cannot be decoded")],
+        1,
+    ),
+    "label": (
+        "images",
+        lambda s: _put(s, 0, "cls", b"7"),
+        [(SHARD, "cls is b'7'; it must be an integer from 0 to 1")],
+        1,
+    ),
     "key in two shards": ("images", _same_key, [(SECOND, "the key is in train/train-000000.tar too")], 0),
-    "members apart": ("images", _apart, [(SHARD, "has"), (SHARD, "do not stand side by side"), *[(SHARD, "stands inside the sample")] * 3], 3),
-    "NaN": ("latents", lambda s: _put(s, 0, "latent.npy", NAN), [(SHARD, "latent.npy holds NaN or infinite values")], 1),
-    "latent of another shape": ("latents", lambda s: _put(s, 0, "latent.npy", NAN[:-2], 1), [(SHARD, "does not fill its")], 1),
-    "pickled": ("video_latents", lambda s: _put(s, 0, "text.npy", b"\x80\x04N."), [(SHARD, "text.npy is no npy array")], 1),
-    "falling documents": ("tokens", lambda s: _put(s, 0, "documents.npy", FALLING), [(SHARD, "the document numbers of a row must not fall")] * 3, 3),
+    "members apart": (
+        "images",
+        _apart,
+        [(SHARD, "has"), (SHARD, "do not stand side by side"), *[(SHARD, "stands inside the sample")] * 3],
+        3,
+    ),
+    "NaN": (
+        "latents",
+        lambda s: _put(s, 0, "latent.npy", NAN),
+        [(SHARD, "latent.npy holds NaN or infinite values")],
+        1,
+    ),
+    "latent of another shape": (
+        "latents",
+        lambda s: _put(s, 0, "latent.npy", NAN[:-2], 1),
+        [(SHARD, "does not fill its")],
+        1,
+    ),
+    "pickled": (
+        "video_latents",
+        lambda s: _put(s, 0, "text.npy", b"\x80\x04N."),
+        [(SHARD, "text.npy is no npy array")],
+        1,
+    ),
+    "falling documents": (
+        "tokens",
+        lambda s: _put(s, 0, "documents.npy", FALLING),
+        [(SHARD, "the document numbers of a row must not fall")] * 3,
+        3,
+    ),
     "other classes in val": (
         "images",
         lambda s: _edit_index(s.parent / "val", lambda c: c["classes"].append("cow")),
         [("val/index.json", "lists another kind or other classes")],
         0,
     ),
-    "no index": ("images", lambda s: (s / "index.json").unlink(), [("train/index.json", "does not exist")], 0),
+    "no index": (
+        "images",
+        lambda s: (s / "index.json").unlink(),
+        [("train/index.json", "does not exist")],
+        0,
+    ),
 }
 
 
@@ -204,7 +277,9 @@ def test_whole_data_are_clean(whole: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "damage", "problems", "unusable"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_found(data: Callable, kind: str, damage: Callable, problems: list[tuple[str, str]], unusable: int) -> None:
+def test_damage_is_found(
+    data: Callable, kind: str, damage: Callable, problems: list[tuple[str, str]], unusable: int
+) -> None:
     path = data(kind)
     damage(path / "train")
     report = verify(str(path))
@@ -223,7 +298,13 @@ def test_one_problem_does_not_hide_the_others(data: Callable) -> None:
     _put(path / "val", 1, "cls", b"x")
     _put(path / "val", 1, "png", b"x", place=1)
     (path / "val" / "val-000002.tar").unlink()
-    expected = ["train/index.json", "train/train-000002.tar", "val/val-000001.tar", "val/val-000001.tar", "val/val-000002.tar"]
+    expected = [
+        "train/index.json",
+        "train/train-000002.tar",
+        "val/val-000001.tar",
+        "val/val-000001.tar",
+        "val/val-000002.tar",
+    ]
     one, two = verify(str(path), workers=1), verify(str(path), workers=2)
     assert [problem.file for problem in one.problems if "decoded" not in problem.problem] == expected
     assert one == two, "a report does not depend on the number of workers"
@@ -237,7 +318,9 @@ def served(whole: Path) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             return
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(whole)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(whole))
+    )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -266,7 +349,13 @@ def test_an_index_for_shards_of_others(data: Callable, kind: str) -> None:
 def test_token_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
     """It sorts members by name, documents first, and puts a header before each header."""
     rows, documents = np.arange(16, dtype=np.uint16).reshape(2, 8), np.zeros((2, 8), np.uint32)
-    _tar(tmp_path / "a.tar", *({"__key__": key, "tokens.npy": _npy(rows + n), "documents.npy": _npy(documents)} for n, key in enumerate("ab")))
+    _tar(
+        tmp_path / "a.tar",
+        *(
+            {"__key__": key, "tokens.npy": _npy(rows + n), "documents.npy": _npy(documents)}
+            for n, key in enumerate("ab")
+        ),
+    )
     index_shards(str(tmp_path), Facts(tokenizer="gpt2"))
     assert verify(str(tmp_path)).found == 0
     found = preview(str(tmp_path), count=3).texts
@@ -292,7 +381,9 @@ def test_classes_are_counted_over_all_splits(data: Callable) -> None:
     _put(path / "val", 0, "cls", b"4")
     for file in path.rglob("index.json"):
         file.unlink()
-    assert {index.classes for index in index_shards(str(path), workers=2).values()} == {("0", "1", "2", "3", "4")}
+    assert {index.classes for index in index_shards(str(path), workers=2).values()} == {
+        ("0", "1", "2", "3", "4")
+    }
     with pytest.raises(UserError, match="--classes names 2 classes, but labels go up to 4"):
         index_shards(str(path), Facts(classes=("a", "b")), overwrite=True)
 
@@ -324,13 +415,34 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: _tar(p / "a.tar", {"__key__": "a", "png": _png(1), "json": b'{"label": 1}'}),
         "lacks cls; labels in KEY.json are not read",
     ),
-    "json label later": (lambda p: _tar(p / "a.tar", ONE, {"__key__": "b", "png": _png(1), "json": b"{}"}), "sample b has cls b''"),
-    "unknown members": (lambda p: _tar(p / "a.tar", {"__key__": "a", "mp3": b"1"}), "has the members mp3; known are"),
-    "label no number": (lambda p: _tar(p / "a.tar", ONE, ONE | {"__key__": "b", "cls": b"cat"}), "sample b has cls b'cat'"),
-    "two kinds": (lambda p: (_tar(p / "a.tar", ONE), _write_tokens(p / "b.tar", 8)), "is of tokens, not of images"),
-    "two lengths": (lambda p: (_write_tokens(p / "a.tar", 8), _write_tokens(p / "b.tar", 4)), "b.tar holds rows of 4 tokens, unlike a.tar"),
-    "other documents": (lambda p: _tar(p / "a.tar", {"__key__": "a", "documents.npy": ROWS, "tokens.npy": NAN}), "member a.tokens.npy is float16"),
-    "key twice": (lambda p: (_tar(p / "a.tar", ONE), _tar(p / "b.tar", ONE)), "b.tar: sample a is in a.tar too"),
+    "json label later": (
+        lambda p: _tar(p / "a.tar", ONE, {"__key__": "b", "png": _png(1), "json": b"{}"}),
+        "sample b has cls b''",
+    ),
+    "unknown members": (
+        lambda p: _tar(p / "a.tar", {"__key__": "a", "mp3": b"1"}),
+        "has the members mp3; known are",
+    ),
+    "label no number": (
+        lambda p: _tar(p / "a.tar", ONE, ONE | {"__key__": "b", "cls": b"cat"}),
+        "sample b has cls b'cat'",
+    ),
+    "two kinds": (
+        lambda p: (_tar(p / "a.tar", ONE), _write_tokens(p / "b.tar", 8)),
+        "is of tokens, not of images",
+    ),
+    "two lengths": (
+        lambda p: (_write_tokens(p / "a.tar", 8), _write_tokens(p / "b.tar", 4)),
+        "b.tar holds rows of 4 tokens, unlike a.tar",
+    ),
+    "other documents": (
+        lambda p: _tar(p / "a.tar", {"__key__": "a", "documents.npy": ROWS, "tokens.npy": NAN}),
+        "member a.tokens.npy is float16",
+    ),
+    "key twice": (
+        lambda p: (_tar(p / "a.tar", ONE), _tar(p / "b.tar", ONE)),
+        "b.tar: sample a is in a.tar too",
+    ),
     "latents without vae": (
         lambda p: _tar(p / "a.tar", {"__key__": "a", "latent.npy": NAN, "cls": b"0"}),
         "pass --vae-name, --vae-scale and --vae-shift",
@@ -387,12 +499,18 @@ def test_a_contact_sheet_shows_the_images(data: Callable, capsys: pytest.Capture
     assert main(["data", "preview", str(path), "--n", "4"]) == 0
     assert capsys.readouterr().out.strip() == "images-train.png: 4 of 20 samples of train"
     sheet = _pixels(path.parent / "images-train.png")
-    assert [sheet[70, 60].tolist(), sheet[70, 60 + 134].tolist()] == [[0, 0, 255], [50, 0, 205]], "samples 0 and 5 of 20"
+    assert [sheet[70, 60].tolist(), sheet[70, 60 + 134].tolist()] == [[0, 0, 255], [50, 0, 205]], (
+        "samples 0 and 5 of 20"
+    )
     assert (sheet[136:150, 6:60] < 100).any(), "with a caption below"
     _put(path / "train", 0, "png", b"nothing")
     assert main(["data", "preview", str(path / "train"), "--n", "4", "--to", "other.png"]) == 0
     assert "other.png: 4 of 20 samples of train; 1 cannot be decoded" in capsys.readouterr().out
-    assert preview(str(path), seed=1, count=4).png == preview(str(path), seed=1, count=4).png != preview(str(path), seed=2, count=4).png
+    assert (
+        preview(str(path), seed=1, count=4).png
+        == preview(str(path), seed=1, count=4).png
+        != preview(str(path), seed=2, count=4).png
+    )
 
 
 @pytest.mark.parametrize(("kind", "width"), [("latents", 128), ("video_latents", 3 * 128)])
@@ -401,7 +519,9 @@ def test_a_contact_sheet_of_latents(whole: Path, kind: str, width: int) -> None:
     assert found.png is not None
     with Image.open(io.BytesIO(found.png)) as sheet:
         assert sheet.size == (width + 12, 156)
-        assert len(np.unique(np.asarray(sheet.crop((6, 6, width, 130))).reshape(-1, 3), axis=0)) > 6, "channels become colours"
+        assert len(np.unique(np.asarray(sheet.crop((6, 6, width, 130))).reshape(-1, 3), axis=0)) > 6, (
+            "channels become colours"
+        )
 
 
 def test_tokens_are_spelled(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,7 +533,9 @@ def test_tokens_are_spelled(whole: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "there is no folder /dev/null" in capsys.readouterr().err
 
 
-def test_commands(data: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(
+    data: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     path = data("images")
     assert main(["data", "verify", "images", "--workers", "1"]) == 0

@@ -38,14 +38,21 @@ def _latents(header: ShardIndex, count: int) -> Iterator[Sample]:
     for number in range(count):
         latent = np.full(header.vae.shape, number, np.float16)
         text = None if header.classes else np.full((3, 6), -number, np.float32)
-        yield latent_sample(header, f"n.{number}/x", latent, label=number % 2 if header.classes else None, text=text)
+        yield latent_sample(
+            header, f"n.{number}/x", latent, label=number % 2 if header.classes else None, text=text
+        )
 
 
 def _samples(header: ShardIndex) -> Iterator[Sample]:
     if header.kind == "images":
         return (image_sample(header, str(number), _png(number), number % 2) for number in range(20))
     if header.kind == "tokens":
-        return token_samples(header, [(ROWS[:9], DOCUMENTS[:9]), (ROWS[9], DOCUMENTS[9]), (ROWS[10:], DOCUMENTS[10:])], 256, member_bytes=3 * 16)
+        return token_samples(
+            header,
+            [(ROWS[:9], DOCUMENTS[:9]), (ROWS[9], DOCUMENTS[9]), (ROWS[10:], DOCUMENTS[10:])],
+            256,
+            member_bytes=3 * 16,
+        )
     return _latents(header, 20)
 
 
@@ -62,27 +69,43 @@ KINDS = {"images": IMAGES, "latents": LABELLED, "video latents with text": WITH_
 
 @pytest.mark.parametrize("header", KINDS.values(), ids=KINDS)
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path, header: ShardIndex) -> None:
-    first, second = (write_split(tmp_path / name, header, _samples(header), shard_bytes=8_000) for name in ("train", "val"))
+    first, second = (
+        write_split(tmp_path / name, header, _samples(header), shard_bytes=8_000) for name in ("train", "val")
+    )
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
     assert len(first.shards) > 1
     assert first == read_index(tmp_path / "train")
-    assert (first.samples, first.kind, first.classes, first.vae, first.length) == (20, header.kind, header.classes, header.vae, header.length)
+    assert (first.samples, first.kind, first.classes, first.vae, first.length) == (
+        20,
+        header.kind,
+        header.classes,
+        header.vae,
+        header.length,
+    )
     with tarfile.open(tmp_path / "train" / "train-000001.tar") as tar:
         members = list(tar)
-    assert {(member.mtime, member.uid, member.uname, member.gname, member.mode) for member in members} == {(0, 0, "mhla", "mhla", 0o444)}
-    assert members[0].name.startswith(f"{first.shards[0].samples:08d}-"), "keys are numbered through the split"
+    assert {(member.mtime, member.uid, member.uname, member.gname, member.mode) for member in members} == {
+        (0, 0, "mhla", "mhla", 0o444)
+    }
+    assert members[0].name.startswith(f"{first.shards[0].samples:08d}-"), (
+        "keys are numbered through the split"
+    )
 
 
 def test_images_come_back(tmp_path: Path) -> None:
     write_split(tmp_path / "train", IMAGES, _samples(IMAGES), shard_bytes=8_000)
-    assert [(image.getpixel((0, 0)), label) for image, label in _read(tmp_path / "train")] == [((n, n, n), n % 2) for n in range(20)]
+    assert [(image.getpixel((0, 0)), label) for image, label in _read(tmp_path / "train")] == [
+        ((n, n, n), n % 2) for n in range(20)
+    ]
 
 
 @pytest.mark.parametrize("header", [LABELLED, WITH_TEXT], ids=["labels", "text"])
 def test_latents_come_back(tmp_path: Path, header: ShardIndex) -> None:
     write_split(tmp_path / "train", header, _samples(header))
     for number, found in enumerate(_read(tmp_path / "train")):
-        condition = {"label": number % 2} if header.classes else {"text": np.full((3, 6), -number, np.float32)}
+        condition = (
+            {"label": number % 2} if header.classes else {"text": np.full((3, 6), -number, np.float32)}
+        )
         assert header.vae is not None
         for key, array in ({"latent": np.full(header.vae.shape, number, np.float16)} | condition).items():
             np.testing.assert_array_equal(found[key], array)
@@ -103,7 +126,9 @@ TYPES = {"two bytes": (65_536, 65_535, "uint16"), "four bytes": (65_537, 65_536,
 
 
 @pytest.mark.parametrize(("vocabulary", "token", "dtype"), TYPES.values(), ids=TYPES)
-def test_tokens_take_two_bytes_where_they_fit(tmp_path: Path, vocabulary: int, token: int, dtype: str) -> None:
+def test_tokens_take_two_bytes_where_they_fit(
+    tmp_path: Path, vocabulary: int, token: int, dtype: str
+) -> None:
     row = np.full(8, token, np.int64)
     write_split(tmp_path / "train", TOKENS, token_samples(TOKENS, [(row, np.zeros(8, np.int64))], vocabulary))
     tokens, documents = _read(tmp_path / "train")[0]
@@ -139,14 +164,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no label": (lambda: _latent(GOOD, label=None), "latent x needs a label and no text"),
     "text too": (lambda: _latent(GOOD, text=GOOD[0]), "latent x needs a label and no text"),
     "no text": (lambda: latent_sample(WITH_TEXT, "x", VIDEO), "latent x needs text and no label"),
-    "text of three axes": (lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD), r"the text of latent x is float32 \(4, 3, 2\)"),
-    "NaN in text": (lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD[0] * np.nan), "the text of latent x holds NaN"),
-    "token too large": (lambda: _tokens(tokens=ROWS[0] + 250), "row 4 holds token 257, outside the vocabulary of 256"),
+    "text of three axes": (
+        lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD),
+        r"the text of latent x is float32 \(4, 3, 2\)",
+    ),
+    "NaN in text": (
+        lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD[0] * np.nan),
+        "the text of latent x holds NaN",
+    ),
+    "token too large": (
+        lambda: _tokens(tokens=ROWS[0] + 250),
+        "row 4 holds token 257, outside the vocabulary of 256",
+    ),
     "negative token": (lambda: _tokens(tokens=ROWS[0] - 1), "row 4 holds token -1"),
     "short row": (lambda: _tokens(tokens=ROWS[0, :5]), r"row 4: tokens are int64 \(5,\); integers \(8,\)"),
     "other documents": (lambda: _tokens(documents=DOCUMENTS[:1]), r"row 4: documents are int64 \(1, 8\)"),
     "float tokens": (lambda: _tokens(tokens=ROWS[0] + 0.5), r"row 4: tokens are float64"),
-    "falling documents": (lambda: _tokens(documents=DOCUMENTS[0, ::-1]), "row 4: document numbers must not fall"),
+    "falling documents": (
+        lambda: _tokens(documents=DOCUMENTS[0, ::-1]),
+        "row 4: document numbers must not fall",
+    ),
 }
 
 
@@ -162,7 +199,10 @@ def _stopped() -> Iterator[Sample]:
 
 
 def test_a_split_appears_with_its_folder_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no samples were written"), new_folder(tmp_path / "to", overwrite=False) as folder:
+    with (
+        pytest.raises(DataError, match="no samples were written"),
+        new_folder(tmp_path / "to", overwrite=False) as folder,
+    ):
         write_split(folder / "train", TOKENS, [])
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "to", overwrite=False) as folder:
         write_split(folder / "train", TOKENS, _stopped())
@@ -171,5 +211,8 @@ def test_a_split_appears_with_its_folder_or_not_at_all(tmp_path: Path) -> None:
         for split in ("train", "val"):
             write_split(folder / split, TOKENS, _samples(TOKENS))
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
-    with pytest.raises(UserError, match="exists and is not empty"), new_folder(tmp_path / "to", overwrite=False):
+    with (
+        pytest.raises(UserError, match="exists and is not empty"),
+        new_folder(tmp_path / "to", overwrite=False),
+    ):
         pass

@@ -34,7 +34,9 @@ def test_a_short_chain_has_the_noise_levels_of_the_long_one(respacing: str | int
     assert timestep_map[0] == 0
     assert (np.diff(timestep_map) > 0).all()
     assert timestep_map[-1] == 999 or str(respacing).startswith("ddim")
-    np.testing.assert_allclose(np.cumprod(1 - betas), np.cumprod(1 - linear_betas())[timestep_map], rtol=1e-12)
+    np.testing.assert_allclose(
+        np.cumprod(1 - betas), np.cumprod(1 - linear_betas())[timestep_map], rtol=1e-12
+    )
 
 
 def test_one_step_is_the_noisiest() -> None:
@@ -59,7 +61,11 @@ def test_wrong_respacing(respacing: str, sentence: str) -> None:
 
 def test_ddpm_keeps_variance_and_ends_in_noise() -> None:
     chain = DDPM().chain
-    one, zero, t = torch.ones(1000, 1, dtype=torch.float64), torch.zeros(1000, 1, dtype=torch.float64), torch.arange(1000)
+    one, zero, t = (
+        torch.ones(1000, 1, dtype=torch.float64),
+        torch.zeros(1000, 1, dtype=torch.float64),
+        torch.arange(1000),
+    )
     signal, noise = chain.add_noise(one, zero, t), chain.add_noise(zero, one, t)
     torch.testing.assert_close(signal**2 + noise**2, one, rtol=1e-6, atol=0)
     assert (signal.diff(dim=0) < 0).all()
@@ -71,11 +77,22 @@ def test_ddpm_keeps_variance_and_ends_in_noise() -> None:
 def test_posterior_is_bayes_rule(steps: int) -> None:
     """Precision and mean of q(x_{t-1} | x_t, x0) from the prior of x_{t-1} given x0 and the likelihood of x_t given x_{t-1}."""
     _, chain = DDPM().shortened(steps)
-    x0, x_t, t = normal("x0", steps).double(), normal("x_t", steps).double(), torch.tensor([1, 2, 3, 5, steps - 2, steps - 1])
-    before, beta = (torch.from_numpy(table).view(-1, 1, 1, 1) for table in (chain.alphas_cumprod[t - 1], chain.betas[t]))
+    x0, x_t, t = (
+        normal("x0", steps).double(),
+        normal("x_t", steps).double(),
+        torch.tensor([1, 2, 3, 5, steps - 2, steps - 1]),
+    )
+    before, beta = (
+        torch.from_numpy(table).view(-1, 1, 1, 1) for table in (chain.alphas_cumprod[t - 1], chain.betas[t])
+    )
     precision = 1 / (1 - before) + (1 - beta) / beta
     mean, log_variance = chain.posterior(x0, x_t, t)
-    torch.testing.assert_close(mean, (before.sqrt() * x0 / (1 - before) + (1 - beta).sqrt() * x_t / beta) / precision, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mean,
+        (before.sqrt() * x0 / (1 - before) + (1 - beta).sqrt() * x_t / beta) / precision,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     torch.testing.assert_close(log_variance.double(), -precision.log(), rtol=1e-5, atol=1e-5)
 
 
@@ -87,7 +104,12 @@ def test_variance_lies_between_posterior_and_beta() -> None:
         return chain.p_mean_variance(prediction, x_t, TIMES).log_variance
 
     torch.testing.assert_close(log_variance(None), log_variance(-1.0))
-    torch.testing.assert_close(log_variance(1.0)[:, 0, 0, 0].double(), torch.from_numpy(np.log(chain.betas))[TIMES], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        log_variance(1.0)[:, 0, 0, 0].double(),
+        torch.from_numpy(np.log(chain.betas))[TIMES],
+        rtol=1e-6,
+        atol=0,
+    )
     torch.testing.assert_close(log_variance(0.0), (log_variance(1.0) + log_variance(-1.0)) / 2)
     assert (log_variance(1.0) > log_variance(-1.0))[2:].all()
 
@@ -99,9 +121,13 @@ def test_a_perfect_prediction_costs_nothing() -> None:
         target = noise if process.name == "ddpm" else noise - x0
         assert process.losses(target, x0, noise, process.add_noise(x0, noise, t), t)["loss"].abs().max() == 0
     process = DDPM()
-    losses = process.losses(torch.cat([noise, -torch.ones(SHAPE)], 1), x0, noise, process.add_noise(x0, noise, TIMES), TIMES)
+    losses = process.losses(
+        torch.cat([noise, -torch.ones(SHAPE)], 1), x0, noise, process.add_noise(x0, noise, TIMES), TIMES
+    )
     assert losses["mse"].abs().max() == 0
-    assert losses["vb"][1:].abs().max() < 1e-4  # float32: the posterior's mean from x0, and from the x0 seen in x_t
+    assert (
+        losses["vb"][1:].abs().max() < 1e-4
+    )  # float32: the posterior's mean from x0, and from the x0 seen in x_t
     assert losses["vb"][0] > 0.1  # what is left is the price of telling x0 from its neighbours, 2/255 away
 
 
@@ -119,7 +145,9 @@ def test_the_bound_trains_the_variance_alone() -> None:
     x_t = process.add_noise(x0, noise, TIMES)
     for part, trained, untouched in (("vb", slice(3, 6), slice(0, 3)), ("mse", slice(0, 3), slice(3, 6))):
         prediction = normal("out", shape=(6, 6, 4, 4)).requires_grad_()
-        (gradient,) = torch.autograd.grad(process.losses(prediction, x0, noise, x_t, TIMES)[part].sum(), prediction)
+        (gradient,) = torch.autograd.grad(
+            process.losses(prediction, x0, noise, x_t, TIMES)[part].sum(), prediction
+        )
         assert gradient[:, untouched].abs().max() == 0
         assert (gradient[:, trained].abs().amax((1, 2, 3)) > 0).all()
 
@@ -131,11 +159,18 @@ def test_loss_of_a_sample_is_its_own_and_never_half_precision(name: str) -> None
     x_t = process.add_noise(x0, noise, t)
     prediction = normal("out", shape=(6, process.out_channels(3), 4, 4))
     together = process.losses(prediction, x0, noise, x_t, t)["loss"]
-    alone = [process.losses(prediction[i : i + 1], x0[i : i + 1], noise[i : i + 1], x_t[i : i + 1], t[i : i + 1])["loss"] for i in range(6)]
+    alone = [
+        process.losses(prediction[i : i + 1], x0[i : i + 1], noise[i : i + 1], x_t[i : i + 1], t[i : i + 1])[
+            "loss"
+        ]
+        for i in range(6)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=0)
     half = process.losses(prediction.bfloat16(), x0.bfloat16(), noise.bfloat16(), x_t.bfloat16(), t)
     assert all(value.dtype == torch.float32 and value.shape == (6,) for value in half.values())
-    with pytest.raises(ValueError, match=f"predicts 5 channels and the noise process needs {process.out_channels(3)}"):
+    with pytest.raises(
+        ValueError, match=f"predicts 5 channels and the noise process needs {process.out_channels(3)}"
+    ):
         process.losses(prediction[:, :1].expand(-1, 5, -1, -1), x0, noise, x_t, t)
 
 
@@ -167,7 +202,9 @@ def test_flow_goes_straight_from_data_to_noise() -> None:
     ends = process.add_noise(x0, noise, torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0]))
     assert torch.equal(ends, torch.cat([x0[:3], noise[3:]]))
     t = torch.full((6,), 0.25)
-    torch.testing.assert_close((process.add_noise(x0, noise, t + 0.5) - process.add_noise(x0, noise, t)) / 0.5, noise - x0)
+    torch.testing.assert_close(
+        (process.add_noise(x0, noise, t + 0.5) - process.add_noise(x0, noise, t)) / 0.5, noise - x0
+    )
 
 
 def drawn(process: DDPM | FlowMatching, count: int = 20_000) -> np.ndarray:
@@ -234,13 +271,22 @@ def test_processes_from_a_recipe() -> None:
         ({"learn_variance": False}, "needs the key 'name'"),
         ({"name": ["ddpm"]}, "unknown noise process"),
         (3, "is a name or a mapping"),
-        ({"name": "ddpm", "shift": 3}, "unknown option 'shift' of noise process 'ddpm'; valid: learn_variance, name"),
+        (
+            {"name": "ddpm", "shift": 3},
+            "unknown option 'shift' of noise process 'ddpm'; valid: learn_variance, name",
+        ),
         ({"name": "ddpm", "chain": 3}, "unknown option 'chain'"),
-        ({"name": "ddpm", "learn_variance": "no"}, "learn_variance of process 'ddpm' is 'no'; it is true or false"),
+        (
+            {"name": "ddpm", "learn_variance": "no"},
+            "learn_variance of process 'ddpm' is 'no'; it is true or false",
+        ),
         ({"name": "flow", "shift": 0}, "shift of process 'flow' is 0; it must be a positive number"),
         ({"name": "flow", "std": float("nan")}, "std of process 'flow' is nan"),
         ({"name": "flow", "mean": "0"}, "mean of process 'flow' is '0'; it must be a number"),
-        ({"name": "flow", "times": "cosine"}, "times of process 'flow' is 'cosine'; valid: logit_normal, uniform"),
+        (
+            {"name": "flow", "times": "cosine"},
+            "times of process 'flow' is 'cosine'; valid: logit_normal, uniform",
+        ),
         ({"name": "flow", "integer_times": 1}, "integer_times of process 'flow' is 1; it is true or false"),
     ],
 )
@@ -292,7 +338,9 @@ def test_scale_zero_is_the_unconditional_model() -> None:
     torch.testing.assert_close(ours[:, :4], u[:, :4])
 
 
-@pytest.mark.parametrize(("time", "inside"), [(299, False), (300, True), (500, True), (700, True), (701, False)])
+@pytest.mark.parametrize(
+    ("time", "inside"), [(299, False), (300, True), (500, True), (700, True), (701, False)]
+)
 def test_guidance_on_a_part_of_the_axis(time: int, inside: bool) -> None:
     ours, c, u, batches = guided_call(Guidance(2.0, interval=(0.3, 0.7)), torch.full((3,), time))
     torch.testing.assert_close(ours[:, :4], (2 * c - u if inside else c)[:, :4])

@@ -44,7 +44,10 @@ def of_gaussian(process: Process) -> Denoiser:
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             t = time.view(-1, 1, 1, 1) / 1000
             spread = (1 - t) ** 2 * STD**2 + t**2
-            noise, x0 = t * (x - (1 - t) * MEAN) / spread, MEAN + (1 - t) * STD**2 * (x - (1 - t) * MEAN) / spread
+            noise, x0 = (
+                t * (x - (1 - t) * MEAN) / spread,
+                MEAN + (1 - t) * STD**2 * (x - (1 - t) * MEAN) / spread,
+            )
             return noise - x0
 
         return velocity
@@ -64,7 +67,9 @@ def wavy(process: Process) -> Denoiser:
     best, kernel = of_gaussian(process), normal("kernel", shape=(process.out_channels(2), 2, 3, 3)) / 3
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
-        return best(x, time) + 0.1 * torch.tanh(torch.nn.functional.conv2d(x, kernel, padding=1) + time.view(-1, 1, 1, 1) / 1000)
+        return best(x, time) + 0.1 * torch.tanh(
+            torch.nn.functional.conv2d(x, kernel, padding=1) + time.view(-1, 1, 1, 1) / 1000
+        )
 
     return denoise
 
@@ -75,7 +80,9 @@ def test_samples_have_mean_and_spread_of_the_data(sampler: str, name: str, steps
     """16,384 values: standard errors are 0.003 and 0.002. The rest of the tolerance is the steps'; all but DPM-Solver++ are of first order."""
     process = PROCESS[name]
     noise, step_noise = keyed_noise(range(64), (4, 8, 8))
-    drawn = sample(of_gaussian(process), process, sampler=sampler, steps=steps, noise=noise, step_noise=step_noise)
+    drawn = sample(
+        of_gaussian(process), process, sampler=sampler, steps=steps, noise=noise, step_noise=step_noise
+    )
     tolerance = 0.03 if steps == 50 and sampler != "dpm++" else 0.015
     assert drawn.mean().item() == pytest.approx(MEAN, abs=tolerance)
     assert drawn.std().item() == pytest.approx(STD, abs=tolerance)
@@ -86,7 +93,10 @@ def test_more_steps_come_nearer(sampler: str, name: str) -> None:
     """From a fixed noise a deterministic sampler comes to one sample as the steps grow."""
     process = PROCESS[name]
     noise, _ = keyed_noise(range(4))
-    limit, many, few = (sample(wavy(process), process, sampler=sampler, steps=n, noise=noise, step_noise=no_noise) for n in (1000, 200, 20))
+    limit, many, few = (
+        sample(wavy(process), process, sampler=sampler, steps=n, noise=noise, step_noise=no_noise)
+        for n in (1000, 200, 20)
+    )
     assert (many - limit).abs().mean() < (few - limit).abs().mean() / 3
 
 
@@ -104,9 +114,24 @@ def test_ancestral_variance_is_what_the_network_says(learn_variance: bool) -> No
             prediction[:, 2:] = v
             return prediction
 
-        return sample(with_variance, process, sampler="ddpm", steps=10, noise=noise, step_noise=step_noise).std().item()
+        return (
+            sample(with_variance, process, sampler="ddpm", steps=10, noise=noise, step_noise=step_noise)
+            .std()
+            .item()
+        )
 
-    fixed = sample(of_gaussian(DDPM(False)), DDPM(False), sampler="ddpm", steps=10, noise=noise, step_noise=step_noise).std().item()
+    fixed = (
+        sample(
+            of_gaussian(DDPM(False)),
+            DDPM(False),
+            sampler="ddpm",
+            steps=10,
+            noise=noise,
+            step_noise=step_noise,
+        )
+        .std()
+        .item()
+    )
     assert spread(-1.0) == pytest.approx(fixed, rel=1e-5)
     assert (spread(1.0) > 1.02 * fixed) == learn_variance
 
@@ -130,7 +155,9 @@ def test_an_image_does_not_depend_on_its_batch(sampler: str, name: str) -> None:
     drawn = []
     for images in (range(6), range(4, 5)):
         noise, step_noise = keyed_noise(images)
-        drawn.append(sample(wavy(process), process, sampler=sampler, steps=12, noise=noise, step_noise=step_noise))
+        drawn.append(
+            sample(wavy(process), process, sampler=sampler, steps=12, noise=noise, step_noise=step_noise)
+        )
     torch.testing.assert_close(drawn[0][4:5], drawn[1], rtol=1e-5, atol=1e-5)
 
 
@@ -144,7 +171,10 @@ def test_no_generator_but_the_callers_is_used(sampler: str, name: str) -> None:
         asked.append(step)
         return step_noise(step)
 
-    once, again = (sample(wavy(process), process, sampler=sampler, steps=9, noise=noise, step_noise=watched) for _ in range(2))
+    once, again = (
+        sample(wavy(process), process, sampler=sampler, steps=9, noise=noise, step_noise=watched)
+        for _ in range(2)
+    )
     assert torch.equal(once, again)
     assert torch.equal(torch.get_rng_state(), before)
     assert asked == (list(range(8)) * 2 if sampler == "ddpm" else [])
@@ -161,7 +191,15 @@ def test_times_run_from_noise_to_data(sampler: str, name: str, steps: int) -> No
         times.append(time)
         return wavy(process)(x, time).bfloat16()
 
-    drawn = sample(denoise, process, sampler=sampler, steps=steps, noise=noise, step_noise=step_noise, on_step=lambda step, x: done.append(step))
+    drawn = sample(
+        denoise,
+        process,
+        sampler=sampler,
+        steps=steps,
+        noise=noise,
+        step_noise=step_noise,
+        on_step=lambda step, x: done.append(step),
+    )
     assert drawn.dtype == torch.float32
     assert torch.isfinite(drawn).all()
     assert done == list(range(steps))
@@ -184,14 +222,17 @@ def test_flow_grids_are_even_and_shifted_once(sampler: str, first: float, last: 
         return x
 
     sample(denoise, process, sampler=sampler, steps=10, noise=torch.zeros(1, 2, 4, 4), step_noise=no_noise)
-    torch.testing.assert_close(torch.cat(times), 1000 * process.shifted(torch.linspace(first, last, 10)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.cat(times), 1000 * process.shifted(torch.linspace(first, last, 10)), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_solvers_of_diffusers_ignore_the_variance(sampler: str) -> None:
     noise, _ = keyed_noise(range(2))
     learned, plain = (
-        sample(of_gaussian(process), process, sampler=sampler, steps=10, noise=noise, step_noise=no_noise) for process in (DDPM(), DDPM(False))
+        sample(of_gaussian(process), process, sampler=sampler, steps=10, noise=noise, step_noise=no_noise)
+        for process in (DDPM(), DDPM(False))
     )
     assert torch.equal(learned, plain)
 
@@ -200,16 +241,38 @@ def test_solvers_of_diffusers_ignore_the_variance(sampler: str) -> None:
 def test_a_prediction_of_another_width_is_refused(sampler: str, name: str) -> None:
     noise, step_noise = keyed_noise(range(2))
     with pytest.raises(ValueError, match="the network predicts 3 channels"):
-        sample(lambda x, time: x[:, :1].expand(-1, 3, -1, -1), PROCESS[name], sampler=sampler, steps=3, noise=noise, step_noise=step_noise)
+        sample(
+            lambda x, time: x[:, :1].expand(-1, 3, -1, -1),
+            PROCESS[name],
+            sampler=sampler,
+            steps=3,
+            noise=noise,
+            step_noise=step_noise,
+        )
 
 
 @pytest.mark.parametrize(
     ("sampler", "name", "steps", "sentence"),
     [
-        ("dmp++", "flow", 10, r"unknown sampler 'dmp\+\+'; valid: ddim, ddpm, dpm\+\+, euler; did you mean 'dpm\+\+'"),
+        (
+            "dmp++",
+            "flow",
+            10,
+            r"unknown sampler 'dmp\+\+'; valid: ddim, ddpm, dpm\+\+, euler; did you mean 'dpm\+\+'",
+        ),
         (["ddpm"], "ddpm", 10, "unknown sampler"),
-        ("euler", "ddpm", 10, r"sampler 'euler' does not serve the noise process 'ddpm'; valid: ddpm, ddim, dpm\+\+"),
-        ("ddpm", "flow", 10, r"sampler 'ddpm' does not serve the noise process 'flow'; valid: dpm\+\+, euler"),
+        (
+            "euler",
+            "ddpm",
+            10,
+            r"sampler 'euler' does not serve the noise process 'ddpm'; valid: ddpm, ddim, dpm\+\+",
+        ),
+        (
+            "ddpm",
+            "flow",
+            10,
+            r"sampler 'ddpm' does not serve the noise process 'flow'; valid: dpm\+\+, euler",
+        ),
         ("ddpm", "ddpm", 0, "number of sampling steps is 0; it must be a whole number from 1 to 1000"),
         ("euler", "flow", 1001, "number of sampling steps is 1001"),
         ("ddim", "ddpm", 2.5, "number of sampling steps is 2.5"),
@@ -220,7 +283,14 @@ def test_wrong_samplers(sampler: Any, name: str, steps: Any, sentence: str) -> N
     with pytest.raises(UserError, match=sentence):
         check_sampler(sampler, PROCESS[name], steps)
     with pytest.raises(UserError, match=sentence):
-        sample(wavy(PROCESS[name]), PROCESS[name], sampler=sampler, steps=steps, noise=torch.zeros(1, 2, 4, 4), step_noise=no_noise)
+        sample(
+            wavy(PROCESS[name]),
+            PROCESS[name],
+            sampler=sampler,
+            steps=steps,
+            noise=torch.zeros(1, 2, 4, 4),
+            step_noise=no_noise,
+        )
 
 
 @pytest.mark.parametrize(("sampler", "name"), SERVED)
@@ -228,7 +298,11 @@ def test_without_diffusers(sampler: str, name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "diffusers", None)
     if sampler == "ddpm":
         noise, step_noise = keyed_noise(range(2))
-        assert torch.isfinite(sample(wavy(DDPM()), DDPM(), sampler="ddpm", steps=3, noise=noise, step_noise=step_noise)).all()
+        assert torch.isfinite(
+            sample(wavy(DDPM()), DDPM(), sampler="ddpm", steps=3, noise=noise, step_noise=step_noise)
+        ).all()
         return
-    with pytest.raises(UserError, match=r"needs the package 'diffusers': pip install 'mhla-lightning\[diffusion\]'"):
+    with pytest.raises(
+        UserError, match=r"needs the package 'diffusers': pip install 'mhla-lightning\[diffusion\]'"
+    ):
         check_sampler(sampler, PROCESS[name], 10)

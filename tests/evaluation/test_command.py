@@ -73,7 +73,9 @@ def test_own_features_are_those_of_validation(name: str, here: Path, shards: Pat
     """The probabilities of uint8 images are those of the batches that the run's own validation makes of the same files."""
     found = find_classifier(name)
     network = OwnFeatures(found)
-    data = ImageDataModule(str(shards), image_size=8, batch_size=20, num_workers=0, augmentation=found.data.augmentation)
+    data = ImageDataModule(
+        str(shards), image_size=8, batch_size=20, num_workers=0, augmentation=found.data.augmentation
+    )
     (batch,) = data.val_dataloader()
     assert found.task.backbone is not None
     with torch.no_grad():
@@ -85,26 +87,57 @@ def test_own_features_are_those_of_validation(name: str, here: Path, shards: Pat
     assert len(network(pictures(70, size=13)).pooled) == 70
 
 
-def test_fid_of_shards_and_of_the_same_images_in_a_file(here: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fid_of_shards_and_of_the_same_images_in_a_file(
+    here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, name = read_shards(str(shards), (8, 8))
     assert name == f"{shards} (val)"
     np.savez("ref.npz", arr_0=images)
     np.savez("samples.npz", arr_0=pictures(12), arr_1=np.zeros(12, np.int64))
     rows = []
     for reference in (str(shards), str(shards / "val"), "ref.npz"):
-        command = ["eval", "fid", "samples.npz", "--reference", reference, "--features", "classifier", "--json", "out.json", "--device", "cpu"]
+        command = [
+            "eval",
+            "fid",
+            "samples.npz",
+            "--reference",
+            reference,
+            "--features",
+            "classifier",
+            "--json",
+            "out.json",
+            "--device",
+            "cpu",
+        ]
         assert main(command) == 0
         rows.append(json.loads(Path("out.json").read_text())["rows"][0])
     assert rows[0] == rows[1] == rows[2]
     assert list(rows[0]) == ["samples", "fd", "sfd", "class_score", "precision", "recall"]
     network = open_network("classifier")
     one, other = (Gaussian.of(network(found).pooled) for found in (images, pictures(12)))
-    assert rows[0]["fd"] == pytest.approx(frechet_distance(one.mean, one.covariance, other.mean, other.covariance))
+    assert rows[0]["fd"] == pytest.approx(
+        frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    )
     assert rows[0]["fd"] > 0
     shown = capsys.readouterr().out
     assert "FD on own features" in shown
     assert "FID" not in shown
-    assert main(["eval", "fid", "ref.npz", "--reference", str(shards), "--features", "classifier", "--json", "out.json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "fid",
+                "ref.npz",
+                "--reference",
+                str(shards),
+                "--features",
+                "classifier",
+                "--json",
+                "out.json",
+            ]
+        )
+        == 0
+    )
     same = json.loads(Path("out.json").read_text())["rows"][0]
     assert same["fd"] == pytest.approx(0, abs=1e-9)
     assert (same["precision"], same["recall"]) == (1, 1)
@@ -116,7 +149,9 @@ def test_shards_are_resized_to_the_samples(here: Path, shards: Path) -> None:
     plain = Augmentation(crop_pct=1.0, mean=(0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7))
     data = ImageDataModule(str(shards), image_size=8, augmentation=plain)
     np.testing.assert_array_equal(validation_images(data), read_shards(str(shards), (8, 8))[0])
-    np.testing.assert_array_equal(validation_images(data)[0], data.to_images(next(iter(data.val_dataloader()))["image"])[0].numpy())
+    np.testing.assert_array_equal(
+        validation_images(data)[0], data.to_images(next(iter(data.val_dataloader()))["image"])[0].numpy()
+    )
 
 
 class Published:
@@ -127,7 +162,11 @@ class Published:
     def __call__(self, images: np.ndarray) -> Features:
         pixels = images / 255
         share = pixels.mean((1, 2, 3))[:, None]
-        return Features(pixels.mean((1, 2)), pixels[:, 0, :2].reshape(len(images), -1), np.concatenate([share, 1 - share], 1))
+        return Features(
+            pixels.mean((1, 2)),
+            pixels[:, 0, :2].reshape(len(images), -1),
+            np.concatenate([share, 1 - share], 1),
+        )
 
 
 def test_adms_reference_file_is_taken_at_its_word(here: Path) -> None:
@@ -135,10 +174,17 @@ def test_adms_reference_file_is_taken_at_its_word(here: Path) -> None:
     network, real, fake = Published(), pictures(30), pictures(25, seed=1)
     seen = network(real)
     pooled, spatial = Gaussian.of(seen.pooled), Gaussian.of(seen.spatial)
-    statistics: dict[str, Any] = {"mu": pooled.mean + 1, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    statistics: dict[str, Any] = {
+        "mu": pooled.mean + 1,
+        "sigma": pooled.covariance,
+        "mu_s": spatial.mean,
+        "sigma_s": spatial.covariance,
+    }
     np.savez("whole.npz", arr_0=real, **statistics)
     np.savez("statistics.npz", **statistics)
-    whole, bare, plain = (read_reference(name, network, (8, 8)) for name in ("whole.npz", "statistics.npz", "whole.npz"))
+    whole, bare, plain = (
+        read_reference(name, network, (8, 8)) for name in ("whole.npz", "statistics.npz", "whole.npz")
+    )
     np.testing.assert_array_equal(whole.pooled.mean, pooled.mean + 1)
     found, less = image_metrics(network(fake), whole, True), image_metrics(network(fake), bare, True)
     assert list(found) == ["fid", "sfid", "inception_score", "precision", "recall"]
@@ -168,12 +214,16 @@ def npy(array: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("damage", bad_files())
 @pytest.mark.parametrize("place", ["samples", "reference"])
-def test_bad_files_are_one_sentence_that_names_them(damage: str, place: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_one_sentence_that_names_them(
+    damage: str, place: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("samples", "reference"):
         np.savez(f"{name}.npz", arr_0=pictures(6))
     np.savez("whole.npz", arr_0=pictures(9))
     bad_files()[damage](Path(f"{place}.npz"))
-    assert main(["eval", "fid", "samples.npz", "--reference", "reference.npz", "--features", "classifier"]) == 2
+    assert (
+        main(["eval", "fid", "samples.npz", "--reference", "reference.npz", "--features", "classifier"]) == 2
+    )
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{place}.npz" in error
@@ -186,14 +236,25 @@ def test_bad_files_are_one_sentence_that_names_them(damage: str, place: str, her
         ({"REF": "none.npz"}, "there is no file none.npz"),
         ({"REF": "nowhere"}, "there is no folder nowhere"),
         ({"REF": "."}, "holds no train or val or test split"),
-        ({"REF": "statistics.npz"}, "statistics.npz holds mu, sigma; with features of classifier classifier it must hold arr_0 (images)"),
-        ({"classifier": "diffusion"}, "run diffusion trains ImageDiffusionTask; features come from an image classifier"),
+        (
+            {"REF": "statistics.npz"},
+            "statistics.npz holds mu, sigma; with features of classifier classifier it must hold arr_0 (images)",
+        ),
+        (
+            {"classifier": "diffusion"},
+            "run diffusion trains ImageDiffusionTask; features come from an image classifier",
+        ),
         ({"classifier": "nobody"}, "no run 'nobody' in"),
-        ({"samples.npz": "three.npz"}, "look at 3 neighbours and need more than 3 images on either side; here are 3"),
+        (
+            {"samples.npz": "three.npz"},
+            "look at 3 neighbours and need more than 3 images on either side; here are 3",
+        ),
         ({"samples.npz": "one.npz"}, "a covariance needs at least 2 images, and there is 1"),
     ],
 )
-def test_mistakes_of_fid(change: dict[str, str], words: str, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_of_fid(
+    change: dict[str, str], words: str, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, count in (("samples", 6), ("three", 3), ("one", 1)):
         np.savez(f"{name}.npz", arr_0=pictures(count))
     np.savez("statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -223,7 +284,9 @@ def test_inception_without_weights_or_package_says_what_to_do(
 
 def test_inception_sees_what_adms_graph_gives(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights in the place of the real ones: the layers, their sizes, their order."""
-    extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is in the extra 'eval'")
+    extractor = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is in the extra 'eval'"
+    )
     monkeypatch.setenv("TORCH_HOME", str(here))
     place = here / "hub" / "checkpoints" / extractor.URL_INCEPTION_V3.rpartition("/")[2]
     place.parent.mkdir(parents=True)
@@ -233,29 +296,57 @@ def test_inception_sees_what_adms_graph_gives(here: Path, monkeypatch: pytest.Mo
     network = Inception()
     images = pictures(3, size=20)
     seen = network(images)
-    assert (seen.pooled.shape, seen.spatial.shape, seen.probabilities.shape) == ((3, 2048), (3, 17 * 17 * 7), (3, 1008))
+    assert (seen.pooled.shape, seen.spatial.shape, seen.probabilities.shape) == (
+        (3, 2048),
+        (3, 17 * 17 * 7),
+        (3, 1008),
+    )
     maps: list[torch.Tensor] = []
     network._network.Mixed_6d.register_forward_hook(lambda module, inputs, output: maps.append(output))
     pooled, logits = network._network(torch.from_numpy(images).permute(0, 3, 1, 2))
     np.testing.assert_allclose(seen.pooled, pooled.numpy(), rtol=1e-5)
     np.testing.assert_allclose(seen.probabilities, logits.double().softmax(1).numpy(), rtol=1e-5)
     torch.testing.assert_close(logits, pooled @ network._network.fc.weight.T)  # without the bias
-    np.testing.assert_allclose(seen.spatial.reshape(3, 17, 17, 7), maps[0][:, :7].permute(0, 2, 3, 1).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(
+        seen.spatial.reshape(3, 17, 17, 7), maps[0][:, :7].permute(0, 2, 3, 1).numpy(), rtol=1e-5
+    )
     place.write_bytes(b"not a checkpoint")
     with pytest.raises(Exception, match="holds no plain tensors"):
         Inception()
 
 
 def test_samples_end_to_end(here: Path, runs: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["eval", "samples", "diffusion", "--classifier", "classifier", "--guidance", "2", "--seed", "3", *DRAW]
+    command = [
+        "eval",
+        "samples",
+        "diffusion",
+        "--classifier",
+        "classifier",
+        "--guidance",
+        "2",
+        "--seed",
+        "3",
+        *DRAW,
+    ]
     assert main([*command, "--json", "out.json"]) == 0
     assert "measured before" not in capsys.readouterr().out
     numbers = json.loads(Path("out.json").read_text())["rows"][0]
-    assert list(numbers) == ["run", "agreement", "fd", "sfd", "class_score", "precision", "recall", "images_per_second"]
+    assert list(numbers) == [
+        "run",
+        "agreement",
+        "fd",
+        "sfd",
+        "class_score",
+        "precision",
+        "recall",
+        "images_per_second",
+    ]
 
     labels = [n % 4 for n in range(20)]
     found = find_image_run("diffusion")
-    images = sample_images(found, load_task(found, "cpu"), labels, Drawing(3, steps=3, guidance=Guidance(2.0)), batch_size=8)
+    images = sample_images(
+        found, load_task(found, "cpu"), labels, Drawing(3, steps=3, guidance=Guidance(2.0)), batch_size=8
+    )
     network = open_network("classifier")
     seen = network(images)
     assert numbers["agreement"] == (seen.probabilities.argmax(1) == labels).mean()
@@ -291,7 +382,9 @@ def test_samples_end_to_end(here: Path, runs: Path, shards: Path, capsys: pytest
         (["--json", "nowhere/out.json"], "there is no folder"),
     ],
 )
-def test_mistakes_of_samples(arguments: list[str], words: str, here: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_of_samples(
+    arguments: list[str], words: str, here: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted((runs / "diffusion").iterdir())
     assert main(["eval", "samples", "diffusion", "--classifier", "classifier", *DRAW, *arguments]) == 2
     error = capsys.readouterr().err
@@ -302,19 +395,26 @@ def test_mistakes_of_samples(arguments: list[str], words: str, here: Path, runs:
 
 def test_only_diffusion_runs_are_sampled(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "samples", "classifier", "--classifier", "classifier", *DRAW]) == 2
-    assert "run classifier trains ClassificationTask; sampling images needs an image diffusion model" in capsys.readouterr().err
+    assert (
+        "run classifier trains ClassificationTask; sampling images needs an image diffusion model"
+        in capsys.readouterr().err
+    )
 
 
 def test_help_of_eval_loads_no_torch() -> None:
     command = "try:\n    main(['eval', 'fid', '--help'])\nfinally:\n    print('torch' in sys.modules)"
     code = f"import sys\nfrom mhla_lightning.cli.main import main\n{command}"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert found.stdout.endswith("False\n")
     assert "--reference" in found.stdout
 
 
 @pytest.mark.slow
-def test_compare_shows_what_samples_says(here: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_shows_what_samples_says(
+    here: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rows of a diffusion recipe, drawn from and judged once; the second time numbers and runs are read."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = write_recipe(here / "dit.yaml", shards)
@@ -339,16 +439,36 @@ def test_compare_shows_what_samples_says(here: Path, shards: Path, capsys: pytes
         ("samples: {classifier: nobody}", "evaluation 'samples': no run 'nobody'"),
         ("samples: {classifier: diffusion}", "evaluation 'samples': run diffusion trains ImageDiffusionTask"),
         ("samples: {classifier: classifier, n: 4.5}", "n is 4.5; it must be a whole number"),
-        ("samples: {classifier: classifier, n: 12, sampler: euler}", "row 'linear': sampler 'euler' does not serve"),
-        ("samples: {classifier: classifier, n: 13}", "row 'linear': n is 13; for as many images of each of 4 classes take 16"),
+        (
+            "samples: {classifier: classifier, n: 12, sampler: euler}",
+            "row 'linear': sampler 'euler' does not serve",
+        ),
+        (
+            "samples: {classifier: classifier, n: 13}",
+            "row 'linear': n is 13; for as many images of each of 4 classes take 16",
+        ),
     ],
 )
-def test_compare_refuses_before_training(evaluation: str, words: str, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_refuses_before_training(
+    evaluation: str, words: str, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(here / "dit.yaml", shards)
     command = ["compare", str(recipe), "--over", "model.attention=[linear]", "--eval", evaluation]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
-    assert main(["compare", "classification/convnet_mnist_cpu", "--over", "model.optimizer.lr=[1e-3]", "--eval", "samples: {classifier: other}"]) == 2
+    assert (
+        main(
+            [
+                "compare",
+                "classification/convnet_mnist_cpu",
+                "--over",
+                "model.optimizer.lr=[1e-3]",
+                "--eval",
+                "samples: {classifier: other}",
+            ]
+        )
+        == 2
+    )
     assert "ClassificationTask is no image diffusion model" in capsys.readouterr().err

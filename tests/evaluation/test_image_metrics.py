@@ -11,10 +11,20 @@ import torch
 from torch import nn
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.evaluation.image_metrics import Features, Gaussian, Reference, frechet_distance, image_metrics, inception_score, precision_recall
+from mhla_lightning.evaluation.image_metrics import (
+    Features,
+    Gaussian,
+    Reference,
+    frechet_distance,
+    image_metrics,
+    inception_score,
+    precision_recall,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "frechet.npz"
-RANKS = pytest.mark.parametrize(("count", "size"), [(500, 24), (25, 24), (12, 24), (2, 24), (40, 200)], ids=lambda value: str(value))
+RANKS = pytest.mark.parametrize(
+    ("count", "size"), [(500, 24), (25, 24), (12, 24), (2, 24), (40, 200)], ids=lambda value: str(value)
+)
 
 
 def two_sets(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,11 +59,15 @@ def test_frechet_distance_is_torchmetrics(count: int, size: int) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1)
 
-    metric = FrechetInceptionDistance(feature=Pass(), normalize=True, input_img_size=(1, 1, size)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=Pass(), normalize=True, input_img_size=(1, 1, size)).set_dtype(
+        torch.float64
+    )
     sets = two_sets(count, size)
     for features, real in zip(sets, (True, False), strict=True):
         metric.update(torch.from_numpy(features), real=real)
-    assert distance(*(Gaussian.of(features) for features in sets)) == pytest.approx(metric.compute().item(), rel=1e-6)
+    assert distance(*(Gaussian.of(features) for features in sets)) == pytest.approx(
+        metric.compute().item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("count", [12, 5])
@@ -63,7 +77,12 @@ def test_a_singular_covariance_costs_no_digits(count: int) -> None:
     one, other = (Gaussian.of(features) for features in sets)
     roots = [(features - features.mean(0)) / math.sqrt(count - 1) for features in sets]
     trace = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    expected = np.square(one.mean - other.mean).sum() + np.square(roots[0]).sum() + np.square(roots[1]).sum() - 2 * trace
+    expected = (
+        np.square(one.mean - other.mean).sum()
+        + np.square(roots[0]).sum()
+        + np.square(roots[1]).sum()
+        - 2 * trace
+    )
     assert distance(one, other) == pytest.approx(expected, rel=1e-12)
 
 
@@ -83,10 +102,14 @@ def test_closed_forms(count: int) -> None:
     scale = np.trace(one.covariance)
     assert distance(one, one) == pytest.approx(0, abs=1e-12 * scale)
     assert distance(one, Gaussian.of(features + 3.0)) == pytest.approx(24 * 9, rel=1e-9)
-    assert distance(one, Gaussian.of(features * 3 - 2 * one.mean)) == pytest.approx(4 * scale, rel=1e-9)  # (3 - 1)^2 tr S
+    assert distance(one, Gaussian.of(features * 3 - 2 * one.mean)) == pytest.approx(
+        4 * scale, rel=1e-9
+    )  # (3 - 1)^2 tr S
     diagonal = np.diag(np.arange(4.0))
     expected = sum((math.sqrt(n) - math.sqrt(2)) ** 2 for n in range(4)) + 4
-    assert frechet_distance(np.zeros(4), diagonal, np.ones(4), 2 * np.eye(4)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(np.zeros(4), diagonal, np.ones(4), 2 * np.eye(4)) == pytest.approx(
+        expected, rel=1e-12
+    )
     zero = np.zeros((4, 4))
     assert frechet_distance(np.zeros(4), zero, np.ones(4), zero) == 4
 
@@ -103,7 +126,9 @@ def test_statistics_that_cannot_be_compared_are_refused() -> None:
 
 def test_inception_score_closed_forms_and_torchmetrics() -> None:
     assert inception_score(np.full((50, 10), 0.1)) == pytest.approx(1)
-    assert inception_score(np.tile(np.eye(10), (5, 1))) == pytest.approx(10)  # certain of its class, and every class as often: with 0 log 0 in it
+    assert inception_score(np.tile(np.eye(10), (5, 1))) == pytest.approx(
+        10
+    )  # certain of its class, and every class as often: with 0 log 0 in it
     from torchmetrics.image.inception import InceptionScore
 
     logits = torch.randn(90, 7, generator=torch.Generator().manual_seed(0))
@@ -123,7 +148,14 @@ def plain_precision_recall(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[
 
     def inside(points: np.ndarray, centres: np.ndarray) -> float:
         radii = [sorted(math.dist(a, b) for b in centres)[k] for a in centres]
-        return float(np.mean([any(math.dist(point, c) <= radius for c, radius in zip(centres, radii, strict=True)) for point in points]))
+        return float(
+            np.mean(
+                [
+                    any(math.dist(point, c) <= radius for c, radius in zip(centres, radii, strict=True))
+                    for point in points
+                ]
+            )
+        )
 
     return inside(fake, real), inside(real, fake)
 
@@ -143,8 +175,12 @@ def test_precision_and_recall_of_extremes() -> None:
     real = rng.standard_normal((50, 4))
     assert precision_recall(real, real) == (1, 1)
     assert precision_recall(real, real + 1000) == (0, 0)
-    assert precision_recall(real, np.repeat(real[:1], 20, axis=0))[0] == 1  # one good image again and again: precise,
-    assert precision_recall(real, np.repeat(real[:1], 20, axis=0))[1] == 1 / 50  # and covers itself only: radius 0, distances exact
+    assert (
+        precision_recall(real, np.repeat(real[:1], 20, axis=0))[0] == 1
+    )  # one good image again and again: precise,
+    assert (
+        precision_recall(real, np.repeat(real[:1], 20, axis=0))[1] == 1 / 50
+    )  # and covers itself only: radius 0, distances exact
     with pytest.raises(UserError, match="more than 3 images on either side; here are 3"):
         precision_recall(real, real[:3])
 
@@ -158,10 +194,18 @@ def features_of(images: int, seed: int) -> Features:
 def test_only_published_features_make_a_fid() -> None:
     real, fake = features_of(30, 0), features_of(20, 1)
     whole = Reference.of("real", real)
-    assert list(image_metrics(fake, whole, published=True)) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    assert list(image_metrics(fake, whole, published=True)) == [
+        "fid",
+        "sfid",
+        "inception_score",
+        "precision",
+        "recall",
+    ]
     own = image_metrics(fake, whole, published=False)
     assert list(own) == ["fd", "sfd", "class_score", "precision", "recall"]
     assert own["fd"] == pytest.approx(distance(Gaussian.of(real.pooled), Gaussian.of(fake.pooled)))
     assert own["sfd"] == pytest.approx(distance(Gaussian.of(real.spatial), Gaussian.of(fake.spatial)))
     statistics = Reference("real", whole.pooled, None, None)
-    assert image_metrics(fake, statistics, published=True) == pytest.approx({"fid": own["fd"], "inception_score": own["class_score"]})
+    assert image_metrics(fake, statistics, published=True) == pytest.approx(
+        {"fid": own["fd"], "inception_score": own["class_score"]}
+    )

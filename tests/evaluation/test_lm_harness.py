@@ -62,7 +62,9 @@ def test_loglikelihood_is_that_of_full_recomputation(entry: Any) -> None:
     model = harness(entry)
     found = model.loglikelihood(requests("loglikelihood", PAIRS))
     for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
-        moved = len(context) - len(context.rstrip())  # the harness scores spaces at the end of a context with what follows
+        moved = len(context) - len(
+            context.rstrip()
+        )  # the harness scores spaces at the end of a context with what follows
         tokens = [*(BYTES.encode(context) or [BYTES.end or 0]), *BYTES.encode(continuation)][-(LENGTH + 1) :]
         expected, would = plain(entry, tokens, len(tokens) - len(continuation) - moved)
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
@@ -72,7 +74,10 @@ def test_loglikelihood_is_that_of_full_recomputation(entry: Any) -> None:
 def test_the_greedy_continuation_is_said_to_be_greedy() -> None:
     model = harness("linear")
     context = "go on"
-    new = [c.token for c in continue_prompts(model.backbone, BYTES, [BYTES.encode(context)], Sampling(greedy=True), 6)]
+    new = [
+        c.token
+        for c in continue_prompts(model.backbone, BYTES, [BYTES.encode(context)], Sampling(greedy=True), 6)
+    ]
     ((_, greedy),) = model.score([(BYTES.encode(context), new)])
     ((_, other),) = model.score([(BYTES.encode(context), [*new[:-1], (new[-1] + 1) % 256])])
     assert (greedy, other) == (True, False)
@@ -93,7 +98,9 @@ def test_rolling_predicts_every_token_once_with_its_window(entry: Any, length: i
 
 
 def test_an_empty_text_has_likelihood_one() -> None:
-    assert harness("linear").loglikelihood_rolling(requests("loglikelihood_rolling", [("",), ("a",)]))[0] == 0.0
+    assert (
+        harness("linear").loglikelihood_rolling(requests("loglikelihood_rolling", [("",), ("a",)]))[0] == 0.0
+    )
 
 
 def test_generate_until_is_our_generation_cut_at_the_first_stop() -> None:
@@ -101,17 +108,28 @@ def test_generate_until_is_our_generation_cut_at_the_first_stop() -> None:
     contexts = ["short", "a much longer context", "mid one"]
 
     def alone(context: str, new: int) -> str:
-        steps = continue_prompts(model.backbone, BYTES, [BYTES.encode(context)[-(LENGTH - new) :]], Sampling(greedy=True), new)
+        steps = continue_prompts(
+            model.backbone, BYTES, [BYTES.encode(context)[-(LENGTH - new) :]], Sampling(greedy=True), new
+        )
         return "".join(step.text for step in steps)
 
-    free = model.generate_until(requests("generate_until", [(c, {"until": [], "max_gen_toks": 12}) for c in contexts]))
+    free = model.generate_until(
+        requests("generate_until", [(c, {"until": [], "max_gen_toks": 12}) for c in contexts])
+    )
     assert free == [alone(context, 12) for context in contexts]
     stop = free[1][4:6]
-    cut = model.generate_until(requests("generate_until", [(c, {"until": [stop], "max_gen_toks": 12, "do_sample": False}) for c in contexts]))
+    cut = model.generate_until(
+        requests(
+            "generate_until",
+            [(c, {"until": [stop], "max_gen_toks": 12, "do_sample": False}) for c in contexts],
+        )
+    )
     assert cut == [text.split(stop)[0] for text in free]
     assert cut[1] != free[1]
     sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.9, "top_k": 40}
-    first, second = (model.generate_until(requests("generate_until", [(c, sampled) for c in contexts])) for _ in range(2))
+    first, second = (
+        model.generate_until(requests("generate_until", [(c, sampled) for c in contexts])) for _ in range(2)
+    )
     assert first == second != free
     with pytest.raises(UserError, match="^unknown generation_kwargs key 'num_beams'"):
         model.generate_until(requests("generate_until", [("a", {"until": [], "num_beams": 4})]))
@@ -195,11 +213,15 @@ def test_local_tasks_of_the_harness(folder: str) -> None:
     assert table["local_choice"]["samples"] == 3
     nats = sum(plain(entry, [BYTES.end or 0, *BYTES.encode(row["question"])], 1)[0] for row in ROWS)
     size = sum(len(row["question"].encode()) for row in ROWS)
-    assert table["local_rolling"]["bits_per_byte"] == pytest.approx(-nats / size / 0.6931471805599453, rel=1e-5)
+    assert table["local_rolling"]["bits_per_byte"] == pytest.approx(
+        -nats / size / 0.6931471805599453, rel=1e-5
+    )
     assert evaluate(model, tasks, manager, limit=2)["local_choice"]["samples"] == 2
 
 
-def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="^unknown task 'wikitex'.*did you mean 'wikitext'"):
         load_tasks(["wikitex"], folder)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -12,11 +12,21 @@ import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
-from mhla_lightning.evaluation.vbench import ANY_PROMPT, DIMENSIONS, Package, check_dimensions, find_package, lay_out, sampled_videos
+from mhla_lightning.evaluation.vbench import (
+    ANY_PROMPT,
+    DIMENSIONS,
+    Package,
+    check_dimensions,
+    find_package,
+    lay_out,
+    sampled_videos,
+)
 from tests.helpers.diffusion_models import train
 from tests.helpers.video_runs import write_clips, write_recipe
 
-without_vbench = pytest.mark.skipif(importlib.util.find_spec("vbench") is not None, reason="VBench is installed")
+without_vbench = pytest.mark.skipif(
+    importlib.util.find_spec("vbench") is not None, reason="VBench is installed"
+)
 
 
 @pytest.fixture
@@ -26,11 +36,15 @@ def sampled(tmp_path: Path) -> Path:
     folder.mkdir()
     videos = [
         (f"{number:04d}-x.mp4", prompt)
-        for number, prompt in enumerate(["a stop sign, in a still frame", "Ein Ball-2", "a stop sign, in a still frame"])
+        for number, prompt in enumerate(
+            ["a stop sign, in a still frame", "Ein Ball-2", "a stop sign, in a still frame"]
+        )
     ]
     for name, _ in videos:
         (folder / name).write_bytes(name.encode())
-    (folder / "samples.json").write_text(json.dumps({"videos": [{"file": name, "prompt": prompt} for name, prompt in videos]}))
+    (folder / "samples.json").write_text(
+        json.dumps({"videos": [{"file": name, "prompt": prompt} for name, prompt in videos]})
+    )
     return folder
 
 
@@ -38,12 +52,20 @@ def test_names_give_prompt_and_index_back(sampled: Path, tmp_path: Path) -> None
     videos = sampled_videos(sampled)
     for _ in range(2):  # again over itself
         names = lay_out(videos, tmp_path / "out")
-    assert names == ["a stop sign, in a still frame-0.mp4", "Ein Ball-2-0.mp4", "a stop sign, in a still frame-1.mp4"]
+    assert names == [
+        "a stop sign, in a still frame-0.mp4",
+        "Ein Ball-2-0.mp4",
+        "a stop sign, in a still frame-1.mp4",
+    ]
     for (file, prompt), name in zip(videos, names, strict=True):
         assert (tmp_path / "out" / "videos" / name).read_bytes() == file.read_bytes()
-        assert re.sub(r"-\d+$", "", Path(name).stem) == prompt, "the rule by which VBench reads a prompt from a name"
+        assert re.sub(r"-\d+$", "", Path(name).stem) == prompt, (
+            "the rule by which VBench reads a prompt from a name"
+        )
     lay_out(videos[:1], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "videos").iterdir()] == names[:1], "videos of an earlier call would be measured too"
+    assert [path.name for path in (tmp_path / "out" / "videos").iterdir()] == names[:1], (
+        "videos of an earlier call would be measured too"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["a/b", "..", "", "x" * 300])
@@ -62,7 +84,10 @@ def test_the_users_own_files_are_left_alone(sampled: Path, tmp_path: Path, name:
     mine.mkdir(parents=True, exist_ok=True)
     (mine / name).write_text("mine")
     before = sorted(mine.iterdir())
-    with pytest.raises(UserError, match=rf"holds {re.escape(name)}, which mhla did not put there; name an empty or a new folder with --to"):
+    with pytest.raises(
+        UserError,
+        match=rf"holds {re.escape(name)}, which mhla did not put there; name an empty or a new folder with --to",
+    ):
         lay_out(sampled_videos(sampled), tmp_path / "mine")
     assert sorted(mine.iterdir()) == before
     assert (mine / name).read_text() == "mine"
@@ -73,7 +98,9 @@ def test_a_list_of_ones_own_making_removes_nothing_elsewhere(sampled: Path, tmp_
     kept = tmp_path / "out" / "kept.mp4"
     kept.write_text("mine")
     listed = tmp_path / "out" / "prepared.json"
-    listed.write_text(json.dumps({"videos": [*json.loads(listed.read_text())["videos"], "../kept.mp4", str(kept), 3]}))
+    listed.write_text(
+        json.dumps({"videos": [*json.loads(listed.read_text())["videos"], "../kept.mp4", str(kept), 3]})
+    )
     lay_out(sampled_videos(sampled), tmp_path / "out")
     assert kept.read_text() == "mine"
     listed.write_text("[1]")
@@ -83,7 +110,9 @@ def test_a_list_of_ones_own_making_removes_nothing_elsewhere(sampled: Path, tmp_
 
 
 @pytest.mark.parametrize("inside", ["", "under", "videos", "results"])
-def test_a_file_in_place_of_the_folder(sampled: Path, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_place_of_the_folder(
+    sampled: Path, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     to = tmp_path / "taken"
     if inside in ("videos", "results"):
         to.mkdir()
@@ -120,7 +149,9 @@ def test_a_folder_is_prepared(sampled: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @without_vbench
-def test_without_the_package_the_folder_is_prepared_and_the_way_to_it_told(sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_package_the_folder_is_prepared_and_the_way_to_it_told(
+    sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert find_package() is None
     assert main(["eval", "vbench", str(sampled), "--to", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
@@ -134,17 +165,39 @@ def test_without_the_package_the_folder_is_prepared_and_the_way_to_it_told(sampl
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a tiny text-to-video model."""
     root = tmp_path_factory.mktemp("trained")
-    train(write_recipe(root / "tiny.yaml", write_clips(root)), "one", "--runs", str(root / "runs"), "--trainer.max_steps", "4")
+    train(
+        write_recipe(root / "tiny.yaml", write_clips(root)),
+        "one",
+        "--runs",
+        str(root / "runs"),
+        "--trainer.max_steps",
+        "4",
+    )
     return root / "runs" / "one"
 
 
 @without_vbench
-def test_a_run_is_sampled_with_prompts_of_the_users(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["eval", "vbench", "one", "--runs", str(trained.parent), "--steps", "2", "--device", "cpu", "--prepare"]
+def test_a_run_is_sampled_with_prompts_of_the_users(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        "eval",
+        "vbench",
+        "one",
+        "--runs",
+        str(trained.parent),
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--prepare",
+    ]
     assert main(asked) == 2
     assert "give others with --prompts FILE" in capsys.readouterr().err
     (tmp_path / "p.txt").write_text("a bar moves right\na bar moves down\n")
-    assert main([*asked, "--prompts", str(tmp_path / "p.txt"), "--to", str(tmp_path / "out"), "--n", "2"]) == 0
+    assert (
+        main([*asked, "--prompts", str(tmp_path / "p.txt"), "--to", str(tmp_path / "out"), "--n", "2"]) == 0
+    )
     wanted = [f"a bar moves {where}-{index}.mp4" for where in ("down", "right") for index in range(2)]
     assert sorted(path.name for path in (tmp_path / "out" / "videos").iterdir()) == wanted
 
@@ -159,14 +212,32 @@ def test_a_run_is_sampled_with_prompts_of_the_users(trained: Path, tmp_path: Pat
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_is_drawn(
-    trained: Path, tmp_path: Path, prompt: str, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    tmp_path: Path,
+    prompt: str,
+    extra: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "p.txt").write_text(prompt)
     (tmp_path / "mine" / "videos").mkdir(parents=True)
     (tmp_path / "mine" / "videos" / "film.mp4").write_text("mine")
     places = {"FILE": str(tmp_path / "p.txt"), "MINE": str(tmp_path / "mine")}
     before = sorted(trained.rglob("*"))
-    asked = ["eval", "vbench", str(trained), "--prompts", str(tmp_path / "p.txt"), "--n", "1", "--steps", "3", "--device", "cpu", "--prepare"]
+    asked = [
+        "eval",
+        "vbench",
+        str(trained),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--n",
+        "1",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--prepare",
+    ]
     assert main([*asked, *(places.get(word, word) for word in extra)]) == 2
     assert says in capsys.readouterr().err
     assert sorted(trained.rglob("*")) == before
@@ -174,10 +245,22 @@ def test_a_wrong_command_is_refused_before_anything_is_drawn(
 
 @pytest.mark.parametrize(
     "option",
-    ["--n 5", "--frames 8", "--size 16x16", "--rate 8", "--guidance 3", "--sampler euler", "--steps 3", "--seed 0", "--batch-size 1"]
+    [
+        "--n 5",
+        "--frames 8",
+        "--size 16x16",
+        "--rate 8",
+        "--guidance 3",
+        "--sampler euler",
+        "--steps 3",
+        "--seed 0",
+        "--batch-size 1",
+    ]
     + ["--processes 1", "--ckpt 4", "--no-ema", "--runs elsewhere"],
 )
-def test_how_to_draw_is_not_for_videos_that_are_drawn(sampled: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_to_draw_is_not_for_videos_that_are_drawn(
+    sampled: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["eval", "vbench", str(sampled), "--prepare", *option.split()]) == 2
     said = capsys.readouterr().err
     assert f"{option.split()[0]} is for runs, and {sampled} is a folder of videos" in said
@@ -200,7 +283,11 @@ def test_wrong_input(sampled: Path, extra: list[str], says: str, capsys: pytest.
 
 
 def test_prompts_of_the_package_come_once(tmp_path: Path) -> None:
-    entries = [{"prompt_en": "a", "dimension": ["color"]}, {"prompt_en": "b", "dimension": ["scene"]}, {"prompt_en": "a", "dimension": ["scene"]}]
+    entries = [
+        {"prompt_en": "a", "dimension": ["color"]},
+        {"prompt_en": "b", "dimension": ["scene"]},
+        {"prompt_en": "a", "dimension": ["scene"]},
+    ]
     (tmp_path / "VBench_full_info.json").write_text(json.dumps(entries))
     assert Package(sys.executable, tmp_path).prompts() == ["a", "b"]
     with pytest.raises(UserError, match=r"VBench_full_info\.json"):

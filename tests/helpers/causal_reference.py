@@ -16,11 +16,17 @@ from mhla_lightning.attention.baselines.causal_softmax import CausalSoftmax
 from mhla_lightning.attention.mhla import CausalMHLA
 
 
-def dense(operator: CausalAttention, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> Tensor:
+def dense(
+    operator: CausalAttention, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
+) -> Tensor:
     """(batch, tokens, heads, dim) of one document a row -> (batch, tokens, heads, dim_v)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     decay = None if log_decay is None else log_decay.transpose(1, 2)
-    forms: dict[type[CausalAttention], Callable[..., Tensor]] = {CausalSoftmax: _softmax, CausalLinear: _linear, CausalMHLA: _mhla}
+    forms: dict[type[CausalAttention], Callable[..., Tensor]] = {
+        CausalSoftmax: _softmax,
+        CausalLinear: _linear,
+        CausalMHLA: _mhla,
+    }
     return forms[type(operator)](operator, q, k, v, decay).transpose(1, 2)
 
 
@@ -39,7 +45,9 @@ def full_mixing(weight: Tensor, form: str, extrapolation: str | None, count: int
             elif extrapolation == "shift" and i - b < blocks:
                 columns.append((i, b, rows[:, blocks - 1, blocks - 1 - (i - b)]))
     at = torch.tensor([(i, b) for i, b, _ in columns])
-    return full.index_put((torch.arange(len(rows))[:, None], at[:, 0], at[:, 1]), torch.stack([w for _, _, w in columns], dim=1))
+    return full.index_put(
+        (torch.arange(len(rows))[:, None], at[:, 0], at[:, 1]), torch.stack([w for _, _, w in columns], dim=1)
+    )
 
 
 def _softmax(operator: CausalSoftmax, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
@@ -56,7 +64,11 @@ def _decays(g: Tensor) -> Tensor:
 
 
 def _log_decay(operator: Any, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
-    return log_decay if operator.decay is None else F.logsigmoid(operator.decay)[None, :, None].expand(1, -1, q.shape[2])
+    return (
+        log_decay
+        if operator.decay is None
+        else F.logsigmoid(operator.decay)[None, :, None].expand(1, -1, q.shape[2])
+    )
 
 
 def _linear(operator: CausalLinear, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
@@ -70,12 +82,18 @@ def _linear(operator: CausalLinear, q: Tensor, k: Tensor, v: Tensor, log_decay: 
 def _mhla(operator: CausalMHLA, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     tokens, size = q.shape[2], operator.chunk_size
     chunk = torch.arange(tokens) // size
-    mixing = full_mixing(operator.mixing.weight, operator.mixing.form, operator.extrapolation, int(chunk[-1]) + 1)
-    attention = mixing[:, chunk[:, None], chunk] * (operator.phi(q) @ operator.phi(k).mT) / math.sqrt(q.shape[-1])
+    mixing = full_mixing(
+        operator.mixing.weight, operator.mixing.form, operator.extrapolation, int(chunk[-1]) + 1
+    )
+    attention = (
+        mixing[:, chunk[:, None], chunk] * (operator.phi(q) @ operator.phi(k).mT) / math.sqrt(q.shape[-1])
+    )
     decay = _log_decay(operator, q, log_decay)
     same = chunk[:, None] == chunk
     if decay is not None:
-        attention = attention * (_decays(decay) if operator.decay_span == "sequence" else torch.where(same, _decays(decay), 1))
+        attention = attention * (
+            _decays(decay) if operator.decay_span == "sequence" else torch.where(same, _decays(decay), 1)
+        )
     attention = (attention.masked_fill(same, 0) if operator.intra == "window" else attention).tril()
     out = attention @ v
     if operator.normalizer == "block":
@@ -85,5 +103,7 @@ def _mhla(operator: CausalMHLA, q: Tensor, k: Tensor, v: Tensor, log_decay: Tens
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     seen = (chunk[:, None] - chunk <= 1) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
     near = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
-    near_scale, far_scale = (cast(Tensor, x)[:, None, None] for x in (operator.near_scale, operator.far_scale))
+    near_scale, far_scale = (
+        cast(Tensor, x)[:, None, None] for x in (operator.near_scale, operator.far_scale)
+    )
     return near_scale * near + far_scale * out

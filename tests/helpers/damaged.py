@@ -48,7 +48,9 @@ class Member:
         info.pax_headers = self.pax
         for name, value in self.fields.items():
             setattr(info, name, value)
-        header = info.tobuf(tarfile.PAX_FORMAT if self.pax else tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+        header = info.tobuf(
+            tarfile.PAX_FORMAT if self.pax else tarfile.GNU_FORMAT, "utf-8", "surrogateescape"
+        )
         return header + self.data + bytes(-len(self.data) % tarfile.BLOCKSIZE)
 
 
@@ -78,9 +80,15 @@ def whole_sample(kind: DataKind, number: int) -> Sample:
     if kind == "images":
         return [Member(f"{key}.png", png(5 * number)), Member(f"{key}.cls", b"%d" % (number % 3))]
     if kind == "latents":
-        return [Member(f"{key}.latent.npy", npy(np.full(VAE_USED.shape, number, np.float32))), Member(f"{key}.cls", b"%d" % (number % 3))]
+        return [
+            Member(f"{key}.latent.npy", npy(np.full(VAE_USED.shape, number, np.float32))),
+            Member(f"{key}.cls", b"%d" % (number % 3)),
+        ]
     tokens = np.full((4, LENGTH), number, np.uint16)  # four rows, which are four samples
-    return [Member(f"{key}.tokens.npy", npy(tokens)), Member(f"{key}.documents.npy", npy(np.sort(tokens % 3)))]
+    return [
+        Member(f"{key}.tokens.npy", npy(tokens)),
+        Member(f"{key}.documents.npy", npy(np.sort(tokens % 3))),
+    ]
 
 
 class DataSet:
@@ -107,9 +115,16 @@ class DataSet:
             path = folder / f"{number:03d}.tar"
             path.write_bytes(data)
             np.save(f"{path}.offsets.npy", np.append(np.repeat(starts[:-1], self.rows), starts[-1]))
-            entries.append(ShardEntry(path.name, len(samples) * self.rows, len(data), hashlib.sha256(data).hexdigest()))
-        vae, classes = (VAE_USED if self.kind == "latents" else None), () if self.kind == "tokens" else ("a", "b", "c")
-        tokens: tuple[str, int] | tuple[None, None] = ("bytes", LENGTH) if self.kind == "tokens" else (None, None)
+            entries.append(
+                ShardEntry(path.name, len(samples) * self.rows, len(data), hashlib.sha256(data).hexdigest())
+            )
+        vae, classes = (
+            (VAE_USED if self.kind == "latents" else None),
+            () if self.kind == "tokens" else ("a", "b", "c"),
+        )
+        tokens: tuple[str, int] | tuple[None, None] = (
+            ("bytes", LENGTH) if self.kind == "tokens" else (None, None)
+        )
         write_index(folder, ShardIndex(self.kind, tuple(entries), classes, tokens[0], vae, tokens[1]))
 
     def shard(self, number: int = 1) -> Path:
@@ -126,7 +141,9 @@ class DataSet:
         """Edit index.json and leave its hash right, so that the hash is not what gives it away."""
         content = json.loads(self.index.read_text())
         change(content)
-        lines = "".join(f"{shard['name']} {shard['sha256']} {shard['samples']}\n" for shard in content["shards"])
+        lines = "".join(
+            f"{shard['name']} {shard['sha256']} {shard['samples']}\n" for shard in content["shards"]
+        )
         content["hash"] = hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
         self.index.write_text(json.dumps(content))
 
@@ -142,11 +159,22 @@ class DataSet:
         self.write()
 
     def module(self, **options: Any) -> ShardDataModule:
-        common: dict[str, Any] = {"path": str(self.root), "batch_size": 8, "num_workers": 2, "max_skipped_share": 0.5, "lanes": 4, "window": 8}
+        common: dict[str, Any] = {
+            "path": str(self.root),
+            "batch_size": 8,
+            "num_workers": 2,
+            "max_skipped_share": 0.5,
+            "lanes": 4,
+            "window": 8,
+        }
         common |= options
         if self.kind == "images":
             return ImageDataModule(image_size=8, augmentation=PLAIN, **common)
-        return LatentDataModule(**({"vae": VAE_USED} | common)) if self.kind == "latents" else TokenDataModule(vocabulary=100, **common)
+        return (
+            LatentDataModule(**({"vae": VAE_USED} | common))
+            if self.kind == "latents"
+            else TokenDataModule(vocabulary=100, **common)
+        )
 
 
 def train_batches(module: ShardDataModule, count: int) -> list[Batch]:
@@ -170,7 +198,11 @@ def told(module: ShardDataModule) -> tuple[str, str]:
 
 
 def pairs(batches: list[Batch]) -> list[tuple[int, int]]:
-    return [pair for batch in batches for pair in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)]
+    return [
+        pair
+        for batch in batches
+        for pair in zip(batch["epoch"].tolist(), batch["index"].tolist(), strict=True)
+    ]
 
 
 def assert_trains(module: ShardDataModule, bad: set[int]) -> None:
@@ -188,7 +220,12 @@ def assert_trains(module: ShardDataModule, bad: set[int]) -> None:
     assert {index for _, index in places} == set(range(SHARDS * SAMPLES))
     val = list(module.val_dataloader())
     module.teardown("fit")
-    kept = [index for batch in val for index, weight in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True) if weight]
+    kept = [
+        index
+        for batch in val
+        for index, weight in zip(batch["index"].tolist(), batch["weight"].tolist(), strict=True)
+        if weight
+    ]
     assert kept == [index for index in range(2 * SAMPLES) if index not in bad]
     assert sum(int(batch["skipped"]) for batch in val) == len(bad)
 
@@ -237,12 +274,23 @@ def assert_told(root: Path, damage: Damage, layer: str, words: list[str]) -> Non
         assert word in message
 
 
-def assert_run_says(recipe: Path, root: Path, damage: Damage, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_run_says(
+    recipe: Path, root: Path, damage: Damage, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`mhla run` on damaged data ends with exit code 2, one line for the user and no traceback."""
     data = DataSet(root, "images")
     damage.do(data)
     options = [part for name, value in damage.options.items() for part in (f"--data.{name}", value)]
-    arguments = ["--model.num_classes", "3", "--data.path", str(root), "--data.num_workers", str(workers), "--data.batch_size", "8"]
+    arguments = [
+        "--model.num_classes",
+        "3",
+        "--data.path",
+        str(root),
+        "--data.num_workers",
+        str(workers),
+        "--data.batch_size",
+        "8",
+    ]
     assert main(["run", str(recipe), *arguments, *options]) == 2
     shown = capsys.readouterr().err
     assert "Traceback" not in shown

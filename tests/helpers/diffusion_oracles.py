@@ -20,7 +20,9 @@ def check_ddpm(meta: Meta, arrays: Arrays) -> None:
     process = DDPM()
     for table in ("betas", "alphas_cumprod", "posterior_log_variance_clipped"):
         np.testing.assert_array_equal(getattr(process.chain, table), arrays[table].numpy())
-    for respacing in (name.removeprefix("timestep_map.") for name in arrays if name.startswith("timestep_map.")):
+    for respacing in (
+        name.removeprefix("timestep_map.") for name in arrays if name.startswith("timestep_map.")
+    ):
         timestep_map, betas = respaced(respacing)
         np.testing.assert_array_equal(timestep_map, arrays[f"timestep_map.{respacing}"].numpy())
         np.testing.assert_array_equal(betas, arrays[f"betas.{respacing}"].numpy())
@@ -35,7 +37,9 @@ def check_ddpm(meta: Meta, arrays: Arrays) -> None:
         back = chain.p_mean_variance(prediction, x0, steps, clip_denoised=clip)
         for ours, name in ((back.mean, "pmean"), (back.log_variance, "plogvar"), (back.x0, "pxstart")):
             torch.testing.assert_close(ours, arrays[f"out.{name}_clip{int(clip)}"], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(chain.ddim_step(prediction, x0, steps), arrays["out.ddim_eta0"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        chain.ddim_step(prediction, x0, steps), arrays["out.ddim_eta0"], rtol=1e-5, atol=1e-5
+    )
 
 
 def check_flow(meta: Meta, arrays: Arrays) -> None:
@@ -48,7 +52,9 @@ def check_flow(meta: Meta, arrays: Arrays) -> None:
     x_t = process.add_noise(x0, noise, grid[t])
     assert torch.equal(process.model_time(grid[t]).long(), arrays["out.model_timestep"])
     torch.testing.assert_close(x_t, arrays["out.x_t"], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(process.losses(prediction, x0, noise, x_t, grid[t])["loss"], arrays["out.loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        process.losses(prediction, x0, noise, x_t, grid[t])["loss"], arrays["out.loss"], rtol=1e-6, atol=1e-6
+    )
 
 
 def check_dpm_sampler(meta: Meta, arrays: Arrays) -> None:
@@ -61,12 +67,16 @@ def check_dpm_sampler(meta: Meta, arrays: Arrays) -> None:
         calls.append(float(t[0]))
         with_text, without = (torch.cat([arrays[f"in.{name}"]] * 2).float() for name in ("cond", "uncond"))
         time = t.view(-1, 1, 1, 1) / 1000
-        return torch.tanh(x) * (0.5 + time) - torch.where((y == null).view(-1, 1, 1, 1), without, with_text) * (1 - time)
+        return torch.tanh(x) * (0.5 + time) - torch.where(
+            (y == null).view(-1, 1, 1, 1), without, with_text
+        ) * (1 - time)
 
     for steps in (int(name.rpartition("steps")[2]) for name in arrays if name.startswith("out.dpmpp2m")):
         calls.clear()
         denoise = guided(model, torch.tensor([0, 0]), null, guidance)
-        ours = sample(denoise, process, sampler="dpm++", steps=steps, noise=arrays["in.z"], step_noise=no_noise)
+        ours = sample(
+            denoise, process, sampler="dpm++", steps=steps, noise=arrays["in.z"], step_noise=no_noise
+        )
         torch.testing.assert_close(ours.double(), arrays[f"out.dpmpp2m_steps{steps}"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.tensor(calls), arrays[f"out.times_steps{steps}"], rtol=1e-6, atol=0)
 

@@ -46,7 +46,9 @@ class Fault(pl.Callback):
             step = task.training_step
             task.training_step = lambda batch, batch_idx: self._instead(step(batch, batch_idx))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._micro += 1
         last = self._micro % trainer.accumulate_grad_batches == 0
         self._on = last and trainer.global_rank == self.rank and trainer.global_step + 1 in self.steps
@@ -70,10 +72,14 @@ class Fault(pl.Callback):
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "memory":
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         raise ZeroDivisionError("a mistake in somebody's layer")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         if self.kind == "hang" and trainer.global_rank == self.rank:
             time.sleep(3600)
 
@@ -81,12 +87,18 @@ class Fault(pl.Callback):
 class Digests(AfterStep):
     """Writes `digest-rank-R.jsonl` into the run folder: after every step, taken or not, a hash of all that this rank holds."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         average = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))  # type: ignore[attr-defined]
-        held = {"state": _digest(_tensors(trainer, pl_module)), "average": _digest(average.average.values()), "updates": average.updates}
+        held = {
+            "state": _digest(_tensors(trainer, pl_module)),
+            "average": _digest(average.average.values()),
+            "updates": average.updates,
+        }
         with Path(trainer.default_root_dir, f"digest-rank-{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": self._step, **held}) + "\n")
 

@@ -13,11 +13,16 @@ from mhla_lightning.attention.baselines.causal_fla import FlashOperator
 from mhla_lightning.backbones import CausalLM
 
 VOCABULARY = 61
-_ENTRIES: dict[str, dict[str, Any]] = {"mhla": {"chunk_size": 8, "max_chunks": 200}, "linear": {"chunk_size": 8}}
+_ENTRIES: dict[str, dict[str, Any]] = {
+    "mhla": {"chunk_size": 8, "max_chunks": 200},
+    "linear": {"chunk_size": 8},
+}
 CUDA_ONLY = [name for name, operator in CAUSAL_ATTENTION.items() if issubclass(operator, FlashOperator)]
 
 
-OPERATORS_ON_CPU = [name for name in CAUSAL_ATTENTION if name not in CUDA_ONLY]  # tests/test_fla.py has the others
+OPERATORS_ON_CPU = [
+    name for name in CAUSAL_ATTENTION if name not in CUDA_ONLY
+]  # tests/test_fla.py has the others
 ENTRIES: list[dict[str, Any]] = [{"name": name, **_ENTRIES.get(name, {})} for name in OPERATORS_ON_CPU] + [
     {"name": "mhla", "chunk_size": 8, "max_chunks": 4, "extrapolation": "shift"}
 ]
@@ -31,7 +36,15 @@ def entry_id(entry: Mapping[str, Any]) -> str:
 def tiny_model(entry: Any, dtype: torch.dtype = torch.float64, vocab_size: int = VOCABULARY) -> CausalLM:
     """Untied and with large weights: logits differ much from token to token, so that a wrong state shows."""
     torch.manual_seed(0)
-    model = CausalLM(attention=entry, vocab_size=vocab_size, context=64, embed_dim=32, depth=2, intermediate=64, tie_embeddings=False)
+    model = CausalLM(
+        attention=entry,
+        vocab_size=vocab_size,
+        context=64,
+        embed_dim=32,
+        depth=2,
+        intermediate=64,
+        tie_embeddings=False,
+    )
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.3)

@@ -56,7 +56,9 @@ class FileServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a client that gives up closes its side: that is what many tests are about
+        if not isinstance(
+            sys.exception(), ConnectionError
+        ):  # a client that gives up closes its side: that is what many tests are about
             super().handle_error(request, client_address)
 
     def bodies(self) -> int:
@@ -64,7 +66,11 @@ class FileServer(ThreadingHTTPServer):
 
     def serve_folder(self, folder: Path) -> str:
         """Serve the files of a folder, as they are now; the folder's url."""
-        self.files |= {f"/{path.relative_to(folder.parent)}": path.read_bytes() for path in folder.glob("*/*") if path.is_file()}
+        self.files |= {
+            f"/{path.relative_to(folder.parent)}": path.read_bytes()
+            for path in folder.glob("*/*")
+            if path.is_file()
+        }
         return f"{self.url}/{folder.name}"
 
 
@@ -87,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "reset":
             self._reset()
         elif fault.isdigit() or path not in self.server.files:
-            self._answer(int(fault or 404), b"<Error><Code>SlowDown</Code></Error>" if fault == "503" else b"no")
+            self._answer(
+                int(fault or 404), b"<Error><Code>SlowDown</Code></Error>" if fault == "503" else b"no"
+            )
         elif "gzip" in self.headers.get("Accept-Encoding", ""):
             self._answer(500, b"asked for compression")
         else:
@@ -193,7 +201,13 @@ def bucket(s3_env: None) -> Iterator[S3Bucket]:
     """moto's S3 server with s3://bucket/data/NAME."""
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("moto.server")
-    with subprocess.Popen([sys.executable, "-c", _MOTO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as moto:
+    with subprocess.Popen(
+        [sys.executable, "-c", _MOTO],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as moto:
         assert moto.stdout is not None
         endpoint = f"http://127.0.0.1:{int(moto.stdout.readline())}"
         client = boto3.client("s3", endpoint_url=endpoint)
@@ -214,7 +228,9 @@ class S3Bucket:
     def upload(self, folder: Path) -> str:
         """Put the files of a folder there; the folder's address."""
         for path in folder.glob("*/*"):
-            self._client.put_object(Bucket="bucket", Key=str(path.relative_to(folder.parent)), Body=path.read_bytes())
+            self._client.put_object(
+                Bucket="bucket", Key=str(path.relative_to(folder.parent)), Body=path.read_bytes()
+            )
         return f"s3://bucket/{folder.name}"
 
 
@@ -222,7 +238,13 @@ def entry(data: bytes) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def cached(inner: Store, folder: Path, max_bytes: int = 10**6, patience: float = 5.0, bodies: dict[str, bytes] | None = None) -> CachedStore:
+def cached(
+    inner: Store,
+    folder: Path,
+    max_bytes: int = 10**6,
+    patience: float = 5.0,
+    bodies: dict[str, bytes] | None = None,
+) -> CachedStore:
     files = {name: entry(data) for name, data in (bodies or {NAME: BODY}).items()}
     return CachedStore(inner, files, folder, max_bytes, patience)
 

@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
 _POLL = 0.02  # seconds
 
 
@@ -89,23 +94,43 @@ class Nursery:
         self.folder, self._started = folder, 0
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+            [sys.executable, "-m", "tests.helpers.ranks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
         self._ask({"poll": []})
 
-    def start(self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> Ranks:
+    def start(
+        self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
+    ) -> Ranks:
         """Starts `mhla ARGUMENTS` as `world_size` ranks. Several need --trainer.devices."""
         self._started += 1
         port = str(_free_port())
         pids, logs = [], []
         for rank in range(world_size):
             logs.append(self.folder / f"run-{self._started}-rank-{rank}.log")
-            place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            call = {"arguments": list(arguments), "cwd": str(cwd), "log": str(logs[-1]), "env": {**(place if world_size > 1 else {}), **(env or {})}}
+            place = {
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            call = {
+                "arguments": list(arguments),
+                "cwd": str(cwd),
+                "log": str(logs[-1]),
+                "env": {**(place if world_size > 1 else {}), **(env or {})},
+            }
             pids.append(self._ask(call))
         return Ranks(self, pids, logs)
 
-    def run(self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    def run(
+        self, world_size: int, arguments: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None
+    ) -> str:
         """Runs to the end, which must be exit code 0; returns the output."""
         ranks = self.start(world_size, arguments, cwd, env)
         codes = ranks.wait()

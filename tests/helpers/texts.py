@@ -22,13 +22,22 @@ def text_folder(root: Path, texts: list[str]) -> Path:
     return root
 
 
-def read_rows(folder: Path, split: str, length: int, val_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_rows(
+    folder: Path, split: str, length: int, val_length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """All rows of a split as a run reads them: tokens and documents, (rows, length)."""
     data = TokenDataModule(str(folder), 1, num_workers=0)
     data.check(1)
     batches = list(data.val_dataloader() if split == "val" else islice(data.train_dataloader(), data.samples))
-    found = tuple(np.concatenate([batch[name].numpy() for batch in batches if batch["weight"][0] > 0]) for name in ("tokens", "documents"))
-    assert found[0].shape == found[1].shape == (data.index(split).samples, val_length if split == "val" and val_length else length)
+    found = tuple(
+        np.concatenate([batch[name].numpy() for batch in batches if batch["weight"][0] > 0])
+        for name in ("tokens", "documents")
+    )
+    assert (
+        found[0].shape
+        == found[1].shape
+        == (data.index(split).samples, val_length if split == "val" and val_length else length)
+    )
     return found[0], found[1]
 
 

@@ -25,5 +25,9 @@ def write_recipes(root: Path, tasks: Sequence[str] = TASKS) -> dict[str, Path]:
         (root / f"{task}_data").mkdir()
         shards = write(root / f"{task}_data")
         recipes[task] = root / f"{task}.yaml"
-        recipes[task].write_text(text.replace("PATH", str(shards)).replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5"))
+        recipes[task].write_text(
+            text.replace("PATH", str(shards)).replace(
+                "log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5"
+            )
+        )
     return recipes

@@ -22,9 +22,16 @@ def save_kl(folder: Path, seed: int = 0, spread: float = 1.0, **config: object) 
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {"scaling_factor": 0.5, "shift_factor": 0.25, "norm_num_groups": 4, "latent_channels": 4} | config
+        options = {
+            "scaling_factor": 0.5,
+            "shift_factor": 0.25,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+        } | config
         down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
-        model: Any = AutoencoderKL(block_out_channels=(4, 8, 8), down_block_types=down, up_block_types=up, **options)
+        model: Any = AutoencoderKL(
+            block_out_channels=(4, 8, 8), down_block_types=down, up_block_types=up, **options
+        )
         if model.quant_conv is not None:
             model.quant_conv.weight.data.mul_(spread)
         model.save_pretrained(folder)
@@ -70,7 +77,17 @@ def save_wan(folder: Path, seed: int = 0, **config: object) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.0, 2.0, 1.5]}
-        options = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]} | statistics | config
+        options = (
+            {
+                "base_dim": 4,
+                "z_dim": 4,
+                "dim_mult": [1, 2, 2],
+                "num_res_blocks": 1,
+                "temperal_downsample": [True, True],
+            }
+            | statistics
+            | config
+        )
         model: Any = AutoencoderKLWan(scale_factor_spatial=4, **options)
         model.save_pretrained(folder)
     return str(folder)
@@ -82,15 +99,27 @@ def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: obj
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     from transformers.utils import logging
 
-    vocabulary = {piece: number for number, piece in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])}
+    vocabulary = {
+        piece: number
+        for number, piece in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])
+    }
     letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     letters.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(vocabulary)}
+        sizes = {
+            "d_model": 24,
+            "d_kv": 6,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": len(vocabulary),
+        }
         model: Any = UMT5EncoderModel(UMT5Config(**(sizes | config)))  # type: ignore[arg-type]
     model.save_pretrained(folder / "text_encoder" if pipeline else folder)
     tokenizer.save_pretrained(folder / "tokenizer" if pipeline else folder)
@@ -98,7 +127,11 @@ def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: obj
 
 
 def save_clips(
-    folder: Path, clip: Clip, counts: dict[str, int], captions: tuple[str, ...] = ("a red cat", "a dog runs", ""), shard_bytes: int = 0
+    folder: Path,
+    clip: Clip,
+    counts: dict[str, int],
+    captions: tuple[str, ...] = ("a red cat", "a dog runs", ""),
+    shard_bytes: int = 0,
 ) -> Path:
     """Packed clips of noise that slowly moves, FOLDER/SPLIT; captions in turn. shard_bytes: 0 takes about three clips a shard."""
     rng = np.random.default_rng(clip.frames * clip.height)
@@ -108,6 +141,16 @@ def save_clips(
         for number in range(count):
             still = rng.integers(0, 256, (clip.height, clip.width, 3), dtype=np.uint8)
             frames = np.stack([np.roll(still, frame, axis=1) for frame in range(clip.frames)])
-            samples.append(Sample(f"c{number}", {"clip.npy": npy_bytes(frames), "txt": captions[number % len(captions)].encode()}))
-        write_split(folder / split, ShardIndex("clips", (), clip=clip), samples, shard_bytes or 3 * clip.frames * clip.height * clip.width * 3)
+            samples.append(
+                Sample(
+                    f"c{number}",
+                    {"clip.npy": npy_bytes(frames), "txt": captions[number % len(captions)].encode()},
+                )
+            )
+        write_split(
+            folder / split,
+            ShardIndex("clips", (), clip=clip),
+            samples,
+            shard_bytes or 3 * clip.frames * clip.height * clip.width * 3,
+        )
     return folder

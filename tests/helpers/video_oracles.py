@@ -34,11 +34,17 @@ def release_layer(options: dict[str, Any], grid: list[int]) -> SelfAttention:
     preset = VIDEO_PRESETS["release"]["mhla"]
     keys = SelfAttention.layer_options()
     layer = {key: value for key, value in preset.items() if key in keys}
-    layer |= {"gate": options["is_gated"], "pos_conv": "lepe3" if options["is_lepe"] else "none", "qk_norm": options["qk_norm"]}
+    layer |= {
+        "gate": options["is_gated"],
+        "pos_conv": "lepe3" if options["is_lepe"] else "none",
+        "qk_norm": options["qk_norm"],
+    }
     operator = {key: value for key, value in preset.items() if key not in keys}
     operator |= {"blocks": options["block_layout"], "mix_init": options["transform"]}
     operator |= {"normalizer": "slot" if options["normalize_out"] else "none", "eps": options["eps"]}
-    return SelfAttention(options["dim"], options["num_heads"], attention={"name": "mhla", **operator}, grid=grid, **layer)
+    return SelfAttention(
+        options["dim"], options["num_heads"], attention={"name": "mhla", **operator}, grid=grid, **layer
+    )
 
 
 def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
@@ -49,7 +55,9 @@ def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
     assert isinstance(operator, MHLA)
     state = ours(arrays, "param.")
     if meta["mixing"] == "init":
-        torch.testing.assert_close(operator.mixing.weight, state["attention.mixing.weight"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            operator.mixing.weight, state["attention.mixing.weight"], rtol=1e-5, atol=1e-7
+        )
     layer.load_state_dict(state)
     rotary = GridRotation(grid, layer.dim // layer.heads, torch.device("cpu"))
     x = arrays["in.x"].requires_grad_()
@@ -61,9 +69,13 @@ def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
         torch.testing.assert_close(rotary(mid[name]), mid[f"{name}_rope"], rtol=1e-6, atol=1e-6)
     if operator.normalizer == "none":
         q, k, v = (mid[name].double().transpose(1, 2) for name in ("q_rope", "k_rope", "v"))
-        dense = dense_mhla(q, k, v, operator.mixing.weight.double(), operator.grid.block_of_token, normalizer="none").transpose(1, 2)
+        dense = dense_mhla(
+            q, k, v, operator.mixing.weight.double(), operator.grid.block_of_token, normalizer="none"
+        ).transpose(1, 2)
         raw = layer.qkv(x).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (layer.heads, -1)) for t in (layer.q_norm(raw[0]), layer.k_norm(raw[1]), raw[2]))
+        q, k, v = (
+            t.unflatten(-1, (layer.heads, -1)) for t in (layer.q_norm(raw[0]), layer.k_norm(raw[1]), raw[2])
+        )
         assert_close(operator(q, k, v, rotary=rotary), dense.float())
     if "in.cotangent" in arrays:
         parameters = dict(layer.named_parameters())
@@ -96,10 +108,21 @@ def check_wan(meta: dict[str, Any], arrays: Arrays) -> None:
     """A whole hybrid model with texts of different lengths."""
     options = meta["constructor"]
     latents = arrays["in.latents"]
-    mhla = {"name": "mhla", "preset": "release", "gate": options["is_gated"], "blocks": options["block_layout"]}
-    mhla |= {"normalizer": "slot" if options["norm_output"] else "none", "pos_conv": "lepe3" if options["is_lepe"] else "none"}
+    mhla = {
+        "name": "mhla",
+        "preset": "release",
+        "gate": options["is_gated"],
+        "blocks": options["block_layout"],
+    }
+    mhla |= {
+        "normalizer": "slot" if options["norm_output"] else "none",
+        "pos_conv": "lepe3" if options["is_lepe"] else "none",
+    }
     model = VideoDiT(
-        attention=[mhla if layer in options["linear_attn_idx"] else "softmax" for layer in range(options["num_layers"])],
+        attention=[
+            mhla if layer in options["linear_attn_idx"] else "softmax"
+            for layer in range(options["num_layers"])
+        ],
         input_size=list(latents.shape[2:]),
         embed_dim=options["dim"],
         depth=options["num_layers"],

@@ -46,7 +46,11 @@ def write_clips(root: Path) -> Path:
             frames.append(frame if number else frame.transpose(1, 0, 2))
         write_video(root / f"films/film{number}.mp4", frames, rate=int(RATE))
         (root / f"films/film{number}.txt").write_text(caption)
-    make_clips(root / "films", root / "shards", ClipOptions((Clip(FRAMES, SIDE, SIDE, RATE),), stride=2, val_by="time", store="npy"))
+    make_clips(
+        root / "films",
+        root / "shards",
+        ClipOptions((Clip(FRAMES, SIDE, SIDE, RATE),), stride=2, val_by="time", store="npy"),
+    )
     return root / "shards"
 
 

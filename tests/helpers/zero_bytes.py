@@ -41,8 +41,17 @@ def held(stage: int, precision: str) -> dict[str, int]:
     build(task, find_precision(precision))
     for parameter in task.parameters():
         parameter.grad = None
-    config = deepspeed_config(entry(stage), micro_batch=2, accumulation=1, gradient_clip=None, precision=precision, accelerator="cpu")
-    engine, *_ = deepspeed.initialize(model=task, optimizer=task.build_optimizer(), config=config, dist_init_required=False)
+    config = deepspeed_config(
+        entry(stage),
+        micro_batch=2,
+        accumulation=1,
+        gradient_clip=None,
+        precision=precision,
+        accelerator="cpu",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=task, optimizer=task.build_optimizer(), config=config, dist_init_required=False
+    )
     batch = task.example_batch(2)
     loss = engine(batch["tokens"]).float().square().mean()
     engine.backward(loss)
@@ -50,7 +59,12 @@ def held(stage: int, precision: str) -> dict[str, int]:
     zero = engine.optimizer
     flat, masters = (getattr(zero, name) for name in _HELD[type(zero).__name__])
     known = {x.data_ptr() for x in flat}
-    state = [x for tensors in zero.optimizer.state.values() for x in tensors.values() if isinstance(x, torch.Tensor)]
+    state = [
+        x
+        for tensors in zero.optimizer.state.values()
+        for x in tensors.values()
+        if isinstance(x, torch.Tensor)
+    ]
     own = [x for x in masters if x.data_ptr() not in known or stage < 3]
     return {"weights": sum(x.nbytes for x in flat), "optimizer": sum(x.nbytes for x in [*state, *own])}
 
@@ -60,7 +74,11 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
-    cases = {f"{stage} {precision}": held(stage, precision) for stage in (1, 2, 3) for precision in ("32-true", "bf16-mixed", "bf16-true")}
+    cases = {
+        f"{stage} {precision}": held(stage, precision)
+        for stage in (1, 2, 3)
+        for precision in ("32-true", "bf16-mixed", "bf16-true")
+    }
     if os.environ["RANK"] == "0":
         sys.stdout.write("\nBYTES " + json.dumps(cases) + "\n")
 

@@ -20,8 +20,12 @@ TRACKED_FOLDERS = ("mhla_lightning", "callbacks", "recipes", "cluster")
 
 
 def tracked() -> list[Path]:
-    out = subprocess.run(["git", "ls-files", *TRACKED_FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [Path(line) for line in out.splitlines() if not (ROOT / line).is_symlink() and (ROOT / line).is_file()]
+    out = subprocess.run(
+        ["git", "ls-files", *TRACKED_FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [
+        Path(line) for line in out.splitlines() if not (ROOT / line).is_symlink() and (ROOT / line).is_file()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     source = target / "source"
     shutil.copytree(
-        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "runs-*", "build", "dist", "*.egg-info", "__pycache__")
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(
+            ".venv", ".git", "runs-*", "build", "dist", "*.egg-info", "__pycache__"
+        ),
     )
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(target), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(target),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (built,) = target.glob("*.whl")
     return built
@@ -41,7 +61,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_one_package_with_every_tracked_file(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"mhla_lightning"}
-    expected = {str(path) if path.parts[0] == "mhla_lightning" else f"mhla_lightning/{path}" for path in tracked()}
+    expected = {
+        str(path) if path.parts[0] == "mhla_lightning" else f"mhla_lightning/{path}" for path in tracked()
+    }
     assert expected - set(names) == set()
 
 
@@ -55,10 +77,33 @@ def test_compromised_lightning_releases_are_excluded() -> None:
 
 
 FORBIDDEN = {
-    "mhla_lightning/attention": ("lightning", "deepspeed", "timm", "mhla_lightning.backbones", "mhla_lightning.tasks", "mhla_lightning.data"),
-    "mhla_lightning/backbones": ("lightning", "deepspeed", "mhla_lightning.tasks", "mhla_lightning.data", "mhla_lightning.callbacks"),
-    "mhla_lightning/tasks": ("mhla_lightning.data", "mhla_lightning.callbacks", "mhla_lightning.strategies", "mhla_lightning.checkpoints"),
-    "mhla_lightning/data": ("mhla_lightning.tasks", "mhla_lightning.callbacks", "mhla_lightning.cli", "mhla_lightning.backbones"),
+    "mhla_lightning/attention": (
+        "lightning",
+        "deepspeed",
+        "timm",
+        "mhla_lightning.backbones",
+        "mhla_lightning.tasks",
+        "mhla_lightning.data",
+    ),
+    "mhla_lightning/backbones": (
+        "lightning",
+        "deepspeed",
+        "mhla_lightning.tasks",
+        "mhla_lightning.data",
+        "mhla_lightning.callbacks",
+    ),
+    "mhla_lightning/tasks": (
+        "mhla_lightning.data",
+        "mhla_lightning.callbacks",
+        "mhla_lightning.strategies",
+        "mhla_lightning.checkpoints",
+    ),
+    "mhla_lightning/data": (
+        "mhla_lightning.tasks",
+        "mhla_lightning.callbacks",
+        "mhla_lightning.cli",
+        "mhla_lightning.backbones",
+    ),
     "callbacks": ("mhla_lightning.cli", "mhla_lightning.data", "mhla_lightning.tasks"),
     "cluster": ("torch", "lightning"),
 }
@@ -78,12 +123,19 @@ def imports(path: Path) -> set[str]:
 def test_arrows_point_down(folder: str) -> None:
     for path in (p for p in tracked() if p.suffix == ".py" and str(p).startswith(f"{folder}/")):
         for name in imports(ROOT / path):
-            assert not any(name == bad or name.startswith(f"{bad}.") for bad in FORBIDDEN[folder]), f"{path} imports {name}"
+            assert not any(name == bad or name.startswith(f"{bad}.") for bad in FORBIDDEN[folder]), (
+                f"{path} imports {name}"
+            )
 
 
 def test_help_lists_every_verb_without_loading_torch() -> None:
     code = "import sys; sys.argv=['mhla','--help']\nfrom mhla_lightning.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
-    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.rstrip().endswith("False")
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
 
@@ -102,7 +154,11 @@ def test_an_unknown_verb_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_lightning_command_is_ours_for_run_alone() -> None:
-    command = [sys.executable, "-c", "import sys; from mhla_lightning.cli.main import lightning; sys.exit(lightning())"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from mhla_lightning.cli.main import lightning; sys.exit(lightning())",
+    ]
     run = subprocess.run([*command, "run", "no-such-recipe"], capture_output=True, text=True, check=False)
     assert (run.returncode, "unknown recipe 'no-such-recipe'" in run.stderr) == (2, True)
     other = subprocess.run([*command, "login"], capture_output=True, text=True, check=False)
@@ -112,10 +168,28 @@ def test_the_lightning_command_is_ours_for_run_alone() -> None:
 def test_bench_attention_writes_rows_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mhla_lightning.bench.timing.GEMM_SIDE", 64)
     target = tmp_path / "bench.json"
-    arguments = ["bench", "attention", "--tokens", "64", "128", "--slope-to", "0", "--heads", "2", "--dim", "8", "--blocks", "8", "--turns", "5"]
+    arguments = [
+        "bench",
+        "attention",
+        "--tokens",
+        "64",
+        "128",
+        "--slope-to",
+        "0",
+        "--heads",
+        "2",
+        "--dim",
+        "8",
+        "--blocks",
+        "8",
+        "--turns",
+        "5",
+    ]
     assert main([*arguments, "--json", str(target)]) == 0
     result = json.loads(target.read_text())
-    assert [(row["tokens"], row["operator"]) for row in result["rows"]] == [(n, name) for n in (64, 128) for name in ("softmax", "linear", "mhla")]
+    assert [(row["tokens"], row["operator"]) for row in result["rows"]] == [
+        (n, name) for n in (64, 128) for name in ("softmax", "linear", "mhla")
+    ]
     assert all(row["forward_seconds"] > 0 and row["turns"] == 5 for row in result["rows"])
     keys = (
         "sdpa_over_mhla_forward",

@@ -21,7 +21,25 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.inference.text import Sampling, generate
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "—", "naïve", "dogs", "ran", "to", "their", "own", "house", "by", "the", "sea"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "—",
+    "naïve",
+    "dogs",
+    "ran",
+    "to",
+    "their",
+    "own",
+    "house",
+    "by",
+    "the",
+    "sea",
+]
 RECIPE = """
 seed_everything: 0
 trainer: {accelerator: cpu, devices: 1, max_steps: 8, val_check_interval: 8, log_every_n_steps: 4, callbacks: CALLBACKS}
@@ -46,7 +64,13 @@ def train(root: Path, name: str, attention: str, callbacks: str, tokenizer: str)
     """A run `name` in root/runs; its data are gone afterwards."""
     data = root / f"data-{name}"
     recipe = root / f"{name}.yaml"
-    values = {"CALLBACKS": callbacks, "ATTENTION": attention, "PATH": str(data), "SOURCE": str(root / "texts"), "TOKENIZER": tokenizer}
+    values = {
+        "CALLBACKS": callbacks,
+        "ATTENTION": attention,
+        "PATH": str(data),
+        "SOURCE": str(root / "texts"),
+        "TOKENIZER": tokenizer,
+    }
     text = RECIPE
     for key, value in values.items():
         text = text.replace(key, value)
@@ -59,9 +83,14 @@ def small_bpe(texts: Path, path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train([str(file) for file in sorted(texts.iterdir())], trainer)
     tokenizer.save(str(path))
 
@@ -97,10 +126,14 @@ def runs(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
 
 def test_a_run_keeps_its_tokenizer(runs: Path) -> None:
     assert json.loads((runs / "bytes" / "tokenizer_name.json").read_text()) == {"format": 1, "name": "bytes"}
-    assert json.loads((runs / "bpe" / "tokenizer_name.json").read_text())["name"].startswith("tokenizer.json sha256:")
+    assert json.loads((runs / "bpe" / "tokenizer_name.json").read_text())["name"].startswith(
+        "tokenizer.json sha256:"
+    )
     assert find_language_run("bytes").tokenizer.vocabulary == 257
     assert find_language_run("bpe").tokenizer.vocabulary == 300
-    assert find_language_run(str(runs / "bpe")).tokenizer.encode("the cat") == find_language_run("bpe").tokenizer.encode("the cat")
+    assert find_language_run(str(runs / "bpe")).tokenizer.encode("the cat") == find_language_run(
+        "bpe"
+    ).tokenizer.encode("the cat")
 
 
 def test_an_export_for_transformers_brings_the_tokenizer(runs: Path) -> None:
@@ -108,7 +141,10 @@ def test_an_export_for_transformers_brings_the_tokenizer(runs: Path) -> None:
     for name, files in {"bpe": {"tokenizer.json", "tokenizer_config.json"}, "bytes": set()}.items():
         assert main(["export", name, "--to", name, "--format", "hf"]) == 0
         assert {path.name for path in Path(name).iterdir()} == {"config.json", "model.safetensors", *files}
-    model, tokenizer = (kind.from_pretrained("bpe") for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained("bpe")
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
     ours = find_language_run("bpe")
     assert tokenizer("the cat sat").input_ids == ours.tokenizer.encode("the cat sat")
     assert tokenizer.eos_token_id == model.config.eos_token_id == ours.tokenizer.end
@@ -118,9 +154,22 @@ def test_an_export_for_transformers_brings_the_tokenizer(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_one_prompt_is_continued_as_by_the_engine(name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_prompt_is_continued_as_by_the_engine(
+    name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "out.json"
-    options = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.99", "--seed", "3", "--max-new-tokens", "40"]
+    options = [
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.99",
+        "--seed",
+        "3",
+        "--max-new-tokens",
+        "40",
+    ]
     assert main(["generate", name, "--prompt", "the naïve", *options, "--json", str(file)]) == 0
     out, err = capsys.readouterr()
     found = find_language_run(name)
@@ -146,14 +195,21 @@ def test_one_prompt_is_continued_as_by_the_engine(name: str, runs: Path, tmp_pat
     assert result["summary"]["tokens_per_second"] > 0
 
 
-def test_many_prompts_of_a_file_are_continued_as_each_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_prompts_of_a_file_are_continued_as_each_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = ["the cat", "a", "by the sea — on"]
     (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in prompts))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in prompts)
+    )
     options = ["--max-new-tokens", "25", "--seed", "1"]
     together = {}
     for file in ("p.txt", "p.jsonl"):
-        assert main(["generate", "bytes", "--prompts", file, "--batch-size", "2", *options, "--json", "o.json"]) == 0
+        assert (
+            main(["generate", "bytes", "--prompts", file, "--batch-size", "2", *options, "--json", "o.json"])
+            == 0
+        )
         out = capsys.readouterr().out
         together[file] = [row["text"] for row in json.loads(Path("o.json").read_text())["rows"]]
         for number, (prompt, text) in enumerate(zip(prompts, together[file], strict=True), 1):
@@ -166,7 +222,20 @@ def test_many_prompts_of_a_file_are_continued_as_each_alone(runs: Path, tmp_path
 
 def test_progress_on_a_terminal_leaves_stdout_alone(runs: Path) -> None:
     terminal, stderr = pty.openpty()
-    command = [sys.executable, "-m", "mhla_lightning", "generate", "bytes", "--prompt", "a", "--prompt", "b", "--max-new-tokens", "3", "--greedy"]
+    command = [
+        sys.executable,
+        "-m",
+        "mhla_lightning",
+        "generate",
+        "bytes",
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--max-new-tokens",
+        "3",
+        "--greedy",
+    ]
     environment = {**os.environ, "TERM": "xterm"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment) as process:
         out, _ = process.communicate(timeout=100)
@@ -212,7 +281,10 @@ def test_average_raw_weights_and_dtype(runs: Path) -> None:
     ("arguments", "sentence"),
     [
         (["nowhere"], "no run 'nowhere' in "),
-        (["bytes", "--greedy", "--temperature", "1"], "--greedy draws nothing and goes with no --temperature"),
+        (
+            ["bytes", "--greedy", "--temperature", "1"],
+            "--greedy draws nothing and goes with no --temperature",
+        ),
         (["bytes", "--top-p", "0"], "top_p is 0.0; it lies above 0 and is at most 1"),
         (["bytes", "--top-k", "0"], "top_k is 0;"),
         (["bytes", "--temperature", "0"], "temperature is 0.0; it lies above 0"),
@@ -221,18 +293,29 @@ def test_average_raw_weights_and_dtype(runs: Path) -> None:
         (["bytes", "--stop", ""], "--stop is empty;"),
         (["bytes", "--ckpt", "7"], "--ckpt 7 is no complete checkpoint; steps of run bytes: 4, 8"),
         (["bytes", "--prompts", "none.txt"], "--prompts none.txt cannot be read (No such file or directory)"),
-        (["bytes", "--prompts", "bad.jsonl"], "--prompts bad.jsonl: prompt 2 is no JSON object with the key 'prompt'"),
+        (
+            ["bytes", "--prompts", "bad.jsonl"],
+            "--prompts bad.jsonl: prompt 2 is no JSON object with the key 'prompt'",
+        ),
         (["bytes", "--prompts", "empty.txt"], "--prompts empty.txt holds no prompt"),
         (["bytes", "--prompt", "\udcff"], "prompt 1 is no UTF-8 text"),
         (["bytes", "--device", "nonsense"], "--device nonsense cannot be used here"),
         (["bytes", "--json", "no/such/folder.json"], "--json no/such/folder.json: there is no folder"),
         (["bytes", "--tokenizer", "missing.json"], "there is no tokenizer missing.json"),
         (["bytes", "--max-new-tokens", "9999"], "max_chunks"),
-        (["bytes", "--no-ema", "--ckpt", "CUT"], "holds no trainer.ckpt that can be read here; leave out --no-ema"),
+        (
+            ["bytes", "--no-ema", "--ckpt", "CUT"],
+            "holds no trainer.ckpt that can be read here; leave out --no-ema",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_before_weights_are_loaded(
-    runs: Path, tmp_path: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("\n")
@@ -251,7 +334,11 @@ def refuse_to_load(*args: object) -> None:
 
 
 def test_runs_that_cannot_generate(
-    runs: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An image run, a run without a checkpoint, one without a tokenizer, one with a tokenizer too large, one with weights of another model."""
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
@@ -273,17 +360,35 @@ def test_runs_that_cannot_generate(
         assert main(["generate", *arguments, "--prompt", "a"]) == 2
         assert sentence in capsys.readouterr().err
     assert main(["generate", "mute", "--prompt", "a", "--tokenizer", "bytes", "--max-new-tokens", "2"]) == 0
-    (tmp_path / "runs" / "mute" / "recipe.yaml").write_text(text.replace("vocab_size: 320", "vocab_size: 200"))
-    with pytest.raises(UserError, match="^the tokenizer bytes has 257 ids, and the model of run mute has 200$"):
+    (tmp_path / "runs" / "mute" / "recipe.yaml").write_text(
+        text.replace("vocab_size: 320", "vocab_size: 200")
+    )
+    with pytest.raises(
+        UserError, match="^the tokenizer bytes has 257 ids, and the model of run mute has 200$"
+    ):
         find_language_run("mute", tokenizer="bytes")
 
 
 def test_text_streams_and_ctrl_c_ends_it_cleanly(runs: Path) -> None:
-    command = [sys.executable, "-m", "mhla_lightning", "generate", "bpe", "--prompt", "the cat", "--max-new-tokens", "1000000", "--json", "o.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mhla_lightning",
+        "generate",
+        "bpe",
+        "--prompt",
+        "the cat",
+        "--max-new-tokens",
+        "1000000",
+        "--json",
+        "o.json",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None
         first = b""
-        while len(first) < 40 and (more := process.stdout.read(40)):  # arrives while a million tokens are still to come
+        while len(first) < 40 and (
+            more := process.stdout.read(40)
+        ):  # arrives while a million tokens are still to come
             first += more
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -295,7 +400,9 @@ def test_text_streams_and_ctrl_c_ends_it_cleanly(runs: Path) -> None:
     (row,) = json.loads(Path("o.json").read_text())["rows"]
     assert row["finished"] == "interrupted"
     assert out.endswith("\n")
-    assert f"the cat{row['text']}".startswith(out.removesuffix("\n")), "the signal may come between taking a token and printing it"
+    assert f"the cat{row['text']}".startswith(out.removesuffix("\n")), (
+        "the signal may come between taking a token and printing it"
+    )
 
 
 def test_to_hf_is_the_run(runs: Path) -> None:
@@ -307,19 +414,41 @@ def test_to_hf_is_the_run(runs: Path) -> None:
     tokens = torch.tensor([found.tokenizer.encode("the cat sat")])
     torch.testing.assert_close(model(tokens).logits, load_model(find_language_run("bytes"))(tokens))
     assert model.config.eos_token_id == found.tokenizer.end
-    expected = [step.tokens[0] for step in generate(model.model, tokens.tolist(), Sampling(greedy=True), 30, end=found.tokenizer.end)]
-    assert model.generate(tokens, max_new_tokens=30, do_sample=False)[0, tokens.shape[1] :].tolist() == expected
+    expected = [
+        step.tokens[0]
+        for step in generate(model.model, tokens.tolist(), Sampling(greedy=True), 30, end=found.tokenizer.end)
+    ]
+    assert (
+        model.generate(tokens, max_new_tokens=30, do_sample=False)[0, tokens.shape[1] :].tolist() == expected
+    )
 
 
 @pytest.mark.slow
-def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_of_local_tasks(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
     from tests.evaluation.test_lm_harness import local_tasks
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = str(local_tasks(tmp_path / "tasks"))
     base = ["eval", "lm", "bytes", "--include", folder]
-    assert main([*base, "--tasks", "local_choice,local_rolling", "--json", "r.json", "--limit", "2", "--batch-size", "2"]) == 0
+    assert (
+        main(
+            [
+                *base,
+                "--tasks",
+                "local_choice,local_rolling",
+                "--json",
+                "r.json",
+                "--limit",
+                "2",
+                "--batch-size",
+                "2",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     result = json.loads(Path("r.json").read_text())
     rows = {row["task"]: row for row in result["rows"]}
@@ -342,25 +471,44 @@ def test_eval_of_local_tasks(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "--include nowhere is no folder" in capsys.readouterr().err
 
 
-def test_eval_without_the_harness_names_the_extra(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_without_the_harness_names_the_extra(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "mhla_lightning.evaluation.lm_harness", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["eval", "lm", "bytes", "--tasks", "wikitext"]) == 2
-    assert capsys.readouterr().err == "error: mhla eval lm needs the package 'lm_eval': pip install 'mhla-lightning[lm_eval]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: mhla eval lm needs the package 'lm_eval': pip install 'mhla-lightning[lm_eval]'\n"
+    )
 
 
 def test_both_verbs_are_listed_and_help_loads_no_torch() -> None:
     code = "import sys\nfrom mhla_lightning.cli.main import main\ntry:\n    main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert found.stdout.endswith("False\n")
     assert "  generate " in found.stdout
     assert "  eval " in found.stdout
 
 
-def test_text_longer_than_the_mixing_matrix_needs_an_extrapolation(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    long = ["generate", "bytes", "--prompt", "the cat", "--max-new-tokens", "300", "--greedy", "--json", str(tmp_path / "out.json")]
+def test_text_longer_than_the_mixing_matrix_needs_an_extrapolation(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [
+        "generate",
+        "bytes",
+        "--prompt",
+        "the cat",
+        "--max-new-tokens",
+        "300",
+        "--greedy",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     assert main(long) == 2
     assert "8 = 256 tokens a document, and there are more" in capsys.readouterr().err
     assert main([*long, "--extrapolation", "shift"]) == 0
@@ -374,4 +522,7 @@ def test_text_longer_than_the_mixing_matrix_needs_an_extrapolation(runs: Path, t
 def test_a_tokenizer_that_is_not_the_run_s_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "bpe", "--prompt", "a", "--max-new-tokens", "1", "--tokenizer", "bytes"]) == 2
     assert "--tokenizer bytes: run bpe was trained with" in capsys.readouterr().err
-    assert main(["generate", "bpe", "--prompt", "a", "--max-new-tokens", "1", "--tokenizer", str(runs / "bpe")]) == 0
+    assert (
+        main(["generate", "bpe", "--prompt", "a", "--max-new-tokens", "1", "--tokenizer", str(runs / "bpe")])
+        == 0
+    )

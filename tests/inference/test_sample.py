@@ -19,7 +19,13 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.cli.sample import parse_classes
 from mhla_lightning.diffusion import Guidance
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.images import Drawing, draw_batch, find_image_run, load_task, sample_images
+from mhla_lightning.inference.diffusion.images import (
+    Drawing,
+    draw_batch,
+    find_image_run,
+    load_task,
+    sample_images,
+)
 from tests.helpers.diffusion_models import train, write_recipe
 
 
@@ -33,7 +39,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def command(trained: Path, out: Path, *extra: str) -> list[str]:
-    return ["sample", str(trained), "--n", "10", "--steps", "4", "--batch-size", "4", "--out", str(out), "--device", "cpu", *extra]
+    return [
+        "sample",
+        str(trained),
+        "--n",
+        "10",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *extra,
+    ]
 
 
 def drawn(out: Path) -> dict[str, np.ndarray]:
@@ -41,10 +61,21 @@ def drawn(out: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def test_npz_in_adms_layout_and_a_grid(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_npz_in_adms_layout_and_a_grid(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from PIL import Image
 
-    assert main([*command(trained, tmp_path / "out", "--classes", "1-2,0", "--json", str(tmp_path / "facts.json"))]) == 0
+    assert (
+        main(
+            [
+                *command(
+                    trained, tmp_path / "out", "--classes", "1-2,0", "--json", str(tmp_path / "facts.json")
+                )
+            ]
+        )
+        == 0
+    )
     images = drawn(tmp_path / "out")
     assert images["arr_0"].shape == (10, 8, 8, 3)
     assert images["arr_0"].dtype == np.uint8
@@ -63,7 +94,10 @@ def test_an_image_is_its_own_in_any_batch(trained: Path, sampler: str) -> None:
     task, drawing = load_task(found, "cpu"), Drawing(3, sampler, 5, Guidance(2.0))
     whole = sample_images(found, task, labels, drawing, batch_size=10).astype(int)
     for size in (1, 3):
-        assert np.abs(sample_images(found, task, labels, drawing, batch_size=size).astype(int) - whole).max() <= 1
+        assert (
+            np.abs(sample_images(found, task, labels, drawing, batch_size=size).astype(int) - whole).max()
+            <= 1
+        )
     other = sample_images(found, task, labels, replace(drawing, seed=4), batch_size=10).astype(int)
     assert np.abs(other - whole).mean() > 1
     assert np.abs(whole[0] - whole[4]).mean() > 1, "the same class twice, with other noise"
@@ -81,7 +115,9 @@ def test_two_processes_draw_the_same_bits(trained: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_killed_and_gone_on(trained: Path, tmp_path: Path) -> None:
     slow = ["--steps", "200", "--batch-size", "1"]
-    with subprocess.Popen([sys.executable, "-m", "mhla_lightning", *command(trained, tmp_path / "cut", *slow)]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "mhla_lightning", *command(trained, tmp_path / "cut", *slow)]
+    ) as process:
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "cut").glob("parts/0*.npy"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -129,7 +165,9 @@ def test_drawing_touches_no_generator_of_the_process(trained: Path) -> None:
         (["--device", "cuda:77"], "cuda:77"),
     ],
 )
-def test_wrong_input(trained: Path, tmp_path: Path, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input(
+    trained: Path, tmp_path: Path, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command(trained, tmp_path / "out", *extra)) == 2
     said = capsys.readouterr().err
     assert says in said
@@ -137,7 +175,9 @@ def test_wrong_input(trained: Path, tmp_path: Path, extra: list[str], says: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_images_is_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_other_images_is_kept(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert main(command(trained, out)) == 0
     before = drawn(out)["arr_0"]

@@ -17,8 +17,22 @@ from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.diffusion import Guidance
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache, read_prompts
-from mhla_lightning.inference.diffusion.video_files import animated_gif, contact_sheet, read_frames, slug, thumbnails, write_mp4
-from mhla_lightning.inference.diffusion.videos import Size, VideoDrawing, draw_videos_of, find_video_run, load_video_task, training_size
+from mhla_lightning.inference.diffusion.video_files import (
+    animated_gif,
+    contact_sheet,
+    read_frames,
+    slug,
+    thumbnails,
+    write_mp4,
+)
+from mhla_lightning.inference.diffusion.videos import (
+    Size,
+    VideoDrawing,
+    draw_videos_of,
+    find_video_run,
+    load_video_task,
+    training_size,
+)
 from tests.helpers.diffusion_models import train
 from tests.helpers.ranks import Nursery
 from tests.helpers.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
@@ -41,7 +55,19 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def command(trained: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
-    return ["sample", str(trained), "--prompts", str(prompts), "--steps", "3", "--out", str(out), "--device", "cpu", *extra]
+    return [
+        "sample",
+        str(trained),
+        "--prompts",
+        str(prompts),
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *extra,
+    ]
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -51,16 +77,31 @@ def contents(out: Path) -> dict[str, bytes]:
 def moving(frames: int, height: int, width: int) -> np.ndarray:
     """Smooth colours that move, uint8 (frames, height, width, 3)."""
     t, y, x = np.mgrid[:frames, :height, :width]
-    return np.stack([120 + 100 * np.sin((x + 2 * t) / 9), 120 + 100 * np.cos((y + t) / 7), np.full(t.shape, 90)], -1).astype(np.uint8)
+    return np.stack(
+        [120 + 100 * np.sin((x + 2 * t) / 9), 120 + 100 * np.cos((y + t) / 7), np.full(t.shape, 90)], -1
+    ).astype(np.uint8)
 
 
-def test_a_file_each_a_sheet_and_a_list(trained: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_each_a_sheet_and_a_list(
+    trained: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import av
 
     out = tmp_path / "out"
-    assert main([*command(trained, prompts, out, "--n", "2", "--prompt", ""), "--json", str(tmp_path / "facts.json")]) == 0
+    assert (
+        main(
+            [
+                *command(trained, prompts, out, "--n", "2", "--prompt", ""),
+                "--json",
+                str(tmp_path / "facts.json"),
+            ]
+        )
+        == 0
+    )
     listed = json.loads((out / "samples.json").read_text())
-    assert [entry["prompt"] for entry in listed["videos"]] == [text for text in (*CAPTIONS, "a bar/../stands", "") for _ in range(2)]
+    assert [entry["prompt"] for entry in listed["videos"]] == [
+        text for text in (*CAPTIONS, "a bar/../stands", "") for _ in range(2)
+    ]
     assert [entry["file"] for entry in listed["videos"]] == list(contents(out))
     assert list(contents(out))[4:7] == ["0004-a-bar-stands.mp4", "0005-a-bar-stands.mp4", "0006-empty.mp4"]
     for name in contents(out):
@@ -77,14 +118,22 @@ def test_a_file_each_a_sheet_and_a_list(trained: Path, prompts: Path, tmp_path: 
 
 def test_two_processes_draw_the_same_bits(trained: Path, prompts: Path, tmp_path: Path) -> None:
     for processes in ("1", "2"):
-        assert main(command(trained, prompts, tmp_path / processes, "--processes", processes, "--batch-size", "2")) == 0
+        assert (
+            main(
+                command(trained, prompts, tmp_path / processes, "--processes", processes, "--batch-size", "2")
+            )
+            == 0
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert (tmp_path / "1" / "sheet.png").read_bytes() == (tmp_path / "2" / "sheet.png").read_bytes()
 
 
 def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> None:
     found = find_video_run(str(trained))
-    task, drawing = load_video_task(found, "cpu"), VideoDrawing(training_size(found), 3, "euler", 4, Guidance(2.0))
+    task, drawing = (
+        load_video_task(found, "cpu"),
+        VideoDrawing(training_size(found), 3, "euler", 4, Guidance(2.0)),
+    )
     texts, null = found.data.encode_text([*CAPTIONS, CAPTIONS[0]]), found.data.null_text()
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -94,7 +143,9 @@ def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> 
     assert np.abs(alone - whole[1]).max() <= 1
     assert np.abs(whole[0] - whole[2]).mean() > 1, "the same prompt twice, with other noise"
     far = replace(drawing, guidance=Guidance(5000.0))  # four steps of training tell prompts little apart
-    one, other = (draw_videos_of(found, task, texts[n : n + 1], null, range(1, 2), far).astype(int) for n in range(2))
+    one, other = (
+        draw_videos_of(found, task, texts[n : n + 1], null, range(1, 2), far).astype(int) for n in range(2)
+    )
     assert np.abs(one - other).max() > 10, "another prompt on the same noise"
 
 
@@ -111,7 +162,9 @@ def test_killed_and_gone_on(trained: Path, prompts: Path, tmp_path: Path, nurser
     assert kept.items() >= left.items(), "what was drawn before is not drawn again"
 
 
-def test_a_lost_video_is_drawn_again_and_needs_no_encoder(trained: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_lost_video_is_drawn_again_and_needs_no_encoder(
+    trained: Path, prompts: Path, tmp_path: Path
+) -> None:
     assert main(command(trained, prompts, tmp_path / "out")) == 0
     before = contents(tmp_path / "out")
     kept = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out" / "text").iterdir()}
@@ -140,7 +193,10 @@ def test_kept_features_are_read_without_their_encoder(tmp_path: Path) -> None:
         gone.encode([Prompt("a blue ball", "--prompt")], torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("extra", "shape"), [(["--frames", "4"], (4, 16, 16)), (["--size", "24x32", "--sampler", "euler"], (8, 24, 32))])
+@pytest.mark.parametrize(
+    ("extra", "shape"),
+    [(["--frames", "4"], (4, 16, 16)), (["--size", "24x32", "--sampler", "euler"], (8, 24, 32))],
+)
 def test_other_lengths_and_sizes_than_those_of_training(
     trained: Path, prompts: Path, tmp_path: Path, extra: list[str], shape: tuple[int, ...]
 ) -> None:
@@ -170,7 +226,14 @@ def test_other_lengths_and_sizes_than_those_of_training(
         (["--prompt", "one two three four five six seven"], "--prompt: the text"),
     ],
 )
-def test_wrong_input(trained: Path, prompts: Path, tmp_path: Path, extra: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input(
+    trained: Path,
+    prompts: Path,
+    tmp_path: Path,
+    extra: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(command(trained, prompts, tmp_path / "out", *extra)) == 2
     said = capsys.readouterr().err
     assert says in said
@@ -182,15 +245,26 @@ def test_the_nearest_that_works_works(trained: Path, prompts: Path, tmp_path: Pa
     assert main(command(trained, prompts, tmp_path / "out", "--frames", "6", "--size", "16x20")) == 0
 
 
-def test_prompts_of_an_image_run_are_refused(shards: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_of_an_image_run_are_refused(
+    shards: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests.helpers.diffusion_models import write_recipe as write_image_recipe
 
-    train(write_image_recipe(tmp_path / "image.yaml", shards), "pictures", "--runs", str(tmp_path / "runs"), "--trainer.max_steps", "4")
+    train(
+        write_image_recipe(tmp_path / "image.yaml", shards),
+        "pictures",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--trainer.max_steps",
+        "4",
+    )
     assert main(command(tmp_path / "runs" / "pictures", prompts, tmp_path / "out")) == 2
     assert "--prompts is for runs that draw videos, and run pictures draws images" in capsys.readouterr().err
 
 
-def test_a_folder_of_other_videos_is_kept(trained: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_other_videos_is_kept(
+    trained: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command(trained, prompts, tmp_path / "out")) == 0
     before = contents(tmp_path / "out")
     assert main(command(trained, prompts, tmp_path / "out", "--prompt", "another")) == 2
@@ -208,7 +282,10 @@ def test_prompts_of_both_kinds_of_file(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two words", "seed": 3}\n')
     for name, lines in (("p.txt", (1, 3)), ("p.jsonl", (1, 2))):
         path = tmp_path / name
-        assert read_prompts(path) == [Prompt("one", f"{path}, line {lines[0]}"), Prompt("two words", f"{path}, line {lines[1]}")]
+        assert read_prompts(path) == [
+            Prompt("one", f"{path}, line {lines[0]}"),
+            Prompt("two words", f"{path}, line {lines[1]}"),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +300,14 @@ def test_prompts_of_both_kinds_of_file(tmp_path: Path) -> None:
         ("p.txt", b"short\none two three four five six seven\n", "p.txt, line 2: the text"),
     ],
 )
-def test_wrong_prompt_files(trained: Path, tmp_path: Path, name: str, text: bytes | None, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_prompt_files(
+    trained: Path,
+    tmp_path: Path,
+    name: str,
+    text: bytes | None,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if text is not None:
         (tmp_path / name).write_bytes(text)
     assert main(command(trained, tmp_path / name, tmp_path / "out")) == 2
@@ -234,7 +318,9 @@ def test_wrong_prompt_files(trained: Path, tmp_path: Path, name: str, text: byte
 
 
 @pytest.mark.parametrize("size", [(16, 16), (33, 50), (48, 65), (240, 400)])
-def test_an_mp4_gives_its_frames_back_and_has_always_the_same_bytes(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_mp4_gives_its_frames_back_and_has_always_the_same_bytes(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     frames = moving(12, *size)
     for number in range(4):
         write_mp4(tmp_path / f"{number}.mp4", frames, 24000 / 1001)
@@ -242,7 +328,9 @@ def test_an_mp4_gives_its_frames_back_and_has_always_the_same_bytes(tmp_path: Pa
     assert back.shape == (12, size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
     assert np.abs(back[:, : size[0], : size[1]].astype(int) - frames).mean() < 4
     assert len({(tmp_path / f"{number}.mp4").read_bytes() for number in range(4)}) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}.mp4" for number in range(4)], "nothing half written is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number}.mp4" for number in range(4)], (
+        "nothing half written is left"
+    )
 
 
 def test_thumbnails_are_spread_over_time() -> None:
@@ -258,7 +346,10 @@ def test_contact_sheet_shows_frames_beside_each_other_under_their_caption() -> N
     sheet = np.asarray(contact_sheet(rows, ["a ball", "many words " * 100]))
     side = rows[0].shape[1]
     places = [
-        (y, x) for y in range(sheet.shape[0] - side + 1) for x in (4, 4 + side + 4) if np.array_equal(sheet[y : y + side, x : x + side], rows[0][0])
+        (y, x)
+        for y in range(sheet.shape[0] - side + 1)
+        for x in (4, 4 + side + 4)
+        if np.array_equal(sheet[y : y + side, x : x + side], rows[0][0])
     ]
     assert len(places) == 1, "the first frame stands there once"
     top, left = places[0]

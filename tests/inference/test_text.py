@@ -33,7 +33,13 @@ def collect(steps: Any, count: int) -> list[list[int]]:
     return tokens
 
 
-def continued(model: CausalLM, given: Sequence[Sequence[int]], sampling: Sampling = GREEDY, new: int = 40, **options: Any) -> list[list[int]]:
+def continued(
+    model: CausalLM,
+    given: Sequence[Sequence[int]],
+    sampling: Sampling = GREEDY,
+    new: int = 40,
+    **options: Any,
+) -> list[list[int]]:
     return collect(generate(model, given, sampling, new, **options), len(given))
 
 
@@ -67,8 +73,12 @@ def test_teacher_forced_logits_agree_in_float32(entry: dict[str, Any]) -> None:
 
 @every_operator
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=3)], ids=["greedy", "sampled"])
-def test_a_batch_continues_each_prompt_as_alone(entry: dict[str, Any], padding: Literal["left", "right"], sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=3)], ids=["greedy", "sampled"]
+)
+def test_a_batch_continues_each_prompt_as_alone(
+    entry: dict[str, Any], padding: Literal["left", "right"], sampling: Sampling
+) -> None:
     model, given = tiny_model(entry), prompts(3, 17, 8, 1)
     together = continued(model, given, sampling, padding=padding)
     assert together == [continued(model, [prompt], sampling)[0] for prompt in given]
@@ -89,7 +99,9 @@ def test_a_finished_sequence_leaves_the_batch() -> None:
         if before.finished:
             assert after.state_bytes < before.state_bytes
     reasons = {prompt: why for step in steps for prompt, why in step.finished.items()}
-    assert reasons == {prompt: "end" if tokens[-1] == end else "length" for prompt, tokens in enumerate(expected)}
+    assert reasons == {
+        prompt: "end" if tokens[-1] == end else "length" for prompt, tokens in enumerate(expected)
+    }
 
 
 def test_stop_is_told_every_token_once_and_ends_its_own_sequence() -> None:
@@ -107,7 +119,9 @@ def test_stop_is_told_every_token_once_and_ends_its_own_sequence() -> None:
 def test_an_empty_prompt_starts_from_the_end_of_a_document() -> None:
     model = tiny_model("linear")
     assert continued(model, [[], [7]], end=0, new=5) == continued(model, [[0], [7]], end=0, new=5)
-    with pytest.raises(UserError, match="^prompt 2 is empty, and the tokenizer has no end of a document to start from"):
+    with pytest.raises(
+        UserError, match="^prompt 2 is empty, and the tokenizer has no end of a document to start from"
+    ):
         generate(model, [[7], []], GREEDY, 5)
 
 
@@ -118,7 +132,9 @@ def test_tokens_beyond_the_tokenizer_are_never_chosen() -> None:
     assert all(token < limit for tokens in continued(model, given, vocabulary=limit) for token in tokens)
 
 
-@pytest.mark.parametrize(("name", "options"), [("max_new_tokens", {"new": 0}), ("batch_size", {"batch_size": 0})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("max_new_tokens", {"new": 0}), ("batch_size", {"batch_size": 0})]
+)
 def test_counts_below_one_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"^{name} is 0; it must be at least 1$"):
         continued(tiny_model("softmax"), prompts(2), **options)
@@ -132,7 +148,11 @@ def test_no_prompts_give_no_steps() -> None:
 def test_sampling_and_engine_import_neither_lightning_nor_timm() -> None:
     folder = Path(generation.__file__).parent
     for name in ("__init__", "sampling", "engine"):
-        imported = [node for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())) if isinstance(node, ast.ImportFrom)]
+        imported = [
+            node
+            for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))
+            if isinstance(node, ast.ImportFrom)
+        ]
         modules = {str(node.module) for node in imported}
         allowed = ("mhla_lightning.errors", "mhla_lightning.keyed", "mhla_lightning.inference.text.")
         assert all(module.startswith(allowed) for module in modules if module.startswith("mhla_lightning"))
@@ -159,7 +179,16 @@ def plain(logits: np.ndarray, temperature: float, top_k: int | None, top_p: floa
     return scores / scores.sum()
 
 
-SETTINGS = [(1.0, None, None), (0.5, None, None), (2.0, 3, None), (1.0, None, 0.6), (1.3, 4, 0.7), (1.0, 1, None), (1.0, None, 1e-9), (1.0, 99, 1.0)]
+SETTINGS = [
+    (1.0, None, None),
+    (0.5, None, None),
+    (2.0, 3, None),
+    (1.0, None, 0.6),
+    (1.3, 4, 0.7),
+    (1.0, 1, None),
+    (1.0, None, 1e-9),
+    (1.0, 99, 1.0),
+]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
@@ -174,7 +203,9 @@ def test_equal_logits_keep_exactly_top_k() -> None:
     assert (Sampling(top_k=3).probabilities(torch.zeros(2, 9)) > 0).sum(1).tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(seed=5), Sampling(0.8, top_k=4, top_p=0.9, seed=6)], ids=["all", "top"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(seed=5), Sampling(0.8, top_k=4, top_p=0.9, seed=6)], ids=["all", "top"]
+)
 def test_draws_are_as_frequent_as_probable(sampling: Sampling) -> None:
     draws, logits = 20_000, torch.randn(1, 9, generator=torch.Generator().manual_seed(2))
     probabilities = sampling.probabilities(logits)[0]

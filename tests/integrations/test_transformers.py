@@ -54,14 +54,22 @@ def test_greedy_generation_of_a_padded_batch_is_our_own(entry: Any) -> None:
         assert len(set(expected)) > 1
         assert row[: len(expected)] == expected
         assert set(row[len(expected) :]) <= {END}
-        (alone,) = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[:, len(prompt) :].tolist()
+        (alone,) = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[
+            :, len(prompt) :
+        ].tolist()
         assert alone == expected
 
 
 @every_operator
 def test_beam_search_reorders_the_state(entry: Any) -> None:
     model, (ids, mask) = wrapped(entry), padded(prompts(3, 6))
-    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "num_beams": 4, "num_return_sequences": 4}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "num_beams": 4,
+        "num_return_sequences": 4,
+    }
     found = model.generate(ids, **options)
     assert torch.equal(found, model.generate(ids, **options, use_cache=False))
     assert len({tuple(row) for row in found.tolist()}) == 8
@@ -92,8 +100,12 @@ def test_loss_of_labels_and_its_gradient() -> None:
     labels = ids.clone()
     labels[0, :6] = -100
     output = model(ids, labels=labels)
-    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    torch.testing.assert_close(output.loss, expected, check_dtype=False)  # transformers computes it in float32
+    expected = F.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(
+        output.loss, expected, check_dtype=False
+    )  # transformers computes it in float32
     assert output.past_key_values is None
     output.loss.backward()
     gradient = model.get_input_embeddings().weight.grad
@@ -107,7 +119,14 @@ def test_loss_of_labels_and_its_gradient() -> None:
 def test_files_round_trip_through_the_auto_classes(entry: Any, tied: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = MHLALanguageConfig(
-        attention=entry, vocab_size=VOCABULARY, context=64, embed_dim=32, depth=2, intermediate=64, tie_word_embeddings=tied, eos_token_id=END
+        attention=entry,
+        vocab_size=VOCABULARY,
+        context=64,
+        embed_dim=32,
+        depth=2,
+        intermediate=64,
+        tie_word_embeddings=tied,
+        eos_token_id=END,
     )
     model: Any = MHLAForCausalLM(config).eval()
     assert (model.get_output_embeddings() is None) == tied
@@ -137,7 +156,11 @@ def test_files_without_a_mixing_matrix_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_fresh_model_keeps_the_initialisation_of_a_language_model() -> None:
-    model: Any = MHLAForCausalLM(MHLALanguageConfig(attention="mhla", vocab_size=VOCABULARY, context=64, embed_dim=64, depth=1, intermediate=64))
+    model: Any = MHLAForCausalLM(
+        MHLALanguageConfig(
+            attention="mhla", vocab_size=VOCABULARY, context=64, embed_dim=64, depth=1, intermediate=64
+        )
+    )
     mixing = model.state_dict()["model.layers.0.attn.attention.mixing.weight"]
     local = torch.tensor([1e-3, 1 / 3, 2 / 3, 1.0, 0.0])  # causal_local: 1 - distance / 3, at least 1e-3
     torch.testing.assert_close(mixing[3, :5], local / local.sum())
@@ -168,5 +191,10 @@ def test_assisted_generation_is_refused_by_transformers() -> None:
 
 def test_without_transformers_the_import_names_the_extra() -> None:
     code = "import sys; sys.modules['transformers'] = None\ntry:\n    import mhla_lightning.hf\nexcept Exception as error:\n    print(error)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert found.stdout == "mhla_lightning.hf needs the package 'transformers': pip install 'mhla-lightning[language]'\n"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert (
+        found.stdout
+        == "mhla_lightning.hf needs the package 'transformers': pip install 'mhla-lightning[language]'\n"
+    )

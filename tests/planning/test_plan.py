@@ -49,7 +49,11 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         "video_dit/wan_1_3b_hybrid_finetune",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("language/lm_340m_softmax_fineweb_edu", "language/lm_340m_hybrid_fineweb_edu", "video_dit/wan_1_3b_mhla_finetune")
+            for name in (
+                "language/lm_340m_softmax_fineweb_edu",
+                "language/lm_340m_hybrid_fineweb_edu",
+                "video_dit/wan_1_3b_mhla_finetune",
+            )
         ),
     ],
 )
@@ -59,7 +63,11 @@ def test_flops_are_what_torch_counts(name: str) -> None:
         twin = task.rehearsal()
         twin.configure_model()
         batch = {key: x.to("meta") for key, x in twin.example_batch(1).items()}
-        inputs = [batch["tokens"]] if "tokens" in batch else [batch["latent"], torch.rand(1), batch.get("text", batch.get("label"))]
+        inputs = (
+            [batch["tokens"]]
+            if "tokens" in batch
+            else [batch["latent"], torch.rand(1), batch.get("text", batch.get("label"))]
+        )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             twin.backbone(*inputs)  # type: ignore[misc]
     assert task.flops_per_sample == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -67,8 +75,34 @@ def test_flops_are_what_torch_counts(name: str) -> None:
 
 def test_whole_plan_of_a_small_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
-    words = ["--nodes", "2", "--gpus-per-node", "4", "--gpu", "h100-80g", "--strategy", "zero2", "--data.micro_batch_size", "4"]
-    assert main(["plan", DIGITS, *words, "--trainer.max_steps", "100", "--data.path", str(tmp_path / "none"), "--json", str(target)]) == 0
+    words = [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--gpu",
+        "h100-80g",
+        "--strategy",
+        "zero2",
+        "--data.micro_batch_size",
+        "4",
+    ]
+    assert (
+        main(
+            [
+                "plan",
+                DIGITS,
+                *words,
+                "--trainer.max_steps",
+                "100",
+                "--data.path",
+                str(tmp_path / "none"),
+                "--json",
+                str(target),
+            ]
+        )
+        == 0
+    )
     shown, plan = capsys.readouterr().out, json.loads(target.read_text())
     batch = plan["values"]["data"]["init_args"]["batch_size"]
     assert plan["batches"] == {"batch": batch, "ranks": 8, "micro": 4, "accumulation": batch // 32}
@@ -82,7 +116,15 @@ def test_whole_plan_of_a_small_recipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert plan["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
     assert plan["deepspeed"]["gradient_accumulation_steps"] == batch // 32
     assert "train_micro_batch_size_per_gpu: 4" in shown
-    assert set(plan["stages"]) == {"ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"}
+    assert set(plan["stages"]) == {
+        "ddp",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+        "zero3_nvme",
+    }
     assert plan["activations"] > 0
     assert "> zero2 " in shown
 
@@ -99,9 +141,14 @@ def test_every_recipe_can_be_planned(name: str, capsys: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("no_measuring")
 class TestPlan:
     def test_a_remainder_names_the_sizes_that_work(self) -> None:
-        with pytest.raises(UserError, match=r"cannot be divided over 24 ranks; the nearest sizes that work: 240 or 264"):
+        with pytest.raises(
+            UserError, match=r"cannot be divided over 24 ranks; the nearest sizes that work: 240 or 264"
+        ):
             plan_of("image_dit/dit_s2_mhla_imagenet256", nodes=3, gpus_per_node=8)
-        with pytest.raises(UserError, match=r"micro_batch_size 5 must divide the 32 samples .* sizes that work: 1, 2, 4, 8, 16, 32"):
+        with pytest.raises(
+            UserError,
+            match=r"micro_batch_size 5 must divide the 32 samples .* sizes that work: 1, 2, 4, 8, 16, 32",
+        ):
             plan_of("image_dit/dit_s2_mhla_imagenet256", {"data.micro_batch_size": 5}, gpus_per_node=8)
 
     def test_odd_batches_of_mixup_are_refused_without_data(self) -> None:
@@ -119,10 +166,16 @@ class TestPlan:
             plan_of("image_dit/dit_s2_mhla_imagenet256", {"trainer.max_steps": -1})
 
     def test_time_is_flops_over_what_the_gpus_reach(self) -> None:
-        plan = plan_of("image_dit/dit_s2_mhla_imagenet256", gpu=GPUS["h100-80g"], gpus_per_node=8, utilisation=0.5)
-        assert plan.training_flops == 3 * plan.flops_per_sample * plan.batches.batch * (plan.length.steps or 0)
+        plan = plan_of(
+            "image_dit/dit_s2_mhla_imagenet256", gpu=GPUS["h100-80g"], gpus_per_node=8, utilisation=0.5
+        )
+        assert plan.training_flops == 3 * plan.flops_per_sample * plan.batches.batch * (
+            plan.length.steps or 0
+        )
         assert plan.seconds == pytest.approx(plan.training_flops / (8 * 989e12 * 0.5))
-        exact = plan_of("image_dit/dit_s2_mhla_imagenet256", {"trainer.precision": "32-true"}, gpu=GPUS["h100-80g"])
+        exact = plan_of(
+            "image_dit/dit_s2_mhla_imagenet256", {"trainer.precision": "32-true"}, gpu=GPUS["h100-80g"]
+        )
         assert exact.peak == 67e12
 
     @pytest.mark.parametrize(
@@ -131,26 +184,44 @@ class TestPlan:
             (44.0, "ddp", True, ()),
             (39.5, "ddp", False, ("trainer.strategy zero2", "trainer.strategy zero3")),
             (30.0, "ddp", False, ("data.micro_batch_size 16", "model.checkpoint_activations blocks")),
-            (8.0, "zero3", False, ("data.micro_batch_size 4", "model.checkpoint_activations blocks, data.micro_batch_size 8")),
+            (
+                8.0,
+                "zero3",
+                False,
+                ("data.micro_batch_size 4", "model.checkpoint_activations blocks, data.micro_batch_size 8"),
+            ),
             (0.5, "zero3", False, ()),
         ],
         ids=["fits", "another strategy", "a change", "a smaller change", "nothing"],
     )
-    def test_what_would_fit_is_named(self, gib: float, chosen: str, fits: bool, advice: tuple[str, ...]) -> None:
-        plan = plan_of("language/lm_340m_mhla_fineweb_edu", {"data.batch_size": 256}, gpus_per_node=8, strategy=chosen, gpu=GPU("g", int(gib * GIB)))
+    def test_what_would_fit_is_named(
+        self, gib: float, chosen: str, fits: bool, advice: tuple[str, ...]
+    ) -> None:
+        plan = plan_of(
+            "language/lm_340m_mhla_fineweb_edu",
+            {"data.batch_size": 256},
+            gpus_per_node=8,
+            strategy=chosen,
+            gpu=GPU("g", int(gib * GIB)),
+        )
         assert plan.fits is fits
         assert plan.advice[: len(advice)] == advice
         assert bool(plan.advice) == bool(advice)
 
     def test_a_strategy_of_someone_else_is_planned_beside(self) -> None:
         values = recipe(DIGITS)
-        plan = make_plan(values, strategy={"class_path": "lightning.pytorch.strategies.FSDPStrategy"}, gpu=GPUS["l4-24g"])
+        plan = make_plan(
+            values, strategy={"class_path": "lightning.pytorch.strategies.FSDPStrategy"}, gpu=GPUS["l4-24g"]
+        )
         assert (plan.strategy, plan.fits, plan.deepspeed) == (None, None, None)
         assert "the memory of this trainer.strategy is not known" in plan.notes[-1]
 
     def test_changes_of_a_preset_count(self) -> None:
         changed = {"name": "zero3", "zero_optimization": {"stage3_param_persistence_threshold": 0}}
-        plans = [plan_of("language/lm_340m_mhla_fineweb_edu", gpus_per_node=8, strategy=entry) for entry in ("zero3", changed)]
+        plans = [
+            plan_of("language/lm_340m_mhla_fineweb_edu", gpus_per_node=8, strategy=entry)
+            for entry in ("zero3", changed)
+        ]
         assert plans[0].stages["zero3"].state.weights > plans[1].stages["zero3"].state.weights
         assert plans[1].deepspeed is not None
         assert plans[1].deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] == 0
@@ -167,7 +238,10 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("words", "sentence"),
         [
-            (["--gpu", "h100"], r"unknown --gpu 'h100'; valid: a100-40g, .* did you mean 'h100-80g'\?; or give --gpu-memory"),
+            (
+                ["--gpu", "h100"],
+                r"unknown --gpu 'h100'; valid: a100-40g, .* did you mean 'h100-80g'\?; or give --gpu-memory",
+            ),
             (["--gpu-memory", "much"], "--gpu-memory is 'much'; it is a size above 0 such as 40GiB or 80GB"),
             (["--nodes", "0"], "--nodes is 0; it must be at least 1"),
             (["--utilisation", "0"], "the utilisation is 0.0; it is a share"),
@@ -176,7 +250,9 @@ class TestPlan:
             (["--json", "/nowhere/plan.json"], "there is no folder /nowhere"),
         ],
     )
-    def test_mistakes_are_one_sentence(self, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_mistakes_are_one_sentence(
+        self, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["plan", DIGITS, *words]) == 2
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
@@ -187,7 +263,9 @@ class TestPlan:
         assert "ddp fits into 36.80 GiB, 92% of 40.00 (40GiB)." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("text", "size"), [("40GiB", 40 * 2**30), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("1024", 1024)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("40GiB", 40 * 2**30), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("1024", 1024)]
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "--gpu-memory") == size
 

@@ -22,13 +22,23 @@ from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.planning.state_memory import ModelSize, partitioned, replicated
 from mhla_lightning.planning.step_memory import activation_bytes, build, find_precision, training_step
 from mhla_lightning.strategies.config import zero_config
-from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task, VideoDiffusionTask
+from mhla_lightning.tasks import (
+    ClassificationTask,
+    ImageDiffusionTask,
+    LanguageTask,
+    Task,
+    VideoDiffusionTask,
+)
 from tests.helpers import zero_bytes
 
 CPU = torch.device("cpu")
 FAMILIES = ("classification", "language", "image_dit", "video_dit")
 OPERATORS = ("softmax", "linear", "mhla")
-SETTINGS = [(precision, checkpoint) for precision in ("32-true", "bf16-mixed", "bf16-true") for checkpoint in ("none", "blocks")]
+SETTINGS = [
+    (precision, checkpoint)
+    for precision in ("32-true", "bf16-mixed", "bf16-true")
+    for checkpoint in ("none", "blocks")
+]
 FEW = [
     (family, attention, *SETTINGS[(number + number // 3) % 4])  # the first four settings in turn
     for number, (family, attention) in enumerate(product(FAMILIES, OPERATORS))
@@ -38,7 +48,14 @@ FEW = [
 def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Task:
     """A model of every kind that a CPU trains in a moment."""
     if family == "classification":
-        return ClassificationTask("deit_tiny", attention, {"img_size": 64, "patch_size": 8, "depth": depth}, num_classes=10, mixup=0.8, **options)
+        return ClassificationTask(
+            "deit_tiny",
+            attention,
+            {"img_size": 64, "patch_size": 8, "depth": depth},
+            num_classes=10,
+            mixup=0.8,
+            **options,
+        )
     if family == "language":
         sizes: dict[str, Any] = {"vocab_size": 300, "context": 128, "embed_dim": 64, "depth": depth}
         return LanguageTask("lm_tiny", attention, sizes, **options)
@@ -54,7 +71,10 @@ def check_activations(task: Task, precision_name: str, samples: int = 4) -> None
     estimate = activation_bytes(task, samples, precision)
     real = task.rehearsal()
     build(real, precision)
-    batch = {name: torch.randn(x.shape, dtype=precision.weights) if x.is_meta else x for name, x in real.example_batch(samples).items()}
+    batch = {
+        name: torch.randn(x.shape, dtype=precision.weights) if x.is_meta else x
+        for name, x in real.example_batch(samples).items()
+    }
     measured = peak_bytes(training_step(real, batch, precision), CPU)
     assert estimate == pytest.approx(measured, rel=0.15)
     assert estimate == pytest.approx(measured, rel=0.01)  # it is nearer than the 15 % of the issue
@@ -64,7 +84,9 @@ def check_activations(task: Task, precision_name: str, samples: int = 4) -> None
     ("family", "attention", "precision", "checkpoint"),
     [case if case[1] == "mhla" else pytest.param(*case, marks=pytest.mark.slow) for case in FEW],
 )
-def test_activations_are_those_of_a_real_step(family: str, attention: str, precision: str, checkpoint: Any) -> None:
+def test_activations_are_those_of_a_real_step(
+    family: str, attention: str, precision: str, checkpoint: Any
+) -> None:
     check_activations(make_task(family, attention, checkpoint_activations=checkpoint), precision)
 
 
@@ -77,11 +99,20 @@ def test_activations_of_every_setting(family: str, attention: Any, precision: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["image_dit/dit_xl2_mhla_imagenet256", "video_dit/wan_1_3b_hybrid_finetune", "language/lm_340m_mhla_fineweb_edu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_dit/dit_xl2_mhla_imagenet256",
+        "video_dit/wan_1_3b_hybrid_finetune",
+        "language/lm_340m_mhla_fineweb_edu",
+    ],
+)
 def test_few_layers_say_what_all_take(name: str) -> None:
     recipe = resolve(load_recipe(name).values)
     precision = find_precision(recipe.trainer["precision"])
-    assert activation_bytes(recipe.task, 1, precision) == pytest.approx(activation_bytes(recipe.task, 1, precision, extrapolate=False), rel=0.01)
+    assert activation_bytes(recipe.task, 1, precision) == pytest.approx(
+        activation_bytes(recipe.task, 1, precision, extrapolate=False), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,7 +127,9 @@ def test_weights_gradients_and_optimizer_are_exact(family: str) -> None:
         assert state.weights == sum(x.nbytes for x in [*task.parameters(), *task.buffers()])
         assert state.gradients == sum(p.grad.nbytes for p in task.parameters() if p.grad is not None)
         assert state.optimizer == state_bytes(optimizer)
-        assert state.average == sum(4 * x.numel() for x in task.backbone.state_dict().values() if x.is_floating_point())  # type: ignore[union-attr]
+        assert state.average == sum(
+            4 * x.numel() for x in task.backbone.state_dict().values() if x.is_floating_point()
+        )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,8 +145,18 @@ def test_masters_of_bf16_weights_are_exact(family: str) -> None:
     optimizer = torch.optim.AdamW(masters)
     optimizer.step()
     for name in ("zero1", "zero2"):
-        state = partitioned(name, ModelSize.of(task), find_precision("bf16-true"), 1, True, zero_config(name)["zero_optimization"], 4)
-        odd = sum(master.nbytes // 2 for master in masters) - sum(2 * p.numel() for group in groups for p in group["params"])
+        state = partitioned(
+            name,
+            ModelSize.of(task),
+            find_precision("bf16-true"),
+            1,
+            True,
+            zero_config(name)["zero_optimization"],
+            4,
+        )
+        odd = sum(master.nbytes // 2 for master in masters) - sum(
+            2 * p.numel() for group in groups for p in group["params"]
+        )
         assert state.weights == sum(x.nbytes for x in [*task.parameters(), *task.buffers()]) + odd
         assert state.optimizer == state_bytes(optimizer) + sum(master.nbytes for master in masters)
         assert state.gradients == 4 * sum(map(len, masters)) - (2 * odd if name == "zero1" else 0)
@@ -123,7 +166,9 @@ def test_masters_of_bf16_weights_are_exact(family: str) -> None:
 def test_what_two_ranks_of_deepspeed_hold_is_exact(tmp_path: Path) -> None:
     """Flat weights, float32 masters and moments of a rank after a real step, by stage and precision."""
     log = run_two_ranks(tmp_path)
-    measured = json.loads(next(line for line in log.splitlines() if line.startswith("BYTES ")).removeprefix("BYTES "))
+    measured = json.loads(
+        next(line for line in log.splitlines() if line.startswith("BYTES ")).removeprefix("BYTES ")
+    )
     assert len(measured) == 9
     with torch.device("meta"):
         task = zero_bytes.make_task().rehearsal()
@@ -141,13 +186,27 @@ def run_two_ranks(folder: Path) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     logs = [folder / f"rank{rank}.txt" for rank in range(2)]
     ranks = []
     for rank, path in enumerate(logs):
         with path.open("w") as log:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen([sys.executable, zero_bytes.__file__], env=shared | place, stdout=log, stderr=subprocess.STDOUT))
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, zero_bytes.__file__],
+                    env=shared | place,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
     codes = [process.wait(timeout=500) for process in ranks]
     assert codes == [0, 0], logs[0].read_text()[-2000:]
     return logs[0].read_text()
@@ -162,7 +221,11 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     state = replicated(size, find_precision("32-true"), ranks=2, average=False)
     trained = size.trained_elements
     assert 0 < trained < size.elements
-    assert (state.gradients, state.buffers, state.optimizer) == (4 * trained, 4 * trained, 8 * trained + 4 * sum(map(len, size.trained)))
+    assert (state.gradients, state.buffers, state.optimizer) == (
+        4 * trained,
+        4 * trained,
+        8 * trained + 4 * sum(map(len, size.trained)),
+    )
 
 
 def built(family: str, **options: Any) -> Task:
@@ -176,7 +239,8 @@ def test_stages_split_what_they_say() -> None:
     size, ranks = ModelSize.of(built("video_dit")), 8
     precision = find_precision("bf16-true")
     states = {
-        name: partitioned(name, size, precision, ranks, True, zero_config(name)["zero_optimization"], 4) for name in ("zero1", "zero2", "zero3")
+        name: partitioned(name, size, precision, ranks, True, zero_config(name)["zero_optimization"], 4)
+        for name in ("zero1", "zero2", "zero3")
     }
     whole = size.elements
     assert [round(states[name].weights / (2 * whole), 1) for name in states] == [
@@ -189,17 +253,24 @@ def test_stages_split_what_they_say() -> None:
         assert state.optimizer / (12 * whole) == pytest.approx(1 / ranks, rel=0.01)
         assert state.average / (4 * whole) == pytest.approx(1 / ranks, rel=0.01)
     config = zero_config("zero3")["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
-    assert partitioned("zero3", size, precision, ranks, True, config, 4).weights / (2 * whole) == pytest.approx(1 / ranks, rel=0.01)
+    assert partitioned("zero3", size, precision, ranks, True, config, 4).weights / (
+        2 * whole
+    ) == pytest.approx(1 / ranks, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer", "weights"), [("zero2_offload", "host", "gpu"), ("zero3_offload", "host", "host"), ("zero3_nvme", "disk", "disk")]
+    ("name", "optimizer", "weights"),
+    [("zero2_offload", "host", "gpu"), ("zero3_offload", "host", "host"), ("zero3_nvme", "disk", "disk")],
 )
 def test_offloaded_bytes_lie_where_the_preset_says(name: str, optimizer: str, weights: str) -> None:
     size = ModelSize.of(built("image_dit"))
     plain = "zero2" if name == "zero2_offload" else "zero3"
-    there = partitioned(plain, size, find_precision("bf16-true"), 4, True, zero_config(plain)["zero_optimization"], 4)
-    moved = partitioned(name, size, find_precision("bf16-true"), 4, True, zero_config(name)["zero_optimization"], 4)
+    there = partitioned(
+        plain, size, find_precision("bf16-true"), 4, True, zero_config(plain)["zero_optimization"], 4
+    )
+    moved = partitioned(
+        name, size, find_precision("bf16-true"), 4, True, zero_config(name)["zero_optimization"], 4
+    )
     assert (moved.optimizer, moved.gradients, moved.average) == (0, 0, 0)
     assert (moved.weights < there.weights) == (weights != "gpu")
     assert {"host": moved.host, "disk": moved.disk}[optimizer] >= there.optimizer

@@ -52,7 +52,12 @@ class Cluster:
 
     def __init__(self, root: Path, work: Path, shards: Path) -> None:
         self.root, self.work = root, work
-        self.env = {**os.environ, "SLURM_CONF": str(root / "etc" / "slurm.conf"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        self.env = {
+            **os.environ,
+            "SLURM_CONF": str(root / "etc" / "slurm.conf"),
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        }
         self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.env.pop("MHLA_RUNS", None)
         (work / "tiny.yaml").write_text(TINY_RECIPE.replace("PATH", str(shards)))
@@ -68,7 +73,9 @@ class Cluster:
         }
         (work / "site.yaml").write_text(json.dumps(profile))
 
-    def call(self, *command: str, check: bool = True, env: dict[str, str] | None = None, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *command: str, check: bool = True, env: dict[str, str] | None = None, timeout: float = 900
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
             cwd=self.work,
@@ -79,16 +86,22 @@ class Cluster:
             timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
-        assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
-    def mhla(self, *words: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def mhla(
+        self, *words: str, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """`mhla ...` in a process of its own."""
         return self.call(sys.executable, "-m", "mhla_lightning", *words, check=check, env=env)
 
     def submit(self, name: str, *words: str, recipe: str = "tiny.yaml") -> str:
         """Queues a run without the check of the recipe (which imports torch); returns the job id."""
-        said = self.mhla("submit", recipe, "--profile", "site.yaml", "--run-id", name, "--no-check", *words).stdout
+        said = self.mhla(
+            "submit", recipe, "--profile", "site.yaml", "--run-id", name, "--no-check", *words
+        ).stdout
         match = re.match(r"job (\d+)", said)
         assert match, said
         return match[1]
@@ -120,7 +133,9 @@ class Cluster:
                 environment = (folder / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue  # it has ended
-            ours = b"mhla_lightning" in words and f"SLURM_CONF={self.env['SLURM_CONF']}".encode() in environment
+            ours = (
+                b"mhla_lightning" in words and f"SLURM_CONF={self.env['SLURM_CONF']}".encode() in environment
+            )
             of_rank = rank is None or f"SLURM_PROCID={rank}".encode() in environment
             if ours and of_rank and name.encode() in words and b"python" in words[0]:
                 found.append(int(folder.name))
@@ -132,7 +147,10 @@ class Cluster:
 
     def logs(self, name: str) -> str:
         """For messages of failing tests."""
-        return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted((self.run(name).path / "slurm").glob("*.log")))
+        return "\n".join(
+            f"== {path.name}\n{path.read_text()[-3000:]}"
+            for path in sorted((self.run(name).path / "slurm").glob("*.log"))
+        )
 
 
 def wait_for(what: str, done: Callable[[], Any], seconds: float = 240, told: Callable[[], str] = str) -> Any:

@@ -16,24 +16,57 @@ pytestmark = pytest.mark.slurm
 SITE = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
 
 MISTAKES: list[tuple[str, dict[str, object], list[str], list[str]]] = [
-    ("wrong partition", {**SITE, "partition": "nope"}, [], ["SLURM does not take the job: invalid partition specified: nope", "partition nope"]),
-    ("too many nodes", SITE, ["--nodes", "9"], ["SLURM does not take the job: More processors requested", "nodes 9"]),
+    (
+        "wrong partition",
+        {**SITE, "partition": "nope"},
+        [],
+        ["SLURM does not take the job: invalid partition specified: nope", "partition nope"],
+    ),
+    (
+        "too many nodes",
+        SITE,
+        ["--nodes", "9"],
+        ["SLURM does not take the job: More processors requested", "nodes 9"],
+    ),
     ("too many CPUs", {**SITE, "cpus_per_task": 99}, [], ["SLURM does not take the job", "cpus-per-task 99"]),
-    ("over-long time", SITE, ["--time", "5-00:00:00"], ["Requested time limit is invalid", "time 5-00:00:00"]),
-    ("no such feature", {**SITE, "constraint": "bigmem"}, [], ["Invalid feature specification", "constraint bigmem"]),
+    (
+        "over-long time",
+        SITE,
+        ["--time", "5-00:00:00"],
+        ["Requested time limit is invalid", "time 5-00:00:00"],
+    ),
+    (
+        "no such feature",
+        {**SITE, "constraint": "bigmem"},
+        [],
+        ["Invalid feature specification", "constraint bigmem"],
+    ),
     ("time that is none", SITE, ["--time", "soon"], ["--time is 'soon'", "HOURS:MINUTES:SECONDS"]),
     ("missing key", {"cpus_per_task": 1, "time": "10"}, [], ["has no key 'gpus_per_node'", "a whole number"]),
-    ("missing image", {**SITE, "container": {"kind": "apptainer", "image": "/no/such.sif"}}, [], ["container.image", "there is no /no/such.sif"]),
+    (
+        "missing image",
+        {**SITE, "container": {"kind": "apptainer", "image": "/no/such.sif"}},
+        [],
+        ["container.image", "there is no /no/such.sif"],
+    ),
     ("missing venv", {**SITE, "venv": "/no/env"}, [], ["venv of profile bad", "/no/env/bin/activate"]),
     ("unknown run to wait for", SITE, ["--after", "nothing"], ["no run 'nothing'"]),
     ("recipe", SITE, ["--model.atention", "mhla"], []),
 ]
 
 
-@pytest.mark.parametrize(("profile", "words", "told"), [case[1:] for case in MISTAKES[:-1]], ids=[case[0] for case in MISTAKES[:-1]])
-def test_one_sentence_and_nothing_queued(profile: dict[str, object], words: list[str], told: list[str], cluster: Cluster) -> None:
+@pytest.mark.parametrize(
+    ("profile", "words", "told"),
+    [case[1:] for case in MISTAKES[:-1]],
+    ids=[case[0] for case in MISTAKES[:-1]],
+)
+def test_one_sentence_and_nothing_queued(
+    profile: dict[str, object], words: list[str], told: list[str], cluster: Cluster
+) -> None:
     (cluster.work / "bad.yaml").write_text(json.dumps(profile))
-    done = cluster.mhla("submit", "tiny.yaml", "--profile", "bad.yaml", "--run-id", "bad", "--no-check", *words, check=False)
+    done = cluster.mhla(
+        "submit", "tiny.yaml", "--profile", "bad.yaml", "--run-id", "bad", "--no-check", *words, check=False
+    )
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -42,21 +75,36 @@ def test_one_sentence_and_nothing_queued(profile: dict[str, object], words: list
 
 
 def nothing_of(cluster: Cluster, name: str) -> bool:
-    return name not in cluster.call("squeue", "-h", "-t", "all", "-o", "%j").stdout.split() and not cluster.run(name).path.exists()
+    return (
+        name not in cluster.call("squeue", "-h", "-t", "all", "-o", "%j").stdout.split()
+        and not cluster.run(name).path.exists()
+    )
 
 
 def test_a_bad_recipe_is_told_before(cluster: Cluster) -> None:
     """And a batch that does not divide over nodes x processes: the check that --no-check skips."""
-    for words, told in ((["--model.atention", "mhla"], "did you mean 'model.attention'"), (["--nodes", "2", "--data.batch_size", "15"], "15")):
-        done = cluster.mhla("submit", "tiny.yaml", "--profile", "site.yaml", "--run-id", "bad", *words, check=False)
-        assert (done.returncode, told in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), done.stderr
+    for words, told in (
+        (["--model.atention", "mhla"], "did you mean 'model.attention'"),
+        (["--nodes", "2", "--data.batch_size", "15"], "15"),
+    ):
+        done = cluster.mhla(
+            "submit", "tiny.yaml", "--profile", "site.yaml", "--run-id", "bad", *words, check=False
+        )
+        assert (done.returncode, told in done.stderr, len(done.stderr.splitlines())) == (2, True, 1), (
+            done.stderr
+        )
         assert nothing_of(cluster, "bad")
 
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of half a megabyte, less than the copy of the code."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"this container may not mount a disk to fill: {mounted.stderr}")
     yield tmp_path
@@ -64,7 +112,18 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk(full_disk: Path, cluster: Cluster) -> None:
-    done = cluster.mhla("submit", "tiny.yaml", "--profile", "site.yaml", "--run-id", "bad", "--no-check", "--runs", str(full_disk), check=False)
+    done = cluster.mhla(
+        "submit",
+        "tiny.yaml",
+        "--profile",
+        "site.yaml",
+        "--run-id",
+        "bad",
+        "--no-check",
+        "--runs",
+        str(full_disk),
+        check=False,
+    )
     assert done.returncode == 2
     assert "No space left on device" in done.stderr
     assert "--runs" in done.stderr

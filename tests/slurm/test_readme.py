@@ -42,7 +42,14 @@ def test_six_lines(cluster: Cluster) -> None:
 
 def test_zero2(cluster: Cluster) -> None:
     """DeepSpeed starts by srun alone, too, and learns what DDP learns."""
-    job = cluster.submit("zero2", "--nodes", "2", "--time", "60", "--trainer.strategy", "zero2", recipe=RECIPE)
-    wait_for("its end", lambda: cluster.squeue(job) in ("COMPLETED", "FAILED"), 900, told=lambda: cluster.logs("zero2"))
+    job = cluster.submit(
+        "zero2", "--nodes", "2", "--time", "60", "--trainer.strategy", "zero2", recipe=RECIPE
+    )
+    wait_for(
+        "its end",
+        lambda: cluster.squeue(job) in ("COMPLETED", "FAILED"),
+        900,
+        told=lambda: cluster.logs("zero2"),
+    )
     assert cluster.status("zero2")["state"] == "COMPLETED", cluster.logs("zero2")
     assert top1(cluster, "zero2") > 0.93

@@ -14,7 +14,14 @@ from mhla_lightning.runs.folder import read_metrics
 from tests.slurm.cluster import Cluster, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-LONG = ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000", "--checkpoint.every_n_steps", "100000"]
+LONG = [
+    "--trainer.max_steps",
+    "100000",
+    "--trainer.val_check_interval",
+    "100000",
+    "--checkpoint.every_n_steps",
+    "100000",
+]
 LONG += ["--trainer.log_every_n_steps", "10"]
 
 
@@ -35,12 +42,22 @@ def test_unknown_and_local_runs(cluster: Cluster) -> None:
     (cluster.run("local").path).mkdir(parents=True)
     cluster.run("local").recipe.write_text((cluster.work / "tiny.yaml").read_text())
     assert cluster.status("local")["state"] == "NEW"
-    for verb, told in (("logs", "was never submitted"), ("cancel", "was never submitted"), ("resume", "name a site")):
+    for verb, told in (
+        ("logs", "was never submitted"),
+        ("cancel", "was never submitted"),
+        ("resume", "name a site"),
+    ):
         assert told in cluster.mhla(verb, "local", check=False).stderr
 
 
 def background(cluster: Cluster, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "mhla_lightning", *words], cwd=cluster.work, env=cluster.env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mhla_lightning", *words],
+        cwd=cluster.work,
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_life(cluster: Cluster) -> None:
@@ -48,10 +65,21 @@ def test_a_life(cluster: Cluster) -> None:
     first = cluster.submit("first", *LONG, "--trainer.max_steps", "1500", "--nodes", "2")
     other = cluster.submit("other", *LONG)
     check_pending(cluster, cluster.submit("waiting", "--after", "first"))
-    wait_for("first trains", lambda: cluster.progress("first").get("step", 0) >= 10, told=lambda: cluster.logs("first"))
-    wait_for("other trains", lambda: cluster.progress("other").get("step", 0) >= 10, told=lambda: cluster.logs("other"))
+    wait_for(
+        "first trains",
+        lambda: cluster.progress("first").get("step", 0) >= 10,
+        told=lambda: cluster.logs("first"),
+    )
+    wait_for(
+        "other trains",
+        lambda: cluster.progress("other").get("step", 0) >= 10,
+        told=lambda: cluster.logs("other"),
+    )
     check_running(cluster)
-    with background(cluster, "logs", first, "-f") as following, background(cluster, "status", "other", "--watch", "1") as watching:
+    with (
+        background(cluster, "logs", first, "-f") as following,
+        background(cluster, "status", "other", "--watch", "1") as watching,
+    ):
         time.sleep(2)
         assert f"cancelled job {first}" in cluster.mhla("cancel", first).stdout
         said, _ = following.communicate(timeout=120)
@@ -59,7 +87,11 @@ def test_a_life(cluster: Cluster) -> None:
         assert said.rstrip().endswith(f"job {first}: CANCELLED"), said[-500:]
         check_cancelled(cluster)
         cluster.call("scancel", "-b", "-s", "USR1", other)
-        wait_for("other waits for its next attempt", lambda: cluster.squeue(other) == "PENDING", told=lambda: cluster.logs("other"))
+        wait_for(
+            "other waits for its next attempt",
+            lambda: cluster.squeue(other) == "PENDING",
+            told=lambda: cluster.logs("other"),
+        )
         check_requeued(cluster)
         assert "RUNNING" in watching.communicate(timeout=60)[0]
     assert (following.returncode, watching.returncode) == (0, 0)
@@ -69,14 +101,21 @@ def test_a_life(cluster: Cluster) -> None:
 def check_pending(cluster: Cluster, job: str) -> None:
     row = cluster.status("waiting")
     assert (row["state"], row["reason"], row["job"]) == ("PENDING", "Dependency", job)
-    assert f"job {job} has printed nothing yet (PENDING, Dependency)" in cluster.mhla("logs", "waiting").stdout
+    assert (
+        f"job {job} has printed nothing yet (PENDING, Dependency)" in cluster.mhla("logs", "waiting").stdout
+    )
     assert "which was PENDING" in cluster.mhla("cancel", "waiting").stdout
     assert cluster.status(job)["state"] == "CANCELLED"
 
 
 def check_running(cluster: Cluster) -> None:
     row = cluster.status("first")
-    assert (row["state"], row["nodes"], row["restarts"], row["max_steps"]) == ("RUNNING", "node[1-2]", 0, 1500)
+    assert (row["state"], row["nodes"], row["restarts"], row["max_steps"]) == (
+        "RUNNING",
+        "node[1-2]",
+        0,
+        1500,
+    )
     assert row["job_time_left"] is not None
     assert "RUNNING" in cluster.mhla("status").stdout
     assert "has an active job" in cluster.mhla("resume", "first", check=False).stderr
@@ -89,7 +128,10 @@ def check_cancelled(cluster: Cluster) -> None:
     assert row["checkpoint"] == f"step-{row['step']:08d}", "it had the time to save"
     assert "nothing to cancel" in cluster.mhla("cancel", "first").stdout
     assert "run first" in cluster.mhla("logs", "first", "--rank", "0").stdout
-    assert "has no rank 3; ranks with a log: 0, 1" in cluster.mhla("logs", "first", "--rank", "3", check=False).stderr
+    assert (
+        "has no rank 3; ranks with a log: 0, 1"
+        in cluster.mhla("logs", "first", "--rank", "3", check=False).stderr
+    )
 
 
 def check_requeued(cluster: Cluster) -> None:
@@ -143,7 +185,10 @@ def test_timed_out(cluster: Cluster) -> None:
     assert row["checkpoint"] == "step-00000004"
     assert not cluster.training("hangs")
     assert "TIMEOUT" in cluster.mhla("logs", "hangs", "-f").stdout
-    assert f"#SBATCH --signal=B:{signal.SIGUSR1.name.removeprefix('SIG')}@10" in cluster.mhla("resume", "hangs", "--dry-run").stdout
+    assert (
+        f"#SBATCH --signal=B:{signal.SIGUSR1.name.removeprefix('SIG')}@10"
+        in cluster.mhla("resume", "hangs", "--dry-run").stdout
+    )
 
 
 def test_seeds_and_after(cluster: Cluster) -> None:
@@ -151,7 +196,9 @@ def test_seeds_and_after(cluster: Cluster) -> None:
     array = cluster.submit("seeds", "--array", "0-2", "--trainer.max_steps", "8")
     chained = cluster.submit("chained", "--after", array, "--trainer.max_steps", "4")
     names = [f"seeds-seed{seed}" for seed in range(3)]
-    wait_for("the chained run", lambda: ended(cluster, chained), told=lambda: "\n".join(map(cluster.logs, names)))
+    wait_for(
+        "the chained run", lambda: ended(cluster, chained), told=lambda: "\n".join(map(cluster.logs, names))
+    )
     recipes, losses = set(), set()
     for seed, name in enumerate(names):
         row = cluster.status(name)
@@ -161,7 +208,10 @@ def test_seeds_and_after(cluster: Cluster) -> None:
         assert cluster.run(name).recipe.read_text().count(f"seed_everything: {seed}") == 1
     assert len(recipes) == len(losses) == 3
     assert len(json.loads(cluster.mhla("status", array, "--json", "-").stdout)["rows"]) == 3
-    assert "is an array of runs: seeds-seed0, seeds-seed1, seeds-seed2" in cluster.mhla("logs", array, check=False).stderr
+    assert (
+        "is an array of runs: seeds-seed0, seeds-seed1, seeds-seed2"
+        in cluster.mhla("logs", array, check=False).stderr
+    )
     assert cluster.status("chained")["state"] == "COMPLETED"
     assert "training is finished" in cluster.mhla("logs", "chained", "-f").stdout
     assert "has ended (COMPLETED); there is nothing to cancel" in cluster.mhla("cancel", "chained").stdout

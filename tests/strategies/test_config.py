@@ -21,14 +21,22 @@ from mhla_lightning.strategies.config import (
 
 
 def make(entry: Any, **changes: Any) -> dict[str, Any]:
-    how: dict[str, Any] = {"micro_batch": 4, "accumulation": 2, "gradient_clip": 1.0, "precision": "32-true", "accelerator": "cuda"}
+    how: dict[str, Any] = {
+        "micro_batch": 4,
+        "accumulation": 2,
+        "gradient_clip": 1.0,
+        "precision": "32-true",
+        "accelerator": "cuda",
+    }
     return deepspeed_config(entry, **{**how, **changes})
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("name", ZERO)
-def test_deepspeed_reads_every_preset(name: str, precision: str, accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_reads_every_preset(
+    name: str, precision: str, accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -61,7 +69,9 @@ def test_own_keys_replace_those_of_the_preset_one_by_one() -> None:
     assert changed["zero_optimization"] == {**plain["zero_optimization"], "reduce_bucket_size": 7}
     assert changed["wall_clock_breakdown"] is True
     recipe = {"trainer": {"strategy": "zero3"}}
-    assert apply_overrides(recipe, {"trainer.strategy.zero_optimization.overlap_comm": False})["trainer"]["strategy"] == {
+    assert apply_overrides(recipe, {"trainer.strategy.zero_optimization.overlap_comm": False})["trainer"][
+        "strategy"
+    ] == {
         "name": "zero3",
         "zero_optimization": {"overlap_comm": False},
     }
@@ -85,8 +95,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ({"zero_optimization": {}}, {}, "a mapping without a name"),
     ({"name": "ddp", "bucket": 1}, {}, "unknown trainer.strategy 'ddp'"),
     ("deepspeed_stage_2", {}, r"Lightning's own.*zero1, zero2"),
-    ({"name": "zero2", "gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps cannot be set: it follows from data.batch_size"),
-    ({"name": "zero2", "train_micro_batch_size_per_gpu": 4}, {}, "cannot be set: it is data.micro_batch_size"),
+    (
+        {"name": "zero2", "gradient_accumulation_steps": 4},
+        {},
+        "gradient_accumulation_steps cannot be set: it follows from data.batch_size",
+    ),
+    (
+        {"name": "zero2", "train_micro_batch_size_per_gpu": 4},
+        {},
+        "cannot be set: it is data.micro_batch_size",
+    ),
     ({"name": "zero2", "gradient_clipping": 4}, {}, "cannot be set: it is trainer.gradient_clip_val"),
     ({"name": "zero2", "bf16": {"enabled": True}}, {}, "it follows from trainer.precision"),
     ({"name": "zero2", "optimizer": {}}, {}, "it is model.optimizer"),
@@ -98,7 +116,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("entry", "trainer", "sentence"), REFUSED, ids=lambda value: str(value)[:40])
-def test_contradictions_are_refused_in_one_sentence(entry: Any, trainer: dict[str, Any], sentence: str) -> None:
+def test_contradictions_are_refused_in_one_sentence(
+    entry: Any, trainer: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         check_strategy({"strategy": entry, **trainer})
     assert "\n" not in str(caught.value)
@@ -111,7 +131,9 @@ def test_float16_needs_a_gpu() -> None:
         make({"name": "zero2", "fp16": {"loss_scale_window": 10}})
 
 
-@pytest.mark.parametrize("entry", ["ddp", "auto", None, {"class_path": "lightning.pytorch.strategies.DDPStrategy"}])
+@pytest.mark.parametrize(
+    "entry", ["ddp", "auto", None, {"class_path": "lightning.pytorch.strategies.DDPStrategy"}]
+)
 def test_lightnings_own_strategies_are_left_alone(entry: Any) -> None:
     check_strategy({"strategy": entry})
     assert not is_zero(entry)
@@ -128,6 +150,10 @@ def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_line_of_a_preset_says_what_it_is(name: str) -> None:
     lines = (module.PRESETS / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ZeRO")
-    values = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
-    assert all("  # " in line or " # " in line for line in values), [line for line in values if "#" not in line]
+    values = [
+        line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")
+    ]
+    assert all("  # " in line or " # " in line for line in values), [
+        line for line in values if "#" not in line
+    ]
     assert zero_config(name)["zero_optimization"]["stage"] == int(name[4])

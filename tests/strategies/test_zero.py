@@ -19,7 +19,14 @@ from tests.helpers.ranks import Nursery
 
 # With the usual threshold tensors of a tiny model stay whole on every rank, and stage 3 would split nothing.
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"
-STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3, "zero3_small_whole": "zero3", "zero2_offload": "zero2_offload"}
+STRATEGIES = {
+    "ddp": "ddp",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero3": ZERO3,
+    "zero3_small_whole": "zero3",
+    "zero2_offload": "zero2_offload",
+}
 SPLIT = [name for name in STRATEGIES if name != "ddp"]
 RARE = ("zero3_small_whole", "zero2_offload")
 
@@ -40,7 +47,16 @@ class Runs:
 
     def train(self, name: str, strategy: str, ranks: int, *overrides: str) -> Path:
         """The run folder, trained to its end."""
-        place = ["--runs", str(self.root), "--run-id", name, "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
+        place = [
+            "--runs",
+            str(self.root),
+            "--run-id",
+            name,
+            "--trainer.devices",
+            str(ranks),
+            "--trainer.strategy",
+            strategy,
+        ]
         self.nursery.run(ranks, ["run", str(self.recipe), *place, *overrides], self.root)
         return self.root / name
 
@@ -83,7 +99,9 @@ def assert_close_curves(got: Path, expected: Path, tolerance: float) -> None:
     ours, theirs = curves(got), curves(expected)
     for tag in CURVES:
         assert [step for step, _ in ours[tag]] == [step for step, _ in theirs[tag]]
-        assert [value for _, value in ours[tag]] == pytest.approx([value for _, value in theirs[tag]], abs=tolerance), tag
+        assert [value for _, value in ours[tag]] == pytest.approx(
+            [value for _, value in theirs[tag]], abs=tolerance
+        ), tag
 
 
 def end_of(run: Path) -> Source:
@@ -101,20 +119,32 @@ def test_two_ranks_learn_what_one_process_learns(runs: Runs, name: str) -> None:
         assert difference <= 2e-6, f"{tensor} differs by {difference}"
         assert got.kinds(tensor) == expected.kinds(tensor) == ["exp_avg", "exp_avg_sq"]
         assert got.scalars(tensor) == expected.scalars(tensor) == {"step": 12.0}
-    decays = [{name: group["weight_decay"] for group in source.groups for name in group["names"]} for source in (expected, got)]
+    decays = [
+        {name: group["weight_decay"] for group in source.groups for name in group["names"]}
+        for source in (expected, got)
+    ]
     assert decays[0] == decays[1]
 
 
 def test_stages_1_and_2_are_ddp_bit_for_bit(runs: Runs) -> None:
     """Their clipped steps too: nobody rounds the norm before it is whole."""
     ddp = curves(runs.of("ddp"))
-    assert max(norm for _, norm in ddp["train/grad_norm"]) > 0.5, "nothing was clipped: the test shows nothing"
+    assert max(norm for _, norm in ddp["train/grad_norm"]) > 0.5, (
+        "nothing was clipped: the test shows nothing"
+    )
     assert curves(runs.of("zero1")) == curves(runs.of("zero2")) == ddp
 
 
 def test_split_weights_start_as_those_of_one_process(runs: Runs) -> None:
     """DeepSpeed would round what is computed on the way to them: the locality of a mixing matrix is float64."""
-    still = ["--model.optimizer.lr", "1e-60", "--model.schedule.warmup_steps", "0", "--trainer.max_steps", "1"]
+    still = [
+        "--model.optimizer.lr",
+        "1e-60",
+        "--model.schedule.warmup_steps",
+        "0",
+        "--trainer.max_steps",
+        "1",
+    ]
     still += ["--model.attention", "{name: mhla, blocks: 2, mix_init: local_row}"]
     expected = end_of(runs.train("still-one", "auto", 1, *still))
     got = end_of(runs.train("still-zero3", ZERO3, 2, *still))
@@ -150,13 +180,23 @@ def test_stages_split_what_they_should(runs: Runs) -> None:
         assert reader.read(reader.names()[0], WEIGHT).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3_small_whole"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3_small_whole")),
+    ],
+)
 def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
     runs.broken_off(runs.of(name), f"{name}-again")
     again = runs.train(f"{name}-again", STRATEGIES[name], 2)
     assert curves(again) == curves(runs.of(name))
     first, second = end_of(runs.of(name)), end_of(again)
-    assert all(torch.equal(first.whole(t, kind), second.whole(t, kind)) for t in first.names() for kind in (WEIGHT, *first.kinds(t)))
+    assert all(
+        torch.equal(first.whole(t, kind), second.whole(t, kind))
+        for t in first.names()
+        for kind in (WEIGHT, *first.kinds(t))
+    )
 
 
 CHANGES: list[Any] = [("zero3", "zero3", 4), ("zero2", "ddp", 2), ("ddp", "zero3", 2)]
@@ -172,7 +212,9 @@ CHANGES += [pytest.param(*change, marks=pytest.mark.slow) for change in MORE]
 
 
 @pytest.mark.parametrize(("before", "after", "ranks"), CHANGES, ids=lambda value: str(value))
-def test_a_run_goes_on_with_other_ranks_and_strategies(runs: Runs, before: str, after: str, ranks: int) -> None:
+def test_a_run_goes_on_with_other_ranks_and_strategies(
+    runs: Runs, before: str, after: str, ranks: int
+) -> None:
     name = f"{before}-{after}-{ranks}"
     runs.broken_off(runs.of(before), name)
     run = runs.train(name, "auto" if after == "one" else STRATEGIES[after], ranks)
@@ -195,7 +237,14 @@ def test_twenty_more_steps_with_one_rank_and_with_four(runs: Runs, name: str) ->
 def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, name: str) -> None:
     """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have no master."""
     start = str(complete_checkpoints(runs.of("one"))[-1] / "ema" / "weights.safetensors")
-    warm = ["--model.init_from", start, "--model.train_only", '["mixing", "norm", "head"]', "--trainer.max_steps", "4"]
+    warm = [
+        "--model.init_from",
+        start,
+        "--model.train_only",
+        '["mixing", "norm", "head"]',
+        "--trainer.max_steps",
+        "4",
+    ]
     one = runs.root / "warm-one"
     expected = end_of(one if one.exists() else runs.train("warm-one", "auto", 1, *warm))
     got = end_of(runs.train(f"warm-{name}", STRATEGIES[name], 2, *warm))
@@ -205,7 +254,11 @@ def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, nam
     assert got.kinds("backbone.head.weight")
 
 
-BF16 = [("zero3", "bf16-mixed"), ("zero2", "bf16-true"), pytest.param("zero1", "bf16-true", marks=pytest.mark.slow)]
+BF16 = [
+    ("zero3", "bf16-mixed"),
+    ("zero2", "bf16-true"),
+    pytest.param("zero1", "bf16-true", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("strategy", "precision"), BF16)
@@ -219,7 +272,9 @@ def test_bf16_follows_ddp(runs: Runs, strategy: str, precision: str) -> None:
         expected = [value for _, value in curves(ddp)[tag]]
         assert [value for _, value in curves(run)[tag]] == pytest.approx(expected, rel=0.02), tag
     got = end_of(run)
-    assert all(got.whole(name).dtype == torch.float32 for name in got.names()), "masters are saved, not bf16 weights"
+    assert all(got.whole(name).dtype == torch.float32 for name in got.names()), (
+        "masters are saved, not bf16 weights"
+    )
     mixing = [got.whole(name) for name in got.names() if name.endswith("mixing.weight")]
     assert all(0 <= values.min() <= values.max() <= 1 for values in mixing)
 
@@ -231,15 +286,28 @@ def test_accumulation_and_recomputation_change_nothing(runs: Runs, name: str) ->
     run = runs.train(f"micro-{name}", STRATEGIES[name], 2, *split)
     assert_close_curves(run, runs.of("one"), tolerance=1e-5)
     norms = [dict(curves(folder)["train/grad_norm"]) for folder in (run, runs.of("one"))]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4), "Lightning and DeepSpeed must not both divide by the micro batches"
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4), (
+        "Lightning and DeepSpeed must not both divide by the micro batches"
+    )
 
 
 def test_a_checkpoint_of_split_weights_is_validated_anywhere(runs: Runs) -> None:
     run, told = runs.of("zero3"), {}
     for strategy, ranks in (("auto", 1), (ZERO3, 2), ("zero2", 2)):
-        place = ["--mode", "validate", "--ckpt", str(run), "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
+        place = [
+            "--mode",
+            "validate",
+            "--ckpt",
+            str(run),
+            "--trainer.devices",
+            str(ranks),
+            "--trainer.strategy",
+            strategy,
+        ]
         output = runs.nursery.run(ranks, ["run", str(runs.recipe), *place], runs.root)
-        told[strategy] = [line for line in output.splitlines() if line.startswith(("│ val/loss", "│ val_ema/loss"))]
+        told[strategy] = [
+            line for line in output.splitlines() if line.startswith(("│ val/loss", "│ val_ema/loss"))
+        ]
     assert len(told["auto"]) == 2
     assert told["auto"] == told[ZERO3] == told["zero2"]
     assert f"{dict(curves(run)['val/loss'])[12]:.4f}" in told["auto"][0]

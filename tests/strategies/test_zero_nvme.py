@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mhla_lightning.strategies.zero.strategy.nvme import disk
+from mhla_lightning.strategies.zero.nvme import disk
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
@@ -20,7 +20,9 @@ from tests.conftest import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 from tests.strategies.test_zero import STRATEGIES, Runs, assert_close_curves, curves, end_of
 
-WIDE = TINY_RECIPE.replace("embed_dim: 12", "embed_dim: 384").replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
+WIDE = TINY_RECIPE.replace("embed_dim: 12", "embed_dim: 384").replace(
+    "log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5"
+)
 """DeepSpeed leaves less than 1 MiB in memory: a matrix must be larger on each of two ranks."""
 
 
@@ -31,11 +33,15 @@ def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Pat
     folder = tmp_path_factory.mktemp("disk")
     (folder / "swap").mkdir()
     recipe = folder / "wide.yaml"
-    one_group = WIDE.replace("optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-4, eps: 1.0e-2, weight_decay: 0}")  # with the mixing matrices in it
+    one_group = WIDE.replace(
+        "optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-4, eps: 1.0e-2, weight_decay: 0}"
+    )  # with the mixing matrices in it
     one_group = one_group.replace("keep_last: 2", "keep_last: 9")
     at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
     recipe.write_text(
-        one_group.replace("{name: mhla, blocks: 2}", at_the_border).replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9")
+        one_group.replace("{name: mhla, blocks: 2}", at_the_border)
+        .replace("PATH", str(shards))
+        .replace("keep_last: 2", "keep_last: 9")
     )
     return Runs(nursery, folder, recipe)
 
@@ -57,7 +63,10 @@ def assert_equal_ends(got: Path, expected: Path) -> None:
     for name in ours.names():
         assert ours.kinds(name) == theirs.kinds(name)
         assert ours.scalars(name) == theirs.scalars(name)
-        assert all(torch.equal(ours.whole(name, kind), theirs.whole(name, kind)) for kind in (WEIGHT, *ours.kinds(name))), name
+        assert all(
+            torch.equal(ours.whole(name, kind), theirs.whole(name, kind))
+            for kind in (WEIGHT, *ours.kinds(name))
+        ), name
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +82,13 @@ def test_the_disk_changes_no_bit(runs: Runs, trained: Path) -> None:
     assert_equal_ends(trained, expected)
     averages = [ShardReader(complete_checkpoints(run)[-1] / "ema") for run in (trained, expected)]
     assert all(torch.equal(averages[0].whole(name), averages[1].whole(name)) for name in averages[1].names())
-    mixing = [end_of(trained).whole(name) for name in end_of(trained).names() if name.endswith("mixing.weight")]
+    mixing = [
+        end_of(trained).whole(name) for name in end_of(trained).names() if name.endswith("mixing.weight")
+    ]
     assert len(mixing) == 2
-    assert all((values == 1).any() and values.min() >= 0 and values.max() <= 1 for values in mixing), "nothing was projected: the test shows nothing"
+    assert all((values == 1).any() and values.min() >= 0 and values.max() <= 1 for values in mixing), (
+        "nothing was projected: the test shows nothing"
+    )
 
 
 @pytest.mark.slow
@@ -89,13 +102,24 @@ def test_what_is_on_the_disk_is_saved_file_by_file_and_removed_at_the_end(runs: 
 
 @pytest.mark.slow
 def test_killed_on_the_way_it_goes_on_bit_for_bit(runs: Runs, trained: Path) -> None:
-    place = ["--runs", str(runs.root), "--run-id", "killed", "--trainer.devices", "2", "--trainer.strategy", nvme(runs.root)]
+    place = [
+        "--runs",
+        str(runs.root),
+        "--run-id",
+        "killed",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        nvme(runs.root),
+    ]
     ranks = runs.nursery.start(2, ["run", str(runs.recipe), *place], runs.root)
     while not complete_checkpoints(runs.root / "killed"):
         assert not ranks.poll(), ranks.output()
         time.sleep(0.05)
     (swapped,) = (runs.root / "swap").iterdir()
-    assert {path.parent.parent.name for path in swapped.rglob("*.swp")} == {"optimizer", "float32params"}, "weights and masters are on the disk"
+    assert {path.parent.parent.name for path in swapped.rglob("*.swp")} == {"optimizer", "float32params"}, (
+        "weights and masters are on the disk"
+    )
     ranks.kill()
     ranks.wait()
     runs.nursery.run(2, ["run", str(runs.recipe), *place], runs.root)
@@ -105,8 +129,13 @@ def test_killed_on_the_way_it_goes_on_bit_for_bit(runs: Runs, trained: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after", "ranks"), [("nvme", "nvme", 1), ("nvme", "zero2", 2), ("zero3", "nvme", 2), ("nvme", "half", 2)])
-def test_it_goes_on_with_other_ranks_and_strategies(runs: Runs, trained: Path, before: str, after: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "ranks"),
+    [("nvme", "nvme", 1), ("nvme", "zero2", 2), ("zero3", "nvme", 2), ("nvme", "half", 2)],
+)
+def test_it_goes_on_with_other_ranks_and_strategies(
+    runs: Runs, trained: Path, before: str, after: str, ranks: int
+) -> None:
     start = trained if before == "nvme" else runs.of(before)
     runs.broken_off(start, f"{before}-{after}-{ranks}")
     strategy = {**STRATEGIES, "nvme": nvme(runs.root), "half": nvme(runs.root, weights="cpu")}[after]
@@ -117,7 +146,14 @@ def test_it_goes_on_with_other_ranks_and_strategies(runs: Runs, trained: Path, b
 def test_frozen_weights_and_bf16(runs: Runs, trained: Path) -> None:
     """Frozen ones have no master: they are read from the disk by themselves."""
     start = str(complete_checkpoints(trained)[-1] / "ema")
-    warm = ["--model.init_from", start, "--model.train_only", '["mixing", "norm", "attn", "head"]', "--trainer.precision", "bf16-mixed"]
+    warm = [
+        "--model.init_from",
+        start,
+        "--model.train_only",
+        '["mixing", "norm", "attn", "head"]',
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
     runs.train("warm-memory", in_memory(), 2, *warm)
     runs.train("warm-nvme", nvme(runs.root), 2, *warm)
     assert curves(runs.root / "warm-nvme") == curves(runs.root / "warm-memory")
@@ -139,22 +175,36 @@ def test_copies_are_written_beside_the_training_and_validated(runs: Runs, traine
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("key", "value", "says"), [("buffer_size", 1000, "the largest weight has 589824 elements"), ("max_in_cpu", 9, "it can be 0")]
+    ("key", "value", "says"),
+    [("buffer_size", 1000, "the largest weight has 589824 elements"), ("max_in_cpu", 9, "it can be 0")],
 )
 def test_what_deepspeed_cannot_do_is_named(runs: Runs, key: str, value: int, says: str) -> None:
-    place = ["--runs", str(runs.root), "--run-id", "small", "--trainer.strategy", nvme(runs.root, more=f", {key}: {value}")]
+    place = [
+        "--runs",
+        str(runs.root),
+        "--run-id",
+        "small",
+        "--trainer.strategy",
+        nvme(runs.root, more=f", {key}: {value}"),
+    ]
     ranks = runs.nursery.start(1, ["run", str(runs.recipe), *place], runs.root)
     assert ranks.wait() == [2]
     assert f"offload_param.{key} is {value}; {says}" in ranks.output()
 
 
 def _zero(path: Path) -> dict[str, Any]:
-    return {"offload_optimizer": {"device": "nvme", "nvme_path": str(path)}, "offload_param": {"device": "cpu"}}
+    return {
+        "offload_optimizer": {"device": "nvme", "nvme_path": str(path)},
+        "offload_param": {"device": "cpu"},
+    }
 
 
 def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_disk(zero_config("zero3_offload")["zero_optimization"])
-    with pytest.raises(UserError, match=r"zero_optimization\.offload_optimizer\.nvme_path is .*nowhere, and there is no such folder on this machine"):
+    with pytest.raises(
+        UserError,
+        match=r"zero_optimization\.offload_optimizer\.nvme_path is .*nowhere, and there is no such folder on this machine",
+    ):
         check_disk(_zero(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"nvme_path is /proc/self, which cannot be written"):
         check_disk(_zero(Path("/proc/self")))

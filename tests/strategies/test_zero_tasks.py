@@ -21,8 +21,18 @@ SAMPLES = {  # what draws while it trains must draw on all ranks, or stage 3 wai
 EMA = "{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}"
 
 
-def losses(nursery: Nursery, recipe: str, root: Path, strategy: str, *overrides: str) -> dict[str, list[float]]:
-    run = ["run", recipe, "--runs", str(root), "--run-id", strategy.strip("{").split(",")[0].replace("name: ", ""), *overrides]
+def losses(
+    nursery: Nursery, recipe: str, root: Path, strategy: str, *overrides: str
+) -> dict[str, list[float]]:
+    run = [
+        "run",
+        recipe,
+        "--runs",
+        str(root),
+        "--run-id",
+        strategy.strip("{").split(",")[0].replace("name: ", ""),
+        *overrides,
+    ]
     nursery.run(2, [*run, "--trainer.devices", "2", "--trainer.strategy", strategy], root)
     series = read_metrics(root / run[5] / "metrics.jsonl")
     return {tag: [value for _, value in series[tag]] for tag in LOSSES if tag in series}
@@ -52,21 +62,50 @@ CPU_RECIPES = {
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("task", CPU_RECIPES)
-def test_the_cpu_recipes_follow_ddp(nursery: Nursery, task: str, precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_cpu_recipes_follow_ddp(
+    nursery: Nursery, task: str, precision: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     assert (RECIPES / f"{CPU_RECIPES[task]}.yaml").is_file()
     root = tmp_path_factory.mktemp(f"{task}-{precision}")
-    short = ["--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.precision", precision]
-    curves = {name: losses(nursery, CPU_RECIPES[task], root, STRATEGIES[name], *short) for name in ("ddp", "zero1", "zero2", "zero3")}
+    short = [
+        "--trainer.max_steps",
+        "20",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.precision",
+        precision,
+    ]
+    curves = {
+        name: losses(nursery, CPU_RECIPES[task], root, STRATEGIES[name], *short)
+        for name in ("ddp", "zero1", "zero2", "zero3")
+    }
     for name in ("zero1", "zero2", "zero3"):
         for tag, expected in curves["ddp"].items():
-            near = pytest.approx(expected, abs=1e-4) if precision == "32-true" else pytest.approx(expected, rel=0.02)
+            near = (
+                pytest.approx(expected, abs=1e-4)
+                if precision == "32-true"
+                else pytest.approx(expected, rel=0.02)
+            )
             assert curves[name][tag] == near, (name, tag)
 
 
 @pytest.mark.slow
-def test_the_language_recipe_at_stages_1_and_2_is_that_of_ddp_bit_for_bit(nursery: Nursery, tmp_path: Path) -> None:
+def test_the_language_recipe_at_stages_1_and_2_is_that_of_ddp_bit_for_bit(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     """Clipped in every step; a rounding of 1e-7 in the norm is one of 1e-4 in the loss after 20 steps."""
-    short = ["--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1"]
-    ddp, *others = (losses(nursery, CPU_RECIPES["language"], tmp_path, name, *short) for name in ("ddp", "zero1", "zero2"))
+    short = [
+        "--trainer.max_steps",
+        "20",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--trainer.limit_val_batches",
+        "1",
+    ]
+    ddp, *others = (
+        losses(nursery, CPU_RECIPES["language"], tmp_path, name, *short) for name in ("ddp", "zero1", "zero2")
+    )
     assert len(ddp["train/loss"]) == 20
     assert others == [ddp, ddp]

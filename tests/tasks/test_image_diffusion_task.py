@@ -41,7 +41,9 @@ def test_a_sample_has_its_own_randomness(diffusion: str) -> None:
     whole = make_batch(6)
     halves = [{key: value[part] for key, value in whole.items()} for part in (slice(0, 2), slice(2, 6))]
     together = task._losses(whole, [0] * 6, "diffusion", 0.5)[0]["loss"]
-    apart = torch.cat([task._losses(half, [0] * len(half["key"]), "diffusion", 0.5)[0]["loss"] for half in halves])
+    apart = torch.cat(
+        [task._losses(half, [0] * len(half["key"]), "diffusion", 0.5)[0]["loss"] for half in halves]
+    )
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
     again = task._losses(whole, [1] * 6, "diffusion", 0.5)[0]["loss"]
     assert not torch.isclose(together, again).any(), "another epoch draws anew"
@@ -91,19 +93,30 @@ def test_losses_by_time_make_up_the_loss() -> None:
     assert counts.tolist() == expected.tolist()
 
 
-@pytest.mark.filterwarnings("ignore:The 'val_dataloader' does not have many workers")  # one batch in memory needs none
+@pytest.mark.filterwarnings(
+    "ignore:The 'val_dataloader' does not have many workers"
+)  # one batch in memory needs none
 def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
     """It was NaN in TensorBoard and in metrics.jsonl. Padding, weight 0, is no sample either; the next validation begins anew."""
     task, batch = make_task(time_bins=40), make_batch(6) | {"weight": torch.tensor([1.0, 1, 1, 1, 0, 0])}
     bins = task.process.bins(task._draw((1,), [0] * 6, range(6), "validation", 0.0)[1], 40)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     batches: Any = [batch]
     for _ in range(2):
         (found,) = trainer.validate(task, DataLoader(batches, batch_size=None), verbose=False)
         parts = {tag: value for tag, value in found.items() if tag.startswith("loss_by_time/")}
         assert parts.keys() == {f"loss_by_time/val_{number + 1}of40" for number in bins[:4].tolist()}
         shares = torch.bincount(bins[:4], minlength=40) / 4
-        total = sum(float(shares[number]) * parts[f"loss_by_time/val_{number + 1}of40"] for number in set(bins[:4].tolist()))
+        total = sum(
+            float(shares[number]) * parts[f"loss_by_time/val_{number + 1}of40"]
+            for number in set(bins[:4].tolist())
+        )
         assert total == pytest.approx(found["val/loss"], rel=1e-5)
 
 
@@ -121,7 +134,15 @@ def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
 )
 def test_wrong_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says.replace(".", r"\.")):
-        ImageDiffusionTask(**{"backbone": "dit_s2", "attention": MHLA, "backbone_options": OPTIONS, "num_classes": 4, **options})
+        ImageDiffusionTask(
+            **{
+                "backbone": "dit_s2",
+                "attention": MHLA,
+                "backbone_options": OPTIONS,
+                "num_classes": 4,
+                **options,
+            }
+        )
 
 
 @pytest.mark.parametrize(
@@ -143,16 +164,34 @@ def test_a_run_learns_and_shows_what_it_draws(diffusion_recipe: Path, tmp_path: 
     """Loss, its share by time and a grid of samples at log-spaced steps stand in TensorBoard's own files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(diffusion_recipe, "one", "--trainer.callbacks", ALL, "--trainer.max_steps", "40", "--trainer.val_check_interval", "20")
+    train(
+        diffusion_recipe,
+        "one",
+        "--trainer.callbacks",
+        ALL,
+        "--trainer.max_steps",
+        "40",
+        "--trainer.val_check_interval",
+        "20",
+    )
     run = tmp_path / "runs" / "one"
     series = read_metrics(run / "metrics.jsonl")
-    assert {"val/loss", "val/mse", "val/vb", "val_ema/loss", "loss_by_time/train_1of4", "loss_by_time/val_4of4"} <= series.keys()
+    assert {
+        "val/loss",
+        "val/mse",
+        "val/vb",
+        "val_ema/loss",
+        "loss_by_time/train_1of4",
+        "loss_by_time/val_4of4",
+    } <= series.keys()
     assert series["val/loss"][-1][1] < 0.7 * series["train/loss"][0][1]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     images = events.Images("samples")
     assert [image.step for image in images] == sorted(grid_steps(2, 40, 3)) == [2, 9, 40]
-    assert (images[0].width, images[0].height) == (2 * 9 + 1, 2 * 9 + 1), "two classes side by side, two rows, 8 pixels and a border each"
+    assert (images[0].width, images[0].height) == (2 * 9 + 1, 2 * 9 + 1), (
+        "two classes side by side, two rows, 8 pixels and a border each"
+    )
 
 
 def test_grids_change_nothing_in_training(diffusion_recipe: Path, tmp_path: Path) -> None:
@@ -164,11 +203,26 @@ def test_grids_change_nothing_in_training(diffusion_recipe: Path, tmp_path: Path
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_accumulation_and_ranks_take_the_same_step(nursery: Nursery, diffusion_recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_and_ranks_take_the_same_step(
+    nursery: Nursery, diffusion_recipe: Path, tmp_path: Path
+) -> None:
     """One process with 16 samples at once, and two with 4: noise belongs to the sample."""
     fit(nursery, diffusion_recipe, tmp_path / "runs" / "whole", "--trainer.max_steps", "3")
-    fit(nursery, diffusion_recipe, tmp_path / "runs" / "split", "--trainer.max_steps", "3", "--trainer.devices", "2", "--data.micro_batch_size", "4")
-    whole, split = (dict(read_metrics(tmp_path / "runs" / name / "metrics.jsonl")["train/loss"]) for name in ("whole", "split"))
+    fit(
+        nursery,
+        diffusion_recipe,
+        tmp_path / "runs" / "split",
+        "--trainer.max_steps",
+        "3",
+        "--trainer.devices",
+        "2",
+        "--data.micro_batch_size",
+        "4",
+    )
+    whole, split = (
+        dict(read_metrics(tmp_path / "runs" / name / "metrics.jsonl")["train/loss"])
+        for name in ("whole", "split")
+    )
     assert whole.keys() == split.keys() == {1, 2, 3}
     for step, loss in whole.items():
         assert split[step] == pytest.approx(loss, rel=1e-4)
@@ -177,7 +231,16 @@ def test_accumulation_and_ranks_take_the_same_step(nursery: Nursery, diffusion_r
 @pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(nursery: Nursery, diffusion_recipe: Path, tmp_path: Path) -> None:
     """Checkpoints lie between the points of the curves, and once on one of them."""
-    extra = ["--trainer.callbacks", ALL, "--trainer.max_steps", "40", "--trainer.val_check_interval", "10", "--checkpoint.every_n_steps", "3"]
+    extra = [
+        "--trainer.callbacks",
+        ALL,
+        "--trainer.max_steps",
+        "40",
+        "--trainer.val_check_interval",
+        "10",
+        "--checkpoint.every_n_steps",
+        "3",
+    ]
     extra += ["--trainer.log_every_n_steps", "4"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, diffusion_recipe, whole, *extra)
@@ -186,10 +249,26 @@ def test_killed_and_resumed_bit_for_bit(nursery: Nursery, diffusion_recipe: Path
     assert exact_metrics(whole) == exact_metrics(cut)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(diffusion_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    diffusion_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The checkpoint before it stays the newest, and the samples of the batch are named."""
-    shaken = ["--model.optimizer.lr", "1e20", "--model.schedule.name", "constant", "--model.schedule.warmup_steps", "5"]
-    shaken += ["--model.schedule.warmup_lr", "1e-9", "--checkpoint.every_n_steps", "2", "--trainer.log_every_n_steps", "3"]
+    shaken = [
+        "--model.optimizer.lr",
+        "1e20",
+        "--model.schedule.name",
+        "constant",
+        "--model.schedule.warmup_steps",
+        "5",
+    ]
+    shaken += [
+        "--model.schedule.warmup_lr",
+        "1e-9",
+        "--checkpoint.every_n_steps",
+        "2",
+        "--trainer.log_every_n_steps",
+        "3",
+    ]
     shaken += ["--health.max_skipped", "2"]
     assert main(["run", str(diffusion_recipe), "--run-id", "nan", *shaken]) == 2
     said = capsys.readouterr().err

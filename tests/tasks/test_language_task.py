@@ -26,9 +26,21 @@ from mhla_lightning.training.session import best
 from tests.helpers.language_models import OPERATORS_ON_CPU
 from tests.helpers.language_runs import RECIPE, write_text
 
-MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 4, "max_chunks": 4, "heads": 2, "extrapolation": "shift"}
+MHLA: dict[str, Any] = {
+    "name": "mhla",
+    "chunk_size": 4,
+    "max_chunks": 4,
+    "heads": 2,
+    "extrapolation": "shift",
+}
 OPTIONS: dict[str, Any] = {"vocab_size": 12, "context": 16, "embed_dim": 8, "depth": 2, "intermediate": 16}
-FACTS: dict[str, Any] = {"kind": "tokens", "length": 16, "val_length": 32, "vocabulary": 12, "token_bytes": None}
+FACTS: dict[str, Any] = {
+    "kind": "tokens",
+    "length": 16,
+    "val_length": 32,
+    "vocabulary": 12,
+    "token_bytes": None,
+}
 GOLDEN = Path(__file__).parents[1] / "golden" / "language.json"
 
 
@@ -54,7 +66,9 @@ def batch(rows: int = 4, length: int = 16) -> dict[str, Tensor]:
 
 
 def measured(task: Any, tag: str) -> dict[str, float]:
-    return {name: float(metric.compute()) for name, metric in task.metrics[tag].items() if metric.update_count}
+    return {
+        name: float(metric.compute()) for name, metric in task.metrics[tag].items() if metric.update_count
+    }
 
 
 def plain_loss(task: Any, data: dict[str, Tensor], targets: Tensor) -> Tensor:
@@ -66,11 +80,17 @@ def plain_loss(task: Any, data: dict[str, Tensor], targets: Tensor) -> Tensor:
 def test_targets_are_the_next_tokens_of_the_same_document() -> None:
     tokens, documents = torch.arange(10)[None], torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, -1, -1]])
     isolated, joined = make(), make(isolate_documents=False)
-    assert isolated.targets(tokens, documents).tolist() == [[1, 2, IGNORE, 4, IGNORE, 6, 7, IGNORE, IGNORE, IGNORE]]
+    assert isolated.targets(tokens, documents).tolist() == [
+        [1, 2, IGNORE, 4, IGNORE, 6, 7, IGNORE, IGNORE, IGNORE]
+    ]
     assert joined.targets(tokens, documents).tolist() == [[1, 2, 3, 4, 5, 6, 7, IGNORE, IGNORE, IGNORE]]
 
 
-@pytest.mark.parametrize("documents", [[0] * 16, [0] * 5 + [1] * 11, [0] * 12 + [-1] * 4, [0] * 5 + [1] * 7 + [-1] * 4, [-1] * 3 + [0] * 13], ids=str)
+@pytest.mark.parametrize(
+    "documents",
+    [[0] * 16, [0] * 5 + [1] * 11, [0] * 12 + [-1] * 4, [0] * 5 + [1] * 7 + [-1] * 4, [-1] * 3 + [0] * 13],
+    ids=str,
+)
 def test_the_loss_of_a_row_is_that_of_its_documents_alone(documents: list[int]) -> None:
     """Whatever shortcut a batch takes."""
     task, data = make(), batch(1)
@@ -87,7 +107,10 @@ def test_without_isolation_a_row_is_one_text_and_padding_counts_nowhere() -> Non
     task, data = make(isolate_documents=False), batch(2)
     data["documents"] = torch.tensor([[0] * 5 + [1] * 11, [0] * 9 + [1] * 3 + [-1] * 4])
     logits = task(data["tokens"])
-    expected = torch.cat([logits[0, :15], logits[1, :11]]), torch.cat([data["tokens"][0, 1:], data["tokens"][1, 1:12]])
+    expected = (
+        torch.cat([logits[0, :15], logits[1, :11]]),
+        torch.cat([data["tokens"][0, 1:], data["tokens"][1, 1:12]]),
+    )
     loss = task.training_step(data, 0)
     torch.testing.assert_close(loss, F.cross_entropy(*expected))
     data["tokens"][1, 12:] = (data["tokens"][1, 12:] + 1) % 12
@@ -120,7 +143,9 @@ def test_metrics_are_means_over_all_counted_targets() -> None:
     loss = float(plain_loss(task, real, targets).detach())
     counted = targets[targets != IGNORE]
     bits = loss * len(counted) / math.log(2) / token_bytes[counted.numpy()].sum()
-    assert measured(task, "val") == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}, rel=1e-5)
+    assert measured(task, "val") == pytest.approx(
+        {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}, rel=1e-5
+    )
     assert set(task.logged) == {"val/loss", "val/perplexity", "val/bits_per_byte"}
 
 
@@ -138,7 +163,9 @@ def test_a_row_is_evaluated_at_every_context_length() -> None:
     data["documents"][1, 20:] = -1  # its last window of 8 is all padding
     task.check_data(FACTS, 3)
     task.evaluate(data, "val_ema")
-    assert set(task.logged) == {f"{tag}/{name}" for tag in ("val_ema", "val_ema_8", "val_ema_32") for name in ("loss", "perplexity")}
+    assert set(task.logged) == {
+        f"{tag}/{name}" for tag in ("val_ema", "val_ema_8", "val_ema_32") for name in ("loss", "perplexity")
+    }
     for length, tag in ((8, "val_ema_8"), (16, "val_ema"), (32, "val_ema_32")):
         windows = {name: data[name][:2].reshape(-1, length) for name in ("tokens", "documents")}
         expected = plain_loss(task, windows, task.targets(windows["tokens"], windows["documents"]))
@@ -152,7 +179,11 @@ def test_recall_counts_answers_to_repeated_keys() -> None:
     documents = torch.zeros_like(tokens)
     assert seen_before(tokens)[0].int().tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0]
     targets = task.targets(tokens, documents)
-    assert {place: int(targets[0, place]) for place in range(16) if targets[0, place] != IGNORE} == {6: 9, 9: 8, 14: 10}
+    assert {place: int(targets[0, place]) for place in range(16) if targets[0, place] != IGNORE} == {
+        6: 9,
+        9: 8,
+        14: 10,
+    }
     data = {"tokens": tokens, "documents": documents, "weight": torch.ones(1)}
     task.evaluate(data, "val")
     guesses = task(tokens)[0].argmax(-1)
@@ -218,7 +249,10 @@ def test_recall_needs_the_datas_vocabulary() -> None:
         (lambda: ClassificationTask("lm_tiny"), ["unknown option 'num_classes' of backbone 'lm_tiny'"]),
         (lambda: LanguageTask("lm_tiny", z_loss=-1.0), ["z_loss is -1.0"]),
         (lambda: LanguageTask("lm_tiny", eval_lengths=[1]), ["context of 1 tokens"]),
-        (lambda: LanguageTask("lm_tiny", {"name": "mhla", "max_chunks": 4}, eval_lengths=[512]), ["extrapolation"]),
+        (
+            lambda: LanguageTask("lm_tiny", {"name": "mhla", "max_chunks": 4}, eval_lengths=[512]),
+            ["extrapolation"],
+        ),
     ],
     ids=["image backbone", "language backbone", "z_loss", "length", "too long"],
 )
@@ -252,20 +286,52 @@ def language_recipe(tmp_path: Path, text_shards: Path, monkeypatch: pytest.Monke
     return path
 
 
-@pytest.mark.parametrize("attention", [*OPERATORS_ON_CPU, "[softmax, {name: linear, short_conv: 4, decay: token}]"])
+@pytest.mark.parametrize(
+    "attention", [*OPERATORS_ON_CPU, "[softmax, {name: linear, short_conv: 4, decay: token}]"]
+)
 def test_every_operator_trains(language_recipe: Path, tmp_path: Path, attention: str) -> None:
-    arguments = ["run", str(language_recipe), "--run-id", "a", "--trainer.max_steps", "2", "--model.attention", attention, "--model.z_loss", "1e-4"]
-    assert main([*arguments, "--trainer.precision", "bf16-mixed", "--model.checkpoint_activations", "blocks", "--data.micro_batch_size", "4"]) == 0
+    arguments = [
+        "run",
+        str(language_recipe),
+        "--run-id",
+        "a",
+        "--trainer.max_steps",
+        "2",
+        "--model.attention",
+        attention,
+        "--model.z_loss",
+        "1e-4",
+    ]
+    assert (
+        main(
+            [
+                *arguments,
+                "--trainer.precision",
+                "bf16-mixed",
+                "--model.checkpoint_activations",
+                "blocks",
+                "--data.micro_batch_size",
+                "4",
+            ]
+        )
+        == 0
+    )
     series = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
     assert [0 < value < 10 for _, value in series["train/loss"]] == [True, True]
-    assert {f"{tag}/{name}" for tag in ("val", "val_16", "val_64", "val_ema", "val_ema_64") for name in ("loss", "bits_per_byte")} <= series.keys()
+    assert {
+        f"{tag}/{name}"
+        for tag in ("val", "val_16", "val_64", "val_ema", "val_ema_64")
+        for name in ("loss", "bits_per_byte")
+    } <= series.keys()
 
 
 def test_golden_losses(language_recipe: Path, tmp_path: Path) -> None:
     """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you write the file anew."""
     assert main(["run", str(language_recipe), "--run-id", "golden"]) == 0
     series = read_metrics(tmp_path / "runs" / "golden" / "metrics.jsonl")
-    found = {tag: [value for _, value in series[tag]] for tag in ("train/loss", "val/loss", "val_64/bits_per_byte")}
+    found = {
+        tag: [value for _, value in series[tag]] for tag in ("train/loss", "val/loss", "val_64/bits_per_byte")
+    }
     golden = json.loads(GOLDEN.read_text())
     assert found.keys() == golden.keys()
     for tag, values in golden.items():
@@ -277,7 +343,16 @@ def test_golden_losses(language_recipe: Path, tmp_path: Path) -> None:
 
 def test_recall_trains_on_its_own_rows(tmp_path: Path, language_recipe: Path) -> None:
     pack(open_mqar("mqar:4", length=32, val=20), tmp_path / "recall")
-    arguments = ["run", str(language_recipe), "--run-id", "r", "--trainer.max_steps", "2", "--data.path", str(tmp_path / "recall")]
+    arguments = [
+        "run",
+        str(language_recipe),
+        "--run-id",
+        "r",
+        "--trainer.max_steps",
+        "2",
+        "--data.path",
+        str(tmp_path / "recall"),
+    ]
     arguments += [
         "--model.class_path",
         "mhla_lightning.tasks.RecallTask",

@@ -27,7 +27,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "classification.json"
 
 def make(attention: Any = None, **options: Any) -> ClassificationTask:
     torch.manual_seed(0)
-    task = ClassificationTask("deit_tiny", attention or {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4, **options)
+    task = ClassificationTask(
+        "deit_tiny", attention or {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4, **options
+    )
     task.configure_model()
     return task
 
@@ -55,11 +57,17 @@ def test_weight_decay_spares_norms_biases_positions_and_mixing(decay_mixing: boo
     task = make()
     assert task.backbone is not None
     mixing = {name for name, _ in task.backbone.named_parameters() if name.endswith("mixing.weight")}
-    optimizer = OptimizerConfig(weight_decay=0.05, decay_mixing=decay_mixing).build(task.backbone, task._weightless(), {"pos_embed", *mixing}, mixing)
+    optimizer = OptimizerConfig(weight_decay=0.05, decay_mixing=decay_mixing).build(
+        task.backbone, task._weightless(), {"pos_embed", *mixing}, mixing
+    )
     names = {id(p): name for name, p in task.backbone.named_parameters()}
-    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
     spared = set(names.values()) - decayed
-    assert {"pos_embed", "head.bias", "fc_norm.weight", "blocks.0.attn.qkv.weight"} & decayed == {"blocks.0.attn.qkv.weight"}
+    assert {"pos_embed", "head.bias", "fc_norm.weight", "blocks.0.attn.qkv.weight"} & decayed == {
+        "blocks.0.attn.qkv.weight"
+    }
     assert (mixing <= decayed) == decay_mixing
     assert (mixing <= spared) != decay_mixing
     assert all(p.ndim > 1 for name, p in task.backbone.named_parameters() if name in decayed)
@@ -126,11 +134,19 @@ def test_warm_start_from_every_kind_of_file(tmp_path: Path) -> None:
     assert source.backbone is not None
     state = source.backbone.state_dict()
     save_file(state, tmp_path / "plain.safetensors")
-    torch.save({"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}}, tmp_path / "wrapped.ckpt")
+    torch.save(
+        {"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}}, tmp_path / "wrapped.ckpt"
+    )
     (tmp_path / "folder" / "ema").mkdir(parents=True)
     save_file(state, tmp_path / "folder" / "ema" / "weights.safetensors")
     for where in ("plain.safetensors", "wrapped.ckpt", "folder"):
-        task = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4, init_from=str(tmp_path / where))
+        task = ClassificationTask(
+            "deit_tiny",
+            {"name": "mhla", "blocks": 2},
+            OPTIONS,
+            num_classes=4,
+            init_from=str(tmp_path / where),
+        )
         task.configure_model()
         assert task.backbone is not None
         assert all(torch.equal(v, state[k]) for k, v in task.backbone.state_dict().items())
@@ -170,21 +186,35 @@ def test_train_only_freezes_the_rest() -> None:
     task = make(train_only=[r"mixing\.weight$", "^head"])
     assert task.backbone is not None
     trained = {name for name, p in task.backbone.named_parameters() if p.requires_grad}
-    assert trained == {"blocks.0.attn.attention.mixing.weight", "blocks.1.attn.attention.mixing.weight", "head.weight", "head.bias"}
+    assert trained == {
+        "blocks.0.attn.attention.mixing.weight",
+        "blocks.1.attn.attention.mixing.weight",
+        "head.weight",
+        "head.bias",
+    }
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_and_names_only_allowed_classes(name: str) -> None:
     text = (RECIPES / f"{name}.yaml").read_text()
-    assert all(path.startswith(("mhla_lightning.", "lightning.", "torch.")) for path in re.findall(r"class_path: (\S+)", text))
-    uncommented = [line for line in text.splitlines() if "#" not in line and not line.rstrip().endswith((":", "Task", "Module"))]
+    assert all(
+        path.startswith(("mhla_lightning.", "lightning.", "torch."))
+        for path in re.findall(r"class_path: (\S+)", text)
+    )
+    uncommented = [
+        line
+        for line in text.splitlines()
+        if "#" not in line and not line.rstrip().endswith((":", "Task", "Module"))
+    ]
     assert uncommented == []
     resolved = resolve(load_recipe(name).values)
     assert resolved.task.grid
     modules = list(_plan(resolved.task).modules())
     operators = [m for m in modules if isinstance(m, Attention)]
     assert operators or resolved.task.attention == "none"
-    assert any(isinstance(m, (MHLA, CausalMHLA)) for m in operators) == ("_mhla_" in name or "_hybrid_" in name)
+    assert any(isinstance(m, (MHLA, CausalMHLA)) for m in operators) == (
+        "_mhla_" in name or "_hybrid_" in name
+    )
     if not name.endswith("_m64"):  # a row of the paper's
         assert all(m.grid.num_blocks**2 <= m.grid.tokens for m in operators if isinstance(m, MHLA))
     for m in operators:
@@ -199,8 +229,22 @@ def _plan(task: Any) -> torch.nn.Module:
 
 @pytest.mark.parametrize("attention", [*ATTENTION, "[softmax, mhla, linear]"])
 def test_every_operator_trains(recipe: Path, tmp_path: Path, attention: str) -> None:
-    arguments = ["run", str(recipe), "--run-id", "a", "--trainer.max_steps", "2", "--model.attention", attention, "--model.mixup", "0.2"]
-    assert main([*arguments, "--trainer.precision", "bf16-mixed", "--model.checkpoint_activations", "blocks"]) == 0
+    arguments = [
+        "run",
+        str(recipe),
+        "--run-id",
+        "a",
+        "--trainer.max_steps",
+        "2",
+        "--model.attention",
+        attention,
+        "--model.mixup",
+        "0.2",
+    ]
+    assert (
+        main([*arguments, "--trainer.precision", "bf16-mixed", "--model.checkpoint_activations", "blocks"])
+        == 0
+    )
     losses = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")["train/loss"]
     assert len(losses) == 2
     assert all(0 < value < 10 for _, value in losses)
@@ -209,5 +253,7 @@ def test_every_operator_trains(recipe: Path, tmp_path: Path, attention: str) -> 
 def test_golden_losses(recipe: Path, tmp_path: Path) -> None:
     """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you write the file anew."""
     assert main(["run", str(recipe), "--run-id", "golden", "--trainer.max_steps", "10"]) == 0
-    losses = [value for _, value in read_metrics(tmp_path / "runs" / "golden" / "metrics.jsonl")["train/loss"]]
+    losses = [
+        value for _, value in read_metrics(tmp_path / "runs" / "golden" / "metrics.jsonl")["train/loss"]
+    ]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["train/loss"], rel=2e-4)

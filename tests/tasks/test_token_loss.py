@@ -27,7 +27,10 @@ def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 def plain(features: Tensor, weight: Tensor, targets: Tensor, z_loss: float, total: bool) -> Tensor:
     logits, counted = features @ weight.T, targets != IGNORE
-    loss = F.cross_entropy(logits[counted], targets[counted], reduction="sum") + z_loss * logits[counted].logsumexp(-1).square().sum()
+    loss = (
+        F.cross_entropy(logits[counted], targets[counted], reduction="sum")
+        + z_loss * logits[counted].logsumexp(-1).square().sum()
+    )
     return loss if total else loss / counted.sum()
 
 
@@ -75,7 +78,10 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_holds_the_logits_of_the_batch(z_loss: float) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4, 256, 16, generator=generator).requires_grad_()
-    weight, targets = torch.randn(1000, 16, generator=generator).requires_grad_(), torch.randint(0, 1000, (4, 256), generator=generator)
+    weight, targets = (
+        torch.randn(1000, 16, generator=generator).requires_grad_(),
+        torch.randint(0, 1000, (4, 256), generator=generator),
+    )
     with LargestTensor() as seen:
         plain(features, weight, targets, z_loss, False).backward()
     assert seen.elements >= 4 * 256 * 1000
@@ -87,7 +93,10 @@ def test_no_tensor_holds_the_logits_of_the_batch(z_loss: float) -> None:
 def test_a_chunk_of_a_large_vocabulary_is_bounded() -> None:
     assert module._LOGITS // 32000 * 32000 * 4 <= 2**27
     with torch.device("meta"):
-        features, weight = torch.empty(8, 2048, 64, requires_grad=True), torch.empty(32000, 64, requires_grad=True)
+        features, weight = (
+            torch.empty(8, 2048, 64, requires_grad=True),
+            torch.empty(32000, 64, requires_grad=True),
+        )
         with LargestTensor() as seen:
             token_loss(features, weight, torch.empty(8, 2048, dtype=torch.int64), z_loss=1e-4).backward()
     assert seen.elements <= module._LOGITS
@@ -108,4 +117,6 @@ def test_under_autocast_the_loss_keeps_float32() -> None:
 def test_whole_and_chunked_are_one_function() -> None:
     features, weight, targets = case()
     flat, goals = features.flatten(0, 1), targets.flatten()
-    torch.testing.assert_close(chunked_loss(flat, weight, goals, 0.1, 4), chunked_loss(flat, weight, goals, 0.1, 75))
+    torch.testing.assert_close(
+        chunked_loss(flat, weight, goals, 0.1, 4), chunked_loss(flat, weight, goals, 0.1, 75)
+    )

@@ -63,7 +63,12 @@ def test_a_sample_has_its_own_randomness() -> None:
     """The losses of a batch are those of its halves: noise, time and dropped text do not depend on the company."""
     task, whole = make_task(), make_batch(6)
     halves = [{key: value[part] for key, value in whole.items()} for part in (slice(0, 2), slice(2, 6))]
-    torch.testing.assert_close(losses(task, whole, 0.5), torch.cat([losses(task, half, 0.5) for half in halves]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses(task, whole, 0.5),
+        torch.cat([losses(task, half, 0.5) for half in halves]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_a_dropped_text_is_the_empty_prompt() -> None:
@@ -105,19 +110,27 @@ def test_images_are_videos_of_one_frame() -> None:
         ({"diffusion": "ddpm"}, "'ddpm' learns a variance"),
         ({"backbone": "dit_s2", "backbone_options": {}}, "'dit_s2' is no video diffusion model"),
         ({"backbone_options": OPTIONS | {"input_size": [4, 9, 8]}}, "9"),
-        ({"distill": Distillation("nowhere.safetensors")}, "model.distill.teacher: nowhere.safetensors does not exist"),
+        (
+            {"distill": Distillation("nowhere.safetensors")},
+            "model.distill.teacher: nowhere.safetensors does not exist",
+        ),
     ],
 )
 def test_wrong_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says.replace(".", r"\.")):
-        VideoDiffusionTask(**{"backbone": "wan_tiny", "attention": MHLA, "backbone_options": OPTIONS, **options})
+        VideoDiffusionTask(
+            **{"backbone": "wan_tiny", "attention": MHLA, "backbone_options": OPTIONS, **options}
+        )
 
 
 @pytest.mark.parametrize(
     ("facts", "says"),
     [
         (FACTS | {"kind": "images"}, "the data holds images"),
-        (FACTS | {"shapes": [(3, 4, 8, 8), (16, 4, 8, 8)]}, "16 channels, and model.backbone_options.in_channels is 3"),
+        (
+            FACTS | {"shapes": [(3, 4, 8, 8), (16, 4, 8, 8)]},
+            "16 channels, and model.backbone_options.in_channels is 3",
+        ),
         (FACTS | {"shapes": [(3, 4, 8, 8), (3, 4, 8, 9)]}, "9"),
         (FACTS | {"text": (5, 7)}, "7 channels, and model.backbone_options.text_dim is 6"),
         (FACTS | {"text": (6, 6)}, "6 tokens; model.backbone_options.text_length is 5"),
@@ -149,10 +162,14 @@ def train_once(task: Any, batch: dict[str, Any]) -> tuple[float, dict[str, float
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(tmp_path: Path, checkpointing: Any) -> None:
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(
+    tmp_path: Path, checkpointing: Any
+) -> None:
     weights = teacher_file(make_task("softmax"), tmp_path / "teacher.safetensors")
     batch = make_batch(3)
-    student = make_task("softmax", distill=Distillation(weights), text_dropout=0.0, checkpoint_activations=checkpointing)
+    student = make_task(
+        "softmax", distill=Distillation(weights), text_dropout=0.0, checkpoint_activations=checkpointing
+    )
     total, logged = train_once(student, batch)
     assert logged == {"train/distill_output": 0.0, "train/distill_layers": 0.0}
     assert total == pytest.approx(float(losses(student, batch, 0.0).mean()), rel=1e-6)
@@ -170,7 +187,9 @@ def test_the_teacher_s_errors_are_those_of_outputs_and_attention_layers(tmp_path
         for block in task.backbone.blocks:
             block.attn.register_forward_hook(lambda module, inputs, output, found=found: found.append(output))
         data = float(losses(task, batch, 0.0).mean())  # in the end the student's
-    layers = float(torch.stack([(mine - theirs).square().mean() for mine, theirs in zip(*seen, strict=True)]).mean())
+    layers = float(
+        torch.stack([(mine - theirs).square().mean() for mine, theirs in zip(*seen, strict=True)]).mean()
+    )
     assert logged["train/distill_layers"] == pytest.approx(layers, rel=1e-5)
     assert total == pytest.approx(data + 0.5 * logged["train/distill_output"] + 2.0 * layers, rel=1e-5)
     assert logged["train/distill_output"] > 0
@@ -180,7 +199,9 @@ def test_the_teacher_s_errors_are_those_of_outputs_and_attention_layers(tmp_path
 
 
 def test_layers_alone_pull_the_attention_towards_the_teacher(tmp_path: Path) -> None:
-    config = Distillation(teacher_file(make_task("softmax"), tmp_path / "teacher.safetensors"), output=0.0, layers=100.0)
+    config = Distillation(
+        teacher_file(make_task("softmax"), tmp_path / "teacher.safetensors"), output=0.0, layers=100.0
+    )
     student, batch = make_task(distill=config), make_batch(3)
     optimizer = torch.optim.Adam(student.backbone.parameters(), lr=1e-2)
     errors = []
@@ -206,7 +227,11 @@ def test_a_teacher_that_lacks_tensors_is_named(tmp_path: Path) -> None:
     del state["head.head.weight"]
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "less.safetensors")
     make_task(distill=Distillation(weights, "linear")).teacher.prepare(torch.device("cpu"))
-    with pytest.raises(UserError, match=r"less.safetensors lacks 1 tensors of the teacher \(head.head.weight\)"):
-        make_task(distill=Distillation(str(tmp_path / "less.safetensors"), "linear")).teacher.prepare(torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"less.safetensors lacks 1 tensors of the teacher \(head.head.weight\)"
+    ):
+        make_task(distill=Distillation(str(tmp_path / "less.safetensors"), "linear")).teacher.prepare(
+            torch.device("cpu")
+        )
     with pytest.raises(UserError, match=r"model.distill.output and model.distill.layers are both 0"):
         Distillation(weights, output=0.0, layers=0.0)

@@ -41,9 +41,31 @@ def recipe_file(tmp_path: Path, shards: Path) -> Path:
 
 
 def arguments(recipe: Path, kind: str, rank: int, strategy: str) -> list[str]:
-    fault = {"class_path": "tests.helpers.faults.Fault", "init_args": {"kind": kind, "steps": [3], "rank": rank}}
-    place = ["--runs", str(recipe.parent / "runs"), "--run-id", "r", "--trainer.devices", "2", "--trainer.strategy", strategy]
-    return ["run", str(recipe), *place, "--trainer.callbacks", json.dumps([fault]), "--checkpoint.every_n_steps", "2", "--health.max_skipped", "0"]
+    fault = {
+        "class_path": "tests.helpers.faults.Fault",
+        "init_args": {"kind": kind, "steps": [3], "rank": rank},
+    }
+    place = [
+        "--runs",
+        str(recipe.parent / "runs"),
+        "--run-id",
+        "r",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        strategy,
+    ]
+    return [
+        "run",
+        str(recipe),
+        *place,
+        "--trainer.callbacks",
+        json.dumps([fault]),
+        "--checkpoint.every_n_steps",
+        "2",
+        "--health.max_skipped",
+        "0",
+    ]
 
 
 def run(recipe: Path, kind: str, rank: int, strategy: str) -> End:
@@ -51,11 +73,15 @@ def run(recipe: Path, kind: str, rank: int, strategy: str) -> End:
     command = [sys.executable, "-m", "mhla_lightning", *arguments(recipe, kind, rank, strategy)]
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
     with (recipe.parent / "output").open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=recipe.parent, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=recipe.parent, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(400)
             while left := _of_session(process.pid):
-                assert time.time() - (recipe.parent / "runs" / "r" / "fault").stat().st_mtime < 2 * SOON, f"processes {left} stay behind"
+                assert time.time() - (recipe.parent / "runs" / "r" / "fault").stat().st_mtime < 2 * SOON, (
+                    f"processes {left} stay behind"
+                )
                 time.sleep(0.1)
             seconds = time.time() - (recipe.parent / "runs" / "r" / "fault").stat().st_mtime
         finally:
@@ -95,7 +121,9 @@ def test_an_exception_on_one_rank_is_shown_with_its_rank(recipe_file: Path, stra
 def test_a_rank_that_is_killed_ends_the_others(recipe_file: Path, strategy: str) -> None:
     end = run(recipe_file, "kill", 1, strategy)
     assert end.code == 1
-    assert end.last_line.startswith("error: rank 1 of 2 was ended by SIGKILL (for lack of memory, perhaps: dmesg says so); the others were stopped")
+    assert end.last_line.startswith(
+        "error: rank 1 of 2 was ended by SIGKILL (for lack of memory, perhaps: dmesg says so); the others were stopped"
+    )
     assert "Traceback" not in end.said
     assert end.seconds < SOON
     assert not (recipe_file.parent / "runs" / "r" / "lock").exists()
@@ -115,14 +143,21 @@ def test_nobody_outlives_rank_zero(recipe_file: Path, strategy: str) -> None:
     ("kind", "rank", "code", "last"),
     [
         ("exception", 0, 1, "[rank0]: on rank 0 of 2, process "),
-        ("memory", 1, 2, "error: rank 1 of 2: out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 2 ranks x 8 x 1"),
+        (
+            "memory",
+            1,
+            2,
+            "error: rank 1 of 2: out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 2 ranks x 8 x 1",
+        ),
         ("memory", 0, 2, "error: out of memory after step 2 with"),
         ("layer", 1, 2, "error: the loss of step 3 is not finite, and 1 steps in a row were left out"),
         ("hang", 1, 1, "error: rank 1 of 2 ended with exit code 1"),
     ],
     ids=["exception-rank-0", "memory-rank-1", "memory-rank-0", "all-alike", "hangs"],
 )
-def test_the_last_words_are_those_of_the_rank_that_failed(recipe_file: Path, strategy: str, kind: str, rank: int, code: int, last: str) -> None:
+def test_the_last_words_are_those_of_the_rank_that_failed(
+    recipe_file: Path, strategy: str, kind: str, rank: int, code: int, last: str
+) -> None:
     end = run(recipe_file, kind, rank, strategy)
     assert (end.code, end.last_line[: len(last)]) == (code, last), end.said
     assert end.said.count("error: ") == {"exception": 0, "hang": 2}.get(kind, 1), "told once"

@@ -16,12 +16,26 @@ from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from tests.helpers.ranks import Nursery
 
 MIXED = ["--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.schedule.name", "constant"]
-LOGGED = ["--trainer.callbacks", "[{class_path: mhla_lightning.callbacks.EMA}, {class_path: mhla_lightning.callbacks.SampleLog}]"]
+LOGGED = [
+    "--trainer.callbacks",
+    "[{class_path: mhla_lightning.callbacks.EMA}, {class_path: mhla_lightning.callbacks.SampleLog}]",
+]
 TWO = ["--trainer.devices", "2"]
 
 
 def arguments(recipe: Path | str, run: Path, *extra: str) -> list[str]:
-    return ["run", str(recipe), "--runs", str(run.parent), "--run-id", run.name, "--trainer.log_every_n_steps", "1", *LOGGED, *extra]
+    return [
+        "run",
+        str(recipe),
+        "--runs",
+        str(run.parent),
+        "--run-id",
+        run.name,
+        "--trainer.log_every_n_steps",
+        "1",
+        *LOGGED,
+        *extra,
+    ]
 
 
 def fit(nursery: Nursery, recipe: Path | str, run: Path, *extra: str) -> str:
@@ -47,7 +61,11 @@ def last_step(run: Path) -> int:
         return -1
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 20_000))
-        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b'{"step"') and line.endswith(b"}")]
+        lines = [
+            line
+            for line in file.read().split(b"\n")[:-1]
+            if line.startswith(b'{"step"') and line.endswith(b"}")
+        ]
     return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
@@ -70,7 +88,17 @@ def exact_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken run."""
-    extra = [*MIXED, "--data.num_workers", "2", "--checkpoint.every_n_steps", "3", "--trainer.max_steps", "60", "--trainer.val_check_interval", "20"]
+    extra = [
+        *MIXED,
+        "--data.num_workers",
+        "2",
+        "--checkpoint.every_n_steps",
+        "3",
+        "--trainer.max_steps",
+        "60",
+        "--trainer.val_check_interval",
+        "20",
+    ]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, recipe, whole, *extra)
     kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 30))
@@ -87,7 +115,11 @@ def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -
     extra = [*MIXED, "--checkpoint.every_n_steps", "5"]
     whole, elastic = tmp_path / "runs" / "whole", tmp_path / "runs" / "elastic"
     fit(nursery, recipe, whole, *extra, "--trainer.max_steps", "15")
-    for steps, place in (("5", ["--data.micro_batch_size", "4"]), ("10", [*TWO, "--data.num_workers", "1"]), ("15", ["--data.num_workers", "2"])):
+    for steps, place in (
+        ("5", ["--data.micro_batch_size", "4"]),
+        ("10", [*TWO, "--data.num_workers", "1"]),
+        ("15", ["--data.num_workers", "2"]),
+    ):
         changed = [] if steps == "5" else ["--accept-changes"]  # only the length changes
         fit(nursery, recipe, elastic, *extra, "--trainer.max_steps", steps, *place, *changed)
     assert {step: sorted(taken) for step, taken in samples(whole).items()} == samples(elastic)
@@ -97,7 +129,9 @@ def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_on_two_processes_without_being_asked(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_on_two_processes_without_being_asked(
+    nursery: Nursery, recipe: Path, tmp_path: Path
+) -> None:
     """Devices and workers are where a run happens, not what it is: no --accept-changes."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "4", "--trainer.max_steps", "24"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
@@ -116,7 +150,14 @@ def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path
     """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the unbroken run's, bit for bit."""
     recipe = "classification/deit_tiny_mhla_mnist_cpu"
     data = ["--data.path", str(tmp_path / "mnist"), "--data.source", "mnist", "--data.num_workers", "2"]
-    steps = ["--trainer.max_steps", "260", "--trainer.val_check_interval", "100", "--checkpoint.every_n_steps", "7"]
+    steps = [
+        "--trainer.max_steps",
+        "260",
+        "--trainer.val_check_interval",
+        "100",
+        "--checkpoint.every_n_steps",
+        "7",
+    ]
     extra = [*MIXED[:4], *data, *steps]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, recipe, whole, *extra)
@@ -126,4 +167,6 @@ def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path
     assert killed == at
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)
-    print(f"killed at {killed}: {sum(map(len, samples(cut).values()))} samples and {sum(map(len, exact_metrics(cut).values()))} values equal")
+    print(
+        f"killed at {killed}: {sum(map(len, samples(cut).values()))} samples and {sum(map(len, exact_metrics(cut).values()))} values equal"
+    )

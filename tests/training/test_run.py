@@ -23,7 +23,17 @@ from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
-TRAIN_TAGS = {"loss", "lr", "grad_norm", "samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped", "skipped_steps"}
+TRAIN_TAGS = {
+    "loss",
+    "lr",
+    "grad_norm",
+    "samples_per_second",
+    "tokens_per_second",
+    "time_data",
+    "time_compute",
+    "skipped",
+    "skipped_steps",
+}
 
 
 def run_folder(tmp_path: Path, name: str = "r") -> Path:
@@ -34,7 +44,9 @@ def fit(recipe: Path, *extra: str, name: str = "r") -> int:
     return main(["run", str(recipe), "--run-id", name, *extra])
 
 
-def test_a_run_leaves_everything_others_read(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_everything_others_read(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(recipe) == 0
     folder = run_folder(tmp_path)
     out = capsys.readouterr().out
@@ -63,7 +75,12 @@ def test_a_run_leaves_everything_others_read(recipe: Path, tmp_path: Path, capsy
     assert summary["flops_per_sample"] > 0
     assert summary["samples_per_second"] > 0
     progress = json.loads((folder / "progress.json").read_text())
-    assert (progress["state"], progress["step"], progress["consumed"], progress["epoch"]) == ("finished", 12, 192, 3)
+    assert (progress["state"], progress["step"], progress["consumed"], progress["epoch"]) == (
+        "finished",
+        12,
+        192,
+        3,
+    )
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["init_args"]["num_classes"] == 4
     assert json.loads((folder / "environment.json").read_text())["versions"]["lightning"]
     assert not (folder / "lock").exists()
@@ -80,7 +97,9 @@ def test_a_run_leaves_everything_others_read(recipe: Path, tmp_path: Path, capsy
     assert torch.load(saved[-1] / "trainer.ckpt", weights_only=True)["global_step"] == 12
 
 
-def test_a_finished_run_says_so_and_fresh_starts_another(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_fresh_starts_another(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["run", str(recipe), "--trainer.max_steps", "4"]
     assert main(command) == 0
     (first,) = (tmp_path / "runs").iterdir()
@@ -97,7 +116,11 @@ def test_a_finished_run_says_so_and_fresh_starts_another(recipe: Path, tmp_path:
 
 @pytest.mark.parametrize("size", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"], ids=["torchrun", "srun"])
 def test_processes_started_together_choose_no_folder_each(
-    recipe: Path, tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    size: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second would find the folder of the first, and write its part of every checkpoint elsewhere."""
     monkeypatch.setenv(size, "2")
@@ -122,7 +145,9 @@ def interrupt(recipe: Path, folder: Path, number: signal.Signals, steps: int = 1
     return process.returncode, said
 
 
-def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal, bit for bit."""
     assert fit(recipe, "--trainer.max_steps", "48", name="whole") == 0
     folder = run_folder(tmp_path, "cut")
@@ -138,7 +163,10 @@ def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(recipe
     whole, cut = (read_metrics(run_folder(tmp_path, name) / "metrics.jsonl") for name in ("whole", "cut"))
     exact = ["train/loss", "train/lr", "train/grad_norm", *(tag for tag in whole if tag.startswith("val"))]
     assert {tag: cut[tag] for tag in exact} == {tag: whole[tag] for tag in exact}
-    weights = [load_file(complete_checkpoints(run_folder(tmp_path, name))[-1] / "ema" / "weights.safetensors") for name in ("whole", "cut")]
+    weights = [
+        load_file(complete_checkpoints(run_folder(tmp_path, name))[-1] / "ema" / "weights.safetensors")
+        for name in ("whole", "cut")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -147,7 +175,9 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     assert code == 75, said
     newest = complete_checkpoints(run_folder(tmp_path, "term"))[-1].name
     assert f"stopped by SIGTERM; the same command goes on from {newest}" in said
-    assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["last_checkpoint"] == newest
+    assert (
+        json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["last_checkpoint"] == newest
+    )
     assert not (run_folder(tmp_path, "term") / "lock").exists()
     assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
 
@@ -161,14 +191,27 @@ def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
 
 def test_two_processes(recipe: Path, tmp_path: Path) -> None:
     """Real gloo: each step takes 16 samples over both, and the padded validation counts every sample once."""
-    with start(recipe, "--run-id", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "4") as process:
+    with start(
+        recipe,
+        "--run-id",
+        "two",
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_steps",
+        "4",
+    ) as process:
         out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     state = json.loads((complete_checkpoints(run_folder(tmp_path, "two"))[-1] / "state.json").read_text())
     assert (state["world_size"], state["consumed"]) == (2, 64)
     top1 = read_metrics(run_folder(tmp_path, "two") / "metrics.jsonl")["val/top1"][-1][1]
     assert (top1 * 20) == pytest.approx(round(top1 * 20), abs=1e-4)
-    assert {p.name for p in (complete_checkpoints(run_folder(tmp_path, "two"))[-1] / "rng").iterdir()} == {"rank-0.safetensors", "rank-1.safetensors"}
+    assert {p.name for p in (complete_checkpoints(run_folder(tmp_path, "two"))[-1] / "rng").iterdir()} == {
+        "rank-0.safetensors",
+        "rank-1.safetensors",
+    }
 
 
 def test_accumulation_counts_optimizer_steps(recipe: Path, tmp_path: Path) -> None:
@@ -180,7 +223,9 @@ def test_accumulation_counts_optimizer_steps(recipe: Path, tmp_path: Path) -> No
     assert state["consumed"] == 128
 
 
-def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_and_test_a_checkpoint(
+    recipe: Path, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(recipe, "--trainer.max_steps", "8") == 0
     folder = run_folder(tmp_path)
     before = (folder / "metrics.jsonl").read_bytes()
@@ -191,7 +236,9 @@ def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Pa
     for tag in ("val/top1", "val/loss", "val_ema/loss"):
         assert f"{last[tag][-1][1]:.4f}" in out
     older = folder / "checkpoints" / "step-00000004"
-    assert main(["run", str(recipe), "--run-id", "elsewhere", "--mode", "validate", "--ckpt", str(older)]) == 0
+    assert (
+        main(["run", str(recipe), "--run-id", "elsewhere", "--mode", "validate", "--ckpt", str(older)]) == 0
+    )
     assert f"{last['val/loss'][0][1]:.4f}" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert not run_folder(tmp_path, "elsewhere").exists()
@@ -210,10 +257,17 @@ def test_validate_and_test_a_checkpoint(recipe: Path, tmp_path: Path, shards: Pa
 
 def test_a_mixture_shows_how_much_of_each_source_it_took(recipe: Path, shards: Path, tmp_path: Path) -> None:
     pack(str(shards.parent / "source"), tmp_path / "again", shards=3, seed=1)
-    mix = f"[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'again'}, name: other, when_exhausted: drop}}]"
+    mix = (
+        f"[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'again'}, name: other, when_exhausted: drop}}]"
+    )
     assert fit(recipe, "--data.path", "null", "--data.mix", mix, "--trainer.max_steps", "30") == 0
     series = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
-    assert [a + b for (_, a), (_, b) in zip(series["train/consumed/shards"], series["train/consumed/other"], strict=True)] == list(range(16, 496, 16))
+    assert [
+        a + b
+        for (_, a), (_, b) in zip(
+            series["train/consumed/shards"], series["train/consumed/other"], strict=True
+        )
+    ] == list(range(16, 496, 16))
     assert series["train/consumed/other"][15][1] == pytest.approx(64, abs=10), "a quarter of 256"
     assert series["train/consumed/other"][-1] == (30, 64), "all of it, once"
     assert len(series["val/top1"]) == 8
@@ -227,7 +281,13 @@ def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.Captu
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
     assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
-    assert shown["checkpoint"] == {"every_n_steps": 4, "keep_last": 2, "keep_best": 0, "monitor": None, "asynchronous": False}
+    assert shown["checkpoint"] == {
+        "every_n_steps": 4,
+        "keep_last": 2,
+        "keep_best": 0,
+        "monitor": None,
+        "asynchronous": False,
+    }
 
 
 def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
@@ -237,7 +297,11 @@ def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
     left = samples
     for shard in sorted((copy / "train").glob("*.tar")):
         data = bytearray(shard.read_bytes())
-        offsets = np.load(f"{shard}.offsets.npy") if Path(f"{shard}.offsets.npy").exists() else np.load(shard.with_suffix(".offsets.npy"))
+        offsets = (
+            np.load(f"{shard}.offsets.npy")
+            if Path(f"{shard}.offsets.npy").exists()
+            else np.load(shard.with_suffix(".offsets.npy"))
+        )
         for start_, stop in zip(offsets[:-1], offsets[1:], strict=True):
             at = data.find(b"\x89PNG", int(start_), int(stop))
             if left and at >= 0:
@@ -252,11 +316,25 @@ def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
 def test_undecodable_samples_are_skipped_counted_and_limited(
     recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:
-    few = ["--data.path", str(spoiled(shards, tmp_path, 3)), "--data.verify", "size", "--data.num_workers", workers]
+    few = [
+        "--data.path",
+        str(spoiled(shards, tmp_path, 3)),
+        "--data.verify",
+        "size",
+        "--data.num_workers",
+        workers,
+    ]
     assert fit(recipe, *few, "--data.max_skipped_share", "0.5") == 0
     skipped = read_metrics(run_folder(tmp_path) / "metrics.jsonl")["train/skipped"][-1][1]
     assert 3 <= skipped <= 15  # three in each of three to five epochs read
-    many = ["--data.path", str(spoiled(shards, tmp_path, 40)), "--data.verify", "size", "--data.num_workers", workers]
+    many = [
+        "--data.path",
+        str(spoiled(shards, tmp_path, 40)),
+        "--data.verify",
+        "size",
+        "--data.num_workers",
+        workers,
+    ]
     capsys.readouterr()
     assert fit(recipe, *many, "--data.max_skipped_share", "0.5", name="many") == 2
     error = capsys.readouterr().err.strip()
@@ -264,7 +342,9 @@ def test_undecodable_samples_are_skipped_counted_and_limited(
     assert "data.max_skipped_share" in error
 
 
-def test_a_run_folder_is_held_by_one_process(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_is_held_by_one_process(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = run_folder(tmp_path)
     folder.mkdir(parents=True)
     with hold(folder):
@@ -273,7 +353,9 @@ def test_a_run_folder_is_held_by_one_process(recipe: Path, tmp_path: Path, capsy
     assert f"run r is in use by process {os.getpid()}" in error
 
 
-def test_another_recipe_under_the_same_run_id_is_refused_by_key(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_recipe_under_the_same_run_id_is_refused_by_key(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit(recipe, "--trainer.max_steps", "4") == 0
     capsys.readouterr()
     for stopped in (False, True):  # finished, and as if it had been stopped before its end
@@ -282,7 +364,9 @@ def test_another_recipe_under_the_same_run_id_is_refused_by_key(recipe: Path, tm
         assert fit(recipe, "--trainer.max_steps", "4", "--model.label_smoothing", "0.2") == 2
         assert "model.init_args.label_smoothing 0.1 -> 0.2" in capsys.readouterr().err
     assert fit(recipe, "--trainer.max_steps", "8", "--accept-changes") == 0  # trains on
-    assert [step for step, _ in read_metrics(run_folder(tmp_path) / "metrics.jsonl")["train/loss"]] == list(range(1, 9))
+    assert [step for step, _ in read_metrics(run_folder(tmp_path) / "metrics.jsonl")["train/loss"]] == list(
+        range(1, 9)
+    )
     assert json.loads((run_folder(tmp_path) / "summary.json").read_text())["steps"] == 8
 
 

@@ -38,36 +38,80 @@ BAD_COMMANDS = [
     ("section", ["--modle.attention", "mhla"], ["unknown key 'modle'", "did you mean 'model'"]),
     ("trainer key", ["--trainer.max_step", "4"], ["'trainer.max_step'", "did you mean 'trainer.max_steps'"]),
     ("task key", ["--model.atention", "mhla"], ["'model.atention'", "did you mean 'model.attention'"]),
-    ("nested key", ["--model.optimizer.learning_rate", "1"], ["'model.optimizer.learning_rate'", "model.optimizer.lr"]),
+    (
+        "nested key",
+        ["--model.optimizer.learning_rate", "1"],
+        ["'model.optimizer.learning_rate'", "model.optimizer.lr"],
+    ),
     ("data key", ["--data.batchsize", "4"], ["'data.batchsize'", "did you mean 'data.batch_size'"]),
     ("augmentation key", ["--data.augmentation.flip", "1"], ["'data.augmentation.flip'", "hflip"]),
     ("no value", ["--trainer.max_steps"], ["--trainer.max_steps has no value"]),
     ("stray word", ["hello"], ["unexpected argument 'hello'"]),
     ("type", ["--trainer.max_steps", "many"], ["trainer.max_steps: expected", "int", "many"]),
     ("nested type", ["--model.optimizer.lr", "fast"], ["model.optimizer.lr: expected float, got fast"]),
-    ("class", ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"], ["did you mean 'ClassificationTask'"]),
-    ("backbone", ["--model.backbone", "deit_tny"], ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"]),
+    (
+        "class",
+        ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"],
+        ["did you mean 'ClassificationTask'"],
+    ),
+    (
+        "backbone",
+        ["--model.backbone", "deit_tny"],
+        ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"],
+    ),
     ("backbone option", ["--model.backbone_options.dept", "4"], ["'dept'", "did you mean 'depth'"]),
     ("attention", ["--model.attention", "mlha"], ["unknown attention 'mlha'", "did you mean 'mhla'"]),
-    ("attention option", ["--model.attention.block", "3"], ["option 'block' of attention 'mhla'", "did you mean 'blocks'"]),
-    ("blocks", ["--model.attention.blocks", "3"], ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"]),
-    ("patch", ["--model.backbone_options.patch_size", "3"], ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"]),
-    ("mix key", ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"], ["'data.mix.0.weigth'", "did you mean 'data.mix.0.weight'"]),
+    (
+        "attention option",
+        ["--model.attention.block", "3"],
+        ["option 'block' of attention 'mhla'", "did you mean 'blocks'"],
+    ),
+    (
+        "blocks",
+        ["--model.attention.blocks", "3"],
+        ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"],
+    ),
+    (
+        "patch",
+        ["--model.backbone_options.patch_size", "3"],
+        ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"],
+    ),
+    (
+        "mix key",
+        ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"],
+        ["'data.mix.0.weigth'", "did you mean 'data.mix.0.weight'"],
+    ),
     ("mix and path", ["--data.mix", "[{path: a}]"], ["data.path or data.mix"]),
     ("command as path", ["--data.path", "pipe:cat x"], ["'pipe:cat x/train' begins with 'pipe:'", "allowed"]),
-    ("address to pack", ["--data.path", "http://h/x", "--data.source", "mnist"], ["data.source is packed into data.path", "folder of this machine"]),
+    (
+        "address to pack",
+        ["--data.path", "http://h/x", "--data.source", "mnist"],
+        ["data.source is packed into data.path", "folder of this machine"],
+    ),
     ("remote", ["--data.remote.retries", "-1"], ["data.remote.retries", "-1", "from 0 on"]),
-    ("tokens", ["--data", "{class_path: mhla_lightning.data.TokenDataModule, init_args: {path: SHARDS}}"], ["holds images; tokens are needed"]),
+    (
+        "tokens",
+        ["--data", "{class_path: mhla_lightning.data.TokenDataModule, init_args: {path: SHARDS}}"],
+        ["holds images; tokens are needed"],
+    ),
     ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
     ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
     ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
     ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
-    ("accumulation", ["--trainer.accumulate_grad_batches", "2"], ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"]),
+    (
+        "accumulation",
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"],
+    ),
     ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
     ("number", ["--model.optimizer.lr", "3e-3x"], ["model.optimizer.lr: expected float, got 3e-3x"]),
     ("negative rate", ["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1", "above 0"]),
     ("seed", ["--seed_everything", "-3"], ["seed_everything is -3"]),
-    ("validation interval", ["--trainer.val_check_interval", "0.5"], ["trainer.val_check_interval is 0.5", "optimizer steps"]),
+    (
+        "validation interval",
+        ["--trainer.val_check_interval", "0.5"],
+        ["trainer.val_check_interval is 0.5", "optimizer steps"],
+    ),
     ("no steps", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0", "from 1"]),
     ("save interval", ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
     ("checkpoint to fit", ["--ckpt", "r"], ["--ckpt belongs to --mode validate or test"]),
@@ -82,11 +126,20 @@ BAD_COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS])
+@pytest.mark.parametrize(
+    ("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS]
+)
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    recipe: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: list[str],
 ) -> None:
-    assert main(["run", str(recipe), *(argument.replace("SHARDS", str(shards)) for argument in arguments)]) == 2
+    assert (
+        main(["run", str(recipe), *(argument.replace("SHARDS", str(shards)) for argument in arguments)]) == 2
+    )
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error
@@ -125,7 +178,9 @@ def test_damaged_data_is_refused_before_training(
         (b"trainer: {}", "it needs trainer, model and data"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str) -> None:
+def test_a_file_that_is_no_recipe_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     assert main(["run", str(path)]) == 2
@@ -144,7 +199,11 @@ def test_an_unknown_recipe_names_the_known_ones(name: str, capsys: pytest.Captur
     assert "classification/deit_tiny_mhla_mnist_cpu" in error
 
 
-@pytest.mark.parametrize("data", [["--data.path", "typo"], ["--data.path", "null", "--data.mix", "[{path: typo}]"]], ids=["path", "mix"])
+@pytest.mark.parametrize(
+    "data",
+    [["--data.path", "typo"], ["--data.path", "null", "--data.mix", "[{path: typo}]"]],
+    ids=["path", "mix"],
+)
 def test_a_recipe_packs_its_source_into_its_own_path_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: list[str]
 ) -> None:
@@ -155,7 +214,9 @@ def test_a_recipe_packs_its_source_into_its_own_path_alone(
     assert not (tmp_path / "typo").exists()
 
 
-def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused = ["run", str(recipe), "--run-id", "r", "--data.micro_batch_size", "5"]
     assert main(refused) == 2
     assert not (tmp_path / "runs" / "r").exists()

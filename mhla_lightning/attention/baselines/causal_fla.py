@@ -34,7 +34,9 @@ def load_kernels(ops: str, name: str, device: torch.device) -> tuple[Kernel, Ker
         UserError: no CUDA device.
     """
     if device.type != "cuda":
-        raise UserError(f"attention '{name}' needs a CUDA device and got tensors on {device.type}; {{name: linear, decay: token}} runs anywhere")
+        raise UserError(
+            f"attention '{name}' needs a CUDA device and got tensors on {device.type}; {{name: linear, decay: token}} runs anywhere"
+        )
     module = importlib.import_module(f"fla.ops.{ops}")
     return getattr(module, f"chunk_{ops}"), getattr(module, f"fused_recurrent_{ops}")
 
@@ -62,7 +64,9 @@ class FlashOperator(CausalAttention):
             raise UserError(missing_extra("flash-linear-attention", "fla", f"attention '{self.name}'"))
 
     @abstractmethod
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None
+    ) -> dict[str, Tensor]:
         """What the kernel takes of every token: q, k, v, its decay as `gate`, and more."""
 
     def _scale(self, dim_k: int) -> float:
@@ -82,7 +86,9 @@ class FlashOperator(CausalAttention):
         log_decay: Tensor | None = None,
         beta: Tensor | None = None,
     ) -> Tensor:
-        return self._attend(q, k, v, rotary, packing or Packing.of(mask, documents), log_decay, beta, keep=False)[0]
+        return self._attend(
+            q, k, v, rotary, packing or Packing.of(mask, documents), log_decay, beta, keep=False
+        )[0]
 
     def _attend(
         self,
@@ -103,19 +109,31 @@ class FlashOperator(CausalAttention):
         sequences, (batch, tokens) = packing.sequences(), q.shape[:2]
         total = None
         if keep:
-            total = self.init_state(batch, heads=v.shape[2], dim_k=q.shape[-1], dim_v=v.shape[-1], device=v.device, dtype=v.dtype).total
+            total = self.init_state(
+                batch, heads=v.shape[2], dim_k=q.shape[-1], dim_v=v.shape[-1], device=v.device, dtype=v.dtype
+            ).total
         if not len(sequences.rows):
             return torch.zeros_like(v), total
         # Padding goes before anything else is computed: it may hold anything, also NaN, and a gradient of 0 times NaN is NaN.
         q, k, v = (sequences.join(x) for x in (q, k, v))
         log_decay, beta = (None if x is None else sequences.join(x) for x in (log_decay, beta))
         turn = None if rotary is None else lambda x: sequences.join(rotary(sequences.split(x, batch, tokens)))
-        out, ends = _call(kernel, self._prepared(q, k, v, turn, log_decay, beta), cu_seqlens=sequences.bounds, **options)
+        out, ends = _call(
+            kernel, self._prepared(q, k, v, turn, log_decay, beta), cu_seqlens=sequences.bounds, **options
+        )
         if total is not None and ends is not None:
             total = total.index_copy(0, sequences.rows, ends.to(total.dtype))
         return sequences.split(out, batch, tokens), total
 
-    def _prepared(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, log_decay: Tensor | None, beta: Tensor | None) -> dict[str, Tensor]:
+    def _prepared(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary | None,
+        log_decay: Tensor | None,
+        beta: Tensor | None,
+    ) -> dict[str, Tensor]:
         """q, k and v in one precision, that of v."""
         given = self._inputs(q, k, v, self._needed("log_decay", log_decay), beta)
         if rotary is not None:
@@ -124,10 +142,21 @@ class FlashOperator(CausalAttention):
 
     def _needed(self, gate: str, value: Tensor | None) -> Tensor:
         if value is None:
-            raise UserError(f"attention '{self.name}' needs {gate}, which CausalSelfAttention computes from the tokens")
+            raise UserError(
+                f"attention '{self.name}' needs {gate}, which CausalSelfAttention computes from the tokens"
+            )
         return value
 
-    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> LinearState:
+    def init_state(
+        self,
+        batch: int,
+        *,
+        heads: int,
+        dim_k: int,
+        dim_v: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> LinearState:
         precise = accumulation_dtype(torch.empty(0, dtype=dtype))
         return LinearState(torch.zeros(batch, heads, dim_k, dim_v, device=device, dtype=precise), None)
 
@@ -164,7 +193,9 @@ class FlashOperator(CausalAttention):
         assert isinstance(state, LinearState)
         _, kernel = load_kernels(self.ops, self.name, q.device)
         given = self._prepared(q, k, v, rotary, log_decay, beta)
-        out, total = _call(kernel, given, scale=self._scale(q.shape[-1]), initial_state=state.total, output_final_state=True)
+        out, total = _call(
+            kernel, given, scale=self._scale(q.shape[-1]), initial_state=state.total, output_final_state=True
+        )
         assert total is not None
         return out, LinearState(total, None)
 
@@ -186,7 +217,9 @@ class GatedLinearAttention(FlashOperator):
     name, ops = "gla", "gla"
     channel_decay = True
 
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None
+    ) -> dict[str, Tensor]:
         return {"q": q, "k": k, "v": v, "gate": log_decay}
 
 
@@ -198,7 +231,9 @@ class Mamba2(FlashOperator):
 
     name, ops = "mamba2", "simple_gla"
 
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None
+    ) -> dict[str, Tensor]:
         return {"q": F.silu(q), "k": F.silu(k), "v": -log_decay.unsqueeze(-1) * F.silu(v), "gate": log_decay}
 
     def _scale(self, dim_k: int) -> float:
@@ -214,7 +249,9 @@ class GatedDeltaNet(FlashOperator):
     name, ops = "gated_deltanet", "gated_delta_rule"
     token_beta = True
 
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None
+    ) -> dict[str, Tensor]:
         q, k = (F.normalize(F.silu(x), dim=-1, eps=1e-6) for x in (q, k))
         return {"q": q, "k": k, "v": F.silu(v), "gate": log_decay, "beta": self._needed("beta", beta)}
 

@@ -33,7 +33,9 @@ class LinearState:
 
     def reorder(self, indices: Tensor) -> LinearState:
         index = indices.to(self.total.device)
-        return LinearState(self.total.index_select(0, index), None if self.norm is None else self.norm.index_select(0, index))
+        return LinearState(
+            self.total.index_select(0, index), None if self.norm is None else self.norm.index_select(0, index)
+        )
 
 
 class CausalLinear(base.CausalAttention):
@@ -88,10 +90,19 @@ class CausalLinear(base.CausalAttention):
         log_decay: Tensor | None = None,
     ) -> Tensor:
         with base.full_precision(q):
-            return self._attend(q, k, v, rotary, packing or Packing.of(mask, documents), log_decay, keep=False)[0]
+            return self._attend(
+                q, k, v, rotary, packing or Packing.of(mask, documents), log_decay, keep=False
+            )[0]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None, packing: Packing | None, log_decay: Tensor | None, keep: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: base.Rotary | None,
+        packing: Packing | None,
+        log_decay: Tensor | None,
+        keep: bool,
     ) -> tuple[Tensor, LinearState | None]:
         """The state, where it is to be kept, is that of one document a row; None where rows hold more."""
         dtype = v.dtype
@@ -99,9 +110,17 @@ class CausalLinear(base.CausalAttention):
         q, k, v, q_norm, k_norm = (x.transpose(1, 2) for x in features)
         log_decay = self._log_decay(q, log_decay)
         scale = q.shape[-1] ** -0.5
-        if not keep and packing is None and log_decay is None and self.normalizer == "none" and pays(q, self.chunk_size):
+        if (
+            not keep
+            and packing is None
+            and log_decay is None
+            and self.normalizer == "none"
+            and pays(q, self.chunk_size)
+        ):
             weights = q.new_ones(-(-q.shape[2] // self.chunk_size))
-            return (scale * fused_causal(q, k, v, None, weights, self.chunk_size)).transpose(1, 2).to(dtype), None
+            return (scale * fused_causal(q, k, v, None, weights, self.chunk_size)).transpose(1, 2).to(
+                dtype
+            ), None
         tokens = chunk_tokens(q, k, v, self.chunk_size, packing, log_decay=log_decay, decay_span="sequence")
         summaries = tokens.summaries()
         out, sums = tokens.read_earlier(scale * summaries, None).add(tokens.read_own(), alpha=scale), None
@@ -129,8 +148,24 @@ class CausalLinear(base.CausalAttention):
             return None
         return base.demand_decay(log_decay).to(q.dtype).transpose(1, 2)
 
-    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> LinearState:
-        total = torch.zeros(batch, heads, dim_k, dim_v, device=device, dtype=base.accumulation_dtype(torch.empty(0, dtype=dtype)))
+    def init_state(
+        self,
+        batch: int,
+        *,
+        heads: int,
+        dim_k: int,
+        dim_v: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> LinearState:
+        total = torch.zeros(
+            batch,
+            heads,
+            dim_k,
+            dim_v,
+            device=device,
+            dtype=base.accumulation_dtype(torch.empty(0, dtype=dtype)),
+        )
         return LinearState(total, total[..., :1].clone() if self.normalizer == "block" else None)
 
     def prefill(
@@ -145,13 +180,22 @@ class CausalLinear(base.CausalAttention):
         log_decay: Tensor | None = None,
     ) -> tuple[Tensor, base.State]:
         with base.full_precision(q):
-            out, state = self._attend(q, k, v, rotary, packing or Packing.of(mask, None), log_decay, keep=True)
+            out, state = self._attend(
+                q, k, v, rotary, packing or Packing.of(mask, None), log_decay, keep=True
+            )
         if state is None:
             raise UserError("a state follows one document a row; leave documents out")
         return out, state
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: base.State, *, rotary: base.Rotary | None = None, log_decay: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: base.State,
+        *,
+        rotary: base.Rotary | None = None,
+        log_decay: Tensor | None = None,
     ) -> tuple[Tensor, base.State]:
         assert isinstance(state, LinearState)
         dtype = v.dtype
@@ -174,7 +218,10 @@ class CausalLinear(base.CausalAttention):
         decayed = self.token_decay or self.decay is not None
         widths = [dim_v, 1] if self.normalizer == "block" else [dim_v]
         # per value channel: a summary, a read, the own chunk; with a decay a matrix between chunks; and the scores once
-        each = sum(w * (2 * places * dim_k + places * self.chunk_size + (chunks**2 * dim_k if decayed else 0)) for w in widths)
+        each = sum(
+            w * (2 * places * dim_k + places * self.chunk_size + (chunks**2 * dim_k if decayed else 0))
+            for w in widths
+        )
         return 2 * heads * (each + len(widths) * places * self.chunk_size * dim_k)
 
 

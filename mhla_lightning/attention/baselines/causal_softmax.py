@@ -38,10 +38,15 @@ class KeyValueCache:
         """With one more token, k and v (batch, heads, 1, dim), written in place where there is room."""
         cache = self
         if max(self.lengths) == self.keys.shape[2]:
-            cache = replace(self, keys=F.pad(self.keys, (0, 0, 0, _GROWTH)), values=F.pad(self.values, (0, 0, 0, _GROWTH)))
+            cache = replace(
+                self, keys=F.pad(self.keys, (0, 0, 0, _GROWTH)), values=F.pad(self.values, (0, 0, 0, _GROWTH))
+            )
         if k.requires_grad or self.keys.requires_grad:  # a gradient still needs what stands there
             cache = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
-        rows, places = torch.arange(len(self.lengths), device=k.device), torch.tensor(self.lengths, device=k.device)
+        rows, places = (
+            torch.arange(len(self.lengths), device=k.device),
+            torch.tensor(self.lengths, device=k.device),
+        )
         cache.keys[rows, :, places], cache.values[rows, :, places] = k[:, :, 0], v[:, :, 0]
         return replace(cache, lengths=[length + 1 for length in self.lengths])
 
@@ -51,7 +56,10 @@ class KeyValueCache:
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         if min(self.lengths) == longest:
             return keys, values, None
-        used = torch.arange(longest, device=keys.device) < torch.tensor(self.lengths, device=keys.device)[:, None]
+        used = (
+            torch.arange(longest, device=keys.device)
+            < torch.tensor(self.lengths, device=keys.device)[:, None]
+        )
         return keys, values, used[:, None, None]
 
 
@@ -85,11 +93,24 @@ class CausalSoftmax(CausalAttention):
         # Padded keys may hold anything, also NaN: 0 x NaN would reach the output through a masked product.
         real = packing.real[:, None, :, None]
         k, v = k.masked_fill(~real, 0), v.masked_fill(~real, 0)
-        out = F.scaled_dot_product_attention(q.masked_fill(~real, 0), k, v, attn_mask=packing.allowed(), enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q.masked_fill(~real, 0), k, v, attn_mask=packing.allowed(), enable_gqa=grouped
+        )
         return (out * real.to(out.dtype)).transpose(1, 2)
 
-    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueCache:
-        keys, values = (torch.zeros(batch, heads, 0, dim, device=device, dtype=dtype) for dim in (dim_k, dim_v))
+    def init_state(
+        self,
+        batch: int,
+        *,
+        heads: int,
+        dim_k: int,
+        dim_v: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> KeyValueCache:
+        keys, values = (
+            torch.zeros(batch, heads, 0, dim, device=device, dtype=dtype) for dim in (dim_k, dim_v)
+        )
         return KeyValueCache(keys, values, [0] * batch)
 
     def prefill(
@@ -112,13 +133,22 @@ class CausalSoftmax(CausalAttention):
         return self._attend(q, k, v, packing), KeyValueCache(keys, values, packing.real.sum(1).tolist())
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: State, *, rotary: Rotary | None = None, log_decay: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: State,
+        *,
+        rotary: Rotary | None = None,
+        log_decay: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         assert isinstance(state, KeyValueCache)
         q, k, v = _turned(q, k, v, rotary)
         state = state.append(k, v)
         keys, values, used = state.seen()
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=used, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=used, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2), state
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:

@@ -53,14 +53,30 @@ class Linear(base.Attention):
         dtype = v.dtype
         with base.full_precision(q):
             # A compiler fuses the plain form itself; rotary and masks take it too.
-            if self.fused_offset is not None and rotary is None and mask is None and not torch.compiler.is_compiling():
+            if (
+                self.fused_offset is not None
+                and rotary is None
+                and mask is None
+                and not torch.compiler.is_compiling()
+            ):
                 parts = BlockGrid((q.shape[1],), math.ceil(q.shape[1] / _PART))
-                return fused_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, dtype=base.accumulation_dtype(q))
+                return fused_mhla(
+                    q,
+                    k,
+                    v,
+                    None,
+                    parts,
+                    offset=self.fused_offset,
+                    eps=self.eps,
+                    dtype=base.accumulation_dtype(q),
+                )
             q, k, v = (x.to(base.accumulation_dtype(x)).transpose(1, 2) for x in (q, k, v))
             q, k = self.phi(q), self.phi(k)
             if mask is not None:
                 k = k * mask[:, None, :, None].to(k.dtype)
-            q_turned, k_turned = (q, k) if rotary is None else (rotary(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
+            q_turned, k_turned = (
+                (q, k) if rotary is None else (rotary(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
+            )
             summary, z = k_turned.transpose(-2, -1) @ v, k.sum(-2)
             out = (q_turned @ summary) / (q @ z.unsqueeze(-1) + self.eps)
         out = out.transpose(1, 2)

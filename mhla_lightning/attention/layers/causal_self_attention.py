@@ -36,7 +36,10 @@ class LayerState:
 
     def reorder(self, indices: Tensor) -> LayerState:
         """The sequences `indices` (int64, repeats allowed) as a new batch."""
-        return LayerState(self.operator.reorder(indices), tuple(x.index_select(0, indices.to(x.device)) for x in self.inputs))
+        return LayerState(
+            self.operator.reorder(indices),
+            tuple(x.index_select(0, indices.to(x.device)) for x in self.inputs),
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,18 +86,31 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
-        self.dim_k, self.dim_v = _head_dim(dim, expand_k, heads, "expand_k"), _head_dim(dim, expand_v, heads, "expand_v")
+        self.dim_k, self.dim_v = (
+            _head_dim(dim, expand_k, heads, "expand_k"),
+            _head_dim(dim, expand_v, heads, "expand_v"),
+        )
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise UserError(f"kv_heads is {self.kv_heads} and heads {heads}; kv_heads must divide heads")
         if rotary and self.dim_k % 2:
-            raise UserError(f"rotary turns pairs of channels, and a head of {self.dim_k} (dim {dim}, expand_k {expand_k}, heads {heads}) is odd")
+            raise UserError(
+                f"rotary turns pairs of channels, and a head of {self.dim_k} (dim {dim}, expand_k {expand_k}, heads {heads}) is odd"
+            )
         self.rotary = rotary
         widths = {"q": heads * self.dim_k, "k": self.kv_heads * self.dim_k, "v": self.kv_heads * self.dim_v}
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, bias=qkv_bias) for width in widths.values())
-        self.convs = nn.ModuleDict({name: ShortConvolution(width, short_conv) for name, width in widths.items()} if short_conv else {})
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(dim, width, bias=qkv_bias) for width in widths.values()
+        )
+        self.convs = nn.ModuleDict(
+            {name: ShortConvolution(width, short_conv) for name, width in widths.items()}
+            if short_conv
+            else {}
+        )
         self.q_norm = RMSNorm(widths["q"], eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(widths["k"], eps=norm_eps) if qk_norm else nn.Identity()
-        operator = build_attention(attention, heads=heads, dim_k=self.dim_k, dim_v=self.dim_v, grid=(context,), causal=True)
+        operator = build_attention(
+            attention, heads=heads, dim_k=self.dim_k, dim_v=self.dim_v, grid=(context,), causal=True
+        )
         self.attention = cast(CausalAttention, operator)
         by_channel = self.attention.channel_decay
         self.decay_low = nn.Linear(dim, _DECAY_RANK, bias=False) if by_channel else nn.Identity()
@@ -112,37 +128,59 @@ class CausalSelfAttention(nn.Module):
         """At the start every head (every channel of a head, where each has a decay) forgets at a rate of its own, whatever the token."""
         if self.decay is not None:
             nn.init.zeros_(self.decay.weight)
-            self.decay.bias.copy_(spread_logits(self.dim_k).repeat(self.heads) if self.attention.channel_decay else spread_logits(self.heads))
+            self.decay.bias.copy_(
+                spread_logits(self.dim_k).repeat(self.heads)
+                if self.attention.channel_decay
+                else spread_logits(self.heads)
+            )
 
     def forward(self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None) -> Tensor:
         """(batch, tokens, dim) -> same shape; packing None: every token is real and a row is one document."""
         q, k, v = self._heads(self._convolve(self._project(x), packing))
-        return self._output(x, self.attention(q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x)))
+        return self._output(
+            x, self.attention(q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x))
+        )
 
-    def prefill(self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None) -> tuple[Tensor, LayerState]:
+    def prefill(
+        self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None
+    ) -> tuple[Tensor, LayerState]:
         """`forward`, and the state behind the last real token of each sequence."""
         projected = self._project(x)
         q, k, v = self._heads(self._convolve(projected, packing))
-        out, state = self.attention.prefill(q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x))
+        out, state = self.attention.prefill(
+            q, k, v, rotary=self._turn(rotary), packing=packing, **self._gates(x)
+        )
         inputs = (conv.last_inputs(p, packing) for conv, p in zip(self._convs(), projected, strict=False))
         return self._output(x, out), LayerState(state, tuple(inputs))
 
-    def step(self, x: Tensor, state: LayerState, *, rotary: Rotary | None = None) -> tuple[Tensor, LayerState]:
+    def step(
+        self, x: Tensor, state: LayerState, *, rotary: Rotary | None = None
+    ) -> tuple[Tensor, LayerState]:
         """One more token of each sequence, (batch, 1, dim) -> same shape."""
         projected, inputs = self._project(x), state.inputs
         if self.convs:
-            moved = [conv.step(p, earlier) for conv, p, earlier in zip(self._convs(), projected, state.inputs, strict=True)]
+            moved = [
+                conv.step(p, earlier)
+                for conv, p, earlier in zip(self._convs(), projected, state.inputs, strict=True)
+            ]
             projected, inputs = [out for out, _ in moved], tuple(kept for _, kept in moved)
         q, k, v = self._heads(projected)
-        out, operator = self.attention.step(q, k, v, state.operator, rotary=self._turn(rotary), **self._gates(x))
+        out, operator = self.attention.step(
+            q, k, v, state.operator, rotary=self._turn(rotary), **self._gates(x)
+        )
         return self._output(x, out), replace(state, operator=operator, inputs=inputs)
 
     def init_state(self, batch: int) -> LayerState:
         """The state before the first token."""
         weight = self.q_proj.weight
         heads = self.kv_heads if self.attention.grouped else self.heads
-        operator = self.attention.init_state(batch, heads=heads, dim_k=self.dim_k, dim_v=self.dim_v, device=weight.device, dtype=weight.dtype)
-        return LayerState(operator, tuple(weight.new_zeros(batch, conv.width - 1, len(conv.weight)) for conv in self._convs()))
+        operator = self.attention.init_state(
+            batch, heads=heads, dim_k=self.dim_k, dim_v=self.dim_v, device=weight.device, dtype=weight.dtype
+        )
+        return LayerState(
+            operator,
+            tuple(weight.new_zeros(batch, conv.width - 1, len(conv.weight)) for conv in self._convs()),
+        )
 
     def flops(self, tokens: int) -> int:
         """Matrix-product FLOPs of one sample's forward, 2 a multiply-add (shifted sums and norms are none)."""
@@ -161,7 +199,11 @@ class CausalSelfAttention(nn.Module):
         return [cast(ShortConvolution, conv) for conv in self.convs.values()]
 
     def _convolve(self, projected: list[Tensor], packing: Packing | None) -> list[Tensor]:
-        return [conv(p, packing) for conv, p in zip(self._convs(), projected, strict=True)] if self.convs else projected
+        return (
+            [conv(p, packing) for conv, p in zip(self._convs(), projected, strict=True)]
+            if self.convs
+            else projected
+        )
 
     def _heads(self, projected: list[Tensor]) -> list[Tensor]:
         """(batch, tokens, channels) each -> (batch, tokens, heads, dim_k or dim_v)."""

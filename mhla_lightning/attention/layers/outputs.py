@@ -24,13 +24,19 @@ def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     Raises:
         UserError: a model without such layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, (SelfAttention, CausalSelfAttention))]
+    layers = [
+        module for module in model.modules() if isinstance(module, (SelfAttention, CausalSelfAttention))
+    ]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no self-attention layer of ours whose output could be taken")
+        raise UserError(
+            f"{type(model).__name__} has no self-attention layer of ours whose output could be taken"
+        )
     outputs: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch._C._current_graph_task_id() == -1:  # else a backward is under way, and this forward is a recomputation
+        if (
+            torch._C._current_graph_task_id() == -1
+        ):  # else a backward is under way, and this forward is a recomputation
             outputs.append(output)
 
     handles = [layer.register_forward_hook(keep) for layer in layers]

@@ -87,20 +87,33 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
-        self.lepe = DepthwiseConv(dim, len(self.grid), int(pos_conv[-1])) if pos_conv.startswith("lepe") else None
-        self.attention = build_attention(attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid)
+        self.lepe = (
+            DepthwiseConv(dim, len(self.grid), int(pos_conv[-1])) if pos_conv.startswith("lepe") else None
+        )
+        self.attention = build_attention(
+            attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid
+        )
         self.out_norm = RMSNorm(dim // heads, eps=1e-6) if out_norm else nn.Identity()
         self.gate = nn.Linear(dim, dim) if gate else None
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None, rotary: Rotary | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        grid: Sequence[int] | None = None,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """(batch, tokens, dim) in raster order -> same shape; mask is (batch, tokens) bool, True = real token."""
         grid = self.grid if grid is None else grid
         x = self.norm(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attention(*(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)), grid=grid, rotary=rotary, mask=mask)
+        out = self.attention(
+            *(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)), grid=grid, rotary=rotary, mask=mask
+        )
         out = self.out_norm(out).flatten(2)
         if self.gate is not None:
             out = out * F.silu(self.gate(x))
@@ -114,7 +127,11 @@ class SelfAttention(nn.Module):
         projections = 4 + (self.gate is not None)
         conv = self.lepe.flops(tokens) if self.lepe is not None else 0
         head_dim = self.dim // self.heads
-        return 2 * projections * tokens * self.dim**2 + conv + self.attention.flops(tokens, self.heads, head_dim, head_dim)
+        return (
+            2 * projections * tokens * self.dim**2
+            + conv
+            + self.attention.flops(tokens, self.heads, head_dim, head_dim)
+        )
 
     @classmethod
     def layer_options(cls) -> tuple[str, ...]:

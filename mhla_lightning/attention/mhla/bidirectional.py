@@ -66,7 +66,9 @@ def mhla(
     if normalizer not in NORMALIZERS:
         raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
     if normalizer == "slot" and mask is not None:
-        raise UserError("normalizer 'slot' pairs queries by their place in the block and needs full blocks without padding; use 'block' or 'none'")
+        raise UserError(
+            "normalizer 'slot' pairs queries by their place in the block and needs full blocks without padding; use 'block' or 'none'"
+        )
     summaries, z = block_summaries(k, v, mask)
     out = read(q, mix(summaries, mixing))
     if normalizer != "none":

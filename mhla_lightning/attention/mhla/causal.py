@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS, ChunkedTokens, chunk_tokens, real_places, weights
+from mhla_lightning.attention.chunks import (
+    EXTRAPOLATIONS,
+    SPANS,
+    ChunkedTokens,
+    chunk_tokens,
+    real_places,
+    weights,
+)
 from mhla_lightning.attention.mhla.decode import MHLAState
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
 from mhla_lightning.attention.mhla.mixing import FORMS
@@ -81,20 +88,31 @@ def causal_mhla(
     summaries, ones, sums = tokens.summaries(), None, None
     out = _read(tokens, summaries, among, diagonal if own else None)
     if normalizer == "block":
-        ones = tokens.of_ones(tokens.q if q_norm is None else tokens.split(q_norm), tokens.k if k_norm is None else tokens.split(k_norm))
+        ones = tokens.of_ones(
+            tokens.q if q_norm is None else tokens.split(q_norm),
+            tokens.k if k_norm is None else tokens.split(k_norm),
+        )
         sums = ones.summaries()
         normalizers = _read(ones, sums, among, diagonal if own else None) + eps
-        out = out / normalizers.masked_fill(~real_places(tokens), 1)  # 0 / 0 where no token stands would poison the gradients
+        out = out / normalizers.masked_fill(
+            ~real_places(tokens), 1
+        )  # 0 / 0 where no token stands would poison the gradients
     if not return_state:
         return tokens.join(out)
     real = None if packing is None else packing.real
-    state = state_after(tokens, summaries, ones, sums, real, mixing, merges=form == "relative", extrapolation=extrapolation)
+    state = state_after(
+        tokens, summaries, ones, sums, real, mixing, merges=form == "relative", extrapolation=extrapolation
+    )
     return tokens.join(out), state
 
 
 def _check(normalizer: str, decay_span: str, form: str, extrapolation: str | None) -> None:
     """Refuses unknown names. Raises UserError."""
-    for what, value, known in (("normalizer", normalizer, CAUSAL_NORMALIZERS), ("decay_span", decay_span, SPANS), ("form", form, FORMS)):
+    for what, value, known in (
+        ("normalizer", normalizer, CAUSAL_NORMALIZERS),
+        ("decay_span", decay_span, SPANS),
+        ("form", form, FORMS),
+    ):
         if value not in known:
             raise UserError(unknown_name(what, value, known))
     if extrapolation not in EXTRAPOLATIONS:
@@ -104,4 +122,6 @@ def _check(normalizer: str, decay_span: str, form: str, extrapolation: str | Non
 def _read(tokens: ChunkedTokens, summaries: Tensor, among: Tensor, diagonal: Tensor | None) -> Tensor:
     """What every token reads of earlier chunks and, with the weights `diagonal`, of its own."""
     earlier = tokens.read_earlier(summaries, among)
-    return earlier if diagonal is None else torch.addcmul(earlier, diagonal[..., None, None], tokens.read_own())
+    return (
+        earlier if diagonal is None else torch.addcmul(earlier, diagonal[..., None, None], tokens.read_own())
+    )

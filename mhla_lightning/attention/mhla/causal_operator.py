@@ -96,7 +96,12 @@ class CausalMHLA(base.CausalAttention):
         _known("decay", decay, (None, *DECAYS))
         _known("decay_span", decay_span, SPANS)
         _together(mix_form, extrapolation, intra, decay, decay_span)
-        self.chunk_size, self.extrapolation, self.normalizer, self.eps = chunk_size, extrapolation, normalizer, eps
+        self.chunk_size, self.extrapolation, self.normalizer, self.eps = (
+            chunk_size,
+            extrapolation,
+            normalizer,
+            eps,
+        )
         self.intra, self.decay_span, self.token_decay = intra, decay_span, decay == "token"
         self.phi = base.feature_map(feature_map, eps)
         per_head = mix_form == "relative" if mix_per_head is None else mix_per_head
@@ -184,11 +189,20 @@ class CausalMHLA(base.CausalAttention):
             q, k, v = (x.transpose(1, 2) for x in (*_turned(q, k, rotary), v))
             near = window_attention(q, k, v, self.chunk_size, packing)
             out = self.near_scale[:, None, None] * near + self.far_scale[:, None, None] * out
-            both = None if state is None else WindowedState(state, window_after(k, v, self.chunk_size, packing))
+            both = (
+                None if state is None else WindowedState(state, window_after(k, v, self.chunk_size, packing))
+            )
         return out.transpose(1, 2).to(dtype), both
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, state: base.State, *, rotary: base.Rotary | None = None, log_decay: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: base.State,
+        *,
+        rotary: base.Rotary | None = None,
+        log_decay: Tensor | None = None,
     ) -> tuple[Tensor, base.State]:
         dtype = v.dtype
         with base.full_precision(q):
@@ -207,17 +221,34 @@ class CausalMHLA(base.CausalAttention):
                 extrapolation=self.extrapolation,
                 q_norm=far.q_norm[:, 0] * scale,
                 k_norm=far.k_norm[:, 0],
-                log_decay=None if decays is None else decays.expand(q.shape[0], -1) if decays.dim() == 1 else decays[..., 0],
+                log_decay=None
+                if decays is None
+                else decays.expand(q.shape[0], -1)
+                if decays.dim() == 1
+                else decays[..., 0],
                 own=self.intra != "window",
             )
-            if isinstance(state, WindowedState) and self.near_scale is not None and self.far_scale is not None:
+            if (
+                isinstance(state, WindowedState)
+                and self.near_scale is not None
+                and self.far_scale is not None
+            ):
                 q, k = _turned(q, k, rotary)
                 near, window = state.near.step(q[:, 0], k[:, 0], v[:, 0])
                 out = self.near_scale[:, None] * near + self.far_scale[:, None] * out
                 state = WindowedState(memory, window)
         return out.unsqueeze(1).to(dtype), state
 
-    def init_state(self, batch: int, *, heads: int, dim_k: int, dim_v: int, device: torch.device | str, dtype: torch.dtype) -> base.State:
+    def init_state(
+        self,
+        batch: int,
+        *,
+        heads: int,
+        dim_k: int,
+        dim_v: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> base.State:
         dtype = base.accumulation_dtype(torch.empty(0, dtype=dtype))
         far = init_state(
             batch,
@@ -234,7 +265,10 @@ class CausalMHLA(base.CausalAttention):
         )
         if self.intra != "window":
             return far
-        keys, values = (torch.zeros(batch, heads, 2 * self.chunk_size, dim, device=device, dtype=dtype) for dim in (dim_k, dim_v))
+        keys, values = (
+            torch.zeros(batch, heads, 2 * self.chunk_size, dim, device=device, dtype=dtype)
+            for dim in (dim_k, dim_v)
+        )
         return WindowedState(far, Window(keys, values, [0] * batch))
 
     def _mixing(self, like: Tensor) -> Tensor:
@@ -280,13 +314,19 @@ def _known(key: str, value: str | None, names: Sequence[str | None]) -> None:
         raise UserError(unknown_name(key, value, ["null" if name is None else name for name in names]))
 
 
-def _together(mix_form: str, extrapolation: str | None, intra: str, decay: str | None, decay_span: str) -> None:
+def _together(
+    mix_form: str, extrapolation: str | None, intra: str, decay: str | None, decay_span: str
+) -> None:
     """Refuses options of which one would do nothing. Raises UserError."""
     if mix_form == "relative" and extrapolation is not None:
-        raise UserError(f"mix_form 'relative' serves any number of chunks; extrapolation '{extrapolation}' would do nothing, leave it out")
+        raise UserError(
+            f"mix_form 'relative' serves any number of chunks; extrapolation '{extrapolation}' would do nothing, leave it out"
+        )
     if intra == "plain" and decay is not None:
         raise UserError(f"decay '{decay}' needs intra 'decay'; intra is 'plain'")
     if intra == "window" and (decay is None) != (decay_span == "chunk"):
-        raise UserError("with intra 'window' a decay acts across chunks only: give both decay and decay_span 'sequence', or neither")
+        raise UserError(
+            "with intra 'window' a decay acts across chunks only: give both decay and decay_span 'sequence', or neither"
+        )
     if decay is None and decay_span == "sequence":
         raise UserError("decay_span 'sequence' needs a decay: head or token")

@@ -60,13 +60,19 @@ class Summaries:
         q = q.unsqueeze(-2)
         earlier = (q @ self.prefix).squeeze(-2)
         own = (q @ (self.own if self.near is None else self.near)).squeeze(-2)
-        return (earlier if until is None else earlier * until.exp().unsqueeze(-1)) + own_weight.unsqueeze(-1) * own
+        return (earlier if until is None else earlier * until.exp().unsqueeze(-1)) + own_weight.unsqueeze(
+            -1
+        ) * own
 
     def mix(self, rows: Tensor, past: Tensor, rest: Tensor | None) -> None:
         """A new prefix for the sequences `rows` with weights past (rows, heads or 1, places) and rest (rows, heads or 1)."""
         every = len(rows) == len(self.own)
         kept = self.past if every else self.past[rows]
-        prefix = (past.expand(-1, kept.shape[1], -1).unsqueeze(-2) @ kept.flatten(3)).squeeze(-2).unflatten(-1, kept.shape[3:])
+        prefix = (
+            (past.expand(-1, kept.shape[1], -1).unsqueeze(-2) @ kept.flatten(3))
+            .squeeze(-2)
+            .unflatten(-1, kept.shape[3:])
+        )
         if rest is not None and self.rest is not None:
             prefix = prefix + rest[..., None, None] * (self.rest if every else self.rest[rows])
         self.prefix = prefix if every else self.prefix.index_copy(0, rows, prefix)
@@ -78,10 +84,14 @@ class Summaries:
         """
         if self.rest is not None:
             rest = self.rest[rows] if gain is None else self.rest[rows] * gain[..., None, None]
-            out = self.past[rows, :, place] * leaving[..., None, None] if self.past.shape[2] else self.own[rows]
+            out = (
+                self.past[rows, :, place] * leaving[..., None, None] if self.past.shape[2] else self.own[rows]
+            )
             self.rest = self.rest.index_copy(0, rows, rest + out)
         if self.past.shape[2]:
-            past = self.past.clone() if self.own.requires_grad else self.past  # a gradient still needs what stands there
+            past = (
+                self.past.clone() if self.own.requires_grad else self.past
+            )  # a gradient still needs what stands there
             past[rows, :, place] = self.own[rows]
             self.past = past
         self.own = self.own.index_fill(0, rows, 0)
@@ -121,7 +131,11 @@ class MHLAState:
 
     def reorder(self, indices: Tensor) -> MHLAState:
         chosen = indices.tolist()
-        return replace(_select(self, indices), fill=[self.fill[i] for i in chosen], number=[self.number[i] for i in chosen])
+        return replace(
+            _select(self, indices),
+            fill=[self.fill[i] for i in chosen],
+            number=[self.number[i] for i in chosen],
+        )
 
     def parts(self) -> list[Summaries]:
         return [self.values] if self.norms is None else [self.values, self.norms]
@@ -146,9 +160,18 @@ def init_state(
     def empty(width: int) -> Summaries:
         zeros = torch.zeros(batch, heads, dim_k, width, device=device, dtype=dtype)
         near = zeros if decay_span == "chunk" else None
-        return Summaries(zeros.new_zeros(batch, heads, 0, dim_k, width), zeros if merges else None, zeros, near, zeros)
+        return Summaries(
+            zeros.new_zeros(batch, heads, 0, dim_k, width), zeros if merges else None, zeros, near, zeros
+        )
 
-    state = MHLAState(chunk_size, Reach(blocks, merges), [0] * batch, [0] * batch, empty(dim_v), empty(1) if normalizer == "block" else None)
+    state = MHLAState(
+        chunk_size,
+        Reach(blocks, merges),
+        [0] * batch,
+        [0] * batch,
+        empty(dim_v),
+        empty(1) if normalizer == "block" else None,
+    )
     if decay_span == "sequence":
         state.until = torch.zeros(batch, heads, device=device, dtype=dtype)
         state.age = torch.zeros(batch, heads, 0, device=device, dtype=dtype)
@@ -211,11 +234,15 @@ def enter_chunk(state: MHLAState, rows: Sequence[int], mixing: Tensor, extrapola
     index = torch.tensor(rows, device=mixing.device)
     number = torch.tensor([state.number[b] for b in rows], device=mixing.device)[:, None]
     places = torch.arange(state.values.past.shape[2], device=mixing.device)
-    distance = 1 + (number - 1 - places) % max(1, state.reach.kept)  # of the chunk in each place; one that is not there yet is farther than number
+    distance = 1 + (number - 1 - places) % max(
+        1, state.reach.kept
+    )  # of the chunk in each place; one that is not there yet is farther than number
     there = (distance <= number).to(mixing.dtype).unsqueeze(1)
     rest = None
     if state.reach.merges:
-        past = mixing[:, distance.clamp_max(state.reach.blocks - 1)].transpose(0, 1) * there  # (rows, heads or 1, places)
+        past = (
+            mixing[:, distance.clamp_max(state.reach.blocks - 1)].transpose(0, 1) * there
+        )  # (rows, heads or 1, places)
         rest = mixing[:, -1].expand(len(rows), -1)
     else:
         row = number.clamp_max(state.reach.blocks - 1)
@@ -274,7 +301,9 @@ def _tensors(part: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for item in fields(part):
         value = getattr(part, item.name)
-        found += [value] if isinstance(value, Tensor) else _tensors(value) if isinstance(value, Summaries) else []
+        found += (
+            [value] if isinstance(value, Tensor) else _tensors(value) if isinstance(value, Summaries) else []
+        )
     return found
 
 

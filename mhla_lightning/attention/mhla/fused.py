@@ -63,7 +63,15 @@ def fused_mhla(
 
 
 def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, grid: BlockGrid, offset: float, normalize: bool, eps: float, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor | None,
+    grid: BlockGrid,
+    offset: float,
+    normalize: bool,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory, about 32 MiB in float32.
 
@@ -76,12 +84,33 @@ def _by_heads(
     for first in range(0, heads, step):
         part = slice(first, min(heads, first + step))
         own = m if m is None or m.dim() == 2 else m[part]
-        _forward(q[:, :, part], k[:, :, part], v[:, :, part], own, grid, out[:, :, part], work, normalize, eps, keep=False)
+        _forward(
+            q[:, :, part],
+            k[:, :, part],
+            v[:, :, part],
+            own,
+            grid,
+            out[:, :, part],
+            work,
+            normalize,
+            eps,
+            keep=False,
+        )
     return out
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, grid: BlockGrid, out: Tensor, work: _Workspace, normalize: bool, eps: float, *, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None,
+    grid: BlockGrid,
+    out: Tensor,
+    work: _Workspace,
+    normalize: bool,
+    eps: float,
+    *,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be lost."""
     summary, z = work.summaries(grid, q, v.shape[-1])
@@ -143,7 +172,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dq = work.bmm("dq", g, part.of(mixed).mT)
         torch.bmm(qf.mT, g, out=part.of(d_mixed))
         if normalize:
-            g_norm = work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()  # gradient of the normalizer
+            g_norm = (
+                work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()
+            )  # gradient of the normalizer
             dq.addcmul_(g_norm, part.of(z_mixed).unsqueeze(-2))
             torch.bmm(g_norm.mT, qf, out=part.of(d_z_mixed).unsqueeze(-2))
         part.store(grad_q, work.relu_backward(dq, qf))
@@ -195,7 +226,9 @@ class _Slice:
         order = [0, *counts, 1 + 2 * axes, *(d + 1 for d in counts), 2 + 2 * axes]
         region = self.region(x)
         if self.grid.even:
-            pairs = [size for pair in zip(self.grid.blocks, self.grid.block_size, strict=True) for size in pair]
+            pairs = [
+                size for pair in zip(self.grid.blocks, self.grid.block_size, strict=True) for size in pair
+            ]
             return region.reshape(len(region), *pairs, *region.shape[-2:]).permute(order)
         return self.grid.split(region.flatten(1, axes), 1).permute(order)
 
@@ -207,7 +240,9 @@ class _Slice:
         else:
             destination = self.region(x)
             samples, heads, dim = len(destination), *destination.shape[-2:]
-            raster = self.grid.from_blocks(values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2))
+            raster = self.grid.from_blocks(
+                values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2)
+            )
             destination.copy_(raster.transpose(1, 2).unflatten(1, self.grid.grid))
 
 
@@ -218,7 +253,9 @@ def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
     room = SLICE_ELEMENTS // (heads * dim) if q.device.type == "cpu" else q.numel()  # tokens of a slice
     fit = max(1, room // (grid.block_size[0] * math.prod(grid.grid[1:])))
     samples, rows = max(1, fit // grid.blocks[0]), min(fit, grid.blocks[0])
-    columns = _columns(grid, room) if samples == rows == 1 else [(every[1:], slice(0, math.prod(grid.blocks[1:])))]
+    columns = (
+        _columns(grid, room) if samples == rows == 1 else [(every[1:], slice(0, math.prod(grid.blocks[1:])))]
+    )
     row_blocks = math.prod(grid.blocks[1:])
     for b in range(0, batch, samples):
         for r in range(0, grid.blocks[0], rows):
@@ -242,7 +279,10 @@ def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]
     others = tuple(slice(0, n) for n in grid.grid[2:])
     starts = range(0, count, fit)
     tokens = [slice(c * width, min(grid.grid[1], (c + fit) * width)) for c in starts]
-    return [((part, *others), slice(c * rest, min(count, c + fit) * rest)) for part, c in zip(tokens, starts, strict=True)]
+    return [
+        ((part, *others), slice(c * rest, min(count, c + fit) * rest))
+        for part, c in zip(tokens, starts, strict=True)
+    ]
 
 
 class _Workspace:
@@ -291,7 +331,9 @@ class _Workspace:
         return held[:size].view(*shape)
 
 
-def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True) -> Tensor:
+def _mix(
+    mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True
+) -> Tensor:
     """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head.
 
     Without `keep`, large ones are mixed in their place, which halves what passes through memory.
@@ -307,7 +349,9 @@ def _mix(mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = Non
         return summaries
     out = torch.empty_like(summaries) if work is None else work.room("mixed", summaries.shape)
     for x, to in zip(panels, _panels(out), strict=True):
-        torch.bmm(mixing.expand(len(x), -1, -1), x, out=to)  # matmul would fold the batch into the columns, with copies
+        torch.bmm(
+            mixing.expand(len(x), -1, -1), x, out=to
+        )  # matmul would fold the batch into the columns, with copies
     return out
 
 

@@ -25,10 +25,14 @@ WORTHWHILE = 2**19
 
 def pays(q: Tensor, chunk_size: int) -> bool:
     """Whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k). A compiler fuses the plain form itself."""
-    return q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
+    return (
+        q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
+    )
 
 
-def fused_causal(q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int) -> Tensor:
+def fused_causal(
+    q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int
+) -> Tensor:
     """sum over earlier chunks of among[i, b] q (k^T v) plus diagonal[i] times the causal q k^T v of the own chunk.
 
     Args:

@@ -27,18 +27,29 @@ class BlockGrid:
         UserError: neither or both of blocks and block_size, a wrong number of axes, or a count that does not fit the axis.
     """
 
-    def __init__(self, grid: Sequence[int], blocks: int | Sequence[int] | None = None, *, block_size: int | Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        grid: Sequence[int],
+        blocks: int | Sequence[int] | None = None,
+        *,
+        block_size: int | Sequence[int] | None = None,
+    ) -> None:
         self.grid = tuple(int(n) for n in grid)
         if not 1 <= len(self.grid) <= 3 or min(self.grid) < 1:
             raise UserError(f"a token grid has 1 to 3 axes of at least one token, got {self.grid}")
         if (blocks is None) == (block_size is None):
-            raise UserError(f"give either blocks or block_size for a grid of {self.grid} tokens, got blocks={blocks} and block_size={block_size}")
+            raise UserError(
+                f"give either blocks or block_size for a grid of {self.grid} tokens, got blocks={blocks} and block_size={block_size}"
+            )
         if blocks is not None:
             counts = self._per_axis("blocks", blocks)
             self.block_size = tuple(_width(n, count) for n, count in zip(self.grid, counts, strict=True))
         else:
             assert block_size is not None
-            self.block_size = tuple(min(n, size) for n, size in zip(self.grid, self._per_axis("block_size", block_size), strict=True))
+            self.block_size = tuple(
+                min(n, size)
+                for n, size in zip(self.grid, self._per_axis("block_size", block_size), strict=True)
+            )
         self.blocks = tuple(math.ceil(n / width) for n, width in zip(self.grid, self.block_size, strict=True))
         self.padded = tuple(count * width for count, width in zip(self.blocks, self.block_size, strict=True))
         self.tokens = math.prod(self.grid)
@@ -49,7 +60,9 @@ class BlockGrid:
     def _per_axis(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
         values = (value,) * len(self.grid) if isinstance(value, int) else tuple(value)
         if len(values) != len(self.grid) or any(not isinstance(x, int) or x < 1 for x in values):
-            raise UserError(f"{name} takes one positive whole number per axis of the {self.grid} token grid, got {value}")
+            raise UserError(
+                f"{name} takes one positive whole number per axis of the {self.grid} token grid, got {value}"
+            )
         return values
 
     def __repr__(self) -> str:
@@ -87,7 +100,9 @@ class BlockGrid:
             for n, full in zip(reversed(self.grid), reversed(self.padded), strict=True):
                 padding += [0, full - n]
             x = F.pad(x.reshape(*lead, *self.grid, *rest), padding)
-        return x.reshape(*lead, *(size for pair in zip(self.blocks, self.block_size, strict=True) for size in pair), *rest)
+        return x.reshape(
+            *lead, *(size for pair in zip(self.blocks, self.block_size, strict=True) for size in pair), *rest
+        )
 
     def merge(self, x: Tensor, dim: int) -> Tensor:
         """The way back from :meth:`split`."""

@@ -42,7 +42,14 @@ _LEAST_LOCAL = 1e-3  # of causal_local: a weight of 0 would never get a gradient
 _SIGMA, _CAUSAL_SIGMA = 3.0, 1.0
 
 
-def initial_mixing(distance: Tensor, init: str, *, exp_sigma: float | None = None, local_thres: float = 1.5, value: float = 1e-6) -> Tensor:
+def initial_mixing(
+    distance: Tensor,
+    init: str,
+    *,
+    exp_sigma: float | None = None,
+    local_thres: float = 1.5,
+    value: float = 1e-6,
+) -> Tensor:
     """The initial mixing matrix, (blocks, blocks): row = query block, column = key block.
 
     Args:
@@ -76,7 +83,9 @@ def initial_mixing(distance: Tensor, init: str, *, exp_sigma: float | None = Non
     return makers[init](distance)
 
 
-def initial_relative(distances: int, init: str, *, exp_sigma: float | None = None, value: float = 1e-6) -> Tensor:
+def initial_relative(
+    distances: int, init: str, *, exp_sigma: float | None = None, value: float = 1e-6
+) -> Tensor:
     """Initial weights by distance in blocks, (distances,): the causal initialisations without the normalisation of rows, which they cannot have.
 
     Raises:
@@ -153,10 +162,19 @@ class MixingMatrix(nn.Module):
             raise UserError(unknown_name("mix_form", form, FORMS))
         if form == "relative":
             if not causal:
-                raise UserError("mix_form 'relative' counts the blocks back to an earlier one: it needs a causal model")
-            weight = initial_relative(grid.num_blocks, init, exp_sigma=exp_sigma, value=value).float().expand(heads or 1, -1).clone()
+                raise UserError(
+                    "mix_form 'relative' counts the blocks back to an earlier one: it needs a causal model"
+                )
+            weight = (
+                initial_relative(grid.num_blocks, init, exp_sigma=exp_sigma, value=value)
+                .float()
+                .expand(heads or 1, -1)
+                .clone()
+            )
         else:
-            weight = initial_mixing(grid.distances(), init, exp_sigma=exp_sigma, local_thres=local_thres, value=value).float()
+            weight = initial_mixing(
+                grid.distances(), init, exp_sigma=exp_sigma, local_thres=local_thres, value=value
+            ).float()
             weight = weight.tril() if causal else weight
             weight = weight if heads is None else weight.expand(heads, -1, -1).clone()
         if clamp_at not in CLAMP_AT:

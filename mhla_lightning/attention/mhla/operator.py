@@ -60,12 +60,21 @@ class MHLA(base.Attention):
         self.partition = {"blocks": blocks, "block_size": block_size}
         self.grid = BlockGrid(grid, blocks, block_size=block_size)
         if normalizer == "slot" and not self.grid.even:
-            raise UserError(f"normalizer 'slot' needs full blocks, and {self.grid} has short ones; use 'block' or 'none'")
+            raise UserError(
+                f"normalizer 'slot' needs full blocks, and {self.grid} has short ones; use 'block' or 'none'"
+            )
         self.normalizer = normalizer
         self.eps = eps
         self.phi = base.feature_map(feature_map, eps)
         self.fused_offset = None if normalizer == "slot" else base.relu_offset(feature_map, eps)
-        self.mixing = MixingMatrix(self.grid, mix_init, learnable=mix_learnable, clamp=mix_clamp, heads=heads if mix_per_head else None, **options)
+        self.mixing = MixingMatrix(
+            self.grid,
+            mix_init,
+            learnable=mix_learnable,
+            clamp=mix_clamp,
+            heads=heads if mix_per_head else None,
+            **options,
+        )
 
     def forward(
         self,
@@ -80,16 +89,33 @@ class MHLA(base.Attention):
     ) -> Tensor:
         base.no_documents(documents)
         if mask is not None and self.normalizer == "slot":
-            raise UserError("normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' or 'none' with a mask")
+            raise UserError(
+                "normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' or 'none' with a mask"
+            )
         blocks = self._blocks(grid)
         if q.shape[1] != blocks.tokens:
             raise UserError(f"{q.shape[1]} tokens do not fill the grid {blocks.grid} of {blocks.tokens}")
         mixing = self._matrix(blocks)
         with base.full_precision(q):
             # A compiler fuses the plain form itself; rotary and masks take it too.
-            if self.fused_offset is not None and rotary is None and mask is None and not torch.compiler.is_compiling():
+            if (
+                self.fused_offset is not None
+                and rotary is None
+                and mask is None
+                and not torch.compiler.is_compiling()
+            ):
                 normalize, dtype = self.normalizer == "block", base.accumulation_dtype(q)
-                return fused_mhla(q, k, v, mixing, blocks, offset=self.fused_offset, normalize=normalize, eps=self.eps, dtype=dtype)
+                return fused_mhla(
+                    q,
+                    k,
+                    v,
+                    mixing,
+                    blocks,
+                    offset=self.fused_offset,
+                    normalize=normalize,
+                    eps=self.eps,
+                    dtype=dtype,
+                )
             return self._plain(q, k, v, mixing, blocks, rotary, mask)
 
     def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
@@ -106,9 +132,23 @@ class MHLA(base.Attention):
 
     def is_image(self, grid: Sequence[int]) -> bool:
         """Whether a grid is one frame for blocks of videos: it is mixed like their first blocks in time, as the first frame of a video is."""
-        return len(grid) == 3 and grid[0] == 1 and self.partition["blocks"] is not None and self.grid.blocks[0] > 1
+        return (
+            len(grid) == 3
+            and grid[0] == 1
+            and self.partition["blocks"] is not None
+            and self.grid.blocks[0] > 1
+        )
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, blocks: BlockGrid, rotary: base.Rotary | None, mask: Tensor | None) -> Tensor:
+    def _plain(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mixing: Tensor,
+        blocks: BlockGrid,
+        rotary: base.Rotary | None,
+        mask: Tensor | None,
+    ) -> Tensor:
         dtype = v.dtype
         q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
         q, k = self.phi(q), self.phi(k)
@@ -135,7 +175,11 @@ class MHLA(base.Attention):
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         padded = self.grid.num_blocks * self.grid.tokens_per_block
         mixed = self.grid.num_blocks**2
-        normalizer = {"block": dim_k * (mixed + padded), "slot": dim_k * padded + mixed * self.grid.tokens_per_block, "none": 0}
+        normalizer = {
+            "block": dim_k * (mixed + padded),
+            "slot": dim_k * padded + mixed * self.grid.tokens_per_block,
+            "none": 0,
+        }
         return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
 
 

@@ -69,7 +69,11 @@ class _Chosen:
         places = torch.where(chunk >= 0, chunk, -1)
         far = None
         if reach.merges:
-            far = (torch.arange(count, device=device) < current[:, None] - reach.kept).to(tokens.k.dtype).unsqueeze(1)
+            far = (
+                (torch.arange(count, device=device) < current[:, None] - reach.kept)
+                .to(tokens.k.dtype)
+                .unsqueeze(1)
+            )
         if tokens.decay is None:
             return cls(places, far, current, None, None)
         heads = tokens.decay.until.shape[1]
@@ -77,7 +81,9 @@ class _Chosen:
         end = F.pad(until, (1, 0)).gather(-1, filled[:, None, None].expand(-1, heads, 1)).squeeze(-1)
         if tokens.decay.span == "chunk":
             return cls(places, far, current, end, None)
-        ends = F.pad(tokens.decay.total.expand(len(number), heads, -1).cumsum(-1), (1, 0))  # sum over the chunks before each
+        ends = F.pad(
+            tokens.decay.total.expand(len(number), heads, -1).cumsum(-1), (1, 0)
+        )  # sum over the chunks before each
         before = ends.gather(-1, current[:, None, None].expand(-1, heads, 1))
         age = before - ends.gather(-1, (places + 1)[:, None].expand(-1, heads, -1))
         if far is not None:
@@ -86,15 +92,25 @@ class _Chosen:
 
     def summaries(self, tokens: ChunkedTokens, summaries: Tensor) -> Summaries:
         """Past, rest and the chunk being filled, of `summaries` (batch, heads, M, dim_k, dim_v)."""
-        index = self.places.clamp_min(0)[:, None, :, None, None].expand(-1, summaries.shape[1], -1, *summaries.shape[3:])
+        index = self.places.clamp_min(0)[:, None, :, None, None].expand(
+            -1, summaries.shape[1], -1, *summaries.shape[3:]
+        )
         past = summaries.gather(2, index) * (self.places >= 0)[:, None, :, None, None].to(summaries.dtype)
-        rest = None if self.far is None else (self.far.unsqueeze(-2) @ summaries.flatten(3)).squeeze(-2).unflatten(-1, summaries.shape[3:])
+        rest = (
+            None
+            if self.far is None
+            else (self.far.unsqueeze(-2) @ summaries.flatten(3))
+            .squeeze(-2)
+            .unflatten(-1, summaries.shape[3:])
+        )
         k, v = _chunk(tokens.k, self.current), _chunk(tokens.v, self.current)
         own, near = k.transpose(-2, -1) @ v, None
         if tokens.decay is not None and self.end is not None:
             until = _chunk(tokens.decay.until.expand(len(k), -1, tokens.k.shape[2], -1), self.current)
             # Places behind the last token hold no key; the bound keeps their factor finite.
-            decayed = (k * (self.end.unsqueeze(-1) - until).clamp_max(0).exp().unsqueeze(-1)).transpose(-2, -1) @ v
+            decayed = (k * (self.end.unsqueeze(-1) - until).clamp_max(0).exp().unsqueeze(-1)).transpose(
+                -2, -1
+            ) @ v
             own, near = (decayed, None) if tokens.decay.span == "sequence" else (own, decayed)
         return Summaries(past, rest, own, near, torch.zeros_like(own))
 

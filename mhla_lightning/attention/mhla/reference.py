@@ -39,9 +39,13 @@ def dense_mhla(
     """
     block = block_of_token.expand(q.shape[0], -1)
     heads_mixing = mixing.expand(q.shape[1], -1, -1)
-    m = heads_mixing[:, block[:, :, None], block[:, None, :]].transpose(0, 1)  # m[b(i), b(t)]: (batch, heads, tokens, tokens)
+    m = heads_mixing[:, block[:, :, None], block[:, None, :]].transpose(
+        0, 1
+    )  # m[b(i), b(t)]: (batch, heads, tokens, tokens)
     allowed = _allowed(block, causal, mask, documents).to(q.dtype)
-    attention = m * (scale * q @ k.transpose(-2, -1)) * allowed[:, None]  # Eq. 5: A[i, t] = m[b(i), b(t)] q_i . k_t
+    attention = (
+        m * (scale * q @ k.transpose(-2, -1)) * allowed[:, None]
+    )  # Eq. 5: A[i, t] = m[b(i), b(t)] q_i . k_t
     out = attention @ v
     if normalizer == "block":
         out = out / (attention.sum(-1, keepdim=True) + eps)  # Eq. 4: q_i . z~_b(i)
@@ -66,7 +70,9 @@ def _allowed(block: Tensor, causal: bool, mask: Tensor | None, documents: Tensor
 def _slot_normalizer(q: Tensor, k: Tensor, mixing: Tensor, block_of_token: Tensor, eps: float) -> Tensor:
     """(batch, heads, tokens, 1): n[i, w] = eps + sum_b m[i, b] q[b, w] . z_b, every block's own query at the same place w. Equal blocks only."""
     blocks = mixing.shape[-1]
-    order = torch.argsort(block_of_token, stable=True).view(blocks, -1)  # (blocks, tokens_per_block): token at place w of block b
+    order = torch.argsort(block_of_token, stable=True).view(
+        blocks, -1
+    )  # (blocks, tokens_per_block): token at place w of block b
     z = k[..., order, :].sum(-2)
     own = torch.einsum("...bwd,...bd->...bw", q[..., order, :], z)
     mixed = mixing @ own + eps

@@ -31,7 +31,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, packing: 
     later = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
     number = torch.arange(q.shape[2], device=q.device)[None] if chunks is None else chunks.number
     first = (number == 0)[:, None, :, None, None]
-    scores = torch.cat([before.masked_fill(first, -torch.inf), own.masked_fill(later, -torch.inf)], dim=-1).softmax(-1)
+    scores = torch.cat(
+        [before.masked_fill(first, -torch.inf), own.masked_fill(later, -torch.inf)], dim=-1
+    ).softmax(-1)
     out = scores[..., :chunk_size] @ _previous(v) + scores[..., chunk_size:] @ v
     if chunks is None:
         return out.flatten(2, 3)[:, :, :tokens]
@@ -70,7 +72,9 @@ class Window:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Window]:
         """One more token of every sequence: (batch, heads, dim) each -> (batch, heads, dim_v), and the window with it."""
         size, device = self.size, k.device
-        turning = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)[:, None, None, None]
+        turning = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)[
+            :, None, None, None
+        ]
         keys, values = (torch.where(turning, x.roll(size, 2), x) for x in (self.keys, self.values))
         places = torch.tensor([size + n % size for n in self.seen], device=device)
         here = (torch.arange(2 * size, device=device) == places[:, None])[:, None, :, None]
@@ -80,7 +84,9 @@ class Window:
         used = (place >= first) & (place <= places[:, None])
         scores = (q.unsqueeze(-2) @ keys.transpose(-2, -1)) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~used[:, None, None], -torch.inf).softmax(-1)
-        return (weights @ values).squeeze(-2), replace(self, keys=keys, values=values, seen=[n + 1 for n in self.seen])
+        return (weights @ values).squeeze(-2), replace(
+            self, keys=keys, values=values, seen=[n + 1 for n in self.seen]
+        )
 
 
 def window_after(k: Tensor, v: Tensor, chunk_size: int, packing: Packing | None) -> Window:

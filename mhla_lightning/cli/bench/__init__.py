@@ -8,7 +8,14 @@ from mhla_lightning.cli.bench import attention, backbone, data, decode, resume, 
 from mhla_lightning.cli.output import check_json
 from mhla_lightning.errors import UserError
 
-SUBJECTS = {"attention": attention, "backbone": backbone, "decode": decode, "data": data, "resume": resume, "step": step}
+SUBJECTS = {
+    "attention": attention,
+    "backbone": backbone,
+    "decode": decode,
+    "data": data,
+    "resume": resume,
+    "step": step,
+}
 TAKES_OVERRIDES = True
 
 

@@ -21,7 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench attention`."""
     parser.add_argument("--causal", action="store_true", help="tokens see earlier tokens only")
     counts = parser.add_mutually_exclusive_group()
-    counts.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], metavar="N", help="token counts (default: %(default)s)")
+    counts.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[256, 1024, 4096, 16384],
+        metavar="N",
+        help="token counts (default: %(default)s)",
+    )
     counts.add_argument(
         "--grid",
         type=int,
@@ -30,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per axis of one grid of 1 to 3 axes, such as 21 30 50; with 3 mhla has no normalizer, as in video",
     )
     parser.add_argument(
-        "--slope-to", type=int, default=None, metavar="N", help="mhla alone goes on to N for the slope (default: 65536; with --causal or --grid none)"
+        "--slope-to",
+        type=int,
+        default=None,
+        metavar="N",
+        help="mhla alone goes on to N for the slope (default: 65536; with --causal or --grid none)",
     )
     parser.add_argument("--heads", type=int, default=None, help="default: 6, with --causal 4")
     parser.add_argument("--dim", type=int, default=64, help="channels a head (default: %(default)s)")
@@ -41,9 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="of mhla, the same at every token count, with --grid per axis (default: 128; with --grid what M^2 <= tokens allows)",
     )
-    parser.add_argument("--chunk-size", type=int, default=128, help="with --causal: tokens a chunk of linear and mhla (default: %(default)s)")
+    parser.add_argument(
+        "--chunk-size",
+        type=int,
+        default=128,
+        help="with --causal: tokens a chunk of linear and mhla (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--turns", type=int, default=7, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=7,
+        help="measured turns after a warm-up, at least 5 (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
@@ -60,14 +81,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; use cpu")
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    )
     torch.manual_seed(0)
     console = Console()
     cases, rates = _measure(args, device, console)
     result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
     rate = sorted(rates)[len(rates) // 2]
-    machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    console.print(f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+    machine = (
+        f"{torch.get_num_threads()} threads, {load()}"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(device)
+    )
+    console.print(
+        f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}"
+    )
     for table in _tables(result, max(args.tokens)):
         console.print(table)
     write_json(args.json, {**result, "gemm_flops_per_second": rate, "machine": machine})
@@ -82,7 +111,9 @@ def _take_grid(args: argparse.Namespace) -> None:
     from mhla_lightning.bench.backbone_speed import layout_for
 
     if args.causal or args.slope_to is not None:
-        raise UserError(f"--grid is one size without an order of tokens; it does not go with {'--causal' if args.causal else '--slope-to'}")
+        raise UserError(
+            f"--grid is one size without an order of tokens; it does not go with {'--causal' if args.causal else '--slope-to'}"
+        )
     BlockGrid(args.grid, block_size=1)  # refuses what is no grid
     args.tokens, args.slope_to = [math.prod(args.grid)], 0
     args.blocks = args.blocks or list(layout_for(tuple(args.grid)))
@@ -97,12 +128,26 @@ def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[l
     while larger <= args.slope_to:
         plan.append(("mhla", larger))
         larger *= 2
-    shape = {"heads": args.heads, "dim": args.dim, "batch": args.batch, "causal": args.causal, "grid": args.grid}
+    shape = {
+        "heads": args.heads,
+        "dim": args.dim,
+        "batch": args.batch,
+        "causal": args.causal,
+        "grid": args.grid,
+    }
     cases, rates = [], []
     with measuring_bar(console, len(plan) * (args.turns + 1)) as on_case:
-        for tokens in dict.fromkeys(tokens for _, tokens in plan):  # one token count at a time: the memory of one is enough
-            group = [make_case(name, entries[name], tokens, **shape, device=device) for name, n in plan if n == tokens]
-            rates += take_turns(group, args.turns, device, lambda case: on_case(f"{case.operator} at {case.tokens:,} tokens"))
+        for tokens in dict.fromkeys(
+            tokens for _, tokens in plan
+        ):  # one token count at a time: the memory of one is enough
+            group = [
+                make_case(name, entries[name], tokens, **shape, device=device)
+                for name, n in plan
+                if n == tokens
+            ]
+            rates += take_turns(
+                group, args.turns, device, lambda case: on_case(f"{case.operator} at {case.tokens:,} tokens")
+            )
             for case in group:
                 case.release()
             cases += group
@@ -110,7 +155,9 @@ def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[l
 
 
 def _entries(args: argparse.Namespace) -> dict[str, Any]:
-    video = {"normalizer": "none"} if args.grid is not None and len(args.grid) == 3 else {}  # a norm per head follows there (SPEC 6.4)
+    video = (
+        {"normalizer": "none"} if args.grid is not None and len(args.grid) == 3 else {}
+    )  # a norm per head follows there (SPEC 6.4)
     mhla = {"name": "mhla", "blocks": _blocks(args), **video}
     return {"softmax": "softmax", "linear": {"name": "linear", "feature_map": "relu_eps"}, "mhla": mhla}
 
@@ -125,7 +172,11 @@ def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:
     """The mixing matrix has a row for every chunk of the longest text, so that no summary is dropped at any length."""
     chunks = -(-max(*args.tokens, args.slope_to) // args.chunk_size)
     chunked = {"chunk_size": args.chunk_size}
-    return {"softmax": "softmax", "linear": {"name": "linear", **chunked}, "mhla": {"name": "mhla", "max_chunks": chunks, **chunked}}
+    return {
+        "softmax": "softmax",
+        "linear": {"name": "linear", **chunked},
+        "mhla": {"name": "mhla", "max_chunks": chunks, **chunked},
+    }
 
 
 def _summary(cases: list[Case], tokens: int) -> dict[str, float]:
@@ -154,12 +205,32 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
     from rich.table import Table
 
     times = Table(title="milliseconds; x GEMM = time over that of a matrix product with the same FLOPs")
-    for heading in ("tokens", "operator", "forward", "step", "forward x GEMM", "step x GEMM", "peak MiB", "turns"):
+    for heading in (
+        "tokens",
+        "operator",
+        "forward",
+        "step",
+        "forward x GEMM",
+        "step x GEMM",
+        "peak MiB",
+        "turns",
+    ):
         times.add_column(heading, justify="left" if heading == "operator" else "right")
     for row in result["rows"]:
         ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
         over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
-        times.add_row(f"{row['tokens']:,}", row["operator"], *ms, *over, f"{row['peak_bytes'] / 2**20:.1f}", f"{row['turns']}")
-    slopes = f" (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)" if "slope" in result["summary"] else ""
+        times.add_row(
+            f"{row['tokens']:,}",
+            row["operator"],
+            *ms,
+            *over,
+            f"{row['peak_bytes'] / 2**20:.1f}",
+            f"{row['turns']}",
+        )
+    slopes = (
+        f" (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)"
+        if "slope" in result["summary"]
+        else ""
+    )
     title = f"summary at {tokens:,} tokens{slopes}"
     return [times, summary_table(title, result["summary"])]

@@ -16,13 +16,25 @@ if TYPE_CHECKING:
 Entry = dict[str, Any] | list[dict[str, Any]]
 
 HELP = "speed and peak memory of a backbone over image or clip sizes"
-RATIOS = (("mhla", "linear"), ("softmax", "mhla"), ("softmax", "linear"), ("softmax", "hybrid"), ("hybrid", "mhla"))
+RATIOS = (
+    ("mhla", "linear"),
+    ("softmax", "mhla"),
+    ("softmax", "linear"),
+    ("softmax", "hybrid"),
+    ("hybrid", "mhla"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench backbone`."""
     parser.add_argument("backbone", metavar="BACKBONE", help="dit_s2, dit_b2, ..., wan_1_3b")
-    parser.add_argument("--res", type=int, nargs="+", metavar="PIXELS", help="image sizes, per side (default: 256 512 1024 2048)")
+    parser.add_argument(
+        "--res",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="image sizes, per side (default: 256 512 1024 2048)",
+    )
     parser.add_argument(
         "--video",
         nargs="+",
@@ -35,15 +47,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list of attention entries, a hybrid being a list itself (default: [softmax, linear, mhla], for video also [softmax, mhla, mhla])",
     )
     parser.add_argument(
-        "--pos-conv", help="of every entry that does not name one: cpe3, lepe3, lepe5, none (default: cpe3, for video the preset's none)"
+        "--pos-conv",
+        help="of every entry that does not name one: cpe3, lepe3, lepe5, none (default: cpe3, for video the preset's none)",
     )
-    parser.add_argument("--gate", action="store_true", help="output gate in every entry that does not say (default: in none)")
-    parser.add_argument("--blocks", type=int, default=None, metavar="K", help="mhla's blocks per axis (default: what M^2 <= tokens allows)")
+    parser.add_argument(
+        "--gate", action="store_true", help="output gate in every entry that does not say (default: in none)"
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=None,
+        metavar="K",
+        help="mhla's blocks per axis (default: what M^2 <= tokens allows)",
+    )
     parser.add_argument("--layers", type=int, default=None, metavar="N", help="default: the backbone's")
     parser.add_argument("--batch", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute every block in the backward: less memory, a longer step")
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute every block in the backward: less memory, a longer step",
+    )
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
-    parser.add_argument("--turns", type=int, default=5, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=5,
+        help="measured turns after a warm-up, at least 5 (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
@@ -65,17 +95,30 @@ def run(args: argparse.Namespace) -> int:
     plan = _plan(args, family, sizes, entries)
     console = Console()
     console.print(_what(args, family))
-    result: dict[str, Any] = {"rows": [], "summary": {}, "precision": _precision(args), "checkpointing": args.checkpointing}
+    result: dict[str, Any] = {
+        "rows": [],
+        "summary": {},
+        "precision": _precision(args),
+        "checkpointing": args.checkpointing,
+    }
     with measuring_bar(console, len(plan) * len(entries) * (args.turns + 1)) as on_case:
         for size, planned in plan.items():  # one size at a time: the memory of one is enough
             group, rate = _measure(args, family, size, planned, device, on_case)
             rows = [_row(args, family, size, case, planned[case.operator]) for case in group]
-            machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-            console.print(f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+            machine = (
+                f"{torch.get_num_threads()} threads, {load()}"
+                if device.type == "cpu"
+                else torch.cuda.get_device_name(device)
+            )
+            console.print(
+                f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}"
+            )
             console.print(_table(family, rows))
             result["rows"] += [{**row, "gemm_flops_per_second": rate, "machine": machine} for row in rows]
             result["summary"] |= _ratios(family, size, group)
-            write_json(args.json, result)  # the next size may take an hour: a run that is stopped keeps what it measured
+            write_json(
+                args.json, result
+            )  # the next size may take an hour: a run that is stopped keeps what it measured
     if result["summary"]:
         by = "pixels" if family.key == "res" else "clip"
         console.print(summary_table(f"summary: time of A over time of B, by {by}", result["summary"]))
@@ -100,7 +143,11 @@ def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
     if given[other] is not None:
         raise UserError(f"--{other} does not go with {args.backbone}, which takes --{family.key}")
     asked = given[family.key]
-    sizes = list(family.sizes) if asked is None else [_clip(text) if family.key == "video" else text for text in asked]
+    sizes = (
+        list(family.sizes)
+        if asked is None
+        else [_clip(text) if family.key == "video" else text for text in asked]
+    )
     return sorted(set(sizes))
 
 
@@ -143,21 +190,30 @@ def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
 def _mapping(entry: Any) -> dict[str, Any]:
     mapping = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
-        raise UserError(f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: mhla, gate: true}}]', got {entry}")
+        raise UserError(
+            f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: mhla, gate: true}}]', got {entry}"
+        )
     return dict(mapping)
 
 
 def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -> str:
     if not parts:
-        raise UserError("--attention has an empty list among its entries; a hybrid names at least one operator")
+        raise UserError(
+            "--attention has an empty list among its entries; a hybrid names at least one operator"
+        )
     name = "hybrid" if hybrid else parts[0]["name"]
     if name not in taken:
         return name
-    named = [" ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")]) for part in parts]
+    named = [
+        " ".join([part["name"], *(f"{key}={value}" for key, value in part.items() if key != "name")])
+        for part in parts
+    ]
     return f"hybrid {', '.join(named)}" if hybrid else named[0]
 
 
-def _plan(args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]) -> dict[Size, dict[str, Entry]]:
+def _plan(
+    args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]
+) -> dict[Size, dict[str, Entry]]:
     """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without weights, so that mistakes come first."""
     import torch
 
@@ -171,10 +227,16 @@ def _plan(args: argparse.Namespace, family: Family, sizes: list[Size], entries: 
         blocks = args.blocks or family.blocks(token_grid(args.backbone, options))
 
         def laid_out(entry: dict[str, Any], blocks: Any = blocks) -> dict[str, Any]:
-            partitioned = "blocks" in lookup_attention(entry["name"]).options() and not {"blocks", "block_size"} & entry.keys()
+            partitioned = (
+                "blocks" in lookup_attention(entry["name"]).options()
+                and not {"blocks", "block_size"} & entry.keys()
+            )
             return {**entry, "blocks": blocks} if partitioned else entry
 
-        plan[size] = {label: [laid_out(part) for part in entry] if isinstance(entry, list) else laid_out(entry) for label, entry in entries.items()}
+        plan[size] = {
+            label: [laid_out(part) for part in entry] if isinstance(entry, list) else laid_out(entry)
+            for label, entry in entries.items()
+        }
         for entry in plan[size].values():
             with torch.device("meta"):
                 build_backbone(args.backbone, attention=entry, **options)
@@ -186,7 +248,12 @@ def _options(args: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, family: Family, size: Size, entries: dict[str, Entry], device: Any, on_case: Callable[[str], None]
+    args: argparse.Namespace,
+    family: Family,
+    size: Size,
+    entries: dict[str, Entry],
+    device: Any,
+    on_case: Callable[[str], None],
 ) -> tuple[list[Case], float]:
     """The cases of one size with their times, and the GEMM rate in FLOP/s."""
     from mhla_lightning.bench.backbone_speed import make_case
@@ -194,7 +261,10 @@ def _measure(
 
     options = _options(args, family.options(size))
     how = {"bf16": args.bf16, "checkpointing": args.checkpointing}
-    group = [make_case(label, args.backbone, entry, options, args.batch, device, **how) for label, entry in entries.items()]
+    group = [
+        make_case(label, args.backbone, entry, options, args.batch, device, **how)
+        for label, entry in entries.items()
+    ]
     rates = take_turns(group, args.turns, device, lambda case: on_case(f"{case.operator} at {_name(size)}"))
     for case in group:
         case.release()
@@ -226,7 +296,11 @@ def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
     if not family.by_layer:
         return {f"{a}_over_{b}_{size}": ratio(at[a].step, at[b].step) for a, b in pairs}
     kinds: list[tuple[str, Any]] = [("forward", lambda case: case.forward), ("step", lambda case: case.step)]
-    return {f"{a}_over_{b}_{kind}_{_name(size)}": ratio(times(at[a]), times(at[b])) for kind, times in kinds for a, b in pairs}
+    return {
+        f"{a}_over_{b}_{kind}_{_name(size)}": ratio(times(at[a]), times(at[b]))
+        for kind, times in kinds
+        for a, b in pairs
+    }
 
 
 def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
@@ -241,7 +315,14 @@ def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
     for row in rows:
         turns = "1 (slow)" if row["measured_once"] else str(row["turns"])
         size = row["video"] if "video" in row else f"{row['resolution']:,}"
-        table.add_row(size, f"{row['tokens']:,}", _operator(row), *_numbers(family, row), f"{row['peak_bytes'] / 2**20:,.1f}", turns)
+        table.add_row(
+            size,
+            f"{row['tokens']:,}",
+            _operator(row),
+            *_numbers(family, row),
+            f"{row['peak_bytes'] / 2**20:,.1f}",
+            turns,
+        )
     return table
 
 
@@ -259,4 +340,8 @@ def _operator(row: dict[str, Any]) -> str:
 
     entries = row["attention"] if isinstance(row["attention"], list) else [row["attention"]]
     layouts = {str(entry["blocks"]).replace(" ", "") for entry in entries if "blocks" in entry}
-    return escape(row["operator"] if not layouts or "blocks=" in row["operator"] else f"{row['operator']} blocks={' '.join(sorted(layouts))}")
+    return escape(
+        row["operator"]
+        if not layouts or "blocks=" in row["operator"]
+        else f"{row['operator']} blocks={' '.join(sorted(layouts))}"
+    )

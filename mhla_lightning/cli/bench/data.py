@@ -26,15 +26,46 @@ _PACKAGES = ("torch", "torchvision", "timm", "pillow", "webdataset", "numpy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench data`."""
-    parser.add_argument("--path", metavar="DIR", help="image shards of this machine (default: JPEG images of random content are made)")
-    parser.add_argument("--images", type=int, default=2000, help=f"how many are made, {IMAGE_SIDE} x {IMAGE_SIDE} pixels (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=1024, help="images that every case reads in a turn (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="after the random crop (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=32768, help="token rows that are made and that every case reads in a turn (default: %(default)s)")
+    parser.add_argument(
+        "--path",
+        metavar="DIR",
+        help="image shards of this machine (default: JPEG images of random content are made)",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help=f"how many are made, {IMAGE_SIDE} x {IMAGE_SIDE} pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1024,
+        help="images that every case reads in a turn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="after the random crop (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=32768,
+        help="token rows that are made and that every case reads in a turn (default: %(default)s)",
+    )
     parser.add_argument("--length", type=int, default=1024, help="tokens a row (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of every case; 0 loads in this one (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=9, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="loader processes of every case; 0 loads in this one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=9,
+        help="measured turns after a warm-up, at least 5 (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{machine}; {', '.join(f'{name} {number}' for name, number in versions.items())}")
     for table in _tables(result):
         console.print(table)
-    write_json(args.json, {**result, "machine": machine, "versions": versions, "batch": args.batch, "workers": args.workers})
+    write_json(
+        args.json,
+        {**result, "machine": machine, "versions": versions, "batch": args.batch, "workers": args.workers},
+    )
     return 0
 
 
@@ -88,16 +122,25 @@ def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: P
     from mhla_lightning.bench.data_speed import decoder_loop, make_case, own_stream, webdataset_pipeline
     from mhla_lightning.data.modules.images import ImageDataModule
 
-    module: ShardDataModule = ImageDataModule(str(path), plan.batch_size, image_size=size, augmentation=augmentation, seed=0)
+    module: ShardDataModule = ImageDataModule(
+        str(path), plan.batch_size, image_size=size, augmentation=augmentation, seed=0
+    )
     index = module.index()
     kind = module.kind(index)
     kind.check(index, str(path))
     if len(index.shards) < plan.workers:
-        raise UserError(f"--workers is {plan.workers}, but {path} has {len(index.shards)} training shards: webdataset needs one for every worker")
+        raise UserError(
+            f"--workers is {plan.workers}, but {path} has {len(index.shards)} training shards: webdataset needs one for every worker"
+        )
     return [
         make_case(subject, "stream", plan, own_stream(module.corpus, kind, plan)),
         make_case(subject, "decoder", plan, decoder_loop(module.corpus, kind, plan)),
-        make_case(subject, "webdataset", plan, webdataset_pipeline(path / "train", [shard.name for shard in index.shards], kind, plan)),
+        make_case(
+            subject,
+            "webdataset",
+            plan,
+            webdataset_pipeline(path / "train", [shard.name for shard in index.shards], kind, plan),
+        ),
     ]
 
 
@@ -127,16 +170,27 @@ def _summary(cases: Sequence[DataCase]) -> dict[str, float]:
         "stream_over_webdataset_crop": (CROPPED, "webdataset"),
         "tokens_over_memmap": (TOKENS, "memmap"),
     }
-    return {key: ratio(rates[subject, "stream"], rates[subject, other]) for key, (subject, other) in pairs.items()}
+    return {
+        key: ratio(rates[subject, "stream"], rates[subject, other]) for key, (subject, other) in pairs.items()
+    }
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:
     from rich.table import Table
 
-    table = Table(title="samples/s: median and range of the turns; DeiT: its augmentation, crop: random crop only")
+    table = Table(
+        title="samples/s: median and range of the turns; DeiT: its augmentation, crop: random crop only"
+    )
     for heading in ("subject", "case", "samples/s", "range", "samples a turn", "turns"):
         table.add_column(heading, justify="left" if heading in ("subject", "case") else "right")
     for row in result["rows"]:
         span = f"{row['slowest']:,.0f} - {row['fastest']:,.0f}"
-        table.add_row(row["subject"], row["case"], f"{row['samples_per_second']:,.0f}", span, f"{row['samples_a_turn']:,}", f"{row['turns']}")
+        table.add_row(
+            row["subject"],
+            row["case"],
+            f"{row['samples_per_second']:,.0f}",
+            span,
+            f"{row['samples_a_turn']:,}",
+            f"{row['turns']}",
+        )
     return [table, summary_table("samples/s of the stream / of the other", result["summary"])]

@@ -16,13 +16,37 @@ HELP = "time and state of one more token, by position"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench decode`."""
-    parser.add_argument("--positions", type=int, nargs="+", default=[1024, 16384], metavar="N", help="tokens before (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="consecutive tokens whose mean is a measurement (default: %(default)s)")
-    parser.add_argument("--max-chunks", type=int, default=32, help="of the capped mhla, with extrapolation: shift (default: %(default)s)")
+    parser.add_argument(
+        "--positions",
+        type=int,
+        nargs="+",
+        default=[1024, 16384],
+        metavar="N",
+        help="tokens before (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=256,
+        help="consecutive tokens whose mean is a measurement (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-chunks",
+        type=int,
+        default=32,
+        help="of the capped mhla, with extrapolation: shift (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--embed-dim", type=int, default=1024, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at once (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="measurements at every position, at least 5 (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="sequences decoded at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=5,
+        help="measurements at every position, at least 5 (default: %(default)s)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
@@ -30,18 +54,26 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     demand_at_least(args, tokens=1, max_chunks=1, layers=1, embed_dim=64, batch=1, turns=5)
     if len(set(args.positions)) < 2 or min(args.positions) < 1:
-        raise UserError(f"--positions {' '.join(map(str, args.positions))}: at least two different positions from 1 on are compared")
+        raise UserError(
+            f"--positions {' '.join(map(str, args.positions))}: at least two different positions from 1 on are compared"
+        )
     import torch
     from rich.console import Console
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here; use cpu")
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    )
     torch.manual_seed(0)
     places = _measure(args, device)
     rows = [place.row() for place in places]
     summary = _summary(places, min(args.positions), max(args.positions))
-    machine = f"{torch.get_num_threads()} threads, {load()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    machine = (
+        f"{torch.get_num_threads()} threads, {load()}"
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(device)
+    )
     console = Console()
     console.print(
         f"{machine}; lm_340m with {args.layers} layers of {args.embed_dim} channels, float32, batch {args.batch}; torch {torch.__version__}"
@@ -70,7 +102,9 @@ def _measure(args: argparse.Namespace, device: Any) -> list[Place]:
         for name, entry in entries.items():
             model = build_model(entry, shape, device)
             sizes = {"batch": args.batch, "tokens": args.tokens, "turns": args.turns}
-            places += decode_at(name, model, sorted(set(args.positions)), **sizes, on_progress=lambda: progress.advance(bar))
+            places += decode_at(
+                name, model, sorted(set(args.positions)), **sizes, on_progress=lambda: progress.advance(bar)
+            )
     return places
 
 
@@ -79,10 +113,14 @@ def _summary(places: list[Place], near: int, far: int) -> dict[str, float]:
 
     at = {(place.operator, place.position): place for place in places}
     names = dict.fromkeys(place.operator for place in places)
-    summary = {f"{name}_{far}_over_{near}": ratio(at[name, far].seconds, at[name, near].seconds) for name in names}
+    summary = {
+        f"{name}_{far}_over_{near}": ratio(at[name, far].seconds, at[name, near].seconds) for name in names
+    }
     summary["softmax_over_mhla"] = ratio(at["softmax", far].seconds, at["mhla", far].seconds)
     summary["softmax_over_mhla_state_bytes"] = at["softmax", far].state_bytes / at["mhla", far].state_bytes
-    summary["mhla_uncapped_over_mhla_state_bytes"] = at["mhla_uncapped", far].state_bytes / at["mhla", far].state_bytes
+    summary["mhla_uncapped_over_mhla_state_bytes"] = (
+        at["mhla_uncapped", far].state_bytes / at["mhla", far].state_bytes
+    )
     return summary
 
 
@@ -93,5 +131,10 @@ def _table(rows: list[dict[str, Any]], tokens: int) -> Any:
     for heading in ("operator", "position", "ms a token", "state KiB"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
     for row in rows:
-        table.add_row(row["operator"], f"{row['position']:,}", f"{row['seconds_per_token'] * 1e3:.2f}", f"{row['state_bytes'] / 2**10:,.0f}")
+        table.add_row(
+            row["operator"],
+            f"{row['position']:,}",
+            f"{row['seconds_per_token'] * 1e3:.2f}",
+            f"{row['state_bytes'] / 2**10:,.0f}",
+        )
     return table

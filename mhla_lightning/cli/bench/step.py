@@ -28,8 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench step`."""
     parser.usage = "%(prog)s RECIPE [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="optimizer steps of a side in a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="measured turns after a warm-up, at least 5 (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="optimizer steps of a side in a turn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=5,
+        help="measured turns after a warm-up, at least 5 (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,10 +60,18 @@ def run(args: argparse.Namespace) -> int:
         times = measure(recipe, Path(folder, "step"), args.steps, args.turns, lambda: progress.advance(bar))
     machine = f"{torch.get_num_threads()} threads, {load()}"
     console = Console()
-    console.print(f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, data {data}; torch {torch.__version__}")
+    console.print(
+        f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, data {data}; torch {torch.__version__}"
+    )
     for table in _tables(args, times):
         console.print(table)
-    how = {"recipe": args.recipe, "overrides": args.overrides, "data": data, "machine": machine, "steps": args.steps}
+    how = {
+        "recipe": args.recipe,
+        "overrides": args.overrides,
+        "data": data,
+        "machine": machine,
+        "steps": args.steps,
+    }
     write_json(args.json, _result(times) | how)
     return 0
 
@@ -65,10 +84,17 @@ def _resolve(args: argparse.Namespace) -> Resolved:
     from mhla_lightning.config.resolve import resolve
 
     resolved = resolve(values)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # after the imports: Lightning sets its own level in them
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+    ):  # after the imports: Lightning sets its own level in them
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mhla_lightning.tasks.optimization").setLevel(logging.ERROR)  # these steps are part of a longer run's warm-up
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.14, Lightning's to change
+    logging.getLogger("mhla_lightning.tasks.optimization").setLevel(
+        logging.ERROR
+    )  # these steps are part of a longer run's warm-up
+    warnings.filterwarnings(
+        "ignore", message=r".*isinstance\(treespec, LeafSpec\)"
+    )  # Lightning 2.6.6 on torch 2.14, Lightning's to change
     return resolved
 
 
@@ -86,19 +112,33 @@ def _result(times: StepTimes) -> dict[str, Any]:
 def _tables(args: argparse.Namespace, times: StepTimes) -> list[Any]:
     from rich.table import Table
 
-    sides = Table(title=f"a training step: median and range of {args.turns} turns of {args.steps} steps; both sides end at loss {times.loss:.6g}")
+    sides = Table(
+        title=f"a training step: median and range of {args.turns} turns of {args.steps} steps; both sides end at loss {times.loss:.6g}"
+    )
     for heading in ("side", "ms a step", "range", "CPU ms", "samples/s"):
         sides.add_column(heading, justify="left" if heading == "side" else "right")
     for row in times.rows():
         span = f"{row['fastest_seconds'] * 1e3:,.1f} - {row['slowest_seconds'] * 1e3:,.1f}"
-        sides.add_row(row["side"], f"{row['step_seconds'] * 1e3:,.1f}", span, f"{row['cpu_seconds'] * 1e3:,.1f}", f"{row['samples_per_second']:,.1f}")
+        sides.add_row(
+            row["side"],
+            f"{row['step_seconds'] * 1e3:,.1f}",
+            span,
+            f"{row['cpu_seconds'] * 1e3:,.1f}",
+            f"{row['samples_per_second']:,.1f}",
+        )
     parts = Table(title="where it goes: ms a step, medians of the turns", show_footer=True)
     low, high = min(times.ratios), max(times.ratios)
     title = f"{_TITLE}; the turns' ratios by the clock lie between {low:.3f} and {high:.3f}"
     rows, keys = times.breakdown(), ("lightning_seconds", "bare_seconds", "extra_seconds")
     parts.add_column("source", "together")
     for key in keys:
-        parts.add_column(key.removesuffix("_seconds"), f"{sum(row[key] for row in rows) * 1e3:,.3f}", justify="right")
+        parts.add_column(
+            key.removesuffix("_seconds"), f"{sum(row[key] for row in rows) * 1e3:,.3f}", justify="right"
+        )
     for row, after in zip(rows, [*rows[1:], rows[-1]], strict=True):
-        parts.add_row(row["source"], *(f"{row[key] * 1e3:,.3f}" for key in keys), end_section=row["same_calls"] and not after["same_calls"])
+        parts.add_row(
+            row["source"],
+            *(f"{row[key] * 1e3:,.3f}" for key in keys),
+            end_section=row["same_calls"] and not after["same_calls"],
+        )
     return [sides, parts, summary_table(title, times.summary(), digits=4)]

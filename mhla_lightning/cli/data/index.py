@@ -23,14 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data index`."""
     parser.add_argument("path", help="folder of *.tar, or of train/, val/, test/ with *.tar")
     parser.add_argument(
-        "--kind", choices=["images", "tokens", "latents", "video_latents", "clips"], help="refuse other samples (default: as the first sample)"
+        "--kind",
+        choices=["images", "tokens", "latents", "video_latents", "clips"],
+        help="refuse other samples (default: as the first sample)",
     )
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, class 0 first (default: their numbers)")
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="names of the classes, one a line, class 0 first (default: their numbers)",
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="what made the tokens, e.g. bytes or gpt2")
-    parser.add_argument("--rate", type=float, metavar="R", help="of clips that do not say it themselves, frames a second")
+    parser.add_argument(
+        "--rate", type=float, metavar="R", help="of clips that do not say it themselves, frames a second"
+    )
     output.add_vae(parser)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an index; what it says of classes, tokenizer, VAE and rate is kept if not given anew"
+        "--overwrite",
+        action="store_true",
+        help="replace an index; what it says of classes, tokenizer, VAE and rate is kept if not given anew",
     )
     output.add_workers(parser)
     output.add_json(parser)

@@ -29,31 +29,97 @@ _SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data latents`."""
-    parser.add_argument("source", metavar="SOURCE", help="packed images (train/, val/), or mnist, torchvision:NAME[:ROOT], a folder of classes")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to make; holds the same splits afterwards")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="packed images (train/, val/), or mnist, torchvision:NAME[:ROOT], a folder of classes",
+    )
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help="folder to make; holds the same splits afterwards"
+    )
     parser.add_argument("--to", metavar="OUT", help="the same")
-    parser.add_argument("--video", action="store_true", help="SOURCE holds clips with captions; VAE is an AutoencoderKLWan")
-    parser.add_argument("--vae", required=True, metavar="VAE", help="a folder of diffusers' AutoencoderKL or AutoencoderDC, or its name on the hub")
-    parser.add_argument("--text-encoder", metavar="NAME", help="of captions: a folder of umT5 or its name on the hub, or words:N (no download)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="the most tokens that a caption may have (default: 512)")
-    parser.add_argument("--subfolder", metavar="NAME", help="of VAE (default: itself, or vae where it is a pipeline)")
+    parser.add_argument(
+        "--video", action="store_true", help="SOURCE holds clips with captions; VAE is an AutoencoderKLWan"
+    )
+    parser.add_argument(
+        "--vae",
+        required=True,
+        metavar="VAE",
+        help="a folder of diffusers' AutoencoderKL or AutoencoderDC, or its name on the hub",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="of captions: a folder of umT5 or its name on the hub, or words:N (no download)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="the most tokens that a caption may have (default: 512)"
+    )
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="of VAE (default: itself, or vae where it is a pipeline)"
+    )
     parser.add_argument("--name", metavar="NAME", help="what recipes call the VAE (default: as given)")
-    parser.add_argument("--size", type=int, metavar="N", help="pixels a side, by ADM's centre crop (default: 256)")
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="pixels a side, by ADM's centre crop (default: 256)"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: 32)")
-    parser.add_argument("--device", default="auto", help="auto (all GPUs, else the CPU), cpu, cuda:0,cuda:1; a process each (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto (all GPUs, else the CPU), cpu, cuda:0,cuda:1; a process each (default: auto)",
+    )
     parser.add_argument("--dtype", help="bf16 (stored as float16) or fp32 (default: bf16 on GPU, else fp32)")
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--moments", action="store_true", default=None, help="keep the posterior's mean and log-variance (default where there is one)")
-    kept.add_argument("--samples", dest="moments", action="store_false", default=None, help="keep one latent, drawn by (seed, index)")
-    parser.add_argument("--no-flip", action="store_true", help="do not keep the latents of the mirrored images too")
-    parser.add_argument("--scale", type=float, metavar="S", help="a latent z is used as (z - T) * S (default: the VAE's)")
+    kept.add_argument(
+        "--moments",
+        action="store_true",
+        default=None,
+        help="keep the posterior's mean and log-variance (default where there is one)",
+    )
+    kept.add_argument(
+        "--samples",
+        dest="moments",
+        action="store_false",
+        default=None,
+        help="keep one latent, drawn by (seed, index)",
+    )
+    parser.add_argument(
+        "--no-flip", action="store_true", help="do not keep the latents of the mirrored images too"
+    )
+    parser.add_argument(
+        "--scale", type=float, metavar="S", help="a latent z is used as (z - T) * S (default: the VAE's)"
+    )
     parser.add_argument("--shift", type=float, metavar="T", help="see --scale")
-    parser.add_argument("--val", type=output.count_or_share, metavar="N|SHARE", help="held out of a source that is not packed (default: 0.2)")
-    parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
-    parser.add_argument("--seed", type=int, help="of --samples, and of the order of a source that is not packed (default: 0)")
-    parser.add_argument("--max-skipped-share", type=float, default=0.01, metavar="P", help="of images that cannot be used (default: 0.01)")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that OUT already holds, or another command has begun")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that read images, beside each device (default: the cores, at most 8)")
+    parser.add_argument(
+        "--val",
+        type=output.count_or_share,
+        metavar="N|SHARE",
+        help="held out of a source that is not packed (default: 0.2)",
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of --samples, and of the order of a source that is not packed (default: 0)"
+    )
+    parser.add_argument(
+        "--max-skipped-share",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help="of images that cannot be used (default: 0.01)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace shards that OUT already holds, or another command has begun",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads that read images, beside each device (default: the cores, at most 8)",
+    )
     output.add_json(parser)
 
 
@@ -72,12 +138,20 @@ def run(args: argparse.Namespace) -> int:
     vaes = {split: {**vars(index.vae)} for split, index in report.indices.items() if index.vae is not None}
     what, rate = "clips" if args.video else "images", report.samples / max(report.seconds, 1e-9)
     skipped = [dict(zip(("split", "sample", "reason"), one, strict=True)) for one in report.skipped]
-    summary = {"vae": vaes, what: report.samples, "seconds": report.seconds, f"{what}_per_second": rate, "skipped": skipped}
+    summary = {
+        "vae": vaes,
+        what: report.samples,
+        "seconds": report.seconds,
+        f"{what}_per_second": rate,
+        "skipped": skipped,
+    }
     output.write_json(args.json, {"rows": rows, "summary": summary})
     return 0
 
 
-def _make(args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]) -> Report:
+def _make(
+    args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]
+) -> Report:
     """Encode what args say."""
     from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
     from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_video_latents
@@ -88,43 +162,85 @@ def _make(args: argparse.Namespace, out: str, on_progress: output.OnProgress, on
     chosen |= {name: getattr(args, name) for name in only if getattr(args, name) is not None}
     if args.video:
         options = VideoOptions(**chosen)
-        return make_video_latents(args.source, out, options, overwrite=args.overwrite, wait=False, on_progress=on_progress, on_note=on_note)
+        return make_video_latents(
+            args.source,
+            out,
+            options,
+            overwrite=args.overwrite,
+            wait=False,
+            on_progress=on_progress,
+            on_note=on_note,
+        )
     images = LatentOptions(**chosen, flip=not args.no_flip, threads=output.workers(args))
-    return make_latents(args.source, out, images, overwrite=args.overwrite, wait=False, on_progress=on_progress, on_note=on_note)
+    return make_latents(
+        args.source,
+        out,
+        images,
+        overwrite=args.overwrite,
+        wait=False,
+        on_progress=on_progress,
+        on_note=on_note,
+    )
 
 
 def _out(args: argparse.Namespace) -> str:
     if (args.out is None) == (args.to is None):
-        raise UserError("OUT, the folder to make, is needed once: mhla data latents SOURCE OUT, or SOURCE --to OUT")
+        raise UserError(
+            "OUT, the folder to make, is needed once: mhla data latents SOURCE OUT, or SOURCE --to OUT"
+        )
     return str(args.out or args.to)
 
 
 def _demand_fitting(args: argparse.Namespace) -> None:
     """Refuse options of images for videos, and the other way round."""
-    foreign = [name for name in (_IMAGES_ONLY if args.video else _VIDEOS_ONLY) if getattr(args, name) not in (None, False)]
+    foreign = [
+        name
+        for name in (_IMAGES_ONLY if args.video else _VIDEOS_ONLY)
+        if getattr(args, name) not in (None, False)
+    ]
     foreign += ["samples"] if args.video and args.moments is False else []
     if foreign:
-        kinds = ("images", "clips, whose size and splits are kept") if args.video else ("videos", "images: add --video")
+        kinds = (
+            ("images", "clips, whose size and splits are kept")
+            if args.video
+            else ("videos", "images: add --video")
+        )
         raise UserError(f"--{foreign[0].replace('_', '-')} is for {kinds[0]}, and these are {kinds[1]}")
     if args.video and args.text_encoder is None:
-        raise UserError("--video needs --text-encoder: a folder of umT5 or its name on the hub, or words:N, e.g. words:64")
+        raise UserError(
+            "--video needs --text-encoder: a folder of umT5 or its name on the hub, or words:N, e.g. words:64"
+        )
 
 
 def _remarks(report: Report, what: str) -> list[str]:
     """Rate, what was left out, statistics, and what a recipe has to say."""
     lines = (
-        [f"{report.samples:,} {what} in {report.seconds:.0f} s: {report.samples / max(report.seconds, 1e-9):,.1f} a second"] if report.samples else []
+        [
+            f"{report.samples:,} {what} in {report.seconds:.0f} s: {report.samples / max(report.seconds, 1e-9):,.1f} a second"
+        ]
+        if report.samples
+        else []
     )
     lines += [f"skipped {name} of {split}: {reason}" for split, name, reason in report.skipped[:_SHOWN]]
-    lines += [f"... and {len(report.skipped) - _SHOWN} more (--json FILE lists them)"] if len(report.skipped) > _SHOWN else []
+    lines += (
+        [f"... and {len(report.skipped) - _SHOWN} more (--json FILE lists them)"]
+        if len(report.skipped) > _SHOWN
+        else []
+    )
     for split, index in report.indices.items():
         if index.vae is not None:
-            pairs = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in zip(index.vae.mean, index.vae.std, strict=True))
+            pairs = ", ".join(
+                f"{mean:.3f} ± {std:.3f}" for mean, std in zip(index.vae.mean, index.vae.std, strict=True)
+            )
             lines.append(f"{split}, mean ± std by channel, as used: {pairs}")
     index = next(iter(report.indices.values()))
     vae, text = index.vae, index.text
     if vae is not None:
-        lines.append(f"in the recipe: data.vae: {{name: {vae.name}, scale: {vae.scale:.10g}, shift: {vae.shift:.10g}, shape: {list(vae.shape)}}}")
+        lines.append(
+            f"in the recipe: data.vae: {{name: {vae.name}, scale: {vae.scale:.10g}, shift: {vae.shift:.10g}, shape: {list(vae.shape)}}}"
+        )
     if text is not None:
-        lines.append(f"and: data.text_encoder: {{name: '{text.name}', tokens: {text.tokens}, channels: {text.channels}}}")
+        lines.append(
+            f"and: data.text_encoder: {{name: '{text.name}', tokens: {text.tokens}, channels: {text.channels}}}"
+        )
     return lines

@@ -26,7 +26,12 @@ SPLITS = ("train", "val", "test")  # as in data.index, which brings numpy
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add --workers."""
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that work on a shard each (default: the number of cores, at most 8)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that work on a shard each (default: the number of cores, at most 8)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +41,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_column(parser: argparse.ArgumentParser) -> None:
     """Add --text-column."""
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="key of JSON lines, column of parquet and hf (default: text)")
+    parser.add_argument(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="key of JSON lines, column of parquet and hf (default: text)",
+    )
 
 
 def count_or_share(text: str) -> int | float:
@@ -44,12 +54,16 @@ def count_or_share(text: str) -> int | float:
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples (1000) nor a share (0.2)") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of samples (1000) nor a share (0.2)"
+        ) from None
 
 
 def add_vae(parser: argparse.ArgumentParser) -> None:
     """Add what an index of latents must say: a latent z is used as (z - shift) * scale."""
-    parser.add_argument("--vae-name", metavar="NAME", help="what made the latents, e.g. stabilityai/sd-vae-ft-ema")
+    parser.add_argument(
+        "--vae-name", metavar="NAME", help="what made the latents, e.g. stabilityai/sd-vae-ft-ema"
+    )
     parser.add_argument("--vae-scale", type=float, metavar="S", help="a latent z is used as (z - T) * S")
     parser.add_argument("--vae-shift", type=float, metavar="T", help="see --vae-scale")
 
@@ -61,7 +75,9 @@ def vae_options(args: argparse.Namespace) -> tuple[str, float, float] | None:
     if len(missing) == len(given):
         return None
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given too: an index of latents says by which VAE and how they are to be scaled")
+        raise UserError(
+            f"{', '.join(missing)} must be given too: an index of latents says by which VAE and how they are to be scaled"
+        )
     for name in ("--vae-scale", "--vae-shift"):
         if not math.isfinite(given[name]):
             raise UserError(f"{name} is {given[name]}; it must be a finite number")
@@ -93,7 +109,9 @@ def write_json(file: str | None, content: Mapping[str, object]) -> None:
 def progress_bars(console: Console) -> Iterator[OnProgress]:
     """A bar for each split, moved by calling what the block gets."""
     bars: dict[str, TaskID] = {}
-    progress = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    progress = Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
 
     def advance(split: str, done: int, total: int) -> None:
         progress.start()  # not before: it would leave an empty line above the sentence about a mistake

@@ -18,18 +18,30 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data pack`."""
-    parser.add_argument("source", help="mnist, mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to make; holds train/ and val/ afterwards")
+    parser.add_argument(
+        "source",
+        help="mnist, mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*",
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="DIR", help="folder to make; holds train/ and val/ afterwards"
+    )
     parser.add_argument(
         "--val",
         type=output.count_or_share,
         metavar="N|SHARE",
         help="samples (1000) or share (0.2, the default) held out; not if the source has its own",
     )
-    parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of samples and of the held-out part (default: 0)")
     parser.add_argument(
-        "--kind", choices=["images", "latents", "video_latents"], default="images", help="what a folder's files are (default: images)"
+        "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of samples and of the held-out part (default: 0)"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=["images", "latents", "video_latents"],
+        default="images",
+        help="what a folder's files are (default: images)",
     )
     output.add_vae(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace shards that DIR already holds")

@@ -23,11 +23,22 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data preview`."""
-    parser.add_argument("path", help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split")
+    parser.add_argument(
+        "path",
+        help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split",
+    )
     parser.add_argument("--split", choices=output.SPLITS, help="default: train, or the first that is there")
     parser.add_argument("--n", type=int, metavar="N", help="samples to show (default: 64; of tokens 4 rows)")
-    parser.add_argument("--to", metavar="FILE", help="the picture (default: NAME-SPLIT.png here); of tokens a text file (default: print)")
-    parser.add_argument("--seed", type=int, help="choose samples at random (default: evenly over the split, of tokens the first rows)")
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        help="the picture (default: NAME-SPLIT.png here); of tokens a text file (default: print)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="choose samples at random (default: evenly over the split, of tokens the first rows)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,14 +53,21 @@ def run(args: argparse.Namespace) -> int:
         console.print(Text(text), soft_wrap=True)
         return 0
     if found.shown and found.unusable == found.shown:
-        raise DataError(f"none of {found.shown} samples of {found.split} can be decoded: mhla data verify {args.path} says why")
+        raise DataError(
+            f"none of {found.shown} samples of {found.split} can be decoded: mhla data verify {args.path} says why"
+        )
     file = _file(args, found)
     try:
         file.write_bytes(found.png if found.png is not None else f"{text}\n".encode())
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror})") from error
     skipped = f"; {found.unusable} cannot be decoded (mhla data verify says why)" if found.unusable else ""
-    console.print(f"{file}: {found.shown} of {found.samples} samples of {found.split}{skipped}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{file}: {found.shown} of {found.samples} samples of {found.split}{skipped}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 

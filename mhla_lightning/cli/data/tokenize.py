@@ -25,11 +25,25 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data tokenize`."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]")
-    parser.add_argument("--to", required=True, metavar="DIR", help="folder to make; holds train/ and val/ afterwards, and tokenizer.json")
-    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes (default), a tokenizer.json, or a Hugging Face name (gpt2)")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="folder to make; holds train/ and val/ afterwards, and tokenizer.json",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="NAME",
+        help="bytes (default), a tokenizer.json, or a Hugging Face name (gpt2)",
+    )
     parser.add_argument("--length", type=int, default=2048, metavar="T", help="tokens a row (default: 2048)")
-    parser.add_argument("--val-length", type=int, metavar="T", help="tokens a row of the val split (default: as --length)")
+    parser.add_argument(
+        "--val-length", type=int, metavar="T", help="tokens a row of the val split (default: as --length)"
+    )
     parser.add_argument(
         "--packing",
         default="best-fit",
@@ -37,11 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="best-fit cuts only documents longer than a row, and pads; concatenate fills rows with one document after another (default: best-fit)",
     )
     parser.add_argument(
-        "--val", type=output.count_or_share, default=0.01, metavar="N|SHARE", help="documents (1000) or share of them (0.01, the default) held out"
+        "--val",
+        type=output.count_or_share,
+        default=0.01,
+        metavar="N|SHARE",
+        help="documents (1000) or share of them (0.01, the default) held out",
     )
     output.add_column(parser)
-    parser.add_argument("--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of the documents held out (default: 0)")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of rows and of the documents held out (default: 0)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards that DIR already holds")
     output.add_workers(parser)
     output.add_json(parser)
@@ -52,7 +74,16 @@ def run(args: argparse.Namespace) -> int:
     output.check_writable("--json", args.json)
     from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
-    options = TextOptions(args.tokenizer, args.length, args.val_length, args.packing, args.val, args.text_column, args.seed, args.shards)
+    options = TextOptions(
+        args.tokenizer,
+        args.length,
+        args.val_length,
+        args.packing,
+        args.val,
+        args.text_column,
+        args.seed,
+        args.shards,
+    )
     console = Console()
     with output.progress_bars(console) as on_progress:
         report = tokenize(
@@ -69,7 +100,13 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(args.to, rows))
     for line in _remarks(report):
         console.print(line, soft_wrap=True)
-    output.write_json(args.json, {"rows": rows, "summary": {"binary": report.binary, "empty": report.empty, "seconds": report.seconds}})
+    output.write_json(
+        args.json,
+        {
+            "rows": rows,
+            "summary": {"binary": report.binary, "empty": report.empty, "seconds": report.seconds},
+        },
+    )
     return 0
 
 
@@ -106,8 +143,16 @@ def _table(title: str, rows: list[dict[str, object]]) -> Table:
 
 
 def _remarks(report: Report) -> list[str]:
-    left_out = [_counted(count, what) for what, count in (("binary file", report.binary), ("empty document", report.empty)) if count]
-    dropped = [f"{_counted(found.dropped, 'token')} of {name}" for name, found in report.splits.items() if found.dropped]
+    left_out = [
+        _counted(count, what)
+        for what, count in (("binary file", report.binary), ("empty document", report.empty))
+        if count
+    ]
+    dropped = [
+        f"{_counted(found.dropped, 'token')} of {name}"
+        for name, found in report.splits.items()
+        if found.dropped
+    ]
     remarks = {"left out": left_out, "dropped, as they fill no row": dropped}
     return [f"{what}: {', '.join(counts)}" for what, counts in remarks.items() if counts]
 

@@ -21,12 +21,22 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data train-tokenizer`."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]"
+    )
     parser.add_argument("--to", required=True, metavar="FILE", help="tokenizer.json to write")
-    parser.add_argument("--vocabulary", type=int, required=True, metavar="N", help="ids, at least 257: all bytes and <|endoftext|>")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        required=True,
+        metavar="N",
+        help="ids, at least 257: all bytes and <|endoftext|>",
+    )
     output.add_column(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: the number of cores, at most 8)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads (default: the number of cores, at most 8)"
+    )
     output.add_json(parser)
 
 
@@ -35,15 +45,27 @@ def run(args: argparse.Namespace) -> int:
     output.check_writable("--json", args.json)
     if output.workers(args) < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
-    os.environ["RAYON_NUM_THREADS"] = str(output.workers(args))  # read when the package tokenizers starts its threads
+    os.environ["RAYON_NUM_THREADS"] = str(
+        output.workers(args)
+    )  # read when the package tokenizers starts its threads
     from mhla_lightning.data.prepare.text.train import train_tokenizer
 
     console = Console()
     with output.progress_bars(console) as on_progress:
         found = train_tokenizer(
-            args.inputs, args.to, args.vocabulary, args.text_column, args.overwrite, lambda done, total: on_progress("read", done, total)
+            args.inputs,
+            args.to,
+            args.vocabulary,
+            args.text_column,
+            args.overwrite,
+            lambda done, total: on_progress("read", done, total),
         )
-    row = {"tokenizer": found.tokenizer.name, "vocabulary": found.tokenizer.vocabulary, "documents": found.documents, "bytes": found.bytes}
+    row = {
+        "tokenizer": found.tokenizer.name,
+        "vocabulary": found.tokenizer.vocabulary,
+        "documents": found.documents,
+        "bytes": found.bytes,
+    }
     row["bytes_per_token"] = round(found.bytes_per_token, 3)
     table = Table(title=args.to)
     for heading in row:

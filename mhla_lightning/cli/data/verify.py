@@ -23,8 +23,13 @@ _SHOWN = 50
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data verify`."""
-    parser.add_argument("path", help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split")
-    parser.add_argument("--split", nargs="+", choices=output.SPLITS, help="only these (default: all that are there)")
+    parser.add_argument(
+        "path",
+        help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split",
+    )
+    parser.add_argument(
+        "--split", nargs="+", choices=output.SPLITS, help="only these (default: all that are there)"
+    )
     output.add_workers(parser)
     output.add_json(parser)
 
@@ -38,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
     with output.progress_bars(console) as on_progress:
         report = verify(args.path, args.split, output.workers(args), on_progress)
     rows = [problem._asdict() for problem in report.problems]
-    summary = {"problems": report.found, "samples": report.samples, "unusable": report.unusable, "shards": report.shards}
+    summary = {
+        "problems": report.found,
+        "samples": report.samples,
+        "unusable": report.unusable,
+        "shards": report.shards,
+    }
     output.write_json(args.json, {"rows": rows, "summary": summary})
     if not report.found:
         console.print(f"no problem found: {report.samples} samples, {report.shards} shards", soft_wrap=True)
@@ -55,4 +65,7 @@ def _print_problems(console: Console, report: Report) -> None:
     if report.found > _SHOWN:
         console.print(f"... and {report.found - _SHOWN} more (--json FILE lists them)", soft_wrap=True)
     problems = "1 problem" if report.found == 1 else f"{report.found} problems"
-    console.print(f"{problems} found: {report.unusable} of {report.samples} samples looked at cannot be decoded", soft_wrap=True)
+    console.print(
+        f"{problems} found: {report.unusable} of {report.samples} samples looked at cannot be decoded",
+        soft_wrap=True,
+    )

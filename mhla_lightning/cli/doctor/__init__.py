@@ -38,8 +38,13 @@ def run(args: argparse.Namespace) -> int:
     findings = _run_checks()
     _print_table(findings)
     if args.json is not None:
-        rows = [{"check": name, "status": finding.status, "detail": finding.detail} for name, finding in findings.items()]
-        Path(args.json).write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows = [
+            {"check": name, "status": finding.status, "detail": finding.detail}
+            for name, finding in findings.items()
+        ]
+        Path(args.json).write_text(
+            json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return int(any(finding.status == "fail" for finding in findings.values()))
 
 
@@ -58,7 +63,14 @@ def guarded(check: Callable[[], Finding]) -> Finding:
     """A check's finding; a library that does not even load is a finding too."""
     try:
         return check()
-    except (ImportError, AttributeError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        subprocess.SubprocessError,
+    ) as error:
         return Finding("fail", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 

@@ -30,7 +30,9 @@ def processor() -> Finding:
     cores, threads = usable_cores(), torch.get_num_threads()
     text = f"{cores} of {os.cpu_count()} cores usable, torch uses {threads} threads (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
     if threads > cores:
-        return Finding("warn", f"{text}; more threads than cores slow training down: export OMP_NUM_THREADS={cores}")
+        return Finding(
+            "warn", f"{text}; more threads than cores slow training down: export OMP_NUM_THREADS={cores}"
+        )
     return Finding("ok", text)
 
 
@@ -43,7 +45,10 @@ def memory() -> Finding:
     shared = shutil.disk_usage(_SHARED).free
     text += f", {decimal(shared)} of shared memory free"
     if shared < LITTLE_SHARED:
-        return Finding("warn", f"{text}; loader workers may die: start the container with --shm-size=8g, or use --data.num_workers 0")
+        return Finding(
+            "warn",
+            f"{text}; loader workers may die: start the container with --shm-size=8g, or use --data.num_workers 0",
+        )
     return Finding("ok", text)
 
 
@@ -57,9 +62,15 @@ def gpu() -> Finding:
     if count:
         found = [torch.cuda.get_device_properties(index) for index in range(count)]
         names = ", ".join(f"{device.name} ({decimal(device.total_memory)})" for device in found)
-        return Finding("ok", f"{count} CUDA device{'s' if count > 1 else ''}: {names}; CUDA {torch.version.cuda}")
+        return Finding(
+            "ok", f"{count} CUDA device{'s' if count > 1 else ''}: {names}; CUDA {torch.version.cuda}"
+        )
     if Path("/dev/nvidia0").exists():
-        reason = " ".join(str(caught[-1].message).split()) if caught else f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        reason = (
+            " ".join(str(caught[-1].message).split())
+            if caught
+            else f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        )
         return Finding("warn", f"there is an NVIDIA device that torch cannot use: {reason}")
     return Finding("ok", "no CUDA device; the _cpu recipes train without one")
 
@@ -72,7 +83,9 @@ def runs_folder() -> Finding:
         with tempfile.TemporaryFile(dir=existing):
             free = shutil.disk_usage(existing).free
     except OSError as error:
-        return Finding("fail", f"{root} cannot be written: {error.strerror}; choose another with --runs or $MHLA_RUNS")
+        return Finding(
+            "fail", f"{root} cannot be written: {error.strerror}; choose another with --runs or $MHLA_RUNS"
+        )
     text = f"{root}{'' if existing == root else ' (made with the first run)'}, {decimal(free)} free"
     if free < LITTLE_DISK:
         return Finding("warn", f"{text}; checkpoints need room: choose another with --runs or $MHLA_RUNS")

@@ -48,7 +48,10 @@ def packages() -> Finding:
     try:
         wanted = requires(PACKAGE) or []
     except PackageNotFoundError:
-        return Finding("warn", f"{PACKAGE} {__version__} runs from a folder and is not installed, so versions cannot be compared; pip install -e .")
+        return Finding(
+            "warn",
+            f"{PACKAGE} {__version__} runs from a folder and is not installed, so versions cannot be compared; pip install -e .",
+        )
     return compare_versions(wanted)
 
 
@@ -60,22 +63,36 @@ def compare_versions(wanted: Iterable[str]) -> Finding:
     found = {r.name: installed(r.name) for r in core}
     missing = [name for name, number in found.items() if number is None]
     wrong = [
-        f"{r.name} {number} (needs {r.specifier})" for r in core if (number := found[r.name]) and not r.specifier.contains(number, prereleases=True)
+        f"{r.name} {number} (needs {r.specifier})"
+        for r in core
+        if (number := found[r.name]) and not r.specifier.contains(number, prereleases=True)
     ]
     if missing:
         return Finding("fail", f"not installed: {', '.join(missing)}; pip install {PACKAGE}")
     if wrong:
-        return Finding("warn", f"outside the range that mhla-lightning asks for: {', '.join(wrong)}; pip install -U {PACKAGE}")
-    return Finding("ok", ", ".join(f"{name} {number}" for name, number in {PACKAGE: __version__, **found}.items()))
+        return Finding(
+            "warn",
+            f"outside the range that mhla-lightning asks for: {', '.join(wrong)}; pip install -U {PACKAGE}",
+        )
+    return Finding(
+        "ok", ", ".join(f"{name} {number}" for name, number in {PACKAGE: __version__, **found}.items())
+    )
 
 
 def compromised() -> Finding:
     """No release that is known to steal credentials."""
     found = [f"{name} {number}" for name, bad in COMPROMISED.items() if (number := installed(name)) in bad]
     if found:
-        advice = "uninstall, change every credential that this machine holds, then pip install 'lightning>=2.6.6'"
-        return Finding("fail", f"{' and '.join(found)} carries a credential stealer (GHSA-w37p-236h-pfx3): {advice}")
-    return Finding("ok", f"none of {', '.join(f'{name} {number}' for name, bad in COMPROMISED.items() for number in bad)}")
+        advice = (
+            "uninstall, change every credential that this machine holds, then pip install 'lightning>=2.6.6'"
+        )
+        return Finding(
+            "fail", f"{' and '.join(found)} carries a credential stealer (GHSA-w37p-236h-pfx3): {advice}"
+        )
+    return Finding(
+        "ok",
+        f"none of {', '.join(f'{name} {number}' for name, bad in COMPROMISED.items() for number in bad)}",
+    )
 
 
 def extras() -> Finding:
@@ -98,7 +115,10 @@ def command_here(name: str, found: str | None, folders: Iterable[Path]) -> Findi
     if found is None:
         return Finding("warn", f"{name} is not on PATH; activate this environment ({sys.prefix}); {fallback}")
     if Path(found).parent.resolve() not in [folder.resolve() for folder in folders]:
-        return Finding("warn", f"{found} comes first on PATH and belongs to another Python than {sys.executable}; {fallback}")
+        return Finding(
+            "warn",
+            f"{found} comes first on PATH and belongs to another Python than {sys.executable}; {fallback}",
+        )
     return Finding("ok", found)
 
 
@@ -108,7 +128,11 @@ def lightning_command() -> Finding:
     here = command_here("lightning", found, _script_folders())
     if found is None or here.status != "ok":
         return here
-    claims = {point.dist.name: point.value for point in entry_points(group="console_scripts", name="lightning") if point.dist is not None}
+    claims = {
+        point.dist.name: point.value
+        for point in entry_points(group="console_scripts", name="lightning")
+        if point.dist is not None
+    }
     return lightning_owner(found, Path(found).read_text(encoding="utf-8", errors="replace"), claims)
 
 
@@ -126,7 +150,10 @@ def lightning_owner(path: str, script: str, claims: Mapping[str, str]) -> Findin
         more = f"; {others[0]} is installed too, verbs other than run are passed on to it" if others else ""
         return Finding("ok", f"{path} belongs to {PACKAGE}{more}")
     fix = f"`mhla run` always works; pip install --force-reinstall --no-deps {PACKAGE} takes the name back"
-    return Finding("warn", f"{path} belongs to {owner or 'a package that is not known here'}, so `lightning run` is not ours; {fix}")
+    return Finding(
+        "warn",
+        f"{path} belongs to {owner or 'a package that is not known here'}, so `lightning run` is not ours; {fix}",
+    )
 
 
 def _script_folders() -> list[Path]:

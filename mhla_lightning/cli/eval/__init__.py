@@ -16,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, subject in SUBJECTS.items():
         added = subjects.add_parser(
-            name, help=subject.HELP, description=subject.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            name,
+            help=subject.HELP,
+            description=subject.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         subject.add_arguments(added)
         added.add_argument("--json", metavar="FILE", help="write the table as JSON too")

@@ -21,10 +21,21 @@ HELP = "generated images against real ones: FID, sFID, IS, precision, recall"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla eval fid`."""
     parser.add_argument("samples", metavar="SAMPLES.npz", help="generated images")
-    parser.add_argument("--reference", metavar="REF", required=True, help="REF.npz, or a folder or address of image shards")
-    parser.add_argument("--features", metavar="NAME", default="inception", help="inception, or a classifier run (default: %(default)s)")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--reference", metavar="REF", required=True, help="REF.npz, or a folder or address of image shards"
+    )
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        default="inception",
+        help="inception, or a classifier run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +51,14 @@ def run(args: argparse.Namespace) -> int:
     reference = read_reference(args.reference, network, images.shape[1:3])
     numbers = image_metrics(network(images), reference, network.published, device)
     name = Path(args.samples).name
-    print_numbers(f"{len(images)} images of {name} against {reference.name}, features of {network.name}", numbers)
-    facts = {"samples": args.samples, "images": len(images), "reference": args.reference, "features": args.features}
+    print_numbers(
+        f"{len(images)} images of {name} against {reference.name}, features of {network.name}", numbers
+    )
+    facts = {
+        "samples": args.samples,
+        "images": len(images),
+        "reference": args.reference,
+        "features": args.features,
+    }
     write_json(args.json, {"rows": [{"samples": name, **numbers}], "summary": facts})
     return 0

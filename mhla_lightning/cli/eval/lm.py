@@ -24,10 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     parser.add_argument("--tasks", metavar="TASKS", required=True, help="names with commas, or paper")
     parser.add_argument("--include", metavar="DIR", help="folder of further task files (YAML)")
-    parser.add_argument("--limit", metavar="N", type=float, help="samples of each task; below 1 a share of them (default: all)")
-    parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's own)")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="texts in the model at once (default: 8)")
-    parser.add_argument("--max-length", metavar="N", type=int, help="tokens the model sees at once (default: those of a training row)")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=float,
+        help="samples of each task; below 1 a share of them (default: all)",
+    )
+    parser.add_argument(
+        "--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's own)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=8, help="texts in the model at once (default: 8)"
+    )
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        help="tokens the model sees at once (default: those of a training row)",
+    )
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of examples and draws (default: 0)")
 
 
@@ -55,9 +69,20 @@ def run(args: argparse.Namespace) -> int:
     model = HarnessLM(load(args, found, device), found.tokenizer, max_length, args.batch_size, args.seed)
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
     table = evaluate(model, tasks, manager, limit=limit, num_fewshot=args.num_fewshot)
-    _print(f"{found.run.run_id} {found.checkpoint.name}, {'averaged' if found.averaged else 'raw'} weights", table)
-    facts = {"run": found.run.run_id, "checkpoint": found.checkpoint.name, "averaged": found.averaged, "max_length": max_length, "limit": args.limit}
-    write_json(args.json, {"rows": [{"task": task, **values} for task, values in table.items()], "summary": facts})
+    _print(
+        f"{found.run.run_id} {found.checkpoint.name}, {'averaged' if found.averaged else 'raw'} weights",
+        table,
+    )
+    facts = {
+        "run": found.run.run_id,
+        "checkpoint": found.checkpoint.name,
+        "averaged": found.averaged,
+        "max_length": max_length,
+        "limit": args.limit,
+    }
+    write_json(
+        args.json, {"rows": [{"task": task, **values} for task, values in table.items()], "summary": facts}
+    )
     return 0
 
 

@@ -23,26 +23,61 @@ HELP = "guided samples of a diffusion run, judged by a classifier run"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla eval samples`."""
     parser.add_argument("image_run", metavar="RUN", help="run id or run folder")
-    parser.add_argument("--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument("--classifier", metavar="RUN", required=True, help="a run of an image classifier, e.g. of classification/convnet_mnist_cpu")
-    parser.add_argument("--n", type=int, default=500, help="images, as many of every class (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=1.5, help="scale of classifier-free guidance; 1 is none (default: %(default)s)")
-    parser.add_argument("--sampler", help="ddpm, ddim, dpm++ or euler (default: ddpm, for flow matching euler)")
+    parser.add_argument(
+        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+    )
+    parser.add_argument(
+        "--classifier",
+        metavar="RUN",
+        required=True,
+        help="a run of an image classifier, e.g. of classification/convnet_mnist_cpu",
+    )
+    parser.add_argument(
+        "--n", type=int, default=500, help="images, as many of every class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=1.5,
+        help="scale of classifier-free guidance; 1 is none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sampler", help="ddpm, ddim, dpm++ or euler (default: ddpm, for flow matching euler)"
+    )
     parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--reference", metavar="REF", help="REF.npz or a folder of image shards (default: the val split of the run's data)")
-    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="images at once (default: %(default)s)")
-    parser.add_argument("--no-ema", action="store_true", help="the weights as trained (default: their average, where the run has one)")
-    parser.add_argument("--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--reference",
+        metavar="REF",
+        help="REF.npz or a folder of image shards (default: the val split of the run's data)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=50, metavar="N", help="images at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="the weights as trained (default: their average, where the run has one)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
     folder = find_run(args.image_run, runs_root(args.runs))
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SampleOptions) if hasattr(args, field.name)}
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(SampleOptions)
+        if hasattr(args, field.name)
+    }
     wanted = with_options("samples", {**given, "ema": not args.no_ema}, args.runs)
     numbers = None if args.fresh else wanted.kept(folder)
-    print_numbers(f"{folder.run_id}{', measured before' if numbers else ''}", numbers := numbers or wanted.measure(folder))
+    print_numbers(
+        f"{folder.run_id}{', measured before' if numbers else ''}",
+        numbers := numbers or wanted.measure(folder),
+    )
     write_json(args.json, {"rows": [{"run": folder.run_id, **numbers}], "summary": wanted.identity})
     return 0

@@ -46,7 +46,11 @@ class Trained:
 
     def facts(self) -> dict[str, Any]:
         """What rebuilds the model: `mhla import` reads it, and so can mhla_lightning.backbones.build_backbone."""
-        model = {"backbone": self.backbone, "attention": self.attention, "backbone_options": dict(self.options)}
+        model = {
+            "backbone": self.backbone,
+            "attention": self.attention,
+            "backbone_options": dict(self.options),
+        }
         return {"format": FORMAT, "source": self.source, **model}
 
 

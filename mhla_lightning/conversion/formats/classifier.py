@@ -17,12 +17,23 @@ def timm(trained: Trained, model: nn.Module) -> Export:
     """What timm.create_model opens after `import mhla_lightning.backbones`, by `local-dir:` or by architecture and model_args of its config.json."""
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
-    return Export("model.safetensors", parts, FOR_TORCH, _config(trained, cast(VisionTransformer, model)), shapes(parts), opened_by=opened_by)
+    return Export(
+        "model.safetensors",
+        parts,
+        FOR_TORCH,
+        _config(trained, cast(VisionTransformer, model)),
+        shapes(parts),
+        opened_by=opened_by,
+    )
 
 
 def _config(trained: Trained, model: VisionTransformer) -> dict[str, Any]:
     channels = model.patch_embed.proj.weight.shape[1]
-    weights = {"input_size": [channels, *model.img_size], "fixed_input_size": True, "num_classes": model.num_classes}
+    weights = {
+        "input_size": [channels, *model.img_size],
+        "fixed_input_size": True,
+        "num_classes": model.num_classes,
+    }
     weights |= {"first_conv": "patch_embed.proj", "classifier": "head", **trained.pixels}
     return {
         "architecture": f"{trained.backbone}_{_operator(trained.attention)}",

@@ -25,4 +25,12 @@ def hf(trained: Trained, model: nn.Module) -> Export:
     weights, prefix = trained.stored(), MHLAForCausalLM.base_model_prefix
     parts = parts_of(weights.renamed({f"{prefix}.{name}": name for name in weights}))
     opened_by = "import mhla_lightning.hf; transformers.AutoModelForCausalLM.from_pretrained('DIR')"
-    return Export("model.safetensors", parts, FOR_TORCH, json.loads(config.to_json_string()), shapes(parts), files=trained.files, opened_by=opened_by)
+    return Export(
+        "model.safetensors",
+        parts,
+        FOR_TORCH,
+        json.loads(config.to_json_string()),
+        shapes(parts),
+        files=trained.files,
+        opened_by=opened_by,
+    )

@@ -26,17 +26,26 @@ def wan(trained: Trained, model: nn.Module) -> Export:
     return _export(trained, cast(VideoDiT, model), to_wan, _wan_config)
 
 
-def _export(trained: Trained, model: VideoDiT, rename: Rename, config: Callable[[VideoDiT], dict[str, Any]]) -> Export:
+def _export(
+    trained: Trained, model: VideoDiT, rename: Rename, config: Callable[[VideoDiT], dict[str, Any]]
+) -> Export:
     """Raises UserError for a model without tensors that Wan2.1 has."""
     missing = [name for name in needed(len(model.blocks)) if name not in trained.weights]
     if missing:
-        raise UserError(f"Wan2.1 has {missing[0]}, and {trained.source} has none (qk_norm, qkv_bias of its attention); take --format plain")
+        raise UserError(
+            f"Wan2.1 has {missing[0]}, and {trained.source} has none (qk_norm, qkv_bias of its attention); take --format plain"
+        )
     weights = trained.stored()
-    shared, extra = (parts_of(weights.renamed({name: name for name in weights if added(name) == new}), rename) for new in (False, True))
+    shared, extra = (
+        parts_of(weights.renamed({name: name for name in weights if added(name) == new}), rename)
+        for new in (False, True)
+    )
     layers = [cast(VideoBlock, block).spec.name for block in model.blocks]
     facts = {**trained.facts(), "layers": layers, "added": [name for name, _ in shapes(extra)]}
     whole = {**config(model), CONFIG: facts}
-    return Export("diffusion_pytorch_model.safetensors", shared + extra, FOR_TORCH, whole, shapes(shared), shapes(extra))
+    return Export(
+        "diffusion_pytorch_model.safetensors", shared + extra, FOR_TORCH, whole, shapes(shared), shapes(extra)
+    )
 
 
 def _diffusers_config(model: VideoDiT) -> dict[str, Any]:

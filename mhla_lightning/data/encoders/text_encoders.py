@@ -52,7 +52,9 @@ class TextEncoder(ABC):
         if rows > self.encoding.tokens:
             shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
             limit = f"{self.encoding.name} takes at most {self.encoding.tokens}"
-            raise UserError(f"the text {shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text encoder's tokens")
+            raise UserError(
+                f"the text {shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text encoder's tokens"
+            )
 
 
 class Words(TextEncoder):
@@ -83,7 +85,9 @@ class UMT5(TextEncoder):
         return self.model(input_ids=tokens.to(device)).last_hidden_state[0].float().cpu()
 
 
-def load_text_encoder(encoding: TextEncoding | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TextEncoder:
+def load_text_encoder(
+    encoding: TextEncoding | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> TextEncoder:
     """Open a text encoder.
 
     Args:
@@ -127,7 +131,9 @@ def text_sha256(name: str) -> str:
 def _word_channels(name: str) -> int:
     found = _WORDS.fullmatch(name)
     if found is None or int(found[1]) < 1:
-        raise UserError(f"the text encoder {name} is unknown: words:N has N channels, from 1 to 99999, e.g. words:64")
+        raise UserError(
+            f"the text encoder {name} is unknown: words:N has N channels, from 1 to 99999, e.g. words:64"
+        )
     return int(found[1])
 
 
@@ -142,10 +148,14 @@ def _word_vector(word: str, channels: int) -> np.ndarray:
 
 def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
     if wanted.channels != found.channels:
-        raise UserError(f"the text encoder {wanted.name} gives {found.channels} channels, and text_encoder.channels is {wanted.channels}")
+        raise UserError(
+            f"the text encoder {wanted.name} gives {found.channels} channels, and text_encoder.channels is {wanted.channels}"
+        )
     if wanted.sha256 not in (None, found.sha256):
         shown = str(found.sha256)[:12]
-        raise UserError(f"the text encoder {wanted.name} has sha256 {shown}..., and text_encoder.sha256 is {wanted.sha256}: it is another")
+        raise UserError(
+            f"the text encoder {wanted.name} has sha256 {shown}..., and text_encoder.sha256 is {wanted.sha256}: it is another"
+        )
 
 
 def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.dtype) -> UMT5:
@@ -155,7 +165,9 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
         raise UserError(missing_extra("transformers", "diffusion", f"the text encoder {name}")) from error
     local = Path(name).expanduser().is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(f"there is no folder {name}: a text encoder is words:N, a folder written by save_pretrained, or a name like google/umt5-xxl")
+        raise UserError(
+            f"there is no folder {name}: a text encoder is words:N, a folder written by save_pretrained, or a name like google/umt5-xxl"
+        )
     address = str(Path(name).expanduser()) if local else name
     config, place = _config(name, address)
     model = _model(name, address, place)
@@ -182,9 +194,13 @@ def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
         if config.get("model_type") == "umt5":
             return config, place
         if config.get("model_type"):
-            raise UserError(f"the text encoder {name} is a model of type {config['model_type']}; umt5 is what there is")
+            raise UserError(
+                f"the text encoder {name} is a model of type {config['model_type']}; umt5 is what there is"
+            )
         reasons.append("its config.json is of no text encoder")
-    raise UserError(f"the text encoder {name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub ({reasons[0]})")
+    raise UserError(
+        f"the text encoder {name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub ({reasons[0]})"
+    )
 
 
 def _model(name: str, address: str, place: str) -> nn.Module:
@@ -193,15 +209,24 @@ def _model(name: str, address: str, place: str) -> nn.Module:
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             opened: Any = UMT5EncoderModel.from_pretrained(
-                address, subfolder=place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+                address,
+                subfolder=place,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype="auto",
             )
             model, info = opened
     except Exception as error:  # noqa: BLE001  of transformers, safetensors, the hub, and torch for sizes that do not fit
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights of the text encoder {name} cannot be read from a safetensors file ({reason})") from error
+        raise UserError(
+            f"the weights of the text encoder {name} cannot be read from a safetensors file ({reason})"
+        ) from error
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if wrong:
-        raise UserError(f"the weights of the text encoder {name} are not those of its config.json: {len(wrong)} are missing, e.g. {wrong[0]}")
+        raise UserError(
+            f"the weights of the text encoder {name} are not those of its config.json: {len(wrong)} are missing, e.g. {wrong[0]}"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -210,7 +235,9 @@ def _tokenizer(name: str, address: str, place: str) -> Any:
 
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(address, subfolder="tokenizer" if place else "", trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                address, subfolder="tokenizer" if place else "", trust_remote_code=False
+            )
     except Exception as error:  # noqa: BLE001  of transformers, tokenizers and the hub
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the text encoder {name} has no tokenizer that can be read ({reason})") from error
@@ -237,7 +264,18 @@ def _quiet() -> Iterator[None]:
 def _sha256(model: nn.Module, tokenizer: Any) -> str:
     """Of what decides the features: sizes, vocabulary, and the weights as float32. The same for every copy, device and dtype."""
     config: Any = model.config
-    sizes = [getattr(config, key) for key in ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj", "layer_norm_epsilon")]
+    sizes = [
+        getattr(config, key)
+        for key in (
+            "d_model",
+            "d_kv",
+            "d_ff",
+            "num_layers",
+            "num_heads",
+            "feed_forward_proj",
+            "layer_norm_epsilon",
+        )
+    ]
     sizes += [config.relative_attention_num_buckets, config.relative_attention_max_distance]
     digest = hashlib.sha256(json.dumps([sizes, sorted(tokenizer.get_vocab().items())]).encode())
     for key, tensor in sorted(model.state_dict().items()):

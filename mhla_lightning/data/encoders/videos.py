@@ -44,16 +44,22 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
     av = av_package(f"reading {name}")
     try:
         options = _OPEN if isinstance(source, Path) else {"format_whitelist": _OPEN["format_whitelist"]}
-        with av.open(str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source), options=options) as container:
+        with av.open(
+            str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source), options=options
+        ) as container:
             if not container.streams.video:
                 raise DataError(f"{name} holds no video")
             stream = container.streams.video[0]
             if stream.codec_context is None or not 0 < stream.width * stream.height <= _MOST_PIXELS:
-                raise DataError(f"{name} holds video of {stream.width}x{stream.height} pixels or of an unknown codec, which cannot be decoded")
+                raise DataError(
+                    f"{name} holds video of {stream.width}x{stream.height} pixels or of an unknown codec, which cannot be decoded"
+                )
             yield container, stream
     except (av.error.FFmpegError, av.error.PyAVCallbackError, UnicodeDecodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{name} cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or remove it") from error
+        raise DataError(
+            f"{name} cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or remove it"
+        ) from error
 
 
 def pixels(frame: VideoFrame) -> np.ndarray:
@@ -80,7 +86,9 @@ def encode_mp4(clip: np.ndarray, rate: float) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264)
         stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
         for picture in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
+            )
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -90,10 +98,20 @@ def decode_mp4(data: bytes, clip: Clip, name: str) -> np.ndarray:
     found = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
     with open_video(data, name) as (container, stream):
         stream.codec_context.thread_count = 1  # a loader's workers are many already
-        _demand(name, (stream.height, stream.width) == (clip.height, clip.width), f"{stream.height}x{stream.width} pixels", clip)
+        _demand(
+            name,
+            (stream.height, stream.width) == (clip.height, clip.width),
+            f"{stream.height}x{stream.width} pixels",
+            clip,
+        )
         number = 0
         for frame in container.decode(stream):
-            _demand(name, number < clip.frames and (frame.height, frame.width) == (clip.height, clip.width), "more or other frames", clip)
+            _demand(
+                name,
+                number < clip.frames and (frame.height, frame.width) == (clip.height, clip.width),
+                "more or other frames",
+                clip,
+            )
             _demand(name, not frame.is_corrupt, "damaged frames", clip)
             found[number] = frame.to_ndarray(format="rgb24")
             number += 1
@@ -105,7 +123,12 @@ def measure_mp4(data: bytes, name: str) -> tuple[int, int, int, float | None]:
     """Frames, height, width and frames a second of an mp4 file. Raises DataError."""
     with open_video(data, name) as (container, stream):
         frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        return frames, stream.height, stream.width, float(stream.average_rate) if stream.average_rate else None
+        return (
+            frames,
+            stream.height,
+            stream.width,
+            float(stream.average_rate) if stream.average_rate else None,
+        )
 
 
 def _demand(name: str, fine: bool, found: str, clip: Clip) -> None:

@@ -24,4 +24,6 @@ def kind_of(index: ShardIndex) -> Kind:
         return Latents(index.vae, len(index.classes), text, video=index.kind == "video_latents")
     if index.kind == "clips" and index.clip:
         return Clips(index.clip)
-    raise DataError(f"{index.kind} shards cannot be read by this version, or their index lacks what describes them")
+    raise DataError(
+        f"{index.kind} shards cannot be read by this version, or their index lacks what describes them"
+    )

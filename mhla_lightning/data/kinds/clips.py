@@ -56,7 +56,10 @@ class Clips(Kind):
     def padding(self) -> dict[str, Tensor]:
         """A grey clip without text."""
         text = (self.text.tokens, self.text.channels) if self.text else (1, 1)
-        return {"clip": torch.zeros(3, self.clip.frames, self.clip.height, self.clip.width), "text": torch.zeros(text)}
+        return {
+            "clip": torch.zeros(3, self.clip.frames, self.clip.height, self.clip.width),
+            "text": torch.zeros(text),
+        }
 
     def check(self, index: ShardIndex, address: str) -> None:
         """Refuse anything but clips."""

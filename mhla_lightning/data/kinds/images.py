@@ -65,17 +65,25 @@ class Images(Kind):
     def check(self, index: ShardIndex, address: str) -> None:
         """Refuse anything but images with classes."""
         if index.kind != "images" or not index.classes:
-            raise DataError(f"{address} holds {index.kind} with {len(index.classes)} classes; images with classes are needed")
+            raise DataError(
+                f"{address} holds {index.kind} with {len(index.classes)} classes; images with classes are needed"
+            )
 
 
 def decode_image(sample: RawSample) -> Image.Image:
     """The RGB image of a raw sample, through webdataset's decoder. Raises BadSample with the reason."""
     extension, data = member(sample, *IMAGE_EXTENSIONS)
-    if image_extension(data) is None:  # PIL would try every format it knows, PostScript through an external program among them
+    if (
+        image_extension(data) is None
+    ):  # PIL would try every format it knows, PostScript through an external program among them
         raise BadSample(f"member {extension} is neither JPEG nor PNG")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL only warns of the smaller bombs
+            warnings.simplefilter(
+                "error", Image.DecompressionBombWarning
+            )  # PIL only warns of the smaller bombs
             return _to_pil_rgb(extension, data)
-    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes, decompression bombs included
+    except (
+        Exception
+    ) as error:  # PIL's plugins raise nearly anything on damaged bytes, decompression bombs included
         raise BadSample(f"image cannot be decoded: {error}") from error

@@ -75,12 +75,16 @@ class Latents(Kind):
         if index.kind != wanted or index.vae is None:
             raise DataError(f"{address} holds {index.kind}; {wanted} are needed")
         if self.wanted is not None and not self.wanted.fits(index.vae):
-            raise DataError(f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the latents again with that VAE")
+            raise DataError(
+                f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the latents again with that VAE"
+            )
 
     def _array(self, sample: RawSample, name: str) -> np.ndarray:
         array = array_of(sample, f"{name}.npy")
         if array.shape != self.vae.shape or array.dtype.kind != "f":
-            raise BadSample(f"{name}.npy is {array.dtype} {array.shape}; the index says floats {self.vae.shape}")
+            raise BadSample(
+                f"{name}.npy is {array.dtype} {array.shape}; the index says floats {self.vae.shape}"
+            )
         if not np.isfinite(array).all():
             raise BadSample(f"{name}.npy holds NaN or infinite values")
         return array
@@ -98,7 +102,10 @@ class Latents(Kind):
 
     def _tensors(self, latent: np.ndarray, sample: RawSample) -> dict[str, Tensor]:
         """latent: float32, as the VAE gave it."""
-        condition = {key: torch.tensor(array) if key == "label" else self._padded(array) for key, array in self._condition(sample).items()}
+        condition = {
+            key: torch.tensor(array) if key == "label" else self._padded(array)
+            for key, array in self._condition(sample).items()
+        }
         return {"latent": (torch.from_numpy(latent) - self.vae.shift) * self.vae.scale} | condition
 
     def _padded(self, text: np.ndarray) -> Tensor:

@@ -54,7 +54,9 @@ class Tokens(Kind):
                 start += (row - first) * row_bytes
                 requests.append((name, start, start + row_bytes))
                 types.append(dtype)
-            found.append({"__key__": f"{name}:{row}", "__url__": split.address(shard), "__index__": int(sample)})
+            found.append(
+                {"__key__": f"{name}:{row}", "__url__": split.address(shard), "__index__": int(sample)}
+            )
         arrays = map(np.frombuffer, split.store.read_many(requests), types)
         for raw in found:
             raw["tokens"], raw["documents"] = next(arrays), next(arrays)
@@ -77,8 +79,13 @@ class Tokens(Kind):
 
     def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
         """All rows in one array: checking and widening them one by one would take longer than reading them."""
-        tokens, documents = (np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1) for name in ("tokens", "documents"))
-        if (self.vocabulary is not None and tokens.max() >= self.vocabulary) or (documents[:, 1:] < documents[:, :-1]).any():
+        tokens, documents = (
+            np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1)
+            for name in ("tokens", "documents")
+        )
+        if (self.vocabulary is not None and tokens.max() >= self.vocabulary) or (
+            documents[:, 1:] < documents[:, :-1]
+        ).any():
             return None
         last = documents[:, -1]
         if last.max() > PADDING:
@@ -105,7 +112,9 @@ class Tokens(Kind):
         if index.kind != "tokens":
             raise DataError(f"{address} holds {index.kind}; tokens are needed")
         if index.length != self.length:
-            raise DataError(f"{address} holds {index.kind} of length {index.length}; tokens of length {self.length} are needed")
+            raise DataError(
+                f"{address} holds {index.kind} of length {index.length}; tokens of length {self.length} are needed"
+            )
 
     def _rows(self, split: Split, shard: int, row: int) -> _Rows:
         offsets = split.offsets(shard)
@@ -118,10 +127,19 @@ class Tokens(Kind):
         return self._layouts[key]
 
     def _layout(self, split: Split, shard: int, offsets: np.ndarray, start: int) -> _Rows:
-        first, stop = int(np.searchsorted(offsets[:-1], start, "left")), int(np.searchsorted(offsets[:-1], start, "right"))
+        first, stop = (
+            int(np.searchsorted(offsets[:-1], start, "left")),
+            int(np.searchsorted(offsets[:-1], start, "right")),
+        )
         end = int(offsets[stop])
         name, address = split.index.shards[shard].name, split.address(shard)
-        tokens, documents = find_columns(lambda begin, stop: split.store.read(name, begin, stop), start, end, address)
+        tokens, documents = find_columns(
+            lambda begin, stop: split.store.read(name, begin, stop), start, end, address
+        )
         if tokens.shape != (stop - first, self.length):
-            raise DataError(f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, {self.length}) are needed: index it again")
-        return _Rows(first, *((column.start, column.row_bytes, column.dtype) for column in (tokens, documents)))
+            raise DataError(
+                f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, {self.length}) are needed: index it again"
+            )
+        return _Rows(
+            first, *((column.start, column.row_bytes, column.dtype) for column in (tokens, documents))
+        )

@@ -85,7 +85,10 @@ class ShardDataModule(LightningDataModule):
         self.num_workers, self.lanes, self.window = num_workers, lanes, window
         self._seed, self.max_skipped_share, self.verify = seed, max_skipped_share, verify
         self.loading, self.remote, self.mix_by = loading or Loading(), remote or Remote(), mix_by
-        self._start, self._start_step = 0, 0  # samples consumed and optimizer steps done when the training loader was made
+        self._start, self._start_step = (
+            0,
+            0,
+        )  # samples consumed and optimizer steps done when the training loader was made
         self._restored: Mapping[str, Any] | None = None  # a state that no loader has taken up yet
         self._splits_read: dict[tuple[str, str], Split | None] = {}
         self._corpus: TrainCorpus | None = None
@@ -106,9 +109,13 @@ class ShardDataModule(LightningDataModule):
         labels = [source.label for source in self.sources]
         for source in self.sources:
             if not (math.isfinite(source.weight) and source.weight > 0):
-                raise UserError(f"data.mix: the weight of {source.label} is {source.weight}; it must be a number above 0")
+                raise UserError(
+                    f"data.mix: the weight of {source.label} is {source.weight}; it must be a number above 0"
+                )
             if labels.count(source.label) > 1:
-                raise UserError(f"data.mix: two sources are called {source.label}; give each a name of its own")
+                raise UserError(
+                    f"data.mix: two sources are called {source.label}; give each a name of its own"
+                )
 
     source: str | None = None  # what prepare_data makes shards of
 
@@ -183,7 +190,9 @@ class ShardDataModule(LightningDataModule):
         """The training data in its order."""
         if self._corpus is None:
             group = self.batch_size if self.mix_by == "batch" else 1
-            self._corpus = TrainCorpus(self.splits("train"), self.sources, self.seed, self.lanes, self.window, group)
+            self._corpus = TrainCorpus(
+                self.splits("train"), self.sources, self.seed, self.lanes, self.window, group
+            )
         return self._corpus
 
     @property
@@ -245,7 +254,9 @@ class ShardDataModule(LightningDataModule):
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a position in another sequence. Raises UserError."""
         own = {"mix_by": "sample"} | self.state_dict()
-        state = {"mix_by": "sample"} | dict(state)  # which is not written, as it was before there was a choice
+        state = {"mix_by": "sample"} | dict(
+            state
+        )  # which is not written, as it was before there was a choice
         for key in ("format", "seed", "lanes", "window", "data_hash", "mix_by", "batch_size"):
             if key in state and state[key] != own[key]:
                 raise UserError(
@@ -265,7 +276,9 @@ class ShardDataModule(LightningDataModule):
         self._start, self._start_step = self.consumed, 0 if self.trainer is None else self.trainer.global_step
         self._restored = None
         part = Part(place.rank, place.world_size, self.batch_size, micro, self._start)
-        stream = TrainStream(self.corpus, self.kind(self.index()), part, self.max_skipped_share, self._kinds("train"))
+        stream = TrainStream(
+            self.corpus, self.kind(self.index()), part, self.max_skipped_share, self._kinds("train")
+        )
         return self._loader(stream, self.num_workers, self._train_batches(accumulation))
 
     def _align_progress(self, accumulation: int) -> None:
@@ -275,7 +288,9 @@ class ShardDataModule(LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         batches = self.trainer.global_step * accumulation
         for counts in cast("Sequence[_ProcessedTracker]", (progress.total, progress.current)):
-            behind = counts.processed - counts.completed  # by this Lightning knows at which hook the checkpoint was written
+            behind = (
+                counts.processed - counts.completed
+            )  # by this Lightning knows at which hook the checkpoint was written
             counts.ready = counts.started = counts.processed = batches
             counts.completed = batches - behind
 
@@ -290,7 +305,9 @@ class ShardDataModule(LightningDataModule):
         steps = self.trainer.max_steps - self._start_step
         if self._start + steps * self.batch_size > self.corpus.mixture.length:
             last = int((self.corpus.mixture.length - self._start) // self.batch_size) + self._start_step
-            raise UserError(f"data.mix runs out in step {last + 1}, before trainer.max_steps {self.trainer.max_steps}: see when_exhausted")
+            raise UserError(
+                f"data.mix runs out in step {last + 1}, before trainer.max_steps {self.trainer.max_steps}: see when_exhausted"
+            )
         return self.trainer.max_steps * accumulation if self.trainer.max_steps > 0 else None
 
     def val_dataloader(self) -> wds.WebLoader:
@@ -304,7 +321,15 @@ class ShardDataModule(LightningDataModule):
     def _eval_loader(self, name: str) -> wds.WebLoader:
         place, index, corpus = self._place(), self.index(name), Corpus(self.splits(name))
         micro, _ = self.micro_batch(place.world_size)
-        stream = EvalStream(corpus, self.kind(index), micro, place.rank, place.world_size, self.max_skipped_share, self._kinds(name))
+        stream = EvalStream(
+            corpus,
+            self.kind(index),
+            micro,
+            place.rank,
+            place.world_size,
+            self.max_skipped_share,
+            self._kinds(name),
+        )
         return self._loader(stream, min(self.num_workers, stream.batches), stream.batches)
 
     def _kinds(self, name: str) -> tuple[Kind, ...]:
@@ -318,7 +343,11 @@ class ShardDataModule(LightningDataModule):
         return loader
 
     def _place(self) -> _Place:
-        return _Place(0, 1) if self.trainer is None else _Place(self.trainer.global_rank, self.trainer.world_size)
+        return (
+            _Place(0, 1)
+            if self.trainer is None
+            else _Place(self.trainer.global_rank, self.trainer.world_size)
+        )
 
     def teardown(self, stage: str) -> None:
         """End the loader workers."""

@@ -70,11 +70,26 @@ class ClipDataModule(TextConditioned, ShardDataModule):
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(
-            path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote, mix_by
+            path,
+            batch_size,
+            micro_batch_size,
+            epochs,
+            num_workers,
+            mix,
+            lanes,
+            window,
+            seed,
+            max_skipped_share,
+            verify,
+            loading,
+            remote,
+            mix_by,
         )
         if not text_encoder.name.startswith("words:"):
             wrong = f"data.text_encoder.name is '{text_encoder.name}'; clips in pixels take words:N, e.g. words:64, because others are too slow"
-            raise UserError(f"{wrong} to run while clips are loaded: make latents and text features by 'mhla data latents --video' for those")
+            raise UserError(
+                f"{wrong} to run while clips are loaded: make latents and text features by 'mhla data latents --video' for those"
+            )
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip is {flip}; it must be a probability from 0 to 1")
         self.text_encoder, self.flip = text_encoder, flip
@@ -82,7 +97,9 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         given = {"frames": frames, "size": size, "rate": rate, "stride": stride}
         extra = [name for name, value in given.items() if value is not None]
         if source is None and extra:
-            raise UserError(f"data.{extra[0]} is of data.source, which is not set: the shards in {self.path} are what they are")
+            raise UserError(
+                f"data.{extra[0]} is of data.source, which is not set: the shards in {self.path} are what they are"
+            )
         self._options = _options(frames, size, rate, stride, shots, val)
 
     def _pack(self, source: str, folder: Path) -> None:
@@ -101,14 +118,26 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
-        load_text_encoder(self._encoding())  # the encoder is another than the recipe says: told now, not by a worker
+        load_text_encoder(
+            self._encoding()
+        )  # the encoder is another than the recipe says: told now, not by a worker
         for source in self.sources:
-            found = [(split, clip) for name in SPLITS if (split := self.split(name, source)) is not None and (clip := split.index.clip) is not None]
+            found = [
+                (split, clip)
+                for name in SPLITS
+                if (split := self.split(name, source)) is not None and (clip := split.index.clip) is not None
+            ]
             first = found[0][1] if self.mix_by == "batch" else self._clip
             for split, clip in found:
                 if _size(clip) != _size(first):
-                    hint = "data.mix_by batch takes several sizes" if len(self.sources) > 1 else "all splits have one size"
-                    raise DataError(f"{split.store.address(INDEX_NAME)} holds clips of {clip}, others are of {first}: {hint}")
+                    hint = (
+                        "data.mix_by batch takes several sizes"
+                        if len(self.sources) > 1
+                        else "all splits have one size"
+                    )
+                    raise DataError(
+                        f"{split.store.address(INDEX_NAME)} holds clips of {clip}, others are of {first}: {hint}"
+                    )
         if self.source is not None and self._clip != self._options.clips[0]:
             wanted = f"data.source is to give clips of {self._options.clips[0]}, and those in {self.path} are of {self._clip}"
             raise UserError(f"{wanted}: remove them, or set another data.path")
@@ -137,20 +166,38 @@ class ClipDataModule(TextConditioned, ShardDataModule):
 
     def facts(self) -> dict[str, Any]:
         """Kind, shapes (3, frames, height, width) that occur, (tokens, channels) of the text."""
-        clips = [split.index.clip for name in SPLITS for split in self.splits(name) if split.index.clip is not None]
+        clips = [
+            split.index.clip for name in SPLITS for split in self.splits(name) if split.index.clip is not None
+        ]
         shapes = list(dict.fromkeys((3, *_size(clip)) for clip in clips or [self._clip]))
         text = self._encoding()
-        return {"kind": "clips", "shapes": shapes, "text": (text.tokens, text.channels), "vae": None, "classes": 0}
+        return {
+            "kind": "clips",
+            "shapes": shapes,
+            "text": (text.tokens, text.channels),
+            "vae": None,
+            "classes": 0,
+        }
 
 
 def _size(clip: Clip) -> tuple[int, int, int]:
     return clip.frames, clip.height, clip.width
 
 
-def _options(frames: int | None, size: ImageSize | None, rate: float | None, stride: float | None, shots: bool, val: float) -> ClipOptions:
+def _options(
+    frames: int | None,
+    size: ImageSize | None,
+    rate: float | None,
+    stride: float | None,
+    shots: bool,
+    val: float,
+) -> ClipOptions:
     """How clips are made of `source`. Raises UserError in words of the recipe."""
     try:
-        chosen = [given if given is not None else default for given, default in zip((frames, rate), _DEFAULTS[::2], strict=True)]
+        chosen = [
+            given if given is not None else default
+            for given, default in zip((frames, rate), _DEFAULTS[::2], strict=True)
+        ]
         clip = make_clip(int(chosen[0]), *image_hw(_DEFAULTS[1] if size is None else size), chosen[1])
         return ClipOptions((clip,), stride, shots, val=val, val_by="time")
     except UserError as error:

@@ -52,7 +52,19 @@ class ImageDataModule(ShardDataModule):
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(
-            path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote
+            path,
+            batch_size,
+            micro_batch_size,
+            epochs,
+            num_workers,
+            mix,
+            lanes,
+            window,
+            seed,
+            max_skipped_share,
+            verify,
+            loading,
+            remote,
         )
         self._take_source(source, path)
         self.image_size, self.augmentation = image_hw(image_size), augmentation or Augmentation()
@@ -74,7 +86,9 @@ class ImageDataModule(ShardDataModule):
             for split in self.splits(name):
                 if split.index.classes != self.index().classes:
                     address = split.store.address(INDEX_NAME)
-                    raise DataError(f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes")
+                    raise DataError(
+                        f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes"
+                    )
 
     @property
     def num_classes(self) -> int:
@@ -83,7 +97,10 @@ class ImageDataModule(ShardDataModule):
 
     def to_images(self, x: Tensor) -> Tensor:
         """Normalised pixels (batch, 3, H, W) back to uint8 (batch, H, W, 3)."""
-        mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (self.augmentation.mean, self.augmentation.std))
+        mean, std = (
+            torch.tensor(values, device=x.device)[:, None, None]
+            for values in (self.augmentation.mean, self.augmentation.std)
+        )
         return ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def facts(self) -> dict[str, Any]:

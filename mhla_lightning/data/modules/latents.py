@@ -67,14 +67,34 @@ class LatentDataModule(TextConditioned, ShardDataModule):
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(
-            path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote, mix_by
+            path,
+            batch_size,
+            micro_batch_size,
+            epochs,
+            num_workers,
+            mix,
+            lanes,
+            window,
+            seed,
+            max_skipped_share,
+            verify,
+            loading,
+            remote,
+            mix_by,
         )
         self.vae, self.video, self.text_encoder = vae, video, text_encoder
         self._autoencoder: Autoencoder | VideoAutoencoder | None = None
 
     def kind(self, index: ShardIndex) -> Latents:
         """Latents as their index says, to be compared with this module's VAE."""
-        return Latents(index.vae or self.vae, len(index.classes), self._text_shape, self.video, self.seed, self._wanted(index))
+        return Latents(
+            index.vae or self.vae,
+            len(index.classes),
+            self._text_shape,
+            self.video,
+            self.seed,
+            self._wanted(index),
+        )
 
     @property
     def _text_shape(self) -> tuple[int, int] | None:
@@ -83,7 +103,11 @@ class LatentDataModule(TextConditioned, ShardDataModule):
     def _wanted(self, index: ShardIndex) -> VAE:
         """The recipe's VAE; with the shape of this source where only the channels have to agree."""
         found = index.vae
-        if self.mix_by == "batch" and found is not None and (len(found.shape), found.shape[0]) == (len(self.vae.shape), self.vae.shape[0]):
+        if (
+            self.mix_by == "batch"
+            and found is not None
+            and (len(found.shape), found.shape[0]) == (len(self.vae.shape), self.vae.shape[0])
+        ):
             return replace(self.vae, shape=found.shape)
         return self.vae
 
@@ -95,17 +119,25 @@ class LatentDataModule(TextConditioned, ShardDataModule):
             for split in self.splits(name):
                 address, vae = split.store.address(INDEX_NAME), split.index.vae
                 if split.index.classes != first.classes:
-                    raise DataError(f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes")
+                    raise DataError(
+                        f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes"
+                    )
                 if vae is not None and first.vae is not None and not self._alike(vae, first.vae):
-                    raise DataError(f"{address} was made by {vae}, and {self.sources[0].path} by {first.vae}: {_REMEDY}")
+                    raise DataError(
+                        f"{address} was made by {vae}, and {self.sources[0].path} by {first.vae}: {_REMEDY}"
+                    )
                 self._check_text(split, address)
 
     def _check_text(self, split: Split, address: str) -> None:
         if not split.index.classes and self.text_encoder is None:
-            raise UserError(f"{address} has captions and no classes: data.text_encoder (name, tokens, channels) has to say what encoded them")
+            raise UserError(
+                f"{address} has captions and no classes: data.text_encoder (name, tokens, channels) has to say what encoded them"
+            )
         found = split.index.text
         if self.text_encoder is not None and found is not None and not self.text_encoder.fits(found):
-            raise DataError(f"the captions of {address} were encoded by {found}, and data.text_encoder is {self.text_encoder}: make them agree")
+            raise DataError(
+                f"the captions of {address} were encoded by {found}, and data.text_encoder is {self.text_encoder}: make them agree"
+            )
 
     def _alike(self, one: VAE, other: VAE) -> bool:
         """Whether latents of both can be used together: all but the statistics is equal, and the shape where they stand in one batch."""
@@ -122,7 +154,9 @@ class LatentDataModule(TextConditioned, ShardDataModule):
 
         if not isinstance(self._autoencoder, Autoencoder) or self._autoencoder.device != x.device:
             dtype = default_dtype(x.device)
-            found = load_vae(self.vae.name, device=x.device, dtype=dtype, scale=self.vae.scale, shift=self.vae.shift)
+            found = load_vae(
+                self.vae.name, device=x.device, dtype=dtype, scale=self.vae.scale, shift=self.vae.shift
+            )
             self._demand_same(found.sha256)
             self._autoencoder = found
         return decode_latents(self._autoencoder, x)
@@ -157,7 +191,9 @@ class LatentDataModule(TextConditioned, ShardDataModule):
 
     def _demand_same(self, sha256: str) -> None:
         if self.vae.sha256 not in (None, sha256):
-            raise UserError(f"the VAE {self.vae.name} has sha256 {sha256[:12]}..., and data.vae.sha256 is {self.vae.sha256}: it is another")
+            raise UserError(
+                f"the VAE {self.vae.name} has sha256 {sha256[:12]}..., and data.vae.sha256 is {self.vae.sha256}: it is another"
+            )
 
     def _known_features(self) -> dict[str, Tensor]:
         """Also the empty text's, which lie beside the splits: training needs no text encoder."""
@@ -188,4 +224,10 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         splits = [split for name in SPLITS for split in self.splits(name)]
         shapes = list(dict.fromkeys(split.index.vae.shape for split in splits if split.index.vae is not None))
         kind = "video_latents" if self.video else "latents"
-        return {"kind": kind, "vae": self.vae, "classes": len(self.index().classes), "text": self._text_shape, "shapes": shapes}
+        return {
+            "kind": kind,
+            "vae": self.vae,
+            "classes": len(self.index().classes),
+            "text": self._text_shape,
+            "shapes": shapes,
+        }

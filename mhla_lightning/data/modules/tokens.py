@@ -61,14 +61,34 @@ class TokenDataModule(ShardDataModule):
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(
-            path, batch_size, micro_batch_size, epochs, num_workers, mix, lanes, window, seed, max_skipped_share, verify, loading, remote
+            path,
+            batch_size,
+            micro_batch_size,
+            epochs,
+            num_workers,
+            mix,
+            lanes,
+            window,
+            seed,
+            max_skipped_share,
+            verify,
+            loading,
+            remote,
         )
         self._take_source(source, path)
-        self.vocabulary, self.tokenizer, self.length, self.val_length, self.val = vocabulary, tokenizer, length, val_length, val
+        self.vocabulary, self.tokenizer, self.length, self.val_length, self.val = (
+            vocabulary,
+            tokenizer,
+            length,
+            val_length,
+            val,
+        )
         if source is not None and mqar.is_mqar(source):
             self._recall(source)
         elif source is not None:
-            self._text = TextOptions(tokenizer or "bytes", length or LENGTH, val_length, packing, VAL if val is None else val)
+            self._text = TextOptions(
+                tokenizer or "bytes", length or LENGTH, val_length, packing, VAL if val is None else val
+            )
 
     def _recall(self, source: str) -> Any:
         val = {} if self.val is None else {"val": self.val}
@@ -97,7 +117,9 @@ class TokenDataModule(ShardDataModule):
                 address = split.store.address(INDEX_NAME)
                 if not same_tokenizer(split.index.tokenizer, self.index().tokenizer):
                     found = f"{address} was made with the tokenizer {split.index.tokenizer}"
-                    raise DataError(f"{found}, and {self.sources[0].path} with {self.index().tokenizer}: tokenize both with the same")
+                    raise DataError(
+                        f"{found}, and {self.sources[0].path} with {self.index().tokenizer}: tokenize both with the same"
+                    )
                 Tokens(self.index(name).length or 0).check(split.index, address)
         recall = self.source is not None and mqar.is_mqar(self.source)
         if not recall and (self.tokenizer or self.source) is not None:
@@ -126,12 +148,18 @@ class TokenDataModule(ShardDataModule):
             wanted["source"] = mqar.NAME, found
         for key, (asked, there) in wanted.items():
             if asked != there:
-                raise UserError(f"data.{key} is {asked}, and the shards in {self.path} were made with {there}: remove them, or set another data.path")
+                raise UserError(
+                    f"data.{key} is {asked}, and the shards in {self.path} were made with {there}: remove them, or set another data.path"
+                )
 
     @cached_property
     def _opened(self) -> Tokenizer | None:
         index = self.index()
-        return None if index.tokenizer in (None, mqar.NAME) else find_tokenizer(self.sources[0].path, index, self.remote)
+        return (
+            None
+            if index.tokenizer in (None, mqar.NAME)
+            else find_tokenizer(self.sources[0].path, index, self.remote)
+        )
 
     @property
     def _vocabulary(self) -> int | None:
@@ -152,5 +180,13 @@ class TokenDataModule(ShardDataModule):
         vocabulary and token_bytes are None where neither the recipe nor a tokenizer says them.
         """
         index, val = self.index(), self.splits("val")
-        facts = {"kind": "tokens", "length": index.length, "val_length": val[0].index.length if val else None, "tokenizer": index.tokenizer}
-        return facts | {"vocabulary": self._vocabulary, "token_bytes": None if self._opened is None else self._opened.token_bytes}
+        facts = {
+            "kind": "tokens",
+            "length": index.length,
+            "val_length": val[0].index.length if val else None,
+            "tokenizer": index.tokenizer,
+        }
+        return facts | {
+            "vocabulary": self._vocabulary,
+            "token_bytes": None if self._opened is None else self._opened.token_bytes,
+        }

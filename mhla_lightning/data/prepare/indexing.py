@@ -10,7 +10,16 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mhla_lightning.data.index import INDEX_NAME, KINDS, SPLITS, VAE, Clip, ShardIndex, read_index, write_index
+from mhla_lightning.data.index import (
+    INDEX_NAME,
+    KINDS,
+    SPLITS,
+    VAE,
+    Clip,
+    ShardIndex,
+    read_index,
+    write_index,
+)
 from mhla_lightning.data.prepare.parallel import run_jobs
 from mhla_lightning.data.prepare.places import find_splits, tar_files
 from mhla_lightning.data.prepare.survey import Survey, SurveyJob, survey_shard
@@ -37,13 +46,19 @@ class Facts:
     def __post_init__(self) -> None:
         """Raise UserError for an unknown kind, or a rate that cannot be."""
         if self.rate is not None and not 0 < self.rate <= 1000:
-            raise UserError(f"--rate is {self.rate}; it must be a number of frames a second above 0 and at most 1000")
+            raise UserError(
+                f"--rate is {self.rate}; it must be a number of frames a second above 0 and at most 1000"
+            )
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(unknown_name("kind", self.kind, KINDS))
 
 
 def index_shards(
-    path: str, facts: Facts | None = None, overwrite: bool = False, workers: int = 1, on_progress: OnProgress | None = None
+    path: str,
+    facts: Facts | None = None,
+    overwrite: bool = False,
+    workers: int = 1,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, ShardIndex]:
     """Write index.json and offsets for the tar files in `path`, a local folder of train/, val/, test/ or of one split. Returns the indices by split.
 
@@ -70,11 +85,17 @@ def index_shards(
 def _folders(path: str, overwrite: bool) -> dict[str, Path]:
     store = open_store(path)
     if not isinstance(store, LocalStore):
-        raise UserError(f"{path} is not a folder of this machine: index the shards where they are, and upload index.json and the offsets with them")
+        raise UserError(
+            f"{path} is not a folder of this machine: index the shards where they are, and upload index.json and the offsets with them"
+        )
     root = Path(store.address(".")).absolute()
-    packed = sorted(file for pattern in ("*.tar.gz", "*.tgz", "*/*.tar.gz", "*/*.tgz") for file in root.glob(pattern))
+    packed = sorted(
+        file for pattern in ("*.tar.gz", "*.tgz", "*/*.tar.gz", "*/*.tgz") for file in root.glob(pattern)
+    )
     if packed:
-        raise UserError(f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it first (gunzip {packed[0].name})")
+        raise UserError(
+            f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it first (gunzip {packed[0].name})"
+        )
     if not root.is_dir() or not (tar_files(root) or any(tar_files(root / name) for name in SPLITS)):
         raise DataError(f"{path} holds no tar files, neither itself nor in train/, val/ or test/")
     folders = {name: Path(found.address(".")).absolute() for name, found in find_splits(path).items()}
@@ -101,13 +122,17 @@ def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _survey(name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress) -> list[Survey]:
+def _survey(
+    name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress
+) -> list[Survey]:
     """All shards of a split, by name. The first one decides on the kind."""
     paths = tar_files(folder)
     on_progress(name, 0, len(paths))
     first = survey_shard(SurveyJob(paths[0], kind, work))
     found = [first]
-    with closing(run_jobs(survey_shard, [SurveyJob(path, first.kind, work) for path in paths[1:]], workers)) as results:
+    with closing(
+        run_jobs(survey_shard, [SurveyJob(path, first.kind, work) for path in paths[1:]], workers)
+    ) as results:
         for survey in results:
             found.append(survey)
             on_progress(name, len(found), len(paths))
@@ -122,10 +147,18 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
     first = surveys[0]
     for survey in surveys:
         if survey.clip != first.clip:
-            raise DataError(f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike {first.entry.name}; all clips of a split are alike")
+            raise DataError(
+                f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike {first.entry.name}; all clips of a split are alike"
+            )
         if (survey.length, survey.shape, survey.labels > 0) != (first.length, first.shape, first.labels > 0):
-            what = f"rows of {survey.length} tokens" if survey.length else f"latents of {survey.shape}, {survey.labels} classes"
-            raise DataError(f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples of a split are alike")
+            what = (
+                f"rows of {survey.length} tokens"
+                if survey.length
+                else f"latents of {survey.shape}, {survey.labels} classes"
+            )
+            raise DataError(
+                f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples of a split are alike"
+            )
         for key in survey.keys:
             if key in owners:
                 raise DataError(
@@ -137,12 +170,20 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
 def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -> ShardIndex:
     """labels: 1 + the largest class number of all splits."""
     first, old = surveys[0], _old(folder)
-    names = facts.classes if facts.classes is not None else old.classes if len(old.classes) >= labels else tuple(map(str, range(labels)))
+    names = (
+        facts.classes
+        if facts.classes is not None
+        else old.classes
+        if len(old.classes) >= labels
+        else tuple(map(str, range(labels)))
+    )
     if facts.classes is not None and labels > len(names):
         raise UserError(f"--classes names {len(names)} classes, but labels go up to {labels - 1}")
     vae = facts.vae or old.vae
     if first.shape and vae is None:
-        raise UserError(f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which training needs to know")
+        raise UserError(
+            f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which training needs to know"
+        )
     if facts.vae is not None and not first.shape:
         raise UserError(f"{folder} holds {first.kind}: leave --vae-name, --vae-scale and --vae-shift out")
     tokenizer = facts.tokenizer or old.tokenizer if first.length else None
@@ -156,7 +197,9 @@ def _clip(folder: Path, first: Survey, facts: Facts, old: ShardIndex) -> Clip | 
         return None
     rate = facts.rate or first.clip.rate or (old.clip.rate if old.clip is not None else None)
     if rate is None:
-        raise UserError(f"{folder} holds clips: pass --rate, their frames a second, which the shards do not say")
+        raise UserError(
+            f"{folder} holds clips: pass --rate, their frames a second, which the shards do not say"
+        )
     return Clip(first.clip.frames, first.clip.height, first.clip.width, rate)
 
 

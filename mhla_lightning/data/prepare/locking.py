@@ -29,7 +29,9 @@ def hold_folder(folder: Path, target: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing was begun; whoever waits for the lock sees that it is gone
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # nothing was begun; whoever waits for the lock sees that it is gone
         file.close()
 
 
@@ -51,7 +53,9 @@ def _locked(folder: Path, target: Path, wait: bool) -> TextIO:
             raise _taken(file, target) from None
         except OSError as error:
             file.close()
-            raise UserError(f"{folder}/lock cannot be locked ({error.strerror}): make {target} on a disk of this machine and copy it") from error
+            raise UserError(
+                f"{folder}/lock cannot be locked ({error.strerror}): make {target} on a disk of this machine and copy it"
+            ) from error
         if _same(file, folder / "lock"):
             return file
         file.close()  # its holder removed it on finishing

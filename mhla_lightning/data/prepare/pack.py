@@ -24,7 +24,11 @@ from mhla_lightning.errors import DataError, UserError
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
 DEFAULT_VAL = 0.2  # share held out when the source has no val part and none is asked for
-_FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}  # so that small sets can still be dealt over ranks x workers
+_FEWEST_SHARDS = {
+    "train": 16,
+    "val": 4,
+    "test": 4,
+}  # so that small sets can still be dealt over ranks x workers
 _PROBED = 64  # samples read to estimate the size of a split
 _WRITERS = ("numpy", "pillow", "webdataset")  # another version of one of them may write other bytes
 
@@ -101,16 +105,27 @@ def pack(
     opened = source if isinstance(source, Source) else open_source(source, kind, vae)
     splits = plan(opened, options)
     note = on_note or (lambda _: None)
-    with build(target, _fingerprint(source, opened, options), [split.name for split in splits], overwrite, wait, note) as building:
+    with build(
+        target, _fingerprint(source, opened, options), [split.name for split in splits], overwrite, wait, note
+    ) as building:
         return fill(building, opened, splits, workers, on_progress or (lambda *_: None), note)
 
 
-def fill(building: Building, source: Source, splits: list[PlannedSplit], workers: int, on_progress: Progress, on_note: Note) -> dict[str, ShardIndex]:
+def fill(
+    building: Building,
+    source: Source,
+    splits: list[PlannedSplit],
+    workers: int,
+    on_progress: Progress,
+    on_note: Note,
+) -> dict[str, ShardIndex]:
     """Write the planned splits of `source`, but for the shards that are finished, and what lies beside them. The index of every split."""
     indices = {}
     entries = _write(building, source.header, splits, workers, on_progress, on_note)
     for split in splits:
-        shard_entries = tuple(entries[split.name, shard_name(split.name, shard)] for shard in range(split.shards))
+        shard_entries = tuple(
+            entries[split.name, shard_name(split.name, shard)] for shard in range(split.shards)
+        )
         indices[split.name] = replace(source.header_of(split.name), shards=shard_entries)
         building.write_index(split.name, indices[split.name])
     for name, content in source.files.items():
@@ -125,7 +140,11 @@ def check_target(source: str | Path | Source | None, to: str | Path) -> Path:
     target = Path(to).absolute()
     if target.is_symlink() and not target.exists():
         raise UserError(f"--to {to} is a link to nothing: remove it, or make what it points to")
-    if isinstance(source, (str, Path)) and Path(source).is_dir() and Path(source).resolve() in target.resolve().parents:
+    if (
+        isinstance(source, (str, Path))
+        and Path(source).is_dir()
+        and Path(source).resolve() in target.resolve().parents
+    ):
         raise UserError(f"--to {to} lies inside the source {source}: choose a folder outside it")
     return target
 
@@ -135,13 +154,19 @@ def plan(source: Source, options: Options) -> list[PlannedSplit]:
     orders = {name: _shuffled(len(part), f"{options.seed}/{name}") for name, part in source.parts.items()}
     if "val" in orders and options.val is not None:
         found = len(source.parts["val"])
-        raise UserError(f"--val {options.val} was given, but the source has its own val part with {found} samples: leave --val out")
+        raise UserError(
+            f"--val {options.val} was given, but the source has its own val part with {found} samples: leave --val out"
+        )
     parts = dict(source.parts)
     if "val" not in orders:
         held_out = _held_out(len(orders["train"]), DEFAULT_VAL if options.val is None else options.val)
         parts["val"] = source.parts["train"]
         orders |= {"train": orders["train"][held_out:], "val": orders["train"][:held_out]}
-    return [PlannedSplit(name, parts[name], orders[name], _shards(name, parts[name], orders[name], options)) for name in SPLITS if name in orders]
+    return [
+        PlannedSplit(name, parts[name], orders[name], _shards(name, parts[name], orders[name], options))
+        for name in SPLITS
+        if name in orders
+    ]
 
 
 def _shards(name: str, part: Part, order: list[int], options: Options) -> int:
@@ -157,7 +182,9 @@ def _shards(name: str, part: Part, order: list[int], options: Options) -> int:
 def _held_out(samples: int, val: int | float) -> int:
     count = math.ceil(samples * val) if 0 < val < 1 else val
     if not (0 < count < samples and count == int(count)):
-        raise UserError(f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share above 0 and below 1")
+        raise UserError(
+            f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share above 0 and below 1"
+        )
     return int(count)
 
 
@@ -180,7 +207,12 @@ def fingerprint_of(*facts: object) -> str:
 
 
 def _write(
-    building: Building, header: ShardIndex, splits: list[PlannedSplit], workers: int, on_progress: Progress, on_note: Note
+    building: Building,
+    header: ShardIndex,
+    splits: list[PlannedSplit],
+    workers: int,
+    on_progress: Progress,
+    on_note: Note,
 ) -> dict[tuple[str, str], ShardEntry]:
     """Write what is not finished yet. Entries by split and file name."""
     names = [(split.name, shard_name(split.name, shard)) for split in splits for shard in range(split.shards)]
@@ -188,10 +220,14 @@ def _write(
     if entries:
         on_note(f"{len(entries)} of {len(names)} shards were finished before and are kept")
     totals = {split.name: len(split.order) for split in splits}
-    done = {name: sum(entry.samples for (split, _), entry in entries.items() if split == name) for name in totals}
+    done = {
+        name: sum(entry.samples for (split, _), entry in entries.items() if split == name) for name in totals
+    }
     for name, total in totals.items():
         on_progress(name, done[name], total)
-    with closing(run_jobs(_write_shard, _jobs(building, header.kind, splits, set(entries)), workers)) as results:
+    with closing(
+        run_jobs(_write_shard, _jobs(building, header.kind, splits, set(entries)), workers)
+    ) as results:
         for name, entry in results:
             entries[name, entry.name] = entry
             done[name] += entry.samples
@@ -199,7 +235,9 @@ def _write(
     return entries
 
 
-def _jobs(building: Building, kind: str, splits: list[PlannedSplit], kept: set[tuple[str, str]]) -> Iterator[_Job]:
+def _jobs(
+    building: Building, kind: str, splits: list[PlannedSplit], kept: set[tuple[str, str]]
+) -> Iterator[_Job]:
     for split in splits:
         for shard in range(split.shards):
             if (split.name, shard_name(split.name, shard)) not in kept:

@@ -110,7 +110,9 @@ def _share_out(team: list[_Worker], jobs: Iterator[Any]) -> Iterator[Any]:
 
 
 def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers it
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group; the parent answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

@@ -23,11 +23,17 @@ def find_splits(path: str, wanted: Sequence[str] | None = None) -> dict[str, Sto
     if isinstance(whole, LocalStore) and not Path(whole.address(".")).is_dir():
         raise DataError(f"there is no folder {path}")
     if _is_split(whole):
-        name = Path(whole.address(".")).absolute().name if isinstance(whole, LocalStore) else path.rstrip("/").rpartition("/")[2]
+        name = (
+            Path(whole.address(".")).absolute().name
+            if isinstance(whole, LocalStore)
+            else path.rstrip("/").rpartition("/")[2]
+        )
         if wanted:
             raise UserError(f"{path} is one split; leave --split out, or name the folder above it")
         return {name: whole}
-    stores = {name: open_store(f"{path.rstrip('/')}/{name}") for name in SPLITS if not wanted or name in wanted}
+    stores = {
+        name: open_store(f"{path.rstrip('/')}/{name}") for name in SPLITS if not wanted or name in wanted
+    }
     found = {name: store for name, store in stores.items() if _is_split(store)}
     missing = [name for name in wanted or () if name not in found]
     if missing or not found:

@@ -44,7 +44,9 @@ class Preview:
     unusable: int = 0
 
 
-def preview(path: str, split: str | None = None, count: int | None = None, seed: int | None = None) -> Preview:
+def preview(
+    path: str, split: str | None = None, count: int | None = None, seed: int | None = None
+) -> Preview:
     """Look at `count` samples of a split; None: 64 pictures, or 4 rows of tokens.
 
     split: of the data set at `path`; None: train, or the first that is there. seed: choose samples at random; None: evenly over the split
@@ -64,12 +66,17 @@ def preview(path: str, split: str | None = None, count: int | None = None, seed:
     except NoRanges:  # such a server hands out whole files
         with tempfile.TemporaryDirectory(prefix="mhla-preview-") as folder:
             files = {shard.name: (shard.sha256, shard.bytes) for shard in index.shards}
-            return _look(name, Split(index, with_cache(store, files, Remote(cache_dir=folder))), chosen, tokenizer)
+            return _look(
+                name, Split(index, with_cache(store, files, Remote(cache_dir=folder))), chosen, tokenizer
+            )
 
 
 def _tokenizer(path: str, index: ShardIndex) -> Tokenizer | None:
     """Of a data set, or of the one that a split belongs to; without one, numbers are shown."""
-    for folder in (path, f"{path.rstrip('/')}/.." if "://" not in path else path.rstrip("/").rpartition("/")[0]):
+    for folder in (
+        path,
+        f"{path.rstrip('/')}/.." if "://" not in path else path.rstrip("/").rpartition("/")[0],
+    ):
         with suppress(UserError):
             return tokenizer_of(folder, index)
     return None
@@ -78,7 +85,13 @@ def _tokenizer(path: str, index: ShardIndex) -> Tokenizer | None:
 def _look(name: str, data: Split, chosen: Sequence[int], tokenizer: Tokenizer | None) -> Preview:
     index, kind = data.index, kind_of(data.index)
     if index.kind == "tokens":
-        return Preview(index.kind, name, len(chosen), index.samples, texts=tuple(_row_text(kind, data, sample, tokenizer) for sample in chosen))
+        return Preview(
+            index.kind,
+            name,
+            len(chosen),
+            index.samples,
+            texts=tuple(_row_text(kind, data, sample, tokenizer) for sample in chosen),
+        )
     tiles, unusable = [], 0
     for sample in chosen:
         pictures, caption, good = _tile(kind, data, sample)
@@ -109,8 +122,12 @@ def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.I
         left, top = _GAP + number % columns * width, _GAP + number // columns * height
         for place, picture in enumerate(found):
             fitted = _fitted(picture)
-            sheet.paste(fitted, (left + place * TILE + (TILE - fitted.width) // 2, top + (TILE - fitted.height) // 2))
-        draw.text((left, top + TILE + 1), _shortened(caption, draw, font, width - _GAP), fill="black", font=font)
+            sheet.paste(
+                fitted, (left + place * TILE + (TILE - fitted.width) // 2, top + (TILE - fitted.height) // 2)
+            )
+        draw.text(
+            (left, top + TILE + 1), _shortened(caption, draw, font, width - _GAP), fill="black", font=font
+        )
     return sheet
 
 
@@ -145,7 +162,11 @@ def _tile(kind: Kind, data: Split, sample: int) -> tuple[list[Image.Image], str,
     assert isinstance(found, dict)
     if "clip" in found:
         return clip_pictures(found["clip"]), f"{sample}: {' '.join(str(found['caption']).split())}", True
-    label = f"{sample}: {_class_name(data.index, int(found['label']))}" if "label" in found else f"{sample}: text {found['text'].shape}"
+    label = (
+        f"{sample}: {_class_name(data.index, int(found['label']))}"
+        if "label" in found
+        else f"{sample}: text {found['text'].shape}"
+    )
     return latent_pictures(found["latent"]), label, True
 
 
@@ -179,7 +200,10 @@ def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
         return " ".join(map(str, shown)) + more
     known = [tokenizer.pieces[token] if token < tokenizer.vocabulary else b"" for token in shown]
     encoded = b"".join(piece or f"<{token}>".encode() for piece, token in zip(known, shown, strict=True))
-    text = "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in encoded.decode(errors="replace"))
+    text = "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for letter in encoded.decode(errors="replace")
+    )
     return text.replace("\n", "\n    ") + more
 
 
@@ -196,7 +220,9 @@ def _unreadable() -> Image.Image:
     return tile
 
 
-def _shortened(caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _shortened(
+    caption: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
     if draw.textlength(caption, font=font) <= width:
         return caption
     while caption and draw.textlength(f"{caption}...", font=font) > width:

@@ -24,7 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mhla_lightning.data.index import EMPTY_TEXT, INDEX_NAME, SPLITS, ShardEntry, ShardIndex, offsets_path, write_index
+from mhla_lightning.data.index import (
+    EMPTY_TEXT,
+    INDEX_NAME,
+    SPLITS,
+    ShardEntry,
+    ShardIndex,
+    offsets_path,
+    write_index,
+)
 from mhla_lightning.data.prepare.locking import hold_folder
 from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.data.prepare.samples import Sample
@@ -33,7 +41,11 @@ from mhla_lightning.errors import UserError
 
 FORMAT = 1
 Note = Callable[[str], None]  # is told what a user should know while something is built
-BESIDE = ("tokenizer.json", "tokenizer_config.json", EMPTY_TEXT)  # files that a target may hold beside its splits
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    EMPTY_TEXT,
+)  # files that a target may hold beside its splits
 _BUCKET = re.compile(r"\d+x\d+x\d+")  # a folder of splits, of videos of one size
 _KEPT = ("entries", "data")
 _log = logging.getLogger(__name__)
@@ -50,13 +62,21 @@ class Building:
         try:
             entry = ShardEntry(**json.loads(self._entry(split, name).read_text()))
             path = self.folder / "data" / split / name
-            return entry if path.stat().st_size == entry.bytes and offsets_path(path.parent, name).is_file() else None
+            return (
+                entry
+                if path.stat().st_size == entry.bytes and offsets_path(path.parent, name).is_file()
+                else None
+            )
         except (OSError, ValueError, TypeError):
             return None
 
-    def write(self, split: str, name: str, kind: str, samples: Iterable[Sample], first: int = 0) -> ShardEntry:
+    def write(
+        self, split: str, name: str, kind: str, samples: Iterable[Sample], first: int = 0
+    ) -> ShardEntry:
         """Write and finish a shard. first: index in the split of its first sample. Raises Interrupted when the disk is full or fails."""
-        part = self.folder / "parts" / f"{name}.{uuid.uuid4().hex[:8]}"  # two who write the same shard do not meet
+        part = (
+            self.folder / "parts" / f"{name}.{uuid.uuid4().hex[:8]}"
+        )  # two who write the same shard do not meet
         try:
             write_shard(part, samples, first)
             entry, offsets = describe_shard(part, kind)
@@ -104,7 +124,12 @@ class Building:
 
 @contextmanager
 def build(
-    target: Path, fingerprint: str, splits: Iterable[str], overwrite: bool, wait: bool = False, on_note: Note = _log.info
+    target: Path,
+    fingerprint: str,
+    splits: Iterable[str],
+    overwrite: bool,
+    wait: bool = False,
+    on_note: Note = _log.info,
 ) -> Iterator[Building]:
     """A building whose data takes the name `target` when the block ends well.
 
@@ -155,9 +180,15 @@ def demand_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target} exists and is not empty: choose another folder, or pass --overwrite")
-    foreign = target.name if target.is_file() else next((name for name in _names(target) if not _is_ours(target / name)), None)
+    foreign = (
+        target.name
+        if target.is_file()
+        else next((name for name in _names(target) if not _is_ours(target / name)), None)
+    )
     if foreign is not None:
-        raise UserError(f"{target} holds {foreign}, which mhla data pack did not write, so it is not overwritten: choose another folder")
+        raise UserError(
+            f"{target} holds {foreign}, which mhla data pack did not write, so it is not overwritten: choose another folder"
+        )
 
 
 def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
@@ -194,9 +225,13 @@ def _move(hidden: Path, target: Path, overwrite: bool) -> None:
     try:
         if overwrite and target.exists():
             target.rename(hidden / "old")
-        (hidden / "data").rename(target)  # fails on a folder that is not empty: one that another process finished first
+        (hidden / "data").rename(
+            target
+        )  # fails on a folder that is not empty: one that another process finished first
     except OSError as error:
-        raise UserError(f"{target} was made by another process meanwhile, or cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"{target} was made by another process meanwhile, or cannot be written ({error.strerror})"
+        ) from error
 
 
 def _restore(hidden: Path, target: Path) -> None:

@@ -41,7 +41,14 @@ def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sam
     return Sample(name, {"cls": _label(header, name, label), extension: image})
 
 
-def latent_sample(header: ShardIndex, name: str, latent: np.ndarray, *, label: int | None = None, text: np.ndarray | None = None) -> Sample:
+def latent_sample(
+    header: ShardIndex,
+    name: str,
+    latent: np.ndarray,
+    *,
+    label: int | None = None,
+    text: np.ndarray | None = None,
+) -> Sample:
     """A latent with its class number or its text features.
 
     header: an index of latents or video_latents; latent: floats of header.vae.shape, as the VAE gives them, neither shifted nor scaled;
@@ -49,15 +56,23 @@ def latent_sample(header: ShardIndex, name: str, latent: np.ndarray, *, label: i
     Raises DataError for another shape or type, for NaN and infinite values, and for the wrong condition.
     """
     if header.vae is None or latent.shape != header.vae.shape or latent.dtype.kind != "f":
-        raise DataError(f"latent {name} is {latent.dtype} {latent.shape}; floats {header.vae and header.vae.shape} are needed")
+        raise DataError(
+            f"latent {name} is {latent.dtype} {latent.shape}; floats {header.vae and header.vae.shape} are needed"
+        )
     if (label is None) == bool(header.classes) or (text is None) != bool(header.classes):
-        raise DataError(f"latent {name} needs {'a label and no text' if header.classes else 'text and no label'}")
+        raise DataError(
+            f"latent {name} needs {'a label and no text' if header.classes else 'text and no label'}"
+        )
     if text is not None and (text.ndim != 2 or text.dtype.kind != "f"):
-        raise DataError(f"the text of latent {name} is {text.dtype} {text.shape}; floats (tokens, channels) are needed")
+        raise DataError(
+            f"the text of latent {name} is {text.dtype} {text.shape}; floats (tokens, channels) are needed"
+        )
     for what, array in (("latent", latent), ("the text of latent", text)):
         if array is not None and not np.isfinite(array).all():
             raise DataError(f"{what} {name} holds NaN or infinite values")
-    condition = {"text.npy": npy_bytes(text)} if text is not None else {"cls": _label(header, name, int(label or 0))}
+    condition = (
+        {"text.npy": npy_bytes(text)} if text is not None else {"cls": _label(header, name, int(label or 0))}
+    )
     return Sample(name, {"latent.npy": npy_bytes(latent)} | condition)
 
 
@@ -76,7 +91,9 @@ def token_samples(
     vocabulary, and documents that fall, are negative or above PADDING.
     """
     if not header.length or vocabulary < 1 or vocabulary > 2**32:
-        raise DataError(f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} and vocabulary {vocabulary}")
+        raise DataError(
+            f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} and vocabulary {vocabulary}"
+        )
     dtype = np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
     wanted = max(1, member_bytes // (header.length * dtype.itemsize))
     tokens: list[np.ndarray] = []
@@ -91,24 +108,41 @@ def token_samples(
         yield _token_sample(name, tokens, documents)
 
 
-def _single_rows(rows: Iterable[tuple[np.ndarray, np.ndarray]], length: int, vocabulary: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _single_rows(
+    rows: Iterable[tuple[np.ndarray, np.ndarray]], length: int, vocabulary: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     number = 0
     for tokens, documents in rows:
         for array, what in ((tokens, "tokens"), (documents, "documents")):
-            if array.ndim not in (1, 2) or array.shape[-1] != length or array.shape != tokens.shape or array.dtype.kind not in "iu":
-                raise DataError(f"row {number}: {what} are {array.dtype} {array.shape}; integers ({length},) or (rows, {length}) are needed")
+            if (
+                array.ndim not in (1, 2)
+                or array.shape[-1] != length
+                or array.shape != tokens.shape
+                or array.dtype.kind not in "iu"
+            ):
+                raise DataError(
+                    f"row {number}: {what} are {array.dtype} {array.shape}; integers ({length},) or (rows, {length}) are needed"
+                )
         for row, owner in zip(np.atleast_2d(tokens), np.atleast_2d(documents), strict=True):
             if row.min() < 0 or row.max() >= vocabulary:
-                raise DataError(f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside the vocabulary of {vocabulary}")
+                raise DataError(
+                    f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside the vocabulary of {vocabulary}"
+                )
             if owner[0] < 0 or owner[-1] > PADDING or (owner[1:] < owner[:-1]).any():
-                raise DataError(f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, or are {PADDING} for padding")
+                raise DataError(
+                    f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, or are {PADDING} for padding"
+                )
             yield row, owner
             number += 1
 
 
 def _token_sample(name: str, tokens: list[np.ndarray], documents: list[np.ndarray]) -> Sample:
     owners = np.stack(documents).astype("<u2")
-    return Sample(name, {"tokens.npy": npy_bytes(np.stack(tokens)), "documents.npy": npy_bytes(owners)}, rows=len(tokens))
+    return Sample(
+        name,
+        {"tokens.npy": npy_bytes(np.stack(tokens)), "documents.npy": npy_bytes(owners)},
+        rows=len(tokens),
+    )
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

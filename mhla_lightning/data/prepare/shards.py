@@ -56,14 +56,18 @@ def write_sample(tar: TarWriter, sample: Sample, index: int) -> int:
     key = _key(index, sample.name)
     for extension, data in sample.members.items():
         tar.write({"__key__": key, extension: data})  # one by one: in one go they would be sorted by name
-    return sum(tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for data in sample.members.values())
+    return sum(
+        tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for data in sample.members.values()
+    )
 
 
 def describe_shard(path: Path, kind: str = "images") -> tuple[ShardEntry, np.ndarray]:
     """The index entry of a tar file and its offsets, int64 (samples + 1,). Raises DataError for one that cannot be a shard."""
     with open(path, "rb") as file:
         scan = scan_shard(file, str(path))
-        offsets = scan.offsets if kind != "tokens" else row_offsets(scan, token_members(file, scan, str(path)))
+        offsets = (
+            scan.offsets if kind != "tokens" else row_offsets(scan, token_members(file, scan, str(path)))
+        )
         file.seek(0)
         return ShardEntry(path.name, len(offsets) - 1, path.stat().st_size, sha256_of(file)), offsets
 
@@ -80,10 +84,14 @@ def token_members(file: BinaryIO, scan: Scan, address: str) -> TokenMembers:
         file.seek(start)
         return file.read(stop - start)
 
-    shapes = [find_columns(read, int(start), int(end), address)[0].shape for start, end in pairwise(scan.offsets)]
+    shapes = [
+        find_columns(read, int(start), int(end), address)[0].shape for start, end in pairwise(scan.offsets)
+    ]
     lengths = {length for _, length in shapes}
     if len(lengths) > 1:
-        raise DataError(f"{address} holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of a split are equally long")
+        raise DataError(
+            f"{address} holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of a split are equally long"
+        )
     return TokenMembers([rows for rows, _ in shapes], lengths.pop() if lengths else 0)
 
 

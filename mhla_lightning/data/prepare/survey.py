@@ -67,7 +67,9 @@ def survey_shard(job: SurveyJob) -> Survey:
             kind, shape = _kind(first, address)
             clip = _clip(first, address) if kind == "clips" else None
             if job.kind not in (None, kind):
-                raise DataError(f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind")
+                raise DataError(
+                    f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind"
+                )
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
             labels = 0 if members or clip or "cls" not in first else 1 + max(_labels(file, scan, address))
@@ -122,8 +124,14 @@ def _clip(sample: RawSample, address: str) -> ClipFacts:
 
 def _demand(what: str, members: set[str], *wanted: str) -> None:
     if not members & set(wanted):
-        hint = "; labels in KEY.json are not read: write the class number as KEY.cls" if "cls" in wanted and "json" in members else ""
-        raise DataError(f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}")
+        hint = (
+            "; labels in KEY.json are not read: write the class number as KEY.cls"
+            if "cls" in wanted and "json" in members
+            else ""
+        )
+        raise DataError(
+            f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}"
+        )
 
 
 def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
@@ -131,5 +139,7 @@ def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
         sample = _sample(file, scan, number, address)
         text = sample.get("cls", b"").strip()
         if not text.isdigit() or len(text) > 9:
-            raise DataError(f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an integer from 0 on")
+            raise DataError(
+                f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an integer from 0 on"
+            )
         yield int(text)

@@ -26,7 +26,9 @@ class Done(NamedTuple, Generic[T]):
     tally: T
 
 
-def write_tallied(building: Building, split: str, name: str, kind: str, samples: Iterator[Sample], tally: T, first: int) -> Done[T]:
+def write_tallied(
+    building: Building, split: str, name: str, kind: str, samples: Iterator[Sample], tally: T, first: int
+) -> Done[T]:
     """Write a shard and the tally that is complete when `samples` are through. first: index in the split of its first sample."""
     path = _path(building, split, name)
 

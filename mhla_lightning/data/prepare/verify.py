@@ -38,7 +38,9 @@ class Report:
         self.found += len(problems) if found is None else found
 
 
-def verify(path: str, splits: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None) -> Report:
+def verify(
+    path: str, splits: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None
+) -> Report:
     """Look at everything in the splits at `path`: index, presence, size, sha256, tar structure, number of samples, offsets against a real scan,
     keys that are there twice, and whether every sample decodes.
 
@@ -54,7 +56,15 @@ def verify(path: str, splits: Sequence[str] | None = None, workers: int = 1, on_
     first = next(iter(indices), None)
     for name, index in indices.items():
         if first is not None and (index.kind, index.classes) != (indices[first].kind, indices[first].classes):
-            report.add([Problem(f"{name}/{INDEX_NAME}", "", f"lists another kind or other classes than {first}/{INDEX_NAME}: pack both in one go")])
+            report.add(
+                [
+                    Problem(
+                        f"{name}/{INDEX_NAME}",
+                        "",
+                        f"lists another kind or other classes than {first}/{INDEX_NAME}: pack both in one go",
+                    )
+                ]
+            )
     return report
 
 
@@ -91,9 +101,14 @@ def _summed_anew(text: bytes) -> bytes:
     return json.dumps(content | {"samples": index.samples, "hash": index.hash}).encode()
 
 
-def _verify_split(name: str, store: Store, index: ShardIndex, workers: int, report: Report, on_progress: OnProgress) -> None:
+def _verify_split(
+    name: str, store: Store, index: ShardIndex, workers: int, report: Report, on_progress: OnProgress
+) -> None:
     firsts = index.first_indices()
-    jobs = [ShardJob(name, store, replace(index, shards=(entry,)), firsts[number]) for number, entry in enumerate(index.shards)]
+    jobs = [
+        ShardJob(name, store, replace(index, shards=(entry,)), firsts[number])
+        for number, entry in enumerate(index.shards)
+    ]
     report.samples += index.samples
     report.shards += len(jobs)
     done, found = 0, []
@@ -104,7 +119,9 @@ def _verify_split(name: str, store: Store, index: ShardIndex, workers: int, repo
             done += findings.samples
             report.unusable += findings.unusable
             on_progress(name, done, index.samples)
-    found.sort(key=lambda findings: findings.first)  # workers finish in any order; a report does not depend on it
+    found.sort(
+        key=lambda findings: findings.first
+    )  # workers finish in any order; a report does not depend on it
     for findings in found:
         report.add(findings.problems, findings.found)
     _same_keys(name, store, found, report)
@@ -127,5 +144,13 @@ def _same_keys(name: str, store: Store, found: list[Findings], report: Report) -
         for place in places:
             key = keys[place]
             if key in seen:
-                report.add([Problem(f"{name}/{findings.shard}", key, f"the key is in {name}/{seen[key]} too; every sample needs a name of its own")])
+                report.add(
+                    [
+                        Problem(
+                            f"{name}/{findings.shard}",
+                            key,
+                            f"the key is in {name}/{seen[key]} too; every sample needs a name of its own",
+                        )
+                    ]
+                )
             seen.setdefault(key, findings.shard)

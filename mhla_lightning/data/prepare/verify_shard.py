@@ -121,9 +121,13 @@ def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
     else:
         sha256 = _download(job, size, path)
     if size != entry.bytes:
-        findings.add(f"has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again")
+        findings.add(
+            f"has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again"
+        )
     elif sha256 != entry.sha256:
-        findings.add(f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again")
+        findings.add(
+            f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again"
+        )
     return path
 
 
@@ -134,7 +138,9 @@ def _download(job: ShardJob, size: int, path: Path) -> str:
             sink = _HashedFile(copy)
             job.store.copy(job.entry.name, size, sink)
     except OSError as error:
-        raise UserError(f"{path.parent} has no room for {size} bytes ({error.strerror or error}): set TMPDIR to a folder that has") from error
+        raise UserError(
+            f"{path.parent} has no room for {size} bytes ({error.strerror or error}): set TMPDIR to a folder that has"
+        ) from error
     return sink.digest.hexdigest()
 
 
@@ -144,16 +150,25 @@ def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None
     try:
         with open(path, "rb") as file:
             scan = scan_shard(file, job.entry.name)
-            real = scan.offsets if job.index.kind != "tokens" else row_offsets(scan, token_members(file, scan, job.entry.name))
+            real = (
+                scan.offsets
+                if job.index.kind != "tokens"
+                else row_offsets(scan, token_members(file, scan, job.entry.name))
+            )
     except (DataError, OSError) as error:
         findings.add(_said(error, job.entry.name))
         return stored
     findings.keys = _hashes(scan)
     if len(real) - 1 != job.entry.samples:
-        findings.add(f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}: it was cut or replaced; copy it again")
+        findings.add(
+            f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}: it was cut or replaced; copy it again"
+        )
     elif stored is not None and not np.array_equal(stored, real):
         sample = int(np.flatnonzero(stored != real)[0])
-        findings.add(f"says byte {stored[sample]}, but sample {sample} of the shard is at byte {real[sample]}: copy it again", beside=".offsets.npy")
+        findings.add(
+            f"says byte {stored[sample]}, but sample {sample} of the shard is at byte {real[sample]}: copy it again",
+            beside=".offsets.npy",
+        )
     return real
 
 
@@ -191,7 +206,9 @@ def _bad_samples(split: Split, kind: Kind) -> Iterator[tuple[int, str, str]]:
 
 
 def _hashes(scan: Scan) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest() for key in scan.keys)
+    digests = b"".join(
+        hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest() for key in scan.keys
+    )
     return np.frombuffer(digests, dtype=np.uint64)
 
 

@@ -52,7 +52,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         """End the split. Raises DataError when no sample was written."""
         if error is not None:
             if self._tar is not None and self._file is not None:
@@ -81,7 +83,9 @@ class ShardWriter:
         self._tar = self._file = None
 
 
-def write_split(folder: Path, header: ShardIndex, samples: Iterable[Sample], shard_bytes: int = SHARD_BYTES) -> ShardIndex:
+def write_split(
+    folder: Path, header: ShardIndex, samples: Iterable[Sample], shard_bytes: int = SHARD_BYTES
+) -> ShardIndex:
     """Write all samples as a split (see ShardWriter) and return its index."""
     with ShardWriter(folder, header, shard_bytes) as writer:
         for sample in samples:

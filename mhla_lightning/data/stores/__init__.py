@@ -22,7 +22,9 @@ def open_store(url: str | Path, remote: Remote | None = None) -> Store:
     address = parse(str(url))
     if address.protocol == "file":
         return LocalStore(address.parts.path)
-    from mhla_lightning.data.stores.remote import RemoteStore  # brings aiohttp, which a local run does not need
+    from mhla_lightning.data.stores.remote import (
+        RemoteStore,
+    )  # brings aiohttp, which a local run does not need
 
     return RemoteStore(str(url), remote or Remote())
 

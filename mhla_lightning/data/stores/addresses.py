@@ -49,9 +49,13 @@ def parse(url: str) -> Address:
         return Address("file", SplitResult("file", "", url, "", ""))
     protocol = found[1].lower()
     if protocol not in _PROTOCOLS or not found[2]:
-        raise UserError(f"{_plain(url)!r} begins with {found[0]!r}; allowed: {ALLOWED} (a local folder with a colon in its name: write ./NAME)")
+        raise UserError(
+            f"{_plain(url)!r} begins with {found[0]!r}; allowed: {ALLOWED} (a local folder with a colon in its name: write ./NAME)"
+        )
     if "::" in url or re.search(r"\s", url):
-        raise UserError(f"{_plain(url)!r} holds '::' or whitespace; an address is one plain url (write a space as %20)")
+        raise UserError(
+            f"{_plain(url)!r} holds '::' or whitespace; an address is one plain url (write a space as %20)"
+        )
     return _checked(protocol, url)
 
 
@@ -59,7 +63,9 @@ def check_name(name: str) -> str:
     """Return `name` when it is a plain relative name such as train-000000.tar or train/index.json, else raise UserError."""
     segments = name.split("/")
     if any(part in ("", ".", "..") for part in segments) or set(name) & set("\\:|\0\n\r\t"):
-        raise UserError(f"{name!r} is no plain relative file name: it may not be absolute, climb with '..' or hold any of \\ : |")
+        raise UserError(
+            f"{name!r} is no plain relative file name: it may not be absolute, climb with '..' or hold any of \\ : |"
+        )
     return name
 
 
@@ -75,7 +81,9 @@ def _checked(protocol: str, url: str) -> Address:
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise UserError(f"{_plain(url)!r} names no folder of this machine; write file:///ABSOLUTE/FOLDER")
         return Address("file", SplitResult("file", "", unquote(parts.path), "", ""))
-    if not parts.netloc.rpartition("@")[2] or (protocol in ("s3", "gs") and ("@" in parts.netloc or parts.query or parts.fragment)):
+    if not parts.netloc.rpartition("@")[2] or (
+        protocol in ("s3", "gs") and ("@" in parts.netloc or parts.query or parts.fragment)
+    ):
         form = "HOST/FOLDER" if protocol.startswith("http") else "BUCKET/FOLDER"
         raise UserError(f"{_plain(url)!r} is not of the form {protocol}://{form}")
     return Address(protocol, parts)

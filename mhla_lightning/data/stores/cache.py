@@ -24,8 +24,12 @@ from mhla_lightning.errors import DataError
 
 logger = logging.getLogger(__name__)
 DOWNLOADS = 3  # of a shard whose bytes come out wrong; other mishaps are the inner store's to retry
-_TOUCH_EVERY = 10.0  # seconds; coarse enough to cost nothing, fine enough for the cache's "used in the last minute"
-WAIT_BYTES = 64 * 2**20  # for a shard up to here a reader waits; a larger one is read in parts until it has come in the background
+_TOUCH_EVERY = (
+    10.0  # seconds; coarse enough to cost nothing, fine enough for the cache's "used in the last minute"
+)
+WAIT_BYTES = (
+    64 * 2**20
+)  # for a shard up to here a reader waits; a larger one is read in parts until it has come in the background
 _LATER = 60.0  # seconds before a shard that found no room, or a fetcher that did not finish, is tried again
 
 
@@ -41,10 +45,19 @@ class CachedStore(Store):
     When the folder cannot be written, is full, or a shard is larger than it may become: one warning, then `inner` is read directly.
     """
 
-    def __init__(self, inner: Store, files: Mapping[str, tuple[str, int]], folder: str | Path, max_bytes: int, patience: float = 600.0) -> None:
+    def __init__(
+        self,
+        inner: Store,
+        files: Mapping[str, tuple[str, int]],
+        folder: str | Path,
+        max_bytes: int,
+        patience: float = 600.0,
+    ) -> None:
         for name, (sha256, _) in files.items():
             if not re.fullmatch("[0-9a-f]{64}", sha256):
-                raise DataError(f"the index gives {inner.address(name)} the sha256 {sha256!r}, which is not 64 hex digits: pack the data again")
+                raise DataError(
+                    f"the index gives {inner.address(name)} the sha256 {sha256!r}, which is not 64 hex digits: pack the data again"
+                )
         self.url = inner.url
         self._inner = inner
         self._files = dict(files)
@@ -54,7 +67,9 @@ class CachedStore(Store):
         self._warned_size = False
         self._patience, self._wait_bytes = patience, float(WAIT_BYTES)
         self._fetchers: dict[int, Fetcher] = {}  # by process id: threads do not survive a fork
-        self._not_before: dict[str, float] = {}  # shard name -> time.monotonic() of the next attempt to cache it
+        self._not_before: dict[
+            str, float
+        ] = {}  # shard name -> time.monotonic() of the next attempt to cache it
         self._touched: dict[str, float] = {}
 
     def address(self, name: str) -> str:
@@ -80,7 +95,10 @@ class CachedStore(Store):
             found = dict(zip(direct, self._inner.read_many(direct), strict=True)) if direct else {}
         except NoRanges:
             found = {request: self.read(*request) for request in direct}
-        return [found[request] if request in found else self._local.read(self._file(request[0]), *request[1:]) for request in requests]
+        return [
+            found[request] if request in found else self._local.read(self._file(request[0]), *request[1:])
+            for request in requests
+        ]
 
     def open(self, name: str) -> BufferedReader:
         return self._local.open(self._file(name)) if self._fetched(name) else self._inner.open(name)
@@ -99,7 +117,9 @@ class CachedStore(Store):
         now = time.monotonic()
         if now - self._touched.get(name, -_TOUCH_EVERY) >= _TOUCH_EVERY:
             self._touched[name] = now
-            with contextlib.suppress(OSError):  # removed meanwhile, or a folder that may only be read: we have it open
+            with contextlib.suppress(
+                OSError
+            ):  # removed meanwhile, or a folder that may only be read: we have it open
                 os.utime(self._folder.folder / self._file(name))
         return True
 
@@ -126,7 +146,13 @@ class CachedStore(Store):
     def _fetcher(self) -> Fetcher:
         process = os.getpid()
         if process not in self._fetchers:
-            other = CachedStore(copy.deepcopy(self._inner), self._files, self._folder.folder, self._folder.max_bytes, self._patience)
+            other = CachedStore(
+                copy.deepcopy(self._inner),
+                self._files,
+                self._folder.folder,
+                self._folder.max_bytes,
+                self._patience,
+            )
             other._wait_bytes = float("inf")
             self._fetchers[process] = Fetcher(other._fetched)
         return self._fetchers[process]
@@ -145,14 +171,23 @@ class CachedStore(Store):
 
     def _give_up(self, error: OSError) -> None:
         if not self._off:
-            logger.warning("%s: nothing more is cached there (%s); shards are read directly", self._folder.folder, error.strerror or error)
+            logger.warning(
+                "%s: nothing more is cached there (%s); shards are read directly",
+                self._folder.folder,
+                error.strerror or error,
+            )
         self._off = True
 
     def _fits(self, name: str) -> bool:
         size, bound = self._files[name][1], self._folder.max_bytes
         if size > bound and not self._warned_size:
             self._warned_size = True
-            logger.warning("%s has %d bytes, more than data.remote.cache_bytes (%d): read directly", self.address(name), size, bound)
+            logger.warning(
+                "%s has %d bytes, more than data.remote.cache_bytes (%d): read directly",
+                self.address(name),
+                size,
+                bound,
+            )
         return size <= bound
 
     def _fetch(self, name: str) -> bool:
@@ -174,7 +209,14 @@ class CachedStore(Store):
                         return self._is_there(name)
                 finally:
                     temporary.unlink(missing_ok=True)
-                logger.warning("%s: try %d of %d brought sha256 %s..., %d bytes", self.address(name), attempt, DOWNLOADS, found[0][:12], found[1])
+                logger.warning(
+                    "%s: try %d of %d brought sha256 %s..., %d bytes",
+                    self.address(name),
+                    attempt,
+                    DOWNLOADS,
+                    found[0][:12],
+                    found[1],
+                )
         raise DataError(
             f"{self.address(name)} has sha256 {found[0][:12]}... and {found[1]} bytes, but the index says {sha256[:12]}... and {size}, "
             f"after {DOWNLOADS} downloads: its bytes changed; copy it again"
@@ -198,7 +240,9 @@ class _HashedFile:
     def __enter__(self) -> _HashedFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._descriptor)
 
     def write(self, data: bytes) -> None:
@@ -215,6 +259,8 @@ class _HashedFile:
 
     def finish(self) -> tuple[str, int]:
         """sha256 and number of the bytes written, which are on the disk now."""
-        os.ftruncate(self._descriptor, self._written)  # the file may have been longer: its size was a reservation
+        os.ftruncate(
+            self._descriptor, self._written
+        )  # the file may have been longer: its size was a reservation
         os.fsync(self._descriptor)
         return self._hash.hexdigest(), self._written

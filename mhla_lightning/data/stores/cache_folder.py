@@ -71,7 +71,11 @@ class CacheFolder:
                 return True
             if (now := self._progress(name)) != seen:
                 seen, since = now, time.monotonic()
-        logger.warning("%s: another process has held it for %.0f s without progress; going on without it", self.folder / name, self.patience)
+        logger.warning(
+            "%s: another process has held it for %.0f s without progress; going on without it",
+            self.folder / name,
+            self.patience,
+        )
         return False
 
     def _progress(self, name: str) -> list[tuple[str, int]]:
@@ -110,13 +114,18 @@ class CacheFolder:
                     status = path.stat()
                     total += status.st_size
                     shards += [(status.st_mtime, status.st_size, path)] if path.suffix == ".tar" else []
-        shards.sort(key=lambda shard: shard[0])  # so those used in the last minute come last, and go only when nothing else is left
+        shards.sort(
+            key=lambda shard: shard[0]
+        )  # so those used in the last minute come last, and go only when nothing else is left
         recent = time.time() - _IN_USE
         for used, bytes_, path in shards:
             if total <= self.max_bytes:
                 break
             if used > recent:
-                logger.info("%s is removed although it was used in the last minute: data.remote.cache_bytes is small for this work", path)
+                logger.info(
+                    "%s is removed although it was used in the last minute: data.remote.cache_bytes is small for this work",
+                    path,
+                )
             path.unlink(missing_ok=True)
             total -= bytes_
         return total <= self.max_bytes

@@ -53,10 +53,14 @@ class HttpClient:
 
     async def read(self, name: str, start: int, stop: int) -> bytes:
         async with await self._ask("GET", name, {"Range": f"bytes={start}-{stop - 1}"}) as answer:
-            if answer.status == 200 and not (start == 0 and answer.headers.get("Content-Length") == str(stop)):
+            if answer.status == 200 and not (
+                start == 0 and answer.headers.get("Content-Length") == str(stop)
+            ):
                 raise Failure(NO_RANGES, permanent=True)
             if answer.status == 416:
-                raise Failure(f"it ends before byte {stop}", "it was cut or replaced; copy it again", permanent=True)
+                raise Failure(
+                    f"it ends before byte {stop}", "it was cut or replaced; copy it again", permanent=True
+                )
             _raise_for_status(answer.status)
             if answer.status == 206 and _first_byte(answer) != start:
                 raise Failure(f"the answer begins at byte {_first_byte(answer)} where {start} was asked for")
@@ -83,14 +87,23 @@ class HttpClient:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, method: str, name: str, headers: dict[str, str] | None = None) -> aiohttp.ClientResponse:
+    async def _ask(
+        self, method: str, name: str, headers: dict[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
             # Bytes must arrive as they lie on the server: sizes and offsets count them. trust_env: aiohttp ignores proxy variables without it.
             identity = {"Accept-Encoding": "identity"}
-            self._session = aiohttp.ClientSession(timeout=timeout, headers=identity, auto_decompress=False, trust_env=True)
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, headers=identity, auto_decompress=False, trust_env=True
+            )
         try:
-            return await self._session.request(method, URL(self._address.requested(name), encoded=True), headers=headers, allow_redirects=True)
+            return await self._session.request(
+                method,
+                URL(self._address.requested(name), encoded=True),
+                headers=headers,
+                allow_redirects=True,
+            )
         except (OSError, aiohttp.ClientError) as error:
             raise failure(error, self._timeout) from error
 
@@ -122,7 +135,11 @@ class HttpClient:
             _raise_for_status(answer.status)
             length = answer.headers.get("Content-Length")
             if answer.status != 200 or length is None:
-                raise Failure("the server does not say its size", "serve it from a server that sends Content-Length", permanent=True)
+                raise Failure(
+                    "the server does not say its size",
+                    "serve it from a server that sends Content-Length",
+                    permanent=True,
+                )
             return int(length)
 
 
@@ -145,18 +162,34 @@ def _raise_if_passing(status: int) -> None:
 def status_failure(status: int) -> Failure:
     """The Failure for an HTTP status that is no success."""
     if status in _MISSING:
-        return Failure(f"HTTP {status}, there is no such file", "check the address or copy the file there", permanent=True)
+        return Failure(
+            f"HTTP {status}, there is no such file",
+            "check the address or copy the file there",
+            permanent=True,
+        )
     if status in (401, 403):
-        return Failure(f"HTTP {status}, access refused", "check the credentials, the file's name or data.remote.anonymous", permanent=True)
+        return Failure(
+            f"HTTP {status}, access refused",
+            "check the credentials, the file's name or data.remote.anonymous",
+            permanent=True,
+        )
     passing = status in (408, 425, 429) or (status >= 500 and status != 501)
-    return Failure(f"HTTP {status}") if passing else Failure(f"HTTP {status}", "check the address", permanent=True)
+    return (
+        Failure(f"HTTP {status}")
+        if passing
+        else Failure(f"HTTP {status}", "check the address", permanent=True)
+    )
 
 
 def failure(error: BaseException, timeout: float) -> Failure:
     """The Failure for an exception of the network, whichever library wrapped it. timeout: seconds of one request."""
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return Failure("its certificate is not trusted", "check the address and the machine's certificates", permanent=True)
+            return Failure(
+                "its certificate is not trusted",
+                "check the address and the machine's certificates",
+                permanent=True,
+            )
         if isinstance(cause, socket.gaierror):
             return Failure("unknown host")
         if isinstance(cause, ConnectionRefusedError):

@@ -39,8 +39,12 @@ class Connection:
         self.client = client
         self.process = os.getpid()
         self._loop = asyncio.new_event_loop()
-        self._helpers: list[threading.Thread] = []  # of the loop, which looks names up and makes TLS contexts in them
-        self._loop.set_default_executor(ThreadPoolExecutor(4, "mhla-store-help", lambda: self._helpers.append(threading.current_thread())))
+        self._helpers: list[
+            threading.Thread
+        ] = []  # of the loop, which looks names up and makes TLS contexts in them
+        self._loop.set_default_executor(
+            ThreadPoolExecutor(4, "mhla-store-help", lambda: self._helpers.append(threading.current_thread()))
+        )
         self._thread = threading.Thread(target=self._serve, name="mhla-store-io", daemon=True)
         self._thread.start()
         _ALIVE.add(self)
@@ -59,7 +63,9 @@ class Connection:
             return
         _ALIVE.discard(self)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        if threading.current_thread() is not self._thread:  # garbage may be collected on the loop's own thread
+        if (
+            threading.current_thread() is not self._thread
+        ):  # garbage may be collected on the loop's own thread
             for thread in (self._thread, *self._helpers):
                 _join(thread, 2 * _GRACE)
 
@@ -68,7 +74,9 @@ class Connection:
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         try:
-            with contextlib.suppress(OSError, TimeoutError):  # what cannot be closed in good order is closed with its socket
+            with contextlib.suppress(
+                OSError, TimeoutError
+            ):  # what cannot be closed in good order is closed with its socket
                 self._loop.run_until_complete(asyncio.wait_for(self.client.close(), _GRACE))
             self._loop.run_until_complete(asyncio.sleep(0))  # transports report their end on the next turn
         finally:

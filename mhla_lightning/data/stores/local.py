@@ -34,9 +34,13 @@ class _Descriptor:
         self.number = _open_regular(path)
 
     def size(self) -> int:
-        return os.fstat(self.number).st_size  # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees it
+        return os.fstat(
+            self.number
+        ).st_size  # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees it
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when the interpreter ends, `os` may be gone first
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # when the interpreter ends, `os` may be gone first
         if hasattr(self, "number"):
             close(self.number)
 
@@ -77,7 +81,9 @@ class LocalStore(Store):
             raise self._unreadable(name, error) from error
         if stop is not None and len(data) < stop - start:
             end = start + len(data) if data else min(start, self.size(name) or 0)
-            raise DataError(f"{self.address(name)} ends at byte {end}, before byte {stop}: it was cut; copy it again")
+            raise DataError(
+                f"{self.address(name)} ends at byte {end}, before byte {stop}: it was cut; copy it again"
+            )
         return data
 
     def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
@@ -137,4 +143,6 @@ class LocalStore(Store):
     def _unreadable(self, name: str, error: OSError) -> DataError:
         if isinstance(error, FileNotFoundError):
             return DataError(f"{self.address(name)} is missing: copy it again or pack the data again")
-        return DataError(f"{self.address(name)} cannot be read ({error.strerror or error}): check the disk and the rights")
+        return DataError(
+            f"{self.address(name)} cannot be read ({error.strerror or error}): check the disk and the rights"
+        )

@@ -18,7 +18,9 @@ _LOGIN = "set the credentials, or data.remote.anonymous: true for public data"
 class ObjectClient:
     """Files below BUCKET/FOLDER. fs: an asynchronous fsspec file system; errors: what its requests may raise beside OSError and aiohttp's."""
 
-    def __init__(self, address: Address, remote: Remote, fs: Any, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(
+        self, address: Address, remote: Remote, fs: Any, errors: tuple[type[Exception], ...]
+    ) -> None:
         self._address = address
         self._timeout = remote.timeout
         self._fs = fs
@@ -57,9 +59,17 @@ def s3_client(address: Address, remote: Remote) -> ObjectClient:
     except ImportError as error:
         raise UserError(missing_extra("s3fs", "s3", f"reading {address.shown()}")) from error
     limits: dict[str, Any] = {"connect_timeout": remote.timeout, "read_timeout": remote.timeout}
-    limits |= {"retries": {"total_max_attempts": 1}, "max_pool_connections": 16}  # tries are counted in retry.py alone
+    limits |= {
+        "retries": {"total_max_attempts": 1},
+        "max_pool_connections": 16,
+    }  # tries are counted in retry.py alone
     fs = s3fs.S3FileSystem(
-        anon=remote.anonymous, endpoint_url=remote.endpoint, config_kwargs=limits, max_concurrency=1, asynchronous=True, skip_instance_cache=True
+        anon=remote.anonymous,
+        endpoint_url=remote.endpoint,
+        config_kwargs=limits,
+        max_concurrency=1,
+        asynchronous=True,
+        skip_instance_cache=True,
     )
     fs.retries = 1
     return ObjectClient(address, remote, fs, (BotoCoreError, ClientError))
@@ -68,7 +78,9 @@ def s3_client(address: Address, remote: Remote) -> ObjectClient:
 def gs_client(address: Address, remote: Remote) -> ObjectClient:
     """A client for gs://. Raises UserError when gcsfs is not installed, or finds no credentials."""
     try:
-        from gcsfs.core import GCSFileSystem  # the plain one: gcsfs.GCSFileSystem may start gRPC, which does not survive a fork
+        from gcsfs.core import (
+            GCSFileSystem,
+        )  # the plain one: gcsfs.GCSFileSystem may start gRPC, which does not survive a fork
         from gcsfs.retry import ChecksumError, HttpError
         from google.auth.exceptions import GoogleAuthError
     except ImportError as error:
@@ -82,7 +94,9 @@ def gs_client(address: Address, remote: Remote) -> ObjectClient:
             skip_instance_cache=True,
         )
     except (GoogleAuthError, ValueError) as error:
-        raise UserError(f"{address.shown()} cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}") from error
+        raise UserError(
+            f"{address.shown()} cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}"
+        ) from error
     return ObjectClient(address, remote, fs, (ChecksumError, HttpError, GoogleAuthError))
 
 
@@ -90,7 +104,9 @@ def _failure(error: Exception, timeout: float) -> Failure:
     """The Failure for what s3fs, botocore or gcsfs raised."""
     status = _status(error)
     if status == 416:
-        return Failure("it ends before the bytes asked for", "it was cut or replaced; copy it again", permanent=True)
+        return Failure(
+            "it ends before the bytes asked for", "it was cut or replaced; copy it again", permanent=True
+        )
     if status is not None:
         return status_failure(status)
     if "Credential" in type(error).__name__ or "Profile" in type(error).__name__:

@@ -21,7 +21,12 @@ from mhla_lightning.errors import DataError, UserError
 T = TypeVar("T")
 PARALLEL = 8
 BLOCK = COPY_BYTES  # the most one request asks for, so that data.remote.timeout means the same for every read
-CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {"http": HttpClient, "https": HttpClient, "s3": s3_client, "gs": gs_client}
+CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {
+    "http": HttpClient,
+    "https": HttpClient,
+    "s3": s3_client,
+    "gs": gs_client,
+}
 
 
 class RemoteStore(Store):
@@ -30,10 +35,14 @@ class RemoteStore(Store):
     def __init__(self, url: str, options: Remote) -> None:
         self._address = parse(url)
         if self._address.protocol not in CLIENTS:
-            raise UserError(f"{url!r} is no remote folder; a RemoteStore reads {', '.join(f'{name}://' for name in CLIENTS)}")
+            raise UserError(
+                f"{url!r} is no remote folder; a RemoteStore reads {', '.join(f'{name}://' for name in CLIENTS)}"
+            )
         self._options = options
         self.url = self._address.shown()
-        self._connections: dict[int, Connection] = {}  # by process id: no lock, because one held while the process forks stays locked in the child
+        self._connections: dict[
+            int, Connection
+        ] = {}  # by process id: no lock, because one held while the process forks stays locked in the child
         self._new_client()  # a missing package or missing credentials are told here, not by the first worker
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +118,9 @@ class RemoteStore(Store):
         except DataError as error:
             if isinstance(error.__cause__, Failure) and error.__cause__.what == NO_RANGES:
                 advice = "set data.remote.cache_dir so that shards are downloaded whole"
-                raise NoRanges(f"{self.address(name)} cannot be read in parts: {NO_RANGES}; {advice}") from error
+                raise NoRanges(
+                    f"{self.address(name)} cannot be read in parts: {NO_RANGES}; {advice}"
+                ) from error
             raise
 
     def _known_size(self, name: str) -> int:

@@ -46,9 +46,13 @@ def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
                 raise DataError(f"{address} cannot be read: {failure.what}; {failure.advice}") from failure
             if tries > remote.retries:
                 took = f"after {tries} {'try' if tries == 1 else 'tries'} in {time.monotonic() - began:.0f} s"
-                raise DataError(f"{address} cannot be read: {failure.what} {took}; {failure.advice}") from failure
+                raise DataError(
+                    f"{address} cannot be read: {failure.what} {took}; {failure.advice}"
+                ) from failure
             pause = remote.pause(tries - 1, _share(address, tries))
-            logger.warning("%s: %s; try %d of %d in %.1f s", address, failure.what, tries + 1, remote.retries + 1, pause)
+            logger.warning(
+                "%s: %s; try %d of %d in %.1f s", address, failure.what, tries + 1, remote.retries + 1, pause
+            )
         time.sleep(pause)
     raise AssertionError("unreachable: the last try returns or raises")
 

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from mhla_lightning.errors import UserError
 
 _UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power for suffix, base in (("B", 1000), ("iB", 1024)) for power, prefix in enumerate("KMGT", start=1)
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
 }
-_LONGEST_PAUSE = 30.0  # seconds; a server that needs longer is down, and more tries say so sooner than longer pauses
+_LONGEST_PAUSE = (
+    30.0  # seconds; a server that needs longer is down, and more tries say so sooner than longer pauses
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ class Remote:
 
     def __post_init__(self) -> None:
         _require(
-            _is_number(self.retries) and self.retries == int(self.retries) and self.retries >= 0, "retries", self.retries, "an integer from 0 on"
+            _is_number(self.retries) and self.retries == int(self.retries) and self.retries >= 0,
+            "retries",
+            self.retries,
+            "an integer from 0 on",
         )
         _require(_is_number(self.timeout) and self.timeout > 0, "timeout", self.timeout, "seconds above 0")
         _require(_is_number(self.backoff) and self.backoff >= 0, "backoff", self.backoff, "seconds from 0 on")
@@ -48,9 +55,19 @@ class Remote:
             self.cache_dir,
             "a folder or null",
         )
-        _require(self.cache_limit > 0, "cache_bytes", self.cache_bytes, "a size above 0, such as 64000000000, '64GB' or '64GiB'")
+        _require(
+            self.cache_limit > 0,
+            "cache_bytes",
+            self.cache_bytes,
+            "a size above 0, such as 64000000000, '64GB' or '64GiB'",
+        )
         web = isinstance(self.endpoint, str) and re.match(r"https?://[^/\s]", self.endpoint) is not None
-        _require(self.endpoint is None or web, "endpoint", self.endpoint, "null or a URL that begins with http:// or https://")
+        _require(
+            self.endpoint is None or web,
+            "endpoint",
+            self.endpoint,
+            "null or a URL that begins with http:// or https://",
+        )
         _require(isinstance(self.anonymous, bool), "anonymous", self.anonymous, "true or false")
 
     @property
@@ -64,7 +81,11 @@ class Remote:
     @property
     def patience(self) -> float:
         """Seconds that one block can take at most before its last try has failed: how long others wait for a sign of life."""
-        return (self.retries + 1) * self.timeout + sum(self.pause(attempt, 1.0) for attempt in range(self.retries)) + 10.0
+        return (
+            (self.retries + 1) * self.timeout
+            + sum(self.pause(attempt, 1.0) for attempt in range(self.retries))
+            + 10.0
+        )
 
     def pause(self, attempt: int, share: float) -> float:
         """Seconds to wait after the failed try number `attempt` (from 0); share in [0, 1] is this caller's place in the jitter."""
@@ -75,7 +96,12 @@ class Remote:
         if self.cache_dir is None:
             return None
         folder = os.path.expanduser(os.path.expandvars(self.cache_dir))
-        _require("$" not in folder, "cache_dir", self.cache_dir, "a folder whose environment variables are set on this machine")
+        _require(
+            "$" not in folder,
+            "cache_dir",
+            self.cache_dir,
+            "a folder whose environment variables are set on this machine",
+        )
         return folder
 
 

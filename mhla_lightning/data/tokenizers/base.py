@@ -67,7 +67,9 @@ class Tokenizer(ABC):
             try:
                 Path(folder, name).write_bytes(content)
             except OSError as error:
-                raise UserError(f"{Path(folder, name)} cannot be written ({error.strerror or error})") from error
+                raise UserError(
+                    f"{Path(folder, name)} cannot be written ({error.strerror or error})"
+                ) from error
 
 
 class ByteTokenizer(Tokenizer):

@@ -14,7 +14,14 @@ from mhla_lightning.data.tokenizers.base import Tokenizer
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")  # looked for in this order where no config names one
+END_TOKENS = (
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|im_end|>",
+    "[EOS]",
+)  # looked for in this order where no config names one
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -41,7 +48,9 @@ class FastTokenizer(Tokenizer):
             described = json.loads(content)
             self._core = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001  the package raises bare Exceptions
-            raise DataError(f"{address} is no tokenizer.json that can be read ({' '.join(str(error).split())[:200]})") from error
+            raise DataError(
+                f"{address} is no tokenizer.json that can be read ({' '.join(str(error).split())[:200]})"
+            ) from error
         self._core.no_truncation()
         self._core.no_padding()
         self._core.encode_special_tokens = True  # a document that quotes <|endoftext|> does not end there
@@ -53,7 +62,9 @@ class FastTokenizer(Tokenizer):
         self._adds_space = _adds_space(described)
         self.pieces = self._pieces(vocabulary, described, address)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-        self.files = {FILE_NAME: content} | ({} if end is None else {CONFIG_NAME: f"{json.dumps(settings)}\n".encode()})
+        self.files = {FILE_NAME: content} | (
+            {} if end is None else {CONFIG_NAME: f"{json.dumps(settings)}\n".encode()}
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -65,7 +76,9 @@ class FastTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text, int64 (tokens,)."""
-        (found,) = self._core.encode_batch_fast([text], add_special_tokens=False)  # the one that keeps no offsets
+        (found,) = self._core.encode_batch_fast(
+            [text], add_special_tokens=False
+        )  # the one that keeps no offsets
         return np.array(found.ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -73,7 +86,9 @@ class FastTokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._adds_space else text
 
-    def _pieces(self, vocabulary: Mapping[str, int], described: Mapping[str, Any], address: str) -> list[bytes]:
+    def _pieces(
+        self, vocabulary: Mapping[str, int], described: Mapping[str, Any], address: str
+    ) -> list[bytes]:
         spell = _speller(described, address)
         added = self._core.get_added_tokens_decoder()
         pieces = [b""] * self.vocabulary
@@ -90,10 +105,16 @@ def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], byte
     if any(step["type"] == "ByteLevel" for step in (*decoders, *_steps(described.get("pre_tokenizer")))):
         return _spell_byte_level
     spaces = [step.get("replacement") for step in decoders if step["type"] == "Metaspace"]
-    spaces += [(step.get("pattern") or {}).get("String") for step in decoders if step["type"] == "Replace" and step.get("content") == " "]
+    spaces += [
+        (step.get("pattern") or {}).get("String")
+        for step in decoders
+        if step["type"] == "Replace" and step.get("content") == " "
+    ]
     if not spaces or not isinstance(spaces[0], str):
         kinds = ", ".join(step["type"] for step in decoders) or "none"
-        raise DataError(f"{address} has the decoder {kinds}, by which an id stands for no fixed bytes; byte-level BPE or sentencepiece is needed")
+        raise DataError(
+            f"{address} has the decoder {kinds}, by which an id stands for no fixed bytes; byte-level BPE or sentencepiece is needed"
+        )
     space = spaces[0]
 
     def spell(token: str) -> bytes:
@@ -109,7 +130,9 @@ def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
         return
     if part["type"] != "Sequence":
         yield part
-    for inner in (step for name in ("normalizers", "pretokenizers", "decoders") for step in part.get(name) or ()):
+    for inner in (
+        step for name in ("normalizers", "pretokenizers", "decoders") for step in part.get(name) or ()
+    ):
         yield from _steps(inner)
 
 
@@ -137,7 +160,9 @@ def _byte_alphabet() -> dict[str, int]:
     """GPT-2's characters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in itself]
-    return {chr(byte): byte for byte in itself} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in itself} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
 
 
 _BYTES = _byte_alphabet()

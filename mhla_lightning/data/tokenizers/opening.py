@@ -31,8 +31,15 @@ def open_tokenizer(spec: str) -> Tokenizer:
     if path.is_file():
         beside = path.with_name(CONFIG_NAME)
         return FastTokenizer(_read(path), FILE_NAME, str(path), _read(beside) if beside.is_file() else None)
-    if path.name.endswith(".json") or Path(spec).is_dir() or not _HUB_NAME.fullmatch(spec) or spec.startswith("."):
-        raise UserError(f"there is no tokenizer {path}: name bytes, a tokenizer.json, a folder that holds one, or a Hugging Face name such as gpt2")
+    if (
+        path.name.endswith(".json")
+        or Path(spec).is_dir()
+        or not _HUB_NAME.fullmatch(spec)
+        or spec.startswith(".")
+    ):
+        raise UserError(
+            f"there is no tokenizer {path}: name bytes, a tokenizer.json, a folder that holds one, or a Hugging Face name such as gpt2"
+        )
     return _from_hub(spec)
 
 
@@ -42,7 +49,9 @@ def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = 
     Raises DataError when the index names none, the file is not there, or it is another than the index says.
     """
     if index.tokenizer is None:
-        raise DataError(f"the index of {folder} names no tokenizer: index it again with 'mhla data index --tokenizer NAME'")
+        raise DataError(
+            f"the index of {folder} names no tokenizer: index it again with 'mhla data index --tokenizer NAME'"
+        )
     if index.tokenizer == "bytes":
         return ByteTokenizer()
     store = open_store(folder, remote)
@@ -59,7 +68,9 @@ def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = 
     label, _, identity = index.tokenizer.partition(" sha256:")
     found = FastTokenizer(contents[FILE_NAME], label, store.address(FILE_NAME), contents.get(CONFIG_NAME))
     if identity and found.name != index.tokenizer:
-        raise DataError(f"{store.address(FILE_NAME)} is {found.name}, and the tokens were made with {index.tokenizer}: put that one there")
+        raise DataError(
+            f"{store.address(FILE_NAME)} is {found.name}, and the tokens were made with {index.tokenizer}: put that one there"
+        )
     return found
 
 
@@ -74,13 +85,20 @@ def find_tokenizer(folder: str | Path, index: ShardIndex, remote: Remote | None 
 
 def same_tokenizer(one: str | None, other: str | None) -> bool:
     """Whether two names in an index mean the same tokenizer: the same content, whatever its file was called."""
-    return one == other or (one is not None and other is not None and " sha256:" in one and one.partition(" ")[2] == other.partition(" ")[2])
+    return one == other or (
+        one is not None
+        and other is not None
+        and " sha256:" in one
+        and one.partition(" ")[2] == other.partition(" ")[2]
+    )
 
 
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} has {path.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}")
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}"
+            )
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error

@@ -29,7 +29,9 @@ class How(Protocol):
 
 
 @torch.no_grad()
-def draw_samples(task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key], how: How) -> Tensor:
+def draw_samples(
+    task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key], how: How
+) -> Tensor:
     """Samples float32 (B, *shape) on the task's device; no generator of the process is used.
 
     Args:
@@ -44,5 +46,17 @@ def draw_samples(task: Any, condition: Tensor, null: int | Tensor, shape: Sequen
         rows = [generator(*key, *more).standard_normal(tuple(shape), np.float32) for key in keys]
         return torch.from_numpy(np.stack(rows)).to(task.device)
 
-    denoise = guided(task, condition.to(task.device), null.to(task.device) if isinstance(null, Tensor) else null, how.guidance)
-    return sample(denoise, task.process, sampler=how.sampler, steps=how.steps, noise=normal(), step_noise=lambda step: normal("step", step))
+    denoise = guided(
+        task,
+        condition.to(task.device),
+        null.to(task.device) if isinstance(null, Tensor) else null,
+        how.guidance,
+    )
+    return sample(
+        denoise,
+        task.process,
+        sampler=how.sampler,
+        steps=how.steps,
+        noise=normal(),
+        step_noise=lambda step: normal("step", step),
+    )

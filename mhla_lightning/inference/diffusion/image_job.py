@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhla_lightning.inference.diffusion.images import Drawing, ImageRun, check_drawing, draw_batch, find_image_run, load_task
+from mhla_lightning.inference.diffusion.images import (
+    Drawing,
+    ImageRun,
+    check_drawing,
+    draw_batch,
+    find_image_run,
+    load_task,
+)
 from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
 
 IMAGES = "samples.npz"
@@ -37,10 +44,21 @@ class ImageJob:
 
     def settings(self) -> dict[str, Any]:
         """All that the images depend on, as JSON gives it back."""
-        return json.loads(json.dumps({**self.found.identity(), **asdict(self.drawing), "batch_size": self.batch_size, "labels": self.labels}))
+        return json.loads(
+            json.dumps(
+                {
+                    **self.found.identity(),
+                    **asdict(self.drawing),
+                    "batch_size": self.batch_size,
+                    "labels": self.labels,
+                }
+            )
+        )
 
 
-def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any]) -> np.ndarray:
+def draw_images(
+    job: ImageJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any]
+) -> np.ndarray:
     """Draws what `folder` does not hold yet and writes samples.npz there: arr_0 the images, arr_1 their labels, as ADM's evaluation reads them.
 
     Args:
@@ -58,7 +76,15 @@ def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.devic
     parts = {images: part_file(folder, images) for images in batches(len(job.labels), job.batch_size)}
     missing = [images for images, file in parts.items() if not file.is_file()]
     on_batch(len(job.labels) - sum(map(len, missing)))
-    make = partial(_open, str(job.found.run.path), str(job.found.checkpoint), job.found.averaged, job.labels, job.drawing, folder)
+    make = partial(
+        _open,
+        str(job.found.run.path),
+        str(job.found.checkpoint),
+        job.found.averaged,
+        job.labels,
+        job.drawing,
+        folder,
+    )
     draw_parts(make, missing, processes, device, on_batch)
     images = np.concatenate([np.load(file, allow_pickle=False) for file in parts.values()])
     temporary = folder / f".{IMAGES}"
@@ -68,7 +94,17 @@ def draw_images(job: ImageJob, folder: Path, processes: int, device: torch.devic
     return images
 
 
-def _open(run: str, checkpoint: str, averaged: bool, labels: tuple[int, ...], drawing: Drawing, folder: Path, device: torch.device) -> Draw:
+def _open(
+    run: str,
+    checkpoint: str,
+    averaged: bool,
+    labels: tuple[int, ...],
+    drawing: Drawing,
+    folder: Path,
+    device: torch.device,
+) -> Draw:
     found = find_image_run(run, ckpt=checkpoint, ema=averaged)
     task = load_task(found, device)
-    return lambda images: write_npy(part_file(folder, images), draw_batch(found, task, labels, images, drawing))
+    return lambda images: write_npy(
+        part_file(folder, images), draw_batch(found, task, labels, images, drawing)
+    )

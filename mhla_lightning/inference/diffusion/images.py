@@ -66,7 +66,12 @@ def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, e
     """
     folder = find_run(run, runs_root(runs))
     built = rebuild(folder, ImageDiffusionTask, "sampling images needs an image diffusion model")
-    return ImageRun(folder, find_weights(folder, ckpt, ema), cast(ImageDiffusionTask, built.task), cast("Pixels", built.data))
+    return ImageRun(
+        folder,
+        find_weights(folder, ckpt, ema),
+        cast(ImageDiffusionTask, built.task),
+        cast("Pixels", built.data),
+    )
 
 
 def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask:
@@ -78,7 +83,9 @@ def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask
     return load_backbone(found.task, found.weights, device)
 
 
-def sample_images(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], drawing: Drawing, batch_size: int = 64) -> np.ndarray:
+def sample_images(
+    found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], drawing: Drawing, batch_size: int = 64
+) -> np.ndarray:
     """Draws one image for each label.
 
     Args:
@@ -93,7 +100,9 @@ def sample_images(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[in
         UserError: an unknown sampler or class.
     """
     check_drawing(found, labels, drawing)
-    return np.concatenate([draw_batch(found, task, labels, images, drawing) for images in batches(len(labels), batch_size)])
+    return np.concatenate(
+        [draw_batch(found, task, labels, images, drawing) for images in batches(len(labels), batch_size)]
+    )
 
 
 def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> None:
@@ -103,14 +112,24 @@ def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> N
         raise UserError("no image was asked for; give at least one class")
     channels = found.task.sample_shape[0]
     if (drawing.guidance.channels or 0) > channels:
-        raise UserError(f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}")
+        raise UserError(
+            f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}"
+        )
     for label in labels:
         if not 0 <= label < found.task.num_classes:
-            raise UserError(f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}")
+            raise UserError(
+                f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}"
+            )
 
 
-def draw_batch(found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], images: range, drawing: Drawing) -> np.ndarray:
+def draw_batch(
+    found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], images: range, drawing: Drawing
+) -> np.ndarray:
     """uint8 (len(images), H, W, 3): the images of these numbers. task: loaded. labels: of all images."""
     wanted = torch.tensor([labels[image] for image in images])
     keys: list[Key] = [(drawing.seed, "sample", image) for image in images]
-    return found.data.to_images(draw_samples(task, wanted, task.null_label, task.sample_shape, keys, drawing)).cpu().numpy()
+    return (
+        found.data.to_images(draw_samples(task, wanted, task.null_label, task.sample_shape, keys, drawing))
+        .cpu()
+        .numpy()
+    )

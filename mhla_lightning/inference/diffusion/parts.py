@@ -35,7 +35,9 @@ def part_file(folder: Path, batch: range) -> Path:
 
 def job_name(checkpoint: Path, settings: dict[str, Any]) -> str:
     """`step-00001200-<8 hex of the settings>`: the same command finds the same folder."""
-    return f"{checkpoint.name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    return (
+        f"{checkpoint.name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    )
 
 
 def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
@@ -49,7 +51,9 @@ def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
     """
     held = read_json(folder / SETTINGS)
     if held is None and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds something else than samples; name an empty or a new folder with --out")
+        raise UserError(
+            f"{folder} holds something else than samples; name an empty or a new folder with --out"
+        )
     if held is not None and held != settings:
         changed = ", ".join(key for key in {**settings, **held} if held.get(key) != settings.get(key))
         raise UserError(f"{folder} holds {kind} drawn otherwise ({changed}); name another folder with --out")
@@ -61,7 +65,11 @@ def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
 
 
 def draw_parts(
-    make: Callable[[torch.device], Draw], missing: Sequence[range], processes: int, device: torch.device, on_batch: Callable[[int], Any]
+    make: Callable[[torch.device], Draw],
+    missing: Sequence[range],
+    processes: int,
+    device: torch.device,
+    on_batch: Callable[[int], Any],
 ) -> None:
     """Draws batches, in this process or in several.
 

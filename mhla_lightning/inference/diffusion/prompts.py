@@ -39,8 +39,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    places = [(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    found = [Prompt(_of_json(line, where) if path.suffix == ".jsonl" else line, where) for line, where in places]
+    places = [
+        (line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    found = [
+        Prompt(_of_json(line, where) if path.suffix == ".jsonl" else line, where) for line, where in places
+    ]
     if not found:
         raise UserError(f"{path} holds no prompt; write one a line")
     return found
@@ -50,7 +54,9 @@ def _of_json(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f'{where} is no JSON ({error.msg}); a line is an object like {{"prompt": "a red ball falls"}}') from error
+        raise UserError(
+            f'{where} is no JSON ({error.msg}); a line is an object like {{"prompt": "a red ball falls"}}'
+        ) from error
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where} has no text under the key "prompt"')
@@ -73,13 +79,17 @@ class TextCache:
         identity = json.dumps([asdict(self.encoding), text], sort_keys=True)
         return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
 
-    def encode(self, prompts: Sequence[Prompt], device: torch.device, on_prompt: Callable[[], Any] = lambda: None) -> dict[str, np.ndarray]:
+    def encode(
+        self, prompts: Sequence[Prompt], device: torch.device, on_prompt: Callable[[], Any] = lambda: None
+    ) -> dict[str, np.ndarray]:
         """Features (rows, channels) of the prompts that are not kept yet, for :meth:`keep`.
 
         Raises:
             UserError: the encoder cannot be opened; a prompt is too long, with its place.
         """
-        missing = {prompt.text: prompt for prompt in reversed(prompts) if not self.file(prompt.text).is_file()}  # its first place is named
+        missing = {
+            prompt.text: prompt for prompt in reversed(prompts) if not self.file(prompt.text).is_file()
+        }  # its first place is named
         if not missing:
             return {}
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder

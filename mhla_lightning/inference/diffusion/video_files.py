@@ -20,7 +20,11 @@ from mhla_lightning.errors import UserError, missing_extra
 COLUMNS = 8  # frames of a contact sheet's row
 _SIDE = 160  # the longer side of its pictures, about
 _GAP, _CAPTION = 4, 18
-_X264 = {"crf": "16", "preset": "medium", "mbtree": "0"}  # x264's macroblock tree gives other bytes from one run to the next
+_X264 = {
+    "crf": "16",
+    "preset": "medium",
+    "mbtree": "0",
+}  # x264's macroblock tree gives other bytes from one run to the next
 _SLUG = 40
 
 
@@ -48,11 +52,15 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264)
+        stream: Any = container.add_stream(
+            "libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264
+        )
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1  # the number of threads would stand in the file
         for frame in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
         container.mux(stream.encode())
     os.replace(temporary, path)
 
@@ -80,7 +88,9 @@ def at_a_glance(frames: np.ndarray) -> np.ndarray:
     if longer <= _SIDE:  # whole multiples show every pixel as it is
         return frames.repeat(_SIDE // longer, axis=1).repeat(_SIDE // longer, axis=2)
     size = (max(1, round(width * _SIDE / longer)), max(1, round(height * _SIDE / longer)))
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+    return np.stack(
+        [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    )
 
 
 def contact_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
@@ -97,7 +107,12 @@ def contact_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = number * (_CAPTION + height + _GAP)
-        draw.text((_GAP, top + 2), _fitting(draw, font, " ".join(caption.split()), size[0] - 2 * _GAP), fill="black", font=font)
+        draw.text(
+            (_GAP, top + 2),
+            _fitting(draw, font, " ".join(caption.split()), size[0] - 2 * _GAP),
+            fill="black",
+            font=font,
+        )
         for column, frame in enumerate(row):
             sheet.paste(Image.fromarray(frame), (_GAP + column * (width + _GAP), top + _CAPTION))
     return sheet
@@ -113,7 +128,9 @@ def animated_gif(frames: np.ndarray, rate: float) -> bytes:
     """An endless GIF, which TensorBoard plays on its page of images. frames: uint8 (F, H, W, 3); rate: frames a second, at most 50."""
     pictures = [Image.fromarray(frame) for frame in frames]
     out = io.BytesIO()
-    pictures[0].save(out, "gif", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / rate)), loop=0)
+    pictures[0].save(
+        out, "gif", save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / rate)), loop=0
+    )
     return out.getvalue()
 
 

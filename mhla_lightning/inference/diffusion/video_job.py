@@ -15,8 +15,21 @@ import torch
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
 from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
-from mhla_lightning.inference.diffusion.video_files import contact_sheet, file_name, require_av, thumbnails, write_mp4
-from mhla_lightning.inference.diffusion.videos import VideoDrawing, VideoRun, check_video, draw_videos_of, find_video_run, load_video_task
+from mhla_lightning.inference.diffusion.video_files import (
+    contact_sheet,
+    file_name,
+    require_av,
+    thumbnails,
+    write_mp4,
+)
+from mhla_lightning.inference.diffusion.videos import (
+    VideoDrawing,
+    VideoRun,
+    check_video,
+    draw_videos_of,
+    find_video_run,
+    load_video_task,
+)
 from mhla_lightning.runs.folder import FORMAT, write_json
 
 SHEET, LIST, TEXT = "sheet.png", "samples.json", "text"
@@ -52,9 +65,20 @@ class VideoJob:
     def settings(self) -> dict[str, Any]:
         """All that the videos depend on, as JSON gives it back."""
         encoder = self.found.data.text_encoder
-        drawing = {**asdict(self.drawing), "size": tuple(self.drawing.size), "text_encoder": None if encoder is None else asdict(encoder)}
+        drawing = {
+            **asdict(self.drawing),
+            "size": tuple(self.drawing.size),
+            "text_encoder": None if encoder is None else asdict(encoder),
+        }
         prompts = [prompt.text for prompt in self.prompts]
-        given = {**self.found.identity(), **drawing, "batch_size": self.batch_size, "rate": self.rate, "clips": self.clips, "prompts": prompts}
+        given = {
+            **self.found.identity(),
+            **drawing,
+            "batch_size": self.batch_size,
+            "rate": self.rate,
+            "clips": self.clips,
+            "prompts": prompts,
+        }
         return json.loads(json.dumps(given))
 
 
@@ -69,11 +93,18 @@ def frame_rate(found: VideoRun, rate: float | None) -> float:
     try:
         return float(found.data.frame_rate)
     except UserError as error:
-        raise UserError(f"the data of run {found.run.run_id} do not tell the frame rate ({error}); say it with --rate") from error
+        raise UserError(
+            f"the data of run {found.run.run_id} do not tell the frame rate ({error}); say it with --rate"
+        ) from error
 
 
 def draw_videos(
-    job: VideoJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any], on_prompt: Callable[[], Any] = lambda: None
+    job: VideoJob,
+    folder: Path,
+    processes: int,
+    device: torch.device,
+    on_batch: Callable[[int], Any],
+    on_prompt: Callable[[], Any] = lambda: None,
 ) -> list[Path]:
     """Draws what `folder` does not hold yet: NUMBER-PROMPT.mp4 each, sheet.png (a row a video, frames over time) and samples.json.
 
@@ -91,32 +122,51 @@ def draw_videos(
     require_av()
     check_video(job.found, job.drawing, min(job.batch_size, len(job.texts)), device)
     if job.found.data.text_encoder is None:
-        raise UserError(f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts would be encoded by")
+        raise UserError(
+            f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts would be encoded by"
+        )
     cache = TextCache(folder / TEXT, job.found.data.text_encoder)
     features = cache.encode([*job.prompts, _EMPTY], device, on_prompt)
     claim(folder, job.settings(), "videos")
     cache.keep(features)
     files = [folder / file_name(number, text) for number, text in enumerate(job.texts)]
     work = batches(len(files), job.batch_size)
-    missing = [videos for videos in work if not all(file.is_file() for file in (part_file(folder, videos), *(files[n] for n in videos)))]
+    missing = [
+        videos
+        for videos in work
+        if not all(file.is_file() for file in (part_file(folder, videos), *(files[n] for n in videos)))
+    ]
     on_batch(len(files) - sum(map(len, missing)))
     run = (str(job.found.run.path), str(job.found.checkpoint), job.found.averaged)
-    draw_parts(partial(_open, run, job.texts, job.drawing, job.rate, folder), missing, processes, device, on_batch)
+    draw_parts(
+        partial(_open, run, job.texts, job.drawing, job.rate, folder), missing, processes, device, on_batch
+    )
     _finish(job, folder, files, work)
     return files
 
 
-def _open(run: tuple[str, str, bool], texts: Sequence[str], drawing: VideoDrawing, rate: float, folder: Path, device: torch.device) -> Draw:
+def _open(
+    run: tuple[str, str, bool],
+    texts: Sequence[str],
+    drawing: VideoDrawing,
+    rate: float,
+    folder: Path,
+    device: torch.device,
+) -> Draw:
     found = find_video_run(run[0], ckpt=run[1], ema=run[2])
     assert found.data.text_encoder is not None
     task, cache = load_video_task(found, device), TextCache(folder / TEXT, found.data.text_encoder)
     null = cache.read([_EMPTY.text])[0]
 
     def draw(videos: range) -> None:
-        drawn = draw_videos_of(found, task, cache.read([texts[video] for video in videos]), null, videos, drawing)
+        drawn = draw_videos_of(
+            found, task, cache.read([texts[video] for video in videos]), null, videos, drawing
+        )
         for video, frames in zip(videos, drawn, strict=True):
             write_mp4(folder / file_name(video, texts[video]), frames, rate)
-        write_npy(part_file(folder, videos), np.stack([thumbnails(frames) for frames in drawn]))  # last: it says that the batch is done
+        write_npy(
+            part_file(folder, videos), np.stack([thumbnails(frames) for frames in drawn])
+        )  # last: it says that the batch is done
 
     return draw
 
@@ -129,7 +179,13 @@ def _finish(job: VideoJob, folder: Path, files: Sequence[Path], work: Sequence[r
     shown = rows[:_SHEET_ROWS]
     contact_sheet(shown, [text or "(empty prompt)" for text in job.texts[: len(shown)]]).save(folder / SHEET)
     videos_made = [
-        {"file": file.name, "prompt": text, "clip": number % job.clips, "seed": job.drawing.seed, "number": number}
+        {
+            "file": file.name,
+            "prompt": text,
+            "clip": number % job.clips,
+            "seed": job.drawing.seed,
+            "number": number,
+        }
         for number, (file, text) in enumerate(zip(files, job.texts, strict=True))
     ]
     facts = {"frame_rate": job.rate, **job.drawing.size._asdict()}

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
 
-_STRIDES = tuple(product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32)))  # frames and pixels a side of what one place of a latent may stand for
+_STRIDES = tuple(
+    product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
+)  # frames and pixels a side of what one place of a latent may stand for
 _REACH = 128  # so far from what was asked for the nearest that works is looked for
 
 
@@ -88,7 +90,9 @@ def find_video_run(run: str, runs: str | None = None, ckpt: str | None = None, e
     """
     folder = find_run(run, runs_root(runs))
     built = rebuild(folder, VideoDiffusionTask, "sampling videos needs a video diffusion model")
-    return VideoRun(folder, find_weights(folder, ckpt, ema), cast(VideoDiffusionTask, built.task), cast(Any, built.data))
+    return VideoRun(
+        folder, find_weights(folder, ckpt, ema), cast(VideoDiffusionTask, built.task), cast(Any, built.data)
+    )
 
 
 def load_video_task(found: VideoRun, device: torch.device | str) -> VideoDiffusionTask:
@@ -134,7 +138,9 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     channels = found.task.sample_shape[0]
     if (drawing.guidance.channels or 0) > channels:
-        raise UserError(f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}")
+        raise UserError(
+            f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}"
+        )
     with torch.device("meta"):
         task = found.task
         plan: Any = build_backbone(task.backbone_name, attention=task.attention, **task.backbone_options)
@@ -149,14 +155,22 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
     except UserError as error:
         frames, height, width = drawing.size
         near = _nearest(found, drawing.size, grid)
-        hint = "" if near is None else f"; the nearest it can is --frames {near.frames} --size {near.height}x{near.width}"
-        raise UserError(f"run {found.run.run_id} cannot draw {frames} frames of {height}x{width} ({error}){hint}") from error
+        hint = (
+            ""
+            if near is None
+            else f"; the nearest it can is --frames {near.frames} --size {near.height}x{near.width}"
+        )
+        raise UserError(
+            f"run {found.run.run_id} cannot draw {frames} frames of {height}x{width} ({error}){hint}"
+        ) from error
     least, room = videos * _least_bytes(drawing.size, tokens, plan.embed_dim), memory_bytes(device)
     if least > room:
         frames, height, width = drawing.size
         what = f"{frames} frames of {height}x{width}" + (f", {videos} at once" if videos > 1 else "")
         has = f"{device} has {decimal(room)} of memory"
-        raise UserError(f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and {has}; ask for fewer or smaller frames")
+        raise UserError(
+            f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and {has}; ask for fewer or smaller frames"
+        )
 
 
 def _least_bytes(size: Size, tokens: int, channels: int) -> int:
@@ -181,12 +195,23 @@ def _nearest(found: VideoRun, size: Size, fit: Callable[[Size], Any]) -> Size | 
     near = list(base)
     for axis, wanted in enumerate(size):
         around = (value for step in range(_REACH) for value in (wanted - step, wanted + step))
-        fitting = (value for value in around if works(Size(*(value if n == axis else side for n, side in enumerate(base)))))
+        fitting = (
+            value
+            for value in around
+            if works(Size(*(value if n == axis else side for n, side in enumerate(base))))
+        )
         near[axis] = next(fitting, base[axis])
     return Size(*near) if works(Size(*near)) else None
 
 
-def draw_videos_of(found: VideoRun, task: VideoDiffusionTask, text: Tensor, null: Tensor, videos: range, drawing: VideoDrawing) -> np.ndarray:
+def draw_videos_of(
+    found: VideoRun,
+    task: VideoDiffusionTask,
+    text: Tensor,
+    null: Tensor,
+    videos: range,
+    drawing: VideoDrawing,
+) -> np.ndarray:
     """uint8 (len(videos), F, H, W, 3): the videos of these numbers. task: loaded; on a GPU it computes in bfloat16 (SPEC 6.6).
 
     Args:

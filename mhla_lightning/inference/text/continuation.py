@@ -123,4 +123,10 @@ def continue_prompts(
         for prompt, token in zip(step.prompts, step.tokens, strict=True):
             finished = step.finished.get(prompt)
             text, shown[prompt] = shown[prompt], ""
-            yield Continuation(prompt, token, text + (outputs[prompt].finish() if finished else ""), finished, step.state_bytes)
+            yield Continuation(
+                prompt,
+                token,
+                text + (outputs[prompt].finish() if finished else ""),
+                finished,
+                step.state_bytes,
+            )

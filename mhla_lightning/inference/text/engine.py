@@ -20,7 +20,9 @@ Finish = Literal["end", "stop", "length"]
 class CausalBackbone(Protocol):
     """What generation asks of a language model (`backbones.CausalLM`); its state has `.bytes` and `.reorder(indices)`."""
 
-    def prefill(self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False) -> tuple[Tensor, Any]: ...
+    def prefill(
+        self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False
+    ) -> tuple[Tensor, Any]: ...
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]: ...
 
@@ -101,7 +103,9 @@ def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list
     """The prompts, an empty one as [end]. Raises UserError where there is no `end` to start from."""
     if end is None and not all(prompts):
         number = next(number for number, prompt in enumerate(prompts, 1) if not prompt)
-        raise UserError(f"prompt {number} is empty, and the tokenizer has no end of a document to start from: give it some text")
+        raise UserError(
+            f"prompt {number} is empty, and the tokenizer has no end of a document to start from: give it some text"
+        )
     return [list(prompt) or [cast(int, end)] for prompt in prompts]
 
 
@@ -131,7 +135,9 @@ def _continue(
         logits, state = backbone.step(chosen, state)
 
 
-def pad(sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+def pad(
+    sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
     """Sequences of token ids as int64 (B, longest), and the bool mask of what is real; None where all are equally long."""
     longest = max(map(len, sequences))
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)

@@ -37,7 +37,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; it lies above 0 (greedy takes the likeliest token)")
+            raise UserError(
+                f"temperature is {self.temperature}; it lies above 0 (greedy takes the likeliest token)"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; it counts the tokens kept, at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -45,7 +47,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, V) logits -> (B, V) probabilities in float64, 0 where a token is left out."""
-        exact = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        exact = (
+            torch.float32 if logits.device.type == "mps" else torch.float64
+        )  # Apple's GPUs have no float64
         scaled = logits.to(exact) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             order = scaled.argsort(dim=-1, descending=True, stable=True)
@@ -70,7 +74,9 @@ class Sampling:
             UserError: logits that are not finite.
         """
         if not logits.max(-1).values.isfinite().all():
-            raise UserError("the model's logits are not finite numbers: these weights have diverged, or the --dtype is too narrow for them")
+            raise UserError(
+                "the model's logits are not finite numbers: these weights have diverged, or the --dtype is too narrow for them"
+            )
         if self.greedy:
             return logits.argmax(-1)
         draws = [generator(self.seed, "token", key, position).random() for key in keys]
@@ -78,7 +84,9 @@ class Sampling:
         whole = sums[:, -1:]
         target = torch.tensor(draws, dtype=sums.dtype, device=sums.device)[:, None] * whole
         # The first sum above the target, which rounding must not lift to the whole: so no token of probability 0 is ever taken.
-        return torch.searchsorted(sums, target.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)[:, 0]
+        return torch.searchsorted(sums, target.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)[
+            :, 0
+        ]
 
 
 def sequence_keys(prompts: Sequence[Sequence[int]]) -> list[str]:

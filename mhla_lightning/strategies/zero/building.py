@@ -13,7 +13,10 @@ _NEED_NO_NUMBERS = frozenset(
     {
         torch.Tensor.requires_grad_,
         torch.Tensor.is_floating_point,
-        *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "requires_grad", "grad", "is_meta", "is_leaf", "grad_fn")),
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("dtype", "device", "requires_grad", "grad", "is_meta", "is_leaf", "grad_fn")
+        ),
         *(getattr(torch.Tensor, name).__set__ for name in ("data", "requires_grad", "grad")),
     }
 )
@@ -30,12 +33,20 @@ class InitialiseSplit(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _SHAPE and _is_split(args[0]):  # DeepSpeed itself asks, in the middle of splitting a weight
+        if func == _SHAPE and _is_split(
+            args[0]
+        ):  # DeepSpeed itself asks, in the middle of splitting a weight
             return args[0].ds_shape
-        split = [] if func in _NEED_NO_NUMBERS else [x for x in _flat([*args, *kwargs.values()]) if _is_split(x)]
+        split = (
+            [] if func in _NEED_NO_NUMBERS else [x for x in _flat([*args, *kwargs.values()]) if _is_split(x)]
+        )
         for weight in split:
             weight.all_gather()
         try:
@@ -55,4 +66,7 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _is_split(value: Any) -> bool:
-    return isinstance(value, torch.nn.Parameter) and getattr(value, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE
+    return (
+        isinstance(value, torch.nn.Parameter)
+        and getattr(value, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE
+    )

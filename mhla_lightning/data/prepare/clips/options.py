@@ -42,7 +42,9 @@ class ClipOptions:
         """Raise UserError for a value outside its range, sizes that are there twice or at two rates, and a store that cannot take them."""
         sizes = [(clip.frames, clip.height, clip.width) for clip in self.clips]
         if not sizes or len(set(sizes)) < len(sizes) or len({clip.rate for clip in self.clips}) > 1:
-            raise UserError(f"--bucket: {', '.join(map(bucket_name, self.clips)) or 'no size'}; different sizes at one rate are needed")
+            raise UserError(
+                f"--bucket: {', '.join(map(bucket_name, self.clips)) or 'no size'}; different sizes at one rate are needed"
+            )
         if self.stride is not None and not (math.isfinite(self.stride) and self.stride > 0):
             raise UserError(f"--stride is {self.stride}; it must be a number of frames above 0")
         if not 0 < self.cut < 1:
@@ -50,7 +52,11 @@ class ClipOptions:
         if self.val_by not in ("video", "time"):
             raise UserError(unknown_name("--val-by", self.val_by, ("video", "time")))
         if not self.val > 0 or (self.val_by == "time" and not self.val < 1):
-            wanted = "a share above 0 and below 1" if self.val_by == "time" else "a number of videos, or a share above 0 and below 1"
+            wanted = (
+                "a share above 0 and below 1"
+                if self.val_by == "time"
+                else "a number of videos, or a share above 0 and below 1"
+            )
             raise UserError(f"--val is {self.val}; it must be {wanted}")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
@@ -64,9 +70,13 @@ class ClipOptions:
         store, size = self.store_of(clip), clip_bytes(clip)
         if store == "mp4" and (clip.height % 2 or clip.width % 2):
             near = f"{clip.height + clip.height % 2}x{clip.width + clip.width % 2}"
-            raise UserError(f"--size is {clip.height}x{clip.width}; mp4 needs even sides, e.g. {near}, or pass --store npy")
+            raise UserError(
+                f"--size is {clip.height}x{clip.width}; mp4 needs even sides, e.g. {near}, or pass --store npy"
+            )
         if size > (MAX_SAMPLE_BYTES if store == "npy" else 16 * MAX_SAMPLE_BYTES) - 2**16:
-            raise UserError(f"a clip of {clip} has {size:,} bytes, too many for --store {store}: choose a smaller size")
+            raise UserError(
+                f"a clip of {clip} has {size:,} bytes, too many for --store {store}: choose a smaller size"
+            )
 
     def store_of(self, clip: Clip) -> Store:
         """How clips of a size are stored."""
@@ -91,7 +101,9 @@ def make_clip(frames: int, height: int, width: int, rate: float) -> Clip:
     """A size that a user gives. Raises UserError for one that cannot be."""
     for name, value in (("--frames", frames), ("--size", min(height, width))):
         if value < 1:
-            raise UserError(f"{name} is {frames if name == '--frames' else f'{height}x{width}'}; it must be at least 1")
+            raise UserError(
+                f"{name} is {frames if name == '--frames' else f'{height}x{width}'}; it must be at least 1"
+            )
     if not (math.isfinite(rate) and 0 < rate <= 1000):
         raise UserError(f"--rate is {rate}; it must be a number of frames a second above 0 and at most 1000")
     return Clip(frames, height, width, float(rate))

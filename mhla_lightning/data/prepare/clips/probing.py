@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 CUT = 0.12  # of 1: the mean difference between neighbouring frames above which a shot begins
 _THUMBNAIL = 32  # pixels a side
-_MISSING = 0.1, 0.01  # seconds, and share of what the header promises: a file that ends so much earlier was cut
+_MISSING = (
+    0.1,
+    0.01,
+)  # seconds, and share of what the header promises: a file that ends so much earlier was cut
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,15 @@ def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
         reached -= (container.start_time or 0) / 1e6
         aspect = shown_aspect(stream, _rotation(path))
     if not ticks or base is None or any(pts is None for pts, _ in ticks):
-        raise DataError(f"{path} has no times of its frames ({len(ticks)} frames): write it anew, for instance as mp4")
+        raise DataError(
+            f"{path} has no times of its frames ({len(ticks)} frames): write it anew, for instance as mp4"
+        )
     shown = sorted((pts, duration) for pts, duration in ticks if pts is not None)
     times = np.array([float(pts * base) for pts, _ in shown])
     if (np.diff(times) <= 0).any():
-        raise DataError(f"{path} has two frames at {times[1:][np.diff(times) <= 0][0]:g} s: write it anew, for instance as mp4")
+        raise DataError(
+            f"{path} has two frames at {times[1:][np.diff(times) <= 0][0]:g} s: write it anew, for instance as mp4"
+        )
     last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 1.0)
     end = float(times[-1]) + last
     _demand_whole(path, *((end - float(times[0]), promised) if promised else (reached, whole)))
@@ -101,12 +108,18 @@ def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
     with open_video(path, str(path)) as (container, stream):
         for frame in container.decode(stream):
             decoded += 1
-            small = frame.reformat(_THUMBNAIL, _THUMBNAIL, "rgb24", interpolation="AREA").to_ndarray().astype(np.int16)
+            small = (
+                frame.reformat(_THUMBNAIL, _THUMBNAIL, "rgb24", interpolation="AREA")
+                .to_ndarray()
+                .astype(np.int16)
+            )
             if before is not None and np.abs(small - before).mean() > cut * 255 and frame.time is not None:
                 cuts.append(int(np.searchsorted(times, frame.time - 1e-6)))
             before = small
     if decoded < len(times) * (1 - _MISSING[1]):
-        raise DataError(f"{path} gives {decoded} of {len(times)} frames: it was cut or damaged; copy it again or remove it")
+        raise DataError(
+            f"{path} gives {decoded} of {len(times)} frames: it was cut or damaged; copy it again or remove it"
+        )
     return [place for place in cuts if 0 < place < len(times)]
 
 
@@ -120,7 +133,11 @@ def _rotation(path: Path) -> int:
 
 def _end(packet: Packet[Any]) -> float:
     """When what is in a packet ends, in seconds."""
-    return 0.0 if packet.pts is None or packet.time_base is None else float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    return (
+        0.0
+        if packet.pts is None or packet.time_base is None
+        else float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    )
 
 
 def _demand_whole(path: Path, seconds: float, promised: float) -> None:

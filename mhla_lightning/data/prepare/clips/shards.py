@@ -54,10 +54,14 @@ class Tally:
 def write_clips(job: Job) -> Done[Tally]:
     """Write a shard and its tally."""
     tally = Tally(sum(len(cut.starts) for cut in job.cuts))
-    return write_tallied(job.building, job.split, job.name, job.header.kind, _samples(job, tally), tally, job.first)
+    return write_tallied(
+        job.building, job.split, job.name, job.header.kind, _samples(job, tally), tally, job.first
+    )
 
 
-def clip_sample(header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy") -> Sample:
+def clip_sample(
+    header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy"
+) -> Sample:
     """A clip and its caption. header: an index of clips, for their size; clip: uint8 (frames, height, width, 3). Raises DataError for another."""
     wanted = header.clip and (header.clip.frames, header.clip.height, header.clip.width, 3)
     if header.clip is None or clip.shape != wanted or clip.dtype != np.uint8:

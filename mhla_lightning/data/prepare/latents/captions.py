@@ -103,7 +103,9 @@ def _encode(job: _Job) -> int:
         with np.errstate(over="ignore"):
             stored = rows.numpy().astype("<f2")
         if not np.isfinite(stored).all():
-            raise DataError(f"sample {sample}: the features of its caption hold NaN or values that float16 does not reach")
+            raise DataError(
+                f"sample {sample}: the features of its caption hold NaN or values that float16 does not reach"
+            )
         job.features.write(text, stored)
     return len(job.captions)
 

@@ -43,7 +43,9 @@ class ClipSplit:
         at_once = max(1, _AT_ONCE // (3 * math.prod((self.clip.frames, self.clip.height, self.clip.width))))
         part = ShardPart(self.split, range(self.split.samples), at_once)
         planned = PlannedSplit(self.name.rpartition("/")[2], part, list(range(len(part))), 1)
-        return PlannedSplit(planned.name, part, planned.order, shards_for(planned, Options(shards=shards), sample_bytes))
+        return PlannedSplit(
+            planned.name, part, planned.order, shards_for(planned, Options(shards=shards), sample_bytes)
+        )
 
     def captions(self) -> Iterator[tuple[str, str]]:
         """(name of the sample, caption) of every clip; the clips themselves are passed over. Raises DataError for one without."""
@@ -56,16 +58,22 @@ class ClipSplit:
                         found += 1
                         yield _name(key), self._caption(tar, info, _name(key))
             if found != entry.samples:
-                raise DataError(f"{self.split.address(number)} holds {entry.samples} clips and {found} captions (KEY.{CAPTION}): each needs one")
+                raise DataError(
+                    f"{self.split.address(number)} holds {entry.samples} clips and {found} captions (KEY.{CAPTION}): each needs one"
+                )
 
     def _caption(self, tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> str:
         file = tar.extractfile(info) if info.size <= _LONGEST else None
         if file is None:
-            raise DataError(f"{self.name} sample {name}: its caption has {info.size} bytes, more than any text")
+            raise DataError(
+                f"{self.name} sample {name}: its caption has {info.size} bytes, more than any text"
+            )
         try:
             return file.read().decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.name} sample {name}: its caption is no UTF-8 ({error.reason} at byte {error.start})") from error
+            raise DataError(
+                f"{self.name} sample {name}: its caption is no UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
 
 
 def open_clips(source: str | Path) -> list[ClipSplit]:

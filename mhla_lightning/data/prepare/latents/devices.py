@@ -30,9 +30,13 @@ def find_devices(spec: str = "auto") -> tuple[str, ...]:
             torch.empty(0, device=name)
         except Exception as error:  # an AssertionError of a torch without CUDA, a RuntimeError of an unknown name, an AcceleratorError
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--device {name} cannot be used ({reason[:150]}): auto, cpu, cuda, or cuda:0,cuda:1") from error
+            raise UserError(
+                f"--device {name} cannot be used ({reason[:150]}): auto, cpu, cuda, or cuda:0,cuda:1"
+            ) from error
     if len({torch.device(name).type for name in names}) > 1:
-        raise UserError(f"--device {spec} names devices of several types, which do not give the same bits: name one type")
+        raise UserError(
+            f"--device {spec} names devices of several types, which do not give the same bits: name one type"
+        )
     return names
 
 
@@ -49,7 +53,9 @@ def find_dtype(name: str | None, device: str) -> str:
 def own_device(folder: Path, devices: Sequence[str]) -> str:
     """The device of this process: the first that no other process which works on `folder` holds. The kernel lets it go when the process ends."""
     for number, device in enumerate(devices):
-        descriptor = os.open(folder / f"device-{number}.lock", os.O_WRONLY | os.O_CREAT)  # held until the process ends
+        descriptor = os.open(
+            folder / f"device-{number}.lock", os.O_WRONLY | os.O_CREAT
+        )  # held until the process ends
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,7 +63,9 @@ def own_device(folder: Path, devices: Sequence[str]) -> str:
             continue
         _held.append(descriptor)
         return device
-    raise Interrupted(f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, and run the same command again")
+    raise Interrupted(
+        f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, and run the same command again"
+    )
 
 
 def release_devices() -> None:

@@ -54,16 +54,23 @@ class ImageEncoder(Encoder):
                     yield from self._encode(job, vae, good, tally)
                 seen += len(batch)
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
-                    raise DataError(f"none of the first {seen} images of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}")
+                    raise DataError(
+                        f"none of the first {seen} images of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                    )
                 on_samples(job.split, len(batch))
 
-    def _pictures(self, job: Job, pool: ThreadPoolExecutor) -> Iterator[list[tuple[str, Picture | BadSample]]]:
+    def _pictures(
+        self, job: Job, pool: ThreadPoolExecutor
+    ) -> Iterator[list[tuple[str, Picture | BadSample]]]:
         """(name, picture) of all images in batches; one batch is read ahead of the device."""
         images = iter(job.samples)
         classes = len(job.header.classes)
 
         def begin() -> list[tuple[str, Future[Picture | BadSample]]]:
-            return [(image.name, pool.submit(picture, image, self.size, classes)) for image in islice(images, self.batch_size)]
+            return [
+                (image.name, pool.submit(picture, image, self.size, classes))
+                for image in islice(images, self.batch_size)
+            ]
 
         batch = begin()
         while batch:
@@ -71,18 +78,34 @@ class ImageEncoder(Encoder):
             yield [(name, future.result()) for name, future in batch]
             batch = ahead
 
-    def _encode(self, job: Job, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: Tally) -> Iterator[Sample]:
+    def _encode(
+        self, job: Job, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: Tally
+    ) -> Iterator[Sample]:
         """pictures: with their number in the split."""
         wanted = job.header.vae
         assert wanted is not None
-        pixels = torch.from_numpy(np.stack([found.pixels for _, found in pictures])).permute(0, 3, 1, 2).contiguous()
+        pixels = (
+            torch.from_numpy(np.stack([found.pixels for _, found in pictures]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
         images = pixels.float() / 127.5 - 1
         arrays: dict[str, np.ndarray] = {}
         for name in (LATENT, FLIPPED) if wanted.flipped else (LATENT,):
-            arrays |= self._posterior(job, vae, name, images if name == LATENT else images.flip(-1), [number for number, _ in pictures])
+            arrays |= self._posterior(
+                job,
+                vae,
+                name,
+                images if name == LATENT else images.flip(-1),
+                [number for number, _ in pictures],
+            )
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays.values()])
         for row in np.flatnonzero(~finite):
-            tally.skip(job.split, pictures[row][1].name, f"its latent holds NaN or values that {STORED[self.dtype]} does not reach")
+            tally.skip(
+                job.split,
+                pictures[row][1].name,
+                f"its latent holds NaN or values that {STORED[self.dtype]} does not reach",
+            )
         for name in (LATENT, FLIPPED):
             if name in arrays and finite.any():
                 logvar = arrays.get(LOGVAR[name])
@@ -91,20 +114,33 @@ class ImageEncoder(Encoder):
             found = pictures[row][1]
             sample = latent_sample(job.header, found.name, arrays[LATENT][row], label=found.label)
             more = {f"{name}.npy": npy_bytes(array[row]) for name, array in arrays.items() if name != LATENT}
-            yield replace(sample, members=sample.members | more | ({"json": found.json} if found.json is not None else {}))
+            yield replace(
+                sample,
+                members=sample.members | more | ({"json": found.json} if found.json is not None else {}),
+            )
 
-    def _posterior(self, job: Job, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]) -> dict[str, np.ndarray]:
+    def _posterior(
+        self, job: Job, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
+    ) -> dict[str, np.ndarray]:
         """The members of a batch, (B, C, h, w) each: mean and log-variance, or one latent, drawn where the encoder gives a distribution."""
         stored = STORED[self.dtype]
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-                mean, logvar = (None if found is None else found.cpu().numpy() for found in vae.encode(images))
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                mean, logvar = (
+                    None if found is None else found.cpu().numpy() for found in vae.encode(images)
+                )
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the device has too little memory for --batch-size {self.batch_size}: choose a smaller one") from error
+            raise UserError(
+                f"the device has too little memory for --batch-size {self.batch_size}: choose a smaller one"
+            ) from error
         assert mean is not None
         if logvar is not None and not (job.header.vae and job.header.vae.moments):
             keys = [(self.seed, "posterior", job.split, number, name) for number in numbers]
-            mean = np.stack([draw(one, its, generator(*key)) for one, its, key in zip(mean, logvar, keys, strict=True)])
+            mean = np.stack(
+                [draw(one, its, generator(*key)) for one, its, key in zip(mean, logvar, keys, strict=True)]
+            )
             logvar = None
         arrays = {name: mean} | ({LOGVAR[name]: logvar} if logvar is not None else {})
         with np.errstate(over="ignore"):  # an infinite value is told by the image's name
@@ -115,5 +151,7 @@ class ImageEncoder(Encoder):
 def _opened(encoder: ImageEncoder, device: str, sha256: str) -> Autoencoder:
     vae = load_vae(encoder.vae, encoder.subfolder, device, DTYPES[encoder.dtype])
     if vae.sha256 != sha256:
-        raise DataError(f"the weights of the VAE {encoder.vae} changed while latents were made: begin again with --overwrite")
+        raise DataError(
+            f"the weights of the VAE {encoder.vae} changed while latents were made: begin again with --overwrite"
+        )
     return vae

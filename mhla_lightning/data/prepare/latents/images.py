@@ -25,7 +25,11 @@ from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError, UserError
 
-_FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}  # so that small sets can still be dealt over ranks x workers
+_FEWEST_SHARDS = {
+    "train": 16,
+    "val": 4,
+    "test": 4,
+}  # so that small sets can still be dealt over ranks x workers
 _READ = 64  # images that are asked of a store at once
 NUMBER = re.compile(r"^\d{8}-")  # that packing put in front of a name
 
@@ -81,7 +85,10 @@ def open_images(source: str | Path, options: Options, sample_bytes: int) -> Imag
         opened = open_source(source)
         _demand_labelled(str(source), opened.header)
         images = Images(opened.header, plan(opened, options), opened.fingerprint)
-    return replace(images, splits=[replace(split, shards=shards_for(split, options, sample_bytes)) for split in images.splits])
+    return replace(
+        images,
+        splits=[replace(split, shards=shards_for(split, options, sample_bytes)) for split in images.splits],
+    )
 
 
 def crop(image: Image.Image, size: int) -> np.ndarray:
@@ -92,7 +99,9 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
 
@@ -100,7 +109,12 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
 def picture(sample: Sample, size: int, classes: int) -> Picture | BadSample:
     """A sample read and cropped, or why it cannot be."""
     try:
-        return Picture(sample.name, label_of(sample.members, classes), crop(decode_image(sample.members), size), sample.members.get("json"))
+        return Picture(
+            sample.name,
+            label_of(sample.members, classes),
+            crop(decode_image(sample.members), size),
+            sample.members.get("json"),
+        )
     except BadSample as reason:
         return reason
 
@@ -109,23 +123,35 @@ def _is_packed(source: str | Path) -> bool:
     folder = Path(source)
     if "://" in str(source):
         return True
-    return any((place / INDEX_NAME).is_file() or tar_files(place) for place in (folder, *(folder / name for name in SPLITS)) if place.is_dir())
+    return any(
+        (place / INDEX_NAME).is_file() or tar_files(place)
+        for place in (folder, *(folder / name for name in SPLITS))
+        if place.is_dir()
+    )
 
 
 def _open_packed(source: str, options: Options) -> Images:
     if options.val is not None:
-        raise UserError(f"--val {options.val} was given, but {source} is packed and has its splits: leave --val out")
+        raise UserError(
+            f"--val {options.val} was given, but {source} is packed and has its splits: leave --val out"
+        )
     splits = {name: Split(read_index(store), store) for name, store in find_splits(source).items()}
     first = next(iter(splits.values())).index
     for split in splits.values():
         address = split.store.address(INDEX_NAME)
         _demand_labelled(address, split.index)
         if split.index.classes != first.classes:
-            raise DataError(f"{address} lists other classes than the other splits: data used together has one list of classes")
+            raise DataError(
+                f"{address} lists other classes than the other splits: data used together has one list of classes"
+            )
         check_split(split, "size" if "://" not in source else "none")
     parts = {name: ShardPart(split, range(split.samples)) for name, split in splits.items()}
     planned = [PlannedSplit(name, part, list(range(len(part))), 1) for name, part in parts.items()]
-    return Images(replace(first, shards=()), planned, " ".join(f"{name} {split.index.hash}" for name, split in splits.items()))
+    return Images(
+        replace(first, shards=()),
+        planned,
+        " ".join(f"{name} {split.index.hash}" for name, split in splits.items()),
+    )
 
 
 def _demand_labelled(source: str, header: ShardIndex) -> None:
@@ -139,4 +165,7 @@ def shards_for(split: PlannedSplit, options: Options, sample_bytes: int) -> int:
     """Shards to write a split into. sample_bytes: that a sample takes in them."""
     if split.name == "train" and options.shards is not None:
         return min(options.shards, len(split.order))
-    return min(max(_FEWEST_SHARDS[split.name], math.ceil(sample_bytes * len(split.order) / SHARD_BYTES)), len(split.order))
+    return min(
+        max(_FEWEST_SHARDS[split.name], math.ceil(sample_bytes * len(split.order) / SHARD_BYTES)),
+        len(split.order),
+    )

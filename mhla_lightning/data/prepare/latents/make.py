@@ -14,7 +14,14 @@ from mhla_lightning.data.prepare.latents.devices import find_devices, find_dtype
 from mhla_lightning.data.prepare.latents.encode import ImageEncoder
 from mhla_lightning.data.prepare.latents.images import Images, open_images
 from mhla_lightning.data.prepare.latents.shard import STORED, Target
-from mhla_lightning.data.prepare.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.prepare.latents.work import (
+    SETTINGS,
+    Report,
+    Work,
+    demand_target,
+    find_target,
+    settings_of,
+)
 from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Note, build
 from mhla_lightning.errors import UserError
@@ -86,24 +93,45 @@ def make_latents(
     dtype = find_dtype(options.dtype, devices[0])
     vae = load_vae(options.vae, options.subfolder, scale=options.scale, shift=options.shift)
     described = _describe(vae, options)
-    images = open_images(source, Options(options.val, options.shards, options.seed), _sample_bytes(described, STORED[dtype].itemsize))
+    images = open_images(
+        source,
+        Options(options.val, options.shards, options.seed),
+        _sample_bytes(described, STORED[dtype].itemsize),
+    )
     header = ShardIndex("latents", (), images.header.classes, vae=described)
     settings = _settings(options, header, images, dtype, devices[0])
     demand_target(target, dict.fromkeys(SPLITS, header), settings, overwrite)
-    encoder = ImageEncoder(dtype, devices, options.threads, options.vae, options.subfolder, options.size, options.batch_size, options.seed)
+    encoder = ImageEncoder(
+        dtype,
+        devices,
+        options.threads,
+        options.vae,
+        options.subfolder,
+        options.size,
+        options.batch_size,
+        options.seed,
+    )
     targets = [Target(split.name, header, split, encoder) for split in images.splits]
     note = on_note or (lambda _: None)
-    with build(target, fingerprint_of(settings), [split.name for split in targets], overwrite, wait, note) as building:
+    with build(
+        target, fingerprint_of(settings), [split.name for split in targets], overwrite, wait, note
+    ) as building:
         (building.folder / SETTINGS).write_text(json.dumps(settings))
-        return Work(building, targets, "images", options.max_skipped_share, on_progress or (lambda *_: None)).run(note)
+        return Work(
+            building, targets, "images", options.max_skipped_share, on_progress or (lambda *_: None)
+        ).run(note)
 
 
 def _describe(vae: Autoencoder, options: LatentOptions) -> VAE:
     if options.moments and not vae.has_posterior:
-        raise UserError(f"--moments: the VAE {options.vae} ({vae.kind}) has no posterior, its latents are not drawn; leave --moments out")
+        raise UserError(
+            f"--moments: the VAE {options.vae} ({vae.kind}) has no posterior, its latents are not drawn; leave --moments out"
+        )
     moments = vae.has_posterior if options.moments is None else options.moments
     shape = vae.latent_shape(options.size)
-    return VAE(options.name or options.vae, vae.scale, vae.shift, shape, vae.kind, vae.sha256, moments, options.flip)
+    return VAE(
+        options.name or options.vae, vae.scale, vae.shift, shape, vae.kind, vae.sha256, moments, options.flip
+    )
 
 
 def _sample_bytes(vae: VAE, itemsize: int) -> int:
@@ -112,7 +140,9 @@ def _sample_bytes(vae: VAE, itemsize: int) -> int:
     return array * (1 + bool(vae.flipped)) * (1 + bool(vae.moments)) + 2 * _BLOCK
 
 
-def _settings(options: LatentOptions, header: ShardIndex, images: Images, dtype: str, device: str) -> dict[str, Any]:
+def _settings(
+    options: LatentOptions, header: ShardIndex, images: Images, dtype: str, device: str
+) -> dict[str, Any]:
     """What decides which bytes are written, in words."""
     assert header.vae is not None
     vae = {key: value for key, value in asdict(header.vae).items() if key not in ("mean", "std")}

@@ -23,7 +23,14 @@ from mhla_lightning.data.prepare.latents.captions import Features, encode_captio
 from mhla_lightning.data.prepare.latents.clips import ClipSplit, open_clips
 from mhla_lightning.data.prepare.latents.devices import DTYPES, find_devices, find_dtype
 from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
-from mhla_lightning.data.prepare.latents.work import SETTINGS, Report, Work, demand_target, find_target, settings_of
+from mhla_lightning.data.prepare.latents.work import (
+    SETTINGS,
+    Report,
+    Work,
+    demand_target,
+    find_target,
+    settings_of,
+)
 from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Building, Note, build
 from mhla_lightning.data.prepare.samples import Sample, latent_sample
@@ -73,10 +80,14 @@ class VideoEncoder(Encoder):
 
     def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
         """See Encoder. One clip is decoded while another is encoded."""
-        opened = _opened(self.vae, self.subfolder, device, self.dtype, str(job.header.vae and job.header.vae.sha256))
+        opened = _opened(
+            self.vae, self.subfolder, device, self.dtype, str(job.header.vae and job.header.vae.sha256)
+        )
         return self._latents(job, opened, tally, on_samples)
 
-    def _latents(self, job: Job, vae: VideoAutoencoder, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def _latents(
+        self, job: Job, vae: VideoAutoencoder, tally: Tally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         with ThreadPoolExecutor(self.threads) as pool:
             clips = iter(job.samples)
             ahead = pool.submit(self._next, clips)
@@ -90,7 +101,9 @@ class VideoEncoder(Encoder):
                     yield from self._encode(job, vae, name, content, tally)
                 seen += 1
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
-                    raise DataError(f"none of the first {seen} clips of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}")
+                    raise DataError(
+                        f"none of the first {seen} clips of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                    )
                 on_samples(job.split, 1)
 
     def _next(self, clips: Iterator[Sample]) -> tuple[str, dict[str, Any] | BadSample] | None:
@@ -103,20 +116,28 @@ class VideoEncoder(Encoder):
         except BadSample as reason:
             return sample.name, reason
 
-    def _encode(self, job: Job, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: Tally) -> Iterator[Sample]:
+    def _encode(
+        self, job: Job, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: Tally
+    ) -> Iterator[Sample]:
         """The sample to write, if its latent can be stored."""
         wanted = job.header.vae
         assert wanted is not None
         video = torch.from_numpy(content["clip"]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
                 latent = vae.encode(video)[0].cpu().numpy()
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the device has too little memory for clips of {self.clip}: choose a device with more, or smaller clips") from error
+            raise UserError(
+                f"the device has too little memory for clips of {self.clip}: choose a device with more, or smaller clips"
+            ) from error
         with np.errstate(over="ignore"):
             stored = latent.astype(STORED[self.dtype])
         if not np.isfinite(stored).all():
-            tally.skip(job.split, name, f"its latent holds NaN or values that {STORED[self.dtype]} does not reach")
+            tally.skip(
+                job.split, name, f"its latent holds NaN or values that {STORED[self.dtype]} does not reach"
+            )
             return
         tally.add(stored[None], None, wanted)
         yield latent_sample(job.header, name, stored, text=self.features.read(content["caption"]))
@@ -126,7 +147,9 @@ class VideoEncoder(Encoder):
 def _opened(name: str, subfolder: str | None, device: str, dtype: str, sha256: str) -> VideoAutoencoder:
     vae = load_video_vae(name, subfolder, device, DTYPES[dtype])
     if vae.sha256 != sha256:
-        raise DataError(f"the weights of the VAE {name} changed while latents were made: begin again with --overwrite")
+        raise DataError(
+            f"the weights of the VAE {name} changed while latents were made: begin again with --overwrite"
+        )
     return vae
 
 
@@ -150,9 +173,16 @@ def make_video_latents(
     clips = open_clips(source)
     headers = _headers(clips, options, dtype)
     settings = _settings(clips, headers[0], options, dtype, devices[0])
-    demand_target(target, {split.name: header for split, header in zip(clips, headers, strict=True)}, settings, overwrite)
+    demand_target(
+        target,
+        {split.name: header for split, header in zip(clips, headers, strict=True)},
+        settings,
+        overwrite,
+    )
     note, progress = on_note or (lambda _: None), on_progress or (lambda *_: None)
-    with build(target, fingerprint_of(settings), [split.name for split in clips], overwrite, wait, note) as building:
+    with build(
+        target, fingerprint_of(settings), [split.name for split in clips], overwrite, wait, note
+    ) as building:
         (building.folder / SETTINGS).write_text(json.dumps(settings))
         features = _features(building, clips, headers[0], dtype, devices, progress)
         empty = features.path("").read_bytes()
@@ -162,7 +192,14 @@ def make_video_latents(
             assert header.vae is not None
             told = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
             encoder = VideoEncoder(dtype, devices, 1, options.vae, options.subfolder, split.clip, features)
-            targets.append(Target(split.name, told, split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)), encoder))
+            targets.append(
+                Target(
+                    split.name,
+                    told,
+                    split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)),
+                    encoder,
+                )
+            )
         report = Work(building, targets, "clips", options.max_skipped_share, progress).run(note)
         for folder in dict.fromkeys(split.name.rpartition("/")[0] for split in clips):
             building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, empty)
@@ -181,23 +218,40 @@ def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> l
     name = options.text_encoder
     channels = load_text_encoder(name, dtype=DTYPES[dtype]).encoding
     text = TextEncoding(name, options.tokens, channels.channels, channels.sha256)
-    made = [VAE(options.name or options.vae, 1.0, 0.0, shape, vae.kind, vae.sha256, False, False) for shape in shapes]
-    return [ShardIndex("video_latents", (), vae=found, clip=split.clip, text=text) for split, found in zip(clips, made, strict=True)]
+    made = [
+        VAE(options.name or options.vae, 1.0, 0.0, shape, vae.kind, vae.sha256, False, False)
+        for shape in shapes
+    ]
+    return [
+        ShardIndex("video_latents", (), vae=found, clip=split.clip, text=text)
+        for split, found in zip(clips, made, strict=True)
+    ]
 
 
-def _settings(clips: Sequence[ClipSplit], header: ShardIndex, options: VideoOptions, dtype: str, device: str) -> dict[str, Any]:
+def _settings(
+    clips: Sequence[ClipSplit], header: ShardIndex, options: VideoOptions, dtype: str, device: str
+) -> dict[str, Any]:
     """What decides which bytes are written, in words."""
     assert header.vae is not None
     assert header.text is not None
     text = {f"text {key}": value for key, value in asdict(header.text).items()}
     facts = {"vae": header.vae.name, "sha256": header.vae.sha256, **text, "shards": options.shards}
     facts |= {"clips": [f"{split.name} {split.clip} {split.split.index.hash}" for split in clips]}
-    packages = ["torch", "diffusers", *([] if options.text_encoder.startswith("words:") else ["transformers"])]
+    packages = [
+        "torch",
+        "diffusers",
+        *([] if options.text_encoder.startswith("words:") else ["transformers"]),
+    ]
     return settings_of(facts, dtype, device, packages)
 
 
 def _features(
-    building: Building, clips: Sequence[ClipSplit], header: ShardIndex, dtype: str, devices: tuple[str, ...], on_progress: Progress
+    building: Building,
+    clips: Sequence[ClipSplit],
+    header: ShardIndex,
+    dtype: str,
+    devices: tuple[str, ...],
+    on_progress: Progress,
 ) -> Features:
     """Features of all captions, and of the empty text, which stands for a caption that is dropped."""
     assert header.text is not None
@@ -205,11 +259,17 @@ def _features(
     for split in clips:
         for name, caption in split.captions():
             seen.setdefault(caption, f"{name} of {split.name}")
-    return encode_captions(building, seen, header.text, dtype, devices, lambda done, total: on_progress("captions", done, total))
+    return encode_captions(
+        building, seen, header.text, dtype, devices, lambda done, total: on_progress("captions", done, total)
+    )
 
 
 def _sample_bytes(header: ShardIndex, itemsize: int) -> int:
     """About what a sample takes in a tar file."""
     assert header.vae is not None
     assert header.text is not None
-    return math.prod(header.vae.shape) * itemsize + min(header.text.tokens, _WORDS_OF_A_CAPTION) * header.text.channels * 2 + _OVERHEAD
+    return (
+        math.prod(header.vae.shape) * itemsize
+        + min(header.text.tokens, _WORDS_OF_A_CAPTION) * header.text.channels * 2
+        + _OVERHEAD
+    )

@@ -45,7 +45,8 @@ class Tally:
         added = used.sum(axis=axes), (used**2 + variance).sum(axis=axes)
         self.values += used[:, 0].size
         self.sums, self.squares = (
-            (np.array(old) + new).tolist() if old else new.tolist() for old, new in zip((self.sums, self.squares), added, strict=True)
+            (np.array(old) + new).tolist() if old else new.tolist()
+            for old, new in zip((self.sums, self.squares), added, strict=True)
         )
 
     def skip(self, split: str, name: str, reason: str) -> None:

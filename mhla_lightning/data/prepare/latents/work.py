@@ -41,10 +41,16 @@ class Report:
 class Work:
     """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that may be left out."""
 
-    def __init__(self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress) -> None:
+    def __init__(
+        self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress
+    ) -> None:
         self.building, self.what, self.limit = building, what, limit
         self.targets = {target.name: target for target in targets}
-        self.planned = {(name, shard): target.samples(n) for name, target in self.targets.items() for n, shard in enumerate(target.shards)}
+        self.planned = {
+            (name, shard): target.samples(n)
+            for name, target in self.targets.items()
+            for n, shard in enumerate(target.shards)
+        }
         self.devices = targets[0].encoder.devices
         self.done: dict[tuple[str, str], Done[Tally]] = {}
         self._seen = dict.fromkeys(self.targets, 0)
@@ -55,7 +61,9 @@ class Work:
         for name, target in self.targets.items():
             found = {shard: finished_shard(self.building, name, shard, Tally) for shard in target.shards}
             self.done |= {(name, shard): done for shard, done in found.items() if done is not None}
-            self._advance(name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None))
+            self._advance(
+                name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None)
+            )
         kept = len(self.done)
         if kept:
             note(f"{kept} of {len(self.planned)} shards were finished before and are kept")
@@ -72,7 +80,9 @@ class Work:
     def _encode(self) -> int:
         """Samples that were read."""
         alone = len(self.devices) == 1
-        work: Callable[[Job], Done[Tally]] = partial(encode_shard, on_samples=self._advance) if alone else encode_shard
+        work: Callable[[Job], Done[Tally]] = (
+            partial(encode_shard, on_samples=self._advance) if alone else encode_shard
+        )
         before = sum(self._seen.values())
         try:
             with closing(run_jobs(work, self._jobs(), len(self.devices))) as results:
@@ -91,7 +101,11 @@ class Work:
 
     def _jobs(self) -> Iterator[Job]:
         return chain.from_iterable(
-            make_jobs(self.building, target, [number for number, shard in enumerate(target.shards) if (name, shard) not in self.done])
+            make_jobs(
+                self.building,
+                target,
+                [number for number, shard in enumerate(target.shards) if (name, shard) not in self.done],
+            )
             for name, target in self.targets.items()
         )
 
@@ -103,10 +117,16 @@ class Work:
         """Raise DataError when more samples were skipped than may be."""
         read = sum(self.planned[key] for key in self.done)
         skipped = [(split, *one) for (split, _), shard in self.done.items() for one in shard.tally.skipped]
-        if skipped and (read >= JUDGED_AFTER or len(self.done) == len(self.planned)) and len(skipped) > self.limit * read:
+        if (
+            skipped
+            and (read >= JUDGED_AFTER or len(self.done) == len(self.planned))
+            and len(skipped) > self.limit * read
+        ):
             split, name, reason = skipped[-1]
             found = f"{len(skipped)} of {read} {self.what} ({len(skipped) / read:.1%}) give no latent"
-            raise DataError(f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} of {split} ({reason})")
+            raise DataError(
+                f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} of {split} ({reason})"
+            )
 
 
 def find_target(source: str | Path, to: str | Path) -> Path:
@@ -120,10 +140,14 @@ def find_target(source: str | Path, to: str | Path) -> Path:
 def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:
     """What decides which bytes are written, in words: facts, numbers, kind of device, versions of packages."""
     where = {"dtype": dtype, "device": torch.device(device).type}
-    return json.loads(json.dumps(facts | where | {package: importlib.metadata.version(package) for package in packages}))
+    return json.loads(
+        json.dumps(facts | where | {package: importlib.metadata.version(package) for package in packages})
+    )
 
 
-def demand_target(target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool) -> None:
+def demand_target(
+    target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool
+) -> None:
     """Raise UserError when the target holds, or is being made of, other latents; or anything at all. headers: of the splits to make, by name."""
     if overwrite:
         return
@@ -133,11 +157,17 @@ def demand_target(target: Path, headers: Mapping[str, ShardIndex], settings: dic
         assert header.vae is not None
         if found.vae is None or not header.vae.fits(found.vae):
             what = f"latents of {found.vae}" if found.vae else found.kind
-            raise UserError(f"{target} holds {what}, and these would be of {header.vae}: choose another folder, or pass --overwrite")
+            raise UserError(
+                f"{target} holds {what}, and these would be of {header.vae}: choose another folder, or pass --overwrite"
+            )
     demand_free(target, overwrite)
     with suppress(OSError, ValueError):
         begun = json.loads((target.parent / f".{target.name}.packing" / SETTINGS).read_text())
-        other = [f"{name} {begun.get(name)} instead of {value}" for name, value in settings.items() if begun.get(name) != value]
+        other = [
+            f"{name} {begun.get(name)} instead of {value}"
+            for name, value in settings.items()
+            if begun.get(name) != value
+        ]
         if other:
             raise UserError(
                 f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish it, choose another folder, or pass --overwrite"
@@ -150,8 +180,12 @@ def _index(header: ShardIndex, shards: Sequence[Done[Tally]]) -> ShardIndex:
     tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
     values = sum(tally.values for tally in tallies)
     if not values:
-        raise DataError(f"no sample of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}")
-    mean, square = (np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares"))
+        raise DataError(
+            f"no sample of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}"
+        )
+    mean, square = (
+        np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares")
+    )
     std = np.sqrt(np.maximum(square - mean**2, 0))
     vae = replace(header.vae, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     return replace(header, shards=tuple(shard.entry for shard in shards), vae=vae)

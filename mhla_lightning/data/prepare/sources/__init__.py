@@ -29,7 +29,9 @@ def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) 
     if kind not in PACKED_KINDS:
         raise UserError(unknown_name("kind", kind, PACKED_KINDS))
     if (kind == "images") != (vae is None):
-        raise UserError(f"--kind {kind} {'takes no --vae' if vae else 'needs --vae-name, --vae-scale and --vae-shift: they are part of the data'}")
+        raise UserError(
+            f"--kind {kind} {'takes no --vae' if vae else 'needs --vae-name, --vae-scale and --vae-shift: they are part of the data'}"
+        )
     if vae is not None:
         if not Path(spec).is_dir():
             raise UserError(f"{spec} is no folder: {kind} are packed from FOLDER/CLASS/*.npy")
@@ -43,4 +45,10 @@ def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) 
         return SOURCES[str(spec)]()
     if Path(spec).is_dir():
         return open_folder(Path(spec))
-    raise UserError(unknown_name("source (no such folder either)", str(spec), [*SOURCES, "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"]))
+    raise UserError(
+        unknown_name(
+            "source (no such folder either)",
+            str(spec),
+            [*SOURCES, "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"],
+        )
+    )

@@ -61,5 +61,7 @@ def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
             stat = path.stat()
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
-        digest.update(f"{path.relative_to(root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{path.relative_to(root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()

@@ -14,14 +14,26 @@ from mhla_lightning.data.prepare.sources.base import Source, png_bytes
 from mhla_lightning.data.prepare.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # what PIL decodes by itself; its PostScript plugin would start a program
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # what PIL decodes by itself; its PostScript plugin would start a program
 
 
 def open_folder(folder: Path) -> Source:
     """An image folder: JPEG and PNG are kept as they are, other formats become PNG. Raises DataError (see list_classes)."""
     listing = list_classes(folder, "image.jpg")
     header = ShardIndex("images", (), listing.classes)
-    return Source(header, {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()}, listing.fingerprint)
+    return Source(
+        header,
+        {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()},
+        listing.fingerprint,
+    )
 
 
 def _sample(header: ShardIndex, path: Path, label: int) -> Sample:

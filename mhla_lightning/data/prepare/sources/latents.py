@@ -26,9 +26,15 @@ def open_latents(folder: Path, kind: str, vae: VAE) -> Source:
     first = listing.files["train"][0][0]
     shape = _read(first).shape
     if len(shape) != DIMENSIONS[kind]:
-        raise DataError(f"{first} is {shape}; {kind} have {'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits")
+        raise DataError(
+            f"{first} is {shape}; {kind} have {'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits"
+        )
     header = ShardIndex(kind, (), listing.classes, vae=replace(vae, shape=shape))
-    return Source(header, {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()}, listing.fingerprint)
+    return Source(
+        header,
+        {split: LabelledFiles(header, files, _sample) for split, files in listing.files.items()},
+        listing.fingerprint,
+    )
 
 
 def _sample(header: ShardIndex, path: Path, label: int) -> Sample:

@@ -46,12 +46,20 @@ def list_classes(folder: Path, example: str) -> Listing:
 
     Raises DataError for a folder without classes, a class without files, a file outside a class, and a class that train lacks.
     """
-    roots = {split: folder / split for split in SPLITS if (folder / split).is_dir()} if (folder / "train").is_dir() else {"train": folder}
+    roots = (
+        {split: folder / split for split in SPLITS if (folder / split).is_dir()}
+        if (folder / "train").is_dir()
+        else {"train": folder}
+    )
     classes = tuple(path.name for path in _entries(roots["train"]) if path.is_dir())
     if not classes:
-        raise DataError(f"{roots['train']} has no class folders: expected FOLDER/CLASS/{example} or FOLDER/train/CLASS/{example}")
+        raise DataError(
+            f"{roots['train']} has no class folders: expected FOLDER/CLASS/{example} or FOLDER/train/CLASS/{example}"
+        )
     files = {split: _list_files(root, classes, example) for split, root in roots.items()}
-    return Listing(classes, files, files_fingerprint(folder, (path for found in files.values() for path, _ in found)))
+    return Listing(
+        classes, files, files_fingerprint(folder, (path for found in files.values() for path, _ in found))
+    )
 
 
 def _list_files(root: Path, classes: tuple[str, ...], example: str) -> list[tuple[Path, int]]:
@@ -60,7 +68,9 @@ def _list_files(root: Path, classes: tuple[str, ...], example: str) -> list[tupl
         if not folder.is_dir():
             raise DataError(f"{folder} lies outside the class folders: expected {root}/CLASS/{example}")
         if folder.name not in classes:
-            raise DataError(f"{folder} is a class that train does not have; classes of train: {', '.join(classes[:10])}")
+            raise DataError(
+                f"{folder} is a class that train does not have; classes of train: {', '.join(classes[:10])}"
+            )
         files = _files_below(folder)
         if not files:
             raise DataError(f"{folder} holds no files: remove it or put files into it")
@@ -73,5 +83,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    files = (
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".")
+    )
     return sorted(files)

@@ -24,7 +24,13 @@ def is_mqar(spec: str) -> bool:
     return spec.partition(":")[0] == NAME
 
 
-def open_mqar(spec: str = NAME, length: int = LENGTH, val_length: int | None = None, val: int = ROWS["val"], seed: int = 0) -> Source:
+def open_mqar(
+    spec: str = NAME,
+    length: int = LENGTH,
+    val_length: int | None = None,
+    val: int = ROWS["val"],
+    seed: int = 0,
+) -> Source:
     """Rows of tokens: PAIRS distinct keys, each followed by a value; then the same pairs once more, in another order and at random places.
 
     Between them stand random values, so a key that comes a second time is a query, and the token after it the answer. A row is a function of
@@ -37,7 +43,9 @@ def open_mqar(spec: str = NAME, length: int = LENGTH, val_length: int | None = N
     lengths = {"train": length, "val": length if val_length is None else val_length}
     for size in lengths.values():
         if not 4 * pairs <= size <= MAX_LENGTH:
-            raise UserError(f"rows of {size} tokens do not hold {pairs} pairs twice: {spec} needs at least {4 * pairs}")
+            raise UserError(
+                f"rows of {size} tokens do not hold {pairs} pairs twice: {spec} needs at least {4 * pairs}"
+            )
     if not (isinstance(val, int) and val > 0):
         raise UserError(f"the val split of {spec} is a number of rows from 1 on; got {val}")
     header = ShardIndex("tokens", (), tokenizer=NAME, length=length)

@@ -17,7 +17,10 @@ from mhla_lightning.data.prepare.sources.base import Source, files_fingerprint, 
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 DEFAULT_ROOT = Path("~/.cache/torchvision")
-_VALUES = {"train": ("train", "trainval"), "val": ("val", "valid", "test")}  # of the argument `split`, the first that the class takes
+_VALUES = {
+    "train": ("train", "trainval"),
+    "val": ("val", "valid", "test"),
+}  # of the argument `split`, the first that the class takes
 
 
 def open_torchvision(name: str, root: str | None = None) -> Source:
@@ -38,7 +41,9 @@ def open_torchvision(name: str, root: str | None = None) -> Source:
         _demand_labelled(name, part)
     header = ShardIndex("images", (), _class_names(parts))
     listed = files_fingerprint(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
-    places = {split: _Places(header, name, str(folder), split, range(len(part))) for split, part in parts.items()}
+    places = {
+        split: _Places(header, name, str(folder), split, range(len(part))) for split, part in parts.items()
+    }
     return Source(header, {**places}, f"torchvision {torchvision.__version__} {listed}")
 
 
@@ -64,8 +69,12 @@ def _open_part(name: str, split: str, root: str, download: bool) -> Any:
         except ValueError:  # this class has no part of that name
             continue
         except (OSError, RuntimeError) as error:
-            raise DataError(f"torchvision's {dataset.__name__} is not in {root} and could not be downloaded ({error})") from error
-    raise UserError(f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export it to an image folder and pack that")
+            raise DataError(
+                f"torchvision's {dataset.__name__} is not in {root} and could not be downloaded ({error})"
+            ) from error
+    raise UserError(
+        f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export it to an image folder and pack that"
+    )
 
 
 @lru_cache(maxsize=2)
@@ -76,8 +85,15 @@ def _opened(name: str, split: str, root: str) -> Any:
 
 def _demand_labelled(name: str, part: Any) -> None:
     sample = part[0]
-    if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image) and isinstance(sample[1], int)):
-        raise UserError(f"torchvision's {name} does not give (image, class number), so it cannot be packed as labelled images")
+    if not (
+        isinstance(sample, tuple)
+        and len(sample) == 2
+        and isinstance(sample[0], Image.Image)
+        and isinstance(sample[1], int)
+    ):
+        raise UserError(
+            f"torchvision's {name} does not give (image, class number), so it cannot be packed as labelled images"
+        )
 
 
 def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
@@ -108,4 +124,10 @@ class _Places:
             yield image_sample(self.header, f"{self.name}-{position}", png_bytes(image), int(label))
 
     def take(self, positions: Sequence[int]) -> _Places:
-        return _Places(self.header, self.name, self.root, self.split, [self.positions[position] for position in positions])
+        return _Places(
+            self.header,
+            self.name,
+            self.root,
+            self.split,
+            [self.positions[position] for position in positions],
+        )

@@ -64,7 +64,12 @@ def token_type(vocabulary: int) -> np.dtype:
 
 
 def tokenize_chunks(
-    inputs: Sequence[Input], folder: Path, tokenizer: Tokenizer, workers: int, on_progress: Callable[[int, int], None], on_note: Note
+    inputs: Sequence[Input],
+    folder: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+    on_progress: Callable[[int, int], None],
+    on_note: Note,
 ) -> Chunks:
     """Tokenize all documents into chunks in `folder`, but for the chunks that are there. on_progress: input bytes done, and in all.
 
@@ -134,7 +139,11 @@ def _tokenize(job: _Job) -> Chunk:
 
 
 def _write(folder: Path, chunk: Chunk, tokens: np.ndarray, documents: np.ndarray) -> None:
-    paths = [chunk_path(folder, chunk.number), documents_path(folder, chunk.number), folder / f"{chunk.number:06d}.json"]
+    paths = [
+        chunk_path(folder, chunk.number),
+        documents_path(folder, chunk.number),
+        folder / f"{chunk.number:06d}.json",
+    ]
     parts = [path.with_name(f"{path.name}.part") for path in paths]
     try:
         for part, array in zip(parts, (tokens, documents), strict=False):
@@ -145,7 +154,9 @@ def _write(folder: Path, chunk: Chunk, tokens: np.ndarray, documents: np.ndarray
             sync(part)
             part.rename(path)
     except OSError as error:
-        raise Interrupted(f"{folder} cannot be written ({error.strerror or error}): run the same command again when that is solved") from error
+        raise Interrupted(
+            f"{folder} cannot be written ({error.strerror or error}): run the same command again when that is solved"
+        ) from error
 
 
 @lru_cache(maxsize=1)

@@ -64,13 +64,21 @@ class Lines:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is no JSON ({error})") from error
         if not isinstance(content, dict):
-            raise DataError(f"{where} is a JSON {type(content).__name__}; an object with the key '{self.column}' is needed")
+            raise DataError(
+                f"{where} is a JSON {type(content).__name__}; an object with the key '{self.column}' is needed"
+            )
         if self.column not in content:
-            raise DataError(f"{where} has no key '{self.column}'; it has {', '.join(map(repr, content)) or 'none'}: see --text-column")
+            raise DataError(
+                f"{where} has no key '{self.column}'; it has {', '.join(map(repr, content)) or 'none'}: see --text-column"
+            )
         text = content[self.column]
         if not isinstance(text, str):
-            raise DataError(f"{where}: the key '{self.column}' holds a JSON {type(text).__name__}, no text: see --text-column")
-        return _LONE_SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)  # JSON can spell half a character, UTF-8 cannot
+            raise DataError(
+                f"{where}: the key '{self.column}' holds a JSON {type(text).__name__}, no text: see --text-column"
+            )
+        return _LONE_SURROGATES.sub(
+            "\N{REPLACEMENT CHARACTER}", text
+        )  # JSON can spell half a character, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,15 @@ class RowGroup:
         """A document a row; missing values are empty ones."""
         with open_parquet(self.path) as file:
             try:
-                for batch in file.iter_batches(batch_size=1024, row_groups=[self.number], columns=[self.column]):
+                for batch in file.iter_batches(
+                    batch_size=1024, row_groups=[self.number], columns=[self.column]
+                ):
                     for text in batch.column(0).to_pylist():
                         yield text or ""
             except (OSError, ValueError) as error:  # pyarrow's own errors are one of the two
-                raise DataError(f"{self.path}, row group {self.number}, cannot be read ({_line(error)}): copy it again") from error
+                raise DataError(
+                    f"{self.path}, row group {self.number}, cannot be read ({_line(error)}): copy it again"
+                ) from error
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,16 @@ PARQUET = (".parquet",)
 _MOST_FILES = 2**12  # of a group
 # Of the standard library: what is no source of it, what differs from one machine to the next, tests, which are half data, and the help texts in
 # pydoc_data, one file of a twentieth of all.
-_LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test", "pydoc_data")
+_LEFT_OUT = (
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+)
 _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
@@ -70,7 +79,9 @@ def _open(spec: str, column: str) -> list[Input]:
         return [found for kind, members in grouped for found in _files(kind, list(members), column)]
     if path.is_file():
         return _files(_type(path), [path], column)
-    raise UserError(f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]")
+    raise UserError(
+        f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]"
+    )
 
 
 def _type(path: Path) -> str:
@@ -90,7 +101,9 @@ def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if wanted(name)]
         found += [Path(parent, name) for name in names if wanted(name)]
-    return (path for path in sorted(found) if path.is_file() or not path.exists())  # a dangling link is told of, a socket is no text
+    return (
+        path for path in sorted(found) if path.is_file() or not path.exists()
+    )  # a dangling link is told of, a socket is no text
 
 
 def _standard_library() -> list[Path]:
@@ -100,7 +113,9 @@ def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in _walk(root, wanted) if path.suffix == ".py"]
     if not files:
-        raise DataError(f"the standard library of this Python has no sources in {root}: name a folder of text")
+        raise DataError(
+            f"the standard library of this Python has no sources in {root}: name a folder of text"
+        )
     return files
 
 
@@ -168,7 +183,9 @@ def _readable(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
     try:
         yield from lines
     except errors as error:
-        raise DataError(f"{path} cannot be read to its end ({error}): it was cut or damaged; copy it again") from error
+        raise DataError(
+            f"{path} cannot be read to its end ({error}): it was cut or damaged; copy it again"
+        ) from error
 
 
 def _zstandard(path: Path) -> Any:
@@ -184,7 +201,9 @@ def _parquet(path: Path, column: str) -> Input:
         schema, counts = file.schema_arrow, range(file.num_row_groups)
         sizes = [file.metadata.row_group(number).total_byte_size for number in counts]
     if column not in schema.names:
-        raise DataError(f"{path} has no column '{column}'; it has {', '.join(map(repr, schema.names)) or 'none'}: see --text-column")
+        raise DataError(
+            f"{path} has no column '{column}'; it has {', '.join(map(repr, schema.names)) or 'none'}: see --text-column"
+        )
     kind = str(schema.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
         raise DataError(f"{path}: the column '{column}' holds {kind}, no text: see --text-column")
@@ -204,9 +223,13 @@ def _hub(spec: str, column: str) -> Input:
     try:
         found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # noqa: BLE001  of many packages' errors
-        raise DataError(f"the data set {spec} cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(
+            f"the data set {spec} cannot be loaded ({' '.join(str(error).split())[:200]})"
+        ) from error
     if column not in found.column_names:
-        raise DataError(f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: see --text-column")
+        raise DataError(
+            f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: see --text-column"
+        )
     column_only = found.select_columns([column])
 
     def groups(wanted: int) -> Iterator[Group]:
@@ -214,7 +237,9 @@ def _hub(spec: str, column: str) -> Input:
         size = 0
         for row in column_only:
             if not isinstance(row[column], str | None):
-                raise DataError(f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see --text-column")
+                raise DataError(
+                    f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see --text-column"
+                )
             texts.append(row[column] or "")
             size += len(texts[-1].encode())
             if size >= wanted:
@@ -223,15 +248,29 @@ def _hub(spec: str, column: str) -> Input:
         if texts:
             yield Texts(texts, size)
 
-    facts = [spec, column, len(found), str(found.features), str(found.info.version), str(found.info.dataset_size)]
-    return Input(spec, int(found.info.dataset_size or len(found)), hashlib.sha256(repr(facts).encode()).hexdigest(), groups)
+    facts = [
+        spec,
+        column,
+        len(found),
+        str(found.features),
+        str(found.info.version),
+        str(found.info.dataset_size),
+    ]
+    return Input(
+        spec,
+        int(found.info.dataset_size or len(found)),
+        hashlib.sha256(repr(facts).encode()).hexdigest(),
+        groups,
+    )
 
 
 def _hub_name(spec: str) -> tuple[str, str | None, str]:
     """Name, configuration and split of hf:NAME[:CONFIG][:SPLIT]; the split is train when it is not named."""
     parts = spec.split(":")[1:]
     if len(parts) > 3 or not parts[0]:
-        raise UserError(f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories or hf:wikitext::test")
+        raise UserError(
+            f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories or hf:wikitext::test"
+        )
     name, config, split = [*parts, "", ""][:3]
     return name, config or None, split or "train"
 

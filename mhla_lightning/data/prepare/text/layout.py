@@ -34,7 +34,9 @@ def lay_out(packing: str, starts: np.ndarray, lengths: np.ndarray, row: int) -> 
     layout = best_fit(starts, lengths, row) if packing == "best-fit" else concatenate(starts, lengths, row)
     most = int(np.diff(layout.rows).max(initial=0))
     if most > PADDING:
-        raise DataError(f"a row of {row} tokens would hold {most} documents; at most {PADDING} can be numbered: choose a smaller --length")
+        raise DataError(
+            f"a row of {row} tokens would hold {most} documents; at most {PADDING} can be numbered: choose a smaller --length"
+        )
     return layout
 
 
@@ -51,7 +53,9 @@ def best_fit(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
     """
     counts = -(-lengths // row)
     owners = np.repeat(np.arange(len(lengths)), counts)
-    places = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a piece in its document
+    places = np.arange(len(owners)) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )  # of a piece in its document
     starts = starts[owners] + places * row
     lengths = np.minimum(lengths[owners] - places * row, row)
     order = np.argsort(-lengths, kind="stable")
@@ -105,9 +109,13 @@ def held_out(documents: int, val: int | float, seed: int) -> np.ndarray:
     """
     count = max(1, round(documents * val)) if 0 < val < 1 else val
     if documents < 2:
-        raise DataError(f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out for val: a file is a document; split it")
+        raise DataError(
+            f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out for val: a file is a document; split it"
+        )
     if not (0 < count < documents and count == int(count)):
-        raise UserError(f"--val is {val}; it must be a number of documents from 1 to {documents - 1}, or a share above 0 and below 1")
+        raise UserError(
+            f"--val is {val}; it must be a number of documents from 1 to {documents - 1}, or a share above 0 and below 1"
+        )
     chosen = np.zeros(documents, dtype=bool)
     chosen[np.argsort(_hash(seed, documents), kind="stable")[: int(count)]] = True
     return chosen
@@ -116,7 +124,9 @@ def held_out(documents: int, val: int | float, seed: int) -> np.ndarray:
 def _hash(seed: int, count: int) -> np.ndarray:
     """splitmix64 of the numbers 0 to count - 1, uint64 (count,)."""
     with np.errstate(over="ignore"):
-        mixed = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (
+            np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
+        ) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

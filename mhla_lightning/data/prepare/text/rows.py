@@ -45,7 +45,9 @@ class Rows:
 
     def __iter__(self) -> Iterator[Sample]:
         reader = _Reader(self.folder, self.split, self.header.length or 0)
-        yield from token_samples(self.header, (reader.row(int(number)) for number in self.numbers), self.vocabulary)
+        yield from token_samples(
+            self.header, (reader.row(int(number)) for number in self.numbers), self.vocabulary
+        )
 
     def take(self, positions: Sequence[int]) -> Rows:
         return replace(self, numbers=self.numbers[np.asarray(positions, dtype=np.int64)])
@@ -56,7 +58,9 @@ class _Reader:
 
     def __init__(self, folder: Path, split: str, length: int) -> None:
         self.folder, self.length = folder, length
-        self.starts, self.lengths, self.rows = (np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "rows"))
+        self.starts, self.lengths, self.rows = (
+            np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "rows")
+        )
         self.firsts = np.load(folder / _FIRSTS)
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
 

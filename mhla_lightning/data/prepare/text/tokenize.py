@@ -48,7 +48,9 @@ class TextOptions:
             if value is not None and not 2 <= value <= MAX_LENGTH:
                 raise UserError(f"{name} is {value}; it must be a number of tokens from 2 to {MAX_LENGTH}")
         if not self.val > 0:
-            raise UserError(f"--val is {self.val}; it must be a number of documents, or a share above 0 and below 1")
+            raise UserError(
+                f"--val is {self.val}; it must be a number of documents, or a share above 0 and below 1"
+            )
         Options(shards=self.shards)
 
     def length_of(self, split: str) -> int:
@@ -102,15 +104,28 @@ def tokenize(
     demand_free(target, overwrite)
     tokenizer = open_tokenizer(options.tokenizer)
     if tokenizer.end is None:
-        raise UserError(f"the tokenizer {options.tokenizer} names no token that ends a document: give it an eos_token in tokenizer_config.json")
+        raise UserError(
+            f"the tokenizer {options.tokenizer} names no token that ends a document: give it an eos_token in tokenizer_config.json"
+        )
     sources = open_inputs(inputs, options.column)
-    fingerprint = fingerprint_of([source.fingerprint for source in sources], tokenizer.name, tokenizer.end, repr(options))
+    fingerprint = fingerprint_of(
+        [source.fingerprint for source in sources], tokenizer.name, tokenizer.end, repr(options)
+    )
     progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
     with build(target, fingerprint, SPLITS, overwrite, wait, note) as building:
         folder = building.folder / "tokens"
-        chunks = tokenize_chunks(sources, folder, tokenizer, workers, lambda done, total: progress("tokenize", done, total), note)
+        chunks = tokenize_chunks(
+            sources, folder, tokenizer, workers, lambda done, total: progress("tokenize", done, total), note
+        )
         source, reports = _lay_out(folder, chunks, tokenizer, options, sources)
-        indices = fill(building, source, plan(source, Options(None, options.shards, options.seed)), workers, progress, note)
+        indices = fill(
+            building,
+            source,
+            plan(source, Options(None, options.shards, options.seed)),
+            workers,
+            progress,
+            note,
+        )
     binary, empty = (sum(getattr(chunk, name) for chunk in chunks.found) for name in ("binary", "empty"))
     return Report(indices, reports, binary, empty, chunks.made, chunks.seconds)
 
@@ -125,10 +140,17 @@ def _lay_out(
     folder: Path, chunks: Chunks, tokenizer: Tokenizer, options: TextOptions, inputs: Sequence[Input]
 ) -> tuple[Source, dict[str, SplitReport]]:
     """The splits as parts of a source, and a report of each."""
-    documents = np.concatenate([np.zeros((0, 2), np.int64), *(np.load(documents_path(folder, chunk.number)) for chunk in chunks.found)])
+    documents = np.concatenate(
+        [
+            np.zeros((0, 2), np.int64),
+            *(np.load(documents_path(folder, chunk.number)) for chunk in chunks.found),
+        ]
+    )
     if not len(documents):
         binary = sum(chunk.binary for chunk in chunks.found)
-        raise DataError(f"{', '.join(source.name for source in inputs[:3])}: no text was found ({binary} binary files, the rest empty)")
+        raise DataError(
+            f"{', '.join(source.name for source in inputs[:3])}: no text was found ({binary} binary files, the rest empty)"
+        )
     write_firsts(folder, [chunk.tokens for chunk in chunks.found])
     ends = np.cumsum(documents[:, 0])
     outside = held_out(len(documents), options.val, options.seed)
@@ -141,11 +163,17 @@ def _lay_out(
         layout = lay_out(options.packing, (ends - documents[:, 0])[chosen], tokens, lengths[split])
         rows = len(layout.rows) - 1
         if not rows:
-            more = "a smaller --length or --val" if split == "train" else "a larger --val, or a smaller --val-length"
+            more = (
+                "a smaller --length or --val"
+                if split == "train"
+                else "a larger --val, or a smaller --val-length"
+            )
             found = f"the {split} split has {tokens.sum()} tokens in {len(tokens)} documents"
             raise DataError(f"{found}, less than a row of {lengths[split]}: choose {more}")
         write_layout(folder, split, layout)
-        source.parts[split] = Rows(source.header_of(split), tokenizer.vocabulary, folder, split, np.arange(rows))
+        source.parts[split] = Rows(
+            source.header_of(split), tokenizer.vocabulary, folder, split, np.arange(rows)
+        )
         padding = 1 - float(layout.lengths.sum()) / (rows * lengths[split])
         reports[split] = SplitReport(len(tokens), int(tokens.sum()), int(size.sum()), padding, layout.dropped)
     return source, reports

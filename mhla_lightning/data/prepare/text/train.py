@@ -66,22 +66,33 @@ def train_tokenizer(
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
     core.train_from_iterator(texts(), trainer)
     if not counts["documents"]:
         raise DataError(f"{', '.join(map(str, inputs))}: no text was found")
     _write(target, core.to_str(pretty=True))
     tokenizer = open_tokenizer(str(target))
-    probe = list(islice((text for source in sources for group in source.groups(1) for text in group.texts() if text), _PROBED))
+    probe = list(
+        islice(
+            (text for source in sources for group in source.groups(1) for text in group.texts() if text),
+            _PROBED,
+        )
+    )
     rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
     return Trained(tokenizer, counts["documents"], counts["bytes"], rate)
 
 
 def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
     if vocabulary < LEAST or vocabulary > 2**24:
-        raise UserError(f"--vocabulary is {vocabulary}; it must be from {LEAST} (all bytes and {END}) to {2**24}")
+        raise UserError(
+            f"--vocabulary is {vocabulary}; it must be from {LEAST} (all bytes and {END}) to {2**24}"
+        )
     if target.suffix != ".json":
-        raise UserError(f"--to {target} must name a file that ends in .json, for example {target / 'tokenizer.json'}")
+        raise UserError(
+            f"--to {target} must name a file that ends in .json, for example {target / 'tokenizer.json'}"
+        )
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists: choose another file, or pass --overwrite")
     if not target.absolute().parent.is_dir():

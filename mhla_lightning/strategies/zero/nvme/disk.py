@@ -28,11 +28,15 @@ def check_disk(zero: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is not set; device nvme needs a folder on a fast local disk")
         path = Path(zero[place]["nvme_path"])
         if not path.is_dir():
-            raise UserError(f"{key} is {path}, and there is no such folder on this machine; name a folder on a fast local disk")
+            raise UserError(
+                f"{key} is {path}, and there is no such folder on this machine; name a folder on a fast local disk"
+            )
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"{key} is {path}, which cannot be written")
     if on_disk(zero) and not _reads_and_writes():
-        raise UserError("trainer.strategy: device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ compiler")
+        raise UserError(
+            "trainer.strategy: device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ compiler"
+        )
 
 
 def _reads_and_writes() -> bool:

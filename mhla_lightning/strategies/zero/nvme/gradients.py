@@ -29,13 +29,18 @@ class _AlignedReads:
 
     def __call__(self, aio_handle: Any, parameter: Tensor, gradient_tensor: Tensor) -> None:
         info = self._swapper.swap_params_info[self._swapper.parameter_id(parameter)]
-        stored = [(gradient_tensor.narrow(0, gradient.offset, gradient.length), gradient.path) for gradient in info.swapped_gradients.values()]
+        stored = [
+            (gradient_tensor.narrow(0, gradient.offset, gradient.length), gradient.path)
+            for gradient in info.swapped_gradients.values()
+        ]
         if all(place.data_ptr() % ALIGNED == 0 for place, _ in stored):
             self._direct(aio_handle, parameter, gradient_tensor)
             return
         longest = max(len(place) for place, _ in stored)
         if len(self._landing) < longest:
-            self._landing = aio_handle.new_cpu_locked_tensor(longest, torch.empty(0, dtype=gradient_tensor.dtype))
+            self._landing = aio_handle.new_cpu_locked_tensor(
+                longest, torch.empty(0, dtype=gradient_tensor.dtype)
+            )
         for place, path in stored:
             read = self._landing.narrow(0, 0, len(place))
             aio_handle.async_pread(read, path, 0)

@@ -19,13 +19,21 @@ class DiskWeights(Zero3Weights):
     """ZeRO stage 3 with a disk: groups of masters and their moments, and large weights, are in memory by turns."""
 
     def _part(self, held: Tensor, offset: int, numel: int) -> Tensor:
-        return super()._part(held, offset, numel) if held.ndim and held.numel() else torch.empty(0, dtype=torch.float32)
+        return (
+            super()._part(held, offset, numel)
+            if held.ndim and held.numel()
+            else torch.empty(0, dtype=torch.float32)
+        )
 
     def _group(self, fragment: Fragment) -> int | None:
         """The number of the optimizer's group that a fragment is in, where it lies on a disk."""
         if fragment.flat is None:
             return None
-        group = next(number for number, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat) if flat is fragment.flat)
+        group = next(
+            number
+            for number, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat)
+            if flat is fragment.flat
+        )
         return group if self.optimizer._swappable_optimizer_subgroup(group) else None
 
     def lots(self, fragments: Sequence[Fragment]) -> list[list[Fragment]]:
@@ -49,7 +57,12 @@ class DiskWeights(Zero3Weights):
     @contextmanager
     def _loaded_group(self, group: int, lot: list[Fragment], changed: bool) -> Iterator[list[Fragment]]:
         with self._masters(group, changed):
-            yield [replace(fragment, values=self._part(cast(Tensor, fragment.flat), fragment.offset, fragment.size)) for fragment in lot]
+            yield [
+                replace(
+                    fragment, values=self._part(cast(Tensor, fragment.flat), fragment.offset, fragment.size)
+                )
+                for fragment in lot
+            ]
 
     @contextmanager
     def _masters(self, group: int, changed: bool) -> Iterator[None]:
@@ -61,7 +74,11 @@ class DiskWeights(Zero3Weights):
         try:
             yield
         finally:
-            leave = self.optimizer._optimizer_states_and_gradient_swap_out if changed else self.optimizer._release_swap_buffers
+            leave = (
+                self.optimizer._optimizer_states_and_gradient_swap_out
+                if changed
+                else self.optimizer._release_swap_buffers
+            )
             leave(group)
 
     @contextmanager
@@ -104,7 +121,11 @@ class DiskWeights(Zero3Weights):
         _settle([parameter for parameter, _, _ in members if _away(parameter)])
         for parameter, stretch, function in members:
             master = self._part(cast(Tensor, stretch.flat), stretch.offset, parameter.ds_tensor.ds_numel)
-            for values in (master, *([] if _away(parameter) else [parameter.ds_tensor]), *([parameter.data] if parameter.numel() else [])):
+            for values in (
+                master,
+                *([] if _away(parameter) else [parameter.ds_tensor]),
+                *([parameter.data] if parameter.numel() else []),
+            ):
                 function(values)
             if _away(parameter):
                 away.append((parameter, master))
@@ -113,7 +134,9 @@ class DiskWeights(Zero3Weights):
             parameters[0].nvme_swapper.swap_out_partitioned_params(list(parameters), list(masters))
 
     def _gather(self, parameters: list[Any]) -> None:
-        for parameter in parameters:  # one by one: DeepSpeed has few buffers, and each is free again once its weight is whole
+        for parameter in (
+            parameters
+        ):  # one by one: DeepSpeed has few buffers, and each is free again once its weight is whole
             parameter.all_gather([parameter])
             if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
                 parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
@@ -132,7 +155,10 @@ class DiskWeights(Zero3Weights):
 
         def restore() -> None:
             stretch.data = own
-            stretch.status, stretch.final_location = PartitionedParamStatus.NOT_AVAILABLE, OffloadDeviceEnum.nvme
+            stretch.status, stretch.final_location = (
+                PartitionedParamStatus.NOT_AVAILABLE,
+                OffloadDeviceEnum.nvme,
+            )
 
         return restore
 
