@@ -31,11 +31,13 @@ _GRACE = 60.0  # seconds that a failed run waits for the checkpoint it was writi
 class Checkpoint(LightningCheckpoint):
     """Saves `checkpoints/step-.../` every `every_n_steps` optimizer steps and at the end.
 
-    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps neither random generators nor the average;
-    its DeepSpeed checkpoints are pickles that only the same number of ranks can load.
+    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps
+    neither random generators nor the average; its DeepSpeed checkpoints are pickles that only the same number
+    of ranks can load.
 
-    What a step logs is written after the callbacks have seen its end. A checkpoint of it becomes complete only then: a run killed between the two
-    would go on behind the step, and its numbers would never be made up.
+    What a step logs is written after the callbacks have seen its end. A checkpoint of it becomes complete
+    only then: a run killed between the two would go on behind the step, and its numbers would never be made
+        up.
 
     Args:
         run: the run folder.
@@ -52,7 +54,8 @@ class Checkpoint(LightningCheckpoint):
         save_seconds: from the call to the complete checkpoint, the longest so far, earlier attempts included.
 
     Raises:
-        UserError: from the training, a disk that is full or cannot be written; the checkpoints before stay as they are.
+        UserError: from the training, a disk that is full or cannot be written; the checkpoints before stay as
+            they are.
     """
 
     def __init__(
@@ -101,11 +104,15 @@ class Checkpoint(LightningCheckpoint):
         self._complete_logged(trainer)
 
     def save_after_this_step(self) -> None:
-        """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it stands."""
+        """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it
+        stands.
+        """
         self._asked = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation due at the same step comes first: a run killed between the two would never make it up."""
+        """A validation due at the same step comes first: a run killed between the two would never make it
+        up.
+        """
         self._measured = (
             trainer.global_step,
             {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val")},
@@ -117,11 +124,14 @@ class Checkpoint(LightningCheckpoint):
         tag, tags = self.keep.monitor, self._measured[1]
         if tag is not None and tags and tag not in tags:
             raise UserError(
-                f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: {', '.join(sorted(tags))}"
+                f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: "
+                f"{', '.join(sorted(tags))}"
             )
 
     def _save_if_due(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
-        """After a step that was left out the next one that is taken is saved: while all fail, good checkpoints must not be pushed out."""
+        """After a step that was left out the next one that is taken is saved: while all fail, good
+        checkpoints must not be pushed out.
+        """
         if self._due and not was_skipped(trainer):
             self._due = False
             self.save(trainer, logged=logged)
@@ -135,7 +145,8 @@ class Checkpoint(LightningCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if not self._logged.is_set() and _steps_written(trainer) == self._written:
-            return  # the numbers of its step are not: as after a kill, the run goes on from the checkpoint before
+            # the numbers of its step are not: as after a kill, the run goes on from the checkpoint before
+            return
         self._logged.set()
         if self._writer is not None:  # no collective here: the other ranks may be gone
             self._writer.wait(_GRACE)
@@ -190,7 +201,9 @@ class Checkpoint(LightningCheckpoint):
             self._complete_logged(trainer)
 
     def _complete_logged(self, trainer: pl.Trainer) -> None:
-        """Makes the checkpoint complete that waits for its step's numbers to be written; every rank calls it."""
+        """Makes the checkpoint complete that waits for its step's numbers to be written; every rank calls
+        it.
+        """
         self._logged.set()
         complete, self._complete = self._complete, None
         if complete is not None:
@@ -215,7 +228,9 @@ class Checkpoint(LightningCheckpoint):
         return None
 
     def finish_writing(self, trainer: pl.Trainer) -> None:
-        """Completes the last checkpoint, and waits for the thread that may still write it; every rank calls it."""
+        """Completes the last checkpoint, and waits for the thread that may still write it; every rank
+        calls it.
+        """
         self._complete_logged(trainer)
         writer, self._writer = self._writer, None
         if self.asynchronous:
@@ -259,6 +274,8 @@ def _steps_written(trainer: pl.Trainer) -> int:
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after this batch (val_check_interval in batches, check_val_every_n_epoch 1)."""
+    """Whether Lightning validates after this batch (val_check_interval in batches, check_val_every_n_epoch
+    1).
+    """
     every = trainer.val_check_batch
     return trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0

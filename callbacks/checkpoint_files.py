@@ -22,7 +22,8 @@ from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, Stretch, file_name
 
 
 def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:
-    """What this rank writes; every rank calls it, and collectives happen here, not while the files are written.
+    """What this rank writes; every rank calls it, and collectives happen here, not while the files are
+    written.
 
     Args:
         folder: the unfinished checkpoint folder.
@@ -61,7 +62,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _add_lots(parts: Parts, trainer: pl.Trainer, local: ZeroWeights, later: bool) -> None:
-    """Weights and optimizer state, a file for what is in memory at one time. What lies on a disk is read when its file is written."""
+    """Weights and optimizer state, a file for what is in memory at one time. What lies on a disk is read
+    when its file is written.
+    """
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
     lots = saved_lots(local, module)
     for number, lot in enumerate(lots):

@@ -33,8 +33,8 @@ class How:
 class DrawSamples(AfterStep):
     """Draws the same noises again and again while a diffusion model trains.
 
-    The averaged weights draw, where the run has callbacks.EMA. All ranks draw, since a sharded model needs them; no generator of the process is used,
-    so that training goes on as if nothing had been drawn.
+    The averaged weights draw, where the run has callbacks.EMA. All ranks draw, since a sharded model needs
+    them; no generator of the process is used, so that training goes on as if nothing had been drawn.
 
     Args:
         counts: numbers by argument, which must be at least 1; `first` and `steps` among them.

@@ -19,16 +19,19 @@ from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 
 class EMA(AfterStep):
-    """Averages the weights in float32 after every optimizer step and validates them as `val_ema/...` beside the raw ones.
+    """Averages the weights in float32 after every optimizer step and validates them as `val_ema/...` beside
+    the raw ones.
 
-    Where weights are split over ranks, a rank averages the float32 masters that it owns; they are put together for forwards only.
+    Where weights are split over ranks, a rank averages the float32 masters that it owns; they are put
+    together for forwards only.
 
-    Lightning's WeightAveraging lacks both: it validates the average only, averages in the weights' own dtype (0.9999 is below bf16's resolution),
-    and loses the average under DeepSpeed (Lightning 21414).
+    Lightning's WeightAveraging lacks both: it validates the average only, averages in the weights' own dtype
+    (0.9999 is below bf16's resolution), and loses the average under DeepSpeed (Lightning 21414).
 
     Args:
         decay: weight of the old average in a step.
-        warmup: use min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not held back by its random start.
+        warmup: use min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not held back by
+            its random start.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -98,7 +101,9 @@ class EMA(AfterStep):
 
     @contextmanager
     def averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Inside, forwards of the module use the average; after, its own weights again, bit for bit. Every rank calls it."""
+        """Inside, forwards of the module use the average; after, its own weights again, bit for bit. Every
+        rank calls it.
+        """
         self._start(trainer, pl_module)
         with local_weights(trainer).swapped(_backbone(pl_module), self.average):
             yield
@@ -135,7 +140,8 @@ class EMA(AfterStep):
         saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
         if saved is None:
             raise UserError(
-                f"{self._resume} does not hold this model's average; start a new run with --fresh or take EMA out of trainer.callbacks"
+                f"{self._resume} does not hold this model's average; start a new run with --fresh or "
+                "take EMA out of trainer.callbacks"
             )
         for fragment in fragments:
             self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, fragment.size))

@@ -18,10 +18,11 @@ from mhla_lightning.strategies.local import run_forward
 def first_layer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[tuple[Any, int]]
 ) -> str:
-    """Runs batches again, forward and then backward, and says in half a sentence where numbers stop being finite.
+    """Runs batches again, forward and then backward, and says in half a sentence where numbers stop being
+    finite.
 
-    Every rank calls it with as many batches; a rank's own failure is told, not raised. Gradients are left behind. Dropout draws anew: what hung on
-    it may not come back.
+    Every rank calls it with as many batches; a rank's own failure is told, not raised. Gradients are left
+    behind. Dropout draws anew: what hung on it may not come back.
 
     Args:
         batches: a training step's, with their numbers.
@@ -68,9 +69,14 @@ class _Search:
                 tensor.register_hook(partial(self.in_backward, name))
 
     def in_backward(self, name: str, gradient: Tensor) -> None:
-        """A hook on what a layer is given and on its weights; layers come from the last to the first, inner ones before outer ones."""
+        """A hook on what a layer is given and on its weights; layers come from the last to the first,
+        inner ones before outer ones.
+        """
         if not self.found and not _finite([gradient]):
-            self.found = f"the forward is finite, and the first layer, going backward, whose gradients are not is {name}"
+            self.found = (
+                "the forward is finite, and the first layer, going backward, whose gradients are not is "
+                f"{name}"
+            )
 
 
 @contextmanager

@@ -26,19 +26,21 @@ _SHOWN = 4  # samples that the message names
 
 
 class Health(StepGuard):
-    """Leaves out a step whose loss or gradients are not finite, or whose loss leaps, counts it (train/skipped_steps) and names its samples in the
-    run folder; after too many in a row the run stops.
+    """Leaves out a step whose loss or gradients are not finite, or whose loss leaps, counts it
+    (train/skipped_steps) and names its samples in the run folder; after too many in a row the run stops.
 
-    Weights, optimizer and average are then as before the step, bit for bit; the step number, the data and the learning rate go on. A rank's bad
-    loss makes its gradients NaN, and so those of all ranks: all see the same norm and decide alike, without asking each other. DeepSpeed looks at
-    the gradients and leaves out the step by itself; elsewhere the gradients are taken away, and the optimizer finds nothing to do. On a GPU that
-    makes the host wait for the backward once a step, as a loss scaler does.
+    Weights, optimizer and average are then as before the step, bit for bit; the step number, the data and the
+    learning rate go on. A rank's bad loss makes its gradients NaN, and so those of all ranks: all see the
+    same norm and decide alike, without asking each other. DeepSpeed looks at the gradients and leaves out the
+    step by itself; elsewhere the gradients are taken away, and the optimizer finds nothing to do. On a GPU
+    that makes the host wait for the backward once a step, as a loss scaler does.
 
     Args:
         run: the run folder.
         max_skipped: steps in a row that may be left out.
-        spike_factor: leave out a step whose loss is more than so many times the median of the last 100 steps taken, from the 20th on; None does not
-            look. The loss is that of the global batch, which costs a reduction a step.
+        spike_factor: leave out a step whose loss is more than so many times the median of the last 100 steps
+            taken, from the 20th on; None does not look. The loss is that of the global batch, which costs a
+            reduction a step.
 
     Raises:
         UserError: from the training, more than `max_skipped` steps in a row.
@@ -76,7 +78,8 @@ class Health(StepGuard):
         self._loss = float(trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean"))
         self._losses.clear()
         usual = statistics.median(self._recent) if len(self._recent) >= ENOUGH else 0.0
-        self._leapt = usual > 0 and self._loss > self.factor * usual  # type: ignore[operator]  # not None: see the caller
+        # # not None: see the caller
+        self._leapt = usual > 0 and self._loss > self.factor * usual  # type: ignore[operator]
         return self._leapt
 
     def on_before_optimizer_step(
@@ -130,20 +133,26 @@ class Health(StepGuard):
         if self.row > self.max_skipped:
             layer = "" if self._leapt else f"{self._first_layer(trainer, pl_module)}; "
             raise UserError(
-                f"{reason}, and {self.row} steps in a row were left out (health.max_skipped is {self.max_skipped}); {layer}"
-                f"{self._checkpoint(self._step - self.row)}; {folder} names the samples ({_some(_of_all_ranks(trainer, keys))}): look at them"
-                " (mhla data preview), or lower model.optimizer.lr or set trainer.gradient_clip_val, and resume"
+                f"{reason}, and {self.row} steps in a row were left out (health.max_skipped is "
+                f"{self.max_skipped}); {layer}"
+                f"{self._checkpoint(self._step - self.row)}; {folder} names the samples "
+                f"({_some(_of_all_ranks(trainer, keys))}): look at them"
+                " (mhla data preview), or lower model.optimizer.lr or set trainer.gradient_clip_val, "
+                "and resume"
             )
         if trainer.is_global_zero:
             log.warning(f"step {self._step} is left out: {reason}; {folder} names its samples")
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, list[str]]:
-        """Why the step was left out, the same on all ranks, and the samples of this rank that it is about. No reason: a loss scale too large."""
+        """Why the step was left out, the same on all ranks, and the samples of this rank that it is about.
+        No reason: a loss scale too large.
+        """
         everything = [key for keys, _ in self._batches for key in keys]
         if self._leapt:
             times = self._loss / statistics.median(self._recent)
             return (
-                f"the loss of step {self._step} is {times:.3g} times the median before it (health.spike_factor is {self.factor})",
+                f"the loss of step {self._step} is {times:.3g} times the median before it "
+                f"(health.spike_factor is {self.factor})",
                 everything,
             )
         bad = [not loss.isfinite() for _, loss in self._batches]
@@ -173,7 +182,9 @@ class Health(StepGuard):
             self._searching = False
 
     def _checkpoint(self, taken: int) -> str:
-        """Which checkpoint can be gone on from, `taken` being the last step that was: whether its weights are good no later loss has shown."""
+        """Which checkpoint can be gone on from, `taken` being the last step that was: whether its weights
+        are good no later loss has shown.
+        """
         names = [path.name for path in complete_checkpoints(self.run.path)]
         good = [name for name in names if name < step_folder(taken)]
         if not names:

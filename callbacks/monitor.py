@@ -1,4 +1,6 @@
-"""What every run shows in TensorBoard besides its loss: speed, where the time goes, learning rate, gradient norm, mixing matrices."""
+"""What every run shows in TensorBoard besides its loss: speed, where the time goes, learning rate,
+gradient norm, mixing matrices.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,14 @@ from mhla_lightning.strategies.local import local_weights
 
 
 class Monitor(pl.Callback):
-    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute, skipped and skipped_steps,
-    and of a mixture consumed/SOURCE, every `log_every_n_steps` steps.
+    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute,
+    skipped and skipped_steps, and of a mixture consumed/SOURCE, every `log_every_n_steps` steps.
 
-    The loss is that of the last step's global batch: over all its micro batches and ranks, where self.log would show one rank's last micro batch.
-    Of a step that was left out they may be no numbers: the curves have a hole there.
-    Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for data and name their tags by optimizer group and device.
-    Times are seconds an optimizer step, on the host: on a GPU the wait for the device falls to whatever call waits.
+    The loss is that of the last step's global batch: over all its micro batches and ranks, where self.log
+    would show one rank's last micro batch. Of a step that was left out they may be no numbers: the curves
+    have a hole there. Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for
+    data and name their tags by optimizer group and device. Times are seconds an optimizer step, on the host:
+    on a GPU the wait for the device falls to whatever call waits.
 
     Args:
         batch_size: samples of one optimizer step over all processes.
@@ -37,7 +40,8 @@ class Monitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        self._every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
+        # # set by its logger connector
+        self._every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._restart(time.perf_counter())
 
     def _restart(self, now: float) -> None:

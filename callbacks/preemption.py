@@ -19,13 +19,17 @@ _RESERVE = 15.0  # seconds
 
 
 class Preemption(AfterStep):
-    """Saves and stops all ranks at the same step when one of them got SIGUSR1 or SIGTERM, or when the time of the job runs out.
+    """Saves and stops all ranks at the same step when one of them got SIGUSR1 or SIGTERM, or when the time of
+    the job runs out.
 
-    Lightning's own handlers save or broadcast inside the signal handler: with 20 ms between the ranks' signals they meet different collectives
-    (Lightning issue 21406), so they are taken out (`leave_signals_alone`). Here a signal sets a flag and nothing else. The flags meet in an
-    all-reduce of one number on the CPU, begun at the start of a step and awaited at its end: no GPU waits for it, and all ranks decide alike.
+    Lightning's own handlers save or broadcast inside the signal handler: with 20 ms between the ranks'
+    signals they meet different collectives (Lightning issue 21406), so they are taken out
+    (`leave_signals_alone`). Here a signal sets a flag and nothing else. The flags meet in an all-reduce of
+    one number on the CPU, begun at the start of a step and awaited at its end: no GPU waits for it, and all
+    ranks decide alike.
     A step that was left out is not saved: the next that is taken is the last then.
-    The checkpoint is the callback's that saves anyway: after a validation that is due at that step, with metrics logged as in any other step.
+    The checkpoint is the callback's that saves anyway: after a validation that is due at that step, with
+    metrics logged as in any other step.
 
     Args:
         checkpoint: the callback that saves.
@@ -117,7 +121,8 @@ class JobClock:
         self._last = now
 
     def is_over(self, save_seconds: float) -> bool:
-        """Whether there is only time left for the step that begins now, one more, and twice the longest save so far.
+        """Whether there is only time left for the step that begins now, one more, and twice the longest save
+        so far.
 
         At most half of the job is given away: a validation may have been the longest step.
         """
@@ -126,5 +131,7 @@ class JobClock:
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> None:
-    """Keeps Lightning from installing signal handlers: its SIGTERM handler does a broadcast where the signal happens to arrive."""
+    """Keeps Lightning from installing signal handlers: its SIGTERM handler does a broadcast where the
+    signal happens to arrive.
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -20,7 +20,8 @@ _FIRST_STEPS = 10  # a job that ends before is taken for one that dies at its st
 
 
 class ProgressFile(pl.Callback):
-    """Rewrites progress.json every `seconds` and after the first ten steps, and prints a line after each validation where no progress bar can draw.
+    """Rewrites progress.json every `seconds` and after the first ten steps, and prints a line after each
+    validation where no progress bar can draw.
 
     Args:
         run: the run folder.

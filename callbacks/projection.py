@@ -16,9 +16,9 @@ from mhla_lightning.strategies.local import local_weights
 class ProjectMixing(AfterStep):
     """Projects all mixing matrices after every optimizer step.
 
-    Without it a run with the block normalizer can go to NaN: a negative weight lets the denominator cross zero. Where a strategy keeps float32
-    masters or splits the weights, every tensor of this rank that holds values of the matrix is projected: a master left out would undo it at the
-    next step.
+    Without it a run with the block normalizer can go to NaN: a negative weight lets the denominator cross
+    zero. Where a strategy keeps float32 masters or splits the weights, every tensor of this rank that holds
+    values of the matrix is projected: a master left out would undo it at the next step.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

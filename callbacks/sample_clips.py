@@ -25,11 +25,13 @@ SHEET, MOVING = "samples/sheet", "samples/clips"
 
 
 class SampleClips(DrawSamples):
-    """Draws clips of the same noises again and again while a video diffusion model trains, as two images in TensorBoard.
+    """Draws clips of the same noises again and again while a video diffusion model trains, as two images in
+    TensorBoard.
 
-    `samples/sheet` is a contact sheet, a row a clip and its frames over time; `samples/clips` is an animated GIF of all clips beside each other, in
-    the order of the rows (what add_video of torch writes, which needs moviepy). Both are small pictures of about 160 pixels. The averaged weights
-    draw, where the run has callbacks.EMA, one clip at a time. Training goes on as if nothing had been drawn.
+    `samples/sheet` is a contact sheet, a row a clip and its frames over time; `samples/clips` is an animated
+    GIF of all clips beside each other, in the order of the rows (what add_video of torch writes, which needs
+    moviepy). Both are small pictures of about 160 pixels. The averaged weights draw, where the run has
+    callbacks.EMA, one clip at a time. Training goes on as if nothing had been drawn.
 
     Args:
         sheets: how many, at steps that grow by the same factor from `first` to the end of the run.
@@ -41,8 +43,8 @@ class SampleClips(DrawSamples):
         seed: of the noises.
 
     Raises:
-        UserError: counts below 1, no prompt; from the start of training, a sampler that does not serve the model's process, or a prompt that is too
-            long.
+        UserError: counts below 1, no prompt; from the start of training, a sampler that does not serve the
+            model's process, or a prompt that is too long.
     """
 
     def __init__(

@@ -21,10 +21,11 @@ TAG = "samples"
 
 
 class SampleGrids(DrawSamples):
-    """Draws the same noises again and again while an image diffusion model trains, as the image `samples` in TensorBoard.
+    """Draws the same noises again and again while an image diffusion model trains, as the image `samples` in
+    TensorBoard.
 
-    The averaged weights draw, where the run has callbacks.EMA. A column is a class, and rows are other noises. Training goes on as if nothing had
-    been drawn.
+    The averaged weights draw, where the run has callbacks.EMA. A column is a class, and rows are other
+    noises. Training goes on as if nothing had been drawn.
 
     Args:
         grids: how many, at steps that grow by the same factor from `first` to the end of the run.
@@ -36,7 +37,8 @@ class SampleGrids(DrawSamples):
         seed: of the noises.
 
     Raises:
-        UserError: counts below 1; from the start of training, a sampler that does not serve the model's process, or an unknown class.
+        UserError: counts below 1; from the start of training, a sampler that does not serve the model's
+            process, or an unknown class.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ class StepGuard(pl.Callback):
     Attributes:
         skipped: the last step was left out: weights and optimizer are as before it.
         skipped_steps: how many were, in the whole run.
-        gradient_norm: norm of the last step's gradients before they were clipped, over all ranks; None where the strategy knows it.
+        gradient_norm: norm of the last step's gradients before they were clipped, over all ranks; None where
+            the strategy knows it.
     """
 
     skipped: bool = False
@@ -37,7 +38,9 @@ def was_skipped(trainer: pl.Trainer) -> bool:
 
 
 class AfterStep(pl.Callback):
-    """A callback that acts after every optimizer step that was taken. Lightning's own hook comes before the step, or after every batch."""
+    """A callback that acts after every optimizer step that was taken. Lightning's own hook comes before
+    the step, or after every batch.
+    """
 
     def __init__(self) -> None:
         self._step = 0

@@ -1,1 +1,3 @@
-"""SLURM: site profiles, the batch script, and the commands around it. Imports no torch, so that its verbs answer at once."""
+"""SLURM: site profiles, the batch script, and the commands around it. Imports no torch, so that its verbs
+answer at once.
+"""

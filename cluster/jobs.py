@@ -16,7 +16,8 @@ ATTEMPTS, CANCELLED = "slurm/attempts", "slurm/cancelled"
 class Attempt:
     """One line of the batch script's record.
 
-    kind: started, finished, preempted, failed, mistake or cancelled. code: exit code. begun, reached: optimizer steps. Empty fields are None.
+    kind: started, finished, preempted, failed, mistake or cancelled. code: exit code. begun, reached:
+        optimizer steps. Empty fields are None.
     """
 
     job: str
@@ -37,7 +38,8 @@ def read_job(run: RunFolder) -> dict[str, Any] | None:
     facts: dict[str, Any] | None = read_json(run.job)
     if facts is not None and facts.get("format") != FORMAT:
         raise UserError(
-            f"{run.job} has format {facts.get('format')}; this version reads format {FORMAT}; submit the recipe again under another --run-id"
+            f"{run.job} has format {facts.get('format')}; this version reads format {FORMAT}; submit "
+            "the recipe again under another --run-id"
         )
     return facts
 

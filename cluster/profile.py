@@ -37,7 +37,8 @@ _MAIL = (
 class Container:
     """The image that training runs in.
 
-    kind: pyxis (srun's --container-image, by Enroot) or apptainer. image: a file, or an address such as docker://... mounts: SOURCE:TARGET besides
+    kind: pyxis (srun's --container-image, by Enroot) or apptainer. image: a file, or an address such as
+        docker://... mounts: SOURCE:TARGET besides
     the run folders and the working directory, which are always there. python: in the image.
     """
 
@@ -114,7 +115,8 @@ class Profile:
             value = getattr(self, name)
             if value is not None and not _WORD.fullmatch(value):
                 raise UserError(
-                    f"{name} of profile {self.name} is {value!r}; SLURM takes one word there, without blanks or quotes"
+                    f"{name} of profile {self.name} is {value!r}; SLURM takes one word there, "
+                    "without blanks or quotes"
                 )
         for name, low in (
             ("gpus_per_node", 0),
@@ -129,12 +131,14 @@ class Profile:
                 )
         if any(not option.startswith("--") or "\n" in option for option in self.sbatch):
             raise UserError(
-                f"sbatch of profile {self.name} is {self.sbatch}; each is one option of sbatch, such as --switches=1"
+                f"sbatch of profile {self.name} is {self.sbatch}; each is one option of sbatch, such "
+                "as --switches=1"
             )
         for name in self.env:
             if not _ENVIRONMENT_NAME.fullmatch(name):
                 raise UserError(
-                    f"env of profile {self.name} has the key {name!r}; a variable's name has letters, digits and _"
+                    f"env of profile {self.name} has the key {name!r}; a variable's name has "
+                    "letters, digits and _"
                 )
         if self.signal not in ("batch", "step"):
             raise UserError(unknown_name("signal", self.signal, ("batch", "step"), of=f"profile {self.name}"))
@@ -155,7 +159,8 @@ class Profile:
             raise UserError(f"container.image of profile {self.name}: there is no {image}")
         if self.venv is not None and not (Path(self.venv).expanduser() / "bin" / "activate").is_file():
             raise UserError(
-                f"venv of profile {self.name}: there is no {Path(self.venv).expanduser() / 'bin' / 'activate'}"
+                f"venv of profile {self.name}: there is no "
+                f"{Path(self.venv).expanduser() / 'bin' / 'activate'}"
             )
 
 
@@ -168,7 +173,8 @@ def minutes(text: str, key: str) -> int:
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(
-            f"{key} is {text!r}; SLURM's forms are MINUTES, HOURS:MINUTES:SECONDS and DAYS-HOURS:MINUTES:SECONDS"
+            f"{key} is {text!r}; SLURM's forms are MINUTES, HOURS:MINUTES:SECONDS and "
+            "DAYS-HOURS:MINUTES:SECONDS"
         )
     fields = [int(field) for field in match["fields"].split(":")]
     if match["days"] is not None:
@@ -184,7 +190,9 @@ def minutes(text: str, key: str) -> int:
 
 
 def profile_names() -> dict[str, Path]:
-    """Profiles that are found by name: yours in ~/.config/mhla/profiles (or $MHLA_PROFILES) before the packaged examples."""
+    """Profiles that are found by name: yours in ~/.config/mhla/profiles (or $MHLA_PROFILES) before the
+    packaged examples.
+    """
     own = Path(os.environ.get("MHLA_PROFILES") or Path.home() / ".config" / "mhla" / "profiles")
     return {path.stem: path for folder in (PROFILES, own) for path in sorted(folder.glob("*.yaml"))}
 
@@ -237,7 +245,8 @@ def _build(kind: type, values: Mapping[str, Any], of: str, prefix: str) -> Any:
             and values.get(field.name) is None
         ):
             raise UserError(
-                f"{of} has no key '{prefix}{field.name}'; it needs one: {_type_name(hints[field.name])}, see {PROFILES / 'venv.yaml'}"
+                f"{of} has no key '{prefix}{field.name}'; it needs one: "
+                f"{_type_name(hints[field.name])}, see {PROFILES / 'venv.yaml'}"
             )
     given = {key: value for key, value in values.items() if value is not None}
     return kind(**{key: _typed(value, hints[key], of, f"{prefix}{key}") for key, value in given.items()})
@@ -255,7 +264,8 @@ def _typed(value: Any, hint: Any, of: str, key: str) -> Any:
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         if key == "time":
             raise UserError(
-                f"{key} of {of} is the number {value}: YAML reads 24:00:00 as seconds, so write it in quotes, time: '24:00:00'"
+                f"{key} of {of} is the number {value}: YAML reads 24:00:00 as seconds, so write it "
+                "in quotes, time: '24:00:00'"
             )
         return str(value)  # account: 4711, memory: 0
     if not isinstance(value, origin) or (isinstance(value, bool) and hint is not bool):

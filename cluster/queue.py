@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
 
-# Of squeue's table every column is as wide as this: separators may stand in a reason, and without a width squeue cuts at 20.
+# Of squeue's table every column is as wide as this: separators may stand in a reason, and without a width
+# squeue cuts at 20.
 _WIDTH = 200
 _COLUMNS = ("JobArrayID", "State", "Reason", "RestartCnt", "NodeList", "TimeLeft", "StartTime")
 _SACCT = ("JobID", "State", "ExitCode", "NodeList")
@@ -29,7 +30,9 @@ ACTIVE = (
 
 @dataclass(frozen=True)
 class QueueState:
-    """state: SLURM's word for it. reason: why it waits or has failed. restarts: None where accounting alone knows the job."""
+    """state: SLURM's word for it. reason: why it waits or has failed. restarts: None where accounting
+    alone knows the job.
+    """
 
     state: str
     reason: str | None = None
@@ -45,7 +48,8 @@ class QueueState:
 
 
 def ask(slurm: Slurm, jobs: Sequence[str]) -> dict[str, QueueState]:
-    """State of each job that SLURM still knows: from squeue, then, for older ones, from sacct where the site keeps accounts.
+    """State of each job that SLURM still knows: from squeue, then, for older ones, from sacct where the site
+    keeps accounts.
 
     Raises:
         UserError: SLURM does not answer.

@@ -1,4 +1,6 @@
-"""From (recipe, profile, overrides) to a batch script, by pure functions; and the few calls of SLURM's own commands."""
+"""From (recipe, profile, overrides) to a batch script, by pure functions; and the few calls of SLURM's own
+commands.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ _TIMEOUT = 120  # seconds that a command of SLURM's may take
 class Options:
     """What a submission adds to recipe and profile.
 
-    run_id: of the run; with seeds each run is called `<run_id>-seed<N>`. runs: folder of all runs. cwd: where training starts, for relative paths.
-    nodes, devices, time: None is the recipe's or profile's own. seeds: an array job, one run each. after: SLURM job ids that must have finished.
+    run_id: of the run; with seeds each run is called `<run_id>-seed<N>`. runs: folder of all runs. cwd: where
+        training starts, for relative paths.
+    nodes, devices, time: None is the recipe's or profile's own. seeds: an array job, one run each. after:
+        SLURM job ids that must have finished.
     python: interpreter where the profile names no venv, conda or container.
     """
 
@@ -51,7 +55,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Submission:
-    """script: text for sbatch. recipes: run id -> recipe of that run. nodes, devices: of the job; devices are processes a node."""
+    """script: text for sbatch. recipes: run id -> recipe of that run. nodes, devices: of the job; devices
+    are processes a node.
+    """
 
     script: str
     recipes: dict[str, dict[str, Any]]
@@ -63,7 +69,8 @@ def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], opti
     """The batch script and the recipes of a submission; touches no file but the template.
 
     Raises:
-        UserError: more devices than the profile's nodes have, a path that SLURM or Python's search path cannot hold, a bad time.
+        UserError: more devices than the profile's nodes have, a path that SLURM or Python's search path
+            cannot hold, a bad time.
     """
     _check_paths(profile, options)
     given = apply_overrides(recipe.values, overrides)
@@ -97,7 +104,8 @@ def _check_paths(profile: Profile, options: Options) -> None:
         )
         if bad is not None:
             raise UserError(
-                f"the path {text!r} holds {bad!r}, which SLURM, containers or Python's search path take for their own; use another folder"
+                f"the path {text!r} holds {bad!r}, which SLURM, containers or Python's search path "
+                "take for their own; use another folder"
             )
 
 
@@ -107,7 +115,8 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and profile.gpus_per_node > 0)
     if on_gpu and profile.gpus_per_node == 0:
         raise UserError(
-            f"trainer.accelerator is {accelerator}, and profile {profile.name} has gpus_per_node 0; choose another profile or accelerator cpu"
+            f"trainer.accelerator is {accelerator}, and profile {profile.name} has gpus_per_node 0; "
+            "choose another profile or accelerator cpu"
         )
     wanted = asked
     if wanted is None:
@@ -119,7 +128,8 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
         )
     if on_gpu and wanted > profile.gpus_per_node:
         raise UserError(
-            f"{wanted} devices a node are asked for, and nodes of profile {profile.name} have {profile.gpus_per_node} (gpus_per_node)"
+            f"{wanted} devices a node are asked for, and nodes of profile {profile.name} have "
+            f"{profile.gpus_per_node} (gpus_per_node)"
         )
     return on_gpu, wanted
 
@@ -127,8 +137,8 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
 def _workers_and_threads(values: Mapping[str, Any], cpus: int, on_gpu: bool, fixed: bool) -> tuple[int, int]:
     """Loader processes and threads of each training process on its `cpus`.
 
-    On a GPU the loader gets all but two; on a CPU training itself needs them, and the recipe's workers stay as far as there is room.
-    A recipe without workers (0: tiny samples) and an override are left alone.
+    On a GPU the loader gets all but two; on a CPU training itself needs them, and the recipe's workers stay
+    as far as there is room. A recipe without workers (0: tiny samples) and an override are left alone.
     """
     own = int(((values.get("data") or {}).get("init_args") or {}).get("num_workers", 4) or 0)
     workers = own
@@ -183,10 +193,13 @@ def _script(profile: Profile, options: Options, nodes: int, devices: int, on_gpu
 
 
 def sbatch_options(profile: Profile, options: Options, nodes: int, devices: int, on_gpu: bool) -> list[str]:
-    """The `#SBATCH` lines. Paths are relative to the folder of all runs, where sbatch is called: run ids are plain names, other paths are not."""
+    """The `#SBATCH` lines. Paths are relative to the folder of all runs, where sbatch is called: run ids
+    are plain names, other paths are not.
+    """
     limit = options.time or profile.time
     folder = f"{options.run_id}-seed%a" if options.seeds else options.run_id
-    # SLURM looks at limits every 30 s: a warning comes up to 60 s early, and must not come before training has begun.
+    # SLURM looks at limits every 30 s: a warning comes up to 60 s early, and must not come before training
+    # has begun.
     warning = min(profile.signal_seconds, minutes(limit, "--time") * 60 // 6)
     given = {
         "job-name": options.run_id,
@@ -214,7 +227,9 @@ def sbatch_options(profile: Profile, options: Options, nodes: int, devices: int,
 
 
 def _node_path(text: str | None) -> str | None:
-    """A path that each node completes, as shell text: `{NAME}` is the node's environment variable NAME, all else stands as it is."""
+    """A path that each node completes, as shell text: `{NAME}` is the node's environment variable NAME,
+    all else stands as it is.
+    """
     if text is None:
         return None
     parts = _NODE_VARIABLE.split(str(Path(text).expanduser()))
@@ -296,7 +311,8 @@ class Slurm:
             )
         except FileNotFoundError as error:
             raise UserError(
-                f"there is no {command[0]} on this machine: this verb needs SLURM, on a login node or in an allocation (submit --dry-run needs none)"
+                f"there is no {command[0]} on this machine: this verb needs SLURM, on a login node "
+                "or in an allocation (submit --dry-run needs none)"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise UserError(

@@ -1,4 +1,6 @@
-"""What a queued job keeps of the moment of its submission: the code, where it came from, and what was installed."""
+"""What a queued job keeps of the moment of its submission: the code, where it came from, and what was
+installed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def package_folder() -> Path:
 
 
 def copy_code(destination: Path) -> None:
-    """Copies the package into `destination`/mhla_lightning, links as what they point to. Raises OSError, a full disk for example."""
+    """Copies the package into `destination`/mhla_lightning, links as what they point to. Raises OSError, a
+    full disk for example.
+    """
     target = destination / "mhla_lightning"
     if target.exists():
         shutil.rmtree(target)
@@ -49,7 +53,9 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch and changed files of the checkout that the code comes from; None outside a checkout or without git."""
+    """Commit, branch and changed files of the checkout that the code comes from; None outside a checkout
+    or without git.
+    """
     folder = package_folder()
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:

@@ -27,8 +27,8 @@ _LOCAL = {"running": "LOCAL", "finished": "FINISHED", "failed": "FAILED", "preem
 def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]:
     """Rows in the order of `runs`; the keys are the same in every row, unknown values are None.
 
-    run, job, state, reason, restarts, nodes, step, max_steps, loss, samples_per_second, checkpoint, job_time_left (as SLURM says it),
-    run_time_left (from the speed so far).
+    run, job, state, reason, restarts, nodes, step, max_steps, loss, samples_per_second, checkpoint,
+    job_time_left (as SLURM says it), run_time_left (from the speed so far).
     """
     jobs = {run.run_id: current_job(run) for run in runs}
     known, trouble = _ask(slurm, [job for job in jobs.values() if job is not None])

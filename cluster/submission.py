@@ -44,7 +44,8 @@ def queue_new(
     for run in runs:
         if run.path.exists():
             raise UserError(
-                f"run {run.run_id} exists already in {options.runs}; `mhla resume {run.run_id}` goes on with it, or choose another --run-id"
+                f"run {run.run_id} exists already in {options.runs}; `mhla resume {run.run_id}` goes "
+                "on with it, or choose another --run-id"
             )
     slurm.test(submission.script, options.runs)
     with _removed_on_failure(runs):
@@ -67,7 +68,8 @@ def queue_again(
     slurm: Slurm,
     facts: Mapping[str, Any],
 ) -> str:
-    """Queues a run that exists; returns the job id. A run that was never submitted gets its copy of the code now.
+    """Queues a run that exists; returns the job id. A run that was never submitted gets its copy of the code
+    now.
 
     Raises:
         UserError: SLURM refuses, the disk is full or not writable.
@@ -136,9 +138,11 @@ def _told() -> Iterator[None]:
         yield
     except shutil.Error as error:  # of copytree: a list of (source, destination, why)
         raise UserError(
-            f"cannot write the run folder: {error.args[0][0][2]}; choose another place with --runs or $MHLA_RUNS"
+            f"cannot write the run folder: {error.args[0][0][2]}; choose another place with --runs "
+            "or $MHLA_RUNS"
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write the run folder: {error.filename}: {error.strerror}; choose another place with --runs or $MHLA_RUNS"
+            f"cannot write the run folder: {error.filename}: {error.strerror}; choose another place "
+            "with --runs or $MHLA_RUNS"
         ) from error

@@ -1,4 +1,6 @@
-"""Randomness belongs to the sample, not to the process: a step is the same function of the global batch however it is split."""
+"""Randomness belongs to the sample, not to the process: a step is the same function of the global batch
+however it is split.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import numpy as np
 
 
 def philox(*key: int | str) -> np.random.Philox:
-    """A bit generator for `key`. numpy promises that a bit generator's raw output never changes; it does not for the distributions on top."""
+    """A bit generator for `key`. numpy promises that a bit generator's raw output never changes; it does
+    not for the distributions on top.
+    """
     name = "/".join(str(part) for part in key)
     return np.random.Philox(key=int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest()))
 
@@ -31,13 +35,15 @@ def run_seed() -> int:
 
 @contextmanager
 def sample_rng(seed: int, purpose: str, epoch: int, index: int) -> Iterator[None]:
-    """Inside the block python's, numpy's and torch's CPU generators are functions of (seed, purpose, epoch, index); afterwards they are as before.
+    """Inside the block python's, numpy's and torch's CPU generators are functions of (seed, purpose, epoch,
+    index); afterwards they are as before.
 
     So an augmentation is the same whichever rank or worker draws it. Costs about 0.1 ms.
     """
     import torch
 
-    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002  timm draws from the global one
+    # timm draws from the global one
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
     value = int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{epoch}/{index}".encode()).digest()[:8])
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002

@@ -1,8 +1,9 @@
-"""Kills runs of all tasks and strategies again and again, and demands that they end as if nothing had happened: `make chaos`.
+"""Kills runs of all tasks and strategies again and again, and demands that they end as if nothing had
+happened: `make chaos`.
 
-A series is one run of two ranks under one strategy. It is started, one rank or all are killed with SIGKILL at a random moment or just while a
-checkpoint is being written, and the same command is given again, until the run is finished. Every logged number must then equal the unbroken run's
-bit for bit.
+A series is one run of two ranks under one strategy. It is started, one rank or all are killed with SIGKILL at
+a random moment or just while a checkpoint is being written, and the same command is given again, until the
+run is finished. Every logged number must then equal the unbroken run's bit for bit.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Series:
         return self.nursery.start(RANKS, arguments, self.root)
 
     def interrupt(self, ranks: Ranks, run: Path) -> bool:
-        """Kills at a moment after the next checkpoint is there; False where the run has ended before. Whoever is left must end by itself."""
+        """Kills at a moment after the next checkpoint is there; False where the run has ended before.
+        Whoever is left must end by itself.
+        """
         before, how = newest_checkpoint(run), self.rng.choice(["step", "save", "save"])
         while newest_checkpoint(run) == before and not ranks.poll():
             time.sleep(_POLL)
@@ -146,7 +149,8 @@ def main() -> int:
         kills += series.kills
         saves = "written beside" if series.asynchronous else "written in turn"
         print(
-            f"{task} {strategy} ({saves}): {sum(series.kills.values())} kills, others ended within {longest} s, equal bit for bit",
+            f"{task} {strategy} ({saves}): {sum(series.kills.values())} kills, others ended within "
+            f"{longest} s, equal bit for bit",
             flush=True,
         )
         shutil.rmtree(root)

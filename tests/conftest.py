@@ -28,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell's background job starts with Ctrl-C ignored, and so would every process that a test interrupts."""
+    """A shell's background job starts with Ctrl-C ignored, and so would every process that a test
+    interrupts.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -56,7 +58,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_images(root: Path) -> Path:
-    """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class shown by brightness."""
+    """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class
+    shown by brightness.
+    """
     from mhla_lightning.data.prepare.pack import pack
 
     rng = np.random.default_rng(0)
@@ -103,7 +107,9 @@ def recipe(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """At most SPARE_BYTES more address space, here and in workers: who believes a header that claims 100 GB gets a MemoryError."""
+    """At most SPARE_BYTES more address space, here and in workers: who believes a header that claims 100
+    GB gets a MemoryError.
+    """
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, before[1]))

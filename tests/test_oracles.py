@@ -1,4 +1,6 @@
-"""Agreement with tensors of the authors' modules and of an independent float64 reference. A case's kind is read off its name."""
+"""Agreement with tensors of the authors' modules and of an independent float64 reference. A case's kind is
+read off its name.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ def streamed(
 
 
 def check_language_operator(case: Case) -> None:
-    """The release's chunk form, in parallel and streamed. Its recurrent form is a record of bugs N2 and N3, not a target."""
+    """The release's chunk form, in parallel and streamed. Its recurrent form is a record of bugs N2 and
+    N3, not a target.
+    """
     size = case.meta["constructor"]["chunk_size"]
     q, k, v = (case.arrays[f"in.{name}"].transpose(1, 2).requires_grad_() for name in "qkv")
     scale = q.shape[-1] ** -0.5
@@ -220,7 +224,9 @@ def check_init3d(case: Case) -> None:
 
 
 def check_init(kind: str, counts: list[int], expected: Tensor) -> None:
-    """kind is a rule, with its option's value behind it where that is not the default: exp_sigma1, local_thres1."""
+    """kind is a rule, with its option's value behind it where that is not the default: exp_sigma1,
+    local_thres1.
+    """
     rule, _, option = kind.partition("_")
     options = {}
     if option:
@@ -406,6 +412,7 @@ def test_oracle(oracle: Path) -> None:
     check = next((check for prefix, check in CHECKS.items() if oracle.stem.startswith(prefix)), None)
     if check is None:
         pytest.skip(
-            f"kind of '{oracle.stem}' belongs to a model family that is not built yet; kinds here: {', '.join(CHECKS)}"
+            f"kind of '{oracle.stem}' belongs to a model family that is not built yet; kinds here: "
+            f"{', '.join(CHECKS)}"
         )
     check(load(oracle))

@@ -1,4 +1,5 @@
-"""Token operators and the self-attention layer, for our backbones and for people's own models. Needs torch alone.
+"""Token operators and the self-attention layer, for our backbones and for people's own models. Needs torch
+alone.
 
 >>> import torch
 >>> from mhla_lightning.attention import SelfAttention

@@ -23,7 +23,8 @@ _SHARED_ARGUMENTS = ("self", "heads", "dim_k", "dim_v", "grid")
 class Attention(nn.Module):
     """One operator, one instance a layer.
 
-    A subclass takes ``heads, dim_k, dim_v, grid`` and its own options by keyword; the options of an attention entry are read off that signature.
+    A subclass takes ``heads, dim_k, dim_v, grid`` and its own options by keyword; the options of an attention
+    entry are read off that signature.
 
     Class attributes:
         causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
@@ -49,7 +50,8 @@ class Attention(nn.Module):
             q, k: (batch, tokens, heads, dim_k), before the feature map.
             v: (batch, tokens, heads, dim_v).
             grid: token counts per axis; None takes the one given at construction.
-            rotary: turns q and k. softmax applies it to both; linear operators after the feature map and in the numerator only.
+            rotary: turns q and k. softmax applies it to both; linear operators after the feature map and in
+                the numerator only.
             mask: (batch, tokens) bool, True = real token. Padded outputs are 0 and padded keys count nowhere.
             documents: causal operators only, see :class:`CausalAttention`.
 
@@ -59,7 +61,9 @@ class Attention(nn.Module):
 
     @abstractmethod
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add, as torch's FlopCounterMode counts."""
+        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add, as torch's FlopCounterMode
+        counts.
+        """
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -77,20 +81,27 @@ class State(Protocol):
         """Bytes of all its tensors, as allocated."""
 
     def reorder(self, indices: Tensor) -> Self:
-        """The sequences `indices` (int64, any number, repeats allowed) as a new batch: beam search, or dropping finished sequences."""
+        """The sequences `indices` (int64, any number, repeats allowed) as a new batch: beam search, or
+        dropping finished sequences.
+        """
 
 
 class CausalAttention(Attention):
-    """An operator whose tokens see earlier tokens only, in parallel (`forward`, `prefill`) or one by one (`step`): the same numbers.
+    """An operator whose tokens see earlier tokens only, in parallel (`forward`, `prefill`) or one by one
+    (`step`): the same numbers.
 
-    Chunks and positions start anew with each document and with the first real token, so packed, padded and alone give the same numbers.
+    Chunks and positions start anew with each document and with the first real token, so packed, padded and
+    alone give the same numbers.
 
     Class attributes:
-        grouped: takes k and v of fewer heads than q (grouped queries) as they are; for all others the layer repeats them.
+        grouped: takes k and v of fewer heads than q (grouped queries) as they are; for all others the layer
+            repeats them.
     Attributes:
         token_decay: needs `log_decay`, the log of a decay in (0, 1] that the layer computes from every token.
-        channel_decay: with `token_decay`, one decay a key channel: `log_decay` is (batch, tokens, heads, dim_k).
-        token_beta: `forward`, `prefill` and `step` also take `beta` (batch, tokens, heads) in (0, 1), how much of each token is written.
+        channel_decay: with `token_decay`, one decay a key channel: `log_decay` is (batch, tokens, heads,
+            dim_k).
+        token_beta: `forward`, `prefill` and `step` also take `beta` (batch, tokens, heads) in (0, 1), how
+            much of each token is written.
     """
 
     causal: ClassVar[bool] = True
@@ -118,9 +129,11 @@ class CausalAttention(Attention):
         Args:
             q, k, v, rotary, mask: see :meth:`Attention.forward`. Padding stands left or right of a sequence.
             grid: ignored; there is one axis.
-            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another document.
+            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
+                document.
             packing: of the same mask and documents, made once for all layers; None makes it here.
-            log_decay: (batch, tokens, heads), with `channel_decay` (batch, tokens, heads, dim_k), at most 0; where `token_decay` is set.
+            log_decay: (batch, tokens, heads), with `channel_decay` (batch, tokens, heads, dim_k), at most 0;
+                where `token_decay` is set.
 
         Returns:
             (batch, tokens, heads, dim_v)
@@ -164,14 +177,17 @@ class CausalAttention(Attention):
         rotary: Rotary | None = None,
         log_decay: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """One more token of each sequence: q, k (batch, 1, heads, dim_k), v (batch, 1, heads, dim_v) -> (batch, 1, heads, dim_v)."""
+        """One more token of each sequence: q, k (batch, 1, heads, dim_k), v (batch, 1, heads, dim_v) ->
+        (batch, 1, heads, dim_v).
+        """
 
 
 FEATURE_MAPS = ("relu_eps", "relu", "elu", "identity")
 
 
 def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
-    """phi: `relu_eps` is relu(x) + eps (the release's vision and video), `relu` its language model's, `elu` is elu(x) + 1.
+    """phi: `relu_eps` is relu(x) + eps (the release's vision and video), `relu` its language model's, `elu`
+    is elu(x) + 1.
 
     Raises:
         UserError: unknown name.
@@ -202,13 +218,16 @@ def demand_decay(log_decay: Tensor | None) -> Tensor:
     """The decays that a gated operator cannot do without. Raises UserError."""
     if log_decay is None:
         raise UserError(
-            "decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention computes from the tokens"
+            "decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention "
+            "computes from the tokens"
         )
     return log_decay
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Sums over tokens are taken in float32 at least: bf16 keeps 8 bits, and a summary adds thousands of terms (SPEC 1.4)."""
+    """Sums over tokens are taken in float32 at least: bf16 keeps 8 bits, and a summary adds thousands of
+    terms (SPEC 1.4).
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,6 @@
-"""Tokens in chunks: what a causal operator reads from earlier chunks and from its own. No loop over chunks (SPEC section 2)."""
+"""Tokens in chunks: what a causal operator reads from earlier chunks and from its own. No loop over chunks
+(SPEC section 2).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ EXTRAPOLATIONS = (None, "shift")
 class Decay:
     """Decays of every token within its chunk, as logs.
 
-    until: (batch or 1, heads, M or 1, size), sum from the chunk's first token to each, both included. total: (batch or 1, heads, M), of whole chunks.
-    span: `chunk` decays what a token reads from its own chunk; `sequence` also what it reads from earlier ones.
+    until: (batch or 1, heads, M or 1, size), sum from the chunk's first token to each, both included. total:
+        (batch or 1, heads, M), of whole chunks.
+    span: `chunk` decays what a token reads from its own chunk; `sequence` also what it reads from earlier
+        ones.
     """
 
     until: Tensor
@@ -36,7 +40,8 @@ class Decay:
     def between(self) -> Tensor:
         """(batch or 1, heads, M, M): log decay from the end of chunk b to the start of chunk i, for b < i.
 
-        Summed from b on, not as a difference of sums from the row's start: those would carry the rounding of other documents.
+        Summed from b on, not as a difference of sums from the row's start: those would carry the rounding of
+        other documents.
         """
         count = self.total.shape[-1]
         after = torch.ones(count, count, dtype=torch.bool, device=self.total.device).tril(-1)
@@ -76,14 +81,18 @@ class ChunkedTokens:
         return replace(self, q=q, k=k, v=torch.ones_like(k[..., :1]))
 
     def summaries(self) -> Tensor:
-        """S_b = sum_s k_s v_s^T of every chunk, (batch, heads, M, dim_k, dim_v), decayed to its end where the decay spans the sequence."""
+        """S_b = sum_s k_s v_s^T of every chunk, (batch, heads, M, dim_k, dim_v), decayed to its end where
+        the decay spans the sequence.
+        """
         k = self.k
         if self.decay is not None and self.decay.span == "sequence":
             k = k * (self.decay.total[..., None] - self.decay.until).exp().unsqueeze(-1)
         return k.transpose(-2, -1) @ self.v
 
     def read_earlier(self, summaries: Tensor, mixing: Tensor | None) -> Tensor:
-        """q_t sum_{b<i} m[i, b] S_b, (batch, heads, M, size, dim_v); mixing as :func:`weights` gives it, None is all ones."""
+        """q_t sum_{b<i} m[i, b] S_b, (batch, heads, M, size, dim_v); mixing as :func:`weights` gives it,
+        None is all ones.
+        """
         q = self.q
         if self.decay is not None and self.decay.span == "sequence":
             q = q * self.decay.until.exp().unsqueeze(-1)
@@ -129,7 +138,9 @@ def chunk_tokens(
     log_decay: Tensor | None = None,
     decay_span: str = "chunk",
 ) -> ChunkedTokens:
-    """Cuts (batch, heads, tokens, dim) into chunks; see :func:`mhla_lightning.attention.mhla.causal.causal_mhla` for the arguments."""
+    """Cuts (batch, heads, tokens, dim) into chunks; see
+    :func:`mhla_lightning.attention.mhla.causal.causal_mhla` for the arguments.
+    """
     chunks = None if packing is None else packing.chunks(chunk_size)
     q, k, tokens = split(q, chunk_size, chunks), split(k, chunk_size, chunks), v.shape[2]
     decay = None if log_decay is None else _decay(log_decay, tokens, chunk_size, chunks, decay_span)
@@ -148,7 +159,8 @@ def split(x: Tensor, size: int, chunks: Chunks | None) -> Tensor:
 def _decay(log_decay: Tensor, tokens: int, size: int, chunks: Chunks | None, span: str) -> Decay:
     """log_decay: (batch, heads, tokens), or (heads,) where all tokens decay alike."""
     if log_decay.dim() == 1:
-        # Only full chunks are read from later ones, so a short chunk's total may count places where no token stands.
+        # Only full chunks are read from later ones, so a short chunk's total may count places where no token
+        # stands.
         until = log_decay[None, :, None, None] * torch.arange(
             1, size + 1, device=log_decay.device, dtype=log_decay.dtype
         )
@@ -175,9 +187,11 @@ def weights(
     size: int,
     chunks: Chunks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mixing weights between the chunks of a call, broadcastable to (batch, heads, M, M), and of each chunk with itself, to (batch, heads, M).
+    """Mixing weights between the chunks of a call, broadcastable to (batch, heads, M, M), and of each chunk
+    with itself, to (batch, heads, M).
 
-    mixing: (blocks, blocks) or (heads, blocks, blocks); for the relative form (heads or 1, distances). longest: chunks of the longest document.
+    mixing: (blocks, blocks) or (heads, blocks, blocks); for the relative form (heads or 1, distances).
+        longest: chunks of the longest document.
     size: tokens a chunk. chunks: of a padded or packed batch.
 
     Raises:
@@ -200,16 +214,22 @@ def weights(
 
 
 def check_reach(chunks: int, blocks: int, size: int, extrapolation: str | None) -> None:
-    """Refuses a document longer than the mixing matrix (SPEC N6) unless it is extrapolated. Raises UserError."""
+    """Refuses a document longer than the mixing matrix (SPEC N6) unless it is extrapolated. Raises
+    UserError.
+    """
     if chunks > blocks and extrapolation is None:
         raise UserError(
-            f"the mixing matrix serves {blocks} chunks of {size} = {blocks * size} tokens a document, and there are more (prompt and context count"
-            " whole); give max_chunks, extrapolation: shift or mix_form: relative in the recipe, --extrapolation shift to a trained run, or less text"
+            f"the mixing matrix serves {blocks} chunks of {size} = {blocks * size} tokens a "
+            "document, and there are more (prompt and context count"
+            " whole); give max_chunks, extrapolation: shift or mix_form: relative in the recipe, "
+            "--extrapolation shift to a trained run, or less text"
         )
 
 
 def shifted(mixing: Tensor, count: int) -> Tensor:
-    """The matrix with `count` rows: m'[i, b] = m[L-1, L-1-(i-b)] for rows i >= L, 0 where that column is not there."""
+    """The matrix with `count` rows: m'[i, b] = m[L-1, L-1-(i-b)] for rows i >= L, 0 where that column is
+    not there.
+    """
     blocks, number = mixing.shape[-1], torch.arange(count, device=mixing.device)
     row = number.clamp_max(blocks - 1)[:, None]
     column = row - (number[:, None] - number)

@@ -1,4 +1,6 @@
-"""An attention entry: what stands behind `model.attention` in a recipe (a name, a mapping, or a list of these cycled over the layers)."""
+"""An attention entry: what stands behind `model.attention` in a recipe (a name, a mapping, or a list of
+these cycled over the layers).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ CAUSAL_ATTENTION: dict[str, type[CausalAttention]] = {
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
 }
-"""The operators of language models, under the same names where they are the causal form of the same idea; the last three on CUDA only."""
+"""The operators of language models, under the same names where they are the causal form of the same idea;
+the last three on CUDA only.
+"""
 
 Entry = str | Mapping[str, Any]
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -79,7 +83,8 @@ def build_attention(
     grid: Sequence[int] | None = None,
     causal: bool = False,
 ) -> Attention:
-    """Builds one operator from a name or a mapping of ``name`` and the operator's own options; a causal one is a :class:`CausalAttention`.
+    """Builds one operator from a name or a mapping of ``name`` and the operator's own options; a causal one
+    is a :class:`CausalAttention`.
 
     Raises:
         UserError: unknown name or option, or options that do not fit the grid.
@@ -96,7 +101,9 @@ def resolve_layers(
     layer_options: Iterable[str],
     causal: bool = False,
 ) -> list[LayerAttention]:
-    """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the paper's hybrid)."""
+    """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the
+    paper's hybrid).
+    """
     entries = [entry] if isinstance(entry, (str, Mapping)) else list(entry)
     if not entries:
         raise UserError(
@@ -119,7 +126,8 @@ def resolve_layer(
     name = given.pop("name", None)
     if name is None:
         raise UserError(
-            f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), got {sorted(given)}"
+            f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), "
+            f"got {sorted(given)}"
         )
     operator_keys, layer_keys = lookup_attention(name, causal).options(), tuple(layer_options)
     preset = given.pop("preset", "paper")

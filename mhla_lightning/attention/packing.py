@@ -1,4 +1,6 @@
-"""Where every token of a padded or packed batch stands in its document, and documents cut into chunks of their own."""
+"""Where every token of a padded or packed batch stands in its document, and documents cut into chunks of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ from mhla_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Chunks:
-    """Documents cut into chunks of `size` tokens; every document starts a chunk, so a row of M chunks holds short ones.
+    """Documents cut into chunks of `size` tokens; every document starts a chunk, so a row of M chunks holds
+    short ones.
 
     Attributes:
         count: M, chunks a row, the largest of the batch.
         longest: chunks of the longest document.
-        slot: (batch * tokens,) int64, the place of each token in (batch, M * size + 1) laid flat; padding goes to the last place of its row.
+        slot: (batch * tokens,) int64, the place of each token in (batch, M * size + 1) laid flat; padding
+            goes to the last place of its row.
         number: (batch, M) int64, the chunk's number within its document.
         document: (batch, M) int64, which document of its row; -1 where the row has fewer chunks.
         real: (batch, M, size) bool, True where a token stands.
@@ -44,7 +48,9 @@ class Chunks:
         return flat.index_select(0, self.slot).unflatten(0, (chunks.shape[0], -1))
 
     def earlier(self) -> Tensor:
-        """(batch, M, M) bool: whether chunk b of a row is an earlier chunk of the same document as chunk i."""
+        """(batch, M, M) bool: whether chunk b of a row is an earlier chunk of the same document as chunk
+        i.
+        """
         same = self.document[:, :, None] == self.document[:, None, :]
         return same & (self.number[:, None, :] < self.number[:, :, None])
 
@@ -110,14 +116,18 @@ class Packing:
         return None if mask is None and documents is None else cls(mask, documents)
 
     def allowed(self) -> Tensor:
-        """(batch, 1, tokens, tokens) bool: real, of the same document, not later. A padded query sees itself, so that no row is empty."""
+        """(batch, 1, tokens, tokens) bool: real, of the same document, not later. A padded query sees
+        itself, so that no row is empty.
+        """
         tokens = self.real.shape[1]
         same = self.run[:, :, None] == self.run[:, None, :]
         seen = (same & self.real[:, None, :]).tril()
         return (seen | torch.eye(tokens, dtype=torch.bool, device=seen.device)).unsqueeze(1)
 
     def chunks(self, size: int) -> Chunks:
-        """The documents in chunks of `size`; remembered, since every layer asks (it waits for the device once)."""
+        """The documents in chunks of `size`; remembered, since every layer asks (it waits for the device
+        once).
+        """
         if size not in self._chunks:
             self._chunks[size] = self._cut(size)
         return self._chunks[size]
@@ -145,7 +155,8 @@ class Packing:
         places = count * size + 1
         rows = torch.arange(batch, device=chunk.device)[:, None] * places
         slot = (rows + torch.where(self.real, chunk * size + within, places - 1)).flatten()
-        # Each chunk learns its number and document from its first token; all other tokens write into a column that is cut off.
+        # Each chunk learns its number and document from its first token; all other tokens write into a column
+        # that is cut off.
         target = torch.where(first, chunk, count)
         number = chunk.new_zeros(batch, count + 1).scatter_(1, target, numbers)[:, :count]
         document = chunk.new_full((batch, count + 1), -1).scatter_(1, target, self.run)[:, :count]

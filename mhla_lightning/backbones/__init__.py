@@ -1,4 +1,6 @@
-"""The backbone registry. Importing this module registers the image classifiers with timm (`deit_tiny_mhla`, ...): its one side effect."""
+"""The backbone registry. Importing this module registers the image classifiers with timm
+(`deit_tiny_mhla`, ...): its one side effect.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,8 @@ def build_backbone(
     """Builds a backbone of the registry around an attention entry.
 
     Raises:
-        UserError: unknown backbone or option (the sentence lists the valid ones), or a size that does not fit.
+        UserError: unknown backbone or option (the sentence lists the valid ones), or a size that does not
+            fit.
     """
     if name not in BACKBONES:
         raise UserError(unknown_name("backbone", name, BACKBONES))
@@ -153,7 +156,8 @@ def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Mo
         )
         if pretrained and not facts.get("file"):
             raise UserError(
-                f"timm model '{name}' has no pretrained weights to download; load your own with init_from or load_state_dict"
+                f"timm model '{name}' has no pretrained weights to download; load your own with "
+                "init_from or load_state_dict"
             )
         model = cast(Any, build_backbone(backbone, **{"attention": attention, **options}))
         if facts:

@@ -1,4 +1,6 @@
-"""The language model of the paper around any causal operator: pre-norm, SwiGLU, tied embeddings (paper Sec. 5.4; SPEC section 5)."""
+"""The language model of the paper around any causal operator: pre-norm, SwiGLU, tied embeddings (paper
+Sec. 5.4; SPEC section 5).
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,13 @@ _MHLA = {
     "max_chunks": 32,
     "mix_init": "causal_local",
 }  # measured better than causal_uniform, see README
-# Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see `presets_for`.
+# Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see
+# `presets_for`.
 _SOFTMAX = {"expand_k": 1.0, "expand_v": 1.0, "gate": False, "out_norm": False, "rotary": True}
 
 _CONV = {"short_conv": 4}
-# Every weight of the relative form starts at 1, which is token-gated retention; the mixing learns what to leave out.
+# Every weight of the relative form starts at 1, which is token-gated retention; the mixing learns what to
+# leave out.
 _GATED = {"mix_form": "relative", "mix_init": "causal_uniform", "decay": "token", "decay_span": "sequence"}
 
 # Recurrent models have no rotary; their convolution is part of the model, except GLA's.
@@ -62,7 +66,9 @@ LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def presets_for(embed_dim: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """LANGUAGE_PRESETS with softmax heads of 64 channels (16 heads at 1,024), of all channels in a model narrower than 64."""
+    """LANGUAGE_PRESETS with softmax heads of 64 channels (16 heads at 1,024), of all channels in a model
+    narrower than 64.
+    """
     heads = max(1, embed_dim // 64)
     return {
         name: {**table, "softmax": {"heads": heads, **table["softmax"]}}
@@ -239,7 +245,8 @@ class CausalLM(nn.Module):
         Args:
             tokens: (batch, tokens) int64.
             mask: (batch, tokens) bool, True = real token; padding stands left or right.
-            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another document.
+            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
+                document.
 
         Returns:
             (batch, tokens, embed_dim)
@@ -269,7 +276,8 @@ class CausalLM(nn.Module):
         """`forward` over prompts, and the state behind the last real token of each.
 
         Returns:
-            logits at the last real token (batch, vocab_size), or with `all_logits` at every token (batch, tokens, vocab_size); the state.
+            logits at the last real token (batch, vocab_size), or with `all_logits` at every token (batch,
+            tokens, vocab_size); the state.
         """
         packing, turn = self._places(tokens, mask, None)
         x, states = self.embeddings(tokens), []
@@ -283,7 +291,9 @@ class CausalLM(nn.Module):
         return F.linear(self.norm(x), self.head_weight), ModelState(tuple(states), real.sum(1))
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One more token of each sequence, (batch,) int64 -> logits (batch, vocab_size). `state` may change in place."""
+        """One more token of each sequence, (batch,) int64 -> logits (batch, vocab_size). `state` may
+        change in place.
+        """
         turn = self._rotations(state.positions[:, None])
         x, states = self.embeddings(tokens)[:, None], []
         for layer, layer_state in zip(self._layers(), state.layers, strict=True):
@@ -313,7 +323,9 @@ class CausalLM(nn.Module):
             layer.compile(backend=backend)
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the MHLA authors, of flash-linear-attention and of Hugging Face's Llama family under our names."""
+        """Weights of the MHLA authors, of flash-linear-attention and of Hugging Face's Llama family under
+        our names.
+        """
         adapted = {our_name(name): value for name, value in state.items()}
         if self.lm_head is None:
             adapted.pop("lm_head.weight", None)
@@ -344,7 +356,9 @@ class CausalLM(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear and Embedding N(0, 0.02), norms 1, no scaling with depth (SPEC 5.1); an operator's own parameters stay."""
+    """Linear and Embedding N(0, 0.02), norms 1, no scaling with depth (SPEC 5.1); an operator's own
+    parameters stay.
+    """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -366,14 +380,18 @@ _OTHER_NAMES = (
 
 
 def our_name(name: str) -> str:
-    """A parameter's name in the release, flash-linear-attention or Hugging Face's Llama -> ours; other names stay."""
+    """A parameter's name in the release, flash-linear-attention or Hugging Face's Llama -> ours; other
+    names stay.
+    """
     for pattern, ours in _OTHER_NAMES:
         name = re.sub(pattern, ours, name)
     return name
 
 
 def _our_shape(name: str, value: Tensor) -> Tensor:
-    """The release stores a mixing matrix as (L, L, 1, 1, 1, 1), flash-linear-attention a convolution as (channels, 1, width)."""
+    """The release stores a mixing matrix as (L, L, 1, 1, 1, 1), flash-linear-attention a convolution as
+    (channels, 1, width).
+    """
     if name.endswith(".mixing.weight") and value.dim() > 3:
         return value.flatten(1)
     return value.flatten(1) if ".convs." in name and value.dim() == 3 else value

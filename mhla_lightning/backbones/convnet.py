@@ -15,11 +15,14 @@ _STRIDE = 4  # pixels of a side behind one position of the last stage
 
 
 class ConvNet(nn.Module):
-    """Three stages of two 3x3 convolutions, the second and third at half the size of the one before; average-pooled.
+    """Three stages of two 3x3 convolutions, the second and third at half the size of the one before;
+    average-pooled.
 
-    timm's small networks begin with strides of 4 and more, which leave nothing of 28 pixels. Methods as in timm: `forward_features`,
-    `forward_head(features, pre_logits)`. Batch normalisation makes a step depend on what a rank sees at once (on several ranks set
-    trainer.sync_batchnorm), and is worth it: on 4,000 digits group and layer normalisation stop at 96 %, this reaches 98.
+    timm's small networks begin with strides of 4 and more, which leave nothing of 28 pixels. Methods as in
+    timm: `forward_features`, `forward_head(features, pre_logits)`. Batch normalisation makes a step depend on
+        what a rank sees at once (on several ranks set
+    trainer.sync_batchnorm), and is worth it: on 4,000 digits group and layer normalisation stop at 96 %, this
+    reaches 98.
 
     Args:
         attention: must be `none`: there is no layer that could hold an operator.
@@ -52,7 +55,8 @@ class ConvNet(nn.Module):
             )
         if len(widths) != 3 or min(widths) < 1:
             raise UserError(
-                f"widths is {list(widths)}; a convnet has three stages of at least one channel, for example [32, 64, 128]"
+                f"widths is {list(widths)}; a convnet has three stages of at least one channel, for "
+                "example [32, 64, 128]"
             )
         self.img_size = (rows, columns)
         self.grid = (math.ceil(math.ceil(rows / 2) / 2), math.ceil(math.ceil(columns / 2) / 2))
@@ -82,7 +86,8 @@ class ConvNet(nn.Module):
         """Forward FLOPs of one image of `img_size`, 2 a multiply-add; shape must be the grid."""
         if tuple(shape) != self.grid:
             raise UserError(
-                f"this convnet of img_size {self.img_size} has a last stage of {self.grid}, not {tuple(shape)}"
+                f"this convnet of img_size {self.img_size} has a last stage of {self.grid}, not "
+                f"{tuple(shape)}"
             )
         rows, columns = self.img_size
         total = 0

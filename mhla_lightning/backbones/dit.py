@@ -1,4 +1,6 @@
-"""DiT, the diffusion transformer with adaLN-zero (arXiv 2212.09748), around any attention operator (MHLA paper Sec. 5.2; SPEC section 4)."""
+"""DiT, the diffusion transformer with adaLN-zero (arXiv 2212.09748), around any attention operator (MHLA
+paper Sec. 5.2; SPEC section 4).
+"""
 
 from __future__ import annotations
 
@@ -66,11 +68,13 @@ class DiT(nn.Module):
         input_size: height and width of the latent (or image), one number for a square.
         patch_size: latent pixels per side of a token; divides input_size.
         in_channels: C, of the latent.
-        num_classes: without the null label, whose index is num_classes. Dropping labels in training is the task's.
+        num_classes: without the null label, whose index is num_classes. Dropping labels in training is the
+            task's.
         learn_sigma: predict 2C channels, noise and variance, instead of C.
         embed_dim: channels of a token, a multiple of 4.
         depth, num_heads, mlp_ratio: of the transformer.
-        dwconv: the release's convolution after every block, see :class:`BlockOrderConv`; `pos_conv: cpe3` is the paper's.
+        dwconv: the release's convolution after every block, see :class:`BlockOrderConv`; `pos_conv: cpe3` is
+            the paper's.
 
     Attributes:
         grid: tokens per axis, (rows, columns).
@@ -125,10 +129,12 @@ class DiT(nn.Module):
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(batch, C, H, W), model times (batch,) from 0 to 1000, labels (batch,) int64 -> (batch, out_channels, H, W) in the parameters' dtype.
+        """(batch, C, H, W), model times (batch,) from 0 to 1000, labels (batch,) int64 -> (batch,
+        out_channels, H, W) in the parameters' dtype.
 
         Raises:
-            UserError: another shape than the model was built for; a label out of range (found on CPU only: looking would hold up a GPU).
+            UserError: another shape than the model was built for; a label out of range (found on CPU only:
+                looking would hold up a GPU).
         """
         self._check(x, t, y)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
@@ -149,12 +155,14 @@ class DiT(nn.Module):
         wanted = (self.in_channels, *self.input_size)
         if tuple(x.shape[1:]) != wanted:
             raise UserError(
-                f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes (channels, height, width) = {wanted}"
+                f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes "
+                f"(channels, height, width) = {wanted}"
             )
         for name, given in (("times", t), ("labels", y)):
             if given.shape != x.shape[:1]:
                 raise UserError(
-                    f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)"
+                    f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one "
+                    f"number a sample, ({len(x)},)"
                 )
         if y.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_labels(y)
@@ -165,11 +173,14 @@ class DiT(nn.Module):
         if len(wrong):
             last = self.num_classes - 1
             raise UserError(
-                f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and {self.num_classes} is the null label"
+                f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and "
+                f"{self.num_classes} is the null label"
             )
 
     def _initialise(self) -> None:
-        """SPEC 4.2: branches and output start at zero, convolutions of the release as the identity; mixing matrices stay."""
+        """SPEC 4.2: branches and output start at zero, convolutions of the release as the identity; mixing
+        matrices stay.
+        """
         small: set[nn.Module] = {self.y_embedder.embedding_table, *self.t_embedder.mlp}
         zero: set[nn.Module] = {self.final_layer.linear}
         for module in self.modules():
@@ -196,7 +207,8 @@ class DiT(nn.Module):
         self.checkpointing = enable
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the public DiT (facebookresearch) and of the MHLA authors' under our names. Positions of another grid go: ours are a formula.
+        """Weights of the public DiT (facebookresearch) and of the MHLA authors' under our names. Positions of
+        another grid go: ours are a formula.
 
         Raises:
             UserError: weights of another width.
@@ -206,7 +218,8 @@ class DiT(nn.Module):
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
             raise UserError(
-                f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, and this DiT needs {needed}"
+                f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, "
+                f"and this DiT needs {needed}"
             )
         if "pos_embed" in adapted and adapted["pos_embed"].shape != self.pos_embed.shape:
             del adapted["pos_embed"]
@@ -233,7 +246,8 @@ class DiTBlock(nn.Module):
             dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]  # timm calls it
+        # # timm calls it
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None
@@ -288,7 +302,8 @@ def token_grid(input_size: Sequence[int], patch_size: int) -> tuple[int, int]:
         if side % patch_size or side < 1:
             fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n > 0]
             raise UserError(
-                f"input_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit)) or patch_size}"
+                f"input_size {side} is no multiple of patch_size {patch_size}; use "
+                f"{' or '.join(map(str, fit)) or patch_size}"
             )
     return input_size[0] // patch_size, input_size[1] // patch_size
 

@@ -15,7 +15,8 @@ from mhla_lightning.errors import UserError
 
 
 class ConditionalPosition(nn.Module):
-    """CPE: x + depthwise 3x3(x) on raster tokens; zero at the start, so a fresh one changes nothing (SPEC D6).
+    """CPE: x + depthwise 3x3(x) on raster tokens; zero at the start, so a fresh one changes nothing (SPEC
+    D6).
 
     Args:
         dim: channels.
@@ -37,13 +38,16 @@ class ConditionalPosition(nn.Module):
 
 
 class BlockOrderConv(DepthwiseConv):
-    """The release's `dwconv`: a depthwise 3x3 without residual, on tokens in block order laid out as a square (SPEC D6).
+    """The release's `dwconv`: a depthwise 3x3 without residual, on tokens in block order laid out as a square
+    (SPEC D6).
 
-    Neighbours in that square are not neighbours in the image; :class:`ConditionalPosition` is what the paper means.
+    Neighbours in that square are not neighbours in the image; :class:`ConditionalPosition` is what the paper
+    means.
 
     Args:
         dim: channels.
-        blocks: the operator's partition; None for an operator without blocks, whose tokens stay in raster order.
+        blocks: the operator's partition; None for an operator without blocks, whose tokens stay in raster
+            order.
         tokens: how many, a square number.
 
     Raises:
@@ -54,7 +58,8 @@ class BlockOrderConv(DepthwiseConv):
         super().__init__(dim, axes=2, kernel_size=3)
         if math.isqrt(tokens) ** 2 != tokens:
             raise UserError(
-                f"dwconv lays the tokens out as a square, and {tokens} is no square number; take pos_conv: cpe3"
+                f"dwconv lays the tokens out as a square, and {tokens} is no square number; take "
+                "pos_conv: cpe3"
             )
         if blocks is not None and not blocks.even:
             raise UserError(f"dwconv needs full blocks, and {blocks} has short ones; take pos_conv: cpe3")
@@ -85,7 +90,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.channels, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(batch,) of any number type -> (batch, dim) in the parameters' dtype; the sinusoid itself is float32."""
+        """(batch,) of any number type -> (batch, dim) in the parameters' dtype; the sinusoid itself is
+        float32.
+        """
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
         return self.mlp(time_sinusoid(t, self.channels).to(first.weight.dtype))
@@ -112,7 +119,8 @@ class LabelEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of tokens to a text, q and k normalised over all channels (SPEC 6.2). Parameter names are Wan2.1's.
+    """Softmax attention of tokens to a text, q and k normalised over all channels (SPEC 6.2). Parameter names
+    are Wan2.1's.
 
     Args:
         dim: channels, a multiple of heads.
@@ -138,11 +146,13 @@ class CrossAttention(nn.Module):
 
 
 class GridRotation:
-    """Rotary positions on a grid of three axes: neighbouring channels are a pair, some pairs turn with each axis (SPEC 6.3).
+    """Rotary positions on a grid of three axes: neighbouring channels are a pair, some pairs turn with each
+    axis (SPEC 6.3).
 
-    Of c pairs a head, c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width; pair j of the D channels of its axis turns by
-    position / 10000^(2 j / D). Angles, sines and cosines are float64; they are rounded once, to the precision in which x is turned, float32 at
-    least (as diffusers does; turning in float64 moves the result by its last bit and takes seven times as long on a CPU).
+    Of c pairs a head, c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width; pair j of the D
+    channels of its axis turns by position / 10000^(2 j / D). Angles, sines and cosines are float64; they are
+    rounded once, to the precision in which x is turned, float32 at least (as diffusers does; turning in
+    float64 moves the result by its last bit and takes seven times as long on a CPU).
 
     Args:
         grid: (frames, rows, columns) of tokens.
@@ -163,7 +173,9 @@ class GridRotation:
 
 
 def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """(tokens, 1, dim / 2) complex128 in raster order: what :class:`GridRotation` multiplies with, e^(i angle)."""
+    """(tokens, 1, dim / 2) complex128 in raster order: what :class:`GridRotation` multiplies with, e^(i
+    angle).
+    """
     pairs = dim // 2
     by_axis = []
     for axis, (count, own) in enumerate(
@@ -191,7 +203,8 @@ def time_sinusoid(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) 
 
 
 def grid_sinusoid(grid: Sequence[int], dim: int) -> Tensor:
-    """(rows * columns, dim) float32 in raster order, dim a multiple of 4: the first half from the column, the second from the row (SPEC 4.2).
+    """(rows * columns, dim) float32 in raster order, dim a multiple of 4: the first half from the column, the
+    second from the row (SPEC 4.2).
 
     Each half is [sin(p w_0), ..., cos(p w_0), ...] with w_j = 10000^(-j / (dim / 4)).
     """

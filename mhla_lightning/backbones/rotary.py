@@ -1,4 +1,6 @@
-"""Rotary positions of language models (arXiv 2104.09864), the halves of a head as pairs (GPT-NeoX's order, as the release; SPEC 5.1)."""
+"""Rotary positions of language models (arXiv 2104.09864), the halves of a head as pairs (GPT-NeoX's order,
+as the release; SPEC 5.1).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Wan2.1's video diffusion transformer (arXiv 2503.20314) around any attention operator (MHLA paper Sec. 5.3; SPEC section 6)."""
+"""Wan2.1's video diffusion transformer (arXiv 2503.20314) around any attention operator (MHLA paper Sec.
+5.3; SPEC section 6).
+"""
 
 from __future__ import annotations
 
@@ -50,16 +52,20 @@ VIDEO_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mhla": {**_MHLA, "mix_init": "const", "mix_clamp": None},
     },
 }
-"""preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video). `release` starts every mixing weight at 1e-6 and never clamps (V6, V7)."""
+"""preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video). `release` starts every mixing weight
+at 1e-6 and never clamps (V6, V7).
+"""
 
 
 class VideoDiT(nn.Module):
-    """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text; clips of any length and size, an image being one frame.
+    """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text; clips of any length
+    and size, an image being one frame.
 
     Args:
-        attention: attention entry: name, mapping, or a list of these cycled over the layers; `[softmax, mhla, mhla]` is the paper's hybrid.
-        input_size: (frames, height, width) of the latents that the layers' blocks are laid out for; other sizes work where
-            :meth:`check_size` lets them.
+        attention: attention entry: name, mapping, or a list of these cycled over the layers; `[softmax, mhla,
+            mhla]` is the paper's hybrid.
+        input_size: (frames, height, width) of the latents that the layers' blocks are laid out for; other
+            sizes work where :meth:`check_size` lets them.
         patch_size: latent pixels of a token along each axis.
         in_channels: C, of the latents.
         embed_dim: channels of a token; a head's are even.
@@ -68,7 +74,8 @@ class VideoDiT(nn.Module):
         freq_dim: channels of the time's sinusoid, even.
         text_dim: channels of the text's features.
         text_length: rows of text that every sample is filled up to with zeros.
-        blocks: blocks per axis of the entries that name neither `blocks` nor `block_size`; the paper's fit 81 x 480 x 800 pixels.
+        blocks: blocks per axis of the entries that name neither `blocks` nor `block_size`; the paper's fit 81
+            x 480 x 800 pixels.
 
     Attributes:
         grid: tokens per axis of input_size, (frames, rows, columns).
@@ -113,7 +120,8 @@ class VideoDiT(nn.Module):
             positive(key, value)
         if embed_dim % (2 * num_heads):
             raise UserError(
-                f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary positions need"
+                f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary "
+                "positions need"
             )
         if freq_dim % 2:
             raise UserError(f"freq_dim is {freq_dim}; it must be even: half cosines, half sines")
@@ -147,7 +155,8 @@ class VideoDiT(nn.Module):
         Args:
             x: (batch, C, frames, height, width).
             t: (batch,), 0 to 1000, whole or not.
-            text: (batch, rows, text_dim), at most text_length rows; filled up with zeros, which are not masked (SPEC 6.2).
+            text: (batch, rows, text_dim), at most text_length rows; filled up with zeros, which are not
+                masked (SPEC 6.2).
 
         Returns:
             (batch, C, frames, height, width) in the parameters' dtype.
@@ -180,7 +189,9 @@ class VideoDiT(nn.Module):
         return time.to(accumulation_dtype(time)), modulation.to(accumulation_dtype(modulation))
 
     def _to_video(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """(batch, tokens, frames * rows * columns of a patch * channels) -> (batch, channels, frames, height, width)"""
+        """(batch, tokens, frames * rows * columns of a patch * channels) -> (batch, channels, frames,
+        height, width)
+        """
         patches = tokens.reshape(len(tokens), *grid, *self.patch_size, self.out_channels)
         sides = [count * size for count, size in zip(grid, self.patch_size, strict=True)]
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), self.out_channels, *sides)
@@ -192,7 +203,8 @@ class VideoDiT(nn.Module):
             raise UserError(f"latents of shape {tuple(x.shape)} do not fit this model, which takes {wanted}")
         if t.shape != x.shape[:1]:
             raise UserError(
-                f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a sample, ({len(x)},)"
+                f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a "
+                f"sample, ({len(x)},)"
             )
         if (
             text.dim() != 3
@@ -202,7 +214,8 @@ class VideoDiT(nn.Module):
         ):
             wanted = f"({len(x)}, at most {self.text_length}, {self.text_dim})"
             raise UserError(
-                f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, channels) = {wanted}"
+                f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, "
+                f"channels) = {wanted}"
             )
         return self.check_size(tuple(x.shape[2:]))
 
@@ -210,8 +223,8 @@ class VideoDiT(nn.Module):
         """Tokens per axis of latents of (frames, height, width).
 
         Raises:
-            UserError: a size that the patch does not divide, or that the layers' blocks do not cut into as many blocks as the mixing matrix
-                has; names the nearest sizes that work.
+            UserError: a size that the patch does not divide, or that the layers' blocks do not cut into as
+                many blocks as the mixing matrix has; names the nearest sizes that work.
         """
         shape = _three("latents", shape)
         for axis, size in enumerate(shape):
@@ -220,7 +233,8 @@ class VideoDiT(nn.Module):
                 layouts = "".join(f" and blocks {layout.blocks}" for layout in self._layouts)
                 use = " or ".join(map(str, near))
                 raise UserError(
-                    f"latents of {shape} (frames, height, width) do not fit patches of {self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}"
+                    f"latents of {shape} (frames, height, width) do not fit patches of "
+                    f"{self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}"
                 )
         return cast(
             tuple[int, int, int],
@@ -228,7 +242,9 @@ class VideoDiT(nn.Module):
         )
 
     def nearest(self, axis: int, size: int) -> tuple[int, ...]:
-        """Latent sizes along an axis (0 frames, 1 height, 2 width) that work: `size` alone where it does, else the next below and above it."""
+        """Latent sizes along an axis (0 frames, 1 height, 2 width) that work: `size` alone where it does,
+        else the next below and above it.
+        """
         patch = self.patch_size[axis]
         if size > 0 and size % patch == 0 and self._fits(axis, size // patch):
             return (size,)
@@ -249,8 +265,10 @@ class VideoDiT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Wan2.1's: Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output zero. Depthwise convolutions, which Wan has
-        not, start at zero: a fresh one changes nothing. Mixing matrices, norms and modulations (N(0, 1 / dim)) stay."""
+        """Wan2.1's: Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output
+        zero. Depthwise convolutions, which Wan has
+        not, start at zero: a fresh one changes nothing. Mixing matrices, norms and modulations (N(0, 1 /
+            dim)) stay."""
         # apply(), because under ZeRO-3 it gathers each module's weights around the call.
         self.apply(
             partial(_initialise, small={*self.text_embedding, *self.time_embedding}, zero={self.head.head})
@@ -270,7 +288,9 @@ class VideoDiT(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4) and modulations, which are offsets."""
+        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)
+        and modulations, which are offsets.
+        """
         mixing = {
             f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
         }
@@ -295,13 +315,15 @@ class VideoDiT(nn.Module):
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
             raise UserError(
-                f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, and this model needs {needed}"
+                f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, "
+                f"and this model needs {needed}"
             )
         return adapted
 
 
 class VideoBlock(nn.Module):
-    """Self-attention and feed-forward network, each shifted, scaled and gated by the time, with attention to the text between them (SPEC 6.2).
+    """Self-attention and feed-forward network, each shifted, scaled and gated by the time, with attention to
+    the text between them (SPEC 6.2).
 
     Args:
         dim, heads, ffn_dim: the model's.
@@ -327,7 +349,9 @@ class VideoBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]
     ) -> Tensor:
-        """x (batch, tokens, dim) in raster order, modulation (batch, 6, dim) in float32, text (batch, rows, dim) -> (batch, tokens, dim)"""
+        """x (batch, tokens, dim) in raster order, modulation (batch, 6, dim) in float32, text (batch,
+        rows, dim) -> (batch, tokens, dim)
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
         attended = self.attn(_modulated(self.norm1, x, shift1, scale1), grid=grid, rotary=rotary)
         x = (x + gate1.unsqueeze(1) * attended).to(x.dtype)
@@ -358,7 +382,8 @@ class VideoBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Shifted and scaled norm, then one Linear to the pixels of a patch; float32 whatever autocast says, as in Wan2.1.
+    """Shifted and scaled norm, then one Linear to the pixels of a patch; float32 whatever autocast says, as
+    in Wan2.1.
 
     Args:
         dim: channels of a token.

@@ -57,16 +57,20 @@ VISION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class VisionTransformer(TimmVisionTransformer):
-    """A vision transformer without class token, average-pooled, whose layers hold any operator of the registry.
+    """A vision transformer without class token, average-pooled, whose layers hold any operator of the
+    registry.
 
-    timm's own lacks: an operator that knows the token grid, another operator in every layer, and zero padding of the image to full blocks.
+    timm's own lacks: an operator that knows the token grid, another operator in every layer, and zero padding
+    of the image to full blocks.
 
     Args:
         attention: attention entry: name, mapping, or a list of these cycled over the layers.
         img_size: pixels per side, or (height, width).
         patch_size: pixels per side of a patch; must divide img_size.
-        token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this (224 px -> 256 px as in the paper).
-        mask_padding: tokens that hold padding only are masked in attention and pooling (the paper lets them take part, SPEC C9).
+        token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this
+            (224 px -> 256 px as in the paper).
+        mask_padding: tokens that hold padding only are masked in attention and pooling (the paper lets them
+            take part, SPEC C9).
         in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, drop_rate, drop_path_rate: as in timm.
 
     Raises:
@@ -106,7 +110,8 @@ class VisionTransformer(TimmVisionTransformer):
             mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
-            block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]  # timm calls it, a class or not
+            # # timm calls it, a class or not
+            block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]
         )
         self.img_size, self.grid = size, grid
         self.token_mask: Tensor | None
@@ -120,7 +125,8 @@ class VisionTransformer(TimmVisionTransformer):
         full = self.patch_embed.img_size
         if tuple(x.shape[-2:]) not in (self.img_size, tuple(full)):
             raise UserError(
-                f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size {self.img_size} (padded {tuple(full)})"
+                f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size "
+                f"{self.img_size} (padded {tuple(full)})"
             )
         spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
         return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
@@ -131,7 +137,9 @@ class VisionTransformer(TimmVisionTransformer):
         return x[:, self.token_mask].mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides timm's norms and biases: positions and mixing matrices (SPEC 1.4)."""
+        """Names of parameters without weight decay besides timm's norms and biases: positions and mixing
+        matrices (SPEC 1.4).
+        """
         mixing = {
             f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
         }
@@ -148,7 +156,9 @@ class VisionTransformer(TimmVisionTransformer):
         )
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of timm's ViTs and of the MHLA authors under our names, position embedding resampled to this grid."""
+        """Weights of timm's ViTs and of the MHLA authors under our names, position embedding resampled to
+        this grid.
+        """
         adapted = {our_name(name): value for name, value in state.items()}
         adapted = {
             name: value.flatten(2).squeeze(-1)

@@ -1,4 +1,6 @@
-"""Forward and backward of whole backbones at several sizes, as cases of analysis.timing. A family says how a size becomes options and inputs."""
+"""Forward and backward of whole backbones at several sizes, as cases of analysis.timing. A family says how
+a size becomes options and inputs.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ class Family:
         options: size -> the backbone's options. Raises UserError for a size that does not fit.
         inputs: (model, batch) -> arguments of its forward.
         blocks: tokens per axis -> mhla's blocks.
-        by_layer: the forward is also measured alone, times are also given by layer, and peak memory is found on tensors without data: one
-            step of a large clip can take many minutes.
+        by_layer: the forward is also measured alone, times are also given by layer, and peak memory is found
+            on tensors without data: one step of a large clip can take many minutes.
     """
 
     key: str
@@ -76,7 +78,8 @@ def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
     near += [16 * max(1, round(side / 16)) for side in (height, width)]  # the VAE's 8 times the patch's 2
     if list(clip) != near:
         raise UserError(
-            f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of 16; use {video_name(near)}"
+            f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of "
+            f"16; use {video_name(near)}"
         )
     return {
         "input_size": ((frames - 1) // WAN_STRIDE[0] + 1, height // WAN_STRIDE[1], width // WAN_STRIDE[2])
@@ -98,7 +101,9 @@ def video_name(clip: Sequence[int]) -> str:
 
 
 def blocks_for(grid: tuple[int, ...]) -> int:
-    """Blocks per axis, the same on every axis, so that M^2 <= N: the most that every axis takes, full ones if those are at least half as many."""
+    """Blocks per axis, the same on every axis, so that M^2 <= N: the most that every axis takes, full ones
+    if those are at least half as many.
+    """
     tokens, axes = torch.Size(grid).numel(), len(grid)
     fitting = [
         count for count in range(1, min(grid) + 1) if count ** (2 * axes) <= tokens and _takes(grid, count)
@@ -112,8 +117,9 @@ def _takes(grid: tuple[int, ...], count: int) -> bool:
 
 
 def layout_for(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Blocks per axis so that M^2 <= N, for axes as unlike as a clip's: of the layouts with at least half as many blocks as can be, those without
-    short blocks, of these the nearest to cubes, of these the most blocks. 21 x 30 x 50 tokens get the paper's (3, 5, 10)."""
+    """Blocks per axis so that M^2 <= N, for axes as unlike as a clip's: of the layouts with at least half as
+    many blocks as can be, those without short blocks, of these the nearest to cubes, of these the most
+    blocks. 21 x 30 x 50 tokens get the paper's (3, 5, 10)."""
     tokens = math.prod(grid)
     counts = [[count for count in range(1, n + 1) if -(-n // -(-n // count)) == count] for n in grid]
     layouts = [layout for layout in product(*counts) if math.prod(layout) ** 2 <= tokens]
@@ -192,7 +198,9 @@ def make_case(
     bf16: bool = False,
     checkpointing: bool = False,
 ) -> Case:
-    """A training step of a backbone, forward and backward, on random inputs; float32, or under bf16 autocast."""
+    """A training step of a backbone, forward and backward, on random inputs; float32, or under bf16
+    autocast.
+    """
     family = family_of(backbone)
 
     def make() -> tuple[nn.Module, Callable[[], Any], Callable[[], None]]:
@@ -248,7 +256,9 @@ def _work(
 
 @torch.no_grad()
 def _wake(model: nn.Module) -> None:
-    """What starts at zero (adaLN-zero) gets small values: a trained model's branches carry numbers, not zeros."""
+    """What starts at zero (adaLN-zero) gets small values: a trained model's branches carry numbers, not
+    zeros.
+    """
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)

@@ -1,4 +1,6 @@
-"""The training loop that somebody would write without Lightning, doing what a recipe's training does to its model."""
+"""The training loop that somebody would write without Lightning, doing what a recipe's training does to
+its model.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ from mhla_lightning.tasks import Task
 
 
 class BareLoop:
-    """Forward, backward, clipping, AdamW, schedule, projection and average, each timed; nothing is logged, watched or saved.
+    """Forward, backward, clipping, AdamW, schedule, projection and average, each timed; nothing is logged,
+    watched or saved.
 
-    It clips by the norm that training clips by, which is not torch's own to the last bit: both must come to the same losses.
+    It clips by the norm that training clips by, which is not torch's own to the last bit: both must come to
+    the same losses.
 
     Args:
         task: a copy of the model; it is trained.

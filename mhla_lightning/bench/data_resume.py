@@ -24,7 +24,9 @@ _CHECKSUM = slice(148, 156)
 
 
 def make_many(folder: Path, shards: int, samples: int, on_shard: Callable[[], object]) -> None:
-    """`shards` tar files of `samples` images of 8 x 8 pixels each as folder/train: one is written by webdataset, the others differ in their keys."""
+    """`shards` tar files of `samples` images of 8 x 8 pixels each as folder/train: one is written by
+    webdataset, the others differ in their keys.
+    """
     split = folder / "train"
     split.mkdir(parents=True)
     template, offsets = _template(samples)
@@ -39,7 +41,9 @@ def make_many(folder: Path, shards: int, samples: int, on_shard: Callable[[], ob
 
 
 def measure_resume(folder: Path, position: int, workers: int) -> dict[str, Any]:
-    """Seconds from a constructed data module, set to `position`, to its first batch, and the anonymous memory of this process and of its workers."""
+    """Seconds from a constructed data module, set to `position`, to its first batch, and the anonymous
+    memory of this process and of its workers.
+    """
     plain = Augmentation(auto_augment=None, re_prob=0.0, color_jitter=None)
     module = ImageDataModule(
         str(folder), batch_size=256, image_size=8, num_workers=workers, augmentation=plain

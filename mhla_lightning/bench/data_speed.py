@@ -1,12 +1,18 @@
-"""The data pipeline beside what it stands on: the bare decoder, webdataset's own pipeline, numpy's memmap. Cases take turns, as in timing.py.
+"""The data pipeline beside what it stands on: the bare decoder, webdataset's own pipeline, numpy's memmap.
+Cases take turns, as in timing.py.
 
-Every case is a loader with the same number of workers and the same prefetch, and makes the same batches from bytes that the page cache holds:
+Every case is a loader with the same number of workers and the same prefetch, and makes the same batches from
+bytes that the page cache holds:
 
 - stream: TrainStream, as training reads.
-- decoder: the same samples in the same order lie in memory, undecoded; a loop decodes, augments (with the sample's random numbers) and collates them.
-- webdataset: wds.WebDataset over the same tar files, shuffled shards and a shuffle buffer, then the same decoding, augmentation and collation.
-- memmap: tokens and documents are an np.memmap of uint16 each; for the same rows in the same order torch.from_numpy(array[row].astype(np.int64)),
-  then torch.stack: these two tensors alone. Nothing is checked, and there are no keys, indices, epochs and weights.
+- decoder: the same samples in the same order lie in memory, undecoded; a loop decodes, augments (with the
+  sample's random numbers) and collates them.
+- webdataset: wds.WebDataset over the same tar files, shuffled shards and a shuffle buffer, then the same
+  decoding, augmentation and collation.
+- memmap: tokens and documents are an np.memmap of uint16 each; for the same rows in the same order
+  torch.from_numpy(array[row].astype(np.int64)),
+  then torch.stack: these two tensors alone. Nothing is checked, and there are no keys, indices, epochs and
+      weights.
 """
 
 from __future__ import annotations
@@ -41,7 +47,9 @@ WARM_UP = 2  # batches of every worker that are not timed at the beginning of a 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is read, and by how many. batches: of one worker in a turn. turns: that are timed; one more comes first and warms up."""
+    """How much is read, and by how many. batches: of one worker in a turn. turns: that are timed; one more
+    comes first and warms up.
+    """
 
     batch_size: int
     batches: int
@@ -66,7 +74,9 @@ class Plan:
 
 @dataclass
 class DataCase:
-    """One way to read. rates: samples/s of every turn. read: samples that arrived in all turns, the warm-up included."""
+    """One way to read. rates: samples/s of every turn. read: samples that arrived in all turns, the
+    warm-up included.
+    """
 
     subject: str
     name: str
@@ -91,7 +101,9 @@ class DataCase:
 
 @dataclass
 class _Turns(IterableDataset[Batch]):
-    """An endless stream in passes of `batches` batches, each going on where the last one ended: so nobody works ahead in the turn of another case."""
+    """An endless stream in passes of `batches` batches, each going on where the last one ended: so nobody
+    works ahead in the turn of another case.
+    """
 
     stream: Iterable[Batch]
     batches: int
@@ -109,7 +121,9 @@ def make_case(subject: str, name: str, plan: Plan, stream: Iterable[Batch]) -> D
 
 
 def take_turns(cases: Sequence[DataCase], on_turn: Callable[[], None]) -> None:
-    """Times all cases in turn, forwards and backwards, as often as their plan says after a warm-up; ends their workers."""
+    """Times all cases in turn, forwards and backwards, as often as their plan says after a warm-up; ends
+    their workers.
+    """
     try:
         for turn in range(cases[0].plan.turns + 1):
             for case in cases if turn % 2 else reversed(cases):
@@ -171,7 +185,8 @@ def _decoded(kind: Kind, sample: RawSample, place: Place) -> Row:
         tensors = kind.train(sample | {"__index__": place.index}, place.epoch)
     except BadSample as reason:
         raise DataError(
-            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): measure on data without such"
+            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): "
+            "measure on data without such"
         ) from reason
     return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, tensors)
 

@@ -1,4 +1,6 @@
-"""Time of one more token at different positions. The positions take turns token by token, so that a drifting machine cancels."""
+"""Time of one more token at different positions. The positions take turns token by token, so that a
+drifting machine cancels.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where the time of a step goes: a clock whose hands move from one source to the next, so that the sources' times add up to the whole."""
+"""Where the time of a step goes: a clock whose hands move from one source to the next, so that the
+sources' times add up to the whole.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ ADAMW, SCHEDULE, PROJECTION, AVERAGE = (
     "average of the weights",
 )
 SAME = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW)
-"""What both sides leave to the very same calls, in their order; all else is Lightning's own, or the platform's."""
+"""What both sides leave to the very same calls, in their order; all else is Lightning's own, or the
+platform's.
+"""
 DATA, WRAPPER, TASK, LOGGING, LOOPS = (
     "data hand-over",
     "optimizer wrapper",
@@ -68,12 +72,14 @@ def source_of(action: str) -> str:
 class SourceClock(Profiler):
     """Gives every moment to the action that was begun last and has not ended.
 
-    Lightning tells its profiler of every hook of callbacks, module and strategy. SimpleProfiler, which it ships, counts a hook inside another twice,
-    so that its times add up to nothing. An action costs about 1 us more than under no profiler; a step has about a hundred.
+    Lightning tells its profiler of every hook of callbacks, module and strategy. SimpleProfiler, which it
+    ships, counts a hook inside another twice, so that its times add up to nothing. An action costs about 1 us
+    more than under no profiler; a step has about a hundred.
 
     Attributes:
         device: on a GPU `resume` and `pause` wait for it; between them the times are the host's.
-        cpu_seconds: CPU time of this process between `resume` and `pause`, which other programs on the machine hardly lengthen.
+        cpu_seconds: CPU time of this process between `resume` and `pause`, which other programs on the
+            machine hardly lengthen.
     """
 
     def __init__(self) -> None:
@@ -127,7 +133,9 @@ class SourceClock(Profiler):
         return timed
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Times the optimizer's own arithmetic; Lightning runs forward and backward inside its step, and those are actions of their own."""
+        """Times the optimizer's own arithmetic; Lightning runs forward and backward inside its step, and
+        those are actions of their own.
+        """
         optimizer.register_step_pre_hook(lambda *_: self.start(ADAMW))
         optimizer.register_step_post_hook(lambda *_: self.stop(ADAMW))
 

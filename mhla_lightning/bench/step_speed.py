@@ -1,9 +1,12 @@
-"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop, step by step in turn, and where the difference goes.
+"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop, step by step in turn,
+and where the difference goes.
 
-Lightning trains as `lightning run` does, in one call of fit. Its data loader is ours: before or after each of Lightning's steps the bare loop takes
-the same step with the same batches, on a copy of the model that was made before the first. Lightning's step lasts from the moment it is given the
-step's first batch to the moment it asks for the next step's, so that all it does once a step is in it. Reading the data is in neither. What goes by
-the clock (progress.json every 10 s) comes twice as often for a step of Lightning's as in a run, whose time is all Lightning's.
+Lightning trains as `lightning run` does, in one call of fit. Its data loader is ours: before or after each of
+Lightning's steps the bare loop takes the same step with the same batches, on a copy of the model that was
+made before the first. Lightning's step lasts from the moment it is given the step's first batch to the moment
+it asks for the next step's, so that all it does once a step is in it. Reading the data is in neither. What
+goes by the clock (progress.json every 10 s) comes twice as often for a step of Lightning's as in a run, whose
+time is all Lightning's.
 """
 
 from __future__ import annotations
@@ -176,9 +179,11 @@ class StepTimes:
         }
 
     def summary(self) -> dict[str, float]:
-        """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but SAME) over bare steps.
+        """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but
+        SAME) over bare steps.
 
-        The first is what a run sees. Beside other programs it is uncertain by what they take; the other two are not.
+        The first is what a run sees. Beside other programs it is uncertain by what they take; the other two
+        are not.
         """
         bare = [sum(turn.values()) for turn in self.bare]
         own = [_own(a) - _own(b) for a, b in zip(self.lightning, self.bare, strict=True)]
@@ -191,7 +196,9 @@ class StepTimes:
 
     @property
     def ratios(self) -> list[float]:
-        """Of every turn, steps of Lightning over bare ones: how far they are apart says what their median is worth."""
+        """Of every turn, steps of Lightning over bare ones: how far they are apart says what their median
+        is worth.
+        """
         return [sum(a.values()) / sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)]
 
     @property
@@ -202,7 +209,8 @@ class StepTimes:
         )
 
     def breakdown(self) -> list[dict[str, Any]]:
-        """A row a source, seconds a step, medians of the turns: first the same calls of both sides, then Lightning's own, the dearest first.
+        """A row a source, seconds a step, medians of the turns: first the same calls of both sides, then
+        Lightning's own, the dearest first.
 
         In every turn the sources add up to the step; their medians do nearly.
         """
@@ -231,10 +239,12 @@ def _own(turn: Mapping[str, float]) -> float:
 def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Callable[[], None]) -> StepTimes:
     """Trains both sides for (turns + 1) x steps optimizer steps; the first turn is not counted.
 
-    recipe: its validations, drawings and checkpoints are left out, and a point in TensorBoard comes at least once a turn. folder: of the run's files.
+    recipe: its validations, drawings and checkpoints are left out, and a point in TensorBoard comes at least
+        once a turn. folder: of the run's files.
 
     Raises:
-        UserError: a recipe for several processes or of a precision that the bare loop lacks, what Session refuses, losses that differ.
+        UserError: a recipe for several processes or of a precision that the bare loop lacks, what Session
+            refuses, losses that differ.
     """
     clock, run = SourceClock(), RunFolder(folder)
     run.create()
@@ -254,11 +264,14 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
 
 
 def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> Resolved:
-    """The recipe as it is measured: in one process, steps alone. Drawings come a few times in a run, a progress bar on a terminal only."""
+    """The recipe as it is measured: in one process, steps alone. Drawings come a few times in a run, a
+    progress bar on a terminal only.
+    """
     given = recipe.trainer
     if given.get("strategy", "auto") != "auto":
         raise UserError(
-            f"trainer.strategy is {given['strategy']}: a bare loop has one process and no sharding; leave the strategy out"
+            f"trainer.strategy is {given['strategy']}: a bare loop has one process and no sharding; "
+            "leave the strategy out"
         )
     if (precision := given.get("precision", PRECISIONS[0])) not in PRECISIONS:
         raise UserError(
@@ -300,7 +313,8 @@ def equal_losses(lightning: Sequence[Tensor], bare: Sequence[Tensor], tolerance:
     for number, (a, b) in enumerate(pairs):
         if not math.isclose(a, b, rel_tol=tolerance, abs_tol=0.0):
             raise UserError(
-                f"the loss of micro batch {number} is {a!r} under Lightning and {b!r} in the bare loop: they do not do the same work, and their times"
+                f"the loss of micro batch {number} is {a!r} under Lightning and {b!r} in the bare "
+                "loop: they do not do the same work, and their times"
                 " cannot be compared"
             )
     return pairs[-1][0]

@@ -146,5 +146,6 @@ def _of(task: Task) -> tuple[dict[str, Any], Tensors]:
         facts = {"kind": "video_latents", "shapes": [task.sample_shape], "text": task.text_shape}
         return facts, {"latent": (task.sample_shape, None), "text": (task.text_shape, None)}
     raise UserError(
-        f"the recipe's data is not there, and nothing is known of the batches of {type(task).__name__}: pack its data first"
+        "the recipe's data is not there, and nothing is known of the batches of "
+        f"{type(task).__name__}: pack its data first"
     )

@@ -1,4 +1,6 @@
-"""Times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting machine cancels."""
+"""Times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting
+machine cancels.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Case:
         flops: of the forward.
         run_forward: None where only steps are measured.
         forward, step: seconds of every turn; step is forward and backward.
-        forward_cpu, step_cpu: seconds of processor time of all threads together, which other work on the machine adds little to.
+        forward_cpu, step_cpu: seconds of processor time of all threads together, which other work on the
+            machine adds little to.
         gemm: seconds that the matrix product of the same turn would need for the forward FLOPs.
         peak_bytes: tensors held at once by a step, at most, besides its inputs.
     """
@@ -81,7 +84,9 @@ def make_case(
     causal: bool = False,
     grid: Sequence[int] | None = None,
 ) -> Case:
-    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on `grid`, else on one axis."""
+    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on `grid`, else on one
+    axis.
+    """
     operator = build_attention(
         entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,) if grid is None else grid, causal=causal
     ).to(device)
@@ -105,9 +110,11 @@ def _forward(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 def take_turns(
     cases: Sequence[Case], turns: int, device: torch.device, on_case: Callable[[Case], None]
 ) -> list[float]:
-    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s. Slow cases run once, without warm-up.
+    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s.
+    Slow cases run once, without warm-up.
 
-    on_case: called before a case has its turn, len(cases) x (turns + 1) times in all, also for slow ones that are passed over.
+    on_case: called before a case has its turn, len(cases) x (turns + 1) times in all, also for slow ones that
+        are passed over.
     """
     square = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
     rates: list[float] = []

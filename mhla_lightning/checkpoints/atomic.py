@@ -1,4 +1,6 @@
-"""A checkpoint folder is written under another name, synced to disk, marked COMPLETE and only then renamed; which of them are kept."""
+"""A checkpoint folder is written under another name, synced to disk, marked COMPLETE and only then
+renamed; which of them are kept.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def discard(checkpoints: Path) -> None:
 
 
 def commit(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes state.json and the marker, syncs the folders, renames; returns the finished folder. The files were synced by those who wrote them."""
+    """Writes state.json and the marker, syncs the folders, renames; returns the finished folder. The files
+    were synced by those who wrote them.
+    """
     write_json(folder / "state.json", dict(state))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(path)
@@ -75,7 +79,9 @@ def prune(run: Path, keep: Keep) -> None:
 
 
 def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
-    """The best by the monitored tag, best first; of equal ones the newest. What is no number is never best."""
+    """The best by the monitored tag, best first; of equal ones the newest. What is no number is never
+    best.
+    """
     if not keep.best or keep.monitor is None:
         return []
     values = {

@@ -1,4 +1,6 @@
-"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one a rank where the run was split."""
+"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one a rank where the run was
+split.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def has_average(checkpoint: Path) -> bool:
 
 
 def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor] | None:
-    """Reads stretches of the average: (name, start, numel) -> flat tensor. None where the folder has no average, or that of another model.
+    """Reads stretches of the average: (name, start, numel) -> flat tensor. None where the folder has no
+    average, or that of another model.
 
     Args:
         checkpoint: a checkpoint folder.

@@ -12,8 +12,8 @@ from mhla_lightning.checkpoints.source import ShardedSource, open_source
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Lightning's TorchCheckpointIO lacks two things: writing later, in the order and the thread that the checkpoint callback chooses, and reading
-    what the ranks of a sharded run wrote."""
+    """Lightning's TorchCheckpointIO lacks two things: writing later, in the order and the thread that the
+    checkpoint callback chooses, and reading what the ranks of a sharded run wrote."""
 
     def __init__(self) -> None:
         self._taken: dict[str, Any] | None = None

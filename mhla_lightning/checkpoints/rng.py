@@ -33,7 +33,7 @@ def load_rng(path: Path) -> None:
     gauss = float(tensors["python_gauss"])
     random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss = tensors["numpy"].tolist()
-    np.random.set_state(
+    np.random.set_state(  # noqa: NPY002
         ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(tensors["numpy_gauss"]))
     )  # noqa: NPY002
     torch.set_rng_state(tensors["torch"])

@@ -54,7 +54,9 @@ def tensor_bytes(values: Any) -> int:
 
 
 def copied(values: Any) -> Any:
-    """The same containers with copies of their tensors in the host's memory: training may change its own meanwhile."""
+    """The same containers with copies of their tensors in the host's memory: training may change its own
+    meanwhile.
+    """
     return tree_map(
         lambda value: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value,
         values,
@@ -62,7 +64,8 @@ def copied(values: Any) -> Any:
 
 
 class Writer:
-    """Writes one checkpoint at a time beside the training. Threads speak through files: a collective in a thread could meet one of the training.
+    """Writes one checkpoint at a time beside the training. Threads speak through files: a collective in a
+    thread could meet one of the training.
 
     Args:
         finish: what rank 0 calls once every rank has written.
@@ -102,6 +105,8 @@ class Writer:
         return self._parts.folder / f".written-{rank}"
 
     def wait(self, seconds: float | None = None) -> str | None:
-        """Until the checkpoint is there, or no longer than so many seconds; returns what went wrong on this rank."""
+        """Until the checkpoint is there, or no longer than so many seconds; returns what went wrong on
+        this rank.
+        """
         self._thread.join(seconds)
         return self.error

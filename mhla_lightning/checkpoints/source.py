@@ -1,4 +1,6 @@
-"""What a checkpoint folder holds, whichever strategy wrote it: weights and optimizer state by name, whole or in stretches."""
+"""What a checkpoint folder holds, whichever strategy wrote it: weights and optimizer state by name, whole
+or in stretches.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Source(ABC):
     """Weights and optimizer state of a checkpoint.
 
     Args:
-        checkpoint: Lightning's dict. Under `optimizer_groups` it holds, for each group, its settings and `names`, its parameters in order.
+        checkpoint: Lightning's dict. Under `optimizer_groups` it holds, for each group, its settings and
+            `names`, its parameters in order.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:

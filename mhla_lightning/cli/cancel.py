@@ -1,4 +1,5 @@
-"""Cancels the SLURM jobs of runs, queued or running. Training saves first where SLURM leaves it the time; `mhla resume RUN` goes on later.
+"""Cancels the SLURM jobs of runs, queued or running. Training saves first where SLURM leaves it the time;
+`mhla resume RUN` goes on later.
 
 RUN is a run id, a run folder or a SLURM job id; the id of an array cancels all its runs.
 """
@@ -37,7 +38,8 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
     queue = ask(slurm, [job]).get(job)
     if queue is None or not queue.active:
         print(
-            f"job {job} of run {one.run_id} has ended{f' ({queue.state})' if queue else ''}; there is nothing to cancel"
+            f"job {job} of run {one.run_id} has ended{f' ({queue.state})' if queue else ''}; there "
+            "is nothing to cancel"
         )
         return
     mark_cancelled(one, job)  # before: the batch script may look at once

@@ -1,8 +1,10 @@
 """Trains variants of a recipe side by side: one table, one plot.
 
-Rows come from --over (several multiply) or from a file of named variants; each row and seed is an ordinary run, reused when it is finished:
-  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name: mhla, mix_init: uniform}]' --seeds 0,1,2
-  mhla compare RECIPE --variants variants.yaml        # variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
+Rows come from --over (several multiply) or from a file of named variants; each row and seed is an ordinary
+run, reused when it is finished:
+  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name:
+  mhla, mix_init: uniform}]' --seeds 0,1,2 mhla compare RECIPE --variants variants.yaml        #
+      variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
@@ -158,12 +160,14 @@ def _plan(args: argparse.Namespace) -> Plan:
     common = parse_overrides(args.overrides)
     if bool(args.over) == (args.variants is not None):
         raise UserError(
-            "compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several times) or --variants FILE"
+            "compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several "
+            "times) or --variants FILE"
         )
     rows = rows_over(args.over) if args.over else rows_from_file(variants_file(args.variants))
     if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
         raise UserError(
-            "seed_everything cannot be an override here: every row is trained with each of --seeds, for example --seeds 0,1,2"
+            "seed_everything cannot be an override here: every row is trained with each of --seeds, "
+            "for example --seeds 0,1,2"
         )
     seeds = parse_seeds(
         args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0))
@@ -284,7 +288,8 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
             shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
             _say(
                 console,
-                f"{row.name}, seed {seed}: {wanted.name}: {shown}{' (measured before)' if kept is not None else ''}",
+                f"{row.name}, seed {seed}: {wanted.name}: "
+                f"{shown}{' (measured before)' if kept is not None else ''}",
             )
             measured[row.name][seed][wanted.name] = found
     return measured

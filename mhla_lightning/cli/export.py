@@ -1,12 +1,14 @@
-"""Writes the weights of a run, of any strategy and number of ranks, as one file or as a folder that other code opens.
+"""Writes the weights of a run, of any strategy and number of ranks, as one file or as a folder that other
+code opens.
 
 mhla export RUN --to weights.safetensors  # one file under our own names, for plain torch and model.init_from
-mhla export RUN --to lm --format hf       # language models: AutoModelForCausalLM.from_pretrained, after import mhla_lightning.hf
-mhla export RUN --to vit --format timm    # image classifiers: timm.create_model, after import mhla_lightning.backbones
-mhla export RUN --to wan                  # videos: key names of diffusers' WanTransformer3DModel; what MHLA adds stands beside them
-mhla export RUN --to wan --format wan     # Wan2.1's own names and those that the MHLA authors add
-mhla export wan_mhla.safetensors --to wan # what mhla import wrote
-mhla export RUN --to dit                  # all other backbones: our own names and a config.json, for model.init_from
+mhla export RUN --to lm --format hf       # language models: AutoModelForCausalLM.from_pretrained, after
+import mhla_lightning.hf mhla export RUN --to vit --format timm    # image classifiers: timm.create_model,
+after import mhla_lightning.backbones mhla export RUN --to wan                  # videos: key names of
+diffusers' WanTransformer3DModel; what MHLA adds stands beside them mhla export RUN --to wan --format wan
+# Wan2.1's own names and those that the MHLA authors add mhla export wan_mhla.safetensors --to wan # what mhla
+import wrote mhla export RUN --to dit                  # all other backbones: our own names and a config.json,
+for model.init_from
 """
 
 from __future__ import annotations
@@ -85,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
     write(export, target, getattr(torch, args.dtype))
     console = Console()
     console.print(weights_table(title, export.rows(), _STATES))
-    counts = f"{len(export.shared) + len(export.added)} tensors, {len(export.added)} of them under names that only ours have"
+    counts = (
+        f"{len(export.shared) + len(export.added)} tensors, {len(export.added)} of them under names that "
+        "only ours have"
+    )
     loading = [] if export.opened_by is None else [f"load it: {export.opened_by.replace('DIR', str(target))}"]
     file = target if is_file(target) else target / export.file
     for line in (f"{file}: {counts}", *loading, *_foreign_layers(export.config)):
@@ -109,7 +114,8 @@ def _export(args: argparse.Namespace, target: Path) -> tuple[str, Export]:
     _refuse_choices(args)
     if not is_file(target) or args.format not in (None, "plain"):
         raise UserError(
-            f"RUN {path} does not say what model it is of: --to a file that ends in .safetensors, without --format"
+            f"RUN {path} does not say what model it is of: --to a file that ends in .safetensors, "
+            "without --format"
         )
     return str(path), bare(read_deepspeed(path, args.trust_checkpoint, "RUN"), path.name)
 
@@ -117,7 +123,8 @@ def _export(args: argparse.Namespace, target: Path) -> tuple[str, Export]:
 def _refuse_choices(args: argparse.Namespace) -> None:
     if args.ckpt is not None or args.ema or args.no_ema:
         raise UserError(
-            f"RUN {args.trained} is no run, and --ckpt, --ema and --no-ema choose between the weights of a run"
+            f"RUN {args.trained} is no run, and --ckpt, --ema and --no-ema choose between the "
+            "weights of a run"
         )
 
 
@@ -137,7 +144,8 @@ def _find(args: argparse.Namespace) -> Trained:
     weights = find_weights(folder, args.ckpt, ema=not args.no_ema)
     if args.ema and not weights.averaged:
         raise UserError(
-            f"{weights.checkpoint} holds no average (callbacks.EMA); leave out --ema to take the weights as trained"
+            f"{weights.checkpoint} holds no average (callbacks.EMA); leave out --ema to take the "
+            "weights as trained"
         )
     source = (
         f"run {folder.run_id} {weights.checkpoint.name} ({'averaged' if weights.averaged else 'raw'} weights)"
@@ -148,7 +156,9 @@ def _find(args: argparse.Namespace) -> Trained:
 
 
 def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any]]:
-    """The task without weights, and what formats say besides: the tokenizer of a language model, the preparation of a classifier's images."""
+    """The task without weights, and what formats say besides: the tokenizer of a language model, the
+    preparation of a classifier's images.
+    """
     from mhla_lightning.data import ImageDataModule
     from mhla_lightning.inference.loading import find_task, keeps_tokenizer, kept_tokenizer
     from mhla_lightning.inference.rebuilding import rebuild, trains
@@ -157,7 +167,8 @@ def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any
     if trains(folder, LanguageTask):
         tokenizer = kept_tokenizer(folder) if format == "hf" and keeps_tokenizer(folder) else None
         return find_task(folder), {"end": tokenizer.end, "files": tokenizer.files} if tokenizer else {}
-    built = rebuild(folder, Task, "only what trains a backbone can be exported")  # type: ignore[type-abstract]  # any kind will do
+    # # any kind will do
+    built = rebuild(folder, Task, "only what trains a backbone can be exported")  # type: ignore[type-abstract]
     return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(
         built.data, ImageDataModule
     ) else {}
@@ -173,5 +184,8 @@ def _foreign_layers(config: Mapping[str, object]) -> list[str]:
     if not others:
         return []
     return [
-        f"layers {', '.join(others)} are no softmax attention: diffusers and Wan2.1 load the shared tensors and compute softmax there"
+        (
+            f"layers {', '.join(others)} are no softmax attention: diffusers and Wan2.1 load the shared "
+            "tensors and compute softmax there"
+        )
     ]

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         **output.summary(),
     }
     print(
-        f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state of all prompts {summary['state_bytes']:,} bytes,",
+        f"{summary['tokens']} tokens, {summary['tokens_per_second']:.1f} tokens/s, state of all "
+        f"prompts {summary['state_bytes']:,} bytes,",
         end=" ",
         file=sys.stderr,
     )

@@ -1,10 +1,12 @@
 """Turns other people's checkpoints into weights of our backbones: one .safetensors file for model.init_from.
 
 mhla import dit DiT-XL-2-256x256.pt --out dit_xl2.safetensors                      # softmax as trained
-mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla # the paper's fine-tuning start: mixing, gate and conv are new
-mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors                               # a file or a folder; softmax as trained
+mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla # the paper's fine-tuning
+start: mixing, gate and conv are new mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
+    # a file or a folder; softmax as trained
 mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
-mhla import wan model.safetensors --out wan_mhla.safetensors                        # the MHLA authors': gate, blocks and hybrid pattern are found
+mhla import wan model.safetensors --out wan_mhla.safetensors                        # the MHLA authors': gate,
+blocks and hybrid pattern are found
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument(
             "path",
             metavar="PATH",
-            help="torch or .safetensors file, or a folder of .safetensors: bare weights, or a training checkpoint's",
+            help=(
+                "torch or .safetensors file, or a folder of .safetensors: bare weights, or a training "
+                "checkpoint's"
+            ),
         )
         added.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
         added.add_argument("--backbone", help=f"name in the registry (default: {_DEFAULT[name]})")
@@ -87,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     options = _yaml("--backbone-options", args.backbone_options)
     if not isinstance(options, dict):
         raise UserError(
-            f"--backbone-options {args.backbone_options}: a mapping is wanted, such as '{_OPTIONS[args.kind]}'"
+            f"--backbone-options {args.backbone_options}: a mapping is wanted, such as "
+            f"'{_OPTIONS[args.kind]}'"
         )
     heads, layout = getattr(args, "heads", None), getattr(args, "layout", None)
     for name, number in (("--heads", heads), *(("--layout", count) for count in layout or ())):
@@ -153,7 +159,9 @@ def _check_files(source: Path, out: Path) -> None:
 
 
 def weights_table(title: str, rows: Sequence[Mapping[str, Any]], states: Mapping[str, str]) -> Any:
-    """A rich table of checkpoints.foreign.table_rows, a module's weight and bias together; `states` are the words for their states."""
+    """A rich table of checkpoints.foreign.table_rows, a module's weight and bias together; `states` are
+    the words for their states.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -178,7 +186,10 @@ def _show(imported: Imported, target: Target, out: Path) -> None:
 
     console = Console()
     console.print(weights_table(f"{target.backbone}, attention {target.attention}", imported.rows(), _STATES))
-    counts = f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, {len(imported.left)} left over"
+    counts = (
+        f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, "
+        f"{len(imported.left)} left over"
+    )
     said = yaml.safe_dump(
         json.loads(json.dumps({"model": {"init_args": _model(target, out)}})),
         sort_keys=False,
@@ -189,7 +200,9 @@ def _show(imported: Imported, target: Target, out: Path) -> None:
 
 
 def _mixing_range(imported: Imported) -> list[str]:
-    """One line about mixing values that were copied: a recipe that clamps them would change those beyond [0, 1] at its first step."""
+    """One line about mixing values that were copied: a recipe that clamps them would change those beyond
+    [0, 1] at its first step.
+    """
     copied = [imported.weights[name] for name, _ in imported.copied if name.endswith(".mixing.weight")]
     if not copied:
         return []

@@ -28,7 +28,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extrapolation",
         choices=("shift",),
-        help="for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)",
+        help=(
+            "for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)"
+        ),
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)"

@@ -87,7 +87,9 @@ def _state(slurm: Slurm, job: str) -> tuple[str, bool]:
 
 
 class _Tail:
-    """New lines of files since the last look; which file they are from is said where there are several, as `tail` does."""
+    """New lines of files since the last look; which file they are from is said where there are several, as
+    `tail` does.
+    """
 
     def __init__(self, files: list[Path], lines: int) -> None:
         self.files, self.lines = files, lines

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mhla_lightning import __version__
+from mhla_lightning.cli.spelling import VerbParser, spelled
 from mhla_lightning.errors import UserError, unknown_name
 
 VERBS = {
@@ -35,7 +36,8 @@ VERBS = {
 }
 
 EPILOG = (
-    "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, recipe or data,\n"
+    "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
+    "recipe or data,\n"
     "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, 130 by Ctrl-C."
 )
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {spelled(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lightning() -> int:
-    """Entry point of `lightning`: `run` is ours, every other verb belongs to lightning-sdk where that is installed."""
+    """Entry point of `lightning`: `run` is ours, every other verb belongs to lightning-sdk where that is
+    installed.
+    """
     arguments = sys.argv[1:]
     if arguments[:1] == ["run"]:
         return main(arguments)
@@ -66,11 +70,13 @@ def lightning() -> int:
         return 0
     if arguments in ([], ["-h"], ["--help"]):
         print(
-            "usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of mhla-lightning (mhla --help for all verbs)."
+            "usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of "
+            "mhla-lightning (mhla --help for all verbs)."
         )
         return 0
     print(
-        f"error: `lightning {arguments[0]}` belongs to lightning-sdk, which is not installed; mhla-lightning brings `lightning run RECIPE`",
+        f"error: `lightning {arguments[0]}` belongs to lightning-sdk, which is not installed; "
+        "mhla-lightning brings `lightning run RECIPE`",
         file=sys.stderr,
     )
     return 2
@@ -96,16 +102,21 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(unknown_name("verb", name, VERBS))
     module = f"{name}_" if keyword.iskeyword(name) else name  # `import` cannot be a module's name
     verb = importlib.import_module(f"mhla_lightning.cli.{module}")
-    sub = argparse.ArgumentParser(
+    sub = VerbParser(
         prog=f"mhla {name}",
         description=verb.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     verb.add_arguments(sub)
-    if getattr(verb, "TAKES_OVERRIDES", False):
+    takes_overrides = getattr(verb, "TAKES_OVERRIDES", False)
+    if takes_overrides:
         args, overrides = sub.parse_known_args(arguments[1:])
         args.overrides = overrides
     else:
         args = sub.parse_args(arguments[1:])
-    return int(verb.run(args))
+    try:
+        return int(verb.run(args))
+    except UserError as error:
+        print(f"error: {spelled(error, sub, takes_overrides)}", file=sys.stderr)
+        return 2

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"http://localhost:{args.port}/  ({logdir if not args.run else ', '.join(args.run)})")
         if "SSH_CONNECTION" in os.environ:
             print(
-                f"on your own machine: ssh -N -L {args.port}:localhost:{args.port} {getpass.getuser()}@{socket.getfqdn()}"
+                f"on your own machine: ssh -N -L {args.port}:localhost:{args.port} "
+                f"{getpass.getuser()}@{socket.getfqdn()}"
             )
         sys.stdout.flush()
         command = [
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _linked(names: list[str], root: Path, links: Path) -> Path:
-    """A folder that shows these runs and no others. TensorBoard's own way to name several folders breaks on a comma or colon in a path."""
+    """A folder that shows these runs and no others. TensorBoard's own way to name several folders breaks
+    on a comma or colon in a path.
+    """
     for name in names:
         for one in find_runs(name, root):
             (links / one.run_id).symlink_to(one.tensorboard, target_is_directory=True)

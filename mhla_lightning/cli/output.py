@@ -33,7 +33,9 @@ def load() -> str:
 
 @contextmanager
 def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of so many measurements on a terminal; what it gives is called with the name of each as it begins."""
+    """A bar of so many measurements on a terminal; what it gives is called with the name of each as it
+    begins.
+    """
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as progress:

@@ -1,7 +1,10 @@
-"""Says what a recipe takes on a cluster: batches, parameters, FLOPs, length, memory on every GPU under every strategy. Needs no GPU.
+"""Says what a recipe takes on a cluster: batches, parameters, FLOPs, length, memory on every GPU under every
+strategy. Needs no GPU.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE, for example
-  mhla plan language/lm_340m_mhla_fineweb_edu --nodes 4 --gpus-per-node 8 --gpu h100-80g --strategy zero2 --data.micro_batch_size 4
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE,
+for example
+  mhla plan language/lm_340m_mhla_fineweb_edu --nodes 4 --gpus-per-node 8 --gpu h100-80g --strategy zero2
+  --data.micro_batch_size 4
 """
 
 from __future__ import annotations
@@ -119,28 +122,33 @@ def _lines(name: str, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "recipe", f"{name}: {model['backbone']}, attention {_entry(model['attention'])}, {plan.precision}"
     yield (
         "",
-        f"checkpoint_activations {model['checkpoint_activations']}; everything: lightning run {name} --print_config",
+        f"checkpoint_activations {model['checkpoint_activations']}; everything: lightning run {name} "
+        "--print_config",
     )
     gpu = "" if plan.gpu is None else f" {plan.gpu.name}"
     yield (
         "cluster",
-        f"{_many(plan.nodes, 'node')} x {_many(plan.gpus_per_node, 'GPU')}{gpu}, strategy {plan.strategy or 'of another kind'}",
+        f"{_many(plan.nodes, 'node')} x {_many(plan.gpus_per_node, 'GPU')}{gpu}, strategy "
+        f"{plan.strategy or 'of another kind'}",
     )
     yield (
         "batch",
-        f"{batches.batch:,} = {batches.ranks:,} ranks x {batches.micro:,} samples at once x {batches.accumulation:,} accumulated",
+        f"{batches.batch:,} = {batches.ranks:,} ranks x {batches.micro:,} samples at once x "
+        f"{batches.accumulation:,} accumulated",
     )
     yield "parameters", _parameters(plan)
     forward, tokens = plan.flops_per_sample, plan.tokens
     yield (
         "FLOPs",
-        f"forward {_si(forward)} a sample, {_si(forward / tokens)} a token ({tokens:,} tokens); training takes three times that",
+        f"forward {_si(forward)} a sample, {_si(forward / tokens)} a token ({tokens:,} tokens); "
+        "training takes three times that",
     )
     yield "length", _length(plan)
     if plan.seconds is not None and plan.gpu is not None:
         yield (
             "time",
-            f"{_time(plan.seconds)}, assuming {plan.utilisation:.0%} of the peak of {_si(plan.peak or 0)}/s a GPU",
+            f"{_time(plan.seconds)}, assuming {plan.utilisation:.0%} of the peak of "
+            f"{_si(plan.peak or 0)}/s a GPU",
         )
 
 
@@ -151,7 +159,10 @@ def _parameters(plan: Plan) -> str:
         if plan.parameters["trained"] == plan.parameters["total"]
         else f"{plan.parameters['trained']:,} train"
     )
-    return f"{plan.parameters['total']:,}, {trained} ({', '.join(f'{kind} {count:,}' for kind, count in kinds.items())})"
+    return (
+        f"{plan.parameters['total']:,}, {trained} "
+        f"({', '.join(f'{kind} {count:,}' for kind, count in kinds.items())})"
+    )
 
 
 def _length(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """Lists the recipes that come with the package, or shows one.
 
-A recipe's purpose is the first comment line of its file; a sentence there, or in the comment lines below it, such as
+A recipe's purpose is the first comment line of its file; a sentence there, or in the comment lines below it,
+such as
 `Paper: 75.8 % top-1 (Table 2).` is the paper's number.
 """
 
@@ -90,7 +91,8 @@ def header_facts(text: str) -> dict[str, str | None]:
     """What the comment above a recipe's first key says.
 
     Returns:
-        purpose: the first comment line; paper: the number of the paper that the recipe aims at, None when it names none.
+        purpose: the first comment line; paper: the number of the paper that the recipe aims at, None when it
+            names none.
     """
     head = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), text.splitlines())
     lines = [line.lstrip("#").strip() for line in head if line.startswith("#")]
@@ -99,7 +101,9 @@ def header_facts(text: str) -> dict[str, str | None]:
 
 
 def paper_number(header: str) -> str | None:
-    """The first sentence (or part of one up to a semicolon) about the paper that begins with `Paper:` or holds a decimal or a percentage."""
+    """The first sentence (or part of one up to a semicolon) about the paper that begins with `Paper:` or
+    holds a decimal or a percentage.
+    """
     for sentence in re.split(r"(?<=[.;])\s+", header):
         words = sentence.strip().rstrip(".;")
         if not re.search(r"\bpaper\b", words, re.IGNORECASE) or re.search(

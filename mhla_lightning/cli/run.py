@@ -1,6 +1,7 @@
 """Trains a recipe, validates it, and resumes it when the same command is given again.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE, for example
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE,
+for example
   lightning run classification/deit_tiny_mhla_mnist_cpu --model.attention softmax --trainer.max_steps 200
 """
 
@@ -92,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
-    # With three trainings on two cores OpenMP's default spinning made a step 20 times slower, this one 3 times. Alone it costs 3 %.
+    # With three trainings on two cores OpenMP's default spinning made a step 20 times slower, this one 3
+    # times. Alone it costs 3 %.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     end_with_rank_zero()
     try:
@@ -106,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     if args.ckpt and args.mode == "fit":
         raise UserError(
-            "--ckpt belongs to --mode validate or test; training resumes by itself, and model.init_from starts from other weights"
+            "--ckpt belongs to --mode validate or test; training resumes by itself, and "
+            "model.init_from starts from other weights"
         )
     recipe = load_recipe(args.recipe)
     values = apply_overrides(recipe.values, parse_overrides(args.overrides))
@@ -122,7 +125,8 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     changed = _changes(run_folder, resolved)
     if changed and _first_process() and not args.accept_changes:
         raise UserError(
-            f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, another --run-id, or --accept-changes"
+            f"run {run_folder.run_id} was started with another recipe: {changed}; use --fresh, "
+            "another --run-id, or --accept-changes"
         )
     if run_folder.finished() and not changed:
         return _say_finished(resolved, run_folder)
@@ -148,7 +152,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
 
 
 def _quiet() -> None:
-    """Our own lines on stdout; of Lightning's only warnings. After the imports: Lightning sets its own level in them."""
+    """Our own lines on stdout; of Lightning's only warnings. After the imports: Lightning sets its own
+    level in them.
+    """
     ours = logging.getLogger("mhla_lightning")
     ours.handlers, ours.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -183,7 +189,8 @@ def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved)
     name = check_run_id(args.run_id) if args.run_id else default_run_id(recipe.name, resolved.identity())
     if args.fresh and _started_among_others():
         raise UserError(
-            "--fresh chooses a folder, and each of the processes that were started together would choose another: use a new --run-id"
+            "--fresh chooses a folder, and each of the processes that were started together would "
+            "choose another: use a new --run-id"
         )
     if args.fresh and (root / name).exists():
         name = next(f"{name}-{n}" for n in range(2, sys.maxsize) if not (root / f"{name}-{n}").exists())
@@ -191,7 +198,9 @@ def _choose_folder(args: argparse.Namespace, recipe: Recipe, resolved: Resolved)
 
 
 def _first_process() -> bool:
-    """Whether this process is rank 0 as far as the launcher's environment tells (Lightning, torchrun, srun)."""
+    """Whether this process is rank 0 as far as the launcher's environment tells (Lightning, torchrun,
+    srun).
+    """
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
@@ -255,7 +264,8 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
         task = session.task
         print(f"run {run_folder.run_id}: {session.max_steps} steps of {session.data.batch_size}{from_step}")
         print(
-            f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample (forward), {run_folder.path}"
+            f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample "
+            f"(forward), {run_folder.path}"
         )
         print(f"watch it: tensorboard --logdir {run_folder.tensorboard}", flush=True)
     try:
@@ -276,7 +286,8 @@ def _fit(resolved: Resolved, run_folder: RunFolder, signals: StopSignals) -> int
 
 
 def _failed(error: Exception, session: Session, run_folder: RunFolder) -> int:
-    """What one rank of several does with an error: the last words of a run are those of the rank that failed first, not of those that missed it.
+    """What one rank of several does with an error: the last words of a run are those of the rank that failed
+    first, not of those that missed it.
 
     Raises:
         Exception: the error, where it is this rank's own.
@@ -298,7 +309,8 @@ def _failed(error: Exception, session: Session, run_folder: RunFolder) -> int:
         time.sleep(GRACE if lost else 0.0)  # rank 0 knows which rank was lost, and ends this one
     elif lost:
         print(
-            f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose own error is the cause",
+            f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose "
+            "own error is the cause",
             file=sys.stderr,
         )
         return 1

@@ -1,9 +1,10 @@
-"""Draws images from an image diffusion run: samples.npz (ADM's layout) and a grid; or videos from a video diffusion run: mp4 and a contact sheet.
+"""Draws images from an image diffusion run: samples.npz (ADM's layout) and a grid; or videos from a video
+diffusion run: mp4 and a contact sheet.
 
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
-The same command again goes on where it was stopped. Image (or video) i of a seed is the same for any batch size and number of processes, to
-1/255 a pixel; to the bit for the same batch size.
+The same command again goes on where it was stopped. Image (or video) i of a seed is the same for any batch
+size and number of processes, to 1/255 a pixel; to the bit for the same batch size.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sampler",
-        help="ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler for images, dpm++ for videos)",
+        help=(
+            "ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler for "
+            "images, dpm++ for videos)"
+        ),
     )
     parser.add_argument("--steps", type=int, help="default: 250, of videos 50")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -110,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     for name in _ONLY[other]:
         if getattr(args, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for runs that draw {other}, and run {folder.run_id} draws {kind}; leave it out"
+                f"--{name.replace('_', '-')} is for runs that draw {other}, and run {folder.run_id} "
+                f"draws {kind}; leave it out"
             )
     for name, value in _DEFAULTS[kind].items():
         if getattr(args, name) is None:
@@ -217,7 +222,9 @@ def given_prompts(file: str | None, texts: list[str] | None) -> list[Any]:
 
 
 def video_drawing(args: argparse.Namespace, found: Any) -> Any:
-    """How videos of a run are drawn, with those of training where --frames or --size is not given. Raises UserError."""
+    """How videos of a run are drawn, with those of training where --frames or --size is not given. Raises
+    UserError.
+    """
     from mhla_lightning.diffusion import Guidance
     from mhla_lightning.inference.diffusion.videos import Size, VideoDrawing, training_size, video_sampler
 
@@ -266,7 +273,8 @@ def parse_classes(text: str) -> list[int]:
         match = _RANGE.fullmatch(part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(
-                f"--classes {text}: '{part}' is no class and no range; write 3 or 0-9, with commas between them"
+                f"--classes {text}: '{part}' is no class and no range; write 3 or 0-9, with commas "
+                "between them"
             )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found

@@ -1,6 +1,7 @@
 """Shows runs: state in the queue, restarts, step, loss, speed, time left, last checkpoint.
 
-RUN is a run id, a run folder or a SLURM job id; without one all runs are shown. Works with and without SLURM's accounting, and for local runs.
+RUN is a run id, a run folder or a SLURM job id; without one all runs are shown. Works with and without
+SLURM's accounting, and for local runs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """Queues a recipe as a SLURM job: the same recipe, on a cluster.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file; overrides follow as --dotted.key VALUE, as in `lightning run`.
+RECIPE is a name of `mhla recipes list` or the path of a YAML file; overrides follow as --dotted.key VALUE, as
+in `lightning run`.
   mhla submit classification/deit_tiny_mhla_mnist_cpu --profile cpu --nodes 2
-  mhla submit RECIPE --profile my_site.yaml --nodes 4 --time 12:00:00 --array 0,1,2 --after 4711 --trainer.strategy zero2
-A profile holds what is special about a site; the packaged ones are examples of each style: venv, conda, modules, pyxis, apptainer, cpu.
-The job saves before its time is over or when it is preempted, queues itself again, and goes on with the next step.
+  mhla submit RECIPE --profile my_site.yaml --nodes 4 --time 12:00:00 --array 0,1,2 --after 4711
+  --trainer.strategy zero2
+A profile holds what is special about a site; the packaged ones are examples of each style: venv, conda,
+modules, pyxis, apptainer, cpu. The job saves before its time is over or when it is preempted, queues itself
+again, and goes on with the next step.
 """
 
 from __future__ import annotations
@@ -137,7 +140,8 @@ def job_of(name: str, runs: Path) -> str:
 
 
 def check_recipe(values: dict[str, Any], submission: Submission) -> None:
-    """What `mhla plan` says of the recipe on nodes x devices, of which only the mistakes are told. Imports torch.
+    """What `mhla plan` says of the recipe on nodes x devices, of which only the mistakes are told. Imports
+    torch.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -151,7 +155,10 @@ def check_recipe(values: dict[str, Any], submission: Submission) -> None:
 def say_queued(jobs: dict[str, str], submission: Submission, profile: Profile, time: str | None) -> None:
     """What was queued, and what to type next."""
     many = "es" if submission.devices > 1 else ""
-    size = f"{submission.nodes} node{'s' if submission.nodes > 1 else ''} x {submission.devices} process{many}, time limit {time or profile.time}"
+    size = (
+        f"{submission.nodes} node{'s' if submission.nodes > 1 else ''} x {submission.devices} "
+        f"process{many}, time limit {time or profile.time}"
+    )
     for name, job in jobs.items():
         print(f"job {job}: run {name}, {size}")
     first = next(iter(jobs))

@@ -1,4 +1,6 @@
-"""What all verbs that use the weights of a run ask for alike: which run, which of its weights, on what device."""
+"""What all verbs that use the weights of a run ask for alike: which run, which of its weights, on what
+device.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ _GRACE = 60.0  # seconds a run has to end after an interrupt
 class ChildRun:
     """A run to train.
 
-    recipe: name or path. run: where; resumed when it exists. overrides: `--key=value` words. log: file that stdout and stderr are appended to.
+    recipe: name or path. run: where; resumed when it exists. overrides: `--key=value` words. log: file that
+        stdout and stderr are appended to.
     """
 
     recipe: str
@@ -48,7 +49,8 @@ def train_in_children(
     on_progress: Callable[[float], None],
     on_end: Callable[[ChildRun, int], None],
 ) -> int:
-    """Trains `runs` in their order, `jobs` at once, which then share the cores. After one has failed no other is started.
+    """Trains `runs` in their order, `jobs` at once, which then share the cores. After one has failed no other
+    is started.
 
     Args:
         on_progress: called about twice a second with how many runs are done, parts of runs included.

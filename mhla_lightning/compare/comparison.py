@@ -39,8 +39,9 @@ def table_row(
         measured: seed -> name of an evaluation -> its numbers.
 
     Returns:
-        name, overrides, seeds (each run's summary, and `eval` where it was measured), and by tag or key the mean over seeds and the sample standard
-        deviation (None with one seed). The numbers of an evaluation have the tags `NAME/number`.
+        name, overrides, seeds (each run's summary, and `eval` where it was measured), and by tag or key the
+        mean over seeds and the sample standard deviation (None with one seed). The numbers of an evaluation
+        have the tags `NAME/number`.
     """
     evaluated = {seed: {"eval": found} for seed, found in (measured or {}).items() if found}
     numbers = [
@@ -76,7 +77,9 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`val/` tags of any row, then those of other validations: `val_512/` (at another length), `val_ema/` (averaged weights)."""
+    """`val/` tags of any row, then those of other validations: `val_512/` (at another length), `val_ema/`
+    (averaged weights).
+    """
     tags = {tag for row in rows for tag in row["mean"] if tag.startswith("val")}
 
     def place(tag: str) -> tuple[int, str, str]:
@@ -95,7 +98,9 @@ def score_tags(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def headline(tags: Iterable[str]) -> str | None:
-    """The tag that stands for a run in one line: accuracy, else bits per byte, else the loss, else the first of validation."""
+    """The tag that stands for a run in one line: accuracy, else bits per byte, else the loss, else the
+    first of validation.
+    """
     found = [tag for tag in tags if tag.startswith("val/")]
     return next(
         (
@@ -117,7 +122,9 @@ def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def score(mean: float | None, deviation: float | None) -> str:
-    """A mean with its spread, as many decimals for both: `0.9312 ±0.0021`, which narrow tables break before the sign; a dash for no value."""
+    """A mean with its spread, as many decimals for both: `0.9312 ±0.0021`, which narrow tables break
+    before the sign; a dash for no value.
+    """
     if mean is None:
         return "-"
     decimals = 4 if abs(mean) < 10 else 3 if abs(mean) < 100 else 2

@@ -1,4 +1,6 @@
-"""curves.png of a comparison: training loss and validation over steps. No torch, and matplotlib without pyplot (no global state, no display)."""
+"""curves.png of a comparison: training loss and validation over steps. No torch, and matplotlib without
+pyplot (no global state, no display).
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def smoothing_width(runs: Runs) -> int:
 
 
 def smooth(curve: Curve, width: int) -> Curve:
-    """Centred running mean over `width` points, shorter at the ends so that first and last point stay what they are."""
+    """Centred running mean over `width` points, shorter at the ends so that first and last point stay what
+    they are.
+    """
     reach = width // 2
     result = []
     for index, (step, _) in enumerate(curve):
@@ -120,7 +124,9 @@ def smooth(curve: Curve, width: int) -> Curve:
 
 
 def finite(curve: Curve) -> Curve:
-    """Without inf and nan, one value a step (a resumed run may validate a step twice; the last counts), in order of steps."""
+    """Without inf and nan, one value a step (a resumed run may validate a step twice; the last counts), in
+    order of steps.
+    """
     return sorted({step: value for step, value in curve if math.isfinite(value)}.items())
 
 

@@ -1,4 +1,6 @@
-"""The rows of a comparison: which overrides each one has, what it is called, what its runs are called. Imports no torch."""
+"""The rows of a comparison: which overrides each one has, what it is called, what its runs are called.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def _axis(text: str) -> tuple[str, list[Any]]:
         raise UserError(f"the list of --over {key} is no YAML: {values}") from error
     if not isinstance(found, list) or not found:
         raise UserError(
-            f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; write --over '{key}=[A, B]'"
+            f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; "
+            f"write --over '{key}=[A, B]'"
         )
     for index, value in enumerate(found):
         if value in found[:index] and _as_json(value) in map(
@@ -88,12 +91,14 @@ def rows_from_file(path: Path) -> list[Row]:
     table = read_yaml(path)
     if not isinstance(table, dict) or not table:
         raise UserError(
-            f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: {{model.optimizer.lr: 1e-4}}'"
+            f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: "
+            f"{{model.optimizer.lr: 1e-4}}'"
         )
     for name, overrides in table.items():
         if not isinstance(overrides, dict | None):
             raise UserError(
-                f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as {{model.attention: linear}}"
+                f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as "
+                f"{{model.attention: linear}}"
             )
     return _rows(
         (str(name), {str(key): value for key, value in (overrides or {}).items()})
@@ -117,7 +122,9 @@ def _unused(name: str, taken: Sequence[str], suffix: str) -> str:
 
 
 def describe(key: str, value: Any) -> str:
-    """A value in a few readable words: `mhla mix_init=uniform`; a bare number or switch gets the last word of its key: `lr=0.001`."""
+    """A value in a few readable words: `mhla mix_init=uniform`; a bare number or switch gets the last word
+    of its key: `lr=0.001`.
+    """
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping) and value:
@@ -165,7 +172,9 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's overrides over those of all rows. A key comes after the keys above it: `model.attention` first, then `model.attention.mix_init`."""
+    """A row's overrides over those of all rows. A key comes after the keys above it: `model.attention`
+    first, then `model.attention.mix_init`.
+    """
     return dict(sorted({**common, **own}.items(), key=lambda item: item[0].count(".")))
 
 

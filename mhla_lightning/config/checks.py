@@ -1,4 +1,6 @@
-"""Every key of a recipe is checked against the signature it will be handed to, with the nearest valid name in the error."""
+"""Every key of a recipe is checked against the signature it will be handed to, with the nearest valid name
+in the error.
+"""
 
 from __future__ import annotations
 
@@ -133,12 +135,15 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 _FRAME = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Not a valid|Subclass types|a class path|a dict"
+    r"Does not validate|Subtypes:|Errors:|Problem with|Expected a|Not a valid|Subclass types|a class "
+    r"path|a dict"
 )
 
 
 def one_sentence(error: Exception) -> str:
-    """The parser's nested report as `model.optimizer.lr: expected a float, got abc`; a sentence of ours inside it stands as it is."""
+    """The parser's nested report as `model.optimizer.lr: expected a float, got abc`; a sentence of ours
+    inside it stands as it is.
+    """
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, UserError):

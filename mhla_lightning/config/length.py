@@ -16,7 +16,8 @@ def length(recipe: Resolved) -> int:
     steps, epochs = recipe.trainer.get("max_steps", -1), recipe.data.epochs
     if steps > 0 and epochs is not None:
         raise UserError(
-            f"trainer.max_steps is {steps} and data.epochs {epochs}: a run has one length, set one of them to null"
+            f"trainer.max_steps is {steps} and data.epochs {epochs}: a run has one length, set one "
+            "of them to null"
         )
     if steps > 0:
         return int(steps)

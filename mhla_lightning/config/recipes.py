@@ -18,7 +18,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text, where people mean a number; and PyYAML takes the last of two equal keys without a word."""
+    """YAML 1.1 reads 1e-4 as text, where people mean a number; and PyYAML takes the last of two equal keys
+    without a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -118,7 +120,8 @@ def load_recipe(name: str) -> Recipe:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with trainer, model and data"
+            f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with "
+            "trainer, model and data"
         )
     return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, values)
 
@@ -136,7 +139,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
             raise UserError(
-                f"unexpected argument '{word}'; overrides are written --key value, for example --trainer.max_steps 100"
+                f"unexpected argument '{word}'; overrides are written --key value, for example "
+                "--trainer.max_steps 100"
             )
         if not equals:
             if not words or words[0].startswith("--"):
@@ -161,10 +165,11 @@ _OF_SOURCE = ("source", "tokenizer", "frames", "size", "rate", "stride")
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare name of an attention or a strategy becomes a
-    mapping under a key below it.
+    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare name of an
+    attention or a strategy becomes a mapping under a key below it.
 
-    data.source and its arguments say what the recipe's own data.path is made of: with another data.path, or with data.mix, they are left out.
+    data.source and its arguments say what the recipe's own data.path is made of: with another data.path, or
+    with data.mix, they are left out.
 
     Raises:
         UserError: a key below something that is no mapping.

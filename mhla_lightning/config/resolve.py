@@ -43,7 +43,8 @@ class CheckpointConfig:
                 raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least {least}")
         if bool(self.keep_best) != (self.monitor is not None):
             raise UserError(
-                f"checkpoint.keep_best is {self.keep_best} and checkpoint.monitor {self.monitor}: give both, for example 2 and val/loss, or neither"
+                f"checkpoint.keep_best is {self.keep_best} and checkpoint.monitor {self.monitor}: "
+                "give both, for example 2 and val/loss, or neither"
             )
 
 
@@ -52,8 +53,10 @@ class HealthConfig:
     """What a run does about steps that would spoil it.
 
     Args:
-        max_skipped: optimizer steps in a row that may be left out because their loss or gradients are not finite, or leap.
-        spike_factor: leave out a step whose loss is more than so many times the median of the steps before; null does not look.
+        max_skipped: optimizer steps in a row that may be left out because their loss or gradients are not
+            finite, or leap.
+        spike_factor: leave out a step whose loss is more than so many times the median of the steps before;
+            null does not look.
     """
 
     max_skipped: int = 10
@@ -130,7 +133,9 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
-    """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when they do not."""
+    """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when
+    they do not.
+    """
     before, after = (
         {key: value for key, value in _flat(_without_place(values)).items() if not _changes_no_number(key)}
         for values in (old, new)
@@ -140,13 +145,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) 
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
-# What may change between two attempts of one run: where data is, how it is fetched, on how many devices it is trained. The global batch stays.
+# What may change between two attempts of one run: where data is, how it is fetched, on how many devices it is
+# trained. The global batch stays.
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
 _PLACE_OF_TRAINER = ("devices", "num_nodes")
 
 
 def _changes_no_number(key: str) -> bool:
-    """Where the numbers lie, and what of them is saved when: with another such key a run has another default id, but it may be resumed."""
+    """Where the numbers lie, and what of them is saved when: with another such key a run has another
+    default id, but it may be resumed.
+    """
     return key == "trainer.strategy" or key.startswith(("trainer.strategy.", "checkpoint."))
 
 

@@ -1,4 +1,6 @@
-"""Our weights as one .safetensors file, or as a folder that other people's code opens: config.json and a .safetensors file."""
+"""Our weights as one .safetensors file, or as a folder that other people's code opens: config.json and a
+.safetensors file.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ def plan(trained: Trained, format: str | None = None, one_file: bool = False) ->
     """What is written.
 
     Args:
-        format: one of FORMATS; None is diffusers for the folder of a video model and plain, our own names, for all else.
+        format: one of FORMATS; None is diffusers for the folder of a video model and plain, our own names,
+            for all else.
         one_file: the file of tensors stands alone.
 
     Raises:
@@ -116,7 +119,8 @@ def plan(trained: Trained, format: str | None = None, one_file: bool = False) ->
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
         raise UserError(
-            f"--format {chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out or take plain"
+            f"--format {chosen} is for {kind.needs}, and {trained.source} holds a "
+            f"{trained.backbone}; leave it out or take plain"
         )
     if one_file and not kind.alone:
         raise UserError(
@@ -164,7 +168,9 @@ def write(export: Export, target: Path, dtype: torch.dtype | None = None) -> Non
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside `target`; what lies there at the end becomes the target. Raises UserError for the disk's errors."""
+    """A name beside `target`; what lies there at the end becomes the target. Raises UserError for the
+    disk's errors.
+    """
     temporary = target.absolute().parent / f".{target.name}-{os.getpid()}"
     try:
         yield temporary
@@ -189,7 +195,9 @@ def check_target(target: Path) -> None:
 
 
 def _checked(trained: Trained, model: nn.Module) -> Stored:
-    """The weights in the model's order. Raises UserError where they are not all of the model's, and no others."""
+    """The weights in the model's order. Raises UserError where they are not all of the model's, and no
+    others.
+    """
     weights, state = trained.stored(), model.state_dict()
     own = {
         name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()
@@ -198,6 +206,7 @@ def _checked(trained: Trained, model: nn.Module) -> Stored:
     wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
     if wrong:
         raise UserError(
-            f"{trained.source} does not fit {trained.backbone}: {len(wrong)} tensors differ ({', '.join(wrong[:4])})"
+            f"{trained.source} does not fit {trained.backbone}: {len(wrong)} tensors differ "
+            f"({', '.join(wrong[:4])})"
         )
     return weights.renamed({name: name for name in state if name in weights})

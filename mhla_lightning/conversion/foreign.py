@@ -51,7 +51,9 @@ class Imported:
 
 
 def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
-    """One row a kind of tensor, layers taken together: state (the key of `parts`), name, tensors, shape, parameters."""
+    """One row a kind of tensor, layers taken together: state (the key of `parts`), name, tensors, shape,
+    parameters.
+    """
     found: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for state, shapes in parts.items():
         for name, shape in shapes:
@@ -70,7 +72,8 @@ def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
 
 
 def convert(state: State, target: Target, seed: int = 0, source: str = "the checkpoint") -> Imported:
-    """Weights of `target` out of a foreign checkpoint; what that cannot have (mixing, gate, convolutions) keeps its initialisation.
+    """Weights of `target` out of a foreign checkpoint; what that cannot have (mixing, gate, convolutions)
+    keeps its initialisation.
 
     Args:
         state: the checkpoint's tensors, by our names or by names that the backbone knows.
@@ -78,7 +81,8 @@ def convert(state: State, target: Target, seed: int = 0, source: str = "the chec
         source: the checkpoint's path, for messages.
 
     Raises:
-        UserError: a checkpoint of another size: a tensor of another shape, one that is missing, or one too many.
+        UserError: a checkpoint of another size: a tensor of another shape, one that is missing, or one too
+            many.
     """
     with torch.device("meta"):
         model = _build(target)
@@ -112,7 +116,9 @@ def _fresh(target: Target, seed: int, names: Iterable[str]) -> dict[str, Tensor]
 
 
 def _without_place(found: State, own: State, target: Target, source: str) -> Shapes:
-    """Tensors of the file that the target has not but may do without. Raises UserError for all others that differ."""
+    """Tensors of the file that the target has not but may do without. Raises UserError for all others that
+    differ.
+    """
     wrong, left = f"{source} is a checkpoint of another size: ", []
     for name, value in found.items():
         if name not in own:
@@ -131,7 +137,9 @@ def _without_place(found: State, own: State, target: Target, source: str) -> Sha
 
 
 def _renamed(state: State, model: Backbone) -> tuple[dict[str, Tensor], Shapes]:
-    """The file's tensors under our names, taken one by one so that none is lost; and those that the backbone has no use for."""
+    """The file's tensors under our names, taken one by one so that none is lost; and those that the
+    backbone has no use for.
+    """
     found: dict[str, Tensor] = {}
     left: Shapes = []
     for name, value in state.items():
@@ -149,7 +157,9 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Shapes:
 
 
 def save_weights(path: Path, imported: Imported, target: Target, source: str) -> None:
-    """Replaces a .safetensors file at once; its header says what the weights are for and where they come from."""
+    """Replaces a .safetensors file at once; its header says what the weights are for and where they come
+    from.
+    """
     header = file_header(target.backbone, target.attention, target.options, source)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -164,7 +174,8 @@ class Family:
     """Checkpoints of one kind.
 
     Attributes:
-        target: the backbone for tensors (by our names where `rename` makes them) and what the command asks for.
+        target: the backbone for tensors (by our names where `rename` makes them) and what the command asks
+            for.
         rename: from the file's names to ours, where that takes the whole file: joined tensors.
     """
 
@@ -182,7 +193,9 @@ class Family:
 
 
 def _dit_target(state: State, wish: Wish) -> Target:
-    """The named backbone, or the public one; as the checkpoint was trained where nothing else is asked for."""
+    """The named backbone, or the public one; as the checkpoint was trained where nothing else is asked
+    for.
+    """
     attention, options = _dit_facts(state)
     return Target(
         wish.backbone or "dit_xl2",

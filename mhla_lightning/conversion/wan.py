@@ -1,4 +1,6 @@
-"""What a checkpoint of Wan2.1 or of the MHLA authors' Wan says of itself: sizes, gate, convolution, hybrid pattern, blocks (SPEC 6.8)."""
+"""What a checkpoint of Wan2.1 or of the MHLA authors' Wan says of itself: sizes, gate, convolution, hybrid
+pattern, blocks (SPEC 6.8).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.weights.target import Entry, State, Target, Wish
 
 CONFIG = "_mhla_lightning"
-"""Key of our own facts in an exported config.json; diffusers passes over names that begin with an underscore."""
+"""Key of our own facts in an exported config.json; diffusers passes over names that begin with an
+underscore.
+"""
 CLASSES = ("WanModel", "WanTransformer3DModel")
 OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
 
@@ -40,16 +44,19 @@ _NEEDED = (
 
 
 def wan_target(state: State, wish: Wish) -> Target:
-    """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what the checkpoint says.
+    """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what
+    the checkpoint says.
 
     Raises:
-        UserError: no text-to-video Wan, another family's backbone, heads or blocks that nothing tells or that what is told contradicts.
+        UserError: no text-to-video Wan, another family's backbone, heads or blocks that nothing tells or that
+            what is told contradicts.
     """
     _check_backbone("--backbone", wish.backbone)
     for name in _NEEDED:
         if name not in state:
             raise UserError(
-                f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but {', '.join(list(state)[:3])}"
+                f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but "
+                f"{', '.join(list(state)[:3])}"
             )
     layers = _layers(state, wish.source)
     wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
@@ -71,7 +78,9 @@ def wan_target(state: State, wish: Wish) -> Target:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of Wan or of diffusers beside a checkpoint, which may be a folder; empty where there is none."""
+    """The config.json of Wan or of diffusers beside a checkpoint, which may be a folder; empty where there
+    is none.
+    """
     folders = (path, path / "transformer") if path.is_dir() else (path.parent,)
     for folder in folders:
         try:
@@ -92,7 +101,9 @@ def cycle(entries: Sequence[Entry]) -> Entry:
 
 
 def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[str, Any]) -> Entry:
-    """As the command says, as our own config.json says, or as the tensors tell; --layout goes before the blocks of the last two."""
+    """As the command says, as our own config.json says, or as the tensors tell; --layout goes before the
+    blocks of the last two.
+    """
     if wish.attention is not None:
         return _with_layout(wish.attention, wish.layout)
     if "attention" in own:
@@ -104,7 +115,8 @@ def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[
         attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
     if wish.layout is not None and not _names_mhla(attention):
         raise UserError(
-            f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with --attention, such as mhla"
+            f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with "
+            "--attention, such as mhla"
         )
     return attention
 
@@ -115,7 +127,9 @@ def _check_backbone(key: str, backbone: str | None) -> None:
 
 
 def _check_heads(state: State, wish: Wish) -> None:
-    """Raises UserError for --heads that the norms, config.json, the width or --backbone-options contradict."""
+    """Raises UserError for --heads that the norms, config.json, the width or --backbone-options
+    contradict.
+    """
     if wish.heads is None:
         return
     told, dim = _told_heads(state, wish), len(state["patch_embedding.weight"])
@@ -127,7 +141,8 @@ def _check_heads(state: State, wish: Wish) -> None:
         )
     if wish.options.get("num_heads", wish.heads) != wish.heads:
         raise UserError(
-            f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; give one of the two"
+            f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; "
+            "give one of the two"
         )
 
 
@@ -149,7 +164,9 @@ def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[
 
 
 def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Sizes. A backbone that the command names has its own; weights of another size are refused then, when the tensors are compared."""
+    """Sizes. A backbone that the command names has its own; weights of another size are refused then, when
+    the tensors are compared.
+    """
     if wish.backbone is not None:
         return {"num_heads": wish.heads} if wish.heads is not None else {}
     if "backbone_options" in own:
@@ -159,7 +176,8 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
     out_channels = len(state["head.head.weight"]) // math.prod(patch_size)
     if out_channels != channels:
         raise UserError(
-            f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video models have a place here"
+            f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video "
+            "models have a place here"
         )
     sizes = {
         "patch_size": patch_size,
@@ -175,7 +193,9 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
 
 
 def _heads(state: State, wish: Wish) -> int:
-    """As the command says, as the width of a norm per head says, as config.json says, or as the public models of that width have."""
+    """As the command says, as the width of a norm per head says, as config.json says, or as the public
+    models of that width have.
+    """
     told = _told_heads(state, wish)
     heads = wish.heads or (_public(state)[1] if told is None else told[0])
     if not isinstance(heads, int):
@@ -188,7 +208,9 @@ def _public(state: State) -> tuple[str, int | None]:
 
 
 def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
-    """Tensors of every layer's self-attention, by their names in it, and `cpe.*` of its block. Raises UserError for a block that is left out."""
+    """Tensors of every layer's self-attention, by their names in it, and `cpe.*` of its block. Raises
+    UserError for a block that is left out.
+    """
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
         block = re.match(r"blocks\.(\d+)\.", name)
@@ -205,7 +227,9 @@ def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
 
 
 def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
-    """The attention entry that a layer was trained with. Mixing values stay as they are in training too (SPEC V8)."""
+    """The attention entry that a layer was trained with. Mixing values stay as they are in training too
+    (SPEC V8).
+    """
     mixing = layer.get(_MIXING)
     convolutions = (f"{kind}{layer[name].shape[-1]}" for kind, name in _CONVOLUTIONS.items() if name in layer)
     found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}
@@ -228,18 +252,22 @@ def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
     if layout is None:
         hint = "7 3 5" if blocks == 105 else "T H W"
         raise UserError(
-            f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; give --layout {hint}"
+            f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; "
+            f"give --layout {hint}"
         )
     if math.prod(layout) != blocks:
         given = " x ".join(map(str, layout))
         raise UserError(
-            f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} mixes {blocks}"
+            f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} "
+            f"mixes {blocks}"
         )
     return list(layout)
 
 
 def _with_layout(attention: Entry, layout: tuple[int, ...] | None, replaces: bool = False) -> Entry:
-    """--layout for the MHLA layers of an attention entry: for those that name no blocks themselves, or for all where it `replaces`."""
+    """--layout for the MHLA layers of an attention entry: for those that name no blocks themselves, or for
+    all where it `replaces`.
+    """
     if layout is None:
         return attention
     if not isinstance(attention, (str, Mapping)):

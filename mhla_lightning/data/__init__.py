@@ -1,4 +1,6 @@
-"""Shards in, batches out. `index`, `order`, `mixture` and `batching` import without torch, so that planning loads nothing heavy."""
+"""Shards in, batches out. `index`, `order`, `mixture` and `batching` import without torch, so that
+planning loads nothing heavy.
+"""
 
 from __future__ import annotations
 

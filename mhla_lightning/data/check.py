@@ -18,9 +18,10 @@ _MAGIC_AT, _MAGIC = 257, b"ustar"
 def check_split(split: Split, verify: Verify = "auto") -> None:
     """Compare a split's files with its index.
 
-    verify: "size" opens every shard (presence, size, offsets, tar headers at the first and last sample); "sha256" also reads every byte;
-    "auto" is "sha256" up to 1 GiB and "size" above on this machine's disks, and "none" elsewhere: there every read is checked when it happens;
-    "none" looks at the index only.
+    verify: "size" opens every shard (presence, size, offsets, tar headers at the first and last sample);
+        "sha256" also reads every byte;
+    "auto" is "sha256" up to 1 GiB and "size" above on this machine's disks, and "none" elsewhere: there every
+    read is checked when it happens; "none" looks at the index only.
     Raises DataError, one sentence that names the file, and UserError for an unknown `verify`.
     """
     if verify not in get_args(Verify):
@@ -47,13 +48,15 @@ def check_shard(split: Split, number: int) -> None:
         )
     if size != entry.bytes:
         raise DataError(
-            f"{address} has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again"
+            f"{address} has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or "
+            "replaced; copy it again"
         )
     offsets = split.offsets(number)
     for offset in {int(offsets[0]), int(offsets[-2])} if entry.samples else ():
         if split.store.read(entry.name, offset + _MAGIC_AT, offset + _MAGIC_AT + len(_MAGIC)) != _MAGIC:
             raise DataError(
-                f"{address} has no tar header at byte {offset}, where its offsets say that a sample begins: copy it again"
+                f"{address} has no tar header at byte {offset}, where its offsets say that a sample "
+                "begins: copy it again"
             )
 
 
@@ -69,7 +72,8 @@ def check_sha256(split: Split, entry: ShardEntry) -> None:
         ) from error
     if found != entry.sha256:
         raise DataError(
-            f"{address} has sha256 {found[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again"
+            f"{address} has sha256 {found[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: "
+            "its bytes changed; copy it again"
         )
 
 

@@ -42,9 +42,11 @@ class Column(NamedTuple):
 def find_columns(
     read: Callable[[int, int], bytes], start: int, end: int, address: str
 ) -> tuple[Column, Column]:
-    """Tokens and documents of the sample whose first tar header stands at byte `start`; its last member ends at `end`.
+    """Tokens and documents of the sample whose first tar header stands at byte `start`; its last member ends
+    at `end`.
 
-    read(start, stop): bytes of the shard at `address`. Raises DataError for anything but two arrays (rows, length) of uint16 or uint32.
+    read(start, stop): bytes of the shard at `address`. Raises DataError for anything but two arrays (rows,
+    length) of uint16 or uint32.
     """
     found: dict[str, Column] = {}
     position = start
@@ -59,7 +61,8 @@ def find_columns(
         after = position + _BLOCK + -(-info.size // _BLOCK) * _BLOCK
         if not position < after <= end:  # a header can hold a size below 0
             raise DataError(
-                f"{address}: member {shown(info.name)} says it has {info.size} bytes, more than its sample: copy or pack the shard again"
+                f"{address}: member {shown(info.name)} says it has {info.size} bytes, more than its "
+                "sample: copy or pack the shard again"
             )
         extension = next((name for name in COLUMNS if info.name.endswith(f".{name}")), None)
         if extension is not None and info.type not in _EXTENDED:
@@ -68,7 +71,8 @@ def find_columns(
     if len(found) < len(COLUMNS) or found[COLUMNS[0]].shape != found[COLUMNS[1]].shape:
         shapes = ", ".join(f"{name} {column.shape}" for name, column in found.items()) or "neither"
         raise DataError(
-            f"{address} needs {' and '.join(COLUMNS)} of equal shape at byte {start}, and has {shapes}: index or pack it again"
+            f"{address} needs {' and '.join(COLUMNS)} of equal shape at byte {start}, and has "
+            f"{shapes}: index or pack it again"
         )
     return found[COLUMNS[0]], found[COLUMNS[1]]
 
@@ -79,13 +83,15 @@ def _column(info: tarfile.TarInfo, head: bytes, start: int, address: str) -> Col
         shape, dtype = npy_header(stream)
     except ValueError as error:
         raise DataError(
-            f"{address}: member {shown(info.name)} is no npy array ({error}): its bytes changed; copy it again"
+            f"{address}: member {shown(info.name)} is no npy array ({error}): its bytes changed; "
+            "copy it again"
         ) from error
     fits = (
         info.isreg() and dtype.name in TOKEN_TYPES and dtype.isnative and len(shape) == 2 and min(shape) > 0
     )
     if not fits or info.size != stream.tell() + shape[0] * shape[1] * dtype.itemsize:
         raise DataError(
-            f"{address}: member {shown(info.name)} is {dtype} {shape} in {info.size} bytes; (rows, length) of uint16 or uint32 is needed"
+            f"{address}: member {shown(info.name)} is {dtype} {shape} in {info.size} bytes; (rows, "
+            "length) of uint16 or uint32 is needed"
         )
     return Column(start + stream.tell(), (shape[0], shape[1]), dtype)

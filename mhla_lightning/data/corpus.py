@@ -27,7 +27,8 @@ class Source:
         weight: its share of the samples, relative to the other weights, kept to one part in a thousand.
         name: in TensorBoard's train/consumed/NAME; None takes the last part of the path.
         replacement: draw every sample independently, instead of epoch after epoch.
-        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the others, `stop` ends the training data.
+        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the
+            others, `stop` ends the training data.
     """
 
     path: str
@@ -72,7 +73,9 @@ class Corpus:
         return bisect_right(self._firsts, index) - 1
 
     def read(self, kind: Kind, indices: Sequence[int]) -> list[RawSample]:
-        """Raw samples by index, in the order asked for, each with its `__index__` over all sources. Raises DataError."""
+        """Raw samples by index, in the order asked for, each with its `__index__` over all sources. Raises
+        DataError.
+        """
         if len(self.splits) == 1:
             return kind.read(self.splits[0], indices)
         numbers = [self.source_of(index) for index in indices]
@@ -131,7 +134,9 @@ class TrainCorpus(Corpus):
 
     @property
     def hash(self) -> str:
-        """Identity of the data: the index's hash, or one over the hashes, weights and policies of a mixture."""
+        """Identity of the data: the index's hash, or one over the hashes, weights and policies of a
+        mixture.
+        """
         if len(self.splits) == 1 and self.sources[0] == Source(
             self.sources[0].path, name=self.sources[0].name
         ):

@@ -1,4 +1,6 @@
-"""`index.json` and `NAME.offsets.npy`: what a split holds, read and written (the format is described in this folder's README). No torch."""
+"""`index.json` and `NAME.offsets.npy`: what a split holds, read and written (the format is described in
+this folder's README). No torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ MAX_SHARD_BYTES = 2**53  # larger integers are not exact in every reader of JSON
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of a split: its plain file name, number of samples, size in bytes and sha256 (64 hex digits)."""
+    """One tar file of a split: its plain file name, number of samples, size in bytes and sha256 (64 hex
+    digits).
+    """
 
     name: str
     samples: int
@@ -38,11 +42,14 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class VAE:
-    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one sample.
+    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one
+    sample.
 
-    The rest is known of what `mhla data latents` made; None is unknown, and in a recipe not compared. model: diffusers' class. sha256: of weights and
-    configuration (data/vaes.py). moments: a latent is the mean of the posterior, and its log-variance stands beside it. flipped: the mirrored image's
-    latents stand there too. mean, std: of every channel over the split, as the latents are used; never compared.
+    The rest is known of what `mhla data latents` made; None is unknown, and in a recipe not compared. model:
+    diffusers' class. sha256: of weights and configuration (data/vaes.py). moments: a latent is the mean of
+    the posterior, and its log-variance stands beside it. flipped: the mirrored image's
+    latents stand there too. mean, std: of every channel over the split, as the latents are used; never
+        compared.
     """
 
     name: str
@@ -89,8 +96,10 @@ class VAE:
 class TextEncoding:
     """What makes features of text (data/text_encoders.py).
 
-    name: words:N, a folder or a name on the Hugging Face hub. tokens: the most rows that a text may have. channels: of a row. sha256: of weights and
-    vocabulary; None is unknown, and in a recipe not compared. empty: sha256 of the features of the empty text, which lie beside the splits.
+    name: words:N, a folder or a name on the Hugging Face hub. tokens: the most rows that a text may have.
+        channels: of a row. sha256: of weights and
+    vocabulary; None is unknown, and in a recipe not compared. empty: sha256 of the features of the empty
+    text, which lie beside the splits.
     """
 
     name: str
@@ -106,18 +115,25 @@ class TextEncoding:
                 raise UserError(f"text_encoder.{name} is {getattr(self, name)}; it must be at least 1")
 
     def fits(self, found: TextEncoding) -> bool:
-        """Whether features of `found` are what this, of a recipe, asks for: of the same sha256 or, where one is unknown, name."""
+        """Whether features of `found` are what this, of a recipe, asks for: of the same sha256 or, where
+        one is unknown, name.
+        """
         same = self.sha256 == found.sha256 if self.sha256 and found.sha256 else self.name == found.name
         return same and self.channels == found.channels and self.tokens >= found.tokens
 
     def __str__(self) -> str:
         """In one line."""
-        return f"{self.name} ({self.tokens} tokens of {self.channels} channels{f', sha256 {self.sha256[:12]}' if self.sha256 else ''})"
+        return (
+            f"{self.name} ({self.tokens} tokens of {self.channels} "
+            f"channels{f', sha256 {self.sha256[:12]}' if self.sha256 else ''})"
+        )
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The size of video clips: frames, height and width in pixels, and rate in frames a second, the same for all clips of a split."""
+    """The size of video clips: frames, height and width in pixels, and rate in frames a second, the same
+    for all clips of a split.
+    """
 
     frames: int
     height: int
@@ -136,10 +152,13 @@ class Clip:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All shards of one split, in order. A sample's global index is its shard's first index plus its position in the shard.
+    """All shards of one split, in order. A sample's global index is its shard's first index plus its position
+    in the shard.
 
-    classes: names by label. tokenizer, length: of tokens, its name and the tokens of a row. vae: of latents, what made them.
-    clip: of clips, their size, and of video latents, that of the clips they were made of. text: of latents, what made the features of their captions.
+    classes: names by label. tokenizer, length: of tokens, its name and the tokens of a row. vae: of latents,
+        what made them.
+    clip: of clips, their size, and of video latents, that of the clips they were made of. text: of latents,
+        what made the features of their captions.
     """
 
     kind: str
@@ -168,11 +187,15 @@ class ShardIndex:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def first_index(self, shard: int) -> int:
-        """Global index of the first sample of shard number `shard` (of one past the last sample for shard == len(shards))."""
+        """Global index of the first sample of shard number `shard` (of one past the last sample for shard
+        == len(shards)).
+        """
         return self.first_indices()[shard]
 
     def first_indices(self) -> list[int]:
-        """Global index of every shard's first sample, and the number of samples at the end: len(shards) + 1 integers."""
+        """Global index of every shard's first sample, and the number of samples at the end: len(shards) +
+        1 integers.
+        """
         return list(accumulate((shard.samples for shard in self.shards), initial=0))
 
 
@@ -205,7 +228,8 @@ def write_index(split_dir: str | Path, index: ShardIndex) -> None:
 def read_index(split: str | Path | Store) -> ShardIndex:
     """Read and validate the index.json of a split: a folder, an address or an open store.
 
-    Raises DataError when the file is missing, is no JSON, has another format, contradicts itself, or names a shard by more than a plain file name.
+    Raises DataError when the file is missing, is no JSON, has another format, contradicts itself, or names a
+    shard by more than a plain file name.
     """
     store = split if isinstance(split, Store) else open_store(split)
     address = store.address(INDEX_NAME)
@@ -218,7 +242,8 @@ def read_index(split: str | Path | Store) -> ShardIndex:
             )
         others = "text: mhla data tokenize, videos: mhla data clips"
         raise DataError(
-            f"{address} does not exist: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' ({others})"
+            f"{address} does not exist: make it with 'mhla data pack SOURCE --to "
+            f"{folder.rpartition('/')[0]}' ({others})"
         )
     if size > MAX_INDEX_BYTES:
         raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
@@ -230,7 +255,8 @@ def parse_index(text: bytes, address: str) -> ShardIndex:
     content = _load(text, address)
     if content.get("format") != FORMAT:
         raise DataError(
-            f"{address} has format {content.get('format')!r}, but this version reads format {FORMAT}: pack the data again (mhla data pack)"
+            f"{address} has format {content.get('format')!r}, but this version reads format "
+            f"{FORMAT}: pack the data again (mhla data pack)"
         )
     if content.get("kind") not in KINDS:
         raise DataError(f"{address} has kind {content.get('kind')!r}; valid: {', '.join(KINDS)}")
@@ -245,10 +271,11 @@ def offsets_path(split_dir: str | Path, shard: str) -> Path:
 
 
 def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np.ndarray:
-    """Byte offsets in the file `address`: int64 (samples + 1,), each sample's first tar header, then the end of the last sample.
+    """Byte offsets in the file `address`: int64 (samples + 1,), each sample's first tar header, then the end
+    of the last sample.
 
-    Rows of tokens share their member's header, so there offsets repeat. Raises DataError when the array is unreadable, of another type or length,
-    or not growing inside the shard's size.
+    Rows of tokens share their member's header, so there offsets repeat. Raises DataError when the array is
+    unreadable, of another type or length, or not growing inside the shard's size.
     """
     try:
         offsets = load_npy(data, "its array")
@@ -258,7 +285,8 @@ def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np
         ) from error
     if offsets.dtype != np.int64 or offsets.shape != (entry.samples + 1,):
         raise DataError(
-            f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): copy it again"
+            f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 "
+            f"({entry.samples + 1},): copy it again"
         )
     if (
         offsets[0] < 0
@@ -266,7 +294,8 @@ def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np
         or (np.diff(offsets) < (0 if kind == "tokens" else 1)).any()
     ):
         raise DataError(
-            f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack the data again"
+            f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: "
+            "copy it again or pack the data again"
         )
     return offsets
 
@@ -381,7 +410,8 @@ def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
     for name in names:
         if not _is_plain(name):
             raise DataError(
-                f"{path} names the shard {name!r}; a shard is a plain file name ending in .tar, beside its index"
+                f"{path} names the shard {name!r}; a shard is a plain file name ending in .tar, "
+                "beside its index"
             )
     if len(set(names)) != len(names):
         raise DataError(
@@ -389,7 +419,8 @@ def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
         )
     if content.get("samples") != index.samples:
         raise DataError(
-            f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: it was edited or damaged"
+            f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: "
+            "it was edited or damaged"
         )
     if content.get("hash") != index.hash:
         found = repr(content.get("hash")).strip("'")  # in one line, whatever it is

@@ -1,4 +1,6 @@
-"""A webdataset WebLoader around one of our streams: sized, with errors as one sentence, and with workers that a signal to the job does not kill."""
+"""A webdataset WebLoader around one of our streams: sized, with errors as one sentence, and with workers
+that a signal to the job does not kill.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def build_loader(
 ) -> wds.WebLoader:
     """A loader of ready batches.
 
-    workers: processes; 0 is this one. on_gpu: whether training runs on one. batches: its length, after which it ends; None: no length, it ends when
+    workers: processes; 0 is this one. on_gpu: whether training runs on one. batches: its length, after which
+        it ends; None: no length, it ends when
     the stream does.
 
     torch itself sets one thread in every worker. Workers stay alive between passes; shut_down ends them.
@@ -71,7 +74,9 @@ def build_loader(
 
 
 def shut_down(loader: wds.WebLoader) -> None:
-    """End the workers of a loader. Needed, because they ignore the SIGTERM by which Python ends them at exit."""
+    """End the workers of a loader. Needed, because they ignore the SIGTERM by which Python ends them at
+    exit.
+    """
     _end_workers(loader.stage(0))
 
 
@@ -82,25 +87,32 @@ def ignore_signals(worker: int) -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """Worker initialisation. A spawned worker that is ended in mid-stream aborts now and then (torch's sending thread outlives the interpreter), and
-    the main process takes that for a crash: so it leaves without tearing the interpreter down, as a forked one always does.
+    """Worker initialisation. A spawned worker that is ended in mid-stream aborts now and then (torch's
+    sending thread outlives the interpreter), and
+    the main process takes that for a crash: so it leaves without tearing the interpreter down, as a forked
+        one always does.
     """
     ignore_signals(worker)
     atexit.register(os._exit, 0)
 
 
 def _end_workers(loader: DataLoader) -> None:
-    """torch has no public way to do it; this is what Lightning's CombinedLoader.reset does to a bare DataLoader."""
+    """torch has no public way to do it; this is what Lightning's CombinedLoader.reset does to a bare
+    DataLoader.
+    """
     iterator, loader._iterator = loader._iterator, None
     if iterator is not None and hasattr(
         iterator, "_shutdown_workers"
     ):  # the iterator without worker processes has none
         iterator._shutdown_workers()
         for worker in getattr(iterator, "_workers", ()):
-            worker.kill()  # only does something to one that hangs: torch sends it a SIGTERM, which it ignores, and exit would wait for it
+            # only does something to one that hangs: torch sends it a SIGTERM, which it ignores, and exit
+            # would wait for it
+            worker.kill()
 
 
-@atexit.register  # runs before multiprocessing's own exit, which would wait for ever for workers that ignore SIGTERM
+# runs before multiprocessing's own exit, which would wait for ever for workers that ignore SIGTERM
+@atexit.register
 def _end_all_workers() -> None:
     for loader in list(_started):
         _end_workers(loader)
@@ -108,7 +120,9 @@ def _end_all_workers() -> None:
 
 @dataclass
 class _ErrorsAsItems(IterableDataset[Batch | UserError]):
-    """Hands a UserError on as the last item: a DataLoader would put the worker's whole traceback into the message."""
+    """Hands a UserError on as the last item: a DataLoader would put the worker's whole traceback into the
+    message.
+    """
 
     stream: IterableDataset[Batch]
 

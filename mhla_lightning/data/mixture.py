@@ -1,9 +1,12 @@
-"""Several data sets as one endless sequence, in given proportions: a pure function of the position, like the order of one. numpy only.
+"""Several data sets as one endless sequence, in given proportions: a pure function of the position, like the
+order of one. numpy only.
 
-The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source, its weight's share, in a permuted
-order. A source that may run out (`drop`, `stop`) ends with a shorter block in the same proportions; the weights of those left are then scaled up.
+The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source,
+its weight's share, in a permuted order. A source that may run out (`drop`, `stop`) ends with a shorter block
+in the same proportions; the weights of those left are then scaled up.
 
-With groups (whole batches of one source: clips of one size, or of images), all of this holds of groups instead of samples.
+With groups (whole batches of one source: clips of one size, or of images), all of this holds of groups
+instead of samples.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class Ingredient:
         order: its samples' order; epochs and indices of the mixture come from it.
         weight: its share of the samples, relative to the other weights.
         replacement: draw each sample independently of the others, instead of epoch after epoch.
-        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the others, `stop` ends the sequence.
+        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the
+            others, `stop` ends the sequence.
     """
 
     order: Order
@@ -43,7 +47,9 @@ class Ingredient:
 
 
 class Located(NamedTuple):
-    """Where positions lead: source number, that source's epoch, and the sample's index in the source, three int64 (P,)."""
+    """Where positions lead: source number, that source's epoch, and the sample's index in the source,
+    three int64 (P,).
+    """
 
     sources: np.ndarray
     epochs: np.ndarray
@@ -54,7 +60,8 @@ class Located(NamedTuple):
 class _Stretch:
     """Blocks that are composed alike, counted in groups.
 
-    first: the group at which they begin. counts: groups of every source in a block. drawn: groups of every source before. blocks: how many.
+    first: the group at which they begin. counts: groups of every source in a block. drawn: groups of every
+        source before. blocks: how many.
     """
 
     first: int
@@ -77,14 +84,16 @@ class Mixture:
     Args:
         ingredients: the sources; their global indices follow one another in this order.
         seed: of the order inside the blocks.
-        group: positions [n * group, (n + 1) * group) are all of one source. What a source that may run out has beyond whole groups is left out.
+        group: positions [n * group, (n + 1) * group) are all of one source. What a source that may run out
+            has beyond whole groups is left out.
 
     Attributes:
-        length: positions until a source that is to `stop` has run out, or all have; inf when that never happens.
+        length: positions until a source that is to `stop` has run out, or all have; inf when that never
+            happens.
 
     Raises:
-        ValueError: no source, a weight that is not positive or too small to be drawn once in 1,000 samples, or a source that may run out and has
-            less than a group.
+        ValueError: no source, a weight that is not positive or too small to be drawn once in 1,000 samples,
+            or a source that may run out and has less than a group.
     """
 
     def __init__(self, ingredients: Sequence[Ingredient], seed: int | str = 0, group: int = 1) -> None:
@@ -94,7 +103,8 @@ class Mixture:
         short = next((item for item in ingredients if item.supply < group), None)
         if short is not None:
             raise ValueError(
-                f"a source that is to {short.when_exhausted} has {short.order.samples} samples, less than a batch of {group}"
+                f"a source that is to {short.when_exhausted} has {short.order.samples} samples, less "
+                f"than a batch of {group}"
             )
         self.samples = sum(item.order.samples for item in ingredients)
         self._stretches = self._plan()
@@ -102,7 +112,9 @@ class Mixture:
         self._pattern: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def locate(self, positions: np.ndarray) -> Located:
-        """Source, epoch and index in the source of every position: int64 (P,). Raises IndexError at or beyond `length`."""
+        """Source, epoch and index in the source of every position: int64 (P,). Raises IndexError at or
+        beyond `length`.
+        """
         positions = np.asarray(positions, dtype=np.int64)
         if len(self.ingredients) == 1 and len(positions):  # what follows would find the same, in more time
             for position in (positions.min(), positions.max()):
@@ -144,7 +156,9 @@ class Mixture:
         return counts.tolist()
 
     def _block_of(self, position: int) -> tuple[_Stretch, int, int]:
-        """The stretch and the number there of the block that a position lies in, and the block's first group."""
+        """The stretch and the number there of the block that a position lies in, and the block's first
+        group.
+        """
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} lies outside a mixture of {self.length} samples")
         group = position // self.group
@@ -153,7 +167,9 @@ class Mixture:
         return stretch, block, stretch.first + block * stretch.size
 
     def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every group in the block that begins at `start`: its source, and how many of that source stand before it in the block."""
+        """Of every group in the block that begins at `start`: its source, and how many of that source
+        stand before it in the block.
+        """
         if self._pattern[0] != start:
             sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[
                 permutation(stretch.size, self.seed, "mixture", start)
@@ -203,7 +219,9 @@ class Mixture:
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    """Whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders). Raises ValueError when one would be 0."""
+    """Whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders). Raises
+    ValueError when one would be 0.
+    """
     exact = weights / weights.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: BLOCK - int(counts.sum())]] += 1

@@ -1,4 +1,6 @@
-"""npy arrays from bytes that nobody vouches for: the header is checked before memory is taken, and nothing is unpickled. No torch."""
+"""npy arrays from bytes that nobody vouches for: the header is checked before memory is taken, and nothing
+is unpickled. No torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from mhla_lightning.errors import DataError
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of the array in an npy file; leaves the file where its data begins.
 
-    Raises ValueError, in one line: no npy file of version 1 or 2, objects inside, columns first, a dimension that is no size.
+    Raises ValueError, in one line: no npy file of version 1 or 2, objects inside, columns first, a dimension
+        that is no size.
     """
     try:
         version = np.lib.format.read_magic(file)

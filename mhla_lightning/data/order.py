@@ -1,12 +1,17 @@
-"""The order of training samples: a pure function of (seed, position), with nothing to remember and nothing to replay. numpy only.
+"""The order of training samples: a pure function of (seed, position), with nothing to remember and nothing to
+replay. numpy only.
 
-Training is one endless sequence of epochs; position p lies in epoch p // N, and every epoch is a permutation of all N samples:
+Training is one endless sequence of epochs; position p lies in epoch p // N, and every epoch is a permutation
+of all N samples:
 
 1. The shards are permuted and laid end to end; the result is rotated by a random number of samples.
-2. That line is cut into `lanes` equal pieces. The epoch takes one sample from each lane in turn, so neighbours come from far apart.
-3. Inside a lane the samples are permuted within windows of about `window` samples, so that reading stays near one place of one or two shards.
+2. That line is cut into `lanes` equal pieces. The epoch takes one sample from each lane in turn, so
+  neighbours come from far apart.
+3. Inside a lane the samples are permuted within windows of about `window` samples, so that reading stays near
+  one place of one or two shards.
 
-Every random choice is a keyed draw from (seed, purpose, epoch, ...), so any position can be asked for at any time, in any process.
+Every random choice is a keyed draw from (seed, purpose, epoch, ...), so any position can be asked for at any
+time, in any process.
 """
 
 from __future__ import annotations
@@ -97,7 +102,9 @@ class Order:
         return line.firsts[shards] + on_line - (line.ends[shards] - line.sizes[shards])
 
     def _mixed(self, epoch: int, lanes: np.ndarray, spots: np.ndarray) -> np.ndarray:
-        """Where in its lane each sample is taken from. Windows of a lane differ by at most one in size: no tail is left unmixed."""
+        """Where in its lane each sample is taken from. Windows of a lane differ by at most one in size: no
+        tail is left unmixed.
+        """
         lengths = self._short + (lanes < self._longer)
         windows = -(-lengths // self.window)
         numbers = ((spots + 1) * windows - 1) // lengths

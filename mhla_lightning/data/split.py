@@ -84,12 +84,15 @@ class Split:
         start, stop = int(offsets[first]), int(offsets[run[-1][1] + 1])
         if stop - start > max(MAX_SAMPLE_BYTES, _RUN_BYTES):
             raise DataError(
-                f"{self.address(shard)}: sample {self._firsts[shard] + first} has {stop - start} bytes, more than {MAX_SAMPLE_BYTES}"
+                f"{self.address(shard)}: sample {self._firsts[shard] + first} has {stop - start} "
+                f"bytes, more than {MAX_SAMPLE_BYTES}"
             )
         return self.index.shards[shard].name, start, stop
 
     def offsets(self, shard: int) -> np.ndarray:
-        """Byte offsets of a shard's samples, int64 (samples + 1,): from the file beside it, or by one pass over its headers where there is none."""
+        """Byte offsets of a shard's samples, int64 (samples + 1,): from the file beside it, or by one pass
+        over its headers where there is none.
+        """
         if shard in self._offsets:
             self._offsets.move_to_end(shard)
         else:
@@ -104,19 +107,22 @@ class Split:
         size = self.store.size(name)
         if size is not None and size > 8 * (entry.samples + 1) + _NPY_HEAD_BYTES:
             raise DataError(
-                f"{self.store.address(name)} has {size} bytes, too many for {entry.samples} samples: copy it again"
+                f"{self.store.address(name)} has {size} bytes, too many for {entry.samples} samples: "
+                "copy it again"
             )
         if size is not None:
             return parse_offsets(self.store.read(name, 0, size), entry, kind, self.store.address(name))
         if kind == "tokens":
             raise DataError(
-                f"{self.store.address(name)} is missing: token shards are read by it; copy it again or run 'mhla data index'"
+                f"{self.store.address(name)} is missing: token shards are read by it; copy it again "
+                "or run 'mhla data index'"
             )
         with self.store.open(entry.name) as file:
             scan = scan_shard(file, self.address(shard))
         if len(scan.keys) != entry.samples:
             raise DataError(
-                f"{self.address(shard)} ends after {len(scan.keys)} of {entry.samples} samples: it was cut; copy it again"
+                f"{self.address(shard)} ends after {len(scan.keys)} of {entry.samples} samples: it "
+                "was cut; copy it again"
             )
         return scan.offsets
 

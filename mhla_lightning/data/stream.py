@@ -1,7 +1,8 @@
-"""Batches out of shards: an endless training stream and a one-pass validation stream. Both run inside DataLoader workers.
+"""Batches out of shards: an endless training stream and a one-pass validation stream. Both run inside
+DataLoader workers.
 
-Rank and world size are given, never read from the environment: a spawned or forkserver worker sees no process group there, and every rank would
-read everything.
+Rank and world size are given, never read from the environment: a spawned or forkserver worker sees no process
+group there, and every rank would read everything.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from mhla_lightning.data.skips import JUDGED_AFTER, BadSample, SkipMeter
 from mhla_lightning.data.transport import LightBatch
 from mhla_lightning.errors import DataError
 
-# key: list[str]; index, epoch, source: int64 (B,), index -1 for padding; weight: float32 (B,), 0 for padding; skipped: int64 (), the samples that
-# this worker left out since its previous batch; and the tensors of the kind, (B, ...) each.
+# key: list[str]; index, epoch, source: int64 (B,), index -1 for padding; weight: float32 (B,), 0 for padding;
+# skipped: int64 (), the samples that this worker left out since its previous batch; and the tensors of the
+# kind, (B, ...) each.
 Batch = dict[str, Any]
 
 
@@ -42,7 +44,9 @@ class Row:
 
 
 def collate(rows: Sequence[Row], skipped: int, together: dict[str, Tensor] | None = None) -> Batch:
-    """Stack B rows into a batch. together: the tensors of all rows, (B, ...) each, when they were made at once; the rows then hold none."""
+    """Stack B rows into a batch. together: the tensors of all rows, (B, ...) each, when they were made at
+    once; the rows then hold none.
+    """
     return LightBatch(
         key=[row.key for row in rows],
         index=_column([row.index for row in rows], np.int64),
@@ -60,12 +64,15 @@ def _column(values: Sequence[float], dtype: type) -> Tensor:
 
 @dataclass
 class TrainStream(IterableDataset[Batch]):
-    """The batches of one rank, without end: micro batch t is read by worker t mod workers, and is the same whoever reads it.
+    """The batches of one rank, without end: micro batch t is read by worker t mod workers, and is the same
+    whoever reads it.
 
-    A sample that cannot be decoded is counted, and its slot takes the next sample of the sequence that can: so batches stay full, and the same for
-    every number of ranks and workers. Raises DataError for shards that cannot be read and for too many such samples.
+    A sample that cannot be decoded is counted, and its slot takes the next sample of the sequence that can:
+    so batches stay full, and the same for every number of ranks and workers. Raises DataError for shards that
+    cannot be read and for too many such samples.
 
-    kind: of all samples. kinds: one for every source instead, where every batch is of one source (Mixture.group) and shapes may differ.
+    kind: of all samples. kinds: one for every source instead, where every batch is of one source
+        (Mixture.group) and shapes may differ.
     """
 
     corpus: TrainCorpus
@@ -148,10 +155,11 @@ class TrainStream(IterableDataset[Batch]):
 
 @dataclass
 class EvalStream(IterableDataset[Batch]):
-    """One pass over splits in order, in batches of exactly `batch_size`; every rank yields the same number of them (see batching.eval_ranges).
+    """One pass over splits in order, in batches of exactly `batch_size`; every rank yields the same number of
+    them (see batching.eval_ranges).
 
-    A slot without a sample, or with one that cannot be decoded, is padding: weight 0, index -1, and the kind's padding. Raises DataError like
-    TrainStream.
+    A slot without a sample, or with one that cannot be decoded, is padding: weight 0, index -1, and the
+    kind's padding. Raises DataError like TrainStream.
 
     kind: of all samples. kinds: one for every split instead; no batch then holds samples of two splits.
     """

@@ -21,12 +21,16 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Image preprocessing, by the names of timm.data.create_transform. The defaults are DeiT's training recipe for ImageNet-1k.
+    """Image preprocessing, by the names of timm.data.create_transform. The defaults are DeiT's training
+    recipe for ImageNet-1k.
 
     scale, ratio: area share and aspect ratio of the random crop. hflip, vflip: probabilities of mirroring.
-    color_jitter: strength; timm leaves it out where auto_augment is on. auto_augment: a RandAugment, AutoAugment or AugMix string, or None.
-    interpolation: of the random crop ("random" draws bilinear or bicubic). eval_interpolation, crop_pct, crop_mode: resizing for validation.
-    re_prob, re_mode, re_count: random erasing. mean, std: normalisation of pixels in [0, 1], one value a channel.
+    color_jitter: strength; timm leaves it out where auto_augment is on. auto_augment: a RandAugment,
+        AutoAugment or AugMix string, or None.
+    interpolation: of the random crop ("random" draws bilinear or bicubic). eval_interpolation, crop_pct,
+        crop_mode: resizing for validation.
+    re_prob, re_mode, re_count: random erasing. mean, std: normalisation of pixels in [0, 1], one value a
+        channel.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -68,7 +72,9 @@ class Augmentation:
 
 
 def image_hw(size: ImageSize) -> tuple[int, int]:
-    """(height, width) of an image size given as one int or as a pair. Raises UserError unless both are at least 1."""
+    """(height, width) of an image size given as one int or as a pair. Raises UserError unless both are at
+    least 1.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise UserError(f"data.image_size is {size}; it must be at least 1 in height and width")
@@ -76,7 +82,8 @@ def image_hw(size: ImageSize) -> tuple[int, int]:
 
 
 def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
-    """Training transform: PIL image -> float32 (3, H, W), drawing from the global generators (see sample_rng).
+    """Training transform: PIL image -> float32 (3, H, W), drawing from the global generators (see
+    sample_rng).
 
     Raises UserError for an auto_augment that timm does not know.
     """
@@ -100,7 +107,8 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. rand-m9-mstd0.5-inc1"
+            f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. "
+            "rand-m9-mstd0.5-inc1"
         ) from error
     for op in chain.from_iterable(_augment_ops(part) for part in transform.transforms):
         if op.aug_fn is posterize:

@@ -22,7 +22,8 @@ class _Part(NamedTuple):
 
 
 class LightBatch(dict[str, Any]):
-    """A batch that leaves a worker in few pieces, as torch opens a file and a connection for every tensor that it sends, 0.2 ms and more each.
+    """A batch that leaves a worker in few pieces, as torch opens a file and a connection for every tensor
+    that it sends, 0.2 ms and more each.
 
     Small tensors go as bytes; tensors that lie in one piece of memory go as that piece.
     """

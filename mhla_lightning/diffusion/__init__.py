@@ -1,4 +1,6 @@
-"""Noise processes, their losses and the samplers that undo them (SPEC 4.3, 6.6). Imports torch and numpy; diffusers where a sampler needs it."""
+"""Noise processes, their losses and the samplers that undo them (SPEC 4.3, 6.6). Imports torch and numpy;
+diffusers where a sampler needs it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def build_process(entry: str | Mapping[str, Any]) -> Process:
     """
     if not isinstance(entry, (str, Mapping)):
         raise UserError(
-            f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: {', '.join(PROCESSES)}"
+            f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: "
+            f"{', '.join(PROCESSES)}"
         )
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)

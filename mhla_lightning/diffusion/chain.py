@@ -1,7 +1,8 @@
-"""The chain of a discrete diffusion process and the steps back along it (arXiv 2006.11239, 2102.09672; SPEC 4.3).
+"""The chain of a discrete diffusion process and the steps back along it (arXiv 2006.11239, 2102.09672; SPEC
+4.3).
 
-`t` is the index of a step on the chain, int64 (B,): 0 is the first, least noisy one. On a shortened chain the network is given
-`timestep_map[t]`, the same step's index on the chain of 1000 that it was trained on.
+`t` is the index of a step on the chain, int64 (B,): 0 is the first, least noisy one. On a shortened chain the
+network is given `timestep_map[t]`, the same step's index on the chain of 1000 that it was trained on.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def respaced(respacing: str | int) -> tuple[np.ndarray, np.ndarray]:
     """A short chain through some of the 1000 steps.
 
     Args:
-        respacing: "N" or N: N steps evenly spread from the first to the last, at round(i * 999 / (N - 1)), which the published FIDs use (250);
-            one step is the last, because sampling begins in pure noise. "ddimN": every k-th step from the first on, as in the DDIM paper
-            (arXiv 2010.02502); its last step lies k before the end.
+        respacing: "N" or N: N steps evenly spread from the first to the last, at round(i * 999 / (N - 1)),
+            which the published FIDs use (250); one step is the last, because sampling begins in pure noise.
+            "ddimN": every k-th step from the first on, as in the DDIM paper (arXiv 2010.02502); its last step
+            lies k before the end.
 
     Returns:
         timestep_map: int64 (N,), the steps' indices on the chain of 1000, ascending.
@@ -70,7 +72,8 @@ def _strided(given: str) -> range:
     steps = range(0, STEPS, -(-STEPS // count))
     if len(steps) != count:
         raise UserError(
-            f"respacing '{given}': no stride over {STEPS} steps keeps {count} of them; the nearest below is 'ddim{len(steps)}'"
+            f"respacing '{given}': no stride over {STEPS} steps keeps {count} of them; the nearest "
+            f"below is 'ddim{len(steps)}'"
         )
     return steps
 
@@ -85,10 +88,11 @@ class Reverse:
 
 
 class Chain:
-    """Tables of a noise chain in float64, and its formulas. Tables enter a formula in float32, as in the official code.
+    """Tables of a noise chain in float64, and its formulas. Tables enter a formula in float32, as in the
+    official code.
 
-    `prediction` is the noise epsilon (B, C, ...) or epsilon and variance channels v side by side (B, 2C, ...). With v, log variance =
-    f log(beta) + (1 - f) log(posterior variance), f = (v + 1) / 2; without, the posterior variance.
+    `prediction` is the noise epsilon (B, C, ...) or epsilon and variance channels v side by side (B, 2C,
+    ...). With v, log variance = f log(beta) + (1 - f) log(posterior variance), f = (v + 1) / 2; without, the posterior variance.
 
     Args:
         betas: float64 (steps,).
@@ -99,7 +103,8 @@ class Chain:
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         before = np.append(1.0, self.alphas_cumprod[:-1])
         variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
-        # the variance of the first step is 0 and takes the second's value; a chain of one step has no second, and never draws from it
+        # the variance of the first step is 0 and takes the second's value; a chain of one step has no second,
+        # and never draws from it
         self.posterior_log_variance_clipped = np.log(
             np.append(variance[1], variance[1:]) if len(variance) > 1 else self.betas
         )
@@ -154,7 +159,9 @@ class Chain:
         return Reverse(mean, share * self._at("log_largest", t, x_t) + (1 - share) * smallest, x0)
 
     def ancestral_step(self, prediction: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """A draw from p(x_{t-1} | x_t) by standard normal `noise` (B, C, ...); None, or t = 0, gives the mean."""
+        """A draw from p(x_{t-1} | x_t) by standard normal `noise` (B, C, ...); None, or t = 0, gives the
+        mean.
+        """
         step = self.p_mean_variance(prediction, x_t, t)
         if noise is None:
             return step.mean
@@ -163,13 +170,17 @@ class Chain:
         )
 
     def ddim_step(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The deterministic step of DDIM (eta 0): x_{t-1} from the x0 and the noise that the network sees in x_t."""
+        """The deterministic step of DDIM (eta 0): x_{t-1} from the x0 and the noise that the network sees
+        in x_t.
+        """
         epsilon, _ = split(prediction, x_t)
         x0 = self._at("inverse_signal", t, x_t) * x_t - self._at("noise_to_signal", t, x_t) * epsilon
         return self._at("signal_before", t, x_t) * x0 + self._at("noise_before", t, x_t) * epsilon
 
     def vlb_term(self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """This step's term of the variational bound, in bits per value (B,): KL(q || p), and at t = 0 the negative log likelihood of x0."""
+        """This step's term of the variational bound, in bits per value (B,): KL(q || p), and at t = 0 the
+        negative log likelihood of x0.
+        """
         step = self.p_mean_variance(prediction, x_t, t)
         mean, log_variance = self.posterior(x0, x_t, t)
         ratio = log_variance - step.log_variance
@@ -188,14 +199,16 @@ def split(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     channels = x.shape[1]
     if prediction.shape[1] not in (channels, 2 * channels):
         raise ValueError(
-            f"the network predicts {prediction.shape[1]} channels for a sample of {channels}; {channels} or {2 * channels} are possible"
+            f"the network predicts {prediction.shape[1]} channels for a sample of {channels}; "
+            f"{channels} or {2 * channels} are possible"
         )
     prediction = precise(prediction)
     return prediction[:, :channels], prediction[:, channels:] if prediction.shape[1] > channels else None
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability (nats) of the bin of width 2/255 around `x` under a Gaussian; the outer bins of [-1, 1] reach to infinity.
+    """Log probability (nats) of the bin of width 2/255 around `x` under a Gaussian; the outer bins of [-1, 1]
+    reach to infinity.
 
     By the tanh approximation of the normal distribution function, as in the official code.
     """

@@ -1,6 +1,7 @@
 """Denoising diffusion with a learned variance, the process of DiT (arXiv 2212.09748; SPEC 4.3).
 
-Time `t` is the index of one of 1000 steps, 0 (least noise) to 999; it is at once the model time. Times may come as whole floats.
+Time `t` is the index of one of 1000 steps, 0 (least noise) to 999; it is at once the model time. Times may
+come as whole floats.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from mhla_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class DDPM(Process):
-    """1000 steps with linear betas; the network predicts the noise and, with `learn_variance`, the variance of each step back.
+    """1000 steps with linear betas; the network predicts the noise and, with `learn_variance`, the variance
+    of each step back.
 
     Args:
-        learn_variance: twice the channels, and the variational bound in the loss. Without it the variance is the posterior's and the loss is the MSE.
+        learn_variance: twice the channels, and the variational bound in the loss. Without it the variance is
+            the posterior's and the loss is the MSE.
 
     Raises:
         UserError: learn_variance is not true or false.
@@ -62,7 +65,9 @@ class DDPM(Process):
     def losses(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """ "mse" of the noise, "vb" in bits per value, and "loss", their sum. The bound trains the variance alone: the noise is detached in it."""
+        """ "mse" of the noise, "vb" in bits per value, and "loss", their sum. The bound trains the
+        variance alone: the noise is detached in it.
+        """
         require_channels(prediction, self.out_channels(x0.shape[1]))
         x0, noise, x_t, t = precise(x0), precise(noise), precise(x_t), t.long()
         epsilon, variance = split(prediction, x0)

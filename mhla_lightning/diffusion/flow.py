@@ -1,6 +1,7 @@
 """Flow matching on the straight line from data to noise (arXiv 2210.02747, 2403.03206; SPEC 6.6).
 
-Time `t` is the share of noise, sigma: 0 is the data and 1 the noise; the model time is 1000 t. The shift acts on the drawn time, before anything else
+Time `t` is the share of noise, sigma: 0 is the data and 1 the noise; the model time is 1000 t. The shift acts
+    on the drawn time, before anything else
 sees it: all other methods take the shifted `t`.
 """
 
@@ -34,12 +35,14 @@ class FlowMatching(Process):
     Args:
         times: how training times are drawn: `logit_normal`, the sigmoid of a normal variable, or `uniform`.
         mean, std: of that normal variable.
-        shift: moves times towards the noise, t -> shift t / (1 + (shift - 1) t); large samples need more (Wan: 3). 1 is none.
-        integer_times: training times on the release's grid of 1000, the model seeing whole numbers: its video model was trained so, and sampled at
-            fractional times all the same (SPEC V12). Samplers ignore it.
+        shift: moves times towards the noise, t -> shift t / (1 + (shift - 1) t); large samples need more
+            (Wan: 3). 1 is none.
+        integer_times: training times on the release's grid of 1000, the model seeing whole numbers: its video
+            model was trained so, and sampled at fractional times all the same (SPEC V12). Samplers ignore it.
 
     Raises:
-        UserError: an unknown way to draw, a shift or std that is not a positive number, a mean that is no number.
+        UserError: an unknown way to draw, a shift or std that is not a positive number, a mean that is no
+            number.
     """
 
     name = "flow"
@@ -61,7 +64,8 @@ class FlowMatching(Process):
                 or (option != "mean" and value <= 0)
             ):
                 raise UserError(
-                    f"{option} of process 'flow' is {value!r}; it must be a {'' if option == 'mean' else 'positive '}number"
+                    f"{option} of process 'flow' is {value!r}; it must be a "
+                    f"{'' if option == 'mean' else 'positive '}number"
                 )
         if not isinstance(self.integer_times, bool):
             raise UserError(f"integer_times of process 'flow' is {self.integer_times!r}; it is true or false")

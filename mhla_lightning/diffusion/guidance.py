@@ -1,4 +1,6 @@
-"""Classifier-free guidance (arXiv 2207.12598; SPEC 4.3, D8), optionally on a part of the time axis only (arXiv 2404.07724)."""
+"""Classifier-free guidance (arXiv 2207.12598; SPEC 4.3, D8), optionally on a part of the time axis only
+(arXiv 2404.07724).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ class Guidance:
 
     Args:
         scale: 1 is the plain conditional model, 0 the unconditional one.
-        channels: guide only the first so many channels: 3 is the original DiT's (SPEC D8). None is all of the sample's.
-        interval: from least to most noise, as parts of the time axis (model time / 1000), ends included; outside it the conditional model alone.
+        channels: guide only the first so many channels: 3 is the original DiT's (SPEC D8). None is all of the
+            sample's.
+        interval: from least to most noise, as parts of the time axis (model time / 1000), ends included;
+            outside it the conditional model alone.
 
     Raises:
-        UserError: a scale that is no number or negative, channels below 1, an interval outside [0, 1] or out of order.
+        UserError: a scale that is no number or negative, channels below 1, an interval outside [0, 1] or out
+            of order.
     """
 
     scale: float = 1.0
@@ -42,7 +47,8 @@ class Guidance:
             isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1
         ):
             raise UserError(
-                f"the guidance channels are {self.channels!r}; give a whole number of at least 1, or null for all"
+                f"the guidance channels are {self.channels!r}; give a whole number of at least 1, or "
+                "null for all"
             )
         ends = self.interval
         valid = (
@@ -53,7 +59,8 @@ class Guidance:
         )
         if not valid:
             raise UserError(
-                f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 (noise), the smaller first"
+                f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 "
+                "(noise), the smaller first"
             )
 
 
@@ -63,7 +70,8 @@ def guided(
     null: int | Tensor,
     guidance: Guidance,
 ) -> Denoiser:
-    """The denoiser under these conditions, labels (B,) or text features (B, L, D): one forward of 2B samples a step, or of B where nothing is guided.
+    """The denoiser under these conditions, labels (B,) or text features (B, L, D): one forward of 2B samples
+    a step, or of B where nothing is guided.
 
     Channels beyond the sample's (a learned variance) are the conditional prediction's, untouched.
 

@@ -1,4 +1,6 @@
-"""What a noise process is: how noise is added to a sample, and what the network learns from it. Imports torch and numpy."""
+"""What a noise process is: how noise is added to a sample, and what the network learns from it. Imports
+torch and numpy.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ MODEL_TIMES = 1000
 class Process(ABC):
     """A noise process.
 
-    Two clocks. A process counts time `t` in its own units (:class:`DDPM`: steps 0 to 999; :class:`FlowMatching`: the share of noise, 0 to 1);
-    time 0 is the data. A backbone only ever sees the model time, :meth:`model_time`, which runs from 0 (data) to 1000 (noise) for every process,
-    so that one time embedding serves both. Samplers hand model times to the network, and a guidance interval is a part of that axis.
+    Two clocks. A process counts time `t` in its own units (:class:`DDPM`: steps 0 to 999;
+    :class:`FlowMatching`: the share of noise, 0 to 1); time 0 is the data. A backbone only ever sees the
+    model time, :meth:`model_time`, which runs from 0 (data) to 1000 (noise) for every process, so that one
+    time embedding serves both. Samplers hand model times to the network, and a guidance interval is a part of
+    that axis.
     """
 
     name: ClassVar[str]
@@ -48,15 +52,21 @@ class Process(ABC):
     def losses(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """Losses (B,), "loss" and its parts, in float32. prediction: (B, out_channels, ...); x0, noise, x_t: (B, C, ...); t: (B,)."""
+        """Losses (B,), "loss" and its parts, in float32. prediction: (B, out_channels, ...); x0, noise,
+        x_t: (B, C, ...); t: (B,).
+        """
 
     @abstractmethod
     def bins(self, t: Tensor, count: int) -> Tensor:
-        """Which of `count` equal parts of the time axis each time lies in: int64 (B,), 0 is the least noise."""
+        """Which of `count` equal parts of the time axis each time lies in: int64 (B,), 0 is the least
+        noise.
+        """
 
 
 def precise(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is so already: losses and steps are never computed in half precision."""
+    """`x` in float32, or in float64 where it is so already: losses and steps are never computed in half
+    precision.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -78,5 +88,6 @@ def require_channels(prediction: Tensor, expected: int) -> None:
     """
     if prediction.shape[1] != expected:
         raise ValueError(
-            f"the network predicts {prediction.shape[1]} channels and the noise process needs {expected} (Process.out_channels)"
+            f"the network predicts {prediction.shape[1]} channels and the noise process needs "
+            f"{expected} (Process.out_channels)"
         )

@@ -1,8 +1,10 @@
 """From noise to samples: the chain that the published FIDs use, and the solvers of diffusers.
 
-The network is called at model times (0 data to 1000 noise; see :class:`Process`): whole steps of the training chain for `ddpm` processes, 1000 sigma,
-unrounded, for `flow`. Randomness is the caller's: the first noise, and `step_noise` for the one sampler that draws on the way. So a sample does not
-depend on what else is in its batch, and no global generator is touched. Samples are float32 between steps, whatever the network computes in.
+The network is called at model times (0 data to 1000 noise; see :class:`Process`): whole steps of the training
+    chain for `ddpm` processes, 1000 sigma,
+unrounded, for `flow`. Randomness is the caller's: the first noise, and `step_noise` for the one sampler that
+draws on the way. So a sample does not depend on what else is in its batch, and no global generator is
+touched. Samples are float32 between steps, whatever the network computes in.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Solver(Protocol):
 
 @dataclass
 class Ancestral:
-    """Draws from p(x_{t-1} | x_t) along a short chain, learned variance included; x0 is not clipped (SPEC 4.3)."""
+    """Draws from p(x_{t-1} | x_t) along a short chain, learned variance included; x0 is not clipped (SPEC
+    4.3).
+    """
 
     chain: Chain
     times: Sequence[float]
@@ -54,7 +58,9 @@ class Ancestral:
 
 @dataclass
 class Scheduled:
-    """A scheduler of diffusers, at times of our choice; none of those used here draws random numbers. Variance channels are dropped."""
+    """A scheduler of diffusers, at times of our choice; none of those used here draws random numbers.
+    Variance channels are dropped.
+    """
 
     scheduler: Any
     times: Sequence[float]
@@ -71,7 +77,9 @@ def _ancestral(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
 
 
 def _ddim(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
-    """On the betas of the short chain: with the full ones diffusers subtracts 1000 // steps from a time, off the grid where that does not divide."""
+    """On the betas of the short chain: with the full ones diffusers subtracts 1000 // steps from a time,
+    off the grid where that does not divide.
+    """
     timestep_map, chain = process.shortened(steps)
     scheduler = _chain_scheduler("DDIMScheduler", chain, num_train_timesteps=steps, clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -79,9 +87,11 @@ def _ddim(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
 
 
 def _dpm_chain(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
-    """The grid leaves step 0 out and ends in a first-order step to no noise: from step 0 the one before would be an extrapolation too far.
+    """The grid leaves step 0 out and ends in a first-order step to no noise: from step 0 the one before would
+    be an extrapolation too far.
 
-    Measured on a mixture of three Gaussians, mean distance from 1000 steps of DDIM: 0.09 at 10 steps and 0.03 at 20, with step 0 0.36 and 0.18.
+    Measured on a mixture of three Gaussians, mean distance from 1000 steps of DDIM: 0.09 at 10 steps and 0.03
+    at 20, with step 0 0.36 and 0.18.
     """
     times = np.linspace(STEPS - 1, 0, min(steps, STEPS - 1) + 1).round().astype(int)[:steps].tolist()
     scheduler = _chain_scheduler("DPMSolverMultistepScheduler", process.chain)
@@ -119,7 +129,9 @@ SAMPLERS: dict[str, dict[str, Callable[[Any, int, StepNoise], Solver]]] = {
     "dpm++": {"ddpm": _dpm_chain, "flow": _dpm_flow},
     "euler": {"flow": _euler},
 }
-"""sampler -> process it serves -> its solver: ancestral; DDIM (arXiv 2010.02502); DPM-Solver++ 2M (arXiv 2211.01095); Euler."""
+"""sampler -> process it serves -> its solver: ancestral; DDIM (arXiv 2010.02502); DPM-Solver++ 2M (arXiv
+2211.01095); Euler.
+"""
 OWN = ("ddpm",)
 
 
@@ -152,7 +164,8 @@ def check_sampler(name: str, process: Process, steps: int) -> None:
     """Refuses a sampler before anything is built.
 
     Raises:
-        UserError: unknown sampler, or one for another process; a number of steps outside 1 to 1000; diffusers is missing for a sampler that needs it.
+        UserError: unknown sampler, or one for another process; a number of steps outside 1 to 1000; diffusers
+            is missing for a sampler that needs it.
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise UserError(unknown_name("sampler", name, SAMPLERS))

@@ -1,4 +1,6 @@
-"""Benchmarks of trained models, and the table of those that `mhla compare --eval` runs on finished runs. Importing this imports no torch."""
+"""Benchmarks of trained models, and the table of those that `mhla compare --eval` runs on finished runs.
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ class Evaluation:
     """What `--eval NAME` stands for.
 
     Attributes:
-        options: a frozen dataclass; its fields are the options, and it raises UserError for values that cannot be.
+        options: a frozen dataclass; its fields are the options, and it raises UserError for values that
+            cannot be.
         measure: (run folder, options) -> numbers.
         higher: numbers that are best high; all others are best low.
-        fix: (options, runs) -> (values that replace options, values that stand for options where results are kept): names of other runs become
+        fix: (options, runs) -> (values that replace options, values that stand for options where results are
+            kept): names of other runs become
             folders, and what those hold. runs: where run folders live, None is $MHLA_RUNS, else ./runs.
         check: (options, task, data), before training, raises UserError for a run that cannot be measured so.
     """
@@ -123,13 +127,16 @@ def wanted_evaluation(text: str, runs: str | None = None) -> Wanted:
     )
     if not isinstance(name, str) or not isinstance(given, Mapping | None):
         raise UserError(
-            f"--eval '{text}' is not NAME or 'NAME: {{option: value}}'; names: {', '.join(sorted(EVALUATIONS))}"
+            f"--eval '{text}' is not NAME or 'NAME: {{option: value}}'; names: "
+            f"{', '.join(sorted(EVALUATIONS))}"
         )
     return with_options(name, given or {}, runs)
 
 
 def with_options(name: str, given: Mapping[str, Any], runs: str | None = None) -> Wanted:
-    """An evaluation by name, with these options and the defaults of the others. Raises UserError, see wanted_evaluation."""
+    """An evaluation by name, with these options and the defaults of the others. Raises UserError, see
+    wanted_evaluation.
+    """
     if name not in EVALUATIONS:
         raise UserError(unknown_name("evaluation", name, EVALUATIONS))
     evaluation = EVALUATIONS[name]
@@ -146,7 +153,8 @@ def with_options(name: str, given: Mapping[str, Any], runs: str | None = None) -
             and field.name not in given
         ):
             raise UserError(
-                f"evaluation '{name}' needs the option {field.name}, for example --eval '{name}: {{{field.name}: ...}}'"
+                f"evaluation '{name}' needs the option {field.name}, for example --eval '{name}: "
+                f"{{{field.name}: ...}}'"
             )
     try:
         options = evaluation.options(**given)

@@ -1,4 +1,5 @@
-"""How far generated images are from real ones, from features of a network: Frechet distance, inception score, precision and recall.
+"""How far generated images are from real ones, from features of a network: Frechet distance, inception score,
+precision and recall.
 
 As in ADM's evaluator (Dhariwal & Nichol 2021, arXiv 2105.05233), in float64. Imports numpy and torch.
 """
@@ -74,8 +75,9 @@ class Gaussian:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
-    With sigma = F F^T the trace of the root is the sum of the singular values of F1^T F2. Unlike the eigenvalues of sigma1 sigma2, these lose
-    no digits where a covariance is singular (fewer images than features): nothing is drawn the root of after the product.
+    With sigma = F F^T the trace of the root is the sum of the singular values of F1^T F2. Unlike the
+    eigenvalues of sigma1 sigma2, these lose no digits where a covariance is singular (fewer images than
+    features): nothing is drawn the root of after the product.
 
     Args:
         mu1, mu2: (D,).
@@ -89,7 +91,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     for mu, sigma in zip(means, sigmas, strict=True):
         if mu.shape != means[0].shape or sigma.shape != (len(means[0]), len(means[0])):
             raise UserError(
-                f"statistics of {means[0].shape} and {sigmas[0].shape} cannot be compared with {mu.shape} and {sigma.shape}"
+                f"statistics of {means[0].shape} and {sigmas[0].shape} cannot be compared with "
+                f"{mu.shape} and {sigma.shape}"
             )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError("the features hold numbers that are not finite, and no distance can be computed")
@@ -100,14 +103,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """F (D, rank) with F F^T = sigma. Eigenvalues that are rounding noise are left out: their roots would be 1e-8 of the largest, and many."""
+    """F (D, rank) with F F^T = sigma. Eigenvalues that are rounding noise are left out: their roots would
+    be 1e-8 of the largest, and many.
+    """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
-    """exp of the mean KL(p(y|x) || p(y)), mean over splits of `split` images in their order (Salimans et al. 2016; splits as in ADM).
+    """exp of the mean KL(p(y|x) || p(y)), mean over splits of `split` images in their order (Salimans et al.
+    2016; splits as in ADM).
 
     probabilities: (N, K), rows that sum to 1.
     """
@@ -122,9 +128,11 @@ def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
 def precision_recall(
     features_real: np.ndarray, features_fake: np.ndarray, k: int = 3, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """(share of fake images inside the real manifold, share of real images inside the fake one) (Kynkaanniemi et al. 2019).
+    """(share of fake images inside the real manifold, share of real images inside the fake one) (Kynkaanniemi
+    et al. 2019).
 
-    A manifold is the union of balls around its features that reach to their k-th neighbour. Distances are exact: equal images have distance 0.
+    A manifold is the union of balls around its features that reach to their k-th neighbour. Distances are
+    exact: equal images have distance 0.
 
     Args:
         features_real, features_fake: (N, D) and (M, D).
@@ -137,7 +145,8 @@ def precision_recall(
     fewest = min(len(features_real), len(features_fake))
     if fewest <= k:
         raise UserError(
-            f"precision and recall look at {k} neighbours and need more than {k} images on either side; here are {fewest}"
+            f"precision and recall look at {k} neighbours and need more than {k} images on either "
+            f"side; here are {fewest}"
         )
     place = torch.device(device) if torch.device(device).type != "mps" else torch.device("cpu")
     real, fake = (
@@ -193,8 +202,8 @@ def image_metrics(
     """All numbers of generated images.
 
     Returns:
-        fid, sfid and inception_score, or fd, sfd and class_score where the network is not the one that papers use; precision and recall.
-        What the reference cannot give is left out.
+        fid, sfid and inception_score, or fd, sfd and class_score where the network is not the one that papers
+        use; precision and recall. What the reference cannot give is left out.
     """
     distance, spatial, score = (
         ("fid", "sfid", "inception_score") if published else ("fd", "sfd", "class_score")

@@ -55,7 +55,8 @@ def read_samples(path: str) -> np.ndarray:
     found = read_npz(path, ("arr_0",))
     if "arr_0" not in found:
         raise DataError(
-            f"{path} holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as 'mhla sample' writes them"
+            f"{path} holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as 'mhla "
+            "sample' writes them"
         )
     return _checked(found["arr_0"], path)
 
@@ -67,7 +68,8 @@ def _checked(images: np.ndarray, path: str) -> np.ndarray:
 
 
 def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
-    """Statistics of real images from one of ADM's reference files, or from images in an npz file or in shards.
+    """Statistics of real images from one of ADM's reference files, or from images in an npz file or in
+    shards.
 
     Args:
         path: REF.npz, or a folder or address of shards (its val split where it has several).
@@ -91,7 +93,8 @@ def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) ->
     if "arr_0" not in found:
         needed = "arr_0 (images)" if not network.published else "arr_0 (images) or mu and sigma"
         raise DataError(
-            f"{path} holds {', '.join(found) or 'none of the arrays of a reference'}; with features of {network.name} it must hold {needed}"
+            f"{path} holds {', '.join(found) or 'none of the arrays of a reference'}; with features "
+            f"of {network.name} it must hold {needed}"
         )
     return Reference.of(name, network(_checked(found["arr_0"], path)))
 
@@ -100,13 +103,15 @@ def _gaussian(found: dict[str, np.ndarray], mean: str, covariance: str, path: st
     mu, sigma = found[mean], found[covariance]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise DataError(
-            f"{path}: {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and covariance"
+            f"{path}: {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are "
+            "no mean and covariance"
         )
     return Gaussian(mu, sigma)
 
 
 def read_shards(path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """Images uint8 (N, *size, 3) of a split of shards, and what it is called; the val split where there are several.
+    """Images uint8 (N, *size, 3) of a split of shards, and what it is called; the val split where there are
+    several.
 
     Raises:
         DataError: no shards of images.

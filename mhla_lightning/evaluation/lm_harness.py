@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on our language models: likelihoods, perplexity of long texts, generation with the state."""
+"""lm-evaluation-harness on our language models: likelihoods, perplexity of long texts, generation with the
+state.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ class HarnessLM(TemplateLM):
         super().__init__()
         if tokenizer.end is None:
             raise UserError(
-                f"the tokenizer {tokenizer.name} has no end of a document, and the harness needs it where a text has no context"
+                f"the tokenizer {tokenizer.name} has no end of a document, and the harness needs it "
+                "where a text has no context"
             )
         self.backbone, self.text_tokenizer, self.max_length, self.batch_size, self.seed = (
             backbone,
@@ -95,7 +98,9 @@ class HarnessLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log likelihood of whole texts, in windows of `max_length` of which each token is predicted once."""
+        """The log likelihood of whole texts, in windows of `max_length` of which each token is predicted
+        once.
+        """
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -111,7 +116,8 @@ class HarnessLM(TemplateLM):
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """(sum of log p of the continuation, whether greedy decoding would give it) of each (context, continuation) in tokens.
+        """(sum of log p of the continuation, whether greedy decoding would give it) of each (context,
+        continuation) in tokens.
 
         Pairs of the same tokens but the last (the letters of a multiple choice) share one row.
         """
@@ -119,7 +125,8 @@ class HarnessLM(TemplateLM):
         for number, (context, continuation) in enumerate(pairs):
             if not context or len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens does not fit behind its context in the {self.max_length} of the model"
+                    f"a continuation of {len(continuation)} tokens does not fit behind its context "
+                    f"in the {self.max_length} of the model"
                 )
             rows.setdefault(tuple([*context, *continuation][-(self.max_length + 1) :][:-1]), []).append(
                 number
@@ -138,7 +145,9 @@ class HarnessLM(TemplateLM):
         return [results[number] for number in range(len(pairs))]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of `until`, the end of a document, or max_gen_toks; greedy unless the task samples."""
+        """Continuations up to the first of `until`, the end of a document, or max_gen_toks; greedy unless
+        the task samples.
+        """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -201,7 +210,8 @@ def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
 
 
 def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskManager, list[Any]]:
-    """The harness's tasks and groups of these names, `paper` for the paper's nine, with their data; and what else knows them.
+    """The harness's tasks and groups of these names, `paper` for the paper's nine, with their data; and what
+    else knows them.
 
     Args:
         include: a folder of further task files.
@@ -253,7 +263,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """task or group -> {metric: value, `samples`: count} as the harness computes them.
 
-    limit: samples of each task, below 1 a share. num_fewshot: examples before each question; None is the task's own.
+    limit: samples of each task, below 1 a share. num_fewshot: examples before each question; None is the
+        task's own.
     """
     found = simple_evaluate(
         model=model,

@@ -37,9 +37,11 @@ def open_network(name: str, runs: str | None = None, device: torch.device | str 
 
 
 class Inception:
-    """The Inception of published FIDs, by torch-fidelity: the TensorFlow graph's weights, resizing and average pooling.
+    """The Inception of published FIDs, by torch-fidelity: the TensorFlow graph's weights, resizing and
+    average pooling.
 
-    sFID looks at the first 7 channels of `mixed_6/conv`, the inception score at the class logits without their bias: both as in ADM's evaluator.
+    sFID looks at the first 7 channels of `mixed_6/conv`, the inception score at the class logits without
+    their bias: both as in ADM's evaluator.
 
     Raises:
         UserError: the package or the weights are missing; nothing is downloaded.
@@ -58,7 +60,8 @@ class Inception:
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
         if not path.is_file():
             raise UserError(
-                f"--features inception needs Inception's weights at {path}: download {URL_INCEPTION_V3} to there, or name a classifier run"
+                f"--features inception needs Inception's weights at {path}: download "
+                f"{URL_INCEPTION_V3} to there, or name a classifier run"
             )
         try:
             torch.load(
@@ -106,7 +109,8 @@ class ClassifierRun(FoundRun):
 
 
 def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
-    """Finds a run and its newest checkpoint, the average where it has one, and builds the task without weights.
+    """Finds a run and its newest checkpoint, the average where it has one, and builds the task without
+    weights.
 
     Args:
         run: id or folder.
@@ -124,10 +128,11 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
 
 
 class OwnFeatures:
-    """A classifier run of ours: what stands before its last layer, its last map of features, its probabilities.
+    """A classifier run of ours: what stands before its last layer, its last map of features, its
+    probabilities.
 
-    Images of any size are resized, cropped and normalised as the run's own recipe does for validation. Backbones of the registry's image
-    classifiers have timm's methods `forward_features` and `forward_head`.
+    Images of any size are resized, cropped and normalised as the run's own recipe does for validation.
+    Backbones of the registry's image classifiers have timm's methods `forward_features` and `forward_head`.
 
     Raises:
         UserError: weights of another model.

@@ -1,4 +1,6 @@
-"""Evaluation `samples`: what a classifier of ours says of the guided samples of an image diffusion run. Importing this imports no torch."""
+"""Evaluation `samples`: what a classifier of ours says of the guided samples of an image diffusion run.
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ class SampleOptions:
 
 
 def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What replaces options when they are carried out: the classifier's folder; and what stands for them when results are kept: its weights.
+    """What replaces options when they are carried out: the classifier's folder; and what stands for them when
+    results are kept: its weights.
 
     Raises:
         UserError: no such classifier run.
@@ -88,7 +91,8 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
     """Refuses what cannot be measured, before anything is trained or drawn.
 
     Raises:
-        UserError: no image diffusion model, a sampler for another process, other classes than the classifier's, nothing to compare with.
+        UserError: no image diffusion model, a sampler for another process, other classes than the
+            classifier's, nothing to compare with.
     """
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.diffusion import check_sampler, default_sampler
@@ -97,21 +101,25 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
 
     if not isinstance(task, ImageDiffusionTask):
         raise UserError(
-            f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)"
+            f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion "
+            "model (ImageDiffusionTask)"
         )
     check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
     classes = find_classifier(options.classifier).task.num_classes
     if classes != task.num_classes:
         raise UserError(
-            f"the classifier {options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they must be the same"
+            f"the classifier {options.classifier} has {classes} classes and the diffusion model "
+            f"{task.num_classes}; they must be the same"
         )
     if options.n % classes:
         raise UserError(
-            f"n is {options.n}; for as many images of each of {classes} classes take {-(-options.n // classes) * classes}"
+            f"n is {options.n}; for as many images of each of {classes} classes take "
+            f"{-(-options.n // classes) * classes}"
         )
     if options.reference is None and not isinstance(data, ImageDataModule):
         raise UserError(
-            "the run's data hold latents, no images to compare with; name some with reference: REF.npz or a folder of image shards"
+            "the run's data hold latents, no images to compare with; name some with reference: "
+            "REF.npz or a folder of image shards"
         )
 
 
@@ -170,4 +178,5 @@ def _reference(found: ImageRun, options: SampleOptions, network: Any, size: tupl
 
     if options.reference is not None:
         return read_reference(options.reference, network, size)
-    return Reference.of("val", network(validation_images(found.data)))  # type: ignore[arg-type]  # check_samples has refused latents
+    # # check_samples has refused latents
+    return Reference.of("val", network(validation_images(found.data)))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """VBench (arXiv 2311.17982): the folder that it expects, and the call of its package. Imports no torch.
 
-The package pins numpy below 2 and an old transformers, so that it lives in an environment of its own more often than in ours: it is called in a
-process of the interpreter that has it.
+The package pins numpy below 2 and an old transformers, so that it lives in an environment of its own more
+often than in ours: it is called in a process of the interpreter that has it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ DIMENSIONS = (
     "appearance_style",
     "overall_consistency",
 )
-INSTALL = "pip install vbench, in an environment of its own because it needs numpy below 2, and name that with --python .../bin/python"
+INSTALL = (
+    "pip install vbench, in an environment of its own because it needs numpy below 2, and name that with "
+    "--python .../bin/python"
+)
 
 VIDEOS, RESULTS = "videos", "results"
 """Folders in the one that is prepared."""
@@ -54,7 +57,10 @@ VIDEOS, RESULTS = "videos", "results"
 _LIST = "prepared.json"  # names of the videos that were put there: no other file is ever removed
 _LONGEST = 255  # bytes of a file's name
 _NAME = "vbench"
-_WHERE = "import importlib.util as u; s = u.find_spec('vbench'); print(s.submodule_search_locations[0] if s else '')"
+_WHERE = (
+    "import importlib.util as u; s = u.find_spec('vbench'); print(s.submodule_search_locations[0] if s "
+    "else '')"
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ def video_names(prompts: Iterable[str]) -> list[str]:
             or len(name.encode()) > _LONGEST
         ):
             raise UserError(
-                f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no '.' in front, at most 248 bytes"
+                f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no "
+                "'.' in front, at most 248 bytes"
             )
         names.append(name)
     return names
@@ -150,7 +157,8 @@ def check_target(to: Path) -> set[str]:
         names of the videos in it that an earlier call put there.
 
     Raises:
-        UserError: a file where a folder is needed, no right to write, or a file in TO/videos that no earlier call put there.
+        UserError: a file where a folder is needed, no right to write, or a file in TO/videos that no earlier
+            call put there.
     """
     for wanted in (to, to / VIDEOS, to / RESULTS):
         there = next(
@@ -174,13 +182,15 @@ def check_target(to: Path) -> set[str]:
     for path in found:
         if path.name not in written or not path.is_file():
             raise UserError(
-                f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a new folder with --to"
+                f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a "
+                "new folder with --to"
             )
     return {path.name for path in found}  # of files in that folder: whatever the list says, no name leaves it
 
 
 def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
-    """Puts videos into TO/videos as VBench names them (:func:`video_names`), in place of those of an earlier call; nothing else is removed.
+    """Puts videos into TO/videos as VBench names them (:func:`video_names`), in place of those of an earlier
+    call; nothing else is removed.
 
     Args:
         videos: files and their prompts.
@@ -190,7 +200,8 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
         names, in the order of the videos.
 
     Raises:
-        UserError: a prompt that cannot be a file's name; a folder that :func:`check_target` refuses, or that cannot be written.
+        UserError: a prompt that cannot be a file's name; a folder that :func:`check_target` refuses, or that
+            cannot be written.
     """
     videos = list(videos)
     names = video_names(prompt for _, prompt in videos)
@@ -214,7 +225,9 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
 
 
 def check_dimensions(names: Sequence[str], standard: bool) -> None:
-    """Raises UserError for an unknown dimension, or for one that needs VBench's own prompts where others were given."""
+    """Raises UserError for an unknown dimension, or for one that needs VBench's own prompts where others
+    were given.
+    """
     for name in names:
         if name not in DIMENSIONS:
             raise UserError(unknown_name("dimension", name, DIMENSIONS))
@@ -227,7 +240,8 @@ def check_dimensions(names: Sequence[str], standard: bool) -> None:
 def evaluate(
     package: Package, videos: Path, output: Path, dimensions: Sequence[str], standard: bool, device: str
 ) -> dict[str, float]:
-    """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks where they are not in its cache.
+    """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks
+    where they are not in its cache.
 
     Args:
         videos: the folder VIDEOS of :func:`lay_out`.

@@ -1,4 +1,6 @@
-"""Runs in the interpreter that has VBench, which may be another than ours: standard library, torch and vbench alone, Python 3.8."""
+"""Runs in the interpreter that has VBench, which may be another than ours: standard library, torch and
+vbench alone, Python 3.8.
+"""
 
 import json
 import sys
@@ -7,7 +9,9 @@ sys.path.pop(0)  # this file's folder, where vbench.py is not the package
 
 
 def main():  # type: ignore[no-untyped-def]  # noqa: ANN201  Python 3.8 reads this
-    """argv[1]: JSON of videos, output, name, dimensions, mode and device; VBench writes OUTPUT/NAME_eval_results.json."""
+    """argv[1]: JSON of videos, output, name, dimensions, mode and device; VBench writes
+    OUTPUT/NAME_eval_results.json.
+    """
     import torch
     import vbench
 

@@ -69,7 +69,8 @@ def find_language_run(
     found = _tokenizer(folder, tokenizer)
     if found.vocabulary > task.vocab_size:
         raise UserError(
-            f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}"
+            f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run "
+            f"{folder.run_id} has {task.vocab_size}"
         )
     return LanguageRun(folder, weights, task, found)
 
@@ -89,7 +90,9 @@ def load_model(
 
 
 def check_length(found: LanguageRun, tokens: int) -> None:
-    """Tries so many tokens on the model without weights. Raises UserError where an operator cannot take them."""
+    """Tries so many tokens on the model without weights. Raises UserError where an operator cannot take
+    them.
+    """
     task = found.task
     with torch.device("meta"), torch.no_grad():
         plan = build_backbone(task.backbone_name, attention=task.attention, **task.backbone_options)
@@ -97,7 +100,9 @@ def check_length(found: LanguageRun, tokens: int) -> None:
 
 
 def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
-    """Puts into a run folder what is needed to read and write its text once the data are elsewhere: the tokenizer's files and its name."""
+    """Puts into a run folder what is needed to read and write its text once the data are elsewhere: the
+    tokenizer's files and its name.
+    """
     data.save_tokenizer(folder)
     write_json(folder / _NAME, {"format": FORMAT, "name": data.index().tokenizer})
 
@@ -122,7 +127,8 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
         return open_tokenizer(str(run.path))
     made = f"its data were made with '{name}'" if name else "its data named none"
     raise UserError(
-        f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a tokenizer.json, or a Hugging Face name"
+        f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a "
+        "tokenizer.json, or a Hugging Face name"
     )
 
 
@@ -133,7 +139,8 @@ def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
     found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")
     if own is not None and not same_tokenizer(found.name, own):
         raise UserError(
-            f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other text; leave it out"
+            f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other "
+            "text; leave it out"
         )
     return found
 
@@ -162,7 +169,9 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
 
 
 def find_task(folder: RunFolder, extrapolation: str | None = None) -> LanguageTask:
-    """The task of a run without weights, wherever its data are now. Raises UserError for no language model."""
+    """The task of a run without weights, wherever its data are now. Raises UserError for no language
+    model.
+    """
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         if (arguments.get("backbone_options") or {}).get("compile"):

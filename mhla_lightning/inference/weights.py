@@ -72,7 +72,8 @@ class Weights:
         if missing or unexpected:
             names = ", ".join([*missing, *unexpected][:4])
             raise UserError(
-                f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} left over ({names})"
+                f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, "
+                f"{len(unexpected)} left over ({names})"
             )
 
 
@@ -161,7 +162,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one"
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU "
+            "where there is one"
         ) from error
     return device
 

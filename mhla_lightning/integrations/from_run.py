@@ -9,7 +9,8 @@ from mhla_lightning.integrations.transformers import MHLAForCausalLM, wrap
 
 
 def to_hf(run: LanguageRun | str | Path) -> MHLAForCausalLM:
-    """A run (id, folder, or what `generation.loading.find_language_run` gave) as a model of transformers, averaged weights where it has them.
+    """A run (id, folder, or what `generation.loading.find_language_run` gave) as a model of transformers,
+    averaged weights where it has them.
 
     Raises:
         UserError: no such run, no language run, no checkpoint.

@@ -1,4 +1,5 @@
-"""The language model as a model of transformers: `import mhla_lightning.hf`, then AutoModelForCausalLM, generate, Trainer and PEFT know it.
+"""The language model as a model of transformers: `import mhla_lightning.hf`, then AutoModelForCausalLM,
+generate, Trainer and PEFT know it.
 
 The cache that `generate` hands around is our state: of constant size but for softmax layers.
 """
@@ -75,7 +76,8 @@ class MHLALanguageConfig(PreTrainedConfig):
 
 
 class StateCache:
-    """Our state in the place of transformers' key-value cache, which holds tensors that grow along the tokens.
+    """Our state in the place of transformers' key-value cache, which holds tensors that grow along the
+    tokens.
 
     Args:
         state: behind the tokens so far.
@@ -98,7 +100,8 @@ class StateCache:
 class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     """CausalLM behind the interface of transformers.
 
-    Padding may stand left or right of a prompt; after the prompt every token is real. Assisted generation needs a cache that can be cut, and ours
+    Padding may stand left or right of a prompt; after the prompt every token is real. Assisted generation
+    needs a cache that can be cut, and ours
     cannot: transformers refuses it for stateful models.
 
     Args:
@@ -127,14 +130,17 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for new embeddings (`resize_token_embeddings`) and for weights that a checkpoint lacks; a CausalLM has initialised itself."""
+        """Called for new embeddings (`resize_token_embeddings`) and for weights that a checkpoint lacks; a
+        CausalLM has initialised itself.
+        """
         if isinstance(module, (nn.Linear, nn.Embedding, RMSNorm)):
             super()._init_weights(module)
         elif not all(
             getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)
         ):
             raise UserError(
-                f"the checkpoint lacks weights of {type(module).__name__}, and this model cannot go without them"
+                f"the checkpoint lacks weights of {type(module).__name__}, and this model cannot go "
+                "without them"
             )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -244,7 +250,9 @@ def language_config(
 def wrap(
     backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None
 ) -> MHLAForCausalLM:
-    """A built CausalLM as a model of transformers, which shares its weights. Arguments as of :func:`language_config`."""
+    """A built CausalLM as a model of transformers, which shares its weights. Arguments as of
+    :func:`language_config`.
+    """
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
 
 

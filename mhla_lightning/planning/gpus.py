@@ -10,7 +10,9 @@ from mhla_lightning.errors import UserError, unknown_name
 
 GIB, MIB = 2**30, 2**20
 USABLE = 0.92
-"""Share of a GPU's memory that tensors may take; the rest is the CUDA context, NCCL's and cuBLAS's buffers and gaps between tensors."""
+"""Share of a GPU's memory that tensors may take; the rest is the CUDA context, NCCL's and cuBLAS's buffers
+and gaps between tensors.
+"""
 
 
 @dataclass(frozen=True)

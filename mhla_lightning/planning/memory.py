@@ -1,4 +1,6 @@
-"""Peak memory of a piece of work: CUDA's statistics there, torch's MemTracker on CPU, whose allocator keeps none."""
+"""Peak memory of a piece of work: CUDA's statistics there, torch's MemTracker on CPU, whose allocator
+keeps none.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class _NoModules(ModTracker):
-    """torch's own puts hooks on the graph of every module it sees, which keep all activations for good; bytes in all need none of them."""
+    """torch's own puts hooks on the graph of every module it sees, which keep all activations for good;
+    bytes in all need none of them.
+    """
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
         """Nothing."""

@@ -1,4 +1,6 @@
-"""What a recipe takes on a cluster: batches, parameters, FLOPs, length and memory, known before a GPU is asked for."""
+"""What a recipe takes on a cluster: batches, parameters, FLOPs, length and memory, known before a GPU is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from mhla_lightning.strategies.config import ZERO, StrategyEntry, deepspeed_conf
 from mhla_lightning.tasks import Task
 
 UTILISATION = 0.4
-"""Share of a GPU's peak that training is taken to reach where nobody says: an assumption, not a measurement."""
+"""Share of a GPU's peak that training is taken to reach where nobody says: an assumption, not a
+measurement.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Plan:
         parameters: elements, `total`, `trained`, and by kind.
         tokens: of one sample.
         flops_per_sample: of a forward, a multiply-add being two.
-        activations: bytes that forward and backward of a micro batch hold; None where they could not be measured.
+        activations: bytes that forward and backward of a micro batch hold; None where they could not be
+            measured.
         stages: every strategy by name.
         deepspeed: its configuration; None without a ZeRO preset.
         utilisation: share of the peak that `seconds` stands on.
@@ -166,7 +171,8 @@ def make_plan(
         utilisation: share of the GPU's peak, for the time.
 
     Raises:
-        UserError: a batch that does not divide, data that does not fit the model, a precision that is not known.
+        UserError: a batch that does not divide, data that does not fit the model, a precision that is not
+            known.
     """
     if min(nodes, gpus_per_node) < 1:
         raise UserError(f"a cluster of {nodes} nodes with {gpus_per_node} GPUs; both are at least 1")
@@ -224,7 +230,9 @@ def _planned_name(entry: Any) -> str | None:
 
 
 def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]]:
-    """Of the run, and what is not known of it. Raises UserError: see training.length; data that does not fit the model."""
+    """Of the run, and what is not known of it. Raises UserError: see training.length; data that does not
+    fit the model.
+    """
     data, steps = recipe.data, recipe.trainer.get("max_steps", -1)
     if data.epochs is None or steps > 0:
         steps = length(recipe)  # says so where both or neither are set
@@ -311,7 +319,9 @@ class _Cases:
         return Stage(state, total, None if total is None or self.gpu is None else total <= self.gpu.usable)
 
     def advice(self, stages: Mapping[str, Stage], chosen: str) -> tuple[str, ...]:
-        """What fits instead of the chosen strategy: another one, else a change of the recipe, perhaps with another strategy."""
+        """What fits instead of the chosen strategy: another one, else a change of the recipe, perhaps with
+        another strategy.
+        """
         fitting = [name for name, stage in stages.items() if stage.fits]
         if fitting:
             return tuple(f"trainer.strategy {name}" for name in fitting)
@@ -329,7 +339,9 @@ class _Cases:
         return tuple(found)
 
     def _by_size(self, task: Task) -> Iterator[tuple[int, dict[str, Stage]]]:
-        """Stages with every micro batch that the task takes, the largest first: activations are linear in its size."""
+        """Stages with every micro batch that the task takes, the largest first: activations are linear in
+        its size.
+        """
         few, many = self._sizes[0], self._sizes[-1]
         least, most = (activation_bytes(task, size, self.precision) for size in (few, many))
         for size in reversed(self._sizes):

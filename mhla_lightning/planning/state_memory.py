@@ -1,4 +1,6 @@
-"""Memory of weights, gradients, optimizer and averages on one GPU under every strategy: pure functions of shapes and of DeepSpeed's configuration."""
+"""Memory of weights, gradients, optimizer and averages on one GPU under every strategy: pure functions of
+shapes and of DeepSpeed's configuration.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,8 @@ def partitioned(
     stage = int(config["stage"])
     split = _split_tensors if stage == 3 else _split_groups
     owned = sum(split(group, ranks) for group in model.trained)
-    # Every stage clones a float32 master of what it owns, also where weights are float32: stage 3 means not to, but compares a device with a string.
+    # Every stage clones a float32 master of what it owns, also where weights are float32: stage 3 means not
+    # to, but compares a device with a string.
     state = StateMemory(
         name,
         weights=_weights(model, ranks, width, config) + model.fixed,
@@ -176,7 +179,8 @@ def _buffers(model: ModelSize, width: int, config: Mapping[str, Any]) -> int:
     bucket = min(int(config.get("reduce_bucket_size", 5e8)), model.trained_elements) * width
     if config["stage"] < 3:
         return bucket * (2 if config.get("overlap_comm") else 1)
-    # Weights stay gathered while they are used again within so many elements, forward and backward together, and those ahead are fetched.
+    # Weights stay gathered while they are used again within so many elements, forward and backward together,
+    # and those ahead are fetched.
     reuse, ahead = (
         config.get("stage3_max_reuse_distance", 1e9),
         config.get("stage3_prefetch_bucket_size", 5e7),
@@ -196,7 +200,8 @@ def _split_tensors(shapes: Sequence[Shape], ranks: int) -> int:
 
 
 def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str, Any]) -> StateMemory:
-    """Moves what the configuration moves: optimizer, masters, gradients and average with `offload_optimizer`, split weights with `offload_param`.
+    """Moves what the configuration moves: optimizer, masters, gradients and average with `offload_optimizer`,
+    split weights with `offload_param`.
 
     weights: bytes of the split weights. width: bytes of a weight.
     """
@@ -205,7 +210,8 @@ def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str
     }
     if places["offload_optimizer"] != "none":
         owned, on_disk = weights // width, places["offload_optimizer"] == "nvme"
-        # Gradients in float32, the average, and at stage 2 what goes back to the GPU stay in the host's memory wherever the optimizer lies.
+        # Gradients in float32, the average, and at stage 2 what goes back to the GPU stay in the host's
+        # memory wherever the optimizer lies.
         near = _FLOAT * owned + state.average + (width * owned if config["stage"] < 3 else 0)
         host, disk = (near, state.optimizer) if on_disk else (near + state.optimizer, 0)
         state = replace(state, optimizer=0, gradients=0, average=0, step=0, host=host, disk=disk)

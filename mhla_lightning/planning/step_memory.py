@@ -1,4 +1,6 @@
-"""Memory of a training step beside weights, gradients and optimizer: measured on tensors without data, for a model of any size."""
+"""Memory of a training step beside weights, gradients and optimizer: measured on tensors without data, for
+a model of any size.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,15 @@ def find_precision(name: str | int) -> Precision:
 
 
 def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extrapolate: bool = True) -> int:
-    """Bytes that forward and backward of a micro batch hold at once, at most, beside weights, gradients and the batch itself.
+    """Bytes that forward and backward of a micro batch hold at once, at most, beside weights, gradients and
+    the batch itself.
 
-    The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker. All layers of a model alike, the
+    The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker.
+    All layers of a model alike, the
     bytes are linear in their number: a deep one is measured with few layers, twice.
 
-    Attention is torch's fused kernel, as on a GPU: no tokens x tokens matrix, except where documents are kept apart under softmax, whose mask is one.
+    Attention is torch's fused kernel, as on a GPU: no tokens x tokens matrix, except where documents are kept
+    apart under softmax, whose mask is one.
 
     Args:
         task: without weights; it is not changed.
@@ -155,7 +160,9 @@ def _elements(tensors: Sequence[Tensor]) -> int:
 
 
 class _Known(TorchDispatchMode):
-    """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times) is computed and can be asked for."""
+    """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times)
+    is computed and can be asked for.
+    """
 
     def __torch_dispatch__(
         self,

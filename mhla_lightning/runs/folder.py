@@ -1,4 +1,6 @@
-"""Where a run lives and what its files are called. Standard library only, so that status and compare answer at once."""
+"""Where a run lives and what its files are called. Standard library only, so that status and compare
+answer at once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def check_run_id(run_id: str) -> str:
 
 
 def default_run_id(recipe_name: str, resolved: Mapping[str, Any]) -> str:
-    """`<recipe name>-<first 8 hex of the sha256 of the resolved recipe>`: the same command finds the same folder."""
+    """`<recipe name>-<first 8 hex of the sha256 of the resolved recipe>`: the same command finds the same
+    folder.
+    """
     return f"{Path(recipe_name).stem}-{recipe_hash(resolved)[:8]}"
 
 
@@ -77,7 +81,8 @@ class RunFolder:
             self.tensorboard.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}; choose another with --runs or $MHLA_RUNS"
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another with "
+                "--runs or $MHLA_RUNS"
             ) from error
 
     def finished(self) -> bool:
@@ -172,7 +177,9 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replaces a text file at once. What need not outlive a power cut is not `durable`: waiting for the disk takes milliseconds."""
+    """Replaces a text file at once. What need not outlive a power cut is not `durable`: waiting for the
+    disk takes milliseconds.
+    """
     temporary = path.parent / f".{path.name}-{os.getpid()}"
     try:
         with temporary.open("w") as file:

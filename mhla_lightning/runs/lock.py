@@ -17,7 +17,8 @@ _held: dict[Path, dict[str, object]] = {}  # by this process
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds a run folder. A lock whose process is gone (killed on this host, or an earlier start of the same SLURM job) is taken over.
+    """Holds a run folder. A lock whose process is gone (killed on this host, or an earlier start of the same
+    SLURM job) is taken over.
 
     Raises:
         UserError: another process holds it.
@@ -55,7 +56,8 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def check_held(folder: Path) -> None:
-    """A node that SLURM has lost may train on while its job has begun again elsewhere: the earlier process must write nothing any more.
+    """A node that SLURM has lost may train on while its job has begun again elsewhere: the earlier process
+    must write nothing any more.
 
     Raises:
         UserError: this process held the folder, and another one does now.
@@ -77,7 +79,9 @@ def _alive(held: dict[str, object], owner: dict[str, object]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot: tells it from a later one with the same number. None when there is no such process."""
+    """Start time of a process in clock ticks since boot: tells it from a later one with the same number.
+    None when there is no such process.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

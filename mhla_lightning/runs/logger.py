@@ -13,11 +13,13 @@ from mhla_lightning.runs.folder import RunFolder, write_text
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoardLogger that lacks a file other programs can read without TensorBoard: every scalar is also a line of metrics.jsonl.
+    """TensorBoardLogger that lacks a file other programs can read without TensorBoard: every scalar is also a
+    line of metrics.jsonl.
 
     Args:
         run: the run folder.
-        resume_step: step of the checkpoint that training goes on from; later lines and points of an earlier attempt are dropped.
+        resume_step: step of the checkpoint that training goes on from; later lines and points of an earlier
+            attempt are dropped.
 
     Attributes:
         optimizer_steps: gives the x axis, optimizer steps done; set once the trainer stands.

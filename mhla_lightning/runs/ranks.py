@@ -1,7 +1,8 @@
-"""The ranks of a run on one machine: none outlives another's failure, and the command says at its end which rank ended, and how.
+"""The ranks of a run on one machine: none outlives another's failure, and the command says at its end which
+rank ended, and how.
 
-Rank 0 is the process that the user has started; it starts the others (strategies.launcher). Ranks that torchrun or srun start are watched by those.
-Standard library only.
+Rank 0 is the process that the user has started; it starts the others (strategies.launcher). Ranks that
+torchrun or srun start are watched by those. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mhla_lightning.errors import UserError
 
 PREEMPTED = 75
 RANK_ZERO = "MHLA_RANK_ZERO"  # pid of the process that has started this one as a further rank
-GRACE = 10.0  # seconds in which rank 0 may end by itself, files closed and states written, once another rank has failed
+# seconds in which rank 0 may end by itself, files closed and states written, once another rank has failed
+GRACE = 10.0
 _POLL = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -62,7 +64,8 @@ class Ended:
 class Watch(threading.Thread):
     """Watches the ranks that this process has started.
 
-    Where one fails and this process still stands after GRACE seconds, in a collective that waits for ever, it ends the process.
+    Where one fails and this process still stands after GRACE seconds, in a collective that waits for ever, it
+    ends the process.
 
     Args:
         processes: by rank, the first being `first_rank`.
@@ -114,7 +117,9 @@ class Watch(threading.Thread):
 
 
 def end_with_rank_zero() -> bool:
-    """Makes the kernel end this process when the one that has started it as a further rank dies; False where none has."""
+    """Makes the kernel end this process when the one that has started it as a further rank dies; False
+    where none has.
+    """
     pid = os.environ.get(RANK_ZERO)
     if pid is None or int(os.environ.get("LOCAL_RANK") or 0) == 0:
         return False
@@ -126,7 +131,9 @@ def end_with_rank_zero() -> bool:
 
 
 def tell_rank_zero(run: Path, rank: int, sentence: str) -> None:
-    """Leaves rank 0 the sentence of a UserError; many ranks often have the same, and the user should read it once."""
+    """Leaves rank 0 the sentence of a UserError; many ranks often have the same, and the user should read
+    it once.
+    """
     _note(run, rank).write_text(sentence)
 
 
@@ -151,7 +158,9 @@ def place(rank: int, world_size: int) -> str:
 
 
 def end_within(seconds: float, error: BaseException, rank: int) -> None:
-    """Ends this process after so long, whatever it hangs in by then: a GPU that waits for a lost rank, a thread, a worker."""
+    """Ends this process after so long, whatever it hangs in by then: a GPU that waits for a lost rank, a
+    thread, a worker.
+    """
 
     def force() -> None:
         traceback.print_exception(error)

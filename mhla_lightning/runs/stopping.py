@@ -1,4 +1,6 @@
-"""SIGTERM and SIGUSR1 ask a run to stop. Standard library only: handlers stand before anything else is imported."""
+"""SIGTERM and SIGUSR1 ask a run to stop. Standard library only: handlers stand before anything else is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(BaseException):
-    """The run was told to stop and has saved what there was to save. No Exception: libraries must not take it for an error of theirs."""
+    """The run was told to stop and has saved what there was to save. No Exception: libraries must not take
+    it for an error of theirs.
+    """
 
     def __init__(self, by: str) -> None:
         super().__init__(by)
@@ -22,8 +26,8 @@ class Preempted(BaseException):
 class StopSignals:
     """What has arrived.
 
-    A signal raises Preempted where it arrives: starting takes minutes, and there is nothing to save. Between `wait_for_step` and `act_at_once` it is
-    only noted, and whoever trains looks at `received`.
+    A signal raises Preempted where it arrives: starting takes minutes, and there is nothing to save. Between
+    `wait_for_step` and `act_at_once` it is only noted, and whoever trains looks at `received`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +58,8 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Installs the handlers; afterwards the signals do what they did before, unless the run was stopped by one: then they are ignored until exit.
+    """Installs the handlers; afterwards the signals do what they did before, unless the run was stopped by
+    one: then they are ignored until exit.
 
     Outside the main thread, where Python installs none, signals do what they did.
     """

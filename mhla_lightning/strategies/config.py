@@ -1,4 +1,6 @@
-"""What `trainer.strategy` may say of ours, and DeepSpeed's configuration of a recipe. Imports neither torch nor deepspeed."""
+"""What `trainer.strategy` may say of ours, and DeepSpeed's configuration of a recipe. Imports neither
+torch nor deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -56,21 +58,24 @@ def check_strategy(trainer: Mapping[str, Any]) -> None:
         return
     if isinstance(entry, Mapping) and not isinstance(entry.get("name"), str):
         raise UserError(
-            f"trainer.strategy is a mapping without a name; it names one of {', '.join(ZERO)}, or has a class_path"
+            f"trainer.strategy is a mapping without a name; it names one of {', '.join(ZERO)}, or "
+            "has a class_path"
         )
     name = strategy_name(entry)
     if name is None:
         return
     if name.startswith("deepspeed"):
         raise UserError(
-            f"trainer.strategy '{name}' is Lightning's own, for CUDA only and with pickles for checkpoints; take one of {', '.join(ZERO)}"
+            f"trainer.strategy '{name}' is Lightning's own, for CUDA only and with pickles for "
+            f"checkpoints; take one of {', '.join(ZERO)}"
         )
     if is_zero(entry):
         zero_config(entry)
         known_precision(trainer.get("precision") or "32-true")
         if trainer.get("gradient_clip_algorithm") == "value":
             raise UserError(
-                f"trainer.gradient_clip_algorithm is value, and {name} clips by norm only; take norm or leave it out"
+                f"trainer.gradient_clip_algorithm is value, and {name} clips by norm only; take norm "
+                "or leave it out"
             )
     elif isinstance(entry, Mapping) or name.startswith("zero"):
         raise UserError(unknown_name("trainer.strategy", name, [*ZERO, "ddp", "auto"]))
@@ -99,7 +104,8 @@ def zero_config(entry: StrategyEntry) -> dict[str, Any]:
     stage = (given.get("zero_optimization") or {}).get("stage")
     if stage not in (None, preset["zero_optimization"]["stage"]):
         raise UserError(
-            f"trainer.strategy.zero_optimization.stage is {stage}, and {name} is stage {preset['zero_optimization']['stage']}"
+            f"trainer.strategy.zero_optimization.stage is {stage}, and {name} is stage "
+            f"{preset['zero_optimization']['stage']}"
         )
     return _merge(preset, given)
 
@@ -156,7 +162,9 @@ def known_precision(precision: str | int) -> str:
 
 
 def lightning_precision(precision: str | int) -> str:
-    """What Lightning is told. Its bf16-mixed under DeepSpeed is no autocast but bf16 weights and bf16 batches; DeepSpeed's own autocast is one."""
+    """What Lightning is told. Its bf16-mixed under DeepSpeed is no autocast but bf16 weights and bf16
+    batches; DeepSpeed's own autocast is one.
+    """
     name = known_precision(precision)
     return "32-true" if name == "bf16-mixed" else name
 
@@ -167,7 +175,8 @@ def _precision_config(
     if precision.startswith("16"):
         if accelerator == "cpu":
             raise UserError(
-                f"trainer.precision {precision} needs a GPU: DeepSpeed has no float16 on a CPU; take bf16-mixed, bf16-true or 32-true"
+                f"trainer.precision {precision} needs a GPU: DeepSpeed has no float16 on a CPU; take "
+                "bf16-mixed, bf16-true or 32-true"
             )
         return {
             "fp16": {
@@ -181,12 +190,14 @@ def _precision_config(
         }
     if fp16:
         raise UserError(
-            f"trainer.strategy.fp16 is set and trainer.precision is {precision}; it belongs to 16-mixed and 16-true"
+            f"trainer.strategy.fp16 is set and trainer.precision is {precision}; it belongs to "
+            "16-mixed and 16-true"
         )
     if precision == "bf16-mixed":
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if precision == "bf16-true":
-        # At stage 1 float32 accumulation would bring another optimizer of DeepSpeed's, which keeps all gradients whole in float32.
+        # At stage 1 float32 accumulation would bring another optimizer of DeepSpeed's, which keeps all
+        # gradients whole in float32.
         return {
             "bf16": {"enabled": True},
             **({"data_types": {"grad_accum_dtype": "fp32"}} if stage > 1 else {}),
@@ -204,7 +215,8 @@ def check_version() -> None:
         ) from None
     if not _numbers(TESTED[0]) <= _numbers(found) < _numbers(TESTED[1]):
         raise UserError(
-            f"trainer.strategy: deepspeed {found} is installed; the zero strategies are tested with >={TESTED[0]},<{TESTED[1]}"
+            f"trainer.strategy: deepspeed {found} is installed; the zero strategies are tested with "
+            f">={TESTED[0]},<{TESTED[1]}"
         )
 
 

@@ -16,7 +16,8 @@ from mhla_lightning.runs.ranks import RANK_ZERO, Watch
 
 
 class RankLauncher(_SubprocessScriptLauncher):
-    """Lightning's kills all ranks within 5 s after one has failed, this process too, and says nothing; where this process is killed the others stay.
+    """Lightning's kills all ranks within 5 s after one has failed, this process too, and says nothing; where
+    this process is killed the others stay.
 
     Args:
         standard: Lightning's, which is replaced.

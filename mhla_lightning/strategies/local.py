@@ -1,4 +1,6 @@
-"""What of a model's weights this process holds, whatever the strategy: one place for EMA, projection and checkpoints to read and write them."""
+"""What of a model's weights this process holds, whatever the strategy: one place for EMA, projection and
+checkpoints to read and write them.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ class Fragment:
         shape: of the whole tensor.
         start: first element of the stretch, in the flattened tensor.
         size: its elements.
-        values: flat view of the numbers that count: the float32 master where the strategy keeps one, else the weight itself. Empty while they lie
-            on a disk (LocalWeights.loaded).
-        owned: whether it is this rank that saves it (a tensor that every rank holds whole is saved by rank 0).
-        flat, offset: the optimizer's own tensor that `values` is a part of, and where; None where no optimizer steps it.
+        values: flat view of the numbers that count: the float32 master where the strategy keeps one, else the
+            weight itself. Empty while they lie on a disk (LocalWeights.loaded).
+        owned: whether it is this rank that saves it (a tensor that every rank holds whole is saved by rank
+            0).
+        flat, offset: the optimizer's own tensor that `values` is a part of, and where; None where no
+            optimizer steps it.
         parameter: of the module, where ranks hold it in parts.
     """
 
@@ -58,11 +62,15 @@ class LocalWeights(ABC):
         return [list(fragments)]
 
     def loaded(self, lot: list[Fragment], changed: bool = False) -> AbstractContextManager[list[Fragment]]:
-        """A context in which the values of a lot, and the optimizer's state of them, are in memory; `changed` keeps what is written into them."""
+        """A context in which the values of a lot, and the optimizer's state of them, are in memory;
+        `changed` keeps what is written into them.
+        """
         return nullcontext(lot)
 
     def change(self, changes: Sequence[Change]) -> None:
-        """Changes parameters in place, in every tensor of this process that holds values of them. Every rank calls it."""
+        """Changes parameters in place, in every tensor of this process that holds values of them. Every
+        rank calls it.
+        """
         for parameter, function in changes:
             for values in self._copies(parameter):
                 function(values)
@@ -81,7 +89,9 @@ class LocalWeights(ABC):
 
     @abstractmethod
     def swapped(self, module: nn.Module, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """A context in which forwards of the module see other values (flat stretches by fragment name); after it, its own again, bit for bit."""
+        """A context in which forwards of the module see other values (flat stretches by fragment name);
+        after it, its own again, bit for bit.
+        """
 
 
 class WholeWeights(LocalWeights):
@@ -178,7 +188,9 @@ class ZeroWeights(LocalWeights):
 
 
 class Zero12Weights(ZeroWeights):
-    """ZeRO stages 1 and 2: weights whole on every rank, float32 masters in one flat stretch a group of parameters and rank."""
+    """ZeRO stages 1 and 2: weights whole on every rank, float32 masters in one flat stretch a group of
+    parameters and rank.
+    """
 
     def _splits(self, tensor: Tensor) -> bool:
         return hasattr(tensor, "_hp_mapping")
@@ -238,7 +250,9 @@ class Zero12Weights(ZeroWeights):
 
 
 class Zero3Weights(ZeroWeights):
-    """ZeRO stage 3: every rank holds an equal stretch of each weight, and in training a float32 master of it."""
+    """ZeRO stage 3: every rank holds an equal stretch of each weight, and in training a float32 master of
+    it.
+    """
 
     def _splits(self, tensor: Tensor) -> bool:
         return hasattr(tensor, "ds_id")
@@ -291,7 +305,9 @@ class Zero3Weights(ZeroWeights):
 
     @contextmanager
     def _released(self, module: nn.Module) -> Iterator[None]:
-        """Small weights, which stay whole on every rank, are put together anew after their stretches were changed inside."""
+        """Small weights, which stay whole on every rank, are put together anew after their stretches were
+        changed inside.
+        """
         whole = [cast(Any, parameter) for _, parameter in self._split(module) if parameter.numel()]
         if whole:
             whole[0].partition(whole)
@@ -339,7 +355,8 @@ def local_weights(trainer: pl.Trainer) -> LocalWeights:
 
 
 def run_forward(trainer: pl.Trainer, function: Callable[[], Any]) -> Any:
-    """Calls a function that runs the module's forward outside of Lightning's steps, as a step would: autocast on, split weights gathered.
+    """Calls a function that runs the module's forward outside of Lightning's steps, as a step would: autocast
+    on, split weights gathered.
 
     Every rank calls it.
     """

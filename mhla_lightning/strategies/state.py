@@ -118,7 +118,8 @@ def _check(module: nn.Module, source: Source) -> None:
     if own != given:
         named = ", ".join(sorted(own ^ given)[:4])
         raise UserError(
-            f"the checkpoint does not fit this model: {len(own - given)} tensors missing, {len(given - own)} left over ({named})"
+            f"the checkpoint does not fit this model: {len(own - given)} tensors missing, "
+            f"{len(given - own)} left over ({named})"
         )
 
 

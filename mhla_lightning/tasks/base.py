@@ -31,8 +31,8 @@ PREFIXES = (
 class Task(pl.LightningModule):
     """A LightningModule around a backbone of the registry.
 
-    The configuration is checked in ``__init__`` on the meta device; weights exist only after ``configure_model``, so that ZeRO-3 and FSDP2 never
-    hold the whole model.
+    The configuration is checked in ``__init__`` on the meta device; weights exist only after
+    ``configure_model``, so that ZeRO-3 and FSDP2 never hold the whole model.
 
     Args:
         backbone: name in the backbone registry.
@@ -44,7 +44,8 @@ class Task(pl.LightningModule):
         checkpoint_activations: `blocks` recomputes every block in the backward to save memory.
 
     Attributes:
-        gradient_norm: of the step to be taken, where a callback has measured it; clipping then does not measure it again.
+        gradient_norm: of the step to be taken, where a callback has measured it; clipping then does not
+            measure it again.
 
     Raises:
         UserError: unknown names or options, sizes that do not fit.
@@ -140,13 +141,16 @@ class Task(pl.LightningModule):
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:
-        """Adds a batch to the metrics logged under `prefix`; the EMA callback calls it with the averaged weights in place."""
+        """Adds a batch to the metrics logged under `prefix`; the EMA callback calls it with the averaged
+        weights in place.
+        """
 
     @abstractmethod
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuses, before training, data that this model cannot take (UserError).
 
-        facts: what the data module says of its samples, `kind` first. micro_batch: samples a rank takes at once.
+        facts: what the data module says of its samples, `kind` first. micro_batch: samples a rank takes at
+            once.
         """
 
     def check_batch(self, micro_batch: int) -> None:
@@ -154,10 +158,14 @@ class Task(pl.LightningModule):
 
     @abstractmethod
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        """A batch of the shapes that training takes, to measure a step on: samples on the meta device, labels and keys with values."""
+        """A batch of the shapes that training takes, to measure a step on: samples on the meta device,
+        labels and keys with values.
+        """
 
     def rehearsal(self, depth: int | None = None) -> Task:
-        """A copy of a task that holds no weights yet, which builds without reading any, perhaps with another number of layers."""
+        """A copy of a task that holds no weights yet, which builds without reading any, perhaps with
+        another number of layers.
+        """
         twin = copy.deepcopy(self)
         twin.init_from = None
         if depth is not None:
@@ -181,7 +189,8 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.build_optimizer()
-        # trainer.estimated_stepping_batches would make Lightning forget the restored data position (Lightning 20550).
+        # trainer.estimated_stepping_batches would make Lightning forget the restored data position (Lightning
+        # 20550).
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
         schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -22,7 +22,8 @@ class ClassificationTask(Task):
     """Soft-target or label-smoothed cross entropy, mixup and cutmix, top-1 and top-5.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations: see :class:`Task`.
+        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`Task`.
         num_classes: classes of the data.
         label_smoothing: mass spread over all classes.
         mixup: alpha of mixup's Beta distribution; 0 is off.
@@ -78,7 +79,9 @@ class ClassificationTask(Task):
         return loss
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES); samples of weight 0 are padding and count nowhere."""
+        """Adds a batch to the metrics under `prefix` (one of PREFIXES); samples of weight 0 are padding
+        and count nowhere.
+        """
         real = batch["weight"] > 0
         logits, labels = self(batch["image"])[real].float(), batch["label"][real]
         metrics = cast(dict[str, Metric], self.metrics[prefix])
@@ -116,18 +119,21 @@ class ClassificationTask(Task):
         num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
             raise UserError(
-                f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; set model.num_classes to {num_classes}"
+                f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; "
+                f"set model.num_classes to {num_classes}"
             )
         if tuple(image_size) != self._image_size():
             raise UserError(
-                f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size {self._image_size()}; they must be equal"
+                f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size "
+                f"{self._image_size()}; they must be equal"
             )
         self.check_batch(micro_batch)
 
     def check_batch(self, micro_batch: int) -> None:
         if self.mixup is not None and micro_batch % 2:
             raise UserError(
-                f"mixup pairs the samples of a batch, and a micro batch of {micro_batch} is odd; choose an even one (data.micro_batch_size)"
+                f"mixup pairs the samples of a batch, and a micro batch of {micro_batch} is odd; "
+                "choose an even one (data.micro_batch_size)"
             )
 
 

@@ -1,4 +1,6 @@
-"""What image and video diffusion share: keyed noise, losses by time, distillation (SPEC sections 4.3, 6.6)."""
+"""What image and video diffusion share: keyed noise, losses by time, distillation (SPEC sections 4.3,
+6.6).
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,22 @@ from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 class DiffusionTask(Task):
     """Learns to remove noise from samples under a condition.
 
-    Noise, time and dropout of the condition are drawn for a sample by (seed, epoch, index), so that a step is the same on any number of ranks.
+    Noise, time and dropout of the condition are drawn for a sample by (seed, epoch, index), so that a step is
+    the same on any number of ranks.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations: see :class:`Task`.
+        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`Task`.
         diffusion: noise process: `ddpm`, `flow`, or a mapping of `name` and its options.
-        dropout: the condition's: its key in a recipe, and the share of training samples that lose it, for classifier-free guidance
-            (arXiv 2207.12598).
-        time_bins: the loss is logged for so many equal parts of the time axis, as loss_by_time/train_1of4 (least noise) and so on.
+        dropout: the condition's: its key in a recipe, and the share of training samples that lose it, for
+            classifier-free guidance (arXiv 2207.12598).
+        time_bins: the loss is logged for so many equal parts of the time axis, as loss_by_time/train_1of4
+            (least noise) and so on.
         distill: a frozen teacher, whose output and attention this model learns beside the data.
 
     Raises:
-        UserError: see :class:`Task`; an unknown process or option, a share outside [0, 1], a teacher that is not there.
+        UserError: see :class:`Task`; an unknown process or option, a share outside [0, 1], a teacher that is
+            not there.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class DiffusionTask(Task):
         self.process, self.time_bins = process, time_bins
         self.teacher = Teacher(distill, backbone, self.backbone_options) if distill is not None else None
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
-        # Sums and counts since the last point in TensorBoard. No buffers: DDP gives every rank those of rank 0, and bf16 counts to 256.
+        # Sums and counts since the last point in TensorBoard. No buffers: DDP gives every rank those of rank
+        # 0, and bf16 counts to 256.
         self._by_time = {prefix: torch.zeros(2, time_bins) for prefix in ("train", *PREFIXES)}
         self._counted_step = 0
 
@@ -85,10 +92,14 @@ class DiffusionTask(Task):
 
     @abstractmethod
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """What the model is told of every sample, (batch, ...); nothing where `dropped` (batch,) bool says so."""
+        """What the model is told of every sample, (batch, ...); nothing where `dropped` (batch,) bool says
+        so.
+        """
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """(batch, C, ...), model times (batch,), the condition of :meth:`condition` -> prediction (batch, out_channels, ...)."""
+        """(batch, C, ...), model times (batch,), the condition of :meth:`condition` -> prediction (batch,
+        out_channels, ...).
+        """
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(x, t, condition)
 
@@ -139,7 +150,9 @@ class DiffusionTask(Task):
         purpose: str,
         dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise (batch, *shape), times (batch,) and whether the condition is dropped (batch,), each sample's by its own key."""
+        """Noise (batch, *shape), times (batch,) and whether the condition is dropped (batch,), each
+        sample's by its own key.
+        """
         count = len(indices)
         noise, times, dropped = (
             np.empty((count, *shape), np.float32),
@@ -167,7 +180,9 @@ class DiffusionTask(Task):
         )
 
     def _means_by_time(self, prefix: str) -> dict[str, float]:
-        """The mean loss of every part of the time axis that met a sample, the same on all ranks; the next mean begins."""
+        """The mean loss of every part of the time axis that met a sample, the same on all ranks; the next
+        mean begins.
+        """
         counted = enumerate(self._counted(prefix).T.tolist(), start=1)
         means = {
             f"loss_by_time/{prefix}_{number}of{self.time_bins}": total / count
@@ -210,7 +225,9 @@ class DiffusionTask(Task):
             self._log_by_time(prefix)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what was counted since the last point, of all ranks: a run that is resumed between two points draws the same curve."""
+        """Keeps what was counted since the last point, of all ranks: a run that is resumed between two
+        points draws the same curve.
+        """
         if (
             self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps
         ):  # else all of it is logged before anything more is counted
@@ -222,7 +239,9 @@ class DiffusionTask(Task):
             self._by_time["train"].copy_(waiting)
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES); a sample meets the same noise and time at every validation."""
+        """Adds a batch to the metrics under `prefix` (one of PREFIXES); a sample meets the same noise and
+        time at every validation.
+        """
         real = batch["weight"] > 0
         losses, times = self._losses(batch, [0] * len(real), "validation", 0.0)
         metrics = cast(dict[str, Metric], self.metrics[prefix])

@@ -1,4 +1,6 @@
-"""A frozen teacher of the same sizes with another attention: its output and its attention layers' outputs as targets (SPEC 6.7)."""
+"""A frozen teacher of the same sizes with another attention: its output and its attention layers' outputs
+as targets (SPEC 6.7).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from mhla_lightning.weights.warm_start import load_matching, read_weights, weigh
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a student learns from a teacher beside the data. The release's weights are 0 both, and it names no others (SPEC 6.7).
+    """What a student learns from a teacher beside the data. The release's weights are 0 both, and it names no
+    others (SPEC 6.7).
 
     Args:
         teacher: its weights: a file, a folder or a run.
@@ -44,7 +47,8 @@ class Distillation:
                 raise UserError(f"model.distill.{name} is {value}; it must be a number of at least 0")
         if not self.output + self.layers:
             raise UserError(
-                "model.distill.output and model.distill.layers are both 0: nothing would be learned from the teacher; leave distill out"
+                "model.distill.output and model.distill.layers are both 0: nothing would be learned "
+                "from the teacher; leave distill out"
             )
 
 
@@ -67,7 +71,8 @@ class Lesson:
 
 
 class Teacher:
-    """The teacher of a task. It is no part of the task's module: no optimizer, checkpoint or strategy sees it.
+    """The teacher of a task. It is no part of the task's module: no optimizer, checkpoint or strategy sees
+    it.
 
     Args:
         config: what is learned from whom.
@@ -116,7 +121,8 @@ class Teacher:
             missing = [name for name in report.fresh if model.state_dict()[name].is_floating_point()]
             if missing:
                 raise UserError(
-                    f"model.distill.teacher: {path} lacks {len(missing)} tensors of the teacher ({', '.join(missing[:4])})"
+                    f"model.distill.teacher: {path} lacks {len(missing)} tensors of the teacher "
+                    f"({', '.join(missing[:4])})"
                 )
             self.model = model.eval().requires_grad_(False)
         self.model.to(device)

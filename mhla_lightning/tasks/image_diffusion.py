@@ -1,4 +1,6 @@
-"""Class-conditional image diffusion, in the latents of a VAE or in pixels (paper Sec. 5.2; SPEC section 4)."""
+"""Class-conditional image diffusion, in the latents of a VAE or in pixels (paper Sec. 5.2; SPEC section
+4).
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,13 @@ class ImageDiffusionTask(DiffusionTask):
     """Learns to remove noise from images of a class.
 
     Args:
-        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from, train_only, checkpoint_activations:
-            see :class:`DiffusionTask`. The backbone's num_classes and learn_sigma follow from the arguments below.
+        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from,
+        train_only, checkpoint_activations:
+            see :class:`DiffusionTask`. The backbone's num_classes and learn_sigma follow from the arguments
+            below.
         num_classes: classes of the data.
-        label_dropout: share of training samples whose class is replaced by the null label, for classifier-free guidance (arXiv 2207.12598).
+        label_dropout: share of training samples whose class is replaced by the null label, for
+            classifier-free guidance (arXiv 2207.12598).
 
     Raises:
         UserError: see :class:`DiffusionTask`.
@@ -97,7 +102,8 @@ class ImageDiffusionTask(DiffusionTask):
         """Refuses data that this model cannot take, before training.
 
         Raises:
-            UserError: neither images nor latents, another number of channels, another size or number of classes.
+            UserError: neither images nor latents, another number of channels, another size or number of
+                classes.
         """
         if facts["kind"] == "latents":
             shape, key = tuple(facts["vae"].shape), "data.vae.shape"
@@ -112,5 +118,6 @@ class ImageDiffusionTask(DiffusionTask):
             )
         if facts["classes"] != self.num_classes:
             raise UserError(
-                f"model.num_classes is {self.num_classes} and the data has {facts['classes']} classes; set model.num_classes to {facts['classes']}"
+                f"model.num_classes is {self.num_classes} and the data has {facts['classes']} "
+                f"classes; set model.num_classes to {facts['classes']}"
             )

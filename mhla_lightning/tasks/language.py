@@ -41,18 +41,23 @@ class LanguageBackbone(Protocol):
 class LanguageTask(Task):
     """Next-token cross entropy; in validation also perplexity and bits per byte.
 
-    Loss and metrics are means over counted targets: the next token of the same document, never padding. Of a batch of several micro batches or
-    ranks each counts alike in the gradient, also where padding leaves it fewer targets; metrics are exact over all.
+    Loss and metrics are means over counted targets: the next token of the same document, never padding. Of a
+    batch of several micro batches or ranks each counts alike in the gradient, also where padding leaves it
+    fewer targets; metrics are exact over all.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only, checkpoint_activations: see :class:`Task`.
-        isolate_documents: no token sees another document of its row, and positions start anew with each. False is plain concatenation, as in the
+        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`Task`.
+        isolate_documents: no token sees another document of its row, and positions start anew with each.
+            False is plain concatenation, as in the
             paper: a row is one text, also for the targets.
         z_loss: coefficient of logsumexp^2 in training.
-        eval_lengths: context lengths besides the trained one at which validation rows are evaluated, cut into windows: `val_1024/loss` and so on.
+        eval_lengths: context lengths besides the trained one at which validation rows are evaluated, cut into
+            windows: `val_1024/loss` and so on.
 
     Raises:
-        UserError: see :class:`Task`; a backbone that is no language model, a length that the operators refuse.
+        UserError: see :class:`Task`; a backbone that is no language model, a length that the operators
+            refuse.
     """
 
     METRICS: ClassVar[dict[str, type[MeanMetric]]] = {
@@ -100,7 +105,9 @@ class LanguageTask(Task):
         )
 
     def _try_lengths(self) -> int:
-        """Runs the model without weights at every length, so that an operator that refuses one does it now; returns the vocabulary's size."""
+        """Runs the model without weights at every length, so that an operator that refuses one does it
+        now; returns the vocabulary's size.
+        """
         with torch.device("meta"):
             plan = self._build()
             if not isinstance(plan, LanguageBackbone):
@@ -110,7 +117,8 @@ class LanguageTask(Task):
             for length in (self.context, *self.eval_lengths):
                 if length < 2:
                     raise UserError(
-                        f"a context of {length} tokens has no next token; model.eval_lengths and context are at least 2"
+                        f"a context of {length} tokens has no next token; model.eval_lengths and "
+                        "context are at least 2"
                     )
                 plan.features(torch.empty(1, length, dtype=torch.int64))
         return plan.vocab_size
@@ -134,7 +142,9 @@ class LanguageTask(Task):
         )
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES) at every context length; rows of weight 0 count nowhere."""
+        """Adds a batch to the metrics under `prefix` (one of PREFIXES) at every context length; rows of
+        weight 0 count nowhere.
+        """
         row = batch["tokens"].shape[1]
         for length in (self.context, *self.eval_lengths):
             tokens, documents = (batch[name].reshape(-1, length) for name in ("tokens", "documents"))
@@ -178,18 +188,21 @@ class LanguageTask(Task):
         """Refuses data that this model cannot take, before training.
 
         Raises:
-            UserError: no tokens, a larger vocabulary, rows of another length, validation rows that the context lengths do not divide.
+            UserError: no tokens, a larger vocabulary, rows of another length, validation rows that the
+                context lengths do not divide.
         """
         if facts["kind"] != "tokens":
             raise UserError(f"a language model needs tokens, and the data holds {facts['kind']}")
         vocabulary, length = facts.get("vocabulary"), facts["length"]
         if vocabulary is not None and vocabulary > self.vocab_size:
             raise UserError(
-                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is {self.vocab_size}; set it to {vocabulary} or more"
+                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is "
+                f"{self.vocab_size}; set it to {vocabulary} or more"
             )
         if length != self.context:
             raise UserError(
-                f"the data's rows hold {length} tokens and model.backbone_options.context is {self.context}; they must be equal"
+                f"the data's rows hold {length} tokens and model.backbone_options.context is "
+                f"{self.context}; they must be equal"
             )
         val_length = facts.get("val_length") or length
         for window in (self.context, *self.eval_lengths):
@@ -205,7 +218,9 @@ class LanguageTask(Task):
         return cast(LanguageBackbone, self.backbone)
 
     def _features(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """Hands on only what changes a number: no token sees padding on its right, and one document a row needs no isolation."""
+        """Hands on only what changes a number: no token sees padding on its right, and one document a row
+        needs no isolation.
+        """
         padded = documents < 0
         borders = (documents[:, 1:] != documents[:, :-1]) & ~padded[:, 1:] & ~padded[:, :-1]
         several, left = torch.stack([borders.any(), padded[:, 0].any()]).tolist()
@@ -219,9 +234,11 @@ class LanguageTask(Task):
 
 
 class RecallTask(LanguageTask):
-    """Multi-query associative recall (arXiv 2312.04927): what counts is the token after a key that the row has shown before.
+    """Multi-query associative recall (arXiv 2312.04927): what counts is the token after a key that the row
+    has shown before.
 
-    Keys are the lower half of the vocabulary. Validation logs `accuracy` beside the loss. Arguments as :class:`LanguageTask`.
+    Keys are the lower half of the vocabulary. Validation logs `accuracy` beside the loss. Arguments as
+    :class:`LanguageTask`.
     """
 
     METRICS = LanguageTask.METRICS | {"accuracy": MeanMetric}
@@ -239,12 +256,15 @@ class RecallTask(LanguageTask):
         metrics["accuracy"].update(hits.sum() / max(1, len(hits)), weight=len(hits))
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """As :class:`LanguageTask`, and that both agree on which half of the vocabulary are keys. Raises UserError."""
+        """As :class:`LanguageTask`, and that both agree on which half of the vocabulary are keys. Raises
+        UserError.
+        """
         super().check_data(facts, micro_batch)
         vocabulary = facts.get("vocabulary")
         if vocabulary not in (None, self.vocab_size):
             raise UserError(
-                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is {self.vocab_size}; recall needs them equal"
+                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is "
+                f"{self.vocab_size}; recall needs them equal"
             )
 
 

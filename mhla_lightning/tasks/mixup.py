@@ -16,8 +16,9 @@ from mhla_lightning.randomness import generator
 class PairMix:
     """Mixes each image with its neighbour in the batch: 0 with 1, 2 with 3, ...
 
-    The loader keeps these pairs together on any number of ranks, so the mixture is a function of the global batch. timm's Mixup draws from the
-    process's generator and pairs by the place in the micro batch: both change with the number of processes.
+    The loader keeps these pairs together on any number of ranks, so the mixture is a function of the global
+    batch. timm's Mixup draws from the process's generator and pairs by the place in the micro batch: both
+    change with the number of processes.
 
     Args:
         mixup: alpha of mixup's Beta distribution (arXiv 1710.09412); 0 is off.
@@ -65,7 +66,9 @@ class PairMix:
     def _draw(
         self, height: int, width: int, seed: int, epoch: int, index: int
     ) -> tuple[float, float, int, int, int, int]:
-        """(weight of the own pixels outside the box, share of the own label, top, bottom, left, right); the box holds the neighbour's pixels."""
+        """(weight of the own pixels outside the box, share of the own label, top, bottom, left, right);
+        the box holds the neighbour's pixels.
+        """
         rng = generator(seed, "mixup", epoch, index)
         if rng.random() >= self.prob:
             return 1.0, 1.0, 0, 0, 0, 0

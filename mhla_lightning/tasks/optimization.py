@@ -38,7 +38,8 @@ class OptimizerConfig:
             raise UserError(f"model.optimizer.lr is {self.lr}; it must be above 0")
         if self.weight_decay < 0 or self.eps < 0 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                f"model.optimizer: weight_decay {self.weight_decay}, eps {self.eps} or betas {self.betas} cannot be (betas lie in [0, 1))"
+                f"model.optimizer: weight_decay {self.weight_decay}, eps {self.eps} or betas "
+                f"{self.betas} cannot be (betas lie in [0, 1))"
             )
 
     def build(
@@ -47,7 +48,8 @@ class OptimizerConfig:
         """AdamW over the parameters that train.
 
         Args:
-            plan: the same model without weights. Vectors are not decayed, and under ZeRO-3 every parameter of the model looks like one.
+            plan: the same model without weights. Vectors are not decayed, and under ZeRO-3 every parameter of
+                the model looks like one.
             no_decay, mixing: parameter names.
         """
         kept = no_decay - mixing if self.decay_mixing else no_decay | mixing
@@ -99,6 +101,7 @@ class ScheduleConfig:
             raise UserError("schedule 'cosine' needs the run's length: set trainer.max_steps or data.epochs")
         if 0 < max_steps < self.warmup_steps:
             log.warning(
-                f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} steps: the learning rate never reaches its peak"
+                f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} "
+                "steps: the learning rate never reaches its peak"
             )
         return LambdaLR(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)

@@ -28,7 +28,8 @@ def token_loss(
         features: (..., C).
         weight: (V, C).
         targets: (...) int64; IGNORE counts nowhere.
-        z_loss: coefficient of logsumexp^2, which keeps logits near 0 (PaLM, arXiv 2204.02311, section 5: 1e-4).
+        z_loss: coefficient of logsumexp^2, which keeps logits near 0 (PaLM, arXiv 2204.02311, section 5:
+            1e-4).
         total: the sum over counted targets instead of their mean.
         chunk: targets whose logits are held at once; None holds 2^25 logits.
     """
@@ -47,7 +48,9 @@ def token_loss(
 
 
 def _torch_has_it(features: Tensor) -> bool:
-    """torch >= 2.14 computes a chunk's gradients with its loss. But of bf16 it returns a bf16 sum (10.5 for 10.47), and it knows no autocast."""
+    """torch >= 2.14 computes a chunk's gradients with its loss. But of bf16 it returns a bf16 sum (10.5
+    for 10.47), and it knows no autocast.
+    """
     exact = features.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
         features.device.type
     )
@@ -55,7 +58,8 @@ def _torch_has_it(features: Tensor) -> bool:
 
 
 def chunked_loss(features: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int) -> Tensor:
-    """Sum over counted targets of cross entropy + z_loss x logsumexp^2; a chunk's logits are made again in the backward.
+    """Sum over counted targets of cross entropy + z_loss x logsumexp^2; a chunk's logits are made again in
+    the backward.
 
     features: (N, C). weight: (V, C). targets: (N,).
     """

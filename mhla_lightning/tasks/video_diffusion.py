@@ -31,23 +31,28 @@ class VideoDiffusionBackbone(Protocol):
 
 
 class VideoDiffusionTask(DiffusionTask):
-    """Learns to remove noise from videos that a text describes, by flow matching with shifted logit-normal times (SPEC 6.6).
+    """Learns to remove noise from videos that a text describes, by flow matching with shifted logit-normal
+    times (SPEC 6.6).
 
-    Videos of other lengths and sizes than the backbone's input_size are taken as they come, images as videos of one frame: a batch has one shape.
+    Videos of other lengths and sizes than the backbone's input_size are taken as they come, images as videos
+    of one frame: a batch has one shape.
 
     Args:
-        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from, train_only, checkpoint_activations:
+        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from,
+        train_only, checkpoint_activations:
             see :class:`DiffusionTask`.
-        text_dropout: share of training samples whose text is replaced by the empty prompt, for classifier-free guidance.
+        text_dropout: share of training samples whose text is replaced by the empty prompt, for
+            classifier-free guidance.
 
     Attributes:
         sample_shape: (C, T, H, W) of backbone_options.input_size.
         text_shape: (tokens, channels) of the text features at most.
-        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data; no part of a checkpoint, because
-            whoever encodes a prompt encodes the empty one too.
+        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data;
+            no part of a checkpoint, because whoever encodes a prompt encodes the empty one too.
 
     Raises:
-        UserError: see :class:`DiffusionTask`; a process that learns a variance, which video models do not predict.
+        UserError: see :class:`DiffusionTask`; a process that learns a variance, which video models do not
+            predict.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class VideoDiffusionTask(DiffusionTask):
         process = build_process(diffusion)
         if process.out_channels(1) != 1:
             raise UserError(
-                f"model.diffusion '{process.name}' learns a variance, which video models do not predict; take flow"
+                f"model.diffusion '{process.name}' learns a variance, which video models do not "
+                "predict; take flow"
             )
         shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
         super().__init__(
@@ -97,7 +103,9 @@ class VideoDiffusionTask(DiffusionTask):
         return plan
 
     def check_size(self, size: Sequence[int]) -> None:
-        """Raises UserError for frames, height and width of a latent (or of pixels) that the patch or a layer's blocks cannot take."""
+        """Raises UserError for frames, height and width of a latent (or of pixels) that the patch or a
+        layer's blocks cannot take.
+        """
         self._plan().check_size(size)
 
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -126,8 +134,8 @@ class VideoDiffusionTask(DiffusionTask):
         """Refuses data that this model cannot take, before training.
 
         Raises:
-            UserError: neither clips nor video latents, another number of channels, a size that the patch or a layer's blocks cannot take, text
-                features that are too many or of another width.
+            UserError: neither clips nor video latents, another number of channels, a size that the patch or a
+                layer's blocks cannot take, text features that are too many or of another width.
         """
         if facts["kind"] not in ("clips", "video_latents"):
             raise UserError(
@@ -137,19 +145,23 @@ class VideoDiffusionTask(DiffusionTask):
         for channels, *size in facts["shapes"]:
             if channels != plan.in_channels:
                 raise UserError(
-                    f"the data's samples have {channels} channels, and model.backbone_options.in_channels is {plan.in_channels}"
+                    f"the data's samples have {channels} channels, and "
+                    f"model.backbone_options.in_channels is {plan.in_channels}"
                 )
             plan.check_size(size)
         if facts["text"] is None:
             raise UserError(
-                "video diffusion needs text features, and data.text_encoder does not say what they are: name, tokens and channels"
+                "video diffusion needs text features, and data.text_encoder does not say what they "
+                "are: name, tokens and channels"
             )
         tokens, channels = facts["text"]
         if channels != plan.text_dim:
             raise UserError(
-                f"the data's text features have {channels} channels, and model.backbone_options.text_dim is {plan.text_dim}"
+                f"the data's text features have {channels} channels, and "
+                f"model.backbone_options.text_dim is {plan.text_dim}"
             )
         if tokens > plan.text_length:
             raise UserError(
-                f"the data's text features have {tokens} tokens; model.backbone_options.text_length is {plan.text_length}, the most it takes"
+                f"the data's text features have {tokens} tokens; model.backbone_options.text_length "
+                f"is {plan.text_length}, the most it takes"
             )

@@ -48,12 +48,18 @@ def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: Ba
     tokens = torch.Size(recipe.task.grid).numel()
     strategy = strategy_name(recipe.trainer.get("strategy", "auto")) or "trainer.strategy's class"
     parts = f"{ranks} rank{'s' * (ranks > 1)} x {micro} x {accumulation} accumulated"
-    spread = f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} tokens a sample"
+    spread = (
+        f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} "
+        "tokens a sample"
+    )
     kept = recipe.task.checkpoint_activations
     model = (
         f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
     )
-    return f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} ({_short(error)})"
+    return (
+        f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} "
+        f"({_short(error)})"
+    )
 
 
 def _short(error: BaseException) -> str:
@@ -63,7 +69,8 @@ def _short(error: BaseException) -> str:
 def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
     try:
         return _estimated(recipe, ranks, nodes)
-    except Exception as problem:  # noqa: BLE001  the estimate is an extra, and memory is short: what is known is told without it
+    except Exception as problem:  # noqa: BLE001
+        # the estimate is an extra, and memory is short: what is known is told without it
         log.debug(f"no estimate: {problem}")
         return _by_rule(recipe, ranks, micro)
 
@@ -79,7 +86,10 @@ def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
     asked = plan.stages[plan.strategy].total if plan.strategy is not None else None
     if asked is None or not plan.advice:
         raise LookupError("the estimate sees no lack")
-    return f"it takes about {asked / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {name}; what would fit: {'; or '.join(plan.advice[:_SHOWN])}"
+    return (
+        f"it takes about {asked / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {name}; what would "
+        f"fit: {'; or '.join(plan.advice[:_SHOWN])}"
+    )
 
 
 def _device(ranks: int) -> tuple[str, int]:

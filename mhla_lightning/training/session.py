@@ -69,7 +69,8 @@ class Session:
         signals: of this process, which ask it to save and stop; None leaves every signal to what it does.
 
     Raises:
-        UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a checkpoint of other data.
+        UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a
+            checkpoint of other data.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Session:
         state = read_json(self.resume / "state.json") if self.resume else {}
         if state and state.get("format") != FORMAT:
             raise UserError(
-                f"{self.resume} has format {state.get('format')}; this version reads format {FORMAT}; start anew with --fresh"
+                f"{self.resume} has format {state.get('format')}; this version reads format "
+                f"{FORMAT}; start anew with --fresh"
             )
         if self.resume and state:
             check_same_data(self.resume, self.data)
@@ -136,7 +138,9 @@ class Session:
         return trainer
 
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
-        """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning puts checkpoint callbacks last)."""
+        """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning
+        puts checkpoint callbacks last).
+        """
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
         own: list[Callback] = [
@@ -308,7 +312,8 @@ def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
     seen = (read_json(checkpoint / "state.json") or {}).get("data_hash")
     if seen != data.data_hash:
         raise UserError(
-            f"run {checkpoint.parent.parent.name} was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]};"
+            f"run {checkpoint.parent.parent.name} was trained on data {str(seen)[:12]}, and "
+            f"{data.path} is {data.data_hash[:12]};"
             " use --fresh, another --run-id, or the old data"
         )
 
@@ -335,7 +340,9 @@ def peak_memory_bytes() -> int:
 
 
 def _environment(plugins: Any) -> list[Any]:
-    """Lightning takes any process inside a SLURM allocation for an srun task; only a job step is one (and ours handle preemption themselves)."""
+    """Lightning takes any process inside a SLURM allocation for an srun task; only a job step is one (and
+    ours handle preemption themselves).
+    """
     given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return given

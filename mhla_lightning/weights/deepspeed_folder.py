@@ -1,4 +1,6 @@
-"""A checkpoint folder as DeepSpeed itself writes it, which other code may have made. Ours hold no pickles (strategies/zero.py)."""
+"""A checkpoint folder as DeepSpeed itself writes it, which other code may have made. Ours hold no pickles
+(strategies/zero.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from mhla_lightning.weights.stored import Stored
 
 
 def read_deepspeed(path: Path, trusted: bool, what: str) -> Stored:
-    """The float32 weights of ZeRO 1, 2 or 3, put together one at a time. Unpickles: this runs whatever code the files hold.
+    """The float32 weights of ZeRO 1, 2 or 3, put together one at a time. Unpickles: this runs whatever code
+    the files hold.
 
     Args:
         trusted: whether the user has said that the files may be unpickled.

@@ -23,4 +23,7 @@ def lack_of_room(folder: Path, needed: int, what: str = "a checkpoint") -> str |
     free = shutil.disk_usage(folder).free
     if free >= needed * _ROOM:
         return None
-    return f"{what} of {needed / 2**20:,.0f} MiB does not fit: {free / 2**20:,.0f} MiB are free on the disk of {folder}"
+    return (
+        f"{what} of {needed / 2**20:,.0f} MiB does not fit: {free / 2**20:,.0f} MiB are free on the disk "
+        f"of {folder}"
+    )

@@ -1,4 +1,6 @@
-"""Tensors of a weight file, or of a folder of them, ours or someone else's. Nothing is unpickled but tensors and plain values."""
+"""Tensors of a weight file, or of a folder of them, ours or someone else's. Nothing is unpickled but
+tensors and plain values.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,23 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.weights.rank_files import ShardReader, holds_shards
 
 _INSIDE = ("ema", "state_dict", "model", "state_dict_ema")
-"""Where a training checkpoint keeps its weights, the first one found; `ema` is the public DiT's average, which its own sampler takes."""
+"""Where a training checkpoint keeps its weights, the first one found; `ema` is the public DiT's average,
+which its own sampler takes.
+"""
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or torch file by name, without what wrappers put before the names; of a training checkpoint its weights.
+    """Tensors of a .safetensors or torch file by name, without what wrappers put before the names; of a
+    training checkpoint its weights.
 
     Args:
-        path: a file, or a folder with one .safetensors file, with the parts that one *.safetensors.index.json names, or with what the ranks of a
-            sharded run wrote.
+        path: a file, or a folder with one .safetensors file, with the parts that one *.safetensors.index.json
+            names, or with what the ranks of a sharded run wrote.
         what: the key or argument that names the file, for the error.
 
     Raises:
-        UserError: a file that is not plain tensors; a folder without weights, with several, or with a part missing.
+        UserError: a file that is not plain tensors; a folder without weights, with several, or with a part
+            missing.
     """
     if is_deepspeed(path):
         raise UserError(f"{what}: {refusal(path)}")
@@ -65,7 +71,8 @@ def weight_files(folder: Path, what: str) -> list[Path]:
         return weight_files(folder / "transformer", what)
     names = ", ".join(path.name for path in found[:4]) or "none"
     raise UserError(
-        f"{what}: {folder} must hold one .safetensors file, or several and their *.safetensors.index.json; it holds {names}"
+        f"{what}: {folder} must hold one .safetensors file, or several and their "
+        f"*.safetensors.index.json; it holds {names}"
     )
 
 
@@ -88,9 +95,11 @@ def _read(path: Path, what: str) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{what}: {path} holds no plain tensors ({reason})") from error
-    except Exception as error:  # noqa: BLE001  of torch's unpickler: a page of advice, or, over a file that is no pickle, an error of any kind
+    except Exception as error:  # noqa: BLE001
+        # of torch's unpickler: a page of advice, or, over a file that is no pickle, an error of any kind
         raise UserError(
-            f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is never unpickled)"
+            f"{what}: {path} holds no plain tensors (or more than tensors and plain values, which is "
+            "never unpickled)"
         ) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{what}: {path} holds no plain tensors (a {type(state).__name__})")
@@ -115,14 +124,17 @@ def _named(state: Mapping[str, object], path: Path, what: str) -> dict[str, Tens
 
 
 def is_deepspeed(path: Path) -> bool:
-    """Whether a folder is a checkpoint as DeepSpeed itself writes it (ours are not): `latest`, and files of pickles in the folder that it names."""
+    """Whether a folder is a checkpoint as DeepSpeed itself writes it (ours are not): `latest`, and files
+    of pickles in the folder that it names.
+    """
     return (path / "latest").is_file() and any(path.glob("*/*_states.pt"))
 
 
 def refusal(path: Path) -> str:
     """Why a checkpoint of DeepSpeed's is not read, and what to do."""
     return (
-        f"{path} is a checkpoint of DeepSpeed's own, whose pickles can run any code; if you trust who wrote it,"
+        f"{path} is a checkpoint of DeepSpeed's own, whose pickles can run any code; if you trust "
+        "who wrote it,"
         f" `mhla export {path} --to weights.safetensors --trust-checkpoint` makes a plain file of it"
     )
 
@@ -133,6 +145,8 @@ def strip_wrappers(name: str) -> str:
 
 
 def _load(path: Path) -> object:
-    """The public DiT's training checkpoints also hold their command's arguments, a Namespace of plain values."""
+    """The public DiT's training checkpoints also hold their command's arguments, a Namespace of plain
+    values.
+    """
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)

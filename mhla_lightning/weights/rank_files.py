@@ -1,7 +1,9 @@
-"""Tensors that several ranks hold in parts, as one .safetensors file a rank, and read back whole or in any other parts.
+"""Tensors that several ranks hold in parts, as one .safetensors file a rank, and read back whole or in any
+other parts.
 
-A file holds flat stretches `KIND/NAME`; its header says of every name the tensor's shape and where the stretch begins, so that a reader needs neither
-the number of ranks nor the strategy that wrote it. DeepSpeed's own checkpoints are pickles and tied to the number of ranks.
+A file holds flat stretches `KIND/NAME`; its header says of every name the tensor's shape and where the
+stretch begins, so that a reader needs neither the number of ranks nor the strategy that wrote it. DeepSpeed's
+own checkpoints are pickles and tied to the number of ranks.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ class ShardReader:
             ends = [0, *(part.start + part.numel for part in parts)]
             if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(self.shapes[name]):
                 raise UserError(
-                    f"{folder} does not hold all of {name}: parts {[(part.start, part.numel) for part in parts]} of {self.shapes[name]}"
+                    f"{folder} does not hold all of {name}: parts "
+                    f"{[(part.start, part.numel) for part in parts]} of {self.shapes[name]}"
                 )
 
     def _files(self) -> list[Path]:
@@ -111,14 +114,16 @@ class ShardReader:
         ranks = {int(match[1]) for match in found.values()}
         if len(counts) != 1 or ranks != set(range(next(iter(counts)))):
             raise UserError(
-                f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a checkpoint has one of every rank"
+                f"{self.folder} holds the files of ranks {sorted(ranks)} of {sorted(counts)}; a "
+                "checkpoint has one of every rank"
             )
         for rank in sorted(ranks):
             own = [match for match in found.values() if int(match[1]) == rank]
             numbers, lots = sorted(int(match[3] or 0) for match in own), {int(match[4] or 1) for match in own}
             if lots != {len(own)} or numbers != [*range(len(own))]:
                 raise UserError(
-                    f"{self.folder} holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has all of them"
+                    f"{self.folder} holds files {numbers} of {sorted(lots)} of rank {rank}; a "
+                    "checkpoint has all of them"
                 )
         return sorted(found)
 

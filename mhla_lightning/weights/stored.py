@@ -28,7 +28,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors by name, each read anew whenever it is asked for: who looks at one after the other holds one at a time.
+    """Tensors by name, each read anew whenever it is asked for: who looks at one after the other holds one at
+    a time.
 
     Args:
         outline: the same names with tensors on the meta device.
@@ -50,7 +51,9 @@ class Stored(Mapping[str, Tensor]):
         return len(self.outline)
 
     def renamed(self, names: Mapping[str, str]) -> Stored:
-        """Some of the tensors under other names, in their order; `names` leads from the new name to the one here."""
+        """Some of the tensors under other names, in their order; `names` leads from the new name to the
+        one here.
+        """
         return Stored({new: self.outline[name] for new, name in names.items()}, lambda new: self[names[new]])
 
     def within(self, prefix: str) -> Stored:
@@ -83,7 +86,8 @@ def open_safetensors(file: Path, what: str) -> Stored:
     """
     try:
         opened = safe_open(file, "pt")
-        outline = {name: outline_of(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118  no mapping
+        # no mapping
+        outline = {name: outline_of(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{what} {file} is damaged or no .safetensors file ({error})") from error
     return Stored(outline, opened.get_tensor)

@@ -1,6 +1,8 @@
-"""A .safetensors file written tensor by tensor: of a checkpoint larger than memory one tensor is held at a time.
+"""A .safetensors file written tensor by tensor: of a checkpoint larger than memory one tensor is held at a
+time.
 
-safetensors' own save_file wants all tensors at once. The format: 8 bytes that say how long the header is, the header in JSON, the tensors' bytes.
+safetensors' own save_file wants all tensors at once. The format: 8 bytes that say how long the header is, the
+header in JSON, the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -100,7 +102,9 @@ def _new(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _entries(parts: Sequence[Part], dtype: torch.dtype | None) -> tuple[dict[str, Any], int]:
-    """What the header says of every tensor, and the bytes of all. Larger types come first, so that every tensor lies at a multiple of its own."""
+    """What the header says of every tensor, and the bytes of all. Larger types come first, so that every
+    tensor lies at a multiple of its own.
+    """
     entries: dict[str, Any] = {}
     end = 0
     for part in parts:

@@ -47,7 +47,8 @@ class Target:
         backbone: name in the registry.
         attention: attention entry.
         options: the backbone's own options.
-        optional: finds the names that may be new in the target or left over of the file; every other tensor must have its place on both sides.
+        optional: finds the names that may be new in the target or left over of the file; every other tensor
+            must have its place on both sides.
         stray: whether tensors outside of the blocks, such as a step count, may be left over too.
     """
 
@@ -59,7 +60,9 @@ class Target:
 
 
 def file_header(backbone: str, attention: Entry, options: Mapping[str, Any], source: str) -> dict[str, str]:
-    """The metadata of a .safetensors file that stands alone: what the weights are for, and where they come from."""
+    """The metadata of a .safetensors file that stands alone: what the weights are for, and where they come
+    from.
+    """
     model = {
         "backbone": backbone,
         "attention": json.dumps(attention),

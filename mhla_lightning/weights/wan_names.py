@@ -1,4 +1,5 @@
-"""Names of Wan2.1's tensors: Wan's own with the MHLA authors' additions (SPEC 6.8), diffusers' WanTransformer3DModel, and ours.
+"""Names of Wan2.1's tensors: Wan's own with the MHLA authors' additions (SPEC 6.8), diffusers'
+WanTransformer3DModel, and ours.
 
 Inside a block, under `blocks.i.`; outside of blocks Wan's names are ours:
 
@@ -74,11 +75,12 @@ def from_wan(state: State) -> dict[str, Tensor]:
     """Tensors of Wan2.1 under our names; our own state stays as it is.
 
     Args:
-        state: by Wan's, the MHLA authors' or diffusers' names, with or without `module.`, `model.`, `_orig_mod.`; a mixing matrix as (M, M)
-            or (M, M, 1, 1, ...).
+        state: by Wan's, the MHLA authors' or diffusers' names, with or without `module.`, `model.`,
+            `_orig_mod.`; a mixing matrix as (M, M) or (M, M, 1, 1, ...).
 
     Returns:
-        Every tensor: q, k and v of a self-attention layer joined, (3 dim, dim) and (3 dim,); all others the same objects, a mixing matrix as (M, M).
+        Every tensor: q, k and v of a self-attention layer joined, (3 dim, dim) and (3 dim,); all others the
+            same objects, a mixing matrix as (M, M).
 
     Raises:
         UserError: a name that stands twice, or a layer with some of q, k, v only.
@@ -93,7 +95,9 @@ def from_wan(state: State) -> dict[str, Tensor]:
 
 
 def to_wan(state: State) -> dict[str, Tensor]:
-    """Our tensors by Wan's names and those that the MHLA authors add; q, k and v are views of ours, a mixing matrix is (M, M, 1, 1)."""
+    """Our tensors by Wan's names and those that the MHLA authors add; q, k and v are views of ours, a
+    mixing matrix is (M, M, 1, 1).
+    """
     renamed = {_rename(name, _TO_WAN): value for name, value in _split(state).items()}
     return {
         name: _as_conv(value) if name.endswith(".block_attn.conv.weight") else value
@@ -102,7 +106,9 @@ def to_wan(state: State) -> dict[str, Tensor]:
 
 
 def to_diffusers(state: State) -> dict[str, Tensor]:
-    """Our tensors by the names of diffusers' WanTransformer3DModel; what that has no name for (:func:`added`) stands beside it in the layer."""
+    """Our tensors by the names of diffusers' WanTransformer3DModel; what that has no name for
+    (:func:`added`) stands beside it in the layer.
+    """
     return {_rename(name, _TO_DIFFUSERS): value for name, value in _split(state).items()}
 
 

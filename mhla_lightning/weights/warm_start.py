@@ -22,7 +22,9 @@ _PLACES = (
     "shards",
     "trainer.ckpt",
 )
-"""Where a folder keeps its weights, the first one found; `ema` and `shards` hold a file of every rank where a run was split."""
+"""Where a folder keeps its weights, the first one found; `ema` and `shards` hold a file of every rank
+where a run was split.
+"""
 
 
 @dataclass
@@ -45,7 +47,8 @@ class WarmStart:
 
 
 def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
-    """Tensors of a .safetensors or torch file, of a folder that holds one, or of a run's newest checkpoint (its average when it has one).
+    """Tensors of a .safetensors or torch file, of a folder that holds one, or of a run's newest checkpoint
+    (its average when it has one).
 
     Raises:
         UserError: nothing there, or a file that is not plain tensors (nothing is unpickled).
@@ -55,7 +58,8 @@ def read_weights(source: str) -> tuple[Path, dict[str, Tensor]]:
 
 
 def weight_file(source: str) -> Path:
-    """The file behind `init_from`, or the folder of a model's parts (Wan2.1's, diffusers', what `mhla export` or the ranks of a run write).
+    """The file behind `init_from`, or the folder of a model's parts (Wan2.1's, diffusers', what `mhla export`
+    or the ranks of a run write).
 
     Raises:
         UserError: nothing there, or parts missing.
@@ -97,7 +101,8 @@ def load_matching(model: nn.Module, state: Mapping[str, Tensor], source: Path) -
             report.copied.append(name)
     if not report.copied:
         raise UserError(
-            f"init_from: no tensor of {source} fits the model; it has {', '.join(list(state)[:4])}, the model {', '.join(list(own)[:4])}"
+            f"init_from: no tensor of {source} fits the model; it has {', '.join(list(state)[:4])}, "
+            f"the model {', '.join(list(own)[:4])}"
         )
     model.load_state_dict({name: state[name] for name in report.copied}, strict=False)
     report.fresh = [name for name in own if name not in set(report.copied)]
@@ -118,7 +123,8 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> None:
             raise UserError(f"model.train_only: '{pattern}' is no regular expression ({error})") from error
         if not found:
             raise UserError(
-                f"model.train_only: '{pattern}' matches no parameter; they are named like {', '.join(names[:3])}"
+                f"model.train_only: '{pattern}' matches no parameter; they are named like "
+                f"{', '.join(names[:3])}"
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(

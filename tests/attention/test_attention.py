@@ -145,7 +145,9 @@ def test_a_sample_of_padding_only_stays_finite(entry: str | dict) -> None:
 
 @pytest.mark.parametrize("entry", OPERATORS, ids=label)
 def test_rotary_turns_numerators_only(entry: str | dict) -> None:
-    """A rotation that is the same for all tokens leaves q.k alone, so nothing may change; one that turns keys by token must change the result."""
+    """A rotation that is the same for all tokens leaves q.k alone, so nothing may change; one that turns
+    keys by token must change the result.
+    """
     operator = build(entry, (9,))
     q, k, v = inputs(9)
     turn = torch.linalg.qr(
@@ -221,7 +223,9 @@ def test_inductor_agrees(name: str) -> None:
 
 @pytest.mark.parametrize("entry", ["linear", {"name": "mhla", "blocks": 128}], ids=label)
 def test_bf16_at_16k_tokens_accumulates_in_float32(entry: str | dict) -> None:
-    """Sums of 16,384 positive terms: bf16 stops growing at 256. Under autocast and with bf16 inputs the result stays at bf16's own rounding."""
+    """Sums of 16,384 positive terms: bf16 stops growing at 256. Under autocast and with bf16 inputs the
+    result stays at bf16's own rounding.
+    """
     tokens = 16384
     operator = build_attention(entry, heads=2, dim_k=16, dim_v=16, grid=(tokens,))
     q, k, v = (
@@ -389,6 +393,9 @@ def test_registering_a_taken_name_is_refused() -> None:
 
 def test_attention_needs_torch_alone() -> None:
     others = {"lightning", "deepspeed", "timm", "webdataset", "torchvision"}
-    code = f"import sys, mhla_lightning.attention; print(sorted({{m.partition('.')[0] for m in sys.modules}} & {others}))"
+    code = (
+        f"import sys, mhla_lightning.attention; print(sorted({{m.partition('.')[0] for m in "
+        f"sys.modules}} & {others}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,6 @@
-"""`attention_outputs`, the hook that distillation takes: what every self-attention layer gave, in every family."""
+"""`attention_outputs`, the hook that distillation takes: what every self-attention layer gave, in every
+family.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_one_output_a_layer_in_order(case: tuple[Any, Inputs]) -> None:
 
 
 def test_a_recomputed_layer_appends_nothing_and_gets_the_same_gradients(case: tuple[Any, Inputs]) -> None:
-    """The loss of a distillation: on the output and on every layer's, with the backward inside the context or behind it."""
+    """The loss of a distillation: on the output and on every layer's, with the backward inside the context
+    or behind it.
+    """
     model, inputs = case
     grads: list[list[torch.Tensor]] = []
     for checkpointing, inside in ((False, False), (True, False), (True, True)):

@@ -1,4 +1,6 @@
-"""The causal contract over every registry entry: parallel, streamed and written out are the same; nothing sees the future or a neighbour."""
+"""The causal contract over every registry entry: parallel, streamed and written out are the same; nothing
+sees the future or a neighbour.
+"""
 
 from __future__ import annotations
 
@@ -213,7 +215,9 @@ def test_no_token_sees_a_later_one(entry: dict[str, Any]) -> None:
 
 @every_operator
 def test_packed_documents_are_as_if_alone(entry: dict[str, Any]) -> None:
-    """Outputs and gradients of three documents in a row equal those of each alone; the second row holds one document and padding."""
+    """Outputs and gradients of three documents in a row equal those of each alone; the second row holds
+    one document and padding.
+    """
     operator = build(entry)
     x = inputs(operator, 37)
     borders = [[0, 5, 6, 29, 37], [0, 24, 37]]
@@ -268,7 +272,9 @@ def test_no_token_sees_another_document(entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_operator
 def test_a_padded_batch_is_as_each_sequence_alone(entry: dict[str, Any], side: str) -> None:
-    """Prompts of 3, 8, 17 and 0 missing tokens: prefill, then ten tokens one by one, with chunks that end at different times."""
+    """Prompts of 3, 8, 17 and 0 missing tokens: prefill, then ten tokens one by one, with chunks that end
+    at different times.
+    """
     operator = build(entry)
     with torch.no_grad():
         x = inputs(operator, 30, batch=4)
@@ -368,7 +374,9 @@ def test_bf16_autocast_is_summed_in_float32(entry: dict[str, Any]) -> None:
     ids=["shift", "relative", "all", "linear"],
 )
 def test_the_state_stops_growing(entry: dict[str, Any], kept: int) -> None:
-    """At most max_chunks summaries a head, with the current chunk and one mixed prefix (and one merged summary of the relative form)."""
+    """At most max_chunks summaries a head, with the current chunk and one mixed prefix (and one merged
+    summary of the relative form).
+    """
     operator = build(entry)
     with torch.no_grad():
         x = inputs(operator, 120, batch=1)
@@ -434,7 +442,10 @@ def test_text_beyond_the_matrix_is_refused_at_once_and_while_streaming() -> None
     x = inputs(operator, 41)
     with pytest.raises(
         UserError,
-        match=r"5 chunks of 8 = 40 tokens a document, and there are more .*; give max_chunks, extrapolation: shift",
+        match=(
+            r"5 chunks of 8 = 40 tokens a document, and there are more .*; give max_chunks, "
+            r"extrapolation: shift"
+        ),
     ):
         operator(**x)
     assert (

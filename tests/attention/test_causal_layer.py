@@ -1,4 +1,6 @@
-"""The causal layer around every operator: causality, packing, streaming, short convolution, grouped queries, decay, FLOPs."""
+"""The causal layer around every operator: causality, packing, streaming, short convolution, grouped
+queries, decay, FLOPs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The operators on flash-linear-attention: what they hand to its kernels (here their recurrence in plain torch), and on CUDA the kernels."""
+"""The operators on flash-linear-attention: what they hand to its kernels (here their recurrence in plain
+torch), and on CUDA the kernels.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def recurrence(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """fla's kernels token by token, with its arguments: g (batch, tokens, heads) or one a key channel, with beta the delta rule."""
+    """fla's kernels token by token, with its arguments: g (batch, tokens, heads) or one a key channel,
+    with beta the delta rule.
+    """
     assert q.dtype == k.dtype == v.dtype
     given = [x.to(accumulation_dtype(x)) for x in (q, k, v, g, *([] if beta is None else [beta]))]
     if cu_seqlens is None:
@@ -308,7 +312,9 @@ def test_a_language_model_generates_and_compiles(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.usefixtures("on_cpu")
 def test_batches_may_be_forgotten_while_a_layer_compiles() -> None:
-    """Dynamo walks what a layer looks at, and fails where the collector takes something out meanwhile: no layer may look at all batches there are."""
+    """Dynamo walks what a layer looks at, and fails where the collector takes something out meanwhile: no
+    layer may look at all batches there are.
+    """
     torch.compiler.reset()
     tokens, documents = torch.tensor(prompts(9)), torch.tensor([[0] * 4 + [1] * 5])
     batches = [Packing(None, documents) for _ in range(1000)]
@@ -353,7 +359,10 @@ def test_without_the_package_nothing_is_built(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(fla, "find_spec", lambda name: None)
     with pytest.raises(
         UserError,
-        match=rf"attention '{name}' needs the package 'flash-linear-attention': pip install 'mhla-lightning\[fla\]'",
+        match=(
+            rf"attention '{name}' needs the package 'flash-linear-attention': pip install "
+            r"'mhla-lightning\[fla\]'"
+        ),
     ):
         build(name)
 
@@ -362,7 +371,10 @@ def test_without_the_package_nothing_is_built(name: str, monkeypatch: pytest.Mon
 @every_operator
 def test_without_a_cuda_device_the_first_forward_says_what_to_take(name: str) -> None:
     layer = CausalSelfAttention(32, attention=name, heads=4)
-    sentence = rf"^attention '{name}' needs a CUDA device and got tensors on cpu; \{{name: linear, decay: token\}} runs anywhere$"
+    sentence = (
+        rf"^attention '{name}' needs a CUDA device and got tensors on cpu; "
+        rf"\{{name: linear, decay: token\}} runs anywhere$"
+    )
     for call in (layer, layer.prefill, lambda x: layer.step(x, layer.init_state(1))):
         with pytest.raises(UserError, match=sentence):
             call(torch.randn(1, 1, 32))
@@ -380,7 +392,10 @@ def test_a_missing_gate_is_named() -> None:
 
 
 def test_the_package_is_not_imported_with_ours() -> None:
-    code = "import json, sys, mhla_lightning.attention; print(json.dumps([m for m in ('fla', 'triton', 'einops') if m in sys.modules]))"
+    code = (
+        "import json, sys, mhla_lightning.attention; print(json.dumps([m for m in ('fla', 'triton', "
+        "'einops') if m in sys.modules]))"
+    )
     assert (
         json.loads(
             subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -91,7 +91,9 @@ def test_positional_convolutions(pos_conv: str) -> None:
 
 
 def test_tokens_stay_in_raster_order() -> None:
-    """Moving the image by whole patches moves the tokens of a position-free model alike, whatever the blocks: nothing leaks block order."""
+    """Moving the image by whole patches moves the tokens of a position-free model alike, whatever the
+    blocks: nothing leaks block order.
+    """
     model = build_backbone(
         "deit_tiny", attention={"name": "mhla", "blocks": 1, "pos_conv": "none"}, **TINY
     ).eval()
@@ -103,7 +105,9 @@ def test_tokens_stay_in_raster_order() -> None:
 
 
 def test_masked_padding_is_never_seen() -> None:
-    """With mask_padding, what stands in the padding ring cannot matter; without, it does (the paper lets it take part)."""
+    """With mask_padding, what stands in the padding ring cannot matter; without, it does (the paper lets
+    it take part).
+    """
     for masked in (True, False):
         torch.manual_seed(0)
         model = build_backbone(

@@ -36,7 +36,9 @@ def test_shapes_grid_and_flops(img_size: int | tuple[int, int], grid: tuple[int,
 
 
 def test_the_head_is_linear_on_what_stands_before_it() -> None:
-    """`pre_logits` are the features of FD: the average of the last stage, and all that the classes are read from."""
+    """`pre_logits` are the features of FD: the average of the last stage, and all that the classes are
+    read from.
+    """
     model = build().eval()
     last = model.forward_features(torch.randn(3, 3, 28, 28))
     pooled = model.forward_head(last, pre_logits=True)

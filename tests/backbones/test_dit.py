@@ -180,7 +180,9 @@ def test_moving_the_image_by_patches_moves_the_output(attention: Any) -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_shuffling_whole_blocks_moves_the_output_when_all_blocks_are_equally_far(preset: str) -> None:
-    """With a uniform mixing matrix no block stands out, so exchanging two rows of blocks exchanges their outputs: block order does not leak."""
+    """With a uniform mixing matrix no block stands out, so exchanging two rows of blocks exchanges their
+    outputs: block order does not leak.
+    """
     model = awake(
         build(attention={"name": "mhla", "preset": preset, "mix_init": "uniform", "pos_conv": "none"})
     )

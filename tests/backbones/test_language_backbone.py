@@ -1,4 +1,6 @@
-"""The language model over every operator of the registry: what it sees, what it remembers, what it counts, whose weights it takes."""
+"""The language model over every operator of the registry: what it sees, what it remembers, what it counts,
+whose weights it takes.
+"""
 
 from __future__ import annotations
 
@@ -283,7 +285,8 @@ def test_the_layer_of_the_authors_gives_their_numbers_from_their_weights() -> No
     assert done.unexpected_keys == []
     assert not any(".attn." in name for name in done.missing_keys)
     attn = model.get_submodule("layers.0.attn")
-    attn.attention.mixing.project_()  # type: ignore[union-attr, operator]  # the release clamps in its forward
+    # # the release clamps in its forward
+    attn.attention.mixing.project_()  # type: ignore[union-attr, operator]
     for tokens in (48, 130):
         places = torch.arange(tokens)[None]
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The video DiT: that it is Wan2.1, sizes, positions, variable clips, initialisation, and every operator inside it."""
+"""The video DiT: that it is Wan2.1, sizes, positions, variable clips, initialisation, and every operator
+inside it.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +209,9 @@ def test_the_linear_baseline_is_the_authors() -> None:
 
 
 def test_rotation_depends_on_differences_of_positions_only() -> None:
-    """What rotary positions are for: along every axis the product of a turned q and a turned k sees how far apart they are."""
+    """What rotary positions are for: along every axis the product of a turned q and a turned k sees how
+    far apart they are.
+    """
     q, k = torch.randn(2, 1, 1, 1, 24, dtype=torch.float64)
     grid = (5, 6, 7)
     rotary = GridRotation(grid, 24, torch.device("cpu"))
@@ -322,7 +326,9 @@ def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
 
 @pytest.mark.parametrize("attention", [*ATTENTION, HYBRID], ids=str)
 def test_every_operator_trains_on_the_tiny_size(attention: Any) -> None:
-    """Two steps on one batch; the output starts at zero, so only the head moves in the first, and every parameter by the second."""
+    """Two steps on one batch; the output starts at zero, so only the head moves in the first, and every
+    parameter by the second.
+    """
     torch.manual_seed(0)
     model: Any = backbones.build_backbone("wan_tiny", attention=attention, input_size=(4, 16, 16))
     before = {name: value.clone() for name, value in model.named_parameters()}

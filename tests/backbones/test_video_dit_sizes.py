@@ -1,4 +1,6 @@
-"""The video DiT: clips of any size that fits its blocks, texts of any length, and sentences about all others."""
+"""The video DiT: clips of any size that fits its blocks, texts of any length, and sentences about all
+others.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_a_short_text_is_one_filled_up_with_zeros(rows: int) -> None:
 
 @pytest.mark.parametrize("attention", ENTRIES, ids=str)
 def test_clips_of_any_size_that_makes_as_many_blocks(attention: Any) -> None:
-    """One model for images and clips of several sizes; the same weights laid out for that size give the same numbers."""
+    """One model for images and clips of several sizes; the same weights laid out for that size give the
+    same numbers.
+    """
     model = awake(build(attention=attention, blocks=(1, 2, 3)))
     for size in [(1, 4, 6), (1, 8, 12), (6, 8, 12), (5, 10, 18), (3, 6, 22)]:
         own = build(attention=attention, blocks=(1, 2, 3), input_size=size).eval()
@@ -55,7 +59,9 @@ def test_an_image_is_mixed_like_the_first_blocks_of_a_video(attention: Any) -> N
 
 
 def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
-    """11 columns in blocks of 4 are 4, 4 and 3: with equal weights for all blocks nothing depends on the borders."""
+    """11 columns in blocks of 4 are 4, 4 and 3: with equal weights for all blocks nothing depends on the
+    borders.
+    """
     uniform = {"name": "mhla", "mix_init": "uniform", "normalizer": "block"}
     split = awake(build(attention={**uniform, "blocks": (2, 2, 3)}, depth=1, input_size=(3, 6, 22)))
     whole = awake(build(attention={**uniform, "blocks": 1}, depth=1, input_size=(3, 6, 22)))

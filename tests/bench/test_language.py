@@ -1,4 +1,6 @@
-"""`mhla bench attention --causal` and `mhla bench decode`: what is measured and how it is reported; never how fast it was."""
+"""`mhla bench attention --causal` and `mhla bench decode`: what is measured and how it is reported; never
+how fast it was.
+"""
 
 from __future__ import annotations
 

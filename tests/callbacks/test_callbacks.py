@@ -83,7 +83,9 @@ def mixing_of(task: Any) -> list[torch.Tensor]:
 def test_mixing_matrices_stay_in_range_after_every_optimizer_step(
     shards: Path, tmp_path: Path, accumulate: int
 ) -> None:
-    """A learning rate that leaves [0, 1] at once: with the callback every step ends inside, without it does not."""
+    """A learning rate that leaves [0, 1] at once: with the callback every step ends inside, without it
+    does not.
+    """
     seen: list[tuple[int, float, float]] = []
     watch = Watch(lambda trainer, task: seen.append((trainer.global_step, *_range(task))))
     train(shards, tmp_path, ProjectMixing(), watch, steps=3, accumulate=accumulate, lr=0.5)
@@ -225,16 +227,16 @@ def test_random_generators_go_on_where_they_stood(tmp_path: Path) -> None:
     first = [
         random.gauss(0, 1),
         random.random(),
-        np.random.standard_normal(),
-        np.random.rand(),
+        np.random.standard_normal(),  # noqa: NPY002
+        np.random.rand(),  # noqa: NPY002
         float(torch.rand(())),
     ]  # noqa: NPY002
     load_rng(tmp_path / "rank-0.safetensors")
     assert first == [
         random.gauss(0, 1),
         random.random(),
-        np.random.standard_normal(),
-        np.random.rand(),
+        np.random.standard_normal(),  # noqa: NPY002
+        np.random.rand(),  # noqa: NPY002
         float(torch.rand(())),
     ]  # noqa: NPY002
     assert load_file(tmp_path / "rank-0.safetensors")

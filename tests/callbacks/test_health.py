@@ -1,4 +1,6 @@
-"""Steps that would spoil a run: left out bit for bit under every strategy, counted, named; too many of them, or too little memory, end it."""
+"""Steps that would spoil a run: left out bit for bit under every strategy, counted, named; too many of
+them, or too little memory, end it.
+"""
 
 from __future__ import annotations
 
@@ -187,7 +189,9 @@ def test_steps_are_left_out_alike_on_all_ranks(nursery: Nursery, place: Path, st
 def test_too_many_in_a_row_stop_the_run_and_name_the_layer(
     nursery: Nursery, place: Path, strategy: str, kind: str
 ) -> None:
-    """Checkpoints at 2 and 4; of the one at 4 no loss has shown that its weights are good. A step left out is never saved."""
+    """Checkpoints at 2 and 4; of the one at 4 no loss has shown that its weights are good. A step left out
+    is never saved.
+    """
     name = f"stopped-{strategy}-{kind}"
     extra = [
         "--trainer.devices",
@@ -289,8 +293,8 @@ def test_too_little_memory_is_one_sentence(place: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert (
-        "out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 1 rank x 8 x 2 accumulated), 16 tokens a sample"
-        in said
+        "out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 1 rank x 8 x "
+        "2 accumulated), 16 tokens a sample" in said
     )
     assert "4,824 parameters under auto, model.checkpoint_activations none" in said
     assert "data.micro_batch_size 4" in said
@@ -298,7 +302,9 @@ def test_too_little_memory_is_one_sentence(place: Path, capsys: pytest.CaptureFi
 
 
 def test_where_something_else_starts_the_ranks_each_says_what_it_knows(nursery: Nursery, place: Path) -> None:
-    """As under torchrun and srun: rank 0 has not started the other and cannot see how it ended. Ordinary commands: test_ranks_end.py."""
+    """As under torchrun and srun: rank 0 has not started the other and cannot see how it ended. Ordinary
+    commands: test_ranks_end.py.
+    """
     for kind, code in (("kill", -signal.SIGKILL), ("exception", 1)):
         began = time.monotonic()
         ranks = nursery.start(

@@ -92,7 +92,9 @@ def runs(pid: int) -> bool:
 
 
 def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(recipe: Path, tmp_path: Path) -> None:
-    """Real gloo. The second process gets the signal; the checkpoint is that of the step where both stop, and nothing is left running."""
+    """Real gloo. The second process gets the signal; the checkpoint is that of the step where both stop,
+    and nothing is left running.
+    """
     folder = tmp_path / "runs" / "told"
     words = [
         "run",

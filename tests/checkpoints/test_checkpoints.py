@@ -119,7 +119,9 @@ def test_a_checkpoint_is_complete_once_the_numbers_of_its_step_are_written(
 def test_an_error_before_the_numbers_are_written_leaves_no_hole(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
 ) -> None:
-    """As when another rank dies between a save and the end of the step: the checkpoint of that step does not count."""
+    """As when another rank dies between a save and the end of the step: the checkpoint of that step does
+    not count.
+    """
 
     def fails(task: ClassificationTask, *_: Any) -> None:
         if task.trainer.global_step == 4:

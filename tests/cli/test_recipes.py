@@ -60,7 +60,10 @@ def test_show_names_the_nearest_recipe(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_recipes_do_not_import_torch() -> None:
-    code = "import sys; from mhla_lightning.cli.main import main; main(['recipes', 'list']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from mhla_lightning.cli.main import main; main(['recipes', 'list']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
     )

@@ -1,4 +1,6 @@
-"""Profiles, job files, what SLURM says, and the verbs around them, without a SLURM: recorded outputs and stand-ins for its commands."""
+"""Profiles, job files, what SLURM says, and the verbs around them, without a SLURM: recorded outputs and
+stand-ins for its commands.
+"""
 
 from __future__ import annotations
 
@@ -307,7 +309,8 @@ def test_submit_writes_the_run_folder(
     assert f"run {run.run_id} exists already" in capsys.readouterr().err
     stub(
         "sbatch",
-        'cat >/dev/null; case "$*" in *--test-only*) ;; *) echo "sbatch: error: Invalid account" >&2; exit 1 ;; esac',
+        'cat >/dev/null; case "$*" in *--test-only*) ;; *) echo "sbatch: error: Invalid account" '
+        ">&2; exit 1 ;; esac",
     )
     assert main([*command, "--run-id", "refused"]) == 2
     assert "SLURM does not take the job: Invalid account; asked for nodes 1" in capsys.readouterr().err
@@ -344,7 +347,10 @@ def test_verbs_import_no_torch_and_answer_in_under_a_second(
     stub("squeue", "")
     stub("sacct", "exit 1")
     command = [*words, "--runs", str(tmp_path / "runs")]
-    program = f"import sys, mhla_lightning.cli.main as m; m.main({command!r}); print('torch' in sys.modules, file=sys.stderr)"
+    program = (
+        f"import sys, mhla_lightning.cli.main as m; m.main({command!r}); print('torch' in sys.modules, "
+        "file=sys.stderr)"
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "False", done.stderr

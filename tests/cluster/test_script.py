@@ -1,4 +1,6 @@
-"""The batch script: its text for the styles of sites, what user text can do in it, and what it decides when training ends."""
+"""The batch script: its text for the styles of sites, what user text can do in it, and what it decides
+when training ends.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +160,9 @@ def run_script(script: str, runs: Path, **env: str) -> subprocess.CompletedProce
 
 
 def test_user_text_stays_data(tmp_path: Path, stub: Stub) -> None:
-    """Blanks, quotes, newlines and $() in paths, variables and overrides reach training as they were typed; nothing of them is executed."""
+    """Blanks, quotes, newlines and $() in paths, variables and overrides reach training as they were
+    typed; nothing of them is executed.
+    """
     odd = tmp_path / 'it\'s "$(touch pwned)" `touch pwned`; $HOME'
     (odd / "mine" / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")
@@ -189,7 +193,8 @@ def test_user_text_stays_data(tmp_path: Path, stub: Stub) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
-# name, srun's exit code, progress written by this attempt, earlier lines of `attempts`, state in the queue, marked cancelled: queued again, verdict
+# name, srun's exit code, progress written by this attempt, earlier lines of `attempts`, state in the queue,
+# marked cancelled: queued again, verdict
 ENDS = [
     ("finished", 0, ("finished", 100), "", "RUNNING", False, False, "finished"),
     ("preempted", 75, ("preempted", 40), "", "RUNNING", False, True, "preempted"),
@@ -290,7 +295,10 @@ def test_a_warning_to_the_batch_shell_reaches_training(number: str, tmp_path: Pa
     wait = f"for _ in $(seq 50); do sleep 0.1; [ -e {run}/signals ] && break; done"
     stub("srun", f"trap 'echo got >>{run}/signals' USR1; touch {run}/up; {wait}; sleep 0.5; exit 75")
     script = prepare(load_recipe(CPU), tiny_profile(), {}, options(runs=run.parent, cwd=tmp_path)).script
-    warn = f"(while [ ! -e {run}/up ]; do sleep 0.05; done; sleep 0.1; kill -{number} $$; sleep 0.2; kill -{number} $$) &\n"
+    warn = (
+        f"(while [ ! -e {run}/up ]; do sleep 0.05; done; sleep 0.1; kill -{number} $$; sleep 0.2; kill "
+        f"-{number} $$) &\n"
+    )
     done = run_script(script.replace("# Train: srun", f"{warn}# Train: srun"), run.parent)
     assert done.returncode == 75, done.stdout + done.stderr
     assert (run / "signals").exists()
@@ -314,7 +322,9 @@ def test_a_port_that_is_taken_is_left_alone(tmp_path: Path, stub: Stub) -> None:
 
 
 def test_an_array_task_speaks_of_itself_only(tmp_path: Path, stub: Stub) -> None:
-    """The last task of an array has the array's own number: squeue and scontrol would take that for all of them."""
+    """The last task of an array has the array's own number: squeue and scontrol would take that for all of
+    them.
+    """
     run = tmp_path / "runs" / "mine-seed2"
     (run / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")

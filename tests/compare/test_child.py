@@ -31,10 +31,13 @@ def child_run(folder: Path, name: str) -> child.ChildRun:
 def test_children_run_at_once_and_none_is_started_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two at once, of which the second fails while the first still works: the third never starts, the first ends in peace."""
+    """Two at once, of which the second fails while the first still works: the third never starts, the
+    first ends in peace.
+    """
     start = subprocess.Popen
     code = (
-        "import sys, time, os, pathlib; name = sys.argv[-1]; print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "import sys, time, os, pathlib; name = sys.argv[-1]; print(os.environ['OMP_NUM_THREADS'], "
+        "flush=True)\n"
         "pathlib.Path(name + '.started').touch()\n"
         "while name.endswith('a') and not pathlib.Path(name[:-1] + 'b.started').exists(): time.sleep(0.01)\n"
         "time.sleep(1.5 if name.endswith('a') else 0); sys.exit(3 if name.endswith('b') else 0)"

@@ -166,7 +166,9 @@ class TakeOptions:
 def test_an_evaluation_is_run_once_on_every_finished_run(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any function of a run folder and options: here how large the trained bias of the classifier is at some place."""
+    """Any function of a run folder and options: here how large the trained bias of the classifier is at
+    some place.
+    """
     looked: list[str] = []
 
     def measure(run: RunFolder, options: TakeOptions) -> dict[str, float]:

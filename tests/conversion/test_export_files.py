@@ -182,7 +182,9 @@ BIG = {"vocab_size": 32000, "embed_dim": 1024, "depth": 42, "context": 2048}
 
 
 def big_run(folder: Path, sharded: bool) -> list[str]:
-    """A run folder with a checkpoint of 2 GB of weights, each tensor full of its place in the list of names that is returned."""
+    """A run folder with a checkpoint of 2 GB of weights, each tensor full of its place in the list of
+    names that is returned.
+    """
     model = {"backbone": "lm_340m", "attention": "mhla", "backbone_options": BIG}
     recipe = {
         "model": {"class_path": "mhla_lightning.tasks.LanguageTask", "init_args": model},

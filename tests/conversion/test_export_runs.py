@@ -43,7 +43,8 @@ data:
 checkpoint: {every_n_steps: 3, keep_last: 1}
 """
 SHORT = ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--checkpoint.every_n_steps", "3"]
-ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"  # with the default, small weights are not split
+# with the default, small weights are not split
+ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}
 SHARDED = [
     pytest.param("zero1", marks=pytest.mark.slow),
@@ -54,7 +55,8 @@ WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
 
 
 class Runs:
-    """Runs of three steps, each trained when it is first asked for: `single` on one process, all others on two.
+    """Runs of three steps, each trained when it is first asked for: `single` on one process, all others on
+    two.
 
     Args:
         folder: holds the recipes tiny.yaml and language.yaml.
@@ -118,7 +120,9 @@ def exported(runs: Runs, name: str, *arguments: str) -> dict[str, Tensor]:
 
 
 def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
-    """What the ranks' files hold, put together without our reader: flat weights by name; and how many were split."""
+    """What the ranks' files hold, put together without our reader: flat weights by name; and how many were
+    split.
+    """
     parts: dict[str, dict[int, np.ndarray]] = {}
     for file in sorted(folder.glob("rank-*")):
         with safe_open(file, "np") as opened:

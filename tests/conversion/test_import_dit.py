@@ -108,7 +108,9 @@ def public() -> PublicDiT:
 
 
 def training_checkpoint(model: nn.Module, path: Path) -> Path:
-    """As the public DiT's train.py writes one: the raw weights differ from the average, and the arguments are a Namespace."""
+    """As the public DiT's train.py writes one: the raw weights differ from the average, and the arguments
+    are a Namespace.
+    """
     raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     content = {
         "model": raw,
@@ -419,7 +421,9 @@ def test_init_from_takes_the_written_file_and_the_foreign_one(public: PublicDiT,
 
 
 def test_init_from_refuses_weights_of_another_width(public: PublicDiT) -> None:
-    """Without this, the few tensors that do not depend on the width would be copied and the rest left over without a word."""
+    """Without this, the few tensors that do not depend on the width would be copied and the rest left over
+    without a word.
+    """
     model: Any = build_backbone("dit_s2", attention="softmax", **{**OPTIONS, "embed_dim": 48})
     with pytest.raises(UserError, match=r"x_embedder.proj.bias is \(24,\), and this DiT needs \(48,\)"):
         model.adapt_state_dict(public.state_dict())

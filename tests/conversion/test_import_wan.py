@@ -1,4 +1,6 @@
-"""`mhla import wan`: checkpoints of Wan2.1 and of the MHLA authors become ours, with every tensor accounted for."""
+"""`mhla import wan`: checkpoints of Wan2.1 and of the MHLA authors become ours, with every tensor
+accounted for.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +246,9 @@ def test_what_softmax_cannot_take_is_listed_as_left_over(tmp_path: Path) -> None
 
 
 def test_the_public_sizes_are_found_by_their_width() -> None:
-    """Written out, so that no checkpoint of gigabytes is needed: the names of both sizes and what they bring."""
+    """Written out, so that no checkpoint of gigabytes is needed: the names of both sizes and what they
+    bring.
+    """
     for name, dim, heads, depth in (("wan_1_3b", 1536, 12, 30), ("wan_14b", 5120, 40, 40)):
         with torch.device("meta"):
             model: Any = BACKBONES[name](attention="softmax")
@@ -389,7 +393,9 @@ def test_a_wrong_checkpoint_is_one_sentence(
 def test_a_file_that_is_no_checkpoint_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
 ) -> None:
-    """torch's unpickler takes letters for instructions: `h` looks a number up that is not there, and so on."""
+    """torch's unpickler takes letters for instructions: `h` looks a number up that is not there, and so
+    on.
+    """
     (tmp_path / name).write_bytes(content)
     assert run_import(tmp_path / name, tmp_path / "ours.safetensors") == 2
     sentence = capsys.readouterr().err

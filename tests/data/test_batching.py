@@ -80,7 +80,10 @@ def test_eval_batches_are_the_same_for_any_number_of_workers() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, mhla_lightning.data.index, mhla_lightning.data.batching, mhla_lightning.cli.data as cli\n"
+    code = (
+        "import sys, mhla_lightning.data.index, mhla_lightning.data.batching, mhla_lightning.cli.data as "
+        "cli\n"
+    )
     code += "print({'torch', 'webdataset'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"

@@ -1,4 +1,6 @@
-"""`mix_by: batch`: every optimizer step trains on one source, so that clips of several sizes and images can be mixed."""
+"""`mix_by: batch`: every optimizer step trains on one source, so that clips of several sizes and images
+can be mixed.
+"""
 
 from __future__ import annotations
 

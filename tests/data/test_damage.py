@@ -1,4 +1,6 @@
-"""Damage to files, by the layer that sees it: each is one sentence that names the file, or training goes on with every sample. Nothing hangs."""
+"""Damage to files, by the layer that sees it: each is one sentence that names the file, or training goes
+on with every sample. Nothing hangs.
+"""
 
 from __future__ import annotations
 
@@ -244,7 +246,9 @@ def _rewrite(path: Path) -> None:
 def test_a_shard_changes_between_two_epochs(
     tmp_path: Path, change: Callable[[Path], object], says: str | None
 ) -> None:
-    """An open file outlives its name: whoever deletes or replaces a shard does not disturb those who read it."""
+    """An open file outlives its name: whoever deletes or replaces a shard does not disturb those who read
+    it.
+    """
     data = DataSet(tmp_path, "images")
     module = data.module()
     module.check(1)
@@ -266,7 +270,9 @@ def test_a_shard_changes_between_two_epochs(
 
 
 class _Stuck(IterableDataset):
-    """Its worker cannot end: a thread of it waits for ever, as one does in a lock that was held while the process forked."""
+    """Its worker cannot end: a thread of it waits for ever, as one does in a lock that was held while the
+    process forked.
+    """
 
     def __iter__(self) -> Iterator[dict]:
         threading.Thread(target=threading.Event().wait).start()

@@ -1,4 +1,6 @@
-"""Shards that are what their index says, and hold what they must not: refused in one sentence, or skipped and counted. Nothing is unpickled."""
+"""Shards that are what their index says, and hold what they must not: refused in one sentence, or skipped
+and counted. Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def _nested_names(sample: Sample) -> None:
     sample[:0] = [Member("././@LongLink", b"x\0", {"type": tarfile.GNUTYPE_LONGNAME}) for _ in range(2000)]
 
 
-# Each is refused when it is read by its place and when a missing offsets file makes a scan needed: (change, words of the first, of the second).
+# Each is refused when it is read by its place and when a missing offsets file makes a scan needed: (change,
+# words of the first, of the second).
 REFUSED: dict[str, tuple[Callable[[Sample], object], list[str], list[str]]] = {
     "symbolic link": (
         _type(tarfile.SYMTYPE, linkname="/etc/passwd"),
@@ -337,7 +340,9 @@ ROWS: dict[str, tuple[Callable[[Sample], object], str]] = {
 def test_a_token_member_that_cannot_be_read(
     tmp_path: Path, change: Callable[[Sample], object], says: str
 ) -> None:
-    """Rows are read by their place, so a member that is not what it should be is the shard's fault and not a row's."""
+    """Rows are read by their place, so a member that is not what it should be is the shard's fault and not
+    a row's.
+    """
     data = DataSet(tmp_path, "tokens")
     data.change_sample(change)
     layer, message = told(data.module())
@@ -352,7 +357,10 @@ def test_a_token_member_that_cannot_be_read(
 def test_latents_of_another_vae(tmp_path: Path, field: dict) -> None:
     data = DataSet(tmp_path, "latents")
     wanted = VAE(**(vars(VAE_USED) | field))
-    says = f"{data.index} was made by {VAE_USED}, and the recipe says {wanted}: make the latents again with that VAE"
+    says = (
+        f"{data.index} was made by {VAE_USED}, and the recipe says {wanted}: make the latents again with "
+        "that VAE"
+    )
     assert told(data.module(vae=wanted)) == ("check", says)
 
 
@@ -401,12 +409,17 @@ def test_a_sparse_file_in_attributes_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_archives_in_one_file_are_not_half_read(tmp_path: Path) -> None:
-    """tarfile stops at the first end-of-archive: what follows would be lost in silence when such a shard is indexed."""
+    """tarfile stops at the first end-of-archive: what follows would be lost in silence when such a shard
+    is indexed.
+    """
     data = DataSet(tmp_path, "images")
     both = data.shard(0).read_bytes() + data.shard(1).read_bytes()
     with pytest.raises(
         DataError,
-        match=r"both cannot be read as a tar file after 8 samples \(no tar header at byte \d+, and more data after it\)",
+        match=(
+            r"both cannot be read as a tar file after 8 samples \(no tar header at byte \d+, and more "
+            r"data after it\)"
+        ),
     ):
         scan_shard(io.BytesIO(both), "both")
 

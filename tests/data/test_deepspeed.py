@@ -1,4 +1,6 @@
-"""The loader under DeepSpeed: Lightning 2.6.6 stumbles there over plain DataLoaders of ready batches (its issue 19460)."""
+"""The loader under DeepSpeed: Lightning 2.6.6 stumbles there over plain DataLoaders of ready batches (its
+issue 19460).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import pytest
 
 from mhla_lightning.data import ImageDataModule
 
-# Three overrides let Lightning's strategy run on a CPU; it must be chosen before deepspeed is imported, so this is a process of its own.
+# Three overrides let Lightning's strategy run on a CPU; it must be chosen before deepspeed is imported, so
+# this is a process of its own.
 TRAIN = """
 import json, os, sys
 os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
@@ -52,7 +55,9 @@ print(json.dumps({"steps": trainer.global_step, "indices": model.indices}))
 
 @pytest.mark.slow
 def test_batches_of_the_loader_train_under_deepspeed(shards: Path, tmp_path: Path) -> None:
-    """ZeRO-2, accumulation 2, 2 workers, validation: every sample in its place. The first run on a machine compiles for a minute."""
+    """ZeRO-2, accumulation 2, 2 workers, validation: every sample in its place. The first run on a machine
+    compiles for a minute.
+    """
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     command = [sys.executable, "-c", TRAIN, str(shards), "29571"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)

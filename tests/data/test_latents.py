@@ -1,4 +1,6 @@
-"""Latents in training: flips, draws from the posterior, what a recipe has to say of the VAE, and back to images."""
+"""Latents in training: flips, draws from the posterior, what a recipe has to say of the VAE, and back to
+images.
+"""
 
 from __future__ import annotations
 
@@ -208,9 +210,9 @@ def test_another_vae_than_the_recipes_is_refused(data: Path, field: dict) -> Non
     wanted = replace(replace(MADE, mean=(), std=()), **field)
     with pytest.raises(DataError) as caught:
         _module(data, vae=wanted).check(1)
-    assert (
-        str(caught.value)
-        == f"{data}/train/index.json was made by {MADE}, and the recipe says {wanted}: make the latents again with that VAE"
+    assert str(caught.value) == (
+        f"{data}/train/index.json was made by {MADE}, and the recipe says {wanted}: make the latents "
+        "again with that VAE"
     )
     assert str(wanted) != str(MADE)
 

@@ -190,7 +190,9 @@ def test_bf16_is_stored_without_further_loss(root: Path, tmp_path: Path) -> None
 
 
 def test_samples_are_drawn_by_image(root: Path, tmp_path: Path) -> None:
-    """One draw of each image and of its mirror image, by (seed, split, index): not of the batch, nor of torch's generator."""
+    """One draw of each image and of its mirror image, by (seed, split, index): not of the batch, nor of
+    torch's generator.
+    """
     torch.manual_seed(1)
     made: dict[str, dict[str, Any]] = {
         "first": {},

@@ -195,7 +195,10 @@ def test_what_another_command_began_is_not_thrown_away(root: Path, tmp_path: Pat
     assert entries
     with pytest.raises(
         UserError,
-        match=r"out was begun with batch_size 4 instead of 3, dtype fp32 instead of bf16: run that command again",
+        match=(
+            r"out was begun with batch_size 4 instead of 3, dtype fp32 instead of bf16: run that command "
+            r"again"
+        ),
     ):
         make_latents(root / "packed", tmp_path / "out", options(root, batch_size=3, dtype="bf16"))
     assert list((tmp_path / ".out.packing" / "entries" / "train").iterdir()) == entries
@@ -226,7 +229,10 @@ def test_broken_images_are_skipped_and_counted(root: Path, tmp_path: Path) -> No
     source = _shards(tmp_path / "in", 120, {7: b"\x89PNG\r\n\x1a\n broken", 90: b"GIF"})
     with pytest.raises(
         Interrupted,
-        match=r"^2 of \d+ images \(.*%\) give no latent, more than --max-skipped-share 0.01 allows; the last is n90 of train",
+        match=(
+            r"^2 of \d+ images \(.*%\) give no latent, more than --max-skipped-share 0.01 allows; the "
+            r"last is n90 of train"
+        ),
     ):
         make_latents(source, tmp_path / "out", options(root))
     assert (tmp_path / ".out.packing" / "entries" / "train").exists(), (
@@ -255,7 +261,9 @@ def _scale_latents(folder: Path, factor: float) -> None:
 
 
 def test_latents_that_are_not_finite_are_skipped_by_name(tmp_path: Path) -> None:
-    """The VAE's latents are made so large that those of a black image, and of no grey one, are beyond float16."""
+    """The VAE's latents are made so large that those of a black image, and of no grey one, are beyond
+    float16.
+    """
     source = _shards(
         tmp_path / "in", 120, {number: _flat(0 if number == 50 else 240) for number in range(120)}
     )
@@ -394,7 +402,9 @@ def test_a_vae_of_other_channels(tmp_path: Path) -> None:
 
 
 def test_the_identity_of_a_vae(tmp_path: Path) -> None:
-    """Of a copy, in other numbers, inside a pipeline's folder: the same. Other weights or another scale: another."""
+    """Of a copy, in other numbers, inside a pipeline's folder: the same. Other weights or another scale:
+    another.
+    """
     save_kl(tmp_path / "kl")
     save_kl(tmp_path / "pipeline" / "vae")
     state = torch.get_rng_state()

@@ -1,4 +1,6 @@
-"""`mhla data latents --video`: clips and captions to latents and features, against diffusers and transformers themselves."""
+"""`mhla data latents --video`: clips and captions to latents and features, against diffusers and
+transformers themselves.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ def test_bf16_is_stored_as_float16(root: Path, tmp_path: Path) -> None:
 
 
 def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
-    """Every size by itself, images among them; two processes write the bytes of one, and training takes all of it."""
+    """Every size by itself, images among them; two processes write the bytes of one, and training takes
+    all of it.
+    """
     steps: list[tuple[str, int, int]] = []
     report = make_video_latents(
         root / "buckets", tmp_path / "one", options(root), on_progress=lambda *step: steps.append(step)

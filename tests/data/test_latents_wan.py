@@ -1,4 +1,6 @@
-"""AutoencoderKLWan: latents normalised channel by channel, one video at a time, and the sizes that it takes."""
+"""AutoencoderKLWan: latents normalised channel by channel, one video at a time, and the sizes that it
+takes.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,10 @@ def test_the_nearest_size_is_told(root: Path, size: tuple[int, int, int], neares
     vae = load_video_vae(str(root / "wan"))
     with pytest.raises(
         UserError,
-        match=rf"videos of {size[0]} frames of {size[1]}x{size[2]} pixels do not fit .* the nearest: {nearest}$",
+        match=(
+            rf"videos of {size[0]} frames of {size[1]}x{size[2]} pixels do not fit .* the nearest: "
+            rf"{nearest}$"
+        ),
     ):
         vae.latent_shape(*size)
     frames, height, width = (int(word) for word in nearest.replace(" frames of ", "x").split("x"))

@@ -113,7 +113,9 @@ def test_fit_goes_beyond_an_epoch(packed: Path) -> None:
 @lightning_warnings
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fit_goes_on_with_the_next_sample(packed: Path, tmp_path: Path, workers: int) -> None:
-    """Lightning alone, from its own checkpoint, in the middle of an epoch: the module's state is all that is needed."""
+    """Lightning alone, from its own checkpoint, in the middle of an epoch: the module's state is all that
+    is needed.
+    """
     whole, first, second = _Probe(), _Probe(), _Probe()
     _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(whole, _module(packed))
     trainer = _trainer(max_steps=6, max_epochs=-1, limit_val_batches=0)
@@ -330,7 +332,9 @@ def test_workers_ignore_the_jobs_signals() -> None:
 
 
 def test_a_program_with_an_open_loader_exits(packed: Path) -> None:
-    """Workers ignore SIGTERM, by which Python ends its children at exit: without our own end it waits for ever."""
+    """Workers ignore SIGTERM, by which Python ends its children at exit: without our own end it waits for
+    ever.
+    """
     code = f"""
 from mhla_lightning.data import ImageDataModule
 data = ImageDataModule({str(packed)!r}, batch_size=4, image_size=8, num_workers=2)

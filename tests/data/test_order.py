@@ -35,7 +35,9 @@ def test_every_epoch_is_a_permutation(number: int) -> None:
 
 @pytest.mark.parametrize("number", SHAPES)
 def test_a_position_needs_no_history(number: int) -> None:
-    """Asked in any order, alone or together, by a fresh object: the same sample. So position k resumes at k + 1."""
+    """Asked in any order, alone or together, by a fresh object: the same sample. So position k resumes at
+    k + 1.
+    """
     order = random_order(number)
     positions = np.arange(2 * order.samples)
     whole = order.locate(positions)[1]
@@ -111,7 +113,10 @@ GOLDEN_ORDER = [10, 4, 6, 12, 3, 15, 11, 13, 8, 1, 5, 7, 2, 14, 9, 0, 9, 14, 4, 
 
 
 def test_the_order_is_numpy_alone() -> None:
-    code = "import sys, mhla_lightning.data.order, mhla_lightning.data.mixture; sys.exit(any(m in sys.modules for m in ('torch', 'webdataset')))"
+    code = (
+        "import sys, mhla_lightning.data.order, mhla_lightning.data.mixture; sys.exit(any(m in "
+        "sys.modules for m in ('torch', 'webdataset')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -121,7 +126,9 @@ def test_the_order_is_numpy_alone() -> None:
 def batches(
     order: Order, world: int, workers: int, batch: int, micro: int, steps: int, first: int = 0
 ) -> list[set[tuple[int, int]]]:
-    """The samples (epoch, index) of every global batch, put together from what each worker of each rank reads."""
+    """The samples (epoch, index) of every global batch, put together from what each worker of each rank
+    reads.
+    """
     parts = [Part(rank, world, batch, micro, first) for rank in range(world)]
     accumulation = batch // world // micro
     found: list[list[tuple[int, int]]] = [[] for _ in range(steps)]

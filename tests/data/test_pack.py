@@ -265,7 +265,9 @@ def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
 
 
 def _slow_source(root: Path) -> Path:
-    """120 images that take a few milliseconds each to become PNG, so that a packing can be stopped half-way."""
+    """120 images that take a few milliseconds each to become PNG, so that a packing can be stopped
+    half-way.
+    """
     rng = np.random.default_rng(0)
     for number in range(120):
         path = root / "ab"[number % 2] / f"{number}.bmp"
@@ -286,7 +288,9 @@ def packed_alone(slow_source: Path) -> dict[str, bytes]:
 
 
 def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[int, str]:
-    """Start `mhla data pack` with two workers and send a signal to its process group when some shards are finished. Exit code and output."""
+    """Start `mhla data pack` with two workers and send a signal to its process group when some shards are
+    finished. Exit code and output.
+    """
     command = [
         sys.executable,
         "-m",

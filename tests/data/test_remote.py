@@ -1,4 +1,6 @@
-"""One training sequence, wherever its shards lie and whatever goes wrong on the way: http, s3, a cache and a mixture give it bit for bit."""
+"""One training sequence, wherever its shards lie and whatever goes wrong on the way: http, s3, a cache and
+a mixture give it bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings(FORKS)]
 PATIENT: dict[str, Any] = {"retries": 8, "timeout": 0.6, "backoff": 0.01}
 FAST = Remote(retries=2, timeout=0.5, backoff=0.01)
 EPOCHS, PER_EPOCH = 2, 4  # batches of 16 from the 64 images of `shards`
-# One request in four goes wrong, in every way that may pass; the slow ones, which wait for the time-out, once each.
+# One request in four goes wrong, in every way that may pass; the slow ones, which wait for the time-out, once
+# each.
 QUICK = ["", "", "", "503", "", "", "", "cut", "", "", "", "reset", "", "", "", "429"]
 FAULTS = [*QUICK, "", "", "", "stall", "", "", "", "stall-body", *QUICK * 12]
 
@@ -95,7 +98,9 @@ def test_http_without_ranges(remote_url: str, server: FileServer, local: list[Ba
 def test_wrong_bytes_do_not_pass_the_cache(
     remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path
 ) -> None:
-    """Answers of the right length, and twice of other bytes: what arrives is compared with the index before anybody reads it."""
+    """Answers of the right length, and twice of other bytes: what arrives is compared with the index
+    before anybody reads it.
+    """
     tars = [path for path in server.files if path.endswith(".tar") and path.startswith("/shards/")]
     server.faults_of = {path: ["wrong", "wrong"] for path in tars[::2]}
     _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=str(tmp_path), **PATIENT))), local)
@@ -378,7 +383,9 @@ def test_a_damaged_cached_shard_is_fetched_again(
 
 
 def test_a_changed_cached_shard_is_told_or_counted(served: tuple[DataSet, str], tmp_path: Path) -> None:
-    """Its size is right, so it is not fetched again: what cannot be decoded is counted, and a tar header that is none ends training."""
+    """Its size is right, so it is not fetched again: what cannot be decoded is counted, and a tar header
+    that is none ends training.
+    """
     data, url = served
     remote = Remote(cache_dir=str(tmp_path / "cache"), retries=2, timeout=2.0)
     options: dict[str, Any] = {"path": url, "remote": remote}

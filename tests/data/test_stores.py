@@ -129,7 +129,10 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_stores_import_without_torch_and_local_ones_without_aiohttp() -> None:
-    code = "import sys, mhla_lightning.data.stores as s; s.open_store('/tmp'); print([m for m in ('torch', 'lightning', 'aiohttp') if m in sys.modules])"
+    code = (
+        "import sys, mhla_lightning.data.stores as s; s.open_store('/tmp'); print([m for m in ('torch', "
+        "'lightning', 'aiohttp') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -332,7 +335,10 @@ def test_a_server_without_ranges_is_not_misread(tmp_path: Path, opened: Callable
         for start, stop in ((0, 512), (512, 1024)):
             with pytest.raises(
                 DataError,
-                match=r"does not serve byte ranges; set data\.remote\.cache_dir so that shards are downloaded whole",
+                match=(
+                    r"does not serve byte ranges; set data\.remote\.cache_dir so that shards are "
+                    r"downloaded whole"
+                ),
             ) as caught:
                 store.read(NAME, start, stop)
             one_sentence(caught.value)
@@ -378,7 +384,9 @@ def test_workers_read_after_the_parent_did(
 
 
 def test_a_forked_child_that_drops_the_store_leaves_the_parent_alone(server: FileServer) -> None:
-    """Closing inherited sockets in a child would take them out of the parent's epoll set: the parent's next answer would never arrive."""
+    """Closing inherited sockets in a child would take them out of the parent's epoll set: the parent's
+    next answer would never arrive.
+    """
     store = open_store(f"{server.url}/data", ONCE)
     assert store.read(NAME, 0, 5) == BODY[:5]
     child = os.fork()

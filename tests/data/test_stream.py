@@ -40,7 +40,9 @@ def _sample(index: int) -> dict:
 
 
 def _make_split(folder: Path, sizes: list[int], changes: dict[int, dict] | None = None) -> ShardIndex:
-    """Shards of these sizes; `changes` replaces members of the samples with these global indices (None removes one)."""
+    """Shards of these sizes; `changes` replaces members of the samples with these global indices (None
+    removes one).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     entries, first = [], 0
     for number, size in enumerate(sizes):
@@ -232,7 +234,9 @@ def test_validation_is_exact_and_even(tmp_path: Path, world: int, workers: int, 
 
 @pytest.mark.parametrize("offsets", ["with", "without"])
 def test_samples_are_read_by_place(tmp_path: Path, offsets: str) -> None:
-    """Any samples in any order; where the offsets are missing, one pass over the shard's headers finds them."""
+    """Any samples in any order; where the offsets are missing, one pass over the shard's headers finds
+    them.
+    """
     index = _make_split(tmp_path, SIZES)
     if offsets == "without":
         for path in tmp_path.glob("*.offsets.npy"):

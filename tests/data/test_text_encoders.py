@@ -81,7 +81,9 @@ def test_words_need_a_number_of_channels(name: str) -> None:
 
 @torch.no_grad()
 def test_umt5_is_that_of_transformers(umt5: str) -> None:
-    """Alone and unpadded it gives what transformers gives for a padded batch with a mask, which is what diffusers' Wan pipeline cuts rows from."""
+    """Alone and unpadded it gives what transformers gives for a padded batch with a mask, which is what
+    diffusers' Wan pipeline cuts rows from.
+    """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     texts = ["a red cat", "", "dogs run over the hill"]

@@ -1,4 +1,6 @@
-"""What text is read from: every kind of input gives the same documents, and mistakes are told in one sentence."""
+"""What text is read from: every kind of input gives the same documents, and mistakes are told in one
+sentence.
+"""
 
 import gzip
 import json

@@ -252,7 +252,9 @@ def test_without_its_tokenizer_data_is_read_all_the_same(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
-    """6 MB of text, which takes long enough to be killed, and its shards as one process makes them in one go."""
+    """6 MB of text, which takes long enough to be killed, and its shards as one process makes them in one
+    go.
+    """
     root = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(0)
     words = np.array(

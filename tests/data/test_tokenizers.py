@@ -1,4 +1,6 @@
-"""Text to ids and back: bytes, byte-level BPE, what sentencepiece makes, text that is still arriving, and training a tokenizer."""
+"""Text to ids and back: bytes, byte-level BPE, what sentencepiece makes, text that is still arriving, and
+training a tokenizer.
+"""
 
 import json
 import shutil
@@ -46,7 +48,9 @@ def train_and_name(text: Path, to: Path) -> Path:
 
 
 def _sentencepiece(path: Path, prefix: bool) -> Path:
-    """A tokenizer as Llama's converter writes it: U+2581 for spaces, <0x..> for bytes, perhaps a space before the text."""
+    """A tokenizer as Llama's converter writes it: U+2581 for spaces, <0x..> for bytes, perhaps a space
+    before the text.
+    """
     pieces = [
         "<unk>",
         "<s>",
@@ -228,7 +232,10 @@ def test_the_tokenizer_of_a_data_folder(bpe: Path, tmp_path: Path) -> None:
     index = ShardIndex("tokens", (), tokenizer=found.name, length=8)
     with pytest.raises(
         DataError,
-        match=r"tokenizer.json is missing, and the tokens were made with tokenizer.json sha256:.*beside train/",
+        match=(
+            r"tokenizer.json is missing, and the tokens were made with tokenizer.json sha256:.*beside "
+            r"train/"
+        ),
     ):
         tokenizer_of(tmp_path, index)
     found.save(tmp_path)

@@ -381,7 +381,8 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     for options, sentence in (
         (
             {"length": 128},
-            "data.length is 128, and the shards in .* were made with 64: remove them, or set another data.path",
+            "data.length is 128, and the shards in .* were made with 64: remove them, or set another "
+            "data.path",
         ),
         ({"length": None}, "data.length is 2048"),
         ({"val_length": None}, "data.val_length is 64"),

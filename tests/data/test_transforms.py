@@ -16,7 +16,8 @@ from mhla_lightning.randomness import sample_rng
 
 
 def _draw() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002  the global one is under test
+    # the global one is under test
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
 
 def _image() -> Image.Image:
@@ -103,7 +104,9 @@ def test_bad_size() -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m9-w3", "original-mstd0.5", "v0"])
 def test_every_draw_of_a_policy_can_be_carried_out(policy: str) -> None:
-    """timm's posterize asks for 0 bits now and then, which Pillow 13 refuses: for RandAugment about once in 500 images."""
+    """timm's posterize asks for 0 bits now and then, which Pillow 13 refuses: for RandAugment about once
+    in 500 images.
+    """
     transform = train_transform(8, Augmentation(auto_augment=policy))
     ops = [op for part in transform.transforms for op in _augment_ops(part)]  # type: ignore[attr-defined]
     kinds: list[Any] = [op for op in ops if "Posterize" in op.name]

@@ -75,7 +75,9 @@ def test_ddpm_keeps_variance_and_ends_in_noise() -> None:
 
 @pytest.mark.parametrize("steps", [1000, 250, 10])
 def test_posterior_is_bayes_rule(steps: int) -> None:
-    """Precision and mean of q(x_{t-1} | x_t, x0) from the prior of x_{t-1} given x0 and the likelihood of x_t given x_{t-1}."""
+    """Precision and mean of q(x_{t-1} | x_t, x0) from the prior of x_{t-1} given x0 and the likelihood of
+    x_t given x_{t-1}.
+    """
     _, chain = DDPM().shortened(steps)
     x0, x_t, t = (
         normal("x0", steps).double(),
@@ -381,6 +383,9 @@ def test_guidance_of_more_channels_than_a_sample_has() -> None:
 
 def test_diffusion_needs_torch_and_numpy_alone() -> None:
     others = {"lightning", "deepspeed", "timm", "webdataset", "torchvision", "diffusers", "transformers"}
-    code = f"import sys, mhla_lightning.diffusion; print(sorted({{m.partition('.')[0] for m in sys.modules}} & {others}))"
+    code = (
+        f"import sys, mhla_lightning.diffusion; print(sorted({{m.partition('.')[0] for m in "
+        f"sys.modules}} & {others}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

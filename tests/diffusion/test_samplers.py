@@ -63,7 +63,9 @@ def of_gaussian(process: Process) -> Denoiser:
 
 
 def wavy(process: Process) -> Denoiser:
-    """A denoiser that is neither linear nor pointwise, near enough to the best one for samples of the data's size."""
+    """A denoiser that is neither linear nor pointwise, near enough to the best one for samples of the
+    data's size.
+    """
     best, kernel = of_gaussian(process), normal("kernel", shape=(process.out_channels(2), 2, 3, 3)) / 3
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
@@ -77,7 +79,9 @@ def wavy(process: Process) -> Denoiser:
 @pytest.mark.parametrize("steps", [50, 250])
 @pytest.mark.parametrize(("sampler", "name"), SERVED)
 def test_samples_have_mean_and_spread_of_the_data(sampler: str, name: str, steps: int) -> None:
-    """16,384 values: standard errors are 0.003 and 0.002. The rest of the tolerance is the steps'; all but DPM-Solver++ are of first order."""
+    """16,384 values: standard errors are 0.003 and 0.002. The rest of the tolerance is the steps'; all but
+    DPM-Solver++ are of first order.
+    """
     process = PROCESS[name]
     noise, step_noise = keyed_noise(range(64), (4, 8, 8))
     drawn = sample(
@@ -102,7 +106,9 @@ def test_more_steps_come_nearer(sampler: str, name: str) -> None:
 
 @pytest.mark.parametrize("learn_variance", [True, False])
 def test_ancestral_variance_is_what_the_network_says(learn_variance: bool) -> None:
-    """From the same noises, the largest variance (beta) spreads samples more than the smallest, which is also the fixed one."""
+    """From the same noises, the largest variance (beta) spreads samples more than the smallest, which is
+    also the fixed one.
+    """
     process = DDPM(learn_variance)
     noise, step_noise = keyed_noise(range(32))
 
@@ -214,7 +220,9 @@ def test_times_run_from_noise_to_data(sampler: str, name: str, steps: int) -> No
 
 @pytest.mark.parametrize(("sampler", "first", "last"), [("euler", 1.0, 0.1), ("dpm++", 0.999, 0.0999)])
 def test_flow_grids_are_even_and_shifted_once(sampler: str, first: float, last: float) -> None:
-    """Ten steps; DPM-Solver++ starts short of pure noise, where its log signal-to-noise ratio is not defined."""
+    """Ten steps; DPM-Solver++ starts short of pure noise, where its log signal-to-noise ratio is not
+    defined.
+    """
     process, times = FlowMatching(shift=3.0), list[Tensor]()
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:

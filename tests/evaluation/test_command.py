@@ -1,4 +1,6 @@
-"""`mhla eval fid` and `mhla eval samples` on real runs, trained here for a few steps; files that strangers wrote."""
+"""`mhla eval fid` and `mhla eval samples` on real runs, trained here for a few steps; files that strangers
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def pictures(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["classifier", "other"])
 def test_own_features_are_those_of_validation(name: str, here: Path, shards: Path) -> None:
-    """The probabilities of uint8 images are those of the batches that the run's own validation makes of the same files."""
+    """The probabilities of uint8 images are those of the batches that the run's own validation makes of
+    the same files.
+    """
     found = find_classifier(name)
     network = OwnFeatures(found)
     data = ImageDataModule(
@@ -238,7 +242,8 @@ def test_bad_files_are_one_sentence_that_names_them(
         ({"REF": "."}, "holds no train or val or test split"),
         (
             {"REF": "statistics.npz"},
-            "statistics.npz holds mu, sigma; with features of classifier classifier it must hold arr_0 (images)",
+            "statistics.npz holds mu, sigma; with features of classifier classifier it must hold "
+            "arr_0 (images)",
         ),
         (
             {"classifier": "diffusion"},
@@ -415,7 +420,9 @@ def test_help_of_eval_loads_no_torch() -> None:
 def test_compare_shows_what_samples_says(
     here: Path, shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows of a diffusion recipe, drawn from and judged once; the second time numbers and runs are read."""
+    """Two rows of a diffusion recipe, drawn from and judged once; the second time numbers and runs are
+    read.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = write_recipe(here / "dit.yaml", shards)
     evaluation = "samples: {classifier: classifier, n: 12, steps: 2, guidance: 2, device: cpu}"

@@ -40,7 +40,9 @@ def distance(one: Gaussian, other: Gaussian) -> float:
 
 @RANKS
 def test_frechet_distance_is_that_of_scipys_matrix_root(count: int, size: int) -> None:
-    """scipy's root of a singular product is good to the root of machine precision; shifting the product by a little, as others do, is worse."""
+    """scipy's root of a singular product is good to the root of machine precision; shifting the product by
+    a little, as others do, is worse.
+    """
     scipy = pytest.importorskip("scipy.linalg", reason="scipy is in the extra 'eval'")
     one, other = (Gaussian.of(features) for features in two_sets(count, size))
     root = np.real(scipy.sqrtm(one.covariance @ other.covariance))
@@ -72,7 +74,9 @@ def test_frechet_distance_is_torchmetrics(count: int, size: int) -> None:
 
 @pytest.mark.parametrize("count", [12, 5])
 def test_a_singular_covariance_costs_no_digits(count: int) -> None:
-    """tr (S1 S2)^(1/2) of S = A^T A is the sum of the singular values of A1 A2^T, (count, count): no root of rounding noise is in it."""
+    """tr (S1 S2)^(1/2) of S = A^T A is the sum of the singular values of A1 A2^T, (count, count): no root
+    of rounding noise is in it.
+    """
     sets = two_sets(count, 24)
     one, other = (Gaussian.of(features) for features in sets)
     roots = [(features - features.mean(0)) / math.sqrt(count - 1) for features in sets]
@@ -88,7 +92,9 @@ def test_a_singular_covariance_costs_no_digits(count: int) -> None:
 
 @pytest.mark.parametrize("name", ["full", "deficient"])
 def test_frechet_distance_of_a_stored_pair(name: str) -> None:
-    """Made once with scipy 1.17 from 400 and from 10 samples of 16 features, as |mu0 - mu1|^2 + tr(S0 + S1 - 2 real(sqrtm(S0 @ S1)))."""
+    """Made once with scipy 1.17 from 400 and from 10 samples of 16 features, as |mu0 - mu1|^2 + tr(S0 + S1
+    - 2 real(sqrtm(S0 @ S1))).
+    """
     with np.load(GOLDEN, allow_pickle=False) as stored:
         mu, sigma, expected = stored[f"{name}_mu"], stored[f"{name}_sigma"], float(stored[f"{name}_distance"])
     assert frechet_distance(mu[0], sigma[0], mu[1], sigma[1]) == pytest.approx(expected, rel=1e-7)

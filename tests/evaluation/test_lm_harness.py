@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on tiny models: likelihoods against full recomputation, windows, generation, a task of a local file."""
+"""lm-evaluation-harness on tiny models: likelihoods against full recomputation, windows, generation, a
+task of a local file.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def requests(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Instance]:
 
 
 def plain(entry: Any, tokens: list[int], start: int) -> tuple[float, bool]:
-    """log p of tokens[start:] in float64, one prefix after the other, each computed anew; and whether each was the likeliest."""
+    """log p of tokens[start:] in float64, one prefix after the other, each computed anew; and whether each
+    was the likeliest.
+    """
     model = tiny_model(entry, torch.float64, vocab_size=BYTES.vocabulary)
     total, greedy = 0.0, True
     with torch.no_grad():
@@ -190,7 +194,9 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of local_tasks, with a cache of its own. The harness reads its thousands of task files once for all tests."""
+    """Of local_tasks, with a cache of its own. The harness reads its thousands of task files once for all
+    tests.
+    """
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(lm_harness, "TaskManager", read_once)
     return str(local_tasks(tasks_folder))

@@ -86,7 +86,10 @@ def test_the_users_own_files_are_left_alone(sampled: Path, tmp_path: Path, name:
     before = sorted(mine.iterdir())
     with pytest.raises(
         UserError,
-        match=rf"holds {re.escape(name)}, which mhla did not put there; name an empty or a new folder with --to",
+        match=(
+            rf"holds {re.escape(name)}, which mhla did not put there; name an empty or a new folder with "
+            r"--to"
+        ),
     ):
         lay_out(sampled_videos(sampled), tmp_path / "mine")
     assert sorted(mine.iterdir()) == before

@@ -1,4 +1,6 @@
-"""Causal operators written out with their full attention matrix, one document at a time. Slow, and meant to be read."""
+"""Causal operators written out with their full attention matrix, one document at a time. Slow, and meant
+to be read.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def _softmax(operator: CausalSoftmax, q: Tensor, k: Tensor, v: Tensor, log_decay
 
 
 def _decays(g: Tensor) -> Tensor:
-    """g (batch or 1, heads, tokens), logs -> product of the decays of tokens s+1 to t at [t, s], 0 for s > t."""
+    """g (batch or 1, heads, tokens), logs -> product of the decays of tokens s+1 to t at [t, s], 0 for s >
+    t.
+    """
     until = g.cumsum(-1)
     later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool).triu(1)
     return (until[..., :, None] - until[..., None, :]).masked_fill(later, -math.inf).exp()

@@ -1,4 +1,6 @@
-"""Stand-ins for SLURM's commands where no SLURM is: each writes down how it was called and does what the test says."""
+"""Stand-ins for SLURM's commands where no SLURM is: each writes down how it was called and does what the
+test says.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def calls(folder: Path, name: str) -> list[list[str]]:
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """Writes a command that runs shell text: stub("squeue", "echo RUNNING"). It lies in tmp_path/bin, first on the path."""
+    """Writes a command that runs shell text: stub("squeue", "echo RUNNING"). It lies in tmp_path/bin,
+    first on the path.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

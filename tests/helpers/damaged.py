@@ -34,7 +34,9 @@ PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
 
 @dataclass
 class Member:
-    """A member of a tar file. fields: of its header, whatever the truth (size, type, linkname); pax: extended attributes."""
+    """A member of a tar file. fields: of its header, whatever the truth (size, type, linkname); pax:
+    extended attributes.
+    """
 
     name: str
     data: bytes = b""
@@ -92,7 +94,9 @@ def whole_sample(kind: DataKind, number: int) -> Sample:
 
 
 class DataSet:
-    """train/ of four shards with eight samples each, and val/ of the first two of these, written by `write` as `shards` says."""
+    """train/ of four shards with eight samples each, and val/ of the first two of these, written by
+    `write` as `shards` says.
+    """
 
     def __init__(self, root: Path, kind: DataKind) -> None:
         self.root, self.kind = root, kind
@@ -186,7 +190,9 @@ def train_batches(module: ShardDataModule, count: int) -> list[Batch]:
 
 
 def told(module: ShardDataModule) -> tuple[str, str]:
-    """Check and train for three epochs: (check or read, the sentence that ended it); fails when nothing did."""
+    """Check and train for three epochs: (check or read, the sentence that ended it); fails when nothing
+    did.
+    """
     layer = "check"
     try:
         module.check(1)
@@ -206,7 +212,9 @@ def pairs(batches: list[Batch]) -> list[tuple[int, int]]:
 
 
 def assert_trains(module: ShardDataModule, bad: set[int]) -> None:
-    """Three epochs hold every sample once and validation too, but for those with an index in `bad`: they are counted, and the next one steps in."""
+    """Three epochs hold every sample once and validation too, but for those with an index in `bad`: they
+    are counted, and the next one steps in.
+    """
     module.check(1)
     count = 3 * SHARDS
     batches = train_batches(module, count)

@@ -58,7 +58,9 @@ def check_flow(meta: Meta, arrays: Arrays) -> None:
 
 
 def check_dpm_sampler(meta: Meta, arrays: Arrays) -> None:
-    """Guided DPM-Solver++ 2M from the same noise: the samples, and the times at which the model was called."""
+    """Guided DPM-Solver++ 2M from the same noise: the samples, and the times at which the model was
+    called.
+    """
     options = meta["constructor"]
     process, guidance = FlowMatching(shift=options["flow_shift"]), Guidance(options["cfg_scale"])
     null, calls = 1, list[float]()

@@ -1,4 +1,6 @@
-"""Callbacks for recipes of tests: what goes wrong in training at a given step of a given rank, and what a rank holds after every step."""
+"""Callbacks for recipes of tests: what goes wrong in training at a given step of a given rank, and what a
+rank holds after every step.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ class Fault(pl.Callback):
     """Goes wrong in the last micro batch of steps.
 
     Args:
-        kind: `layer`: LAYER gives NaN. `gradient`: the gradient of its output is infinite. `leap`: the loss is 50 times as large. `exception`,
-            `memory`: training_step raises. `kill`: SIGKILL to the process. `hang`: exception, then a teardown that never ends.
+        kind: `layer`: LAYER gives NaN. `gradient`: the gradient of its output is infinite. `leap`: the loss
+            is 50 times as large. `exception`,
+            `memory`: training_step raises. `kill`: SIGKILL to the process. `hang`: exception, then a teardown
+                that never ends.
         steps: numbers from 1, as in metrics.jsonl.
         rank: where.
     """
@@ -73,7 +77,8 @@ class Fault(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "memory":
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you "
+                "tried to allocate 9 bytes"
             )
         raise ZeroDivisionError("a mistake in somebody's layer")
 
@@ -85,7 +90,9 @@ class Fault(pl.Callback):
 
 
 class Digests(AfterStep):
-    """Writes `digest-rank-R.jsonl` into the run folder: after every step, taken or not, a hash of all that this rank holds."""
+    """Writes `digest-rank-R.jsonl` into the run folder: after every step, taken or not, a hash of all that
+    this rank holds.
+    """
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,4 +1,6 @@
-"""Tiny language models whose greedy text is not one token again and again, for tests of what generates, wraps and evaluates them."""
+"""Tiny language models whose greedy text is not one token again and again, for tests of what generates,
+wraps and evaluates them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ OPERATORS_ON_CPU = [
 ENTRIES: list[dict[str, Any]] = [{"name": name, **_ENTRIES.get(name, {})} for name in OPERATORS_ON_CPU] + [
     {"name": "mhla", "chunk_size": 8, "max_chunks": 4, "extrapolation": "shift"}
 ]
-"""An attention entry of every causal operator that runs on a CPU, fit for hundreds of tokens; new operators come by themselves."""
+"""An attention entry of every causal operator that runs on a CPU, fit for hundreds of tokens; new
+operators come by themselves.
+"""
 
 
 def entry_id(entry: Mapping[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""A pytest plugin: servers of shards on the loopback device, an HTTP server that misbehaves on request and moto's S3 server."""
+"""A pytest plugin: servers of shards on the loopback device, an HTTP server that misbehaves on request and
+moto's S3 server.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ FAST = Remote(retries=2, timeout=0.5, backoff=0.01)
 ONCE = Remote(retries=0, timeout=0.6)
 NAME = "train-000000.tar"
 BODY = bytes(range(256)) * 40  # 10,240 bytes, no two neighbours alike
-FORKS = "ignore:.*multi-threaded, use of fork:DeprecationWarning"  # workers fork while the store's thread runs: see stores/io_thread.py
+# workers fork while the store's thread runs: see stores/io_thread.py
+FORKS = "ignore:.*multi-threaded, use of fork:DeprecationWarning"
 
 
-# In a process of its own: its threads use OpenSSL, and loader workers must not be forked while such a thread ends (stores/io_thread.py).
+# In a process of its own: its threads use OpenSSL, and loader workers must not be forked while such a thread
+# ends (stores/io_thread.py).
 _MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -38,7 +42,8 @@ sys.stdin.read()
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `files` (path -> bytes). `faults` are used up, one a request, and `faults_of` (path -> faults) before them.
+    """Serves `files` (path -> bytes). `faults` are used up, one a request, and `faults_of` (path -> faults)
+    before them.
 
     `log` holds (method, path, Range header) of every request.
     """

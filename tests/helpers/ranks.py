@@ -1,7 +1,8 @@
-"""`mhla` commands as several ranks on this machine, started in a second: a process that has imported everything forks them.
+"""`mhla` commands as several ranks on this machine, started in a second: a process that has imported
+everything forks them.
 
-Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second would mostly import. What a rank does is
-what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
+Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second
+would mostly import. What a rank does is what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Ranks:
                 os.kill(self.pids[rank], signal.SIGKILL)
 
     def kill_when(self, reached: Callable[[], bool]) -> None:
-        """SIGKILL to all and to the workers that they have started, as soon as something is reached; it must be reached before they end."""
+        """SIGKILL to all and to the workers that they have started, as soon as something is reached; it
+        must be reached before they end.
+        """
         while not reached():
             assert not self.poll(), self.output()
             time.sleep(0.002)

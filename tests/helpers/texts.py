@@ -42,7 +42,9 @@ def read_rows(
 
 
 def documents_of(tokens: np.ndarray, documents: np.ndarray) -> list[tuple[int, ...]]:
-    """The documents of all rows. Their numbers in a row are 0, 1, 2, ... and then -1, where the token is 0."""
+    """The documents of all rows. Their numbers in a row are 0, 1, 2, ... and then -1, where the token is
+    0.
+    """
     pieces = []
     for row, owners in zip(tokens, documents, strict=True):
         text = int((owners >= 0).sum())

@@ -1,4 +1,6 @@
-"""Small autoencoders of diffusers and text encoders of transformers with random weights, and images and clips for them."""
+"""Small autoencoders of diffusers and text encoders of transformers with random weights, and images and
+clips for them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ FACTOR, SIZE = 4, 16  # pixels a place of a latent, and a side of the images tha
 
 
 def save_kl(folder: Path, seed: int = 0, spread: float = 1.0, **config: object) -> str:
-    """An AutoencoderKL, factor 4, 4 channels, scale 0.5, shift 0.25. spread: of its latents, so that images differ visibly."""
+    """An AutoencoderKL, factor 4, 4 channels, scale 0.5, shift 0.25. spread: of its latents, so that
+    images differ visibly.
+    """
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
@@ -71,7 +75,9 @@ def save_images(folder: Path, train: int = 12, val: int = 4, size: tuple[int, in
 
 
 def save_wan(folder: Path, seed: int = 0, **config: object) -> str:
-    """An AutoencoderKLWan of 4 channels that makes one place of 4 frames and of 4 x 4 pixels, as Wan2.1's does of 4 frames and 8 x 8."""
+    """An AutoencoderKLWan of 4 channels that makes one place of 4 frames and of 4 x 4 pixels, as Wan2.1's
+    does of 4 frames and 8 x 8.
+    """
     from diffusers import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +100,9 @@ def save_wan(folder: Path, seed: int = 0, **config: object) -> str:
 
 
 def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: object) -> str:
-    """A UMT5EncoderModel of 24 channels and a tokenizer of letters. pipeline: in text_encoder/ and tokenizer/, as diffusers lays them out."""
+    """A UMT5EncoderModel of 24 channels and a tokenizer of letters. pipeline: in text_encoder/ and
+    tokenizer/, as diffusers lays them out.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
     from transformers.utils import logging
@@ -133,7 +141,9 @@ def save_clips(
     captions: tuple[str, ...] = ("a red cat", "a dog runs", ""),
     shard_bytes: int = 0,
 ) -> Path:
-    """Packed clips of noise that slowly moves, FOLDER/SPLIT; captions in turn. shard_bytes: 0 takes about three clips a shard."""
+    """Packed clips of noise that slowly moves, FOLDER/SPLIT; captions in turn. shard_bytes: 0 takes about
+    three clips a shard.
+    """
     rng = np.random.default_rng(clip.frames * clip.height)
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():

@@ -39,7 +39,9 @@ def write_video(
     faststart: bool = False,
     key_every: int = 10,
 ) -> Path:
-    """A video of frames, uint8 (height, width, 3) each. times: in seconds, of every frame; None is at `rate`. faststart: the header comes first."""
+    """A video of frames, uint8 (height, width, 3) each. times: in seconds, of every frame; None is at
+    `rate`. faststart: the header comes first.
+    """
     codec, pixels = _CODECS[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
     container_options = {"movflags": "+faststart"} if faststart else {}

@@ -1,4 +1,6 @@
-"""Small checkpoints with every key of Wan2.1 and of the MHLA authors (SPEC 6.8), written out here independently of our tables of names."""
+"""Small checkpoints with every key of Wan2.1 and of the MHLA authors (SPEC 6.8), written out here
+independently of our tables of names.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def theirs() -> Any:
 
 
 def opened(folder: Path, strict: bool) -> Any:
-    """diffusers' model of an exported folder: its from_pretrained demands the package accelerate for this model, so its parts are called here."""
+    """diffusers' model of an exported folder: its from_pretrained demands the package accelerate for this
+    model, so its parts are called here.
+    """
     config = json.loads((folder / "config.json").read_text())
     model = _diffusers().from_config(config)
     model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=strict)

@@ -1,4 +1,6 @@
-"""One of two processes that take a step under every ZeRO stage; rank 0 prints what it holds as JSON. Run by tests/test_plan_memory.py."""
+"""One of two processes that take a step under every ZeRO stage; rank 0 prints what it holds as JSON. Run
+by tests/test_plan_memory.py.
+"""
 
 from __future__ import annotations
 

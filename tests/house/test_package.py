@@ -129,7 +129,10 @@ def test_arrows_point_down(folder: str) -> None:
 
 
 def test_help_lists_every_verb_without_loading_torch() -> None:
-    code = "import sys; sys.argv=['mhla','--help']\nfrom mhla_lightning.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; sys.argv=['mhla','--help']\nfrom mhla_lightning.cli.main import main\ntry: "
+        "main()\nexcept SystemExit: pass\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"],
         capture_output=True,

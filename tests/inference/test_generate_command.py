@@ -340,7 +340,9 @@ def test_runs_that_cannot_generate(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An image run, a run without a checkpoint, one without a tokenizer, one with a tokenizer too large, one with weights of another model."""
+    """An image run, a run without a checkpoint, one without a tokenizer, one with a tokenizer too large,
+    one with weights of another model.
+    """
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
     assert main(["run", str(recipe), "--run-id", "images", "--trainer.max_steps", "4"]) == 0
     for name in ("young", "mute", "other"):
@@ -486,7 +488,10 @@ def test_eval_without_the_harness_names_the_extra(
 
 
 def test_both_verbs_are_listed_and_help_loads_no_torch() -> None:
-    code = "import sys\nfrom mhla_lightning.cli.main import main\ntry:\n    main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom mhla_lightning.cli.main import main\ntry:\n    main(['--help'])\nfinally:\n    "
+        "print('torch' in sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

@@ -1,4 +1,6 @@
-"""Drawing images from a run: the same image for any company, batch and number of processes; killed and gone on; wrong input."""
+"""Drawing images from a run: the same image for any company, batch and number of processes; killed and
+gone on; wrong input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Drawing videos from a run: files that can be read, the same bits by any number of processes, killed and gone on, wrong input."""
+"""Drawing videos from a run: files that can be read, the same bits by any number of processes, killed and
+gone on, wrong input.
+"""
 
 from __future__ import annotations
 

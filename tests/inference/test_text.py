@@ -1,4 +1,6 @@
-"""Generation: the state against full recomputation, batches against each prompt alone, the distribution of draws, stop strings."""
+"""Generation: the state against full recomputation, batches against each prompt alone, the distribution of
+draws, stop strings.
+"""
 
 from __future__ import annotations
 

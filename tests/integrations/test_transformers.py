@@ -190,7 +190,10 @@ def test_assisted_generation_is_refused_by_transformers() -> None:
 
 
 def test_without_transformers_the_import_names_the_extra() -> None:
-    code = "import sys; sys.modules['transformers'] = None\ntry:\n    import mhla_lightning.hf\nexcept Exception as error:\n    print(error)"
+    code = (
+        "import sys; sys.modules['transformers'] = None\ntry:\n    import mhla_lightning.hf\nexcept "
+        "Exception as error:\n    print(error)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )

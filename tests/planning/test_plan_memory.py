@@ -66,7 +66,9 @@ def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Ta
 
 
 def check_activations(task: Task, precision_name: str, samples: int = 4) -> None:
-    """A real step on the CPU, whose tensors hold numbers, against the estimate, which knows fewer layers and no numbers."""
+    """A real step on the CPU, whose tensors hold numbers, against the estimate, which knows fewer layers
+    and no numbers.
+    """
     precision = find_precision(precision_name)
     estimate = activation_bytes(task, samples, precision)
     real = task.rehearsal()

@@ -17,10 +17,11 @@ from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from tests.slurm.cluster import HERE, Cluster, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2700)]
+# however fast the machine is, the time limit comes before the last step; and two runs side by side have room
 STEPS, PAUSE = (
     1500,
     0.09,
-)  # however fast the machine is, the time limit comes before the last step; and two runs side by side have room
+)
 CALLBACKS = [
     {"class_path": "mhla_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
     {"class_path": "trouble.Trouble", "init_args": {"pause": PAUSE}},
@@ -141,7 +142,9 @@ def test_ten_interruptions(cluster: Cluster) -> None:
 def interrupt_attempt(
     cluster: Cluster, job: str, number: int, interrupt: Callable[[Cluster, str], None]
 ) -> None:
-    """Waits until this attempt trains (or, the ninth, until its processes are there), interrupts it, and waits until SLURM counts a restart."""
+    """Waits until this attempt trains (or, the ninth, until its processes are there), interrupts it, and
+    waits until SLURM counts a restart.
+    """
     wait_for(
         f"attempt {number + 1}",
         lambda: len(cluster.attempts(NAME, "started")) > number,
@@ -166,7 +169,8 @@ def interrupt_attempt(
         told=lambda: cluster.logs(NAME),
     )
     print(
-        f"{interrupt.__name__}: step {cluster.progress(NAME).get('step')}, {time.monotonic() - began:.0f} s until queued again",
+        f"{interrupt.__name__}: step {cluster.progress(NAME).get('step')}, "
+        f"{time.monotonic() - began:.0f} s until queued again",
         flush=True,
     )
 
@@ -188,7 +192,9 @@ def restarts(cluster: Cluster, job: str) -> int:
 
 
 def assert_equal_curves(cluster: Cluster, one: str, other: str) -> None:
-    """Every loss, learning rate, gradient norm and validation is equal to the bit, and TensorBoard shows each once."""
+    """Every loss, learning rate, gradient norm and validation is equal to the bit, and TensorBoard shows
+    each once.
+    """
     series = {name: read_metrics(cluster.run(name).metrics) for name in (one, other)}
     exact = [
         tag

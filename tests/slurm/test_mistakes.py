@@ -1,4 +1,6 @@
-"""What SLURM, the disk or the site would refuse: one sentence, before anything is queued, and no run folder left."""
+"""What SLURM, the disk or the site would refuse: one sentence, before anything is queued, and no run
+folder left.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ def background(cluster: Cluster, *words: str) -> subprocess.Popen[str]:
 
 
 def test_a_life(cluster: Cluster) -> None:
-    """Pending on another run, running, cancelled, resumed, preempted and waiting for its next attempt, completed; two runs side by side."""
+    """Pending on another run, running, cancelled, resumed, preempted and waiting for its next attempt,
+    completed; two runs side by side.
+    """
     first = cluster.submit("first", *LONG, "--trainer.max_steps", "1500", "--nodes", "2")
     other = cluster.submit("other", *LONG)
     check_pending(cluster, cluster.submit("waiting", "--after", "first"))
@@ -177,7 +179,9 @@ def test_user_mistake_in_the_job_is_not_queued_again(cluster: Cluster) -> None:
 
 
 def test_timed_out(cluster: Cluster) -> None:
-    """A rank that hangs cannot save: SLURM kills it at the time limit, the state says so, and resume goes on."""
+    """A rank that hangs cannot save: SLURM kills it at the time limit, the state says so, and resume goes
+    on.
+    """
     job = cluster.submit("hangs", *trouble(hang=6), "--time", "1", "--checkpoint.every_n_steps", "4")
     wait_for("the time limit", lambda: ended(cluster, job), told=lambda: cluster.logs("hangs"))
     row = cluster.status("hangs")
@@ -192,7 +196,9 @@ def test_timed_out(cluster: Cluster) -> None:
 
 
 def test_seeds_and_after(cluster: Cluster) -> None:
-    """An array of three seeds makes three runs, each with files of its own; what waits for it starts when all have finished."""
+    """An array of three seeds makes three runs, each with files of its own; what waits for it starts when
+    all have finished.
+    """
     array = cluster.submit("seeds", "--array", "0-2", "--trainer.max_steps", "8")
     chained = cluster.submit("chained", "--after", array, "--trainer.max_steps", "4")
     names = [f"seeds-seed{seed}" for seed in range(3)]

@@ -1,4 +1,6 @@
-"""DeepSpeed's configuration out of a recipe, and what is refused. Nothing here starts a process group; DeepSpeed itself reads every configuration."""
+"""DeepSpeed's configuration out of a recipe, and what is refused. Nothing here starts a process group;
+DeepSpeed itself reads every configuration.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ZeRO stages on real ranks (CPU, gloo): the numbers of one process, resumed bit for bit, and on other numbers of ranks and other strategies."""
+"""ZeRO stages on real ranks (CPU, gloo): the numbers of one process, resumed bit for bit, and on other
+numbers of ranks and other strategies.
+"""
 
 from __future__ import annotations
 
@@ -82,9 +84,11 @@ def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Pat
     folder = tmp_path_factory.mktemp("zero")
     recipe = folder / "tiny.yaml"
     clipped = TINY_RECIPE.replace("log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5")
-    # Adam divides by the gradient's size: where that is near 0, its usual eps makes whole steps of rounding errors.
+    # Adam divides by the gradient's size: where that is near 0, its usual eps makes whole steps of rounding
+    # errors.
     steady = clipped.replace("optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-2, eps: 1.0e-2}")
-    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
+    # what goes up is projected in every step
+    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"
     steady = steady.replace("{name: mhla, blocks: 2}", at_the_border)
     recipe.write_text(steady.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
     return Runs(nursery, folder, recipe)
@@ -136,7 +140,9 @@ def test_stages_1_and_2_are_ddp_bit_for_bit(runs: Runs) -> None:
 
 
 def test_split_weights_start_as_those_of_one_process(runs: Runs) -> None:
-    """DeepSpeed would round what is computed on the way to them: the locality of a mixing matrix is float64."""
+    """DeepSpeed would round what is computed on the way to them: the locality of a mixing matrix is
+    float64.
+    """
     still = [
         "--model.optimizer.lr",
         "1e-60",
@@ -235,7 +241,9 @@ def test_twenty_more_steps_with_one_rank_and_with_four(runs: Runs, name: str) ->
 
 @pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, name: str) -> None:
-    """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have no master."""
+    """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have
+    no master.
+    """
     start = str(complete_checkpoints(runs.of("one"))[-1] / "ema" / "weights.safetensors")
     warm = [
         "--model.init_from",

@@ -1,4 +1,6 @@
-"""What a CPU cannot train: float16 with loss scaling, DeepSpeed's own optimizer on offloaded states. `make gpu`."""
+"""What a CPU cannot train: float16 with loss scaling, DeepSpeed's own optimizer on offloaded states. `make
+gpu`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ZeRO-3 with optimizer state and weights on a disk, two real ranks (CPU, DeepSpeed's own libaio): the numbers of memory, saved and resumed."""
+"""ZeRO-3 with optimizer state and weights on a disk, two real ranks (CPU, DeepSpeed's own libaio): the
+numbers of memory, saved and resumed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Pat
         "optimizer: {lr: 2.0e-3}", "optimizer: {lr: 2.0e-4, eps: 1.0e-2, weight_decay: 0}"
     )  # with the mixing matrices in it
     one_group = one_group.replace("keep_last: 2", "keep_last: 9")
-    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"  # what goes up is projected in every step
+    # what goes up is projected in every step
+    at_the_border = "{name: mhla, blocks: 2, mix_init: const, mix_init_options: {value: 1.0}}"
     recipe.write_text(
         one_group.replace("{name: mhla, blocks: 2}", at_the_border)
         .replace("PATH", str(shards))
@@ -50,11 +53,17 @@ def nvme(folder: Path, *, groups: int = 10**6, weights: str = "nvme", more: str 
     """The preset, with the optimizer's state in groups of so many numbers."""
     swap = f"nvme_path: {folder / 'swap'}"
     places = f"offload_optimizer: {{{swap}}}, offload_param: {{device: {weights}, {swap}{more}}}"
-    return f"{{name: zero3_nvme, zero_optimization: {{stage3_param_persistence_threshold: 0, sub_group_size: {groups}, {places}}}}}"
+    return (
+        f"{{name: zero3_nvme, zero_optimization: {{stage3_param_persistence_threshold: 0, "
+        f"sub_group_size: {groups}, {places}}}}}"
+    )
 
 
 def in_memory(*, groups: int = 10**6) -> str:
-    return f"{{name: zero3_offload, zero_optimization: {{stage3_param_persistence_threshold: 0, sub_group_size: {groups}}}}}"
+    return (
+        f"{{name: zero3_offload, zero_optimization: {{stage3_param_persistence_threshold: 0, "
+        f"sub_group_size: {groups}}}}}"
+    )
 
 
 def assert_equal_ends(got: Path, expected: Path) -> None:
@@ -203,7 +212,10 @@ def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest
     check_disk(zero_config("zero3_offload")["zero_optimization"])
     with pytest.raises(
         UserError,
-        match=r"zero_optimization\.offload_optimizer\.nvme_path is .*nowhere, and there is no such folder on this machine",
+        match=(
+            r"zero_optimization\.offload_optimizer\.nvme_path is .*nowhere, and there is no such folder "
+            r"on this machine"
+        ),
     ):
         check_disk(_zero(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"nvme_path is /proc/self, which cannot be written"):

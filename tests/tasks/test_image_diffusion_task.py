@@ -1,4 +1,6 @@
-"""The image diffusion task: whose randomness a sample has, what it learns from, which data it refuses; whole runs on real image shards."""
+"""The image diffusion task: whose randomness a sample has, what it learns from, which data it refuses;
+whole runs on real image shards.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from tests.helpers.ranks import Nursery
 from tests.training.test_resume import exact_metrics, fit, fit_killed
 
 FACTS: dict[str, Any] = {"kind": "images", "classes": 4, "image_size": (8, 8)}
-GRIDS = "{class_path: mhla_lightning.callbacks.SampleGrids, init_args: {grids: 3, first: 2, classes: [0, 3], per_class: 2, sampler: ddpm, steps: 3}}"
+GRIDS = (
+    "{class_path: mhla_lightning.callbacks.SampleGrids, init_args: {grids: 3, first: 2, classes: [0, 3], "
+    "per_class: 2, sampler: ddpm, steps: 3}}"
+)
 EMA = "{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}"
 ALL = f"[{EMA}, {GRIDS}, {{class_path: mhla_lightning.callbacks.SampleLog}}]"
 
@@ -36,7 +41,9 @@ def diffusion_recipe(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("diffusion", ["ddpm", "flow"])
 def test_a_sample_has_its_own_randomness(diffusion: str) -> None:
-    """The losses of a batch are those of its halves: noise, time and dropped label do not depend on the company."""
+    """The losses of a batch are those of its halves: noise, time and dropped label do not depend on the
+    company.
+    """
     task = make_task(diffusion=diffusion, label_dropout=0.5)
     whole = make_batch(6)
     halves = [{key: value[part] for key, value in whole.items()} for part in (slice(0, 2), slice(2, 6))]
@@ -97,7 +104,9 @@ def test_losses_by_time_make_up_the_loss() -> None:
     "ignore:The 'val_dataloader' does not have many workers"
 )  # one batch in memory needs none
 def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
-    """It was NaN in TensorBoard and in metrics.jsonl. Padding, weight 0, is no sample either; the next validation begins anew."""
+    """It was NaN in TensorBoard and in metrics.jsonl. Padding, weight 0, is no sample either; the next
+    validation begins anew.
+    """
     task, batch = make_task(time_bins=40), make_batch(6) | {"weight": torch.tensor([1.0, 1, 1, 1, 0, 0])}
     bins = task.process.bins(task._draw((1,), [0] * 6, range(6), "validation", 0.0)[1], 40)
     trainer = pl.Trainer(

@@ -1,4 +1,6 @@
-"""The language and the recall task: what counts, what is measured, which data they refuse; whole runs on real token shards."""
+"""The language and the recall task: what counts, what is measured, which data they refuse; whole runs on
+real token shards.
+"""
 
 from __future__ import annotations
 
@@ -326,7 +328,9 @@ def test_every_operator_trains(language_recipe: Path, tmp_path: Path, attention:
 
 
 def test_golden_losses(language_recipe: Path, tmp_path: Path) -> None:
-    """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you write the file anew."""
+    """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you
+    write the file anew.
+    """
     assert main(["run", str(language_recipe), "--run-id", "golden"]) == 0
     series = read_metrics(tmp_path / "runs" / "golden" / "metrics.jsonl")
     found = {

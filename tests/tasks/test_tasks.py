@@ -251,7 +251,9 @@ def test_every_operator_trains(recipe: Path, tmp_path: Path, attention: str) -> 
 
 
 def test_golden_losses(recipe: Path, tmp_path: Path) -> None:
-    """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you write the file anew."""
+    """Ten steps from a fixed seed. A change that moves these numbers changes training: say so when you
+    write the file anew.
+    """
     assert main(["run", str(recipe), "--run-id", "golden", "--trainer.max_steps", "10"]) == 0
     losses = [
         value for _, value in read_metrics(tmp_path / "runs" / "golden" / "metrics.jsonl")["train/loss"]

@@ -60,7 +60,9 @@ def losses(task: Any, batch: dict[str, Any], dropout: float) -> Tensor:
 
 
 def test_a_sample_has_its_own_randomness() -> None:
-    """The losses of a batch are those of its halves: noise, time and dropped text do not depend on the company."""
+    """The losses of a batch are those of its halves: noise, time and dropped text do not depend on the
+    company.
+    """
     task, whole = make_task(), make_batch(6)
     halves = [{key: value[part] for key, value in whole.items()} for part in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(
@@ -72,7 +74,9 @@ def test_a_sample_has_its_own_randomness() -> None:
 
 
 def test_a_dropped_text_is_the_empty_prompt() -> None:
-    """With every text dropped the text of a sample changes nothing, and the empty prompt's features do; with none it is the other way round."""
+    """With every text dropped the text of a sample changes nothing, and the empty prompt's features do;
+    with none it is the other way round.
+    """
     task, batch = make_task(), make_batch()
     other = {**batch, "text": batch["text"].flip(0)}
     before = losses(task, batch, 1.0), losses(task, batch, 0.0)

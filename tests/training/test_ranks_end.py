@@ -1,4 +1,6 @@
-"""A rank that dies ends the others soon, and the last words are its own: real processes, started by the ordinary command."""
+"""A rank that dies ends the others soon, and the last words are its own: real processes, started by the
+ordinary command.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SOON = 60.0  # seconds from the fault to the end of the last process; on a quiet
 
 @dataclass
 class End:
-    """How a command ended: exit code, what it printed on both streams, and the seconds from the fault until its last process was gone."""
+    """How a command ended: exit code, what it printed on both streams, and the seconds from the fault
+    until its last process was gone.
+    """
 
     code: int
     said: str
@@ -110,7 +114,10 @@ def test_an_exception_on_one_rank_is_shown_with_its_rank(recipe_file: Path, stra
     assert "ZeroDivisionError: a mistake in somebody's layer\n[rank1]: on rank 1 of 2, process " in end.said
     assert end.said.count("Traceback") == 1, end.said
     assert "gloo" not in end.said
-    expected = "rank 1 of 2 ended with exit code 1, its error stands above; the others were stopped; the same command goes on from step-00000002"
+    expected = (
+        "rank 1 of 2 ended with exit code 1, its error stands above; the others were stopped; the same "
+        "command goes on from step-00000002"
+    )
     assert end.last_line == f"error: {expected}"
     assert end.seconds < SOON
     assert json.loads((recipe_file.parent / "runs" / "r" / "progress.json").read_text())["state"] == "failed"
@@ -122,7 +129,8 @@ def test_a_rank_that_is_killed_ends_the_others(recipe_file: Path, strategy: str)
     end = run(recipe_file, "kill", 1, strategy)
     assert end.code == 1
     assert end.last_line.startswith(
-        "error: rank 1 of 2 was ended by SIGKILL (for lack of memory, perhaps: dmesg says so); the others were stopped"
+        "error: rank 1 of 2 was ended by SIGKILL (for lack of memory, perhaps: dmesg says so); the "
+        "others were stopped"
     )
     assert "Traceback" not in end.said
     assert end.seconds < SOON
@@ -147,7 +155,8 @@ def test_nobody_outlives_rank_zero(recipe_file: Path, strategy: str) -> None:
             "memory",
             1,
             2,
-            "error: rank 1 of 2: out of memory after step 2 with data.micro_batch_size 8 (data.batch_size 16 = 2 ranks x 8 x 1",
+            "error: rank 1 of 2: out of memory after step 2 with data.micro_batch_size 8 "
+            "(data.batch_size 16 = 2 ranks x 8 x 1",
         ),
         ("memory", 0, 2, "error: out of memory after step 2 with"),
         ("layer", 1, 2, "error: the loss of step 3 is not finite, and 1 steps in a row were left out"),

@@ -1,4 +1,6 @@
-"""A run that is killed anywhere goes on with the exact next sample, on any number of processes and workers."""
+"""A run that is killed anywhere goes on with the exact next sample, on any number of processes and
+workers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def fit(nursery: Nursery, recipe: Path | str, run: Path, *extra: str) -> str:
 
 
 def fit_killed(nursery: Nursery, recipe: Path | str, run: Path, step: int, *extra: str) -> bool:
-    """Train until a batch of `step` was handed out, then kill the process at once; False when training ended before."""
+    """Train until a batch of `step` was handed out, then kill the process at once; False when training
+    ended before.
+    """
     process = nursery.start(1, arguments(recipe, run, *extra), Path.cwd())
     deadline = time.monotonic() + 300
     while not process.poll() and last_step(run) < step and time.monotonic() < deadline:
@@ -70,7 +74,9 @@ def last_step(run: Path) -> int:
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
-    """(epoch, index, key) of every sample that the steps of a run took: in the order of the loader for one process, sorted for several."""
+    """(epoch, index, key) of every sample that the steps of a run took: in the order of the loader for one
+    process, sorted for several.
+    """
     steps: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     logs = sorted((run / "samples").glob("rank-*.jsonl"))
     for log in logs:
@@ -87,7 +93,9 @@ def exact_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
-    """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken run."""
+    """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken
+    run.
+    """
     extra = [
         *MIXED,
         "--data.num_workers",
@@ -111,7 +119,9 @@ def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path
 
 @pytest.mark.slow
 def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
-    """Another number of processes and workers, other micro batches: the same global batches, and the same losses but for rounding."""
+    """Another number of processes and workers, other micro batches: the same global batches, and the same
+    losses but for rounding.
+    """
     extra = [*MIXED, "--checkpoint.every_n_steps", "5"]
     whole, elastic = tmp_path / "runs" / "whole", tmp_path / "runs" / "elastic"
     fit(nursery, recipe, whole, *extra, "--trainer.max_steps", "15")
@@ -147,7 +157,9 @@ def test_a_killed_run_goes_on_on_two_processes_without_being_asked(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path: Path) -> None:
-    """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the unbroken run's, bit for bit."""
+    """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the
+    unbroken run's, bit for bit.
+    """
     recipe = "classification/deit_tiny_mhla_mnist_cpu"
     data = ["--data.path", str(tmp_path / "mnist"), "--data.source", "mnist", "--data.num_workers", "2"]
     steps = [
@@ -168,5 +180,6 @@ def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)
     print(
-        f"killed at {killed}: {sum(map(len, samples(cut).values()))} samples and {sum(map(len, exact_metrics(cut).values()))} values equal"
+        f"killed at {killed}: {sum(map(len, samples(cut).values()))} samples and "
+        f"{sum(map(len, exact_metrics(cut).values()))} values equal"
     )

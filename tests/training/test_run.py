@@ -135,7 +135,9 @@ def start(recipe: Path, *extra: str) -> subprocess.Popen[str]:
 
 
 def interrupt(recipe: Path, folder: Path, number: signal.Signals, steps: int = 100_000) -> tuple[int, str]:
-    """Starts a run in `folder`, sends the signal once it has a checkpoint; returns its exit code and what it said."""
+    """Starts a run in `folder`, sends the signal once it has a checkpoint; returns its exit code and what
+    it said.
+    """
     with start(recipe, "--run-id", folder.name, "--trainer.max_steps", str(steps)) as process:
         deadline = time.monotonic() + 120
         while not complete_checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
@@ -148,7 +150,9 @@ def interrupt(recipe: Path, folder: Path, number: signal.Signals, steps: int = 1
 def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal, bit for bit."""
+    """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal,
+    bit for bit.
+    """
     assert fit(recipe, "--trainer.max_steps", "48", name="whole") == 0
     folder = run_folder(tmp_path, "cut")
     _, said = interrupt(recipe, folder, signal.SIGKILL, steps=48)

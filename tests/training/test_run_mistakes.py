@@ -1,4 +1,6 @@
-"""`mhla run` on a user's mistakes: one sentence that names the key or file, exit code 2, before any training."""
+"""`mhla run` on a user's mistakes: one sentence that names the key or file, exit code 2, before any
+training.
+"""
 
 from __future__ import annotations
 

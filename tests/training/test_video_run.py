@@ -1,4 +1,6 @@
-"""Whole runs of the video diffusion task on real clips: learning, a kill, ranks, a teacher, an export, buckets of images and videos."""
+"""Whole runs of the video diffusion task on real clips: learning, a kill, ranks, a teacher, an export,
+buckets of images and videos.
+"""
 
 from __future__ import annotations
 

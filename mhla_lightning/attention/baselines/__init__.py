@@ -1,1 +1,3 @@
-"""Causal attention for language models: documents packed into rows, the layer, and the operators beside MHLA."""
+"""Causal attention for language models: documents packed into rows, the layer, and the operators beside
+MHLA.
+"""

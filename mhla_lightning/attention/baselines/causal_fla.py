@@ -1,4 +1,6 @@
-"""Gated baselines of language models by the kernels of flash-linear-attention (package `fla`): Triton, so on CUDA devices only."""
+"""Gated baselines of language models by the kernels of flash-linear-attention (package `fla`): Triton, so
+on CUDA devices only.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mhla_lightning.errors import UserError, missing_extra
 
 _CHUNK = 64  # tokens that the kernels compute at once
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
-"""q, k (batch, tokens, heads, dim_k), v (batch, tokens, heads, dim_v), log decays -> the output as v, and the state where it is asked for."""
+"""q, k (batch, tokens, heads, dim_k), v (batch, tokens, heads, dim_v), log decays -> the output as v, and
+the state where it is asked for.
+"""
 
 
 def load_kernels(ops: str, name: str, device: torch.device) -> tuple[Kernel, Kernel]:
@@ -35,14 +39,16 @@ def load_kernels(ops: str, name: str, device: torch.device) -> tuple[Kernel, Ker
     """
     if device.type != "cuda":
         raise UserError(
-            f"attention '{name}' needs a CUDA device and got tensors on {device.type}; {{name: linear, decay: token}} runs anywhere"
+            f"attention '{name}' needs a CUDA device and got tensors on {device.type}; {{name: "
+            f"linear, decay: token}} runs anywhere"
         )
     module = importlib.import_module(f"fla.ops.{ops}")
     return getattr(module, f"chunk_{ops}"), getattr(module, f"fused_recurrent_{ops}")
 
 
 class FlashOperator(CausalAttention):
-    """What the operators here share: documents as sequences of their own, one state (dim_k, dim_v) a head. No option, no parameter.
+    """What the operators here share: documents as sequences of their own, one state (dim_k, dim_v) a head. No
+    option, no parameter.
 
     Builds and counts anywhere; the first forward needs a CUDA device. `step` has no backward.
 
@@ -101,7 +107,9 @@ class FlashOperator(CausalAttention):
         beta: Tensor | None,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and where it is to be kept the state (batch, heads, dim_k, dim_v) behind one document a row."""
+        """The output, and where it is to be kept the state (batch, heads, dim_k, dim_v) behind one
+        document a row.
+        """
         kernel, _ = load_kernels(self.ops, self.name, q.device)
         options = {"scale": self._scale(q.shape[-1]), "output_final_state": keep}
         if packing is None:
@@ -114,7 +122,8 @@ class FlashOperator(CausalAttention):
             ).total
         if not len(sequences.rows):
             return torch.zeros_like(v), total
-        # Padding goes before anything else is computed: it may hold anything, also NaN, and a gradient of 0 times NaN is NaN.
+        # Padding goes before anything else is computed: it may hold anything, also NaN, and a gradient of 0
+        # times NaN is NaN.
         q, k, v = (sequences.join(x) for x in (q, k, v))
         log_decay, beta = (None if x is None else sequences.join(x) for x in (log_decay, beta))
         turn = None if rotary is None else lambda x: sequences.join(rotary(sequences.split(x, batch, tokens)))
@@ -200,7 +209,9 @@ class FlashOperator(CausalAttention):
         return out, LinearState(total, None)
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        """What the chunkwise form multiplies in chunks of 64; torch's counter sees nothing of Triton's kernels."""
+        """What the chunkwise form multiplies in chunks of 64; torch's counter sees nothing of Triton's
+        kernels.
+        """
         places = -(-tokens // _CHUNK) * _CHUNK
         return 2 * heads * places * (2 * dim_k * dim_v + _CHUNK * (dim_k + dim_v))
 
@@ -212,7 +223,9 @@ def _call(kernel: Kernel, given: dict[str, Tensor], **options: object) -> tuple[
 
 
 class GatedLinearAttention(FlashOperator):
-    """GLA (arXiv 2312.06635): S_t = diag(g_t) S_t-1 + k_t v_t^T, o_t = S_t^T q_t dim_k ** -0.5, one decay in (0, 1) a key channel."""
+    """GLA (arXiv 2312.06635): S_t = diag(g_t) S_t-1 + k_t v_t^T, o_t = S_t^T q_t dim_k ** -0.5, one decay
+    in (0, 1) a key channel.
+    """
 
     name, ops = "gla", "gla"
     channel_decay = True
@@ -224,9 +237,11 @@ class GatedLinearAttention(FlashOperator):
 
 
 class Mamba2(FlashOperator):
-    """Mamba-2's state space duality (arXiv 2405.21060): S_t = g_t S_t-1 + k_t (dt_t v_t)^T, o_t = S_t^T q_t, with SiLU on q, k and v.
+    """Mamba-2's state space duality (arXiv 2405.21060): S_t = g_t S_t-1 + k_t (dt_t v_t)^T, o_t = S_t^T q_t,
+    with SiLU on q, k and v.
 
-    The step dt_t is -log g_t; the factor a head between the two is left to the norm of the output. Each head has its own q and k, and none a skip.
+    The step dt_t is -log g_t; the factor a head between the two is left to the norm of the output. Each head
+    has its own q and k, and none a skip.
     """
 
     name, ops = "mamba2", "simple_gla"
@@ -241,7 +256,8 @@ class Mamba2(FlashOperator):
 
 
 class GatedDeltaNet(FlashOperator):
-    """Gated DeltaNet (arXiv 2412.06464): S_t = g_t (I - beta_t k_t k_t^T) S_t-1 + beta_t k_t v_t^T, o_t = S_t^T q_t dim_k ** -0.5.
+    """Gated DeltaNet (arXiv 2412.06464): S_t = g_t (I - beta_t k_t k_t^T) S_t-1 + beta_t k_t v_t^T, o_t =
+    S_t^T q_t dim_k ** -0.5.
 
     SiLU on q, k and v; then q and k have length 1.
     """
@@ -256,7 +272,9 @@ class GatedDeltaNet(FlashOperator):
         return {"q": q, "k": k, "v": F.silu(v), "gate": log_decay, "beta": self._needed("beta", beta)}
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        """Beside the shared ones, in each chunk k k^T, the inverse's products with k and v, and what the state already holds of the values."""
+        """Beside the shared ones, in each chunk k k^T, the inverse's products with k and v, and what the
+        state already holds of the values.
+        """
         places = -(-tokens // _CHUNK) * _CHUNK
         delta = 2 * heads * places * (dim_k * dim_v + _CHUNK * (2 * dim_k + dim_v))
         return super().flops(tokens, heads, dim_k, dim_v) + delta

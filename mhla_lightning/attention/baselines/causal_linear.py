@@ -1,4 +1,6 @@
-"""Causal linear attention, chunk by chunk and with a state: what MHLA is without its mixing. With a decay it is gated retention."""
+"""Causal linear attention, chunk by chunk and with a state: what MHLA is without its mixing. With a decay
+it is gated retention.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ DECAYS = ("head", "token")
 
 @dataclass
 class LinearState:
-    """total: (batch, heads, dim_k, dim_v), the decayed sum of k v^T. norm: (batch, heads, dim_k, 1), of k, where there is a normalizer."""
+    """total: (batch, heads, dim_k, dim_v), the decayed sum of k v^T. norm: (batch, heads, dim_k, 1), of k,
+    where there is a normalizer.
+    """
 
     total: Tensor
     norm: Tensor | None
@@ -39,13 +43,15 @@ class LinearState:
 
 
 class CausalLinear(base.CausalAttention):
-    """o_t = sum_{s<=t} (prod_{r=s+1..t} g_r) (phi(q_t) . phi(k_s)) v_s dim_k ** -0.5, over its sum without v where normalized.
+    """o_t = sum_{s<=t} (prod_{r=s+1..t} g_r) (phi(q_t) . phi(k_s)) v_s dim_k ** -0.5, over its sum without v
+    where normalized.
 
     Args:
         chunk_size: tokens computed at once; the result does not depend on it.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         normalizer: `none` where a norm per head follows (language), else `block`.
-        decay: None is g = 1; `head` one learned g a head (RetNet, arXiv 2307.08621); `token` one a token and head, computed by the layer.
+        decay: None is g = 1; `head` one learned g a head (RetNet, arXiv 2307.08621); `token` one a token and
+            head, computed by the layer.
         eps: added to the normalizer, and by `relu_eps` to the features.
 
     Raises:
@@ -217,7 +223,8 @@ class CausalLinear(base.CausalAttention):
         places = chunks * self.chunk_size
         decayed = self.token_decay or self.decay is not None
         widths = [dim_v, 1] if self.normalizer == "block" else [dim_v]
-        # per value channel: a summary, a read, the own chunk; with a decay a matrix between chunks; and the scores once
+        # per value channel: a summary, a read, the own chunk; with a decay a matrix between chunks; and the
+        # scores once
         each = sum(
             w * (2 * places * dim_k + places * self.chunk_size + (chunks**2 * dim_k if decayed else 0))
             for w in widths

@@ -19,7 +19,8 @@ _GROWTH = 256  # tokens by which the cache grows: fewer copies than token by tok
 class KeyValueCache:
     """Keys and values of all tokens so far: bytes grow with the position.
 
-    keys: (batch, heads, places, dim_k), values: (batch, heads, places, dim_v); a sequence fills its first `lengths[b]` places.
+    keys: (batch, heads, places, dim_k), values: (batch, heads, places, dim_v); a sequence fills its first
+        `lengths[b]` places.
     """
 
     keys: Tensor

@@ -1,4 +1,6 @@
-"""Linear attention with one summary for all tokens (SPEC 1.6): MHLA with M = 1, the baseline of the paper's tables."""
+"""Linear attention with one summary for all tokens (SPEC 1.6): MHLA with M = 1, the baseline of the
+paper's tables.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class Linear(base.Attention):
     """o_t = phi(q_t) S / (phi(q_t) . z + eps), S = sum phi(k) v^T, z = sum phi(k).
 
     Args:
-        feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has relu without eps.
+        feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has relu
+            without eps.
         eps: added to the normalizer (and by `relu_eps` to the features).
     """
 

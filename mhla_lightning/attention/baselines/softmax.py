@@ -33,7 +33,8 @@ class Softmax(Attention):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if mask is None:
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        # A sample without any real token would have empty softmax rows (NaN): let it see all, its output is zeroed below.
+        # A sample without any real token would have empty softmax rows (NaN): let it see all, its output is
+        # zeroed below.
         keys = mask | ~mask.any(-1, keepdim=True)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None]).transpose(1, 2)
         return out * mask[:, :, None, None].to(out.dtype)

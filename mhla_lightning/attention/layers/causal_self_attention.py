@@ -1,4 +1,6 @@
-"""Causal self-attention around any operator: projections, short convolution, decay, output norm and gate (SPEC 5.1)."""
+"""Causal self-attention around any operator: projections, short convolution, decay, output norm and gate
+(SPEC 5.1).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class LayerState:
     """What one layer remembers of the tokens so far.
 
     operator: the operator's own state.
-    inputs: of each short convolution (q, k, v) its last inputs, (batch, width - 1, channels); empty without convolutions.
+    inputs: of each short convolution (q, k, v) its last inputs, (batch, width - 1, channels); empty without
+        convolutions.
     """
 
     operator: State
@@ -56,7 +59,8 @@ class CausalSelfAttention(nn.Module):
         out_norm: RMSNorm per head on the operator's output.
         qk_norm: RMSNorm of q and k over all their channels.
         qkv_bias: bias of the q, k and v projections.
-        short_conv: width of a convolution of q, k and v over earlier tokens (4 in the models that have one); 0 is none.
+        short_conv: width of a convolution of q, k and v over earlier tokens (4 in the models that have one);
+            0 is none.
         rotary: turns q and k by their positions; False has no positions but the operator's own.
         dropout: after the output projection.
         norm_eps: of all norms here.
@@ -94,7 +98,8 @@ class CausalSelfAttention(nn.Module):
             raise UserError(f"kv_heads is {self.kv_heads} and heads {heads}; kv_heads must divide heads")
         if rotary and self.dim_k % 2:
             raise UserError(
-                f"rotary turns pairs of channels, and a head of {self.dim_k} (dim {dim}, expand_k {expand_k}, heads {heads}) is odd"
+                f"rotary turns pairs of channels, and a head of {self.dim_k} (dim {dim}, expand_k "
+                f"{expand_k}, heads {heads}) is odd"
             )
         self.rotary = rotary
         widths = {"q": heads * self.dim_k, "k": self.kv_heads * self.dim_k, "v": self.kv_heads * self.dim_v}
@@ -125,7 +130,9 @@ class CausalSelfAttention(nn.Module):
 
     @torch.no_grad()
     def reset_decay(self) -> None:
-        """At the start every head (every channel of a head, where each has a decay) forgets at a rate of its own, whatever the token."""
+        """At the start every head (every channel of a head, where each has a decay) forgets at a rate of
+        its own, whatever the token.
+        """
         if self.decay is not None:
             nn.init.zeros_(self.decay.weight)
             self.decay.bias.copy_(
@@ -183,7 +190,9 @@ class CausalSelfAttention(nn.Module):
         )
 
     def flops(self, tokens: int) -> int:
-        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add (shifted sums and norms are none)."""
+        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add (shifted sums and norms are
+        none).
+        """
         projections = sum(child.weight.numel() for child in self.children() if isinstance(child, nn.Linear))
         return 2 * tokens * projections + self.attention.flops(tokens, self.heads, self.dim_k, self.dim_v)
 

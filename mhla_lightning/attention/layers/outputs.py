@@ -16,10 +16,12 @@ from mhla_lightning.errors import UserError
 
 @contextmanager
 def attention_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it every forward of `model` appends the output of each of its self-attention layers, (batch, tokens, dim) each, in layer order.
+    """Within it every forward of `model` appends the output of each of its self-attention layers, (batch,
+    tokens, dim) each, in layer order.
 
-    What is appended is part of the forward's graph, so a loss on it reaches the weights (distillation from a teacher, layer by layer).
-    A layer that activation checkpointing runs again in the backward appends nothing.
+    What is appended is part of the forward's graph, so a loss on it reaches the weights (distillation from a
+    teacher, layer by layer). A layer that activation checkpointing runs again in the backward appends
+    nothing.
 
     Raises:
         UserError: a model without such layers.

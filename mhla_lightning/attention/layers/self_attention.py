@@ -106,7 +106,9 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(batch, tokens, dim) in raster order -> same shape; mask is (batch, tokens) bool, True = real token."""
+        """(batch, tokens, dim) in raster order -> same shape; mask is (batch, tokens) bool, True = real
+        token.
+        """
         grid = self.grid if grid is None else grid
         x = self.norm(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)

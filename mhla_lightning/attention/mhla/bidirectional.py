@@ -25,12 +25,16 @@ def block_summaries(k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[T
 
 
 def mix(summaries: Tensor, mixing: Tensor) -> Tensor:
-    """S~_i = sum_b m[i, b] S_b over the block axis, the third of `summaries`; mixing is (blocks, blocks) or (heads, blocks, blocks)."""
+    """S~_i = sum_b m[i, b] S_b over the block axis, the third of `summaries`; mixing is (blocks, blocks)
+    or (heads, blocks, blocks).
+    """
     return (mixing @ summaries.flatten(3)).view_as(summaries) if summaries.dim() > 4 else mixing @ summaries
 
 
 def read(q: Tensor, mixed: Tensor) -> Tensor:
-    """q_t S~_b(t): (batch, heads, blocks, tokens_per_block, dim_k) on (batch, heads, blocks, dim_k, dim_v)."""
+    """q_t S~_b(t): (batch, heads, blocks, tokens_per_block, dim_k) on (batch, heads, blocks, dim_k,
+    dim_v).
+    """
     return q @ mixed
 
 
@@ -52,10 +56,13 @@ def mhla(
         q, k: (batch, heads, blocks, tokens_per_block, dim_k), already through the feature map.
         v: (batch, heads, blocks, tokens_per_block, dim_v).
         mixing: (blocks, blocks) or (heads, blocks, blocks); row = query block.
-        normalizer: `block` (Eq. 4, the implied attention rows sum to 1), `slot` (the release's rule, full blocks only) or `none`.
+        normalizer: `block` (Eq. 4, the implied attention rows sum to 1), `slot` (the release's rule, full
+            blocks only) or `none`.
         eps: added to the normalizer.
-        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool. Padded keys count nowhere, padded queries give 0.
-        q_norm, k_norm: features for the normalizer where they differ (rotary turns q and k in the numerator only).
+        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool. Padded keys count nowhere,
+            padded queries give 0.
+        q_norm, k_norm: features for the normalizer where they differ (rotary turns q and k in the numerator
+            only).
 
     Returns:
         (batch, heads, blocks, tokens_per_block, dim_v)
@@ -67,7 +74,8 @@ def mhla(
         raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
     if normalizer == "slot" and mask is not None:
         raise UserError(
-            "normalizer 'slot' pairs queries by their place in the block and needs full blocks without padding; use 'block' or 'none'"
+            "normalizer 'slot' pairs queries by their place in the block and needs full blocks "
+            "without padding; use 'block' or 'none'"
         )
     summaries, z = block_summaries(k, v, mask)
     out = read(q, mix(summaries, mixing))

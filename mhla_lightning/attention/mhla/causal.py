@@ -50,19 +50,19 @@ def causal_mhla(
     Args:
         q, k: (batch, heads, tokens, dim_k), already through the feature map; any number of tokens.
         v: (batch, heads, tokens, dim_v).
-        mixing: (blocks, blocks) or (heads, blocks, blocks); row = query chunk; what stands above the diagonal is not read. With form `relative`
-            (heads or 1, distances), see :class:`MixingMatrix`.
+        mixing: (blocks, blocks) or (heads, blocks, blocks); row = query chunk; what stands above the diagonal
+            is not read. With form `relative` (heads or 1, distances), see :class:`MixingMatrix`.
         chunk_size: tokens a chunk.
         scale: factor on q.k; None is dim_k ** -0.5.
         normalizer: `none` (the paper's, for language) or `block`, which divides by sum_s A[t, s] + eps.
         documents: (batch, tokens) int; a run of equal numbers is a document, chunks start anew with each.
         mask: (batch, tokens) bool, True = real token. Padded keys count nowhere, padded queries give 0.
-        extrapolation: None refuses a document of more chunks than the matrix has; `shift` lets every later row use the last one, moved along,
-            so that the last `blocks` chunks are seen.
+        extrapolation: None refuses a document of more chunks than the matrix has; `shift` lets every later
+            row use the last one, moved along, so that the last `blocks` chunks are seen.
         q_norm, k_norm: features for the normalizer where they differ (rotary); default q, k.
         packing: of the same mask and documents, where it was made already.
-        log_decay: (batch, heads, tokens), or (heads,) for all tokens alike, at most 0: A[t, s] also takes exp(sum of log_decay over s+1..t)
-            inside a chunk, and across chunks with decay_span `sequence`.
+        log_decay: (batch, heads, tokens), or (heads,) for all tokens alike, at most 0: A[t, s] also takes
+            exp(sum of log_decay over s+1..t) inside a chunk, and across chunks with decay_span `sequence`.
         own: False leaves out the chunk of the query: what earlier chunks give alone.
         return_state: also gives the state behind the last real token; for one document a row.
 

@@ -26,7 +26,9 @@ DECAYS = ("head", "token")
 
 @dataclass
 class WindowedState:
-    """The state of `intra: window`: mixed summaries of earlier chunks, and the keys and values of two chunks."""
+    """The state of `intra: window`: mixed summaries of earlier chunks, and the keys and values of two
+    chunks.
+    """
 
     far: MHLAState
     near: Window
@@ -40,18 +42,23 @@ class WindowedState:
 
 
 class CausalMHLA(base.CausalAttention):
-    """Causal Multi-Head Linear Attention (SPEC section 2). Defaults are the paper's; `intra`, `decay` and `mix_form: relative` go beyond it.
+    """Causal Multi-Head Linear Attention (SPEC section 2). Defaults are the paper's; `intra`, `decay` and
+    `mix_form: relative` go beyond it.
 
     Args:
         chunk_size: tokens a chunk.
         max_chunks: rows of the mixing matrix, or distances of the relative form.
-        extrapolation: what happens to a document of more chunks: None refuses it, `shift` sees its last `max_chunks` chunks.
+        extrapolation: what happens to a document of more chunks: None refuses it, `shift` sees its last
+            `max_chunks` chunks.
         normalizer: `none` (the paper's, for language) or `block`.
-        mix_form, mix_init, mix_init_options, mix_learnable, mix_clamp, mix_clamp_at: see :class:`MixingMatrix`.
+        mix_form, mix_init, mix_init_options, mix_learnable, mix_clamp, mix_clamp_at: see
+        :class:`MixingMatrix`.
         mix_per_head: one mixing a head; None is False for the absolute form and True for the relative one.
-        intra: what a token reads of its own chunk. `plain` is m[i, i] q.k; `decay` also takes g^(t-s); `window` is exact softmax over the own and the
-            previous chunk, added to what earlier chunks give, each with a learned scale a head. None is `decay` where a decay is named, else `plain`.
-        decay: `head` is one learned g a head, `token` g = sigmoid(w.x_t + b) of every token. None is `head` with intra `decay`.
+        intra: what a token reads of its own chunk. `plain` is m[i, i] q.k; `decay` also takes g^(t-s);
+            `window` is exact softmax over the own and the previous chunk, added to what earlier chunks give,
+            each with a learned scale a head. None is `decay` where a decay is named, else `plain`.
+        decay: `head` is one learned g a head, `token` g = sigmoid(w.x_t + b) of every token. None is `head`
+            with intra `decay`.
         decay_span: `chunk` keeps undecayed summaries; with `sequence` the decay also runs across chunks.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer and by `relu_eps` to the features.
@@ -320,13 +327,15 @@ def _together(
     """Refuses options of which one would do nothing. Raises UserError."""
     if mix_form == "relative" and extrapolation is not None:
         raise UserError(
-            f"mix_form 'relative' serves any number of chunks; extrapolation '{extrapolation}' would do nothing, leave it out"
+            f"mix_form 'relative' serves any number of chunks; extrapolation '{extrapolation}' would "
+            "do nothing, leave it out"
         )
     if intra == "plain" and decay is not None:
         raise UserError(f"decay '{decay}' needs intra 'decay'; intra is 'plain'")
     if intra == "window" and (decay is None) != (decay_span == "chunk"):
         raise UserError(
-            "with intra 'window' a decay acts across chunks only: give both decay and decay_span 'sequence', or neither"
+            "with intra 'window' a decay acts across chunks only: give both decay and decay_span "
+            "'sequence', or neither"
         )
     if decay is None and decay_span == "sequence":
         raise UserError("decay_span 'sequence' needs a decay: head or token")

@@ -1,4 +1,6 @@
-"""Causal Multi-Head Linear Attention token by token: constant cost, however far the text has gone (SPEC section 2; N2, N3)."""
+"""Causal Multi-Head Linear Attention token by token: constant cost, however far the text has gone (SPEC
+section 2; N2, N3).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from mhla_lightning.attention.chunks import check_reach
 class Reach:
     """Which earlier chunks keep a summary of their own.
 
-    blocks: of the mixing matrix. merges: the last weight holds for all that are farther (relative form), so these share one summary;
+    blocks: of the mixing matrix. merges: the last weight holds for all that are farther (relative form), so
+        these share one summary;
     otherwise nothing that is `blocks` or more chunks away is read again.
     """
 
@@ -31,10 +34,12 @@ class Reach:
 
 @dataclass
 class Summaries:
-    """Sums of k v^T: of finished chunks, of the chunk being filled, and what a token reads of the finished ones.
+    """Sums of k v^T: of finished chunks, of the chunk being filled, and what a token reads of the finished
+    ones.
 
     Attributes:
-        past: (batch, heads, places, dim_k, dim_v); finished chunk b stands in place b mod `Reach.kept`. Grows up to that many places.
+        past: (batch, heads, places, dim_k, dim_v); finished chunk b stands in place b mod `Reach.kept`. Grows
+            up to that many places.
         rest: (batch, heads, dim_k, dim_v), all chunks farther than that, where they are merged.
         own: (batch, heads, dim_k, dim_v), of the current chunk, as it will be kept.
         near: the same as it is read, where that is decayed and `own` is not; else None.
@@ -56,7 +61,9 @@ class Summaries:
         self.own = torch.addcmul(decayed, k, v)
 
     def read(self, q: Tensor, own_weight: Tensor, until: Tensor | None) -> Tensor:
-        """q (batch, heads, dim_k), own_weight (batch, heads), until: log decay since the chunk began (batch, heads) -> (batch, heads, dim_v)."""
+        """q (batch, heads, dim_k), own_weight (batch, heads), until: log decay since the chunk began
+        (batch, heads) -> (batch, heads, dim_v).
+        """
         q = q.unsqueeze(-2)
         earlier = (q @ self.prefix).squeeze(-2)
         own = (q @ (self.own if self.near is None else self.near)).squeeze(-2)
@@ -65,7 +72,9 @@ class Summaries:
         ) * own
 
     def mix(self, rows: Tensor, past: Tensor, rest: Tensor | None) -> None:
-        """A new prefix for the sequences `rows` with weights past (rows, heads or 1, places) and rest (rows, heads or 1)."""
+        """A new prefix for the sequences `rows` with weights past (rows, heads or 1, places) and rest
+        (rows, heads or 1).
+        """
         every = len(rows) == len(self.own)
         kept = self.past if every else self.past[rows]
         prefix = (
@@ -78,7 +87,8 @@ class Summaries:
         self.prefix = prefix if every else self.prefix.index_copy(0, rows, prefix)
 
     def push(self, rows: Tensor, place: Tensor, leaving: Tensor, gain: Tensor | None) -> None:
-        """Keeps the finished chunk of `rows` in `place` (rows,), whose chunk joins the rest with the decay `leaving` (rows, heads).
+        """Keeps the finished chunk of `rows` in `place` (rows,), whose chunk joins the rest with the decay
+        `leaving` (rows, heads).
 
         gain: decay of the rest over the finished chunk, (rows, heads).
         """
@@ -111,8 +121,9 @@ class MHLAState:
         size: tokens a chunk. reach: which summaries are kept.
         fill, number: of every sequence, tokens in its current chunk and how many chunks are finished.
         values: sums of k v^T. norms: sums of k for the normalizer, with dim_v = 1.
-        until: (batch, heads) log decay since the current chunk began; age: (batch, heads, places) from the end of a kept chunk to there.
-            Both where the decay spans the sequence. span: of the decay, see `causal_mhla`.
+        until: (batch, heads) log decay since the current chunk began; age: (batch, heads, places) from the
+            end of a kept chunk to there. Both where the decay spans the sequence. span: of the decay, see
+            `causal_mhla`.
     """
 
     size: int
@@ -155,7 +166,9 @@ def init_state(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> MHLAState:
-    """The state before the first token. decay_span: None is no decay; see :func:`causal_mhla` for the rest."""
+    """The state before the first token. decay_span: None is no decay; see :func:`causal_mhla` for the
+    rest.
+    """
 
     def empty(width: int) -> Summaries:
         zeros = torch.zeros(batch, heads, dim_k, width, device=device, dtype=dtype)
@@ -196,7 +209,8 @@ def step_state(
     """One more token of every sequence; the same numbers as :func:`causal_mhla`, whose arguments these are.
 
     Args:
-        q, k: (batch, heads, dim_k), feature-mapped, q scaled. v: (batch, heads, dim_v). log_decay: (batch, heads).
+        q, k: (batch, heads, dim_k), feature-mapped, q scaled. v: (batch, heads, dim_v). log_decay: (batch,
+            heads).
         mixing: as the state was made for: (heads or 1, distances) where far chunks are merged.
         own: also reads the current chunk; False leaves it to the caller (softmax window).
 

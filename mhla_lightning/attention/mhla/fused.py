@@ -1,8 +1,9 @@
-"""Multi-Head Linear Attention with a hand-written backward, slice by slice so that temporaries stay in the processor's cache.
+"""Multi-Head Linear Attention with a hand-written backward, slice by slice so that temporaries stay in the
+processor's cache.
 
-Plain autograd makes about thirty passes over token-sized tensors; on a CPU at 16,384 tokens these cost more than the matrix products. Here the
-features are recomputed in the backward, and a slice of tokens (whole rows of blocks) is finished before the next one. Same numbers as
-`bidirectional.mhla` (a test).
+Plain autograd makes about thirty passes over token-sized tensors; on a CPU at 16,384 tokens these cost more
+than the matrix products. Here the features are recomputed in the backward, and a slice of tokens (whole rows
+of blocks) is finished before the next one. Same numbers as `bidirectional.mhla` (a test).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ SLICE_ELEMENTS = 2**20
 """Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
 
 PANELS_FROM = 2**21
-"""Numbers in the summaries of one sample from which on a CPU mixes them panel by panel (8 MiB in float32): one product of few rows and very many
-columns leaves the cache, and takes up to twice as long."""
+"""Numbers in the summaries of one sample from which on a CPU mixes them panel by panel (8 MiB in float32):
+one product of few rows and very many columns leaves the cache, and takes up to twice as long."""
 
 PANEL = 2048  # columns
 _PANELS_AT_ONCE = 4
@@ -47,7 +48,8 @@ def fused_mhla(
     Args:
         q, k: (batch, tokens, heads, dim_k) in raster order, before the feature map relu(x) + offset.
         v: (batch, tokens, heads, dim_v).
-        mixing: (blocks, blocks) or (heads, blocks, blocks); None reads the sum of all summaries, which is linear attention.
+        mixing: (blocks, blocks) or (heads, blocks, blocks); None reads the sum of all summaries, which is
+            linear attention.
         grid: the blocks; short last blocks are allowed.
         offset: added by the feature map.
         normalize: divide by q . z~ + eps.
@@ -73,9 +75,11 @@ def _by_heads(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of memory, about 32 MiB in float32.
+    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of
+    memory, about 32 MiB in float32.
 
-    Too few heads at a time read little of every token's row, which costs more than summaries beyond the nearest cache.
+    Too few heads at a time read little of every token's row, which costs more than summaries beyond the
+    nearest cache.
     """
     work, out = _Workspace(offset, dtype, q.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     heads, summaries = q.shape[2], len(q) * grid.num_blocks * q.shape[-1] * v.shape[-1]
@@ -112,7 +116,9 @@ def _forward(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be lost."""
+    """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be
+    lost.
+    """
     summary, z = work.summaries(grid, q, v.shape[-1])
     for part in _slices(q, grid):
         kf = work.features("k", k, part, keys=True)
@@ -198,7 +204,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some samples and some rows of blocks, along the first grid axis or, of one of those, along the second; all heads.
+    """Some samples and some rows of blocks, along the first grid axis or, of one of those, along the second;
+    all heads.
 
     Attributes:
         tokens: the part of every axis of `whole`.
@@ -212,15 +219,21 @@ class _Slice:
     grid: BlockGrid
 
     def of(self, x: Tensor) -> Tensor:
-        """This slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view, to read or to write."""
+        """This slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view, to read or
+        to write.
+        """
         return x[self.samples, self.blocks].flatten(0, 2)
 
     def region(self, x: Tensor) -> Tensor:
-        """This slice of (batch, tokens, heads, dim) as (samples, tokens of every axis..., heads, dim): a view."""
+        """This slice of (batch, tokens, heads, dim) as (samples, tokens of every axis..., heads, dim): a
+        view.
+        """
         return x.unflatten(1, self.whole)[(self.samples, *self.tokens)]
 
     def arrange(self, x: Tensor) -> Tensor:
-        """This slice of (batch, tokens, heads, dim) as (samples, counts..., heads, sizes..., dim): a view when all blocks are full."""
+        """This slice of (batch, tokens, heads, dim) as (samples, counts..., heads, sizes..., dim): a view
+        when all blocks are full.
+        """
         axes = len(self.grid.grid)
         counts = [1 + 2 * axis for axis in range(axes)]
         order = [0, *counts, 1 + 2 * axes, *(d + 1 for d in counts), 2 + 2 * axes]
@@ -270,8 +283,8 @@ def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
 
 
 def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]]:
-    """One row of blocks along the first axis, in parts along the second axis that are to hold `room` tokens: their tokens along all axes but the
-    first, and their blocks, counted from the row's first."""
+    """One row of blocks along the first axis, in parts along the second axis that are to hold `room` tokens:
+    their tokens along all axes but the first, and their blocks, counted from the row's first."""
     if len(grid.grid) == 1:
         return [((), slice(0, 1))]
     count, width, rest = grid.blocks[1], grid.block_size[1], math.prod(grid.blocks[2:])
@@ -286,7 +299,9 @@ def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]
 
 
 class _Workspace:
-    """Buffers, (samples x blocks x heads, tokens_per_block, dim), that all slices of a call share: fresh memory costs page faults."""
+    """Buffers, (samples x blocks x heads, tokens_per_block, dim), that all slices of a call share: fresh
+    memory costs page faults.
+    """
 
     def __init__(self, offset: float, dtype: torch.dtype, device: torch.device) -> None:
         self.offset, self.dtype, self.device = offset, dtype, device
@@ -334,7 +349,8 @@ class _Workspace:
 def _mix(
     mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True
 ) -> Tensor:
-    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all heads, or one a head.
+    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all
+    heads, or one a head.
 
     Without `keep`, large ones are mixed in their place, which halves what passes through memory.
     """
@@ -366,7 +382,9 @@ def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
 
 
 def _panels(summaries: Tensor) -> list[Tensor]:
-    """(batch, blocks, heads, ...) as the matrices (products, blocks, columns) that a shared mixing matrix is multiplied with: views."""
+    """(batch, blocks, heads, ...) as the matrices (products, blocks, columns) that a shared mixing matrix
+    is multiplied with: views.
+    """
     flat = summaries.flatten(2)
     if flat.device.type != "cpu" or flat[0].numel() < PANELS_FROM:
         return [flat]

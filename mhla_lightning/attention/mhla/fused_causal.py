@@ -1,8 +1,8 @@
 """Causal Multi-Head Linear Attention with a hand-written backward, for long rows on a CPU.
 
-Plain autograd writes every chunk's scores to memory and reads them back three times; at 16,384 tokens that costs more than the matrix products.
-Here a few chunks of one head are finished before the next, and their scores are computed again in the backward. Same numbers as the plain form of
-`causal.causal_mhla` (a test).
+Plain autograd writes every chunk's scores to memory and reads them back three times; at 16,384 tokens that
+costs more than the matrix products. Here a few chunks of one head are finished before the next, and their
+scores are computed again in the backward. Same numbers as the plain form of `causal.causal_mhla` (a test).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ WORTHWHILE = 2**19
 
 
 def pays(q: Tensor, chunk_size: int) -> bool:
-    """Whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k). A compiler fuses the plain form itself."""
+    """Whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k). A compiler fuses
+    the plain form itself.
+    """
     return (
         q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
     )
@@ -33,10 +35,12 @@ def pays(q: Tensor, chunk_size: int) -> bool:
 def fused_causal(
     q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int
 ) -> Tensor:
-    """sum over earlier chunks of among[i, b] q (k^T v) plus diagonal[i] times the causal q k^T v of the own chunk.
+    """sum over earlier chunks of among[i, b] q (k^T v) plus diagonal[i] times the causal q k^T v of the own
+    chunk.
 
     Args:
-        q, k: (batch, heads, tokens, dim_k), feature-mapped. v: (batch, heads, tokens, dim_v). Read in place, however they lie in memory.
+        q, k: (batch, heads, tokens, dim_k), feature-mapped. v: (batch, heads, tokens, dim_v). Read in place,
+            however they lie in memory.
         among: (M, M) or (heads, M, M), zero on and above the diagonal; None is all ones below it.
         diagonal: (M,) or (heads, M).
         chunk_size: tokens a chunk; M of them.

@@ -15,8 +15,10 @@ from mhla_lightning.errors import UserError
 class BlockGrid:
     """Cuts a token grid into blocks and moves tensors between raster order and block order.
 
-    Raster order: row-major over the grid, last axis fastest. Block order: blocks row-major over the block grid, tokens row-major inside a block.
-    The last block of an axis may be short; its missing places are filled with zeros in block order and dropped on the way back.
+    Raster order: row-major over the grid, last axis fastest. Block order: blocks row-major over the block
+        grid, tokens row-major inside a block.
+    The last block of an axis may be short; its missing places are filled with zeros in block order and
+    dropped on the way back.
 
     Args:
         grid: token counts per axis, ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
@@ -24,7 +26,8 @@ class BlockGrid:
         block_size: tokens of a block per axis; one number serves every axis.
 
     Raises:
-        UserError: neither or both of blocks and block_size, a wrong number of axes, or a count that does not fit the axis.
+        UserError: neither or both of blocks and block_size, a wrong number of axes, or a count that does not
+            fit the axis.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class BlockGrid:
             raise UserError(f"a token grid has 1 to 3 axes of at least one token, got {self.grid}")
         if (blocks is None) == (block_size is None):
             raise UserError(
-                f"give either blocks or block_size for a grid of {self.grid} tokens, got blocks={blocks} and block_size={block_size}"
+                f"give either blocks or block_size for a grid of {self.grid} tokens, got "
+                f"blocks={blocks} and block_size={block_size}"
             )
         if blocks is not None:
             counts = self._per_axis("blocks", blocks)
@@ -93,7 +97,9 @@ class BlockGrid:
         return self.merge(x.permute(*sorted(range(len(order)), key=order.__getitem__)), lead)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
-        """Opens the token axis `dim` into (count, size) pairs, one an axis of the grid; short last blocks are filled with zeros. A view when even."""
+        """Opens the token axis `dim` into (count, size) pairs, one an axis of the grid; short last blocks
+        are filled with zeros. A view when even.
+        """
         lead, rest = x.shape[:dim], x.shape[dim + 1 :]
         if not self.even:
             padding = [0, 0] * len(rest)
@@ -111,12 +117,16 @@ class BlockGrid:
         return x.flatten(dim, dim + len(self.grid) - 1)
 
     def _blocks_first(self, lead: int) -> list[int]:
-        """Order of the dimensions of (lead, count, size, count, size, ..., channels) with all counts before all sizes."""
+        """Order of the dimensions of (lead, count, size, count, size, ..., channels) with all counts
+        before all sizes.
+        """
         counts = [lead + 2 * axis for axis in range(len(self.grid))]
         return [*range(lead), *counts, *(d + 1 for d in counts), lead + 2 * len(self.grid)]
 
     def distances(self) -> Tensor:
-        """(blocks, blocks) float64: Euclidean distance of block positions on the unit-spaced block grid (paper Sec. 4.2)."""
+        """(blocks, blocks) float64: Euclidean distance of block positions on the unit-spaced block grid
+        (paper Sec. 4.2).
+        """
         axes = [torch.arange(count, dtype=torch.float64) for count in self.blocks]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(self.num_blocks, -1)
         return (positions[:, None] - positions[None]).pow(2).sum(-1).sqrt()
@@ -130,5 +140,6 @@ def _width(tokens: int, count: int) -> int:
     below, above = [n for n in fitting if n < count], [n for n in fitting if n > count]
     near = " or ".join(str(n) for n in below[-1:] + above[:1])
     raise UserError(
-        f"blocks={count} does not fit an axis of {tokens} tokens: blocks of {width} tokens make {math.ceil(tokens / width)} blocks; use {near}"
+        f"blocks={count} does not fit an axis of {tokens} tokens: blocks of {width} tokens make "
+        f"{math.ceil(tokens / width)} blocks; use {near}"
     )

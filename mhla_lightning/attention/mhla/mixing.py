@@ -54,8 +54,9 @@ def initial_mixing(
 
     Args:
         distance: (blocks, blocks), ``BlockGrid.distances()``.
-        init: `local_row` is the paper's (Sec. 4.2); the release has `linear`, `cos`, `exp`, `gaussian`, `local`, `const`, and `causal_uniform` for
-            language; `causal_local` is the paper's rule among earlier blocks, `causal_exp` exp(-distance / exp_sigma) of them, not normalised.
+        init: `local_row` is the paper's (Sec. 4.2); the release has `linear`, `cos`, `exp`, `gaussian`,
+            `local`, `const`, and `causal_uniform` for language; `causal_local` is the paper's rule among
+            earlier blocks, `causal_exp` exp(-distance / exp_sigma) of them, not normalised.
         exp_sigma: decay length of `exp` (default 3) and `causal_exp` (default 1), in blocks.
         local_thres: radius of `local`, in blocks.
         value: the entry of `const`.
@@ -86,7 +87,8 @@ def initial_mixing(
 def initial_relative(
     distances: int, init: str, *, exp_sigma: float | None = None, value: float = 1e-6
 ) -> Tensor:
-    """Initial weights by distance in blocks, (distances,): the causal initialisations without the normalisation of rows, which they cannot have.
+    """Initial weights by distance in blocks, (distances,): the causal initialisations without the
+    normalisation of rows, which they cannot have.
 
     Raises:
         UserError: a name that is none of these.
@@ -124,15 +126,18 @@ class MixingMatrix(nn.Module):
         init: see :func:`initial_mixing`.
         learnable: False keeps the initial values (the paper's ablation).
         causal: the upper triangle is zero.
-        form: `absolute` is the paper's matrix. `relative` (causal, beyond the paper) has one weight a head and distance in blocks; beyond the
-            distances it has, the last weight holds, so it serves any number of blocks.
+        form: `absolute` is the paper's matrix. `relative` (causal, beyond the paper) has one weight a head
+            and distance in blocks; beyond the distances it has, the last weight holds, so it serves any
+            number of blocks.
         clamp: range that :meth:`project_` restores after every optimizer step; None leaves the values free.
         heads: one matrix a head.
-        clamp_at: `step`, or `forward` as in the release's language model: every forward also sees clamped values, whatever was loaded.
+        clamp_at: `step`, or `forward` as in the release's language model: every forward also sees clamped
+            values, whatever was loaded.
         exp_sigma, local_thres, value: options of the initialisations.
 
     Attributes:
-        weight: (blocks, blocks) or (heads, blocks, blocks), row = query block; relative: (heads or 1, distances).
+        weight: (blocks, blocks) or (heads, blocks, blocks), row = query block; relative: (heads or 1,
+            distances).
     """
 
     def __init__(
@@ -188,13 +193,16 @@ class MixingMatrix(nn.Module):
         return self.weight.shape[-1]
 
     def values(self) -> Tensor:
-        """The weight as a forward uses it. A clamp there leaves the gradient alone, as the release's in-place one does."""
+        """The weight as a forward uses it. A clamp there leaves the gradient alone, as the release's
+        in-place one does.
+        """
         if self.clamp is None or self.clamp_at == "step":
             return self.weight
         return self.weight + (self.weight.clamp(*self.clamp) - self.weight).detach()
 
     def matrix(self, blocks: int | None = None) -> Tensor:
-        """(blocks, blocks) or (heads, blocks, blocks). A causal matrix serves fewer blocks than it has, a relative one any; every other its own.
+        """(blocks, blocks) or (heads, blocks, blocks). A causal matrix serves fewer blocks than it has, a
+        relative one any; every other its own.
 
         Raises:
             UserError: a number of blocks that this matrix cannot serve.
@@ -205,14 +213,17 @@ class MixingMatrix(nn.Module):
             return self.values()[:, (number[:, None] - number).clamp(0, self.blocks - 1)].tril()
         if blocks > self.blocks or (blocks < self.blocks and not self.causal):
             raise UserError(
-                f"the mixing matrix serves {self.blocks} blocks, the tokens make {blocks}; keep their number (blocks: ...) on another grid"
+                f"the mixing matrix serves {self.blocks} blocks, the tokens make {blocks}; keep "
+                "their number (blocks: ...) on another grid"
             )
         weight = self.values()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Restores the constraint after an optimizer step: values inside ``clamp``, upper triangle zero when causal (SPEC 1.3)."""
+        """Restores the constraint after an optimizer step: values inside ``clamp``, upper triangle zero
+        when causal (SPEC 1.3).
+        """
         if self.clamp is not None:
             self.weight.clamp_(*self.clamp)
         if self.causal and self.form == "absolute":

@@ -90,7 +90,8 @@ class MHLA(base.Attention):
         base.no_documents(documents)
         if mask is not None and self.normalizer == "slot":
             raise UserError(
-                "normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' or 'none' with a mask"
+                "normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' "
+                "or 'none' with a mask"
             )
         blocks = self._blocks(grid)
         if q.shape[1] != blocks.tokens:
@@ -131,7 +132,9 @@ class MHLA(base.Attention):
         return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
 
     def is_image(self, grid: Sequence[int]) -> bool:
-        """Whether a grid is one frame for blocks of videos: it is mixed like their first blocks in time, as the first frame of a video is."""
+        """Whether a grid is one frame for blocks of videos: it is mixed like their first blocks in time,
+        as the first frame of a video is.
+        """
         return (
             len(grid) == 3
             and grid[0] == 1
@@ -154,7 +157,8 @@ class MHLA(base.Attention):
         q, k = self.phi(q), self.phi(k)
         if mask is not None:
             k = k * mask[:, :, None, None].to(k.dtype)
-        # to_blocks fills short blocks with zeros after the feature map, so the missing places count nowhere (SPEC 1.5).
+        # to_blocks fills short blocks with zeros after the feature map, so the missing places count nowhere
+        # (SPEC 1.5).
         q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
         apart = rotary is not None and self.normalizer != "none"  # the normalizer sees them unturned
         out = mhla(
@@ -184,5 +188,7 @@ class MHLA(base.Attention):
 
 
 def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:
-    """(batch, tokens, heads, dim) in raster order -> (batch, heads, blocks, tokens_per_block, dim), one copy."""
+    """(batch, tokens, heads, dim) in raster order -> (batch, heads, blocks, tokens_per_block, dim), one
+    copy.
+    """
     return blocks.to_blocks(x.transpose(1, 2))

@@ -25,7 +25,8 @@ def state_after(
 ) -> MHLAState:
     """The state behind a call in chunks: `summaries` of `tokens`, and `sums` of `ones` for the normalizer.
 
-    real: (batch, tokens) bool, None is all; mixing, merges (relative form), extrapolation: as for :func:`causal_mhla`.
+    real: (batch, tokens) bool, None is all; mixing, merges (relative form), extrapolation: as for
+        :func:`causal_mhla`.
     """
     batch, heads, _, size = tokens.k.shape[:4]
     lengths = [tokens.tokens] * batch if real is None else real.sum(1).tolist()
@@ -49,9 +50,12 @@ def state_after(
 class _Chosen:
     """Which chunks of a call the state behind it keeps.
 
-    places: (batch, places) chunk in each place, -1 where there is none. far: (batch, heads or 1, M) weights of the chunks that are merged.
-    current: (batch,) number of the chunk being filled. end: (batch, heads) log decay since it began, None without decay.
-    age: (batch, heads, places) log decay from the end of a kept chunk to the beginning of the current one, None where it does not span the sequence.
+    places: (batch, places) chunk in each place, -1 where there is none. far: (batch, heads or 1, M) weights
+        of the chunks that are merged.
+    current: (batch,) number of the chunk being filled. end: (batch, heads) log decay since it began, None
+        without decay.
+    age: (batch, heads, places) log decay from the end of a kept chunk to the beginning of the current one,
+        None where it does not span the sequence.
     """
 
     places: Tensor
@@ -116,6 +120,8 @@ class _Chosen:
 
 
 def _chunk(x: Tensor, number: Tensor) -> Tensor:
-    """x (batch, heads, M, ...) at each sequence's chunk `number` (batch,), zeros behind the last -> (batch, heads, ...)."""
+    """x (batch, heads, M, ...) at each sequence's chunk `number` (batch,), zeros behind the last ->
+    (batch, heads, ...).
+    """
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (0, 1))
     return padded[torch.arange(len(x), device=x.device), :, number]

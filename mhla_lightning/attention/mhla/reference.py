@@ -1,4 +1,6 @@
-"""Multi-Head Linear Attention as the paper writes it: the full attention matrix. For tests and for reading; float64 friendly."""
+"""Multi-Head Linear Attention as the paper writes it: the full attention matrix. For tests and for
+reading; float64 friendly.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def _allowed(block: Tensor, causal: bool, mask: Tensor | None, documents: Tensor
 
 
 def _slot_normalizer(q: Tensor, k: Tensor, mixing: Tensor, block_of_token: Tensor, eps: float) -> Tensor:
-    """(batch, heads, tokens, 1): n[i, w] = eps + sum_b m[i, b] q[b, w] . z_b, every block's own query at the same place w. Equal blocks only."""
+    """(batch, heads, tokens, 1): n[i, w] = eps + sum_b m[i, b] q[b, w] . z_b, every block's own query at
+    the same place w. Equal blocks only.
+    """
     blocks = mixing.shape[-1]
     order = torch.argsort(block_of_token, stable=True).view(
         blocks, -1

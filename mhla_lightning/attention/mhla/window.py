@@ -1,4 +1,6 @@
-"""Exact softmax over the own and the previous chunk, beside the mixed summaries (beyond the paper); its cost stays linear."""
+"""Exact softmax over the own and the previous chunk, beside the mixed summaries (beyond the paper); its
+cost stays linear.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def _previous(x: Tensor) -> Tensor:
 class Window:
     """Keys and values of the previous and the current chunk.
 
-    keys: (batch, heads, 2 size, dim_k), values: (batch, heads, 2 size, dim_v); the first half is the previous chunk.
+    keys: (batch, heads, 2 size, dim_k), values: (batch, heads, 2 size, dim_v); the first half is the previous
+        chunk.
     seen: of every sequence, tokens so far.
     """
 
@@ -70,7 +73,9 @@ class Window:
         return Window(keys, values, [self.seen[i] for i in indices.tolist()])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Window]:
-        """One more token of every sequence: (batch, heads, dim) each -> (batch, heads, dim_v), and the window with it."""
+        """One more token of every sequence: (batch, heads, dim) each -> (batch, heads, dim_v), and the
+        window with it.
+        """
         size, device = self.size, k.device
         turning = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)[
             :, None, None, None

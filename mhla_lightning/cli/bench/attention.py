@@ -1,4 +1,6 @@
-"""Measures softmax (SDPA), linear and multi-head linear attention over token counts; --causal the forms of language models."""
+"""Measures softmax (SDPA), linear and multi-head linear attention over token counts; --causal the forms of
+language models.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="tokens per axis of one grid of 1 to 3 axes, such as 21 30 50; with 3 mhla has no normalizer, as in video",
+        help=(
+            "tokens per axis of one grid of 1 to 3 axes, such as 21 30 50; with 3 mhla has no "
+            "normalizer, as in video"
+        ),
     )
     parser.add_argument(
         "--slope-to",
@@ -50,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="M",
-        help="of mhla, the same at every token count, with --grid per axis (default: 128; with --grid what M^2 <= tokens allows)",
+        help=(
+            "of mhla, the same at every token count, with --grid per axis (default: 128; with --grid "
+            "what M^2 <= tokens allows)"
+        ),
     )
     parser.add_argument(
         "--chunk-size",
@@ -95,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         else torch.cuda.get_device_name(device)
     )
     console.print(
-        f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}"
+        f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch "
+        f"{torch.__version__}"
     )
     for table in _tables(result, max(args.tokens)):
         console.print(table)
@@ -112,7 +121,8 @@ def _take_grid(args: argparse.Namespace) -> None:
 
     if args.causal or args.slope_to is not None:
         raise UserError(
-            f"--grid is one size without an order of tokens; it does not go with {'--causal' if args.causal else '--slope-to'}"
+            "--grid is one size without an order of tokens; it does not go with "
+            f"{'--causal' if args.causal else '--slope-to'}"
         )
     BlockGrid(args.grid, block_size=1)  # refuses what is no grid
     args.tokens, args.slope_to = [math.prod(args.grid)], 0
@@ -169,7 +179,9 @@ def _blocks(args: argparse.Namespace) -> int | list[int]:
 
 
 def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:
-    """The mixing matrix has a row for every chunk of the longest text, so that no summary is dropped at any length."""
+    """The mixing matrix has a row for every chunk of the longest text, so that no summary is dropped at
+    any length.
+    """
     chunks = -(-max(*args.tokens, args.slope_to) // args.chunk_size)
     chunked = {"chunk_size": args.chunk_size}
     return {

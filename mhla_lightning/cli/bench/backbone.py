@@ -1,4 +1,6 @@
-"""Measures a backbone's training step (forward and backward) over image or clip sizes, with several operators and the same positional convolution."""
+"""Measures a backbone's training step (forward and backward) over image or clip sizes, with several
+operators and the same positional convolution.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--video",
         nargs="+",
         metavar="FxHxW",
-        help="clip sizes, frames x height x width in pixels (default: 29x256x256 29x512x512 81x480x800; wan_tiny: 16x64x64)",
+        help=(
+            "clip sizes, frames x height x width in pixels (default: 29x256x256 29x512x512 81x480x800; "
+            "wan_tiny: 16x64x64)"
+        ),
     )
     parser.add_argument(
         "--attention",
         metavar="YAML",
-        help="list of attention entries, a hybrid being a list itself (default: [softmax, linear, mhla], for video also [softmax, mhla, mhla])",
+        help=(
+            "list of attention entries, a hybrid being a list itself (default: [softmax, linear, mhla], "
+            "for video also [softmax, mhla, mhla])"
+        ),
     )
     parser.add_argument(
         "--pos-conv",
-        help="of every entry that does not name one: cpe3, lepe3, lepe5, none (default: cpe3, for video the preset's none)",
+        help=(
+            "of every entry that does not name one: cpe3, lepe3, lepe5, none (default: cpe3, for video "
+            "the preset's none)"
+        ),
     )
     parser.add_argument(
         "--gate", action="store_true", help="output gate in every entry that does not say (default: in none)"
@@ -111,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
                 else torch.cuda.get_device_name(device)
             )
             console.print(
-                f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}"
+                f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; "
+                f"torch {torch.__version__}"
             )
             console.print(_table(family, rows))
             result["rows"] += [{**row, "gemm_flops_per_second": rate, "machine": machine} for row in rows]
@@ -129,7 +141,10 @@ def _what(args: argparse.Namespace, family: Family) -> str:
     """What is measured, in a line."""
     layers = "" if args.layers is None else f" with {args.layers} layers"
     steps = "forward and backward" + (" with recomputation of every block" if args.checkpointing else "")
-    return f"{args.backbone}{layers}, {_precision(args)}, batch {args.batch}, pos_conv {_pos_conv(args, family) or 'none'}; steps are {steps}"
+    return (
+        f"{args.backbone}{layers}, {_precision(args)}, batch {args.batch}, pos_conv "
+        f"{_pos_conv(args, family) or 'none'}; steps are {steps}"
+    )
 
 
 def _precision(args: argparse.Namespace) -> str:
@@ -164,7 +179,9 @@ def _pos_conv(args: argparse.Namespace, family: Family) -> str | None:
 
 
 def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
-    """Label -> entry, with what all entries share; an operator that stands there twice is told apart by its options."""
+    """Label -> entry, with what all entries share; an operator that stands there twice is told apart by
+    its options.
+    """
     import yaml
 
     text = family.attention if args.attention is None else args.attention
@@ -191,7 +208,8 @@ def _mapping(entry: Any) -> dict[str, Any]:
     mapping = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
         raise UserError(
-            f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: mhla, gate: true}}]', got {entry}"
+            f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: "
+            f"mhla, gate: true}}]', got {entry}"
         )
     return dict(mapping)
 
@@ -214,7 +232,9 @@ def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -
 def _plan(
     args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]
 ) -> dict[Size, dict[str, Entry]]:
-    """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without weights, so that mistakes come first."""
+    """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without
+    weights, so that mistakes come first.
+    """
     import torch
 
     from mhla_lightning.attention.entry import lookup_attention

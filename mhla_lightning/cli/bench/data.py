@@ -130,7 +130,8 @@ def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: P
     kind.check(index, str(path))
     if len(index.shards) < plan.workers:
         raise UserError(
-            f"--workers is {plan.workers}, but {path} has {len(index.shards)} training shards: webdataset needs one for every worker"
+            f"--workers is {plan.workers}, but {path} has {len(index.shards)} training shards: "
+            "webdataset needs one for every worker"
         )
     return [
         make_case(subject, "stream", plan, own_stream(module.corpus, kind, plan)),

@@ -1,4 +1,6 @@
-"""Measures what one more token costs at different positions, and the bytes of the state, for mhla and for softmax with a key-value cache."""
+"""Measures what one more token costs at different positions, and the bytes of the state, for mhla and for
+softmax with a key-value cache.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     demand_at_least(args, tokens=1, max_chunks=1, layers=1, embed_dim=64, batch=1, turns=5)
     if len(set(args.positions)) < 2 or min(args.positions) < 1:
         raise UserError(
-            f"--positions {' '.join(map(str, args.positions))}: at least two different positions from 1 on are compared"
+            f"--positions {' '.join(map(str, args.positions))}: at least two different positions "
+            "from 1 on are compared"
         )
     import torch
     from rich.console import Console
@@ -76,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     )
     console = Console()
     console.print(
-        f"{machine}; lm_340m with {args.layers} layers of {args.embed_dim} channels, float32, batch {args.batch}; torch {torch.__version__}"
+        f"{machine}; lm_340m with {args.layers} layers of {args.embed_dim} channels, float32, batch "
+        f"{args.batch}; torch {torch.__version__}"
     )
     console.print(_table(rows, args.tokens))
     console.print(summary_table("summary: times or bytes of A / of B", summary))

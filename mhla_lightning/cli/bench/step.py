@@ -1,6 +1,8 @@
-"""Measures a recipe's training step under Lightning, as `lightning run` trains it, beside the same step in a bare PyTorch loop.
+"""Measures a recipe's training step under Lightning, as `lightning run` trains it, beside the same step in a
+bare PyTorch loop.
 
-RECIPE and overrides are those of `lightning run`. Both sides take the same batches in turn, step by step, and must come to the same losses.
+RECIPE and overrides are those of `lightning run`. Both sides take the same batches in turn, step by step, and
+must come to the same losses.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 HELP = "a recipe's training step under Lightning and in a bare loop, and where the difference goes"
 TAKES_OVERRIDES = True
-_TITLE = "Lightning's steps over bare ones, by the clock and by CPU time; Lightning's own (the lower rows) over a bare step"
+_TITLE = (
+    "Lightning's steps over bare ones, by the clock and by CPU time; Lightning's own (the lower rows) "
+    "over a bare step"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     machine = f"{torch.get_num_threads()} threads, {load()}"
     console = Console()
     console.print(
-        f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, data {data}; torch {torch.__version__}"
+        f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, "
+        f"data {data}; torch {torch.__version__}"
     )
     for table in _tables(args, times):
         console.print(table)
@@ -113,7 +119,10 @@ def _tables(args: argparse.Namespace, times: StepTimes) -> list[Any]:
     from rich.table import Table
 
     sides = Table(
-        title=f"a training step: median and range of {args.turns} turns of {args.steps} steps; both sides end at loss {times.loss:.6g}"
+        title=(
+            f"a training step: median and range of {args.turns} turns of {args.steps} steps; both sides "
+            f"end at loss {times.loss:.6g}"
+        )
     )
     for heading in ("side", "ms a step", "range", "CPU ms", "samples/s"):
         sides.add_column(heading, justify="left" if heading == "side" else "right")

@@ -1,4 +1,6 @@
-"""Cut videos into clips with captions and write them as shards. The same command again continues one that was interrupted."""
+"""Cut videos into clips with captions and write them as shards. The same command again continues one that
+was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,8 @@ def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
         raise UserError("either --frames and --size are needed, or one or more --bucket FxHxW")
     if args.bucket is None and (args.frames is None or args.size is None):
         raise UserError(
-            f"--{'frames' if args.frames is None else 'size'} is missing: --frames N --size HxW, or --bucket NxHxW"
+            f"--{'frames' if args.frames is None else 'size'} is missing: --frames N --size HxW, or "
+            "--bucket NxHxW"
         )
     return args.bucket or [(args.frames, *args.size)]
 

@@ -1,4 +1,6 @@
-"""Encode images, or videos and their captions, and write the latents as shards. The same command again continues one that was interrupted."""
+"""Encode images, or videos and their captions, and write the latents as shards. The same command again
+continues one that was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,10 @@ def _remarks(report: Report, what: str) -> list[str]:
     """Rate, what was left out, statistics, and what a recipe has to say."""
     lines = (
         [
-            f"{report.samples:,} {what} in {report.seconds:.0f} s: {report.samples / max(report.seconds, 1e-9):,.1f} a second"
+            (
+                f"{report.samples:,} {what} in {report.seconds:.0f} s: "
+                f"{report.samples / max(report.seconds, 1e-9):,.1f} a second"
+            )
         ]
         if report.samples
         else []
@@ -237,10 +242,12 @@ def _remarks(report: Report, what: str) -> list[str]:
     vae, text = index.vae, index.text
     if vae is not None:
         lines.append(
-            f"in the recipe: data.vae: {{name: {vae.name}, scale: {vae.scale:.10g}, shift: {vae.shift:.10g}, shape: {list(vae.shape)}}}"
+            f"in the recipe: data.vae: {{name: {vae.name}, scale: {vae.scale:.10g}, shift: "
+            f"{vae.shift:.10g}, shape: {list(vae.shape)}}}"
         )
     if text is not None:
         lines.append(
-            f"and: data.text_encoder: {{name: '{text.name}', tokens: {text.tokens}, channels: {text.channels}}}"
+            f"and: data.text_encoder: {{name: '{text.name}', tokens: {text.tokens}, channels: "
+            f"{text.channels}}}"
         )
     return lines

@@ -69,14 +69,17 @@ def add_vae(parser: argparse.ArgumentParser) -> None:
 
 
 def vae_options(args: argparse.Namespace) -> tuple[str, float, float] | None:
-    """(name, scale, shift) from add_vae's arguments, None when none was given. Raises UserError when some are missing."""
+    """(name, scale, shift) from add_vae's arguments, None when none was given. Raises UserError when some
+    are missing.
+    """
     given = {"--vae-name": args.vae_name, "--vae-scale": args.vae_scale, "--vae-shift": args.vae_shift}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
     if missing:
         raise UserError(
-            f"{', '.join(missing)} must be given too: an index of latents says by which VAE and how they are to be scaled"
+            f"{', '.join(missing)} must be given too: an index of latents says by which VAE and how "
+            "they are to be scaled"
         )
     for name in ("--vae-scale", "--vae-shift"):
         if not math.isfinite(given[name]):

@@ -1,4 +1,6 @@
-"""Write images or latents as webdataset shards with an index. The same command again continues one that was interrupted."""
+"""Write images or latents as webdataset shards with an index. The same command again continues one that
+was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla data pack`."""
     parser.add_argument(
         "source",
-        help="mnist, mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and val/CLASS/*",
+        help=(
+            "mnist, mqar[:PAIRS], torchvision:NAME[:ROOT], or a folder: CLASS/*, or train/CLASS/* and "
+            "val/CLASS/*"
+        ),
     )
     parser.add_argument(
         "--to", required=True, metavar="DIR", help="folder to make; holds train/ and val/ afterwards"

@@ -1,4 +1,6 @@
-"""Look at samples: a contact sheet (PNG) of images or latents with their classes, of clips with their captions, or the first rows of tokens."""
+"""Look at samples: a contact sheet (PNG) of images or latents with their classes, of clips with their
+captions, or the first rows of tokens.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if found.shown and found.unusable == found.shown:
         raise DataError(
-            f"none of {found.shown} samples of {found.split} can be decoded: mhla data verify {args.path} says why"
+            f"none of {found.shown} samples of {found.split} can be decoded: mhla data verify "
+            f"{args.path} says why"
         )
     file = _file(args, found)
     try:

@@ -1,4 +1,6 @@
-"""Write text as shards of token rows with an index. The same command again continues one that was interrupted."""
+"""Write text as shards of token rows with an index. The same command again continues one that was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packing",
         default="best-fit",
         metavar="HOW",
-        help="best-fit cuts only documents longer than a row, and pads; concatenate fills rows with one document after another (default: best-fit)",
+        help=(
+            "best-fit cuts only documents longer than a row, and pads; concatenate fills rows with one "
+            "document after another (default: best-fit)"
+        ),
     )
     parser.add_argument(
         "--val",

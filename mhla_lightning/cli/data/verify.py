@@ -1,4 +1,6 @@
-"""Look for everything that is wrong with shards: files, tar structure, offsets, keys, and every sample. Exit code 2 when something is."""
+"""Look for everything that is wrong with shards: files, tar structure, offsets, keys, and every sample.
+Exit code 2 when something is.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checks this machine: versions, devices, commands, write access, processes. Exit code 0 when nothing failed, 1 otherwise."""
+"""Checks this machine: versions, devices, commands, write access, processes. Exit code 0 when nothing
+failed, 1 otherwise.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,10 @@ def processor() -> Finding:
     import torch
 
     cores, threads = usable_cores(), torch.get_num_threads()
-    text = f"{cores} of {os.cpu_count()} cores usable, torch uses {threads} threads (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"
+    text = (
+        f"{cores} of {os.cpu_count()} cores usable, torch uses {threads} threads (OMP_NUM_THREADS "
+        f"{os.environ.get('OMP_NUM_THREADS', 'not set')})"
+    )
     if threads > cores:
         return Finding(
             "warn", f"{text}; more threads than cores slow training down: export OMP_NUM_THREADS={cores}"
@@ -47,7 +50,8 @@ def memory() -> Finding:
     if shared < LITTLE_SHARED:
         return Finding(
             "warn",
-            f"{text}; loader workers may die: start the container with --shm-size=8g, or use --data.num_workers 0",
+            f"{text}; loader workers may die: start the container with --shm-size=8g, or use "
+            "--data.num_workers 0",
         )
     return Finding("ok", text)
 

@@ -50,13 +50,16 @@ def packages() -> Finding:
     except PackageNotFoundError:
         return Finding(
             "warn",
-            f"{PACKAGE} {__version__} runs from a folder and is not installed, so versions cannot be compared; pip install -e .",
+            f"{PACKAGE} {__version__} runs from a folder and is not installed, so versions cannot be "
+            "compared; pip install -e .",
         )
     return compare_versions(wanted)
 
 
 def compare_versions(wanted: Iterable[str]) -> Finding:
-    """Requirement lines against what is installed: missing fails, another version than asked for warns. Optional ones do not count."""
+    """Requirement lines against what is installed: missing fails, another version than asked for warns.
+    Optional ones do not count.
+    """
     from packaging.requirements import Requirement
 
     core = [r for r in map(Requirement, wanted) if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -123,7 +126,9 @@ def command_here(name: str, found: str | None, folders: Iterable[Path]) -> Findi
 
 
 def lightning_command() -> Finding:
-    """`lightning` on PATH is ours: the last installed of the packages that bring a script of this name owns it."""
+    """`lightning` on PATH is ours: the last installed of the packages that bring a script of this name
+    owns it.
+    """
     found = shutil.which("lightning")
     here = command_here("lightning", found, _script_folders())
     if found is None or here.status != "ok":
@@ -152,7 +157,8 @@ def lightning_owner(path: str, script: str, claims: Mapping[str, str]) -> Findin
     fix = f"`mhla run` always works; pip install --force-reinstall --no-deps {PACKAGE} takes the name back"
     return Finding(
         "warn",
-        f"{path} belongs to {owner or 'a package that is not known here'}, so `lightning run` is not ours; {fix}",
+        f"{path} belongs to {owner or 'a package that is not known here'}, so `lightning run` is not "
+        f"ours; {fix}",
     )
 
 

@@ -13,7 +13,10 @@ from mhla_lightning.cli.doctor.finding import Finding
 
 WORLD = 2
 LIMIT = 30.0  # seconds
-_CODE = "import sys; from mhla_lightning.cli.doctor.processes import sum_of_ranks; print(sum_of_ranks(int(sys.argv[1]), sys.argv[2]))"
+_CODE = (
+    "import sys; from mhla_lightning.cli.doctor.processes import sum_of_ranks; "
+    "print(sum_of_ranks(int(sys.argv[1]), sys.argv[2]))"
+)
 
 
 def two_processes() -> Finding:

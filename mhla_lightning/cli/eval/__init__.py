@@ -1,5 +1,5 @@
-"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier, videos
-by VBench."""
+"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images,
+diffusion runs by a classifier, videos by VBench."""
 
 from __future__ import annotations
 

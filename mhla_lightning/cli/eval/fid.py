@@ -1,7 +1,9 @@
-"""Compares generated images with real ones: FID, sFID, inception score, precision and recall, as ADM's evaluator.
+"""Compares generated images with real ones: FID, sFID, inception score, precision and recall, as ADM's
+evaluator.
 
-SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla sample` writes them. REF is one of ADM's reference files, an npz file of images, or a
-folder of image shards (its val split). Features come from Inception (extra eval), or from a classifier run of yours; its distance is called FD, not
+SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla sample` writes them. REF is one of ADM's
+reference files, an npz file of images, or a folder of image shards (its val split). Features come from
+Inception (extra eval), or from a classifier run of yours; its distance is called FD, not
 FID, and compares only with others on the same features:
   mhla eval fid SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz
   mhla eval fid SAMPLES.npz --reference data/mnist --features my_classifier

@@ -1,6 +1,7 @@
 """Evaluates the language model of a run with lm-evaluation-harness: one table.
 
-TASKS are names of the harness, with commas; `paper` is the paper's nine (wikitext, lambada_openai, winogrande, piqa, arc_challenge, openbookqa,
+TASKS are names of the harness, with commas; `paper` is the paper's nine (wikitext, lambada_openai,
+winogrande, piqa, arc_challenge, openbookqa,
 arc_easy, boolq, mmlu). Their data come from the Hugging Face hub, or from a task file of yours:
   mhla eval lm RUN --tasks paper --json results.json
   mhla eval lm RUN --tasks my_task --include tasks/ --limit 100

@@ -1,7 +1,8 @@
 """Draws class-balanced, guided samples of an image diffusion run and lets a classifier run judge them.
 
-Agreement is the share of samples whose likeliest class is the one asked for. FD (Frechet distance on the classifier's features) is against the
-validation images of the run's data: it compares runs of one data set by one classifier, and is no FID.
+Agreement is the share of samples whose likeliest class is the one asked for. FD (Frechet distance on the
+classifier's features) is against the validation images of the run's data: it compares runs of one data set by
+one classifier, and is no FID.
   mhla eval samples RUN --classifier convnet_mnist --n 500 --guidance 3 --steps 50
 The numbers are kept in the run folder; the same command reads them.
 """

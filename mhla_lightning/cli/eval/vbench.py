@@ -1,6 +1,7 @@
 """Prepares what VBench expects, videos named PROMPT-INDEX.mp4, and calls it where it is installed.
 
-A RUN is sampled, 5 videos of each of VBench's prompts (or of --prompts FILE), resumably; a FOLDER of `mhla sample` is taken as it is:
+A RUN is sampled, 5 videos of each of VBench's prompts (or of --prompts FILE), resumably; a FOLDER of `mhla
+sample` is taken as it is:
   mhla eval vbench RUN --frames 81 --size 480x800 --python ~/vbench/bin/python
   mhla eval vbench FOLDER --prepare
 VBench needs numpy below 2: install it in an environment of its own and name its interpreter with --python.
@@ -123,13 +124,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _complete(args: argparse.Namespace, drawn: bool) -> None:
-    """Fills in how a run is drawn where it is not given. Raises UserError where it is given for videos that are drawn already."""
+    """Fills in how a run is drawn where it is not given. Raises UserError where it is given for videos
+    that are drawn already.
+    """
     for name in _OF_RUNS if drawn else ():
         value = getattr(args, name)
         if value is not None and value is not False:  # 0 is given
             option = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{option} is for runs, and {args.run_or_folder} is a folder of videos that are drawn already; leave it out"
+                f"{option} is for runs, and {args.run_or_folder} is a folder of videos that are "
+                "drawn already; leave it out"
             )
     for name, default in _DEFAULTS.items():
         if getattr(args, name) is None:
@@ -156,7 +160,8 @@ def _prompts(args: argparse.Namespace, package: Any) -> list[Any]:
 
     if args.prompts is None and package is None:
         raise UserError(
-            f"VBench is not installed, and its prompts come with it; give others with --prompts FILE, or {INSTALL}"
+            "VBench is not installed, and its prompts come with it; give others with --prompts "
+            f"FILE, or {INSTALL}"
         )
     own = [] if args.prompts else package.prompts()
     return given_prompts(args.prompts, None) or [

@@ -45,7 +45,9 @@ class Trained:
         return as_stored(self.weights)
 
     def facts(self) -> dict[str, Any]:
-        """What rebuilds the model: `mhla import` reads it, and so can mhla_lightning.backbones.build_backbone."""
+        """What rebuilds the model: `mhla import` reads it, and so can
+        mhla_lightning.backbones.build_backbone.
+        """
         model = {
             "backbone": self.backbone,
             "attention": self.attention,

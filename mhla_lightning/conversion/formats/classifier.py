@@ -14,7 +14,9 @@ from mhla_lightning.weights.target import Entry
 
 
 def timm(trained: Trained, model: nn.Module) -> Export:
-    """What timm.create_model opens after `import mhla_lightning.backbones`, by `local-dir:` or by architecture and model_args of its config.json."""
+    """What timm.create_model opens after `import mhla_lightning.backbones`, by `local-dir:` or by
+    architecture and model_args of its config.json.
+    """
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
     return Export(
@@ -45,7 +47,9 @@ def _config(trained: Trained, model: VisionTransformer) -> dict[str, Any]:
 
 
 def _operator(attention: Entry) -> str:
-    """The operator in the name of a timm model; of a hybrid its first layer's, and model_args say the rest."""
+    """The operator in the name of a timm model; of a hybrid its first layer's, and model_args say the
+    rest.
+    """
     if isinstance(attention, str):
         return attention
     return str(attention["name"]) if isinstance(attention, Mapping) else _operator(attention[0])

@@ -13,7 +13,8 @@ from mhla_lightning.weights.streaming import parts_of
 
 
 def hf(trained: Trained, model: nn.Module) -> Export:
-    """What AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`, and the tokenizer's files where there are any.
+    """What AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`, and the tokenizer's
+    files where there are any.
 
     Raises:
         UserError: transformers is not installed.

@@ -17,7 +17,9 @@ from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
 
 
 def diffusers(trained: Trained, model: nn.Module) -> Export:
-    """Key names and config of diffusers' WanTransformer3DModel; what MHLA adds stands beside them. Raises UserError, see :func:`_export`."""
+    """Key names and config of diffusers' WanTransformer3DModel; what MHLA adds stands beside them. Raises
+    UserError, see :func:`_export`.
+    """
     return _export(trained, cast(VideoDiT, model), to_diffusers, _diffusers_config)
 
 
@@ -33,7 +35,8 @@ def _export(
     missing = [name for name in needed(len(model.blocks)) if name not in trained.weights]
     if missing:
         raise UserError(
-            f"Wan2.1 has {missing[0]}, and {trained.source} has none (qk_norm, qkv_bias of its attention); take --format plain"
+            f"Wan2.1 has {missing[0]}, and {trained.source} has none (qk_norm, qkv_bias of its "
+            "attention); take --format plain"
         )
     weights = trained.stored()
     shared, extra = (

@@ -1,4 +1,6 @@
-"""Text to features for cross-attention: `words:N`, which needs no download, and umT5 of transformers (SPEC 6.2, 6.6)."""
+"""Text to features for cross-attention: `words:N`, which needs no download, and umT5 of transformers (SPEC
+6.2, 6.6).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ _SHOWN = 80  # characters of a text in a message
 
 
 class TextEncoder(ABC):
-    """What turns texts into features. Every text is encoded by itself, so its features do not depend on what else is encoded.
+    """What turns texts into features. Every text is encoded by itself, so its features do not depend on what
+    else is encoded.
 
     Attributes:
         encoding: its description, with its sha256.
@@ -41,7 +44,9 @@ class TextEncoder(ABC):
     encoding: TextEncoding
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Features of each text, float32 (rows, channels) on the CPU, 1 <= rows <= tokens. Raises UserError for a text that has more rows."""
+        """Features of each text, float32 (rows, channels) on the CPU, 1 <= rows <= tokens. Raises
+        UserError for a text that has more rows.
+        """
         return [self.rows(clean(text)) for text in texts]
 
     @abstractmethod
@@ -53,12 +58,15 @@ class TextEncoder(ABC):
             shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
             limit = f"{self.encoding.name} takes at most {self.encoding.tokens}"
             raise UserError(
-                f"the text {shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text encoder's tokens"
+                f"the text {shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text "
+                "encoder's tokens"
             )
 
 
 class Words(TextEncoder):
-    """Each lower-cased word is a fixed vector of independent unit Gaussians; a text without words is one row of its own. Needs no weights."""
+    """Each lower-cased word is a fixed vector of independent unit Gaussians; a text without words is one
+    row of its own. Needs no weights.
+    """
 
     def __init__(self, encoding: TextEncoding) -> None:
         self.encoding = encoding
@@ -91,13 +99,15 @@ def load_text_encoder(
     """Open a text encoder.
 
     Args:
-        encoding: what a recipe or an index says of it, or its name alone: `words:N` (N channels); a folder with a UMT5EncoderModel and its tokenizer,
-            both there or in text_encoder/ and tokenizer/; or a name of such on the Hugging Face hub. A name alone takes texts up to 512 tokens.
+        encoding: what a recipe or an index says of it, or its name alone: `words:N` (N channels); a folder
+            with a UMT5EncoderModel and its tokenizer, both there or in text_encoder/ and tokenizer/; or a
+            name of such on the Hugging Face hub. A name alone takes texts up to 512 tokens.
         device, dtype: of the weights. dtype None: bfloat16 on GPU, float32 elsewhere.
 
     Raises:
-        UserError: transformers is missing; nothing of this name; another model than umT5; weights that are not safetensors or not those of the
-            configuration; channels or a sha256 other than `encoding` says.
+        UserError: transformers is missing; nothing of this name; another model than umT5; weights that are
+            not safetensors or not those of the configuration; channels or a sha256 other than `encoding`
+            says.
     """
     name = encoding if isinstance(encoding, str) else encoding.name
     tokens = DEFAULT_TOKENS if isinstance(encoding, str) else encoding.tokens
@@ -119,7 +129,9 @@ def pad_rows(features: Sequence[Tensor], tokens: int) -> Tensor:
 
 
 def clean(text: str) -> str:
-    """HTML entities resolved, and every stretch of white space one blank, as in Wan (which also lets ftfy mend broken Unicode)."""
+    """HTML entities resolved, and every stretch of white space one blank, as in Wan (which also lets ftfy
+    mend broken Unicode).
+    """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
@@ -139,7 +151,9 @@ def _word_channels(name: str) -> int:
 
 @lru_cache(maxsize=65_536)
 def _word_vector(word: str, channels: int) -> np.ndarray:
-    """float32 (channels,), by Box and Muller from raw bits: numpy promises those, and not its normal distribution, for ever."""
+    """float32 (channels,), by Box and Muller from raw bits: numpy promises those, and not its normal
+    distribution, for ever.
+    """
     raw = philox("word", hashlib.sha256(word.encode()).hexdigest()).random_raw(2 * channels)
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53  # inside (0, 1)
     radius, angle = np.sqrt(-2 * np.log(uniform[:channels])), 2 * np.pi * uniform[channels:]
@@ -149,12 +163,14 @@ def _word_vector(word: str, channels: int) -> np.ndarray:
 def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
     if wanted.channels != found.channels:
         raise UserError(
-            f"the text encoder {wanted.name} gives {found.channels} channels, and text_encoder.channels is {wanted.channels}"
+            f"the text encoder {wanted.name} gives {found.channels} channels, and "
+            f"text_encoder.channels is {wanted.channels}"
         )
     if wanted.sha256 not in (None, found.sha256):
         shown = str(found.sha256)[:12]
         raise UserError(
-            f"the text encoder {wanted.name} has sha256 {shown}..., and text_encoder.sha256 is {wanted.sha256}: it is another"
+            f"the text encoder {wanted.name} has sha256 {shown}..., and text_encoder.sha256 is "
+            f"{wanted.sha256}: it is another"
         )
 
 
@@ -166,7 +182,8 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
     local = Path(name).expanduser().is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UserError(
-            f"there is no folder {name}: a text encoder is words:N, a folder written by save_pretrained, or a name like google/umt5-xxl"
+            f"there is no folder {name}: a text encoder is words:N, a folder written by "
+            "save_pretrained, or a name like google/umt5-xxl"
         )
     address = str(Path(name).expanduser()) if local else name
     config, place = _config(name, address)
@@ -199,7 +216,8 @@ def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
             )
         reasons.append("its config.json is of no text encoder")
     raise UserError(
-        f"the text encoder {name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub ({reasons[0]})"
+        f"the text encoder {name} is no folder of a UMT5EncoderModel here, and could not be fetched "
+        f"from the hub ({reasons[0]})"
     )
 
 
@@ -217,7 +235,8 @@ def _model(name: str, address: str, place: str) -> nn.Module:
                 dtype="auto",
             )
             model, info = opened
-    except Exception as error:  # noqa: BLE001  of transformers, safetensors, the hub, and torch for sizes that do not fit
+    except Exception as error:  # noqa: BLE001
+        # of transformers, safetensors, the hub, and torch for sizes that do not fit
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the weights of the text encoder {name} cannot be read from a safetensors file ({reason})"
@@ -225,7 +244,8 @@ def _model(name: str, address: str, place: str) -> nn.Module:
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise UserError(
-            f"the weights of the text encoder {name} are not those of its config.json: {len(wrong)} are missing, e.g. {wrong[0]}"
+            f"the weights of the text encoder {name} are not those of its config.json: {len(wrong)} "
+            f"are missing, e.g. {wrong[0]}"
         )
     return model.eval().requires_grad_(False)
 
@@ -262,7 +282,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _sha256(model: nn.Module, tokenizer: Any) -> str:
-    """Of what decides the features: sizes, vocabulary, and the weights as float32. The same for every copy, device and dtype."""
+    """Of what decides the features: sizes, vocabulary, and the weights as float32. The same for every
+    copy, device and dtype.
+    """
     config: Any = model.config
     sizes = [
         getattr(config, key)

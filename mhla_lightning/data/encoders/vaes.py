@@ -1,4 +1,6 @@
-"""Autoencoders of diffusers: images, or videos, to latents and back. Weights come from safetensors alone; nothing is unpickled."""
+"""Autoencoders of diffusers: images, or videos, to latents and back. Weights come from safetensors alone;
+nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _CHUNK = 4  # frames that AutoencoderKLWan encodes at a time, after the first
 
 
 class Posterior(NamedTuple):
-    """What an encoder says of images, float32 (B, C, h, w). mean: the latent itself and logvar None where the encoder is deterministic."""
+    """What an encoder says of images, float32 (B, C, h, w). mean: the latent itself and logvar None where
+    the encoder is deterministic.
+    """
 
     mean: Tensor
     logvar: Tensor | None
@@ -71,7 +75,9 @@ class Autoencoder:
         return next(self.model.parameters()).device
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(C, h, w) of square images of `size` pixels. Raises UserError unless the factor divides the size."""
+        """(C, h, w) of square images of `size` pixels. Raises UserError unless the factor divides the
+        size.
+        """
         if size < 1 or size % self.factor:
             nearest = max(1, round(size / self.factor)) * self.factor
             raise UserError(
@@ -90,7 +96,9 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, h, w) as they are used, shifted and scaled. Images about in [-1, 1], float32 (B, 3, H, W)."""
+        """latents: (B, C, h, w) as they are used, shifted and scaled. Images about in [-1, 1], float32 (B,
+        3, H, W).
+        """
         model: Any = self.model
         z = latents.to(self.device, torch.float32) / self.scale + self.shift
         return model.decode(z.to(model.dtype)).sample.float()
@@ -98,7 +106,8 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class VideoAutoencoder:
-    """A VAE of videos that is ready to be used. Latents are normalised channel by channel, as its configuration says.
+    """A VAE of videos that is ready to be used. Latents are normalised channel by channel, as its
+    configuration says.
 
     Attributes:
         name: as load_video_vae was asked for it.
@@ -117,7 +126,9 @@ class VideoAutoencoder:
 
     @property
     def factors(self) -> tuple[int, int]:
-        """Frames, and pixels a side, of what becomes one place of a latent; the first frame is a place of its own."""
+        """Frames, and pixels a side, of what becomes one place of a latent; the first frame is a place of
+        its own.
+        """
         config: Any = self.model.config
         return 2 ** sum(config.temperal_downsample), 2 ** (len(config.dim_mult) - 1) * (
             config.patch_size or 1
@@ -129,7 +140,9 @@ class VideoAutoencoder:
         return next(self.model.parameters()).device
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of videos of this size: t = 1 + (frames - 1) / temporal factor. Raises UserError with the nearest size that works."""
+        """(C, t, h, w) of videos of this size: t = 1 + (frames - 1) / temporal factor. Raises UserError
+        with the nearest size that works.
+        """
         temporal, spatial = self.factors
         nearest = (
             1 + max(0, round((frames - 1) / _CHUNK)) * _CHUNK,
@@ -137,15 +150,19 @@ class VideoAutoencoder:
         )
         if nearest != (frames, height, width):
             raise UserError(
-                f"videos of {frames} frames of {height}x{width} pixels do not fit the VAE {self.name}, which takes 1 + a multiple of {_CHUNK} frames"
-                f" and sides that {spatial} divides; the nearest: {nearest[0]} frames of {nearest[1]}x{nearest[2]}"
+                f"videos of {frames} frames of {height}x{width} pixels do not fit the VAE "
+                f"{self.name}, which takes 1 + a multiple of {_CHUNK} frames"
+                f" and sides that {spatial} divides; the nearest: {nearest[0]} frames of "
+                f"{nearest[1]}x{nearest[2]}"
             )
         config: Any = self.model.config
         return int(config.z_dim), 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> Tensor:
-        """videos: (B, 3, T, H, W) in [-1, 1]. The mean of the posterior, normalised, float32 (B, C, t, h, w). SPEC 6.6. One video at a time."""
+        """videos: (B, 3, T, H, W) in [-1, 1]. The mean of the posterior, normalised, float32 (B, C, t, h,
+        w). SPEC 6.6. One video at a time.
+        """
         self.latent_shape(*videos.shape[2:])  # diffusers leaves out frames that fill no place, without a word
         model: Any = self.model
         latents = [
@@ -157,7 +174,9 @@ class VideoAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, t, h, w), normalised. Videos in [-1, 1], float32 (B, 3, T, H, W). One video at a time."""
+        """latents: (B, C, t, h, w), normalised. Videos in [-1, 1], float32 (B, 3, T, H, W). One video at a
+        time.
+        """
         model: Any = self.model
         mean, std = self._statistics()
         return torch.cat(
@@ -188,13 +207,15 @@ def load_vae(
 
     Args:
         name: a folder written by save_pretrained, or a name on the Hugging Face hub.
-        subfolder: of the folder or name; None: itself, or `vae` where that is where one is (as in a pipeline).
+        subfolder: of the folder or name; None: itself, or `vae` where that is where one is (as in a
+            pipeline).
         device, dtype: of the weights.
         scale, shift: instead of the configuration's scaling_factor and shift_factor.
 
     Raises:
-        UserError: diffusers is missing; nothing of this name here or on the hub; another class than MODELS; weights that are not safetensors or are
-            not those of the configuration; one that needs other images than RGB, or normalises channels one by one.
+        UserError: diffusers is missing; nothing of this name here or on the hub; another class than MODELS;
+            weights that are not safetensors or are not those of the configuration; one that needs other
+            images than RGB, or normalises channels one by one.
     """
     model, given = _open(name, subfolder, MODELS)
     config: Any = model.config
@@ -204,7 +225,8 @@ def load_vae(
         )
     if given.get("latents_mean") is not None and (scale is None or shift is None):
         raise UserError(
-            f"the VAE {name} normalises every channel by itself (latents_mean): give one --scale and one --shift for all"
+            f"the VAE {name} normalises every channel by itself (latents_mean): give one --scale and "
+            "one --shift for all"
         )
     own_shift = getattr(config, "shift_factor", None)
     found_scale = config.scaling_factor if scale is None else scale
@@ -230,18 +252,24 @@ def load_video_vae(
             f"the VAE {name} takes videos of {config.in_channels} channels; RGB videos, 3, are what there is"
         )
     if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
-        found = f"latents_mean for {len(config.latents_mean)} channels, latents_std for {len(config.latents_std)}, and z_dim {config.z_dim}"
+        found = (
+            f"latents_mean for {len(config.latents_mean)} channels, latents_std for "
+            f"{len(config.latents_std)}, and z_dim {config.z_dim}"
+        )
         raise UserError(f"the {_CONFIG} of the VAE {name} has {found}: they must agree")
     if sum(config.temperal_downsample) > 2:
         raise UserError(
-            f"the VAE {name} makes one of {2 ** sum(config.temperal_downsample)} frames; diffusers encodes {_CHUNK} at a time"
+            f"the VAE {name} makes one of {2 ** sum(config.temperal_downsample)} frames; diffusers "
+            f"encodes {_CHUNK} at a time"
         )
     sha256 = _sha256(model)
     return VideoAutoencoder(name, nn.Module.to(model, device=device, dtype=dtype), sha256)
 
 
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w), shifted and scaled, to pixels uint8 (B, H, W, 3), on the VAE's device: clamp(127.5 x + 128), SPEC 4.3."""
+    """Latents (B, C, h, w), shifted and scaled, to pixels uint8 (B, H, W, 3), on the VAE's device:
+    clamp(127.5 x + 128), SPEC 4.3.
+    """
     parts = [
         (127.5 * vae.decode(part) + 128).clamp(0, 255).to(torch.uint8)
         for part in latents.split(DECODED_AT_ONCE)
@@ -250,7 +278,9 @@ def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def decode_videos(vae: VideoAutoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, t, h, w), normalised, to pixels uint8 (B, T, H, W, 3), on the VAE's device: clamp(127.5 x + 128)."""
+    """Latents (B, C, t, h, w), normalised, to pixels uint8 (B, T, H, W, 3), on the VAE's device:
+    clamp(127.5 x + 128).
+    """
     parts = [(127.5 * vae.decode(part) + 128).clamp(0, 255).to(torch.uint8) for part in latents.split(1)]
     return torch.cat(parts).permute(0, 2, 3, 4, 1)
 
@@ -279,7 +309,8 @@ def _config(
     local = Path(name).expanduser().is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UserError(
-            f"there is no folder {name}: --vae takes a folder written by save_pretrained, or a name like stabilityai/sd-vae-ft-ema"
+            f"there is no folder {name}: --vae takes a folder written by save_pretrained, or a name "
+            "like stabilityai/sd-vae-ft-ema"
         )
     places = [subfolder] if subfolder is not None else [None, "vae"]
     reasons = []
@@ -301,7 +332,8 @@ def _config(
         else f"the VAE {name} is no folder here and could not be fetched from the hub"
     )
     raise UserError(
-        f"{where} ({reasons[0]}): give a folder written by save_pretrained, or a name like stabilityai/sd-vae-ft-ema"
+        f"{where} ({reasons[0]}): give a folder written by save_pretrained, or a name like "
+        "stabilityai/sd-vae-ft-ema"
     )
 
 
@@ -318,14 +350,16 @@ def _load(kind: Any, name: str, subfolder: str | None) -> nn.Module:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # noqa: BLE001  of diffusers, safetensors, the hub, and torch for sizes that do not fit
+    except Exception as error:  # noqa: BLE001
+        # of diffusers, safetensors, the hub, and torch for sizes that do not fit
         raise UserError(
             f"the weights of the VAE {name} cannot be read from a safetensors file ({_reason(error)})"
         ) from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise UserError(
-            f"the weights of the VAE {name} are not those of its {_CONFIG}: {len(wrong)} are missing or misshaped, e.g. {wrong[0]}"
+            f"the weights of the VAE {name} are not those of its {_CONFIG}: {len(wrong)} are missing "
+            f"or misshaped, e.g. {wrong[0]}"
         )
     return model.eval().requires_grad_(False)
 
@@ -347,7 +381,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _sha256(model: nn.Module) -> str:
-    """The class, what of the configuration is not its default (so that another version of diffusers gives the same), and the weights as float32."""
+    """The class, what of the configuration is not its default (so that another version of diffusers gives
+    the same), and the weights as float32.
+    """
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(type(model).__init__).parameters.items()

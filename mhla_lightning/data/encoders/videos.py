@@ -52,13 +52,15 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
             stream = container.streams.video[0]
             if stream.codec_context is None or not 0 < stream.width * stream.height <= _MOST_PIXELS:
                 raise DataError(
-                    f"{name} holds video of {stream.width}x{stream.height} pixels or of an unknown codec, which cannot be decoded"
+                    f"{name} holds video of {stream.width}x{stream.height} pixels or of an unknown "
+                    "codec, which cannot be decoded"
                 )
             yield container, stream
     except (av.error.FFmpegError, av.error.PyAVCallbackError, UnicodeDecodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"{name} cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or remove it"
+            f"{name} cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it "
+            "again or remove it"
         ) from error
 
 
@@ -70,7 +72,9 @@ def pixels(frame: VideoFrame) -> np.ndarray:
 
 
 def shown_aspect(stream: VideoStream, rotation: int = 0) -> float:
-    """Width over height of the pictures as they are shown: with pixels that are no squares, and turned by `rotation` degrees."""
+    """Width over height of the pictures as they are shown: with pixels that are no squares, and turned by
+    `rotation` degrees.
+    """
     aspect = stream.width * float(stream.sample_aspect_ratio or 1) / stream.height
     return 1 / aspect if round(rotation / 90) % 2 else aspect
 
@@ -94,7 +98,9 @@ def encode_mp4(clip: np.ndarray, rate: float) -> bytes:
 
 
 def decode_mp4(data: bytes, clip: Clip, name: str) -> np.ndarray:
-    """The frames of an mp4 file, uint8 (frames, height, width, 3). Raises DataError for damage, and for other frames than `clip` says."""
+    """The frames of an mp4 file, uint8 (frames, height, width, 3). Raises DataError for damage, and for
+    other frames than `clip` says.
+    """
     found = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
     with open_video(data, name) as (container, stream):
         stream.codec_context.thread_count = 1  # a loader's workers are many already

@@ -14,7 +14,9 @@ __all__ = ["Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
 
 
 def kind_of(index: ShardIndex) -> Kind:
-    """The kind that an index describes, without augmentation: for tools. Raises DataError for a kind that cannot be read yet."""
+    """The kind that an index describes, without augmentation: for tools. Raises DataError for a kind that
+    cannot be read yet.
+    """
     if index.kind == "images":
         return Images(max(1, len(index.classes)))
     if index.kind == "tokens" and index.length:

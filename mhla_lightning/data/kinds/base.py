@@ -1,4 +1,6 @@
-"""What distinguishes images, tokens and latents: how a sample becomes tensors, and what makes one unusable."""
+"""What distinguishes images, tokens and latents: how a sample becomes tensors, and what makes one
+unusable.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,14 @@ class Kind(ABC):
 
     @abstractmethod
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """Tensors of one training sample by their key in the batch; random numbers by (seed, epoch, index). Raises BadSample."""
+        """Tensors of one training sample by their key in the batch; random numbers by (seed, epoch,
+        index). Raises BadSample.
+        """
 
     def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
-        """The tensors of `train` for B samples at once, (B, ...) each. None: `train` is to be asked, as one is bad or nothing would be gained."""
+        """The tensors of `train` for B samples at once, (B, ...) each. None: `train` is to be asked, as
+        one is bad or nothing would be gained.
+        """
         return None
 
     @abstractmethod
@@ -43,7 +49,8 @@ class Kind(ABC):
         """Raw samples by index in the split. Raises DataError."""
         return split.read(samples)
 
-    def check(self, index: ShardIndex, address: str) -> None:  # noqa: B027  # most kinds take any index of theirs
+    # # most kinds take any index of theirs
+    def check(self, index: ShardIndex, address: str) -> None:  # noqa: B027
         """Refuse, before training, a split that does not fit the recipe. Raises DataError."""
 
 

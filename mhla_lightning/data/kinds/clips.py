@@ -26,7 +26,8 @@ NPY, MP4, CAPTION = "clip.npy", "mp4", "txt"
 
 @dataclass
 class Clips(Kind):
-    """Clips as float32 (3, frames, height, width) in [-1, 1], and features of their captions as float32 (tokens, channels), zero-padded.
+    """Clips as float32 (3, frames, height, width) in [-1, 1], and features of their captions as float32
+    (tokens, channels), zero-padded.
 
     Args:
         clip: their size, as the index says.
@@ -86,7 +87,9 @@ class Clips(Kind):
         return {"clip": (values.float() / 127.5 - 1).contiguous(), "text": self._features(sample, caption)}
 
     def _features(self, sample: RawSample, caption: str) -> Tensor:
-        """(tokens, channels). Raises DataError for a caption that is too long: to train without it would be in silence."""
+        """(tokens, channels). Raises DataError for a caption that is too long: to train without it would
+        be in silence.
+        """
         from mhla_lightning.data.encoders.text_encoders import pad_rows
 
         assert self.text is not None

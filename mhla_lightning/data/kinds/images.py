@@ -66,7 +66,8 @@ class Images(Kind):
         """Refuse anything but images with classes."""
         if index.kind != "images" or not index.classes:
             raise DataError(
-                f"{address} holds {index.kind} with {len(index.classes)} classes; images with classes are needed"
+                f"{address} holds {index.kind} with {len(index.classes)} classes; images with "
+                "classes are needed"
             )
 
 

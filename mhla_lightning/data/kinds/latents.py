@@ -1,7 +1,8 @@
-"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), of a text's own rows only.
+"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), of
+a text's own rows only.
 
-`mhla data latents` writes more members beside them: KEY.logvar.npy (of the posterior, whose mean KEY.latent.npy then is), and KEY.flipped.npy and
-KEY.flipped_logvar.npy of the mirrored image.
+`mhla data latents` writes more members beside them: KEY.logvar.npy (of the posterior, whose mean
+KEY.latent.npy then is), and KEY.flipped.npy and KEY.flipped_logvar.npy of the mirrored image.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
 @dataclass
 class Latents(Kind):
-    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are classes, else text as float32 (L, D), rows
-    of zeros after the text's own.
+    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are
+    classes, else text as float32 (L, D), rows of zeros after the text's own.
 
     Args:
         vae: what the latents were made by, as their index says.
         classes: number of classes; 0 when samples come with text.
-        text: (L, D), the most rows that a text may have, and their channels; None takes any, which only tools can use.
+        text: (L, D), the most rows that a text may have, and their channels; None takes any, which only tools
+            can use.
         video: whether the latents have a time axis.
         seed: of the flips and of the draws from the posterior.
         wanted: what the recipe says of the VAE; None takes any.
@@ -52,7 +54,9 @@ class Latents(Kind):
         return {name: self._array(sample, name) for name in names} | self._condition(sample)
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """The latent of the image or, every other time, of its mirror image, drawn from the posterior; by (seed, epoch, index). SPEC D10."""
+        """The latent of the image or, every other time, of its mirror image, drawn from the posterior; by
+        (seed, epoch, index). SPEC D10.
+        """
         rng = generator(self.seed, "latent", epoch, sample["__index__"])
         name = FLIPPED if rng.random() < 0.5 and self.vae.flipped else LATENT
         latent = self._array(sample, name).astype(np.float32)
@@ -76,7 +80,8 @@ class Latents(Kind):
             raise DataError(f"{address} holds {index.kind}; {wanted} are needed")
         if self.wanted is not None and not self.wanted.fits(index.vae):
             raise DataError(
-                f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the latents again with that VAE"
+                f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the "
+                "latents again with that VAE"
             )
 
     def _array(self, sample: RawSample, name: str) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row, read by its place in the shard."""
+"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row,
+read by its place in the shard.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _LAYOUTS_KNOWN = 2**16
 
 
 class _Rows(NamedTuple):
-    """A member pair: the row of the shard that is its first, and of either column the byte of the first row, the bytes of a row, and their type."""
+    """A member pair: the row of the shard that is its first, and of either column the byte of the first
+    row, the bytes of a row, and their type.
+    """
 
     first: int
     tokens: tuple[int, int, np.dtype]
@@ -31,7 +35,8 @@ class _Rows(NamedTuple):
 
 @dataclass
 class Tokens(Kind):
-    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64 (T,), -1 for padding.
+    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64
+    (T,), -1 for padding.
 
     Args:
         length: T, tokens a row.
@@ -78,7 +83,9 @@ class Tokens(Kind):
         return self.evaluate(sample)
 
     def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
-        """All rows in one array: checking and widening them one by one would take longer than reading them."""
+        """All rows in one array: checking and widening them one by one would take longer than reading
+        them.
+        """
         tokens, documents = (
             np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1)
             for name in ("tokens", "documents")
@@ -113,7 +120,8 @@ class Tokens(Kind):
             raise DataError(f"{address} holds {index.kind}; tokens are needed")
         if index.length != self.length:
             raise DataError(
-                f"{address} holds {index.kind} of length {index.length}; tokens of length {self.length} are needed"
+                f"{address} holds {index.kind} of length {index.length}; tokens of length "
+                f"{self.length} are needed"
             )
 
     def _rows(self, split: Split, shard: int, row: int) -> _Rows:
@@ -138,7 +146,8 @@ class Tokens(Kind):
         )
         if tokens.shape != (stop - first, self.length):
             raise DataError(
-                f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, {self.length}) are needed: index it again"
+                f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, "
+                f"{self.length}) are needed: index it again"
             )
         return _Rows(
             first, *((column.start, column.row_bytes, column.dtype) for column in (tokens, documents))

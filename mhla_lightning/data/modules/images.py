@@ -27,7 +27,8 @@ class ImageDataModule(ShardDataModule):
         path, batch_size, micro_batch_size, epochs, num_workers, mix: see :class:`ShardDataModule`.
         image_size: height and width in pixels, one number or a pair.
         augmentation: None is the ImageNet recipe of DeiT.
-        source: packed into `path` by prepare_data when `path` holds no shards yet, e.g. mnist, a folder, torchvision:CIFAR10.
+        source: packed into `path` by prepare_data when `path` holds no shards yet, e.g. mnist, a folder,
+            torchvision:CIFAR10.
         lanes, window, seed, max_skipped_share, verify, loading, remote: see :class:`ShardDataModule`.
     """
 
@@ -87,7 +88,8 @@ class ImageDataModule(ShardDataModule):
                 if split.index.classes != self.index().classes:
                     address = split.store.address(INDEX_NAME)
                     raise DataError(
-                        f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes"
+                        f"{address} lists other classes than {self.sources[0].path}: data used "
+                        "together has one list of classes"
                     )
 
     @property

@@ -33,15 +33,18 @@ _REMEDY = "data used together has one VAE, and latents of one shape unless data.
 class LatentDataModule(TextConditioned, ShardDataModule):
     """Latents with labels or text features, from shards.
 
-    Where the shards hold them (see `mhla data latents`), training draws for every sample of every epoch whether it is mirrored, and a latent from the
-    VAE's posterior; validation takes the image as it is and the posterior's mean.
+    Where the shards hold them (see `mhla data latents`), training draws for every sample of every epoch
+    whether it is mirrored, and a latent from the VAE's posterior; validation takes the image as it is and the
+    posterior's mean.
 
     Args:
-        vae: what the recipe's latents are made by: name, scale, shift and shape, and what else it says; latents of another VAE are refused. With
-            mix_by batch the sources' shapes may differ from the recipe's, but for the channels.
+        vae: what the recipe's latents are made by: name, scale, shift and shape, and what else it says;
+            latents of another VAE are refused. With mix_by batch the sources' shapes may differ from the
+            recipe's, but for the channels.
         path, batch_size, micro_batch_size, epochs, num_workers, mix: see :class:`ShardDataModule`.
         video: latents have a time axis.
-        text_encoder: what made the text features, for data without classes; other features are refused. Opened only for prompts.
+        text_encoder: what made the text features, for data without classes; other features are refused.
+            Opened only for prompts.
         lanes, window, seed, max_skipped_share, verify, loading, remote, mix_by: see :class:`ShardDataModule`.
     """
 
@@ -112,7 +115,9 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         return self.vae
 
     def check(self, world_size: int) -> None:
-        """Also that all splits have the same classes, features of one text encoder, and latents of one VAE that are stored alike."""
+        """Also that all splits have the same classes, features of one text encoder, and latents of one VAE
+        that are stored alike.
+        """
         super().check(world_size)
         first = self.index()
         for name in SPLITS:
@@ -120,7 +125,8 @@ class LatentDataModule(TextConditioned, ShardDataModule):
                 address, vae = split.store.address(INDEX_NAME), split.index.vae
                 if split.index.classes != first.classes:
                     raise DataError(
-                        f"{address} lists other classes than {self.sources[0].path}: data used together has one list of classes"
+                        f"{address} lists other classes than {self.sources[0].path}: data used "
+                        "together has one list of classes"
                     )
                 if vae is not None and first.vae is not None and not self._alike(vae, first.vae):
                     raise DataError(
@@ -131,21 +137,26 @@ class LatentDataModule(TextConditioned, ShardDataModule):
     def _check_text(self, split: Split, address: str) -> None:
         if not split.index.classes and self.text_encoder is None:
             raise UserError(
-                f"{address} has captions and no classes: data.text_encoder (name, tokens, channels) has to say what encoded them"
+                f"{address} has captions and no classes: data.text_encoder (name, tokens, channels) "
+                "has to say what encoded them"
             )
         found = split.index.text
         if self.text_encoder is not None and found is not None and not self.text_encoder.fits(found):
             raise DataError(
-                f"the captions of {address} were encoded by {found}, and data.text_encoder is {self.text_encoder}: make them agree"
+                f"the captions of {address} were encoded by {found}, and data.text_encoder is "
+                f"{self.text_encoder}: make them agree"
             )
 
     def _alike(self, one: VAE, other: VAE) -> bool:
-        """Whether latents of both can be used together: all but the statistics is equal, and the shape where they stand in one batch."""
+        """Whether latents of both can be used together: all but the statistics is equal, and the shape
+        where they stand in one batch.
+        """
         shape = one.shape if self.mix_by == "batch" else other.shape
         return replace(one, mean=(), std=()) == replace(other, mean=(), std=(), shape=shape)
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Latents as in a batch, (batch, C, h, w), to uint8 (batch, H, W, 3), by the VAE that data.vae names, which is opened at the first call.
+        """Latents as in a batch, (batch, C, h, w), to uint8 (batch, H, W, 3), by the VAE that data.vae names,
+        which is opened at the first call.
 
         Raises:
             UserError: the VAE cannot be opened, or is not the one that data.vae.sha256 says.
@@ -162,23 +173,31 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         return decode_latents(self._autoencoder, x)
 
     def to_videos(self, x: Tensor) -> Tensor:
-        """Latents as in a batch, (batch, C, t, h, w), to uint8 (batch, F, H, W, 3), by the VAE that data.vae names. Errors: see to_images."""
+        """Latents as in a batch, (batch, C, t, h, w), to uint8 (batch, F, H, W, 3), by the VAE that
+        data.vae names. Errors: see to_images.
+        """
         from mhla_lightning.data.encoders.vaes import decode_videos
 
         return decode_videos(self.open_video_vae(x.device), x)
 
     def sample_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of videos of this size. Raises UserError, with the nearest size that works, for one that the VAE cannot take."""
+        """(C, t, h, w) of videos of this size. Raises UserError, with the nearest size that works, for one
+        that the VAE cannot take.
+        """
         return self.open_video_vae(None).latent_shape(frames, height, width)
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second of the clips that the latents were made of (of the longest, where sources differ)."""
+        """Frames a second of the clips that the latents were made of (of the longest, where sources
+        differ).
+        """
         clips = [split.index.clip for split in self.splits("train") if split.index.clip is not None]
         return max(clips, key=lambda clip: clip.frames).rate if clips else WAN_RATE
 
     def open_video_vae(self, device: torch.device | None = None) -> VideoAutoencoder:
-        """The VAE that data.vae names, opened at the first call. device: None takes any. Raises UserError when it cannot be opened."""
+        """The VAE that data.vae names, opened at the first call. device: None takes any. Raises UserError
+        when it cannot be opened.
+        """
         from mhla_lightning.data.encoders.vaes import VideoAutoencoder, default_dtype, load_video_vae
 
         known = self._autoencoder
@@ -192,7 +211,8 @@ class LatentDataModule(TextConditioned, ShardDataModule):
     def _demand_same(self, sha256: str) -> None:
         if self.vae.sha256 not in (None, sha256):
             raise UserError(
-                f"the VAE {self.vae.name} has sha256 {sha256[:12]}..., and data.vae.sha256 is {self.vae.sha256}: it is another"
+                f"the VAE {self.vae.name} has sha256 {sha256[:12]}..., and data.vae.sha256 is "
+                f"{self.vae.sha256}: it is another"
             )
 
     def _known_features(self) -> dict[str, Tensor]:
@@ -203,7 +223,9 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         return self._features
 
     def _stored_empty(self) -> Tensor | None:
-        """Features of the empty text, (rows, channels), as `mhla data latents` left them. Raises DataError when they are not what the index says."""
+        """Features of the empty text, (rows, channels), as `mhla data latents` left them. Raises DataError
+        when they are not what the index says.
+        """
         source, text = self.sources[0], self.index().text
         if text is None or text.empty is None:
             return None
@@ -220,7 +242,9 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         return torch.from_numpy(array).float()
 
     def facts(self) -> dict[str, Any]:
-        """Kind, VAE, classes, (tokens, channels) of the text, and the shapes of latents, one for each size there is."""
+        """Kind, VAE, classes, (tokens, channels) of the text, and the shapes of latents, one for each size
+        there is.
+        """
         splits = [split for name in SPLITS for split in self.splits(name)]
         shapes = list(dict.fromkeys(split.index.vae.shape for split in splits if split.index.vae is not None))
         kind = "video_latents" if self.video else "latents"

@@ -1,4 +1,6 @@
-"""What the data modules whose samples come with text share: prompts to features, encoded as the data's own captions were."""
+"""What the data modules whose samples come with text share: prompts to features, encoded as the data's own
+captions were.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from mhla_lightning.errors import UserError
 class TextConditioned:
     """Adds `encode_text` and `null_text` to a LightningDataModule.
 
-    The encoder is opened when a text is asked for that was not encoded before, and let go again: umT5 takes 11 GB.
+    The encoder is opened when a text is asked for that was not encoded before, and let go again: umT5 takes
+    11 GB.
 
     Attributes:
         text_encoder: what encodes; None for data without text.
@@ -25,7 +28,9 @@ class TextConditioned:
     _features: dict[str, Tensor] | None = None
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Features of prompts, zero-padded, float32 (n, tokens, channels) on the CPU. Raises UserError for a text that is too long."""
+        """Features of prompts, zero-padded, float32 (n, tokens, channels) on the CPU. Raises UserError for
+        a text that is too long.
+        """
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
 
         encoding = self._encoding()

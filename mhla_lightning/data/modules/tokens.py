@@ -26,10 +26,14 @@ class TokenDataModule(ShardDataModule):
 
     Args:
         path, batch_size, micro_batch_size, epochs, num_workers, mix: see :class:`ShardDataModule`.
-        vocabulary: number of token ids; a row with a larger id is skipped and counted. None takes the tokenizer's, or any where there is none.
-        source: packed into `path` by prepare_data when `path` holds no shards yet: stdlib, files, a folder (see mhla data tokenize), mqar[:PAIRS].
-        tokenizer: bytes, a tokenizer.json, or a Hugging Face name: of `source` (None is bytes), or what shards that are there must be made with.
-        length: tokens a row. This and the next three describe what is made of `source`. None is 2048, 128 for mqar.
+        vocabulary: number of token ids; a row with a larger id is skipped and counted. None takes the
+            tokenizer's, or any where there is none.
+        source: packed into `path` by prepare_data when `path` holds no shards yet: stdlib, files, a folder
+            (see mhla data tokenize), mqar[:PAIRS].
+        tokenizer: bytes, a tokenizer.json, or a Hugging Face name: of `source` (None is bytes), or what
+            shards that are there must be made with.
+        length: tokens a row. This and the next three describe what is made of `source`. None is 2048, 128 for
+            mqar.
         val_length: tokens a row of the val split. None is the same.
         packing: best-fit or concatenate.
         val: documents (rows for mqar) or share of them held out. None is 0.01, 1000 rows for mqar.
@@ -92,7 +96,8 @@ class TokenDataModule(ShardDataModule):
 
     def _recall(self, source: str) -> Any:
         val = {} if self.val is None else {"val": self.val}
-        return mqar.open_mqar(source, self.length or mqar.LENGTH, self.val_length, **val)  # type: ignore[arg-type]  # it refuses a share
+        # # it refuses a share
+        return mqar.open_mqar(source, self.length or mqar.LENGTH, self.val_length, **val)  # type: ignore[arg-type]
 
     def _pack(self, source: str, folder: Path) -> None:
         from mhla_lightning.data.prepare.pack import pack
@@ -110,7 +115,9 @@ class TokenDataModule(ShardDataModule):
         return Tokens(index.length or 0, self._vocabulary)
 
     def check(self, world_size: int) -> None:
-        """Also that all splits were made by the same tokenizer, those of one name with rows of one length, and as `source` is to be packed."""
+        """Also that all splits were made by the same tokenizer, those of one name with rows of one length,
+        and as `source` is to be packed.
+        """
         super().check(world_size)
         for name in SPLITS:
             for split in self.splits(name):
@@ -118,7 +125,8 @@ class TokenDataModule(ShardDataModule):
                 if not same_tokenizer(split.index.tokenizer, self.index().tokenizer):
                     found = f"{address} was made with the tokenizer {split.index.tokenizer}"
                     raise DataError(
-                        f"{found}, and {self.sources[0].path} with {self.index().tokenizer}: tokenize both with the same"
+                        f"{found}, and {self.sources[0].path} with {self.index().tokenizer}: "
+                        "tokenize both with the same"
                     )
                 Tokens(self.index(name).length or 0).check(split.index, address)
         recall = self.source is not None and mqar.is_mqar(self.source)
@@ -128,7 +136,9 @@ class TokenDataModule(ShardDataModule):
             self._check_made(recall)
 
     def _check_tokenizer(self, named: str) -> None:
-        """Refuse shards of another tokenizer than the one named: they would be trained on, and the recipe would say what is not so."""
+        """Refuse shards of another tokenizer than the one named: they would be trained on, and the recipe
+        would say what is not so.
+        """
         found, file = self.index().tokenizer or "none", Path(named).expanduser()
         if named == "bytes" or file.exists():
             same = same_tokenizer(found, open_tokenizer(named).name)
@@ -136,11 +146,14 @@ class TokenDataModule(ShardDataModule):
             same = file.suffix == ".json" or found.partition(" sha256:")[0] == named
         if not same:
             raise UserError(
-                f"data.tokenizer is {named}, and the shards in {self.sources[0].path} were made with {found}: leave it out, or tokenize the text anew"
+                f"data.tokenizer is {named}, and the shards in {self.sources[0].path} were made with "
+                f"{found}: leave it out, or tokenize the text anew"
             )
 
     def _check_made(self, recall: bool) -> None:
-        """Refuse shards that were made of `source` with other options: they would be trained on as if they were what the recipe says."""
+        """Refuse shards that were made of `source` with other options: they would be trained on as if they
+        were what the recipe says.
+        """
         length, found = self.length or (mqar.LENGTH if recall else LENGTH), self.index().tokenizer or ""
         wanted: dict[str, tuple[object, object]] = {"length": (length, self.index().length)}
         wanted["val_length"] = self.val_length or length, self.index("val").length
@@ -149,7 +162,8 @@ class TokenDataModule(ShardDataModule):
         for key, (asked, there) in wanted.items():
             if asked != there:
                 raise UserError(
-                    f"data.{key} is {asked}, and the shards in {self.path} were made with {there}: remove them, or set another data.path"
+                    f"data.{key} is {asked}, and the shards in {self.path} were made with {there}: "
+                    "remove them, or set another data.path"
                 )
 
     @cached_property
@@ -175,7 +189,8 @@ class TokenDataModule(ShardDataModule):
             self._opened.save(folder)
 
     def facts(self) -> dict[str, Any]:
-        """Kind, tokens a row of train and val, the tokenizer's name, vocabulary, and the UTF-8 bytes of every id, int64 (vocabulary,).
+        """Kind, tokens a row of train and val, the tokenizer's name, vocabulary, and the UTF-8 bytes of every
+        id, int64 (vocabulary,).
 
         vocabulary and token_bytes are None where neither the recipe nor a tokenizer says them.
         """

@@ -31,10 +31,13 @@ OnProgress = Callable[[str, int, int], None]  # split, shards done, shards in al
 
 @dataclass(frozen=True)
 class Facts:
-    """What cannot be read from shards. None: what the index that is replaced says, else (classes) the numbers from 0 to the largest label.
+    """What cannot be read from shards. None: what the index that is replaced says, else (classes) the numbers
+    from 0 to the largest label.
 
-    kind: of all samples; None: what the first sample of the first shard is. classes: names by label. vae: of latents, its shape is read from them.
-    tokenizer: its name. rate: of clips, frames a second; None: what the replaced index or the clips' own files say.
+    kind: of all samples; None: what the first sample of the first shard is. classes: names by label. vae: of
+        latents, its shape is read from them.
+    tokenizer: its name. rate: of clips, frames a second; None: what the replaced index or the clips' own
+        files say.
     """
 
     kind: str | None = None
@@ -60,10 +63,12 @@ def index_shards(
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, ShardIndex]:
-    """Write index.json and offsets for the tar files in `path`, a local folder of train/, val/, test/ or of one split. Returns the indices by split.
+    """Write index.json and offsets for the tar files in `path`, a local folder of train/, val/, test/ or of
+    one split. Returns the indices by split.
 
-    Everything is looked at before anything is written; the tar files themselves are not changed. overwrite: replace indices that are there.
-    Raises UserError for a path or facts that do not do, DataError for shards that cannot be read by training.
+    Everything is looked at before anything is written; the tar files themselves are not changed. overwrite:
+    replace indices that are there. Raises UserError for a path or facts that do not do, DataError for shards
+    that cannot be read by training.
     """
     facts, folders = facts or Facts(), _folders(path, overwrite)
     with _work_folders(folders) as work:
@@ -86,7 +91,8 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
     store = open_store(path)
     if not isinstance(store, LocalStore):
         raise UserError(
-            f"{path} is not a folder of this machine: index the shards where they are, and upload index.json and the offsets with them"
+            f"{path} is not a folder of this machine: index the shards where they are, and upload "
+            "index.json and the offsets with them"
         )
     root = Path(store.address(".")).absolute()
     packed = sorted(
@@ -94,7 +100,8 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
     )
     if packed:
         raise UserError(
-            f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it first (gunzip {packed[0].name})"
+            f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it "
+            f"first (gunzip {packed[0].name})"
         )
     if not root.is_dir() or not (tar_files(root) or any(tar_files(root / name) for name in SPLITS)):
         raise DataError(f"{path} holds no tar files, neither itself nor in train/, val/ or test/")
@@ -148,7 +155,8 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
     for survey in surveys:
         if survey.clip != first.clip:
             raise DataError(
-                f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike {first.entry.name}; all clips of a split are alike"
+                f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike "
+                f"{first.entry.name}; all clips of a split are alike"
             )
         if (survey.length, survey.shape, survey.labels > 0) != (first.length, first.shape, first.labels > 0):
             what = (
@@ -157,12 +165,14 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
                 else f"latents of {survey.shape}, {survey.labels} classes"
             )
             raise DataError(
-                f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples of a split are alike"
+                f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples "
+                "of a split are alike"
             )
         for key in survey.keys:
             if key in owners:
                 raise DataError(
-                    f"{folder / survey.entry.name}: sample {key} is in {owners[key]} too; every sample of a split needs a name of its own"
+                    f"{folder / survey.entry.name}: sample {key} is in {owners[key]} too; every "
+                    "sample of a split needs a name of its own"
                 )
             owners[key] = survey.entry.name
 
@@ -182,7 +192,8 @@ def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -
     vae = facts.vae or old.vae
     if first.shape and vae is None:
         raise UserError(
-            f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which training needs to know"
+            f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which "
+            "training needs to know"
         )
     if facts.vae is not None and not first.shape:
         raise UserError(f"{folder} holds {first.kind}: leave --vae-name, --vae-scale and --vae-shift out")

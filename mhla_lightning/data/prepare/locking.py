@@ -17,7 +17,8 @@ from mhla_lightning.errors import UserError
 
 @contextmanager
 def hold_folder(folder: Path, target: Path, wait: bool) -> Iterator[None]:
-    """Make `folder` and hold it. target: what messages call the work. wait: until another process lets it go, instead of refusing.
+    """Make `folder` and hold it. target: what messages call the work. wait: until another process lets it go,
+    instead of refusing.
 
     Raises UserError when the folder cannot be made or locked, and when another process holds it.
     """
@@ -54,7 +55,8 @@ def _locked(folder: Path, target: Path, wait: bool) -> TextIO:
         except OSError as error:
             file.close()
             raise UserError(
-                f"{folder}/lock cannot be locked ({error.strerror}): make {target} on a disk of this machine and copy it"
+                f"{folder}/lock cannot be locked ({error.strerror}): make {target} on a disk of this "
+                "machine and copy it"
             ) from error
         if _same(file, folder / "lock"):
             return file

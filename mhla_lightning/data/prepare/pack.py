@@ -1,4 +1,6 @@
-"""Sources to shards: the same input and options give the same bytes, with any number of workers and however often it was interrupted."""
+"""Sources to shards: the same input and options give the same bytes, with any number of workers and
+however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ _WRITERS = ("numpy", "pillow", "webdataset")  # another version of one of them m
 class Options:
     """What decides, with the source, which bytes are written.
 
-    val: samples (int) or share (float below 1) held out for validation; only for a source without a val part of its own; None is 0.2.
-    shards: number of training shards; None takes enough for 512 MB each, at least 16. seed: of the order and of the held-out part.
+    val: samples (int) or share (float below 1) held out for validation; only for a source without a val part
+        of its own; None is 0.2.
+    shards: number of training shards; None takes enough for 512 MB each, at least 16. seed: of the order and
+        of the held-out part.
     """
 
     val: int | float | None = None
@@ -53,7 +57,9 @@ class Options:
 
 @dataclass(frozen=True)
 class PlannedSplit:
-    """The samples of a split in the order of writing (positions in a part of the source), and the number of shards."""
+    """The samples of a split in the order of writing (positions in a part of the source), and the number
+    of shards.
+    """
 
     name: str
     part: Part
@@ -92,11 +98,14 @@ def pack(
     on_progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> dict[str, ShardIndex]:
-    """Write `source` (see sources.open_source) as shards under `to`, in an order shuffled by `seed`, and return the index of every split.
+    """Write `source` (see sources.open_source) as shards under `to`, in an order shuffled by `seed`, and
+    return the index of every split.
 
-    kind, vae: see open_source. val, shards, seed: see Options. overwrite: replace `to` if it holds shards. workers: processes, each writing whole
-    shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is told when finished shards are kept.
-    Raises UserError for a bad argument or a target in use, DataError for a bad source, Interrupted for what the same call can continue.
+    kind, vae: see open_source. val, shards, seed: see Options. overwrite: replace `to` if it holds shards.
+        workers: processes, each writing whole
+    shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is
+    told when finished shards are kept. Raises UserError for a bad argument or a target in use, DataError for
+    a bad source, Interrupted for what the same call can continue.
     """
     options, target = Options(val, shards, seed), check_target(source, to)
     if workers < 1:
@@ -119,7 +128,9 @@ def fill(
     on_progress: Progress,
     on_note: Note,
 ) -> dict[str, ShardIndex]:
-    """Write the planned splits of `source`, but for the shards that are finished, and what lies beside them. The index of every split."""
+    """Write the planned splits of `source`, but for the shards that are finished, and what lies beside
+    them. The index of every split.
+    """
     indices = {}
     entries = _write(building, source.header, splits, workers, on_progress, on_note)
     for split in splits:
@@ -134,7 +145,9 @@ def fill(
 
 
 def check_target(source: str | Path | Source | None, to: str | Path) -> Path:
-    """The folder to make. Raises UserError for an address, and for one inside the source, where its files would be taken for the source's."""
+    """The folder to make. Raises UserError for an address, and for one inside the source, where its files
+    would be taken for the source's.
+    """
     if parse(str(to)).protocol != "file" or (isinstance(to, str) and "://" in to):
         raise UserError(f"--to {to} is no folder of this machine: pack here, and copy the folder there")
     target = Path(to).absolute()
@@ -155,7 +168,8 @@ def plan(source: Source, options: Options) -> list[PlannedSplit]:
     if "val" in orders and options.val is not None:
         found = len(source.parts["val"])
         raise UserError(
-            f"--val {options.val} was given, but the source has its own val part with {found} samples: leave --val out"
+            f"--val {options.val} was given, but the source has its own val part with {found} "
+            "samples: leave --val out"
         )
     parts = dict(source.parts)
     if "val" not in orders:
@@ -183,7 +197,8 @@ def _held_out(samples: int, val: int | float) -> int:
     count = math.ceil(samples * val) if 0 < val < 1 else val
     if not (0 < count < samples and count == int(count)):
         raise UserError(
-            f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share above 0 and below 1"
+            f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share "
+            "above 0 and below 1"
         )
     return int(count)
 

@@ -1,4 +1,6 @@
-"""Work in several processes: results as they come, errors as they are, and no process that outlives its parent or is waited for in vain."""
+"""Work in several processes: results as they come, errors as they are, and no process that outlives its
+parent or is waited for in vain.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ def default_workers() -> int:
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Generator[R, None, None]:
-    """The results of `work` for every job, in the order in which they are ready; workers=1 works in this process.
+    """The results of `work` for every job, in the order in which they are ready; workers=1 works in this
+    process.
 
-    Close the iterator (contextlib.closing) when it is left early: that ends the workers. work: a function of a module; jobs are taken one by one.
-    Raises the UserError of a worker as it is, any other error as a RuntimeError with the worker's traceback, and Interrupted when a worker is gone.
+    Close the iterator (contextlib.closing) when it is left early: that ends the workers. work: a function of
+    a module; jobs are taken one by one. Raises the UserError of a worker as it is, any other error as a
+    RuntimeError with the worker's traceback, and Interrupted when a worker is gone.
     """
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
@@ -51,7 +55,9 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Generat
 
 
 class _Worker:
-    """A process that does one job after another. spawned, not forked: torch and the progress bar run threads here."""
+    """A process that does one job after another. spawned, not forked: torch and the progress bar run
+    threads here.
+    """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -89,7 +95,8 @@ class _Worker:
     def _gone(self) -> Interrupted:
         self.process.join(5)
         return Interrupted(
-            f"a worker process ended unasked (exit code {self.process.exitcode}; -9 is the kernel's way when memory runs out):"
+            f"a worker process ended unasked (exit code {self.process.exitcode}; -9 is the kernel's "
+            "way when memory runs out):"
             " run the same command again, with fewer --workers if memory is short"
         )
 

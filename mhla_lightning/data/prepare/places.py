@@ -11,10 +11,13 @@ from mhla_lightning.errors import DataError, UserError, unknown_name
 
 
 def find_splits(path: str, wanted: Sequence[str] | None = None) -> dict[str, Store]:
-    """Stores of the splits at `path`, by name, in the order train, val, test. A local folder without an index counts when it holds tar files.
+    """Stores of the splits at `path`, by name, in the order train, val, test. A local folder without an index
+    counts when it holds tar files.
 
-    path: a folder or an address, of a data set (train/, val/, test/) or of one split. wanted: names; None takes all that are there.
-    Raises DataError when there are none, or not the wanted ones; UserError for an address or a name that is none.
+    path: a folder or an address, of a data set (train/, val/, test/) or of one split. wanted: names; None
+        takes all that are there.
+    Raises DataError when there are none, or not the wanted ones; UserError for an address or a name that is
+    none.
     """
     for name in wanted or ():
         if name not in SPLITS:
@@ -38,7 +41,8 @@ def find_splits(path: str, wanted: Sequence[str] | None = None) -> dict[str, Sto
     missing = [name for name in wanted or () if name not in found]
     if missing or not found:
         raise DataError(
-            f"{whole.url} holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}: see 'mhla data pack' and 'mhla data index'"
+            f"{whole.url} holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}: see "
+            "'mhla data pack' and 'mhla data index'"
         )
     return found
 

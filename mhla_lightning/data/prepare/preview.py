@@ -33,7 +33,9 @@ _SHOWN_TOKENS = 400  # of one document
 
 @dataclass(frozen=True)
 class Preview:
-    """png: a contact sheet, None for tokens. texts: of tokens, a text for each row. unusable: samples among those shown that could not be decoded."""
+    """png: a contact sheet, None for tokens. texts: of tokens, a text for each row. unusable: samples
+    among those shown that could not be decoded.
+    """
 
     kind: str
     split: str
@@ -49,8 +51,10 @@ def preview(
 ) -> Preview:
     """Look at `count` samples of a split; None: 64 pictures, or 4 rows of tokens.
 
-    split: of the data set at `path`; None: train, or the first that is there. seed: choose samples at random; None: evenly over the split
-    (the first rows of tokens). Raises UserError for a count below 1, DataError for a split that is not there or cannot be read.
+    split: of the data set at `path`; None: train, or the first that is there. seed: choose samples at random;
+        None: evenly over the split
+    (the first rows of tokens). Raises UserError for a count below 1, DataError for a split that is not there
+    or cannot be read.
     """
     if count is not None and count < 1:
         raise UserError(f"--n is {count}; it must be at least 1")
@@ -132,7 +136,8 @@ def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.I
 
 
 def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
-    """The first three channels as colours, each scaled from its 1st to its 99th percentile; of a video the first, middle and last frame.
+    """The first three channels as colours, each scaled from its 1st to its 99th percentile; of a video the
+    first, middle and last frame.
 
     latent: floats (C, h, w) or (C, t, h, w).
     """
@@ -146,7 +151,9 @@ def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
 
 
 def clip_pictures(clip: np.ndarray) -> list[Image.Image]:
-    """Four frames, from the first to the last, or as many as there are. clip: uint8 (frames, height, width, 3)."""
+    """Four frames, from the first to the last, or as many as there are. clip: uint8 (frames, height,
+    width, 3).
+    """
     chosen = sorted({round(place) for place in np.linspace(0, len(clip) - 1, _FRAMES)})
     return [Image.fromarray(clip[number]) for number in chosen]
 
@@ -193,7 +200,9 @@ def _row_text(kind: Kind, data: Split, sample: int, tokenizer: Tokenizer | None)
 
 
 def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    """Text (ids without any, such as an end of document, as <number>), or the numbers where there is no tokenizer."""
+    """Text (ids without any, such as an end of document, as <number>), or the numbers where there is no
+    tokenizer.
+    """
     shown = tokens[: _SHOWN_TOKENS if tokenizer else _SHOWN_TOKENS // 8].tolist()
     more = " ..." if len(tokens) > len(shown) else ""
     if tokenizer is None:
@@ -208,7 +217,9 @@ def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """Its longer side TILE pixels long; small ones are enlarged without smoothing, so that single pixels show."""
+    """Its longer side TILE pixels long; small ones are enlarged without smoothing, so that single pixels
+    show.
+    """
     factor = TILE / max(picture.size)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
     return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)

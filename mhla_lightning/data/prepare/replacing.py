@@ -53,7 +53,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Building:
-    """A target in the making. Picklable; several processes may finish shards of it at once. folder: the hidden one."""
+    """A target in the making. Picklable; several processes may finish shards of it at once. folder: the
+    hidden one.
+    """
 
     folder: Path
 
@@ -73,7 +75,9 @@ class Building:
     def write(
         self, split: str, name: str, kind: str, samples: Iterable[Sample], first: int = 0
     ) -> ShardEntry:
-        """Write and finish a shard. first: index in the split of its first sample. Raises Interrupted when the disk is full or fails."""
+        """Write and finish a shard. first: index in the split of its first sample. Raises Interrupted when
+        the disk is full or fails.
+        """
         part = (
             self.folder / "parts" / f"{name}.{uuid.uuid4().hex[:8]}"
         )  # two who write the same shard do not meet
@@ -84,7 +88,8 @@ class Building:
             self._finish(part, split, entry, offsets)
         except OSError as error:
             raise Interrupted(
-                f"{self.folder} cannot be written ({error.strerror or error}): run the same command again when that is solved"
+                f"{self.folder} cannot be written ({error.strerror or error}): run the same command "
+                "again when that is solved"
             ) from error
         return entry
 
@@ -133,8 +138,10 @@ def build(
 ) -> Iterator[Building]:
     """A building whose data takes the name `target` when the block ends well.
 
-    A mistake in the data (UserError) removes it; whatever else ends the block (Interrupted, Ctrl-C, a kill) leaves it, and the next call with the
-    same fingerprint continues it. splits: names. overwrite: replace a target that holds splits and nothing else. wait: for another process that
+    A mistake in the data (UserError) removes it; whatever else ends the block (Interrupted, Ctrl-C, a kill)
+    leaves it, and the next call with the
+    same fingerprint continues it. splits: names. overwrite: replace a target that holds splits and nothing
+        else. wait: for another process that
     builds the same target, instead of refusing. Raises UserError when the target is in use.
     """
     demand_free(target, overwrite)
@@ -161,9 +168,11 @@ def build(
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `target` that takes its name when the block ends well and disappears when it does not: for what cannot be continued.
+    """A hidden folder beside `target` that takes its name when the block ends well and disappears when it
+    does not: for what cannot be continued.
 
-    overwrite: replace a target that holds splits and nothing else. Raises UserError when the target is in use, or came into use meanwhile.
+    overwrite: replace a target that holds splits and nothing else. Raises UserError when the target is in
+        use, or came into use meanwhile.
     """
     with build(target, uuid.uuid4().hex, (), overwrite, on_note=lambda _: None) as building:
         (building.folder / "data").mkdir()
@@ -175,7 +184,9 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def demand_free(target: Path, overwrite: bool) -> None:
-    """Raise UserError when `target` exists and is not empty, unless it holds splits and BESIDE only and may be overwritten."""
+    """Raise UserError when `target` exists and is not empty, unless it holds splits and BESIDE only and
+    may be overwritten.
+    """
     if not target.exists() or (target.is_dir() and not _names(target)):
         return
     if not overwrite:
@@ -187,7 +198,8 @@ def demand_free(target: Path, overwrite: bool) -> None:
     )
     if foreign is not None:
         raise UserError(
-            f"{target} holds {foreign}, which mhla data pack did not write, so it is not overwritten: choose another folder"
+            f"{target} holds {foreign}, which mhla data pack did not write, so it is not "
+            "overwritten: choose another folder"
         )
 
 

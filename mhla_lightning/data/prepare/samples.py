@@ -1,4 +1,6 @@
-"""Samples on their way into shards: checked against what the index will say of them, and turned into members. No decoding, no I/O."""
+"""Samples on their way into shards: checked against what the index will say of them, and turned into
+members. No decoding, no I/O.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ TOKEN_MEMBER_BYTES = 8 * 2**20  # tokens of one member: few enough headers, and 
 class Sample:
     """One sample to write, or the many samples of a token member.
 
-    name: where it came from, for its key. members: their bytes by extension, in the order of writing. rows: samples it counts for.
+    name: where it came from, for its key. members: their bytes by extension, in the order of writing. rows:
+        samples it counts for.
     """
 
     name: str
@@ -34,7 +37,9 @@ class Sample:
 
 
 def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sample:
-    """A JPEG or PNG file and its class number. header: an index of images, for its classes. Raises DataError."""
+    """A JPEG or PNG file and its class number. header: an index of images, for its classes. Raises
+    DataError.
+    """
     extension = image_extension(image)
     if extension is None:
         raise DataError(f"sample {name} is neither JPEG nor PNG")
@@ -51,13 +56,15 @@ def latent_sample(
 ) -> Sample:
     """A latent with its class number or its text features.
 
-    header: an index of latents or video_latents; latent: floats of header.vae.shape, as the VAE gives them, neither shifted nor scaled;
+    header: an index of latents or video_latents; latent: floats of header.vae.shape, as the VAE gives them,
+        neither shifted nor scaled;
     label: where header has classes; text: floats (tokens, channels) where it has none.
     Raises DataError for another shape or type, for NaN and infinite values, and for the wrong condition.
     """
     if header.vae is None or latent.shape != header.vae.shape or latent.dtype.kind != "f":
         raise DataError(
-            f"latent {name} is {latent.dtype} {latent.shape}; floats {header.vae and header.vae.shape} are needed"
+            f"latent {name} is {latent.dtype} {latent.shape}; floats "
+            f"{header.vae and header.vae.shape} are needed"
         )
     if (label is None) == bool(header.classes) or (text is None) != bool(header.classes):
         raise DataError(
@@ -85,14 +92,18 @@ def token_samples(
 ) -> Iterator[Sample]:
     """Rows of packed sequences, gathered into members of about `member_bytes`.
 
-    header: an index of tokens, for its length. rows: pairs (tokens, documents), each (length,) or (rows, length) of integers; documents are the
-    number of the document that each token belongs to, from 0 on, PADDING (65535) for places without text, and do not fall within a row.
-    vocabulary: number of token ids; up to 65,536 a token takes 2 bytes. Raises DataError, naming the row, for another shape, ids outside the
+    header: an index of tokens, for its length. rows: pairs (tokens, documents), each (length,) or (rows,
+        length) of integers; documents are the
+    number of the document that each token belongs to, from 0 on, PADDING (65535) for places without text, and
+    do not fall within a row.
+    vocabulary: number of token ids; up to 65,536 a token takes 2 bytes. Raises DataError, naming the row, for
+        another shape, ids outside the
     vocabulary, and documents that fall, are negative or above PADDING.
     """
     if not header.length or vocabulary < 1 or vocabulary > 2**32:
         raise DataError(
-            f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} and vocabulary {vocabulary}"
+            f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} "
+            f"and vocabulary {vocabulary}"
         )
     dtype = np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
     wanted = max(1, member_bytes // (header.length * dtype.itemsize))
@@ -121,16 +132,19 @@ def _single_rows(
                 or array.dtype.kind not in "iu"
             ):
                 raise DataError(
-                    f"row {number}: {what} are {array.dtype} {array.shape}; integers ({length},) or (rows, {length}) are needed"
+                    f"row {number}: {what} are {array.dtype} {array.shape}; integers ({length},) or "
+                    f"(rows, {length}) are needed"
                 )
         for row, owner in zip(np.atleast_2d(tokens), np.atleast_2d(documents), strict=True):
             if row.min() < 0 or row.max() >= vocabulary:
                 raise DataError(
-                    f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside the vocabulary of {vocabulary}"
+                    f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside "
+                    f"the vocabulary of {vocabulary}"
                 )
             if owner[0] < 0 or owner[-1] > PADDING or (owner[1:] < owner[:-1]).any():
                 raise DataError(
-                    f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, or are {PADDING} for padding"
+                    f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, "
+                    f"or are {PADDING} for padding"
                 )
             yield row, owner
             number += 1

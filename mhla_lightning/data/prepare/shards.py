@@ -36,7 +36,9 @@ def shard_name(split: str, number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], first: int = 0) -> None:
-    """Write a tar file; mtime, owner and mode are fixed, so that equal input gives equal bytes. first: index in the split of its first sample."""
+    """Write a tar file; mtime, owner and mode are fixed, so that equal input gives equal bytes. first:
+    index in the split of its first sample.
+    """
     with open(path, "wb") as file:
         with open_tar(file) as tar:
             for sample in samples:
@@ -52,7 +54,9 @@ def open_tar(file: BinaryIO) -> TarWriter:
 
 
 def write_sample(tar: TarWriter, sample: Sample, index: int) -> int:
-    """Write the members of a sample in their order; the bytes they take in the file. index: of the sample in the split."""
+    """Write the members of a sample in their order; the bytes they take in the file. index: of the sample
+    in the split.
+    """
     key = _key(index, sample.name)
     for extension, data in sample.members.items():
         tar.write({"__key__": key, extension: data})  # one by one: in one go they would be sorted by name
@@ -62,7 +66,9 @@ def write_sample(tar: TarWriter, sample: Sample, index: int) -> int:
 
 
 def describe_shard(path: Path, kind: str = "images") -> tuple[ShardEntry, np.ndarray]:
-    """The index entry of a tar file and its offsets, int64 (samples + 1,). Raises DataError for one that cannot be a shard."""
+    """The index entry of a tar file and its offsets, int64 (samples + 1,). Raises DataError for one that
+    cannot be a shard.
+    """
     with open(path, "rb") as file:
         scan = scan_shard(file, str(path))
         offsets = (
@@ -73,12 +79,16 @@ def describe_shard(path: Path, kind: str = "images") -> tuple[ShardEntry, np.nda
 
 
 def row_offsets(scan: Scan, members: TokenMembers) -> np.ndarray:
-    """Offsets of a token shard, int64 (rows + 1,): for each row the byte of its member's first tar header, then the end."""
+    """Offsets of a token shard, int64 (rows + 1,): for each row the byte of its member's first tar header,
+    then the end.
+    """
     return np.append(np.repeat(scan.offsets[:-1], members.rows), scan.offsets[-1])
 
 
 def token_members(file: BinaryIO, scan: Scan, address: str) -> TokenMembers:
-    """Rows of every member of a token shard. Raises DataError for members that cannot be read row by row, and for rows of several lengths."""
+    """Rows of every member of a token shard. Raises DataError for members that cannot be read row by row,
+    and for rows of several lengths.
+    """
 
     def read(start: int, stop: int) -> bytes:
         file.seek(start)
@@ -90,11 +100,14 @@ def token_members(file: BinaryIO, scan: Scan, address: str) -> TokenMembers:
     lengths = {length for _, length in shapes}
     if len(lengths) > 1:
         raise DataError(
-            f"{address} holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of a split are equally long"
+            f"{address} holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of "
+            "a split are equally long"
         )
     return TokenMembers([rows for rows, _ in shapes], lengths.pop() if lengths else 0)
 
 
 def _key(index: int, name: str) -> str:
-    """Unique by its number, readable by its name; no dots (webdataset cuts there) and short enough for a tar header."""
+    """Unique by its number, readable by its name; no dots (webdataset cuts there) and short enough for a
+    tar header.
+    """
     return f"{index:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:60]}"

@@ -1,4 +1,6 @@
-"""What a tar file of unknown origin holds: which kind of samples, how many, and what an index has to say of them."""
+"""What a tar file of unknown origin holds: which kind of samples, how many, and what an index has to say
+of them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class SurveyJob:
 
 @dataclass(frozen=True)
 class Survey:
-    """entry: for the index. kind: of its samples. keys: of its samples, or token members. labels: 1 + the largest class number, 0 without labels.
+    """entry: for the index. kind: of its samples. keys: of its samples, or token members. labels: 1 + the
+    largest class number, 0 without labels.
 
     length: tokens a row. shape: of a latent. clip: of clips.
     """
@@ -56,7 +59,9 @@ class Survey:
 
 
 def survey_shard(job: SurveyJob) -> Survey:
-    """Read a shard, write its offsets into job.to. Raises DataError for one that cannot be read, or is not of the kind."""
+    """Read a shard, write its offsets into job.to. Raises DataError for one that cannot be read, or is not
+    of the kind.
+    """
     address = str(job.path)
     try:
         with open(job.path, "rb") as file:
@@ -68,7 +73,8 @@ def survey_shard(job: SurveyJob) -> Survey:
             clip = _clip(first, address) if kind == "clips" else None
             if job.kind not in (None, kind):
                 raise DataError(
-                    f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind"
+                    f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split "
+                    "holds one kind"
                 )
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
@@ -108,7 +114,10 @@ def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
         _demand(what, members, "cls")
         return "images", ()
     found = ", ".join(sorted(members))
-    known = "jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, clip.npy or mp4 with txt"
+    known = (
+        "jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, clip.npy "
+        "or mp4 with txt"
+    )
     raise DataError(f"{what} has the members {found}; known are {known}")
 
 
@@ -140,6 +149,7 @@ def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
         text = sample.get("cls", b"").strip()
         if not text.isdigit() or len(text) > 9:
             raise DataError(
-                f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an integer from 0 on"
+                f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is "
+                "needed, an integer from 0 on"
             )
         yield int(text)

@@ -1,4 +1,6 @@
-"""What becomes known of a shard while it is written. It stands beside the shard until the whole is done, so that a killed build goes on with it."""
+"""What becomes known of a shard while it is written. It stands beside the shard until the whole is done,
+so that a killed build goes on with it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Done(NamedTuple, Generic[T]):
 def write_tallied(
     building: Building, split: str, name: str, kind: str, samples: Iterator[Sample], tally: T, first: int
 ) -> Done[T]:
-    """Write a shard and the tally that is complete when `samples` are through. first: index in the split of its first sample."""
+    """Write a shard and the tally that is complete when `samples` are through. first: index in the split
+    of its first sample.
+    """
     path = _path(building, split, name)
 
     def then_tally() -> Iterator[Sample]:  # before Building.write calls the shard finished

@@ -1,4 +1,6 @@
-"""Everything that can be wrong with shards, all of it at once: the files, the tar structure, the offsets, every sample."""
+"""Everything that can be wrong with shards, all of it at once: the files, the tar structure, the offsets,
+every sample.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MOST_PROBLEMS = 10_000  # kept in a report; all are counted
 
 @dataclass
 class Report:
-    """What verify found. problems: the first 10,000; found: how many in all; unusable: samples that cannot be trained on."""
+    """What verify found. problems: the first 10,000; found: how many in all; unusable: samples that cannot
+    be trained on.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     found: int = 0
@@ -41,10 +45,11 @@ class Report:
 def verify(
     path: str, splits: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None
 ) -> Report:
-    """Look at everything in the splits at `path`: index, presence, size, sha256, tar structure, number of samples, offsets against a real scan,
-    keys that are there twice, and whether every sample decodes.
+    """Look at everything in the splits at `path`: index, presence, size, sha256, tar structure, number of
+    samples, offsets against a real scan, keys that are there twice, and whether every sample decodes.
 
-    path, splits: see places.find_splits; None is all. workers: processes; each holds one sample, and one remote shard in the temporary folder.
+    path, splits: see places.find_splits; None is all. workers: processes; each holds one sample, and one
+        remote shard in the temporary folder.
     Raises DataError and UserError only when there is nothing to check, and Interrupted when a worker is gone.
     """
     report, indices = Report(), {}
@@ -69,7 +74,9 @@ def verify(
 
 
 def _index(name: str, store: Store, report: Report) -> ShardIndex | None:
-    """The index; one whose sums are wrong is told of and used all the same, so that its shards are checked."""
+    """The index; one whose sums are wrong is told of and used all the same, so that its shards are
+    checked.
+    """
     address = store.address(INDEX_NAME)
     try:
         index = read_index(store)

@@ -1,4 +1,6 @@
-"""One shard under examination. Nothing here raises for what is wrong with it: one problem must not hide the others."""
+"""One shard under examination. Nothing here raises for what is wrong with it: one problem must not hide
+the others.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _NO_KEYS = np.zeros(0, dtype=np.uint64)
 
 
 class Problem(NamedTuple):
-    """file: SPLIT/NAME; sample: a key, or a number in the split, or "" when it is about the file; problem: what is wrong, and what to do."""
+    """file: SPLIT/NAME; sample: a key, or a number in the split, or "" when it is about the file; problem:
+    what is wrong, and what to do.
+    """
 
     file: str
     sample: str
@@ -50,7 +54,9 @@ class ShardJob:
 
 @dataclass
 class Findings:
-    """What is wrong with a shard. samples: as its index says; unusable: of these; found: problems in all; keys: 64-bit hashes, uint64 (samples,)."""
+    """What is wrong with a shard. samples: as its index says; unusable: of these; found: problems in all;
+    keys: 64-bit hashes, uint64 (samples,).
+    """
 
     split: str
     shard: str
@@ -108,7 +114,9 @@ class _HashedFile:
 
 
 def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
-    """Size and sha256, and the shard as a file in `folder`: a link to a local one, the bytes of a remote one."""
+    """Size and sha256, and the shard as a file in `folder`: a link to a local one, the bytes of a remote
+    one.
+    """
     entry, path = job.entry, folder / job.entry.name
     size = job.store.size(entry.name)
     if size is None:
@@ -126,7 +134,8 @@ def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
         )
     elif sha256 != entry.sha256:
         findings.add(
-            f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes changed; copy it again"
+            f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes "
+            "changed; copy it again"
         )
     return path
 
@@ -139,13 +148,16 @@ def _download(job: ShardJob, size: int, path: Path) -> str:
             job.store.copy(job.entry.name, size, sink)
     except OSError as error:
         raise UserError(
-            f"{path.parent} has no room for {size} bytes ({error.strerror or error}): set TMPDIR to a folder that has"
+            f"{path.parent} has no room for {size} bytes ({error.strerror or error}): set TMPDIR to "
+            "a folder that has"
         ) from error
     return sink.digest.hexdigest()
 
 
 def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None:
-    """Where samples really begin, int64 (samples + 1,); where the shard cannot be scanned, what its offsets file says; None without either."""
+    """Where samples really begin, int64 (samples + 1,); where the shard cannot be scanned, what its
+    offsets file says; None without either.
+    """
     stored = _stored_offsets(job, findings)
     try:
         with open(path, "rb") as file:
@@ -161,12 +173,14 @@ def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None
     findings.keys = _hashes(scan)
     if len(real) - 1 != job.entry.samples:
         findings.add(
-            f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}: it was cut or replaced; copy it again"
+            f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}: it was cut "
+            "or replaced; copy it again"
         )
     elif stored is not None and not np.array_equal(stored, real):
         sample = int(np.flatnonzero(stored != real)[0])
         findings.add(
-            f"says byte {stored[sample]}, but sample {sample} of the shard is at byte {real[sample]}: copy it again",
+            f"says byte {stored[sample]}, but sample {sample} of the shard is at byte "
+            f"{real[sample]}: copy it again",
             beside=".offsets.npy",
         )
     return real
@@ -192,7 +206,9 @@ def _samples(job: ShardJob, split: Split, findings: Findings) -> None:
 
 
 def _bad_samples(split: Split, kind: Kind) -> Iterator[tuple[int, str, str]]:
-    """(position, key if known, what is wrong) of every sample that cannot be used; one sample is in memory at a time."""
+    """(position, key if known, what is wrong) of every sample that cannot be used; one sample is in memory
+    at a time.
+    """
     for number in range(split.samples):
         key = ""
         try:

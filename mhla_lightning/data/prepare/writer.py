@@ -1,4 +1,6 @@
-"""Splits written in one pass, by whoever makes samples one after another (tokenizers, encoders). `pack` writes in parallel and can be continued."""
+"""Splits written in one pass, by whoever makes samples one after another (tokenizers, encoders). `pack`
+writes in parallel and can be continued.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from mhla_lightning.errors import DataError
 
 
 class ShardWriter:
-    """Writes one split, a shard after the other: `with ShardWriter(folder / "train", header) as writer: writer.write(sample)`.
+    """Writes one split, a shard after the other: `with ShardWriter(folder / "train", header) as writer:
+    writer.write(sample)`.
 
-    The same samples give the same bytes. The index is written when the block ends well, and is then in `.index`; without it nothing takes the folder
-    for a split. Make the folder inside replacing.new_folder, so that the whole target appears at once.
+    The same samples give the same bytes. The index is written when the block ends well, and is then in
+    `.index`; without it nothing takes the folder for a split. Make the folder inside replacing.new_folder, so
+    that the whole target appears at once.
 
     Args:
         folder: of the split, named train, val or test; is made, and may not exist.
-        header: an index whose kind, classes, tokenizer, vae and length are those of the samples; its shards are ignored.
+        header: an index whose kind, classes, tokenizer, vae and length are those of the samples; its shards
+            are ignored.
         shard_bytes: a shard that has reached this size is followed by another.
     """
 
@@ -40,7 +45,9 @@ class ShardWriter:
         self._tar: TarWriter | None = None
 
     def write(self, sample: Sample) -> None:
-        """Write a sample (of samples.image_sample, latent_sample or token_samples) behind those written before."""
+        """Write a sample (of samples.image_sample, latent_sample or token_samples) behind those written
+        before.
+        """
         if self._tar is None:
             self._file = open(self._path(), "wb")  # noqa: SIM115  closed by _end_shard or __exit__
             self._tar = open_tar(self._file)

@@ -1,4 +1,6 @@
-"""Where shards lie: a local folder, http(s)://, s3:// or gs://, with or without a cache on this machine. No torch."""
+"""Where shards lie: a local folder, http(s)://, s3:// or gs://, with or without a cache on this machine.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ __all__ = ["CachedStore", "LocalStore", "Remote", "Store", "open_store", "with_c
 
 
 def open_store(url: str | Path, remote: Remote | None = None) -> Store:
-    """The store for a folder's address: a local path, file://, http(s)://, s3:// or gs://. remote: None is Remote().
+    """The store for a folder's address: a local path, file://, http(s)://, s3:// or gs://. remote: None is
+    Remote().
 
-    Opens no connection. Raises UserError for any other address, and when the package that a protocol needs is not installed.
+    Opens no connection. Raises UserError for any other address, and when the package that a protocol needs is
+    not installed.
     """
     address = parse(str(url))
     if address.protocol == "file":
@@ -30,7 +34,8 @@ def open_store(url: str | Path, remote: Remote | None = None) -> Store:
 
 
 def with_cache(store: Store, files: Mapping[str, tuple[str, int]], remote: Remote) -> Store:
-    """`store` behind a cache when remote.cache_dir is set, else `store` itself; also for a local store (a network file system behind a local disk).
+    """`store` behind a cache when remote.cache_dir is set, else `store` itself; also for a local store (a
+    network file system behind a local disk).
 
     files: shard name -> (sha256, bytes) from the index.
     """

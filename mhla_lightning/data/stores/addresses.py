@@ -1,4 +1,6 @@
-"""What an address may look like: pure checks and splits, so that nothing surprising is ever opened, run or printed."""
+"""What an address may look like: pure checks and splits, so that nothing surprising is ever opened, run or
+printed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _KEPT_IN_PATHS = "/%:@!$&'()*+,;=~"  # quote() leaves these; % because the user'
 
 @dataclass(frozen=True)
 class Address:
-    """A checked folder. protocol: one of file, http, https, s3, gs; parts: the url taken apart (for file: only its path, a local folder)."""
+    """A checked folder. protocol: one of file, http, https, s3, gs; parts: the url taken apart (for file:
+    only its path, a local folder).
+    """
 
     protocol: str
     parts: SplitResult
@@ -27,7 +31,9 @@ class Address:
         return f"{self.protocol}://{host}{_joined(self.parts.path, name)}"
 
     def requested(self, name: str) -> str:
-        """The full http(s) URL of a file, percent-encoded, with the folder's own credentials and query (a signed folder)."""
+        """The full http(s) URL of a file, percent-encoded, with the folder's own credentials and query (a
+        signed folder).
+        """
         path = _joined(quote(self.parts.path, safe=_KEPT_IN_PATHS), quote(name, safe="/"))
         query = f"?{self.parts.query}" if self.parts.query else ""
         return f"{self.protocol}://{self.parts.netloc}{path}{query}"
@@ -40,7 +46,8 @@ class Address:
 def parse(url: str) -> Address:
     """Check a folder's address and take it apart.
 
-    Raises UserError for other protocols, `pipe:` and other commands, chained addresses (`::`), whitespace in a url, and `..` in its path.
+    Raises UserError for other protocols, `pipe:` and other commands, chained addresses (`::`), whitespace in
+    a url, and `..` in its path.
     """
     if not url.strip() or url != url.strip() or url[0] == "|" or url[-1] == "|" or set(url) & set("\0\n\r\t"):
         raise UserError(f"{url!r} is no address of a folder; allowed: {ALLOWED}")
@@ -50,7 +57,8 @@ def parse(url: str) -> Address:
     protocol = found[1].lower()
     if protocol not in _PROTOCOLS or not found[2]:
         raise UserError(
-            f"{_plain(url)!r} begins with {found[0]!r}; allowed: {ALLOWED} (a local folder with a colon in its name: write ./NAME)"
+            f"{_plain(url)!r} begins with {found[0]!r}; allowed: {ALLOWED} (a local folder with a "
+            "colon in its name: write ./NAME)"
         )
     if "::" in url or re.search(r"\s", url):
         raise UserError(
@@ -60,11 +68,14 @@ def parse(url: str) -> Address:
 
 
 def check_name(name: str) -> str:
-    """Return `name` when it is a plain relative name such as train-000000.tar or train/index.json, else raise UserError."""
+    """Return `name` when it is a plain relative name such as train-000000.tar or train/index.json, else
+    raise UserError.
+    """
     segments = name.split("/")
     if any(part in ("", ".", "..") for part in segments) or set(name) & set("\\:|\0\n\r\t"):
         raise UserError(
-            f"{name!r} is no plain relative file name: it may not be absolute, climb with '..' or hold any of \\ : |"
+            f"{name!r} is no plain relative file name: it may not be absolute, climb with '..' or "
+            "hold any of \\ : |"
         )
     return name
 

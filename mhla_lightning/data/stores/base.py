@@ -21,8 +21,9 @@ class Sink(Protocol):
 class Store(ABC):
     """One folder of files, local or remote.
 
-    Picklable (workers that are spawned get a copy, without open handles) and usable after a fork (handles and connections belong to a process).
-    Names are plain relative names; others raise UserError. What cannot be read raises DataError, one sentence that names the file and what to do.
+    Picklable (workers that are spawned get a copy, without open handles) and usable after a fork (handles and
+    connections belong to a process). Names are plain relative names; others raise UserError. What cannot be
+    read raises DataError, one sentence that names the file and what to do.
     """
 
     url: str  # the folder as the user wrote it, without credentials and query: for messages
@@ -37,7 +38,9 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Exactly the bytes [start, stop) of a file; stop None: to its end. A file that ends before `stop` raises DataError."""
+        """Exactly the bytes [start, stop) of a file; stop None: to its end. A file that ends before `stop`
+        raises DataError.
+        """
 
     @abstractmethod
     def open(self, name: str) -> BufferedReader:
@@ -48,7 +51,9 @@ class Store(ABC):
         return [self.read(name, start, stop) for name, start, stop in requests]
 
     def copy(self, name: str, size: int, sink: Sink) -> None:
-        """Write the first `size` bytes of a file into `sink`, piece by piece. An error of the sink passes through."""
+        """Write the first `size` bytes of a file into `sink`, piece by piece. An error of the sink passes
+        through.
+        """
         for start in range(0, size, COPY_BYTES):
             sink.write(self.read(name, start, min(size, start + COPY_BYTES)))
 

@@ -34,15 +34,17 @@ _LATER = 60.0  # seconds before a shard that found no room, or a fetcher that di
 
 
 class CachedStore(Store):
-    """Another store whose shards are fetched whole, once a node, and compared with the index before anybody reads them there.
+    """Another store whose shards are fetched whole, once a node, and compared with the index before anybody
+    reads them there.
 
-    A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until they have come in the background: an epoch begins in
-    dozens of shards at once, and training would wait for all of them.
+    A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until they have come
+    in the background: an epoch begins in dozens of shards at once, and training would wait for all of them.
 
     files: shard name -> (sha256 as 64 hex digits, bytes), from the index; other names go straight to `inner`.
     folder: made when missing; shared by processes, runs and data sets. max_bytes: its bound.
     patience: seconds to wait for another process that fetches a shard and shows no progress.
-    When the folder cannot be written, is full, or a shard is larger than it may become: one warning, then `inner` is read directly.
+    When the folder cannot be written, is full, or a shard is larger than it may become: one warning, then
+    `inner` is read directly.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class CachedStore(Store):
         for name, (sha256, _) in files.items():
             if not re.fullmatch("[0-9a-f]{64}", sha256):
                 raise DataError(
-                    f"the index gives {inner.address(name)} the sha256 {sha256!r}, which is not 64 hex digits: pack the data again"
+                    f"the index gives {inner.address(name)} the sha256 {sha256!r}, which is not 64 "
+                    "hex digits: pack the data again"
                 )
         self.url = inner.url
         self._inner = inner
@@ -76,7 +79,9 @@ class CachedStore(Store):
         return self._inner.address(name)
 
     def size(self, name: str) -> int | None:
-        """As Store.size, asked of the original: a shard in the cache does not show that its source is whole."""
+        """As Store.size, asked of the original: a shard in the cache does not show that its source is
+        whole.
+        """
         return self._inner.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -111,7 +116,9 @@ class CachedStore(Store):
         return f"{self._files[name][0]}.tar"
 
     def _is_there(self, name: str) -> bool:
-        """Whether the shard lies in the cache with its size (it is left open then), and note that it is in use."""
+        """Whether the shard lies in the cache with its size (it is left open then), and note that it is in
+        use.
+        """
         if not self._local.hold(self._file(name), self._files[name][1]):
             return False
         now = time.monotonic()
@@ -124,7 +131,9 @@ class CachedStore(Store):
         return True
 
     def _fetched(self, name: str) -> bool:
-        """Whether the shard is in the cache, fetching it when it is not. Raises DataError when it cannot be had as the index says."""
+        """Whether the shard is in the cache, fetching it when it is not. Raises DataError when it cannot
+        be had as the index says.
+        """
         if name not in self._files:
             return False
         try:
@@ -158,7 +167,9 @@ class CachedStore(Store):
         return self._fetchers[process]
 
     def _fetch_now(self, name: str) -> bool:
-        """Fetch a shard, whatever its size; False: there is no room, or no cache any more. Raises DataError."""
+        """Fetch a shard, whatever its size; False: there is no room, or no cache any more. Raises
+        DataError.
+        """
         try:
             self._folder.folder.mkdir(parents=True, exist_ok=True)
             fetched = self._fetch(name)
@@ -191,7 +202,9 @@ class CachedStore(Store):
         return size <= bound
 
     def _fetch(self, name: str) -> bool:
-        """Fetch a shard, or wait for the process that does; False: no room or no lock. Raises OSError (the cache) and DataError (the source)."""
+        """Fetch a shard, or wait for the process that does; False: no room or no lock. Raises OSError (the
+        cache) and DataError (the source).
+        """
         sha256, size = self._files[name]
         with self._folder.lock(sha256) as held:
             if not held:
@@ -218,7 +231,8 @@ class CachedStore(Store):
                     found[1],
                 )
         raise DataError(
-            f"{self.address(name)} has sha256 {found[0][:12]}... and {found[1]} bytes, but the index says {sha256[:12]}... and {size}, "
+            f"{self.address(name)} has sha256 {found[0][:12]}... and {found[1]} bytes, but the index "
+            f"says {sha256[:12]}... and {size}, "
             f"after {DOWNLOADS} downloads: its bytes changed; copy it again"
         )
 

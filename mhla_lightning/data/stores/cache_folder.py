@@ -1,9 +1,10 @@
-"""A folder of whole shards that the processes of a node share: names, locks, room. Knows files and sizes, nothing of stores.
+"""A folder of whole shards that the processes of a node share: names, locks, room. Knows files and sizes,
+nothing of stores.
 
 <sha256>.tar         a shard, complete: it got this name after its bytes were compared with the index
 <sha256>.<uuid>.tmp  a shard on its way, as long as the shard will be, so that its room is taken
-<sha256>.lock        flocked by the one process that fetches this shard; never removed, for a lock on a removed file keeps nobody out
-room.lock            flocked while room is made
+<sha256>.lock        flocked by the one process that fetches this shard; never removed, for a lock on a
+removed file keeps nobody out room.lock            flocked while room is made
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _POLL = 0.1  # seconds
 
 
 class CacheFolder:
-    """Shards by the sha256 of their content, in at most `max_bytes`. patience: seconds to wait for another process that shows no progress."""
+    """Shards by the sha256 of their content, in at most `max_bytes`. patience: seconds to wait for another
+    process that shows no progress.
+    """
 
     def __init__(self, folder: str | Path, max_bytes: int, patience: float) -> None:
         self.folder = Path(folder)
@@ -33,22 +36,28 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[bool]:
-        """Hold NAME.lock. Yields False without it when whoever holds it wrote nothing for `patience` seconds. Raises OSError."""
+        """Hold NAME.lock. Yields False without it when whoever holds it wrote nothing for `patience`
+        seconds. Raises OSError.
+        """
         descriptor = os.open(self.folder / f"{name}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             held = _try_lock(descriptor) or self._wait(descriptor, name)
             try:
                 yield held
             finally:
-                if held:  # said aloud, because a child forked meanwhile holds the same lock through its copy of the descriptor
+                # said aloud, because a child forked meanwhile holds the same lock through its copy of the
+                # descriptor
+                if held:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
     def reserve(self, sha256: str, size: int) -> Path | None:
-        """A new temporary file of `size` bytes (a hole, still unwritten) after making room for it; None when there is no room to make.
+        """A new temporary file of `size` bytes (a hole, still unwritten) after making room for it; None when
+        there is no room to make.
 
-        The caller holds the shard's lock, so that any other temporary file of this shard is of a process that is gone. Raises OSError.
+        The caller holds the shard's lock, so that any other temporary file of this shard is of a process that
+        is gone. Raises OSError.
         """
         with self.lock("room") as held:
             if not held:
@@ -87,7 +96,9 @@ class CacheFolder:
         return sorted(found)
 
     def _leftovers(self, own: str) -> Iterator[Path]:
-        """Temporary files of processes that are gone: of the shard whose lock the caller holds, of shards nobody has locked, and very old ones."""
+        """Temporary files of processes that are gone: of the shard whose lock the caller holds, of shards
+        nobody has locked, and very old ones.
+        """
         for path in self.folder.glob("*.tmp"):
             sha256 = path.name.split(".")[0]
             with contextlib.suppress(FileNotFoundError):
@@ -105,7 +116,9 @@ class CacheFolder:
             os.close(descriptor)
 
     def _make_room(self, size: int) -> bool:
-        """Remove shards, least recently used first, until `size` more bytes fit. Open files stay readable for those who opened them."""
+        """Remove shards, least recently used first, until `size` more bytes fit. Open files stay readable
+        for those who opened them.
+        """
         shards = []
         total = size
         for path in self.folder.iterdir():
@@ -123,7 +136,8 @@ class CacheFolder:
                 break
             if used > recent:
                 logger.info(
-                    "%s is removed although it was used in the last minute: data.remote.cache_bytes is small for this work",
+                    "%s is removed although it was used in the last minute: data.remote.cache_bytes "
+                    "is small for this work",
                     path,
                 )
             path.unlink(missing_ok=True)

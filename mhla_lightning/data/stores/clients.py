@@ -1,6 +1,8 @@
-"""Single requests, without retries: HTTP through aiohttp, s3 and gs through fsspec's file systems. What goes wrong becomes a Failure.
+"""Single requests, without retries: HTTP through aiohttp, s3 and gs through fsspec's file systems. What goes
+wrong becomes a Failure.
 
-HTTP does not go through fsspec: its HTTP file system hides the status (a server that ignores Range is misread), calls every error of a size request
+HTTP does not go through fsspec: its HTTP file system hides the status (a server that ignores Range is
+    misread), calls every error of a size request
 "file not found", lets aiohttp decompress bodies and ignores the proxy variables of the environment.
 """
 
@@ -24,7 +26,9 @@ _MISSING = (404, 410)
 
 
 class RemoteClient(Protocol):
-    """One request at a time; names are checked plain names. size() returns None for a missing file; other mishaps raise Failure."""
+    """One request at a time; names are checked plain names. size() returns None for a missing file; other
+    mishaps raise Failure.
+    """
 
     async def size(self, name: str) -> int | None: ...
 
@@ -92,7 +96,8 @@ class HttpClient:
     ) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
-            # Bytes must arrive as they lie on the server: sizes and offsets count them. trust_env: aiohttp ignores proxy variables without it.
+            # Bytes must arrive as they lie on the server: sizes and offsets count them. trust_env: aiohttp
+            # ignores proxy variables without it.
             identity = {"Accept-Encoding": "identity"}
             self._session = aiohttp.ClientSession(
                 timeout=timeout, headers=identity, auto_decompress=False, trust_env=True
@@ -182,7 +187,9 @@ def status_failure(status: int) -> Failure:
 
 
 def failure(error: BaseException, timeout: float) -> Failure:
-    """The Failure for an exception of the network, whichever library wrapped it. timeout: seconds of one request."""
+    """The Failure for an exception of the network, whichever library wrapped it. timeout: seconds of one
+    request.
+    """
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Failure(

@@ -1,11 +1,13 @@
 """An event loop on a thread of its own, for one client in one process.
 
-fsspec's own loop is not used: a forked child inherits the loop's epoll descriptor, so that closing an inherited session there takes the sockets
-out of the parent's poll set, and fsspec closes sessions from finalizers that run wherever garbage is collected. Here a connection is closed by
-the process that made it, on its own loop; any other process keeps it, untouched, for as long as it lives.
+fsspec's own loop is not used: a forked child inherits the loop's epoll descriptor, so that closing an
+inherited session there takes the sockets out of the parent's poll set, and fsspec closes sessions from
+finalizers that run wherever garbage is collected. Here a connection is closed by the process that made it, on
+its own loop; any other process keeps it, untouched, for as long as it lives.
 
-A thread that has used OpenSSL takes a lock of OpenSSL's when it ends. A process that forks at that moment gives its child the lock for ever held, and
-the child stands still at its first TLS context: so close() returns when its threads are really gone.
+A thread that has used OpenSSL takes a lock of OpenSSL's when it ends. A process that forks at that moment
+gives its child the lock for ever held, and the child stands still at its first TLS context: so close()
+returns when its threads are really gone.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Connection:
         _ALIVE.add(self)
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
-        """The result of `work`, or its exception. Raises TimeoutError after `timeout` seconds, a few later when the loop itself is stuck."""
+        """The result of `work`, or its exception. Raises TimeoutError after `timeout` seconds, a few later
+        when the loop itself is stuck.
+        """
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout), self._loop)
         try:
             return future.result(timeout + _GRACE)

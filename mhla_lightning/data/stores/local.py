@@ -19,7 +19,9 @@ OPEN_FILES = 64
 
 
 def _open_regular(path: str | Path) -> int:
-    """Open a file for reading; raises OSError for a pipe or a device, on which a plain open or read would wait for somebody to write."""
+    """Open a file for reading; raises OSError for a pipe or a device, on which a plain open or read would
+    wait for somebody to write.
+    """
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -28,15 +30,17 @@ def _open_regular(path: str | Path) -> int:
 
 
 class _Descriptor:
-    """An open file: closed when the last one who reads from it lets go, so that a thread never reads from a number that means another file."""
+    """An open file: closed when the last one who reads from it lets go, so that a thread never reads from
+    a number that means another file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.number = _open_regular(path)
 
     def size(self) -> int:
-        return os.fstat(
-            self.number
-        ).st_size  # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees it
+        # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees
+        # it
+        return os.fstat(self.number).st_size
 
     def __del__(
         self, close: Callable[[int], None] = os.close
@@ -51,7 +55,8 @@ class LocalStore(Store):
     def __init__(self, folder: str | Path) -> None:
         self.url = str(folder)
         self._folder = Path(folder)
-        # No lock guards this: single operations of an OrderedDict are atomic, and a lock held while the process forks would stay locked in the child.
+        # No lock guards this: single operations of an OrderedDict are atomic, and a lock held while the
+        # process forks would stay locked in the child.
         self._open_files: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +79,8 @@ class LocalStore(Store):
         try:
             data = self._read(name, start, stop)
             if stop is not None and len(data) < stop - start:
-                # The descriptor may be of a file that has been replaced meanwhile: look at the name again before calling it cut.
+                # The descriptor may be of a file that has been replaced meanwhile: look at the name again
+                # before calling it cut.
                 self._open_files.pop(name, None)
                 data = self._read(name, start, stop)
         except OSError as error:
@@ -87,7 +93,9 @@ class LocalStore(Store):
         return data
 
     def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """One system call a request; whatever does not come whole is left to `read`, which knows what to say."""
+        """One system call a request; whatever does not come whole is left to `read`, which knows what to
+        say.
+        """
         held: dict[str, _Descriptor] = {}  # looked up once; and nobody closes them meanwhile
         found = []
         for name, start, stop in requests:
@@ -107,7 +115,9 @@ class LocalStore(Store):
             raise self._unreadable(name, error) from error
 
     def hold(self, name: str, size: int) -> bool:
-        """Whether the file is there with `size` bytes. It is left open: it can be read even when its name is removed right after. Raises OSError."""
+        """Whether the file is there with `size` bytes. It is left open: it can be read even when its name
+        is removed right after. Raises OSError.
+        """
         try:
             if self._descriptor(name).size() == size:
                 return True

@@ -16,7 +16,9 @@ _LOGIN = "set the credentials, or data.remote.anonymous: true for public data"
 
 
 class ObjectClient:
-    """Files below BUCKET/FOLDER. fs: an asynchronous fsspec file system; errors: what its requests may raise beside OSError and aiohttp's."""
+    """Files below BUCKET/FOLDER. fs: an asynchronous fsspec file system; errors: what its requests may
+    raise beside OSError and aiohttp's.
+    """
 
     def __init__(
         self, address: Address, remote: Remote, fs: Any, errors: tuple[type[Exception], ...]
@@ -117,7 +119,9 @@ def _failure(error: Exception, timeout: float) -> Failure:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error: s3fs translates botocore's error and keeps it as the cause; gcsfs has a code or only words."""
+    """The HTTP status behind an error: s3fs translates botocore's error and keeps it as the cause; gcsfs
+    has a code or only words.
+    """
     for found in (error, error.__cause__):
         response = getattr(found, "response", None)
         if isinstance(response, dict) and "HTTPStatusCode" in response.get("ResponseMetadata", {}):

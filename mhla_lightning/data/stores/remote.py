@@ -30,13 +30,16 @@ CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {
 
 
 class RemoteStore(Store):
-    """A remote folder. Every process that uses the store makes its own connection at its first request, also after a fork."""
+    """A remote folder. Every process that uses the store makes its own connection at its first request,
+    also after a fork.
+    """
 
     def __init__(self, url: str, options: Remote) -> None:
         self._address = parse(url)
         if self._address.protocol not in CLIENTS:
             raise UserError(
-                f"{url!r} is no remote folder; a RemoteStore reads {', '.join(f'{name}://' for name in CLIENTS)}"
+                f"{url!r} is no remote folder; a RemoteStore reads "
+                f"{', '.join(f'{name}://' for name in CLIENTS)}"
             )
         self._options = options
         self.url = self._address.shown()
@@ -74,12 +77,16 @@ class RemoteStore(Store):
             return list(pool.map(lambda request: self.read(*request), requests))
 
     def open(self, name: str) -> io.BufferedReader:
-        """A buffered file that reads ranges: errors and retries are this store's, which fsspec's own files would not give."""
+        """A buffered file that reads ranges: errors and retries are this store's, which fsspec's own files
+        would not give.
+        """
         raw = _RangeFile(self, check_name(name), self._known_size(name))
         return io.BufferedReader(raw, BLOCK)
 
     def copy(self, name: str, size: int, sink: Sink) -> None:
-        """As Store.copy, eight ranges at a time; from a server without ranges in one request, begun again after each failure."""
+        """As Store.copy, eight ranges at a time; from a server without ranges in one request, begun again
+        after each failure.
+        """
         pieces = [(name, start, min(size, start + COPY_BYTES)) for start in range(0, size, COPY_BYTES)]
         try:
             for first in range(0, len(pieces), PARALLEL):
@@ -103,7 +110,9 @@ class RemoteStore(Store):
             sink.write(data)
 
     def _whole(self, name: str) -> Iterator[bytes]:
-        """A file's bytes in one request, whatever its size: no pause is longer than the timeout. Raises Failure."""
+        """A file's bytes in one request, whatever its size: no pause is longer than the timeout. Raises
+        Failure.
+        """
         client = cast(HttpClient, self._client())
         answer = self._run(client.begin(name))
         try:

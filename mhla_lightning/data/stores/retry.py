@@ -19,7 +19,9 @@ ADVICE = "check the network and the server, or raise data.remote.retries or data
 
 
 class Failure(Exception):
-    """One try that failed. what: the words for a message; advice: what to do about it; permanent: another try cannot help."""
+    """One try that failed. what: the words for a message; advice: what to do about it; permanent: another
+    try cannot help.
+    """
 
     def __init__(self, what: str, advice: str = ADVICE, *, permanent: bool = False) -> None:
         super().__init__(what)
@@ -35,7 +37,8 @@ class NoRanges(DataError):
 def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
     """The result of `attempt`, tried 1 + remote.retries times while it raises a Failure that may pass.
 
-    Raises DataError naming `address`, what happened last, how often and how long it was tried, and what to do.
+    Raises DataError naming `address`, what happened last, how often and how long it was tried, and what to
+    do.
     """
     began = time.monotonic()
     for tries in range(1, remote.retries + 2):
@@ -64,5 +67,7 @@ def plain(text: str) -> str:
 
 
 def _share(address: str, tries: int) -> float:
-    """This caller's place in the jitter, in [0, 1): spread over processes and files without drawing from anybody's random numbers."""
+    """This caller's place in the jitter, in [0, 1): spread over processes and files without drawing from
+    anybody's random numbers.
+    """
     return zlib.crc32(f"{os.getpid()} {address} {tries}".encode()) / 2**32

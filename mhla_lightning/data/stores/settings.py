@@ -21,14 +21,21 @@ _LONGEST_PAUSE = (
 
 @dataclass(frozen=True)
 class Remote:
-    """Fetching shards over http(s), s3 and gs. Every field is checked here; a mistake raises UserError that names data.remote.FIELD.
+    """Fetching shards over http(s), s3 and gs. Every field is checked here; a mistake raises UserError that
+    names data.remote.FIELD.
 
-    retries: tries after the first, for whatever may pass: timeouts, broken connections, HTTP 5xx and 429, short answers.
-    timeout: seconds for one request, connecting and reading up to 8 MiB; a whole file without ranges may take longer, but never pause so long.
-    backoff: seconds before the first retry, doubled each time up to 30; ranks wait 50 to 100 % of it, so that they do not come back together.
-    cache_dir: a folder where whole shards are kept (~ and $VARIABLES are expanded), best on the node's own disk. null: no cache.
-    cache_bytes: its size limit per folder: a number of bytes, or a text such as "64GB" (10**9) or "64GiB" (2**30).
-    endpoint: URL of an S3-compatible (or GS-compatible) server. null: botocore's own rules, AWS_ENDPOINT_URL among them.
+    retries: tries after the first, for whatever may pass: timeouts, broken connections, HTTP 5xx and 429,
+        short answers.
+    timeout: seconds for one request, connecting and reading up to 8 MiB; a whole file without ranges may take
+        longer, but never pause so long.
+    backoff: seconds before the first retry, doubled each time up to 30; ranks wait 50 to 100 % of it, so that
+        they do not come back together.
+    cache_dir: a folder where whole shards are kept (~ and $VARIABLES are expanded), best on the node's own
+        disk. null: no cache.
+    cache_bytes: its size limit per folder: a number of bytes, or a text such as "64GB" (10**9) or "64GiB"
+        (2**30).
+    endpoint: URL of an S3-compatible (or GS-compatible) server. null: botocore's own rules, AWS_ENDPOINT_URL
+        among them.
     anonymous: ask s3 and gs without credentials.
     """
 
@@ -80,7 +87,9 @@ class Remote:
 
     @property
     def patience(self) -> float:
-        """Seconds that one block can take at most before its last try has failed: how long others wait for a sign of life."""
+        """Seconds that one block can take at most before its last try has failed: how long others wait for
+        a sign of life.
+        """
         return (
             (self.retries + 1) * self.timeout
             + sum(self.pause(attempt, 1.0) for attempt in range(self.retries))
@@ -88,11 +97,15 @@ class Remote:
         )
 
     def pause(self, attempt: int, share: float) -> float:
-        """Seconds to wait after the failed try number `attempt` (from 0); share in [0, 1] is this caller's place in the jitter."""
+        """Seconds to wait after the failed try number `attempt` (from 0); share in [0, 1] is this caller's
+        place in the jitter.
+        """
         return min(_LONGEST_PAUSE, self.backoff * 2.0 ** min(attempt, 60)) * (0.5 + 0.5 * share)
 
     def cache_folder(self) -> str | None:
-        """cache_dir with ~ and environment variables filled in on this machine. Raises UserError when a variable is not set."""
+        """cache_dir with ~ and environment variables filled in on this machine. Raises UserError when a
+        variable is not set.
+        """
         if self.cache_dir is None:
             return None
         folder = os.path.expanduser(os.path.expandvars(self.cache_dir))

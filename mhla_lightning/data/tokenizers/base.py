@@ -45,7 +45,9 @@ class Tokenizer(ABC):
         return np.array(self.encode(text), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give none, bytes that are no UTF-8 the replacement character. Raises UserError for an id that is none."""
+        """The text of ids; special tokens give none, bytes that are no UTF-8 the replacement character.
+        Raises UserError for an id that is none.
+        """
         return self.bytes_of(ids).decode(errors="replace")
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
@@ -92,8 +94,8 @@ class ByteTokenizer(Tokenizer):
 class TextStream:
     """Printable text as ids arrive: a character comes when its last byte has come, never half of it.
 
-    The pieces together are `tokenizer.decode` of all ids, but for a space that sentencepiece puts before the first word of a text: in the middle of
-    a text, where a stream begins, it is a real one.
+    The pieces together are `tokenizer.decode` of all ids, but for a space that sentencepiece puts before the
+    first word of a text: in the middle of a text, where a stream begins, it is a real one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -105,7 +107,9 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.bytes_of(ids))
 
     def finish(self) -> str:
-        """What is left: a replacement character for a character that never became whole. The stream may be used anew."""
+        """What is left: a replacement character for a character that never became whole. The stream may be
+        used anew.
+        """
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

@@ -1,4 +1,6 @@
-"""A tokenizer.json, read by the package tokenizers: byte-level BPE (GPT-2 and its kin), and what sentencepiece makes."""
+"""A tokenizer.json, read by the package tokenizers: byte-level BPE (GPT-2 and its kin), and what
+sentencepiece makes.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class FastTokenizer(Tokenizer):
         content: the bytes of tokenizer.json.
         label: the first word of its name; its content's sha256 is the second.
         address: what messages call the file.
-        config: the bytes of the tokenizer_config.json beside it, for its eos_token; None looks for the usual ones.
+        config: the bytes of the tokenizer_config.json beside it, for its eos_token; None looks for the usual
+            ones.
 
     Raises:
         UserError: the package tokenizers is not installed.
@@ -113,7 +116,8 @@ def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], byte
     if not spaces or not isinstance(spaces[0], str):
         kinds = ", ".join(step["type"] for step in decoders) or "none"
         raise DataError(
-            f"{address} has the decoder {kinds}, by which an id stands for no fixed bytes; byte-level BPE or sentencepiece is needed"
+            f"{address} has the decoder {kinds}, by which an id stands for no fixed bytes; "
+            "byte-level BPE or sentencepiece is needed"
         )
     space = spaces[0]
 

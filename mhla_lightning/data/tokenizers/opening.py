@@ -19,9 +19,11 @@ _log = logging.getLogger(__name__)
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer by `bytes`, by a tokenizer.json or a folder that holds one, or by a name on the Hugging Face hub such as gpt2.
+    """A tokenizer by `bytes`, by a tokenizer.json or a folder that holds one, or by a name on the Hugging
+    Face hub such as gpt2.
 
-    Nothing is unpickled and no code of others is run: of a name, tokenizer.json and tokenizer_config.json are fetched. Raises UserError.
+    Nothing is unpickled and no code of others is run: of a name, tokenizer.json and tokenizer_config.json are
+    fetched. Raises UserError.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -38,19 +40,22 @@ def open_tokenizer(spec: str) -> Tokenizer:
         or spec.startswith(".")
     ):
         raise UserError(
-            f"there is no tokenizer {path}: name bytes, a tokenizer.json, a folder that holds one, or a Hugging Face name such as gpt2"
+            f"there is no tokenizer {path}: name bytes, a tokenizer.json, a folder that holds one, "
+            "or a Hugging Face name such as gpt2"
         )
     return _from_hub(spec)
 
 
 def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = None) -> Tokenizer:
-    """The tokenizer that made the shards below `folder`, a folder or an address that holds train/ and, but for bytes, tokenizer.json.
+    """The tokenizer that made the shards below `folder`, a folder or an address that holds train/ and, but
+    for bytes, tokenizer.json.
 
     Raises DataError when the index names none, the file is not there, or it is another than the index says.
     """
     if index.tokenizer is None:
         raise DataError(
-            f"the index of {folder} names no tokenizer: index it again with 'mhla data index --tokenizer NAME'"
+            f"the index of {folder} names no tokenizer: index it again with 'mhla data index "
+            "--tokenizer NAME'"
         )
     if index.tokenizer == "bytes":
         return ByteTokenizer()
@@ -63,13 +68,15 @@ def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = 
                 contents[name] = store.read(name, 0, size)
     if FILE_NAME not in contents:
         raise DataError(
-            f"{store.address(FILE_NAME)} is missing, and the tokens were made with {index.tokenizer}: put its tokenizer.json beside train/"
+            f"{store.address(FILE_NAME)} is missing, and the tokens were made with "
+            f"{index.tokenizer}: put its tokenizer.json beside train/"
         )
     label, _, identity = index.tokenizer.partition(" sha256:")
     found = FastTokenizer(contents[FILE_NAME], label, store.address(FILE_NAME), contents.get(CONFIG_NAME))
     if identity and found.name != index.tokenizer:
         raise DataError(
-            f"{store.address(FILE_NAME)} is {found.name}, and the tokens were made with {index.tokenizer}: put that one there"
+            f"{store.address(FILE_NAME)} is {found.name}, and the tokens were made with "
+            f"{index.tokenizer}: put that one there"
         )
     return found
 
@@ -84,7 +91,9 @@ def find_tokenizer(folder: str | Path, index: ShardIndex, remote: Remote | None 
 
 
 def same_tokenizer(one: str | None, other: str | None) -> bool:
-    """Whether two names in an index mean the same tokenizer: the same content, whatever its file was called."""
+    """Whether two names in an index mean the same tokenizer: the same content, whatever its file was
+    called.
+    """
     return one == other or (
         one is not None
         and other is not None
@@ -114,7 +123,8 @@ def _from_hub(name: str) -> Tokenizer:
     except Exception as error:  # noqa: BLE001  of three packages' errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the tokenizer {name} is no file here, and its tokenizer.json could not be fetched from the Hugging Face hub ({reason}):"
+            f"the tokenizer {name} is no file here, and its tokenizer.json could not be fetched from "
+            f"the Hugging Face hub ({reason}):"
             " name bytes or a file, or look at the name and the network"
         ) from error
     try:

@@ -1,4 +1,6 @@
-"""Samples of a diffusion task, each from noise of its own: for images and videos, after training and during it."""
+"""Samples of a diffusion task, each from noise of its own: for images and videos, after training and
+during it.
+"""
 
 from __future__ import annotations
 

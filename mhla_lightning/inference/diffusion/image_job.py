@@ -59,11 +59,13 @@ class ImageJob:
 def draw_images(
     job: ImageJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any]
 ) -> np.ndarray:
-    """Draws what `folder` does not hold yet and writes samples.npz there: arr_0 the images, arr_1 their labels, as ADM's evaluation reads them.
+    """Draws what `folder` does not hold yet and writes samples.npz there: arr_0 the images, arr_1 their
+    labels, as ADM's evaluation reads them.
 
     Args:
         processes: they share the cores; on several GPUs each takes its own in turn.
-        on_batch: called with how many images an earlier attempt has left, then with those of every batch that is done.
+        on_batch: called with how many images an earlier attempt has left, then with those of every batch that
+            is done.
 
     Returns:
         uint8 (images, H, W, 3)

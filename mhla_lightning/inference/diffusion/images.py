@@ -113,12 +113,14 @@ def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> N
     channels = found.task.sample_shape[0]
     if (drawing.guidance.channels or 0) > channels:
         raise UserError(
-            f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}"
+            f"guidance of {drawing.guidance.channels} channels, and the samples of run "
+            f"{found.run.run_id} have {channels}"
         )
     for label in labels:
         if not 0 <= label < found.task.num_classes:
             raise UserError(
-                f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}"
+                f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to "
+                f"{found.task.num_classes - 1}"
             )
 
 

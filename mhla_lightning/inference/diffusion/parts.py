@@ -1,4 +1,6 @@
-"""Many samples into a folder, batch by batch: by several processes, and from where they stopped when they were killed."""
+"""Many samples into a folder, batch by batch: by several processes, and from where they stopped when they
+were killed.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def draw_parts(
 
 
 def _threads(processes: int) -> int:
-    """Of each process, a power of two: with others torch cuts tensors where its vectors do not end, and the last bits differ."""
+    """Of each process, a power of two: with others torch cuts tensors where its vectors do not end, and
+    the last bits differ.
+    """
     return 1 << (max(1, torch.get_num_threads() // processes).bit_length() - 1)
 
 

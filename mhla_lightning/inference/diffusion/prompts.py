@@ -1,4 +1,6 @@
-"""Prompts out of files, and their text features, encoded once and kept. Each prompt knows where it stands, so that a mistake can be found."""
+"""Prompts out of files, and their text features, encoded once and kept. Each prompt knows where it stands,
+so that a mistake can be found.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """A prompt a line; of a file named .jsonl the text under the key `prompt` of every line's object. Empty lines are skipped.
+    """A prompt a line; of a file named .jsonl the text under the key `prompt` of every line's object. Empty
+    lines are skipped.
 
     Raises:
         UserError: no such file, not UTF-8, no prompt in it, a line of a .jsonl that has none.
@@ -64,7 +67,8 @@ def _of_json(line: str, where: str) -> str:
 
 
 class TextCache:
-    """Text features in a folder, a file a prompt, under the identity of what encodes them: a second run needs no encoder.
+    """Text features in a folder, a file a prompt, under the identity of what encodes them: a second run needs
+    no encoder.
 
     Args:
         folder: made where it does not exist.

@@ -1,4 +1,6 @@
-"""Videos as files: H.264 in mp4, a contact sheet with captions, an animated GIF. Frames are uint8 (F, H, W, 3)."""
+"""Videos as files: H.264 in mp4, a contact sheet with captions, an animated GIF. Frames are uint8 (F, H,
+W, 3).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def require_av() -> None:
 def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
     """Writes frames as a whole or not at all; the same bytes for the same frames.
 
-    H.264 in 4:2:0, the one form that every player and browser shows; it needs even sides, so that the last row or column is doubled where one is odd.
+    H.264 in 4:2:0, the one form that every player and browser shows; it needs even sides, so that the last
+    row or column is doubled where one is odd.
 
     Args:
         frames: uint8 (F, H, W, 3).
@@ -77,7 +80,9 @@ def slug(text: str) -> str:
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:
-    """At most 8 frames evenly over time, the first and the last among them, at a size to look at: uint8 (<= 8, h, w, 3)."""
+    """At most 8 frames evenly over time, the first and the last among them, at a size to look at: uint8
+    (<= 8, h, w, 3).
+    """
     return at_a_glance(frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)])
 
 
@@ -125,7 +130,9 @@ def _fitting(draw: ImageDraw.ImageDraw, font: Any, text: str, width: int) -> str
 
 
 def animated_gif(frames: np.ndarray, rate: float) -> bytes:
-    """An endless GIF, which TensorBoard plays on its page of images. frames: uint8 (F, H, W, 3); rate: frames a second, at most 50."""
+    """An endless GIF, which TensorBoard plays on its page of images. frames: uint8 (F, H, W, 3); rate:
+    frames a second, at most 50.
+    """
     pictures = [Image.fromarray(frame) for frame in frames]
     out = io.BytesIO()
     pictures[0].save(

@@ -106,24 +106,28 @@ def draw_videos(
     on_batch: Callable[[int], Any],
     on_prompt: Callable[[], Any] = lambda: None,
 ) -> list[Path]:
-    """Draws what `folder` does not hold yet: NUMBER-PROMPT.mp4 each, sheet.png (a row a video, frames over time) and samples.json.
+    """Draws what `folder` does not hold yet: NUMBER-PROMPT.mp4 each, sheet.png (a row a video, frames over
+    time) and samples.json.
 
     Args:
         processes: they share the cores; on several GPUs each takes its own in turn.
-        on_batch: called with how many videos an earlier attempt has left, then with those of every batch that is done.
+        on_batch: called with how many videos an earlier attempt has left, then with those of every batch that
+            is done.
         on_prompt: called after every prompt that is encoded.
 
     Returns:
         the files, in the order of the videos.
 
     Raises:
-        UserError: what cannot be drawn, a prompt that is too long, PyAV missing, or a folder that holds other videos.
+        UserError: what cannot be drawn, a prompt that is too long, PyAV missing, or a folder that holds other
+            videos.
     """
     require_av()
     check_video(job.found, job.drawing, min(job.batch_size, len(job.texts)), device)
     if job.found.data.text_encoder is None:
         raise UserError(
-            f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts would be encoded by"
+            f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts "
+            "would be encoded by"
         )
     cache = TextCache(folder / TEXT, job.found.data.text_encoder)
     features = cache.encode([*job.prompts, _EMPTY], device, on_prompt)

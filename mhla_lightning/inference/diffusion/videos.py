@@ -116,7 +116,8 @@ def training_size(found: VideoRun) -> Size:
         if _shape(found, size) == tuple(found.task.sample_shape):
             return size
     raise UserError(
-        f"the samples of run {found.run.run_id} are {tuple(found.task.sample_shape)}, which its data do not give; say --frames and --size"
+        f"the samples of run {found.run.run_id} are {tuple(found.task.sample_shape)}, which its data "
+        "do not give; say --frames and --size"
     )
 
 
@@ -132,14 +133,16 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
     """Whether so many videos at once can be drawn on `device`.
 
     Raises:
-        UserError: an unknown sampler, guided channels that are not there, frames, height and width that the VAE, the patch or a layer's blocks
-            cannot take, with the nearest that they can, or that fit into no memory of this size.
+        UserError: an unknown sampler, guided channels that are not there, frames, height and width that the
+            VAE, the patch or a layer's blocks cannot take, with the nearest that they can, or that fit into
+            no memory of this size.
     """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     channels = found.task.sample_shape[0]
     if (drawing.guidance.channels or 0) > channels:
         raise UserError(
-            f"guidance of {drawing.guidance.channels} channels, and the samples of run {found.run.run_id} have {channels}"
+            f"guidance of {drawing.guidance.channels} channels, and the samples of run "
+            f"{found.run.run_id} have {channels}"
         )
     with torch.device("meta"):
         task = found.task
@@ -169,12 +172,15 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
         what = f"{frames} frames of {height}x{width}" + (f", {videos} at once" if videos > 1 else "")
         has = f"{device} has {decimal(room)} of memory"
         raise UserError(
-            f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and {has}; ask for fewer or smaller frames"
+            f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and "
+            f"{has}; ask for fewer or smaller frames"
         )
 
 
 def _least_bytes(size: Size, tokens: int, channels: int) -> int:
-    """Of a video, however it is drawn: the residual stream in float32 beside q, k and v in bf16, or the frames in float32 and as bytes."""
+    """Of a video, however it is drawn: the residual stream in float32 beside q, k and v in bf16, or the
+    frames in float32 and as bytes.
+    """
     return max((4 + 3 * 2) * tokens * channels, (4 + 1) * 3 * math.prod(size))
 
 
@@ -212,7 +218,8 @@ def draw_videos_of(
     videos: range,
     drawing: VideoDrawing,
 ) -> np.ndarray:
-    """uint8 (len(videos), F, H, W, 3): the videos of these numbers. task: loaded; on a GPU it computes in bfloat16 (SPEC 6.6).
+    """uint8 (len(videos), F, H, W, 3): the videos of these numbers. task: loaded; on a GPU it computes in
+    bfloat16 (SPEC 6.6).
 
     Args:
         text: (len(videos), tokens, channels). null: (tokens, channels).

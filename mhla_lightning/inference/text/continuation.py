@@ -96,7 +96,8 @@ def continue_prompts(
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Continuation]:
-    """Continues every prompt (`tokenizer.encode`) as text; stop strings and what follows them are not part of it.
+    """Continues every prompt (`tokenizer.encode`) as text; stop strings and what follows them are not part of
+    it.
 
     Arguments and errors: see :func:`generate`.
     """

@@ -18,7 +18,9 @@ Finish = Literal["end", "stop", "length"]
 
 
 class CausalBackbone(Protocol):
-    """What generation asks of a language model (`backbones.CausalLM`); its state has `.bytes` and `.reorder(indices)`."""
+    """What generation asks of a language model (`backbones.CausalLM`); its state has `.bytes` and
+    `.reorder(indices)`.
+    """
 
     def prefill(
         self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False
@@ -68,10 +70,12 @@ def generate(
         stop: told (prompt, token) once for every new token; True ends that sequence.
         padding: on which side shorter prompts are padded; the numbers are the same.
         batch_size: prompts in the model at once, in the order given; None takes all.
-        vocabulary: tokens from this one on are never chosen (a model may have more than its tokenizer); None is all.
+        vocabulary: tokens from this one on are never chosen (a model may have more than its tokenizer); None
+            is all.
 
     Raises:
-        UserError: nothing to generate, an empty prompt without `end`, and what the model cannot take (too many tokens, for example).
+        UserError: nothing to generate, an empty prompt without `end`, and what the model cannot take (too
+            many tokens, for example).
     """
     for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count is not None and count < 1:
@@ -104,7 +108,8 @@ def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list
     if end is None and not all(prompts):
         number = next(number for number, prompt in enumerate(prompts, 1) if not prompt)
         raise UserError(
-            f"prompt {number} is empty, and the tokenizer has no end of a document to start from: give it some text"
+            f"prompt {number} is empty, and the tokenizer has no end of a document to start from: "
+            "give it some text"
         )
     return [list(prompt) or [cast(int, end)] for prompt in prompts]
 
@@ -138,7 +143,9 @@ def _continue(
 def pad(
     sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
-    """Sequences of token ids as int64 (B, longest), and the bool mask of what is real; None where all are equally long."""
+    """Sequences of token ids as int64 (B, longest), and the bool mask of what is real; None where all are
+    equally long.
+    """
     longest = max(map(len, sequences))
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
     mask = torch.zeros(len(sequences), longest, dtype=torch.bool)

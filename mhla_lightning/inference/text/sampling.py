@@ -16,7 +16,8 @@ from mhla_lightning.randomness import generator
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: logits / temperature, then the `top_k` likeliest, then the fewest likeliest whose sum reaches `top_p`.
+    """How the next token is chosen: logits / temperature, then the `top_k` likeliest, then the fewest
+    likeliest whose sum reaches `top_p`.
 
     Args:
         temperature: above 0; 1 takes the model's own distribution.
@@ -67,15 +68,16 @@ class Sampling:
 
         logits: (B, V). keys: of each sequence (`sequence_keys`). position: which new token it is, from 0.
 
-        A draw depends on (seed, key, position) alone and is read off the distribution in the order of the vocabulary, so neither the other sequences
-        of a batch nor the last bits of its logits change it.
+        A draw depends on (seed, key, position) alone and is read off the distribution in the order of the
+        vocabulary, so neither the other sequences of a batch nor the last bits of its logits change it.
 
         Raises:
             UserError: logits that are not finite.
         """
         if not logits.max(-1).values.isfinite().all():
             raise UserError(
-                "the model's logits are not finite numbers: these weights have diverged, or the --dtype is too narrow for them"
+                "the model's logits are not finite numbers: these weights have diverged, or the "
+                "--dtype is too narrow for them"
             )
         if self.greedy:
             return logits.argmax(-1)
@@ -83,7 +85,8 @@ class Sampling:
         sums = self.probabilities(logits).cumsum(-1)
         whole = sums[:, -1:]
         target = torch.tensor(draws, dtype=sums.dtype, device=sums.device)[:, None] * whole
-        # The first sum above the target, which rounding must not lift to the whole: so no token of probability 0 is ever taken.
+        # The first sum above the target, which rounding must not lift to the whole: so no token of
+        # probability 0 is ever taken.
         return torch.searchsorted(sums, target.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)[
             :, 0
         ]
@@ -92,7 +95,8 @@ class Sampling:
 def sequence_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
     """A key for each prompt's draws: its tokens, and how many equal ones stand before it.
 
-    So a prompt is continued in the same way alone and among others, and one that is given twice is continued in two ways.
+    So a prompt is continued in the same way alone and among others, and one that is given twice is continued
+    in two ways.
     """
     before: Counter[str] = Counter()
     keys = []

@@ -25,11 +25,13 @@ _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 class InitialiseSplit(TorchFunctionMode):
-    """Inside, code that reads or writes a split weight meets it whole, and every rank keeps its part of what was written.
+    """Inside, code that reads or writes a split weight meets it whole, and every rank keeps its part of what
+    was written.
 
-    deepspeed.zero.Init splits a layer's weights as soon as the layer is made, and gathers them again only inside `Module.apply`. Anything else that
-    a parent does to its children (an initialisation by name, a warm start that copies a file) would meet tensors of no elements and change nothing.
-    One operation's weights are whole at a time. All ranks draw the same numbers, so the model is that of one process, bit for bit.
+    deepspeed.zero.Init splits a layer's weights as soon as the layer is made, and gathers them again only
+    inside `Module.apply`. Anything else that a parent does to its children (an initialisation by name, a warm
+    start that copies a file) would meet tensors of no elements and change nothing. One operation's weights
+    are whole at a time. All ranks draw the same numbers, so the model is that of one process, bit for bit.
     """
 
     def __torch_function__(

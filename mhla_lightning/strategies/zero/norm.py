@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """2-norm of all, a scalar in float64 as DeepSpeed's: in float32 that of 20 million numbers is off by 4e-6, and a run under ZeRO would be
-    clipped otherwise than one under DDP."""
+    """2-norm of all, a scalar in float64 as DeepSpeed's: in float32 that of 20 million numbers is off by
+    4e-6, and a run under ZeRO would be clipped otherwise than one under DDP."""
     if not gradients:
         return torch.zeros(())
     wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
@@ -24,8 +24,8 @@ def norm_of_partitions(
 ) -> Tensor:
     """total_norm of the gradients of all ranks; -1 where it is not finite, as DeepSpeed has it.
 
-    DeepSpeed's stages 1 and 2 round every rank's sum of squares to float32 before they add them; stage 3 does not. 20 clipped steps later such a
-    rounding is in the fourth digit of a language model's loss.
+    DeepSpeed's stages 1 and 2 round every rank's sum of squares to float32 before they add them; stage 3 does
+    not. 20 clipped steps later such a rounding is in the fourth digit of a language model's loss.
 
     Args:
         optimizer: DeepSpeed's, of stage 1 or 2.

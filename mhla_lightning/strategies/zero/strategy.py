@@ -31,11 +31,13 @@ _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy lacks: CPUs; batch sizes and real autocast from the recipe; an initialisation at stage 3 that is that of one
-    process; checkpoints without pickles that any number of ranks and any stage can go on from.
+    """Lightning's DeepSpeedStrategy lacks: CPUs; batch sizes and real autocast from the recipe; an
+    initialisation at stage 3 that is that of one process; checkpoints without pickles that any number of
+    ranks and any stage can go on from.
 
     Args:
-        entry: `trainer.strategy`: a preset's name, or a mapping with keys of DeepSpeed's that replace the preset's.
+        entry: `trainer.strategy`: a preset's name, or a mapping with keys of DeepSpeed's that replace the
+            preset's.
         precision: `trainer.precision`.
         on_cpu: train on CPUs.
 
@@ -77,7 +79,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._place_on_disk(zero, trainer)
 
     def _place_on_disk(self, zero: dict[str, Any], trainer: pl.Trainer) -> None:
-        """Where a disk is used: a folder of the run's own, and buffers that hold the largest weight. Validation alone keeps weights in memory."""
+        """Where a disk is used: a folder of the run's own, and buffers that hold the largest weight.
+        Validation alone keeps weights in memory.
+        """
         for place in on_disk(zero):
             if trainer.state.fn != TrainerFn.FITTING:
                 zero[place] = {"device": "cpu", "pin_memory": zero[place].get("pin_memory", False)}
@@ -90,13 +94,16 @@ class ZeroStrategy(DeepSpeedStrategy):
                 if zero[place].setdefault("buffer_size", needed) < needed:
                     key = f"trainer.strategy.zero_optimization.{place}.buffer_size"
                     raise UserError(
-                        f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} elements on a rank; leave the key out"
+                        f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} "
+                        "elements on a rank; leave the key out"
                     )
-                # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not (see disk_gradients).
+                # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not
+                # (see disk_gradients).
                 if zero[place].setdefault("max_in_cpu", 0):
                     key = f"trainer.strategy.zero_optimization.{place}.max_in_cpu"
                     raise UserError(
-                        f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps all weights in memory"
+                        f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps "
+                        "all weights in memory"
                     )
 
     # CPU
@@ -115,7 +122,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         import deepspeed
 
-        # Compiled at the first use, about a minute; and its reductions wait for ever for a rank that has died.
+        # Compiled at the first use, about a minute; and its reductions wait for ever for a rank that has
+        # died.
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
         reset_seed()
         self.set_world_ranks()
@@ -129,8 +137,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """At stage 3, splits weights as they are made. Lightning's own leaves DeepSpeed to round every tensor that is made meanwhile to the weights'
-        precision: tables of angles and mixing matrices that are computed in float64 would not be those of one process."""
+        """At stage 3, splits weights as they are made. Lightning's own leaves DeepSpeed to round every tensor
+        that is made meanwhile to the weights'
+        precision: tables of angles and mixing matrices that are computed in float64 would not be those of one
+            process."""
         if not self.zero_stage_3:
             yield
             return
@@ -204,14 +214,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         return Zero12Weights(self._engine_optimizer(), self.global_rank) if fitting else WholeWeights()
 
     def gradient_norm(self) -> torch.Tensor | None:
-        """Norm of the last step's gradients before they were clipped, over all ranks; hooks find no gradients in the parameters."""
+        """Norm of the last step's gradients before they were clipped, over all ranks; hooks find no
+        gradients in the parameters.
+        """
         norm = cast(Any, self.model).get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Lightning divides the loss by the micro batches of a step, and so would DeepSpeed: norms and clipping would be off by that factor."""
+        """Lightning divides the loss by the micro batches of a step, and so would DeepSpeed: norms and
+        clipping would be off by that factor.
+        """
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def skipped_step(self) -> bool:
@@ -241,7 +255,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fills weights, and in training the optimizer, from a checkpoint of any strategy and any number of ranks."""
+        """Fills weights, and in training the optimizer, from a checkpoint of any strategy and any number
+        of ranks.
+        """
         source = open_source(Path(checkpoint_path))
         module = cast(pl.LightningModule, self.lightning_module)
         restore(
@@ -260,7 +276,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine.global_samples = step * engine.train_batch_size()
 
     def forward_inside(self, function: Any) -> Any:
-        """Runs a function of the module as a forward of the engine, where weights are gathered and autocast is on."""
+        """Runs a function of the module as a forward of the engine, where weights are gathered and
+        autocast is on.
+        """
         module = cast(pl.LightningModule, self.lightning_module)
         module.__dict__["_forwarded"] = function
         try:

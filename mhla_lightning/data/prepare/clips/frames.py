@@ -25,7 +25,8 @@ _SEEKABLE = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 
 
 def read_clips(path: Path, starts: Sequence[float], clip: Clip, last: float) -> Iterator[np.ndarray]:
-    """Clips of a video, uint8 (frames, height, width, 3) each. Only the frames of clips that are under way are in memory.
+    """Clips of a video, uint8 (frames, height, width, 3) each. Only the frames of clips that are under way
+    are in memory.
 
     A clip that starts at s takes, for its frame i, the one that is shown s + i / rate seconds into the video.
     starts: growing. last: when the video's last frame comes. Raises DataError for damage.
@@ -49,7 +50,8 @@ def read_clips(path: Path, starts: Sequence[float], clip: Clip, last: float) -> 
 
 
 def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoFrame, float, float]]:
-    """Frames from the one that is shown at `begin` on, the pictures' width over height, and until when each is shown (the last one for ever).
+    """Frames from the one that is shown at `begin` on, the pictures' width over height, and until when each
+    is shown (the last one for ever).
 
     last: when the last frame comes. Raises DataError for damage, and for a video that ends before.
     """
@@ -70,13 +72,15 @@ def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoF
         frame, aspect, time = later
     if time + SLACK < last:
         raise DataError(
-            f"{path} gives no frame after {time:.2f} of {last:.2f} s: it was cut or damaged; copy it again or remove it"
+            f"{path} gives no frame after {time:.2f} of {last:.2f} s: it was cut or damaged; copy it "
+            "again or remove it"
         )
     yield frame, aspect, math.inf
 
 
 def fit(picture: np.ndarray, aspect: float, height: int, width: int) -> np.ndarray:
-    """The middle of a picture in the ratio of height and width, resized to them with smoothing (bicubic). uint8 (height, width, 3).
+    """The middle of a picture in the ratio of height and width, resized to them with smoothing (bicubic).
+    uint8 (height, width, 3).
 
     picture: uint8 (h, w, 3). aspect: its width over height as it is to be shown.
     """
@@ -99,7 +103,8 @@ def _decoded(path: Path, begin: float | None) -> Iterator[tuple[VideoFrame, floa
                 raise DataError(f"{path} has a frame without a time: write it anew, for instance as mp4")
             if frame.is_corrupt:
                 raise DataError(
-                    f"{path} is damaged at {float(frame.pts * frame.time_base):.2f} s: copy it again or remove it"
+                    f"{path} is damaged at {float(frame.pts * frame.time_base):.2f} s: copy it again "
+                    "or remove it"
                 )
             aspect = shown_aspect(stream, frame.rotation) if aspect is None else aspect
             yield frame, aspect, float(frame.pts * frame.time_base)

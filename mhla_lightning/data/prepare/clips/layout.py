@@ -18,7 +18,9 @@ Stretch = tuple[
 
 
 def shots(times: np.ndarray, end: float, cuts: Sequence[int]) -> list[Stretch]:
-    """The stretches between cuts. times: of every frame, (frames,); end: of the last frame; cuts: numbers of frames that begin a shot."""
+    """The stretches between cuts. times: of every frame, (frames,); end: of the last frame; cuts: numbers
+    of frames that begin a shot.
+    """
     begins = [float(times[0]), *(float(times[cut]) for cut in cuts)]
     return list(zip(begins, [*begins[1:], end], strict=True))
 
@@ -39,7 +41,9 @@ def fits(stretches: Sequence[Stretch], clip: Clip) -> bool:
 
 
 def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) -> int | None:
-    """The number of the clip size nearest in aspect ratio of which one fits into the stretches, of equals the longest; None without any."""
+    """The number of the clip size nearest in aspect ratio of which one fits into the stretches, of equals
+    the longest; None without any.
+    """
     fitting = [number for number, clip in enumerate(clips) if fits(stretches, clip)]
     return min(
         fitting,
@@ -51,9 +55,11 @@ def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) 
 def split_in_time(
     stretches: Sequence[Stretch], times: np.ndarray, clip: Clip, share: float
 ) -> tuple[list[Stretch], list[Stretch]]:
-    """The stretches before and after a moment: the last `share` of the video is held out, or more where less holds no clip.
+    """The stretches before and after a moment: the last `share` of the video is held out, or more where less
+    holds no clip.
 
-    No frame belongs to both. Nothing is held out where no clip would be left before. times: of every frame, (frames,).
+    No frame belongs to both. Nothing is held out where no clip would be left before. times: of every frame,
+    (frames,).
     """
     begin, end = stretches[0][0], stretches[-1][1]
     moment = _frame_after(times, end - share * (end - begin))

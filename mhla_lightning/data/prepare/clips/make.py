@@ -1,4 +1,6 @@
-"""Videos to shards of clips: the same videos and options give the same bytes, with any number of processes and however often it was interrupted."""
+"""Videos to shards of clips: the same videos and options give the same bytes, with any number of processes
+and however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Report:
-    """indices: by folder below the target, train and val or SIZE/train and SIZE/val. skipped: (file or clip, reason). short: videos without a clip.
+    """indices: by folder below the target, train and val or SIZE/train and SIZE/val. skipped: (file or clip,
+    reason). short: videos without a clip.
 
     seconds: of clips, by folder.
     """
@@ -68,10 +71,12 @@ def make_clips(
     on_progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> Report:
-    """Write the clips of the videos of `source` (see inputs.open_videos, also for captions) under `to`; of several sizes, under to/SIZE.
+    """Write the clips of the videos of `source` (see inputs.open_videos, also for captions) under `to`; of
+    several sizes, under to/SIZE.
 
-    overwrite, workers, wait, on_progress, on_note: see pack. Raises UserError for a bad argument or a target in use; DataError for a bad source, a
-    missing caption, too many videos that cannot be read; Interrupted for what the same call can continue.
+    overwrite, workers, wait, on_progress, on_note: see pack. Raises UserError for a bad argument or a target
+    in use; DataError for a bad source, a missing caption, too many videos that cannot be read; Interrupted
+    for what the same call can continue.
     """
     target = check_target(source, to)
     if workers < 1:
@@ -127,7 +132,9 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
 def _probe(
     building: Building, videos: Sequence[Video], options: ClipOptions, workers: int, on_progress: Progress
 ) -> list[Probe]:
-    """What is known of every video; what an earlier call found is kept. Raises DataError when too many cannot be read."""
+    """What is known of every video; what an earlier call found is kept. Raises DataError when too many
+    cannot be read.
+    """
     kept = building.folder / "probes.jsonl"
     found = _read_probes(kept)
     held_out = float(options.val) if options.val_by == "time" else None
@@ -146,7 +153,10 @@ def _probe(
             on_progress("look", len(found), len(videos))
     bad = [found[number] for number in sorted(found) if found[number].error is not None]
     if bad and (len(bad) > options.max_skipped_share * len(videos) or len(bad) == len(videos)):
-        more = f"; {len(bad)} of {len(videos)} videos cannot be read, more than --max-skipped-share {options.max_skipped_share:g} allows"
+        more = (
+            f"; {len(bad)} of {len(videos)} videos cannot be read, more than --max-skipped-share "
+            f"{options.max_skipped_share:g} allows"
+        )
         raise DataError(f"{bad[0].error}{more}")
     return [found[number] for number in range(len(videos))]
 
@@ -159,7 +169,8 @@ def _read_probes(path: Path) -> dict[int, Probe]:
             stretches = {
                 name: tuple((start, stop) for start, stop in getattr(result, name)) for name in SPLITS
             }
-            found[result.number] = replace(result, **stretches)  # type: ignore[arg-type]  # JSON knows no tuples
+            # # JSON knows no tuples
+            found[result.number] = replace(result, **stretches)  # type: ignore[arg-type]
     except (
         OSError,
         ValueError,
@@ -174,7 +185,9 @@ def _read_probes(path: Path) -> dict[int, Probe]:
 
 
 def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_Split]:
-    """The folders that get clips: a function of the videos and the options. Raises DataError where there is nothing to train on or to validate on."""
+    """The folders that get clips: a function of the videos and the options. Raises DataError where there
+    is nothing to train on or to validate on.
+    """
     splits = []
     for number, (bucket, clip) in enumerate(zip(_buckets(options), options.clips, strict=True)):
         members = [found for found in probes if found.error is None and found.bucket == number]
@@ -195,10 +208,12 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
             if split == "train" or not splits:
                 sizes = " or ".join(map(str, options.clips))
                 raise DataError(
-                    f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the longest video has {longest:.2f} s"
+                    f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the "
+                    f"longest video has {longest:.2f} s"
                 )
             raise DataError(
-                f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass --val-by time, or shorter --frames"
+                f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass "
+                "--val-by time, or shorter --frames"
             )
     return splits
 
@@ -206,7 +221,9 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
 def _divide(
     videos: Sequence[Video], members: list[Probe], clip: Clip, options: ClipOptions
 ) -> dict[str, list[Cut]]:
-    """The clips of the videos of a size, by split, in the order of writing: video after video, in the order of `members`."""
+    """The clips of the videos of a size, by split, in the order of writing: video after video, in the
+    order of `members`.
+    """
     if options.val_by == "time":
         return {split: _cuts(videos, members, split, clip, options) for split in SPLITS}
     count = _held_out(len(members), options.val)
@@ -221,7 +238,8 @@ def _held_out(videos: int, val: int | float) -> int:
     if isinstance(val, int) or val >= 1:
         if videos > 1 and not (val < videos and val == int(val)):
             raise UserError(
-                f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share above 0 and below 1"
+                f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share "
+                "above 0 and below 1"
             )
         return int(val) if videos > 1 else 0
     return min(videos - 1, math.ceil(videos * val)) if videos else 0
@@ -258,7 +276,9 @@ def _write(
     on_note: Note,
     report: Report,
 ) -> None:
-    """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be read, Interrupted when shards are kept."""
+    """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be
+    read, Interrupted when shards are kept.
+    """
     jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
     finished = ((job, finished_shard(building, job.split, job.name, Tally)) for job in jobs)
     done: dict[tuple[str, str], Done[Tally]] = {
@@ -323,7 +343,10 @@ def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> N
     """Raise DataError when more clips were left out than may be of all that are planned."""
     skipped = [one for shard in done for one in shard.tally.skipped]
     if skipped and len(skipped) > options.max_skipped_share * planned:
-        found = f"{len(skipped)} of {planned} clips cannot be read, more than --max-skipped-share {options.max_skipped_share:g} allows"
+        found = (
+            f"{len(skipped)} of {planned} clips cannot be read, more than --max-skipped-share "
+            f"{options.max_skipped_share:g} allows"
+        )
         raise DataError(f"{skipped[-1][1]}; {found}")
 
 

@@ -20,10 +20,14 @@ _SMALL = 8 * 2**20  # bytes of a clip up to which it is stored as it is
 class ClipOptions:
     """How videos become clips.
 
-    clips: the sizes; of several, every video takes the one nearest in aspect ratio of which one fits into it. stride: frames from the begin of a clip
-    to that of the next, also parts of a frame; None is the clip's length. shots: no clip crosses a cut; cut: see probing.find_cuts.
-    val: videos (int) or share of them (float below 1) held out; with val_by "time" the share of every video, its end. store: npy (as it is) or mp4
-    (H.264, with loss); None is npy up to 8 MiB a clip. shards: number of training shards, of each size. seed: of the order of videos and of those
+    clips: the sizes; of several, every video takes the one nearest in aspect ratio of which one fits into it.
+        stride: frames from the begin of a clip
+    to that of the next, also parts of a frame; None is the clip's length. shots: no clip crosses a cut; cut:
+    see probing.find_cuts.
+    val: videos (int) or share of them (float below 1) held out; with val_by "time" the share of every video,
+        its end. store: npy (as it is) or mp4
+    (H.264, with loss); None is npy up to 8 MiB a clip. shards: number of training shards, of each size. seed:
+    of the order of videos and of those
     held out. max_skipped_share: of videos, and of clips, that cannot be read; more ends the work.
     """
 
@@ -39,11 +43,14 @@ class ClipOptions:
     max_skipped_share: float = 0.01
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value outside its range, sizes that are there twice or at two rates, and a store that cannot take them."""
+        """Raise UserError for a value outside its range, sizes that are there twice or at two rates, and a
+        store that cannot take them.
+        """
         sizes = [(clip.frames, clip.height, clip.width) for clip in self.clips]
         if not sizes or len(set(sizes)) < len(sizes) or len({clip.rate for clip in self.clips}) > 1:
             raise UserError(
-                f"--bucket: {', '.join(map(bucket_name, self.clips)) or 'no size'}; different sizes at one rate are needed"
+                f"--bucket: {', '.join(map(bucket_name, self.clips)) or 'no size'}; different sizes "
+                "at one rate are needed"
             )
         if self.stride is not None and not (math.isfinite(self.stride) and self.stride > 0):
             raise UserError(f"--stride is {self.stride}; it must be a number of frames above 0")
@@ -71,7 +78,8 @@ class ClipOptions:
         if store == "mp4" and (clip.height % 2 or clip.width % 2):
             near = f"{clip.height + clip.height % 2}x{clip.width + clip.width % 2}"
             raise UserError(
-                f"--size is {clip.height}x{clip.width}; mp4 needs even sides, e.g. {near}, or pass --store npy"
+                f"--size is {clip.height}x{clip.width}; mp4 needs even sides, e.g. {near}, or pass "
+                "--store npy"
             )
         if size > (MAX_SAMPLE_BYTES if store == "npy" else 16 * MAX_SAMPLE_BYTES) - 2**16:
             raise UserError(

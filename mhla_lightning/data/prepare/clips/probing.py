@@ -26,8 +26,8 @@ _MISSING = (
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """A video to look at. clips: sizes to choose from. held_out: share of its end that is kept for val, None for nothing. cut: see find_cuts; None
-    takes the video as one shot."""
+    """A video to look at. clips: sizes to choose from. held_out: share of its end that is kept for val, None
+    for nothing. cut: see find_cuts; None takes the video as one shot."""
 
     number: int
     path: Path
@@ -38,7 +38,8 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class Probe:
-    """bucket: number of the clip size, None where none fits. train, val: stretches, in seconds of the video's own clock. seconds: of the whole.
+    """bucket: number of the clip size, None where none fits. train, val: stretches, in seconds of the video's
+    own clock. seconds: of the whole.
 
     last: when its last frame comes. error: why it cannot be used; the rest means nothing then.
     """
@@ -68,9 +69,11 @@ def probe(job: ProbeJob) -> Probe:
 
 
 def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
-    """When the frames of a video are shown, in seconds, float64 (frames,), growing; when the last one ends; and width over height.
+    """When the frames of a video are shown, in seconds, float64 (frames,), growing; when the last one ends;
+    and width over height.
 
-    Raises DataError for a file that cannot be read, ends before its header says, or whose frames have no times or share them.
+    Raises DataError for a file that cannot be read, ends before its header says, or whose frames have no
+    times or share them.
     """
     with open_video(path, str(path)) as (container, stream):
         base, ticks, reached = stream.time_base, list[tuple[int | None, int]](), 0.0
@@ -90,7 +93,8 @@ def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
     times = np.array([float(pts * base) for pts, _ in shown])
     if (np.diff(times) <= 0).any():
         raise DataError(
-            f"{path} has two frames at {times[1:][np.diff(times) <= 0][0]:g} s: write it anew, for instance as mp4"
+            f"{path} has two frames at {times[1:][np.diff(times) <= 0][0]:g} s: write it anew, for "
+            "instance as mp4"
         )
     last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 1.0)
     end = float(times[-1]) + last
@@ -99,10 +103,11 @@ def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
 
 
 def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
-    """The frames that begin a shot, but for the first: those that differ from the frame before by more than `cut` of the range of values.
+    """The frames that begin a shot, but for the first: those that differ from the frame before by more than
+    `cut` of the range of values.
 
-    The difference is the mean absolute one of all colours of both frames, made small (32x32): slow fades are not found, a flash is.
-    Raises DataError for damage.
+    The difference is the mean absolute one of all colours of both frames, made small (32x32): slow fades are
+    not found, a flash is. Raises DataError for damage.
     """
     cuts, before, decoded = [], None, 0
     with open_video(path, str(path)) as (container, stream):
@@ -118,7 +123,8 @@ def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
             before = small
     if decoded < len(times) * (1 - _MISSING[1]):
         raise DataError(
-            f"{path} gives {decoded} of {len(times)} frames: it was cut or damaged; copy it again or remove it"
+            f"{path} gives {decoded} of {len(times)} frames: it was cut or damaged; copy it again or "
+            "remove it"
         )
     return [place for place in cuts if 0 < place < len(times)]
 

@@ -32,7 +32,9 @@ class Cut:
 
 
 class Job(NamedTuple):
-    """A shard to write. split: its folder below the target. first: index in the split of its first sample, if no clip before it was left out."""
+    """A shard to write. split: its folder below the target. first: index in the split of its first sample,
+    if no clip before it was left out.
+    """
 
     building: Building
     header: ShardIndex
@@ -62,7 +64,9 @@ def write_clips(job: Job) -> Done[Tally]:
 def clip_sample(
     header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy"
 ) -> Sample:
-    """A clip and its caption. header: an index of clips, for their size; clip: uint8 (frames, height, width, 3). Raises DataError for another."""
+    """A clip and its caption. header: an index of clips, for their size; clip: uint8 (frames, height,
+    width, 3). Raises DataError for another.
+    """
     wanted = header.clip and (header.clip.frames, header.clip.height, header.clip.width, 3)
     if header.clip is None or clip.shape != wanted or clip.dtype != np.uint8:
         raise DataError(f"clip {name} is {clip.dtype} {clip.shape}; uint8 {wanted} is needed")

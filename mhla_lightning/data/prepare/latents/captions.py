@@ -70,7 +70,8 @@ def encode_captions(
 ) -> Features:
     """Encode what was not encoded before.
 
-    captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of how many.
+    captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of
+        how many.
     Raises DataError, naming the sample, for a text that is too long.
     """
     features = Features(building.folder / "features")

@@ -1,4 +1,6 @@
-"""The clips to encode: packed shards of `mhla data clips`, of one size or a folder of each, and their captions."""
+"""The clips to encode: packed shards of `mhla data clips`, of one size or a folder of each, and their
+captions.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class ClipSplit:
         return self.split.store.address(INDEX_NAME)
 
     def plan(self, shards: int | None, sample_bytes: int) -> PlannedSplit:
-        """Its clips in their order, in so many shards (None: by size). sample_bytes: that a sample will take in them."""
+        """Its clips in their order, in so many shards (None: by size). sample_bytes: that a sample will
+        take in them.
+        """
         at_once = max(1, _AT_ONCE // (3 * math.prod((self.clip.frames, self.clip.height, self.clip.width))))
         part = ShardPart(self.split, range(self.split.samples), at_once)
         planned = PlannedSplit(self.name.rpartition("/")[2], part, list(range(len(part))), 1)
@@ -48,7 +52,9 @@ class ClipSplit:
         )
 
     def captions(self) -> Iterator[tuple[str, str]]:
-        """(name of the sample, caption) of every clip; the clips themselves are passed over. Raises DataError for one without."""
+        """(name of the sample, caption) of every clip; the clips themselves are passed over. Raises
+        DataError for one without.
+        """
         for number, entry in enumerate(self.split.index.shards):
             found = 0
             with self.split.store.open(entry.name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -59,7 +65,8 @@ class ClipSplit:
                         yield _name(key), self._caption(tar, info, _name(key))
             if found != entry.samples:
                 raise DataError(
-                    f"{self.split.address(number)} holds {entry.samples} clips and {found} captions (KEY.{CAPTION}): each needs one"
+                    f"{self.split.address(number)} holds {entry.samples} clips and {found} captions "
+                    f"(KEY.{CAPTION}): each needs one"
                 )
 
     def _caption(self, tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> str:

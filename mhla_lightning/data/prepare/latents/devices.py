@@ -18,9 +18,11 @@ _held: list[int] = []  # descriptors of the locks of this process
 
 
 def find_devices(spec: str = "auto") -> tuple[str, ...]:
-    """The devices to encode on, one process each: all GPUs or else the CPU for "auto", or names of torch such as cuda:0, in a list with commas.
+    """The devices to encode on, one process each: all GPUs or else the CPU for "auto", or names of torch such
+    as cuda:0, in a list with commas.
 
-    Raises UserError for a device that there is not, and for devices of several types, which would not give the same bits.
+    Raises UserError for a device that there is not, and for devices of several types, which would not give
+    the same bits.
     """
     if spec == "auto":
         return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
@@ -28,7 +30,9 @@ def find_devices(spec: str = "auto") -> tuple[str, ...]:
     for name in names:
         try:
             torch.empty(0, device=name)
-        except Exception as error:  # an AssertionError of a torch without CUDA, a RuntimeError of an unknown name, an AcceleratorError
+        except Exception as error:
+            # an AssertionError of a torch without CUDA, a RuntimeError of an unknown name, an
+            # AcceleratorError
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"--device {name} cannot be used ({reason[:150]}): auto, cpu, cuda, or cuda:0,cuda:1"
@@ -51,7 +55,9 @@ def find_dtype(name: str | None, device: str) -> str:
 
 @lru_cache(maxsize=8)
 def own_device(folder: Path, devices: Sequence[str]) -> str:
-    """The device of this process: the first that no other process which works on `folder` holds. The kernel lets it go when the process ends."""
+    """The device of this process: the first that no other process which works on `folder` holds. The
+    kernel lets it go when the process ends.
+    """
     for number, device in enumerate(devices):
         descriptor = os.open(
             folder / f"device-{number}.lock", os.O_WRONLY | os.O_CREAT
@@ -64,7 +70,8 @@ def own_device(folder: Path, devices: Sequence[str]) -> str:
         _held.append(descriptor)
         return device
     raise Interrupted(
-        f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, and run the same command again"
+        f"all of {', '.join(devices)} are held by other processes that make {folder}: wait for them, "
+        "and run the same command again"
     )
 
 

@@ -55,7 +55,8 @@ class ImageEncoder(Encoder):
                 seen += len(batch)
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
                     raise DataError(
-                        f"none of the first {seen} images of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                        f"none of the first {seen} images of {job.split} gives a latent; "
+                        f"{tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
                     )
                 on_samples(job.split, len(batch))
 
@@ -122,7 +123,9 @@ class ImageEncoder(Encoder):
     def _posterior(
         self, job: Job, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
     ) -> dict[str, np.ndarray]:
-        """The members of a batch, (B, C, h, w) each: mean and log-variance, or one latent, drawn where the encoder gives a distribution."""
+        """The members of a batch, (B, C, h, w) each: mean and log-variance, or one latent, drawn where the
+        encoder gives a distribution.
+        """
         stored = STORED[self.dtype]
         try:
             with torch.backends.cudnn.flags(
@@ -152,6 +155,7 @@ def _opened(encoder: ImageEncoder, device: str, sha256: str) -> Autoencoder:
     vae = load_vae(encoder.vae, encoder.subfolder, device, DTYPES[encoder.dtype])
     if vae.sha256 != sha256:
         raise DataError(
-            f"the weights of the VAE {encoder.vae} changed while latents were made: begin again with --overwrite"
+            f"the weights of the VAE {encoder.vae} changed while latents were made: begin again with "
+            "--overwrite"
         )
     return vae

@@ -45,7 +45,9 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """What there is to encode. header: of the images. splits: in the order of writing. fingerprint: changes with images, order and splits."""
+    """What there is to encode. header: of the images. splits: in the order of writing. fingerprint:
+    changes with images, order and splits.
+    """
 
     header: ShardIndex
     splits: list[PlannedSplit]
@@ -74,10 +76,13 @@ class ShardPart:
 
 
 def open_images(source: str | Path, options: Options, sample_bytes: int) -> Images:
-    """Labelled images of a folder or an address of packed shards, whose splits and order are kept, or of a source of `mhla data pack`.
+    """Labelled images of a folder or an address of packed shards, whose splits and order are kept, or of a
+    source of `mhla data pack`.
 
-    options: see pack; val and seed are for a source that is not packed. sample_bytes: that a sample will take in the shards to be written.
-    Raises UserError for a source that there is not or options that do not fit it, DataError for anything but images with classes.
+    options: see pack; val and seed are for a source that is not packed. sample_bytes: that a sample will take
+        in the shards to be written.
+    Raises UserError for a source that there is not or options that do not fit it, DataError for anything but
+    images with classes.
     """
     if _is_packed(source):
         images = _open_packed(str(source), options)
@@ -94,7 +99,8 @@ def open_images(source: str | Path, options: Options, sample_bytes: int) -> Imag
 def crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop (guided-diffusion's image_datasets.py, as in DiT's train.py): uint8 (size, size, 3).
 
-    The image is halved by a box filter while its shorter side is at least twice `size`, then resized (bicubic) until that side is `size`.
+    The image is halved by a box filter while its shorter side is at least twice `size`, then resized
+    (bicubic) until that side is `size`.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -142,7 +148,8 @@ def _open_packed(source: str, options: Options) -> Images:
         _demand_labelled(address, split.index)
         if split.index.classes != first.classes:
             raise DataError(
-                f"{address} lists other classes than the other splits: data used together has one list of classes"
+                f"{address} lists other classes than the other splits: data used together has one "
+                "list of classes"
             )
         check_split(split, "size" if "://" not in source else "none")
     parts = {name: ShardPart(split, range(split.samples)) for name, split in splits.items()}

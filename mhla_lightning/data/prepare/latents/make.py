@@ -1,4 +1,6 @@
-"""Images to latent shards: the same images and options give the same bytes on the same kind of device, however often it was interrupted."""
+"""Images to latent shards: the same images and options give the same bytes on the same kind of device,
+however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,14 @@ _BLOCK, _NPY_HEADER = 512, 128  # bytes, of a tar file and of an npy file
 class LatentOptions:
     """How images become latents.
 
-    vae, subfolder, scale, shift: see vaes.load_vae. name: what the index and recipes call the VAE; None is `vae`. size: pixels a side after ADM's
-    centre crop. batch_size: images at once. device, dtype: see devices.find_devices and find_dtype. moments: keep mean and log-variance of the
-    posterior, to be drawn from anew in every epoch; False draws one latent by (seed, index); None is True where the VAE has a posterior.
-    flip: keep the mirrored image's latents too. val, shards, seed: see pack.Options. threads: that read images beside each device.
+    vae, subfolder, scale, shift: see vaes.load_vae. name: what the index and recipes call the VAE; None is
+        `vae`. size: pixels a side after ADM's
+    centre crop. batch_size: images at once. device, dtype: see devices.find_devices and find_dtype. moments:
+        keep mean and log-variance of the
+    posterior, to be drawn from anew in every epoch; False draws one latent by (seed, index); None is True
+    where the VAE has a posterior.
+    flip: keep the mirrored image's latents too. val, shards, seed: see pack.Options. threads: that read
+        images beside each device.
     max_skipped_share: of images that cannot be read or encoded; more ends the work.
     """
 
@@ -84,9 +90,10 @@ def make_latents(
 ) -> Report:
     """Write the latents of the images of `source` (see images.open_images) as shards under `to`.
 
-    overwrite: replace `to` if it holds splits, and what another command has begun there. wait, on_progress, on_note: see pack.
-    Raises UserError for a bad argument, a VAE that cannot be opened or does not fit, and a target in use; DataError for a bad source; Interrupted for
-    what the same call can continue.
+    overwrite: replace `to` if it holds splits, and what another command has begun there. wait, on_progress,
+        on_note: see pack.
+    Raises UserError for a bad argument, a VAE that cannot be opened or does not fit, and a target in use;
+    DataError for a bad source; Interrupted for what the same call can continue.
     """
     target = find_target(source, to)
     devices = find_devices(options.device)
@@ -125,7 +132,8 @@ def make_latents(
 def _describe(vae: Autoencoder, options: LatentOptions) -> VAE:
     if options.moments and not vae.has_posterior:
         raise UserError(
-            f"--moments: the VAE {options.vae} ({vae.kind}) has no posterior, its latents are not drawn; leave --moments out"
+            f"--moments: the VAE {options.vae} ({vae.kind}) has no posterior, its latents are not "
+            "drawn; leave --moments out"
         )
     moments = vae.has_posterior if options.moments is None else options.moments
     shape = vae.latent_shape(options.size)

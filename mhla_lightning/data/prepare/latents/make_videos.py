@@ -1,4 +1,6 @@
-"""Clips and their captions to shards of latents and text features, a bucket beside the other; the same bytes however often it was interrupted."""
+"""Clips and their captions to shards of latents and text features, a bucket beside the other; the same
+bytes however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,10 @@ _WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
 class VideoOptions:
     """How clips become latents.
 
-    vae, subfolder: see vaes.load_video_vae. name: what the index and recipes call the VAE; None is `vae`. text_encoder, tokens: see
-    text_encoders.load_text_encoder. device, dtype: see devices.find_devices and find_dtype; of both models. shards: of training, of a bucket.
+    vae, subfolder: see vaes.load_video_vae. name: what the index and recipes call the VAE; None is `vae`.
+        text_encoder, tokens: see
+    text_encoders.load_text_encoder. device, dtype: see devices.find_devices and find_dtype; of both models.
+    shards: of training, of a bucket.
     max_skipped_share: of clips that cannot be read or encoded; more ends the work.
     """
 
@@ -71,7 +75,9 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class VideoEncoder(Encoder):
-    """How clips become latents. vae, subfolder: see vaes.load_video_vae. clip: their size. features: of their captions."""
+    """How clips become latents. vae, subfolder: see vaes.load_video_vae. clip: their size. features: of
+    their captions.
+    """
 
     vae: str
     subfolder: str | None
@@ -102,7 +108,8 @@ class VideoEncoder(Encoder):
                 seen += 1
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
                     raise DataError(
-                        f"none of the first {seen} clips of {job.split} gives a latent; {tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                        f"none of the first {seen} clips of {job.split} gives a latent; "
+                        f"{tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
                     )
                 on_samples(job.split, 1)
 
@@ -130,7 +137,8 @@ class VideoEncoder(Encoder):
                 latent = vae.encode(video)[0].cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the device has too little memory for clips of {self.clip}: choose a device with more, or smaller clips"
+                f"the device has too little memory for clips of {self.clip}: choose a device with "
+                "more, or smaller clips"
             ) from error
         with np.errstate(over="ignore"):
             stored = latent.astype(STORED[self.dtype])
@@ -163,9 +171,11 @@ def make_video_latents(
     on_progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> Report:
-    """Write the latents and text features of the clips of `source` (see clips.open_clips) as shards under `to`, bucket by bucket.
+    """Write the latents and text features of the clips of `source` (see clips.open_clips) as shards under
+    `to`, bucket by bucket.
 
-    overwrite, wait, on_progress, on_note: see make.make_latents. The errors too; DataError also for a caption that is too long.
+    overwrite, wait, on_progress, on_note: see make.make_latents. The errors too; DataError also for a caption
+        that is too long.
     """
     target = find_target(source, to)
     devices = find_devices(options.device)
@@ -207,7 +217,9 @@ def make_video_latents(
 
 
 def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> list[ShardIndex]:
-    """What the index of every split will say, but for its shards. Raises UserError for models that cannot be opened or clips that do not fit."""
+    """What the index of every split will say, but for its shards. Raises UserError for models that cannot
+    be opened or clips that do not fit.
+    """
     vae = load_video_vae(options.vae, options.subfolder)
     shapes = []
     for split in clips:

@@ -1,4 +1,6 @@
-"""A shard of latents in the making, of images or of videos: what is written depends on the shard alone, not on what was encoded before it."""
+"""A shard of latents in the making, of images or of videos: what is written depends on the shard alone,
+not on what was encoded before it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import shard_name
 from mhla_lightning.data.prepare.tallies import Done, write_tallied
 
-# float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16 encoding gave is not rounded again; of fp32
-# encoding float32 is kept.
+# float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16
+# encoding gave is not rounded again; of fp32 encoding float32 is kept.
 STORED: dict[str, np.dtype] = {"bf16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 OnSamples = Callable[[str, int], None]  # is told of the split and of how many of its samples more are done
 _log = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """What is known of a shard's latents. values: of every channel; sums, squares: of the latents as they are used and of their squares, (C,).
+    """What is known of a shard's latents. values: of every channel; sums, squares: of the latents as they are
+    used and of their squares, (C,).
 
     skipped: [name, reason] of what was left out.
     """
@@ -38,7 +41,9 @@ class Tally:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, latents: np.ndarray, logvar: np.ndarray | None, vae: VAE) -> None:
-        """latents: (B, C, ...) as stored; with their log-variance what is drawn from the posterior is counted."""
+        """latents: (B, C, ...) as stored; with their log-variance what is drawn from the posterior is
+        counted.
+        """
         used = (latents.astype(np.float64) - vae.shift) * vae.scale
         variance = 0.0 if logvar is None else np.exp(logvar.astype(np.float64)) * vae.scale**2
         axes = (0, *range(2, latents.ndim))
@@ -59,7 +64,8 @@ class Tally:
 class Encoder(ABC):
     """How samples become latents. Picklable.
 
-    dtype: of devices.DTYPES. devices: see devices.find_devices. threads: that read and decode, beside each device.
+    dtype: of devices.DTYPES. devices: see devices.find_devices. threads: that read and decode, beside each
+        device.
     """
 
     dtype: str
@@ -68,7 +74,9 @@ class Encoder(ABC):
 
     @abstractmethod
     def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
-        """The samples to write, encoded on `device`. Opens the models at once. Raises UserError, DataError."""
+        """The samples to write, encoded on `device`. Opens the models at once. Raises UserError,
+        DataError.
+        """
 
 
 class Target(NamedTuple):
@@ -111,7 +119,9 @@ def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iter
 
 
 def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done[Tally]:
-    """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when the VAE is not the header's."""
+    """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when
+    the VAE is not the header's.
+    """
     tally = Tally()
     device = own_device(job.building.folder, job.encoder.devices)
     latents = job.encoder.latents(job, device, tally, on_samples or (lambda *_: None))

@@ -1,4 +1,6 @@
-"""The making of latents of all splits: what is not finished is encoded, wherever there is a device, and the indices are written in the end."""
+"""The making of latents of all splits: what is not finished is encoded, wherever there is a device, and
+the indices are written in the end.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are 
 
 @dataclass
 class Report:
-    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded by this call in `seconds`."""
+    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded
+    by this call in `seconds`.
+    """
 
     indices: dict[str, ShardIndex] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
@@ -39,7 +43,9 @@ class Report:
 
 
 class Work:
-    """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that may be left out."""
+    """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that
+    may be left out.
+    """
 
     def __init__(
         self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress
@@ -125,7 +131,8 @@ class Work:
             split, name, reason = skipped[-1]
             found = f"{len(skipped)} of {read} {self.what} ({len(skipped) / read:.1%}) give no latent"
             raise DataError(
-                f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} of {split} ({reason})"
+                f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} "
+                f"of {split} ({reason})"
             )
 
 
@@ -138,7 +145,9 @@ def find_target(source: str | Path, to: str | Path) -> Path:
 
 
 def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:
-    """What decides which bytes are written, in words: facts, numbers, kind of device, versions of packages."""
+    """What decides which bytes are written, in words: facts, numbers, kind of device, versions of
+    packages.
+    """
     where = {"dtype": dtype, "device": torch.device(device).type}
     return json.loads(
         json.dumps(facts | where | {package: importlib.metadata.version(package) for package in packages})
@@ -148,7 +157,9 @@ def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequen
 def demand_target(
     target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool
 ) -> None:
-    """Raise UserError when the target holds, or is being made of, other latents; or anything at all. headers: of the splits to make, by name."""
+    """Raise UserError when the target holds, or is being made of, other latents; or anything at all.
+    headers: of the splits to make, by name.
+    """
     if overwrite:
         return
     with suppress(DataError, StopIteration):
@@ -158,7 +169,8 @@ def demand_target(
         if found.vae is None or not header.vae.fits(found.vae):
             what = f"latents of {found.vae}" if found.vae else found.kind
             raise UserError(
-                f"{target} holds {what}, and these would be of {header.vae}: choose another folder, or pass --overwrite"
+                f"{target} holds {what}, and these would be of {header.vae}: choose another folder, "
+                "or pass --overwrite"
             )
     demand_free(target, overwrite)
     with suppress(OSError, ValueError):
@@ -170,7 +182,8 @@ def demand_target(
         ]
         if other:
             raise UserError(
-                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish it, choose another folder, or pass --overwrite"
+                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish "
+                "it, choose another folder, or pass --overwrite"
             )
 
 

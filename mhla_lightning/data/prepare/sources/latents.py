@@ -18,16 +18,19 @@ DIMENSIONS = {"latents": 3, "video_latents": 4}
 
 
 def open_latents(folder: Path, kind: str, vae: VAE) -> Source:
-    """FOLDER/CLASS/*.npy of (C, h, w) for latents, (C, t, h, w) for video_latents. vae: its shape is taken from the first file.
+    """FOLDER/CLASS/*.npy of (C, h, w) for latents, (C, t, h, w) for video_latents. vae: its shape is taken
+    from the first file.
 
-    Raises DataError for a folder that is not so (see list_classes), and for arrays of another number of dimensions.
+    Raises DataError for a folder that is not so (see list_classes), and for arrays of another number of
+    dimensions.
     """
     listing = list_classes(folder, "latent.npy")
     first = listing.files["train"][0][0]
     shape = _read(first).shape
     if len(shape) != DIMENSIONS[kind]:
         raise DataError(
-            f"{first} is {shape}; {kind} have {'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits"
+            f"{first} is {shape}; {kind} have "
+            f"{'(C, h, w)' if kind == 'latents' else '(C, t, h, w)'}: pass the --kind that fits"
         )
     header = ShardIndex(kind, (), listing.classes, vae=replace(vae, shape=shape))
     return Source(

@@ -1,4 +1,6 @@
-"""Folders with one subfolder a class: FOLDER/CLASS/*, or FOLDER/{train,val,test}/CLASS/*. Hidden files are left out."""
+"""Folders with one subfolder a class: FOLDER/CLASS/*, or FOLDER/{train,val,test}/CLASS/*. Hidden files are
+left out.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from mhla_lightning.errors import DataError
 
 @dataclass(frozen=True)
 class Listing:
-    """classes: the sorted names of the subfolders of train. files: (path, label) by split. fingerprint: of names, sizes and times."""
+    """classes: the sorted names of the subfolders of train. files: (path, label) by split. fingerprint: of
+    names, sizes and times.
+    """
 
     classes: tuple[str, ...]
     files: dict[str, list[tuple[Path, int]]]
@@ -24,7 +28,9 @@ class Listing:
 
 @dataclass(frozen=True)
 class LabelledFiles:
-    """A part of a source: files with their labels. sample: makes a sample of one; a function of a module, since workers get a copy."""
+    """A part of a source: files with their labels. sample: makes a sample of one; a function of a module,
+    since workers get a copy.
+    """
 
     header: ShardIndex
     files: list[tuple[Path, int]]
@@ -44,7 +50,8 @@ class LabelledFiles:
 def list_classes(folder: Path, example: str) -> Listing:
     """What a folder of classes holds. example: a file's name for messages.
 
-    Raises DataError for a folder without classes, a class without files, a file outside a class, and a class that train lacks.
+    Raises DataError for a folder without classes, a class without files, a file outside a class, and a class
+    that train lacks.
     """
     roots = (
         {split: folder / split for split in SPLITS if (folder / split).is_dir()}
@@ -54,7 +61,8 @@ def list_classes(folder: Path, example: str) -> Listing:
     classes = tuple(path.name for path in _entries(roots["train"]) if path.is_dir())
     if not classes:
         raise DataError(
-            f"{roots['train']} has no class folders: expected FOLDER/CLASS/{example} or FOLDER/train/CLASS/{example}"
+            f"{roots['train']} has no class folders: expected FOLDER/CLASS/{example} or "
+            f"FOLDER/train/CLASS/{example}"
         )
     files = {split: _list_files(root, classes, example) for split, root in roots.items()}
     return Listing(

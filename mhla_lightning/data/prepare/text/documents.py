@@ -15,13 +15,17 @@ _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Group(Protocol):
-    """Some documents in a fixed order. Picklable. size: the bytes of input that they are, for the progress."""
+    """Some documents in a fixed order. Picklable. size: the bytes of input that they are, for the
+    progress.
+    """
 
     @property
     def size(self) -> int: ...
 
     def texts(self) -> Iterator[str | None]:
-        """The documents, None for a file that is no text. Raises DataError, one sentence with file and line."""
+        """The documents, None for a file that is no text. Raises DataError, one sentence with file and
+        line.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Files:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of JSON: objects whose key `column` holds a document. first: number of the first line in its file, from 1 on."""
+    """Lines of JSON: objects whose key `column` holds a document. first: number of the first line in its
+    file, from 1 on.
+    """
 
     path: Path
     first: int
@@ -65,16 +71,19 @@ class Lines:
             raise DataError(f"{where} is no JSON ({error})") from error
         if not isinstance(content, dict):
             raise DataError(
-                f"{where} is a JSON {type(content).__name__}; an object with the key '{self.column}' is needed"
+                f"{where} is a JSON {type(content).__name__}; an object with the key '{self.column}' "
+                "is needed"
             )
         if self.column not in content:
             raise DataError(
-                f"{where} has no key '{self.column}'; it has {', '.join(map(repr, content)) or 'none'}: see --text-column"
+                f"{where} has no key '{self.column}'; it has "
+                f"{', '.join(map(repr, content)) or 'none'}: see --text-column"
             )
         text = content[self.column]
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: the key '{self.column}' holds a JSON {type(text).__name__}, no text: see --text-column"
+                f"{where}: the key '{self.column}' holds a JSON {type(text).__name__}, no text: see "
+                "--text-column"
             )
         return _LONE_SURROGATES.sub(
             "\N{REPLACEMENT CHARACTER}", text
@@ -118,7 +127,9 @@ class Texts:
 
 
 def open_parquet(path: Path) -> Any:
-    """A pyarrow.parquet.ParquetFile. Raises UserError when pyarrow is not installed, DataError for a file that is none."""
+    """A pyarrow.parquet.ParquetFile. Raises UserError when pyarrow is not installed, DataError for a file
+    that is none.
+    """
     try:
         import pyarrow.parquet
     except ImportError as error:

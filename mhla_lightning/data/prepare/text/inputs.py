@@ -1,4 +1,6 @@
-"""What text can be read from: files, folders, JSON lines, parquet, data sets of the Hugging Face hub, and Python's own standard library."""
+"""What text can be read from: files, folders, JSON lines, parquet, data sets of the Hugging Face hub, and
+Python's own standard library.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from mhla_lightning.errors import DataError, UserError, missing_extra
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
 _MOST_FILES = 2**12  # of a group
-# Of the standard library: what is no source of it, what differs from one machine to the next, tests, which are half data, and the help texts in
-# pydoc_data, one file of a twentieth of all.
+# Of the standard library: what is no source of it, what differs from one machine to the next, tests, which
+# are half data, and the help texts in pydoc_data, one file of a twentieth of all.
 _LEFT_OUT = (
     "site-packages",
     "dist-packages",
@@ -38,7 +40,8 @@ _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 @dataclass(frozen=True)
 class Input:
-    """Something to read documents from. size: in bytes, for the progress; fingerprint: changes when the documents do.
+    """Something to read documents from. size: in bytes, for the progress; fingerprint: changes when the
+    documents do.
 
     groups: the documents in groups of about so many bytes, always the same ones.
     """
@@ -50,9 +53,11 @@ class Input:
 
 
 def open_inputs(specs: Sequence[str], column: str = "text") -> list[Input]:
-    """The inputs that a user names: files, folders, text:FOLDER, stdlib, hf:NAME[:CONFIG][:SPLIT]. column: of JSON lines, parquet and hf.
+    """The inputs that a user names: files, folders, text:FOLDER, stdlib, hf:NAME[:CONFIG][:SPLIT]. column: of
+    JSON lines, parquet and hf.
 
-    Raises UserError or DataError, one sentence, for what is not there, a column that is not there, and inputs without any file.
+    Raises UserError or DataError, one sentence, for what is not there, a column that is not there, and inputs
+    without any file.
     """
     if not specs:
         raise UserError("there is no INPUT: name files, folders, stdlib or hf:NAME")
@@ -80,7 +85,8 @@ def _open(spec: str, column: str) -> list[Input]:
     if path.is_file():
         return _files(_type(path), [path], column)
     raise UserError(
-        f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]"
+        f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or "
+        "hf:NAME[:CONFIG][:SPLIT]"
     )
 
 
@@ -96,7 +102,9 @@ def _files(kind: str, paths: list[Path], column: str) -> list[Input]:
 
 
 def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """The files below a folder whose names, and those of their folders, are wanted; sorted. Links to folders are not followed."""
+    """The files below a folder whose names, and those of their folders, are wanted; sorted. Links to
+    folders are not followed.
+    """
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if wanted(name)]
@@ -202,7 +210,8 @@ def _parquet(path: Path, column: str) -> Input:
         sizes = [file.metadata.row_group(number).total_byte_size for number in counts]
     if column not in schema.names:
         raise DataError(
-            f"{path} has no column '{column}'; it has {', '.join(map(repr, schema.names)) or 'none'}: see --text-column"
+            f"{path} has no column '{column}'; it has "
+            f"{', '.join(map(repr, schema.names)) or 'none'}: see --text-column"
         )
     kind = str(schema.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
@@ -228,7 +237,8 @@ def _hub(spec: str, column: str) -> Input:
         ) from error
     if column not in found.column_names:
         raise DataError(
-            f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: see --text-column"
+            f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: "
+            "see --text-column"
         )
     column_only = found.select_columns([column])
 
@@ -238,7 +248,8 @@ def _hub(spec: str, column: str) -> Input:
         for row in column_only:
             if not isinstance(row[column], str | None):
                 raise DataError(
-                    f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see --text-column"
+                    f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see "
+                    "--text-column"
                 )
             texts.append(row[column] or "")
             size += len(texts[-1].encode())
@@ -269,7 +280,8 @@ def _hub_name(spec: str) -> tuple[str, str | None, str]:
     parts = spec.split(":")[1:]
     if len(parts) > 3 or not parts[0]:
         raise UserError(
-            f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example hf:roneneldan/TinyStories or hf:wikitext::test"
+            f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example "
+            "hf:roneneldan/TinyStories or hf:wikitext::test"
         )
     name, config, split = [*parts, "", ""][:3]
     return name, config or None, split or "train"

@@ -15,7 +15,8 @@ Packing = Literal["best-fit", "concatenate"]
 class Layout(NamedTuple):
     """Rows of pieces of documents.
 
-    starts: of every piece, its first token in the corpus, int64 (pieces,). lengths: its tokens, int64 (pieces,). rows: the first piece of every row,
+    starts: of every piece, its first token in the corpus, int64 (pieces,). lengths: its tokens, int64
+        (pieces,). rows: the first piece of every row,
     and the number of pieces, int64 (rows + 1,). dropped: tokens that stand in no row.
     """
 
@@ -26,16 +27,19 @@ class Layout(NamedTuple):
 
 
 def lay_out(packing: str, starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
-    """Documents into rows of `row` tokens. starts, lengths: of every document in the corpus, int64 (documents,); lengths are at least 1.
+    """Documents into rows of `row` tokens. starts, lengths: of every document in the corpus, int64
+    (documents,); lengths are at least 1.
 
-    Raises UserError for an unknown packing, DataError when a row would hold more documents than can be numbered.
+    Raises UserError for an unknown packing, DataError when a row would hold more documents than can be
+    numbered.
     """
     check_packing(packing)
     layout = best_fit(starts, lengths, row) if packing == "best-fit" else concatenate(starts, lengths, row)
     most = int(np.diff(layout.rows).max(initial=0))
     if most > PADDING:
         raise DataError(
-            f"a row of {row} tokens would hold {most} documents; at most {PADDING} can be numbered: choose a smaller --length"
+            f"a row of {row} tokens would hold {most} documents; at most {PADDING} can be numbered: "
+            "choose a smaller --length"
         )
     return layout
 
@@ -47,9 +51,11 @@ def check_packing(packing: str) -> None:
 
 
 def best_fit(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
-    """Best-fit-decreasing (arXiv 2404.10830): documents are cut only where they are longer than a row, and the rest of a row is padding.
+    """Best-fit-decreasing (arXiv 2404.10830): documents are cut only where they are longer than a row, and
+    the rest of a row is padding.
 
-    Every piece, the longest first, goes where it leaves the least room; in a row pieces stand in the order of the corpus.
+    Every piece, the longest first, goes where it leaves the least room; in a row pieces stand in the order of
+    the corpus.
     """
     counts = -(-lengths // row)
     owners = np.repeat(np.arange(len(lengths)), counts)
@@ -105,16 +111,19 @@ def concatenate(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
 def held_out(documents: int, val: int | float, seed: int) -> np.ndarray:
     """Which documents are held out, bool (documents,): those with the smallest hashes of (seed, number).
 
-    val: how many (int), or which share (float below 1). Raises UserError when nothing would be left of either part.
+    val: how many (int), or which share (float below 1). Raises UserError when nothing would be left of either
+        part.
     """
     count = max(1, round(documents * val)) if 0 < val < 1 else val
     if documents < 2:
         raise DataError(
-            f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out for val: a file is a document; split it"
+            f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out for "
+            "val: a file is a document; split it"
         )
     if not (0 < count < documents and count == int(count)):
         raise UserError(
-            f"--val is {val}; it must be a number of documents from 1 to {documents - 1}, or a share above 0 and below 1"
+            f"--val is {val}; it must be a number of documents from 1 to {documents - 1}, or a share "
+            "above 0 and below 1"
         )
     chosen = np.zeros(documents, dtype=bool)
     chosen[np.argsort(_hash(seed, documents), kind="stable")[: int(count)]] = True

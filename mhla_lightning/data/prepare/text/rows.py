@@ -32,7 +32,9 @@ def write_firsts(folder: Path, tokens: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens. header: of their length. folder: of chunks and layouts. numbers: of these rows in the layout, int64 (rows,)."""
+    """Rows of tokens. header: of their length. folder: of chunks and layouts. numbers: of these rows in
+    the layout, int64 (rows,).
+    """
 
     header: ShardIndex
     vocabulary: int

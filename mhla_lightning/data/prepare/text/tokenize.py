@@ -1,4 +1,6 @@
-"""Text to token shards: the same inputs and options give the same bytes, with any number of workers and however often it was interrupted."""
+"""Text to token shards: the same inputs and options give the same bytes, with any number of workers and
+however often it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ SPLITS = ("train", "val")
 class TextOptions:
     """What decides, with the inputs, which bytes are written.
 
-    tokenizer: see open_tokenizer. length: tokens a row; val_length: of the val split, None is the same. packing: best-fit or concatenate.
-    val: documents (int) or share of them (float below 1) held out. column: of JSON lines, parquet and hf. seed: of the order of rows and of the
+    tokenizer: see open_tokenizer. length: tokens a row; val_length: of the val split, None is the same.
+        packing: best-fit or concatenate.
+    val: documents (int) or share of them (float below 1) held out. column: of JSON lines, parquet and hf.
+        seed: of the order of rows and of the
     documents held out. shards: number of training shards.
     """
 
@@ -60,7 +64,9 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split holds. bytes: of its documents in UTF-8. padding: share of its places. dropped: tokens that filled no row."""
+    """What a split holds. bytes: of its documents in UTF-8. padding: share of its places. dropped: tokens
+    that filled no row.
+    """
 
     documents: int
     tokens: int
@@ -71,8 +77,8 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """indices, splits: by name. binary: files that are no text; empty: documents without any: both left out. made: tokens made in `seconds` by this
-    call, which may have found others made."""
+    """indices, splits: by name. binary: files that are no text; empty: documents without any: both left out.
+    made: tokens made in `seconds` by this call, which may have found others made."""
 
     indices: dict[str, ShardIndex]
     splits: dict[str, SplitReport]
@@ -93,10 +99,12 @@ def tokenize(
     on_progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> Report:
-    """Write text as token shards under `to`. inputs: see open_inputs. overwrite, workers, wait, on_note: see pack.
+    """Write text as token shards under `to`. inputs: see open_inputs. overwrite, workers, wait, on_note: see
+    pack.
 
-    A tokenizer with a file is kept as to/tokenizer.json, and named by its content in the index. Raises UserError for a bad argument or a target in
-    use, DataError for an input that cannot be read, Interrupted for what the same call can continue.
+    A tokenizer with a file is kept as to/tokenizer.json, and named by its content in the index. Raises
+    UserError for a bad argument or a target in use, DataError for an input that cannot be read, Interrupted
+    for what the same call can continue.
     """
     target = _target(inputs, to)
     if workers < 1:
@@ -105,7 +113,8 @@ def tokenize(
     tokenizer = open_tokenizer(options.tokenizer)
     if tokenizer.end is None:
         raise UserError(
-            f"the tokenizer {options.tokenizer} names no token that ends a document: give it an eos_token in tokenizer_config.json"
+            f"the tokenizer {options.tokenizer} names no token that ends a document: give it an "
+            "eos_token in tokenizer_config.json"
         )
     sources = open_inputs(inputs, options.column)
     fingerprint = fingerprint_of(
@@ -149,7 +158,8 @@ def _lay_out(
     if not len(documents):
         binary = sum(chunk.binary for chunk in chunks.found)
         raise DataError(
-            f"{', '.join(source.name for source in inputs[:3])}: no text was found ({binary} binary files, the rest empty)"
+            f"{', '.join(source.name for source in inputs[:3])}: no text was found ({binary} binary "
+            "files, the rest empty)"
         )
     write_firsts(folder, [chunk.tokens for chunk in chunks.found])
     ends = np.cumsum(documents[:, 0])

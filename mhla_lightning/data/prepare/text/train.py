@@ -20,7 +20,9 @@ _PROBED = 200  # documents on which bytes per token are measured
 
 @dataclass(frozen=True)
 class Trained:
-    """tokenizer: as it was written. documents, bytes: of the text. bytes_per_token: on its first documents."""
+    """tokenizer: as it was written. documents, bytes: of the text. bytes_per_token: on its first
+    documents.
+    """
 
     tokenizer: Tokenizer
     documents: int
@@ -38,8 +40,8 @@ def train_tokenizer(
 ) -> Trained:
     """Learn a tokenizer.json of `vocabulary` ids from text (see open_inputs) and write it to the file `to`.
 
-    The same text gives the same file. on_progress: input bytes read, and in all. Raises UserError for a bad argument, DataError for an input that
-    cannot be read or holds no text.
+    The same text gives the same file. on_progress: input bytes read, and in all. Raises UserError for a bad
+    argument, DataError for an input that cannot be read or holds no text.
     """
     target = Path(to).expanduser()
     _check(target, vocabulary, overwrite)

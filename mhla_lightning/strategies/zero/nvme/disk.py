@@ -1,4 +1,6 @@
-"""A local disk for the optimizer's state, or weights too (`device: nvme`): whether it can be used, and where on it."""
+"""A local disk for the optimizer's state, or weights too (`device: nvme`): whether it can be used, and
+where on it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def on_disk(zero: Mapping[str, Any]) -> list[str]:
 
 
 def check_disk(zero: Mapping[str, Any]) -> None:
-    """Refuses, on the machine that trains and before anything is built, disks that cannot be used. Raises UserError."""
+    """Refuses, on the machine that trains and before anything is built, disks that cannot be used. Raises
+    UserError.
+    """
     for place in on_disk(zero):
         key = f"trainer.strategy.zero_optimization.{place}.nvme_path"
         if not zero[place].get("nvme_path"):
@@ -29,13 +33,15 @@ def check_disk(zero: Mapping[str, Any]) -> None:
         path = Path(zero[place]["nvme_path"])
         if not path.is_dir():
             raise UserError(
-                f"{key} is {path}, and there is no such folder on this machine; name a folder on a fast local disk"
+                f"{key} is {path}, and there is no such folder on this machine; name a folder on a "
+                "fast local disk"
             )
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"{key} is {path}, which cannot be written")
     if on_disk(zero) and not _reads_and_writes():
         raise UserError(
-            "trainer.strategy: device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ compiler"
+            "trainer.strategy: device nvme needs libaio's headers on this machine (Debian: "
+            "libaio-dev; conda: libaio) and a C++ compiler"
         )
 
 
@@ -46,13 +52,17 @@ def _reads_and_writes() -> bool:
 
 
 def swap_folder(base: str | Path, run: Path) -> Path:
-    """Where a run keeps what it swaps out, in a folder that several runs may share; the same again when the run is resumed."""
+    """Where a run keeps what it swaps out, in a folder that several runs may share; the same again when
+    the run is resumed.
+    """
     run = run.absolute()
     return Path(base, f"{run.name}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}")
 
 
 def remove_swapped(folder: Path, rank: int) -> None:
-    """Deletes what a rank has swapped out into a run's :func:`swap_folder`; the last rank of a machine deletes the folder."""
+    """Deletes what a rank has swapped out into a run's :func:`swap_folder`; the last rank of a machine
+    deletes the folder.
+    """
     for own in folder.glob(f"*/*/rank{rank}"):
         shutil.rmtree(own, ignore_errors=True)
     with suppress(OSError):  # others still use it

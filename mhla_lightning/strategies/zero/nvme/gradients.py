@@ -13,8 +13,9 @@ ALIGNED = 512  # bytes: reads that go past the page cache need memory on such a 
 def read_aligned(swapper: Any) -> None:
     """Has an optimizer's swapper read each gradient into aligned memory first.
 
-    DeepSpeed reads it straight to its place among the others of its group, wherever that is. Where the place is not aligned the kernel reads nothing,
-    nobody says so, and the step is taken with what was there before (DeepSpeed 0.19, libaio).
+    DeepSpeed reads it straight to its place among the others of its group, wherever that is. Where the place
+    is not aligned the kernel reads nothing, nobody says so, and the step is taken with what was there before
+    (DeepSpeed 0.19, libaio).
 
     Args:
         swapper: DeepSpeed's, of the optimizer's state.

@@ -1,4 +1,6 @@
-"""What of a model's weights a rank holds where ZeRO-3 keeps them, or the optimizer's state, on a local disk."""
+"""What of a model's weights a rank holds where ZeRO-3 keeps them, or the optimizer's state, on a local
+disk.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from mhla_lightning.strategies.local import Change, Fragment, Zero3Weights, padd
 
 
 class DiskWeights(Zero3Weights):
-    """ZeRO stage 3 with a disk: groups of masters and their moments, and large weights, are in memory by turns."""
+    """ZeRO stage 3 with a disk: groups of masters and their moments, and large weights, are in memory by
+    turns.
+    """
 
     def _part(self, held: Tensor, offset: int, numel: int) -> Tensor:
         return (
@@ -142,7 +146,9 @@ class DiskWeights(Zero3Weights):
                 parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
     def _show(self, parameter: nn.Parameter, values: Tensor) -> Callable[[], None]:
-        """What takes the place of a weight on the disk stands in memory meanwhile: its file stays. A frozen one is its own average."""
+        """What takes the place of a weight on the disk stands in memory meanwhile: its file stays. A
+        frozen one is its own average.
+        """
         if not _away(parameter):
             return super()._show(parameter, values)
         if not parameter.requires_grad:
