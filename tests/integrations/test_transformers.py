@@ -16,8 +16,8 @@ pytest.importorskip("transformers", reason="transformers is the extra 'language'
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.text import Sampling, generate
 from mhla_lightning.hf import MHLAForCausalLM, MHLALanguageConfig, wrap
+from mhla_lightning.inference.text import Sampling, generate
 from tests.helpers.language_models import ENTRIES, VOCABULARY, entry_id, prompts, tiny_model
 
 END = 0

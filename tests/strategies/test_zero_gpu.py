@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhla_lightning.strategies.zero.nvme import disk
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.strategies.zero.nvme import disk
 from tests.strategies.test_zero_nvme import nvme
 
 pytestmark = [

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from mhla_lightning.strategies.zero.nvme import disk
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints
 from mhla_lightning.strategies.config import zero_config
+from mhla_lightning.strategies.zero.nvme import disk
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
 from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
 from tests.conftest import TINY_RECIPE
