@@ -18,8 +18,8 @@ from mhla_lightning.attention import CAUSAL_ATTENTION, CausalSelfAttention, Mixi
 from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
-from tests.conftest import ORACLES
 from tests.helpers.language_models import CUDA_ONLY, OPERATORS_ON_CPU
+from tests.helpers.oracles import ORACLES
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 8, "max_chunks": 6}
 LINEAR: dict[str, Any] = {"name": "linear", "chunk_size": 8}

@@ -20,6 +20,7 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.inference.text import Sampling, generate
+from tests.helpers.lm_tasks import local_tasks
 
 WORDS = [
     "the",
@@ -430,8 +431,6 @@ def test_eval_of_local_tasks(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
-    from tests.evaluation.test_lm_harness import local_tasks
-
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = str(local_tasks(tmp_path / "tasks"))
     base = ["eval", "lm", "bytes", "--include", folder]

@@ -10,7 +10,7 @@ from mhla_lightning.config.recipes import RECIPES
 from mhla_lightning.runs.folder import read_metrics
 from tests.helpers.ranks import Nursery
 from tests.helpers.tiny_tasks import write_recipes
-from tests.strategies.test_zero import STRATEGIES, ZERO3
+from tests.helpers.zero_runs import STRATEGIES, ZERO3
 
 LOSSES = ("train/loss", "val/loss", "val_ema/loss")
 GRIDS = "init_args: {grids: 2, first: 2, classes: [0], per_class: 1, sampler: ddpm, steps: 2}"

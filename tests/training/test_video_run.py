@@ -17,9 +17,9 @@ from mhla_lightning.data.prepare.clips.make import make_clips
 from mhla_lightning.data.prepare.clips.options import ClipOptions
 from mhla_lightning.runs.folder import newest_checkpoint, read_metrics
 from tests.helpers.diffusion_models import train
+from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.ranks import Nursery
 from tests.helpers.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
-from tests.training.test_resume import exact_metrics, fit, fit_killed
 
 CLIPS = json.dumps(
     [
