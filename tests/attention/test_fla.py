@@ -30,6 +30,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text import Sampling, generate
 from tests.helpers import causal_layers as layer_contract
 from tests.helpers.language_models import CUDA_ONLY, prompts, tiny_model
+from tests.helpers.marks import every_nth
 
 KERNELS = {
     "gla": "gla",
@@ -290,7 +291,7 @@ def test_low_precision_stays_near_float64(name: str, autocast: bool) -> None:
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # dynamo looks at it, and hides the warning otherwise
 @pytest.mark.usefixtures("on_cpu")
-@every_operator
+@pytest.mark.parametrize("name", every_nth(KERNELS, 3))
 def test_a_language_model_generates_and_compiles(name: str) -> None:
     torch.compiler.reset()
     model = tiny_model(name)

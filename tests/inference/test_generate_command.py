@@ -221,6 +221,7 @@ def test_many_prompts_of_a_file_are_continued_as_each_alone(
         assert capsys.readouterr().out == f"{prompt}{text}\n"
 
 
+@pytest.mark.usefixtures("forked")
 def test_progress_on_a_terminal_leaves_stdout_alone(runs: Path) -> None:
     terminal, stderr = pty.openpty()
     command = [
@@ -372,6 +373,7 @@ def test_runs_that_cannot_generate(
         find_language_run("mute", tokenizer="bytes")
 
 
+@pytest.mark.usefixtures("forked")
 def test_text_streams_and_ctrl_c_ends_it_cleanly(runs: Path) -> None:
     command = [
         sys.executable,

@@ -43,18 +43,18 @@ def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path
         "--checkpoint.every_n_steps",
         "3",
         "--trainer.max_steps",
-        "60",
+        "24",
         "--trainer.val_check_interval",
-        "20",
+        "8",
     ]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, recipe, whole, *extra)
-    kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 30))
+    kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 14))
     fit(nursery, recipe, cut, *extra)
     assert kills == 2
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)
-    assert sorted(samples(whole)) == list(range(60))
+    assert sorted(samples(whole)) == list(range(24))
 
 
 @pytest.mark.slow
