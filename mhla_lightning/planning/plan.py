@@ -14,7 +14,6 @@ from torch import nn
 
 from mhla_lightning.attention import CausalSelfAttention, MixingMatrix, SelfAttention
 from mhla_lightning.backbones.layers import CrossAttention
-from mhla_lightning.callbacks import EMA
 from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.modules.base import ShardDataModule
@@ -29,6 +28,9 @@ UTILISATION = 0.4
 """Share of a GPU's peak that training is taken to reach where nobody says: an assumption, not a
 measurement.
 """
+
+AVERAGES = ("mhla_lightning.callbacks.EMA", "mhla_lightning.callbacks.ema.EMA")
+"""Class paths of the callbacks that keep an average of the weights: a layer above imports them."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +291,7 @@ class _Cases:
             "trained": self.size.trained_elements,
             **_by_kind(twin),
         }
-        given = recipe.trainer.get("callbacks", [])
-        self.average = any(
-            isinstance(callback, EMA) for callback in (given if isinstance(given, list) else [given])
-        )
+        self.average = _keeps_average(recipe)
 
     def stages(self, activations: int | None) -> dict[str, Stage]:
         """Every strategy's memory with these activations."""
@@ -365,6 +364,14 @@ class _Cases:
             for size in range(1, self.batches.micro + 1)
             if rank % size == 0 and _takes(self.recipe.task, size)
         ]
+
+
+def _keeps_average(recipe: Resolved) -> bool:
+    """Whether the recipe's callbacks keep an average of the weights."""
+    given = recipe.values["trainer"].get("callbacks") or []
+    return any(
+        callback["class_path"] in AVERAGES for callback in (given if isinstance(given, list) else [given])
+    )
 
 
 def _takes(task: Task, micro_batch: int) -> bool:

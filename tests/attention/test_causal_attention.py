@@ -23,6 +23,7 @@ from mhla_lightning.attention import (
 from mhla_lightning.errors import UserError
 from tests.helpers.causal_reference import dense
 from tests.helpers.language_models import CUDA_ONLY
+from tests.helpers.marks import every_nth
 
 HEADS, DIM_K, DIM_V = 2, 4, 5
 MHLA = {"name": "mhla", "chunk_size": 8, "max_chunks": 5}
@@ -342,7 +343,7 @@ def test_flops_are_what_torch_counts(entry: dict[str, Any]) -> None:
     assert counter.get_total_flops() == operator.flops(38, HEADS, DIM_K, DIM_V)
 
 
-@every_operator
+@pytest.mark.parametrize("entry", every_nth(OPERATORS, 4), ids=label)
 def test_compiles_without_graph_breaks(entry: dict[str, Any]) -> None:
     torch.compiler.reset()
     operator = build(entry)

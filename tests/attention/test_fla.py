@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import tests.attention.test_causal_layer as layer_contract
 from mhla_lightning.attention import CausalAttention, CausalSelfAttention, Packing, build_attention
 from mhla_lightning.attention.base import accumulation_dtype
 from mhla_lightning.attention.baselines import causal_fla as fla
@@ -29,7 +28,9 @@ from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text import Sampling, generate
+from tests.helpers import causal_layers as layer_contract
 from tests.helpers.language_models import CUDA_ONLY, prompts, tiny_model
+from tests.helpers.marks import every_nth
 
 KERNELS = {
     "gla": "gla",
@@ -248,11 +249,11 @@ def test_states_end_at_the_last_real_token_and_take_another_order(name: str) -> 
 @every_operator
 @pytest.mark.parametrize("options", layer_contract.LAYERS.values(), ids=layer_contract.LAYERS)
 def test_the_layer_keeps_its_contract(name: str, options: dict[str, Any]) -> None:
-    layer_contract.test_nothing_before_a_token_sees_it(name, options)
-    layer_contract.test_packed_documents_and_padding_give_what_each_document_gives_alone(name, options)
+    layer_contract.check_causality(name, options)
+    layer_contract.check_packing(name, options)
     for padding in ("none", "left", "right"):
-        layer_contract.test_prefill_and_steps_equal_forward(name, options, 8, padding)
-    layer_contract.test_steps_from_nothing_and_another_order_of_sequences(name, options)
+        layer_contract.check_streaming(name, options, 8, padding)
+    layer_contract.check_steps_from_nothing(name, options)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -290,7 +291,7 @@ def test_low_precision_stays_near_float64(name: str, autocast: bool) -> None:
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # dynamo looks at it, and hides the warning otherwise
 @pytest.mark.usefixtures("on_cpu")
-@every_operator
+@pytest.mark.parametrize("name", every_nth(KERNELS, 3))
 def test_a_language_model_generates_and_compiles(name: str) -> None:
     torch.compiler.reset()
     model = tiny_model(name)

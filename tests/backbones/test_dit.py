@@ -16,6 +16,7 @@ from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import IMAGE_DIFFUSION
 from mhla_lightning.backbones.layers import time_sinusoid
 from mhla_lightning.errors import UserError
+from tests.helpers.marks import every_nth
 
 TINY: dict[str, Any] = {"input_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 RELEASE = {"name": "mhla", "preset": "release"}
@@ -273,7 +274,7 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
     ) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("attention", ENTRIES, ids=str)
+@pytest.mark.parametrize("attention", every_nth(ENTRIES, 3), ids=str)
 def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
     model = awake(build(attention=attention))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -19,6 +19,7 @@ from mhla_lightning.backbones import VIDEO_DIFFUSION
 from mhla_lightning.backbones.layers import GridRotation, time_sinusoid
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.wan_names import to_diffusers, to_wan
+from tests.helpers.marks import every_nth
 from tests.helpers.video_models import ENTRIES, FULL, HYBRID, awake, build, inputs
 
 
@@ -317,7 +318,7 @@ def test_parameters_of_any_dtype(attention: Any, dtype: torch.dtype) -> None:
     ) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("attention", ENTRIES, ids=str)
+@pytest.mark.parametrize("attention", every_nth(ENTRIES, 3), ids=str)
 def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
     model = awake(build(attention=attention, depth=1))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

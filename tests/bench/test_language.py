@@ -15,7 +15,10 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.planning.memory import peak_bytes
 
 
-def test_causal_attention_is_measured_with_every_chunk_kept(tmp_path: Path) -> None:
+def test_causal_attention_is_measured_with_every_chunk_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mhla_lightning.bench.timing.GEMM_SIDE", 64)
     target = tmp_path / "bench.json"
     arguments = [
         "bench",
@@ -32,6 +35,8 @@ def test_causal_attention_is_measured_with_every_chunk_kept(tmp_path: Path) -> N
         "16",
         "--turns",
         "5",
+        "--slope-to",
+        "0",
     ]
     assert main([*arguments, "--json", str(target)]) == 0
     result = json.loads(target.read_text())

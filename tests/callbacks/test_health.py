@@ -17,8 +17,8 @@ import pytest
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks.base import Task
-from tests.conftest import TINY_RECIPE
 from tests.helpers.faults import LAYER
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 
 STEPS = 26

@@ -91,6 +91,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("forked")
 def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(recipe: Path, tmp_path: Path) -> None:
     """Real gloo. The second process gets the signal; the checkpoint is that of the step where both stop,
     and nothing is left running.

@@ -19,7 +19,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks import ClassificationTask
 from mhla_lightning.weights.disk_errors import lack_of_room
-from tests.training.test_resume import exact_metrics
+from tests.helpers.killed_runs import exact_metrics
 
 OPTIONS = [
     "--trainer.max_steps",

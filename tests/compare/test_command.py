@@ -63,6 +63,7 @@ def small(digits: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("forked")
 def test_compare_end_to_end(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     over = "model.attention=[linear, {name: mhla, mix_init: uniform}]"
     command = [

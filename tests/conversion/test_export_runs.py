@@ -23,7 +23,7 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_metrics
 from mhla_lightning.weights.warm_start import read_weights
-from tests.conftest import TINY_RECIPE
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 from tests.helpers.texts import text_folder, texts_of_all_lengths
 

@@ -22,7 +22,7 @@ from mhla_lightning.conversion.wan import cycle
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.files import read_tensors
 from mhla_lightning.weights.wan_names import added, from_wan, needed, to_diffusers, to_wan
-from tests.conftest import ORACLES
+from tests.helpers.oracles import ORACLES
 from tests.helpers.wan_checkpoints import (
     ALL_OPTIONS,
     CHANNELS,

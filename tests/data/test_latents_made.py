@@ -250,6 +250,7 @@ def test_what_is_not_packed_is_encoded_too(root: Path, tmp_path: Path) -> None:
 # However it was made
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     alone, steps = make_latents(root / "packed", tmp_path / "alone", options(root, shards=5)), []
     make_latents(

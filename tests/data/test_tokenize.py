@@ -285,7 +285,7 @@ def test_two_workers_write_the_same_bytes(large: Path, bpe: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("finished", "many"),
-    [("tokens/0*.json", 2), ("entries/train/*.json", 3)],
+    [("tokens/0*.json", 2), pytest.param("entries/train/*.json", 3, marks=pytest.mark.slow)],
     ids=["tokenizing", "writing shards"],
 )
 def test_killed_and_continued_gives_the_same_bytes(

@@ -1,12 +1,12 @@
-"""`mhla` commands as several ranks on this machine, started in a second: a process that has imported
-everything forks them.
+"""`mhla` commands in processes of their own, started in a second: one imported process forks them.
 
-Importing torch, Lightning and DeepSpeed takes 8 s of a core; a run of two ranks that trains for a second
-would mostly import. What a rank does is what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
+Importing torch, Lightning and DeepSpeed takes 8 s of a core, and a test that trains for a second would mostly
+import. A forked rank does what `mhla ARGUMENTS` does under a launcher that sets LOCAL_RANK.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,10 +16,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {
@@ -86,6 +87,61 @@ class Ranks:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
 
+class Forked:
+    """One `mhla` command, forked, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, nursery: Nursery, pid: int, streams: Sequence[IO[Any] | None]) -> None:
+        self.nursery, self.pid, self.returncode = nursery, pid, None
+        self.stdout, self.stderr = streams
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs; a signal is its negative number."""
+        if self.returncode is None:
+            (self.returncode,) = self.nursery.poll([self.pid])
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; raises TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("mhla", timeout or 0.0)
+            time.sleep(_POLL)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """What it still prints on the pipes, and waits for its end."""
+        with ThreadPoolExecutor() as pool:
+            read = [pool.submit(stream.read) if stream else None for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            out, err = (one.result() if one else None for one in read)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        """To the process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        self.wait()
+
+
 class Nursery:
     """The process that forks.
 
@@ -96,14 +152,17 @@ class Nursery:
     def __init__(self, folder: Path) -> None:
         self.folder, self._started = folder, 0
         environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.ranks"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
+        self._socket, other = socket.socketpair()
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.ranks", str(other.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+                pass_fds=[other.fileno()],
+            )
         self._ask({"poll": []})
 
     def start(
@@ -140,6 +199,48 @@ class Nursery:
         assert codes == [0] * world_size, f"{arguments}: {codes}\n{ranks.output()[-6000:]}"
         return ranks.output()
 
+    def popen(
+        self,
+        arguments: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        text: bool = False,
+        bufsize: int = -1,
+    ) -> Forked:
+        """Starts `mhla ARGUMENTS` as subprocess.Popen would start it; stdin is always empty."""
+        ends: list[int] = []
+        streams: list[IO[Any] | None] = []
+        theirs: list[int] = []
+        for place, target in enumerate((stdout, stderr)):
+            streams.append(None)
+            if target == subprocess.PIPE:
+                mine, other = os.pipe()
+                streams[place] = open(mine, "r" if text else "rb", -1 if text else bufsize)  # noqa: SIM115
+                ends.append(other)
+                theirs.append(other)
+            elif target == subprocess.STDOUT:
+                theirs.append(theirs[0])
+            elif target == subprocess.DEVNULL:
+                ends.append(os.open(os.devnull, os.O_WRONLY))
+                theirs.append(ends[-1])
+            else:
+                theirs.append(place + 1 if target is None else getattr(target, "fileno", lambda: target)())
+        call = {
+            "arguments": list(arguments),
+            "cwd": str(cwd or Path.cwd()),
+            "env": dict(env or os.environ),
+            "streams": True,
+        }
+        socket.send_fds(self._socket, [b"s"], theirs)
+        pid = self._ask(call)
+        for end in ends:
+            os.close(end)
+        return Forked(self, pid, streams)
+
     def poll(self, pids: Sequence[int]) -> list[int | None]:
         """Exit codes of processes, None while they run."""
         return self._ask({"poll": list(pids)})
@@ -154,6 +255,7 @@ class Nursery:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
+        self._socket.close()
 
     def _ask(self, question: object) -> Any:
         assert self._process.stdin is not None
@@ -169,7 +271,7 @@ def _free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def _serve() -> None:
+def _serve(descriptors: socket.socket) -> None:
     import deepspeed  # noqa: F401
     import lightning.pytorch  # noqa: F401
     import torch
@@ -185,9 +287,12 @@ def _serve() -> None:
         if "poll" in question:
             answer: Any = [_code(pid, children) for pid in question["poll"]]
         else:
+            streams = socket.recv_fds(descriptors, 1, 2)[1] if "streams" in question else []
             answer = os.fork()
             if answer == 0:
-                _become(question)
+                _become(question, streams)
+            for stream in streams:
+                os.close(stream)
             children[answer] = None
         print(json.dumps(answer), flush=True)
     for pid, code in children.items():
@@ -202,16 +307,21 @@ def _code(pid: int, children: dict[int, int | None]) -> int | None:
     return children[pid]
 
 
-def _become(call: dict[str, Any]) -> None:
+def _become(call: dict[str, Any], streams: list[int]) -> None:
     """Never returns."""
     from mhla_lightning.cli.main import main
 
-    os.setsid()  # whoever kills it kills its workers with it
-    log = os.open(call["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.setsid()  # a signal to its group reaches its workers too
+    if streams:
+        os.environ.clear()
+    else:
+        streams = [os.open(call["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)] * 2
+    os.dup2(streams[0], 1)
+    os.dup2(streams[1], 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(call["env"])
+    # a launcher starts the other ranks by the module that runs here
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("mhla_lightning.__main__")
     os.chdir(call["cwd"])
     sys.argv = ["mhla", *call["arguments"]]
     code = 1
@@ -228,4 +338,4 @@ def _become(call: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(socket.socket(fileno=int(sys.argv[1])))

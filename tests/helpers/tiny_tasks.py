@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests import conftest
-from tests.helpers import diffusion_models, language_runs, video_runs
+from tests.helpers import diffusion_models, images, language_runs, video_runs
 
 TASKS = ("classification", "language", "image_dit", "video_dit")
 
@@ -14,9 +13,9 @@ TASKS = ("classification", "language", "image_dit", "video_dit")
 def write_recipes(root: Path, tasks: Sequence[str] = TASKS) -> dict[str, Path]:
     """A recipe by task, each with EMA, gradient clipping and data of its own."""
     made: dict[str, tuple[str, Callable[[Path], Path]]] = {
-        "classification": (conftest.TINY_RECIPE, conftest.write_images),
+        "classification": (images.TINY_RECIPE, images.write_images),
         "language": (language_runs.RECIPE, language_runs.write_text),
-        "image_dit": (diffusion_models.RECIPE, conftest.write_images),
+        "image_dit": (diffusion_models.RECIPE, images.write_images),
         "video_dit": (video_runs.RECIPE, video_runs.write_clips),
     }
     recipes = {}

@@ -20,6 +20,7 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.inference.text import Sampling, generate
+from tests.helpers.lm_tasks import local_tasks
 
 WORDS = [
     "the",
@@ -220,6 +221,7 @@ def test_many_prompts_of_a_file_are_continued_as_each_alone(
         assert capsys.readouterr().out == f"{prompt}{text}\n"
 
 
+@pytest.mark.usefixtures("forked")
 def test_progress_on_a_terminal_leaves_stdout_alone(runs: Path) -> None:
     terminal, stderr = pty.openpty()
     command = [
@@ -371,6 +373,7 @@ def test_runs_that_cannot_generate(
         find_language_run("mute", tokenizer="bytes")
 
 
+@pytest.mark.usefixtures("forked")
 def test_text_streams_and_ctrl_c_ends_it_cleanly(runs: Path) -> None:
     command = [
         sys.executable,
@@ -430,8 +433,6 @@ def test_eval_of_local_tasks(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
-    from tests.evaluation.test_lm_harness import local_tasks
-
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = str(local_tasks(tmp_path / "tasks"))
     base = ["eval", "lm", "bytes", "--include", folder]

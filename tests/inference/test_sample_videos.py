@@ -118,6 +118,7 @@ def test_a_file_each_a_sheet_and_a_list(
     assert "8 videos of one step-00000004 (averaged weights)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_bits(trained: Path, prompts: Path, tmp_path: Path) -> None:
     for processes in ("1", "2"):
         assert (

@@ -20,7 +20,7 @@ import pytest
 
 from mhla_lightning.cluster.jobs import Attempt, attempts
 from mhla_lightning.runs.folder import RunFolder, read_json
-from tests.conftest import TINY_RECIPE
+from tests.helpers.images import TINY_RECIPE
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

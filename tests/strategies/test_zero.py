@@ -4,7 +4,6 @@ numbers of ranks and other strategies.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mhla_lightning.checkpoints.source import Source, open_source
-from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from mhla_lightning.runs.folder import complete_checkpoints
 from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
-from tests.conftest import TINY_RECIPE
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
+from tests.helpers.zero_runs import CURVES, STRATEGIES, ZERO3, Runs, assert_close_curves, curves, end_of
 
-# With the usual threshold tensors of a tiny model stay whole on every rank, and stage 3 would split nothing.
-ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"
-STRATEGIES = {
-    "ddp": "ddp",
-    "zero1": "zero1",
-    "zero2": "zero2",
-    "zero3": ZERO3,
-    "zero3_small_whole": "zero3",
-    "zero2_offload": "zero2_offload",
-}
 SPLIT = [name for name in STRATEGIES if name != "ddp"]
 RARE = ("zero3_small_whole", "zero2_offload")
 
@@ -36,47 +25,6 @@ RARE = ("zero3_small_whole", "zero2_offload")
 def often_first(names: Sequence[str]) -> list[Any]:
     """Names as parameters; the rare ones are run by make slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in names]
-
-
-CURVES = ("train/loss", "val/loss", "val_ema/loss")
-
-
-class Runs:
-    """Trains the tiny recipe under a strategy, once for the whole module."""
-
-    def __init__(self, nursery: Nursery, folder: Path, recipe: Path) -> None:
-        self.nursery, self.root, self.recipe = nursery, folder, recipe
-
-    def train(self, name: str, strategy: str, ranks: int, *overrides: str) -> Path:
-        """The run folder, trained to its end."""
-        place = [
-            "--runs",
-            str(self.root),
-            "--run-id",
-            name,
-            "--trainer.devices",
-            str(ranks),
-            "--trainer.strategy",
-            strategy,
-        ]
-        self.nursery.run(ranks, ["run", str(self.recipe), *place, *overrides], self.root)
-        return self.root / name
-
-    def of(self, name: str) -> Path:
-        """The run of two ranks under a strategy, or `one` of one process."""
-        folder = self.root / name
-        if (folder / "summary.json").is_file():
-            return folder
-        return self.train(name, "auto", 1) if name == "one" else self.train(name, STRATEGIES[name], 2)
-
-    def broken_off(self, run: Path, copy: str) -> Path:
-        """A copy of a run as a kill after step 4 leaves it."""
-        folder = self.root / copy
-        shutil.copytree(run, folder)
-        for later in complete_checkpoints(folder)[1:]:
-            shutil.rmtree(later)
-        (folder / "summary.json").unlink()
-        return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +40,6 @@ def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Pat
     steady = steady.replace("{name: mhla, blocks: 2}", at_the_border)
     recipe.write_text(steady.replace("PATH", str(shards)).replace("keep_last: 2", "keep_last: 9"))
     return Runs(nursery, folder, recipe)
-
-
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    series = read_metrics(run / "metrics.jsonl")
-    return {tag: series[tag] for tag in (*CURVES, "train/grad_norm")}
-
-
-def assert_close_curves(got: Path, expected: Path, tolerance: float) -> None:
-    ours, theirs = curves(got), curves(expected)
-    for tag in CURVES:
-        assert [step for step, _ in ours[tag]] == [step for step, _ in theirs[tag]]
-        assert [value for _, value in ours[tag]] == pytest.approx(
-            [value for _, value in theirs[tag]], abs=tolerance
-        ), tag
-
-
-def end_of(run: Path) -> Source:
-    return open_source(complete_checkpoints(run)[-1] / "trainer.ckpt")
 
 
 @pytest.mark.parametrize("name", often_first(list(STRATEGIES)))
@@ -205,8 +135,9 @@ def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
     )
 
 
-CHANGES: list[Any] = [("zero3", "zero3", 4), ("zero2", "ddp", 2), ("ddp", "zero3", 2)]
+CHANGES: list[Any] = [("zero2", "ddp", 2), ("ddp", "zero3", 2)]
 MORE = [
+    ("zero3", "zero3", 4),
     ("zero1", "zero1", 1),
     ("zero1", "zero1", 4),
     ("zero2", "zero2", 1),
@@ -264,7 +195,7 @@ def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, nam
 
 BF16 = [
     ("zero3", "bf16-mixed"),
-    ("zero2", "bf16-true"),
+    pytest.param("zero2", "bf16-true", marks=pytest.mark.slow),
     pytest.param("zero1", "bf16-true", marks=pytest.mark.slow),
 ]
 

@@ -12,7 +12,7 @@ import torch
 from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.strategies.zero.nvme import disk
-from tests.strategies.test_zero_nvme import nvme
+from tests.helpers.zero_runs import nvme
 
 pytestmark = [
     pytest.mark.gpu,

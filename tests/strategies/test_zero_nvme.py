@@ -18,9 +18,9 @@ from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.strategies.zero.nvme import disk
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
 from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
-from tests.conftest import TINY_RECIPE
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
-from tests.strategies.test_zero import STRATEGIES, Runs, assert_close_curves, curves, end_of
+from tests.helpers.zero_runs import STRATEGIES, Runs, assert_close_curves, curves, end_of, nvme
 
 WIDE = TINY_RECIPE.replace("embed_dim: 12", "embed_dim: 384").replace(
     "log_every_n_steps: 1", "log_every_n_steps: 1, gradient_clip_val: 0.5"
@@ -47,16 +47,6 @@ def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Pat
         .replace("keep_last: 2", "keep_last: 9")
     )
     return Runs(nursery, folder, recipe)
-
-
-def nvme(folder: Path, *, groups: int = 10**6, weights: str = "nvme", more: str = "") -> str:
-    """The preset, with the optimizer's state in groups of so many numbers."""
-    swap = f"nvme_path: {folder / 'swap'}"
-    places = f"offload_optimizer: {{{swap}}}, offload_param: {{device: {weights}, {swap}{more}}}"
-    return (
-        f"{{name: zero3_nvme, zero_optimization: {{stage3_param_persistence_threshold: 0, "
-        f"sub_group_size: {groups}, {places}}}}}"
-    )
 
 
 def in_memory(*, groups: int = 10**6) -> str:

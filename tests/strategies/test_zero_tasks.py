@@ -8,9 +8,10 @@ import pytest
 
 from mhla_lightning.config.recipes import RECIPES
 from mhla_lightning.runs.folder import read_metrics
+from tests.helpers.marks import every_nth
 from tests.helpers.ranks import Nursery
 from tests.helpers.tiny_tasks import write_recipes
-from tests.strategies.test_zero import STRATEGIES, ZERO3
+from tests.helpers.zero_runs import STRATEGIES, ZERO3
 
 LOSSES = ("train/loss", "val/loss", "val_ema/loss")
 GRIDS = "init_args: {grids: 2, first: 2, classes: [0], per_class: 1, sampler: ddpm, steps: 2}"
@@ -38,7 +39,7 @@ def losses(
     return {tag: [value for _, value in series[tag]] for tag in LOSSES if tag in series}
 
 
-@pytest.mark.parametrize("task", ["language", pytest.param("image_dit", marks=pytest.mark.slow), "video_dit"])
+@pytest.mark.parametrize("task", every_nth(["language", "image_dit", "video_dit"], 3))
 def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> None:
     recipe = str(write_recipes(tmp_path, [task])[task])
     short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_RECIPE
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import ONE_THREAD, ROOT
 
 ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0}}"

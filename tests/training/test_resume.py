@@ -7,70 +7,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
+from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.ranks import Nursery
 
 MIXED = ["--model.mixup", "0.8", "--model.cutmix", "1.0", "--model.schedule.name", "constant"]
-LOGGED = [
-    "--trainer.callbacks",
-    "[{class_path: mhla_lightning.callbacks.EMA}, {class_path: mhla_lightning.callbacks.SampleLog}]",
-]
 TWO = ["--trainer.devices", "2"]
-
-
-def arguments(recipe: Path | str, run: Path, *extra: str) -> list[str]:
-    return [
-        "run",
-        str(recipe),
-        "--runs",
-        str(run.parent),
-        "--run-id",
-        run.name,
-        "--trainer.log_every_n_steps",
-        "1",
-        *LOGGED,
-        *extra,
-    ]
-
-
-def fit(nursery: Nursery, recipe: Path | str, run: Path, *extra: str) -> str:
-    ranks = int(extra[extra.index("--trainer.devices") + 1]) if "--trainer.devices" in extra else 1
-    return nursery.run(ranks, arguments(recipe, run, *extra), Path.cwd())
-
-
-def fit_killed(nursery: Nursery, recipe: Path | str, run: Path, step: int, *extra: str) -> bool:
-    """Train until a batch of `step` was handed out, then kill the process at once; False when training
-    ended before.
-    """
-    process = nursery.start(1, arguments(recipe, run, *extra), Path.cwd())
-    deadline = time.monotonic() + 300
-    while not process.poll() and last_step(run) < step and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    (code,) = process.wait(60)
-    assert code in (0, -signal.SIGKILL), process.output()
-    return code != 0
-
-
-def last_step(run: Path) -> int:
-    log = run / "samples" / "rank-0.jsonl"
-    if not log.is_file():
-        return -1
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 20_000))
-        lines = [
-            line
-            for line in file.read().split(b"\n")[:-1]
-            if line.startswith(b'{"step"') and line.endswith(b"}")
-        ]
-    return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
@@ -85,13 +32,6 @@ def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
     return {step: sorted(taken) if len(logs) > 1 else taken for step, taken in steps.items()}
 
 
-def exact_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What must not depend on where a run was stopped: everything but speeds."""
-    series = read_metrics(run / "metrics.jsonl")
-    timed = ("samples_per_second", "tokens_per_second", "time_data", "time_compute", "skipped")
-    return {tag: values for tag, values in series.items() if tag.removeprefix("train/") not in timed}
-
-
 def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken
     run.
@@ -103,18 +43,18 @@ def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path
         "--checkpoint.every_n_steps",
         "3",
         "--trainer.max_steps",
-        "60",
+        "24",
         "--trainer.val_check_interval",
-        "20",
+        "8",
     ]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, recipe, whole, *extra)
-    kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 30))
+    kills = sum(fit_killed(nursery, recipe, cut, step, *extra) for step in (7, 14))
     fit(nursery, recipe, cut, *extra)
     assert kills == 2
     assert samples(cut) == samples(whole)
     assert exact_metrics(cut) == exact_metrics(whole)
-    assert sorted(samples(whole)) == list(range(60))
+    assert sorted(samples(whole)) == list(range(24))
 
 
 @pytest.mark.slow

@@ -147,21 +147,22 @@ def interrupt(recipe: Path, folder: Path, number: signal.Signals, steps: int = 1
     return process.returncode, said
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Checkpoints stand at epoch borders here, so the data goes on exactly and every number must be equal,
     bit for bit.
     """
-    assert fit(recipe, "--trainer.max_steps", "48", name="whole") == 0
+    assert fit(recipe, "--trainer.max_steps", "24", name="whole") == 0
     folder = run_folder(tmp_path, "cut")
-    _, said = interrupt(recipe, folder, signal.SIGKILL, steps=48)
+    _, said = interrupt(recipe, folder, signal.SIGKILL, steps=24)
     saved = complete_checkpoints(folder)
     assert saved, said
     assert not (folder / "summary.json").exists(), "the run ended before it could be killed"
     assert (folder / "lock").exists()  # left by the kill, and taken over
     capsys.readouterr()
-    assert fit(recipe, "--trainer.max_steps", "48", name="cut") == 0
+    assert fit(recipe, "--trainer.max_steps", "24", name="cut") == 0
     assert f"going on from {saved[-1].name}" in capsys.readouterr().out
 
     whole, cut = (read_metrics(run_folder(tmp_path, name) / "metrics.jsonl") for name in ("whole", "cut"))
@@ -174,6 +175,7 @@ def test_a_killed_run_resumed_by_the_same_command_ends_as_if_never_killed(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.usefixtures("forked")
 def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     code, said = interrupt(recipe, run_folder(tmp_path, "term"), signal.SIGTERM)
     assert code == 75, said
@@ -186,6 +188,7 @@ def test_sigterm_is_no_success(recipe: Path, tmp_path: Path) -> None:
     assert json.loads((run_folder(tmp_path, "term") / "progress.json").read_text())["state"] == "preempted"
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
     code, said = interrupt(recipe, run_folder(tmp_path, "stop"), signal.SIGINT)
     assert code == 130, said
@@ -193,6 +196,7 @@ def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes(recipe: Path, tmp_path: Path) -> None:
     """Real gloo: each step takes 16 samples over both, and the padded validation counts every sample once."""
     with start(

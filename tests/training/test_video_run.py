@@ -17,9 +17,9 @@ from mhla_lightning.data.prepare.clips.make import make_clips
 from mhla_lightning.data.prepare.clips.options import ClipOptions
 from mhla_lightning.runs.folder import newest_checkpoint, read_metrics
 from tests.helpers.diffusion_models import train
+from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.ranks import Nursery
 from tests.helpers.video_runs import CAPTIONS, FRAMES, RATE, SIDE, write_clips, write_recipe
-from tests.training.test_resume import exact_metrics, fit, fit_killed
 
 CLIPS = json.dumps(
     [
@@ -129,7 +129,7 @@ def test_accumulation_and_ranks_take_the_same_step(
 def test_a_run_is_the_teacher_of_the_next(video_recipe: Path, tmp_path: Path) -> None:
     train(video_recipe, "teacher", "--model.attention", "softmax")
     told = ["--model.distill.teacher", str(tmp_path / "runs" / "teacher"), "--model.distill.output", "0.5"]
-    train(video_recipe, "student", *told, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
+    train(video_recipe, "student", *told, "--trainer.max_steps", "8", "--trainer.val_check_interval", "8")
     assert main(["export", "teacher", "--to", str(tmp_path / "folder")]) == 0
     again = [
         "--model.distill.teacher",
@@ -156,6 +156,7 @@ def test_a_teacher_that_is_not_there_is_named(video_recipe: Path, capsys: pytest
     assert "model.distill.teacher: nowhere does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_imported_bit_equal(video_recipe: Path, tmp_path: Path) -> None:
     train(video_recipe, "one")
     assert main(["export", "one", "--to", str(tmp_path / "out"), "--format", "wan"]) == 0
@@ -170,6 +171,7 @@ def test_a_run_is_exported_and_imported_bit_equal(video_recipe: Path, tmp_path: 
     assert all(torch.equal(value, back[name]) for name, value in average.items())
 
 
+@pytest.mark.slow
 def test_images_and_videos_in_one_run(video_recipe: Path, shards: Path, tmp_path: Path) -> None:
     """Images are clips of one frame; a step takes one of the two, and blocks of videos take both."""
     image = ClipOptions((Clip(1, SIDE, SIDE, RATE),), stride=2, val_by="time", store="npy")
