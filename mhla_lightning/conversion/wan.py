@@ -4,7 +4,6 @@ pattern, blocks (SPEC 6.8).
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION
+from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.target import Entry, State, Target, Wish
 
@@ -289,11 +288,9 @@ def _names_mhla(attention: Entry) -> bool:
 
 def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that the registry's backbone has anyway."""
-    defaults = inspect.signature(BACKBONES[backbone]).parameters if backbone in BACKBONES else {}
+    defaults = default_options(backbone) if backbone in BACKBONES else {}
     return {
-        key: value
-        for key, value in options.items()
-        if key not in defaults or not _same(defaults[key].default, value)
+        key: value for key, value in options.items() if key not in defaults or not _same(defaults[key], value)
     }
 
 
