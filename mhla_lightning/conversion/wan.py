@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.target import Entry, State, Target, Wish
+from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 
 CONFIG = "_mhla_lightning"
 """Key of our own facts in an exported config.json; diffusers passes over names that begin with an
@@ -42,7 +42,7 @@ _NEEDED = (
 )
 
 
-def wan_target(state: State, wish: Wish) -> Target:
+def wan_target(state: State, wish: Wish) -> ImportTarget:
     """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what
     the checkpoint says.
 
@@ -71,7 +71,7 @@ def wan_target(state: State, wish: Wish) -> Target:
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
-    return Target(
+    return ImportTarget(
         backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
     )
 
