@@ -18,7 +18,7 @@ from mhla_lightning.checkpoints.saving import Parts, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import FILE
 from mhla_lightning.strategies.local import Fragment, ZeroWeights, local_weights
 from mhla_lightning.strategies.state import saved_bytes, saved_lots, stretches, whole_numbers
-from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, Stretch, file_name, write_shard
+from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, Stretch, file_name, write_rank_file
 
 
 def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:
@@ -81,7 +81,7 @@ def _write_lot(
     local: ZeroWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path
 ) -> None:
     with local.loaded(lot) as fragments:
-        write_shard(path, [*stretches(fragments, optimizer), *more])
+        write_rank_file(path, [*stretches(fragments, optimizer), *more])
 
 
 def _add_stretches(parts: Parts, name: str, own: list[Stretch], later: bool) -> None:
@@ -90,7 +90,9 @@ def _add_stretches(parts: Parts, name: str, own: list[Stretch], later: bool) -> 
         if later
         else own
     )
-    parts.add(name, tensor_bytes([dict(part.tensors) for part in kept]), lambda path: write_shard(path, kept))
+    parts.add(
+        name, tensor_bytes([dict(part.tensors) for part in kept]), lambda path: write_rank_file(path, kept)
+    )
 
 
 def _add_tensors(parts: Parts, name: str, tensors: dict[str, Any]) -> None:

@@ -32,9 +32,9 @@ from mhla_lightning.attention import (
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS, CausalLM
-from mhla_lightning.backbones.dit import DiT
+from mhla_lightning.backbones.dit import DiT, DiTOptions
 from mhla_lightning.backbones.rotary import rotations
-from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, our_name
+from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, ViTOptions, vit_name
 from mhla_lightning.diffusion import Guidance, guided
 from tests.helpers.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
 from tests.helpers.video_oracles import check_rope_tables, check_video_layer, check_wan
@@ -268,7 +268,7 @@ def check_release_attention(case: Case) -> None:
     operator = layer.attention
     assert isinstance(operator, MHLA)
     state = {
-        our_name(f".attn.{name}").removeprefix(".attn."): value
+        vit_name(f".attn.{name}").removeprefix(".attn."): value
         for name, value in case.group("param.").items()
     }
     state["attention.mixing.weight"] = state["attention.mixing.weight"].flatten(1)
@@ -286,7 +286,7 @@ def check_release_attention(case: Case) -> None:
         grads = torch.autograd.grad((y * case.arrays["in.cotangent"]).sum(), [x, *parameters.values()])
         assert_close(grads[0], case.arrays["grad_in.x"], *tolerance)
         expected = {
-            our_name(f".attn.{name}").removeprefix(".attn."): value
+            vit_name(f".attn.{name}").removeprefix(".attn."): value
             for name, value in case.group("grad.").items()
         }
         assert expected.keys() == parameters.keys()
@@ -324,14 +324,14 @@ def check_vit(case: Case) -> None:
     options, attn = case.meta["constructor"], case.meta["attn"]
     block = math.isqrt(attn["window_size"])
     image = case.arrays["in.img"]
-    model = VisionTransformer(
-        attention={
-            "name": "mhla",
-            "preset": "release",
-            "block_size": block,
-            "mix_init": attn["transform"],
-            "qk_norm": options.get("qk_norm", False),
-        },
+    entry = {
+        "name": "mhla",
+        "preset": "release",
+        "block_size": block,
+        "mix_init": attn["transform"],
+        "qk_norm": options.get("qk_norm", False),
+    }
+    sizes = ViTOptions(
         img_size=tuple(image.shape[-2:]),
         token_multiple=options["img_size"] // options["patch_size"] // options["piece_size"],
         in_chans=image.shape[1],
@@ -340,7 +340,8 @@ def check_vit(case: Case) -> None:
             for key in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "drop_path_rate")
             if key in options
         },
-    ).eval()
+    )
+    model = VisionTransformer(entry, sizes).eval()
     model = model.to(image.dtype)
     model.load_state_dict(model.adapt_state_dict(case.group("param.")))
     seen: dict[str, Tensor] = {}
@@ -355,12 +356,13 @@ def check_vit(case: Case) -> None:
 def check_dit(case: Case) -> None:
     """The repaired release (SPEC D1), with and without its dwconv, and its guided output."""
     options, attn = case.meta["constructor"], case.meta["block_kwargs"]
-    model = DiT(
-        attention={"name": "mhla", "preset": "release", "block_size": math.isqrt(attn["block_size"])},
+    entry = {"name": "mhla", "preset": "release", "block_size": math.isqrt(attn["block_size"])}
+    sizes = DiTOptions(
         embed_dim=options["hidden_size"],
         dwconv=attn.get("dwconv", False),
         **{key: value for key, value in options.items() if key != "hidden_size"},
-    ).eval()
+    )
+    model = DiT(entry, sizes).eval()
     parameters = model.adapt_state_dict(case.group("param."))
     assert_close(model.pos_embed, parameters["pos_embed"], 0, 1e-7)
     model.load_state_dict(parameters)

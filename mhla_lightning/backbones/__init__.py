@@ -1,23 +1,24 @@
-"""The backbone registry. Importing this module registers the image classifiers with timm
-(`deit_tiny_mhla`, ...): its one side effect.
+"""The backbone registry, and the image classifiers under their names in timm (`deit_tiny_mhla`, ...).
+
+Registering those names with timm is the one side effect of importing this module.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 import timm
 from torch import Tensor, nn
 
 from mhla_lightning.attention import ATTENTION
-from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
+from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
-from mhla_lightning.backbones.dit import DiT
-from mhla_lightning.backbones.video_dit import VideoDiT
-from mhla_lightning.backbones.vit import VisionTransformer
+from mhla_lightning.backbones.dit import DiT, DiTOptions
+from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
+from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
 
 __all__ = [
@@ -27,11 +28,16 @@ __all__ = [
     "VIDEO_DIFFUSION",
     "Backbone",
     "CausalLM",
+    "CausalLMOptions",
     "DiT",
+    "DiTOptions",
     "ModelState",
+    "ViTOptions",
     "VideoDiT",
+    "VideoDiTOptions",
     "VisionTransformer",
     "build_backbone",
+    "default_options",
     "register_backbone",
 ]
 
@@ -48,10 +54,26 @@ class Backbone(Protocol):
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """A model class, and the options that one name of the registry begins with.
+
+    Args:
+        model: called with the attention entry and the options.
+        options: a frozen dataclass, one field an option.
+    """
+
+    model: Callable[[Any, Any], nn.Module]
+    options: Any
+
+    def __call__(self, attention: Any = "mhla", **options: Any) -> nn.Module:
+        return self.model(attention, replace(self.options, **options))
+
+
 IMAGE_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
-    "deit_tiny": partial(VisionTransformer, embed_dim=192, depth=12, num_heads=3),
-    "deit_small": partial(VisionTransformer, embed_dim=384, depth=12, num_heads=6),
-    "deit_base": partial(VisionTransformer, embed_dim=768, depth=12, num_heads=12),
+    "deit_tiny": Architecture(VisionTransformer, ViTOptions(embed_dim=192, depth=12, num_heads=3)),
+    "deit_small": Architecture(VisionTransformer, ViTOptions(embed_dim=384, depth=12, num_heads=6)),
+    "deit_base": Architecture(VisionTransformer, ViTOptions(embed_dim=768, depth=12, num_heads=12)),
 }
 
 _DIT_SIZES: dict[str, dict[str, Any]] = {
@@ -62,32 +84,29 @@ _DIT_SIZES: dict[str, dict[str, Any]] = {
 }
 
 IMAGE_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
-    f"dit_{name}{patch}": partial(DiT, patch_size=patch, **size)
+    f"dit_{name}{patch}": Architecture(DiT, DiTOptions(patch_size=patch, **size))
     for name, size in _DIT_SIZES.items()
     for patch in (2, 4, 8)
 }
 
-_WAN_TINY: dict[str, Any] = {
-    "input_size": (16, 64, 64),
-    "patch_size": (2, 4, 4),
-    "in_channels": 3,
-    "embed_dim": 128,
-    "ffn_dim": 384,
-}
+_WAN_TINY = VideoDiTOptions(
+    input_size=(16, 64, 64),
+    patch_size=(2, 4, 4),
+    in_channels=3,
+    embed_dim=128,
+    ffn_dim=384,
+    depth=4,
+    num_heads=2,
+    freq_dim=64,
+    text_dim=64,
+    text_length=16,
+    blocks=(2, 4, 4),
+)
 
 VIDEO_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
-    "wan_1_3b": VideoDiT,
-    "wan_14b": partial(VideoDiT, embed_dim=5120, ffn_dim=13824, depth=40, num_heads=40),
-    "wan_tiny": partial(
-        VideoDiT,
-        **_WAN_TINY,
-        depth=4,
-        num_heads=2,
-        freq_dim=64,
-        text_dim=64,
-        text_length=16,
-        blocks=(2, 4, 4),
-    ),
+    "wan_1_3b": Architecture(VideoDiT, VideoDiTOptions()),
+    "wan_14b": Architecture(VideoDiT, VideoDiTOptions(embed_dim=5120, ffn_dim=13824, depth=40, num_heads=40)),
+    "wan_tiny": Architecture(VideoDiT, _WAN_TINY),
 }
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -95,44 +114,61 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **IMAGE_DIFFUSION,
     **VIDEO_DIFFUSION,
     "convnet_tiny": ConvNet,
-    "lm_340m": partial(CausalLM, embed_dim=1024, depth=24),
-    "lm_tiny": partial(CausalLM, vocab_size=257, context=256, embed_dim=128, depth=4),
+    "lm_340m": Architecture(CausalLM, CausalLMOptions(embed_dim=1024, depth=24)),
+    "lm_tiny": Architecture(CausalLM, CausalLMOptions(vocab_size=257, context=256, embed_dim=128, depth=4)),
 }
 
 
 def register_backbone(name: str, builder: Callable[..., nn.Module]) -> None:
-    """Adds a backbone under a new name.
+    """Add a backbone under a new name.
+
+    Args:
+        name: how recipes name it.
+        builder: called with `attention` and the options as keywords: a class, a function, or an
+            :class:`Architecture`.
 
     Raises:
         UserError: the name is taken.
     """
     if name in BACKBONES:
-        raise UserError(f"backbone '{name}' is already registered")
+        raise UserError("name", f"backbone '{name}' is already registered")
     BACKBONES[name] = builder
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """Return the options of a registered backbone with their defaults, without `attention`."""
+    builder = BACKBONES[name]
+    if isinstance(builder, Architecture):
+        return {field.name: getattr(builder.options, field.name) for field in fields(builder.options)}
+    parameters = inspect.signature(builder).parameters
+    return {key: found.default for key, found in parameters.items() if key != "attention"}
 
 
 def build_backbone(
     name: str, *, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", **options: Any
 ) -> nn.Module:
-    """Builds a backbone of the registry around an attention entry.
+    """Build a backbone of the registry around an attention entry.
+
+    Args:
+        name: name in BACKBONES.
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        options: the backbone's own options; see :func:`default_options`.
 
     Raises:
-        UserError: unknown backbone or option (the sentence lists the valid ones), or a size that does not
-            fit.
+        UserError: unknown backbone or option, or a size that does not fit. Keys are `name`, an option,
+            or a key of the entry such as `attention.blocks`.
     """
     if name not in BACKBONES:
-        raise UserError(unknown_name("backbone", name, BACKBONES))
-    valid = inspect.signature(BACKBONES[name]).parameters
+        raise UserError("name", unknown_name("backbone", name, BACKBONES))
+    valid = default_options(name)
     for key in options:
         if key not in valid:
-            raise UserError(
-                unknown_name("option", key, [n for n in valid if n != "attention"], of=f"backbone '{name}'")
-            )
+            raise UserError(key, unknown_name("option", key, valid, of=f"backbone '{name}'"))
     return BACKBONES[name](attention=attention, **options)
 
 
 def _register_with_timm() -> None:
-    """`<backbone>_<attention>` for timm.create_model, which passes our options on."""
+    """Give every classifier a name in timm for each operator: `<backbone>_<attention>`."""
     for backbone in IMAGE_CLASSIFIERS:
         for attention in ATTENTION:
             name = f"{backbone}_{attention}"
@@ -141,6 +177,8 @@ def _register_with_timm() -> None:
 
 
 def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Module]:
+    """Return the function that timm.create_model calls for a name; it passes our options on."""
+
     def entry(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -156,14 +194,14 @@ def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Mo
         )
         if pretrained and not facts.get("file"):
             raise UserError(
-                f"timm model '{name}' has no pretrained weights to download; load your own with "
-                "init_from or load_state_dict"
+                "pretrained",
+                f"timm model '{name}' has no weights to download; load your own with load_state_dict, or "
+                "with `init_from` in a recipe",
             )
         model = cast(Any, build_backbone(backbone, **{"attention": attention, **options}))
         if facts:
-            model.pretrained_cfg = model.default_cfg = (
-                facts  # where timm.data.resolve_model_data_config looks
-            )
+            # timm.data.resolve_model_data_config looks here.
+            model.pretrained_cfg = model.default_cfg = facts
         if pretrained:
             channels = model.patch_embed.proj.weight.shape[1]
             timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=_adapted)

@@ -1,5 +1,6 @@
-"""The language model of the paper around any causal operator: pre-norm, SwiGLU, tied embeddings (paper
-Sec. 5.4; SPEC section 5).
+"""The language model of the paper around any causal operator.
+
+Pre-norm layers, SwiGLU, tied embeddings (paper Sec. 5.4; SPEC section 5).
 """
 
 from __future__ import annotations
@@ -19,28 +20,26 @@ from mhla_lightning.attention import (
     CausalSelfAttention,
     LayerAttention,
     LayerState,
-    MixingMatrix,
     Packing,
     resolve_layers,
 )
+from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
+from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.backbones.rotary import Rotation, rotations
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 
 _LAYER = {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "gate": True, "out_norm": True}
 _LINEAR = {**_LAYER, "feature_map": "relu", "normalizer": "none", "chunk_size": 64}
-_MHLA = {
-    **_LINEAR,
-    "max_chunks": 32,
-    "mix_init": "causal_local",
-}  # measured better than causal_uniform, see README
-# Transformer++ with as many parameters: full-width keys instead of the gate. Its heads are 64 wide, see
-# `presets_for`.
+# causal_local measured better than causal_uniform
+_MHLA = {**_LINEAR, "max_chunks": 32, "mix_init": "causal_local"}
+# Transformer++ with the same number of parameters: full-width keys instead of the gate. Its heads are 64
+# wide, see `presets_for`.
 _SOFTMAX = {"expand_k": 1.0, "expand_v": 1.0, "gate": False, "out_norm": False, "rotary": True}
 
 _CONV = {"short_conv": 4}
-# Every weight of the relative form starts at 1, which is token-gated retention; the mixing learns what to
-# leave out.
+# Every weight of the relative form starts at 1, which is token-gated retention; training then reduces the
+# weights of distant chunks.
 _GATED = {"mix_form": "relative", "mix_init": "causal_uniform", "decay": "token", "decay_span": "sequence"}
 
 # Recurrent models have no rotary; their convolution is part of the model, except GLA's.
@@ -62,12 +61,14 @@ LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         **{name: {**row, **_CONV} for name, row in _FLA.items()},
     },
 }
-"""preset -> operator -> options (SPEC section 9, LM)."""
+"""Preset -> operator -> options (SPEC section 9, LM)."""
 
 
 def presets_for(embed_dim: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """LANGUAGE_PRESETS with softmax heads of 64 channels (16 heads at 1,024), of all channels in a model
-    narrower than 64.
+    """Return LANGUAGE_PRESETS with softmax heads of 64 channels, 16 heads at 1,024.
+
+    Args:
+        embed_dim: channels; a model narrower than 64 has one head.
     """
     heads = max(1, embed_dim // 64)
     return {
@@ -78,9 +79,11 @@ def presets_for(embed_dim: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class ModelState:
-    """What the model remembers of the tokens so far.
+    """The model's memory of the tokens so far.
 
-    layers: one state a layer. positions: (batch,) int64, tokens seen of each sequence.
+    Attributes:
+        layers: one state a layer.
+        positions: (batch,) int64, tokens seen of each sequence.
     """
 
     layers: tuple[LayerState, ...]
@@ -88,10 +91,15 @@ class ModelState:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors."""
         return self.positions.nbytes + sum(layer.bytes for layer in self.layers)
 
     def reorder(self, indices: Tensor) -> ModelState:
-        """The sequences `indices` (int64, any number, repeats allowed) as a new batch."""
+        """Return some of the sequences as a new batch.
+
+        Args:
+            indices: int64, any number, repeats allowed.
+        """
         layers = tuple(layer.reorder(indices) for layer in self.layers)
         return ModelState(layers, self.positions.index_select(0, indices.to(self.positions.device)))
 
@@ -134,28 +142,29 @@ class DecoderLayer(nn.Module):
         super().__init__()
         options = {"norm_eps": norm_eps, "dropout": dropout, **spec.layer}
         self.attn_norm = RMSNorm(dim, eps=norm_eps)
-        self.attn = CausalSelfAttention(
-            dim, attention={"name": spec.name, **spec.operator}, context=context, **options
-        )
+        with inside("attention"):
+            self.attn = CausalSelfAttention(
+                dim, attention={"name": spec.name, **spec.operator}, context=context, **options
+            )
         self.mlp_norm = RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None) -> Tensor:
-        """(batch, tokens, dim) -> same shape."""
+        """Return a tensor of the shape of x, (batch, tokens, dim)."""
         return self._mlp(x + self.attn(self.attn_norm(x), rotary=rotary, packing=packing))
 
     def prefill(
         self, x: Tensor, *, rotary: Rotation | None = None, packing: Packing | None = None
     ) -> tuple[Tensor, LayerState]:
-        """`forward`, and the state behind the last real token."""
+        """Return the output of `forward`, and the state after the last real token."""
         out, state = self.attn.prefill(self.attn_norm(x), rotary=rotary, packing=packing)
         return self._mlp(x + out), state
 
     def step(
         self, x: Tensor, state: LayerState, *, rotary: Rotation | None = None
     ) -> tuple[Tensor, LayerState]:
-        """One more token, (batch, 1, dim) -> same shape."""
+        """Return the output for one more token, (batch, 1, dim), and the new state."""
         out, state = self.attn.step(self.attn_norm(x), state, rotary=rotary)
         return self._mlp(x + out), state
 
@@ -166,11 +175,11 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class CausalLM(nn.Module):
-    """A decoder whose layers hold any causal operator of the registry.
+@dataclass(frozen=True)
+class CausalLMOptions:
+    """Sizes of a :class:`CausalLM`.
 
     Args:
-        attention: attention entry: name, mapping, or a list of these cycled over the layers.
         vocab_size: V, token ids.
         context: tokens of a training row. A longer forward is allowed where the operators can.
         embed_dim: C, channels.
@@ -179,8 +188,28 @@ class CausalLM(nn.Module):
         tie_embeddings: the output uses the embedding's weights.
         rope_base: the longest rotary wave is 2 pi times this.
         norm_eps: of all RMSNorms.
-        dropout: after attention and MLP; an attention entry's own goes before.
+        dropout: after attention and MLP; an attention entry's own takes precedence.
         compile: torch.compile every layer in place (names of weights stay).
+    """
+
+    vocab_size: int = 32000
+    context: int = 2048
+    embed_dim: int = 1024
+    depth: int = 24
+    intermediate: int | None = None
+    tie_embeddings: bool = True
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    compile: bool = False
+
+
+class CausalLM(nn.Module):
+    """A decoder whose layers hold any causal operator of the registry.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        options: sizes; None takes the defaults.
 
     Attributes:
         grid: (context,).
@@ -192,64 +221,46 @@ class CausalLM(nn.Module):
     def __init__(
         self,
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
-        vocab_size: int = 32000,
-        context: int = 2048,
-        embed_dim: int = 1024,
-        depth: int = 24,
-        intermediate: int | None = None,
-        tie_embeddings: bool = True,
-        rope_base: float = 10000.0,
-        norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        compile: bool = False,
+        options: CausalLMOptions | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("vocab_size", vocab_size),
-            ("context", context),
-            ("embed_dim", embed_dim),
-            ("depth", depth),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        self.vocab_size, self.embed_dim, self.grid, self.rope_base = (
-            vocab_size,
-            embed_dim,
-            (context,),
-            rope_base,
-        )
-        hidden = 256 * math.ceil(int(embed_dim * 4 * 2 / 3) / 256) if intermediate is None else intermediate
-        specs = resolve_layers(
-            attention, depth, presets_for(embed_dim), CausalSelfAttention.layer_options(), causal=True
-        )
-        self.embeddings = nn.Embedding(vocab_size, embed_dim)
+        options = options or CausalLMOptions()
+        dim, eps = options.embed_dim, options.norm_eps
+        for name in ("vocab_size", "context", "embed_dim", "depth"):
+            positive(name, getattr(options, name))
+        self.vocab_size, self.embed_dim = options.vocab_size, dim
+        self.grid, self.rope_base = (options.context,), options.rope_base
+        hidden = options.intermediate
+        if hidden is None:
+            hidden = 256 * math.ceil(int(dim * 4 * 2 / 3) / 256)
+        layer_options = CausalSelfAttention.layer_options()
+        with inside("attention"):
+            specs = resolve_layers(attention, options.depth, presets_for(dim), layer_options, causal=True)
+        self.embeddings = nn.Embedding(options.vocab_size, dim)
         self.layers = nn.ModuleList(
-            DecoderLayer(embed_dim, hidden, spec, context, norm_eps, dropout) for spec in specs
+            DecoderLayer(dim, hidden, spec, options.context, eps, options.dropout) for spec in specs
         )
-        self.norm = RMSNorm(embed_dim, eps=norm_eps)
-        self.lm_head = None if tie_embeddings else nn.Linear(embed_dim, vocab_size, bias=False)
+        self.norm = RMSNorm(dim, eps=eps)
+        self.lm_head = None if options.tie_embeddings else nn.Linear(dim, options.vocab_size, bias=False)
         self.rotary_dims = tuple(sorted({layer.attn.dim_k for layer in self._layers() if layer.attn.rotary}))
         self.checkpointing = False
         self.apply(_initialise)
-        if compile:
+        if options.compile:
             self.compile_layers()
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocab_size, embed_dim) of the output."""
+        """Weights of the output, (vocab_size, embed_dim)."""
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def features(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """What the output weights are applied to.
+        """Return the inputs of the output layer, (batch, tokens, embed_dim).
 
         Args:
             tokens: (batch, tokens) int64.
-            mask: (batch, tokens) bool, True = real token; padding stands left or right.
+            mask: (batch, tokens) bool, True = real token; padding is on the left or on the right.
             documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
                 document.
-
-        Returns:
-            (batch, tokens, embed_dim)
         """
         packing, turn = self._places(tokens, mask, documents)
         x = self.embeddings(tokens)
@@ -262,22 +273,26 @@ class CausalLM(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Logits (batch, tokens, vocab_size); arguments as in `features`."""
+        """Return logits (batch, tokens, vocab_size); arguments as in `features`."""
         return F.linear(self.features(tokens, mask, documents), self.head_weight)
 
     def init_state(self, batch: int) -> ModelState:
-        """The state before the first token of `batch` sequences."""
+        """Return the state before the first token of `batch` sequences."""
         positions = torch.zeros(batch, dtype=torch.int64, device=self.head_weight.device)
         return ModelState(tuple(layer.attn.init_state(batch) for layer in self._layers()), positions)
 
     def prefill(
         self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False
     ) -> tuple[Tensor, ModelState]:
-        """`forward` over prompts, and the state behind the last real token of each.
+        """Run prompts at once; return logits and the state after each last real token.
+
+        Args:
+            tokens: (batch, tokens) int64.
+            mask: (batch, tokens) bool, True = real token.
+            all_logits: return the logits of every token instead of the last real one.
 
         Returns:
-            logits at the last real token (batch, vocab_size), or with `all_logits` at every token (batch,
-            tokens, vocab_size); the state.
+            logits (batch, vocab_size), or with `all_logits` (batch, tokens, vocab_size); the state.
         """
         packing, turn = self._places(tokens, mask, None)
         x, states = self.embeddings(tokens), []
@@ -291,8 +306,11 @@ class CausalLM(nn.Module):
         return F.linear(self.norm(x), self.head_weight), ModelState(tuple(states), real.sum(1))
 
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One more token of each sequence, (batch,) int64 -> logits (batch, vocab_size). `state` may
-        change in place.
+        """Return logits (batch, vocab_size) after one more token of each sequence, and the state.
+
+        Args:
+            tokens: (batch,) int64.
+            state: of the tokens before; may change in place.
         """
         turn = self._rotations(state.positions[:, None])
         x, states = self.embeddings(tokens)[:, None], []
@@ -302,7 +320,11 @@ class CausalLM(nn.Module):
         return F.linear(self.norm(x[:, 0]), self.head_weight), ModelState(tuple(states), state.positions + 1)
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Forward FLOPs of one sample, 2 a multiply-add; shape = (tokens,)."""
+        """Return the forward FLOPs of one sample, 2 a multiply-add.
+
+        Args:
+            shape: (tokens,).
+        """
         tokens = math.prod(shape)
         return (
             sum(layer.flops(tokens) for layer in self._layers())
@@ -310,23 +332,24 @@ class CausalLM(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)."""
-        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+        """Return the names of the mixing matrices; norms and biases are never decayed (SPEC 1.4)."""
+        return mixing_weights(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes every layer in the backward to save memory."""
+        """Recompute every layer in the backward to save memory."""
         self.checkpointing = enable
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """torch.compile every layer in place."""
+        """Compile every layer in place by torch.compile."""
         for layer in self._layers():
             layer.compile(backend=backend)
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the MHLA authors, of flash-linear-attention and of Hugging Face's Llama family under
-        our names.
+        """Return weights of other libraries under our names.
+
+        Known are the MHLA authors', flash-linear-attention's and those of Hugging Face's Llama family.
         """
-        adapted = {our_name(name): value for name, value in state.items()}
+        adapted = {language_name(name): value for name, value in state.items()}
         if self.lm_head is None:
             adapted.pop("lm_head.weight", None)
         return {name: _our_shape(name, value) for name, value in adapted.items()}
@@ -337,11 +360,12 @@ class CausalLM(nn.Module):
     def _places(
         self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None
     ) -> tuple[Packing | None, dict[int, Rotation]]:
-        """The packing of a batch and the rotations of its positions, made once for all layers."""
+        """Return the packing of a batch and the rotations of its positions, shared by all layers."""
         for name, given in (("mask", mask), ("documents", documents)):
             if given is not None and given.shape != tokens.shape:
                 raise UserError(
-                    f"{name} is {tuple(given.shape)} and tokens are {tuple(tokens.shape)}; they must be equal"
+                    name,
+                    f"its shape {tuple(given.shape)} is not that of `tokens`, {tuple(tokens.shape)}",
                 )
         packing = Packing.of(mask, documents)
         positions = (
@@ -356,14 +380,16 @@ class CausalLM(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear and Embedding N(0, 0.02), norms 1, no scaling with depth (SPEC 5.1); an operator's own
-    parameters stay.
+    """Initialise the weights that belong to one module itself (SPEC 5.1).
+
+    Linear and Embedding N(0, 0.02) without scaling by depth, norms 1. An operator keeps its own
+    initialisation.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, CausalSelfAttention):  # apply() reaches children first
+    elif isinstance(module, CausalSelfAttention):  # apply() visits children first
         module.reset_decay()
 
 
@@ -379,9 +405,10 @@ _OTHER_NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """A parameter's name in the release, flash-linear-attention or Hugging Face's Llama -> ours; other
-    names stay.
+def language_name(name: str) -> str:
+    """Return our name of a parameter of another library; other names stay.
+
+    Known are the release, flash-linear-attention and Hugging Face's Llama.
     """
     for pattern, ours in _OTHER_NAMES:
         name = re.sub(pattern, ours, name)
@@ -389,7 +416,9 @@ def our_name(name: str) -> str:
 
 
 def _our_shape(name: str, value: Tensor) -> Tensor:
-    """The release stores a mixing matrix as (L, L, 1, 1, 1, 1), flash-linear-attention a convolution as
+    """Flatten weights that others store with more axes.
+
+    The release stores a mixing matrix as (L, L, 1, 1, 1, 1), flash-linear-attention a convolution as
     (channels, 1, width).
     """
     if name.endswith(".mixing.weight") and value.dim() > 3:

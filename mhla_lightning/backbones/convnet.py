@@ -1,4 +1,4 @@
-"""A small convolutional classifier, to judge generated images with; it holds no attention."""
+"""A small convolutional classifier without attention, which judges generated images."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError
 
-_STRIDE = 4  # pixels of a side behind one position of the last stage
+_STRIDE = 4  # pixels of a side for each position of the last stage
 
 
 class ConvNet(nn.Module):
-    """Three stages of two 3x3 convolutions, the second and third at half the size of the one before;
-    average-pooled.
+    """Three stages of two 3x3 convolutions; each later stage halves the size; average-pooled.
 
-    timm's small networks begin with strides of 4 and more, which leave nothing of 28 pixels. Methods as in
-    timm: `forward_features`, `forward_head(features, pre_logits)`. Batch normalisation makes a step depend on
-        what a rank sees at once (on several ranks set
-    trainer.sync_batchnorm), and is worth it: on 4,000 digits group and layer normalisation stop at 96 %, this
-    reaches 98.
+    timm's small networks begin with strides of 4 and more, which leave nothing of 28 pixels. Methods are
+    named as in timm: `forward_features`, `forward_head(features, pre_logits)`.
+
+    With batch normalisation a step depends on the samples that a rank sees at once; on several ranks set
+    trainer.sync_batchnorm. It is worth it: on 4,000 digits group and layer normalisation reach 96 %, batch
+    normalisation 98 %.
 
     Args:
-        attention: must be `none`: there is no layer that could hold an operator.
+        attention: must be `none`: no layer could hold an operator.
         img_size: pixels per side, or (height, width).
         in_chans: channels of the image.
         num_classes: classes of the data.
@@ -47,16 +47,20 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         if attention != "none":
-            raise UserError(f"model.attention is {attention}, and a convnet has no attention; write none")
+            raise UserError(
+                "attention", f"{attention} does not fit a convnet, which has no attention; write none"
+            )
         rows, columns = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(rows, columns) < _STRIDE:
             raise UserError(
-                f"img_size {img_size} is below {_STRIDE} pixels, and nothing is left of it after two halvings"
+                "img_size",
+                f"{img_size} is below {_STRIDE} pixels, and nothing is left of it after two halvings",
             )
         if len(widths) != 3 or min(widths) < 1:
             raise UserError(
-                f"widths is {list(widths)}; a convnet has three stages of at least one channel, for "
-                "example [32, 64, 128]"
+                "widths",
+                f"{list(widths)} does not fit; a convnet has three stages of at least one channel, for "
+                "example [32, 64, 128]",
             )
         self.img_size = (rows, columns)
         self.grid = (math.ceil(math.ceil(rows / 2) / 2), math.ceil(math.ceil(columns / 2) / 2))
@@ -67,27 +71,41 @@ class ConvNet(nn.Module):
         self.head = ClassifierHead(widths[-1], num_classes, drop_rate=drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> logits (batch, classes)."""
+        """Return logits (batch, classes) of images (batch, channels, height, width)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> the last stage's (batch, widths[-1], *grid)."""
+        """Return the last stage's output, (batch, widths[-1], *grid).
+
+        Args:
+            x: (batch, channels, height, width).
+        """
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage -> logits (batch, classes), or with `pre_logits` its average (batch, widths[-1])."""
+        """Return logits (batch, classes) of the last stage's output.
+
+        Args:
+            x: (batch, widths[-1], *grid).
+            pre_logits: return the average over the grid instead, (batch, widths[-1]).
+        """
         return self.head(x, pre_logits=pre_logits)
 
     def no_weight_decay(self) -> set[str]:
-        """None besides norms and biases."""
+        """Return no names: only norms and biases are not decayed."""
         return set()
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Forward FLOPs of one image of `img_size`, 2 a multiply-add; shape must be the grid."""
+        """Return the forward FLOPs of one image of `img_size`, 2 a multiply-add.
+
+        Args:
+            shape: must be the grid.
+        """
         if tuple(shape) != self.grid:
             raise UserError(
-                f"this convnet of img_size {self.img_size} has a last stage of {self.grid}, not "
-                f"{tuple(shape)}"
+                "shape",
+                f"{tuple(shape)} is not the last stage of this convnet: {self.grid} for images of "
+                f"{self.img_size} pixels",
             )
         rows, columns = self.img_size
         total = 0
@@ -99,10 +117,10 @@ class ConvNet(nn.Module):
         return total + 2 * self.head.fc.weight.numel()
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Only our own names are known."""
+        """Return the weights as they are: only our own names are known."""
         return dict(state)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Refused: the network is too small to gain from it."""
+        """Refuse: the network is too small to gain from recomputing."""
         if enable:
-            raise UserError("model.checkpoint_activations: a convnet recomputes nothing; write none")
+            raise UserError("checkpoint_activations", "a convnet recomputes nothing; write none")

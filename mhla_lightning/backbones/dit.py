@@ -1,5 +1,6 @@
-"""DiT, the diffusion transformer with adaLN-zero (arXiv 2212.09748), around any attention operator (MHLA
-paper Sec. 5.2; SPEC section 4).
+"""DiT, the diffusion transformer with adaLN-zero, around any attention operator.
+
+DiT: arXiv 2212.09748. With MHLA: paper Sec. 5.2; SPEC section 4.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,17 +17,19 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhla_lightning.attention import BlockGrid, LayerAttention, MixingMatrix, SelfAttention, resolve_layers
+from mhla_lightning.attention import BlockGrid, LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.backbones.layers import (
     BlockOrderConv,
     ConditionalPosition,
     LabelEmbedder,
     TimestepEmbedder,
+    check_heads,
     grid_sinusoid,
+    mixing_weights,
     modulate,
 )
-from mhla_lightning.backbones.vit import our_name as vit_name
-from mhla_lightning.errors import UserError
+from mhla_lightning.backbones.vit import vit_name
+from mhla_lightning.errors import UserError, inside
 
 _PLAIN = {"qkv_bias": True}
 _LINEAR = {**_PLAIN, "feature_map": "relu_eps"}  # MHLA with one block
@@ -57,24 +61,44 @@ DIT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""preset -> operator -> options (SPEC section 9, DiT)."""
+"""Preset -> operator -> options (SPEC section 9, DiT)."""
 
 
-class DiT(nn.Module):
-    """Predicts noise (and its variance) of latents or pixels, given a time and a class.
+@dataclass(frozen=True)
+class DiTOptions:
+    """Sizes of a :class:`DiT`.
 
     Args:
-        attention: attention entry: name, mapping, or a list of these cycled over the layers.
         input_size: height and width of the latent (or image), one number for a square.
         patch_size: latent pixels per side of a token; divides input_size.
         in_channels: C, of the latent.
-        num_classes: without the null label, whose index is num_classes. Dropping labels in training is the
-            task's.
+        num_classes: classes without the null label, whose index is num_classes. The task drops labels in
+            training.
         learn_sigma: predict 2C channels, noise and variance, instead of C.
         embed_dim: channels of a token, a multiple of 4.
         depth, num_heads, mlp_ratio: of the transformer.
-        dwconv: the release's convolution after every block, see :class:`BlockOrderConv`; `pos_conv: cpe3` is
-            the paper's.
+        dwconv: add the release's convolution after every block, see :class:`BlockOrderConv`; the attention
+            option `pos_conv: cpe3` is the paper's.
+    """
+
+    input_size: int | Sequence[int] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    dwconv: bool = False
+
+
+class DiT(nn.Module):
+    """Predicts the noise of latents or pixels, and its variance, given a time and a class.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        options: sizes; None takes the defaults.
 
     Attributes:
         grid: tokens per axis, (rows, columns).
@@ -86,55 +110,49 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self,
-        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
-        input_size: int | Sequence[int] = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        dwconv: bool = False,
+        self, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", options: DiTOptions | None = None
     ) -> None:
         super().__init__()
-        self.input_size = _two_sides(input_size)
-        self.grid = token_grid(self.input_size, patch_size)
-        if embed_dim % 4:
+        options = options or DiTOptions()
+        dim, patch = options.embed_dim, options.patch_size
+        self.input_size = _two_sides(options.input_size)
+        self.grid = token_grid(self.input_size, patch)
+        if dim % 4:
             raise UserError(
-                f"embed_dim {embed_dim} is no multiple of 4, which sine-cosine positions on two axes need"
+                "embed_dim", f"{dim} is no multiple of 4, which sine-cosine positions on two axes need"
             )
-        if num_classes < 1:
-            raise UserError(f"num_classes is {num_classes}; it must be at least 1")
-        self.patch_size, self.in_channels, self.num_classes, self.embed_dim = (
-            patch_size,
-            in_channels,
-            num_classes,
-            embed_dim,
-        )
-        self.out_channels = in_channels * (2 if learn_sigma else 1)
-        layers = resolve_layers(attention, depth, DIT_PRESETS, SelfAttention.layer_options())
-        self.x_embedder = PatchEmbed(self.input_size, patch_size, in_channels, embed_dim)
-        self.t_embedder = TimestepEmbedder(embed_dim)
-        self.y_embedder = LabelEmbedder(num_classes, embed_dim)
+        check_heads(dim, options.num_heads)
+        if options.num_classes < 1:
+            raise UserError("num_classes", f"{options.num_classes} is too few; it must be at least 1")
+        self.patch_size, self.embed_dim = patch, dim
+        self.in_channels, self.num_classes = options.in_channels, options.num_classes
+        self.out_channels = options.in_channels * (2 if options.learn_sigma else 1)
+        with inside("attention"):
+            layers = resolve_layers(attention, options.depth, DIT_PRESETS, SelfAttention.layer_options())
+        self.x_embedder = PatchEmbed(self.input_size, patch, options.in_channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(options.num_classes, dim)
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", grid_sinusoid(self.grid, embed_dim)[None])
+        self.register_buffer("pos_embed", grid_sinusoid(self.grid, dim)[None])
         self.blocks = nn.ModuleList(
-            DiTBlock(embed_dim, num_heads, mlp_ratio, spec, self.grid, dwconv) for spec in layers
+            DiTBlock(dim, options.num_heads, options.mlp_ratio, spec, self.grid, options.dwconv)
+            for spec in layers
         )
-        self.final_layer = FinalLayer(embed_dim, patch_size**2 * self.out_channels)
+        self.final_layer = FinalLayer(dim, patch**2 * self.out_channels)
         self.checkpointing = False
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(batch, C, H, W), model times (batch,) from 0 to 1000, labels (batch,) int64 -> (batch,
-        out_channels, H, W) in the parameters' dtype.
+        """Return the prediction, (batch, out_channels, H, W) in the parameters' dtype.
+
+        Args:
+            x: (batch, C, H, W).
+            t: model times (batch,) from 0 to 1000.
+            y: labels (batch,) int64.
 
         Raises:
-            UserError: another shape than the model was built for; a label out of range (found on CPU only:
-                looking would hold up a GPU).
+            UserError: another shape than the model was built for; on a CPU also a label out of range (reading
+                labels would hold up a GPU).
         """
         self._check(x, t, y)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
@@ -147,7 +165,11 @@ class DiT(nn.Module):
         return self._to_image(self.final_layer(tokens, condition))
 
     def _to_image(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens, patch * patch * channels), a patch's channels last -> (batch, channels, H, W)"""
+        """Put patches together to (batch, channels, H, W).
+
+        Args:
+            tokens: (batch, tokens, patch * patch * channels), a patch's channels last.
+        """
         patches = tokens.reshape(len(tokens), *self.grid, self.patch_size, self.patch_size, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, *self.input_size)
 
@@ -155,31 +177,35 @@ class DiT(nn.Module):
         wanted = (self.in_channels, *self.input_size)
         if tuple(x.shape[1:]) != wanted:
             raise UserError(
+                "x",
                 f"a latent of shape {tuple(x.shape[1:])} does not fit this DiT, which takes "
-                f"(channels, height, width) = {wanted}"
+                f"(channels, height, width) = {wanted}",
             )
-        for name, given in (("times", t), ("labels", y)):
+        for key, name, given in (("t", "times", t), ("y", "labels", y)):
             if given.shape != x.shape[:1]:
                 raise UserError(
+                    key,
                     f"{name} have the shape {tuple(given.shape)}; a batch of {len(x)} takes one "
-                    f"number a sample, ({len(x)},)"
+                    f"number a sample, ({len(x)},)",
                 )
         if y.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_labels(y)
 
     def check_labels(self, y: Tensor) -> None:
-        """Raises UserError for a label out of range; reads the values, which a GPU has to wait for."""
+        """Refuse a label out of range (UserError); reads the values, which holds up a GPU."""
         wrong = y[(y < 0) | (y > self.num_classes)]
         if len(wrong):
             last = self.num_classes - 1
             raise UserError(
+                "y",
                 f"class {int(wrong[0])} is out of range: classes are 0 to {last}, and "
-                f"{self.num_classes} is the null label"
+                f"{self.num_classes} is the null label",
             )
 
     def _initialise(self) -> None:
-        """SPEC 4.2: branches and output start at zero, convolutions of the release as the identity; mixing
-        matrices stay.
+        """Initialise all weights (SPEC 4.2); mixing matrices keep their own initialisation.
+
+        Branches and output start at zero, convolutions of the release as the identity.
         """
         small: set[nn.Module] = {self.y_embedder.embedding_table, *self.t_embedder.mlp}
         zero: set[nn.Module] = {self.final_layer.linear}
@@ -188,38 +214,45 @@ class DiT(nn.Module):
                 zero.add(module.adaLN_modulation[1])
             elif isinstance(module, ConditionalPosition):
                 zero.add(module.depthwise.conv)
-        # apply(), because under ZeRO-3 it gathers each module's weights around the call.
+        # apply(), because under ZeRO-3 it gathers each module's weights around the call
         self.apply(partial(_initialise, small=small, zero=zero))
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        """Return the forward FLOPs of one sample, 2 a multiply-add.
+
+        Args:
+            shape: token counts per axis.
+        """
         tokens = math.prod(shape)
         patch = 2 * tokens * self.x_embedder.proj.weight.numel()
         blocks = sum(cast(DiTBlock, block).flops(shape) for block in self.blocks)
         return patch + self.t_embedder.flops() + blocks + self.final_layer.flops(tokens)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)."""
-        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)}
+        """Return the names of the mixing matrices; norms and biases are never decayed (SPEC 1.4)."""
+        return mixing_weights(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes every block in the backward to save memory."""
+        """Recompute every block in the backward to save memory."""
         self.checkpointing = enable
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the public DiT (facebookresearch) and of the MHLA authors' under our names. Positions of
-        another grid go: ours are a formula.
+        """Return weights of the public DiT or of the MHLA authors under our names.
+
+        The public DiT is facebookresearch's. Positions of another grid are left out: ours follow from a
+        formula.
 
         Raises:
             UserError: weights of another width.
         """
-        adapted = {our_name(name): value for name, value in state.items()}
+        adapted = {dit_name(name): value for name, value in state.items()}
         width = adapted.get("x_embedder.proj.bias")
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
             raise UserError(
+                "state",
                 f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, "
-                f"and this DiT needs {needed}"
+                f"and this DiT needs {needed}",
             )
         if "pos_embed" in adapted and adapted["pos_embed"].shape != self.pos_embed.shape:
             del adapted["pos_embed"]
@@ -233,7 +266,7 @@ class DiTBlock(nn.Module):
         dim, heads, mlp_ratio: the model's.
         spec: this layer's resolved attention entry.
         grid: tokens per axis.
-        dwconv: see :class:`DiT`.
+        dwconv: see :class:`DiTOptions`.
     """
 
     def __init__(
@@ -242,18 +275,24 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.grid = tuple(grid)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(
-            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-        )
+        with inside("attention"):
+            self.attn = SelfAttention(
+                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+            )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        # # timm calls it
+        # timm's annotation wants a class; timm only calls it
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x: (batch, tokens, dim) in raster order, condition: (batch, dim) -> (batch, tokens, dim)"""
+        """Return (batch, tokens, dim).
+
+        Args:
+            x: (batch, tokens, dim) in raster order.
+            condition: (batch, dim).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -273,7 +312,7 @@ class FinalLayer(nn.Module):
 
     Args:
         dim: channels of a token.
-        out: numbers a token, patch * patch * channels.
+        out: numbers for each token, patch * patch * channels.
     """
 
     def __init__(self, dim: int, out: int) -> None:
@@ -291,37 +330,42 @@ class FinalLayer(nn.Module):
 
 
 def token_grid(input_size: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(rows, columns) of tokens.
+    """Return (rows, columns) of tokens.
+
+    Args:
+        input_size: (height, width).
+        patch_size: latent pixels per side of a token.
 
     Raises:
         UserError: the patch does not divide a side; names the sides that fit.
     """
     if patch_size < 1:
-        raise UserError(f"patch_size is {patch_size}; it must be at least 1")
+        raise UserError("patch_size", f"{patch_size} is too small; it must be at least 1")
     for side in input_size:
         if side % patch_size or side < 1:
             fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n > 0]
             raise UserError(
-                f"input_size {side} is no multiple of patch_size {patch_size}; use "
-                f"{' or '.join(map(str, fit)) or patch_size}"
+                "input_size",
+                f"{side} is no multiple of `patch_size` {patch_size}; use "
+                f"{' or '.join(map(str, fit)) or patch_size}",
             )
     return input_size[0] // patch_size, input_size[1] // patch_size
 
 
-def our_name(name: str) -> str:
-    """A parameter's name in the public DiT or in the MHLA authors' -> ours; other names stay."""
+def dit_name(name: str) -> str:
+    """Return our name of a parameter of the public DiT or of the MHLA authors; other names stay."""
     return re.sub(r"\.dw_conv\.(weight|bias)$", r".dw_conv.conv.\1", vit_name(name))
 
 
 def _our_shape(name: str, value: Tensor) -> Tensor:
-    """The release stores a mixing matrix as a 1x1 convolution, (M, M, 1, 1)."""
+    """Flatten a mixing matrix that the release stores as a 1x1 convolution, (M, M, 1, 1)."""
     return value.flatten(1) if name.endswith(".mixing.weight") and value.dim() == 4 else value
 
 
 def _two_sides(size: int | Sequence[int]) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise UserError(f"input_size takes one whole number or [height, width], got {size}")
+        raise UserError("input_size", f"{size} does not fit; give one whole number or [height, width]")
     return sides
 
 
@@ -336,7 +380,13 @@ def _modulation_flops(modulation: nn.Sequential) -> int:
 
 @torch.no_grad()
 def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module]) -> None:
-    """One module's own weights; `small` and `zero` hold the exceptions of the rule by type."""
+    """Initialise the weights that belong to one module itself.
+
+    Args:
+        module: any module of the model.
+        small: Linears and embeddings that are drawn from N(0, 0.02).
+        zero: modules whose weights are zero.
+    """
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.bias is not None:
         nn.init.zeros_(module.bias)
     if module in zero:

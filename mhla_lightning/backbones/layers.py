@@ -1,4 +1,4 @@
-"""What backbones put around the self-attention layer."""
+"""Layers that the backbones put around self-attention."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention import BlockGrid, DepthwiseConv
+from mhla_lightning.attention import BlockGrid, DepthwiseConv, MixingMatrix
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError
 
 
 class ConditionalPosition(nn.Module):
-    """CPE: x + depthwise 3x3(x) on raster tokens; zero at the start, so a fresh one changes nothing (SPEC
-    D6).
+    """Conditional position encoding: x + depthwise 3x3(x) on raster tokens (SPEC D6).
+
+    The convolution starts at zero, so a fresh one changes nothing.
 
     Args:
         dim: channels.
@@ -31,6 +32,7 @@ class ConditionalPosition(nn.Module):
             nn.init.zeros_(self.depthwise.conv.bias)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Return tokens of the shape of x, (batch, tokens, dim)."""
         return x + self.depthwise(x, grid)
 
     def flops(self, tokens: int) -> int:
@@ -38,35 +40,44 @@ class ConditionalPosition(nn.Module):
 
 
 class BlockOrderConv(DepthwiseConv):
-    """The release's `dwconv`: a depthwise 3x3 without residual, on tokens in block order laid out as a square
-    (SPEC D6).
+    """The release's `dwconv`: a depthwise 3x3 on tokens in block order (SPEC D6).
 
-    Neighbours in that square are not neighbours in the image; :class:`ConditionalPosition` is what the paper
-    means.
+    The tokens are laid out as a square, and there is no residual. Neighbours in that square are not
+    neighbours in the image; :class:`ConditionalPosition` is the paper's version.
 
     Args:
         dim: channels.
         blocks: the operator's partition; None for an operator without blocks, whose tokens stay in raster
             order.
-        tokens: how many, a square number.
+        tokens: token count, a square number.
 
     Raises:
-        UserError: tokens that make no square, or short blocks.
+        UserError: a token count that is no square, or short blocks.
     """
 
     def __init__(self, dim: int, blocks: BlockGrid | None, tokens: int) -> None:
         super().__init__(dim, axes=2, kernel_size=3)
         if math.isqrt(tokens) ** 2 != tokens:
             raise UserError(
-                f"dwconv lays the tokens out as a square, and {tokens} is no square number; take "
-                "pos_conv: cpe3"
+                "dwconv",
+                f"it lays the tokens out as a square, and {tokens} is no square number; use the attention "
+                "option `pos_conv` cpe3 instead",
             )
         if blocks is not None and not blocks.even:
-            raise UserError(f"dwconv needs full blocks, and {blocks} has short ones; take pos_conv: cpe3")
+            raise UserError(
+                "dwconv",
+                f"it needs full blocks, and {blocks} has short ones; use the attention option `pos_conv` "
+                "cpe3 instead",
+            )
         self.blocks, self.side = blocks, math.isqrt(tokens)
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """(batch, tokens, dim) in raster order -> same shape; the square stands for any grid."""
+        """Return tokens of the shape of x.
+
+        Args:
+            x: (batch, tokens, dim) in raster order.
+            grid: ignored; the square replaces any grid.
+        """
         square = (self.side, self.side)
         if self.blocks is None:
             return super().forward(x, square)
@@ -77,7 +88,7 @@ class BlockOrderConv(DepthwiseConv):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of the model time, then Linear SiLU Linear (SPEC 4.2).
+    """Embedding of the model time: a sinusoid, then Linear, SiLU, Linear (SPEC 4.2).
 
     Args:
         dim: channels of the embedding.
@@ -90,8 +101,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.channels, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(batch,) of any number type -> (batch, dim) in the parameters' dtype; the sinusoid itself is
-        float32.
+        """Return (batch, dim) in the parameters' dtype; the sinusoid is float32.
+
+        Args:
+            t: (batch,) of any number type.
         """
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
@@ -102,10 +115,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class and one, the last, for no class: the null label of classifier-free guidance.
+    """One vector for each class, and a last one for the null label of classifier-free guidance.
 
     Args:
-        num_classes: without the null label.
+        num_classes: classes without the null label.
         dim: channels of the embedding.
     """
 
@@ -119,8 +132,9 @@ class LabelEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of tokens to a text, q and k normalised over all channels (SPEC 6.2). Parameter names
-    are Wan2.1's.
+    """Softmax attention of tokens to a text, with normalised q and k (SPEC 6.2).
+
+    The norms run over all channels. Parameter names are Wan2.1's.
 
     Args:
         dim: channels, a multiple of heads.
@@ -134,30 +148,37 @@ class CrossAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps=1e-6), RMSNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """(batch, tokens, dim), (batch, rows, dim) -> (batch, tokens, dim)"""
+        """Return (batch, tokens, dim).
+
+        Args:
+            x: (batch, tokens, dim).
+            text: (batch, rows, dim).
+        """
         parts = self.norm_q(self.q(x)), self.norm_k(self.k(text)), self.v(text)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def flops(self, tokens: int, rows: int) -> int:
-        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add."""
+        """Return the matrix-product FLOPs of one sample's forward, 2 a multiply-add."""
         weight = self.q.weight.numel()
         return 4 * (tokens + rows) * weight + 4 * tokens * rows * len(self.q.weight)
 
 
 class GridRotation:
-    """Rotary positions on a grid of three axes: neighbouring channels are a pair, some pairs turn with each
-    axis (SPEC 6.3).
+    """Rotary positions on a grid of three axes (SPEC 6.3).
 
-    Of c pairs a head, c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width; pair j of the D
-    channels of its axis turns by position / 10000^(2 j / D). Angles, sines and cosines are float64; they are
-    rounded once, to the precision in which x is turned, float32 at least (as diffusers does; turning in
-    float64 moves the result by its last bit and takes seven times as long on a CPU).
+    Neighbouring channels form a pair, and each axis turns some of the pairs. Of c pairs a head,
+    c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width. Pair j of the D channels of its
+    axis turns by position / 10000^(2 j / D).
+
+    Angles, sines and cosines are float64. They are rounded once, to the precision in which x is turned,
+    which is float32 at least, as in diffusers. Turning in float64 changes the last bit only and takes seven
+    times as long on a CPU.
 
     Args:
         grid: (frames, rows, columns) of tokens.
         dim: channels of a head, even.
-        device: where the tokens are.
+        device: device of the tokens.
     """
 
     def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
@@ -173,8 +194,10 @@ class GridRotation:
 
 
 def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """(tokens, 1, dim / 2) complex128 in raster order: what :class:`GridRotation` multiplies with, e^(i
-    angle).
+    """Return the factors e^(i angle) of :class:`GridRotation`.
+
+    Returns:
+        (tokens, 1, dim / 2) complex128 in raster order.
     """
     pairs = dim // 2
     by_axis = []
@@ -189,13 +212,34 @@ def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu"
     return torch.cat(by_axis, dim=-1).reshape(-1, 1, pairs)
 
 
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Refuse a number of heads that does not divide the channels. Raises UserError."""
+    if num_heads < 1 or embed_dim % num_heads:
+        raise UserError(
+            "num_heads", f"{num_heads} heads do not divide the {embed_dim} channels of `embed_dim`"
+        )
+
+
+def mixing_weights(model: nn.Module) -> set[str]:
+    """Return the parameter names of a model's mixing matrices."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, MixingMatrix)}
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift; x is (batch, tokens, dim), shift and scale (batch, dim)."""
+    """Scale and shift, x (1 + scale) + shift: x (batch, tokens, dim), the others (batch, dim)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def time_sinusoid(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(batch,) -> (batch, channels) in dtype: [cos | sin] of t / 10000^(j / half), j = 0 ... half - 1."""
+    """Return the sinusoid of model times.
+
+    It is [cos | sin] of t / 10000^(j / half), j = 0 ... half - 1.
+
+    Args:
+        t: (batch,).
+        channels: even; half of them are cosines.
+        dtype: of the result, (batch, channels).
+    """
     half = channels // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
     angle = t.to(dtype)[:, None] * frequency
@@ -203,10 +247,17 @@ def time_sinusoid(t: Tensor, channels: int, dtype: torch.dtype = torch.float32) 
 
 
 def grid_sinusoid(grid: Sequence[int], dim: int) -> Tensor:
-    """(rows * columns, dim) float32 in raster order, dim a multiple of 4: the first half from the column, the
-    second from the row (SPEC 4.2).
+    """Return fixed positions of a grid of two axes (SPEC 4.2).
 
-    Each half is [sin(p w_0), ..., cos(p w_0), ...] with w_j = 10000^(-j / (dim / 4)).
+    The first half of the channels comes from the column and the second from the row. Each half is
+    [sin(p w_0), ..., cos(p w_0), ...] with w_j = 10000^(-j / (dim / 4)).
+
+    Args:
+        grid: (rows, columns) of tokens.
+        dim: channels, a multiple of 4.
+
+    Returns:
+        (rows * columns, dim) float32 in raster order.
     """
     rows, columns = grid
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

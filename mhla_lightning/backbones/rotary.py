@@ -1,5 +1,6 @@
-"""Rotary positions of language models (arXiv 2104.09864), the halves of a head as pairs (GPT-NeoX's order,
-as the release; SPEC 5.1).
+"""Rotary positions of language models (arXiv 2104.09864; SPEC 5.1).
+
+The two halves of a head form the pairs, as in GPT-NeoX and in the release.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from torch import Tensor
 
 
 class Rotation:
-    """Turns (batch, tokens, heads, dim) by the angles of its positions; sums in the angles' precision.
+    """Turns (batch, tokens, heads, dim) by the angles of its positions.
+
+    Sums are taken in the precision of the angles.
 
     Args:
         cos, sin: (batch or 1, tokens, 1, dim / 2).
@@ -28,7 +31,7 @@ class Rotation:
 
 
 def rotations(positions: Tensor, dims: Iterable[int], base: float, dtype: torch.dtype) -> dict[int, Rotation]:
-    """One rotation a head dimension, for all layers of a forward.
+    """Return one rotation for each head dimension, shared by all layers of a forward.
 
     Args:
         positions: (batch or 1, tokens) int64.

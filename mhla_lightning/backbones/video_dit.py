@@ -1,11 +1,13 @@
-"""Wan2.1's video diffusion transformer (arXiv 2503.20314) around any attention operator (MHLA paper Sec.
-5.3; SPEC section 6).
+"""Wan2.1's video diffusion transformer around any attention operator.
+
+Wan2.1: arXiv 2503.20314. With MHLA: paper Sec. 5.3; SPEC section 6.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +20,6 @@ from mhla_lightning.attention import (
     BlockGrid,
     DepthwiseConv,
     LayerAttention,
-    MixingMatrix,
     Rotary,
     SelfAttention,
     resolve_layers,
@@ -28,10 +29,11 @@ from mhla_lightning.backbones.layers import (
     ConditionalPosition,
     CrossAttention,
     GridRotation,
+    mixing_weights,
     modulate,
     time_sinusoid,
 )
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.wan_names import from_wan
 
 AXES = ("frames", "height", "width")
@@ -52,30 +54,65 @@ VIDEO_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mhla": {**_MHLA, "mix_init": "const", "mix_clamp": None},
     },
 }
-"""preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video). `release` starts every mixing weight
-at 1e-6 and never clamps (V6, V7).
+"""Preset -> operator -> options (SPEC 6.4, 6.9 and section 9, video).
+
+`release` starts every mixing weight at 1e-6 and never clamps (V6, V7).
 """
 
 
-class VideoDiT(nn.Module):
-    """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text; clips of any length
-    and size, an image being one frame.
+@dataclass(frozen=True)
+class VideoDiTOptions:
+    """Sizes of a :class:`VideoDiT`.
 
     Args:
-        attention: attention entry: name, mapping, or a list of these cycled over the layers; `[softmax, mhla,
-            mhla]` is the paper's hybrid.
         input_size: (frames, height, width) of the latents that the layers' blocks are laid out for; other
-            sizes work where :meth:`check_size` lets them.
+            sizes work where :meth:`VideoDiT.check_size` allows them.
         patch_size: latent pixels of a token along each axis.
         in_channels: C, of the latents.
-        embed_dim: channels of a token; a head's are even.
+        embed_dim: channels of a token; a head has an even number.
         ffn_dim: hidden channels of the feed-forward network.
         depth, num_heads: of the transformer.
         freq_dim: channels of the time's sinusoid, even.
         text_dim: channels of the text's features.
-        text_length: rows of text that every sample is filled up to with zeros.
+        text_length: rows of text; every sample is filled up to them with zeros.
         blocks: blocks per axis of the entries that name neither `blocks` nor `block_size`; the paper's fit 81
             x 480 x 800 pixels.
+    """
+
+    input_size: Sequence[int] = (21, 60, 100)
+    patch_size: Sequence[int] = (1, 2, 2)
+    in_channels: int = 16
+    embed_dim: int = 1536
+    ffn_dim: int = 8960
+    depth: int = 30
+    num_heads: int = 12
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_length: int = 512
+    blocks: Sequence[int] = (3, 5, 10)
+
+
+_COUNTS = (
+    "embed_dim",
+    "ffn_dim",
+    "depth",
+    "num_heads",
+    "in_channels",
+    "freq_dim",
+    "text_dim",
+    "text_length",
+)
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text.
+
+    Clips may have any length and size; an image is one frame.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers; `[softmax, mhla,
+            mhla]` is the paper's hybrid.
+        options: sizes; None takes the defaults.
 
     Attributes:
         grid: tokens per axis of input_size, (frames, rows, columns).
@@ -88,78 +125,57 @@ class VideoDiT(nn.Module):
     def __init__(
         self,
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
-        input_size: Sequence[int] = (21, 60, 100),
-        patch_size: Sequence[int] = (1, 2, 2),
-        in_channels: int = 16,
-        embed_dim: int = 1536,
-        ffn_dim: int = 8960,
-        depth: int = 30,
-        num_heads: int = 12,
-        freq_dim: int = 256,
-        text_dim: int = 4096,
-        text_length: int = 512,
-        blocks: Sequence[int] = (3, 5, 10),
+        options: VideoDiTOptions | None = None,
     ) -> None:
         super().__init__()
-        self.input_size, self.patch_size = _three("input_size", input_size), _three("patch_size", patch_size)
+        options = options or VideoDiTOptions()
+        dim, channels = options.embed_dim, options.in_channels
+        self.input_size = _three("input_size", options.input_size)
+        self.patch_size = _three("patch_size", options.patch_size)
         self._layouts: list[_Layout] = []
-        self.grid = self.check_size(self.input_size)
-        sizes = {
-            "embed_dim": embed_dim,
-            "ffn_dim": ffn_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "in_channels": in_channels,
-        }
-        for key, value in {
-            **sizes,
-            "freq_dim": freq_dim,
-            "text_dim": text_dim,
-            "text_length": text_length,
-        }.items():
-            positive(key, value)
-        if embed_dim % (2 * num_heads):
+        self.grid = self._tokens("input_size", self.input_size)
+        for key in _COUNTS:
+            positive(key, getattr(options, key))
+        if dim % (2 * options.num_heads):
             raise UserError(
-                f"{num_heads} heads do not divide {embed_dim} channels into even heads, which rotary "
-                "positions need"
+                "num_heads",
+                f"{options.num_heads} heads do not divide the {dim} channels of `embed_dim` into even heads, "
+                "which rotary positions need",
             )
-        if freq_dim % 2:
-            raise UserError(f"freq_dim is {freq_dim}; it must be even: half cosines, half sines")
-        self.in_channels = self.out_channels = in_channels
-        self.embed_dim, self.freq_dim, self.text_dim, self.text_length = (
-            embed_dim,
-            freq_dim,
-            text_dim,
-            text_length,
-        )
-        layers = resolve_layers(attention, depth, _presets(blocks), SelfAttention.layer_options())
-        self.patch_embedding = nn.Conv3d(in_channels, embed_dim, self.patch_size, self.patch_size)
+        if options.freq_dim % 2:
+            raise UserError("freq_dim", f"{options.freq_dim} is odd; half are cosines and half are sines")
+        self.in_channels = self.out_channels = channels
+        self.embed_dim, self.freq_dim = dim, options.freq_dim
+        self.text_dim, self.text_length = options.text_dim, options.text_length
+        with inside("attention"):
+            layers = resolve_layers(
+                attention, options.depth, _presets(options.blocks), SelfAttention.layer_options()
+            )
+        self.patch_embedding = nn.Conv3d(channels, dim, self.patch_size, self.patch_size)
         self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, embed_dim), nn.GELU(approximate="tanh"), nn.Linear(embed_dim, embed_dim)
+            nn.Linear(options.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(freq_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
-        )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 6 * embed_dim))
+        self.time_embedding = nn.Sequential(nn.Linear(options.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            VideoBlock(embed_dim, num_heads, ffn_dim, spec, self.grid) for spec in layers
+            VideoBlock(dim, options.num_heads, options.ffn_dim, spec, self.grid) for spec in layers
         )
-        self.head = Head(embed_dim, math.prod(self.patch_size) * in_channels)
+        self.head = Head(dim, math.prod(self.patch_size) * channels)
         self._layouts = _layouts(layers, self.grid)
         self.checkpointing = False
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Latents, model times and texts -> the velocity of the latents.
+        """Return the velocity of the latents, (batch, C, frames, height, width).
+
+        It has the parameters' dtype.
 
         Args:
             x: (batch, C, frames, height, width).
-            t: (batch,), 0 to 1000, whole or not.
+            t: model times (batch,), 0 to 1000, whole or not.
             text: (batch, rows, text_dim), at most text_length rows; filled up with zeros, which are not
-                masked (SPEC 6.2).
-
-        Returns:
-            (batch, C, frames, height, width) in the parameters' dtype.
+                masked
+                (SPEC 6.2).
 
         Raises:
             UserError: shapes that do not fit the model.
@@ -181,7 +197,11 @@ class VideoDiT(nn.Module):
         return self._to_video(self.head(tokens, time), grid)
 
     def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch,) -> (batch, dim) and (batch, 6, dim), float32 at least whatever autocast says."""
+        """Return (batch, dim) and (batch, 6, dim), in float32 at least, also under autocast.
+
+        Args:
+            t: (batch,).
+        """
         with full_precision(t):
             sinusoid = time_sinusoid(t, self.freq_dim, torch.float64)
             time = self.time_embedding(sinusoid.to(self.patch_embedding.weight.dtype))
@@ -189,22 +209,28 @@ class VideoDiT(nn.Module):
         return time.to(accumulation_dtype(time)), modulation.to(accumulation_dtype(modulation))
 
     def _to_video(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """(batch, tokens, frames * rows * columns of a patch * channels) -> (batch, channels, frames,
-        height, width)
+        """Put patches together to (batch, channels, frames, height, width).
+
+        Args:
+            tokens: (batch, tokens, frames * rows * columns of a patch * channels).
+            grid: tokens per axis.
         """
         patches = tokens.reshape(len(tokens), *grid, *self.patch_size, self.out_channels)
         sides = [count * size for count, size in zip(grid, self.patch_size, strict=True)]
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(len(tokens), self.out_channels, *sides)
 
     def _check(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[int, int, int]:
-        """Tokens per axis of x. Raises UserError for shapes that do not fit."""
+        """Return the tokens per axis of x. Raises UserError for shapes that do not fit."""
         if x.dim() != 5 or x.shape[1] != self.in_channels:
             wanted = f"(batch, {self.in_channels}, frames, height, width)"
-            raise UserError(f"latents of shape {tuple(x.shape)} do not fit this model, which takes {wanted}")
+            raise UserError(
+                "x", f"latents of shape {tuple(x.shape)} do not fit this model, which takes {wanted}"
+            )
         if t.shape != x.shape[:1]:
             raise UserError(
-                f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a "
-                f"sample, ({len(x)},)"
+                "t",
+                f"times have the shape {tuple(t.shape)}; a batch of {len(x)} takes one number a sample, "
+                f"({len(x)},)",
             )
         if (
             text.dim() != 3
@@ -214,27 +240,36 @@ class VideoDiT(nn.Module):
         ):
             wanted = f"({len(x)}, at most {self.text_length}, {self.text_dim})"
             raise UserError(
+                "text",
                 f"texts have the shape {tuple(text.shape)}; a batch of {len(x)} takes (batch, rows, "
-                f"channels) = {wanted}"
+                f"channels) = {wanted}",
             )
-        return self.check_size(tuple(x.shape[2:]))
+        return self._tokens("x", _three("x", tuple(x.shape[2:])))
 
     def check_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens per axis of latents of (frames, height, width).
+        """Return the tokens per axis of latents of a size.
+
+        Args:
+            shape: (frames, height, width).
 
         Raises:
             UserError: a size that the patch does not divide, or that the layers' blocks do not cut into as
-                many blocks as the mixing matrix has; names the nearest sizes that work.
+                many
+                blocks as the mixing matrix has; names the nearest sizes that work.
         """
-        shape = _three("latents", shape)
+        return self._tokens("shape", _three("shape", shape))
+
+    def _tokens(self, key: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return the tokens per axis; `key` names the argument in the error."""
         for axis, size in enumerate(shape):
             near = self.nearest(axis, size)
             if size not in near:
                 layouts = "".join(f" and blocks {layout.blocks}" for layout in self._layouts)
                 use = " or ".join(map(str, near))
                 raise UserError(
+                    key,
                     f"latents of {shape} (frames, height, width) do not fit patches of "
-                    f"{self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}"
+                    f"{self.patch_size}{layouts}: {AXES[axis]} {size}; use {use}",
                 )
         return cast(
             tuple[int, int, int],
@@ -242,8 +277,14 @@ class VideoDiT(nn.Module):
         )
 
     def nearest(self, axis: int, size: int) -> tuple[int, ...]:
-        """Latent sizes along an axis (0 frames, 1 height, 2 width) that work: `size` alone where it does,
-        else the next below and above it.
+        """Return the nearest latent sizes along an axis that work.
+
+        Args:
+            axis: 0 frames, 1 height, 2 width.
+            size: wanted size.
+
+        Returns:
+            `size` alone where it works, else the next below and above it.
         """
         patch = self.patch_size[axis]
         if size > 0 and size % patch == 0 and self._fits(axis, size // patch):
@@ -265,17 +306,23 @@ class VideoDiT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Wan2.1's: Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output
-        zero. Depthwise convolutions, which Wan has
-        not, start at zero: a fresh one changes nothing. Mixing matrices, norms and modulations (N(0, 1 /
-            dim)) stay."""
-        # apply(), because under ZeRO-3 it gathers each module's weights around the call.
+        """Initialise all weights as Wan2.1 does.
+
+        Linears Xavier-uniform with zero biases, text and time embeddings N(0, 0.02), output zero. Depthwise
+        convolutions, which Wan lacks, start at zero, so a fresh one changes nothing. Mixing matrices, norms
+        and modulations (N(0, 1 / dim)) keep theirs.
+        """
+        # apply(), because under ZeRO-3 it gathers each module's weights around the call
         self.apply(
             partial(_initialise, small={*self.text_embedding, *self.time_embedding}, zero={self.head.head})
         )
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        """Return the forward FLOPs of one sample, 2 a multiply-add.
+
+        Args:
+            shape: token counts per axis.
+        """
         tokens = math.prod(shape)
         ends = 2 * tokens * (self.patch_embedding.weight.numel() + self.head.head.weight.numel())
         text = self.text_length * _linear_flops(self.text_embedding)
@@ -288,24 +335,22 @@ class VideoDiT(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides norms and biases: mixing matrices (SPEC 1.4)
-        and modulations, which are offsets.
+        """Return the names of mixing matrices (SPEC 1.4) and of modulations, which are offsets.
+
+        Norms and biases are never decayed.
         """
-        mixing = {
-            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
-        }
-        return mixing | {
+        return mixing_weights(self) | {
             f"{name}.modulation"
             for name, module in self.named_modules()
             if isinstance(module, (VideoBlock, Head))
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes every block in the backward to save memory."""
+        """Recompute every block in the backward to save memory."""
         self.checkpointing = enable
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of Wan2.1, of the MHLA authors or of diffusers under our names.
+        """Return weights of Wan2.1, of the MHLA authors or of diffusers under our names.
 
         Raises:
             UserError: weights of another width.
@@ -315,15 +360,17 @@ class VideoDiT(nn.Module):
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
             raise UserError(
+                "state",
                 f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, "
-                f"and this model needs {needed}"
+                f"and this model needs {needed}",
             )
         return adapted
 
 
 class VideoBlock(nn.Module):
-    """Self-attention and feed-forward network, each shifted, scaled and gated by the time, with attention to
-    the text between them (SPEC 6.2).
+    """Self-attention, attention to the text, and a feed-forward network (SPEC 6.2).
+
+    The first and the last are shifted, scaled and gated by the time.
 
     Args:
         dim, heads, ffn_dim: the model's.
@@ -337,9 +384,10 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SelfAttention(
-            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-        )
+        with inside("attention"):
+            self.attn = SelfAttention(
+                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+            )
         self.cross_attn = CrossAttention(dim, heads)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
@@ -349,8 +397,14 @@ class VideoBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Rotary, grid: Sequence[int]
     ) -> Tensor:
-        """x (batch, tokens, dim) in raster order, modulation (batch, 6, dim) in float32, text (batch,
-        rows, dim) -> (batch, tokens, dim)
+        """Return (batch, tokens, dim).
+
+        Args:
+            x: (batch, tokens, dim) in raster order.
+            modulation: (batch, 6, dim) in float32.
+            text: (batch, rows, dim).
+            rotary: turns q and k of the self-attention.
+            grid: tokens per axis of x.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)
         attended = self.attn(_modulated(self.norm1, x, shift1, scale1), grid=grid, rotary=rotary)
@@ -360,7 +414,12 @@ class VideoBlock(nn.Module):
         return x if self.cpe is None else self.cpe(x, grid)
 
     def flops(self, grid: Sequence[int], rows: int) -> int:
-        """Of one sample's forward with `rows` rows of text."""
+        """Return the forward FLOPs of one sample.
+
+        Args:
+            grid: tokens per axis.
+            rows: rows of text.
+        """
         tokens = math.prod(grid)
         convolution = 0 if self.cpe is None else self.cpe.flops(tokens)
         return (
@@ -371,7 +430,10 @@ class VideoBlock(nn.Module):
         )
 
     def _layer(self, grid: Sequence[int]) -> SelfAttention:
-        """The attention layer as laid out for a grid: how much short blocks are filled up depends on it."""
+        """Return the attention layer laid out for a grid, for its FLOPs.
+
+        The filling of short blocks depends on the grid.
+        """
         if tuple(grid) == self.attn.grid:
             return self.attn
         with torch.device("meta"):
@@ -382,12 +444,13 @@ class VideoBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Shifted and scaled norm, then one Linear to the pixels of a patch; float32 whatever autocast says, as
-    in Wan2.1.
+    """Shifted and scaled norm, then one Linear to the pixels of a patch.
+
+    It runs in float32 also under autocast, as in Wan2.1.
 
     Args:
         dim: channels of a token.
-        out: numbers a token, those of a patch times channels.
+        out: numbers for each token: pixels of a patch times channels.
     """
 
     def __init__(self, dim: int, out: int) -> None:
@@ -397,14 +460,19 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(batch, tokens, dim), (batch, dim) in float32 -> (batch, tokens, out)"""
+        """Return (batch, tokens, out).
+
+        Args:
+            x: (batch, tokens, dim).
+            time: (batch, dim) in float32.
+        """
         with full_precision(x):
             shift, scale = (self.modulation + time.unsqueeze(1)).unbind(1)
             return self.head(_modulated(self.norm, x, shift, scale))
 
 
 class _Layout:
-    """The blocks of a layer, and which token counts of an axis they cut into as many.
+    """The blocks of a layer, and the sizes that give the same number of blocks.
 
     Args:
         partition: blocks or block_size, of the attention entry.
@@ -419,8 +487,8 @@ class _Layout:
         self.widths = None if size is None else (size,) * len(grid) if isinstance(size, int) else tuple(size)
 
     def takes(self, axis: int, tokens: int) -> bool:
-        """Whether an axis of so many tokens makes this layout's number of blocks."""
-        if axis == 0 and tokens == 1 and self.widths is None:  # an image: MHLA.is_image
+        """Return whether an axis of `tokens` tokens gives this layout's number of blocks."""
+        if axis == 0 and tokens == 1 and self.widths is None:  # an image, see MHLA.is_image
             return True
         count = self.blocks[axis]
         width = -(-tokens // count) if self.widths is None else min(tokens, self.widths[axis])
@@ -428,7 +496,7 @@ class _Layout:
 
 
 def _layouts(layers: Sequence[LayerAttention], grid: Sequence[int]) -> list[_Layout]:
-    """One a partition that occurs in the layers."""
+    """Return one layout for each partition that occurs in the layers."""
     found: dict[str, _Layout] = {}
     for spec in layers:
         partition = {
@@ -441,7 +509,7 @@ def _layouts(layers: Sequence[LayerAttention], grid: Sequence[int]) -> list[_Lay
 
 
 def _presets(blocks: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
-    """VIDEO_PRESETS with these blocks wherever it has some."""
+    """Return VIDEO_PRESETS with these blocks in every entry that has some."""
     return {
         preset: {
             name: {**options, "blocks": tuple(blocks)} if "blocks" in options else options
@@ -454,12 +522,12 @@ def _presets(blocks: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
 def _three(key: str, size: Sequence[int]) -> tuple[int, int, int]:
     given = tuple(size) if isinstance(size, Sequence) else ()
     if len(given) != 3 or not all(isinstance(n, int) and n > 0 for n in given):
-        raise UserError(f"{key} takes three whole numbers from 1 on, [frames, height, width], got {size}")
+        raise UserError(key, f"{size} does not fit; give three whole numbers from 1, [frames, height, width]")
     return given
 
 
 def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Norm, scale and shift in float32 at least, then x's dtype."""
+    """Norm, scale and shift in float32 at least; the result has x's dtype."""
     return modulate(norm(x.to(accumulation_dtype(x))), shift, scale).to(x.dtype)
 
 
@@ -469,7 +537,13 @@ def _linear_flops(layers: nn.Sequential) -> int:
 
 @torch.no_grad()
 def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module]) -> None:
-    """One module's own weights; `small` and `zero` hold the exceptions of the rule by type."""
+    """Initialise the weights that belong to one module itself.
+
+    Args:
+        module: any module of the model.
+        small: Linears that are drawn from N(0, 0.02).
+        zero: modules whose weights are zero.
+    """
     if isinstance(module, DepthwiseConv):
         nn.init.zeros_(module.conv.weight)
         nn.init.zeros_(cast(Tensor, module.conv.bias))
@@ -482,7 +556,6 @@ def _initialise(module: nn.Module, *, small: set[nn.Module], zero: set[nn.Module
             nn.init.normal_(module.weight, std=0.02)
         else:
             nn.init.xavier_uniform_(module.weight)
-    elif (
-        isinstance(module, nn.Conv3d) and module.groups == 1
-    ):  # the patches, as one Linear; its bias stays torch's, as in Wan2.1
+    elif isinstance(module, nn.Conv3d) and module.groups == 1:
+        # The patches, as one Linear; its bias keeps torch's initialisation, as in Wan2.1.
         nn.init.xavier_uniform_(module.weight.flatten(1))

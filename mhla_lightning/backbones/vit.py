@@ -1,9 +1,13 @@
-"""DeiT with any attention operator, on timm's VisionTransformer (paper Sec. 5.1; SPEC section 3.1)."""
+"""DeiT with any attention operator, on timm's VisionTransformer.
+
+Paper Sec. 5.1; SPEC section 3.1.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -14,9 +18,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention import LayerAttention, MixingMatrix, SelfAttention, resolve_layers
-from mhla_lightning.backbones.layers import ConditionalPosition
-from mhla_lightning.errors import UserError
+from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
+from mhla_lightning.errors import UserError, inside
 
 _LINEAR = {
     "feature_map": "relu",
@@ -53,64 +57,76 @@ VISION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""preset -> operator -> options (SPEC section 9, classification)."""
+"""Preset -> operator -> options (SPEC section 9, classification)."""
 
 
-class VisionTransformer(TimmVisionTransformer):
-    """A vision transformer without class token, average-pooled, whose layers hold any operator of the
-    registry.
-
-    timm's own lacks: an operator that knows the token grid, another operator in every layer, and zero padding
-    of the image to full blocks.
+@dataclass(frozen=True)
+class ViTOptions:
+    """Sizes of a :class:`VisionTransformer`.
 
     Args:
-        attention: attention entry: name, mapping, or a list of these cycled over the layers.
         img_size: pixels per side, or (height, width).
         patch_size: pixels per side of a patch; must divide img_size.
         token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this
             (224 px -> 256 px as in the paper).
-        mask_padding: tokens that hold padding only are masked in attention and pooling (the paper lets them
+        mask_padding: mask tokens that hold padding only, in attention and in pooling (the paper lets them
             take part, SPEC C9).
         in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, drop_rate, drop_path_rate: as in timm.
+    """
+
+    img_size: int | Sequence[int] = 224
+    patch_size: int = 16
+    token_multiple: int = 4
+    mask_padding: bool = False
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """A vision transformer, average-pooled, whose layers hold any operator of the registry.
+
+    It has no class token. timm's own lacks an operator that knows the token grid, another operator in every
+    layer, and zero padding of the image to full blocks.
+
+    Args:
+        attention: attention entry: name, mapping, or a list of these cycled over the layers.
+        options: sizes; None takes the defaults.
 
     Raises:
         UserError: a size that does not fit, or an attention entry that does not.
     """
 
     def __init__(
-        self,
-        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
-        img_size: int | Sequence[int] = 224,
-        patch_size: int = 16,
-        token_multiple: int = 4,
-        mask_padding: bool = False,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        embed_dim: int = 192,
-        depth: int = 12,
-        num_heads: int = 3,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        self, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", options: ViTOptions | None = None
     ) -> None:
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        grid = padded_grid(size, patch_size, token_multiple)
-        layers = resolve_layers(attention, depth, VISION_PRESETS, SelfAttention.layer_options())
-        mask = _image_tokens(size, grid, patch_size) if mask_padding else None
+        options = options or ViTOptions()
+        side, patch = options.img_size, options.patch_size
+        size = (side, side) if isinstance(side, int) else tuple(side)
+        grid = padded_grid(size, patch, options.token_multiple)
+        check_heads(options.embed_dim, options.num_heads)
+        with inside("attention"):
+            layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
+        mask = _image_tokens(size, grid, patch) if options.mask_padding else None
         super().__init__(
-            img_size=(grid[0] * patch_size, grid[1] * patch_size),
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
+            img_size=(grid[0] * patch, grid[1] * patch),
+            patch_size=patch,
+            in_chans=options.in_chans,
+            num_classes=options.num_classes,
             global_pool="avg",
             class_token=False,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            # # timm calls it, a class or not
+            embed_dim=options.embed_dim,
+            depth=options.depth,
+            num_heads=options.num_heads,
+            mlp_ratio=options.mlp_ratio,
+            drop_rate=options.drop_rate,
+            drop_path_rate=options.drop_path_rate,
+            # timm's annotation wants a class; timm only calls it
             block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]
         )
         self.img_size, self.grid = size, grid
@@ -118,15 +134,16 @@ class VisionTransformer(TimmVisionTransformer):
         self.register_buffer("token_mask", mask, persistent=False)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(batch, channels, height, width) -> (batch, tokens, embed_dim) in raster order."""
+        """Return (batch, tokens, embed_dim) in raster order of images (batch, C, H, W)."""
         return super().forward_features(self._pad(x))
 
     def _pad(self, x: Tensor) -> Tensor:
         full = self.patch_embed.img_size
         if tuple(x.shape[-2:]) not in (self.img_size, tuple(full)):
             raise UserError(
-                f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone of img_size "
-                f"{self.img_size} (padded {tuple(full)})"
+                "x",
+                f"images of {tuple(x.shape[-2:])} pixels do not fit this backbone, which takes "
+                f"{self.img_size} pixels, or {tuple(full)} with its padding",
             )
         spare_h, spare_w = full[0] - x.shape[-2], full[1] - x.shape[-1]
         return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
@@ -137,16 +154,15 @@ class VisionTransformer(TimmVisionTransformer):
         return x[:, self.token_mask].mean(1)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides timm's norms and biases: positions and mixing
-        matrices (SPEC 1.4).
-        """
-        mixing = {
-            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, MixingMatrix)
-        }
-        return {"pos_embed", *mixing}
+        """Return the names of positions and mixing matrices; timm adds norms and biases (SPEC 1.4)."""
+        return {"pos_embed", *mixing_weights(self)}
 
     def flops(self, shape: Sequence[int]) -> int:
-        """Forward FLOPs of one sample, 2 a multiply-add; shape = token counts per axis."""
+        """Return the forward FLOPs of one sample, 2 a multiply-add.
+
+        Args:
+            shape: token counts per axis.
+        """
         tokens, dim = math.prod(shape), self.embed_dim
         patch = 2 * tokens * self.patch_embed.proj.weight.numel()
         return (
@@ -156,10 +172,11 @@ class VisionTransformer(TimmVisionTransformer):
         )
 
     def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of timm's ViTs and of the MHLA authors under our names, position embedding resampled to
-        this grid.
+        """Return weights of timm's ViTs or of the MHLA authors under our names.
+
+        The position embedding is resampled to this grid.
         """
-        adapted = {our_name(name): value for name, value in state.items()}
+        adapted = {vit_name(name): value for name, value in state.items()}
         adapted = {
             name: value.flatten(2).squeeze(-1)
             if name.endswith("mixing.weight") and value.dim() == 4
@@ -168,9 +185,8 @@ class VisionTransformer(TimmVisionTransformer):
         }
         position = adapted.get("pos_embed")
         if position is not None and position.shape[1] != math.prod(self.grid):
-            prefix = (
-                position.shape[1] - math.isqrt(position.shape[1]) ** 2
-            )  # class and distillation tokens stand before a square grid
+            # Class and distillation tokens come before a square grid.
+            prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2
             adapted["pos_embed"] = resample_abs_pos_embed(
                 position[:, prefix:], list(self.grid), num_prefix_tokens=0
             )
@@ -181,11 +197,12 @@ class MixedBlock(Block):
     """timm's Block around our SelfAttention, with an optional conditional position before it.
 
     Args:
+        dim, num_heads: the model's.
         layers: one resolved attention entry a layer; `depth` picks this block's.
         grid: token counts per axis.
         token_mask: (tokens,) bool, True = real token.
         depth: index of the block.
-        timm_options: the arguments that timm's VisionTransformer hands to every block.
+        timm_options: the arguments that timm's VisionTransformer passes to every block.
     """
 
     def __init__(
@@ -204,9 +221,10 @@ class MixedBlock(Block):
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
-        self.attn = SelfAttention(
-            dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-        )
+        with inside("attention"):
+            self.attn = SelfAttention(
+                dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+            )
         self.register_buffer("token_mask", token_mask, persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -228,7 +246,12 @@ class MixedBlock(Block):
 
 
 def padded_grid(img_size: Sequence[int], patch_size: int, token_multiple: int) -> tuple[int, int]:
-    """(rows, columns) of tokens after padding to the next multiple.
+    """Return (rows, columns) of tokens after padding to the next multiple.
+
+    Args:
+        img_size: (height, width) in pixels.
+        patch_size: pixels per side of a patch.
+        token_multiple: tokens per axis are a multiple of this.
 
     Raises:
         UserError: the patch does not divide the image; names the sizes that fit.
@@ -237,14 +260,15 @@ def padded_grid(img_size: Sequence[int], patch_size: int, token_multiple: int) -
         if side % patch_size:
             fit = [n * patch_size for n in (side // patch_size, side // patch_size + 1) if n]
             raise UserError(
-                f"img_size {side} is no multiple of patch_size {patch_size}; use {' or '.join(map(str, fit))}"
+                "img_size",
+                f"{side} is no multiple of `patch_size` {patch_size}; use {' or '.join(map(str, fit))}",
             )
     rows, columns = (math.ceil(side // patch_size / token_multiple) * token_multiple for side in img_size)
     return rows, columns
 
 
 def _image_tokens(img_size: Sequence[int], grid: Sequence[int], patch_size: int) -> Tensor:
-    """(tokens,) bool: True where a token shows at least one pixel of the image."""
+    """Return (tokens,) bool: True where a token shows at least one pixel of the image."""
     axes = []
     for side, count in zip(img_size, grid, strict=True):
         start = (count * patch_size - side) // 2
@@ -262,8 +286,8 @@ _RELEASE_NAMES = (
 )
 
 
-def our_name(name: str) -> str:
-    """A parameter's name in the authors' release -> ours; other names stay."""
+def vit_name(name: str) -> str:
+    """Return our name of a parameter of the authors' release; other names stay."""
     for release, ours in _RELEASE_NAMES:
         name = name.replace(release, ours)
     return name

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from mhla_lightning.weights.rank_files import WEIGHT, ShardReader, holds_shards
+from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader, holds_rank_files
 
 FOLDER = "ema"
 WHOLE = "weights.safetensors"
@@ -18,7 +18,7 @@ WHOLE = "weights.safetensors"
 
 def has_average(checkpoint: Path) -> bool:
     """Whether a checkpoint folder holds averaged weights."""
-    return (checkpoint / FOLDER / WHOLE).is_file() or holds_shards(checkpoint / FOLDER)
+    return (checkpoint / FOLDER / WHOLE).is_file() or holds_rank_files(checkpoint / FOLDER)
 
 
 def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor] | None:
@@ -41,7 +41,7 @@ def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str
         return lambda name, start, numel: opened.get_tensor(name).reshape(-1)[start : start + numel]
     if not folder.is_dir():
         return None
-    reader = ShardReader(folder)
+    reader = RankFileReader(folder)
     return (
         None
         if set(reader.names()) != wanted

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, ShardReader
+from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, RankFileReader
 from mhla_lightning.weights.stored import Stored, as_stored
 
 GROUPS = "optimizer_groups"
@@ -97,7 +97,7 @@ class WholeSource(Source):
 class ShardedSource(Source):
     """The files of all ranks beside Lightning's file."""
 
-    def __init__(self, checkpoint: Mapping[str, Any], reader: ShardReader) -> None:
+    def __init__(self, checkpoint: Mapping[str, Any], reader: RankFileReader) -> None:
         super().__init__(checkpoint)
         self.reader = reader
 
@@ -158,7 +158,7 @@ def open_source(path: Path) -> Source:
         ) from error
     shards = path.parent / FOLDER
     if shards.is_dir():
-        return ShardedSource(checkpoint, ShardReader(shards))
+        return ShardedSource(checkpoint, RankFileReader(shards))
     if not checkpoint.get("state_dict"):
         raise UserError(f"checkpoint {path} holds no weights, and there is no folder {FOLDER} beside it")
     return WholeSource(checkpoint)

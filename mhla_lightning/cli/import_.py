@@ -23,7 +23,7 @@ from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.conversion.foreign import Imported
-    from mhla_lightning.weights.target import Target
+    from mhla_lightning.weights.target import ImportTarget
 
 _KINDS = {
     "dit": "facebookresearch's DiT, or the DiT of the MHLA authors",
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(target: Target, out: Path) -> dict[str, Any]:
+def _model(target: ImportTarget, out: Path) -> dict[str, Any]:
     """What a recipe says to train on from the written weights."""
     options = {"backbone_options": dict(target.options)} if target.options else {}
     return {"backbone": target.backbone, "attention": target.attention, **options, "init_from": str(out)}
@@ -180,7 +180,7 @@ def weights_table(title: str, rows: Sequence[Mapping[str, Any]], states: Mapping
     return table
 
 
-def _show(imported: Imported, target: Target, out: Path) -> None:
+def _show(imported: Imported, target: ImportTarget, out: Path) -> None:
     import yaml
     from rich.console import Console
 

@@ -18,7 +18,7 @@ from mhla_lightning.backbones import Backbone, build_backbone
 from mhla_lightning.conversion.wan import wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT
-from mhla_lightning.weights.target import Entry, State, Target, Wish, file_header
+from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish, file_header
 from mhla_lightning.weights.wan_names import from_wan
 
 Shapes = list[tuple[str, tuple[int, ...]]]
@@ -71,7 +71,7 @@ def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
     ]
 
 
-def convert(state: State, target: Target, seed: int = 0, source: str = "the checkpoint") -> Imported:
+def convert(state: State, target: ImportTarget, seed: int = 0, source: str = "the checkpoint") -> Imported:
     """Weights of `target` out of a foreign checkpoint; what that cannot have (mixing, gate, convolutions)
     keeps its initialisation.
 
@@ -103,11 +103,11 @@ def convert(state: State, target: Target, seed: int = 0, source: str = "the chec
     )
 
 
-def _build(target: Target) -> nn.Module:
+def _build(target: ImportTarget) -> nn.Module:
     return build_backbone(target.backbone, attention=target.attention, **target.options)
 
 
-def _fresh(target: Target, seed: int, names: Iterable[str]) -> dict[str, Tensor]:
+def _fresh(target: ImportTarget, seed: int, names: Iterable[str]) -> dict[str, Tensor]:
     """The target's own initialisation of these tensors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def _fresh(target: Target, seed: int, names: Iterable[str]) -> dict[str, Tensor]
     return {name: weights[name] for name in names}
 
 
-def _without_place(found: State, own: State, target: Target, source: str) -> Shapes:
+def _without_place(found: State, own: State, target: ImportTarget, source: str) -> Shapes:
     """Tensors of the file that the target has not but may do without. Raises UserError for all others that
     differ.
     """
@@ -156,7 +156,7 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Shapes:
     return [(name, tuple(value.shape)) for name, value in tensors]
 
 
-def save_weights(path: Path, imported: Imported, target: Target, source: str) -> None:
+def save_weights(path: Path, imported: Imported, target: ImportTarget, source: str) -> None:
     """Replaces a .safetensors file at once; its header says what the weights are for and where they come
     from.
     """
@@ -179,10 +179,10 @@ class Family:
         rename: from the file's names to ours, where that takes the whole file: joined tensors.
     """
 
-    target: Callable[[State, Wish], Target]
+    target: Callable[[State, Wish], ImportTarget]
     rename: Callable[[State], dict[str, Tensor]] = dict
 
-    def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, Target]:
+    def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, ImportTarget]:
         """Weights of the backbone that is meant, and that backbone. Raises UserError, see :func:`convert`."""
         try:
             state = self.rename(state)
@@ -192,12 +192,12 @@ class Family:
         return convert(state, target, seed, wish.source), target
 
 
-def _dit_target(state: State, wish: Wish) -> Target:
+def _dit_target(state: State, wish: Wish) -> ImportTarget:
     """The named backbone, or the public one; as the checkpoint was trained where nothing else is asked
     for.
     """
     attention, options = _dit_facts(state)
-    return Target(
+    return ImportTarget(
         wish.backbone or "dit_xl2",
         attention if wish.attention is None else wish.attention,
         {**options, **wish.options},

@@ -4,7 +4,6 @@ pattern, blocks (SPEC 6.8).
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -15,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION
+from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.target import Entry, State, Target, Wish
+from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 
 CONFIG = "_mhla_lightning"
 """Key of our own facts in an exported config.json; diffusers passes over names that begin with an
@@ -43,7 +42,7 @@ _NEEDED = (
 )
 
 
-def wan_target(state: State, wish: Wish) -> Target:
+def wan_target(state: State, wish: Wish) -> ImportTarget:
     """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what
     the checkpoint says.
 
@@ -72,7 +71,7 @@ def wan_target(state: State, wish: Wish) -> Target:
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
-    return Target(
+    return ImportTarget(
         backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
     )
 
@@ -289,11 +288,9 @@ def _names_mhla(attention: Entry) -> bool:
 
 def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that the registry's backbone has anyway."""
-    defaults = inspect.signature(BACKBONES[backbone]).parameters if backbone in BACKBONES else {}
+    defaults = default_options(backbone) if backbone in BACKBONES else {}
     return {
-        key: value
-        for key, value in options.items()
-        if key not in defaults or not _same(defaults[key].default, value)
+        key: value for key, value in options.items() if key not in defaults or not _same(defaults[key], value)
     }
 
 

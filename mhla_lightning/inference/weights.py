@@ -14,7 +14,7 @@ from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.source import FILE, open_source
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
-from mhla_lightning.weights.rank_files import FOLDER, ShardReader, holds_shards
+from mhla_lightning.weights.rank_files import FOLDER, RankFileReader, holds_rank_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
 
 
@@ -34,7 +34,7 @@ class Weights:
     def path(self) -> Path:
         """The file that is loaded, or the folder where every rank wrote one."""
         folder = self.checkpoint / (average.FOLDER if self.averaged else FOLDER)
-        if holds_shards(folder):
+        if holds_rank_files(folder):
             return folder
         return folder / average.WHOLE if self.averaged else self.checkpoint / FILE
 
@@ -51,7 +51,7 @@ class Weights:
         if not self.averaged:
             return open_source(self.checkpoint / FILE).weights().within("backbone.")
         return (
-            ShardReader(self.path).weights()
+            RankFileReader(self.path).weights()
             if self.path.is_dir()
             else open_safetensors(self.path, "the average")
         )

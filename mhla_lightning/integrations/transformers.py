@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.backbones import CausalLM, ModelState
+from mhla_lightning.backbones import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.errors import UserError, missing_extra
 
 try:
@@ -61,8 +61,7 @@ class MHLALanguageConfig(PreTrainedConfig):
 
     def build(self) -> CausalLM:
         """The model, with fresh weights. Raises UserError for sizes or an attention entry that do not fit."""
-        return CausalLM(
-            attention=self.attention,
+        options = CausalLMOptions(
             vocab_size=self.vocab_size,
             context=self.context,
             embed_dim=self.embed_dim,
@@ -73,6 +72,7 @@ class MHLALanguageConfig(PreTrainedConfig):
             norm_eps=self.norm_eps,
             dropout=self.dropout,
         )
+        return CausalLM(self.attention, options)
 
 
 class StateCache:

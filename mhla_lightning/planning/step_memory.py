@@ -4,7 +4,6 @@ a model of any size.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mhla_lightning.backbones import BACKBONES
+from mhla_lightning.backbones import default_options
 from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.strategies.config import known_precision
 from mhla_lightning.tasks import Task
@@ -84,8 +83,8 @@ def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extr
 
 def layers(task: Task) -> int | None:
     """How many layers a task's backbone has; None where it has no such option."""
-    option = inspect.signature(BACKBONES[task.backbone_name]).parameters.get("depth")
-    return None if option is None else int(task.backbone_options.get("depth", option.default))
+    options = {**default_options(task.backbone_name), **task.backbone_options}
+    return int(options["depth"]) if "depth" in options else None
 
 
 def _cycle(attention: str | Mapping[str, Any] | Sequence[Any]) -> int:

@@ -1,1 +1,1 @@
-"""Files of weights: read, write, split over ranks, stream, start from."""
+"""Files of weights: read, write, split over ranks, stream, start a model from them."""

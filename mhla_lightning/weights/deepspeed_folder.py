@@ -1,5 +1,6 @@
-"""A checkpoint folder as DeepSpeed itself writes it, which other code may have made. Ours hold no pickles
-(strategies/zero.py).
+"""Checkpoint folders that DeepSpeed itself has written, in other projects.
+
+Our own checkpoints under DeepSpeed hold no pickles (strategies/zero).
 """
 
 from __future__ import annotations
@@ -16,33 +17,36 @@ from mhla_lightning.weights.files import refusal, strip_wrappers
 from mhla_lightning.weights.stored import Stored
 
 
-def read_deepspeed(path: Path, trusted: bool, what: str) -> Stored:
-    """The float32 weights of ZeRO 1, 2 or 3, put together one at a time. Unpickles: this runs whatever code
-    the files hold.
+def read_deepspeed(path: Path, trusted: bool, key: str) -> Stored:
+    """Return the float32 weights of ZeRO 1, 2 or 3, put together one tensor at a time.
+
+    It unpickles: this runs any code that the files hold.
 
     Args:
+        path: the folder that holds `latest`.
         trusted: whether the user has said that the files may be unpickled.
-        what: the argument that names the folder, for the error.
+        key: the argument that names the folder, for errors.
 
     Raises:
-        UserError: not trusted; files that DeepSpeed cannot read; a name that stands twice.
+        UserError: not trusted; files that DeepSpeed cannot read; a name that occurs twice.
     """
     if not trusted:
-        raise UserError(f"{what} {refusal(path)}")
+        raise UserError(key, refusal(path))
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it at import
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed prints its progress
             found = get_fp32_state_dict_from_zero_checkpoint(str(path), lazy_mode=True)
-    except Exception as error:  # noqa: BLE001  an error of any kind, DeepSpeed's or the pickles'
-        raise UserError(
-            f"{what} {path} cannot be read by DeepSpeed ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except Exception as error:  # noqa: BLE001  DeepSpeed and unpickling raise any kind
+        found_reason = " ".join(str(error).split())[:200]
+        raise UserError(key, f"{path} cannot be read by DeepSpeed ({found_reason})") from error
     names = {strip_wrappers(name): name for name in found}
     if len(names) < len(found):
-        raise UserError(f"{what} {path} holds a name twice once module., model. and the like are taken off")
+        raise UserError(
+            key, f"{path} holds a name twice once prefixes such as `module.` and `model.` are removed"
+        )
     outline = {
         name: torch.empty(tuple(found[given].shape), dtype=found[given].dtype, device="meta")
         for name, given in names.items()

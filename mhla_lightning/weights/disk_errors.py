@@ -1,4 +1,4 @@
-"""What a full or failing disk says, in words."""
+"""Plain words for a full or failing disk."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import errno
 import shutil
 from pathlib import Path
 
-_ROOM = 1.05  # a checkpoint needs so many times its tensors' bytes
+_ROOM = 1.05  # bytes of a checkpoint over those of its tensors
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def complaint(error: OSError | RuntimeError, folder: Path) -> str:
-    """What went wrong with the disk, in words."""
+    """Return what went wrong with the disk of a folder, in words."""
     number = getattr(error, "errno", None)
     if number in _NO_ROOM or "No space left" in str(error):
         return f"the disk of {folder} is full"
@@ -19,7 +19,13 @@ def complaint(error: OSError | RuntimeError, folder: Path) -> str:
 
 
 def lack_of_room(folder: Path, needed: int, what: str = "a checkpoint") -> str | None:
-    """What to say where `needed` bytes do not fit; None where they do."""
+    """Return what to report where bytes do not fit on a disk; None where they do.
+
+    Args:
+        folder: any folder of the disk.
+        needed: bytes.
+        what: what needs them.
+    """
     free = shutil.disk_usage(folder).free
     if free >= needed * _ROOM:
         return None

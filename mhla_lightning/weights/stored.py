@@ -1,4 +1,7 @@
-"""Tensors on disk: names, shapes and types are known at once, and a tensor is read when it is asked for."""
+"""Tensors on disk: names, shapes and types are known at once.
+
+A tensor is read only when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,17 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What the header of a .safetensors file calls the types of torch."""
+"""Names of torch's types in the header of a .safetensors file."""
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors by name, each read anew whenever it is asked for: who looks at one after the other holds one at
-    a time.
+    """Tensors by name, each read anew at every access.
+
+    A caller that takes one after the other holds one at a time.
 
     Args:
         outline: the same names with tensors on the meta device.
-        read: gives the tensor of a name.
+        read: returns the tensor of a name.
     """
 
     def __init__(self, outline: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
@@ -51,18 +55,20 @@ class Stored(Mapping[str, Tensor]):
         return len(self.outline)
 
     def renamed(self, names: Mapping[str, str]) -> Stored:
-        """Some of the tensors under other names, in their order; `names` leads from the new name to the
-        one here.
+        """Return some of the tensors under other names, in the order of `names`.
+
+        Args:
+            names: new name -> name here.
         """
         return Stored({new: self.outline[name] for new, name in names.items()}, lambda new: self[names[new]])
 
     def within(self, prefix: str) -> Stored:
-        """Those whose name begins with `prefix`, without it."""
+        """Return the tensors whose name begins with `prefix`, without that prefix."""
         return self.renamed({name.removeprefix(prefix): name for name in self if name.startswith(prefix)})
 
 
 def as_stored(tensors: Mapping[str, Tensor]) -> Stored:
-    """Tensors that are at hand already: in memory, or mapped from a file."""
+    """Return tensors in memory, or mapped from a file, as :class:`Stored`."""
     return (
         tensors
         if isinstance(tensors, Stored)
@@ -71,23 +77,24 @@ def as_stored(tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def outline_of(part: Any) -> Tensor:
-    """On the meta device, what safetensors' `get_slice` speaks of."""
+    """Return a tensor on the meta device for a slice of safetensors' `get_slice`."""
     return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
-def open_safetensors(file: Path, what: str) -> Stored:
-    """The tensors of a .safetensors file.
+def open_safetensors(file: Path, key: str) -> Stored:
+    """Return the tensors of a .safetensors file.
 
     Args:
-        what: names the file for the error: a key, or words.
+        file: the file.
+        key: the argument that names the file, for errors.
 
     Raises:
         UserError: a damaged file.
     """
     try:
         opened = safe_open(file, "pt")
-        # no mapping
+        # safe_open returns no mapping: iterating over it fails
         outline = {name: outline_of(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{what} {file} is damaged or no .safetensors file ({error})") from error
+        raise UserError(key, f"{file} is damaged or no .safetensors file ({error})") from error
     return Stored(outline, opened.get_tensor)

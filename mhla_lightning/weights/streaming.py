@@ -1,8 +1,7 @@
-"""A .safetensors file written tensor by tensor: of a checkpoint larger than memory one tensor is held at a
-time.
+"""Writes a .safetensors file tensor by tensor.
 
-safetensors' own save_file wants all tensors at once. The format: 8 bytes that say how long the header is, the
-header in JSON, the tensors' bytes.
+Of a checkpoint larger than memory one tensor is held at a time; safetensors' own save_file wants all of
+them. The format: 8 bytes with the length of the header, the header in JSON, the bytes of the tensors.
 """
 
 from __future__ import annotations
@@ -29,26 +28,27 @@ _ALIGNMENT = 8  # bytes
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Tensors of a file that are read together.
 
     Attributes:
         outline: by name, on the meta device.
-        read: gives them.
+        read: returns the tensors.
     """
 
     outline: Mapping[str, Tensor]
     read: Callable[[], Mapping[str, Tensor]]
 
 
-def parts_of(weights: Stored, rename: Rename = dict) -> list[Part]:
-    """One part a tensor.
+def parts_of(weights: Stored, rename: Rename = dict) -> list[FilePart]:
+    """Return one part for each tensor.
 
     Args:
-        rename: from one tensor under its name to what is written of it, under one or several names.
+        weights: the tensors.
+        rename: maps one tensor under its name to the tensors that are written for it.
     """
     return [
-        Part(rename({name: value}), partial(_read, weights, name, rename))
+        FilePart(rename({name: value}), partial(_read, weights, name, rename))
         for name, value in weights.outline.items()
     ]
 
@@ -58,16 +58,18 @@ def _read(weights: Stored, name: str, rename: Rename) -> Mapping[str, Tensor]:
 
 
 def write_safetensors(
-    path: Path, parts: Sequence[Part], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+    path: Path, parts: Sequence[FilePart], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """Writes a new file and has it on disk.
+    """Write a new file and flush it to the disk.
 
     Args:
+        path: of the new file.
+        parts: its tensors.
         metadata: of the header.
         dtype: of the floating tensors; None leaves them.
 
     Raises:
-        UserError: a disk that is full or cannot be written; the file is gone then.
+        UserError: a disk that is full or cannot be written; the file is removed then.
     """
     ordered = sorted(
         parts,
@@ -76,9 +78,9 @@ def write_safetensors(
     entries, size = _entries(ordered, dtype)
     header = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    lack = lack_of_room(path.parent, 8 + len(header) + size, str(path))
+    lack = lack_of_room(path.parent, 8 + len(header) + size, "the file")
     if lack is not None:
-        raise UserError(lack)
+        raise UserError(str(path), lack)
     with _new(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for part in ordered:
@@ -87,7 +89,7 @@ def write_safetensors(
 
 @contextmanager
 def _new(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is on disk afterwards, or gone where what happens inside fails."""
+    """Open a new file: flushed to the disk in the end, or removed where the block fails."""
     try:
         with path.open("xb") as file:
             try:
@@ -98,12 +100,13 @@ def _new(path: Path) -> Iterator[IO[bytes]]:
                 path.unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise UserError(complaint(error, path.parent)) from error
+        raise UserError(str(path), complaint(error, path.parent)) from error
 
 
-def _entries(parts: Sequence[Part], dtype: torch.dtype | None) -> tuple[dict[str, Any], int]:
-    """What the header says of every tensor, and the bytes of all. Larger types come first, so that every
-    tensor lies at a multiple of its own.
+def _entries(parts: Sequence[FilePart], dtype: torch.dtype | None) -> tuple[dict[str, Any], int]:
+    """Return the header's entries and the bytes of all tensors.
+
+    Larger types come first, so that every tensor begins at a multiple of its item size.
     """
     entries: dict[str, Any] = {}
     end = 0
@@ -119,7 +122,7 @@ def _typed(value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and value.is_floating_point() else value.dtype
 
 
-def _write_part(file: IO[bytes], part: Part, dtype: torch.dtype | None) -> None:
+def _write_part(file: IO[bytes], part: FilePart, dtype: torch.dtype | None) -> None:
     tensors = part.read()
     for name, outline in part.outline.items():
         value = tensors[name].detach().to(_typed(outline, dtype)).contiguous()

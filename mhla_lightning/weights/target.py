@@ -1,4 +1,4 @@
-"""What an import is asked for, and the backbone that the weights are for."""
+"""What an import asks for, and the backbone that the weights are for."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Wish:
-    """What the command says, where it says anything.
+    """What the import command asks for; None where it leaves the choice open.
 
     Attributes:
         source: the checkpoint's path, for messages.
-        backbone: name in the registry; None is what fits.
-        attention: attention entry; None is as the checkpoint was trained.
+        backbone: name in the registry; None takes the one that fits.
+        attention: attention entry; None takes the one that the checkpoint was trained with.
         options: the backbone's own options.
-        heads: attention heads, which not every checkpoint tells.
-        layout: blocks per axis of the MHLA layers, which no checkpoint tells.
+        heads: attention heads, which some checkpoints do not record.
+        layout: blocks per axis of the MHLA layers, which no checkpoint records.
         config: of the config.json beside the weights, empty where there is none.
     """
 
@@ -40,7 +40,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Target:
+class ImportTarget:
     """The backbone that the weights are for.
 
     Attributes:
@@ -48,7 +48,7 @@ class Target:
         attention: attention entry.
         options: the backbone's own options.
         optional: finds the names that may be new in the target or left over of the file; every other tensor
-            must have its place on both sides.
+            must exist on both sides.
         stray: whether tensors outside of the blocks, such as a step count, may be left over too.
     """
 
@@ -60,8 +60,9 @@ class Target:
 
 
 def file_header(backbone: str, attention: Entry, options: Mapping[str, Any], source: str) -> dict[str, str]:
-    """The metadata of a .safetensors file that stands alone: what the weights are for, and where they come
-    from.
+    """Return the metadata of a .safetensors file that is used without a run folder.
+
+    It holds the model that the weights are for, and their source.
     """
     model = {
         "backbone": backbone,

@@ -1,14 +1,15 @@
-"""Names of Wan2.1's tensors: Wan's own with the MHLA authors' additions (SPEC 6.8), diffusers'
-WanTransformer3DModel, and ours.
+"""Names of Wan2.1's tensors in three libraries, and ours.
 
-Inside a block, under `blocks.i.`; outside of blocks Wan's names are ours:
+The libraries are Wan itself with the MHLA authors' additions (SPEC 6.8), diffusers'
+WanTransformer3DModel, and this one. Inside a block, under `blocks.i.`; outside of blocks Wan's names are
+ours:
 
 ours                      Wan, MHLA authors          diffusers
 attn.qkv                  self_attn.{q,k,v}          attn1.to_{q,k,v}
 attn.attention.mixing     self_attn.block_attn.conv  attn1.mixing
 cross_attn.{q,k,v,o}      cross_attn.{q,k,v,o}       attn2.to_{q,k,v}, attn2.to_out.0
 
-Names that stand in no table (a convolution `cpe`, a second norm) stay as they are in every direction.
+Names in no table (a convolution `cpe`, a second norm) stay as they are in every direction.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _FROM_WAN = {
 
 
 def from_wan(state: State) -> dict[str, Tensor]:
-    """Tensors of Wan2.1 under our names; our own state stays as it is.
+    """Return tensors of Wan2.1 under our names; our own state stays as it is.
 
     Args:
         state: by Wan's, the MHLA authors' or diffusers' names, with or without `module.`, `model.`,
@@ -80,23 +81,24 @@ def from_wan(state: State) -> dict[str, Tensor]:
 
     Returns:
         Every tensor: q, k and v of a self-attention layer joined, (3 dim, dim) and (3 dim,); all others the
-            same objects, a mixing matrix as (M, M).
+        same objects, a mixing matrix as (M, M).
 
     Raises:
-        UserError: a name that stands twice, or a layer with some of q, k, v only.
+        UserError: a name that occurs twice, or a layer with some of q, k, v only.
     """
     found: dict[str, Tensor] = {}
     for given, value in state.items():
         name = _rename(strip_wrappers(given), _FROM_WAN)
         if name in found:
-            raise UserError(f"the checkpoint holds {name} twice; the second is called {given}")
+            raise UserError("state", f"the checkpoint holds {name} twice; the second is called {given}")
         found[name] = _square(value) if name.endswith(".mixing.weight") else value
     return _join(found)
 
 
 def to_wan(state: State) -> dict[str, Tensor]:
-    """Our tensors by Wan's names and those that the MHLA authors add; q, k and v are views of ours, a
-    mixing matrix is (M, M, 1, 1).
+    """Return our tensors by Wan's names and those that the MHLA authors add.
+
+    q, k and v are views of ours; a mixing matrix is (M, M, 1, 1).
     """
     renamed = {_rename(name, _TO_WAN): value for name, value in _split(state).items()}
     return {
@@ -106,14 +108,15 @@ def to_wan(state: State) -> dict[str, Tensor]:
 
 
 def to_diffusers(state: State) -> dict[str, Tensor]:
-    """Our tensors by the names of diffusers' WanTransformer3DModel; what that has no name for
-    (:func:`added`) stands beside it in the layer.
+    """Return our tensors by the names of diffusers' WanTransformer3DModel.
+
+    Tensors that it lacks (:func:`added`) get a name beside the others of their layer.
     """
     return {_rename(name, _TO_DIFFUSERS): value for name, value in _split(state).items()}
 
 
 def added(name: str) -> bool:
-    """Whether a tensor of ours, by our name, has no place in Wan2.1 itself."""
+    """Return whether a tensor of ours, by our name, does not exist in Wan2.1 itself."""
     block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
     if block is None:
         return _module(name) not in _TOP
@@ -122,7 +125,7 @@ def added(name: str) -> bool:
 
 
 def needed(depth: int) -> list[str]:
-    """Our names of all tensors of a Wan2.1 with so many layers."""
+    """Return our names of all tensors of a Wan2.1 with `depth` layers."""
     modules = [*_TOP, *(f"blocks.{i}.{name}" for i in range(depth) for name in _BLOCK if name not in _ADDED)]
     leaves = {
         "modulation": ("",),
@@ -144,7 +147,7 @@ def _module(name: str) -> str:
 
 
 def _rename(name: str, table: Mapping[str, str]) -> str:
-    """Looks up the name of the module; the block's number and the tensor's own name (weight, bias) stay."""
+    """Rename a tensor's module; the block's number and the last part (weight, bias) stay."""
     block = re.match(r"blocks\.\d+(?=\.)", name)
     prefix = block[0] if block else ""
     generic = "*" + name[len(prefix) :] if block else name
@@ -154,17 +157,23 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def _square(mixing: Tensor) -> Tensor:
-    """The release stores (M, M) as a 1x1 convolution: (M, M, 1, 1), in older files with more ones."""
+    """Return a mixing matrix as (M, M).
+
+    The release stores it as a 1x1 convolution, (M, M, 1, 1), in older files with more ones.
+    """
     return mixing.flatten(1) if mixing.dim() > 3 and mixing[0].numel() == mixing.shape[1] else mixing
 
 
 def _as_conv(mixing: Tensor) -> Tensor:
-    """Matrices of single heads, which the release does not know, stay (heads, M, M)."""
+    """Return a mixing matrix as a 1x1 convolution.
+
+    Matrices of single heads, which the release does not know, stay (heads, M, M).
+    """
     return mixing[..., None, None] if mixing.dim() == 2 else mixing
 
 
 def _join(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """attn.q, attn.k, attn.v -> attn.qkv."""
+    """Join attn.q, attn.k and attn.v to attn.qkv."""
     joined: dict[str, Tensor] = {}
     for name, value in state.items():
         part = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", name)
@@ -181,16 +190,18 @@ def _join(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 for letter, tensor in zip(_QKV, parts, strict=True)
                 if tensor is not None
             )
-            raise UserError(f"{whole} is q, k and v of one size, joined; the checkpoint holds {found}")
+            raise UserError(
+                "state", f"{whole} is q, k and v of one size, joined; the checkpoint holds only {found}"
+            )
         if whole in state:
-            raise UserError(f"the checkpoint holds {whole} twice; the second is called {name}")
+            raise UserError("state", f"the checkpoint holds {whole} twice; the second is called {name}")
         if whole not in joined:
             joined[whole] = torch.cat(present)
     return joined
 
 
 def _split(state: State) -> dict[str, Tensor]:
-    """attn.qkv -> attn.q, attn.k, attn.v."""
+    """Split attn.qkv into attn.q, attn.k and attn.v."""
     split: dict[str, Tensor] = {}
     for name, value in state.items():
         whole = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning import backbones
 from mhla_lightning.attention import ATTENTION, MHLA, Softmax
-from mhla_lightning.backbones import IMAGE_CLASSIFIERS, VisionTransformer, register_backbone
+from mhla_lightning.backbones import IMAGE_CLASSIFIERS, VisionTransformer, ViTOptions, register_backbone
 from mhla_lightning.backbones.vit import padded_grid
 from mhla_lightning.errors import UserError
 
@@ -136,7 +136,7 @@ def test_weights_of_a_plain_timm_vit_fit_a_softmax_backbone() -> None:
     """Same numbers as timm's own model: class token aside, our softmax backbone is timm's ViT."""
     options = dict(TINY)
     theirs = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg").eval()
-    ours = VisionTransformer("softmax", token_multiple=1, **options).eval()
+    ours = VisionTransformer("softmax", ViTOptions(token_multiple=1, **options)).eval()
     ours.load_state_dict(ours.adapt_state_dict(theirs.state_dict()))
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(image), theirs(image))

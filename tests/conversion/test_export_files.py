@@ -21,7 +21,7 @@ from torch import Tensor
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.cli.main import main
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.rank_files import ShardReader, Stretch, file_name, write_shard
+from mhla_lightning.weights.rank_files import RankFileReader, Stretch, file_name, write_rank_file
 from mhla_lightning.weights.stored import as_stored, open_safetensors
 from mhla_lightning.weights.streaming import parts_of, write_safetensors
 from mhla_lightning.weights.warm_start import read_weights
@@ -201,7 +201,7 @@ def big_run(folder: Path, sharded: bool) -> list[str]:
     }
     torch.save({"global_step": 1, "state_dict": {} if sharded else tensors}, checkpoint / "trainer.ckpt")
     for rank in range(2 if sharded else 0):
-        write_shard(
+        write_rank_file(
             checkpoint / "shards" / file_name(rank, 2),
             [half(name, value, rank) for name, value in tensors.items()],
         )
@@ -220,17 +220,17 @@ def test_a_rank_may_write_several_files_and_all_of_them_are_needed(tmp_path: Pat
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0)}
     for rank in range(2):
         for lot, (name, value) in enumerate(tensors.items()):
-            write_shard(tmp_path / file_name(rank, 2, lot, 2), [half(name, value, rank)])
-    reader = ShardReader(tmp_path)
+            write_rank_file(tmp_path / file_name(rank, 2, lot, 2), [half(name, value, rank)])
+    reader = RankFileReader(tmp_path)
     assert all(torch.equal(reader.whole(name), value) for name, value in tensors.items())
     (tmp_path / file_name(1, 2, 1, 2)).unlink()
     with pytest.raises(
         UserError, match=r"holds files \[0\] of \[2\] of rank 1; a checkpoint has all of them"
     ):
-        ShardReader(tmp_path)
+        RankFileReader(tmp_path)
     (tmp_path / file_name(1, 2, 0, 2)).unlink()
     with pytest.raises(UserError, match=r"files of ranks \[0\] of \[2\]; a checkpoint has one of every rank"):
-        ShardReader(tmp_path)
+        RankFileReader(tmp_path)
 
 
 def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:

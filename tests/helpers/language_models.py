@@ -12,7 +12,7 @@ from torch import nn
 
 from mhla_lightning.attention import CAUSAL_ATTENTION
 from mhla_lightning.attention.baselines.causal_fla import FlashOperator
-from mhla_lightning.backbones import CausalLM
+from mhla_lightning.backbones import CausalLM, CausalLMOptions
 
 VOCABULARY = 61
 _ENTRIES: dict[str, dict[str, Any]] = {
@@ -40,15 +40,10 @@ def entry_id(entry: Mapping[str, Any]) -> str:
 def tiny_model(entry: Any, dtype: torch.dtype = torch.float64, vocab_size: int = VOCABULARY) -> CausalLM:
     """Untied and with large weights: logits differ much from token to token, so that a wrong state shows."""
     torch.manual_seed(0)
-    model = CausalLM(
-        attention=entry,
-        vocab_size=vocab_size,
-        context=64,
-        embed_dim=32,
-        depth=2,
-        intermediate=64,
-        tie_embeddings=False,
+    options = CausalLMOptions(
+        vocab_size=vocab_size, context=64, embed_dim=32, depth=2, intermediate=64, tie_embeddings=False
     )
+    model = CausalLM(entry, options)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.3)

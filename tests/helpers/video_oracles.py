@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mhla_lightning.attention import MHLA, SelfAttention, dense_mhla
 from mhla_lightning.backbones.layers import GridRotation, grid_turns, time_sinusoid
-from mhla_lightning.backbones.video_dit import VIDEO_PRESETS, VideoDiT
+from mhla_lightning.backbones.video_dit import VIDEO_PRESETS, VideoDiT, VideoDiTOptions
 from mhla_lightning.weights.wan_names import from_wan
 
 Arrays = dict[str, Tensor]
@@ -118,18 +118,18 @@ def check_wan(meta: dict[str, Any], arrays: Arrays) -> None:
         "normalizer": "slot" if options["norm_output"] else "none",
         "pos_conv": "lepe3" if options["is_lepe"] else "none",
     }
-    model = VideoDiT(
-        attention=[
-            mhla if layer in options["linear_attn_idx"] else "softmax"
-            for layer in range(options["num_layers"])
-        ],
+    attention = [
+        mhla if layer in options["linear_attn_idx"] else "softmax" for layer in range(options["num_layers"])
+    ]
+    sizes = VideoDiTOptions(
         input_size=list(latents.shape[2:]),
         embed_dim=options["dim"],
         depth=options["num_layers"],
         text_length=options["text_len"],
         in_channels=options["in_dim"],
         **{key: options[key] for key in ("patch_size", "ffn_dim", "freq_dim", "text_dim", "num_heads")},
-    ).eval()
+    )
+    model = VideoDiT(attention, sizes).eval()
     model.load_state_dict(model.adapt_state_dict(group(arrays, "param.")))
     texts = torch.zeros(len(latents), options["text_len"], options["text_dim"])
     for row, text in zip(texts, [arrays[f"in.ctx{i}"] for i in range(len(latents))], strict=True):

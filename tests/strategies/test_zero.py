@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mhla_lightning.runs.folder import complete_checkpoints
-from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
+from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
+from tests.conftest import TINY_RECIPE
 from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import CURVES, STRATEGIES, ZERO3, Runs, assert_close_curves, curves, end_of
@@ -100,7 +101,7 @@ def test_mixing_stays_in_its_range_and_the_average_is_that_of_one_process(runs: 
         assert (expected.whole(tensor) == 1).any(), "nothing was projected: the test shows nothing"
         torch.testing.assert_close(values, expected.whole(tensor), rtol=0, atol=1e-6)
     whole = complete_checkpoints(runs.of("one"))[-1] / "ema" / "weights.safetensors"
-    average = ShardReader(complete_checkpoints(runs.of(name))[-1] / "ema")
+    average = RankFileReader(complete_checkpoints(runs.of(name))[-1] / "ema")
     for tensor, values in load_file(whole).items():
         torch.testing.assert_close(average.whole(tensor), values, rtol=0, atol=1e-6)
 
@@ -112,7 +113,7 @@ def test_stages_split_what_they_should(runs: Runs) -> None:
         sizes = [file.stat().st_size for file in files]
         assert len(files) == 2
         assert min(sizes) > 0.4 * sum(sizes)
-        reader = ShardReader(files[0].parent)  # refuses gaps and overlaps
+        reader = RankFileReader(files[0].parent)  # refuses gaps and overlaps
         assert reader.read(reader.names()[0], WEIGHT).dtype == torch.float32
 
 

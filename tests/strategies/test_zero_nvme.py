@@ -17,7 +17,8 @@ from mhla_lightning.runs.folder import complete_checkpoints
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.strategies.zero.nvme import disk
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
-from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
+from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
+from tests.conftest import TINY_RECIPE
 from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import STRATEGIES, Runs, assert_close_curves, curves, end_of, nvme
@@ -79,7 +80,7 @@ def test_the_disk_changes_no_bit(runs: Runs, trained: Path) -> None:
     assert_close_curves(trained, runs.of("zero3"), tolerance=1e-5)
     assert curves(trained) == curves(expected)
     assert_equal_ends(trained, expected)
-    averages = [ShardReader(complete_checkpoints(run)[-1] / "ema") for run in (trained, expected)]
+    averages = [RankFileReader(complete_checkpoints(run)[-1] / "ema") for run in (trained, expected)]
     assert all(torch.equal(averages[0].whole(name), averages[1].whole(name)) for name in averages[1].names())
     mixing = [
         end_of(trained).whole(name) for name in end_of(trained).names() if name.endswith("mixing.weight")

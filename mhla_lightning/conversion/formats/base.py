@@ -11,7 +11,7 @@ from torch import Tensor
 from mhla_lightning.conversion.foreign import Shapes, table_rows
 from mhla_lightning.runs.folder import FORMAT
 from mhla_lightning.weights.stored import Stored, as_stored
-from mhla_lightning.weights.streaming import Part
+from mhla_lightning.weights.streaming import FilePart
 from mhla_lightning.weights.target import Entry
 
 FOR_TORCH = {"format": "pt"}
@@ -72,7 +72,7 @@ class Export:
     """
 
     file: str
-    parts: Sequence[Part]
+    parts: Sequence[FilePart]
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
     shared: Shapes
@@ -85,6 +85,6 @@ class Export:
         return table_rows({"shared": self.shared, "added": self.added})
 
 
-def shapes(parts: Sequence[Part]) -> Shapes:
+def shapes(parts: Sequence[FilePart]) -> Shapes:
     """(name, shape) of all tensors."""
     return [(name, tuple(value.shape)) for part in parts for name, value in part.outline.items()]
