@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.index import ShardEntry, ShardIndex, offsets_path, write_index
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.data.modules.images import ImageDataModule
@@ -45,8 +46,9 @@ def measure_resume(folder: Path, position: int, workers: int) -> dict[str, Any]:
     memory of this process and of its workers.
     """
     plain = Augmentation(auto_augment=None, re_prob=0.0, color_jitter=None)
+    reading = ReadingConfig(num_workers=workers)
     module = ImageDataModule(
-        str(folder), batch_size=256, image_size=8, num_workers=workers, augmentation=plain
+        str(folder), batch_size=256, image_size=8, augmentation=plain, reading=reading
     )
     state = {"consumed": position}
     others, before, start = set(_children()), anonymous_bytes(os.getpid()), time.perf_counter()

@@ -32,13 +32,13 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mhla_lightning.bench.data_samples import TokenFiles
-from mhla_lightning.data.batching import Part
-from mhla_lightning.data.corpus import Place, TrainCorpus
+from mhla_lightning.data.batching import RankPart
+from mhla_lightning.data.corpus import SamplePlace, TrainCorpus
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import build_loader, shut_down
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
-from mhla_lightning.data.stream import Batch, Row, TrainStream, collate
+from mhla_lightning.data.stream import Batch, BatchRow, TrainStream, collate
 from mhla_lightning.errors import DataError
 
 SHUFFLE_BUFFER = 1000  # samples; webdataset's own default
@@ -67,9 +67,9 @@ class Plan:
         return self.steps * self.batch_size
 
     @property
-    def part(self) -> Part:
+    def part(self) -> RankPart:
         """What the one rank reads."""
-        return Part(0, 1, self.batch_size, self.batch_size)
+        return RankPart(0, 1, self.batch_size, self.batch_size)
 
 
 @dataclass
@@ -155,7 +155,7 @@ def own_stream(corpus: TrainCorpus, kind: Kind, plan: Plan) -> TrainStream:
     return TrainStream(corpus, kind, plan.part)
 
 
-def _places(corpus: TrainCorpus, plan: Plan) -> list[list[Place]]:
+def _places(corpus: TrainCorpus, plan: Plan) -> list[list[SamplePlace]]:
     """The samples of every batch of all turns."""
     return [corpus.locate(plan.part.positions(step)) for step in range(plan.steps * (plan.turns + 1))]
 
@@ -165,7 +165,7 @@ class DecoderLoop:
     """Batches from raw samples in memory. places: of every batch. samples: by index."""
 
     kind: Kind
-    places: Sequence[Sequence[Place]]
+    places: Sequence[Sequence[SamplePlace]]
     samples: Mapping[int, RawSample]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -180,7 +180,7 @@ def decoder_loop(corpus: TrainCorpus, kind: Kind, plan: Plan) -> DecoderLoop:
     return DecoderLoop(kind, places, dict(zip(indices, corpus.read(kind, indices), strict=True)))
 
 
-def _decoded(kind: Kind, sample: RawSample, place: Place) -> Row:
+def _decoded(kind: Kind, sample: RawSample, place: SamplePlace) -> BatchRow:
     try:
         tensors = kind.train(sample | {"__index__": place.index}, place.epoch)
     except BadSample as reason:
@@ -188,7 +188,7 @@ def _decoded(kind: Kind, sample: RawSample, place: Place) -> Row:
             f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): "
             "measure on data without such"
         ) from reason
-    return Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, tensors)
+    return BatchRow(sample["__key__"], place.index, place.epoch, place.source, 1.0, tensors)
 
 
 def webdataset_pipeline(folder: Path, shards: Sequence[str], kind: Kind, plan: Plan) -> Iterable[Batch]:
@@ -205,9 +205,9 @@ class _Decode:
     kind: Kind
     _number: int = 0
 
-    def __call__(self, sample: RawSample) -> Row:
+    def __call__(self, sample: RawSample) -> BatchRow:
         self._number += 1
-        return _decoded(self.kind, sample, Place(0, 0, self._number))
+        return _decoded(self.kind, sample, SamplePlace(0, 0, self._number))
 
 
 @dataclass
@@ -215,7 +215,7 @@ class MemmapLoop:
     """Batches from flat files. places: of every batch."""
 
     files: TokenFiles
-    places: Sequence[Sequence[Place]]
+    places: Sequence[Sequence[SamplePlace]]
 
     def __iter__(self) -> Iterator[Batch]:
         tokens, documents = (

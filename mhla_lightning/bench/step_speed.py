@@ -279,7 +279,8 @@ def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> 
         )
     ready = recipe.data.is_ready()
     data = recipe.data if ready else SyntheticData(recipe.task, recipe.data)
-    data.num_workers = 0  # workers that read ahead would slow whichever side comes next
+    # Workers that read ahead would slow whichever side comes next.
+    data.reading = replace(data.reading, num_workers=0)
     least = steps * (turns + 1) + 1  # what is left over ends the last step
     asked = length(recipe) if ready or recipe.data.epochs is None else _NEVER
     trainer = given | {

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.order import LANES, WINDOW
+from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks import (
@@ -41,18 +41,12 @@ class SyntheticData(ShardDataModule):
     def __init__(self, task: Task, like: ShardDataModule) -> None:
         super().__init__(
             "synthetic",
+            None,
             like.batch_size,
             like.micro_batch_size,
             None,
-            0,
-            None,
-            LANES,
-            WINDOW,
-            0,
-            0.0,
-            "size",
-            None,
-            None,
+            OrderConfig(seed=0),
+            ReadingConfig(num_workers=0, max_skipped_share=0.0, verify="size"),
         )
         self._task = task
         self._facts, self._tensors = _of(task)

@@ -1,5 +1,6 @@
-"""Shards in, batches out. `index`, `order`, `mixture` and `batching` import without torch, so that
-planning loads nothing heavy.
+"""Shards in, batches out.
+
+`index`, `order`, `mixture` and `batching` import without torch, so that planning stays light.
 """
 
 from __future__ import annotations
@@ -11,22 +12,37 @@ if TYPE_CHECKING:
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
+    from mhla_lightning.data.modules.options import ClipConfig, OrderConfig, ReadingConfig, TextConfig
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
-__all__ = ["Augmentation", "ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"]
+__all__ = [
+    "Augmentation",
+    "ClipConfig",
+    "ClipDataModule",
+    "ImageDataModule",
+    "LatentDataModule",
+    "OrderConfig",
+    "ReadingConfig",
+    "TextConfig",
+    "TokenDataModule",
+]
 
 _WHERE = {
     "Augmentation": "mhla_lightning.data.transforms",
     "ClipDataModule": "mhla_lightning.data.modules.clips",
     "ImageDataModule": "mhla_lightning.data.modules.images",
     "LatentDataModule": "mhla_lightning.data.modules.latents",
+    "ClipConfig": "mhla_lightning.data.modules.options",
+    "OrderConfig": "mhla_lightning.data.modules.options",
+    "ReadingConfig": "mhla_lightning.data.modules.options",
+    "TextConfig": "mhla_lightning.data.modules.options",
     "TokenDataModule": "mhla_lightning.data.modules.tokens",
 }
 
 
 def __getattr__(name: str) -> object:
-    """The classes that need torch, imported when they are first asked for."""
+    """Import a class that needs torch at its first use."""
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

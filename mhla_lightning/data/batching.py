@@ -13,54 +13,58 @@ from mhla_lightning.errors import UserError
 
 
 def split_batch(batch_size: int, world_size: int, micro_batch_size: int | None = None) -> tuple[int, int]:
-    """Split the global batch of one optimizer step into (samples a rank takes at once, accumulation steps).
+    """Return the samples that a rank takes at once, and the accumulation steps.
 
-    batch_size: samples of one optimizer step over all ranks. micro_batch_size: samples a rank takes at once;
-        None takes its whole part.
-    Raises UserError with the sizes that work when a division leaves a remainder.
+    Args:
+        batch_size: samples of one optimizer step over all ranks.
+        world_size: number of ranks.
+        micro_batch_size: samples that a rank takes at once; None takes its whole part of the batch.
+
+    Raises UserError, with the sizes that work, when a division leaves a remainder.
     """
     if batch_size < 1:
-        raise UserError(f"data.batch_size is {batch_size}; it must be at least 1")
+        raise UserError("batch_size", f"{batch_size} is too small; it must be at least 1")
     per_rank, rest = divmod(batch_size, world_size)
     if rest or per_rank == 0:
         near = sorted({max(per_rank, 1) * world_size, (per_rank + 1) * world_size})
         sizes = " or ".join(str(size) for size in near)
         raise UserError(
-            f"data.batch_size {batch_size} cannot be divided over {world_size} ranks; the nearest "
-            f"sizes that work: {sizes}"
+            "batch_size",
+            f"{batch_size} cannot be divided over {world_size} ranks; the nearest sizes that work: {sizes}",
         )
     micro = per_rank if micro_batch_size is None else micro_batch_size
     if micro < 1 or per_rank % micro:
         sizes = ", ".join(str(size) for size in _divisors(per_rank))
         raise UserError(
-            f"data.micro_batch_size {micro} must divide the {per_rank} samples that each of "
-            f"{world_size} ranks takes of data.batch_size {batch_size};"
-            f" sizes that work: {sizes}"
+            "micro_batch_size",
+            f"{micro} must divide the {per_rank} samples that each of {world_size} ranks takes of "
+            f"`data.batch_size` {batch_size}; sizes that work: {sizes}",
         )
     return micro, per_rank // micro
 
 
 def steps_for_epochs(epochs: float, samples: int, batch_size: int) -> int:
-    """Optimizer steps that see all `samples` samples `epochs` times, rounded up; epochs may be a fraction.
+    """Return the optimizer steps of so many epochs, rounded up; epochs may be a fraction.
+
     Raises UserError unless epochs > 0.
     """
     if not (math.isfinite(epochs) and epochs > 0):
-        raise UserError(f"data.epochs is {epochs}; it must be a number above 0")
-    return math.ceil(
-        Fraction(str(epochs)) * samples / batch_size
-    )  # exact: 0.07 * 100 is 7.000000000000001 in floats
+        raise UserError("epochs", f"{epochs} is too small; it must be a number above 0")
+    # Fractions are exact; in floats, 0.07 * 100 is 7.000000000000001.
+    return math.ceil(Fraction(str(epochs)) * samples / batch_size)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank reads of the endless sequence of samples.
+class RankPart:
+    """The part of the endless sequence of samples that one rank reads.
 
     Args:
-        rank, world_size: of the process.
-        batch_size: samples of an optimizer step over all ranks: step s takes positions [first + s *
-            batch_size, first + (s + 1) * batch_size).
+        rank: of the process.
+        world_size: number of ranks.
+        batch_size: samples of an optimizer step over all ranks. Step s takes the positions
+            [first + s * batch_size, first + (s + 1) * batch_size).
         micro_batch_size: samples that a rank takes at once; divides batch_size / world_size.
-        first: the position that the first step begins at.
+        first: position at which the first step begins.
     """
 
     rank: int
@@ -70,11 +74,11 @@ class Part:
     first: int = 0
 
     def positions(self, micro_step: int) -> np.ndarray:
-        """Positions of micro batch number `micro_step` of this rank, int64 (micro_batch_size,).
+        """Return the positions of one micro batch of this rank, int64 (micro_batch_size,).
 
-        Ranks take turns in the sequence, so that each stays in lanes of its own; pairs of neighbours (one
-        from an even place of the batch, and the next) stay together wherever a micro batch has an even size,
-        so that mixup may pair them on any number of ranks.
+        Ranks take turns in the sequence, so that each stays in its own lanes. Where a micro batch has an
+        even size, two neighbours (an even position of the batch and the next one) stay together. So mixup
+        can pair them on any number of ranks.
         """
         accumulation = self.batch_size // self.world_size // self.micro_batch_size
         step, part = divmod(micro_step, accumulation)
@@ -87,21 +91,18 @@ class Part:
 
 
 def eval_batches_per_rank(samples: int, batch_size: int, world_size: int) -> int:
-    """Batches that every rank yields in one validation pass: the same number for all, padding batches
-    included.
-    """
+    """Return the batches of every rank in one validation pass, padding batches included."""
     return math.ceil(math.ceil(samples / batch_size) / world_size)
 
 
 def eval_ranges(
     samples: int, batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
 ) -> list[tuple[int, int]]:
-    """The batches of one worker in a validation pass as ranges [start, stop) of global sample indices;
-    (samples, samples) is a batch of padding only.
+    """Return the batches of one worker in a validation pass, as ranges [start, stop) of sample indices.
 
-    Batch number i of the split goes to rank i % world_size; a rank's batches go round its workers, which is
-    the order in which a DataLoader collects them. So a batch holds the same samples whatever the number of
-    workers.
+    Batch number i of the split goes to rank i % world_size. A rank's batches go to its workers in turn, the
+    order in which a DataLoader collects them. So a batch holds the same samples with any number of workers.
+    The range (samples, samples) is a batch of padding only.
     """
     mine = range(worker, eval_batches_per_rank(samples, batch_size, world_size), workers)
     starts = (min((step * world_size + rank) * batch_size, samples) for step in mine)
@@ -111,11 +112,10 @@ def eval_ranges(
 def grouped_eval_ranges(
     groups: Sequence[int], batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
 ) -> list[tuple[int, int, int]]:
-    """Like eval_ranges, of groups of so many samples that follow one another: (group, start, stop), and no
-    batch holds samples of two groups.
+    """Return ranges (group, start, stop) as eval_ranges does, where no batch holds samples of two groups.
 
-    All ranks are in the same group at the same time, so that their batches have one shape; that of padding
-    too.
+    groups: samples of each group; groups follow one another. All ranks are in the same group at the same
+    time, so that their batches, and their padding, have one shape.
     """
     ranges: list[tuple[int, int, int]] = []
     first = 0

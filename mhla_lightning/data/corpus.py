@@ -1,4 +1,4 @@
-"""What a run trains on: one data set or a mixture, as one endless sequence of samples."""
+"""The training data of a run: one data set or a mixture, as one endless sequence of samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mhla_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One data set of a mixture (data.mix).
 
     Args:
         path: folder or address of its splits.
-        weight: its share of the samples, relative to the other weights, kept to one part in a thousand.
-        name: in TensorBoard's train/consumed/NAME; None takes the last part of the path.
-        replacement: draw every sample independently, instead of epoch after epoch.
-        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the
-            others, `stop` ends the training data.
+        weight: its share of the samples, relative to the other weights, exact to one part in a thousand.
+        name: as in TensorBoard's train/consumed/NAME; None takes the last part of the path.
+        replacement: whether every sample is drawn independently, instead of epoch after epoch.
+        when_exhausted: policy after its first epoch. `repeat` begins the next, `drop` leaves its share to
+            the others, `stop` ends the training data.
     """
 
     path: str
@@ -44,8 +44,8 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Which sample stands somewhere: source number, that source's epoch, index over all sources."""
+class SamplePlace:
+    """The sample at a position: number of its source, epoch of that source, index over all sources."""
 
     source: int
     epoch: int
@@ -53,7 +53,7 @@ class Place:
 
 
 class Corpus:
-    """Splits side by side; a sample's index counts through all of them in their order."""
+    """Several splits as one list of samples; indices count through the splits in order."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = tuple(splits)
@@ -65,16 +65,17 @@ class Corpus:
         return self._firsts[-1]
 
     def first(self, source: int) -> int:
-        """Index of the first sample of a source."""
+        """Return the index of the first sample of a source."""
         return self._firsts[source]
 
     def source_of(self, index: int) -> int:
-        """The source that a sample belongs to."""
+        """Return the number of the source of a sample."""
         return bisect_right(self._firsts, index) - 1
 
     def read(self, kind: Kind, indices: Sequence[int]) -> list[RawSample]:
-        """Raw samples by index, in the order asked for, each with its `__index__` over all sources. Raises
-        DataError.
+        """Read raw samples by index, in the given order. Raises DataError.
+
+        `__index__` of each counts over all sources.
         """
         if len(self.splits) == 1:
             return kind.read(self.splits[0], indices)
@@ -89,23 +90,24 @@ class Corpus:
 
 
 class TrainCorpus(Corpus):
-    """The training splits in the order in which they are trained on.
+    """The training splits, and the order in which training reads them.
 
     Args:
         splits: one for every source.
         sources: their weights and policies.
         seed: of the order.
-        lanes, window: see Order.
+        lanes: see Order.
+        window: see Order.
         group: see Mixture.
 
     Raises:
-        UserError: weights that no mixture can keep.
+        UserError: the mixture cannot keep these weights.
     """
 
     def __init__(
         self,
         splits: Sequence[Split],
-        sources: Sequence[Source],
+        sources: Sequence[DataSource],
         seed: int,
         lanes: int = LANES,
         window: int = WINDOW,
@@ -130,14 +132,12 @@ class TrainCorpus(Corpus):
                 group,
             )
         except ValueError as error:
-            raise UserError(f"data.mix: {error}") from error
+            raise UserError("mix", str(error)) from error
 
     @property
     def hash(self) -> str:
-        """Identity of the data: the index's hash, or one over the hashes, weights and policies of a
-        mixture.
-        """
-        if len(self.splits) == 1 and self.sources[0] == Source(
+        """Identity of the data: the index's hash; of a mixture, over hashes, weights and policies."""
+        if len(self.splits) == 1 and self.sources[0] == DataSource(
             self.sources[0].path, name=self.sources[0].name
         ):
             return self.splits[0].index.hash
@@ -147,10 +147,10 @@ class TrainCorpus(Corpus):
         )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def locate(self, positions: np.ndarray) -> list[Place]:
-        """The samples at these positions of the endless sequence."""
+    def locate(self, positions: np.ndarray) -> list[SamplePlace]:
+        """Return the samples at these positions of the endless sequence."""
         sources, epochs, indices = self.mixture.locate(positions)
         return [
-            Place(s, e, i + self._firsts[s])
+            SamplePlace(s, e, i + self._firsts[s])
             for s, e, i in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)
         ]

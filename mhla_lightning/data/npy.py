@@ -1,6 +1,4 @@
-"""npy arrays from bytes that nobody vouches for: the header is checked before memory is taken, and nothing
-is unpickled. No torch.
-"""
+"""npy arrays from untrusted bytes: the header is checked before memory is taken. No pickles, no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from mhla_lightning.errors import DataError
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the array in an npy file; leaves the file where its data begins.
+    """Return the shape and type of the array in an npy file, and leave the file where its data begins.
 
-    Raises ValueError, in one line: no npy file of version 1 or 2, objects inside, columns first, a dimension
-        that is no size.
+    Raises ValueError, in one line: no npy file of version 1 or 2, objects inside, column-major order, or a
+    dimension that is no size.
     """
     try:
         version = np.lib.format.read_magic(file)
@@ -26,9 +24,7 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
             np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         )
         shape, fortran, dtype = read_header(file)
-    except (
-        Exception
-    ) as error:  # numpy gives the header to Python's parser, which raises nearly anything on damaged text
+    except Exception as error:  # Python's parser, which reads the header, raises nearly anything on damage
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
     if dtype.hasobject or fortran or any(type(size) is not int or not 0 <= size < 2**62 for size in shape):
         raise ValueError(
@@ -38,10 +34,10 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def load_npy(data: bytes, address: str) -> np.ndarray:
-    """An array from the bytes of an npy file.
+    """Return the array in the bytes of an npy file.
 
     Raises:
-        DataError: no npy file, objects inside, or another size than the header says.
+        DataError: no npy file, objects inside, or another size than in the header.
     """
     stream = io.BytesIO(data)
     try:
@@ -50,4 +46,4 @@ def load_npy(data: bytes, address: str) -> np.ndarray:
             raise ValueError(f"{str(dtype)[:100]} {str(shape)[:100]} does not fill its {len(data)} bytes")
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OverflowError) as error:  # numpy counts items in 64 bits, and allows 64 dimensions
-        raise DataError(f"{address} is no npy array that can be read ({error})") from error
+        raise DataError(address, f"it is no npy array that can be read ({error})") from error

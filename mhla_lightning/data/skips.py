@@ -1,4 +1,4 @@
-"""The account of samples that cannot be used."""
+"""Count of samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class BadSample(Exception):
 
 @dataclass
 class SkipMeter:
-    """What one worker has read and skipped; ends the run when the share of bad samples passes the limit.
+    """The samples that one worker has read and skipped; ends the run above a share of bad samples.
 
-    limit: largest share of skipped samples. judged_after: samples read before it is judged.
+    Args:
+        limit: largest share of skipped samples.
+        judged_after: samples read before the share counts.
     """
 
     limit: float
@@ -29,6 +31,7 @@ class SkipMeter:
     skipped: int = 0
     _reported: int = 0
     _last: str = ""
+    _last_shard: str | None = None
 
     def good(self) -> None:
         """Count a sample that was decoded."""
@@ -38,7 +41,7 @@ class SkipMeter:
         """Count a skipped sample. Raises DataError when the share is over the limit."""
         self.read += 1
         self.skipped += 1
-        self._last = f"the last is {sample['__key__']} in {sample['__url__']} ({reason})"
+        self._last, self._last_shard = f"the last is {sample['__key__']} ({reason})", sample["__url__"]
         _log.warning("skipped %s of %s: %s", sample["__key__"], sample["__url__"], reason)
         if self.read >= self.judged_after:
             self.judge()
@@ -48,9 +51,12 @@ class SkipMeter:
         share = self.skipped / max(self.read, 1)
         if self.skipped and (share > self.limit or self.skipped == self.read):
             found = f"{self.skipped} of {self.read} samples ({share:.1%}) cannot be decoded"
-            raise DataError(f"{found}, more than data.max_skipped_share {self.limit:g} allows; {self._last}")
+            raise DataError(
+                self._last_shard,
+                f"{found}, more than `data.reading.max_skipped_share` {self.limit:g} allows; {self._last}",
+            )
 
     def take(self) -> int:
-        """Samples skipped since the last call."""
+        """Return the samples skipped since the last call."""
         fresh, self._reported = self.skipped - self._reported, self.skipped
         return fresh

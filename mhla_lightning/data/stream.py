@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mhla_lightning.data.batching import Part, eval_batches_per_rank, grouped_eval_ranges
-from mhla_lightning.data.corpus import Corpus, Place, TrainCorpus
+from mhla_lightning.data.batching import RankPart, eval_batches_per_rank, grouped_eval_ranges
+from mhla_lightning.data.corpus import Corpus, SamplePlace, TrainCorpus
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample, SkipMeter
@@ -32,7 +32,7 @@ Batch = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Row:
+class BatchRow:
     """One sample of a batch."""
 
     key: str
@@ -43,7 +43,7 @@ class Row:
     tensors: dict[str, Tensor]
 
 
-def collate(rows: Sequence[Row], skipped: int, together: dict[str, Tensor] | None = None) -> Batch:
+def collate(rows: Sequence[BatchRow], skipped: int, together: dict[str, Tensor] | None = None) -> Batch:
     """Stack B rows into a batch. together: the tensors of all rows, (B, ...) each, when they were made at
     once; the rows then hold none.
     """
@@ -77,7 +77,7 @@ class TrainStream(IterableDataset[Batch]):
 
     corpus: TrainCorpus
     kind: Kind
-    part: Part
+    part: RankPart
     max_skipped_share: float = 0.01
     kinds: Sequence[Kind] = ()
 
@@ -103,14 +103,14 @@ class TrainStream(IterableDataset[Batch]):
             return collate(self._rows(positions, places, samples, meter), meter.take())
         meter.read += len(samples)
         rows = [
-            Row(sample["__key__"], place.index, place.epoch, place.source, 1.0, {})
+            BatchRow(sample["__key__"], place.index, place.epoch, place.source, 1.0, {})
             for place, sample in zip(places, samples, strict=True)
         ]
         return collate(rows, meter.take(), together)
 
     def _rows(
-        self, positions: np.ndarray, places: Sequence[Place], samples: Sequence[RawSample], meter: SkipMeter
-    ) -> list[Row]:
+        self, positions: np.ndarray, places: Sequence[SamplePlace], samples: Sequence[RawSample], meter: SkipMeter
+    ) -> list[BatchRow]:
         rows = []
         for position, place, sample in zip(positions.tolist(), places, samples, strict=True):
             try:
@@ -121,8 +121,8 @@ class TrainStream(IterableDataset[Batch]):
                 rows.append(self._substitute(position, place.source, meter))
         return rows
 
-    def _row(self, place: Place, sample: RawSample) -> Row:
-        return Row(
+    def _row(self, place: SamplePlace, sample: RawSample) -> BatchRow:
+        return BatchRow(
             sample["__key__"],
             place.index,
             place.epoch,
@@ -131,10 +131,10 @@ class TrainStream(IterableDataset[Batch]):
             self._kind(place).train(sample, place.epoch),
         )
 
-    def _kind(self, place: Place) -> Kind:
+    def _kind(self, place: SamplePlace) -> Kind:
         return self.kinds[place.source] if self.kinds else self.kind
 
-    def _substitute(self, position: int, source: int, meter: SkipMeter) -> Row:
+    def _substitute(self, position: int, source: int, meter: SkipMeter) -> BatchRow:
         after = range(position + 1, int(min(position + 1 + JUDGED_AFTER, self.corpus.mixture.length)))
         before = range(
             position - 1, max(-1, position - 1 - JUDGED_AFTER), -1
@@ -197,18 +197,18 @@ class EvalStream(IterableDataset[Batch]):
         """Samples that may stand in one batch."""
         return [split.samples for split in self.corpus.splits] if self.kinds else [self.corpus.samples]
 
-    def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> Row:
+    def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> BatchRow:
         index = sample["__index__"]
         try:
-            row = Row(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample))
+            row = BatchRow(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample))
         except BadSample as reason:
             meter.bad(sample, reason)
             return self._padding(kind)
         meter.good()
         return row
 
-    def _padding(self, kind: Kind) -> Row:
-        return Row("", -1, 0, 0, 0.0, kind.padding())
+    def _padding(self, kind: Kind) -> BatchRow:
+        return BatchRow("", -1, 0, 0, 0.0, kind.padding())
 
 
 def _this_worker() -> tuple[int, int]:

@@ -21,16 +21,26 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Image preprocessing, by the names of timm.data.create_transform. The defaults are DeiT's training
-    recipe for ImageNet-1k.
+    """Image preprocessing, with the names of timm.data.create_transform.
 
-    scale, ratio: area share and aspect ratio of the random crop. hflip, vflip: probabilities of mirroring.
-    color_jitter: strength; timm leaves it out where auto_augment is on. auto_augment: a RandAugment,
-        AutoAugment or AugMix string, or None.
-    interpolation: of the random crop ("random" draws bilinear or bicubic). eval_interpolation, crop_pct,
-        crop_mode: resizing for validation.
-    re_prob, re_mode, re_count: random erasing. mean, std: normalisation of pixels in [0, 1], one value a
-        channel.
+    The defaults are DeiT's training recipe for ImageNet-1k.
+
+    Args:
+        scale: smallest and largest area of the random crop, as shares of the image.
+        ratio: smallest and largest aspect ratio of the random crop.
+        hflip: probability of mirroring from left to right.
+        vflip: probability of mirroring from top to bottom.
+        color_jitter: strength; timm leaves it out where `auto_augment` is on. None is off.
+        auto_augment: a RandAugment, AutoAugment or AugMix string of timm; None is off.
+        interpolation: of the random crop; `random` draws bilinear or bicubic.
+        eval_interpolation: of resizing for validation.
+        re_prob: probability of random erasing.
+        re_mode: content of the erased area.
+        re_count: largest number of erased areas.
+        crop_pct: share of the image's side that the crop of validation keeps.
+        crop_mode: how validation crops.
+        mean: of the pixels in [0, 1], one value a channel.
+        std: of the pixels in [0, 1], one value a channel.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -66,26 +76,27 @@ class Augmentation:
         _demand(self.re_count >= 1, "re_count", self.re_count, "at least 1")
 
     def for_timm(self) -> dict[str, Any]:
-        """How images are prepared for validation, by the keys of timm's pretrained_cfg."""
+        """Return the preprocessing of validation, with the keys of timm's pretrained_cfg."""
         shared = {name: getattr(self, name) for name in ("crop_pct", "crop_mode", "mean", "std")}
         return {**shared, "interpolation": self.eval_interpolation}
 
 
-def image_hw(size: ImageSize) -> tuple[int, int]:
-    """(height, width) of an image size given as one int or as a pair. Raises UserError unless both are at
-    least 1.
+def image_hw(size: ImageSize, key: str = "image_size") -> tuple[int, int]:
+    """Return (height, width) of a size given as one int or as a pair.
+
+    Raises UserError, with this key, unless both are at least 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
-        raise UserError(f"data.image_size is {size}; it must be at least 1 in height and width")
+        raise UserError(key, f"{size} is too small; it must be at least 1 in height and width")
     return height, width
 
 
 def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
-    """Training transform: PIL image -> float32 (3, H, W), drawing from the global generators (see
-    sample_rng).
+    """Build the transform of training: PIL image -> float32 (3, H, W).
 
-    Raises UserError for an auto_augment that timm does not know.
+    It draws from the global generators (see sample_rng). Raises UserError for an auto_augment that timm does
+    not know.
     """
     a = augmentation
     try:
@@ -107,8 +118,8 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"data.augmentation.auto_augment {a.auto_augment!r} is no policy that timm knows, e.g. "
-            "rand-m9-mstd0.5-inc1"
+            "augmentation.auto_augment",
+            f"timm knows no policy {a.auto_augment!r}; one that works is rand-m9-mstd0.5-inc1",
         ) from error
     for op in chain.from_iterable(_augment_ops(part) for part in transform.transforms):
         if op.aug_fn is posterize:
@@ -117,19 +128,19 @@ def train_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **unused: Any) -> Image.Image:
-    """timm's, which asks for 0 bits now and then: Pillow before 13 drew a black image, Pillow 13 refuses."""
+    """Apply timm's posterize; draw the black image of 0 bits, which Pillow 13 refuses."""
     return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def _augment_ops(policy: Any) -> Iterator[AugmentOp]:
-    """The operations of timm's RandAugment and AugMix (`ops`) or AutoAugment (`policy`, a list of lists)."""
+    """Yield the operations of timm's RandAugment and AugMix (`ops`) or AutoAugment (`policy`)."""
     for op in [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]:
         if isinstance(op, AugmentOp):
             yield op
 
 
 def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
-    """Validation transform without randomness: PIL image -> float32 (3, H, W)."""
+    """Build the transform of validation, without randomness: PIL image -> float32 (3, H, W)."""
     a = augmentation
     return create_transform(
         image_hw(size),
@@ -144,4 +155,4 @@ def eval_transform(size: ImageSize, augmentation: Augmentation) -> Transform:
 
 def _demand(fine: bool, name: str, value: object, allowed: str) -> None:
     if not fine:
-        raise UserError(f"data.augmentation.{name} is {value}; it must be {allowed}")
+        raise UserError(f"augmentation.{name}", f"{value} is not allowed; it must be {allowed}")

@@ -1,4 +1,4 @@
-"""How a batch leaves a loader's worker."""
+"""Transport of a batch from a loader's worker to the training process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 _SMALL_BYTES = 2**14
 
 
-class _Part(NamedTuple):
-    """A tensor as a part of a piece of memory."""
+class _TensorView(NamedTuple):
+    """A tensor as a view of a piece of memory."""
 
     piece: int
     dtype: torch.dtype
@@ -22,30 +22,29 @@ class _Part(NamedTuple):
 
 
 class LightBatch(dict[str, Any]):
-    """A batch that leaves a worker in few pieces, as torch opens a file and a connection for every tensor
-    that it sends, 0.2 ms and more each.
+    """A batch that leaves a worker in few pieces.
 
-    Small tensors go as bytes; tensors that lie in one piece of memory go as that piece.
+    torch opens a file and a connection for every tensor that it sends, 0.2 ms and more each. Here small
+    tensors are sent as bytes, and tensors that share a piece of memory are sent as that piece.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         pieces: dict[int, Tensor] = {}
         return _arrived, ({name: _sent(value, pieces) for name, value in self.items()}, pieces)
 
-    def __copy__(self) -> LightBatch:  # DataLoader copies what it sends, and would take it apart for that
+    def __copy__(self) -> LightBatch:  # DataLoader copies a batch that it sends
         return LightBatch(self)
 
 
 def _sent(value: Any, pieces: dict[int, Tensor]) -> Any:
-    if (
-        not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.bfloat16
-    ):  # what a worker never sends, but a copy may hold
+    # A worker sends no other tensors, but a copy of a batch may hold some.
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or value.dtype == torch.bfloat16:
         return value
     if value.nbytes <= _SMALL_BYTES:
         return value.numpy()
     storage = value.untyped_storage()
     pieces.setdefault(storage.data_ptr(), torch.empty(0, dtype=torch.uint8).set_(storage))
-    return _Part(storage.data_ptr(), value.dtype, int(value.storage_offset()), value.shape, value.stride())
+    return _TensorView(storage.data_ptr(), value.dtype, int(value.storage_offset()), value.shape, value.stride())
 
 
 def _arrived(sent: dict[str, Any], pieces: dict[int, Tensor]) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def _arrived(sent: dict[str, Any], pieces: dict[int, Tensor]) -> dict[str, Any]:
 
 
 def _received(value: Any, pieces: dict[int, Tensor]) -> Any:
-    if isinstance(value, _Part):
+    if isinstance(value, _TensorView):
         return torch.empty(0, dtype=value.dtype).set_(
             pieces[value.piece].untyped_storage(), value.offset, value.size, value.stride
         )

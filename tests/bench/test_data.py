@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhla_lightning.data.modules.options import OrderConfig
 from mhla_lightning.bench.data_samples import TokenFiles, write_images, write_tokens
 from mhla_lightning.bench.data_speed import (
     Plan,
@@ -40,7 +41,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenFiles:
 
 
 def _images_module(path: Path) -> ImageDataModule:
-    return ImageDataModule(str(path), 4, image_size=16, seed=0)
+    return ImageDataModule(str(path), 4, image_size=16, order=OrderConfig(seed=0))
 
 
 def _same(batches: Sequence[Batch], others: Sequence[Batch], names: Sequence[str]) -> bool:
@@ -86,7 +87,7 @@ def test_webdataset_reads_every_sample_once_an_epoch_in_full_batches(images: Pat
 
 
 def test_memmap_reads_the_rows_of_the_stream(tokens: TokenFiles) -> None:
-    module = TokenDataModule(str(tokens.split.parent), 4, seed=0)
+    module = TokenDataModule(str(tokens.split.parent), 4, order=OrderConfig(seed=0))
     streams = (
         own_stream(module.corpus, module.kind(module.index()), PLAN),
         memmap_loop(module.corpus, PLAN, tokens),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks import EMA, ProjectMixing
 from mhla_lightning.callbacks.monitor import mixing_figure
@@ -56,7 +57,11 @@ def train(
         "deit_tiny", attention, OPTIONS, num_classes=4, optimizer=OptimizerConfig(lr=lr)
     )
     data = ImageDataModule(
-        str(shards), batch_size=16, micro_batch_size=16 // accumulate, image_size=8, num_workers=0
+        str(shards),
+        batch_size=16,
+        micro_batch_size=16 // accumulate,
+        image_size=8,
+        reading=ReadingConfig(num_workers=0),
     )
     trainer = pl.Trainer(
         accelerator="cpu",

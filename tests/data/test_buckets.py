@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.helpers.data_modules import build
 from mhla_lightning.data import LatentDataModule
-from mhla_lightning.data.batching import Part, eval_ranges, grouped_eval_ranges
-from mhla_lightning.data.corpus import Corpus, Source
+from mhla_lightning.data.batching import RankPart, eval_ranges, grouped_eval_ranges
+from mhla_lightning.data.corpus import Corpus, DataSource
 from mhla_lightning.data.index import VAE, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import Kind, kind_of
 from mhla_lightning.data.mixture import BLOCK, Ingredient, Mixture, WhenExhausted
@@ -66,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _module(root: Path, weights: Sequence[float] = (3, 2, 1), **options: Any) -> LatentDataModule:
-    mix = [Source(str(root / str(number)), weight) for number, weight in enumerate(weights)]
+    mix = [DataSource(str(root / str(number)), weight) for number, weight in enumerate(weights)]
     given: dict[str, Any] = {
         "vae": ASKED,
         "mix": mix,
@@ -76,7 +77,7 @@ def _module(root: Path, weights: Sequence[float] = (3, 2, 1), **options: Any) ->
         "batch_size": 4,
         "num_workers": 0,
     }
-    return LatentDataModule(**given | {"lanes": 4, "window": 4} | options)
+    return build(LatentDataModule, **given | {"lanes": 4, "window": 4} | options)
 
 
 def _steps(module: LatentDataModule, steps: int) -> list[Batch]:
@@ -217,14 +218,14 @@ def test_ranks_and_workers_do_not_matter(root: Path, world: int, micro: int, wor
 
 
 def _stream(module: LatentDataModule, rank: int, world: int, micro: int) -> Any:
-    part = Part(rank, world, module.batch_size, micro)
+    part = RankPart(rank, world, module.batch_size, micro)
     stream = TrainStream(
         module.corpus,
         module.kind(module.index()),
         part,
         kinds=[module.kind(split.index) for split in module.splits("train")],
     )
-    return DataLoader(stream, batch_size=None, num_workers=module.num_workers)
+    return DataLoader(stream, batch_size=None, num_workers=module.reading.num_workers)
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch(root: Path) -> None:
@@ -238,20 +239,18 @@ def test_a_resumed_run_goes_on_with_the_next_batch(root: Path) -> None:
 
 
 def test_a_position_in_another_order_is_refused(root: Path) -> None:
-    same = LatentDataModule(
-        ASKED, str(root / "0"), 4, num_workers=0, video=True, text_encoder=TEXT, lanes=4, window=4
-    )
-    by_batch = LatentDataModule(
-        ASKED,
-        str(root / "0"),
-        4,
-        num_workers=0,
-        video=True,
-        text_encoder=TEXT,
-        lanes=4,
-        window=4,
-        mix_by="batch",
-    )
+    common: dict[str, Any] = {
+        "vae": ASKED,
+        "path": str(root / "0"),
+        "batch_size": 4,
+        "num_workers": 0,
+        "video": True,
+        "text_encoder": TEXT,
+        "lanes": 4,
+        "window": 4,
+    }
+    same = build(LatentDataModule, **common)
+    by_batch = build(LatentDataModule, **common, mix_by="batch")
     assert "mix_by" not in same.state_dict(), "as it was before there was a choice"
     for module, state, says in (
         (by_batch, same.state_dict(), "mix_by sample, and here it is batch"),

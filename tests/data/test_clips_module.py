@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.data_modules import build
 from mhla_lightning.data import ClipDataModule
-from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
 from mhla_lightning.data.index import Clip, ShardIndex, TextEncoding, read_index
 from mhla_lightning.data.kinds import Clips
@@ -59,11 +60,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def module(path: Path | None, **others: Any) -> ClipDataModule:
-    return ClipDataModule(
+    return build(
+        ClipDataModule,
         **(
             {"text_encoder": WORDS, "path": path and str(path), "batch_size": 4, "num_workers": 0, "seed": 3}
             | others
-        )
+        ),
     )
 
 
@@ -165,7 +167,7 @@ def test_validation_is_padded_with_weight_0(root: Path) -> None:
 
 
 def test_buckets_come_batch_by_batch(root: Path) -> None:
-    mix = [Source(str(root / "two" / name), 1.0) for name in ("4x16x24", "2x24x16")]
+    mix = [DataSource(str(root / "two" / name), 1.0) for name in ("4x16x24", "2x24x16")]
     with pytest.raises(
         DataError,
         match=r"2x24x16/train/index\.json holds clips of 2 frames .*: data\.mix_by batch takes several sizes",

@@ -23,7 +23,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
 import lightning.pytorch as pl, torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from mhla_lightning.data import Augmentation, ImageDataModule
+from mhla_lightning.data import Augmentation, ImageDataModule, ReadingConfig
 
 class OnCPU(DeepSpeedStrategy):
     root_device = property(lambda self: torch.device("cpu", 0))
@@ -43,7 +43,7 @@ class Probe(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 plain = Augmentation(auto_augment=None, re_prob=0.0)
-data = ImageDataModule(sys.argv[1], batch_size=8, micro_batch_size=4, image_size=8, num_workers=2, augmentation=plain)
+data = ImageDataModule(sys.argv[1], batch_size=8, micro_batch_size=4, image_size=8, augmentation=plain, reading=ReadingConfig(num_workers=2))
 strategy = OnCPU(stage=2, process_group_backend="gloo")
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=10, accumulate_grad_batches=2, **quiet)

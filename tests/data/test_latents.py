@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.data_modules import build
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.index import VAE, ShardIndex, parse_index, read_index, write_index
 from mhla_lightning.data.kinds import Latents, kind_of
@@ -71,12 +72,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def _module(path: Path, **options: object) -> LatentDataModule:
-    return LatentDataModule(
-        **(
-            {"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0, "lanes": 4, "window": 4}
-            | options
-        )
-    )  # type: ignore[arg-type]
+    given = {"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0, "lanes": 4, "window": 4}
+    return build(LatentDataModule, **given | options)
 
 
 def _batches(module: LatentDataModule, count: int) -> list[Batch]:

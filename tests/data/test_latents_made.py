@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
@@ -319,7 +320,7 @@ def test_command_and_training(root: Path, tmp_path: Path, capsys: pytest.Capture
     assert found["summary"]["vae"]["train"]["std"] == list(read_index(tmp_path / "out" / "train").vae.std)  # type: ignore[union-attr]
     assert "data.vae: {name: tiny, scale: 0.5, shift: 0.25, shape: [4, 4, 4]}" in capsys.readouterr().out
     vae = VAE("tiny", 0.5, 0.25, (4, 4, 4))
-    module = LatentDataModule(vae, str(tmp_path / "out"), batch_size=8, num_workers=0)
+    module = LatentDataModule(vae, str(tmp_path / "out"), batch_size=8, reading=ReadingConfig(num_workers=0))
     module.check(1)
     batch = next(iter(module.train_dataloader()))
     assert batch["latent"].shape == (8, 4, 4, 4)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
-from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 from mhla_lightning.data.encoders.vaes import decode_videos, load_video_vae
 from mhla_lightning.data.index import VAE, Clip, ShardIndex, TextEncoding, read_index, write_index
@@ -154,9 +155,16 @@ def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
     shapes = {name: (4, 3, 4, 6) if name == "9x16x24" else (4, 1, 6, 4) for name in ("1x24x16", "9x16x24")}
     vae = VAE(str(root / "wan"), 1.0, 0.0, (4, 3, 4, 6))
     text = TextEncoding(WORDS, 20, 8)
-    mix = [Source(str(tmp_path / "one" / name)) for name in shapes]
-    module = LatentDataModule(
-        vae, batch_size=2, num_workers=0, video=True, text_encoder=text, mix=mix, mix_by="batch"
+    mix = [DataSource(str(tmp_path / "one" / name)) for name in shapes]
+    module = build(
+        LatentDataModule,
+        vae=vae,
+        batch_size=2,
+        num_workers=0,
+        video=True,
+        text_encoder=text,
+        mix=mix,
+        mix_by="batch",
     )
     module.check(1)
     assert module.facts()["shapes"] == list(shapes.values())
@@ -216,7 +224,8 @@ def module(root: Path, made: Path, **others: Any) -> LatentDataModule:
         "num_workers": 0,
         "video": True,
     }
-    return LatentDataModule(**given | {"text_encoder": TextEncoding(str(root / "umt5"), 20, 24)} | others)
+    given["text_encoder"] = TextEncoding(str(root / "umt5"), 20, 24)
+    return build(LatentDataModule, **given | others)
 
 
 def test_a_data_module_encodes_prompts_and_decodes_videos(root: Path, made: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from tests.helpers.data_modules import build
 from mhla_lightning.data import Augmentation, ImageDataModule
-from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.loader import Loading, ignore_signals
 from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.errors import DataError, UserError
@@ -42,7 +43,7 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _module(path: Path | None, **options: Any) -> ImageDataModule:
     defaults: dict[str, Any] = {"batch_size": 8, "image_size": 8, "num_workers": 0, "augmentation": PLAIN}
-    return ImageDataModule(None if path is None else str(path), **(defaults | options))
+    return build(ImageDataModule, path=None if path is None else str(path), **(defaults | options))
 
 
 class _Probe(pl.LightningModule):
@@ -164,7 +165,7 @@ def test_a_position_in_another_sequence_is_refused(packed: Path, key: str, value
 
 def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "more", val=4, shards=2)  # 40 training and 4 validation samples
-    mix = [Source(str(packed), 3.0, "old"), Source(str(tmp_path / "more"), 1.0)]
+    mix = [DataSource(str(packed), 3.0, "old"), DataSource(str(tmp_path / "more"), 1.0)]
     data = _module(None, mix=mix)
     data.check(1)
     assert (data.samples, data.consumed_by_source()) == (72, {"old": 0, "more": 0})
@@ -179,12 +180,12 @@ def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path
 
 @lightning_warnings
 def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
-    data = _module(None, mix=[Source(str(packed), when_exhausted="stop")])
+    data = _module(None, mix=[DataSource(str(packed), when_exhausted="stop")])
     with pytest.raises(UserError, match=r"data\.mix runs out in step 5, before trainer\.max_steps 6"):
         _trainer(max_steps=6, max_epochs=-1).fit(_Probe(), data)
     model = _Probe()
     _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(
-        model, _module(None, mix=[Source(str(packed), when_exhausted="stop")])
+        model, _module(None, mix=[DataSource(str(packed), when_exhausted="stop")])
     )
     assert sorted(model.indices) == list(range(32))
 
@@ -250,7 +251,7 @@ def test_seed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_workers": -1}, "data.num_workers is -1"),
         ({"window": 0}, "data.window is 0"),
         ({"lanes": 0}, "data.lanes is 0"),
-        ({"mix": [Source("a")]}, "data.path or data.mix, one of the two"),
+        ({"mix": [DataSource("a")]}, "data.path or data.mix, one of the two"),
         ({"epochs": 0.0}, "data.epochs is 0.0"),
         ({"max_skipped_share": 1.5}, "data.max_skipped_share is 1.5"),
         ({"image_size": 0}, "data.image_size is 0"),
@@ -278,13 +279,13 @@ def test_check_tells_before_training(packed: Path, options: dict, world: int, se
 @pytest.mark.parametrize(
     ("mix", "sentence"),
     [
-        ([Source("a", 0.0)], "the weight of a is 0.0; it must be a number above 0"),
-        ([Source("a", float("nan"))], "the weight of a is nan"),
-        ([Source("x/a"), Source("y/a/")], "two sources are called a"),
+        ([DataSource("a", 0.0)], "the weight of a is 0.0; it must be a number above 0"),
+        ([DataSource("a", float("nan"))], "the weight of a is nan"),
+        ([DataSource("x/a"), DataSource("y/a/")], "two sources are called a"),
         ([], "one of the two"),
     ],
 )
-def test_bad_mixtures(mix: list[Source], sentence: str) -> None:
+def test_bad_mixtures(mix: list[DataSource], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         _module(None, mix=mix)
 
@@ -336,8 +337,8 @@ def test_a_program_with_an_open_loader_exits(packed: Path) -> None:
     ever.
     """
     code = f"""
-from mhla_lightning.data import ImageDataModule
-data = ImageDataModule({str(packed)!r}, batch_size=4, image_size=8, num_workers=2)
+from mhla_lightning.data import ImageDataModule, ReadingConfig
+data = ImageDataModule({str(packed)!r}, batch_size=4, image_size=8, reading=ReadingConfig(num_workers=2))
 batches = iter(data.train_dataloader())
 next(batches)
 """

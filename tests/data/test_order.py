@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mhla_lightning.data.batching import Part
+from mhla_lightning.data.batching import RankPart
 from mhla_lightning.data.mixture import BLOCK, Ingredient, Mixture, WhenExhausted
 from mhla_lightning.data.order import Order, permutation
 
@@ -129,7 +129,7 @@ def batches(
     """The samples (epoch, index) of every global batch, put together from what each worker of each rank
     reads.
     """
-    parts = [Part(rank, world, batch, micro, first) for rank in range(world)]
+    parts = [RankPart(rank, world, batch, micro, first) for rank in range(world)]
     accumulation = batch // world // micro
     found: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
     for part, worker in product(parts, range(max(workers, 1))):
@@ -159,7 +159,7 @@ def test_pairs_stay_together(world: int, micro: int) -> None:
     batch = 4 * world
     pairs = set()
     for rank, step in product(range(world), range(6)):
-        positions = Part(rank, world, batch, micro, first=5).positions(step).tolist()
+        positions = RankPart(rank, world, batch, micro, first=5).positions(step).tolist()
         assert len(positions) == micro
         pairs |= set(zip(positions[::2], positions[1::2], strict=False))
     if micro > 1:
@@ -172,7 +172,7 @@ def test_ranks_have_lanes_of_their_own(world: int) -> None:
     order = Order([100] * 240, lanes=48, window=32)
     shards = []
     for rank in range(world):
-        part = Part(rank, world, 64, 64 // world)
+        part = RankPart(rank, world, 64, 64 // world)
         positions = np.concatenate([part.positions(step) for step in range(40)])
         shards.append(set((order.locate(positions)[1] // 100).tolist()))
     cut = sum(len(s) for s in shards) - len(set.union(*shards))

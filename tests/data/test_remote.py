@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import Augmentation, ImageDataModule
-from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError
@@ -38,7 +39,9 @@ def _module(path: str | None, remote: Remote | None = None, **options: Any) -> I
     """Augmented with random numbers, so that images are equal only where these are."""
     augmentation = Augmentation(scale=(0.5, 1.0), auto_augment=None)
     common: dict[str, Any] = {"batch_size": 16, "image_size": 8, "num_workers": 2, "lanes": 4, "window": 8}
-    return ImageDataModule(path=path, remote=remote, augmentation=augmentation, **(common | options))
+    return build(
+        ImageDataModule, path=path, remote=remote, augmentation=augmentation, **(common | options)
+    )
 
 
 def _sequence(module: ImageDataModule) -> list[Batch]:
@@ -130,9 +133,9 @@ def test_s3_with_faults(server: FileServer, s3_env: None, shards: Path, local: l
 def test_a_mixture_of_local_and_remote(
     remote_url: str, server: FileServer, bucket: S3Bucket, shards: Path
 ) -> None:
-    def mix(*paths: str) -> list[Source]:
+    def mix(*paths: str) -> list[DataSource]:
         return [
-            Source(path, weight, name=f"{weight}")
+            DataSource(path, weight, name=f"{weight}")
             for path, weight in zip(paths, (3.0, 2.0, 1.0), strict=True)
         ]
 

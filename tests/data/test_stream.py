@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from webdataset.writer import TarWriter
 
-from mhla_lightning.data.batching import Part
-from mhla_lightning.data.corpus import Corpus, Source, TrainCorpus
+from mhla_lightning.data.batching import RankPart
+from mhla_lightning.data.corpus import Corpus, DataSource, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Images
 from mhla_lightning.data.loader import Loading, StartMethod, build_loader, shut_down
@@ -66,8 +66,8 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardIndex]:
     return folder, _make_split(folder, SIZES)
 
 
-def _part(rank: int = 0, world: int = 1, first: int = 0) -> Part:
-    return Part(rank, world, 4 * world, 4, first)
+def _part(rank: int = 0, world: int = 1, first: int = 0) -> RankPart:
+    return RankPart(rank, world, 4 * world, 4, first)
 
 
 def _split(folder: Path, index: ShardIndex) -> Split:
@@ -81,12 +81,12 @@ def _images(seed: int = 0) -> Images:
 def _train(
     folder: Path,
     index: ShardIndex,
-    part: Part | None = None,
+    part: RankPart | None = None,
     seed: int = 0,
     share: float = 0.01,
     window: int = 16,
 ) -> TrainStream:
-    corpus = TrainCorpus([_split(folder, index)], [Source(str(folder))], seed, 12, window)
+    corpus = TrainCorpus([_split(folder, index)], [DataSource(str(folder))], seed, 12, window)
     return TrainStream(corpus, _images(seed), part or _part(), share)
 
 
@@ -296,10 +296,10 @@ def test_a_skipped_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path: Pat
     index = _make_split(tmp_path, [30], {i: {"png": b"x"} for i in (3, 4, 17)})
     one = [
         sorted(_pairs([batch]))
-        for batch in islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(0, 1, 8, 8), 0.9), 10)
+        for batch in islice(TrainStream(_train(tmp_path, index).corpus, _images(), RankPart(0, 1, 8, 8), 0.9), 10)
     ]
     two = [
-        islice(TrainStream(_train(tmp_path, index).corpus, _images(), Part(rank, 2, 8, 2), 0.9), 20)
+        islice(TrainStream(_train(tmp_path, index).corpus, _images(), RankPart(rank, 2, 8, 2), 0.9), 20)
         for rank in (0, 1)
     ]
     micro = [_pairs([a, b]) for a, b in zip(*two, strict=True)]
@@ -388,7 +388,7 @@ def test_a_mixture_reads_every_source(tmp_path: Path) -> None:
         _split(tmp_path / name, _make_split(tmp_path / name, sizes))
         for name, sizes in (("a", [20]), ("b", [7, 8]))
     ]
-    sources = [Source("a", 3.0), Source("b", 1.0, when_exhausted="drop")]
+    sources = [DataSource("a", 3.0), DataSource("b", 1.0, when_exhausted="drop")]
     stream = TrainStream(TrainCorpus(splits, sources, 0, 4, 8), _images(), _part())
     batches = list(_batches(stream, 2, 100))
     found = [
@@ -410,12 +410,12 @@ def test_a_mixture_that_ends(tmp_path: Path, workers: int) -> None:
     """Workers read ahead of training, and the last sample cannot be decoded: its slot takes one before it."""
     folder = tmp_path / "a"
     order = TrainCorpus(
-        [_split(folder, _make_split(folder, [12, 8]))], [Source("a", when_exhausted="stop")], 0, 4, 8
+        [_split(folder, _make_split(folder, [12, 8]))], [DataSource("a", when_exhausted="stop")], 0, 4, 8
     )
     last = order.locate(np.array([19]))[0].index
     stopping = TrainCorpus(
         [_split(folder, _make_split(folder, [12, 8], {last: {"png": b"x"}}))],
-        [Source("a", when_exhausted="stop")],
+        [DataSource("a", when_exhausted="stop")],
         0,
         4,
         8,
@@ -434,7 +434,7 @@ def test_the_hash_of_a_mixture_names_its_data_and_its_rules(tmp_path: Path) -> N
 
     def hash_of(*sources: tuple[Split, float]) -> str:
         return TrainCorpus(
-            [s for s, _ in sources], [Source(str(n), w) for n, (_, w) in enumerate(sources)], 0
+            [s for s, _ in sources], [DataSource(str(n), w) for n, (_, w) in enumerate(sources)], 0
         ).hash
 
     assert hash_of((a, 1.0)) == a.index.hash

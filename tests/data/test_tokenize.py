@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import read_index
@@ -240,7 +241,7 @@ def test_without_its_tokenizer_data_is_read_all_the_same(
         TextOptions(str(bpe), length=32, val=4),
     )
     (tmp_path / "out" / "tokenizer.json").unlink()
-    data = TokenDataModule(str(tmp_path / "out"), 2, num_workers=0)
+    data = TokenDataModule(str(tmp_path / "out"), 2, reading=ReadingConfig(num_workers=0))
     data.check(1)
     assert (data.facts()["token_bytes"], data.facts()["vocabulary"]) == (None, None)
     assert next(iter(data.train_dataloader()))["tokens"].shape == (2, 32)

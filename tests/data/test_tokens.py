@@ -14,10 +14,12 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
+from tests.helpers.data_modules import build
+from mhla_lightning.data.modules.options import TextConfig
 from mhla_lightning.config.recipes import apply_overrides
-from mhla_lightning.data.batching import Part
+from mhla_lightning.data.batching import RankPart
 from mhla_lightning.data.columns import PADDING
-from mhla_lightning.data.corpus import Source, TrainCorpus
+from mhla_lightning.data.corpus import DataSource, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Tokens
 from mhla_lightning.data.modules.tokens import TokenDataModule
@@ -77,8 +79,8 @@ def _split(folder: Path, index: ShardIndex) -> Split:
 
 
 def _stream(folder: Path, index: ShardIndex, kind: Tokens, share: float = 0.5) -> TrainStream:
-    corpus = TrainCorpus([_split(folder, index)], [Source(str(folder))], 0, 4, 8)
-    return TrainStream(corpus, kind, Part(0, 1, 4, 4), share)
+    corpus = TrainCorpus([_split(folder, index)], [DataSource(str(folder))], 0, 4, 8)
+    return TrainStream(corpus, kind, RankPart(0, 1, 4, 4), share)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -245,7 +247,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_module_reads_every_row_once_an_epoch(data: Path, workers: int) -> None:
-    module = TokenDataModule(str(data), 4, num_workers=workers, vocabulary=VOCABULARY, seed=0)
+    module = build(
+        TokenDataModule,
+        path=str(data),
+        batch_size=4,
+        num_workers=workers,
+        vocabulary=VOCABULARY,
+        seed=0,
+    )
     module.check(1)
     batches = list(islice(module.train_dataloader(), ROWS // 2))
     module.teardown("fit")
@@ -262,7 +271,7 @@ def test_the_module_reads_every_row_once_an_epoch(data: Path, workers: int) -> N
 
 
 def test_the_module_validates_on_every_row_once(data: Path) -> None:
-    module = TokenDataModule(str(data), 4, num_workers=2, seed=0)
+    module = build(TokenDataModule, path=str(data), batch_size=4, num_workers=2, seed=0)
     batches = list(module.val_dataloader())
     module.teardown("validate")
     assert [batch["weight"].tolist() for batch in batches] == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0]]
@@ -281,7 +290,7 @@ def test_the_module_tells_what_a_task_needs(data: Path) -> None:
 def test_rows_of_val_may_have_another_length(tmp_path: Path) -> None:
     _write(tmp_path / "train", *_arrays())
     _write(tmp_path / "val", *_arrays(rows=6, length=8), [[6]])
-    module = TokenDataModule(str(tmp_path), 4, num_workers=0, vocabulary=VOCABULARY)
+    module = build(TokenDataModule, path=str(tmp_path), batch_size=4, num_workers=0, vocabulary=VOCABULARY)
     module.check(1)
     assert (module.facts()["length"], module.facts()["val_length"]) == (LENGTH, 8)
     assert next(iter(module.train_dataloader()))["tokens"].shape == (4, LENGTH)
@@ -299,7 +308,7 @@ def test_train_rows_of_a_mixture_have_one_length(tmp_path: Path) -> None:
         for split in ("train", "val"):
             _write(tmp_path / name / split, *_arrays(length=length))
     with pytest.raises(DataError, match="holds tokens of length 8; tokens of length 16 are needed"):
-        TokenDataModule(None, 4, mix=[Source(str(tmp_path / "a")), Source(str(tmp_path / "b"))]).check(1)
+        TokenDataModule(None, 4, mix=[DataSource(str(tmp_path / "a")), DataSource(str(tmp_path / "b"))]).check(1)
 
 
 # Padding
@@ -350,9 +359,10 @@ def _text(root: Path) -> Path:
 
 def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     def module(**options: Any) -> TokenDataModule:
-        return TokenDataModule(
-            str(tmp_path / "to"),
-            4,
+        return build(
+            TokenDataModule,
+            path=str(tmp_path / "to"),
+            batch_size=4,
             num_workers=0,
             source=str(_text(tmp_path)),
             **{"length": 64, "val_length": 32, "val": 5, **options},
@@ -391,13 +401,12 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             module(**options).check(1)
     for tokenizer in (None, "bytes"):
-        TokenDataModule(str(tmp_path / "to"), 4, length=999, tokenizer=tokenizer).check(
-            1
-        )  # without a source the index decides
+        # without a source the index decides
+        TokenDataModule(str(tmp_path / "to"), 4, text=TextConfig(tokenizer, 999)).check(1)
     with pytest.raises(
         UserError, match="data.tokenizer is gpt2, and the shards in .* were made with bytes: leave it out"
     ):
-        TokenDataModule(str(tmp_path / "to"), 4, tokenizer="gpt2").check(1)
+        TokenDataModule(str(tmp_path / "to"), 4, text=TextConfig("gpt2")).check(1)
 
 
 def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
@@ -430,14 +439,14 @@ def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
             "rows of 63 tokens do not hold 16 pairs twice: mqar needs at least 64",
         ),
         ({"source": "mqar", "val": 0.5}, "is a number of rows from 1 on; got 0.5"),
-        ({"path": None, "mix": [Source("x")]}, "data.source is packed into data.path"),
+        ({"path": None, "mix": [DataSource("x")]}, "data.source is packed into data.path"),
         ({"path": "s3://bucket/x"}, "data.source is packed into data.path"),
     ],
     ids=str,
 )
 def test_options_of_a_source_are_checked_at_once(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        TokenDataModule(**{"path": "x", "source": "stdlib", **options})
+        build(TokenDataModule, **{"path": "x", "source": "stdlib", **options})
 
 
 @pytest.mark.parametrize(
@@ -447,8 +456,15 @@ def test_mqar_rows_ask_for_every_pair_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, pairs: int, length: int
 ) -> None:
     monkeypatch.setitem(mqar.ROWS, "train", 300)
-    module = TokenDataModule(
-        str(tmp_path / "to"), 100, num_workers=0, source=spec, length=length, val_length=length + 20, val=50
+    module = build(
+        TokenDataModule,
+        path=str(tmp_path / "to"),
+        batch_size=100,
+        num_workers=0,
+        source=spec,
+        length=length,
+        val_length=length + 20,
+        val=50,
     )
     module.prepare_data()
     module.check(1)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import Augmentation
@@ -78,7 +79,11 @@ def test_own_features_are_those_of_validation(name: str, here: Path, shards: Pat
     found = find_classifier(name)
     network = OwnFeatures(found)
     data = ImageDataModule(
-        str(shards), image_size=8, batch_size=20, num_workers=0, augmentation=found.data.augmentation
+        str(shards),
+        image_size=8,
+        batch_size=20,
+        augmentation=found.data.augmentation,
+        reading=ReadingConfig(num_workers=0),
     )
     (batch,) = data.val_dataloader()
     assert found.task.backbone is not None

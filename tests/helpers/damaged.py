@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import Augmentation, ImageDataModule, LatentDataModule, TokenDataModule
 from mhla_lightning.data.index import VAE, ShardEntry, ShardIndex, write_index
@@ -173,11 +174,11 @@ class DataSet:
         }
         common |= options
         if self.kind == "images":
-            return ImageDataModule(image_size=8, augmentation=PLAIN, **common)
+            return build(ImageDataModule, image_size=8, augmentation=PLAIN, **common)
         return (
-            LatentDataModule(**({"vae": VAE_USED} | common))
+            build(LatentDataModule, **({"vae": VAE_USED} | common))
             if self.kind == "latents"
-            else TokenDataModule(vocabulary=100, **common)
+            else build(TokenDataModule, vocabulary=100, **common)
         )
 
 

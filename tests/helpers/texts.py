@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.modules.tokens import TokenDataModule
 
 
@@ -26,7 +27,7 @@ def read_rows(
     folder: Path, split: str, length: int, val_length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """All rows of a split as a run reads them: tokens and documents, (rows, length)."""
-    data = TokenDataModule(str(folder), 1, num_workers=0)
+    data = TokenDataModule(str(folder), 1, reading=ReadingConfig(num_workers=0))
     data.check(1)
     batches = list(data.val_dataloader() if split == "val" else islice(data.train_dataloader(), data.samples))
     found = tuple(

@@ -102,6 +102,7 @@ def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
     """The cases that take turns with each other; the loaders of one group at a time."""
     from mhla_lightning.bench.data_samples import write_images, write_tokens
     from mhla_lightning.bench.data_speed import make_case, memmap_loop, own_stream
+    from mhla_lightning.data.modules.options import OrderConfig
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
@@ -111,7 +112,7 @@ def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
     cropped = Augmentation(hflip=0.0, color_jitter=None, auto_augment=None, re_prob=0.0)
     yield _image_cases(path, CROPPED, cropped, args.image_size, images)
     files = write_tokens(folder / "tokens", args.rows, args.length)
-    module = TokenDataModule(str(files.split.parent), args.batch, seed=0)
+    module = TokenDataModule(str(files.split.parent), args.batch, order=OrderConfig(seed=0))
     yield [
         make_case(TOKENS, "stream", plan, own_stream(module.corpus, module.kind(module.index()), plan)),
         make_case(TOKENS, "memmap", plan, memmap_loop(module.corpus, plan, files)),
@@ -121,9 +122,10 @@ def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
 def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: Plan) -> list[DataCase]:
     from mhla_lightning.bench.data_speed import decoder_loop, make_case, own_stream, webdataset_pipeline
     from mhla_lightning.data.modules.images import ImageDataModule
+    from mhla_lightning.data.modules.options import OrderConfig
 
     module: ShardDataModule = ImageDataModule(
-        str(path), plan.batch_size, image_size=size, augmentation=augmentation, seed=0
+        str(path), plan.batch_size, image_size=size, augmentation=augmentation, order=OrderConfig(seed=0)
     )
     index = module.index()
     kind = module.kind(index)

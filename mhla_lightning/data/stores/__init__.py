@@ -1,6 +1,4 @@
-"""Where shards lie: a local folder, http(s)://, s3:// or gs://, with or without a cache on this machine.
-No torch.
-"""
+"""Folders of shards: local, http(s)://, s3:// or gs://, with or without a cache here. No torch."""
 
 from __future__ import annotations
 
@@ -17,27 +15,32 @@ __all__ = ["CachedStore", "LocalStore", "Remote", "Store", "open_store", "with_c
 
 
 def open_store(url: str | Path, remote: Remote | None = None) -> Store:
-    """The store for a folder's address: a local path, file://, http(s)://, s3:// or gs://. remote: None is
-    Remote().
+    """Return the store for a folder's address, without opening a connection.
 
-    Opens no connection. Raises UserError for any other address, and when the package that a protocol needs is
-    not installed.
+    Args:
+        url: a local path, file://, http(s)://, s3:// or gs://.
+        remote: how remote files are fetched; None is Remote().
+
+    Raises UserError for any other address, and when the package of a protocol is not installed.
     """
     address = parse(str(url))
     if address.protocol == "file":
         return LocalStore(address.parts.path)
-    from mhla_lightning.data.stores.remote import (
-        RemoteStore,
-    )  # brings aiohttp, which a local run does not need
+    # Imports aiohttp, which a local run does not need.
+    from mhla_lightning.data.stores.remote import RemoteStore
 
     return RemoteStore(str(url), remote or Remote())
 
 
 def with_cache(store: Store, files: Mapping[str, tuple[str, int]], remote: Remote) -> Store:
-    """`store` behind a cache when remote.cache_dir is set, else `store` itself; also for a local store (a
-    network file system behind a local disk).
+    """Return `store` behind a cache when remote.cache_dir is set, else `store` itself.
 
-    files: shard name -> (sha256, bytes) from the index.
+    A cache also serves a local store: a local disk in front of a network file system.
+
+    Args:
+        store: of the shards.
+        files: shard name -> (sha256, bytes), from the index.
+        remote: cache_dir and cache_bytes.
     """
     folder = remote.cache_folder()
     return store if folder is None else CachedStore(store, files, folder, remote.cache_limit, remote.patience)

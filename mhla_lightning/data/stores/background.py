@@ -1,4 +1,4 @@
-"""Shards fetched into a cache while training reads them in parts."""
+"""Download of shards into a cache while training reads them in parts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from queue import SimpleQueue
 
 from mhla_lightning.errors import DataError
 
-THREADS = 2  # of a process; the lock of each shard shares the work among the processes of a node
+THREADS = 2  # of a process; the locks of the shards share the work among the processes of a node
 
 
 class Fetcher:
-    """Fetches what it is asked for, in that order, in threads that end with the process.
+    """A queue of shards that daemon threads fetch in order.
 
-    fetch: brings one shard into the cache; called in other threads, so it must share nothing with the caller.
+    Args:
+        fetch: brings one shard into the cache. It is called in other threads and must share nothing with the
+            caller.
     """
 
     def __init__(self, fetch: Callable[[str], object]) -> None:
@@ -26,7 +28,7 @@ class Fetcher:
             threading.Thread(target=self._run, name="mhla-cache", daemon=True).start()
 
     def ask(self, name: str) -> None:
-        """Fetch `name` when it is not being fetched yet. Raises the DataError of an earlier attempt."""
+        """Queue `name` unless it is queued already. Raises the DataError of an earlier attempt."""
         if name in self._failed:
             raise self._failed.pop(name)
         if name not in self._asked:

@@ -238,12 +238,12 @@ class CachedStore(Store):
 
     def _download(self, name: str, temporary: Path) -> tuple[str, int]:
         """Write a shard's bytes to `temporary` and to the disk; their sha256 and number."""
-        with _HashedFile(temporary) as sink:
+        with _DownloadSink(temporary) as sink:
             self._inner.copy(name, self._files[name][1], sink)
             return sink.finish()
 
 
-class _HashedFile:
+class _DownloadSink:
     """A base.Sink: a file over an existing one, hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -251,7 +251,7 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self._written = 0
 
-    def __enter__(self) -> _HashedFile:
+    def __enter__(self) -> _DownloadSink:
         return self
 
     def __exit__(

@@ -1,9 +1,8 @@
-"""Single requests, without retries: HTTP through aiohttp, s3 and gs through fsspec's file systems. What goes
-wrong becomes a Failure.
+"""Single requests over HTTP by aiohttp, without retries; errors become a Failure.
 
-HTTP does not go through fsspec: its HTTP file system hides the status (a server that ignores Range is
-    misread), calls every error of a size request
-"file not found", lets aiohttp decompress bodies and ignores the proxy variables of the environment.
+HTTP does not use fsspec. Its HTTP file system hides the status, so that a server that ignores Range is misread.
+It also reports every error of a size request as "file not found", lets aiohttp decompress bodies, and ignores
+the proxy variables of the environment.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ _MISSING = (404, 410)
 
 
 class RemoteClient(Protocol):
-    """One request at a time; names are checked plain names. size() returns None for a missing file; other
-    mishaps raise Failure.
+    """Single requests for files by their checked plain names.
+
+    size() returns None for a missing file; every other problem raises Failure.
     """
 
     async def size(self, name: str) -> int | None: ...
@@ -71,7 +71,7 @@ class HttpClient:
             return await self._body(answer, stop - start)
 
     async def begin(self, name: str) -> aiohttp.ClientResponse:
-        """A whole file's answer, its body still to be read with piece()."""
+        """Request a whole file and return the answer; read its body with piece()."""
         answer = await self._ask("GET", name)
         try:
             _raise_for_status(answer.status)
@@ -81,7 +81,7 @@ class HttpClient:
         return answer
 
     async def piece(self, answer: aiohttp.ClientResponse) -> bytes:
-        """The next at most 1 MiB of the body; empty at its end."""
+        """Return the next at most 1 MiB of the body; empty at its end."""
         try:
             return await answer.content.read(2**20)
         except (OSError, aiohttp.ClientError) as error:
@@ -96,8 +96,8 @@ class HttpClient:
     ) -> aiohttp.ClientResponse:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout)
-            # Bytes must arrive as they lie on the server: sizes and offsets count them. trust_env: aiohttp
-            # ignores proxy variables without it.
+            # Sizes and offsets count the bytes on the server, so nothing may be compressed on the way.
+            # Without trust_env, aiohttp ignores the proxy variables.
             identity = {"Accept-Encoding": "identity"}
             self._session = aiohttp.ClientSession(
                 timeout=timeout, headers=identity, auto_decompress=False, trust_env=True
@@ -130,7 +130,7 @@ class HttpClient:
             raise Failure(f"short answer: {found} of {expected} bytes") from cut
 
     async def _size_by_get(self, name: str) -> int | None:
-        """For servers that refuse HEAD, or addresses signed for GET only."""
+        """Return the size by GET, for servers that refuse HEAD and addresses signed for GET only."""
         async with await self._ask("GET", name, {"Range": "bytes=0-0"}) as answer:
             if answer.status in _MISSING:
                 return None
@@ -141,7 +141,7 @@ class HttpClient:
             length = answer.headers.get("Content-Length")
             if answer.status != 200 or length is None:
                 raise Failure(
-                    "the server does not say its size",
+                    "the server does not send its size",
                     "serve it from a server that sends Content-Length",
                     permanent=True,
                 )
@@ -165,7 +165,7 @@ def _raise_if_passing(status: int) -> None:
 
 
 def status_failure(status: int) -> Failure:
-    """The Failure for an HTTP status that is no success."""
+    """Return the Failure for an HTTP status that is no success."""
     if status in _MISSING:
         return Failure(
             f"HTTP {status}, there is no such file",
@@ -175,7 +175,7 @@ def status_failure(status: int) -> Failure:
     if status in (401, 403):
         return Failure(
             f"HTTP {status}, access refused",
-            "check the credentials, the file's name or data.remote.anonymous",
+            "check the credentials, the file's name or `data.reading.remote.anonymous`",
             permanent=True,
         )
     passing = status in (408, 425, 429) or (status >= 500 and status != 501)
@@ -187,8 +187,9 @@ def status_failure(status: int) -> Failure:
 
 
 def failure(error: BaseException, timeout: float) -> Failure:
-    """The Failure for an exception of the network, whichever library wrapped it. timeout: seconds of one
-    request.
+    """Return the Failure for an exception of the network, whichever library wrapped it.
+
+    timeout: seconds of one request.
     """
     for cause in _chain(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -212,7 +213,7 @@ def failure(error: BaseException, timeout: float) -> Failure:
 
 
 def _chain(error: BaseException) -> list[Any]:
-    """The error, then what caused it: libraries wrap the one that says what happened."""
+    """Return the error and its causes: libraries wrap the informative one."""
     found: list[Any] = []
     current: BaseException | None = error
     while current is not None and current not in found:

@@ -1,4 +1,4 @@
-"""Objects in s3 (s3fs) and gs (gcsfs), one request without the libraries' own retries where they allow it."""
+"""Objects in s3 (s3fs) and gs (gcsfs): single requests, without the libraries' own retries."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from mhla_lightning.data.stores.retry import Failure, plain
 from mhla_lightning.data.stores.settings import Remote
 from mhla_lightning.errors import UserError, missing_extra
 
-_LOGIN = "set the credentials, or data.remote.anonymous: true for public data"
+_LOGIN = "set the credentials, or `data.reading.remote.anonymous` to true for public data"
 
 
 class ObjectClient:
-    """Files below BUCKET/FOLDER. fs: an asynchronous fsspec file system; errors: what its requests may
-    raise beside OSError and aiohttp's.
+    """Files below BUCKET/FOLDER.
+
+    The requests are underscored methods of fsspec (version 2026.9). Its manual documents these names as the
+    asynchronous interface; the names without underscore run on fsspec's own event loop (see io_thread.py).
+
+    Args:
+        address: of the folder.
+        remote: whose timeout counts.
+        fs: an asynchronous fsspec file system.
+        errors: exceptions of its requests, beside OSError and those of aiohttp.
     """
 
     def __init__(
@@ -26,19 +34,22 @@ class ObjectClient:
         self._address = address
         self._timeout = remote.timeout
         self._fs = fs
+        self._connected = False
         self._errors: tuple[type[Exception], ...] = (OSError, ValueError, aiohttp.ClientError, *errors)
 
     async def size(self, name: str) -> int | None:
+        self._connected = True
         try:
             info = await self._fs._info(self._address.key(name))
         except FileNotFoundError:
             return None
         except self._errors as error:
             raise _failure(error, self._timeout) from error
-        # A "folder" is whatever other keys begin with: it has a size of 0 and is no file.
+        # A common prefix of keys counts as a folder, of size 0.
         return int(info["size"]) if info["type"] == "file" else None
 
     async def read(self, name: str, start: int, stop: int) -> bytes:
+        self._connected = True
         try:
             data: bytes = await self._fs._cat_file(self._address.key(name), start=start, end=stop)
         except self._errors as error:
@@ -48,23 +59,20 @@ class ObjectClient:
         return data
 
     async def close(self) -> None:
-        session = getattr(self._fs, "_s3", None) or getattr(self._fs, "_session", None)
-        if session is not None:
-            await session.close()
+        if self._connected:
+            await (await self._fs.set_session()).close()
 
 
 def s3_client(address: Address, remote: Remote) -> ObjectClient:
-    """A client for s3://. Raises UserError when s3fs is not installed."""
+    """Make a client for s3://. Raises UserError when s3fs is not installed."""
     try:
         import s3fs
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
-        raise UserError(missing_extra("s3fs", "s3", f"reading {address.shown()}")) from error
+        raise UserError(None, missing_extra("s3fs", "s3", f"reading {address.shown()}")) from error
     limits: dict[str, Any] = {"connect_timeout": remote.timeout, "read_timeout": remote.timeout}
-    limits |= {
-        "retries": {"total_max_attempts": 1},
-        "max_pool_connections": 16,
-    }  # tries are counted in retry.py alone
+    # Only retry.py counts tries.
+    limits |= {"retries": {"total_max_attempts": 1}, "max_pool_connections": 16}
     fs = s3fs.S3FileSystem(
         anon=remote.anonymous,
         endpoint_url=remote.endpoint,
@@ -78,15 +86,14 @@ def s3_client(address: Address, remote: Remote) -> ObjectClient:
 
 
 def gs_client(address: Address, remote: Remote) -> ObjectClient:
-    """A client for gs://. Raises UserError when gcsfs is not installed, or finds no credentials."""
+    """Make a client for gs://. Raises UserError without gcsfs or without credentials."""
     try:
-        from gcsfs.core import (
-            GCSFileSystem,
-        )  # the plain one: gcsfs.GCSFileSystem may start gRPC, which does not survive a fork
+        # Not gcsfs.GCSFileSystem: it may start gRPC, which does not survive a fork.
+        from gcsfs.core import GCSFileSystem
         from gcsfs.retry import ChecksumError, HttpError
         from google.auth.exceptions import GoogleAuthError
     except ImportError as error:
-        raise UserError(missing_extra("gcsfs", "gs", f"reading {address.shown()}")) from error
+        raise UserError(None, missing_extra("gcsfs", "gs", f"reading {address.shown()}")) from error
     try:
         fs = GCSFileSystem(
             token="anon" if remote.anonymous else None,
@@ -97,13 +104,13 @@ def gs_client(address: Address, remote: Remote) -> ObjectClient:
         )
     except (GoogleAuthError, ValueError) as error:
         raise UserError(
-            f"{address.shown()} cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}"
+            address.shown(), f"it cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}"
         ) from error
     return ObjectClient(address, remote, fs, (ChecksumError, HttpError, GoogleAuthError))
 
 
 def _failure(error: Exception, timeout: float) -> Failure:
-    """The Failure for what s3fs, botocore or gcsfs raised."""
+    """Return the Failure for an error of s3fs, botocore or gcsfs."""
     status = _status(error)
     if status == 416:
         return Failure(
@@ -114,13 +121,14 @@ def _failure(error: Exception, timeout: float) -> Failure:
     if "Credential" in type(error).__name__ or "Profile" in type(error).__name__:
         return Failure(f"no credentials ({plain(str(error))})", _LOGIN, permanent=True)
     if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return Failure(plain(str(error)), "check the address and data.remote.endpoint", permanent=True)
+        return Failure(plain(str(error)), "check the address and `data.reading.remote.endpoint`", permanent=True)
     return failure(error, timeout)
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error: s3fs translates botocore's error and keeps it as the cause; gcsfs
-    has a code or only words.
+    """Return the HTTP status behind an error, None without one.
+
+    s3fs translates botocore's error and keeps it as the cause; gcsfs has a code or only words.
     """
     for found in (error, error.__cause__):
         response = getattr(found, "response", None)

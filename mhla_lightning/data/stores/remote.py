@@ -20,7 +20,7 @@ from mhla_lightning.errors import DataError, UserError
 
 T = TypeVar("T")
 PARALLEL = 8
-BLOCK = COPY_BYTES  # the most one request asks for, so that data.remote.timeout means the same for every read
+BLOCK = COPY_BYTES  # the most one request asks for, so that the timeout means the same for every read
 CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {
     "http": HttpClient,
     "https": HttpClient,
@@ -30,23 +30,19 @@ CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {
 
 
 class RemoteStore(Store):
-    """A remote folder. Every process that uses the store makes its own connection at its first request,
-    also after a fork.
-    """
+    """A remote folder; every process makes its own connection at its first request, also after a fork."""
 
     def __init__(self, url: str, options: Remote) -> None:
         self._address = parse(url)
         if self._address.protocol not in CLIENTS:
             raise UserError(
-                f"{url!r} is no remote folder; a RemoteStore reads "
-                f"{', '.join(f'{name}://' for name in CLIENTS)}"
+                url, f"it is no remote folder; a RemoteStore reads {', '.join(f'{p}://' for p in CLIENTS)}"
             )
         self._options = options
         self.url = self._address.shown()
-        self._connections: dict[
-            int, Connection
-        ] = {}  # by process id: no lock, because one held while the process forks stays locked in the child
-        self._new_client()  # a missing package or missing credentials are told here, not by the first worker
+        # By process id. There is no lock: one held during a fork would stay locked in the child.
+        self._connections: dict[int, Connection] = {}
+        self._new_client()  # so that a missing package or credentials fail here, not in the first worker
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_connections": {}}
@@ -69,7 +65,7 @@ class RemoteStore(Store):
         return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
     def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """As Store.read_many, eight at a time."""
+        """Do Store.read_many, eight requests at a time."""
         if len(requests) < 2:
             return super().read_many(requests)
         self._connection()  # before the threads: they would each make one
@@ -77,15 +73,14 @@ class RemoteStore(Store):
             return list(pool.map(lambda request: self.read(*request), requests))
 
     def open(self, name: str) -> io.BufferedReader:
-        """A buffered file that reads ranges: errors and retries are this store's, which fsspec's own files
-        would not give.
-        """
+        """Open a buffered file that reads ranges, with this store's retries and errors."""
         raw = _RangeFile(self, check_name(name), self._known_size(name))
         return io.BufferedReader(raw, BLOCK)
 
     def copy(self, name: str, size: int, sink: Sink) -> None:
-        """As Store.copy, eight ranges at a time; from a server without ranges in one request, begun again
-        after each failure.
+        """Do Store.copy, eight ranges at a time.
+
+        A server without ranges gets one request for the whole file, repeated after each failure.
         """
         pieces = [(name, start, min(size, start + COPY_BYTES)) for start in range(0, size, COPY_BYTES)]
         try:
@@ -105,14 +100,12 @@ class RemoteStore(Store):
         rest = size
         for data in self._whole(name):
             rest -= len(data)
-            if rest < 0:  # its room was reserved: a server without an end must not fill the disk
+            if rest < 0:  # an endless answer must not fill the disk
                 raise Failure(f"long answer: more than {size} bytes")
             sink.write(data)
 
     def _whole(self, name: str) -> Iterator[bytes]:
-        """A file's bytes in one request, whatever its size: no pause is longer than the timeout. Raises
-        Failure.
-        """
+        """Yield a file's bytes by one request, where no pause may exceed the timeout. Raises Failure."""
         client = cast(HttpClient, self._client())
         answer = self._run(client.begin(name))
         try:
@@ -126,16 +119,18 @@ class RemoteStore(Store):
             return self._retrying(name, lambda: self._run(self._client().read(name, start, stop)))
         except DataError as error:
             if isinstance(error.__cause__, Failure) and error.__cause__.what == NO_RANGES:
-                advice = "set data.remote.cache_dir so that shards are downloaded whole"
+                advice = "set `data.reading.remote.cache_dir` so that shards are downloaded whole"
                 raise NoRanges(
-                    f"{self.address(name)} cannot be read in parts: {NO_RANGES}; {advice}"
+                    self.address(name), f"it cannot be read in parts: {NO_RANGES}; {advice}"
                 ) from error
             raise
 
     def _known_size(self, name: str) -> int:
         size = self.size(name)
         if size is None:
-            raise DataError(f"{self.address(name)} is missing: check the address or copy the file there")
+            raise DataError(
+                self.address(name), "the file is missing: check the address or copy the file there"
+            )
         return size
 
     def _connection(self) -> Connection:
@@ -171,7 +166,7 @@ async def _call(function: Callable[[], object]) -> None:
 
 
 class _RangeFile(io.RawIOBase):
-    """A remote file as a raw stream; wrapped in a BufferedReader it asks for whole blocks."""
+    """A remote file as a raw stream; in a BufferedReader it requests whole blocks."""
 
     def __init__(self, store: RemoteStore, name: str, size: int) -> None:
         super().__init__()

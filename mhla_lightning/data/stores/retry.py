@@ -1,4 +1,4 @@
-"""Try again what may pass, and say the rest in one sentence."""
+"""Retries of failures that may pass; other failures become one short error."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from mhla_lightning.errors import DataError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-ADVICE = "check the network and the server, or raise data.remote.retries or data.remote.timeout"
+ADVICE = (
+    "check the network and the server, or raise `data.reading.remote.retries` or `data.reading.remote.timeout`"
+)
 
 
 class Failure(Exception):
-    """One try that failed. what: the words for a message; advice: what to do about it; permanent: another
-    try cannot help.
+    """One try that failed.
+
+    Args:
+        what: the problem, for a message.
+        advice: a remedy, for a message.
+        permanent: whether another try cannot help.
     """
 
     def __init__(self, what: str, advice: str = ADVICE, *, permanent: bool = False) -> None:
@@ -35,10 +41,9 @@ class NoRanges(DataError):
 
 
 def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
-    """The result of `attempt`, tried 1 + remote.retries times while it raises a Failure that may pass.
+    """Return the result of `attempt`, repeated up to remote.retries times after a Failure that may pass.
 
-    Raises DataError naming `address`, what happened last, how often and how long it was tried, and what to
-    do.
+    Raises DataError for `address`, with the last problem, the number of tries, their time, and a remedy.
     """
     began = time.monotonic()
     for tries in range(1, remote.retries + 2):
@@ -46,11 +51,11 @@ def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
             return attempt()
         except Failure as failure:
             if failure.permanent:
-                raise DataError(f"{address} cannot be read: {failure.what}; {failure.advice}") from failure
+                raise DataError(address, f"it cannot be read: {failure.what}; {failure.advice}") from failure
             if tries > remote.retries:
                 took = f"after {tries} {'try' if tries == 1 else 'tries'} in {time.monotonic() - began:.0f} s"
                 raise DataError(
-                    f"{address} cannot be read: {failure.what} {took}; {failure.advice}"
+                    address, f"it cannot be read: {failure.what} {took}; {failure.advice}"
                 ) from failure
             pause = remote.pause(tries - 1, _share(address, tries))
             logger.warning(
@@ -61,13 +66,14 @@ def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
 
 
 def plain(text: str) -> str:
-    """The first line of another library's message, without what may be secret in the urls it quotes."""
+    """Return the first line of another library's message, without secrets in the URLs it quotes."""
     line = (text.strip().splitlines() or [""])[0]
     return re.sub(r"\?[^\s'\")]*", "", re.sub(r"//[^/@\s]*@", "//", line))[:200]
 
 
 def _share(address: str, tries: int) -> float:
-    """This caller's place in the jitter, in [0, 1): spread over processes and files without drawing from
-    anybody's random numbers.
+    """Return this caller's place in the jitter, in [0, 1).
+
+    It differs between processes and files, and changes no random generator.
     """
     return zlib.crc32(f"{os.getpid()} {address} {tries}".encode()) / 2**32

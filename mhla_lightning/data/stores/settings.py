@@ -1,4 +1,4 @@
-"""The recipe's section `data.remote`: how patiently files are fetched, and where they are kept. No torch."""
+"""The section `data.reading.remote` of a recipe: retries, time-outs and cache. No torch."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
-_LONGEST_PAUSE = (
-    30.0  # seconds; a server that needs longer is down, and more tries say so sooner than longer pauses
-)
+# Seconds. A server that needs longer is down, and more tries show that sooner than longer pauses.
+_LONGEST_PAUSE = 30.0
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Fetching shards over http(s), s3 and gs. Every field is checked here; a mistake raises UserError that
-    names data.remote.FIELD.
+    """Options for fetching shards over http(s), s3 and gs.
 
-    retries: tries after the first, for whatever may pass: timeouts, broken connections, HTTP 5xx and 429,
-        short answers.
-    timeout: seconds for one request, connecting and reading up to 8 MiB; a whole file without ranges may take
-        longer, but never pause so long.
-    backoff: seconds before the first retry, doubled each time up to 30; ranks wait 50 to 100 % of it, so that
-        they do not come back together.
-    cache_dir: a folder where whole shards are kept (~ and $VARIABLES are expanded), best on the node's own
-        disk. null: no cache.
-    cache_bytes: its size limit per folder: a number of bytes, or a text such as "64GB" (10**9) or "64GiB"
-        (2**30).
-    endpoint: URL of an S3-compatible (or GS-compatible) server. null: botocore's own rules, AWS_ENDPOINT_URL
-        among them.
-    anonymous: ask s3 and gs without credentials.
+    Args:
+        retries: tries after the first, for failures that may pass: timeouts, broken connections, HTTP 5xx
+            and 429, short answers.
+        timeout: seconds for one request, with connecting and reading up to 8 MiB. A whole file without
+            ranges may take longer, but may not pause longer.
+        backoff: seconds before the first retry, doubled each time up to 30. Ranks wait 50 to 100 % of it, so
+            that they do not return together.
+        cache_dir: folder for whole shards (~ and $VARIABLES are expanded), best on the node's own disk; None
+            is no cache.
+        cache_bytes: size limit of the folder: a number of bytes, or a text such as "64GB" (10**9) or "64GiB"
+            (2**30).
+        endpoint: URL of an S3-compatible (or GS-compatible) server; None follows botocore's own rules, among
+            them AWS_ENDPOINT_URL.
+        anonymous: whether s3 and gs are read without credentials.
     """
 
     retries: int = 5
@@ -48,6 +47,7 @@ class Remote:
     anonymous: bool = False
 
     def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
         _require(
             _is_number(self.retries) and self.retries == int(self.retries) and self.retries >= 0,
             "retries",
@@ -79,7 +79,7 @@ class Remote:
 
     @property
     def cache_limit(self) -> int:
-        """cache_bytes as a number of bytes; 0 when it cannot be read as one."""
+        """`cache_bytes` as a number of bytes; 0 when it is not a size."""
         if isinstance(self.cache_bytes, str):
             match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", self.cache_bytes)
             return int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
@@ -87,9 +87,7 @@ class Remote:
 
     @property
     def patience(self) -> float:
-        """Seconds that one block can take at most before its last try has failed: how long others wait for
-        a sign of life.
-        """
+        """Seconds until the last try of one block has failed; others wait so long for progress."""
         return (
             (self.retries + 1) * self.timeout
             + sum(self.pause(attempt, 1.0) for attempt in range(self.retries))
@@ -97,14 +95,16 @@ class Remote:
         )
 
     def pause(self, attempt: int, share: float) -> float:
-        """Seconds to wait after the failed try number `attempt` (from 0); share in [0, 1] is this caller's
-        place in the jitter.
+        """Return the seconds to wait after the failed try number `attempt`, counted from 0.
+
+        share: this caller's place in the jitter, from 0 to 1.
         """
         return min(_LONGEST_PAUSE, self.backoff * 2.0 ** min(attempt, 60)) * (0.5 + 0.5 * share)
 
     def cache_folder(self) -> str | None:
-        """cache_dir with ~ and environment variables filled in on this machine. Raises UserError when a
-        variable is not set.
+        """Return `cache_dir` with ~ and environment variables filled in on this machine.
+
+        Raises UserError when a variable is not set.
         """
         if self.cache_dir is None:
             return None
@@ -120,7 +120,7 @@ class Remote:
 
 def _require(holds: bool, field: str, found: object, allowed: str) -> None:
     if not holds:
-        raise UserError(f"data.remote.{field} is {found!r}; allowed: {allowed}")
+        raise UserError(f"reading.remote.{field}", f"{found!r} is not allowed; allowed: {allowed}")
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,125 @@
+"""Options of the data modules, grouped as the sections of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mhla_lightning.data.check import Verify
+from mhla_lightning.data.loader import Loading
+from mhla_lightning.data.order import LANES, WINDOW
+from mhla_lightning.data.prepare.text.layout import Packing
+from mhla_lightning.data.stores import Remote
+from mhla_lightning.errors import UserError, unknown_name
+
+MixBy = Literal["sample", "batch"]
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """The order in which training reads its samples; part of every checkpoint.
+
+    Args:
+        seed: of the order and of the augmentation; None takes the run's seed (PL_GLOBAL_SEED), else 0.
+        lanes: parts of the data set that are read side by side; with a multiple of the number of ranks,
+            every rank reads shards of its own.
+        window: samples; the largest distance over which samples are mixed inside a lane.
+        mix_by: with several sources, whether each `sample` or each `batch` of an optimizer step is drawn
+            from one source. With `batch`, the sources may differ in the shape of their samples.
+    """
+
+    seed: int | None = None
+    lanes: int = LANES
+    window: int = WINDOW
+    mix_by: MixBy = "sample"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        _demand_least("order", {"lanes": (self.lanes, 1), "window": (self.window, 1)})
+        if self.mix_by not in get_args(MixBy):
+            raise UserError("order.mix_by", unknown_name("value", self.mix_by, get_args(MixBy)))
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """How samples are read; no choice here changes what is trained on.
+
+    Args:
+        num_workers: loader processes of a rank; 0 loads in the training process.
+        max_skipped_share: share of the samples, from 0 to 1, that a worker may skip because they cannot be
+            decoded.
+        verify: how files are compared with the index before training: auto, size, sha256 or none (see
+            check.check_split).
+        loading: how batches travel from the workers; None takes the defaults of Loading.
+        remote: retries, time-outs and cache of shards on other machines; None takes the defaults of Remote.
+    """
+
+    num_workers: int = 2
+    max_skipped_share: float = 0.01
+    verify: Verify = "auto"
+    loading: Loading | None = None
+    remote: Remote | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        _demand_least("reading", {"num_workers": (self.num_workers, 0)})
+        if not 0 <= self.max_skipped_share <= 1:
+            raise UserError(
+                "reading.max_skipped_share", f"{self.max_skipped_share} is no share; it must be from 0 to 1"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How text becomes rows of tokens; describes what is made of `source`.
+
+    Args:
+        tokenizer: bytes, a tokenizer.json, or a Hugging Face name. Existing shards must be made with it;
+            None takes bytes for `source` and accepts any existing shards.
+        length: tokens of a row; None is 2048, or 128 for mqar.
+        val_length: tokens of a row of the val split; None is `length`.
+        packing: best-fit cuts few documents; concatenate leaves no padding.
+        val: documents (rows for mqar) held out for validation, as a number or a share; None is 0.01, or
+            1000 rows for mqar.
+    """
+
+    tokenizer: str | None = None
+    length: int | None = None
+    val_length: int | None = None
+    packing: Packing = "best-fit"
+    val: int | float | None = None
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How videos become clips; all but `flip` describes what is made of `source`.
+
+    Args:
+        frames: frames of a clip; None is 16.
+        size: pixels, one number or (height, width); None is 64.
+        rate: frames a second; None is 12.
+        stride: frames from the begin of a clip to that of the next; clips overlap below `frames`. None is
+            `frames`.
+        shots: whether a cut in the film ends a clip.
+        val: share of every video, its end, that is held out for validation.
+        flip: probability of mirroring a training clip from left to right.
+    """
+
+    frames: int | None = None
+    size: int | tuple[int, int] | None = None
+    rate: float | None = None
+    stride: float | None = None
+    shots: bool = True
+    val: float = 0.2
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a flip that is no probability."""
+        if not 0 <= self.flip <= 1:
+            raise UserError("clips.flip", f"{self.flip} is no probability; it must be from 0 to 1")
+
+
+def _demand_least(section: str, values: dict[str, tuple[int, int]]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise UserError(f"{section}.{name}", f"{value} is too small; it must be at least {least}")
