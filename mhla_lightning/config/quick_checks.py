@@ -184,10 +184,7 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
         return
     if name not in table:
         raise UserError(key, unknown_name("causal attention" if causal else "attention", name, table))
-    layer = find_class(
-        f"{_LAYERS}.{'causal_self_attention.Causal' if causal else 'self_attention.'}SelfAttention"
-    )
-    options = [_options(source) for source in (table[name], layer)]
+    options = [_options(source) for source in (table[name], find_class(_LAYERS[causal]))]
     if isinstance(entry, Mapping) and None not in options:
         valid = ["name", "preset", *(name for names in options if names is not None for name in names)]
         for option in entry:
