@@ -1,6 +1,7 @@
 """Check every key of a recipe against the imported class that takes it.
 
 `quick_checks` has judged the names of our own classes by then; here classes of other packages follow.
+Importing this module imports no torch: site profiles are checked by it, too.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from mhla_lightning.config.quick_checks import check_known, check_sections
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -25,6 +24,8 @@ def check_keys(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: the first key that nothing takes, with the nearest valid one.
     """
+    from lightning.pytorch import Trainer
+
     check_sections(
         values, [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
     )
@@ -51,20 +52,30 @@ def _check_value(value: Any, where: str) -> None:
         check_known(arguments, parameters, f"{where}.")
     hints = argument_hints(target)
     for key, item in arguments.items():
-        _check_argument(item, dataclass_in(hints.get(key)), f"{where}.{key}")
+        check_argument(item, dataclass_in(hints.get(key)), f"{where}.{key}")
 
 
-def _check_argument(value: Any, config: type | None, where: str) -> None:
-    """Check an argument that may be a configuration (a dataclass), a list of them, or hold classes."""
+def check_argument(value: Any, config: type | None, where: str) -> None:
+    """Check the keys of a value that may be a configuration, a list of them, or hold classes.
+
+    Args:
+        value: of an argument.
+        config: the dataclass that the argument takes, or a list of them; None where it takes none.
+        where: dotted key of the argument; empty for the top of a file.
+
+    Raises:
+        UserError: a key that nothing takes.
+    """
+    prefix = f"{where}." if where else ""
     if isinstance(value, list):
         for number, item in enumerate(value):
-            _check_argument(item, config, f"{where}.{number}")
+            check_argument(item, config, f"{prefix}{number}")
     elif isinstance(value, Mapping) and "class_path" not in value and config is not None:
         hints = argument_hints(config)
-        check_known(value, hints, f"{where}.")
+        check_known(value, hints, prefix)
         for key, item in value.items():
-            _check_argument(item, dataclass_in(hints[key]), f"{where}.{key}")
-    elif isinstance(value, list | Mapping):
+            check_argument(item, dataclass_in(hints[key]), f"{prefix}{key}")
+    elif isinstance(value, Mapping):
         _check_value(value, where)
 
 

@@ -41,7 +41,7 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
     refusal = _refusal(value, hint)
     if refusal is None:
         return None
-    missing = _missing(value, key)
+    missing = _missing(value, hint, key)
     if missing is not None:
         return missing
     for item, inner, name in _inside(value, hint, key):
@@ -99,15 +99,22 @@ def _inside(value: Any, hint: Any, key: str) -> list[tuple[Any, Any, str]]:
     return [(item, hints[name], f"{key}.{name}") for name, item in value.items() if name in hints]
 
 
-def _missing(value: Any, key: str) -> UserError | None:
-    """The error of a class without an argument that it needs."""
-    if not isinstance(value, Mapping) or "class_path" not in value:
+def _missing(value: Any, hint: Any, key: str) -> UserError | None:
+    """The error of a class or a dataclass without an argument that it needs."""
+    if not isinstance(value, Mapping):
         return None
-    arguments = inspect.signature(import_class(str(value["class_path"]), key)).parameters
-    for name, argument in arguments.items():
+    if "class_path" in value:
+        target: type | None = import_class(str(value["class_path"]), key)
+        value = value.get("init_args") or {}
+    else:
+        target = dataclass_in(hint)
+    if target is None:
+        return None
+    hints = argument_hints(target)
+    for name, argument in inspect.signature(target).parameters.items():
         named = argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
-        if named and argument.default is argument.empty and name not in (value.get("init_args") or {}):
-            return UserError(f"{key}.{name}", f"it is missing; {value['class_path']} needs it")
+        if named and argument.default is argument.empty and name not in value:
+            return UserError(f"{key}.{name}", f"it is missing; it must be {_described(hints.get(name))}")
     return None
 
 

@@ -79,7 +79,7 @@ def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
 def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
     """Changes that would fit, by the estimate of `mhla plan`."""
     from mhla_lightning.planning.gpus import GPU
-    from mhla_lightning.planning.plan import make_plan  # which imports training, which imports this
+    from mhla_lightning.planning.plan import make_plan  # needed here alone, and memory is short
 
     name, memory = _device(ranks // nodes)
     fresh = resolve(recipe.values)  # the run's own task holds weights
