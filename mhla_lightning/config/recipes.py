@@ -113,9 +113,9 @@ def load_recipe(name: str) -> Recipe:
     packaged = name.removesuffix(".yaml") in recipe_names()
     path = RECIPES / f"{name.removesuffix('.yaml')}.yaml" if packaged else Path(name)
     if path.is_dir():
-        raise UserError(name, "this is a folder; a recipe is a YAML file")
+        raise UserError("recipe", f"{name} is a folder; a recipe is a YAML file")
     if not path.is_file() and name.endswith((".yaml", ".yml")):
-        raise UserError(name, "the recipe file does not exist")
+        raise UserError("recipe", f"the file {name} does not exist")
     if not path.is_file():
         raise UserError("recipe", unknown_name("recipe", name, recipe_names()))
     values = read_yaml(path)
