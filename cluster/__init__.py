@@ -1,3 +1,4 @@
-"""SLURM: site profiles, the batch script, and the commands around it. Imports no torch, so that its verbs
-answer at once.
+"""SLURM: site profiles, the batch script and the calls around it.
+
+No module here imports torch, so that the verbs answer at once.
 """

@@ -1,4 +1,4 @@
-"""job.json, which ties a run to its jobs, and the attempts that the batch script records."""
+"""The jobs of a run: the file job.json, and the attempts that the batch script records."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ ATTEMPTS, CANCELLED = "slurm/attempts", "slurm/cancelled"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One line of the batch script's record.
+    """One line of the batch script's record; an empty field is None.
 
-    kind: started, finished, preempted, failed, mistake or cancelled. code: exit code. begun, reached:
-        optimizer steps. Empty fields are None.
+    Args:
+        job: SLURM's id of the job.
+        restart: how often SLURM had started the job before.
+        kind: started, finished, preempted, failed, mistake or cancelled.
+        code: exit code.
+        begun, reached: optimizer steps done at the start and at the end.
+        time: seconds since 1970.
     """
 
     job: str
@@ -30,33 +35,34 @@ class Attempt:
 
 
 def read_job(run: RunFolder) -> dict[str, Any] | None:
-    """job.json of a run; None when it was never submitted.
+    """Read the job.json of a run; None when the run was never submitted.
 
     Raises:
-        UserError: written by another version.
+        UserError: another version wrote it.
     """
     facts: dict[str, Any] | None = read_json(run.job)
     if facts is not None and facts.get("format") != FORMAT:
         raise UserError(
-            f"{run.job} has format {facts.get('format')}; this version reads format {FORMAT}; submit "
-            "the recipe again under another --run-id"
+            str(run.job),
+            f"the file has format {facts.get('format')}, and this version reads format {FORMAT}; submit the "
+            "recipe again under another `run_id`",
         )
     return facts
 
 
 def write_job(run: RunFolder, facts: dict[str, Any]) -> None:
-    """Replaces job.json at once."""
+    """Replace the job.json of a run at once."""
     write_json(run.job, {"format": FORMAT, **facts})
 
 
 def current_job(run: RunFolder) -> str | None:
-    """The newest job of a run."""
+    """Return the newest job of a run; None when it was never submitted."""
     jobs = (read_job(run) or {}).get("jobs") or []
     return jobs[-1] if jobs else None
 
 
 def attempts(run: RunFolder) -> list[Attempt]:
-    """What the batch script recorded, oldest first."""
+    """Return the attempts that the batch script has recorded, oldest first."""
     path = run.path / ATTEMPTS
     rows = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
     whole = [row for row in rows if len(row) == 7]  # a full disk or a lost node may cut the last one
@@ -67,23 +73,23 @@ def attempts(run: RunFolder) -> list[Attempt]:
 
 
 def mark_cancelled(run: RunFolder, job: str) -> None:
-    """Tells the batch script that this end is wanted: it must not queue the job again."""
+    """Tell the batch script that the job is cancelled and must not be queued again."""
     write_text(run.path / CANCELLED, f"{job}\n")
 
 
 def unmark_cancelled(run: RunFolder) -> None:
-    """Takes the mark back."""
+    """Remove the mark of :func:`mark_cancelled`."""
     (run.path / CANCELLED).unlink(missing_ok=True)
 
 
 def is_marked_cancelled(run: RunFolder, job: str) -> bool:
-    """Whether `mhla cancel` ended this job."""
+    """Return whether `mhla cancel` has ended this job."""
     path = run.path / CANCELLED
     return path.is_file() and path.read_text().strip() == job
 
 
 def code_folder(run: RunFolder) -> Path:
-    """Where the copy of the code lies."""
+    """Return the folder with the copy of the code."""
     return run.path / "slurm" / "code"
 
 

@@ -1,6 +1,4 @@
-"""From (recipe, profile, overrides) to a batch script, by pure functions; and the few calls of SLURM's own
-commands.
-"""
+"""The batch script of a recipe on a site, made by pure functions, and the calls of SLURM's commands."""
 
 from __future__ import annotations
 
@@ -18,25 +16,31 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mhla_lightning.cluster.profile import Profile, minutes
-from mhla_lightning.config.recipes import Recipe, apply_overrides
+from mhla_lightning.config.moved_keys import moved_name
+from mhla_lightning.config.recipes import Recipe, apply_overrides, argument
 from mhla_lightning.errors import UserError
 
 TEMPLATE = "train.sbatch.j2"
 SCRIPT, RECIPE_FILE, JOB_LOG = "slurm/train.sbatch", "slurm/recipe.yaml", "slurm/job.log"
 _MOST_WORKERS = 16
 _NODE_VARIABLE = re.compile(r"\{([A-Z_][A-Z0-9_]*)\}")
-_TIMEOUT = 120  # seconds that a command of SLURM's may take
+_TIMEOUT = 120  # seconds that a command of SLURM may take
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a submission adds to recipe and profile.
+class SubmitOptions:
+    """Settings of one submission, beside the recipe and the profile.
 
-    run_id: of the run; with seeds each run is called `<run_id>-seed<N>`. runs: folder of all runs. cwd: where
-        training starts, for relative paths.
-    nodes, devices, time: None is the recipe's or profile's own. seeds: an array job, one run each. after:
-        SLURM job ids that must have finished.
-    python: interpreter where the profile names no venv, conda or container.
+    Args:
+        run_id: name of the run; with seeds each run is called `<run_id>-seed<N>`.
+        runs: folder of all runs.
+        cwd: working directory of the training; relative paths begin there.
+        nodes: None is the recipe's number.
+        devices: processes a node; None is the profile's number of GPUs, on CPUs the recipe's devices.
+        time: limit of one attempt; None is the profile's.
+        seeds: makes an array job, one run a seed.
+        after: SLURM job ids that must finish first.
+        python: interpreter where the profile names no venv, conda or container.
     """
 
     run_id: str
@@ -50,13 +54,19 @@ class Options:
     python: Path = Path(sys.executable)
 
     def run_ids(self) -> list[str]:
+        """Return the names of the runs, one a seed."""
         return [f"{self.run_id}-seed{seed}" for seed in self.seeds] or [self.run_id]
 
 
 @dataclass(frozen=True)
 class Submission:
-    """script: text for sbatch. recipes: run id -> recipe of that run. nodes, devices: of the job; devices
-    are processes a node.
+    """What is handed to SLURM.
+
+    Args:
+        script: text for sbatch.
+        recipes: run id -> recipe of that run.
+        nodes: of the job.
+        devices: processes a node.
     """
 
     script: str
@@ -65,8 +75,16 @@ class Submission:
     devices: int
 
 
-def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], options: Options) -> Submission:
-    """The batch script and the recipes of a submission; touches no file but the template.
+def prepare(
+    recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], options: SubmitOptions
+) -> Submission:
+    """Make the batch script and the recipes of a submission; read no file but the template.
+
+    Args:
+        recipe: as its file gives it.
+        profile: the site.
+        overrides: dotted key -> value.
+        options: of the submission.
 
     Raises:
         UserError: more devices than the profile's nodes have, a path that SLURM or Python's search path
@@ -77,18 +95,20 @@ def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], opti
     trainer = given.setdefault("trainer", {})
     if options.seeds and "seed_everything" in overrides:
         raise UserError(
-            "seed_everything cannot be an override beside --array: every run takes one of the array's seeds"
+            "seed_everything", "it cannot be set beside `array`: every run takes one of the array's seeds"
         )
     asked = options.devices if options.devices is not None else overrides.get("trainer.devices")
     on_gpu, devices = _devices(trainer, profile, asked)
     nodes = options.nodes if options.nodes is not None else int(trainer.get("num_nodes") or 1)
     if nodes < 1:
-        raise UserError(f"--nodes is {nodes}; it must be at least 1")
+        raise UserError("nodes", f"it is {nodes}; it must be at least 1")
+    workers_key = moved_name("data.num_workers", given)
+    fixed = workers_key in {moved_name(key, given) for key in overrides}
     workers, threads = _workers_and_threads(
-        given, profile.cpus_per_task, on_gpu, fixed="data.num_workers" in overrides
+        argument(given, workers_key), profile.cpus_per_task, on_gpu, fixed
     )
     values = apply_overrides(
-        given, {"trainer.num_nodes": nodes, "trainer.devices": devices, "data.num_workers": workers}
+        given, {"trainer.num_nodes": nodes, "trainer.devices": devices, workers_key: workers}
     )
     recipes = {name: deepcopy(values) for name in options.run_ids()}
     for name, seed in zip(recipes, options.seeds, strict=False):
@@ -96,16 +116,17 @@ def prepare(recipe: Recipe, profile: Profile, overrides: Mapping[str, Any], opti
     return Submission(_script(profile, options, nodes, devices, on_gpu, threads), recipes, nodes, devices)
 
 
-def _check_paths(profile: Profile, options: Options) -> None:
-    for path in (options.runs, options.cwd):
+def _check_paths(profile: Profile, options: SubmitOptions) -> None:
+    for name, path in (("runs", options.runs), ("cwd", options.cwd)):
         text = str(path)
         bad = next((mark for mark in ("\n", "\\", ":") if mark in text), None) or (
             "," if profile.container and "," in text else None
         )
         if bad is not None:
             raise UserError(
-                f"the path {text!r} holds {bad!r}, which SLURM, containers or Python's search path "
-                "take for their own; use another folder"
+                name,
+                f"the path {text!r} holds {bad!r}, which has a meaning for SLURM, containers or Python's "
+                "search path; use another folder",
             )
 
 
@@ -115,8 +136,9 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and profile.gpus_per_node > 0)
     if on_gpu and profile.gpus_per_node == 0:
         raise UserError(
-            f"trainer.accelerator is {accelerator}, and profile {profile.name} has gpus_per_node 0; "
-            "choose another profile or accelerator cpu"
+            "trainer.accelerator",
+            f"it is {accelerator}, and profile {profile.name} has gpus_per_node 0; choose another `profile` "
+            "or accelerator cpu",
         )
     wanted = asked
     if wanted is None:
@@ -124,30 +146,38 @@ def _devices(trainer: Mapping[str, Any], profile: Profile, asked: Any) -> tuple[
         wanted = profile.gpus_per_node if on_gpu else own if isinstance(own, int) else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise UserError(
-            f"trainer.devices is {wanted!r}; under SLURM it is a number of processes a node, from 1"
+            "trainer.devices", f"it is {wanted!r}; under SLURM it is a number of processes a node, from 1"
         )
     if on_gpu and wanted > profile.gpus_per_node:
         raise UserError(
-            f"{wanted} devices a node are asked for, and nodes of profile {profile.name} have "
-            f"{profile.gpus_per_node} (gpus_per_node)"
+            "devices",
+            f"{wanted} a node are too many; nodes of profile {profile.name} have {profile.gpus_per_node} "
+            "GPUs (gpus_per_node)",
         )
     return on_gpu, wanted
 
 
-def _workers_and_threads(values: Mapping[str, Any], cpus: int, on_gpu: bool, fixed: bool) -> tuple[int, int]:
-    """Loader processes and threads of each training process on its `cpus`.
+def _workers_and_threads(given: Any, cpus: int, on_gpu: bool, fixed: bool) -> tuple[int, int]:
+    """(loader processes, threads) of each training process.
 
-    On a GPU the loader gets all but two; on a CPU training itself needs them, and the recipe's workers stay
-    as far as there is room. A recipe without workers (0: tiny samples) and an override are left alone.
+    On a GPU the loader gets all CPUs but two. On a CPU training itself needs them, and the recipe's workers
+    stay as far as there is room. 0 workers (tiny samples) and an override stay as they are.
+
+    Args:
+        given: workers in the recipe; None is the data module's default.
+        cpus: of a training process.
+        on_gpu: whether it trains on a GPU.
+        fixed: an override sets the workers.
     """
-    own = int(((values.get("data") or {}).get("init_args") or {}).get("num_workers", 4) or 0)
-    workers = own
+    workers = own = 4 if given is None else int(given)
     if own and not fixed:
         workers = max(1, min(_MOST_WORKERS, cpus - 2)) if on_gpu else max(1, min(own, cpus - 1))
     return workers, max(1, cpus - workers)
 
 
-def _script(profile: Profile, options: Options, nodes: int, devices: int, on_gpu: bool, threads: int) -> str:
+def _script(
+    profile: Profile, options: SubmitOptions, nodes: int, devices: int, on_gpu: bool, threads: int
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -192,15 +222,25 @@ def _script(profile: Profile, options: Options, nodes: int, devices: int, on_gpu
     )
 
 
-def sbatch_options(profile: Profile, options: Options, nodes: int, devices: int, on_gpu: bool) -> list[str]:
-    """The `#SBATCH` lines. Paths are relative to the folder of all runs, where sbatch is called: run ids
-    are plain names, other paths are not.
+def sbatch_options(
+    profile: Profile, options: SubmitOptions, nodes: int, devices: int, on_gpu: bool
+) -> list[str]:
+    """Return the `#SBATCH` lines.
+
+    Paths are relative to the folder of all runs, where sbatch is called: run ids are plain names, other paths
+    may hold anything.
+
+    Args:
+        profile: the site.
+        options: of the submission.
+        nodes, devices: of the job; devices are processes a node.
+        on_gpu: whether it trains on GPUs.
     """
     limit = options.time or profile.time
     folder = f"{options.run_id}-seed%a" if options.seeds else options.run_id
-    # SLURM looks at limits every 30 s: a warning comes up to 60 s early, and must not come before training
+    # SLURM looks at limits every 30 s, so a warning comes up to 60 s early. It must not come before training
     # has begun.
-    warning = min(profile.signal_seconds, minutes(limit, "--time") * 60 // 6)
+    warning = min(profile.signal_seconds, minutes(limit) * 60 // 6)
     given = {
         "job-name": options.run_id,
         "partition": profile.partition,
@@ -227,9 +267,7 @@ def sbatch_options(profile: Profile, options: Options, nodes: int, devices: int,
 
 
 def _node_path(text: str | None) -> str | None:
-    """A path that each node completes, as shell text: `{NAME}` is the node's environment variable NAME,
-    all else stands as it is.
-    """
+    """A path as shell text; `{NAME}` becomes the node's environment variable NAME."""
     if text is None:
         return None
     parts = _NODE_VARIABLE.split(str(Path(text).expanduser()))
@@ -240,23 +278,31 @@ def _node_path(text: str | None) -> str | None:
 
 
 def _plain(value: Any) -> str:
-    """A YAML value as the text of an environment variable: null is empty, true and false are 1 and 0."""
+    """A YAML value as an environment variable: null is empty, true and false are 1 and 0."""
     return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
 class Slurm:
-    """SLURM's commands, each called with a list of arguments and never through a shell."""
+    """SLURM's commands, called with lists of arguments and never through a shell."""
 
     def test(self, script: str, runs: Path) -> None:
-        """Asks SLURM whether it would take the job.
+        """Ask SLURM whether it would accept the job.
+
+        Args:
+            script: text for sbatch.
+            runs: folder of all runs.
 
         Raises:
-            UserError: it would not, with its own words; no sbatch on this machine.
+            UserError: it would not, with its own reason; or there is no sbatch on this machine.
         """
         self._submit(["--test-only"], script, runs)
 
     def submit(self, script: str, runs: Path) -> str:
-        """Queues the job; returns its id.
+        """Queue the job; return its id.
+
+        Args:
+            script: text for sbatch.
+            runs: folder of all runs.
 
         Raises:
             UserError: SLURM refuses it.
@@ -265,7 +311,7 @@ class Slurm:
 
     def _submit(self, options: Sequence[str], script: str, runs: Path) -> str:
         folder = next(path for path in (runs, *runs.parents) if path.is_dir())
-        # Nothing of an allocation that this shell may stand in carries over into the new job.
+        # The new job must inherit nothing of an allocation that this shell may run in.
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -273,18 +319,18 @@ class Slurm:
         }
         done = self.call(["sbatch", *options], stdin=script, cwd=folder, env=clean)
         if done.returncode:
-            raise UserError(f"SLURM does not take the job: {_reason(done.stderr)}; {_requested(script)}")
+            raise UserError(None, f"SLURM refuses the job: {_reason(done.stderr)}; {_requested(script)}")
         return done.stdout
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Ends jobs, queued or running.
+        """Cancel jobs, queued or running.
 
         Raises:
             UserError: SLURM refuses.
         """
         done = self.call(["scancel", *jobs])
         if done.returncode:
-            raise UserError(f"SLURM does not cancel {', '.join(jobs)}: {_reason(done.stderr)}")
+            raise UserError("run", f"SLURM refuses to cancel {', '.join(jobs)}: {_reason(done.stderr)}")
 
     def call(
         self,
@@ -293,7 +339,13 @@ class Slurm:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs one of SLURM's commands and returns what it said.
+        """Run one of SLURM's commands and return its output.
+
+        Args:
+            command: its words.
+            stdin: text for its standard input.
+            cwd: its working directory; None is this process's.
+            env: its environment; None is this process's.
 
         Raises:
             UserError: the command does not exist here, or does not answer.
@@ -311,17 +363,18 @@ class Slurm:
             )
         except FileNotFoundError as error:
             raise UserError(
-                f"there is no {command[0]} on this machine: this verb needs SLURM, on a login node "
-                "or in an allocation (submit --dry-run needs none)"
+                command[0],
+                "there is no such command on this machine: SLURM is needed, on a login node or in an "
+                "allocation (a dry run needs none)",
             ) from error
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"{command[0]} has not answered for {_TIMEOUT} s; SLURM is not reachable"
+                command[0], f"the command has not answered for {_TIMEOUT} s; SLURM cannot be reached"
             ) from error
 
 
 def _reason(stderr: str) -> str:
-    """SLURM's own words on one line; of several that say the same the first."""
+    """SLURM's own reason, without the prefixes of its commands."""
     lines = [
         re.sub(r"^(sbatch: |scancel: )?(error: )?|^allocation failure: ", "", line).strip()
         for line in stderr.splitlines()
@@ -333,7 +386,7 @@ def _reason(stderr: str) -> str:
 
 
 def _requested(script: str) -> str:
-    """The options that SLURM may have refused."""
+    """The options of a script that SLURM may have refused."""
     wanted = (
         "partition",
         "account",

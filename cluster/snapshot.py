@@ -1,6 +1,4 @@
-"""What a queued job keeps of the moment of its submission: the code, where it came from, and what was
-installed.
-"""
+"""The state at a submission that a job keeps: the code, its git commit and the installed versions."""
 
 from __future__ import annotations
 
@@ -27,13 +25,15 @@ _PACKAGES = (
 
 
 def package_folder() -> Path:
-    """The folder of the package that runs here."""
+    """Return the folder of the package that this process runs."""
     return Path(mhla_lightning.__file__).parent
 
 
 def copy_code(destination: Path) -> None:
-    """Copies the package into `destination`/mhla_lightning, links as what they point to. Raises OSError, a
-    full disk for example.
+    """Copy the package into `destination`/mhla_lightning, following links.
+
+    Raises:
+        OSError: the disk is full, for example.
     """
     target = destination / "mhla_lightning"
     if target.exists():
@@ -42,7 +42,7 @@ def copy_code(destination: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and place, read without importing the packages."""
+    """Return versions, host and interpreter; the packages are not imported for it."""
     versions = {"python": platform.python_version()}
     for name in ("mhla-lightning", *_PACKAGES):
         try:
@@ -53,9 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch and changed files of the checkout that the code comes from; None outside a checkout
-    or without git.
-    """
+    """Return commit, branch and changed files of the code; None outside a checkout or without git."""
     folder = package_folder()
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:

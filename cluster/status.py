@@ -1,4 +1,4 @@
-"""One row a run: what SLURM says, what training says, and what the batch script recorded."""
+"""The rows of `mhla status`: SLURM's queue, the training's progress and the batch script's record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_json
 
-# What a recorded end would be called by SLURM, where it has forgotten the job.
+# SLURM's words for the ends that the batch script records, for jobs that SLURM has forgotten.
 _ENDED = {
     "finished": "COMPLETED",
     "failed": "FAILED",
@@ -20,15 +20,15 @@ _ENDED = {
     "cancelled": "CANCELLED",
     "preempted": "PREEMPTED",
 }
-# What is known of a run that SLURM never had.
+# States of runs that were never submitted.
 _LOCAL = {"running": "LOCAL", "finished": "FINISHED", "failed": "FAILED", "preempted": "STOPPED"}
 
 
 def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]:
-    """Rows in the order of `runs`; the keys are the same in every row, unknown values are None.
+    """Return one row a run, in the order of `runs`; unknown values are None.
 
-    run, job, state, reason, restarts, nodes, step, max_steps, loss, samples_per_second, checkpoint,
-    job_time_left (as SLURM says it), run_time_left (from the speed so far).
+    The keys are run, job, state, reason, restarts, nodes, step, max_steps, loss, samples_per_second,
+    checkpoint, job_time_left (as SLURM writes it) and run_time_left (from the speed so far).
     """
     jobs = {run.run_id: current_job(run) for run in runs}
     known, trouble = _ask(slurm, [job for job in jobs.values() if job is not None])
@@ -36,7 +36,7 @@ def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]
 
 
 def _ask(slurm: Slurm, jobs: list[str]) -> tuple[dict[str, QueueState], str | None]:
-    """What SLURM says, and why it says nothing: the rest of a status is of use without it."""
+    """(states by job, the reason why SLURM does not answer): the rest of a row is useful without it."""
     try:
         return ask(slurm, jobs), None
     except UserError as error:
@@ -76,7 +76,7 @@ def _row(
 
 
 def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str | None) -> QueueState:
-    """The state of a job that SLURM does not know (any more), from the run's own files."""
+    """The state of a job that SLURM has forgotten, from the run's own files."""
     if progress.get("state") == "finished":
         return QueueState("COMPLETED", trouble)
     if is_marked_cancelled(run, job):
@@ -85,7 +85,7 @@ def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str
     if not of_job or of_job[-1].kind == "started":
         return QueueState(
             "UNKNOWN",
-            trouble or "SLURM no longer knows the job, and its script recorded no end; mhla resume goes on",
+            trouble or "SLURM has forgotten the job, and its script recorded no end; mhla resume queues it",
         )
     last = of_job[-1]
     return QueueState(
@@ -94,7 +94,7 @@ def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str
 
 
 def _time_left(progress: dict[str, Any]) -> str | None:
-    """What the steps to go take at the speed of the last report."""
+    """The time that the remaining steps take at the speed of the last report."""
     step, speed = progress.get("step"), progress.get("samples_per_second")
     if not step or not speed or progress.get("state") not in ("running", "preempted"):
         return None

@@ -1,4 +1,4 @@
-"""Queues runs: asks SLURM, writes the run folders, submits. Nothing stays behind where SLURM refuses."""
+"""Queue runs: ask SLURM, write the run folders, submit. A refused submission leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ import yaml
 
 from mhla_lightning.cluster.jobs import code_folder, read_job, write_job
 from mhla_lightning.cluster.profile import Profile
-from mhla_lightning.cluster.slurm import RECIPE_FILE, SCRIPT, Options, Slurm, Submission
+from mhla_lightning.cluster.slurm import RECIPE_FILE, SCRIPT, Slurm, Submission, SubmitOptions
 from mhla_lightning.cluster.snapshot import copy_code, environment, git_state
+from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, default_run_id, write_text
 
+_UNWRITABLE = "the run folder cannot be written: {}; choose another place with `runs` or $MHLA_RUNS"
+
 
 def new_run_id(recipe_name: str, values: Mapping[str, Any], runs: Path, seeds: Sequence[int]) -> str:
-    """An id that no run has yet: two submissions of one recipe are two runs. The second is called `...-2`."""
-    base = default_run_id(recipe_name, values)
+    """Return an id that no run has yet: two submissions of one recipe are two runs.
+
+    Args:
+        recipe_name: begins the id; a hash of the recipe follows, and a number where need be.
+        values: the recipe with its overrides.
+        runs: folder of all runs.
+        seeds: each makes a run of its own, `<id>-seed<N>`.
+    """
+    base = default_run_id(recipe_name, flat(values, filled=False))
     number, name = 1, base
     while any((runs / one).exists() for one in [name, *(f"{name}-seed{seed}" for seed in seeds)]):
         number += 1
@@ -31,11 +41,16 @@ def new_run_id(recipe_name: str, values: Mapping[str, Any], runs: Path, seeds: S
 
 
 def queue_new(
-    submission: Submission, profile: Profile, options: Options, slurm: Slurm, facts: Mapping[str, Any]
+    submission: Submission, profile: Profile, options: SubmitOptions, slurm: Slurm, facts: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Writes one folder a run and queues them; returns run id -> job id.
+    """Write one folder a run and queue the runs; return run id -> job id.
 
-    facts: what job.json says besides, such as the command.
+    Args:
+        submission: script and recipes.
+        profile: the site.
+        options: of the submission.
+        slurm: SLURM's commands.
+        facts: further entries of job.json, such as the command.
 
     Raises:
         UserError: SLURM refuses, the disk is full or not writable, a run folder exists already.
@@ -44,8 +59,9 @@ def queue_new(
     for run in runs:
         if run.path.exists():
             raise UserError(
-                f"run {run.run_id} exists already in {options.runs}; `mhla resume {run.run_id}` goes "
-                "on with it, or choose another --run-id"
+                "run_id",
+                f"run {run.run_id} exists already in {options.runs}; mhla resume {run.run_id} resumes it, or "
+                "choose another name",
             )
     slurm.test(submission.script, options.runs)
     with _removed_on_failure(runs):
@@ -64,18 +80,27 @@ def queue_again(
     run: RunFolder,
     submission: Submission,
     profile: Profile,
-    options: Options,
+    options: SubmitOptions,
     slurm: Slurm,
     facts: Mapping[str, Any],
 ) -> str:
-    """Queues a run that exists; returns the job id. A run that was never submitted gets its copy of the code
-    now.
+    """Queue an existing run; return the job id.
+
+    A run that was never submitted gets its copy of the code now.
+
+    Args:
+        run: its folder.
+        submission: script and recipe.
+        profile: the site.
+        options: of the submission.
+        slurm: SLURM's commands.
+        facts: further entries of job.json, such as the command.
 
     Raises:
         UserError: SLURM refuses, the disk is full or not writable.
     """
     slurm.test(submission.script, options.runs)
-    with _told():
+    with _disk_errors():
         (run.path / "slurm").mkdir(exist_ok=True)
         if not code_folder(run).is_dir():
             copy_code(code_folder(run))
@@ -91,7 +116,7 @@ def _submit(
     runs: Sequence[RunFolder],
     submission: Submission,
     profile: Profile,
-    options: Options,
+    options: SubmitOptions,
     slurm: Slurm,
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
@@ -122,9 +147,9 @@ def _submit(
 
 @contextmanager
 def _removed_on_failure(runs: Sequence[RunFolder]) -> Iterator[None]:
-    """A refused submission leaves no folder that other verbs would take for a run."""
+    """Remove the folders where a submission fails: other verbs would take them for runs."""
     try:
-        with _told():
+        with _disk_errors():
             yield
     except BaseException:
         for run in runs:
@@ -133,16 +158,11 @@ def _removed_on_failure(runs: Sequence[RunFolder]) -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
+    """Turn errors of the disk into a UserError."""
     try:
         yield
-    except shutil.Error as error:  # of copytree: a list of (source, destination, why)
-        raise UserError(
-            f"cannot write the run folder: {error.args[0][0][2]}; choose another place with --runs "
-            "or $MHLA_RUNS"
-        ) from error
+    except shutil.Error as error:  # copytree gives a list of (source, destination, reason)
+        raise UserError("runs", _UNWRITABLE.format(error.args[0][0][2])) from error
     except OSError as error:
-        raise UserError(
-            f"cannot write the run folder: {error.filename}: {error.strerror}; choose another place "
-            "with --runs or $MHLA_RUNS"
-        ) from error
+        raise UserError("runs", _UNWRITABLE.format(f"{error.filename}: {error.strerror}")) from error

@@ -1,4 +1,4 @@
-"""`python -m mhla_lightning`."""
+"""Run `python -m mhla_lightning`."""
 
 import sys
 

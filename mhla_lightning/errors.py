@@ -1,4 +1,4 @@
-"""Mistakes of users: a key and a reason. Imports nothing outside the standard library."""
+"""Mistakes of users: a key and a reason. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class UserError(Exception):
 
     The library names the key as Python spells it (`blocks`, `optimizer.lr`) and gives the reason.
     Each door writes the key in its own spelling: the command line prints `--model.attention.blocks`
-    (cli/spelling.py) and exits with code 2, without a traceback. In a reason, other keys stand in
-    backticks (`overwrite`), so that a door can spell them too.
+    (cli/spelling.py) and exits with code 2, without a traceback. In a reason, other keys are written in
+    backticks (`overwrite`), so that a door can spell them, too.
 
     Args:
-        key: dotted name of the argument or recipe key; the file, folder or address where the mistake is
-            in one; None where no single thing is to blame.
-        reason: what was found and what is allowed, in plain words, without the key.
+        key: dotted name of the argument or recipe key; or the file, folder or address that is wrong; None
+            where no single thing is.
+        reason: the value that was found and the values that are allowed, in plain words, without the key.
     """
 
     def __init__(self, key: str | None, reason: str | None = None) -> None:
@@ -52,8 +52,13 @@ def inside(section: str) -> Iterator[None]:
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") -> str:
-    """The reason for a name that is not in a table: what was found (`of` what), what is allowed, and the
-    nearest name.
+    """Return the reason for a name that is not in a table, with the nearest name in it.
+
+    Args:
+        kind: of the name: `backbone`, `key`.
+        name: that was found.
+        valid: the names in the table.
+        of: the owner of the name, such as `profile x`; empty where it has none.
     """
     names = sorted(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
@@ -63,5 +68,11 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") ->
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> str:
-    """The reason for an optional package that is not installed."""
+    """Return the reason for an optional package that is not installed.
+
+    Args:
+        package: its name in Python.
+        extra: the extra of mhla-lightning that installs it.
+        purpose: the feature that needs it, a subject: `decoding video`.
+    """
     return f"{purpose} needs the package '{package}': pip install 'mhla-lightning[{extra}]'"

@@ -1,7 +1,7 @@
-"""Cancels the SLURM jobs of runs, queued or running. Training saves first where SLURM leaves it the time;
-`mhla resume RUN` goes on later.
+"""Cancel the SLURM jobs of runs, queued or running.
 
-RUN is a run id, a run folder or a SLURM job id; the id of an array cancels all its runs.
+Training saves first, where SLURM leaves it the time; `mhla resume RUN` queues the run again. RUN is a run
+id, a run folder or a SLURM job id; the id of an array cancels all its runs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from mhla_lightning.runs.folder import RunFolder, find_runs, runs_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla cancel`."""
+    """Add the arguments of `mhla cancel`."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run id, run folder or SLURM job id")
-    parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Cancel the jobs; return the exit code."""
     root = runs_root(args.runs)
     for one in [one for name in args.run for one in find_runs(name, root)]:
         _cancel(one, Slurm())
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _cancel(one: RunFolder, slurm: Slurm) -> None:
     job = current_job(one)
     if job is None:
-        raise UserError(f"run {one.run_id} was never submitted; a local run is stopped by Ctrl-C or SIGTERM")
+        raise UserError("run", f"{one.run_id} was never submitted; Ctrl-C or SIGTERM stops a local run")
     queue = ask(slurm, [job]).get(job)
     if queue is None or not queue.active:
         print(
@@ -42,12 +40,12 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
             "is nothing to cancel"
         )
         return
-    mark_cancelled(one, job)  # before: the batch script may look at once
+    mark_cancelled(one, job)  # first: the batch script looks as soon as the job ends
     try:
         slurm.cancel([job])
     except UserError:
-        unmark_cancelled(one)  # the job goes on, and its next preemption must bring it back
+        unmark_cancelled(one)  # the job still runs, and must be queued again after a preemption
         raise
     print(
-        f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} goes on"
+        f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} queues it"
     )

@@ -1,6 +1,6 @@
-"""Shows what a run's job has printed: the batch script's lines and those of rank 0, or of another rank.
+"""Show the output of a run's job: the lines of the batch script and of rank 0, or of another rank.
 
-RUN is a run id, a run folder or a SLURM job id. With -f it goes on until the job has ended.
+RUN is a run id, a run folder or a SLURM job id. With -f new lines are shown until the job has ended.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _ASK = 5.0  # seconds between two questions to SLURM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla logs`."""
+    """Add the arguments of `mhla logs`."""
     parser.add_argument("run", metavar="RUN", help="run id, run folder or SLURM job id")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on as lines are written, until the job has ended"
+        "-f", "--follow", action="store_true", help="show lines as they are written, until the job has ended"
     )
-    parser.add_argument("--rank", type=int, metavar="N", help="only this rank's lines")
+    parser.add_argument("--rank", type=int, metavar="N", help="show only the lines of this rank")
     parser.add_argument(
         "-n",
         "--lines",
@@ -35,17 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="begin with the last N lines of each file (default: %(default)s)",
     )
-    parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Show the lines; return the exit code."""
     one, slurm = find_run(args.run, runs_root(args.runs)), Slurm()
     job = current_job(one)
     if job is None:
-        raise UserError(f"run {one.run_id} was never submitted; a local run prints to its terminal")
+        raise UserError("run", f"{one.run_id} was never submitted; a local run prints to its terminal")
     tail = _Tail(_files(one, args.rank), args.lines)
     shown = tail.show()
     if not shown and not args.follow:
@@ -62,7 +60,7 @@ def _files(one: RunFolder, rank: int | None) -> list[Path]:
     ranks = sorted(int(log.stem.removeprefix("rank-")) for log in path.parent.glob("rank-*.log"))
     if not path.is_file() and attempts(one) and ranks:
         raise UserError(
-            f"run {one.run_id} has no rank {rank}; ranks with a log: {', '.join(map(str, ranks))}"
+            "rank", f"run {one.run_id} has no rank {rank}; ranks with a log: {', '.join(map(str, ranks))}"
         )
     return [path]
 
@@ -87,8 +85,11 @@ def _state(slurm: Slurm, job: str) -> tuple[str, bool]:
 
 
 class _Tail:
-    """New lines of files since the last look; which file they are from is said where there are several, as
-    `tail` does.
+    """Prints the new lines of files, like `tail`: with the file's name where there are several.
+
+    Args:
+        files: to read; those that do not exist yet may come later.
+        lines: number of last lines of each file to begin with.
     """
 
     def __init__(self, files: list[Path], lines: int) -> None:
@@ -97,7 +98,7 @@ class _Tail:
         self._last: Path | None = None
 
     def show(self) -> bool:
-        """Prints what is new; whether there was anything."""
+        """Print the new lines; return whether there were any."""
         any_new = False
         for path in self.files:
             for line in self._new(path):
@@ -114,7 +115,7 @@ class _Tail:
         with path.open("rb") as file:
             file.seek(0 if first else self._at[path])
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # a line that is being written waits
+        whole = data[: data.rfind(b"\n") + 1]  # without a line that is being written
         self._at[path] = self._at.get(path, 0) + len(whole)
         lines = whole.decode(errors="replace").splitlines()
         yield from lines[-self.lines :] if first else lines

@@ -1,4 +1,4 @@
-"""`mhla` and `lightning`: finds the verb, turns a user's mistake into one sentence and exit code 2."""
+"""`mhla` and `lightning`: find the verb, and end with exit code 2 on a mistake of the user."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ VERBS = {
     "compare": "train variants of a recipe side by side: one table, one plot",
     "generate": "continue prompts with a language run",
     "sample": "draw images or videos from a diffusion run",
-    "eval": "evaluate runs: lm-evaluation-harness, FID of samples, samples judged by a classifier, VBench",
-    "bench": "measure speed ratios in one run",
+    "eval": "evaluate runs: lm-evaluation-harness, FID of samples, a classifier's view of samples, VBench",
+    "bench": "measure how fast one thing is beside another",
     "data": "make, check, index and look at shards",
-    "import": "other people's checkpoints as weights of our backbones",
-    "plan": "what a recipe takes on a cluster: batches, FLOPs, length, memory under every strategy",
-    "export": "weights of a run under the names of diffusers or Wan2.1",
-    "submit": "queue a recipe as a SLURM job that comes back after preemption and time limits",
-    "status": "state, restarts, step, loss and speed of runs, queued or local",
-    "logs": "what a run's job has printed",
+    "import": "read other libraries' checkpoints as weights of our backbones",
+    "plan": "estimate what a recipe needs: batches, FLOPs, length, memory under every strategy",
+    "export": "write the weights of a run under the names of diffusers or Wan2.1",
+    "submit": "queue a recipe as a SLURM job that resumes after preemption and time limits",
+    "status": "show state, restarts, step, loss and speed of runs, queued or local",
+    "logs": "show the output of a run's job",
     "cancel": "cancel the jobs of runs",
     "resume": "queue a run again, from its newest checkpoint",
-    "monitor": "TensorBoard on run folders, with the ssh line for a login node",
+    "monitor": "start TensorBoard on run folders, with the ssh line for a login node",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
 EPILOG = (
-    "mhla VERB --help tells more. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
+    "mhla VERB --help explains a verb. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
     "recipe or data,\n"
     "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, 130 by Ctrl-C."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `mhla` and `python -m mhla_lightning`; returns the exit code."""
+    """Run `mhla` or `python -m mhla_lightning`; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lightning() -> int:
-    """Entry point of `lightning`: `run` is ours, every other verb belongs to lightning-sdk where that is
-    installed.
+    """Run `lightning`; return the exit code.
+
+    The verb `run` is ours. Every other verb belongs to the package lightning-sdk, where it is installed.
     """
     arguments = sys.argv[1:]
     if arguments[:1] == ["run"]:
@@ -71,7 +72,7 @@ def lightning() -> int:
     if arguments in ([], ["-h"], ["--help"]):
         print(
             "usage: lightning run RECIPE [--key value ...]\n\n`lightning run` trains a recipe of "
-            "mhla-lightning (mhla --help for all verbs)."
+            "mhla-lightning (mhla --help lists all verbs)."
         )
         return 0
     print(
@@ -99,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name = arguments[0]
     if name not in VERBS:
-        raise UserError(unknown_name("verb", name, VERBS))
+        raise UserError(None, unknown_name("verb", name, VERBS))
     module = f"{name}_" if keyword.iskeyword(name) else name  # `import` cannot be a module's name
     verb = importlib.import_module(f"mhla_lightning.cli.{module}")
     sub = VerbParser(

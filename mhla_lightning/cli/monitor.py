@@ -1,6 +1,6 @@
-"""Starts TensorBoard on run folders and says how to see it from your own machine.
+"""Start TensorBoard on run folders, and print how to see it from your own machine.
 
-RUN is a run id, a run folder or a SLURM job id; without one every run is shown, those to come included.
+RUN is a run id, a run folder or a SLURM job id; without one every run is shown, also those that start later.
 """
 
 from __future__ import annotations
@@ -20,29 +20,27 @@ from mhla_lightning.runs.folder import find_runs, runs_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla monitor`."""
+    """Add the arguments of `mhla monitor`."""
     parser.add_argument(
         "run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)"
     )
-    parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
     parser.add_argument(
         "--port",
         type=int,
         default=6006,
         metavar="N",
-        help="of TensorBoard on this machine (default: %(default)s)",
+        help="port of TensorBoard on this machine (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns TensorBoard's exit code."""
+    """Start TensorBoard; return its exit code."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard is not installed: pip install tensorboard")
+        raise UserError("tensorboard", "the package is not installed: pip install tensorboard")
     root = runs_root(args.runs)
     if not args.run and not root.is_dir():
-        raise UserError(f"there is no folder {root}; choose another place with --runs or $MHLA_RUNS")
+        raise UserError("runs", f"there is no folder {root}; choose another one here or with $MHLA_RUNS")
     with tempfile.TemporaryDirectory(prefix="mhla-monitor-") as links:
         logdir = _linked(args.run, root, Path(links)) if args.run else root
         print(f"http://localhost:{args.port}/  ({logdir if not args.run else ', '.join(args.run)})")
@@ -71,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _linked(names: list[str], root: Path, links: Path) -> Path:
-    """A folder that shows these runs and no others. TensorBoard's own way to name several folders breaks
-    on a comma or colon in a path.
-    """
+    """Link runs into one folder for TensorBoard, whose own list of folders allows no comma or colon."""
     for name in names:
         for one in find_runs(name, root):
             (links / one.run_id).symlink_to(one.tensorboard, target_is_directory=True)

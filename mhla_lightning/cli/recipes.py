@@ -1,8 +1,7 @@
-"""Lists the recipes that come with the package, or shows one.
+"""List the recipes that come with the package, or show one.
 
-A recipe's purpose is the first comment line of its file; a sentence there, or in the comment lines below it,
-such as
-`Paper: 75.8 % top-1 (Table 2).` is the paper's number.
+The purpose of a recipe is the first comment line of its file. The paper's number is a sentence of the comment
+at the head of the file, such as `Paper: 75.8 % top-1 (Table 2).`
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `mhla recipes` to its parser."""
     verbs = parser.add_subparsers(dest="recipes_verb", required=True, metavar="VERB")
     listing = verbs.add_parser(
-        "list", help="one line a recipe", description="Lists the recipes that come with the package."
+        "list", help="one line a recipe", description="List the recipes that come with the package."
     )
-    listing.add_argument("--task", metavar="NAME", help="only this task's, for example classification")
-    listing.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+    listing.add_argument("--task", metavar="NAME", help="only recipes of this task: classification, language")
+    listing.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     show = verbs.add_parser(
-        "show", help="print a recipe as it is", description="Prints a recipe's file as it is."
+        "show", help="print the file of a recipe", description="Print the file of a recipe."
     )
     show.add_argument("name", metavar="NAME", help="name of a packaged recipe, or path of a YAML file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """List the recipes or show one; return the exit code."""
     return _show(args.name) if args.recipes_verb == "show" else _list(args.task, args.json)
 
 
@@ -58,7 +57,7 @@ def _names(task: str | None) -> list[str]:
     names = recipe_names()
     tasks = {name.partition("/")[0] for name in names}
     if task is not None and task not in tasks:
-        raise UserError(unknown_name("task", task, tasks))
+        raise UserError("task", unknown_name("task", task, tasks))
     return [name for name in names if task is None or name.startswith(f"{task}/")]
 
 
@@ -88,11 +87,11 @@ def _show(name: str) -> int:
 
 
 def header_facts(text: str) -> dict[str, str | None]:
-    """What the comment above a recipe's first key says.
+    """Read the comment above a recipe's first key.
 
     Returns:
-        purpose: the first comment line; paper: the number of the paper that the recipe aims at, None when it
-            names none.
+        purpose: the first comment line; None where there is none.
+        paper: the number of the paper that the recipe aims at; None where it names none.
     """
     head = itertools.takewhile(lambda line: line.startswith("#") or not line.strip(), text.splitlines())
     lines = [line.lstrip("#").strip() for line in head if line.startswith("#")]
@@ -101,8 +100,9 @@ def header_facts(text: str) -> dict[str, str | None]:
 
 
 def paper_number(header: str) -> str | None:
-    """The first sentence (or part of one up to a semicolon) about the paper that begins with `Paper:` or
-    holds a decimal or a percentage.
+    """Return the first sentence about the paper that begins with `Paper:` or holds a number.
+
+    A number is a decimal or a percentage. A semicolon ends a sentence, too.
     """
     for sentence in re.split(r"(?<=[.;])\s+", header):
         words = sentence.strip().rstrip(".;")

@@ -1,4 +1,4 @@
-"""How the command line writes the keys of errors: `blocks` as `--model.attention.blocks`."""
+"""The command line's spelling of the keys in errors: `blocks` is `--model.attention.blocks`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import re
 from typing import Any
 
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import DataError, UserError
 
 RECIPE_SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "health")
 
 
 class VerbParser(argparse.ArgumentParser):
-    """A parser that knows how its arguments are written: argparse keeps that to itself."""
+    """A parser that remembers how its arguments are typed, which argparse does not offer."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._written: dict[str, str] = {}
@@ -32,13 +32,13 @@ class VerbParser(argparse.ArgumentParser):
         return self._verbs
 
     def written(self) -> dict[str, str]:
-        """Every argument's name in Python -> as it is typed, arguments of sub-verbs included."""
+        """Return every argument's name in Python -> as it is typed, also those of sub-verbs."""
         below = self._verbs.choices.values() if self._verbs is not None else ()
         return {name: text for parser in below for name, text in parser.written().items()} | self._written
 
 
 def spelled(error: UserError, parser: VerbParser | None = None, takes_overrides: bool = False) -> str:
-    """An error as the command line prints it.
+    """Return an error as the command line prints it.
 
     Args:
         error: of the library.
@@ -54,4 +54,7 @@ def spelled(error: UserError, parser: VerbParser | None = None, takes_overrides:
         return f"--{key}" if takes_overrides and first in RECIPE_SECTIONS else key
 
     reason = re.sub(r"`([a-z_][\w.]*)`", lambda match: spell(match[1]), error.reason)
-    return f"{spell(error.key)}: {reason}" if error.key else reason
+    if not error.key:
+        return reason
+    is_place = isinstance(error, DataError) or "/" in error.key  # `model.safetensors` is no key of a recipe
+    return f"{error.key if is_place else spell(error.key)}: {reason}"

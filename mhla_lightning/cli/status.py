@@ -1,7 +1,7 @@
-"""Shows runs: state in the queue, restarts, step, loss, speed, time left, last checkpoint.
+"""Show runs: state in the queue, restarts, step, loss, speed, time left, last checkpoint.
 
-RUN is a run id, a run folder or a SLURM job id; without one all runs are shown. Works with and without
-SLURM's accounting, and for local runs.
+RUN is a run id, a run folder or a SLURM job id; without one all runs are shown. Local runs are shown, too.
+SLURM's accounting is not needed.
 """
 
 from __future__ import annotations
@@ -20,36 +20,34 @@ from mhla_lightning.cluster.status import status_rows
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, find_runs, runs_root
 
-_WIDE = 200  # columns where no terminal limits them
+_WIDE = 200  # columns of a table that is not shown on a terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla status`."""
+    """Add the arguments of `mhla status`."""
     parser.add_argument(
         "run", nargs="*", metavar="RUN", help="run id, run folder or SLURM job id (default: every run)"
     )
-    parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
     parser.add_argument(
         "--watch",
         nargs="?",
         type=float,
         const=10.0,
         metavar="SECONDS",
-        help="show it again and again (10) until no job is active",
+        help="show them every SECONDS (default: 10) until no job is active",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write the rows as JSON too; - writes them to the standard output instead of the table",
+        help="also write the rows as JSON; - prints them in place of the table",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Show the runs; return the exit code."""
     if args.watch is not None and args.watch <= 0:
-        raise UserError(f"--watch is {args.watch}; it is a number of seconds")
+        raise UserError("watch", f"{args.watch} is not allowed; it is a number of seconds above 0")
     file = None if args.json == "-" else args.json
     check_json(file)
     root = runs_root(args.runs)
@@ -73,7 +71,7 @@ def _chosen(names: list[str], root: Path) -> list[RunFolder]:
         for path in sorted(root.glob("*/recipe.yaml"), key=lambda path: path.parent.stat().st_mtime)
     ]
     if not runs:
-        raise UserError(f"there are no runs in {root}; choose another place with --runs or $MHLA_RUNS")
+        raise UserError("runs", f"there are no runs in {root}; choose another folder here or with $MHLA_RUNS")
     return runs
 
 

@@ -1,13 +1,11 @@
-"""Queues a recipe as a SLURM job: the same recipe, on a cluster.
+"""Queue a recipe as a SLURM job: the same recipe, on a cluster.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file; overrides follow as --dotted.key VALUE, as
-in `lightning run`.
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE:
   mhla submit classification/deit_tiny_mhla_mnist_cpu --profile cpu --nodes 2
   mhla submit RECIPE --profile my_site.yaml --nodes 4 --time 12:00:00 --array 0,1,2 --after 4711
-  --trainer.strategy zero2
-A profile holds what is special about a site; the packaged ones are examples of each style: venv, conda,
-modules, pyxis, apptainer, cpu. The job saves before its time is over or when it is preempted, queues itself
-again, and goes on with the next step.
+A profile holds the settings of a site; the packaged ones are examples of each style: venv, conda, modules,
+pyxis, apptainer, cpu. The job saves before its time is over or when it is preempted, queues itself again,
+and resumes with the next step.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from typing import Any
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cluster.jobs import current_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes
-from mhla_lightning.cluster.slurm import Options, Slurm, Submission, prepare
+from mhla_lightning.cluster.slurm import Slurm, Submission, SubmitOptions, prepare
 from mhla_lightning.cluster.submission import new_run_id, queue_new
+from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import check_run_id, find_run, runs_root
@@ -32,7 +31,7 @@ _SEEDS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla submit`."""
+    """Add the arguments of `mhla submit`."""
     parser.usage = "%(prog)s RECIPE --profile P [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
     parser.add_argument(
@@ -59,38 +58,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="JOB",
-        help="start when this job, or the job of this run, has finished well",
+        help="start after this job, or the job of this run, has succeeded",
     )
-    parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
     parser.add_argument(
         "--run-id",
         metavar="NAME",
-        help="name of the run (default: recipe name and a hash, with a number behind it if need be)",
+        help="name of the run (default: recipe name and a hash, with a number where the name is taken)",
     )
     parser.add_argument(
-        "--no-check", action="store_true", help="skip the checks of `mhla plan`; SLURM is still asked"
+        "--no-check", action="store_true", help="skip the checks of `mhla plan`; SLURM still checks the job"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and stop")
     parser.add_argument("--json", metavar="FILE", help="write run and job ids as JSON too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Queue the runs; return the exit code."""
     check_json(args.json)
     recipe, overrides = load_recipe(args.recipe), parse_overrides(args.overrides)
     profile, runs = load_profile(args.profile), runs_root(args.runs)
     seeds = parse_seeds(args.array)
     if args.time is not None:
-        minutes(args.time, "--time")
+        minutes(args.time)
     name = (
         check_run_id(args.run_id)
         if args.run_id
         else new_run_id(recipe.name, apply_overrides(recipe.values, overrides), runs, seeds)
     )
     after = () if args.dry_run and not args.after else tuple(job_of(one, runs) for one in args.after)
-    options = Options(
+    options = SubmitOptions(
         name, runs, Path.cwd(), args.nodes, args.devices, args.time, seeds, after, Path(sys.executable)
     )
     submission = prepare(recipe, profile, overrides, options)
@@ -107,26 +104,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...]:
-    """`0,1,2` and `0-2` as seeds.
+    """Read the seeds of `0,1,2` or `0-2`; None gives none.
 
     Raises:
-        UserError: something else, or a seed twice.
+        UserError: another form, or a seed twice.
     """
     if text is None:
         return ()
     if not _SEEDS.fullmatch(text):
-        raise UserError(f"--array is '{text}'; it is a list of seeds such as 0,1,2 or 0-2")
+        raise UserError("array", f"'{text}' is no list of seeds such as 0,1,2 or 0-2")
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         seeds += range(int(first), int(last or first) + 1)
     if len(set(seeds)) < len(seeds) or not seeds:
-        raise UserError(f"--array is '{text}'; every seed stands there once, a range from low to high")
+        raise UserError("array", f"'{text}' must give every seed once, and ranges from low to high")
     return tuple(seeds)
 
 
 def job_of(name: str, runs: Path) -> str:
-    """The SLURM job that --after names: a job id, or the newest job of a run.
+    """Return the SLURM job of a job id or of a run, whose newest job is taken.
 
     Raises:
         UserError: no such run, or one that was never queued.
@@ -135,17 +132,17 @@ def job_of(name: str, runs: Path) -> str:
         return name
     job = current_job(find_run(name, runs))
     if job is None:
-        raise UserError(f"--after {name}: that run was never submitted, so there is no job to wait for")
+        raise UserError("after", f"run {name} was never submitted, so there is no job to wait for")
     return job
 
 
 def check_recipe(values: dict[str, Any], submission: Submission) -> None:
-    """What `mhla plan` says of the recipe on nodes x devices, of which only the mistakes are told. Imports
-    torch.
+    """Check a recipe as `mhla plan` does, on the nodes and devices of a submission.
 
     Raises:
         UserError: the first thing that is wrong.
     """
+    check_names(values)  # before torch is imported
     from mhla_lightning.config.resolve import resolve
     from mhla_lightning.planning.plan import make_plan
 
@@ -153,7 +150,7 @@ def check_recipe(values: dict[str, Any], submission: Submission) -> None:
 
 
 def say_queued(jobs: dict[str, str], submission: Submission, profile: Profile, time: str | None) -> None:
-    """What was queued, and what to type next."""
+    """Print what was queued, and the commands that come next."""
     many = "es" if submission.devices > 1 else ""
     size = (
         f"{submission.nodes} node{'s' if submission.nodes > 1 else ''} x {submission.devices} "

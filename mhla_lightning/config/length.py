@@ -8,7 +8,7 @@ from mhla_lightning.errors import UserError
 
 
 def length(recipe: Resolved) -> int:
-    """Optimizer steps of a run, from trainer.max_steps or data.epochs.
+    """Return the optimizer steps of a run, from `trainer.max_steps` or `data.epochs`.
 
     Raises:
         UserError: both or neither are set.
@@ -16,11 +16,11 @@ def length(recipe: Resolved) -> int:
     steps, epochs = recipe.trainer.get("max_steps", -1), recipe.data.epochs
     if steps > 0 and epochs is not None:
         raise UserError(
-            f"trainer.max_steps is {steps} and data.epochs {epochs}: a run has one length, set one "
-            "of them to null"
+            "trainer.max_steps",
+            f"it is {steps} and `data.epochs` is {epochs}: a run has one length, so set one of them to null",
         )
     if steps > 0:
         return int(steps)
     if epochs is None:
-        raise UserError("the recipe has no length: set trainer.max_steps or data.epochs")
+        raise UserError("trainer.max_steps", "the recipe has no length: set this or `data.epochs`")
     return steps_for_epochs(epochs, recipe.data.samples, recipe.data.batch_size)

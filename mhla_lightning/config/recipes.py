@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mhla_lightning.config.moved_keys import moved, moved_name
 from mhla_lightning.errors import UserError, unknown_name
 
 _VARIANTS = "variants"
@@ -18,8 +19,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text, where people mean a number; and PyYAML takes the last of two equal keys
-    without a word.
+    """A safe loader that reads 1e-4 as a number and refuses a key that is given twice.
+
+    YAML 1.1 takes 1e-4 for text, and PyYAML keeps the last of two equal keys silently.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -27,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key '{twice}' stands twice", node.start_mark
+                None, None, f"key '{twice}' is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -43,12 +45,12 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as written.
+    """A recipe as its file gives it.
 
     Args:
         name: `<task>/<name>` of a packaged recipe, else the file's name.
         path: the file.
-        values: its content.
+        values: its content, with old keys in their new places.
     """
 
     name: str
@@ -57,29 +59,29 @@ class Recipe:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML without tags that run code; 1e-4 is a number."""
+    """Parse YAML without tags that run code; 1e-4 is a number."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file's content.
+    """Read a YAML file.
 
     Raises:
-        UserError: the file cannot be read or is no YAML; names the line.
+        UserError: the file cannot be read or is not YAML; the reason gives the line.
     """
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(str(path), f"the file cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{path} is no YAML: {line}{error.problem}") from error
+        raise UserError(str(path), f"the file is not YAML: {line}{error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(str(path), f"the file is not YAML: {' '.join(str(error).split())}") from error
 
 
 def recipe_names() -> list[str]:
-    """Packaged recipes, `<task>/<name>`."""
+    """Return the names of the packaged recipes, `<task>/<name>`."""
     return sorted(
         str(path.relative_to(RECIPES).with_suffix(""))
         for path in RECIPES.glob("*/*.yaml")
@@ -88,49 +90,48 @@ def recipe_names() -> list[str]:
 
 
 def variants_file(name: str) -> Path:
-    """The rows of a comparison, by path or by their name in the package (`recipes/variants/`).
+    """Find the rows of a comparison, by path or by their name in the package (`recipes/variants/`).
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither such a file nor such a name.
     """
     packaged = {path.stem: path for path in (RECIPES / _VARIANTS).glob("*.yaml")}
     path = Path(name)
     if path.is_file() or name not in packaged:
         if not path.is_file() and not name.endswith((".yaml", ".yml")):
-            raise UserError(unknown_name("variants (no such file either)", name, packaged))
+            raise UserError("variants", unknown_name("variants (no such file either)", name, packaged))
         return path
     return packaged[name]
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by path or by its name in the package.
+    """Load a recipe by path or by its name in the package.
 
     Raises:
-        UserError: no such recipe (names the nearest), or a file that is not a YAML mapping.
+        UserError: no such recipe (the reason gives the nearest), or a file that is not a YAML mapping.
     """
     packaged = name.removesuffix(".yaml") in recipe_names()
     path = RECIPES / f"{name.removesuffix('.yaml')}.yaml" if packaged else Path(name)
+    if path.is_dir():
+        raise UserError("recipe", f"{name} is a folder; a recipe is a YAML file")
+    if not path.is_file() and name.endswith((".yaml", ".yml")):
+        raise UserError("recipe", f"the file {name} does not exist")
     if not path.is_file():
-        what = "is a folder, no recipe file" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"recipe file {name} {what}"
-            if name.endswith((".yaml", ".yml")) or path.is_dir()
-            else unknown_name("recipe", name, recipe_names())
-        )
+        raise UserError("recipe", unknown_name("recipe", name, recipe_names()))
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} is no recipe: it holds {type(values).__name__}, a recipe is a mapping with "
-            "trainer, model and data"
+            str(path),
+            f"the file holds {type(values).__name__}; a recipe is a mapping with trainer, model and data",
         )
-    return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, values)
+    return Recipe(name.removesuffix(".yaml") if packaged else path.name, path, moved(values, told=True))
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs; values are YAML.
+    """Read `--key value` and `--key=value` pairs, whose values are YAML.
 
     Raises:
-        UserError: something that is no pair.
+        UserError: a word that is no pair.
     """
     overrides: dict[str, Any] = {}
     words = list(arguments)
@@ -139,69 +140,90 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
             raise UserError(
+                None,
                 f"unexpected argument '{word}'; overrides are written --key value, for example "
-                "--trainer.max_steps 100"
+                "--trainer.max_steps 100",
             )
         if not equals:
             if not words or words[0].startswith("--"):
-                raise UserError(f"option --{key} has no value; write --{key} VALUE")
+                raise UserError(key, f"the option has no value; write --{key} VALUE")
             value = words.pop(0)
         try:
             overrides[key] = parse_yaml(value)
         except yaml.YAMLError as error:
-            raise UserError(f"the value of --{key} is no YAML: {value}") from error
+            raise UserError(key, f"the value is not YAML: {value}") from error
     return overrides
 
 
-def _argument(values: Mapping[str, Any], name: str) -> Any:
-    """What a recipe says of its data; None where it says nothing."""
-    arguments = (
-        (values.get("data") or {}).get("init_args") if isinstance(values.get("data"), Mapping) else None
-    )
-    return arguments.get(name) if isinstance(arguments, Mapping) else None
+def argument(values: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key of a recipe; None where the recipe gives none.
+
+    Args:
+        values: a recipe.
+        key: dotted key, by its old or its new name, without `init_args`.
+    """
+    here: Any = values
+    for part in moved_name(key, values).split("."):
+        if isinstance(here, Mapping) and "class_path" in here:
+            here = here.get("init_args")
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return here
 
 
-_OF_SOURCE = ("source", "tokenizer", "frames", "size", "rate", "stride")
+_OF_SOURCE = tuple(f"data.{key}" for key in ("source", "tokenizer", "frames", "size", "rate", "stride"))
+"""Keys that describe how the recipe's own `data.path` is made."""
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe with dotted keys set; `model.x` means `model.init_args.x`, a bare name of an
-    attention or a strategy becomes a mapping under a key below it.
+    """Return a copy of a recipe with dotted keys set.
 
-    data.source and its arguments say what the recipe's own data.path is made of: with another data.path, or
-    with data.mix, they are left out.
+    `model.x` means `model.init_args.x`. Below a bare name of an attention or a strategy a key turns the name
+    into a mapping. An override of `data.path` or `data.mix` removes `data.source` and the keys that belong to
+    it: they describe the recipe's own data.
 
     Raises:
         UserError: a key below something that is no mapping.
     """
-    result = deepcopy(dict(values))
-    if (
-        _argument(result, "source") is not None
-        and {"data.path", "data.mix"} & overrides.keys()
-        and "data.source" not in overrides
-    ):
-        overrides = {
-            **{f"data.{name}": None for name in _OF_SOURCE if _argument(result, name) is not None},
-            **overrides,
-        }
+    result = moved(values)
+    classes = _classes(result, overrides)
+    overrides = {moved_name(key, classes, told=True): value for key, value in overrides.items()}
+    others = {"data.path", "data.mix"} & overrides.keys() and "data.source" not in overrides
+    if others and argument(result, "data.source") is not None:
+        gone = [key for key in _OF_SOURCE if argument(result, key) is not None]
+        overrides = {**{moved_name(key, classes): None for key in gone}, **overrides}
     for key, value in overrides.items():
-        here: Any = result
-        *parents, last = key.split(".")
-        for depth, part in enumerate([*parents, None]):
-            if not isinstance(here, dict):
-                raise UserError(f"--{key}: {'.'.join(parents[:depth])} is {here!r} and has no keys below it")
-            if (
-                "class_path" in here
-                and part not in ("class_path", "init_args")
-                and not (part is None and last in ("class_path", "init_args"))
-            ):
-                here = here.setdefault("init_args", {})
-            if part is None:
-                break
-            if part in ("attention", "strategy") and isinstance(here.get(part), str):
-                here[part] = {"name": here[part]}
-            if here.get(part) is None:
-                here[part] = {}
-            here = here[part]
-        here[last] = deepcopy(value)
-    return result
+        _set(result, key, deepcopy(value))
+    return moved(result, told=True)
+
+
+def _classes(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The class paths of a recipe once the overrides are applied, as a recipe without arguments."""
+    found = {}
+    for section in ("model", "data"):
+        entry = overrides.get(section, values.get(section))
+        path = entry.get("class_path") if isinstance(entry, Mapping) else None
+        found[section] = {"class_path": overrides.get(f"{section}.class_path", path)}
+    return found
+
+
+def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in place."""
+    here: Any = recipe
+    *parents, last = key.split(".")
+    for depth, part in enumerate([*parents, None]):
+        if not isinstance(here, dict):
+            raise UserError(key, f"`{'.'.join(parents[:depth])}` is {here!r} and has no keys below it")
+        if (
+            "class_path" in here
+            and part not in ("class_path", "init_args")
+            and not (part is None and last in ("class_path", "init_args"))
+        ):
+            here = here.setdefault("init_args", {})
+        if part is None:
+            break
+        if part in ("attention", "strategy") and isinstance(here.get(part), str):
+            here[part] = {"name": here[part]}
+        if here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+    here[last] = value

@@ -1,8 +1,9 @@
-"""From a recipe to objects: Lightning's own parser checks the types and fills the defaults."""
+"""Build the objects of a recipe: Lightning's parser checks the types and fills in the defaults."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mhla_lightning.config.checks import check_keys, one_sentence
+from mhla_lightning.config.checks import argument_hints, check_keys
+from mhla_lightning.config.mistakes import find_mistake, placed, user_error
+from mhla_lightning.config.moved_keys import flat, moved
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import is_zero
@@ -21,14 +24,14 @@ from mhla_lightning.tasks import Task
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run saves, how, and what is kept.
+    """How often a run saves, how, and which checkpoints stay.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
-        keep_last: complete checkpoints kept.
-        keep_best: so many more, the best by `monitor`.
-        monitor: a tag of validation, such as val/loss; accuracies are best high, all others low.
-        asynchronous: write beside the training, from copies in the host's memory.
+        keep_last: number of newest checkpoints that stay.
+        keep_best: number of further checkpoints that stay, the best by `monitor`.
+        monitor: a tag of validation, such as val/loss. Accuracies are best high, all other tags low.
+        asynchronous: write while training goes on, from copies in the host's memory.
     """
 
     every_n_steps: int = 1000
@@ -40,11 +43,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name, least in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
             if getattr(self, name) < least:
-                raise UserError(f"checkpoint.{name} is {getattr(self, name)}; it must be at least {least}")
+                raise UserError(name, f"{getattr(self, name)} is too low; it must be at least {least}")
         if bool(self.keep_best) != (self.monitor is not None):
             raise UserError(
-                f"checkpoint.keep_best is {self.keep_best} and checkpoint.monitor {self.monitor}: "
-                "give both, for example 2 and val/loss, or neither"
+                "keep_best",
+                f"it is {self.keep_best} and `checkpoint.monitor` is {self.monitor}: give both, for example "
+                "2 and val/loss, or neither",
             )
 
 
@@ -53,10 +57,10 @@ class HealthConfig:
     """What a run does about steps that would spoil it.
 
     Args:
-        max_skipped: optimizer steps in a row that may be left out because their loss or gradients are not
-            finite, or leap.
-        spike_factor: leave out a step whose loss is more than so many times the median of the steps before;
-            null does not look.
+        max_skipped: optimizer steps in a row that may be skipped because their loss or gradients are not
+            finite, or the loss leaps.
+        spike_factor: skip a step whose loss is above this multiple of the median of the steps before; None
+            never skips for that.
     """
 
     max_skipped: int = 10
@@ -65,20 +69,23 @@ class HealthConfig:
     def __post_init__(self) -> None:
         if self.max_skipped < 0:
             raise UserError(
-                f"health.max_skipped is {self.max_skipped}; it must be at least 0, which stops at the first"
+                "max_skipped",
+                f"{self.max_skipped} is too low; it must be at least 0, which stops at the first",
             )
         if self.spike_factor is not None and not self.spike_factor > 1:
-            raise UserError(f"health.spike_factor is {self.spike_factor}; it must be above 1, or null")
+            raise UserError("spike_factor", f"{self.spike_factor} is too low; it must be above 1, or null")
 
 
 @dataclass
 class Resolved:
-    """A recipe with every default filled in, and what it builds.
+    """A recipe with every default filled in, and the objects that it builds.
 
     Attributes:
         values: plain mapping, as written to recipe.yaml.
         task, data: built, without weights and without opened shards.
-        trainer: arguments of Trainer, callbacks built.
+        trainer: arguments of Lightning's Trainer, callbacks built.
+        checkpoint, health: how the run saves, and what it does about bad steps.
+        seed: of everything random.
     """
 
     values: dict[str, Any]
@@ -90,76 +97,120 @@ class Resolved:
     seed: int
 
     def to_yaml(self) -> str:
+        """Return the recipe as YAML."""
         return yaml.safe_dump(self.values, sort_keys=False)
 
     def identity(self) -> dict[str, Any]:
-        """The recipe without where it runs: what a run id and a resume compare."""
+        """Return the recipe without where it runs: run ids and resumes compare this.
+
+        Moved keys are in their old places, so that run ids stay the same.
+        """
         return _without_place(self.values)
 
 
 def resolve(values: Mapping[str, Any]) -> Resolved:
-    """Checks a recipe's keys and types and builds its objects.
+    """Check a recipe's keys and types and build its objects.
+
+    Args:
+        values: a recipe; old keys are moved to their new places.
 
     Raises:
-        UserError: one sentence on the first thing that is wrong.
+        UserError: the first key or value that is wrong.
     """
+    values = moved(values)
     check_keys(values)
-    strategy = values["trainer"].get("strategy")
+    given = dict(values["trainer"])
+    strategy = given.get("strategy")
     if is_zero(strategy):  # Lightning's parser knows its own strategies only
-        values = {**values, "trainer": {**values["trainer"], "strategy": "auto"}}
-    parser = _parser()
-    try:
-        config = parser.parse_object(deepcopy(dict(values)))
-        dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
-        built = parser.instantiate(config)
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(one_sentence(error)) from error
-    if not 0 <= config.seed_everything < 2**32:
-        raise UserError(f"seed_everything is {config.seed_everything}; a seed lies in 0 to 4294967295")
-    task, data = built.model, built.data
-    if not isinstance(task, Task):
-        raise UserError(
-            f"model.class_path {values['model']['class_path']} is no task of mhla_lightning.tasks"
-        )
-    if not isinstance(data, ShardDataModule):
-        raise UserError(
-            f"data.class_path {values['data']['class_path']} is no data module of mhla_lightning.data"
-        )
-    trainer = vars(built.trainer)
-    trainer = {key: value for key, value in trainer.items() if value is not None}
+        given["strategy"] = "auto"
+    seed = values.get("seed_everything", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError("seed_everything", f"{seed!r} is no seed; it is a whole number from 0 to 4294967295")
+    dumped: dict[str, Any] = {"seed_everything": seed}
+    built: dict[str, Any] = {}
+    for name, kind, value in (
+        ("trainer", Trainer, given),
+        ("model", Task, values["model"]),
+        ("data", LightningDataModule, values["data"]),
+        ("checkpoint", CheckpointConfig, values.get("checkpoint")),
+        ("health", HealthConfig, values.get("health")),
+    ):
+        dumped[name], built[name] = _section(name, kind, value)
+    if not isinstance(built["data"], ShardDataModule):
+        path = values["data"]["class_path"]
+        raise UserError("data.class_path", f"{path} is no data module of mhla_lightning.data")
+    trainer = {key: value for key, value in vars(built["trainer"]).items() if value is not None}
     if is_zero(strategy):
         trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
-    return Resolved(dumped, task, data, trainer, built.checkpoint, built.health, config.seed_everything)
+    return Resolved(
+        dumped, built["model"], built["data"], trainer, built["checkpoint"], built["health"], seed
+    )
+
+
+def _section(name: str, kind: type, value: Any) -> tuple[Any, Any]:
+    """Check a section of a recipe: (its values with every default, what they build)."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    if dataclasses.is_dataclass(kind):
+        parser.add_class_arguments(kind, name)
+    else:
+        parser.add_lightning_class_args(kind, name, subclass_mode=kind is not Trainer)
+    try:
+        config = parser.parse_object({} if value is None else {name: deepcopy(value)})
+        dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
+        return dumped[name], parser.instantiate(config)[name]
+    except (argparse.ArgumentError, TypeError, ValueError, UserError) as error:
+        raise _mistake(name, kind, value, error) from error
+
+
+def _mistake(name: str, kind: type, value: Any, error: Exception) -> UserError:
+    """The error of a section that does not fit: its key, what was found and what is allowed."""
+    if kind is Trainer:  # which is not built yet
+        hints = argument_hints(Trainer)
+        found = (find_mistake(item, hints[key], f"{name}.{key}") for key, item in value.items())
+        mistake = next((one for one in found if one is not None), None)
+    else:
+        mistake = find_mistake(value, kind, name)
+    own = user_error(error)
+    if mistake is None and own is not None:
+        return placed(own, name)
+    return mistake or UserError(name, " ".join(str(error).split()))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
-    """The keys in which two resolved recipes differ, as `key old -> new`, where they run aside; empty when
-    they do not.
+    """Return the keys in which two resolved recipes differ, as `key old -> new`; empty where they agree.
+
+    Where a recipe runs makes no difference, nor do the strategy and what is saved.
+
+    Args:
+        old, new: resolved recipes, with moved keys in their old or their new places.
+        limit: keys that are written out.
     """
     before, after = (
-        {key: value for key, value in _flat(_without_place(values)).items() if not _changes_no_number(key)}
+        {key: value for key, value in _dotted(_without_place(values)).items() if not _may_change(key)}
         for values in (old, new)
     )
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    shown = ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys[:limit])
+    shown = ", ".join(
+        f"{key.replace('.init_args.', '.')} {before.get(key)} -> {after.get(key)}" for key in keys[:limit]
+    )
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
-# What may change between two attempts of one run: where data is, how it is fetched, on how many devices it is
-# trained. The global batch stays.
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
 _PLACE_OF_TRAINER = ("devices", "num_nodes")
+"""Where data is, how it is fetched and on how many devices it is trained may change between two attempts of
+a run. The global batch may not.
+"""
 
 
-def _changes_no_number(key: str) -> bool:
-    """Where the numbers lie, and what of them is saved when: with another such key a run has another
-    default id, but it may be resumed.
-    """
+def _may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of a key, although it changes the default run id."""
     return key == "trainer.strategy" or key.startswith(("trainer.strategy.", "checkpoint."))
 
 
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
-    kept = deepcopy(dict(values))
+    """A resolved recipe in the old, flat form, without the keys that say where it runs."""
+    kept = flat(values)
     arguments = kept["data"]["init_args"]
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:
@@ -169,22 +220,12 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
     if isinstance(value, Mapping) and value:
         return {
             key: item
             for name, inner in value.items()
-            for key, item in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+            for key, item in _dotted(inner, f"{prefix}.{name}" if prefix else name).items()
         }
     return {prefix: value}
-
-
-def _parser() -> LightningArgumentParser:
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_argument("--seed_everything", type=int, default=0)
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.add_lightning_class_args(Task, "model", subclass_mode=True)
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    parser.add_class_arguments(CheckpointConfig, "checkpoint")
-    parser.add_class_arguments(HealthConfig, "health")
-    return parser

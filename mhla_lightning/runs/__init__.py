@@ -1,3 +1,4 @@
-"""The run folder: names, lock, files that other verbs read. `folder` and `lock` need the standard library
-alone.
+"""The run folder: its names, its lock and the files that other verbs read.
+
+All but `logger` needs the standard library alone.
 """

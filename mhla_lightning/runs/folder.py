@@ -1,5 +1,6 @@
-"""Where a run lives and what its files are called. Standard library only, so that status and compare
-answer at once.
+"""The folder of a run and the names of its files.
+
+Standard library only, so that `status` and `compare` answer at once.
 """
 
 from __future__ import annotations
@@ -21,38 +22,41 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def runs_root(given: str | None = None) -> Path:
-    """--runs, else $MHLA_RUNS, else ./runs."""
+    """Return the folder of all runs: the given one, else $MHLA_RUNS, else ./runs."""
     return Path(given or os.environ.get("MHLA_RUNS") or "runs").resolve()
 
 
 def check_run_id(run_id: str) -> str:
-    """A run id names one folder under the root.
+    """Return a run id that names one folder under the root.
 
     Raises:
-        UserError: anything that could leave the root.
+        UserError: a text that could lead out of the root.
     """
     if not _RUN_ID.fullmatch(run_id) or ".." in run_id:
-        raise UserError(f"run id '{run_id}' is no plain name; use letters, digits, '.', '_' and '-'")
+        raise UserError("run_id", f"'{run_id}' is no plain name; use letters, digits, '.', '_' and '-'")
     return run_id
 
 
 def default_run_id(recipe_name: str, resolved: Mapping[str, Any]) -> str:
-    """`<recipe name>-<first 8 hex of the sha256 of the resolved recipe>`: the same command finds the same
-    folder.
+    """Return `<recipe name>-<hash>`, by which the same command finds the same folder.
+
+    Args:
+        recipe_name: its folders are left out.
+        resolved: the resolved recipe; the first 8 hex digits of its sha256 are taken.
     """
     return f"{Path(recipe_name).stem}-{recipe_hash(resolved)[:8]}"
 
 
 def recipe_hash(resolved: Mapping[str, Any]) -> str:
-    """sha256 of a resolved recipe, key order and formatting aside."""
+    """Return the sha256 of a resolved recipe; the order of keys makes no difference."""
     return hashlib.sha256(json.dumps(resolved, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class RunFolder:
-    """Paths of one run.
+    """The paths of one run.
 
     Args:
-        path: the folder; made by :meth:`create`.
+        path: the folder; :meth:`create` makes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,45 +75,45 @@ class RunFolder:
         return self.path.name
 
     def create(self) -> None:
-        """Makes the folder.
+        """Make the folder.
 
         Raises:
-            UserError: no right to write there.
+            UserError: it cannot be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.tensorboard.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot write the run folder {self.path}: {error.strerror}; choose another with "
-                "--runs or $MHLA_RUNS"
+                str(self.path),
+                f"the run folder cannot be written: {error.strerror}; choose another place with `runs` or "
+                "$MHLA_RUNS",
             ) from error
 
     def finished(self) -> bool:
-        """Whether training has reached its end."""
+        """Return whether training has reached its end."""
         progress = read_json(self.progress)
         return self.summary.is_file() and progress is not None and progress.get("state") == "finished"
 
 
 def find_run(run: str, root: Path) -> RunFolder:
-    """A run by id, by folder or by SLURM job id.
+    """Find a run by its id, its folder or its SLURM job id.
 
     Raises:
-        UserError: no such run (names some), or the job of an array, which has several runs.
+        UserError: no such run (the reason names some), or the job of an array, which has several runs.
     """
     found = find_runs(run, root)
     if len(found) > 1:
-        raise UserError(
-            f"job {run} is an array of runs: {', '.join(one.run_id for one in found)}; name one of them"
-        )
+        runs = ", ".join(one.run_id for one in found)
+        raise UserError("run", f"job {run} is an array of runs: {runs}; name one of them")
     return found[0]
 
 
 def find_runs(run: str, root: Path) -> list[RunFolder]:
-    """Like find_run; a job array gives all its runs.
+    """Find a run like :func:`find_run`, or all runs of a job array.
 
     Raises:
-        UserError: no such run; names some.
+        UserError: no such run; the reason names some.
     """
     for path in (root / run, Path(run)):
         if (path / "recipe.yaml").is_file():
@@ -119,11 +123,11 @@ def find_runs(run: str, root: Path) -> list[RunFolder]:
         return of_job
     known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    raise UserError(f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
+    raise UserError("run", f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
 
 
 def _runs_of_job(job: str, root: Path) -> list[RunFolder]:
-    """Runs that were queued as this job, or as tasks of this array."""
+    """The runs that were queued as this job, or as tasks of this array."""
     jobs = {
         path.parent: (read_json(path) or {}).get("jobs") or [] for path in sorted(root.glob("*/job.json"))
     }
@@ -135,12 +139,12 @@ def _runs_of_job(job: str, root: Path) -> list[RunFolder]:
 
 
 def step_folder(step: int) -> str:
-    """Name of a checkpoint folder."""
+    """Return the name of a checkpoint folder."""
     return f"step-{step:08d}"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run that were written to the end, oldest first."""
+    """Return the complete checkpoint folders of a run, oldest first."""
     found = [
         (int(match[1]), path)
         for path in (run / "checkpoints").glob("step-*")
@@ -150,12 +154,12 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the highest step that was written to the end."""
+    """Return the complete checkpoint with the highest step; None where there is none."""
     return next(reversed(complete_checkpoints(run)), None)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl as tag -> [(step, value), ...] in the order written."""
+    """Read metrics.jsonl as tag -> [(step, value), ...], in the order written."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         row = json.loads(line)
@@ -164,7 +168,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; None when it is missing or not JSON."""
+    """Read a JSON file; None where it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -172,13 +176,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Replaces a JSON file at once: a reader sees the old or the new, never half. See :func:`write_text`."""
+    """Replace a JSON file at once; see :func:`write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replaces a text file at once. What need not outlive a power cut is not `durable`: waiting for the
-    disk takes milliseconds.
+    """Replace a text file at once: a reader sees the old text or the new, never a part.
+
+    Args:
+        path: the file.
+        text: its new content.
+        durable: wait for the disk, so that the text outlives a power cut; this takes milliseconds.
     """
     temporary = path.parent / f".{path.name}-{os.getpid()}"
     try:

@@ -1,4 +1,9 @@
-"""One process group a run folder."""
+"""The lock of a run folder: one process at a time trains there.
+
+Not `filelock`: the kernel's lock that it takes names no owner and cannot change hands. This one names host,
+process and SLURM job in a file. So a requeued job takes over the lock of its earlier start, and a process on
+a node that SLURM has given up sees that it has lost the run.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,12 @@ _held: dict[Path, dict[str, object]] = {}  # by this process
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds a run folder. A lock whose process is gone (killed on this host, or an earlier start of the same
-    SLURM job) is taken over.
+    """Hold a run folder, and take over a lock whose process is gone.
+
+    A process is gone when it was killed on this host, or was an earlier start of the same SLURM job.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the folder.
     """
     lock = folder / "lock"
     owner = {
@@ -40,12 +46,13 @@ def hold(folder: Path) -> Iterator[None]:
             if _alive(held, owner):
                 job = f", job {held['job']}" if held.get("job") else ""
                 raise UserError(
-                    f"run {folder.name} is in use by process {held.get('pid')} on {held.get('host')}{job};"
-                    f" wait for it, choose another --run-id, or remove {lock} if that process is gone"
+                    str(folder),
+                    f"run {folder.name} is in use by process {held.get('pid')} on {held.get('host')}{job}; "
+                    f"wait for it, choose another `run_id`, or remove {lock} if that process is gone",
                 ) from None
             lock.unlink(missing_ok=True)
     else:
-        raise UserError(f"run {folder.name} was taken by another process just now; try again")
+        raise UserError(str(folder), "another process has just taken the run; try again")
     _held[folder] = owner
     try:
         yield
@@ -56,8 +63,10 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def check_held(folder: Path) -> None:
-    """A node that SLURM has lost may train on while its job has begun again elsewhere: the earlier process
-    must write nothing any more.
+    """Stop a process that has lost its run folder.
+
+    A node that SLURM has given up may train on while its job has begun again elsewhere. The earlier process
+    must not write any more.
 
     Raises:
         UserError: this process held the folder, and another one does now.
@@ -65,7 +74,7 @@ def check_held(folder: Path) -> None:
     owner = _held.get(folder)
     if owner is not None and read_json(folder / "lock") != owner:
         raise UserError(
-            f"run {folder.name} was taken over by another process (a later start of its job); this one stops"
+            str(folder), "another process (a later start of its job) has taken over the run; this one stops"
         )
 
 
@@ -73,14 +82,15 @@ def _alive(held: dict[str, object], owner: dict[str, object]) -> bool:
     if owner["job"] is not None and held.get("job") == owner["job"]:
         return False  # a requeued job keeps its id and starts only after its last process has ended
     if held.get("host") != owner["host"]:
-        return True  # cannot be looked up from here
+        return True  # its processes cannot be seen from here
     pid = held.get("pid")
     return isinstance(pid, int) and _started(pid) is not None and _started(pid) == held.get("started")
 
 
 def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot: tells it from a later one with the same number.
-    None when there is no such process.
+    """Start time of a process in clock ticks since boot; None where there is no such process.
+
+    It distinguishes a process from a later one with the same number.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

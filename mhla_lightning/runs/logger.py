@@ -1,4 +1,4 @@
-"""Scalars go to TensorBoard and, one line each, to metrics.jsonl, which compare and status read."""
+"""The logger of a run: TensorBoard, and the file metrics.jsonl that other verbs read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from mhla_lightning.runs.folder import RunFolder, write_text
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoardLogger that lacks a file other programs can read without TensorBoard: every scalar is also a
-    line of metrics.jsonl.
+    """Lightning's TensorBoardLogger, which also writes every scalar as a line of metrics.jsonl.
+
+    Lightning's own writes event files only, which need TensorBoard to be read.
 
     Args:
         run: the run folder.
-        resume_step: step of the checkpoint that training goes on from; later lines and points of an earlier
+        resume_step: step of the checkpoint that training resumes from; later lines and points of an earlier
             attempt are dropped.
 
     Attributes:
-        optimizer_steps: gives the x axis, optimizer steps done; set once the trainer stands.
+        optimizer_steps: returns the x axis, optimizer steps done; set once the trainer is built.
     """
 
     def __init__(self, run: RunFolder, resume_step: int = 0) -> None:
@@ -39,14 +40,13 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def start(self) -> None:
-        """Drops what an earlier attempt logged after the checkpoint (`resume_step`)."""
+        """Drop the lines that an earlier attempt logged after the checkpoint (`resume_step`)."""
         keep_until(self._file, self._resume_step)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        metrics = {
-            tag: value for tag, value in metrics.items() if tag != "epoch"
-        }  # one endless epoch: says nothing
+        # Training is one endless epoch, so Lightning's number of it is always 0.
+        metrics = {tag: value for tag, value in metrics.items() if tag != "epoch"}
         if self.optimizer_steps is not None:  # Lightning counts one less in validation than in training
             step = self.optimizer_steps()
         super().log_metrics(metrics, step)
@@ -58,18 +58,21 @@ class RunLogger(TensorBoardLogger):
 
 
 def keep_until(metrics: Path, step: int) -> None:
-    """Keeps the lines of metrics.jsonl up to `step`; a last line cut by a kill goes too."""
+    """Keep the lines of metrics.jsonl up to a step; a last line that a kill has cut goes, too.
+
+    Args:
+        metrics: the file.
+        step: optimizer steps done.
+    """
     if not metrics.is_file():
         return
-    kept = [
-        line
-        for line in metrics.read_text().splitlines()
-        if _step_of(line) is not None and _step_of(line) <= step
-    ]  # type: ignore[operator]
+    lines = metrics.read_text().splitlines()
+    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
     write_text(metrics, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int | None:
+    """The step of a line; None where the line is cut."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,8 +1,7 @@
-"""The ranks of a run on one machine: none outlives another's failure, and the command says at its end which
-rank ended, and how.
+"""The ranks of a run on one machine: when one fails, the others end, and the command names it.
 
-Rank 0 is the process that the user has started; it starts the others (strategies.launcher). Ranks that
-torchrun or srun start are watched by those. Standard library only.
+Rank 0 is the process that the user has started; it starts the others (strategies/launcher.py). Torchrun and
+srun watch the ranks that they start themselves. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from mhla_lightning.errors import UserError
 
 PREEMPTED = 75
 RANK_ZERO = "MHLA_RANK_ZERO"  # pid of the process that has started this one as a further rank
-# seconds in which rank 0 may end by itself, files closed and states written, once another rank has failed
-GRACE = 10.0
+GRACE = 10.0  # seconds in which rank 0 may close its files and end, once another rank has failed
 _POLL = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -36,9 +34,9 @@ class Ended:
     """A rank that has failed.
 
     Attributes:
-        rank, world_size: which of how many.
-        code: exit code; of a signal its negative number.
-        told: the sentence of its UserError; empty where it had none.
+        rank, world_size: its number, and the number of ranks.
+        code: exit code; the negative number of the signal that ended it.
+        told: the message of its UserError; empty where it had none.
     """
 
     rank: int
@@ -48,7 +46,7 @@ class Ended:
 
     @property
     def exit_code(self) -> int:
-        """What the command exits with for it."""
+        """The exit code of the command."""
         return self.code if self.code == 2 else 1
 
     def __str__(self) -> str:
@@ -56,22 +54,25 @@ class Ended:
         if self.told:
             return f"{who}: {self.told}"
         if self.code < 0:
-            why = " (for lack of memory, perhaps: dmesg says so)" if self.code == -signal.SIGKILL else ""
+            why = " (perhaps for lack of memory: see dmesg)" if self.code == -signal.SIGKILL else ""
             return f"{who} was ended by {signal.Signals(-self.code).name}{why}; the others were stopped"
-        return f"{who} ended with exit code {self.code}, its error stands above; the others were stopped"
+        return f"{who} ended with exit code {self.code}, see its error above; the others were stopped"
 
 
 class Watch(threading.Thread):
     """Watches the ranks that this process has started.
 
-    Where one fails and this process still stands after GRACE seconds, in a collective that waits for ever, it
-    ends the process.
+    When one fails, this process may wait for it in a collective for ever. The watch ends the process GRACE
+    seconds after the failure.
 
     Args:
-        processes: by rank, the first being `first_rank`.
+        processes: of consecutive ranks.
         first_rank: the rank of processes[0].
-        world_size: of the run.
+        world_size: number of ranks of the run.
         run: the run folder.
+
+    Attributes:
+        asked: ranks were asked to end, which is no failure.
     """
 
     def __init__(
@@ -79,10 +80,14 @@ class Watch(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="ranks")
         self.processes, self.first_rank, self.world_size, self.folder = processes, first_rank, world_size, run
-        self.asked = False  # ranks were told to end: that is no failure
+        self.asked = False
 
     def failure(self, wait: float = 0.0) -> Ended | None:
-        """The first rank found to have failed, looking for at least `wait` seconds."""
+        """Return the first rank that has failed, after at least one look.
+
+        Args:
+            wait: seconds after which None is returned.
+        """
         deadline = time.monotonic() + wait
         while True:
             for rank, process in enumerate(self.processes, self.first_rank):
@@ -102,11 +107,11 @@ class Watch(threading.Thread):
         _leave(failed.exit_code, str(failed))
 
     def ended(self) -> bool:
-        """Whether all have, in whatever way."""
+        """Return whether all ranks have ended, in any way."""
         return all(process.poll() is not None for process in self.processes)
 
     def stop(self, wait: float = 0.0) -> None:
-        """Leaves the ranks `wait` seconds to end, then kills those that have not."""
+        """Kill the ranks that have not ended after `wait` seconds."""
         deadline = time.monotonic() + wait
         while not self.ended() and time.monotonic() < deadline:
             time.sleep(_POLL)
@@ -117,8 +122,10 @@ class Watch(threading.Thread):
 
 
 def end_with_rank_zero() -> bool:
-    """Makes the kernel end this process when the one that has started it as a further rank dies; False
-    where none has.
+    """Make the kernel end this process when rank 0, which has started it, dies.
+
+    Returns:
+        False where this process is no further rank.
     """
     pid = os.environ.get(RANK_ZERO)
     if pid is None or int(os.environ.get("LOCAL_RANK") or 0) == 0:
@@ -130,11 +137,15 @@ def end_with_rank_zero() -> bool:
     return True
 
 
-def tell_rank_zero(run: Path, rank: int, sentence: str) -> None:
-    """Leaves rank 0 the sentence of a UserError; many ranks often have the same, and the user should read
-    it once.
+def tell_rank_zero(run: Path, rank: int, message: str) -> None:
+    """Leave the message of a UserError to rank 0, which shows it once for all ranks.
+
+    Args:
+        run: the run folder.
+        rank: of this process.
+        message: of the error.
     """
-    _note(run, rank).write_text(sentence)
+    _note(run, rank).write_text(message)
 
 
 def _told(run: Path, rank: int) -> str:
@@ -142,8 +153,8 @@ def _told(run: Path, rank: int) -> str:
     return note.read_text() if note.is_file() else ""
 
 
-def forget(run: Path) -> None:
-    """Removes what ranks of an earlier attempt have told."""
+def remove_errors(run: Path) -> None:
+    """Remove the messages that ranks of an earlier attempt have left in a run folder."""
     for note in run.glob(".rank-*-error"):
         note.unlink()
 
@@ -153,13 +164,19 @@ def _note(run: Path, rank: int) -> Path:
 
 
 def place(rank: int, world_size: int) -> str:
-    """Who speaks: a line under a traceback."""
+    """Return the line under a traceback that says which rank it is from."""
     return f"on rank {rank} of {world_size}, process {os.getpid()} on {socket.gethostname()}"
 
 
 def end_within(seconds: float, error: BaseException, rank: int) -> None:
-    """Ends this process after so long, whatever it hangs in by then: a GPU that waits for a lost rank, a
-    thread, a worker.
+    """End this process after some seconds, whatever it waits for by then.
+
+    That may be a GPU that waits for a lost rank, a thread or a worker.
+
+    Args:
+        seconds: from now.
+        error: the reason, printed then.
+        rank: of this process.
     """
 
     def force() -> None:

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGUSR1 ask a run to stop. Standard library only: handlers stand before anything else is
-imported.
+"""SIGTERM and SIGUSR1 ask a run to stop.
+
+Standard library only: the handlers are installed before anything else is imported.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(BaseException):
-    """The run was told to stop and has saved what there was to save. No Exception: libraries must not take
-    it for an error of theirs.
+    """The run was asked to stop and has saved its state.
+
+    It is no Exception, because libraries catch those.
+
+    Args:
+        by: the signal, or another reason in words.
     """
 
     def __init__(self, by: str) -> None:
@@ -24,10 +29,14 @@ class Preempted(BaseException):
 
 
 class StopSignals:
-    """What has arrived.
+    """The signals that have arrived.
 
-    A signal raises Preempted where it arrives: starting takes minutes, and there is nothing to save. Between
-    `wait_for_step` and `act_at_once` it is only noted, and whoever trains looks at `received`.
+    While a run starts, a signal raises Preempted at once: there is nothing to save yet. Between
+    `wait_for_step` and `act_at_once` it is only noted, and a callback looks at `received` after every step.
+
+    Attributes:
+        received: name of the last signal; None before the first.
+        ignored: signals have no effect any more.
     """
 
     def __init__(self) -> None:
@@ -36,21 +45,21 @@ class StopSignals:
         self._noted_only = False
 
     def wait_for_step(self) -> None:
-        """From now on signals are noted."""
+        """Note signals from now on."""
         self._noted_only = True
 
     def act_at_once(self) -> None:
-        """From now on a signal ends the process again."""
+        """Let a signal end the process again."""
         self._noted_only = False
 
     def ignore(self) -> None:
-        """From now on signals do nothing, until the process ends."""
+        """Ignore signals until the process ends."""
         self.ignored = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of all of them."""
+        """Handle a signal."""
         self.received = signal.Signals(number).name
         if not self._noted_only:
             raise Preempted(self.received)
@@ -58,10 +67,10 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Installs the handlers; afterwards the signals do what they did before, unless the run was stopped by
-    one: then they are ignored until exit.
+    """Install the handlers, and the earlier ones again afterwards.
 
-    Outside the main thread, where Python installs none, signals do what they did.
+    After a stop by a signal, further signals are ignored until the process ends. Outside the main thread
+    nothing is installed: Python allows no handlers there.
     """
     signals = StopSignals()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""What to do about memory that did not suffice, in one sentence."""
+"""The message of a run that has run out of memory, with changes that would fit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.strategies.config import strategy_name
 
 log = logging.getLogger(__name__)
+# torch has a class for GPUs only; on a CPU its allocators and the C++ library leave no more than these words.
 _REFUSED = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE
 )
@@ -24,37 +25,37 @@ _LESS = {
     "zero3_offload": ("zero3_nvme",),
     "zero3_nvme": (),
 }
-"""Strategies that keep less on a GPU than another."""
-_WHOLE = ("zero1", "zero2", "zero3")  # than those that keep the weights whole on every rank
+"""A strategy -> those that keep less on a GPU, the nearest first."""
+_LESS_THAN_WHOLE = ("zero1", "zero2", "zero3")  # for strategies that keep all weights on every rank
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had; torch has a class of its own for GPUs only."""
+    """Return whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _REFUSED.search(str(error)) is not None
 
 
 def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: BaseException) -> str:
-    """The sentence.
+    """Return the message: the batch, the tokens, the strategy, and changes that would fit.
 
     Args:
         recipe: of the run.
         step: optimizer steps done.
         ranks, nodes: processes and machines of the run.
-        error: what was raised.
+        error: the exception that was raised.
     """
     micro, accumulation = recipe.data.micro_batch(ranks)
     tokens = torch.Size(recipe.task.grid).numel()
     strategy = strategy_name(recipe.trainer.get("strategy", "auto")) or "trainer.strategy's class"
     parts = f"{ranks} rank{'s' * (ranks > 1)} x {micro} x {accumulation} accumulated"
     spread = (
-        f"data.micro_batch_size {micro} (data.batch_size {recipe.data.batch_size} = {parts}), {tokens:,} "
-        "tokens a sample"
+        f"`data.micro_batch_size` {micro} (`data.batch_size` {recipe.data.batch_size} = {parts}), "
+        f"{tokens:,} tokens a sample"
     )
     kept = recipe.task.checkpoint_activations
     model = (
-        f"{recipe.task.parameter_count:,} parameters under {strategy}, model.checkpoint_activations {kept}"
+        f"{recipe.task.parameter_count:,} parameters under {strategy}, `model.checkpoint_activations` {kept}"
     )
     return (
         f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} "
@@ -70,15 +71,15 @@ def _advice(recipe: Resolved, ranks: int, nodes: int, micro: int) -> str:
     try:
         return _estimated(recipe, ranks, nodes)
     except Exception as problem:  # noqa: BLE001
-        # the estimate is an extra, and memory is short: what is known is told without it
+        # The estimate is an extra, and memory is short: the message must appear without it, too.
         log.debug(f"no estimate: {problem}")
         return _by_rule(recipe, ranks, micro)
 
 
 def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
-    """By the estimate of `mhla plan`."""
+    """Changes that would fit, by the estimate of `mhla plan`."""
     from mhla_lightning.planning.gpus import GPU
-    from mhla_lightning.planning.plan import make_plan  # which imports training, which imports this
+    from mhla_lightning.planning.plan import make_plan  # needed here alone, and memory is short
 
     name, memory = _device(ranks // nodes)
     fresh = resolve(recipe.values)  # the run's own task holds weights
@@ -87,13 +88,13 @@ def _estimated(recipe: Resolved, ranks: int, nodes: int) -> str:
     if asked is None or not plan.advice:
         raise LookupError("the estimate sees no lack")
     return (
-        f"it takes about {asked / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {name}; what would "
+        f"it takes about {asked / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB of {name}; these would "
         f"fit: {'; or '.join(plan.advice[:_SHOWN])}"
     )
 
 
 def _device(ranks: int) -> tuple[str, int]:
-    """Name of what a rank trains on, and its memory in bytes; `ranks` share this machine."""
+    """(name, bytes) of the memory that a rank trains in; `ranks` share this machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(
             torch.cuda.current_device()
@@ -104,16 +105,18 @@ def _device(ranks: int) -> tuple[str, int]:
 
 
 def _by_rule(recipe: Resolved, ranks: int, micro: int) -> str:
-    """Without an estimate: what takes less, the cheapest first."""
+    """Changes that take less memory, the cheapest first, where there is no estimate."""
     mine = recipe.data.batch_size // ranks
     smaller = next((size for size in range(micro - 1, 0, -1) if mine % size == 0), None)
-    changes = [f"data.micro_batch_size {smaller}"] if smaller else []
+    changes = [f"`data.micro_batch_size` {smaller}"] if smaller else []
     if recipe.task.checkpoint_activations == "none":
-        changes.append("model.checkpoint_activations blocks")
+        changes.append("`model.checkpoint_activations` blocks")
     name = strategy_name(recipe.trainer.get("strategy", "auto"))
-    changes += [f"trainer.strategy {stage}" for stage in _LESS.get(str(name), _WHOLE if ranks > 1 else ())]
+    changes += [
+        f"`trainer.strategy` {stage}" for stage in _LESS.get(str(name), _LESS_THAN_WHOLE if ranks > 1 else ())
+    ]
     return (
-        f"what takes less: {', or '.join(changes)}"
+        f"these take less: {', or '.join(changes)}"
         if changes
         else "take a smaller model, or a GPU with more memory"
     )

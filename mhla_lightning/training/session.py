@@ -1,4 +1,4 @@
-"""Puts a resolved recipe, its run folder and Lightning's Trainer together: fit, validate, test."""
+"""One process of a run: the recipe, the run folder and Lightning's Trainer; fit, validate, test."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning import __version__
 from mhla_lightning.callbacks import (
@@ -37,7 +38,7 @@ from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.inference.loading import keep_tokenizer
 from mhla_lightning.runs.folder import (
@@ -60,13 +61,13 @@ PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdat
 
 
 class Session:
-    """One process's part of one attempt at a run.
+    """One process of one attempt at a run.
 
     Args:
         recipe: the resolved recipe; its data is packed.
         run: the run folder.
-        resume: the checkpoint folder that training goes on from.
-        signals: of this process, which ask it to save and stop; None leaves every signal to what it does.
+        resume: the checkpoint folder to resume from; None starts at step 0.
+        signals: of this process, which ask it to save and stop; None leaves signals as they are.
 
     Raises:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a
@@ -90,12 +91,14 @@ class Session:
         state = read_json(self.resume / "state.json") if self.resume else {}
         if state and state.get("format") != FORMAT:
             raise UserError(
-                f"{self.resume} has format {state.get('format')}; this version reads format "
-                f"{FORMAT}; start anew with --fresh"
+                str(self.resume),
+                f"the checkpoint has format {state.get('format')}, and this version reads format {FORMAT}; "
+                "start anew with `fresh`",
             )
         if self.resume and state:
             check_same_data(self.resume, self.data)
-            self.data.check_state(state)
+            with inside("data"):
+                self.data.check_state(state)
         return state or {}
 
     def _trainer(self) -> pl.Trainer:
@@ -106,29 +109,21 @@ class Session:
             "max_steps": self.max_steps,
             "max_epochs": -1,
             "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0),
-        }
-        arguments |= {
             "default_root_dir": self.run.path,
             "logger": self.logger,
             "use_distributed_sampler": False,
-        }
-        arguments |= {
             "callbacks": self._callbacks(given, arguments),
             "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()],
         }
         arguments |= strategy_arguments(arguments)
         try:
             trainer = pl.Trainer(**arguments)
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            pl.utilities.exceptions.MisconfigurationException,
-        ) as error:
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+            raise UserError("trainer", " ".join(str(error).split())) from error
         leave_signals_alone(trainer)
         watch_ranks(trainer, self.run.path)
-        micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
+        with inside("data"):
+            micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
             arguments["strategy"].micro_batch = micro_batch
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
@@ -138,8 +133,10 @@ class Session:
         return trainer
 
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
-        """After every optimizer step: judge it, then project, then average, then checkpoint (Lightning
-        puts checkpoint callbacks last).
+        """Return all callbacks of the run, in the order in which they act after an optimizer step.
+
+        The step is judged, then mixing matrices are projected, then weights averaged, then saved. Lightning
+        puts checkpoint callbacks last.
         """
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
@@ -157,10 +154,8 @@ class Session:
             and not any(isinstance(c, ProgressBar) for c in given)
         ):
             own.append(StepBar())
-        elif not sys.stdout.isatty():
-            arguments.setdefault(
-                "enable_progress_bar", False
-            )  # ProgressFile prints a line a validation instead
+        elif not sys.stdout.isatty():  # ProgressFile prints a line a validation instead
+            arguments.setdefault("enable_progress_bar", False)
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         return [Health(self.run, health.max_skipped, health.spike_factor), ProjectMixing(), *given, *own]
 
@@ -189,16 +184,19 @@ class Session:
 
     def _check(self) -> None:
         world = self.trainer.world_size
-        micro, _ = self.data.micro_batch(world)
-        if self.trainer.global_rank == 0:
-            self.data.check(world)
-        self.task.check_data(self.data.facts(), micro)
+        with inside("data"):
+            micro, _ = self.data.micro_batch(world)
+            if self.trainer.global_rank == 0:
+                self.data.check(world)
+            facts = self.data.facts()
+        with inside("model"):
+            self.task.check_data(facts, micro)
 
     def fit(self) -> None:
-        """Trains from the newest checkpoint to the end, validates, writes summary.json.
+        """Train from the newest checkpoint to the end, validate, write summary.json.
 
         Raises:
-            UserError: memory that does not suffice; see Health, Checkpoint and the data.
+            UserError: memory ran out; see also Health, Checkpoint and the data.
         """
         try:
             self._fit()
@@ -206,7 +204,7 @@ class Session:
             if not is_out_of_memory(error):
                 raise
             step, world, nodes = self.trainer.global_step, self.trainer.world_size, self.trainer.num_nodes
-            raise UserError(out_of_memory(self.recipe, step, world, nodes, error)) from error
+            raise UserError(None, out_of_memory(self.recipe, step, world, nodes, error)) from error
 
     def _fit(self) -> None:
         self.logger.start()
@@ -218,26 +216,33 @@ class Session:
             for callback in self._averages:
                 callback.resume_from(self.resume)
         with warnings.catch_warnings():
+            # The state of the data gives the position in the epoch.
             warnings.filterwarnings(
                 "ignore", message="You're resuming from a checkpoint that ended before the epoch"
-            )  # the data knows where
+            )
             if self.signals is not None:
                 self.signals.wait_for_step()
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.signals is not None:
             self.signals.act_at_once()  # all is saved; what is left is a validation
         if self.progress.validated_at != self.trainer.global_step:
-            for (
-                callback
-            ) in self._averages:  # outside of training the weights are split in another way, or not at all
-                callback.start_from(newest_checkpoint(self.run.path))
+            for average in self._averages:  # outside of training weights are split differently or not at all
+                average.start_from(newest_checkpoint(self.run.path))
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:
             write_json(self.run.summary, self._summary())
             self.progress.write(self.trainer, "finished")
 
     def evaluate(self, mode: str, checkpoint: Path) -> dict[str, float]:
-        """`validate` or `test` of a checkpoint folder; returns the metrics by tag."""
+        """Evaluate a checkpoint folder; return the metrics by tag.
+
+        Args:
+            mode: `validate` or `test`.
+            checkpoint: the folder.
+
+        Raises:
+            UserError: weights that do not fit the recipe.
+        """
         for callback in self._averages:
             callback.resume_from(checkpoint)
         self.logger.optimizer_steps = None
@@ -255,7 +260,7 @@ class Session:
             if "loading state_dict" not in str(error):
                 raise
             raise UserError(
-                f"the weights of {checkpoint} do not fit this recipe: {' '.join(str(error).split())[:300]}"
+                str(checkpoint), f"the weights do not fit this recipe: {' '.join(str(error).split())[:300]}"
             ) from error
         return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
 
@@ -281,10 +286,13 @@ class Session:
 
 
 def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What Lightning's Trainer is told in place of a strategy of ours.
+    """Return the arguments of Lightning's Trainer that a ZeRO strategy of ours replaces.
+
+    Args:
+        arguments: of the recipe's trainer.
 
     Raises:
-        UserError: a strategy that cannot be had here.
+        UserError: a strategy that does not work here.
     """
     entry = arguments.get("strategy")
     if not is_zero(entry):
@@ -304,27 +312,27 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
-    """A run and its checkpoints belong to one data set.
+    """Refuse to mix the data of two data sets in one run.
 
     Raises:
-        UserError: the checkpoint saw other data.
+        UserError: the checkpoint was trained on other data.
     """
     seen = (read_json(checkpoint / "state.json") or {}).get("data_hash")
     if seen != data.data_hash:
         raise UserError(
-            f"run {checkpoint.parent.parent.name} was trained on data {str(seen)[:12]}, and "
-            f"{data.path} is {data.data_hash[:12]};"
-            " use --fresh, another --run-id, or the old data"
+            str(checkpoint.parent.parent),
+            f"the run was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]}; take "
+            "`fresh`, another `run_id`, or the old data",
         )
 
 
 def best(tag: str, values: Iterable[float]) -> float:
-    """Accuracies are best high, everything else low."""
+    """Return the best value of a tag: the highest accuracy, the lowest of everything else."""
     return max(values) if higher_is_better(tag) else min(values)
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what it stands on."""
+    """Return the versions of this package, of Python and of the libraries below."""
     return {
         "mhla_lightning": __version__,
         "python": sys.version.split()[0],
@@ -333,15 +341,17 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak of the GPU's allocated memory, else of this process's resident memory."""
+    """Return the peak of the GPU's allocated memory, or without a GPU of this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _environment(plugins: Any) -> list[Any]:
-    """Lightning takes any process inside a SLURM allocation for an srun task; only a job step is one (and
-    ours handle preemption themselves).
+    """The recipe's plugins and the cluster environment.
+
+    Lightning takes every process inside a SLURM allocation for an srun task; only one in a job step is one.
+    Preemption is handled by our callback, so Lightning must not queue the job again.
     """
     given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -1,0 +1,436 @@
+"""The whole of a run, from a recipe to an exit code: its folder, its lock, its data and its ranks.
+
+Torch and Lightning are imported inside `launch`, after the names of the recipe are checked and the signal
+handlers are installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mhla_lightning.config.quick_checks import check_names
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, read_yaml
+from mhla_lightning.errors import UserError
+from mhla_lightning.runs.folder import (
+    FORMAT,
+    RunFolder,
+    check_run_id,
+    default_run_id,
+    find_run,
+    newest_checkpoint,
+    read_json,
+    recipe_hash,
+    runs_root,
+    write_json,
+    write_text,
+)
+from mhla_lightning.runs.lock import hold
+from mhla_lightning.runs.ranks import (
+    GRACE,
+    PREEMPTED,
+    RANK_ZERO,
+    end_with_rank_zero,
+    place,
+    remove_errors,
+    tell_rank_zero,
+)
+from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
+
+if TYPE_CHECKING:
+    from mhla_lightning.config.resolve import Resolved
+    from mhla_lightning.training.session import Session
+
+log = logging.getLogger(__name__)
+_FOLDER = "MHLA_RUN_FOLDER"  # tells the further ranks that Lightning starts which folder the first has chosen
+_WAIT_FOR_DATA = 3600.0  # seconds
+_WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
+_LAST_WAIT = 60.0  # seconds that other ranks have to end after the training has
+_INTERRUPTED = 130  # exit code that a shell reports for Ctrl-C
+
+_HARMLESS = (
+    "Grad strides do not match bucket view strides",  # DDP copies such a gradient once more
+    "The `srun` command is available on your system but is not used",  # `mhla submit` uses it
+    ".*torch.distributed.* is deprecated",  # DeepSpeed 0.19 on torch 2.14
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning 2.6.6 on torch 2.14
+)
+"""Warnings of libraries about what only the libraries can change."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives and what is done with it.
+
+    Args:
+        runs: folder of all runs; None is $MHLA_RUNS, else ./runs.
+        run_id: name of the run; None is the recipe's name and a hash of the resolved recipe.
+        fresh: start anew in NAME-2, NAME-3, ... where the folder exists.
+        accept_changes: resume although the recipe has changed.
+        mode: `fit` trains and validates; `validate` and `test` evaluate a checkpoint and write nothing.
+        ckpt: checkpoint folder or run that `validate` and `test` take; None is the run's newest.
+    """
+
+    runs: str | None = None
+    run_id: str | None = None
+    fresh: bool = False
+    accept_changes: bool = False
+    mode: Literal["fit", "validate", "test"] = "fit"
+    ckpt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ckpt and self.mode == "fit":
+            raise UserError(
+                "ckpt",
+                "a checkpoint belongs to `mode` validate or test; training resumes by itself, and "
+                "`model.init_from` starts from other weights",
+            )
+
+
+class Report(Protocol):
+    """Shows a run's progress to a person."""
+
+    def line(self, text: str) -> None:
+        """Show a step of the run."""
+
+    def problem(self, text: str) -> None:
+        """Show why the run ends early."""
+
+    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
+        """Show values by tag: the last of each and, after training, the best."""
+
+
+class LogReport:
+    """The report of a run that Python code starts: lines of the package's logger."""
+
+    def line(self, text: str) -> None:
+        log.info(text)
+
+    def problem(self, text: str) -> None:
+        log.error(text)
+
+    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
+        shown = (
+            f"{tag} {value:.4f}" + (f" (best {best[tag]:.4f})" if best else "") for tag, value in last.items()
+        )
+        log.info(f"{title}: {', '.join(shown)}")
+
+
+def read_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Load a recipe, apply overrides and check its names, all without importing torch.
+
+    Args:
+        recipe: name of a packaged recipe, or path of a YAML file.
+        overrides: dotted key -> value.
+
+    Raises:
+        UserError: no such recipe, or a name in it that nothing takes.
+    """
+    found = load_recipe(recipe)
+    values = apply_overrides(found.values, overrides or {})
+    check_names(values)
+    return Recipe(found.name, found.path, values)
+
+
+def quiet_libraries() -> None:
+    """Hide what Lightning and DeepSpeed print that a user can do nothing about.
+
+    Call it once Lightning is imported: Lightning sets the level of its own logger then.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def launch(
+    recipe: str,
+    overrides: Mapping[str, Any] | None = None,
+    options: RunOptions | None = None,
+    report: Report | None = None,
+) -> int:
+    """Train a recipe to its end, resume its run, or evaluate a checkpoint of it.
+
+    Args:
+        recipe: name of a packaged recipe, or path of a YAML file.
+        overrides: dotted key -> value, as `{"trainer.max_steps": 100}`.
+        options: where the run lives and what is done; None is all defaults.
+        report: shows the progress; None logs it.
+
+    Returns:
+        The exit code: 0 finished, 1 another rank crashed, 2 another rank found a mistake of the user, 75
+        stopped by a signal after saving, 130 interrupted.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the options.
+        Exception: an error of this rank's own.
+    """
+    # Three trainings on two cores: OpenMP's default spinning makes a step 20 times slower, this value 3
+    # times. A training alone becomes 3 % slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    end_with_rank_zero()
+    report = report or LogReport()
+    try:
+        with stop_signals() as signals:
+            return _launch(read_recipe(recipe, overrides), options or RunOptions(), report, signals)
+    except Preempted as stop:
+        report.problem(f"stopped by {stop.by} before training began; the same command resumes the run")
+        return PREEMPTED
+
+
+def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSignals) -> int:
+    from mhla_lightning.config.resolve import resolve
+
+    quiet_libraries()
+    resolved = resolve(recipe.values)
+    run = _choose_folder(recipe.name, resolved, options)
+    if options.mode != "fit":
+        return _evaluate(resolved, run, options, report)
+    changed = _changes(run, resolved)
+    if changed and _first_process() and not options.accept_changes:
+        raise UserError(
+            str(run.path),
+            f"the run was started with another recipe: {changed}; take `fresh`, another `run_id`, or "
+            "`accept_changes`",
+        )
+    if run.finished() and not changed:
+        return _report_finished(resolved, run, report)
+    new = not run.path.exists()
+    run.create()
+    try:
+        with ExitStack() as stack:
+            if _first_process():
+                stack.enter_context(hold(run.path))
+                remove_errors(run.path)
+                os.environ[_FOLDER] = str(run.path)
+                stack.callback(os.environ.pop, _FOLDER, None)
+                _record(resolved, run)
+            _prepare_data(resolved, report)
+            return _fit(resolved, run, signals, report)
+    except UserError:
+        begun = run.metrics.exists() or newest_checkpoint(run.path) is not None
+        if new and _first_process() and not begun:  # every verb would take the empty folder for a run
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def _choose_folder(recipe_name: str, resolved: Resolved, options: RunOptions) -> RunFolder:
+    if not _first_process() and _FOLDER in os.environ:
+        return RunFolder(Path(os.environ[_FOLDER]))
+    root = runs_root(options.runs)
+    name = options.run_id
+    name = check_run_id(name) if name else default_run_id(recipe_name, resolved.identity())
+    if options.fresh and _started_among_others():
+        raise UserError(
+            "fresh",
+            "each of the processes that were started together would choose another folder; take a new "
+            "`run_id` instead",
+        )
+    if options.fresh and (root / name).exists():
+        name = next(f"{name}-{n}" for n in range(2, sys.maxsize) if not (root / f"{name}-{n}").exists())
+    return RunFolder(root / name)
+
+
+def _first_process() -> bool:
+    """Whether the environment that a launcher sets (Lightning, torchrun, srun) names this process rank 0."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _started_among_others() -> bool:
+    """Whether torchrun, srun or the like has started this process as one of several."""
+    return any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def _changes(run: RunFolder, resolved: Resolved) -> str:
+    """The differences to the recipe whose checkpoints the folder holds; empty where there are none."""
+    from mhla_lightning.config.resolve import differences
+
+    if not run.recipe.is_file() or newest_checkpoint(run.path) is None:
+        return ""
+    return differences(read_yaml(run.recipe), resolved.values)
+
+
+def _record(resolved: Resolved, run: RunFolder) -> None:
+    """Write recipe.yaml and environment.json."""
+    from mhla_lightning.training.session import versions
+
+    # Before the recipe: another rank that looks now must not take the run for finished.
+    run.summary.unlink(missing_ok=True)
+    write_text(run.recipe, resolved.to_yaml())
+    facts = {
+        "format": FORMAT,
+        "command": sys.argv,
+        "cwd": str(Path.cwd()),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+        "recipe_hash": recipe_hash(resolved.identity()),
+    }
+    write_json(run.environment, facts)
+
+
+def _prepare_data(resolved: Resolved, report: Report) -> None:
+    """Pack the data in the first process; the others of the same start wait for it."""
+    data = resolved.data
+    if _first_process():
+        if data.source is not None and not data.is_ready():
+            report.line(f"packing {data.source} into {data.path}")
+        elif data.source is not None:
+            report.line(f"{data.path} holds shards already; {data.source} is not packed again")
+        data.prepare_data()
+        return
+    waited = 0.0
+    while data.source is not None and not data.is_ready() and waited < _WAIT_FOR_DATA:
+        time.sleep(0.5)
+        waited += 0.5
+
+
+def _fit(resolved: Resolved, run: RunFolder, signals: StopSignals, report: Report) -> int:
+    from mhla_lightning.training.session import Session
+
+    session = Session(resolved, run, resume=newest_checkpoint(run.path), signals=signals)
+    first = session.trainer.is_global_zero
+    if first:
+        _report_start(session, run, report)
+    try:
+        session.fit()
+    except Preempted as stop:
+        if _FOLDER in os.environ and not _first_process():
+            return 0  # the command's exit code is that of the first process
+        report.problem(f"stopped by {stop.by}; {_how_to_resume(run)}")
+        return PREEMPTED
+    except SystemExit:  # raised by Lightning after Ctrl-C, once it has shut down
+        report.problem(f"stopped by Ctrl-C; {_how_to_resume(run)}")
+        return _INTERRUPTED
+    except Exception as error:
+        if session.trainer.world_size == 1:
+            raise
+        return _failed(error, session, run, report)
+    if first:
+        _report_summary(run, report)
+    return _wait_for_ranks(session, report)
+
+
+def _report_start(session: Session, run: RunFolder, report: Report) -> None:
+    task, resumed = session.task, f", resumed from {session.resume.name}" if session.resume else ""
+    report.line(f"run {run.run_id}: {session.max_steps} steps of {session.data.batch_size}{resumed}")
+    report.line(
+        f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample "
+        f"(forward), {run.path}"
+    )
+    report.line(f"watch it: tensorboard --logdir {run.tensorboard}")
+
+
+def _failed(error: Exception, session: Session, run: RunFolder, report: Report) -> int:
+    """Handle the error of one rank of several; the last message is that of the rank that failed first.
+
+    Raises:
+        Exception: the error, where it is this rank's own.
+    """
+    from mhla_lightning.strategies.launcher import lost_a_rank, watch_of
+
+    trainer = session.trainer
+    watch, lost = watch_of(trainer), lost_a_rank(error)
+    if watch is not None:
+        failed = None if isinstance(error, UserError) else watch.failure(GRACE if lost else 0.0)
+        watch.stop(0.0 if failed else _WAIT_FOR_OTHERS)
+        if failed is not None:
+            report.problem(f"error: {failed}; {_how_to_resume(run)}")
+            return failed.exit_code
+    elif RANK_ZERO in os.environ and trainer.local_rank > 0:
+        if isinstance(error, UserError):
+            tell_rank_zero(run.path, trainer.global_rank, str(error))
+            return 2
+        time.sleep(GRACE if lost else 0.0)  # rank 0 knows which rank was lost, and ends this one
+    elif lost:
+        report.problem(
+            f"error: rank {trainer.global_rank} of {trainer.world_size} has lost another rank, whose "
+            "own error is the cause"
+        )
+        return 1
+    if not isinstance(error, UserError):
+        error.add_note(place(trainer.global_rank, trainer.world_size))
+    raise error
+
+
+def _wait_for_ranks(session: Session, report: Report) -> int:
+    """Wait for the ranks that this one has started; return the exit code of the first that failed, else 0."""
+    from mhla_lightning.strategies.launcher import watch_of
+
+    watch = watch_of(session.trainer)
+    if watch is None:
+        return 0
+    deadline = time.monotonic() + _LAST_WAIT
+    while not watch.ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    failed = watch.failure()
+    if failed is not None:
+        report.problem(f"error: {failed}")
+    watch.stop()
+    return 0 if failed is None else failed.exit_code
+
+
+def _how_to_resume(run: RunFolder) -> str:
+    newest = newest_checkpoint(run.path)
+    start = newest.name if newest else "the start: no checkpoint was written yet"
+    return f"the same command resumes from {start}"
+
+
+def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> int:
+    """Validate or test a checkpoint; write nothing."""
+    from mhla_lightning.training.session import Session
+
+    checkpoint = _checkpoint(run, options)
+    _prepare_data(resolved, report)
+    session = Session(resolved, run, resume=None)
+    metrics = session.evaluate(options.mode, checkpoint)
+    if session.trainer.is_global_zero:
+        report.metrics(f"{options.mode} {checkpoint}", metrics)
+    return 0
+
+
+def _checkpoint(run: RunFolder, options: RunOptions) -> Path:
+    """The checkpoint to evaluate."""
+    if options.ckpt is None:
+        folder = newest_checkpoint(run.path)
+        if folder is None:
+            raise UserError(str(run.path), "the run has no checkpoint; name one with `ckpt`")
+        return folder
+    path = Path(options.ckpt)
+    if (path / "COMPLETE").is_file():
+        return path
+    if (path / "trainer.ckpt").is_file():
+        raise UserError(str(path), f"the checkpoint is incomplete; take another of {path.parent}")
+    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs)).path)
+    if folder is None:
+        raise UserError("ckpt", f"run {options.ckpt} has no complete checkpoint")
+    return folder
+
+
+def _report_finished(resolved: Resolved, run: RunFolder, report: Report) -> int:
+    from mhla_lightning.training.session import check_same_data
+
+    _prepare_data(resolved, report)
+    newest = newest_checkpoint(run.path)
+    if newest is not None:
+        check_same_data(newest, resolved.data)
+    report.line(f"run {run.run_id} is finished; `fresh` trains the recipe anew, in another folder")
+    if _first_process():
+        _report_summary(run, report)
+    return 0
+
+
+def _report_summary(run: RunFolder, report: Report) -> None:
+    summary = read_json(run.summary)
+    title = f"{run.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s"
+    report.metrics(title, summary["last"], summary["best"])
+    report.line(f"run folder: {run.path}\ntensorboard --logdir {run.tensorboard}")
