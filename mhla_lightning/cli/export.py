@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     write(export, to, getattr(torch, args.dtype))
     console = Console()
     console.print(weights_table(title, export.rows(), _STATES))
-    counts = f"{len(export.shared) + len(export.added)} tensors, {len(export.added)} of them under names of MHLA only"
+    total, added = len(export.shared) + len(export.added), len(export.added)
+    counts = f"{total} tensors, {added} of them under names of MHLA only"
     loading = [] if export.opened_by is None else [f"load it: {export.opened_by.replace('DIR', str(to))}"]
     file = to if is_file(to) else to / export.file
     for line in (f"{file}: {counts}", *loading, *_foreign_layers(export.config)):
@@ -141,7 +142,8 @@ def _find(args: argparse.Namespace) -> TrainedModel:
     if args.ema and not weights.averaged:
         raise UserError(
             str(weights.checkpoint),
-            "this checkpoint holds no average (callbacks.EMA); leave out `ema` to take the weights as trained",
+            "this checkpoint holds no average (callbacks.EMA); leave out `ema` to take the weights as "
+            "trained",
         )
     source = (
         f"run {folder.run_id} {weights.checkpoint.name} ({'averaged' if weights.averaged else 'raw'} weights)"

@@ -1,6 +1,7 @@
 """Continues prompts with the language model of a run.
 
-A single prompt is printed to the terminal as it grows; several are continued together, each printed at its end:
+A single prompt is printed to the terminal as it grows; several are continued together, each printed at its
+end:
   mhla generate RUN --prompt 'def main(' --max-new-tokens 100 --temperature 0.8
   mhla generate RUN --prompts prompts.jsonl --greedy --json continued.json
 The same seed continues a prompt in the same way, alone or among others.

@@ -29,7 +29,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--extrapolation",
         choices=("shift",),
         help=(
-            "for text longer than max_chunks: each token sees the last max_chunks chunks (default: the recipe's)"
+            "for text longer than max_chunks: each token sees the last max_chunks chunks (default: the "
+            "recipe's)"
         ),
     )
     parser.add_argument(

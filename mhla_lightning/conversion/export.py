@@ -108,7 +108,8 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means diffusers for the folder of a video model, else plain (our own names).
+        format: one of FORMATS; None means diffusers for the folder of a video model, else plain (our own
+            names).
         one_file: write the .safetensors file alone.
 
     Raises:
@@ -123,7 +124,8 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
     if not kind.fits(trained.backbone, model):
         raise UserError(
             "format",
-            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out or take plain",
+            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out "
+            "or take plain",
         )
     if one_file and not kind.alone:
         raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")
@@ -217,6 +219,7 @@ def _checked(trained: TrainedModel, model: nn.Module) -> Stored:
     if wrong:
         raise UserError(
             trained.source,
-            f"these weights do not fit {trained.backbone}: {len(wrong)} tensors differ ({', '.join(wrong[:4])})",
+            f"these weights do not fit {trained.backbone}: {len(wrong)} tensors differ "
+            f"({', '.join(wrong[:4])})",
         )
     return weights.renamed({name: name for name in state if name in weights})

@@ -118,7 +118,8 @@ def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[
     if wish.layout is not None and not _names_mhla(attention):
         raise UserError(
             "layout",
-            f"gives the blocks of MHLA layers, and {wish.source} has no such layers; name them in `attention`, such as mhla",
+            f"gives the blocks of MHLA layers, and {wish.source} has no such layers; name them in "
+            "`attention`, such as mhla",
         )
     return attention
 
@@ -148,7 +149,8 @@ def _check_heads(state: State, wish: Wish) -> None:
     if wish.options.get("num_heads", wish.heads) != wish.heads:
         raise UserError(
             "heads",
-            f"{wish.heads} contradicts `backbone_options`, with num_heads: {wish.options['num_heads']}; give one of the two",
+            f"{wish.heads} contradicts `backbone_options`, with num_heads: {wish.options['num_heads']}; "
+            "give one of the two",
         )
 
 
@@ -185,7 +187,8 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
     if out_channels != channels:
         raise UserError(
             wish.source,
-            f"this model takes {channels} channels and returns {out_channels}; only text-to-video models are supported",
+            f"this model takes {channels} channels and returns {out_channels}; only text-to-video models "
+            "are supported",
         )
     sizes = {
         "patch_size": patch_size,
@@ -261,7 +264,8 @@ def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
         hint = "7 3 5" if blocks == 105 else "T H W"
         raise UserError(
             "layout",
-            f"{wish.source} mixes {blocks} blocks in layer {number}, which several layouts give; name one, such as {hint}",
+            f"{wish.source} mixes {blocks} blocks in layer {number}, which several layouts give; name "
+            f"one, such as {hint}",
         )
     if math.prod(layout) != blocks:
         given = " x ".join(map(str, layout))

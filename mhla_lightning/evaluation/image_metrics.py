@@ -92,7 +92,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         if mu.shape != means[0].shape or sigma.shape != (len(means[0]), len(means[0])):
             raise UserError(
                 f"mu{number}",
-                f"statistics of {mu.shape} and {sigma.shape} cannot be compared with {means[0].shape} and {sigmas[0].shape}",
+                f"statistics of {mu.shape} and {sigma.shape} cannot be compared with {means[0].shape} and "
+                f"{sigmas[0].shape}",
             )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"mu{number}", "these statistics hold numbers that are not finite")
@@ -132,9 +133,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Return precision and recall of generated images (Kynkaanniemi et al. 2019).
 
-    Precision is the share of fake images inside the manifold of the real ones, recall the share of real images
-    inside that of the fake ones. A manifold is the union of balls around its features that reach to their k-th
-    neighbour. Distances are exact: equal images have distance 0.
+    Precision is the share of fake images inside the manifold of the real ones, recall the share of real
+    images inside that of the fake ones. A manifold is the union of balls around its features that reach to
+    their k-th neighbour. Distances are exact: equal images have distance 0.
 
     Args:
         features_real: (N, D).

@@ -94,7 +94,8 @@ def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) ->
         needed = "arr_0 (images)" if not network.published else "arr_0 (images) or mu and sigma"
         raise DataError(
             path,
-            f"holds {', '.join(found) or 'none of the arrays of a reference'}; for features of {network.name} it "
+            f"holds {', '.join(found) or 'none of the arrays of a reference'}; for features of "
+            f"{network.name} it "
             f"must hold {needed}",
         )
     return Reference.of(name, network(_checked(found["arr_0"], path)))
@@ -105,7 +106,8 @@ def _gaussian(found: dict[str, np.ndarray], mean: str, covariance: str, path: st
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise DataError(
             path,
-            f"{mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and covariance",
+            f"{mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and "
+            "covariance",
         )
     return Gaussian(mu, sigma)
 

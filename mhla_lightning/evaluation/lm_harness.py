@@ -70,7 +70,8 @@ class HarnessLM(TemplateLM):
         if tokenizer.end is None:
             raise UserError(
                 "tokenizer",
-                f"{tokenizer.name} has no end-of-document token, which the harness needs for a text without context",
+                f"{tokenizer.name} has no end-of-document token, which the harness needs for a text "
+                "without context",
             )
         self.backbone, self.text_tokenizer = backbone, tokenizer
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
@@ -129,7 +130,8 @@ class HarnessLM(TemplateLM):
             if not context or len(continuation) > self.max_length:
                 raise UserError(
                     "pairs",
-                    f"a continuation of {len(continuation)} tokens after {len(context)} of context does not fit the "
+                    f"a continuation of {len(continuation)} tokens after {len(context)} of context does "
+                    "not fit the "
                     f"{self.max_length} tokens of the model",
                 )
             rows.setdefault(tuple([*context, *continuation][-(self.max_length + 1) :][:-1]), []).append(

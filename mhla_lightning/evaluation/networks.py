@@ -49,7 +49,8 @@ class Inception:
     """The Inception network of published FIDs, by torch-fidelity.
 
     It has the weights, the resizing and the average pooling of the TensorFlow graph. sFID uses the first 7
-    channels of `mixed_6/conv`, the inception score the class logits without their bias, as in ADM's evaluator.
+    channels of `mixed_6/conv`, the inception score the class logits without their bias, as in ADM's
+    evaluator.
 
     Raises:
         UserError: the package or the weights are missing; nothing is downloaded.
@@ -69,7 +70,8 @@ class Inception:
         if not path.is_file():
             raise UserError(
                 "features",
-                f"inception needs its weights at {path}: download {URL_INCEPTION_V3} to there, or name a classifier run",
+                f"inception needs its weights at {path}: download {URL_INCEPTION_V3} to there, or name a "
+                "classifier run",
             )
         try:
             # torch-fidelity itself would unpickle anything.

@@ -30,8 +30,8 @@ class Evaluation:
         measure: (run folder, options) -> numbers.
         higher: names of numbers that are best high; all others are best low.
         fix: (options, runs) -> (values that replace options, values that identify them in stored results).
-            Names of other runs become folders, and then the contents of these. `runs` is the folder of all run
-            folders; None means $MHLA_RUNS, else ./runs.
+            Names of other runs become folders, and then the contents of these. `runs` is the folder of all
+            run folders; None means $MHLA_RUNS, else ./runs.
         check: (options, task, data), called before training; raises UserError for a run it cannot measure.
     """
 

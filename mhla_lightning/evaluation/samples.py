@@ -111,24 +111,28 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
     if not isinstance(task, ImageDiffusionTask):
         raise UserError(
             "eval",
-            f"samples draws images, and {type(task).__name__} is no image diffusion model (ImageDiffusionTask)",
+            f"samples draws images, and {type(task).__name__} is no image diffusion model "
+            "(ImageDiffusionTask)",
         )
     check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
     classes = find_classifier(options.classifier).task.num_classes
     if classes != task.num_classes:
         raise UserError(
             "classifier",
-            f"{options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they must be equal",
+            f"{options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they "
+            "must be equal",
         )
     if options.n % classes:
         raise UserError(
             "n",
-            f"{options.n} images are no multiple of the {classes} classes; take {-(-options.n // classes) * classes}",
+            f"{options.n} images are no multiple of the {classes} classes; take "
+            f"{-(-options.n // classes) * classes}",
         )
     if options.reference is None and not isinstance(data, ImageDataModule):
         raise UserError(
             "reference",
-            "the run's data hold latents and no images to compare with; name REF.npz or a folder of image shards",
+            "the run's data hold latents and no images to compare with; name REF.npz or a folder of "
+            "image shards",
         )
 
 

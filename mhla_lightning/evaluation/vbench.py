@@ -150,7 +150,8 @@ def video_names(prompts: Iterable[str]) -> list[str]:
         ):
             raise UserError(
                 "prompts",
-                f"{prompt[:80]!r} cannot be a file name, which VBench needs: no '/', no '.' in front, at most 248 bytes",
+                f"{prompt[:80]!r} cannot be a file name, which VBench needs: no '/', no '.' in front, at "
+                "most 248 bytes",
             )
         names.append(name)
     return names
@@ -292,6 +293,7 @@ def run_vbench(
     if done.returncode or not isinstance(found, dict):
         raise UserError(
             str(log),
-            f"VBench failed (exit code {done.returncode}); its last message is above, the others in this file",
+            f"VBench failed (exit code {done.returncode}); its last message is above, the others in this "
+            "file",
         )
     return {name: float(value[0] if isinstance(value, list) else value) for name, value in found.items()}

@@ -70,7 +70,8 @@ def find_language_run(
     if found.vocabulary > task.vocab_size:
         raise UserError(
             "tokenizer",
-            f"{found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has {task.vocab_size}",
+            f"{found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has "
+            f"{task.vocab_size}",
         )
     return LanguageRun(folder, weights, task, found)
 
@@ -143,7 +144,8 @@ def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
     if own is not None and not same_tokenizer(found.name, own):
         raise UserError(
             "tokenizer",
-            f"{named} is not {own}, with which run {folder.run_id} was trained: its ids mean other text; leave it out",
+            f"{named} is not {own}, with which run {folder.run_id} was trained: its ids mean other text; "
+            "leave it out",
         )
     return found
 

@@ -78,7 +78,8 @@ class Weights:
             names = ", ".join([*missing, *unexpected][:4])
             raise UserError(
                 str(self.path),
-                f"does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} left over ({names})",
+                f"does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} "
+                f"left over ({names})",
             )
 
 
@@ -171,7 +172,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
             "device",
-            f"{name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there is one",
+            f"{name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there "
+            "is one",
         ) from error
     return device
 

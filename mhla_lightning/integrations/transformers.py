@@ -136,8 +136,8 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise new embeddings, and refuse a checkpoint that lacks other weights.
 
-        transformers calls this for `resize_token_embeddings` and for weights that a checkpoint lacks. A CausalLM
-        initialises itself when it is built.
+        transformers calls this for `resize_token_embeddings` and for weights that a checkpoint lacks. A
+        CausalLM initialises itself when it is built.
 
         Raises:
             UserError: a checkpoint lacks weights of a module that has no standard initialisation.
@@ -177,7 +177,8 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (batch, tokens); with a cache, the new tokens only.
-            attention_mask: (batch, tokens), 1 for real tokens; with a cache, of all tokens or of the new ones.
+            attention_mask: (batch, tokens), 1 for real tokens; with a cache, of all tokens or of the new
+                ones.
             past_key_values: cache of an earlier call; None starts a new text.
             labels: (batch, tokens), shifted here; -100 is ignored. None computes no loss.
             use_cache: return the cache; None takes the config's value, and False in training.

@@ -125,7 +125,8 @@ def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> N
         if not 0 <= label < found.task.num_classes:
             raise UserError(
                 "labels",
-                f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to {found.task.num_classes - 1}",
+                f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to "
+                f"{found.task.num_classes - 1}",
             )
 
 

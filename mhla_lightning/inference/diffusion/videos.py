@@ -124,7 +124,8 @@ def training_size(found: VideoRun) -> Size:
             return size
     raise UserError(
         "size",
-        f"the data of run {found.run.run_id} give no samples of shape {tuple(found.task.sample_shape)}; give `frames` and `size`",
+        f"the data of run {found.run.run_id} give no samples of shape {tuple(found.task.sample_shape)}; "
+        "give `frames` and `size`",
     )
 
 
@@ -140,9 +141,9 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
     """Check that `videos` videos can be drawn at once on `device`.
 
     Raises:
-        UserError: an unknown sampler; more guided channels than the samples have; frames, height or width that
-            the VAE, the patches or the blocks of a layer cannot take, with the nearest that they can; videos
-            that need more memory than the device has.
+        UserError: an unknown sampler; more guided channels than the samples have; frames, height or width
+            that the VAE, the patches or the blocks of a layer cannot take, with the nearest that they can;
+            videos that need more memory than the device has.
     """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     check_guided_channels(found.run, drawing.guidance, found.task.sample_shape[0])
@@ -183,8 +184,8 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
 def _least_bytes(size: Size, tokens: int, channels: int) -> int:
     """Return the bytes that one video needs with any method.
 
-    This is the larger of two: the residual stream in float32 with q, k and v in bf16, or the frames in float32
-    and as bytes.
+    This is the larger of two: the residual stream in float32 with q, k and v in bf16, or the frames in
+    float32 and as bytes.
     """
     return max((4 + 3 * 2) * tokens * channels, (4 + 1) * 3 * math.prod(size))
 

@@ -113,7 +113,8 @@ def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list
         number = next(number for number, prompt in enumerate(prompts, 1) if not prompt)
         raise UserError(
             "prompts",
-            f"prompt {number} is empty, and the tokenizer has no end-of-document token to start from; give it some text",
+            f"prompt {number} is empty, and the tokenizer has no end-of-document token to start from; "
+            "give it some text",
         )
     return [list(prompt) or [cast(int, end)] for prompt in prompts]
 

@@ -68,9 +68,9 @@ class Sampling:
     def choose(self, logits: Tensor, keys: Sequence[str], position: int) -> Tensor:
         """Choose the next token of each sequence, int64 (B,).
 
-        The random number depends on (seed, key, position) alone and selects from the distribution in the order
-        of the vocabulary. Other sequences of a batch therefore do not change a token, nor do the last bits of
-        its logits.
+        The random number depends on (seed, key, position) alone and selects from the distribution in the
+        order of the vocabulary. Other sequences of a batch therefore do not change a token, nor do the last
+        bits of its logits.
 
         Args:
             logits: (B, V).
@@ -83,7 +83,8 @@ class Sampling:
         if not logits.max(-1).values.isfinite().all():
             raise UserError(
                 "logits",
-                "the model gives numbers that are not finite: these weights have diverged, or `dtype` is too narrow for them",
+                "the model gives numbers that are not finite: these weights have diverged, or `dtype` is "
+                "too narrow for them",
             )
         if self.greedy:
             return logits.argmax(-1)
