@@ -16,8 +16,8 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.video_files import (
     animated_gif,
     at_a_glance,
-    contact_sheet,
     thumbnails,
+    video_sheet,
 )
 from mhla_lightning.inference.diffusion.videos import video_sampler
 
@@ -94,7 +94,7 @@ class SampleClips(DrawSamples):
         return clips
 
     def show(self, logger: TensorBoardLogger, step: int, drawn: list[np.ndarray]) -> None:
-        sheet = np.asarray(contact_sheet([thumbnails(clip) for clip in drawn], self._rows))
+        sheet = np.asarray(video_sheet([thumbnails(clip) for clip in drawn], self._rows))
         logger.experiment.add_image(SHEET, sheet, step, dataformats="HWC")
         moving = np.concatenate([at_a_glance(clip) for clip in drawn], axis=2)
         image = Summary.Image(

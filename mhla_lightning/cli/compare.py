@@ -38,7 +38,7 @@ from mhla_lightning.compare.variants import (
 )
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
-from mhla_lightning.evaluation import EVALUATIONS, Wanted, wanted_evaluation
+from mhla_lightning.evaluation import EVALUATIONS, RequestedEvaluation, requested_evaluation
 from mhla_lightning.runs.folder import (
     FORMAT,
     RunFolder,
@@ -75,7 +75,7 @@ class Plan:
     common: dict[str, Any]
     folder: Path
     jobs: int
-    evaluations: list[Wanted]
+    evaluations: list[RequestedEvaluation]
 
     def runs(self) -> list[tuple[Row, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
@@ -173,7 +173,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0))
     )
     name = f"compare-{identity(recipe.values, rows, seeds, common)}"
-    evaluations = [wanted_evaluation(text, args.runs) for text in args.eval]
+    evaluations = [requested_evaluation(text, args.runs) for text in args.eval]
     for number, wanted in enumerate(evaluations):
         if wanted.name in [other.name for other in evaluations[:number]]:
             raise UserError(f"--eval {wanted.name} is given twice; the table has one place for its numbers")

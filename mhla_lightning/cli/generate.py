@@ -1,6 +1,7 @@
 """Continues prompts with the language model of a run.
 
-One prompt streams to the terminal as it is made; several are continued together and printed as each ends:
+A single prompt is printed to the terminal as it grows; several are continued together, each printed at its
+end:
   mhla generate RUN --prompt 'def main(' --max-new-tokens 100 --temperature 0.8
   mhla generate RUN --prompts prompts.jsonl --greedy --json continued.json
 The same seed continues a prompt in the same way, alone or among others.
@@ -30,35 +31,41 @@ _INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla generate`."""
+    """Add the arguments of `mhla generate`."""
     add_run_arguments(parser)
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
         action="append",
         default=[],
-        help="text to continue; several times if need be (default: none)",
+        help="text to continue; may be given several times (default: none)",
     )
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with the key prompt")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=200, help="of each prompt (default: 200)"
+        "--prompts", metavar="FILE", help="one prompt per line, or .jsonl with the key prompt"
     )
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=200,
+        help="new tokens of each prompt at most (default: 200)",
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits (default: 1)")
-    parser.add_argument("--top-k", metavar="K", type=int, help="draw among the K likeliest tokens")
+    parser.add_argument("--top-k", metavar="K", type=int, help="choose among the K likeliest tokens")
     parser.add_argument(
         "--top-p",
         metavar="P",
         type=float,
-        help="draw among the fewest likeliest tokens whose probabilities sum to P",
+        help="choose among the fewest likeliest tokens whose probabilities sum to P",
     )
-    parser.add_argument("--seed", metavar="S", type=int, help="of the draws (default: 0)")
+    parser.add_argument("--seed", metavar="S", type=int, help="of the random choices (default: 0)")
     parser.add_argument(
         "--stop",
         metavar="TEXT",
         action="append",
         default=[],
-        help="end before this text; several times if need be",
+        help="end before this text; may be given several times",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=16, help="prompts continued together (default: 16)"
@@ -67,11 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     demand_at_least_one(args, "max_new_tokens", "batch_size")
     check_json(args.json)
     if "" in args.stop:
-        raise UserError("--stop is empty; it would stop before the first token")
+        raise UserError(
+            "stop", "an empty text would stop before the first token; give only texts with characters"
+        )
     prompts = _prompts(args)
     sampling = _sampling(args)
     found, device = find(args)
@@ -114,20 +123,21 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         try:
             prompt.encode()
-        except UnicodeEncodeError as error:  # how Python hands on an argument that is no UTF-8
-            raise UserError(f"prompt {number} is no UTF-8 text") from error
+        except UnicodeEncodeError as error:  # Python passes bytes that are no UTF-8 as surrogates
+            key = "prompt" if number <= len(args.prompt) else "prompts"
+            raise UserError(key, f"prompt {number} is no UTF-8 text") from error
     return prompts
 
 
 def _read(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts {path} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8 text'})"
-        ) from error
+    except OSError as error:
+        raise UserError("prompts", f"{path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError("prompts", f"{path} is no UTF-8 text (byte {error.start})") from error
     if not lines:
-        raise UserError(f"--prompts {path} holds no prompt")
+        raise UserError("prompts", f"{path} holds no prompt; write one per line")
     return (
         [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
         if path.suffix == ".jsonl"
@@ -140,10 +150,12 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--prompts {path}: prompt {number} is no JSON object with the key 'prompt'"
+            "prompts", f"prompt {number} of {path} is no JSON object with the key 'prompt'"
         ) from error
     if not isinstance(prompt, str):
-        raise UserError(f"--prompts {path}: prompt {number} is {type(prompt).__name__}; it must be a string")
+        raise UserError(
+            "prompts", f"prompt {number} of {path} is {type(prompt).__name__}; it must be a string"
+        )
     return prompt
 
 
@@ -156,24 +168,24 @@ def _sampling(args: argparse.Namespace) -> Sampling:
         if getattr(args, name) is not None
     }
     if args.greedy and given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--greedy draws nothing and goes with no {names}: leave one of them out")
+        names = ", ".join(f"`{name}`" for name in given)
+        raise UserError("greedy", f"uses no random choice and excludes {names}; leave one of them out")
     return Sampling(greedy=args.greedy, **given)
 
 
 def _encode(found: LanguageRun, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-    """Token ids, checked against what the model can take."""
+    """Encode the prompts and check that the model takes their length."""
     from mhla_lightning.inference.loading import check_length
     from mhla_lightning.inference.text.engine import start_tokens
 
     ids = start_tokens([found.tokenizer.encode(prompt) for prompt in prompts], found.tokenizer.end)
-    check_length(found, max(map(len, ids)) + max_new_tokens - 1)  # the last new token is not put in
+    check_length(found, max(map(len, ids)) + max_new_tokens - 1)  # the last new token is no input
     return ids
 
 
 @dataclass
 class _Output:
-    """Collects continuations."""
+    """The continuations so far, and their counts."""
 
     prompts: list[str]
     started: float
@@ -200,7 +212,7 @@ class _Output:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each prompt that was begun."""
+        """Return one row for each prompt that was begun."""
         return [
             {
                 "prompt": self.prompts[n],
@@ -213,7 +225,7 @@ class _Output:
 
 
 def _show(output: _Output, steps: Iterable[Continuation]) -> bool:
-    """Prints what comes; whether Ctrl-C cut it short."""
+    """Print continuations as they come; return whether Ctrl-C stopped them."""
     show = _stream if len(output.prompts) == 1 else _print_each
     try:
         show(output, steps)
@@ -239,7 +251,7 @@ def _print_each(output: _Output, steps: Iterable[Continuation]) -> None:
         for new in steps:
             output.take(new)
             if new.finished:
-                status.stop()  # while it runs rich takes stdout for itself, also where that is a file
+                status.stop()  # while it runs, rich redirects stdout, even if that is a file
                 print(
                     f"[{new.prompt + 1}/{total}] {output.prompts[new.prompt]}{output.texts[new.prompt]}",
                     flush=True,

@@ -1,12 +1,17 @@
-"""Turns other people's checkpoints into weights of our backbones: one .safetensors file for model.init_from.
+"""Converts checkpoints of other projects to weights of our backbones, for model.init_from.
 
-mhla import dit DiT-XL-2-256x256.pt --out dit_xl2.safetensors                      # softmax as trained
-mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla # the paper's fine-tuning
-start: mixing, gate and conv are new mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
-    # a file or a folder; softmax as trained
-mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
-mhla import wan model.safetensors --out wan_mhla.safetensors                        # the MHLA authors': gate,
-blocks and hybrid pattern are found
+It writes one .safetensors file:
+  mhla import dit DiT-XL-2-256x256.pt --out dit_xl2.safetensors
+                                             softmax as trained
+  mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla
+                                             start of the paper's fine-tuning: mixing, gate and
+                                             convolution are new
+  mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
+                                             a file or a folder; softmax as trained
+  mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
+  mhla import wan model.safetensors --out wan_mhla.safetensors
+                                             the MHLA authors' model: gate, blocks and hybrid
+                                             pattern are found
 """
 
 from __future__ import annotations
@@ -35,18 +40,18 @@ _STATES = {"copied": "copied", "created": "new", "left": "left over"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla import`."""
+    """Add the arguments of `mhla import`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, summary in _KINDS.items():
         added = kinds.add_parser(
-            name, help=summary, description=f"Takes a checkpoint of {summary}.", allow_abbrev=False
+            name, help=summary, description=f"Converts a checkpoint of {summary}.", allow_abbrev=False
         )
         added.add_argument(
             "path",
             metavar="PATH",
             help=(
                 "torch or .safetensors file, or a folder of .safetensors: bare weights, or a training "
-                "checkpoint's"
+                "checkpoint"
             ),
         )
         added.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
@@ -60,21 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default="{}",
             help=f"such as '{_OPTIONS[name]}' (default: %(default)s)",
         )
-        added.add_argument(
-            "--seed", type=int, default=0, help="of the weights that are new (default: %(default)s)"
-        )
+        added.add_argument("--seed", type=int, default=0, help="of new weights (default: %(default)s)")
         added.add_argument(
             "--trust-checkpoint",
             action="store_true",
-            help="unpickle a checkpoint of DeepSpeed's own, which can run any code",
+            help="unpickle a checkpoint of DeepSpeed's own format, which can run any code",
         )
-        added.add_argument("--json", metavar="FILE", help="write what became of every tensor")
-        if name == "wan":
+        added.add_argument(
+            "--json", metavar="FILE", help="write which tensors were copied, are new or were left over"
+        )
+        if name == "dit":
+            added.set_defaults(heads=None, layout=None)
+        else:
             added.add_argument(
                 "--heads",
                 type=int,
                 metavar="N",
-                help="attention heads, where the checkpoint does not tell them",
+                help="attention heads, where the checkpoint does not show them",
             )
             added.add_argument(
                 "--layout",
@@ -86,19 +93,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb."""
+    """Run the verb and return the exit code."""
     source, out = Path(args.path), Path(args.out)
-    attention = None if args.attention is None else _yaml("--attention", args.attention)
-    options = _yaml("--backbone-options", args.backbone_options)
+    attention = None if args.attention is None else _yaml("attention", args.attention)
+    options = _yaml("backbone_options", args.backbone_options)
     if not isinstance(options, dict):
         raise UserError(
-            f"--backbone-options {args.backbone_options}: a mapping is wanted, such as "
-            f"'{_OPTIONS[args.kind]}'"
+            "backbone_options", f"{args.backbone_options} is no mapping, such as '{_OPTIONS[args.kind]}'"
         )
-    heads, layout = getattr(args, "heads", None), getattr(args, "layout", None)
-    for name, number in (("--heads", heads), *(("--layout", count) for count in layout or ())):
+    heads, layout = args.heads, args.layout
+    for name, number in (("heads", heads), *(("layout", count) for count in layout or ())):
         if number is not None and number < 1:
-            raise UserError(f"{name} {number}: this is a number of 1 or more")
+            raise UserError(name, f"{number} is too small; it must be at least 1")
     _check_files(source, out)
     check_json(args.json)
 
@@ -109,9 +115,9 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.weights.target import Wish
 
     state = (
-        dict(read_deepspeed(source, args.trust_checkpoint, "PATH"))
+        dict(read_deepspeed(source, args.trust_checkpoint, "path"))
         if is_deepspeed(source)
-        else read_tensors(source, "PATH")
+        else read_tensors(source, "path")
     )
     config = read_config(source) if args.kind == "wan" else {}
     wish = Wish(
@@ -131,36 +137,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(target: ImportTarget, out: Path) -> dict[str, Any]:
-    """What a recipe says to train on from the written weights."""
+    """Return the recipe keys that train on from the written weights."""
     options = {"backbone_options": dict(target.options)} if target.options else {}
     return {"backbone": target.backbone, "attention": target.attention, **options, "init_from": str(out)}
 
 
-def _yaml(argument: str, text: str) -> Any:
+def _yaml(key: str, text: str) -> Any:
     import yaml
 
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{argument} {text}: this is no YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(key, f"{text} is no YAML ({str(error).splitlines()[0]})") from error
 
 
 def _check_files(source: Path, out: Path) -> None:
     if not (source.is_file() or source.is_dir()):
-        raise UserError(f"PATH {source} is no file and no folder")
+        raise UserError("path", f"{source} is no file and no folder")
     if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: weights are written as .safetensors, so the name ends like that")
+        raise UserError("out", f"{out} must end in .safetensors, the format that is written")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+        raise UserError("out", f"{out} is in a folder that does not exist, {out.absolute().parent}")
     if out.exists() and source.is_dir() and out.absolute().parent.samefile(source):
-        raise UserError(f"--out {out} is a file of the folder that is read; give another name")
+        raise UserError("out", f"{out} is a file of the folder that is read; give another name")
     if out.exists() and out.samefile(source):
-        raise UserError(f"--out {out} is the file that is read; give another name")
+        raise UserError("out", f"{out} is the file that is read; give another name")
 
 
 def weights_table(title: str, rows: Sequence[Mapping[str, Any]], states: Mapping[str, str]) -> Any:
-    """A rich table of checkpoints.foreign.table_rows, a module's weight and bias together; `states` are
-    the words for their states.
+    """Build a rich table of tensors, with the weight and bias of a module in one row.
+
+    Args:
+        title: above the table.
+        rows: of conversion.foreign.table_rows.
+        states: words for the states of the rows.
     """
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -190,19 +200,17 @@ def _show(imported: Imported, target: ImportTarget, out: Path) -> None:
         f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, "
         f"{len(imported.left)} left over"
     )
-    said = yaml.safe_dump(
+    recipe = yaml.safe_dump(
         json.loads(json.dumps({"model": {"init_args": _model(target, out)}})),
         sort_keys=False,
         default_flow_style=None,
     )
-    for text in (f"{out}: {counts}; start from it with", said.rstrip(), *_mixing_range(imported)):
+    for text in (f"{out}: {counts}; start from it with", recipe.rstrip(), *_mixing_range(imported)):
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _mixing_range(imported: Imported) -> list[str]:
-    """One line about mixing values that were copied: a recipe that clamps them would change those beyond
-    [0, 1] at its first step.
-    """
+    """Return a line about copied mixing values, which some recipes would clamp to [0, 1]."""
     copied = [imported.weights[name] for name, _ in imported.copied if name.endswith(".mixing.weight")]
     if not copied:
         return []

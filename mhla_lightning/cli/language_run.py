@@ -1,4 +1,4 @@
-"""What the verbs that load a language run have in common: which run, which of its weights, where they go."""
+"""Arguments and steps of all verbs that load a language run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN and how it is loaded."""
-    add_trained_arguments(parser, "language_run")
+    """Add RUN and the arguments of how it is loaded."""
+    add_trained_arguments(parser)
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
@@ -29,7 +29,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--extrapolation",
         choices=("shift",),
         help=(
-            "for text beyond max_chunks: later tokens see the last max_chunks chunks (default: the recipe's)"
+            "for text longer than max_chunks: each token sees the last max_chunks chunks (default: the "
+            "recipe's)"
         ),
     )
     parser.add_argument(
@@ -38,7 +39,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
-    """The run and the device, checked; no weights are loaded. Raises UserError."""
+    """Find the run and the device and check both; no weights are loaded.
+
+    Raises:
+        UserError: no such run, checkpoint, tokenizer or device.
+    """
     from mhla_lightning.inference.loading import find_language_run
     from mhla_lightning.inference.weights import choose_device
 
@@ -49,11 +54,15 @@ def find(args: argparse.Namespace) -> tuple[LanguageRun, torch.device]:
         "tokenizer": args.tokenizer,
         "extrapolation": args.extrapolation,
     }
-    return find_language_run(args.language_run, ema=not args.no_ema, **options), device
+    return find_language_run(args.run, ema=not args.no_ema, **options), device
 
 
 def load(args: argparse.Namespace, found: LanguageRun, device: torch.device) -> CausalLM:
-    """The model, in eval mode. Raises UserError for weights of another one."""
+    """Load the model in eval mode.
+
+    Raises:
+        UserError: the weights belong to another model.
+    """
     import torch
 
     from mhla_lightning.inference.loading import load_model
@@ -62,8 +71,12 @@ def load(args: argparse.Namespace, found: LanguageRun, device: torch.device) -> 
 
 
 def demand_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError for a count below 1."""
+    """Check that counts are at least 1.
+
+    Raises:
+        UserError: one is below 1.
+    """
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise UserError(name, f"{value} is too small; it must be at least 1")

@@ -1,10 +1,10 @@
-"""Draws images from an image diffusion run: samples.npz (ADM's layout) and a grid; or videos from a video
-diffusion run: mp4 and a contact sheet.
+"""Draws images or videos from a diffusion run.
 
+Images: samples.npz (in ADM's layout) and a grid. Videos: mp4 files and a contact sheet.
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
-The same command again goes on where it was stopped. Image (or video) i of a seed is the same for any batch
-size and number of processes, to 1/255 a pixel; to the bit for the same batch size.
+The same command continues a stopped job. The seed and the number of an image or video determine it:
+any batch size and number of processes give the same pixels to 1/255, the same batch size the same bits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cli.trained import add_trained_arguments
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
-_GRID = 100  # images at most
-_FASTEST = 240  # frames a second
+_GRID = 100  # images of the grid at most
+_FASTEST = 240  # frames per second
 _DEFAULTS = {
     "images": {"n": 100, "guidance": 1.5, "steps": 250, "batch_size": 50},
     "videos": {"n": 1, "guidance": 3.0, "steps": 50, "batch_size": 1},
@@ -35,16 +35,25 @@ _ONLY = {
 }
 
 
+# Arguments of the library functions that are called here, and the options that give them.
+_OPTIONS = {
+    "labels": "classes",
+    "guidance.scale": "guidance",
+    "guidance.channels": "guidance_channels",
+    "guidance.interval": "guidance_interval",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla sample`."""
-    add_trained_arguments(parser, "diffusion_run")
+    """Add the arguments of `mhla sample`."""
+    add_trained_arguments(parser)
     parser.add_argument(
         "--n", type=int, help="images over all classes (default: 100), or videos of each prompt (default: 1)"
     )
     parser.add_argument(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance; 1 is none (default: 1.5, of videos 3)",
+        help="scale of classifier-free guidance; 1 means none (default: 1.5, for videos 3)",
     )
     parser.add_argument(
         "--guidance-interval",
@@ -57,51 +66,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sampler",
         help=(
-            "ddpm, ddim or dpm++ (default: ddpm); of flow matching euler or dpm++ (default: euler for "
+            "ddpm, ddim or dpm++ (default: ddpm); for flow matching euler or dpm++ (default: euler for "
             "images, dpm++ for videos)"
         ),
     )
-    parser.add_argument("--steps", type=int, help="default: 250, of videos 50")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: 250, for videos 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images at once (default: 50), or videos (default: 1)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images drawn at once (default: 50), or videos (default: 1)",
     )
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", metavar="DIR", help="default: images/NAME or videos/NAME in the run folder")
-    parser.add_argument("--json", metavar="FILE", help="write what was drawn and how fast, as JSON")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes that draw (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write (default: images/NAME or videos/NAME in the run folder)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write settings, counts and seconds as JSON")
     images = parser.add_argument_group("images")
-    images.add_argument("--classes", metavar="0-9,12", help="labels, taken in turn (default: all)")
+    images.add_argument("--classes", metavar="0-9,12", help="classes, used in turn (default: all)")
     images.add_argument(
         "--guidance-channels",
         type=int,
         metavar="C",
-        help="guide the first C channels only, 3 as the original DiT (default: all)",
+        help="guide the first C channels only; 3 as in the original DiT (default: all)",
     )
     add_video_arguments(parser.add_argument_group("videos"))
 
 
 def add_video_arguments(parser: Any) -> None:
-    """What videos alone are asked for."""
+    """Add the arguments that only videos have."""
     parser.add_argument(
-        "--prompts", metavar="FILE", help='a prompt a line, or .jsonl with {"prompt": ...} in every line'
+        "--prompts", metavar="FILE", help='one prompt per line, or .jsonl with {"prompt": ...} in every line'
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times"
+        "--prompt", metavar="TEXT", action="append", help="one prompt; may be given several times"
     )
-    parser.add_argument("--frames", type=int, metavar="F", help="default: those of training")
+    parser.add_argument("--frames", type=int, metavar="F", help="of each video (default: as in training)")
     parser.add_argument(
-        "--size", metavar="HxW", help="height and width in pixels, e.g. 480x800 (default: those of training)"
+        "--size", metavar="HxW", help="height and width in pixels, e.g. 480x800 (default: as in training)"
     )
     parser.add_argument(
         "--rate",
         type=float,
         metavar="R",
-        help="frames a second of the files (default: those of the run's data)",
+        help="frames per second of the files (default: as in the run's data)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     check_common(args)
     check_json(args.json)
     classes = None if args.classes is None else parse_classes(args.classes)
@@ -109,30 +125,44 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.runs.folder import find_run, runs_root
     from mhla_lightning.tasks import VideoDiffusionTask
 
-    folder = find_run(args.diffusion_run, runs_root(args.runs))
+    folder = find_run(args.run, runs_root(args.runs))
     kind, other = ("videos", "images") if trains(folder, VideoDiffusionTask) else ("images", "videos")
     for name in _ONLY[other]:
         if getattr(args, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for runs that draw {other}, and run {folder.run_id} "
-                f"draws {kind}; leave it out"
+                name, f"only for runs that draw {other}; run {folder.run_id} draws {kind}; leave it out"
             )
     for name, value in _DEFAULTS[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    return _videos(args) if kind == "videos" else _images(args, classes)
+    with _options_for_arguments():
+        return _videos(args) if kind == "videos" else _images(args, classes)
+
+
+@contextmanager
+def _options_for_arguments() -> Iterator[None]:
+    """Name the option of this verb in errors about an argument of the library."""
+    try:
+        yield
+    except UserError as error:
+        error.key = _OPTIONS.get(error.key or "", error.key)
+        raise
 
 
 def check_common(args: argparse.Namespace) -> None:
-    """Raises UserError for counts below 1 and a seed that is none."""
+    """Check counts, the frame rate and the seed.
+
+    Raises:
+        UserError: one is outside its range.
+    """
     for name in ("n", "batch_size", "processes", "steps", "frames"):
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise UserError(name, f"{value} is too small; it must be at least 1")
     if args.rate is not None and not 0 < args.rate <= _FASTEST:
-        raise UserError(f"--rate is {args.rate:g}; it must be above 0 and at most {_FASTEST}")
+        raise UserError("rate", f"{args.rate:g} is not above 0 and at most {_FASTEST}")
     if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed is {args.seed}; a seed lies in 0 to 4294967295")
+        raise UserError("seed", f"{args.seed} is not between 0 and 4294967295")
 
 
 def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
@@ -143,11 +173,12 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
     from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
-    found = find_image_run(args.diffusion_run, args.runs, args.ckpt, ema=not args.no_ema)
+    found = find_image_run(args.run, args.runs, args.ckpt, ema=not args.no_ema)
     classes = classes or list(range(found.task.num_classes))
     labels = tuple(classes[number % len(classes)] for number in range(args.n))
     sampler = args.sampler or default_sampler(found.task.process)
-    guidance = Guidance(args.guidance, args.guidance_channels, tuple(args.guidance_interval))
+    with inside("guidance"):
+        guidance = Guidance(args.guidance, args.guidance_channels, tuple(args.guidance_interval))
     job = ImageJob(found, labels, Drawing(args.seed, sampler, args.steps, guidance), args.batch_size)
     folder = (
         Path(args.out) if args.out else found.run.path / "images" / job_name(found.checkpoint, job.settings())
@@ -158,7 +189,7 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
     seconds = time.perf_counter() - started
     columns = min(len(classes), 10) if len(classes) > 1 else 10
     write_grid(images[:_GRID], columns, folder / "grid.png")
-    _say(
+    _print_summary(
         found,
         f"{len(images)} images",
         seconds,
@@ -173,22 +204,24 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
 def _videos(args: argparse.Namespace) -> int:
     prompts = given_prompts(args.prompts, args.prompt)
     if not prompts:
-        raise UserError(
-            "no prompt was given; name a file with --prompts FILE, or write one with --prompt TEXT"
-        )
+        raise UserError("prompts", "no prompt was given; name a file here, or write one with `prompt`")
     sample_videos(args, prompts)
     return 0
 
 
 def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
-    """Draws args.n videos of each prompt and says so; the folder that holds them. Raises UserError."""
+    """Draw args.n videos of each prompt, print a summary and return the folder.
+
+    Raises:
+        UserError: the videos cannot be drawn.
+    """
     from mhla_lightning.inference.diffusion.parts import job_name
     from mhla_lightning.inference.diffusion.video_job import LIST, SHEET, VideoJob, draw_videos, frame_rate
     from mhla_lightning.inference.diffusion.videos import find_video_run
     from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
-    found = find_video_run(args.diffusion_run, args.runs, args.ckpt, ema=not args.no_ema)
+    found = find_video_run(args.run, args.runs, args.ckpt, ema=not args.no_ema)
     job = VideoJob(
         found,
         tuple(prompts),
@@ -204,7 +237,7 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
     with drawing_bar(len(job.texts)) as on_batch:
         files = draw_videos(job, folder, args.processes, device, on_batch)
     seconds = time.perf_counter() - started
-    _say(
+    _print_summary(
         found,
         f"{len(files)} videos",
         seconds,
@@ -215,15 +248,21 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
 
 
 def given_prompts(file: str | None, texts: list[str] | None) -> list[Any]:
-    """Prompts of --prompts and --prompt. Raises UserError for a file that holds none."""
+    """Return the prompts of --prompts and --prompt.
+
+    Raises:
+        UserError: a file without prompts.
+    """
     from mhla_lightning.inference.diffusion.prompts import Prompt, read_prompts
 
     return [*(read_prompts(file) if file else []), *(Prompt(text, "--prompt") for text in texts or [])]
 
 
 def video_drawing(args: argparse.Namespace, found: Any) -> Any:
-    """How videos of a run are drawn, with those of training where --frames or --size is not given. Raises
-    UserError.
+    """Return how videos of a run are drawn; frames and size default to those of training.
+
+    Raises:
+        UserError: a size or guidance outside its range, or no size of training.
     """
     from mhla_lightning.diffusion import Guidance
     from mhla_lightning.inference.diffusion.videos import Size, VideoDrawing, training_size, video_sampler
@@ -231,8 +270,9 @@ def video_drawing(args: argparse.Namespace, found: Any) -> Any:
     size = None if args.size is None else parse_size(args.size)
     own = training_size(found) if size is None or args.frames is None else None
     frames = args.frames if own is None or args.frames is not None else own.frames
-    height, width = size or (own.height, own.width)  # type: ignore[union-attr]  # one of them is there
-    guidance = Guidance(args.guidance, None, tuple(args.guidance_interval))
+    height, width = size or (own.height, own.width)  # type: ignore[union-attr]  # own is set where size is not
+    with inside("guidance"):
+        guidance = Guidance(args.guidance, None, tuple(args.guidance_interval))
     return VideoDrawing(
         Size(frames, height, width),
         args.seed,
@@ -244,7 +284,7 @@ def video_drawing(args: argparse.Namespace, found: Any) -> Any:
 
 @contextmanager
 def drawing_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; what it gives is called with how many more are done."""
+    """Show a progress bar on a terminal; yields a function that takes the number of new samples."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -254,7 +294,7 @@ def drawing_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(bar, count)
 
 
-def _say(found: Any, what: str, seconds: float, places: dict[str, Path]) -> None:
+def _print_summary(found: Any, what: str, seconds: float, places: dict[str, Path]) -> None:
     from rich.console import Console
 
     console, average = Console(), "averaged" if found.averaged else "raw"
@@ -267,29 +307,36 @@ def _say(found: Any, what: str, seconds: float, places: dict[str, Path]) -> None
 
 
 def parse_classes(text: str) -> list[int]:
-    """`0-9,12` -> [0, ..., 9, 12]. Raises UserError."""
+    """Parse `0-9,12` to [0, ..., 9, 12].
+
+    Raises:
+        UserError: neither classes nor ranges.
+    """
     found: list[int] = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(
-                f"--classes {text}: '{part}' is no class and no range; write 3 or 0-9, with commas "
-                "between them"
+                "classes", f"'{part}' in {text} is no class and no range; write 3 or 0-9, separated by commas"
             )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`480x800` -> (480, 800). Raises UserError."""
+    """Parse `480x800` to (480, 800).
+
+    Raises:
+        UserError: another form.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not int(match[1]) or not int(match[2]):
-        raise UserError(f"--size {text} is no size; write height and width in pixels, e.g. 480x800")
+        raise UserError("size", f"{text} is no size; write height and width in pixels, e.g. 480x800")
     return int(match[1]), int(match[2])
 
 
 def write_grid(images: object, columns: int, path: Path) -> None:
-    """uint8 (N, H, W, 3) as one PNG, so many beside each other."""
+    """Write images, uint8 (N, H, W, 3), as one PNG with `columns` columns."""
     import torch
     from PIL import Image
     from torchvision.utils import make_grid

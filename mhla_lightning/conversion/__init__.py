@@ -1,1 +1,1 @@
-"""Other libraries' weights to ours, and ours to theirs."""
+"""Convert weights of other libraries to ours, and ours to theirs."""

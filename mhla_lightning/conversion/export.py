@@ -1,5 +1,6 @@
-"""Our weights as one .safetensors file, or as a folder that other people's code opens: config.json and a
-.safetensors file.
+"""Write our weights as one .safetensors file, or as a folder that other libraries open.
+
+The folder holds config.json and a .safetensors file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, VideoDiT, build_backbone
-from mhla_lightning.conversion.formats.base import Export, Trained, shapes
+from mhla_lightning.conversion.formats.base import Export, TrainedModel, shapes
 from mhla_lightning.conversion.formats.classifier import timm
 from mhla_lightning.conversion.formats.language import hf
 from mhla_lightning.conversion.formats.plain import plain
@@ -34,16 +35,16 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class _Format:
-    """A way to write weights.
+    """One export format.
 
     Attributes:
-        export: makes it.
-        needs: the models that it is for, in words.
-        fits: whether it is for a backbone, by name and by what it builds.
-        alone: whether the file of tensors says enough without the folder around it.
+        export: builds the content of the file or folder.
+        needs: the models it is for, in words.
+        fits: whether it is for a backbone, by its name and its built model.
+        alone: whether its .safetensors file is usable without the folder around it.
     """
 
-    export: Callable[[Trained, nn.Module], Export]
+    export: Callable[[TrainedModel, nn.Module], Export]
     needs: str
     fits: Callable[[str, nn.Module], bool]
     alone: bool = False
@@ -65,20 +66,22 @@ _FORMATS = {
 FORMATS = tuple(_FORMATS)
 
 
-def read_imported(path: Path) -> Trained:
-    """A file that `mhla import` wrote, or a folder that holds one.
+def read_imported(path: Path) -> TrainedModel:
+    """Open a file that `mhla import` wrote, or a folder that holds one.
 
     Raises:
-        UserError: no such file, or one whose header does not say what it is for.
+        UserError: no such file, or a header that names no backbone.
     """
     file = path
     if path.is_dir():
-        files = weight_files(path, "RUN")
+        files = weight_files(path, "run")
         if len(files) != 1:
-            raise UserError(f"RUN {path} holds weights in {len(files)} parts, which mhla import never writes")
+            raise UserError(
+                str(path), f"this folder holds weights in {len(files)} files, and mhla import writes one"
+            )
         file = files[0]
     if file.suffix != SUFFIX:
-        raise UserError(f"RUN {file} is no run and no .safetensors file of mhla import")
+        raise UserError(str(file), f"neither a run nor a {SUFFIX} file of mhla import")
     try:
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
@@ -89,10 +92,10 @@ def read_imported(path: Path) -> Trained:
         )
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise UserError(
-            f"RUN {file} was not written by mhla import: its header does not name a backbone; import it first"
+            str(file), "mhla import did not write this file: its header names no backbone; import it first"
         ) from error
-    return Trained(
-        open_safetensors(file, "RUN"),
+    return TrainedModel(
+        open_safetensors(file, "run"),
         backbone,
         attention,
         options,
@@ -100,32 +103,32 @@ def read_imported(path: Path) -> Trained:
     )
 
 
-def plan(trained: Trained, format: str | None = None, one_file: bool = False) -> Export:
-    """What is written.
+def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool = False) -> Export:
+    """Build the content of an export.
 
     Args:
-        format: one of FORMATS; None is diffusers for the folder of a video model and plain, our own names,
-            for all else.
-        one_file: the file of tensors stands alone.
+        trained: the weights and their model.
+        format: one of FORMATS; None means diffusers for the folder of a video model, else plain (our own
+            names).
+        one_file: write the .safetensors file alone.
 
     Raises:
-        UserError: an unknown format, one that the backbone has not, weights that do not fit the backbone.
+        UserError: an unknown format, a format for other models, or weights that do not fit the backbone.
     """
     if format is not None and format not in FORMATS:
-        raise UserError(unknown_name("--format", format, FORMATS))
+        raise UserError("format", unknown_name("format", format, FORMATS))
     with torch.device("meta"):
         model = build_backbone(trained.backbone, attention=trained.attention, **trained.options)
     chosen = format or ("diffusers" if isinstance(model, VideoDiT) and not one_file else "plain")
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
         raise UserError(
-            f"--format {chosen} is for {kind.needs}, and {trained.source} holds a "
-            f"{trained.backbone}; leave it out or take plain"
+            "format",
+            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out "
+            "or take plain",
         )
     if one_file and not kind.alone:
-        raise UserError(
-            f"--format {chosen} writes a folder; name one with --to that does not end in {SUFFIX}"
-        )
+        raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")
     export = kind.export(replace(trained, weights=_checked(trained, model)), model)
     if not (one_file and chosen == "plain"):
         return export
@@ -135,28 +138,30 @@ def plan(trained: Trained, format: str | None = None, one_file: bool = False) ->
 
 
 def bare(weights: Stored, source: str) -> Export:
-    """Weights of which nothing is known but their names, as one file."""
+    """Plan one file of weights of which only the names are known."""
     parts = parts_of(weights)
     return Export("", parts, {"format": "pt", "source": source}, {}, shapes(parts))
 
 
-def is_file(target: Path) -> bool:
-    """Whether --to names one file rather than a folder."""
-    return target.suffix == SUFFIX
+def is_file(to: Path) -> bool:
+    """Return whether `to` names one file rather than a folder."""
+    return to.suffix == SUFFIX
 
 
-def write(export: Export, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Makes the folder, or the file where the name ends in .safetensors, at once: whole or not at all.
+def write(export: Export, to: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder, or the file if the name ends in .safetensors, completely or not at all.
 
     Args:
-        dtype: of the tensors; None leaves them.
+        export: the content.
+        to: the file or folder.
+        dtype: of the tensors; None keeps theirs.
 
     Raises:
-        UserError: a target that holds something, or one that cannot be made; a disk that is full.
+        UserError: `to` exists with content or cannot be made, or the disk is full.
     """
-    check_target(target)
-    with _replacing(target) as temporary:
-        if is_file(target):
+    check_target(to)
+    with _replacing(to) as temporary:
+        if is_file(to):
             write_safetensors(temporary, export.parts, export.metadata, dtype)
             return
         temporary.mkdir()
@@ -167,16 +172,18 @@ def write(export: Export, target: Path, dtype: torch.dtype | None = None) -> Non
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside `target`; what lies there at the end becomes the target. Raises UserError for the
-    disk's errors.
+def _replacing(to: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `to`; its content replaces `to` at the end.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
     """
-    temporary = target.absolute().parent / f".{target.name}-{os.getpid()}"
+    temporary = to.absolute().parent / f".{to.name}-{os.getpid()}"
     try:
         yield temporary
-        os.replace(temporary, target)  # an empty folder of that name gives way
+        os.replace(temporary, to)  # this also replaces an empty folder
     except OSError as error:
-        raise UserError(complaint(error, temporary.parent)) from error
+        raise UserError("to", complaint(error, temporary.parent)) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -184,29 +191,35 @@ def _replacing(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def check_target(target: Path) -> None:
-    """Raises UserError for what cannot be written, or is there already."""
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"--to {target}: there is no folder {target.absolute().parent}")
-    if is_file(target) and target.exists():
-        raise UserError(f"--to {target} exists already; name a new file")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to {target} holds something already; name a new folder")
+def check_target(to: Path) -> None:
+    """Check that `to` can be written and holds nothing yet.
+
+    Raises:
+        UserError: its parent folder is missing, or it has content.
+    """
+    if not to.absolute().parent.is_dir():
+        raise UserError("to", f"{to} is in a folder that does not exist, {to.absolute().parent}")
+    if is_file(to) and to.exists():
+        raise UserError("to", f"{to} exists already; name a new file")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError("to", f"{to} is not empty; name a new folder")
 
 
-def _checked(trained: Trained, model: nn.Module) -> Stored:
-    """The weights in the model's order. Raises UserError where they are not all of the model's, and no
-    others.
+def _checked(trained: TrainedModel, model: nn.Module) -> Stored:
+    """Return the weights in the model's order.
+
+    Raises:
+        UserError: they are not exactly the model's.
     """
     weights, state = trained.stored(), model.state_dict()
-    own = {
-        name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()
-    }  # an average holds nothing else
+    # An average holds floating-point tensors only.
+    own = {name: tuple(value.shape) for name, value in state.items() if value.is_floating_point()}
     given = {name: tuple(value.shape) for name, value in weights.outline.items() if value.is_floating_point()}
     wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
     if wrong:
         raise UserError(
-            f"{trained.source} does not fit {trained.backbone}: {len(wrong)} tensors differ "
-            f"({', '.join(wrong[:4])})"
+            trained.source,
+            f"these weights do not fit {trained.backbone}: {len(wrong)} tensors differ "
+            f"({', '.join(wrong[:4])})",
         )
     return weights.renamed({name: name for name in state if name in weights})

@@ -1,4 +1,4 @@
-"""Other people's checkpoints as weights of our backbones, with every tensor accounted for."""
+"""Convert checkpoints of other projects to weights of our backbones, and account for every tensor."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Shapes = list[tuple[str, tuple[int, ...]]]
 
 @dataclass
 class Imported:
-    """What became of every tensor.
+    """The result of an import: the weights, and the fate of every tensor.
 
     Attributes:
-        weights: all of the target's, by our names.
-        copied: (name, shape) of those that came from the file.
-        created: of those that are the target's own initialisation.
-        left: of the file's that have no place in the target.
+        weights: all tensors of the target, by our names.
+        copied: (name, shape) of tensors from the file.
+        created: of tensors with the target's own initialisation.
+        left: of tensors of the file that the target does not use.
     """
 
     weights: dict[str, Tensor]
@@ -41,18 +41,23 @@ class Imported:
     left: Shapes = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """See :func:`table_rows`."""
+        """Return the rows of a table: see :func:`table_rows`."""
         return table_rows({"copied": self.copied, "created": self.created, "left": self.left})
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file: every name, and the rows."""
+        """Return every name and the rows, for a JSON file."""
         names = {state: [name for name, _ in getattr(self, state)] for state in ("copied", "created", "left")}
         return {"format": FORMAT, **names, "rows": self.rows()}
 
 
 def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
-    """One row a kind of tensor, layers taken together: state (the key of `parts`), name, tensors, shape,
-    parameters.
+    """Count tensors by state, name and shape, all layers together.
+
+    Args:
+        parts: (name, shape) of the tensors of each state.
+
+    Returns:
+        a row with state, name, tensors, shape and parameters for each kind of tensor.
     """
     found: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for state, shapes in parts.items():
@@ -72,17 +77,18 @@ def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
 
 
 def convert(state: State, target: ImportTarget, seed: int = 0, source: str = "the checkpoint") -> Imported:
-    """Weights of `target` out of a foreign checkpoint; what that cannot have (mixing, gate, convolutions)
-    keeps its initialisation.
+    """Convert the tensors of a foreign checkpoint to weights of `target`.
+
+    Tensors that the checkpoint cannot have (mixing, gate, convolutions) keep their initialisation.
 
     Args:
         state: the checkpoint's tensors, by our names or by names that the backbone knows.
-        seed: of that initialisation, so that the same command writes the same file.
-        source: the checkpoint's path, for messages.
+        target: the backbone.
+        seed: of the initialisation, so that the same command writes the same file.
+        source: the checkpoint's path, the key of errors.
 
     Raises:
-        UserError: a checkpoint of another size: a tensor of another shape, one that is missing, or one too
-            many.
+        UserError: a tensor with another shape, one that is missing, one too many, or one that is there twice.
     """
     with torch.device("meta"):
         model = _build(target)
@@ -90,7 +96,7 @@ def convert(state: State, target: ImportTarget, seed: int = 0, source: str = "th
     try:
         found, left = _renamed(state, cast(Backbone, model))
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(source, str(error)) from error
     left += _without_place(found, own, target, source)
     created = [name for name in own if name not in found]
     weights = _fresh(target, seed, created) if created else {}
@@ -108,7 +114,7 @@ def _build(target: ImportTarget) -> nn.Module:
 
 
 def _fresh(target: ImportTarget, seed: int, names: Iterable[str]) -> dict[str, Tensor]:
-    """The target's own initialisation of these tensors."""
+    """Return the target's own initialisation of these tensors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = _build(target).state_dict()
@@ -116,36 +122,46 @@ def _fresh(target: ImportTarget, seed: int, names: Iterable[str]) -> dict[str, T
 
 
 def _without_place(found: State, own: State, target: ImportTarget, source: str) -> Shapes:
-    """Tensors of the file that the target has not but may do without. Raises UserError for all others that
-    differ.
+    """List the file's tensors that the target may ignore.
+
+    Raises:
+        UserError: any other difference between the file and the target.
     """
-    wrong, left = f"{source} is a checkpoint of another size: ", []
+    wrong, left = "this checkpoint has another size: ", []
     for name, value in found.items():
         if name not in own:
             if not target.optional.search(name) and (name.startswith("blocks.") or not target.stray):
-                raise UserError(f"{wrong}{name} {tuple(value.shape)} has no place in {target.backbone}")
+                raise UserError(
+                    source, f"{wrong}{name} {tuple(value.shape)} has no place in {target.backbone}"
+                )
             left.append((name, tuple(value.shape)))
         elif own[name].shape != value.shape:
             needed = tuple(own[name].shape)
-            raise UserError(f"{wrong}{name} is {tuple(value.shape)}, and {target.backbone} needs {needed}")
+            raise UserError(
+                source, f"{wrong}{name} is {tuple(value.shape)}, and {target.backbone} needs {needed}"
+            )
     for name, value in own.items():
         if name not in found and not target.optional.search(name):
             raise UserError(
-                f"{wrong}it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}"
+                source, f"{wrong}it has no {name}, and {target.backbone} needs one of {tuple(value.shape)}"
             )
     return left
 
 
 def _renamed(state: State, model: Backbone) -> tuple[dict[str, Tensor], Shapes]:
-    """The file's tensors under our names, taken one by one so that none is lost; and those that the
-    backbone has no use for.
+    """Rename the file's tensors one at a time, and list those that the backbone ignores.
+
+    Raises:
+        UserError: two tensors with the same name of ours.
     """
     found: dict[str, Tensor] = {}
     left: Shapes = []
     for name, value in state.items():
         ours = model.adapt_state_dict({name: value})
         for renamed in ours.keys() & found.keys():
-            raise UserError(f"the checkpoint holds {renamed} twice; the second is called {name}")
+            raise UserError(
+                renamed, f"the checkpoint holds two tensors for this name; the second is called {name}"
+            )
         found |= ours
         if not ours:
             left.append((name, tuple(value.shape)))
@@ -157,8 +173,9 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Shapes:
 
 
 def save_weights(path: Path, imported: Imported, target: ImportTarget, source: str) -> None:
-    """Replaces a .safetensors file at once; its header says what the weights are for and where they come
-    from.
+    """Replace a .safetensors file completely or not at all.
+
+    The header names the backbone of the weights and their origin.
     """
     header = file_header(target.backbone, target.attention, target.options, source)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
@@ -170,32 +187,33 @@ def save_weights(path: Path, imported: Imported, target: ImportTarget, source: s
 
 
 @dataclass(frozen=True)
-class Family:
-    """Checkpoints of one kind.
+class CheckpointFamily:
+    """One kind of foreign checkpoint.
 
     Attributes:
-        target: the backbone for tensors (by our names where `rename` makes them) and what the command asks
-            for.
-        rename: from the file's names to ours, where that takes the whole file: joined tensors.
+        target: chooses the backbone from the tensors (by our names if `rename` is given) and the request.
+        rename: maps the file's names to ours where this takes the whole file, such as for joined tensors.
     """
 
     target: Callable[[State, Wish], ImportTarget]
     rename: Callable[[State], dict[str, Tensor]] = dict
 
     def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, ImportTarget]:
-        """Weights of the backbone that is meant, and that backbone. Raises UserError, see :func:`convert`."""
+        """Convert a checkpoint; return the weights and their backbone.
+
+        Raises:
+            UserError: see :func:`convert`.
+        """
         try:
             state = self.rename(state)
         except UserError as error:
-            raise UserError(f"{wish.source}: {error}") from error
+            raise UserError(wish.source, str(error)) from error
         target = self.target(state, wish)
         return convert(state, target, seed, wish.source), target
 
 
 def _dit_target(state: State, wish: Wish) -> ImportTarget:
-    """The named backbone, or the public one; as the checkpoint was trained where nothing else is asked
-    for.
-    """
+    """Return the requested backbone, or DiT-XL/2 with the attention of the checkpoint."""
     attention, options = _dit_facts(state)
     return ImportTarget(
         wish.backbone or "dit_xl2",
@@ -206,7 +224,7 @@ def _dit_target(state: State, wish: Wish) -> ImportTarget:
 
 
 def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
-    """Softmax, or the authors' MHLA with as many blocks as its mixing matrices have rows."""
+    """Return softmax, or the MHLA authors' operator with one block per row of a mixing matrix."""
     options = {"dwconv": True} if any(".dw_conv." in name for name in state) else {}
     rows = next((len(value) for name, value in state.items() if ".piece_attn." in name), None)
     if rows is None:
@@ -214,4 +232,7 @@ def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
     return {"name": "mhla", "preset": "release", "blocks": math.isqrt(rows)}, options
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(_dit_target), "wan": Family(wan_target, from_wan)}
+FAMILIES: dict[str, CheckpointFamily] = {
+    "dit": CheckpointFamily(_dit_target),
+    "wan": CheckpointFamily(wan_target, from_wan),
+}

@@ -1,5 +1,6 @@
-"""What a checkpoint of Wan2.1 or of the MHLA authors' Wan says of itself: sizes, gate, convolution, hybrid
-pattern, blocks (SPEC 6.8).
+"""Read sizes, gate, convolution, hybrid pattern and blocks from a checkpoint of Wan (SPEC 6.8).
+
+These are checkpoints of Wan2.1 or of the MHLA authors' Wan.
 """
 
 from __future__ import annotations
@@ -19,18 +20,14 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 
 CONFIG = "_mhla_lightning"
-"""Key of our own facts in an exported config.json; diffusers passes over names that begin with an
-underscore.
-"""
+"""Key of our facts in an exported config.json; diffusers ignores keys that begin with an underscore."""
 CLASSES = ("WanModel", "WanTransformer3DModel")
 OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
 
 _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, heads
 _MIXING = "attention.mixing.weight"
-_CONVOLUTIONS = {
-    "lepe": "lepe.conv.weight",
-    "cpe": "cpe.depthwise.conv.weight",
-}  # pos_conv -> tensor of a layer, see _layers
+# pos_conv -> tensor of a layer, by the names of _layers
+_CONVOLUTIONS = {"lepe": "lepe.conv.weight", "cpe": "cpe.depthwise.conv.weight"}
 _LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
 _NEEDED = (
     "patch_embedding.weight",
@@ -43,19 +40,20 @@ _NEEDED = (
 
 
 def wan_target(state: State, wish: Wish) -> ImportTarget:
-    """The backbone of a checkpoint whose tensors have our names; what the command asks for goes before what
-    the checkpoint says.
+    """Choose the backbone of a checkpoint whose tensors have our names.
+
+    What the request names takes precedence over what the checkpoint shows.
 
     Raises:
-        UserError: no text-to-video Wan, another family's backbone, heads or blocks that nothing tells or that
-            what is told contradicts.
+        UserError: no text-to-video Wan, a backbone of another family, or heads or blocks that are unknown or
+            contradict the checkpoint.
     """
-    _check_backbone("--backbone", wish.backbone)
+    _check_backbone("backbone", wish.backbone)
     for name in _NEEDED:
         if name not in state:
             raise UserError(
-                f"{wish.source} is no checkpoint of Wan2.1: it has no {name} (under our name), but "
-                f"{', '.join(list(state)[:3])}"
+                wish.source,
+                f"no checkpoint of Wan2.1: it has no {name} (by our names), but {', '.join(list(state)[:3])}",
             )
     layers = _layers(state, wish.source)
     wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
@@ -65,9 +63,10 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
         key in own and not isinstance(own[key], kind) for key, kind in kinds.items()
     ):
         raise UserError(
-            f"config.json beside {wish.source}: its {CONFIG} is not what mhla export writes; remove it"
+            f"config.json beside {wish.source}",
+            f"the value of {CONFIG} is not one that mhla export writes; remove it",
         )
-    _check_backbone(f"config.json beside {wish.source}: backbone", own.get("backbone"))
+    _check_backbone(f"config.json beside {wish.source}", own.get("backbone"))
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
@@ -77,8 +76,10 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of Wan or of diffusers beside a checkpoint, which may be a folder; empty where there
-    is none.
+    """Read the config.json of Wan or of diffusers beside a checkpoint; empty if there is none.
+
+    Args:
+        path: the checkpoint, a file or a folder.
     """
     folders = (path, path / "transformer") if path.is_dir() else (path.parent,)
     for folder in folders:
@@ -92,7 +93,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def cycle(entries: Sequence[Entry]) -> Entry:
-    """The shortest attention entry that means these layers: one entry, or a list that is cycled over them."""
+    """Return the shortest attention entry for these layers: one entry, or a list that repeats over them."""
     for length in range(1, len(entries)):
         if all(entry == entries[number % length] for number, entry in enumerate(entries)):
             return entries[0] if length == 1 else list(entries[:length])
@@ -100,8 +101,9 @@ def cycle(entries: Sequence[Entry]) -> Entry:
 
 
 def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[str, Any]) -> Entry:
-    """As the command says, as our own config.json says, or as the tensors tell; --layout goes before the
-    blocks of the last two.
+    """Return the requested attention entry, that of our own config.json, or that of the tensors.
+
+    A requested layout replaces the blocks of the last two.
     """
     if wish.attention is not None:
         return _with_layout(wish.attention, wish.layout)
@@ -114,48 +116,54 @@ def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[
         attention = cycle([_entry(layer, number, wish) for number, layer in enumerate(layers)])
     if wish.layout is not None and not _names_mhla(attention):
         raise UserError(
-            f"--layout is the blocks of MHLA layers, and {wish.source} has none; name them with "
-            "--attention, such as mhla"
+            "layout",
+            f"gives the blocks of MHLA layers, and {wish.source} has no such layers; name them in "
+            "`attention`, such as mhla",
         )
     return attention
 
 
 def _check_backbone(key: str, backbone: str | None) -> None:
     if backbone is not None and backbone not in VIDEO_DIFFUSION:
-        raise UserError(f"{key} {backbone}: weights of Wan2.1 are for one of {', '.join(VIDEO_DIFFUSION)}")
+        raise UserError(
+            key, f"the backbone {backbone} takes no weights of Wan2.1; valid: {', '.join(VIDEO_DIFFUSION)}"
+        )
 
 
 def _check_heads(state: State, wish: Wish) -> None:
-    """Raises UserError for --heads that the norms, config.json, the width or --backbone-options
-    contradict.
+    """Check the requested heads against the norms, config.json, the width and the backbone's options.
+
+    Raises:
+        UserError: one of them contradicts the request.
     """
     if wish.heads is None:
         return
     told, dim = _told_heads(state, wish), len(state["patch_embedding.weight"])
     if told is not None and told[0] != wish.heads:
-        raise UserError(f"--heads {wish.heads}: {told[1]} {wish.source} are of {told[0]} heads")
+        raise UserError("heads", f"{wish.heads} contradicts {told[1]} {wish.source}, with {told[0]} heads")
     if dim % (2 * wish.heads):
         raise UserError(
-            f"--heads {wish.heads}: so many do not divide the {dim} channels of {wish.source} into even heads"
+            "heads", f"{wish.heads} heads of even size do not fit the {dim} channels of {wish.source}"
         )
     if wish.options.get("num_heads", wish.heads) != wish.heads:
         raise UserError(
-            f"--heads {wish.heads}: --backbone-options say num_heads: {wish.options['num_heads']}; "
-            "give one of the two"
+            "heads",
+            f"{wish.heads} contradicts `backbone_options`, with num_heads: {wish.options['num_heads']}; "
+            "give one of the two",
         )
 
 
 def _told_heads(state: State, wish: Wish) -> tuple[object, str] | None:
-    """Heads by the width of a norm per head, or by config.json; and what says so, in words."""
+    """Return the heads that a norm per head or config.json shows, and their origin in words."""
     norm = next((len(value) for name, value in state.items() if name.endswith(".attn.out_norm.weight")), None)
     if norm is not None:
-        return len(state["patch_embedding.weight"]) // norm, "the norms in"
+        return len(state["patch_embedding.weight"]) // norm, "the norms of"
     config = wish.config.get("num_heads", wish.config.get("num_attention_heads"))
-    return None if config is None else (config, "by its config.json the weights in")
+    return None if config is None else (config, "the config.json of")
 
 
 def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
-    """The config, unless its width or depth is that of another model."""
+    """Return the config, or an empty one if its width or depth belongs to another model."""
     width = config.get("dim", config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
     return (
         config if (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth) else {}
@@ -163,8 +171,10 @@ def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[
 
 
 def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Sizes. A backbone that the command names has its own; weights of another size are refused then, when
-    the tensors are compared.
+    """Return the sizes of the backbone.
+
+    A backbone that the request names keeps its own sizes; weights of another size are refused later, when the
+    tensors are compared.
     """
     if wish.backbone is not None:
         return {"num_heads": wish.heads} if wish.heads is not None else {}
@@ -175,8 +185,9 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
     out_channels = len(state["head.head.weight"]) // math.prod(patch_size)
     if out_channels != channels:
         raise UserError(
-            f"{wish.source} takes {channels} channels and gives {out_channels}: only text-to-video "
-            "models have a place here"
+            wish.source,
+            f"this model takes {channels} channels and returns {out_channels}; only text-to-video models "
+            "are supported",
         )
     sizes = {
         "patch_size": patch_size,
@@ -192,13 +203,11 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
 
 
 def _heads(state: State, wish: Wish) -> int:
-    """As the command says, as the width of a norm per head says, as config.json says, or as the public
-    models of that width have.
-    """
+    """Return the requested heads, or those of a norm per head, of config.json, or of the public model."""
     told = _told_heads(state, wish)
     heads = wish.heads or (_public(state)[1] if told is None else told[0])
     if not isinstance(heads, int):
-        raise UserError(f"{wish.source} does not tell its number of attention heads; give --heads N")
+        raise UserError("heads", f"{wish.source} does not show its number of attention heads; give it")
     return heads
 
 
@@ -207,8 +216,10 @@ def _public(state: State) -> tuple[str, int | None]:
 
 
 def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
-    """Tensors of every layer's self-attention, by their names in it, and `cpe.*` of its block. Raises
-    UserError for a block that is left out.
+    """Return the tensors of every layer's self-attention by their names in it, and `cpe.*` of its block.
+
+    Raises:
+        UserError: a block is missing.
     """
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -221,14 +232,14 @@ def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
                 layer[name.removeprefix(block[0])] = value
     missing = next((number for number in range(len(found)) if number not in found), None)
     if missing is not None:
-        raise UserError(f"{source} is not whole: it has blocks.{max(found)} and no blocks.{missing}")
+        raise UserError(
+            source, f"this checkpoint is incomplete: it has blocks.{max(found)} and no blocks.{missing}"
+        )
     return [found[number] for number in range(len(found))]
 
 
 def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
-    """The attention entry that a layer was trained with. Mixing values stay as they are in training too
-    (SPEC V8).
-    """
+    """Return the attention entry that a layer was trained with; training leaves mixing free (SPEC V8)."""
     mixing = layer.get(_MIXING)
     convolutions = (f"{kind}{layer[name].shape[-1]}" for kind, name in _CONVOLUTIONS.items() if name in layer)
     found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}
@@ -246,26 +257,31 @@ def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
 
 
 def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
-    """Blocks per axis: as asked for, or the release's."""
+    """Return the blocks per axis: those requested, or the release's."""
     layout = wish.layout or _LAYOUTS.get(blocks)
     if layout is None:
         hint = "7 3 5" if blocks == 105 else "T H W"
         raise UserError(
-            f"{wish.source} mixes {blocks} blocks in layer {number}, which can lie in several ways; "
-            f"give --layout {hint}"
+            "layout",
+            f"{wish.source} mixes {blocks} blocks in layer {number}, which several layouts give; name "
+            f"one, such as {hint}",
         )
     if math.prod(layout) != blocks:
         given = " x ".join(map(str, layout))
         raise UserError(
-            f"--layout {given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} "
-            f"mixes {blocks}"
+            "layout",
+            f"{given} is {math.prod(layout)} blocks, and layer {number} of {wish.source} mixes {blocks}",
         )
     return list(layout)
 
 
 def _with_layout(attention: Entry, layout: tuple[int, ...] | None, replaces: bool = False) -> Entry:
-    """--layout for the MHLA layers of an attention entry: for those that name no blocks themselves, or for
-    all where it `replaces`.
+    """Set the blocks of the MHLA layers of an attention entry.
+
+    Args:
+        attention: the entry.
+        layout: blocks per axis; None changes nothing.
+        replaces: whether layers that name their blocks change too.
     """
     if layout is None:
         return attention
@@ -274,7 +290,7 @@ def _with_layout(attention: Entry, layout: tuple[int, ...] | None, replaces: boo
     given = {"name": attention} if isinstance(attention, str) else dict(attention)
     if not _names_mhla(attention) or (not replaces and ("blocks" in given or "block_size" in given)):
         return attention
-    given.pop("block_size", None)  # says the same as blocks
+    given.pop("block_size", None)  # `blocks` replaces it
     return {**given, "blocks": list(layout)}
 
 
@@ -287,7 +303,7 @@ def _names_mhla(attention: Entry) -> bool:
 
 
 def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that the registry's backbone has anyway."""
+    """Drop options that equal the defaults of the registered backbone."""
     defaults = default_options(backbone) if backbone in BACKBONES else {}
     return {
         key: value for key, value in options.items() if key not in defaults or not _same(defaults[key], value)

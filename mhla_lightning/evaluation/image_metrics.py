@@ -1,7 +1,7 @@
-"""How far generated images are from real ones, from features of a network: Frechet distance, inception score,
-precision and recall.
+"""Compare generated images with real ones by the features of a network.
 
-As in ADM's evaluator (Dhariwal & Nichol 2021, arXiv 2105.05233), in float64. Imports numpy and torch.
+Frechet distance, inception score, precision and recall, as in ADM's evaluator (Dhariwal & Nichol 2021, arXiv
+2105.05233), in float64. Imports numpy and torch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ROWS = 512  # features compared with all others at once
 
 
 @dataclass(frozen=True)
-class Features:
-    """What a network sees in N images.
+class ImageFeatures:
+    """The features of N images.
 
     Attributes:
-        pooled: (N, D), behind Frechet distance, precision and recall.
-        spatial: (N, S), a few channels of a feature map with their places, behind sFID.
-        probabilities: (N, K) of its classes.
+        pooled: (N, D), for Frechet distance, precision and recall.
+        spatial: (N, S), a few channels of a feature map at all positions, for sFID.
+        probabilities: (N, K) of the network's classes.
     """
 
     pooled: np.ndarray
@@ -35,37 +35,37 @@ class Features:
 
 
 class FeatureNetwork(Protocol):
-    """What turns images into features.
+    """A network that turns images into features.
 
     Attributes:
         name: shown above the table.
-        published: whether its numbers may be compared with other people's: they are called FID then, else FD.
+        published: whether its numbers compare with published ones; they are called FID then, else FD.
     """
 
     name: str
     published: bool
 
-    def __call__(self, images: np.ndarray) -> Features:
-        """images: uint8 (N, H, W, 3)."""
+    def __call__(self, images: np.ndarray) -> ImageFeatures:
+        """Return the features of images, uint8 (N, H, W, 3)."""
         ...
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (D,) and covariance (D, D) in float64."""
+    """A mean (D,) and a covariance (D, D) in float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     @classmethod
     def of(cls, features: np.ndarray) -> Gaussian:
-        """Of features (N, D), with N - 1 in the covariance.
+        """Fit features (N, D), with N - 1 in the covariance.
 
         Raises:
-            UserError: fewer than two of them.
+            UserError: fewer than two images.
         """
         if len(features) < 2:
-            raise UserError(f"a covariance needs at least 2 images, and there is {len(features)}")
+            raise UserError("features", f"{len(features)} image is not enough; a covariance needs at least 2")
         values = np.asarray(features, dtype=np.float64)
         mean = values.mean(0)
         centred = values - mean
@@ -73,11 +73,11 @@ class Gaussian:
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. 6).
+    """Return |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
-    With sigma = F F^T the trace of the root is the sum of the singular values of F1^T F2. Unlike the
-    eigenvalues of sigma1 sigma2, these lose no digits where a covariance is singular (fewer images than
-    features): nothing is drawn the root of after the product.
+    With sigma = F F^T, the trace of the root is the sum of the singular values of F1^T F2. These keep their
+    digits where a covariance is singular (fewer images than features). The eigenvalues of sigma1 sigma2 would
+    lose them in the square root.
 
     Args:
         mu1, mu2: (D,).
@@ -88,14 +88,15 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """
     means = [np.atleast_1d(np.asarray(mu, dtype=np.float64)) for mu in (mu1, mu2)]
     sigmas = [np.atleast_2d(np.asarray(sigma, dtype=np.float64)) for sigma in (sigma1, sigma2)]
-    for mu, sigma in zip(means, sigmas, strict=True):
+    for number, (mu, sigma) in enumerate(zip(means, sigmas, strict=True), 1):
         if mu.shape != means[0].shape or sigma.shape != (len(means[0]), len(means[0])):
             raise UserError(
-                f"statistics of {means[0].shape} and {sigmas[0].shape} cannot be compared with "
-                f"{mu.shape} and {sigma.shape}"
+                f"mu{number}",
+                f"statistics of {mu.shape} and {sigma.shape} cannot be compared with {means[0].shape} and "
+                f"{sigmas[0].shape}",
             )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError("the features hold numbers that are not finite, and no distance can be computed")
+            raise UserError(f"mu{number}", "these statistics hold numbers that are not finite")
     one, other = (_factor(sigma) for sigma in sigmas)
     root = np.linalg.svd(one.T @ other, compute_uv=False).sum() if min(one.shape[1], other.shape[1]) else 0.0
     distance = np.square(means[0] - means[1]).sum() + np.trace(sigmas[0]) + np.trace(sigmas[1]) - 2 * root
@@ -103,8 +104,9 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """F (D, rank) with F F^T = sigma. Eigenvalues that are rounding noise are left out: their roots would
-    be 1e-8 of the largest, and many.
+    """Return F (D, rank) with F F^T = sigma.
+
+    Eigenvalues that are rounding noise are dropped: there are many, with roots of 1e-8 of the largest.
     """
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
@@ -112,10 +114,11 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
 
 
 def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
-    """exp of the mean KL(p(y|x) || p(y)), mean over splits of `split` images in their order (Salimans et al.
-    2016; splits as in ADM).
+    """Return exp of the mean KL(p(y|x) || p(y)), averaged over splits (Salimans et al. 2016).
 
-    probabilities: (N, K), rows that sum to 1.
+    Args:
+        probabilities: (N, K), rows that sum to 1.
+        split: images in a split, taken in their order, as in ADM.
     """
     scores = []
     for first in range(0, len(probabilities), split):
@@ -128,25 +131,26 @@ def inception_score(probabilities: np.ndarray, split: int = SPLIT) -> float:
 def precision_recall(
     features_real: np.ndarray, features_fake: np.ndarray, k: int = 3, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """(share of fake images inside the real manifold, share of real images inside the fake one) (Kynkaanniemi
-    et al. 2019).
+    """Return precision and recall of generated images (Kynkaanniemi et al. 2019).
 
-    A manifold is the union of balls around its features that reach to their k-th neighbour. Distances are
-    exact: equal images have distance 0.
+    Precision is the share of fake images inside the manifold of the real ones, recall the share of real
+    images inside that of the fake ones. A manifold is the union of balls around its features that reach to
+    their k-th neighbour. Distances are exact: equal images have distance 0.
 
     Args:
-        features_real, features_fake: (N, D) and (M, D).
+        features_real: (N, D).
+        features_fake: (M, D).
         k: neighbours.
-        device: where distances are computed, a block of rows at a time; without float64 there, on the CPU.
+        device: where distances are computed; the CPU for a device without float64.
 
     Raises:
-        UserError: too few images to have a k-th neighbour.
+        UserError: no more than k images on one side.
     """
     fewest = min(len(features_real), len(features_fake))
     if fewest <= k:
+        few = "features_real" if len(features_real) == fewest else "features_fake"
         raise UserError(
-            f"precision and recall look at {k} neighbours and need more than {k} images on either "
-            f"side; here are {fewest}"
+            few, f"{fewest} images are too few; precision and recall with {k} neighbours need more than {k}"
         )
     place = torch.device(device) if torch.device(device).type != "mps" else torch.device("cpu")
     real, fake = (
@@ -157,12 +161,12 @@ def precision_recall(
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
-    """(N,) distance to the k-th neighbour; the nearest of all is the point itself."""
+    """Return the distances (N,) to the k-th neighbour; the nearest of all is the point itself."""
     return torch.cat([_distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(_ROWS)])
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of `points` that lie in at least one ball."""
+    """Return the share of `points` that are inside at least one ball."""
     return (
         torch.cat([(_distances(rows, centres) <= radii).any(1) for rows in points.split(_ROWS)])
         .double()
@@ -177,12 +181,14 @@ def _distances(rows: Tensor, points: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images.
+    """The statistics of real images.
 
     Attributes:
         name: shown above the table.
-        pooled, spatial: their statistics; spatial may be missing in a reference file.
-        features: (N, D) pooled features, None where only statistics are known: no precision and recall then.
+        pooled: of the pooled features.
+        spatial: of the spatial features; None where a reference file has none.
+        features: (N, D) pooled features; None where only statistics are known, and then without precision and
+            recall.
     """
 
     name: str
@@ -191,19 +197,25 @@ class Reference:
     features: np.ndarray | None
 
     @classmethod
-    def of(cls, name: str, features: Features) -> Reference:
-        """Of the features of real images."""
+    def of(cls, name: str, features: ImageFeatures) -> Reference:
+        """Compute the statistics from the features of real images."""
         return cls(name, Gaussian.of(features.pooled), Gaussian.of(features.spatial), features.pooled)
 
 
 def image_metrics(
-    fake: Features, reference: Reference, published: bool, device: torch.device | str = "cpu"
+    fake: ImageFeatures, reference: Reference, published: bool, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """All numbers of generated images.
+    """Compute all numbers of generated images.
+
+    Args:
+        fake: features of the generated images.
+        reference: of the real images.
+        published: whether the network is the one of published numbers.
+        device: where distances for precision and recall are computed.
 
     Returns:
-        fid, sfid and inception_score, or fd, sfd and class_score where the network is not the one that papers
-        use; precision and recall. What the reference cannot give is left out.
+        fid, sfid and inception_score, or fd, sfd and class_score if the network is not the published one;
+        precision and recall. Numbers that the reference does not support are left out.
     """
     distance, spatial, score = (
         ("fid", "sfid", "inception_score") if published else ("fd", "sfd", "class_score")

@@ -1,4 +1,7 @@
-"""Images to look at: sample files and reference files in ADM's layout, and shards. Nothing is unpickled."""
+"""Read images to evaluate: sample files, reference files in ADM's layout, and shards.
+
+Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -20,64 +23,61 @@ from mhla_lightning.errors import DataError
 from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Gaussian, Reference
 
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-_PIXELS = Augmentation(
-    crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-)  # of validation: resized and cropped to the middle, nothing else
+# As for validation: resized and cropped to the middle, nothing else.
+_PIXELS = Augmentation(crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 _BATCH = 64
 
 
 def read_npz(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of these names that an npz file holds.
+    """Read those of the named arrays that an npz file holds.
 
     Raises:
-        DataError: it cannot be read, or holds Python objects.
+        DataError: the file cannot be read, or holds Python objects.
     """
     try:
-        with open(path, "rb") as file:  # numpy leaves a damaged file open
+        with open(path, "rb") as file:  # numpy would leave a damaged file open
             if not is_zipfile(file):
                 raise ValueError("it is no zip file")
             file.seek(0)
             arrays = np.load(file, allow_pickle=False)
             return {name: arrays[name] for name in names if name in arrays.files}
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
+        raise DataError(path, "there is no such file") from error
     except (OSError, ValueError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path} is no npz file of arrays that can be read ({reason})") from error
+        raise DataError(path, f"this is no readable npz file of arrays ({reason})") from error
 
 
 def read_samples(path: str) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of a sample file (arr_0).
+    """Read the images of a sample file (arr_0): uint8 (N, H, W, 3).
 
     Raises:
-        DataError: no such images in it.
+        DataError: the file holds no such images.
     """
     found = read_npz(path, ("arr_0",))
     if "arr_0" not in found:
         raise DataError(
-            f"{path} holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as 'mhla "
-            "sample' writes them"
+            path, "holds no arr_0; samples are uint8 (N, H, W, 3) under that name, as mhla sample writes them"
         )
     return _checked(found["arr_0"], path)
 
 
 def _checked(images: np.ndarray, path: str) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise DataError(f"arr_0 of {path} is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)")
+        raise DataError(path, f"arr_0 is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)")
     return images
 
 
 def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
-    """Statistics of real images from one of ADM's reference files, or from images in an npz file or in
-    shards.
+    """Read statistics of real images from a reference file of ADM, an npz file of images, or shards.
 
     Args:
-        path: REF.npz, or a folder or address of shards (its val split where it has several).
-        network: what looks at them.
-        size: (height, width) to which images of shards are resized and cropped: that of the samples.
+        path: REF.npz, or a folder or address of shards (the val split if there are several).
+        network: computes the features.
+        size: (height, width) of the samples, to which images of shards are resized and cropped.
 
     Raises:
-        DataError: neither of these; statistics without images for a network that did not make them.
+        DataError: none of these, or statistics without images for a network that did not make them.
     """
     if not path.endswith(".npz"):
         images, name = read_shards(path, size)
@@ -93,8 +93,10 @@ def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) ->
     if "arr_0" not in found:
         needed = "arr_0 (images)" if not network.published else "arr_0 (images) or mu and sigma"
         raise DataError(
-            f"{path} holds {', '.join(found) or 'none of the arrays of a reference'}; with features "
-            f"of {network.name} it must hold {needed}"
+            path,
+            f"holds {', '.join(found) or 'none of the arrays of a reference'}; for features of "
+            f"{network.name} it "
+            f"must hold {needed}",
         )
     return Reference.of(name, network(_checked(found["arr_0"], path)))
 
@@ -103,15 +105,18 @@ def _gaussian(found: dict[str, np.ndarray], mean: str, covariance: str, path: st
     mu, sigma = found[mean], found[covariance]
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise DataError(
-            f"{path}: {mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are "
-            "no mean and covariance"
+            path,
+            f"{mean} {mu.dtype} {mu.shape} and {covariance} {sigma.dtype} {sigma.shape} are no mean and "
+            "covariance",
         )
     return Gaussian(mu, sigma)
 
 
 def read_shards(path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """Images uint8 (N, *size, 3) of a split of shards, and what it is called; the val split where there are
-    several.
+    """Read the images of a split of shards, the val split if there are several.
+
+    Returns:
+        images uint8 (N, *size, 3), and the name of the split.
 
     Raises:
         DataError: no shards of images.
@@ -125,10 +130,10 @@ def read_shards(path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
 
 
 def validation_images(data: ImageDataModule) -> np.ndarray:
-    """Images uint8 (N, H, W, 3) of a data module's val split, as it resizes and crops them.
+    """Read the val split of a data module, resized and cropped as for validation: uint8 (N, H, W, 3).
 
     Raises:
-        UserError: no val split.
+        UserError: there is no val split.
     """
     augmentation = Augmentation(
         crop_pct=data.augmentation.crop_pct,

@@ -1,5 +1,6 @@
-"""lm-evaluation-harness on our language models: likelihoods, perplexity of long texts, generation with the
-state.
+"""Run lm-evaluation-harness on our language models.
+
+It measures likelihoods, the perplexity of long texts, and generation with the model's state.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise UserError(missing_extra("lm_eval", "lm_eval", "mhla eval lm")) from error
+    raise UserError(None, missing_extra("lm_eval", "lm_eval", "mhla eval lm")) from error
 
 PAPER_TASKS = (
     "wikitext",
@@ -38,7 +39,7 @@ PAPER_TASKS = (
     "boolq",
     "mmlu",
 )
-"""The paper's zero-shot table of language models (SPEC 5.2)."""
+"""Tasks of the paper's zero-shot table of language models (SPEC 5.2)."""
 
 _DEFAULT_NEW_TOKENS = 256  # the harness's own
 _GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -49,17 +50,17 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class HarnessLM(TemplateLM):
-    """A CausalLM behind the harness's interface.
+    """A CausalLM with the interface of the harness.
 
     Args:
         backbone: a CausalLM in eval mode.
-        tokenizer: its tokenizer; the end of a document stands before what has no context.
-        max_length: tokens that the model sees at once, at least 2; longer contexts lose their beginning.
+        tokenizer: its tokenizer; a text without context starts after the end-of-document token.
+        max_length: tokens in the model at once, at least 2; a longer context loses its beginning.
         batch_size: rows in the model at once.
-        seed: of tasks that sample.
+        seed: for tasks that sample.
 
     Raises:
-        UserError: a tokenizer without an end of a document.
+        UserError: the tokenizer has no end-of-document token.
     """
 
     def __init__(
@@ -68,16 +69,12 @@ class HarnessLM(TemplateLM):
         super().__init__()
         if tokenizer.end is None:
             raise UserError(
-                f"the tokenizer {tokenizer.name} has no end of a document, and the harness needs it "
-                "where a text has no context"
+                "tokenizer",
+                f"{tokenizer.name} has no end-of-document token, which the harness needs for a text "
+                "without context",
             )
-        self.backbone, self.text_tokenizer, self.max_length, self.batch_size, self.seed = (
-            backbone,
-            tokenizer,
-            max_length,
-            batch_size,
-            seed,
-        )
+        self.backbone, self.text_tokenizer = backbone, tokenizer
+        self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         self._end = tokenizer.end
         self._device = next(backbone.parameters()).device
 
@@ -86,20 +83,22 @@ class HarnessLM(TemplateLM):
         return self._end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; our tokenizers add no special tokens."""
+        """Return token ids; our tokenizers add no special tokens."""
         return self.text_tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        # TemplateLM's abstract method; it has no public name (lm_eval 0.4).
         results = self.score([(context, continuation) for _, context, continuation in requests])
         for (pair, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log likelihood of whole texts, in windows of `max_length` of which each token is predicted
-        once.
+        """Return the log likelihood of whole texts.
+
+        A text is cut into windows of `max_length` tokens, and each token is predicted once.
         """
         windows, owners = [], []
         for number, request in enumerate(requests):
@@ -116,37 +115,44 @@ class HarnessLM(TemplateLM):
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """(sum of log p of the continuation, whether greedy decoding would give it) of each (context,
-        continuation) in tokens.
+        """Score continuations after their contexts, both as token ids.
 
-        Pairs of the same tokens but the last (the letters of a multiple choice) share one row.
+        Pairs that differ in their last token only (the letters of a multiple choice) share one row.
+
+        Returns:
+            for each pair, the sum of log p of the continuation, and whether greedy decoding would produce it.
+
+        Raises:
+            UserError: an empty context, or a continuation longer than `max_length`.
         """
         rows: dict[tuple[int, ...], list[int]] = {}
         for number, (context, continuation) in enumerate(pairs):
             if not context or len(continuation) > self.max_length:
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens does not fit behind its context "
-                    f"in the {self.max_length} of the model"
+                    "pairs",
+                    f"a continuation of {len(continuation)} tokens after {len(context)} of context does "
+                    "not fit the "
+                    f"{self.max_length} tokens of the model",
                 )
             rows.setdefault(tuple([*context, *continuation][-(self.max_length + 1) :][:-1]), []).append(
                 number
             )
         results: dict[int, tuple[float, bool]] = {}
-        ordered = sorted(
-            rows, key=len, reverse=True
-        )  # like lengths together, and a batch that is too large for memory fails first
+        # Similar lengths share a batch, and a batch that is too large for memory fails first.
+        ordered = sorted(rows, key=len, reverse=True)
         for first in range(0, len(ordered), self.batch_size):
             batch = ordered[first : first + self.batch_size]
             tokens, _ = pad(batch, "right", self._device)
-            logits = self.backbone(tokens)  # no mask: no token sees what stands right of it
+            logits = self.backbone(tokens)  # needs no mask: the padding comes after all real tokens
             for row, sequence in enumerate(batch):
                 for number in rows[sequence]:
                     results[number] = _score(logits[row, : len(sequence)], pairs[number][1])
         return [results[number] for number in range(len(pairs))]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of `until`, the end of a document, or max_gen_toks; greedy unless
-        the task samples.
+        """Continue texts up to a string of `until`, the end of a document, or max_gen_toks.
+
+        Decoding is greedy unless the task samples.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -165,7 +171,7 @@ class HarnessLM(TemplateLM):
         given: dict[str, Any] = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
         unknown = sorted(given.keys() - _GENERATION_KEYS)
         if unknown:
-            raise UserError(unknown_name("generation_kwargs key", unknown[0], _GENERATION_KEYS))
+            raise UserError("generation_kwargs", unknown_name("key", unknown[0], _GENERATION_KEYS))
         new = min(given["max_gen_toks"], self.max_length - 1)
         prompts = [
             maybe_truncate(self.tok_encode(context), new, self.max_length, verbose=False)[0]
@@ -194,13 +200,17 @@ class HarnessLM(TemplateLM):
 
 
 def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """logits: (tokens, V) of context and continuation without its last token."""
+    """Score one continuation.
+
+    Args:
+        logits: (tokens, V) of the context and the continuation without its last token.
+        continuation: token ids.
+    """
     if not continuation:
         return 0.0, True
     target = torch.tensor(continuation, device=logits.device)
-    logits = logits[
-        -len(continuation) :
-    ].float()  # bfloat16 has 8 bits, too few for differences between answers
+    # bfloat16 has 8 bits, too few for differences between answers.
+    logits = logits[-len(continuation) :].float()
     likelihood = (
         logits.log_softmax(-1)
         .gather(-1, target[:, None])
@@ -210,11 +220,14 @@ def _score(logits: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
 
 
 def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskManager, list[Any]]:
-    """The harness's tasks and groups of these names, `paper` for the paper's nine, with their data; and what
-    else knows them.
+    """Load tasks and groups of the harness with their data.
 
     Args:
-        include: a folder of further task files.
+        names: of tasks or groups; `paper` means the paper's nine.
+        include: a folder of further task files; None means none.
+
+    Returns:
+        the manager that knows all tasks, and the loaded tasks and groups.
 
     Raises:
         UserError: an unknown name, or data that cannot be fetched.
@@ -223,16 +236,16 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
     wanted = [task for name in names for task in (PAPER_TASKS if name == "paper" else (name,))]
     for name in wanted:
         if name not in manager.task_index:
-            raise UserError(unknown_name("task", name, near(name, manager.all_tasks)))
+            raise UserError("tasks", unknown_name("task", name, similar_names(name, manager.all_tasks)))
     loaded: list[Any] = []
     for name in dict.fromkeys(wanted):
         log.info("loading %s", name)
         try:
             found = manager.load([name])
-        except Exception as error:  # noqa: BLE001  of datasets, its builders and the network
+        except Exception as error:  # noqa: BLE001  datasets, its builders and the network raise errors of any type
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise UserError(
-                f"the data of the task {name} cannot be loaded ({type(error).__name__}: {reason})"
+                "tasks", f"the data of {name} cannot be loaded ({type(error).__name__}: {reason})"
             ) from error
         loaded += (
             [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
@@ -240,8 +253,8 @@ def load_tasks(names: Iterable[str], include: str | None = None) -> tuple[TaskMa
     return manager, loaded
 
 
-def near(name: str, names: Iterable[str], limit: int = 8) -> list[str]:
-    """The names that begin like `name`; the harness has thousands."""
+def similar_names(name: str, names: Iterable[str], limit: int = 8) -> list[str]:
+    """Return up to `limit` names that begin like `name`, since the harness has thousands."""
     known = list(names)
     return next(
         (
@@ -253,7 +266,7 @@ def near(name: str, names: Iterable[str], limit: int = 8) -> list[str]:
     )
 
 
-def evaluate(
+def run_harness(
     model: HarnessLM,
     tasks: Sequence[Any],
     manager: TaskManager,
@@ -261,10 +274,13 @@ def evaluate(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """task or group -> {metric: value, `samples`: count} as the harness computes them.
+    """Run tasks and return {task or group: {metric: value, `samples`: count}}.
 
-    limit: samples of each task, below 1 a share. num_fewshot: examples before each question; None is the
-        task's own.
+    Args:
+        model: the model.
+        tasks: of :func:`load_tasks`; so is `manager`.
+        limit: samples of each task; below 1, a share of them; None means all.
+        num_fewshot: examples before each question; None means the task's own number.
     """
     found = simple_evaluate(
         model=model,

@@ -1,4 +1,4 @@
-"""The networks that look at images for image_metrics: Inception as in ADM, or a classifier of ours."""
+"""The networks behind image_metrics: Inception as in ADM, or a classifier run of ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.transforms import eval_transform
 from mhla_lightning.errors import UserError, missing_extra
-from mhla_lightning.evaluation.image_metrics import FeatureNetwork, Features
+from mhla_lightning.evaluation.image_metrics import FeatureNetwork, ImageFeatures
 from mhla_lightning.inference.rebuilding import rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
@@ -27,21 +27,30 @@ _BATCH = 64
 _SPATIAL_CHANNELS = 7  # as in ADM's sFID
 
 
-def open_network(name: str, runs: str | None = None, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """`inception`, or a classifier run by id or folder, loaded.
+def open_network(
+    features: str, runs: str | None = None, device: torch.device | str = "cpu"
+) -> FeatureNetwork:
+    """Load a feature network.
+
+    Args:
+        features: `inception`, or a classifier run by id or folder.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        device: of the network.
 
     Raises:
-        UserError: no such run, no classifier, no package or no weights.
+        UserError: no such run, no classifier, no package, or no weights.
     """
-    return Inception(device) if name == INCEPTION else OwnFeatures(find_classifier(name, runs), device)
+    if features == INCEPTION:
+        return Inception(device)
+    return OwnFeatures(find_classifier(features, runs), device)
 
 
 class Inception:
-    """The Inception of published FIDs, by torch-fidelity: the TensorFlow graph's weights, resizing and
-    average pooling.
+    """The Inception network of published FIDs, by torch-fidelity.
 
-    sFID looks at the first 7 channels of `mixed_6/conv`, the inception score at the class logits without
-    their bias: both as in ADM's evaluator.
+    It has the weights, the resizing and the average pooling of the TensorFlow graph. sFID uses the first 7
+    channels of `mixed_6/conv`, the inception score the class logits without their bias, as in ADM's
+    evaluator.
 
     Raises:
         UserError: the package or the weights are missing; nothing is downloaded.
@@ -56,19 +65,21 @@ class Inception:
                 FeatureExtractorInceptionV3,
             )
         except ImportError as error:
-            raise UserError(missing_extra("torch-fidelity", "eval", "--features inception")) from error
+            raise UserError("features", missing_extra("torch-fidelity", "eval", "inception")) from error
         path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
         if not path.is_file():
             raise UserError(
-                f"--features inception needs Inception's weights at {path}: download "
-                f"{URL_INCEPTION_V3} to there, or name a classifier run"
+                "features",
+                f"inception needs its weights at {path}: download {URL_INCEPTION_V3} to there, or name a "
+                "classifier run",
             )
         try:
-            torch.load(
-                path, map_location="meta", weights_only=True
-            )  # torch-fidelity itself would unpickle anything
+            # torch-fidelity itself would unpickle anything.
+            torch.load(path, map_location="meta", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                str(path), f"this file holds no plain tensors ({str(error).splitlines()[0]})"
+            ) from error
         self._network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path)).to(
             device
         )
@@ -79,8 +90,12 @@ class Inception:
         self._seen = output[:, :_SPATIAL_CHANNELS]
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> Features:
-        """images: uint8 (N, H, W, 3) -> 2048 pooled and 7 x 17 x 17 spatial features, 1008 probabilities."""
+    def __call__(self, images: np.ndarray) -> ImageFeatures:
+        """Return 2048 pooled and 7 x 17 x 17 spatial features and 1008 probabilities of each image.
+
+        Args:
+            images: uint8 (N, H, W, 3).
+        """
         parts = []
         for first in range(0, len(images), _BATCH):
             batch = torch.from_numpy(images[first : first + _BATCH]).permute(0, 3, 1, 2).to(self._device)
@@ -95,7 +110,7 @@ class ClassifierRun(FoundRun):
 
     Attributes:
         task: built from recipe.yaml, without weights.
-        data: says how images are resized and normalised; no shards are opened.
+        data: defines how images are resized and normalised; no shards are opened.
     """
 
     task: ClassificationTask
@@ -103,18 +118,19 @@ class ClassifierRun(FoundRun):
 
     @property
     def sha256(self) -> str:
-        """Of the file of weights."""
+        """Return the hash of the file of weights."""
         with self.weights.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
-    """Finds a run and its newest checkpoint, the average where it has one, and builds the task without
-    weights.
+    """Find a run and its newest checkpoint, and build the task without weights.
+
+    Averaged weights are taken where the checkpoint has them.
 
     Args:
         run: id or folder.
-        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
 
     Raises:
         UserError: no such run, no checkpoint yet, or no image classifier.
@@ -128,14 +144,13 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
 
 
 class OwnFeatures:
-    """A classifier run of ours: what stands before its last layer, its last map of features, its
-    probabilities.
+    """A classifier run of ours: the input of its last layer, its last feature map, its probabilities.
 
-    Images of any size are resized, cropped and normalised as the run's own recipe does for validation.
-    Backbones of the registry's image classifiers have timm's methods `forward_features` and `forward_head`.
+    Images of any size are resized, cropped and normalised as in the run's validation. The registry's image
+    classifiers have timm's methods `forward_features` and `forward_head`.
 
     Raises:
-        UserError: weights of another model.
+        UserError: the weights belong to another model.
     """
 
     published = False
@@ -150,8 +165,8 @@ class OwnFeatures:
         self._backbone: Any = found.task.backbone.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> Features:
-        """images: uint8 (N, H, W, 3)."""
+    def __call__(self, images: np.ndarray) -> ImageFeatures:
+        """Return the features of images, uint8 (N, H, W, 3)."""
         parts = []
         for first in range(0, len(images), _BATCH):
             batch = torch.stack(
@@ -174,13 +189,13 @@ class OwnFeatures:
 
 
 def channels_last(maps: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H W C): the order of TensorFlow, in which ADM's files keep spatial statistics."""
+    """Flatten (N, C, H, W) to (N, H W C), TensorFlow's order, which ADM's files use."""
     return maps.permute(0, 2, 3, 1).flatten(1)
 
 
-def _features(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Features:
-    """From (pooled, spatial, logits) of every batch."""
+def _features(parts: list[tuple[Tensor, Tensor, Tensor]]) -> ImageFeatures:
+    """Join (pooled, spatial, logits) of all batches."""
     pooled, spatial, logits = (
         torch.cat([part[column].float().cpu() for part in parts]) for column in range(3)
     )
-    return Features(pooled.numpy(), spatial.numpy(), logits.double().softmax(-1).numpy())
+    return ImageFeatures(pooled.numpy(), spatial.numpy(), logits.double().softmax(-1).numpy())

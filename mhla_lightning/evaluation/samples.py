@@ -1,12 +1,13 @@
-"""Evaluation `samples`: what a classifier of ours says of the guided samples of an image diffusion run.
-Importing this imports no torch.
+"""The evaluation `samples`: a classifier of ours judges guided samples of an image diffusion run.
+
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.inference.diffusion.images import ImageRun
 
 _LAST_SEED = 2**32 - 1
@@ -23,22 +25,22 @@ _NEIGHBOURS = 3  # of precision and recall, which need more images than that
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is drawn and who looks at it.
+    """How samples are drawn, and the classifier that judges them.
 
     Attributes:
         classifier: a classifier run, by id or folder.
-        n: images, as many of every class.
-        guidance: scale of classifier-free guidance; 1 is none.
-        sampler: see diffusion.SAMPLERS; None is ddpm, for flow matching euler.
+        n: images, the same number of every class.
+        guidance: scale of classifier-free guidance; 1 means none.
+        sampler: name in diffusion.SAMPLERS; None means ddpm, for flow matching euler.
         steps: of the sampler.
         seed: of the noise.
-        reference: REF.npz or shards to compare with; None is the val split of the run's data.
-        batch_size: images at once.
+        reference: REF.npz or shards of real images; None means the val split of the run's data.
+        batch_size: images drawn at once.
         ema: take averaged weights where the run has them.
-        device: auto is the GPU where there is one.
+        device: auto means the GPU where there is one.
 
     Raises:
-        UserError: a value of another kind or outside its range.
+        UserError: a value of another type or outside its range; the key is the option.
     """
 
     classifier: str
@@ -57,26 +59,28 @@ class SampleOptions:
         for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+                raise UserError(name, f"{value!r} is not a whole number of at least {least}")
         if self.seed > _LAST_SEED:
-            raise UserError(f"seed is {self.seed}; a seed lies in 0 to {_LAST_SEED}")
+            raise UserError("seed", f"{self.seed} is too large; a seed is between 0 and {_LAST_SEED}")
         for name in ("classifier", "sampler", "reference", "device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name in ("sampler", "reference")):
-                raise UserError(f"{name} is {value!r}; it must be text")
+                raise UserError(name, f"{value!r} is no text")
         if (
             not isinstance(self.guidance, (int, float))
             or isinstance(self.guidance, bool)
             or not 0 <= self.guidance < float("inf")
         ):
-            raise UserError(f"guidance is {self.guidance!r}; it must be a number, at least 0")
+            raise UserError("guidance", f"{self.guidance!r} is not a finite number of at least 0")
         if not isinstance(self.ema, bool):
-            raise UserError(f"ema is {self.ema!r}; it must be true or false")
+            raise UserError("ema", f"{self.ema!r} is neither true nor false")
 
 
 def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What replaces options when they are carried out: the classifier's folder; and what stands for them when
-    results are kept: its weights.
+    """Replace the classifier's name by its folder, and identify it by its weights.
+
+    Returns:
+        values that replace options, and values that identify them in stored results.
 
     Raises:
         UserError: no such classifier run.
@@ -88,11 +92,16 @@ def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any
 
 
 def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
-    """Refuses what cannot be measured, before anything is trained or drawn.
+    """Check that this run can be measured, before anything is trained or drawn.
+
+    Args:
+        options: of the evaluation.
+        task: of the run, without weights.
+        data: the run's data module.
 
     Raises:
         UserError: no image diffusion model, a sampler for another process, other classes than the
-            classifier's, nothing to compare with.
+            classifier's, or nothing to compare with.
     """
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.diffusion import check_sampler, default_sampler
@@ -101,38 +110,42 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
 
     if not isinstance(task, ImageDiffusionTask):
         raise UserError(
-            f"evaluation 'samples' draws images, and {type(task).__name__} is no image diffusion "
-            "model (ImageDiffusionTask)"
+            "eval",
+            f"samples draws images, and {type(task).__name__} is no image diffusion model "
+            "(ImageDiffusionTask)",
         )
     check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
     classes = find_classifier(options.classifier).task.num_classes
     if classes != task.num_classes:
         raise UserError(
-            f"the classifier {options.classifier} has {classes} classes and the diffusion model "
-            f"{task.num_classes}; they must be the same"
+            "classifier",
+            f"{options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they "
+            "must be equal",
         )
     if options.n % classes:
         raise UserError(
-            f"n is {options.n}; for as many images of each of {classes} classes take "
-            f"{-(-options.n // classes) * classes}"
+            "n",
+            f"{options.n} images are no multiple of the {classes} classes; take "
+            f"{-(-options.n // classes) * classes}",
         )
     if options.reference is None and not isinstance(data, ImageDataModule):
         raise UserError(
-            "the run's data hold latents, no images to compare with; name some with reference: "
-            "REF.npz or a folder of image shards"
+            "reference",
+            "the run's data hold latents and no images to compare with; name REF.npz or a folder of "
+            "image shards",
         )
 
 
 def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
-    """Draws class-balanced samples and compares them with real images, on the features of the classifier.
+    """Draw samples of all classes and compare them with real images by the classifier's features.
 
     Returns:
-        agreement: share of samples whose likeliest class is the one that was asked for.
+        agreement: share of samples whose likeliest class is the requested one.
         fd, sfd, class_score, precision, recall: see image_metrics.image_metrics.
-        images_per_second: of sampling, weights loaded.
+        images_per_second: of sampling, without loading the weights.
 
     Raises:
-        UserError: see check_samples; a reference that cannot be read.
+        UserError: see :func:`check_samples`; a reference that cannot be read.
     """
     from mhla_lightning.evaluation.image_metrics import image_metrics
     from mhla_lightning.evaluation.networks import OwnFeatures, find_classifier
@@ -153,7 +166,7 @@ def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
 def _draw(
     found: ImageRun, options: SampleOptions, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Images uint8 (n, H, W, 3), labels (n,), seconds."""
+    """Return images uint8 (n, H, W, 3), labels (n,), and seconds."""
     import numpy as np
 
     from mhla_lightning.diffusion import Guidance, default_sampler
@@ -178,5 +191,5 @@ def _reference(found: ImageRun, options: SampleOptions, network: Any, size: tupl
 
     if options.reference is not None:
         return read_reference(options.reference, network, size)
-    # # check_samples has refused latents
-    return Reference.of("val", network(validation_images(found.data)))  # type: ignore[arg-type]
+    images = validation_images(cast("ImageDataModule", found.data))  # check_samples has refused latents
+    return Reference.of("val", network(images))

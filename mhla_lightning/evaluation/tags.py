@@ -1,13 +1,14 @@
-"""Which way a metric is better."""
+"""Whether a metric is better high or low."""
 
 from __future__ import annotations
 
-from mhla_lightning.evaluation import EVALUATIONS
+from mhla_lightning.evaluation.registry import EVALUATIONS
 
 
 def higher_is_better(tag: str) -> bool:
-    """Accuracies (top1, top5, accuracy) are best high, and what an evaluation says of its own numbers;
-    everything else low.
+    """Return whether a high value of this TensorBoard tag is good.
+
+    True for accuracies (top1, top5, accuracy) and for the numbers that an evaluation lists in `higher`.
     """
     name, _, number = tag.rpartition("/")
     return (

@@ -1,7 +1,7 @@
-"""VBench (arXiv 2311.17982): the folder that it expects, and the call of its package. Imports no torch.
+"""Prepare a folder for VBench (arXiv 2311.17982) and call its package. Imports no torch.
 
-The package pins numpy below 2 and an old transformers, so that it lives in an environment of its own more
-often than in ours: it is called in a process of the interpreter that has it.
+The package needs numpy below 2 and an old transformers, so it often has an environment of its own. It is
+called in a process of the interpreter that has it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mhla_lightning.evaluation import vbench_call
 from mhla_lightning.runs.folder import read_json, write_json
 
 PER_PROMPT = 5
-"""Videos of each prompt that VBench looks for."""
+"""Videos of each prompt that VBench expects."""
 
 ANY_PROMPT = (
     "subject_consistency",
@@ -31,7 +31,7 @@ ANY_PROMPT = (
     "aesthetic_quality",
     "imaging_quality",
 )
-"""Dimensions that need no prompts of VBench's own."""
+"""Dimensions that VBench measures on any prompts."""
 
 DIMENSIONS = (
     *ANY_PROMPT,
@@ -47,14 +47,14 @@ DIMENSIONS = (
     "overall_consistency",
 )
 INSTALL = (
-    "pip install vbench, in an environment of its own because it needs numpy below 2, and name that with "
-    "--python .../bin/python"
+    "pip install vbench in an environment of its own, because it needs numpy below 2, and name its "
+    "interpreter in `python`"
 )
 
 VIDEOS, RESULTS = "videos", "results"
-"""Folders in the one that is prepared."""
+"""Subfolders of the prepared folder."""
 
-_LIST = "prepared.json"  # names of the videos that were put there: no other file is ever removed
+_LIST = "prepared.json"  # names of our videos in the folder; no other file is ever removed
 _LONGEST = 255  # bytes of a file's name
 _NAME = "vbench"
 _WHERE = (
@@ -68,7 +68,7 @@ class Package:
     """An installed VBench.
 
     Attributes:
-        python: the interpreter that has it.
+        python: its interpreter.
         folder: of the package.
     """
 
@@ -76,19 +76,24 @@ class Package:
     folder: Path
 
     def prompts(self) -> list[str]:
-        """Its prompts, each once.
+        """Return VBench's prompts, each once.
 
         Raises:
             UserError: the package holds no list of them.
         """
         listed = read_json(self.folder / "VBench_full_info.json")
         if not isinstance(listed, list):
-            raise UserError(f"{self.folder} holds no VBench_full_info.json; install vbench 0.1.5 or newer")
+            raise UserError(
+                str(self.folder), "this package holds no VBench_full_info.json; install vbench 0.1.5 or newer"
+            )
         return list(dict.fromkeys(str(entry["prompt_en"]) for entry in listed))
 
 
 def find_package(python: str | None = None) -> Package | None:
-    """VBench of an interpreter, None is ours; None where it is not installed.
+    """Find VBench in an interpreter; None where it is not installed.
+
+    Args:
+        python: path of the interpreter; None means ours.
 
     Raises:
         UserError: no such interpreter.
@@ -97,38 +102,39 @@ def find_package(python: str | None = None) -> Package | None:
     try:
         asked = subprocess.run([python, "-c", _WHERE], capture_output=True, text=True, check=False, cwd="/")
     except OSError as error:
-        raise UserError(f"--python {python} cannot be started: {error.strerror}") from error
+        raise UserError("python", f"{python} cannot be started ({error.strerror})") from error
     if asked.returncode:
-        raise UserError(f"--python {python} is no Python interpreter (exit code {asked.returncode})")
+        raise UserError("python", f"{python} is no Python interpreter (exit code {asked.returncode})")
     folder = asked.stdout.strip()
     return Package(python, Path(folder)) if folder else None
 
 
 def sampled_videos(folder: Path) -> list[tuple[Path, str]]:
-    """Files and prompts of a folder of `mhla sample`, in its order.
+    """Return files and prompts of a folder of `mhla sample`, in its order.
 
     Raises:
-        UserError: no samples.json, a name in it that leaves the folder, or a file that is not there.
+        UserError: no samples.json, a name in it outside the folder, or a missing file.
     """
     listed = read_json(folder / "samples.json")
     if not isinstance(listed, dict) or not listed.get("videos"):
         raise UserError(
-            f"{folder} holds no samples.json with videos; give a run, or a folder that mhla sample has filled"
+            str(folder),
+            "holds no samples.json with videos; give a run, or a folder that mhla sample has filled",
         )
     found = []
     for entry in listed["videos"]:
         name = str(entry["file"])
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / 'samples.json'} names {name}, which is no video in that folder")
+            raise UserError(str(folder / "samples.json"), f"names {name}, which is no video in that folder")
         found.append((folder / name, str(entry["prompt"])))
     return found
 
 
 def video_names(prompts: Iterable[str]) -> list[str]:
-    """What VBench calls videos of these prompts: PROMPT-INDEX.mp4, with an index from 0 for each prompt.
+    """Return VBench's names of videos: PROMPT-INDEX.mp4, with an index from 0 for each prompt.
 
     Raises:
-        UserError: a prompt that cannot be a file's name.
+        UserError: a prompt that cannot be a file name.
     """
     counts: dict[str, int] = {}
     names = []
@@ -143,64 +149,67 @@ def video_names(prompts: Iterable[str]) -> list[str]:
             or len(name.encode()) > _LONGEST
         ):
             raise UserError(
-                f"the prompt {prompt[:80]!r} cannot be a file's name, which VBench needs: no '/', no "
-                "'.' in front, at most 248 bytes"
+                "prompts",
+                f"{prompt[:80]!r} cannot be a file name, which VBench needs: no '/', no '.' in front, at "
+                "most 248 bytes",
             )
         names.append(name)
     return names
 
 
 def check_target(to: Path) -> set[str]:
-    """Whether :func:`lay_out` can use a folder, which need not be there yet; nothing is made or changed.
+    """Check that :func:`lay_out` can use a folder; nothing is made or changed.
+
+    Args:
+        to: the folder, which may not exist yet.
 
     Returns:
-        names of the videos in it that an earlier call put there.
+        names of the videos in it that an earlier call wrote.
 
     Raises:
-        UserError: a file where a folder is needed, no right to write, or a file in TO/videos that no earlier
-            call put there.
+        UserError: a file in the place of a folder, no right to write, or a file in TO/videos that no earlier
+            call wrote.
     """
     for wanted in (to, to / VIDEOS, to / RESULTS):
         there = next(
             path for path in (wanted.absolute(), *wanted.absolute().parents) if os.path.lexists(path)
         )
         if not there.is_dir():
-            raise UserError(f"--to {to} cannot be used: {there} is no folder")
+            raise UserError("to", f"{to} cannot be used, because {there} is no folder")
         if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"--to {to} cannot be used: no right to read and write in {there}")
+            raise UserError("to", f"{to} cannot be used: no right to read and write in {there}")
     held = read_json(to / _LIST)
     listed = held.get("videos") if isinstance(held, dict) else None
     if os.path.lexists(to / _LIST) and not isinstance(listed, list):
-        raise UserError(
-            f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder with --to"
-        )
+        raise UserError("to", f"{to} holds a {_LIST} that mhla did not write; name an empty or a new folder")
     written = {name for name in listed or [] if isinstance(name, str)}
     try:
         found = sorted((to / VIDEOS).iterdir()) if (to / VIDEOS).is_dir() else []
     except OSError as error:  # a name that is too long
-        raise UserError(f"--to {to} cannot be used: {error.strerror}") from error
+        raise UserError("to", f"{to} cannot be used ({error.strerror})") from error
     for path in found:
         if path.name not in written or not path.is_file():
             raise UserError(
-                f"{to / VIDEOS} holds {path.name}, which mhla did not put there; name an empty or a "
-                "new folder with --to"
+                "to",
+                f"{to / VIDEOS} holds {path.name}, which mhla did not write; name an empty or a new folder",
             )
-    return {path.name for path in found}  # of files in that folder: whatever the list says, no name leaves it
+    return {path.name for path in found}  # from the folder, since a name in the list could point outside
 
 
 def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
-    """Puts videos into TO/videos as VBench names them (:func:`video_names`), in place of those of an earlier
-    call; nothing else is removed.
+    """Put videos into TO/videos under VBench's names (:func:`video_names`).
+
+    They replace the videos of an earlier call; no other file is removed.
 
     Args:
         videos: files and their prompts.
-        to: the folder; hard links where the file system has them, else copies.
+        to: the folder; it gets hard links where the file system has them, else copies.
 
     Returns:
         names, in the order of the videos.
 
     Raises:
-        UserError: a prompt that cannot be a file's name; a folder that :func:`check_target` refuses, or that
+        UserError: a prompt that cannot be a file name, or a folder that :func:`check_target` refuses or that
             cannot be written.
     """
     videos = list(videos)
@@ -209,9 +218,8 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
     folder = to / VIDEOS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            to / _LIST, {"videos": sorted(earlier.union(names))}
-        )  # first: a call that is stopped leaves no video that the next does not know
+        # Written first, so that a call that is stopped leaves no video that the next call does not know.
+        write_json(to / _LIST, {"videos": sorted(earlier.union(names))})
         for name in earlier:
             (folder / name).unlink()
         for name, (file, _) in zip(names, videos, strict=True):
@@ -220,32 +228,43 @@ def lay_out(videos: Iterable[tuple[Path, str]], to: Path) -> list[str]:
             except OSError:  # another file system, or one without links
                 shutil.copyfile(file, folder / name)
     except OSError as error:
-        raise UserError(f"--to {to} cannot be written: {error.strerror}") from error
+        raise UserError("to", f"{to} cannot be written ({error.strerror})") from error
     return names
 
 
-def check_dimensions(names: Sequence[str], standard: bool) -> None:
-    """Raises UserError for an unknown dimension, or for one that needs VBench's own prompts where others
-    were given.
+def check_dimensions(dimensions: Sequence[str], standard: bool) -> None:
+    """Check names of dimensions.
+
+    Args:
+        dimensions: their names.
+        standard: whether the videos show VBench's own prompts.
+
+    Raises:
+        UserError: an unknown dimension, or one that needs VBench's own prompts.
     """
-    for name in names:
+    for name in dimensions:
         if name not in DIMENSIONS:
-            raise UserError(unknown_name("dimension", name, DIMENSIONS))
+            raise UserError("dimensions", unknown_name("dimension", name, DIMENSIONS))
         if not standard and name not in ANY_PROMPT:
             raise UserError(
-                f"dimension '{name}' is measured on VBench's own prompts; on others: {', '.join(ANY_PROMPT)}"
+                "dimensions", f"'{name}' needs VBench's own prompts; on others: {', '.join(ANY_PROMPT)}"
             )
 
 
-def evaluate(
+def run_vbench(
     package: Package, videos: Path, output: Path, dimensions: Sequence[str], standard: bool, device: str
 ) -> dict[str, float]:
-    """Calls VBench. Its messages go to OUTPUT/vbench.log, its progress to stderr; it fetches its networks
-    where they are not in its cache.
+    """Call VBench; its messages go to OUTPUT/vbench.log and its progress to stderr.
+
+    VBench fetches networks that are not in its cache.
 
     Args:
+        package: the installed VBench.
         videos: the folder VIDEOS of :func:`lay_out`.
-        standard: the videos are of VBench's own prompts.
+        output: folder of the results.
+        dimensions: to measure.
+        standard: whether the videos show VBench's own prompts.
+        device: name of a torch device.
 
     Returns:
         dimension -> score.
@@ -273,6 +292,8 @@ def evaluate(
     found: Any = read_json(results)
     if done.returncode or not isinstance(found, dict):
         raise UserError(
-            f"VBench failed (exit code {done.returncode}); its last message stands above, the others in {log}"
+            str(log),
+            f"VBench failed (exit code {done.returncode}); its last message is above, the others in this "
+            "file",
         )
     return {name: float(value[0] if isinstance(value, list) else value) for name, value in found.items()}

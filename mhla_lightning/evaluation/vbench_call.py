@@ -1,16 +1,18 @@
-"""Runs in the interpreter that has VBench, which may be another than ours: standard library, torch and
-vbench alone, Python 3.8.
+"""Call VBench in the interpreter that has it, which may not be ours.
+
+Uses the standard library, torch and vbench alone, and runs on Python 3.8.
 """
 
 import json
 import sys
 
-sys.path.pop(0)  # this file's folder, where vbench.py is not the package
+sys.path.pop(0)  # the folder of this file, which holds another vbench.py
 
 
 def main():  # type: ignore[no-untyped-def]  # noqa: ANN201  Python 3.8 reads this
-    """argv[1]: JSON of videos, output, name, dimensions, mode and device; VBench writes
-    OUTPUT/NAME_eval_results.json.
+    """Measure videos; VBench writes OUTPUT/NAME_eval_results.json.
+
+    argv[1]: JSON with videos, output, name, dimensions, mode and device.
     """
     import torch
     import vbench

@@ -1,1 +1,1 @@
-"""A trained run put to use: find and rebuild it, continue text, draw images and videos."""
+"""Find and rebuild a trained run, continue text, draw images and videos."""

@@ -1,4 +1,4 @@
-"""A trained language model out of its run folder, without the data it was trained on."""
+"""Load a trained language model from its run folder, without its training data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LanguageRun(FoundRun):
 
     Attributes:
         task: built from recipe.yaml, without weights.
-        tokenizer: the one the run was trained with.
+        tokenizer: the tokenizer of the training data.
     """
 
     task: LanguageTask
@@ -37,7 +37,7 @@ class LanguageRun(FoundRun):
 
     @property
     def attention(self) -> str | Mapping[str, Any] | Sequence[Any]:
-        """The attention entry."""
+        """Return the attention entry of the recipe."""
         return self.task.attention
 
 
@@ -50,18 +50,18 @@ def find_language_run(
     tokenizer: str | None = None,
     extrapolation: str | None = None,
 ) -> LanguageRun:
-    """Finds a run, its checkpoint and its tokenizer, and builds the task without weights.
+    """Find a run, its checkpoint and its tokenizer, and build the task without weights.
 
     Args:
         run: id or folder.
-        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
-        ckpt: a step, or a checkpoint folder; None is the newest.
-        ema: take the average where the checkpoint has one.
-        tokenizer: instead of the run's own, as `open_tokenizer` takes it.
-        extrapolation: instead of the recipe's, in every layer that can.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        ckpt: a step or a checkpoint folder; None means the newest.
+        ema: take the averaged weights where the checkpoint has them.
+        tokenizer: replaces the run's own, in any form that `open_tokenizer` accepts; None keeps it.
+        extrapolation: replaces the recipe's value in every layer that has this option; None keeps it.
 
     Raises:
-        UserError: no such run or checkpoint, no language model, no tokenizer.
+        UserError: no such run or checkpoint, no language model, no tokenizer, or one with too many ids.
     """
     folder = find_run(run, runs_root(runs))
     weights = find_weights(folder, ckpt, ema)
@@ -69,8 +69,9 @@ def find_language_run(
     found = _tokenizer(folder, tokenizer)
     if found.vocabulary > task.vocab_size:
         raise UserError(
-            f"the tokenizer {found.name} has {found.vocabulary} ids, and the model of run "
-            f"{folder.run_id} has {task.vocab_size}"
+            "tokenizer",
+            f"{found.name} has {found.vocabulary} ids, and the model of run {folder.run_id} has "
+            f"{task.vocab_size}",
         )
     return LanguageRun(folder, weights, task, found)
 
@@ -78,10 +79,10 @@ def find_language_run(
 def load_model(
     found: LanguageRun, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CausalLM:
-    """The model in eval mode, on `device`.
+    """Build the model and load its weights, in eval mode, on `device`.
 
     Raises:
-        UserError: weights of another model.
+        UserError: the weights belong to another model.
     """
     found.task.configure_model()
     backbone = cast(CausalLM, found.task.backbone)
@@ -90,8 +91,10 @@ def load_model(
 
 
 def check_length(found: LanguageRun, tokens: int) -> None:
-    """Tries so many tokens on the model without weights. Raises UserError where an operator cannot take
-    them.
+    """Run `tokens` tokens through the model on the meta device, without weights.
+
+    Raises:
+        UserError: an operator cannot take that many tokens.
     """
     task = found.task
     with torch.device("meta"), torch.no_grad():
@@ -100,22 +103,23 @@ def check_length(found: LanguageRun, tokens: int) -> None:
 
 
 def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
-    """Puts into a run folder what is needed to read and write its text once the data are elsewhere: the
-    tokenizer's files and its name.
+    """Save the tokenizer's files and its name in a run folder.
+
+    Text can then be encoded and decoded after the training data have moved.
     """
     data.save_tokenizer(folder)
     write_json(folder / _NAME, {"format": FORMAT, "name": data.index().tokenizer})
 
 
 def keeps_tokenizer(run: RunFolder) -> bool:
-    """Whether :func:`kept_tokenizer` finds one."""
+    """Return whether :func:`kept_tokenizer` finds a tokenizer in this run folder."""
     return (read_json(run.path / _NAME) or {}).get("name") == "bytes" or (
         run.path / "tokenizer.json"
     ).is_file()
 
 
 def kept_tokenizer(run: RunFolder) -> Tokenizer:
-    """The tokenizer that `keep_tokenizer` put into a run folder.
+    """Open the tokenizer that :func:`keep_tokenizer` saved in a run folder.
 
     Raises:
         UserError: there is none.
@@ -125,31 +129,39 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
         return open_tokenizer(name)
     if (run.path / "tokenizer.json").is_file():
         return open_tokenizer(str(run.path))
-    made = f"its data were made with '{name}'" if name else "its data named none"
+    made = f"its data were made with '{name}'" if name else "its data name none"
     raise UserError(
-        f"run {run.run_id} keeps no tokenizer ({made}); name one with --tokenizer: bytes, a "
-        "tokenizer.json, or a Hugging Face name"
+        "tokenizer",
+        f"run {run.run_id} keeps none ({made}); give bytes, a tokenizer.json, or a Hugging Face name",
     )
 
 
 def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
-    """The run's own; another one is taken only where the run does not say what its own was."""
+    """Return the run's own tokenizer, or the named one if it agrees with the run's or the run names none."""
     if named is None:
         return kept_tokenizer(folder)
     found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")
     if own is not None and not same_tokenizer(found.name, own):
         raise UserError(
-            f"--tokenizer {named}: run {folder.run_id} was trained with {own}, whose ids mean other "
-            "text; leave it out"
+            "tokenizer",
+            f"{named} is not {own}, with which run {folder.run_id} was trained: its ids mean other text; "
+            "leave it out",
         )
     return found
 
 
 def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str, Any]]:
-    """An attention entry whose layers take longer text than they were made for, where they have a choice.
+    """Set the option `extrapolation` in all layers of an attention entry that have it.
+
+    Args:
+        attention: entry of one layer, or a list of them.
+        how: value of the option.
+
+    Returns:
+        one mapping for each layer of the entry.
 
     Raises:
-        UserError: no layer has.
+        UserError: no layer has the option.
     """
     entries = [attention] if isinstance(attention, (str, Mapping)) else attention
     layers = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in entries]
@@ -161,7 +173,8 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
     ]
     if not bounded:
         raise UserError(
-            f"--extrapolation {how}: the layers of this run take text of any length as they are; leave it out"
+            "extrapolation",
+            f"'{how}' changes nothing: all layers of this run take text of any length; leave it out",
         )
     for layer in bounded:
         layer["extrapolation"] = how
@@ -169,24 +182,26 @@ def extrapolated(attention: Entry | Sequence[Entry], how: str) -> list[dict[str,
 
 
 def find_task(folder: RunFolder, extrapolation: str | None = None) -> LanguageTask:
-    """The task of a run without weights, wherever its data are now. Raises UserError for no language
-    model.
+    """Build the task of a language run without weights; its training data may be gone.
+
+    Args:
+        folder: the run.
+        extrapolation: see :func:`find_language_run`.
+
+    Raises:
+        UserError: the run trains no language model.
     """
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         if (arguments.get("backbone_options") or {}).get("compile"):
-            arguments["backbone_options"] = {
-                **arguments["backbone_options"],
-                "compile": False,
-            }  # every new length would compile anew
+            # With compilation on, every new length would compile again.
+            arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}
         if extrapolation is not None:
             arguments["attention"] = extrapolated(arguments.get("attention", "mhla"), extrapolation)
         return arguments
 
-    data = {
-        "class_path": "mhla_lightning.data.TokenDataModule",
-        "init_args": {"path": "."},
-    }  # the tokenizer that its own names may be gone
+    # The run's own data section may name a tokenizer that no longer exists.
+    data = {"class_path": "mhla_lightning.data.TokenDataModule", "init_args": {"path": "."}}
     return cast(
         LanguageTask,
         rebuild(folder, LanguageTask, "generate and eval lm need a language model", change, data).task,

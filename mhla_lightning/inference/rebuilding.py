@@ -1,4 +1,4 @@
-"""The task and the data of a run out of its recipe.yaml, without weights and without opened shards."""
+"""Rebuild the task and the data of a run from recipe.yaml, without weights or shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
 Built = TypeVar("Built", bound=Task)
-_OURS = "mhla_lightning."  # a run folder may come from a stranger, and a class path is code
+# A run folder may come from an untrusted source, and a class path runs code: only our classes are built.
+_OURS = "mhla_lightning."
 
 
 def rebuild(
@@ -26,49 +27,49 @@ def rebuild(
     change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     data: dict[str, Any] | None = None,
 ) -> Resolved:
-    """What a run trained, with its trainer left out.
+    """Build the task and the data module of a run, without a trainer.
 
     Args:
-        kind: the task that it must be.
-        needed: what to say where it is another: "sampling needs ...".
-        change: from the task's arguments to those that are taken.
-        data: the recipe's data section; None is the run's own.
+        folder: the run.
+        kind: class that the task must have.
+        needed: reason for the error when the task has another class: "sampling needs ...".
+        change: maps the task's arguments to those that are used.
+        data: the recipe's data section; None means the run's own.
 
     Raises:
-        UserError: another task, or data of a class that is not ours.
+        UserError: the task has another class, or the data module is not ours.
     """
     values = read_yaml(folder.recipe)
     model, data = values["model"], data or values["data"]
     task = _class(str(model["class_path"]))
     if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
         raise UserError(
-            f"run {folder.run_id} trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})"
+            folder.run_id, f"trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})"
         )
-    gone = {
-        key: None for key in ("init_from", "distill") if key in model["init_args"]
-    }  # the run's own weights follow; these may not be there now
-    arguments = change({**model["init_args"], **gone})
+    # The run's own weights replace those of other files, which may not exist any more.
+    without_files = {key: None for key in ("init_from", "distill") if key in model["init_args"]}
+    arguments = change({**model["init_args"], **without_files})
     return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
 
 
 def trains(folder: RunFolder, kind: type[Task]) -> bool:
-    """Whether a run's task is of this kind."""
+    """Return whether a run's task is of this class."""
     task = _class(str(read_yaml(folder.recipe)["model"]["class_path"]))
     return task is not None and issubclass(task, kind)
 
 
 def _class(path: str) -> type | None:
-    """A class of ours; None for any other path."""
+    """Return a class of ours by its path; None for any other path."""
     module, _, name = path.rpartition(".")
     found = getattr(importlib.import_module(module), name, None) if module.startswith(_OURS) else None
     return found if isinstance(found, type) else None
 
 
 def load_backbone(task: Built, weights: Weights, device: torch.device | str) -> Built:
-    """The task with its weights, in eval mode, on `device`.
+    """Load weights into a task and return it in eval mode on `device`.
 
     Raises:
-        UserError: weights of another model.
+        UserError: the weights belong to another model.
     """
     task.configure_model()
     assert task.backbone is not None

@@ -1,4 +1,4 @@
-"""Trained weights out of a run folder: which checkpoint, averaged or as trained."""
+"""Find the trained weights of a run folder: one checkpoint, averaged or raw."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mhla_lightning.weights.stored import Stored, open_safetensors
 
 @dataclass(frozen=True)
 class Weights:
-    """What is loaded.
+    """The weights of one checkpoint.
 
     Attributes:
         checkpoint: a complete checkpoint folder.
-        averaged: whether the weights are the average (callbacks.EMA).
+        averaged: whether these are the averaged weights (callbacks.EMA).
     """
 
     checkpoint: Path
@@ -32,18 +32,18 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """The file that is loaded, or the folder where every rank wrote one."""
+        """Return the file of weights, or the folder if every rank wrote a file."""
         folder = self.checkpoint / (average.FOLDER if self.averaged else FOLDER)
         if holds_rank_files(folder):
             return folder
         return folder / average.WHOLE if self.averaged else self.checkpoint / FILE
 
     def files(self) -> list[Path]:
-        """The files that are loaded."""
+        """Return all files of these weights."""
         return sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
 
     def open(self) -> Stored:
-        """The backbone's tensors by its own names, on disk until they are asked for.
+        """Open the backbone's tensors by the backbone's names; each is read when it is used.
 
         Raises:
             UserError: damaged files.
@@ -57,33 +57,39 @@ class Weights:
         )
 
     def read(self) -> dict[str, Tensor]:
-        """The backbone's tensors by its own names. Raises UserError for damaged files."""
+        """Read the backbone's tensors by the backbone's names.
+
+        Raises:
+            UserError: damaged files.
+        """
         return dict(self.open())
 
     def load(self, backbone: nn.Module) -> None:
-        """Puts the weights into a backbone.
+        """Load the weights into a backbone.
 
         Raises:
-            UserError: weights of another model.
+            UserError: the weights belong to another model.
         """
         missing, unexpected = backbone.load_state_dict(self.read(), strict=False)
         own = backbone.state_dict()
-        missing = [name for name in missing if own[name].is_floating_point()]  # an average holds nothing else
+        # An average holds floating-point tensors only.
+        missing = [name for name in missing if own[name].is_floating_point()]
         if missing or unexpected:
             names = ", ".join([*missing, *unexpected][:4])
             raise UserError(
-                f"{self.path} does not fit the recipe beside it: {len(missing)} weights missing, "
-                f"{len(unexpected)} left over ({names})"
+                str(self.path),
+                f"does not fit the recipe beside it: {len(missing)} weights missing, {len(unexpected)} "
+                f"left over ({names})",
             )
 
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run that was found and checked; no weights are loaded yet.
+    """A run and its weights; both are checked, nothing is loaded.
 
     Attributes:
         run: the folder.
-        weights: of its newest checkpoint, or of the one that was asked for.
+        weights: of the newest checkpoint, or of the one that was requested.
     """
 
     run: RunFolder
@@ -91,16 +97,16 @@ class FoundRun:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint folder."""
+        """Return the checkpoint folder."""
         return self.weights.checkpoint
 
     @property
     def averaged(self) -> bool:
-        """Whether the weights are the average."""
+        """Return whether the weights are averaged."""
         return self.weights.averaged
 
     def identity(self) -> dict[str, Any]:
-        """Tells these weights from all others, without reading them."""
+        """Return facts that identify these weights without reading them."""
         facts = [file.stat() for file in self.weights.files()]
         file = f"{sum(fact.st_size for fact in facts)}-{max(fact.st_mtime_ns for fact in facts)}"
         return {
@@ -113,11 +119,12 @@ class FoundRun:
 
 
 def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
-    """Weights of a run.
+    """Find the weights of a run.
 
     Args:
-        ckpt: a step, or a checkpoint folder; None is the newest.
-        ema: take the average where the checkpoint has one.
+        folder: the run.
+        ckpt: a step or a checkpoint folder; None means the newest.
+        ema: take the averaged weights where the checkpoint has them.
 
     Raises:
         UserError: no such checkpoint, or one that cannot be read here.
@@ -126,8 +133,9 @@ def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
     averaged = ema and average.has_average(checkpoint)
     if not averaged and not (checkpoint / FILE).is_file():
         raise UserError(
-            f"{checkpoint} holds no {FILE} that can be read here"
-            + ("" if ema else "; leave out --no-ema to take the average")
+            str(checkpoint),
+            f"holds no {FILE} that can be read here"
+            + ("" if ema else "; ask for the averaged weights instead"),
         )
     return Weights(checkpoint, averaged)
 
@@ -135,25 +143,26 @@ def find_weights(folder: RunFolder, ckpt: str | None, ema: bool) -> Weights:
 def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:
     found = complete_checkpoints(folder.path)
     if ckpt is None:
-        if (
-            folder.path / "COMPLETE"
-        ).is_file():  # a checkpoint folder holds its recipe, and so may stand for its run
+        if (folder.path / "COMPLETE").is_file():  # a checkpoint folder holds a recipe and counts as a run
             return folder.path
         if not found:
-            raise UserError(f"run {folder.run_id} has no checkpoint yet")
+            raise UserError(folder.run_id, "has no checkpoint yet")
         return found[-1]
     path = folder.checkpoints / step_folder(int(ckpt)) if ckpt.isdecimal() else Path(ckpt)
     if not (path / "COMPLETE").is_file():
         steps = ", ".join(str(int(checkpoint.name.removeprefix("step-"))) for checkpoint in found) or "none"
-        raise UserError(f"--ckpt {ckpt} is no complete checkpoint; steps of run {folder.run_id}: {steps}")
+        raise UserError("ckpt", f"{ckpt} is no complete checkpoint; steps of run {folder.run_id}: {steps}")
     return path
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; else any name of torch's.
+    """Return a torch device by name.
+
+    Args:
+        name: `auto` for the GPU if there is one, else the CPU; or any device name of torch.
 
     Raises:
-        UserError: a device that this machine does not have.
+        UserError: this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,14 +171,15 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU "
-            "where there is one"
+            "device",
+            f"{name} cannot be used here ({str(error).splitlines()[0]}); auto takes the GPU where there "
+            "is one",
         ) from error
     return device
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of a device, used or not; of the CPU, the machine's."""
+    """Return the total memory of a device in bytes, used or not; for the CPU, of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

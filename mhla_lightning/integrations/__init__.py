@@ -1,1 +1,1 @@
-"""Classes that live in other libraries' worlds."""
+"""Our models as classes of other libraries."""

@@ -1,4 +1,4 @@
-"""Trained runs as models of other libraries."""
+"""Open trained runs as models of other libraries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from mhla_lightning.integrations.transformers import MHLAForCausalLM, wrap
 
 
 def to_hf(run: LanguageRun | str | Path) -> MHLAForCausalLM:
-    """A run (id, folder, or what `generation.loading.find_language_run` gave) as a model of transformers,
-    averaged weights where it has them.
+    """Return the language model of a run as a model of transformers.
+
+    Args:
+        run: id, folder, or the result of `inference.loading.find_language_run`; averaged weights are taken
+            where the run has them.
 
     Raises:
-        UserError: no such run, no language run, no checkpoint.
+        UserError: no such run, no language run, no checkpoint, or no tokenizer.
     """
     found = find_language_run(str(run)) if isinstance(run, (str, Path)) else run
     return wrap(load_model(found), found.attention, found.tokenizer.end)

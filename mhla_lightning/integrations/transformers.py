@@ -1,13 +1,17 @@
-"""The language model as a model of transformers: `import mhla_lightning.hf`, then AutoModelForCausalLM,
-generate, Trainer and PEFT know it.
+"""Offer the language model as a model of transformers.
 
-The cache that `generate` hands around is our state: of constant size but for softmax layers.
+After `import mhla_lightning.hf` the model works with AutoModelForCausalLM, generate, Trainer and PEFT. The
+cache of `generate` is our state, of constant size except for softmax layers.
+
+Underscored names below are transformers' extension points for custom models, as of version 5.23:
+`_is_stateful`, `_no_split_modules`, `_supports_default_dynamic_cache`, `_init_weights` and
+`_is_hf_initialized`. None of them has a public form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +30,11 @@ try:
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
-    raise UserError(missing_extra("transformers", "language", "mhla_lightning.hf")) from error
-
-if TYPE_CHECKING:
-    pass
+    raise UserError(None, missing_extra("transformers", "language", "mhla_lightning.hf")) from error
 
 
 class MHLALanguageConfig(PreTrainedConfig):
-    """What a CausalLM is built from; the fields are its arguments (`backbones/causal_lm.py`)."""
+    """The arguments of a CausalLM (`backbones/causal_lm.py`) as a config of transformers."""
 
     model_type = "mhla_language"
     attribute_map = {
@@ -60,7 +61,11 @@ class MHLALanguageConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def build(self) -> CausalLM:
-        """The model, with fresh weights. Raises UserError for sizes or an attention entry that do not fit."""
+        """Build the model with fresh weights.
+
+        Raises:
+            UserError: sizes or an attention entry that do not fit.
+        """
         options = CausalLMOptions(
             vocab_size=self.vocab_size,
             context=self.context,
@@ -76,11 +81,10 @@ class MHLALanguageConfig(PreTrainedConfig):
 
 
 class StateCache:
-    """Our state in the place of transformers' key-value cache, which holds tensors that grow along the
-    tokens.
+    """Our state in the place of transformers' cache of keys and values.
 
     Args:
-        state: behind the tokens so far.
+        state: after the tokens so far.
         tokens: columns of input_ids that it has seen, padding included.
     """
 
@@ -93,45 +97,50 @@ class StateCache:
         return self.tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: the sequences `beam_idx` go on."""
+        """Keep the sequences `beam_idx`, for beam search."""
         self.state = self.state.reorder(beam_idx)
 
 
 class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
-    """CausalLM behind the interface of transformers.
+    """CausalLM with the interface of transformers.
 
-    Padding may stand left or right of a prompt; after the prompt every token is real. Assisted generation
-    needs a cache that can be cut, and ours
-    cannot: transformers refuses it for stateful models.
+    A prompt may be padded on either side; after the prompt every token is real. Assisted generation needs a
+    cache that can be cut. Ours cannot, and transformers refuses stateful models.
 
     Args:
         config: see :class:`MHLALanguageConfig`.
-        backbone: a built model that fits the config, taken as it is; None builds one.
+        backbone: a built model that fits the config and is used as it is; None builds one.
     """
 
     config_class = MHLALanguageConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    _is_stateful = True
-    _no_split_modules = ["DecoderLayer"]
+    _is_stateful = True  # makes `generate` refuse assisted generation, which would cut the cache
+    _no_split_modules = ["DecoderLayer"]  # layers that device_map="auto" keeps on one device
 
     def __init__(self, config: MHLALanguageConfig, backbone: CausalLM | None = None) -> None:
         super().__init__(config)
         self.model = config.build() if backbone is None else backbone
-        if (
-            not self.model.head_weight.is_meta
-        ):  # from_pretrained builds on meta, and what its file lacks is not initialised
+        # post_init would initialise the model again. On meta, from_pretrained fills the weights later and
+        # must find those that its file lacks.
+        if not self.model.head_weight.is_meta:
             for module in self.model.modules():
                 cast(Any, module)._is_hf_initialized = True
         self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
+        """Tell `generate` not to make a DynamicCache: the first forward makes a StateCache."""
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Called for new embeddings (`resize_token_embeddings`) and for weights that a checkpoint lacks; a
-        CausalLM has initialised itself.
+        """Initialise new embeddings, and refuse a checkpoint that lacks other weights.
+
+        transformers calls this for `resize_token_embeddings` and for weights that a checkpoint lacks. A
+        CausalLM initialises itself when it is built.
+
+        Raises:
+            UserError: a checkpoint lacks weights of a module that has no standard initialisation.
         """
         if isinstance(module, (nn.Linear, nn.Embedding, RMSNorm)):
             super()._init_weights(module)
@@ -139,8 +148,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)
         ):
             raise UserError(
-                f"the checkpoint lacks weights of {type(module).__name__}, and this model cannot go "
-                "without them"
+                type(module).__name__, "the checkpoint lacks weights of this module; take a complete one"
             )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -165,18 +173,20 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits, the loss of `labels` (shifted here; -100 counts nowhere) and the cache.
+        """Return logits, the loss of `labels` and the cache.
 
         Args:
-            input_ids: (batch, tokens); behind a cache the new ones.
-            attention_mask: (batch, tokens), 1 = real token; behind a cache of all tokens or of the new ones.
-            past_key_values: what an earlier call gave.
-            labels: (batch, tokens).
-            use_cache: return the cache; None is the config's, and never while training.
-            logits_to_keep: logits of the last so many columns; 0 is all.
+            input_ids: (batch, tokens); with a cache, the new tokens only.
+            attention_mask: (batch, tokens), 1 for real tokens; with a cache, of all tokens or of the new
+                ones.
+            past_key_values: cache of an earlier call; None starts a new text.
+            labels: (batch, tokens), shifted here; -100 is ignored. None computes no loss.
+            use_cache: return the cache; None takes the config's value, and False in training.
+            logits_to_keep: number of last columns whose logits are returned; 0 means all.
+            return_dict: False returns a tuple; None means True.
 
         Raises:
-            UserError: padding behind a cache, labels with one.
+            UserError: padding or labels together with a cache.
         """
         keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         if use_cache is None:
@@ -186,10 +196,11 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             if mask is not None and not mask[:, -input_ids.shape[1] :].all():
                 raise UserError(
-                    "attention_mask pads tokens behind a cache; after the prompt every token must be real"
+                    "attention_mask",
+                    "pads tokens after the prompt; with `past_key_values` every token must be real",
                 )
             if labels is not None:
-                raise UserError("labels need the whole text in one call, without past_key_values")
+                raise UserError("labels", "need the whole text in one call, without `past_key_values`")
             logits, cache = self._continue(input_ids, cache)
         elif use_cache:
             last = logits_to_keep == 1
@@ -214,7 +225,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _padding(attention_mask: Tensor | None) -> Tensor | None:
-    """The bool mask of real tokens; None where all are."""
+    """Return the bool mask of real tokens; None if all are real."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
@@ -223,16 +234,16 @@ def _padding(attention_mask: Tensor | None) -> Tensor | None:
 def language_config(
     backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None
 ) -> MHLALanguageConfig:
-    """What a CausalLM was built from.
+    """Return the config of a CausalLM.
 
     Args:
         backbone: any CausalLM, with or without weights.
         attention: the entry it was built from.
-        end: the id that ends a document: eos and padding.
+        end: id of the end-of-document token, used for eos and for padding; None means none.
     """
     layer = cast(Any, backbone.layers[0])
     return MHLALanguageConfig(
-        attention=cast(Any, attention),  # mappings and sequences of YAML: plain dicts and lists
+        attention=cast(Any, attention),  # from YAML: plain dicts and lists
         vocab_size=backbone.vocab_size,
         context=backbone.grid[0],
         embed_dim=backbone.embed_dim,
@@ -250,8 +261,12 @@ def language_config(
 def wrap(
     backbone: CausalLM, attention: str | Mapping[str, Any] | Sequence[Any], end: int | None = None
 ) -> MHLAForCausalLM:
-    """A built CausalLM as a model of transformers, which shares its weights. Arguments as of
-    :func:`language_config`.
+    """Wrap a built CausalLM as a model of transformers that shares its weights.
+
+    Args:
+        backbone: any CausalLM, with or without weights.
+        attention: the entry it was built from.
+        end: id of the end-of-document token, used for eos and for padding; None means none.
     """
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
 

@@ -1,5 +1,8 @@
-"""Evaluates trained models: language runs with lm-evaluation-harness, sample files against real images,
-diffusion runs by a classifier, videos by VBench."""
+"""Evaluates trained models.
+
+Language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier,
+videos by VBench.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ SUBJECTS = {"lm": lm, "fid": fid, "samples": samples, "vbench": vbench}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla eval`."""
+    """Add the arguments of `mhla eval`."""
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, subject in SUBJECTS.items():
         added = subjects.add_parser(
@@ -27,6 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; the exit code. Raises UserError."""
+    """Run the verb and return the exit code."""
     check_json(args.json)
     return SUBJECTS[args.subject].run(args)

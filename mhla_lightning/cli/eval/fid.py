@@ -1,10 +1,9 @@
-"""Compares generated images with real ones: FID, sFID, inception score, precision and recall, as ADM's
-evaluator.
+"""Compares generated images with real ones: FID, sFID, inception score, precision and recall.
 
-SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla sample` writes them. REF is one of ADM's
-reference files, an npz file of images, or a folder of image shards (its val split). Features come from
-Inception (extra eval), or from a classifier run of yours; its distance is called FD, not
-FID, and compares only with others on the same features:
+The numbers are those of ADM's evaluator. SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla
+sample` writes them. REF is a reference file of ADM, an npz file of images, or a folder of image shards (its
+val split). Features come from Inception (extra eval), or from a classifier run of yours. The distance of a
+classifier is called FD, not FID, and compares only with distances on the same features:
   mhla eval fid SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz
   mhla eval fid SAMPLES.npz --reference data/mnist --features my_classifier
 """
@@ -21,7 +20,7 @@ HELP = "generated images against real ones: FID, sFID, IS, precision, recall"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla eval fid`."""
+    """Add the arguments of `mhla eval fid`."""
     parser.add_argument("samples", metavar="SAMPLES.npz", help="generated images")
     parser.add_argument(
         "--reference", metavar="REF", required=True, help="REF.npz, or a folder or address of image shards"
@@ -33,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inception, or a classifier run (default: %(default)s)",
     )
     parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+        "--runs", metavar="DIR", help="folder of all run folders (default: $MHLA_RUNS, else ./runs)"
     )
     parser.add_argument(
-        "--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps"
+        "--device", default="auto", help="auto (default: the GPU if there is one), cpu, cuda, cuda:1, mps"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     from mhla_lightning.evaluation.image_metrics import image_metrics
     from mhla_lightning.evaluation.images import read_reference, read_samples
     from mhla_lightning.evaluation.networks import open_network

@@ -1,4 +1,4 @@
-"""The table of numbers about generated images."""
+"""Print the numbers of generated images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADINGS = {
 
 
 def print_numbers(title: str, numbers: Mapping[str, float]) -> None:
-    """One line a number; those without a heading of their own keep their name."""
+    """Print one line for each number, under its heading or else its name."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

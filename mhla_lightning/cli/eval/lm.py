@@ -1,8 +1,8 @@
-"""Evaluates the language model of a run with lm-evaluation-harness: one table.
+"""Evaluates the language model of a run with lm-evaluation-harness and prints one table.
 
-TASKS are names of the harness, with commas; `paper` is the paper's nine (wikitext, lambada_openai,
-winogrande, piqa, arc_challenge, openbookqa,
-arc_easy, boolq, mmlu). Their data come from the Hugging Face hub, or from a task file of yours:
+TASKS are names of the harness, separated by commas. `paper` means the paper's nine: wikitext, lambada_openai,
+winogrande, piqa, arc_challenge, openbookqa, arc_easy, boolq and mmlu. Their data come from the Hugging Face
+hub, or from a task file of yours:
   mhla eval lm RUN --tasks paper --json results.json
   mhla eval lm RUN --tasks my_task --include tasks/ --limit 100
 """
@@ -21,15 +21,15 @@ HELP = "lm-evaluation-harness on a language run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla eval lm`."""
+    """Add the arguments of `mhla eval lm`."""
     add_run_arguments(parser)
-    parser.add_argument("--tasks", metavar="TASKS", required=True, help="names with commas, or paper")
+    parser.add_argument("--tasks", metavar="TASKS", required=True, help="names separated by commas, or paper")
     parser.add_argument("--include", metavar="DIR", help="folder of further task files (YAML)")
     parser.add_argument(
         "--limit",
         metavar="N",
         type=float,
-        help="samples of each task; below 1 a share of them (default: all)",
+        help="samples of each task; below 1, a share of them (default: all)",
     )
     parser.add_argument(
         "--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's own)"
@@ -41,35 +41,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         metavar="N",
         type=int,
-        help="tokens the model sees at once (default: those of a training row)",
+        help="tokens in the model at once (default: those of a training row)",
     )
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of examples and draws (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="of examples and random choices (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     demand_at_least_one(args, "batch_size")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
-        raise UserError("--tasks names no task; for example --tasks wikitext,lambada_openai or --tasks paper")
+        raise UserError("tasks", "names no task; write for example wikitext,lambada_openai or paper")
     if args.limit is not None and not args.limit > 0:
-        raise UserError(f"--limit is {args.limit:g}; it must be above 0")
+        raise UserError("limit", f"{args.limit:g} is not above 0")
     if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise UserError(f"--num-fewshot is {args.num_fewshot}; it must be at least 0")
+        raise UserError("num_fewshot", f"{args.num_fewshot} is too small; it must be at least 0")
     if args.include is not None and not Path(args.include).is_dir():
-        raise UserError(f"--include {args.include} is no folder")
+        raise UserError("include", f"{args.include} is no folder")
     found, device = find(args)
-    from mhla_lightning.evaluation.lm_harness import HarnessLM, evaluate, load_tasks
+    from mhla_lightning.evaluation.lm_harness import HarnessLM, load_tasks, run_harness
     from mhla_lightning.inference.loading import check_length
 
     max_length = args.max_length or found.task.context
     if max_length < 2:
-        raise UserError(f"--max-length is {max_length}; it must be at least 2")
+        raise UserError("max_length", f"{max_length} is too small; it must be at least 2")
     check_length(found, max_length)
     manager, tasks = load_tasks(names, args.include)
     model = HarnessLM(load(args, found, device), found.tokenizer, max_length, args.batch_size, args.seed)
     limit = int(args.limit) if args.limit is not None and args.limit >= 1 else args.limit
-    table = evaluate(model, tasks, manager, limit=limit, num_fewshot=args.num_fewshot)
+    table = run_harness(model, tasks, manager, limit=limit, num_fewshot=args.num_fewshot)
     _print(
         f"{found.run.run_id} {found.checkpoint.name}, {'averaged' if found.averaged else 'raw'} weights",
         table,

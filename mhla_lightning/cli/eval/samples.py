@@ -1,10 +1,10 @@
-"""Draws class-balanced, guided samples of an image diffusion run and lets a classifier run judge them.
+"""Draws guided samples of all classes of an image diffusion run and lets a classifier run judge them.
 
-Agreement is the share of samples whose likeliest class is the one asked for. FD (Frechet distance on the
-classifier's features) is against the validation images of the run's data: it compares runs of one data set by
-one classifier, and is no FID.
+Agreement is the share of samples whose likeliest class is the requested one. FD is the Frechet distance on
+the classifier's features to the validation images of the run's data. It compares runs on one data set by
+one classifier and is no FID.
   mhla eval samples RUN --classifier convnet_mnist --n 500 --guidance 3 --steps 50
-The numbers are kept in the run folder; the same command reads them.
+The numbers are kept in the run folder, and the same command reads them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HELP = "guided samples of a diffusion run, judged by a classifier run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla eval samples`."""
-    parser.add_argument("image_run", metavar="RUN", help="run id or run folder")
+    """Add the arguments of `mhla eval samples`."""
+    parser.add_argument("run", metavar="RUN", help="run id or run folder")
     parser.add_argument(
-        "--runs", metavar="DIR", help="where run folders live (default: $MHLA_RUNS, else ./runs)"
+        "--runs", metavar="DIR", help="folder of all run folders (default: $MHLA_RUNS, else ./runs)"
     )
     parser.add_argument(
         "--classifier",
@@ -34,41 +34,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run of an image classifier, e.g. of classification/convnet_mnist_cpu",
     )
     parser.add_argument(
-        "--n", type=int, default=500, help="images, as many of every class (default: %(default)s)"
+        "--n", type=int, default=500, help="images, the same number of every class (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance",
         type=float,
         default=1.5,
-        help="scale of classifier-free guidance; 1 is none (default: %(default)s)",
+        help="scale of classifier-free guidance; 1 means none (default: %(default)s)",
     )
     parser.add_argument(
         "--sampler", help="ddpm, ddim, dpm++ or euler (default: ddpm, for flow matching euler)"
     )
-    parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=250, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
         "--reference",
         metavar="REF",
         help="REF.npz or a folder of image shards (default: the val split of the run's data)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=50, metavar="N", help="images at once (default: %(default)s)"
+        "--batch-size", type=int, default=50, metavar="N", help="images drawn at once (default: %(default)s)"
     )
     parser.add_argument(
         "--no-ema",
         action="store_true",
-        help="the weights as trained (default: their average, where the run has one)",
+        help="take the weights as trained (default: their average, where the run has one)",
     )
     parser.add_argument(
-        "--device", default="auto", help="auto (default: the GPU where there is one), cpu, cuda, cuda:1, mps"
+        "--device", default="auto", help="auto (default: the GPU if there is one), cpu, cuda, cuda:1, mps"
     )
-    parser.add_argument("--fresh", action="store_true", help="measure again")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure again instead of reading the kept numbers"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carries out the verb; returns the exit code."""
-    folder = find_run(args.image_run, runs_root(args.runs))
+    """Run the verb and return the exit code."""
+    folder = find_run(args.run, runs_root(args.runs))
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(SampleOptions)

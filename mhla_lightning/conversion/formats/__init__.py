@@ -1,1 +1,1 @@
-"""What an exported folder holds, one file a format."""
+"""Export formats: the content of the written folder, one module per format."""

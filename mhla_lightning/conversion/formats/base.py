@@ -1,4 +1,4 @@
-"""What is exported, and what is written of it."""
+"""The input and the output of every export format."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from mhla_lightning.weights.streaming import FilePart
 from mhla_lightning.weights.target import Entry
 
 FOR_TORCH = {"format": "pt"}
-"""What transformers wants to read in the header of a .safetensors file."""
+"""Header of a .safetensors file that transformers requires."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What is exported.
+class TrainedModel:
+    """A model to export.
 
     Attributes:
         weights: by the backbone's own names.
-        backbone, attention, options: see backbones.build_backbone.
-        source: where the weights come from, in words.
-        end: the id that ends a document, of a language model's tokenizer.
-        files: of that tokenizer, by name.
-        pixels: how a classifier's images were prepared, by the keys of timm's pretrained_cfg.
+        backbone: name in the registry.
+        attention: attention entry.
+        options: of the backbone; see backbones.build_backbone.
+        source: origin of the weights, in words.
+        end: id of the end-of-document token of a language model; None means none.
+        files: the tokenizer's files, by name.
+        pixels: preprocessing of a classifier's images, by the keys of timm's pretrained_cfg.
     """
 
     weights: Mapping[str, Tensor]
@@ -41,13 +43,11 @@ class Trained:
     pixels: Mapping[str, Any] = field(default_factory=dict)
 
     def stored(self) -> Stored:
-        """The weights, to be read one at a time."""
+        """Return the weights, each of which is read when it is used."""
         return as_stored(self.weights)
 
     def facts(self) -> dict[str, Any]:
-        """What rebuilds the model: `mhla import` reads it, and so can
-        mhla_lightning.backbones.build_backbone.
-        """
+        """Return what `mhla import` and backbones.build_backbone need to rebuild the model."""
         model = {
             "backbone": self.backbone,
             "attention": self.attention,
@@ -58,17 +58,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written.
+    """The content of an export.
 
     Attributes:
-        file: name of the file of tensors in its folder.
+        file: name of the .safetensors file in its folder.
         parts: of that file.
         metadata: of its header.
-        config: of config.json.
-        shared: (name, shape) of what other people's model has too; of our own formats everything.
-        added: of what only MHLA has.
+        config: content of config.json.
+        shared: (name, shape) of tensors that the other library's model has too; for our own formats, of all.
+        added: (name, shape) of tensors that only MHLA has.
         files: further files of the folder, by name.
-        opened_by: Python that loads the folder, where other code than ours can; `DIR` stands for it.
+        opened_by: Python code that loads the folder, with `DIR` for its path; None where only ours can.
     """
 
     file: str
@@ -81,10 +81,10 @@ class Export:
     opened_by: str | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """See :func:`table_rows`."""
+        """Return the rows of a table: see :func:`mhla_lightning.conversion.foreign.table_rows`."""
         return table_rows({"shared": self.shared, "added": self.added})
 
 
 def shapes(parts: Sequence[FilePart]) -> Shapes:
-    """(name, shape) of all tensors."""
+    """Return (name, shape) of all tensors."""
     return [(name, tuple(value.shape)) for part in parts for name, value in part.outline.items()]

@@ -1,4 +1,4 @@
-"""Image classifiers as a folder of timm."""
+"""Export image classifiers as a folder of timm."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any, cast
 from torch import nn
 
 from mhla_lightning.backbones import VisionTransformer
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.weights.streaming import parts_of
 from mhla_lightning.weights.target import Entry
 
 
-def timm(trained: Trained, model: nn.Module) -> Export:
-    """What timm.create_model opens after `import mhla_lightning.backbones`, by `local-dir:` or by
-    architecture and model_args of its config.json.
+def timm(trained: TrainedModel, model: nn.Module) -> Export:
+    """Plan a folder that timm.create_model opens after `import mhla_lightning.backbones`.
+
+    It opens by `local-dir:`, or by architecture and model_args of its config.json.
     """
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
@@ -29,7 +30,7 @@ def timm(trained: Trained, model: nn.Module) -> Export:
     )
 
 
-def _config(trained: Trained, model: VisionTransformer) -> dict[str, Any]:
+def _config(trained: TrainedModel, model: VisionTransformer) -> dict[str, Any]:
     channels = model.patch_embed.proj.weight.shape[1]
     weights = {
         "input_size": [channels, *model.img_size],
@@ -47,9 +48,7 @@ def _config(trained: Trained, model: VisionTransformer) -> dict[str, Any]:
 
 
 def _operator(attention: Entry) -> str:
-    """The operator in the name of a timm model; of a hybrid its first layer's, and model_args say the
-    rest.
-    """
+    """Return the operator in the name of a timm model; for a hybrid, that of its first layer."""
     if isinstance(attention, str):
         return attention
     return str(attention["name"]) if isinstance(attention, Mapping) else _operator(attention[0])

@@ -1,4 +1,4 @@
-"""Language models as a folder of transformers."""
+"""Export language models as a folder of transformers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import cast
 from torch import nn
 
 from mhla_lightning.backbones import CausalLM
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.weights.streaming import parts_of
 
 
-def hf(trained: Trained, model: nn.Module) -> Export:
-    """What AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`, and the tokenizer's
-    files where there are any.
+def hf(trained: TrainedModel, model: nn.Module) -> Export:
+    """Plan a folder that AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`.
+
+    It holds the tokenizer's files, if there are any.
 
     Raises:
         UserError: transformers is not installed.

@@ -1,14 +1,14 @@
-"""Our own names, for model.init_from and for plain torch."""
+"""Export weights under our own names, for model.init_from and for plain torch."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.weights.streaming import parts_of
 
 
-def plain(trained: Trained, model: nn.Module) -> Export:
-    """A folder of weights and what rebuilds the model."""
+def plain(trained: TrainedModel, model: nn.Module) -> Export:
+    """Plan a folder of weights and of what rebuilds the model."""
     parts = parts_of(trained.stored())
     return Export("model.safetensors", parts, FOR_TORCH, trained.facts(), shapes(parts))

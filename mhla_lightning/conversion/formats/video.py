@@ -1,4 +1,4 @@
-"""Videos: the names and config.json of diffusers and of Wan2.1."""
+"""Export video models with the names and the config.json of diffusers or of Wan2.1."""
 
 from __future__ import annotations
 
@@ -9,34 +9,45 @@ from torch import nn
 
 from mhla_lightning.backbones import VideoDiT
 from mhla_lightning.backbones.video_dit import VideoBlock
-from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, Trained, shapes
+from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.conversion.wan import CONFIG
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.streaming import Rename, parts_of
 from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
 
 
-def diffusers(trained: Trained, model: nn.Module) -> Export:
-    """Key names and config of diffusers' WanTransformer3DModel; what MHLA adds stands beside them. Raises
-    UserError, see :func:`_export`.
+def diffusers(trained: TrainedModel, model: nn.Module) -> Export:
+    """Plan a folder with the names and config of diffusers' WanTransformer3DModel, and MHLA's tensors.
+
+    Raises:
+        UserError: see :func:`_export`.
     """
     return _export(trained, cast(VideoDiT, model), to_diffusers, _diffusers_config)
 
 
-def wan(trained: Trained, model: nn.Module) -> Export:
-    """Wan2.1's own names and those that the MHLA authors add. Raises UserError, see :func:`_export`."""
+def wan(trained: TrainedModel, model: nn.Module) -> Export:
+    """Plan a folder with the names of Wan2.1, and those that the MHLA authors add.
+
+    Raises:
+        UserError: see :func:`_export`.
+    """
     return _export(trained, cast(VideoDiT, model), to_wan, _wan_config)
 
 
 def _export(
-    trained: Trained, model: VideoDiT, rename: Rename, config: Callable[[VideoDiT], dict[str, Any]]
+    trained: TrainedModel, model: VideoDiT, rename: Rename, config: Callable[[VideoDiT], dict[str, Any]]
 ) -> Export:
-    """Raises UserError for a model without tensors that Wan2.1 has."""
+    """Rename the tensors and build the config.
+
+    Raises:
+        UserError: the model lacks tensors of Wan2.1.
+    """
     missing = [name for name in needed(len(model.blocks)) if name not in trained.weights]
     if missing:
         raise UserError(
-            f"Wan2.1 has {missing[0]}, and {trained.source} has none (qk_norm, qkv_bias of its "
-            "attention); take --format plain"
+            trained.source,
+            f"this model has no {missing[0]}, which Wan2.1 needs (qk_norm, qkv_bias of its attention); "
+            "take the format plain",
         )
     weights = trained.stored()
     shared, extra = (
@@ -52,7 +63,7 @@ def _export(
 
 
 def _diffusers_config(model: VideoDiT) -> dict[str, Any]:
-    """Arguments of diffusers' WanTransformer3DModel."""
+    """Return the arguments of diffusers' WanTransformer3DModel."""
     block = cast(VideoBlock, model.blocks[0])
     heads = block.attn.heads
     return {
@@ -76,7 +87,7 @@ def _diffusers_config(model: VideoDiT) -> dict[str, Any]:
 
 
 def _wan_config(model: VideoDiT) -> dict[str, Any]:
-    """The config.json of Wan2.1's own repository."""
+    """Return a config.json like that of Wan2.1's repository."""
     block = cast(VideoBlock, model.blocks[0])
     return {
         "_class_name": "WanModel",

@@ -1,1 +1,1 @@
-"""Images and videos drawn from trained diffusion models."""
+"""Draw images and videos with trained diffusion models."""

@@ -1,6 +1,4 @@
-"""Samples of a diffusion task, each from noise of its own: for images and videos, after training and
-during it.
-"""
+"""Draw samples of a diffusion task, each from its own noise, during training and after it."""
 
 from __future__ import annotations
 
@@ -12,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.diffusion import Guidance, guided, sample
+from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import generator
+from mhla_lightning.runs.folder import RunFolder
 
 Key = tuple[int | str, ...]
 
 
-class How(Protocol):
+class SamplerSettings(Protocol):
     """How samples are drawn: see diffusion.SAMPLERS and diffusion.Guidance."""
 
     @property
@@ -30,18 +30,39 @@ class How(Protocol):
     def guidance(self) -> Guidance: ...
 
 
+def check_guided_channels(run: RunFolder, guidance: Guidance, channels: int) -> None:
+    """Check that samples of `channels` channels have the channels that are guided.
+
+    Raises:
+        UserError: they have fewer.
+    """
+    if (guidance.channels or 0) > channels:
+        raise UserError(
+            "guidance.channels",
+            f"{guidance.channels} is too many; the samples of run {run.run_id} have {channels}",
+        )
+
+
 @torch.no_grad()
 def draw_samples(
-    task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key], how: How
+    task: Any,
+    condition: Tensor,
+    null: int | Tensor,
+    shape: Sequence[int],
+    keys: Sequence[Key],
+    settings: SamplerSettings,
 ) -> Tensor:
-    """Samples float32 (B, *shape) on the task's device; no generator of the process is used.
+    """Draw one sample for each key, float32 (B, *shape) on the task's device.
+
+    No random generator of the process is used.
 
     Args:
         task: tasks.diffusion.DiffusionTask with its weights.
-        condition: what the task is told of every sample, (B, ...).
-        null: the condition that says nothing, of one sample.
-        shape: of a sample.
-        keys: what the noise of every sample depends on; not on what else is drawn.
+        condition: condition of every sample, (B, ...).
+        null: the empty condition of one sample, for guidance.
+        shape: of one sample.
+        keys: random key of each sample; its noise depends on nothing else.
+        settings: sampler, steps and guidance.
     """
 
     def normal(*more: int | str) -> Tensor:
@@ -52,13 +73,13 @@ def draw_samples(
         task,
         condition.to(task.device),
         null.to(task.device) if isinstance(null, Tensor) else null,
-        how.guidance,
+        settings.guidance,
     )
     return sample(
         denoise,
         task.process,
-        sampler=how.sampler,
-        steps=how.steps,
+        sampler=settings.sampler,
+        steps=settings.steps,
         noise=normal(),
         step_noise=lambda step: normal("step", step),
     )

@@ -1,4 +1,4 @@
-"""Many images into a folder: by several processes, and from where it stopped when it was killed."""
+"""Draw many images into a folder with several processes; a stopped job continues."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ IMAGES = "samples.npz"
 
 @dataclass(frozen=True)
 class ImageJob:
-    """What to draw.
+    """Which images to draw.
 
     Attributes:
         found: the run.
         labels: class of image 0, 1, ...
-        drawing: how.
-        batch_size: images at once.
+        drawing: seed, sampler and guidance.
+        batch_size: images drawn at once.
     """
 
     found: ImageRun
@@ -43,7 +43,7 @@ class ImageJob:
     batch_size: int
 
     def settings(self) -> dict[str, Any]:
-        """All that the images depend on, as JSON gives it back."""
+        """Return everything that the images depend on, as JSON values."""
         return json.loads(
             json.dumps(
                 {
@@ -59,19 +59,23 @@ class ImageJob:
 def draw_images(
     job: ImageJob, folder: Path, processes: int, device: torch.device, on_batch: Callable[[int], Any]
 ) -> np.ndarray:
-    """Draws what `folder` does not hold yet and writes samples.npz there: arr_0 the images, arr_1 their
-    labels, as ADM's evaluation reads them.
+    """Draw the images that `folder` lacks and write samples.npz there.
+
+    samples.npz holds the images as arr_0 and their labels as arr_1, as ADM's evaluation reads them.
 
     Args:
-        processes: they share the cores; on several GPUs each takes its own in turn.
-        on_batch: called with how many images an earlier attempt has left, then with those of every batch that
-            is done.
+        job: the images.
+        folder: made where it does not exist.
+        processes: number of processes; they share the cores, and the GPUs if there are several.
+        device: where the images are drawn.
+        on_batch: called with the number of images that an earlier attempt has left, then with the number of
+            each finished batch.
 
     Returns:
         uint8 (images, H, W, 3)
 
     Raises:
-        UserError: what cannot be drawn, or a folder that holds other images.
+        UserError: settings that cannot be drawn, or a folder with other images.
     """
     check_drawing(job.found, job.labels, job.drawing)
     claim(folder, job.settings(), "images")

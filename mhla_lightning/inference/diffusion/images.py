@@ -1,4 +1,7 @@
-"""Images from a diffusion run: image i of a seed is the same in any batch and on any number of processes."""
+"""Draw images from a diffusion run; the seed and the number of an image determine it.
+
+It is the same image in any batch and with any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.latents import LatentDataModule
 from mhla_lightning.diffusion import Guidance, check_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
+from mhla_lightning.inference.diffusion.drawing import Key, check_guided_channels, draw_samples
 from mhla_lightning.inference.diffusion.parts import batches
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights
@@ -29,7 +32,7 @@ class ImageRun(FoundRun):
 
     Attributes:
         task: built from recipe.yaml, without weights.
-        data: what makes pixels of its samples; no shards are opened.
+        data: turns samples into pixels; no shards are opened.
     """
 
     task: ImageDiffusionTask
@@ -41,9 +44,10 @@ class Drawing:
     """How images are drawn.
 
     Attributes:
-        seed: with the number of an image it gives its noise.
-        sampler, steps: see diffusion.SAMPLERS.
-        guidance: scale of classifier-free guidance, on which channels and in which part of the time axis.
+        seed: the noise of an image depends on it and on the image's number.
+        sampler: name in diffusion.SAMPLERS.
+        steps: of the sampler.
+        guidance: scale of classifier-free guidance, its channels and its part of the time axis.
     """
 
     seed: int = 0
@@ -53,16 +57,16 @@ class Drawing:
 
 
 def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, ema: bool = True) -> ImageRun:
-    """Finds a run and its checkpoint, and builds the task without weights.
+    """Find a run and its checkpoint, and build the task without weights.
 
     Args:
         run: id or folder.
-        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
-        ckpt: a step, or a checkpoint folder; None is the newest.
-        ema: take the average where the checkpoint has one.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        ckpt: a step or a checkpoint folder; None means the newest.
+        ema: take the averaged weights where the checkpoint has them.
 
     Raises:
-        UserError: no such run or checkpoint, no image diffusion model.
+        UserError: no such run or checkpoint, or no image diffusion model.
     """
     folder = find_run(run, runs_root(runs))
     built = rebuild(folder, ImageDiffusionTask, "sampling images needs an image diffusion model")
@@ -75,10 +79,10 @@ def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, e
 
 
 def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask:
-    """The task with its weights, in eval mode, on `device`.
+    """Load the task's weights and return it in eval mode on `device`.
 
     Raises:
-        UserError: weights of another model.
+        UserError: the weights belong to another model.
     """
     return load_backbone(found.task, found.weights, device)
 
@@ -86,12 +90,14 @@ def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask
 def sample_images(
     found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], drawing: Drawing, batch_size: int = 64
 ) -> np.ndarray:
-    """Draws one image for each label.
+    """Draw one image for each label.
 
     Args:
-        task: of `found`, loaded.
+        found: the run.
+        task: its task with weights (:func:`load_task`).
         labels: class of image 0, 1, ...
-        batch_size: images at once. The same images come for any; the same bits for the same.
+        drawing: seed, sampler and guidance.
+        batch_size: images drawn at once. Any size gives the same images; the same size gives the same bits.
 
     Returns:
         uint8 (images, H, W, 3)
@@ -106,28 +112,36 @@ def sample_images(
 
 
 def check_drawing(found: ImageRun, labels: Sequence[int], drawing: Drawing) -> None:
-    """Raises UserError for what cannot be drawn."""
+    """Check that these images can be drawn.
+
+    Raises:
+        UserError: an unknown sampler or class, no labels, or more guided channels than the samples have.
+    """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     if not labels:
-        raise UserError("no image was asked for; give at least one class")
-    channels = found.task.sample_shape[0]
-    if (drawing.guidance.channels or 0) > channels:
-        raise UserError(
-            f"guidance of {drawing.guidance.channels} channels, and the samples of run "
-            f"{found.run.run_id} have {channels}"
-        )
+        raise UserError("labels", "there are none; give at least one class")
+    check_guided_channels(found.run, drawing.guidance, found.task.sample_shape[0])
     for label in labels:
         if not 0 <= label < found.task.num_classes:
             raise UserError(
+                "labels",
                 f"class {label} is unknown to run {found.run.run_id}; its classes are 0 to "
-                f"{found.task.num_classes - 1}"
+                f"{found.task.num_classes - 1}",
             )
 
 
 def draw_batch(
     found: ImageRun, task: ImageDiffusionTask, labels: Sequence[int], images: range, drawing: Drawing
 ) -> np.ndarray:
-    """uint8 (len(images), H, W, 3): the images of these numbers. task: loaded. labels: of all images."""
+    """Draw the images of these numbers: uint8 (len(images), H, W, 3).
+
+    Args:
+        found: the run.
+        task: its task with weights.
+        labels: class of every image of the job, not only of these.
+        images: numbers of the images.
+        drawing: seed, sampler and guidance.
+    """
     wanted = torch.tensor([labels[image] for image in images])
     keys: list[Key] = [(drawing.seed, "sample", image) for image in images]
     return (

@@ -1,5 +1,6 @@
-"""Many samples into a folder, batch by batch: by several processes, and from where they stopped when they
-were killed.
+"""Draw many samples into a folder batch by batch, with several processes.
+
+A job that was stopped continues with the batches that are missing.
 """
 
 from __future__ import annotations
@@ -22,48 +23,55 @@ from mhla_lightning.runs.folder import read_json, write_json
 SETTINGS, PARTS = "settings.json", "parts"
 
 Draw = Callable[[range], None]
-"""Draws the samples of these numbers and stores them, so that they are there as a whole or not at all."""
+"""Draws the samples of these numbers and stores the batch, either completely or not at all."""
 
 
 def batches(count: int, size: int) -> list[range]:
-    """Numbers of the samples of every batch."""
+    """Return the sample numbers of every batch."""
     return [range(first, min(count, first + size)) for first in range(0, count, size)]
 
 
 def part_file(folder: Path, batch: range) -> Path:
-    """Where a batch is kept, in `folder` of the samples."""
+    """Return the file of a batch in the job's folder."""
     return folder / PARTS / f"{batch.start:08d}.npy"
 
 
 def job_name(checkpoint: Path, settings: dict[str, Any]) -> str:
-    """`step-00001200-<8 hex of the settings>`: the same command finds the same folder."""
+    """Return `step-00001200-<8 hex of the settings>`, so that the same command finds the same folder."""
     return (
         f"{checkpoint.name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
     )
 
 
 def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
-    """Makes the folder for samples of these settings, all that they depend on, as JSON gives it back.
+    """Make the folder for samples of these settings, or check that it holds such samples.
 
     Args:
-        kind: what the samples are: "images".
+        folder: new, empty, or left by an earlier attempt.
+        settings: everything that the samples depend on, as JSON values.
+        kind: what the samples are, for messages: "images".
 
     Raises:
-        UserError: it holds others, or cannot be written.
+        UserError: the folder holds other samples or files, or cannot be written.
     """
     held = read_json(folder / SETTINGS)
     if held is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"{folder} holds something else than samples; name an empty or a new folder with --out"
+            str(folder), "this folder holds other files than samples; name an empty or a new folder"
         )
     if held is not None and held != settings:
         changed = ", ".join(key for key in {**settings, **held} if held.get(key) != settings.get(key))
-        raise UserError(f"{folder} holds {kind} drawn otherwise ({changed}); name another folder with --out")
+        raise UserError(
+            str(folder),
+            f"this folder holds {kind} drawn with other settings ({changed}); name another folder",
+        )
     try:
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another with --out") from error
+        raise UserError(
+            str(folder), f"this folder cannot be written ({error.strerror}); choose another"
+        ) from error
 
 
 def draw_parts(
@@ -73,13 +81,15 @@ def draw_parts(
     device: torch.device,
     on_batch: Callable[[int], Any],
 ) -> None:
-    """Draws batches, in this process or in several.
+    """Draw batches in this process or in several.
 
     Args:
-        make: loads what draws, on a device; with several processes it is sent to each and must be picklable.
-        missing: the batches.
-        processes: they share the cores; on several GPUs each takes its own in turn.
-        on_batch: called with how many samples of every batch are done.
+        make: loads the model on a device and returns the function that draws; with several processes it is
+            sent to each and must be picklable.
+        missing: the batches to draw.
+        processes: number of processes; they share the cores, and the GPUs if there are several.
+        device: where samples are drawn.
+        on_batch: called with the number of samples of each finished batch.
     """
     if not missing:
         return
@@ -110,14 +120,15 @@ def draw_parts(
 
 
 def _threads(processes: int) -> int:
-    """Of each process, a power of two: with others torch cuts tensors where its vectors do not end, and
-    the last bits differ.
+    """Return the threads of each process, a power of two.
+
+    With another number torch splits tensors within its vector width, and the last bits differ.
     """
     return 1 << (max(1, torch.get_num_threads() // processes).bit_length() - 1)
 
 
 _worker: dict[str, Draw] = {}
-"""What draws in a drawing process."""
+"""The function that draws, in a process of the pool."""
 
 
 def _begin(make: Callable[[torch.device], Draw], device: torch.device, threads: int, ranks: Any) -> None:
@@ -133,7 +144,7 @@ def _draw(batch: range) -> None:
 
 
 def write_npy(file: Path, array: np.ndarray) -> None:
-    """Writes an array as a whole or not at all; other processes may write the same file."""
+    """Write an array completely or not at all; other processes may write the same file."""
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
     with temporary.open("wb") as out:
         np.save(out, array)

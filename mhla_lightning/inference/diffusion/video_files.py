@@ -1,5 +1,6 @@
-"""Videos as files: H.264 in mp4, a contact sheet with captions, an animated GIF. Frames are uint8 (F, H,
-W, 3).
+"""Write videos as H.264 in mp4, as a contact sheet with captions, or as an animated GIF.
+
+Frames are uint8 (F, H, W, 3).
 """
 
 from __future__ import annotations
@@ -22,29 +23,31 @@ from mhla_lightning.errors import UserError, missing_extra
 COLUMNS = 8  # frames of a contact sheet's row
 _SIDE = 160  # the longer side of its pictures, about
 _GAP, _CAPTION = 4, 18
-_X264 = {
-    "crf": "16",
-    "preset": "medium",
-    "mbtree": "0",
-}  # x264's macroblock tree gives other bytes from one run to the next
-_SLUG = 40
+# Without x264's macroblock tree the same frames give the same bytes in every run.
+_X264 = {"crf": "16", "preset": "medium", "mbtree": "0"}
+_SLUG = 40  # characters
 
 
 def require_av() -> None:
-    """Raises UserError where PyAV, which writes mp4, is not installed."""
+    """Check that PyAV, which writes mp4, is installed.
+
+    Raises:
+        UserError: it is missing.
+    """
     if find_spec("av") is None:
-        raise UserError(missing_extra("av", "video", "writing mp4"))
+        raise UserError(None, missing_extra("av", "video", "writing mp4"))
 
 
 def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
-    """Writes frames as a whole or not at all; the same bytes for the same frames.
+    """Write frames completely or not at all; the same frames give the same bytes.
 
-    H.264 in 4:2:0, the one form that every player and browser shows; it needs even sides, so that the last
-    row or column is doubled where one is odd.
+    H.264 in 4:2:0 plays in every player and browser. It needs even sides, so an odd side gets its last row or
+    column twice.
 
     Args:
+        path: the file.
         frames: uint8 (F, H, W, 3).
-        rate: frames a second.
+        rate: frames per second.
 
     Raises:
         UserError: PyAV is missing.
@@ -59,7 +62,7 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
             "libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264
         )
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1  # the number of threads would stand in the file
+        stream.codec_context.thread_count = 1  # the file records the number of threads
         for frame in even:
             container.mux(
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
@@ -69,28 +72,29 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
 
 
 def file_name(number: int, prompt: str) -> str:
-    """`0003-a-red-ball-falls.mp4`."""
-    return f"{number:04d}-{slug(prompt)}.mp4"
+    """Return a file name such as `0003-a-red-ball-falls.mp4`."""
+    return f"{number:04d}-{prompt_slug(prompt)}.mp4"
 
 
-def slug(text: str) -> str:
-    """Letters and digits of ASCII, words joined by hyphens, at most 40; `empty` where none are left."""
+def prompt_slug(text: str) -> str:
+    """Reduce a text to ASCII letters, digits and hyphens, at most 40; `empty` if none are left."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[:_SLUG].rstrip("-") or "empty"
 
 
 def thumbnails(frames: np.ndarray) -> np.ndarray:
-    """At most 8 frames evenly over time, the first and the last among them, at a size to look at: uint8
-    (<= 8, h, w, 3).
+    """Pick at most 8 frames evenly over time and scale them: uint8 (<= 8, h, w, 3).
+
+    The first and the last frame are among them.
     """
     return at_a_glance(frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)])
 
 
 def at_a_glance(frames: np.ndarray) -> np.ndarray:
-    """Frames at about 160 pixels on their longer side: uint8 (F, h, w, 3)."""
+    """Scale frames to about 160 pixels on their longer side: uint8 (F, h, w, 3)."""
     height, width = frames.shape[1:3]
     longer = max(height, width)
-    if longer <= _SIDE:  # whole multiples show every pixel as it is
+    if longer <= _SIDE:  # a whole multiple keeps every pixel exact
         return frames.repeat(_SIDE // longer, axis=1).repeat(_SIDE // longer, axis=2)
     size = (max(1, round(width * _SIDE / longer)), max(1, round(height * _SIDE / longer)))
     return np.stack(
@@ -98,12 +102,12 @@ def at_a_glance(frames: np.ndarray) -> np.ndarray:
     )
 
 
-def contact_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
-    """A row a video, its caption above its frames from left to right over time.
+def video_sheet(rows: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+    """Draw a contact sheet: one row per video, a caption above its frames in their order.
 
     Args:
-        rows: uint8 (frames, h, w, 3) each, of one size, for instance of :func:`thumbnails`.
-        captions: one a row; what is too long for the sheet is cut.
+        rows: uint8 (frames, h, w, 3) each, all of one size, such as :func:`thumbnails`.
+        captions: one per row; a caption is cut at the width of the sheet.
     """
     height, width = rows[0].shape[1:3]
     columns = max(len(row) for row in rows)
@@ -130,8 +134,11 @@ def _fitting(draw: ImageDraw.ImageDraw, font: Any, text: str, width: int) -> str
 
 
 def animated_gif(frames: np.ndarray, rate: float) -> bytes:
-    """An endless GIF, which TensorBoard plays on its page of images. frames: uint8 (F, H, W, 3); rate:
-    frames a second, at most 50.
+    """Encode frames as an endless GIF, which TensorBoard plays among its images.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+        rate: frames per second; more than 50 are played as 50.
     """
     pictures = [Image.fromarray(frame) for frame in frames]
     out = io.BytesIO()
@@ -142,7 +149,7 @@ def animated_gif(frames: np.ndarray, rate: float) -> bytes:
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, uint8 (H, W, 3) each.
+    """Yield the frames of a video file, uint8 (H, W, 3) each.
 
     Raises:
         UserError: PyAV is missing.

@@ -1,4 +1,4 @@
-"""Many videos into a folder: by several processes, and from where it stopped when it was killed."""
+"""Draw many videos into a folder with several processes; a stopped job continues."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
 from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
 from mhla_lightning.inference.diffusion.video_files import (
-    contact_sheet,
     file_name,
     require_av,
     thumbnails,
+    video_sheet,
     write_mp4,
 )
 from mhla_lightning.inference.diffusion.videos import (
@@ -39,15 +39,15 @@ _SHEET_ROWS = 64  # videos on the contact sheet at most
 
 @dataclass(frozen=True)
 class VideoJob:
-    """What to draw.
+    """Which videos to draw.
 
     Attributes:
         found: the run.
         prompts: in their order.
-        clips: videos of each prompt; video i is of prompt i // clips.
-        drawing: how.
-        batch_size: videos at once.
-        rate: frames a second of the files; see :func:`frame_rate`.
+        clips: videos of each prompt; video i shows prompt i // clips.
+        drawing: size, seed, sampler and guidance.
+        batch_size: videos drawn at once.
+        rate: frames per second of the files; see :func:`frame_rate`.
     """
 
     found: VideoRun
@@ -59,11 +59,11 @@ class VideoJob:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompt of every video."""
+        """Return the prompt of every video."""
         return tuple(prompt.text for prompt in self.prompts for _ in range(self.clips))
 
     def settings(self) -> dict[str, Any]:
-        """All that the videos depend on, as JSON gives it back."""
+        """Return everything that the videos depend on, as JSON values."""
         encoder = self.found.data.text_encoder
         drawing = {
             **asdict(self.drawing),
@@ -83,10 +83,14 @@ class VideoJob:
 
 
 def frame_rate(found: VideoRun, rate: float | None) -> float:
-    """What was asked for, else that of the run's data.
+    """Return the given frame rate, or that of the run's data.
+
+    Args:
+        found: the run.
+        rate: frames per second; None means the rate of the data.
 
     Raises:
-        UserError: the data are not there.
+        UserError: None was given and the data are not there.
     """
     if rate is not None:
         return rate
@@ -94,7 +98,7 @@ def frame_rate(found: VideoRun, rate: float | None) -> float:
         return float(found.data.frame_rate)
     except UserError as error:
         raise UserError(
-            f"the data of run {found.run.run_id} do not tell the frame rate ({error}); say it with --rate"
+            "rate", f"the data of run {found.run.run_id} do not give a frame rate ({error}); give one"
         ) from error
 
 
@@ -106,29 +110,30 @@ def draw_videos(
     on_batch: Callable[[int], Any],
     on_prompt: Callable[[], Any] = lambda: None,
 ) -> list[Path]:
-    """Draws what `folder` does not hold yet: NUMBER-PROMPT.mp4 each, sheet.png (a row a video, frames over
-    time) and samples.json.
+    """Draw the videos that `folder` lacks: NUMBER-PROMPT.mp4, sheet.png and samples.json.
+
+    sheet.png has a row per video, with its frames in their order.
 
     Args:
-        processes: they share the cores; on several GPUs each takes its own in turn.
-        on_batch: called with how many videos an earlier attempt has left, then with those of every batch that
-            is done.
-        on_prompt: called after every prompt that is encoded.
+        job: the videos.
+        folder: made where it does not exist.
+        processes: number of processes; they share the cores, and the GPUs if there are several.
+        device: where the videos are drawn.
+        on_batch: called with the number of videos that an earlier attempt has left, then with the number of
+            each finished batch.
+        on_prompt: called after each encoded prompt.
 
     Returns:
         the files, in the order of the videos.
 
     Raises:
-        UserError: what cannot be drawn, a prompt that is too long, PyAV missing, or a folder that holds other
-            videos.
+        UserError: settings that cannot be drawn, a prompt that is too long, PyAV missing, or a folder with
+            other videos.
     """
     require_av()
     check_video(job.found, job.drawing, min(job.batch_size, len(job.texts)), device)
     if job.found.data.text_encoder is None:
-        raise UserError(
-            f"the recipe of run {job.found.run.run_id} has no data.text_encoder, which its prompts "
-            "would be encoded by"
-        )
+        raise UserError(job.found.run.run_id, "its recipe has no data.text_encoder to encode prompts with")
     cache = TextCache(folder / TEXT, job.found.data.text_encoder)
     features = cache.encode([*job.prompts, _EMPTY], device, on_prompt)
     claim(folder, job.settings(), "videos")
@@ -168,9 +173,8 @@ def _open(
         )
         for video, frames in zip(videos, drawn, strict=True):
             write_mp4(folder / file_name(video, texts[video]), frames, rate)
-        write_npy(
-            part_file(folder, videos), np.stack([thumbnails(frames) for frames in drawn])
-        )  # last: it says that the batch is done
+        # Written last, because this file marks the batch as done.
+        write_npy(part_file(folder, videos), np.stack([thumbnails(frames) for frames in drawn]))
 
     return draw
 
@@ -181,7 +185,7 @@ def _finish(job: VideoJob, folder: Path, files: Sequence[Path], work: Sequence[r
         if len(rows) < _SHEET_ROWS:
             rows += list(np.load(part_file(folder, videos), allow_pickle=False))
     shown = rows[:_SHEET_ROWS]
-    contact_sheet(shown, [text or "(empty prompt)" for text in job.texts[: len(shown)]]).save(folder / SHEET)
+    video_sheet(shown, [text or "(empty prompt)" for text in job.texts[: len(shown)]]).save(folder / SHEET)
     videos_made = [
         {
             "file": file.name,

@@ -1,4 +1,7 @@
-"""Videos from a diffusion run: video i of a seed is the same in any batch and on any number of processes."""
+"""Draw videos from a diffusion run; the seed and the number of a video determine it.
+
+It is the same video in any batch and with any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.diffusion import Guidance, Process, check_sampler, default_sampler
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
+from mhla_lightning.inference.diffusion.drawing import Key, check_guided_channels, draw_samples
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights, memory_bytes
 from mhla_lightning.runs.folder import find_run, runs_root
@@ -26,14 +29,13 @@ if TYPE_CHECKING:
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
 
-_STRIDES = tuple(
-    product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
-)  # frames and pixels a side of what one place of a latent may stand for
-_REACH = 128  # so far from what was asked for the nearest that works is looked for
+# Frames, and pixels per side, that one position of a latent may cover.
+_STRIDES = tuple(product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32)))
+_REACH = 128  # how far from the requested frames or pixels the search for a working size goes
 
 
 class Size(NamedTuple):
-    """Frames, and pixels of a frame."""
+    """Frames of a video, and pixels of a frame."""
 
     frames: int
     height: int
@@ -46,7 +48,7 @@ class VideoRun(FoundRun):
 
     Attributes:
         task: built from recipe.yaml, without weights.
-        data: what encodes prompts and makes pixels of its samples; no shards are opened.
+        data: encodes prompts and turns samples into pixels; no shards are opened.
     """
 
     task: VideoDiffusionTask
@@ -59,9 +61,10 @@ class VideoDrawing:
 
     Attributes:
         size: of every video.
-        seed: with the number of a video it gives its noise.
-        sampler, steps: see diffusion.SAMPLERS.
-        guidance: of the text against the empty prompt; the release's video sampler takes 3 (SPEC 6.6).
+        seed: the noise of a video depends on it and on the video's number.
+        sampler: name in diffusion.SAMPLERS.
+        steps: of the sampler.
+        guidance: of the text against the empty prompt; the MHLA release uses scale 3 (SPEC 6.6).
     """
 
     size: Size
@@ -72,21 +75,21 @@ class VideoDrawing:
 
 
 def video_sampler(process: Process) -> str:
-    """The sampler of a video where none is named: the release's DPM-Solver++ for flow matching (SPEC 6.6)."""
+    """Return the default sampler of videos: DPM-Solver++ for flow matching, as in the release (SPEC 6.6)."""
     return "dpm++" if process.name == "flow" else default_sampler(process)
 
 
 def find_video_run(run: str, runs: str | None = None, ckpt: str | None = None, ema: bool = True) -> VideoRun:
-    """Finds a run and its checkpoint, and builds the task without weights.
+    """Find a run and its checkpoint, and build the task without weights.
 
     Args:
         run: id or folder.
-        runs: where run folders live; None is $MHLA_RUNS, else ./runs.
-        ckpt: a step, or a checkpoint folder; None is the newest.
-        ema: take the average where the checkpoint has one.
+        runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
+        ckpt: a step or a checkpoint folder; None means the newest.
+        ema: take the averaged weights where the checkpoint has them.
 
     Raises:
-        UserError: no such run or checkpoint, no video diffusion model.
+        UserError: no such run or checkpoint, or no video diffusion model.
     """
     folder = find_run(run, runs_root(runs))
     built = rebuild(folder, VideoDiffusionTask, "sampling videos needs a video diffusion model")
@@ -96,33 +99,38 @@ def find_video_run(run: str, runs: str | None = None, ckpt: str | None = None, e
 
 
 def load_video_task(found: VideoRun, device: torch.device | str) -> VideoDiffusionTask:
-    """The task with its weights, in eval mode, on `device`. Raises UserError for weights of another model."""
+    """Load the task's weights and return it in eval mode on `device`.
+
+    Raises:
+        UserError: the weights belong to another model.
+    """
     return load_backbone(found.task, found.weights, device)
 
 
 def training_size(found: VideoRun) -> Size:
-    """Frames, height and width of the task's sample_shape, through the data's VAE where there is one.
+    """Return the frames, height and width that give the task's sample_shape, through the data's VAE if any.
 
     Raises:
-        UserError: the data give no such sample.
+        UserError: no size of video gives this shape.
     """
     _, frames, height, width = found.task.sample_shape
     from mhla_lightning.data.modules.latents import LatentDataModule
 
     if isinstance(found.data, LatentDataModule):
-        found.data.open_video_vae()  # one that cannot be opened is told as such
+        found.data.open_video_vae()  # a VAE that cannot be opened raises its own error here
     for time, space in _STRIDES:
         size = Size(time * (frames - 1) + 1, space * height, space * width)
         if _shape(found, size) == tuple(found.task.sample_shape):
             return size
     raise UserError(
-        f"the samples of run {found.run.run_id} are {tuple(found.task.sample_shape)}, which its data "
-        "do not give; say --frames and --size"
+        "size",
+        f"the data of run {found.run.run_id} give no samples of shape {tuple(found.task.sample_shape)}; "
+        "give `frames` and `size`",
     )
 
 
 def _shape(found: VideoRun, size: Size) -> tuple[int, ...] | None:
-    """(C, T, H, W) of a sample of this size; None where the data cannot give it."""
+    """Return the sample shape (C, T, H, W) of a video size; None where the data cannot give it."""
     try:
         return tuple(found.data.sample_shape(*size))
     except UserError:
@@ -130,27 +138,22 @@ def _shape(found: VideoRun, size: Size) -> tuple[int, ...] | None:
 
 
 def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: torch.device) -> None:
-    """Whether so many videos at once can be drawn on `device`.
+    """Check that `videos` videos can be drawn at once on `device`.
 
     Raises:
-        UserError: an unknown sampler, guided channels that are not there, frames, height and width that the
-            VAE, the patch or a layer's blocks cannot take, with the nearest that they can, or that fit into
-            no memory of this size.
+        UserError: an unknown sampler; more guided channels than the samples have; frames, height or width
+            that the VAE, the patches or the blocks of a layer cannot take, with the nearest that they can;
+            videos that need more memory than the device has.
     """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
-    channels = found.task.sample_shape[0]
-    if (drawing.guidance.channels or 0) > channels:
-        raise UserError(
-            f"guidance of {drawing.guidance.channels} channels, and the samples of run "
-            f"{found.run.run_id} have {channels}"
-        )
+    check_guided_channels(found.run, drawing.guidance, found.task.sample_shape[0])
     with torch.device("meta"):
         task = found.task
         plan: Any = build_backbone(task.backbone_name, attention=task.attention, **task.backbone_options)
 
     def grid(size: Size) -> tuple[int, ...]:
         if min(size) < 1:
-            raise UserError("frames, height and width must be at least 1")
+            raise UserError("size", "frames, height and width must be at least 1")
         return plan.check_size(found.data.sample_shape(*size)[1:])
 
     try:
@@ -161,10 +164,10 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
         hint = (
             ""
             if near is None
-            else f"; the nearest it can is --frames {near.frames} --size {near.height}x{near.width}"
+            else f"; the nearest that works is `frames` {near.frames} `size` {near.height}x{near.width}"
         )
         raise UserError(
-            f"run {found.run.run_id} cannot draw {frames} frames of {height}x{width} ({error}){hint}"
+            "size", f"run {found.run.run_id} cannot draw {frames} frames of {height}x{width} ({error}){hint}"
         ) from error
     least, room = videos * _least_bytes(drawing.size, tokens, plan.embed_dim), memory_bytes(device)
     if least > room:
@@ -172,20 +175,26 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
         what = f"{frames} frames of {height}x{width}" + (f", {videos} at once" if videos > 1 else "")
         has = f"{device} has {decimal(room)} of memory"
         raise UserError(
-            f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and "
-            f"{has}; ask for fewer or smaller frames"
+            "size",
+            f"run {found.run.run_id} cannot draw {what}: they take at least {decimal(least)}, and {has}; "
+            "choose fewer or smaller frames",
         )
 
 
 def _least_bytes(size: Size, tokens: int, channels: int) -> int:
-    """Of a video, however it is drawn: the residual stream in float32 beside q, k and v in bf16, or the
-    frames in float32 and as bytes.
+    """Return the bytes that one video needs with any method.
+
+    This is the larger of two: the residual stream in float32 with q, k and v in bf16, or the frames in
+    float32 and as bytes.
     """
     return max((4 + 3 * 2) * tokens * channels, (4 + 1) * 3 * math.prod(size))
 
 
 def _nearest(found: VideoRun, size: Size, fit: Callable[[Size], Any]) -> Size | None:
-    """Axis by axis: what works beside the sizes of training works, since no axis asks anything of another."""
+    """Search the nearest size that works, one axis at a time.
+
+    The axes are independent: a value that works with the training size on the other axes always works.
+    """
 
     def works(candidate: Size) -> bool:
         try:
@@ -218,11 +227,17 @@ def draw_videos_of(
     videos: range,
     drawing: VideoDrawing,
 ) -> np.ndarray:
-    """uint8 (len(videos), F, H, W, 3): the videos of these numbers. task: loaded; on a GPU it computes in
-    bfloat16 (SPEC 6.6).
+    """Draw the videos of these numbers: uint8 (len(videos), F, H, W, 3).
+
+    On a GPU the model computes in bfloat16 (SPEC 6.6).
 
     Args:
-        text: (len(videos), tokens, channels). null: (tokens, channels).
+        found: the run.
+        task: its task with weights.
+        text: text features, (len(videos), tokens, channels).
+        null: features of the empty prompt, (tokens, channels).
+        videos: numbers of the videos.
+        drawing: size, seed, sampler and guidance.
     """
     shape = tuple(found.data.sample_shape(*drawing.size))
     keys: list[Key] = [(drawing.seed, "sample", video) for video in videos]

@@ -1,5 +1,6 @@
-"""Tokens from a language model: prompts in one batch, the same continuation in any batch. Torch alone, no
-Lightning; texts are in `text`.
+"""Generate tokens from a language model in batches; needs torch, but no Lightning and no tokenizer.
+
+A prompt gets the same continuation in any batch. Texts are in `continuation`.
 """
 
 from mhla_lightning.inference.text.engine import CausalBackbone, Step, generate

@@ -1,4 +1,4 @@
-"""Texts in, continuations out as they are made, up to a stop string."""
+"""Continue texts piece by piece, up to a stop string."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from mhla_lightning.inference.text.sampling import Sampling
 
 
 class StopText:
-    """Text of new tokens up to the first stop string, which may begin in one token and end in another.
+    """The text of new tokens up to the first stop string.
+
+    A stop string may begin in one token and end in another.
 
     Args:
-        tokenizer: what the tokens are of.
-        stops: the strings; the one that ends first stops, and of those the one that begins first.
+        tokenizer: decodes the tokens.
+        stops: the stop strings. The first one to end stops the text; of several, the longest.
 
     Attributes:
-        stopped: whether a stop string has come.
+        stopped: whether a stop string has been found.
 
     Raises:
         UserError: an empty stop string.
@@ -30,23 +32,28 @@ class StopText:
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         if not all(stops):
-            raise UserError("a stop string is empty; it would stop before the first token")
+            raise UserError(
+                "stops", "one is empty and would stop before the first token; give only strings with text"
+            )
         self.stops, self.stopped = tuple(stops), False
         self._stream, self._held = TextStream(tokenizer), ""
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain: what may still become a stop string is held back."""
+        """Add a token and return the text that is now certain.
+
+        Text that may still become a stop string is held back.
+        """
         return self._take(self._stream.push(token))
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the text that was held back, after the last token."""
         if self.stopped:
             return ""
         text = self._take(self._stream.finish())
         return text if self.stopped else text + self._held
 
     def _take(self, text: str) -> str:
-        """Character by character, so that the result does not depend on how tokens cut the text."""
+        """Add text one character at a time, so that token boundaries do not change the result."""
         certain = ""
         for character in text:
             self._held += character
@@ -59,7 +66,7 @@ class StopText:
         return certain
 
     def _may_become(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+        """Return the length of the longest end of the held text that begins a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
         lengths = range(min(longest, len(self._held)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(self._held[-n:]) for stop in self.stops)), 0)
@@ -67,14 +74,14 @@ class StopText:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one step added to the text of one prompt.
+    """The text that one step added to one prompt.
 
     Attributes:
-        prompt: its place in the list.
+        prompt: index of the prompt.
         token: the new token.
-        text: the text to show, perhaps none.
-        finished: why it ends here; None while it goes on.
-        state_bytes: of the whole batch.
+        text: the new text; may be empty.
+        finished: why the continuation ends here; None while it continues.
+        state_bytes: bytes of the state of the whole batch.
     """
 
     prompt: int
@@ -96,10 +103,16 @@ def continue_prompts(
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Continuation]:
-    """Continues every prompt (`tokenizer.encode`) as text; stop strings and what follows them are not part of
-    it.
+    """Continue every prompt as text, without the stop string and what follows it.
 
-    Arguments and errors: see :func:`generate`.
+    Args:
+        backbone: see :func:`generate`; so are all arguments that are not listed here.
+        tokenizer: decodes the new tokens.
+        prompts: token ids of each prompt (`tokenizer.encode`).
+        stops: strings that end a continuation.
+
+    Raises:
+        UserError: see :func:`generate`; an empty stop string.
     """
     outputs = [StopText(tokenizer, stops) for _ in prompts]
     shown = [""] * len(prompts)

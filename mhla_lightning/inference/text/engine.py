@@ -1,4 +1,4 @@
-"""Prompts of any lengths in one batch: one prefill, then a step a token with the model's state."""
+"""Continue prompts of any lengths in one batch: one prefill, then one step for each token."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.text.sampling import Sampling, sequence_keys
 
 Finish = Literal["end", "stop", "length"]
-"""Why a sequence ended: the tokenizer's end of a document, what `stop` said, or max_new_tokens."""
+"""Why a sequence ended: the end-of-document token, the function `stop`, or max_new_tokens."""
 
 
 class CausalBackbone(Protocol):
-    """What generation asks of a language model (`backbones.CausalLM`); its state has `.bytes` and
-    `.reorder(indices)`.
+    """The methods of a language model that generation calls (`backbones.CausalLM`).
+
+    A state has `.bytes` and `.reorder(indices)`.
     """
 
     def prefill(
@@ -31,13 +32,13 @@ class CausalBackbone(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of every sequence that is still going on.
+    """One new token of every unfinished sequence.
 
     Attributes:
-        prompts: which prompts, by their place in the list.
-        tokens: the new token of each of them; the end token, too.
-        finished: why those that end with this token end, by prompt.
-        state_bytes: what the state of these sequences took when the tokens were chosen.
+        prompts: indices of the prompts.
+        tokens: the new token of each of them, an end token included.
+        finished: why a sequence ends with this token, by index of the prompt.
+        state_bytes: bytes of the state of these sequences when the tokens were chosen.
     """
 
     prompts: list[int]
@@ -59,27 +60,26 @@ def generate(
     vocabulary: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Step]:
-    """Continues every prompt; a sequence that is finished leaves the batch and costs nothing more.
+    """Continue every prompt; a finished sequence leaves the batch and costs nothing more.
 
     Args:
         backbone: the model, in eval mode, on `device`.
-        prompts: token ids; an empty one starts from `end`.
+        prompts: token ids; an empty prompt starts from `end`.
         sampling: how tokens are chosen.
-        max_new_tokens: of each prompt.
-        end: a token that ends a sequence; None is none.
-        stop: told (prompt, token) once for every new token; True ends that sequence.
-        padding: on which side shorter prompts are padded; the numbers are the same.
-        batch_size: prompts in the model at once, in the order given; None takes all.
-        vocabulary: tokens from this one on are never chosen (a model may have more than its tokenizer); None
-            is all.
+        max_new_tokens: new tokens of each prompt at most.
+        end: token that ends a sequence; None means no such token.
+        stop: called with (prompt, token) once for every new token; True ends that sequence.
+        padding: side on which shorter prompts are padded; it does not change the result.
+        batch_size: prompts in the model at once, in the given order; None means all.
+        vocabulary: only tokens below this number are chosen, since a model may have more ids than its
+            tokenizer; None means all.
 
     Raises:
-        UserError: nothing to generate, an empty prompt without `end`, and what the model cannot take (too
-            many tokens, for example).
+        UserError: a count below 1, an empty prompt without `end`, or more tokens than the model takes.
     """
     for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count is not None and count < 1:
-            raise UserError(f"{name} is {count}; it must be at least 1")
+            raise UserError(name, f"{count} is too small; it must be at least 1")
     starts = start_tokens(prompts, end)
     keys = sequence_keys(starts)
     batch = batch_size or max(1, len(starts))
@@ -104,12 +104,17 @@ def generate(
 
 
 def start_tokens(prompts: Sequence[Sequence[int]], end: int | None) -> list[list[int]]:
-    """The prompts, an empty one as [end]. Raises UserError where there is no `end` to start from."""
+    """Return the prompts as lists, with [end] for an empty prompt.
+
+    Raises:
+        UserError: an empty prompt where `end` is None.
+    """
     if end is None and not all(prompts):
         number = next(number for number, prompt in enumerate(prompts, 1) if not prompt)
         raise UserError(
-            f"prompt {number} is empty, and the tokenizer has no end of a document to start from: "
-            "give it some text"
+            "prompts",
+            f"prompt {number} is empty, and the tokenizer has no end-of-document token to start from; "
+            "give it some text",
         )
     return [list(prompt) or [cast(int, end)] for prompt in prompts]
 
@@ -123,7 +128,7 @@ def _continue(
     choose: Callable[[Tensor, list[int], int], Tensor],
     why: Callable[[int, int, int], Finish | None],
 ) -> Iterator[Step]:
-    """The steps of one batch, until every sequence of it has a reason to end."""
+    """Yield the steps of one batch until every sequence has ended."""
     logits, state = backbone.prefill(tokens, mask=mask)
     for position in itertools.count():
         chosen = choose(logits, live, position)
@@ -143,8 +148,10 @@ def _continue(
 def pad(
     sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device | str
 ) -> tuple[Tensor, Tensor | None]:
-    """Sequences of token ids as int64 (B, longest), and the bool mask of what is real; None where all are
-    equally long.
+    """Pad sequences of token ids to one length.
+
+    Returns:
+        int64 (B, longest), and the bool mask of real tokens, or None if all are equally long.
     """
     longest = max(map(len, sequences))
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)

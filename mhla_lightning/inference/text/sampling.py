@@ -1,4 +1,4 @@
-"""From logits to the next token of each sequence, drawn by a key of its own."""
+"""Choose the next token of each sequence from its logits, with a random key per sequence."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from mhla_lightning.randomness import generator
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: logits / temperature, then the `top_k` likeliest, then the fewest
-    likeliest whose sum reaches `top_p`.
+    """How the next token is chosen.
+
+    The logits are divided by `temperature`; then the `top_k` likeliest tokens are kept, and of these the
+    fewest likeliest whose probabilities sum to `top_p`.
 
     Args:
-        temperature: above 0; 1 takes the model's own distribution.
-        top_k: tokens kept, the likeliest; None keeps all.
-        top_p: probability kept, in (0, 1]; None keeps all.
-        greedy: always the likeliest token; the first of equals.
-        seed: of the draws.
+        temperature: above 0; 1 keeps the model's own distribution.
+        top_k: number of likeliest tokens to keep; None means all.
+        top_p: probability to keep, in (0, 1]; None means all.
+        greedy: always take the likeliest token; of equal ones the first.
+        seed: of the random numbers.
 
     Raises:
         UserError: a value outside its range.
@@ -39,18 +41,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise UserError(
-                f"temperature is {self.temperature}; it lies above 0 (greedy takes the likeliest token)"
+                "temperature",
+                f"{self.temperature} is not a finite number above 0 (`greedy` takes the likeliest token)",
             )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it counts the tokens kept, at least 1")
+            raise UserError("top_k", f"{self.top_k} tokens are too few; keep at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it lies above 0 and is at most 1")
+            raise UserError("top_p", f"{self.top_p} is not above 0 and at most 1")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, V) logits -> (B, V) probabilities in float64, 0 where a token is left out."""
-        exact = (
-            torch.float32 if logits.device.type == "mps" else torch.float64
-        )  # Apple's GPUs have no float64
+        """Turn logits (B, V) into probabilities (B, V) in float64, 0 for tokens that are not kept."""
+        # Apple's GPUs have no float64.
+        exact = torch.float32 if logits.device.type == "mps" else torch.float64
         scaled = logits.to(exact) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             order = scaled.argsort(dim=-1, descending=True, stable=True)
@@ -59,25 +61,30 @@ class Sampling:
         if self.top_p is None:
             return probabilities
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        left_out = ordered.cumsum(-1) - ordered >= self.top_p  # the likelier ones suffice
+        left_out = ordered.cumsum(-1) - ordered >= self.top_p  # likelier tokens already reach top_p
         kept = probabilities.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), 0)
         return kept / kept.sum(-1, keepdim=True)
 
     def choose(self, logits: Tensor, keys: Sequence[str], position: int) -> Tensor:
-        """The next token of each sequence, int64 (B,).
+        """Choose the next token of each sequence, int64 (B,).
 
-        logits: (B, V). keys: of each sequence (`sequence_keys`). position: which new token it is, from 0.
+        The random number depends on (seed, key, position) alone and selects from the distribution in the
+        order of the vocabulary. Other sequences of a batch therefore do not change a token, nor do the last
+        bits of its logits.
 
-        A draw depends on (seed, key, position) alone and is read off the distribution in the order of the
-        vocabulary, so neither the other sequences of a batch nor the last bits of its logits change it.
+        Args:
+            logits: (B, V).
+            keys: key of each sequence (:func:`sequence_keys`).
+            position: number of the new token, from 0.
 
         Raises:
             UserError: logits that are not finite.
         """
         if not logits.max(-1).values.isfinite().all():
             raise UserError(
-                "the model's logits are not finite numbers: these weights have diverged, or the "
-                "--dtype is too narrow for them"
+                "logits",
+                "the model gives numbers that are not finite: these weights have diverged, or `dtype` is "
+                "too narrow for them",
             )
         if self.greedy:
             return logits.argmax(-1)
@@ -85,18 +92,18 @@ class Sampling:
         sums = self.probabilities(logits).cumsum(-1)
         whole = sums[:, -1:]
         target = torch.tensor(draws, dtype=sums.dtype, device=sums.device)[:, None] * whole
-        # The first sum above the target, which rounding must not lift to the whole: so no token of
-        # probability 0 is ever taken.
+        # Take the first sum above the target. The target stays below the whole despite rounding, so that
+        # no token of probability 0 is taken.
         return torch.searchsorted(sums, target.minimum(whole.nextafter(torch.zeros_like(whole))), right=True)[
             :, 0
         ]
 
 
 def sequence_keys(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """A key for each prompt's draws: its tokens, and how many equal ones stand before it.
+    """Return a random key for each prompt: its tokens and the number of equal prompts before it.
 
-    So a prompt is continued in the same way alone and among others, and one that is given twice is continued
-    in two ways.
+    A prompt is thus continued in the same way alone and among others, and a prompt that is given twice gets
+    two different continuations.
     """
     before: Counter[str] = Counter()
     keys = []
