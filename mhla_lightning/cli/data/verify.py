@@ -14,7 +14,7 @@ from rich.table import Table
 from mhla_lightning.cli.data import output
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.verify import Report
+    from mhla_lightning.data.prepare.verify import VerifyReport
 
 HELP = "check shards: bytes, structure, every sample"
 EPILOG = """examples:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 2
 
 
-def _print_problems(console: Console, report: Report) -> None:
+def _print_problems(console: Console, report: VerifyReport) -> None:
     table = Table("file", "sample", "problem")
     for problem in report.problems[:_SHOWN]:
         table.add_row(*(escape(text) for text in problem))

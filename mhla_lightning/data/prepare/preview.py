@@ -102,7 +102,7 @@ def _look(name: str, data: Split, chosen: Sequence[int], tokenizer: Tokenizer | 
         tiles.append((pictures, caption))
         unusable += not good
     buffer = io.BytesIO()
-    contact_sheet(tiles).save(buffer, format="PNG")
+    preview_sheet(tiles).save(buffer, format="PNG")
     return Preview(index.kind, name, len(chosen), index.samples, png=buffer.getvalue(), unusable=unusable)
 
 
@@ -114,7 +114,7 @@ def choose(samples: int, count: int, seed: int | None, first: bool = False) -> l
     return list(range(count)) if first else [samples * number // count for number in range(count)]
 
 
-def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.Image:
+def preview_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.Image:
     """Tiles of one or more pictures side by side with a caption below, in rows, about as wide as high."""
     pictures = max(len(found) for found, _ in tiles)
     width, height = pictures * TILE + _GAP, TILE + _CAPTION + _GAP

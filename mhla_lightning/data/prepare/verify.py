@@ -16,7 +16,7 @@ from mhla_lightning.data.kinds import kind_of
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.data.prepare.parallel import run_jobs
 from mhla_lightning.data.prepare.places import find_splits
-from mhla_lightning.data.prepare.verify_shard import Findings, Problem, ShardJob, verify_shard
+from mhla_lightning.data.prepare.verify_shard import Findings, Problem, VerifyJob, verify_shard
 from mhla_lightning.data.stores import Store
 from mhla_lightning.errors import DataError
 
@@ -25,7 +25,7 @@ MOST_PROBLEMS = 10_000  # kept in a report; all are counted
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What verify found. problems: the first 10,000; found: how many in all; unusable: samples that cannot
     be trained on.
     """
@@ -44,7 +44,7 @@ class Report:
 
 def verify(
     path: str, splits: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None
-) -> Report:
+) -> VerifyReport:
     """Look at everything in the splits at `path`: index, presence, size, sha256, tar structure, number of
     samples, offsets against a real scan, keys that are there twice, and whether every sample decodes.
 
@@ -52,7 +52,7 @@ def verify(
         remote shard in the temporary folder.
     Raises DataError and UserError only when there is nothing to check, and Interrupted when a worker is gone.
     """
-    report, indices = Report(), {}
+    report, indices = VerifyReport(), {}
     for name, store in find_splits(path, splits).items():
         index = _index(name, store, report)
         if index is not None and _is_known(name, index, report):
@@ -73,7 +73,7 @@ def verify(
     return report
 
 
-def _index(name: str, store: Store, report: Report) -> ShardIndex | None:
+def _index(name: str, store: Store, report: VerifyReport) -> ShardIndex | None:
     """The index; one whose sums are wrong is told of and used all the same, so that its shards are
     checked.
     """
@@ -91,7 +91,7 @@ def _index(name: str, store: Store, report: Report) -> ShardIndex | None:
     return index
 
 
-def _is_known(name: str, index: ShardIndex, report: Report) -> bool:
+def _is_known(name: str, index: ShardIndex, report: VerifyReport) -> bool:
     try:
         kind_of(index)
     except DataError as error:
@@ -109,11 +109,11 @@ def _summed_anew(text: bytes) -> bytes:
 
 
 def _verify_split(
-    name: str, store: Store, index: ShardIndex, workers: int, report: Report, on_progress: OnProgress
+    name: str, store: Store, index: ShardIndex, workers: int, report: VerifyReport, on_progress: OnProgress
 ) -> None:
     firsts = index.first_indices()
     jobs = [
-        ShardJob(name, store, replace(index, shards=(entry,)), firsts[number])
+        VerifyJob(name, store, replace(index, shards=(entry,)), firsts[number])
         for number, entry in enumerate(index.shards)
     ]
     report.samples += index.samples
@@ -134,7 +134,7 @@ def _verify_split(
     _same_keys(name, store, found, report)
 
 
-def _same_keys(name: str, store: Store, found: list[Findings], report: Report) -> None:
+def _same_keys(name: str, store: Store, found: list[Findings], report: VerifyReport) -> None:
     """Keys that stand in two shards, found by their 64-bit hashes and then compared as they are."""
     hashes = np.concatenate([findings.keys for findings in found]) if found else np.zeros(0, np.uint64)
     values, counts = np.unique(hashes, return_counts=True)

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class VerifyJob:
     """index: of the one shard. first: index in the split of its first sample."""
 
     split: str
@@ -74,7 +74,7 @@ class Findings:
             self.problems.append(Problem(f"{self.split}/{self.shard}{beside}", sample, problem))
 
 
-def verify_shard(job: ShardJob) -> Findings:
+def verify_shard(job: VerifyJob) -> Findings:
     """Look at everything in a shard."""
     findings = Findings(job.split, job.entry.name, job.first, job.entry.samples)
     with tempfile.TemporaryDirectory(prefix="mhla-verify-") as folder:
@@ -97,7 +97,7 @@ def verify_shard(job: ShardJob) -> Findings:
     return findings
 
 
-class _HashedFile:
+class _HashingSink:
     """A sink that hashes what it writes."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -113,7 +113,7 @@ class _HashedFile:
         self.digest = hashlib.sha256()
 
 
-def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
+def _local_copy(job: VerifyJob, folder: Path, findings: Findings) -> Path | None:
     """Size and sha256, and the shard as a file in `folder`: a link to a local one, the bytes of a remote
     one.
     """
@@ -140,11 +140,11 @@ def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
     return path
 
 
-def _download(job: ShardJob, size: int, path: Path) -> str:
+def _download(job: VerifyJob, size: int, path: Path) -> str:
     """Copy a shard; its sha256. Raises UserError when there is no room, which is no fault of the shard."""
     try:
         with open(path, "wb") as copy:
-            sink = _HashedFile(copy)
+            sink = _HashingSink(copy)
             job.store.copy(job.entry.name, size, sink)
     except OSError as error:
         raise UserError(
@@ -154,7 +154,7 @@ def _download(job: ShardJob, size: int, path: Path) -> str:
     return sink.digest.hexdigest()
 
 
-def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None:
+def _offsets(job: VerifyJob, path: Path, findings: Findings) -> np.ndarray | None:
     """Where samples really begin, int64 (samples + 1,); where the shard cannot be scanned, what its
     offsets file says; None without either.
     """
@@ -186,7 +186,7 @@ def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None
     return real
 
 
-def _stored_offsets(job: ShardJob, findings: Findings) -> np.ndarray | None:
+def _stored_offsets(job: VerifyJob, findings: Findings) -> np.ndarray | None:
     name = f"{job.entry.name}.offsets.npy"
     address = job.store.address(name)
     try:
@@ -199,7 +199,7 @@ def _stored_offsets(job: ShardJob, findings: Findings) -> np.ndarray | None:
         return None
 
 
-def _samples(job: ShardJob, split: Split, findings: Findings) -> None:
+def _samples(job: VerifyJob, split: Split, findings: Findings) -> None:
     for number, name, problem in _bad_samples(split, kind_of(job.index)):
         findings.unusable += 1
         findings.add(problem, sample=name or f"sample {job.first + number}")

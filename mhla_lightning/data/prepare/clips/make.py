@@ -21,7 +21,7 @@ from mhla_lightning.data.prepare.clips.inputs import Video, open_videos
 from mhla_lightning.data.prepare.clips.layout import place
 from mhla_lightning.data.prepare.clips.options import ClipOptions, bucket_name, clip_bytes
 from mhla_lightning.data.prepare.clips.probing import Probe, ProbeJob, probe
-from mhla_lightning.data.prepare.clips.shards import Cut, Job, Tally, write_clips
+from mhla_lightning.data.prepare.clips.shards import ClipJob, ClipTally, Cut, write_clips
 from mhla_lightning.data.prepare.pack import Progress, check_target, fingerprint_of
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
@@ -35,7 +35,7 @@ SPLITS = ("train", "val")
 
 
 @dataclass
-class Report:
+class ClipReport:
     """indices: by folder below the target, train and val or SIZE/train and SIZE/val. skipped: (file or clip,
     reason). short: videos without a clip.
 
@@ -49,7 +49,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Split:
+class _PlannedFolder:
     """What is to be written into a folder: clips in order, and the first of every shard."""
 
     folder: str
@@ -70,7 +70,7 @@ def make_clips(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
+) -> ClipReport:
     """Write the clips of the videos of `source` (see inputs.open_videos, also for captions) under `to`; of
     several sizes, under to/SIZE.
 
@@ -88,7 +88,7 @@ def make_clips(
     progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
     with build(target, _fingerprint(videos, options), folders, overwrite, wait, note) as building:
         probes = _probe(building, videos, options, workers, progress)
-        report = Report(
+        report = ClipReport(
             skipped=[
                 (str(videos[found.number].path), found.error) for found in probes if found.error is not None
             ]
@@ -184,7 +184,7 @@ def _read_probes(path: Path) -> dict[int, Probe]:
 # Which clip goes where
 
 
-def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_Split]:
+def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_PlannedFolder]:
     """The folders that get clips: a function of the videos and the options. Raises DataError where there
     is nothing to train on or to validate on.
     """
@@ -195,7 +195,7 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
         for split, cuts in _divide(videos, members, clip, options).items():
             if cuts:
                 splits.append(
-                    _Split(
+                    _PlannedFolder(
                         bucket + split,
                         ShardIndex("clips", (), clip=clip),
                         cuts,
@@ -269,19 +269,19 @@ def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -
 
 def _write(
     building: Building,
-    splits: Sequence[_Split],
+    splits: Sequence[_PlannedFolder],
     options: ClipOptions,
     workers: int,
     on_progress: Progress,
     on_note: Note,
-    report: Report,
+    report: ClipReport,
 ) -> None:
     """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be
     read, Interrupted when shards are kept.
     """
     jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
-    finished = ((job, finished_shard(building, job.split, job.name, Tally)) for job in jobs)
-    done: dict[tuple[str, str], Done[Tally]] = {
+    finished = ((job, finished_shard(building, job.split, job.name, ClipTally)) for job in jobs)
+    done: dict[tuple[str, str], Done[ClipTally]] = {
         (job.split, job.name): found for job, found in finished if found is not None
     }
     if done:
@@ -318,7 +318,7 @@ def _write(
         )
 
 
-def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[Job]:
+def _jobs(building: Building, split: _PlannedFolder, options: ClipOptions) -> Iterable[ClipJob]:
     assert split.header.clip is not None
     store = options.store_of(split.header.clip)
     flat = [(number, start) for number, cut in enumerate(split.cuts) for start in cut.starts]
@@ -328,7 +328,7 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
             replace(split.cuts[number], starts=tuple(start for _, start in pairs))
             for number, pairs in grouped
         )
-        yield Job(
+        yield ClipJob(
             building,
             split.header,
             split.folder,
@@ -339,7 +339,7 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
         )
 
 
-def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> None:
+def _judge(done: Iterable[Done[ClipTally]], planned: int, options: ClipOptions) -> None:
     """Raise DataError when more clips were left out than may be of all that are planned."""
     skipped = [one for shard in done for one in shard.tally.skipped]
     if skipped and len(skipped) > options.max_skipped_share * planned:
@@ -350,7 +350,9 @@ def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> N
         raise DataError(f"{skipped[-1][1]}; {found}")
 
 
-def _finish(building: Building, split: _Split, shards: Sequence[Done[Tally]], report: Report) -> None:
+def _finish(
+    building: Building, split: _PlannedFolder, shards: Sequence[Done[ClipTally]], report: ClipReport
+) -> None:
     index = replace(split.header, shards=tuple(shard.entry for shard in shards))
     if not index.samples:
         raise DataError(f"no clip of {split.folder} can be read; {': '.join(shards[0].tally.skipped[0])}")

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from mhla_lightning.data.index import Clip
 from mhla_lightning.data.prepare.clips.probing import CUT
 from mhla_lightning.data.prepare.clips.shards import Store
-from mhla_lightning.data.prepare.pack import Options
+from mhla_lightning.data.prepare.pack import PackOptions
 from mhla_lightning.data.split import MAX_SAMPLE_BYTES
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -69,7 +69,7 @@ class ClipOptions:
             raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
         if self.store is not None and self.store not in get_args(Store):
             raise UserError(unknown_name("--store", self.store, get_args(Store)))
-        Options(shards=self.shards)
+        PackOptions(shards=self.shards)
         for clip in self.clips:
             self._check_store(clip)
 

@@ -31,7 +31,7 @@ class Cut:
     last: float
 
 
-class Job(NamedTuple):
+class ClipJob(NamedTuple):
     """A shard to write. split: its folder below the target. first: index in the split of its first sample,
     if no clip before it was left out.
     """
@@ -46,16 +46,16 @@ class Job(NamedTuple):
 
 
 @dataclass
-class Tally:
+class ClipTally:
     """planned: clips. skipped: [name, reason] of those left out."""
 
     planned: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_clips(job: Job) -> Done[Tally]:
+def write_clips(job: ClipJob) -> Done[ClipTally]:
     """Write a shard and its tally."""
-    tally = Tally(sum(len(cut.starts) for cut in job.cuts))
+    tally = ClipTally(sum(len(cut.starts) for cut in job.cuts))
     return write_tallied(
         job.building, job.split, job.name, job.header.kind, _samples(job, tally), tally, job.first
     )
@@ -74,7 +74,7 @@ def clip_sample(
     return Sample(name, {"txt": caption.encode()} | picture)
 
 
-def _samples(job: Job, tally: Tally) -> Iterator[Sample]:
+def _samples(job: ClipJob, tally: ClipTally) -> Iterator[Sample]:
     """Samples to write; what is left out goes into the tally."""
     assert job.header.clip is not None
     for cut in job.cuts:

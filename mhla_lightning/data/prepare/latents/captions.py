@@ -1,4 +1,4 @@
-"""Features of captions, computed once for each text and kept beside the shards in the making."""
+"""CaptionFeatures of captions, computed once for each text and kept beside the shards in the making."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _TOGETHER = 32  # captions of a job
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features by caption, float16 (rows, channels), in files. Picklable. folder: where they lie."""
+class CaptionFeatures:
+    """CaptionFeatures by caption, float16 (rows, channels), in files. Picklable. folder: where they lie."""
 
     folder: Path
 
@@ -36,7 +36,7 @@ class Features:
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def read(self, caption: str) -> np.ndarray:
-        """Features that were written."""
+        """CaptionFeatures that were written."""
         return np.load(self.path(caption), allow_pickle=False)
 
     def write(self, caption: str, rows: np.ndarray) -> None:
@@ -49,11 +49,11 @@ class Features:
         new.rename(path)
 
 
-class _Job(NamedTuple):
+class CaptionJob(NamedTuple):
     """captions: with the sample that each was first seen at."""
 
     building: Building
-    features: Features
+    features: CaptionFeatures
     encoding: TextEncoding
     dtype: str
     devices: tuple[str, ...]
@@ -67,20 +67,20 @@ def encode_captions(
     dtype: str,
     devices: tuple[str, ...],
     on_captions: Callable[[int, int], None],
-) -> Features:
+) -> CaptionFeatures:
     """Encode what was not encoded before.
 
     captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of
         how many.
     Raises DataError, naming the sample, for a text that is too long.
     """
-    features = Features(building.folder / "features")
+    features = CaptionFeatures(building.folder / "features")
     missing = [(sample, text) for text, sample in captions.items() if not features.path(text).is_file()]
     done = len(captions) - len(missing)
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[CaptionJob]:
         for start in range(0, len(missing), _TOGETHER):
-            yield _Job(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
+            yield CaptionJob(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
 
     on_captions(done, len(captions))
     try:
@@ -94,7 +94,7 @@ def encode_captions(
     return features
 
 
-def _encode(job: _Job) -> int:
+def _encode(job: CaptionJob) -> int:
     encoder = _opened(job.encoding, own_device(job.building.folder, job.devices), job.dtype)
     for sample, text in job.captions:
         try:

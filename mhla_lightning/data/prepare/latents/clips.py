@@ -17,7 +17,7 @@ from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
 from mhla_lightning.data.kinds.clips import CAPTION
 from mhla_lightning.data.members import shown
 from mhla_lightning.data.prepare.latents.images import NUMBER, ShardPart, shards_for
-from mhla_lightning.data.prepare.pack import Options, PlannedSplit
+from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit
 from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.prepare.replacing import is_bucket
 from mhla_lightning.data.split import Split
@@ -48,7 +48,7 @@ class ClipSplit:
         part = ShardPart(self.split, range(self.split.samples), at_once)
         planned = PlannedSplit(self.name.rpartition("/")[2], part, list(range(len(part))), 1)
         return PlannedSplit(
-            planned.name, part, planned.order, shards_for(planned, Options(shards=shards), sample_bytes)
+            planned.name, part, planned.order, shards_for(planned, PackOptions(shards=shards), sample_bytes)
         )
 
     def captions(self) -> Iterator[tuple[str, str]]:

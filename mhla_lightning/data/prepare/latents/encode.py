@@ -1,4 +1,4 @@
-"""Images to latents."""
+"""LabelledImages to latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.kinds.latents import FLIPPED, LATENT, LOGVAR, draw
 from mhla_lightning.data.prepare.latents.devices import DTYPES
 from mhla_lightning.data.prepare.latents.images import Picture, picture
-from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally
+from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, LatentJob, LatentTally, OnSamples
 from mhla_lightning.data.prepare.samples import Sample, latent_sample, npy_bytes
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
 from mhla_lightning.errors import DataError, UserError
@@ -35,12 +35,16 @@ class ImageEncoder(Encoder):
     batch_size: int
     seed: int
 
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         """See Encoder. Raises DataError also when nothing can be encoded."""
         opened = _opened(self, device, str(job.header.vae and job.header.vae.sha256))
         return self._latents(job, opened, tally, on_samples)
 
-    def _latents(self, job: Job, vae: Autoencoder, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def _latents(
+        self, job: LatentJob, vae: Autoencoder, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         seen = 0
         with ThreadPoolExecutor(self.threads) as pool:
             for batch in self._pictures(job, pool):
@@ -61,7 +65,7 @@ class ImageEncoder(Encoder):
                 on_samples(job.split, len(batch))
 
     def _pictures(
-        self, job: Job, pool: ThreadPoolExecutor
+        self, job: LatentJob, pool: ThreadPoolExecutor
     ) -> Iterator[list[tuple[str, Picture | BadSample]]]:
         """(name, picture) of all images in batches; one batch is read ahead of the device."""
         images = iter(job.samples)
@@ -80,7 +84,7 @@ class ImageEncoder(Encoder):
             batch = ahead
 
     def _encode(
-        self, job: Job, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: Tally
+        self, job: LatentJob, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: LatentTally
     ) -> Iterator[Sample]:
         """pictures: with their number in the split."""
         wanted = job.header.vae
@@ -121,7 +125,7 @@ class ImageEncoder(Encoder):
             )
 
     def _posterior(
-        self, job: Job, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
+        self, job: LatentJob, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
     ) -> dict[str, np.ndarray]:
         """The members of a batch, (B, C, h, w) each: mean and log-variance, or one latent, drawn where the
         encoder gives a distribution.

@@ -16,11 +16,11 @@ from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.kinds.base import label_of
 from mhla_lightning.data.kinds.images import decode_image
-from mhla_lightning.data.prepare.pack import Options, PlannedSplit, plan
+from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit, plan
 from mhla_lightning.data.prepare.places import find_splits, tar_files
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import SHARD_BYTES
-from mhla_lightning.data.prepare.sources import open_source
+from mhla_lightning.data.prepare.sources import open_sample_source
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError, UserError
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Images:
+class LabelledImages:
     """What there is to encode. header: of the images. splits: in the order of writing. fingerprint:
     changes with images, order and splits.
     """
@@ -75,7 +75,7 @@ class ShardPart:
         return replace(self, positions=[self.positions[position] for position in positions])
 
 
-def open_images(source: str | Path, options: Options, sample_bytes: int) -> Images:
+def open_images(source: str | Path, options: PackOptions, sample_bytes: int) -> LabelledImages:
     """Labelled images of a folder or an address of packed shards, whose splits and order are kept, or of a
     source of `mhla data pack`.
 
@@ -87,9 +87,9 @@ def open_images(source: str | Path, options: Options, sample_bytes: int) -> Imag
     if _is_packed(source):
         images = _open_packed(str(source), options)
     else:
-        opened = open_source(source)
+        opened = open_sample_source(source)
         _demand_labelled(str(source), opened.header)
-        images = Images(opened.header, plan(opened, options), opened.fingerprint)
+        images = LabelledImages(opened.header, plan(opened, options), opened.fingerprint)
     return replace(
         images,
         splits=[replace(split, shards=shards_for(split, options, sample_bytes)) for split in images.splits],
@@ -136,7 +136,7 @@ def _is_packed(source: str | Path) -> bool:
     )
 
 
-def _open_packed(source: str, options: Options) -> Images:
+def _open_packed(source: str, options: PackOptions) -> LabelledImages:
     if options.val is not None:
         raise UserError(
             f"--val {options.val} was given, but {source} is packed and has its splits: leave --val out"
@@ -154,7 +154,7 @@ def _open_packed(source: str, options: Options) -> Images:
         check_split(split, "size" if "://" not in source else "none")
     parts = {name: ShardPart(split, range(split.samples)) for name, split in splits.items()}
     planned = [PlannedSplit(name, part, list(range(len(part))), 1) for name, part in parts.items()]
-    return Images(
+    return LabelledImages(
         replace(first, shards=()),
         planned,
         " ".join(f"{name} {split.index.hash}" for name, split in splits.items()),
@@ -168,7 +168,7 @@ def _demand_labelled(source: str, header: ShardIndex) -> None:
         raise DataError(f"{source} holds images without classes; images with classes are needed")
 
 
-def shards_for(split: PlannedSplit, options: Options, sample_bytes: int) -> int:
+def shards_for(split: PlannedSplit, options: PackOptions, sample_bytes: int) -> int:
     """Shards to write a split into. sample_bytes: that a sample takes in them."""
     if split.name == "train" and options.shards is not None:
         return min(options.shards, len(split.order))

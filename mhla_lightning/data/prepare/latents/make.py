@@ -1,4 +1,4 @@
-"""Images to latent shards: the same images and options give the same bytes on the same kind of device,
+"""LabelledImages to latent shards: the same images and options give the same bytes on the same kind of device,
 however often it was interrupted.
 """
 
@@ -14,17 +14,17 @@ from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
 from mhla_lightning.data.prepare.latents.devices import find_devices, find_dtype
 from mhla_lightning.data.prepare.latents.encode import ImageEncoder
-from mhla_lightning.data.prepare.latents.images import Images, open_images
-from mhla_lightning.data.prepare.latents.shard import STORED, Target
+from mhla_lightning.data.prepare.latents.images import LabelledImages, open_images
+from mhla_lightning.data.prepare.latents.shard import STORED, LatentTarget
 from mhla_lightning.data.prepare.latents.work import (
     SETTINGS,
-    Report,
-    Work,
+    LatentReport,
+    LatentWork,
     demand_target,
     find_target,
     settings_of,
 )
-from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Note, build
 from mhla_lightning.errors import UserError
 
@@ -41,7 +41,7 @@ class LatentOptions:
         keep mean and log-variance of the
     posterior, to be drawn from anew in every epoch; False draws one latent by (seed, index); None is True
     where the VAE has a posterior.
-    flip: keep the mirrored image's latents too. val, shards, seed: see pack.Options. threads: that read
+    flip: keep the mirrored image's latents too. val, shards, seed: see pack.PackOptions. threads: that read
         images beside each device.
     max_skipped_share: of images that cannot be read or encoded; more ends the work.
     """
@@ -75,7 +75,7 @@ class LatentOptions:
             raise UserError(f"--shift is {self.shift}; it must be a finite number")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
-        Options(shards=self.shards)
+        PackOptions(shards=self.shards)
 
 
 def make_latents(
@@ -87,7 +87,7 @@ def make_latents(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
+) -> LatentReport:
     """Write the latents of the images of `source` (see images.open_images) as shards under `to`.
 
     overwrite: replace `to` if it holds splits, and what another command has begun there. wait, on_progress,
@@ -102,7 +102,7 @@ def make_latents(
     described = _describe(vae, options)
     images = open_images(
         source,
-        Options(options.val, options.shards, options.seed),
+        PackOptions(options.val, options.shards, options.seed),
         _sample_bytes(described, STORED[dtype].itemsize),
     )
     header = ShardIndex("latents", (), images.header.classes, vae=described)
@@ -118,13 +118,13 @@ def make_latents(
         options.batch_size,
         options.seed,
     )
-    targets = [Target(split.name, header, split, encoder) for split in images.splits]
+    targets = [LatentTarget(split.name, header, split, encoder) for split in images.splits]
     note = on_note or (lambda _: None)
     with build(
         target, fingerprint_of(settings), [split.name for split in targets], overwrite, wait, note
     ) as building:
         (building.folder / SETTINGS).write_text(json.dumps(settings))
-        return Work(
+        return LatentWork(
             building, targets, "images", options.max_skipped_share, on_progress or (lambda *_: None)
         ).run(note)
 
@@ -149,7 +149,7 @@ def _sample_bytes(vae: VAE, itemsize: int) -> int:
 
 
 def _settings(
-    options: LatentOptions, header: ShardIndex, images: Images, dtype: str, device: str
+    options: LatentOptions, header: ShardIndex, images: LabelledImages, dtype: str, device: str
 ) -> dict[str, Any]:
     """What decides which bytes are written, in words."""
     assert header.vae is not None

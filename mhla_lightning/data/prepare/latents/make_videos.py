@@ -21,19 +21,26 @@ from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 from mhla_lightning.data.encoders.vaes import VideoAutoencoder, load_video_vae
 from mhla_lightning.data.index import EMPTY_TEXT, VAE, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.clips import Clips
-from mhla_lightning.data.prepare.latents.captions import Features, encode_captions
+from mhla_lightning.data.prepare.latents.captions import CaptionFeatures, encode_captions
 from mhla_lightning.data.prepare.latents.clips import ClipSplit, open_clips
 from mhla_lightning.data.prepare.latents.devices import DTYPES, find_devices, find_dtype
-from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
+from mhla_lightning.data.prepare.latents.shard import (
+    STORED,
+    Encoder,
+    LatentJob,
+    LatentTally,
+    LatentTarget,
+    OnSamples,
+)
 from mhla_lightning.data.prepare.latents.work import (
     SETTINGS,
-    Report,
-    Work,
+    LatentReport,
+    LatentWork,
     demand_target,
     find_target,
     settings_of,
 )
-from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Building, Note, build
 from mhla_lightning.data.prepare.samples import Sample, latent_sample
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
@@ -70,7 +77,7 @@ class VideoOptions:
             raise UserError(f"--tokens is {self.tokens}; it must be at least 1")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
-        Options(shards=self.shards)
+        PackOptions(shards=self.shards)
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,11 @@ class VideoEncoder(Encoder):
     vae: str
     subfolder: str | None
     clip: Clip
-    features: Features
+    features: CaptionFeatures
 
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         """See Encoder. One clip is decoded while another is encoded."""
         opened = _opened(
             self.vae, self.subfolder, device, self.dtype, str(job.header.vae and job.header.vae.sha256)
@@ -92,7 +101,7 @@ class VideoEncoder(Encoder):
         return self._latents(job, opened, tally, on_samples)
 
     def _latents(
-        self, job: Job, vae: VideoAutoencoder, tally: Tally, on_samples: OnSamples
+        self, job: LatentJob, vae: VideoAutoencoder, tally: LatentTally, on_samples: OnSamples
     ) -> Iterator[Sample]:
         with ThreadPoolExecutor(self.threads) as pool:
             clips = iter(job.samples)
@@ -124,7 +133,7 @@ class VideoEncoder(Encoder):
             return sample.name, reason
 
     def _encode(
-        self, job: Job, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: Tally
+        self, job: LatentJob, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: LatentTally
     ) -> Iterator[Sample]:
         """The sample to write, if its latent can be stored."""
         wanted = job.header.vae
@@ -170,7 +179,7 @@ def make_video_latents(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
+) -> LatentReport:
     """Write the latents and text features of the clips of `source` (see clips.open_clips) as shards under
     `to`, bucket by bucket.
 
@@ -203,14 +212,14 @@ def make_video_latents(
             told = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
             encoder = VideoEncoder(dtype, devices, 1, options.vae, options.subfolder, split.clip, features)
             targets.append(
-                Target(
+                LatentTarget(
                     split.name,
                     told,
                     split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)),
                     encoder,
                 )
             )
-        report = Work(building, targets, "clips", options.max_skipped_share, progress).run(note)
+        report = LatentWork(building, targets, "clips", options.max_skipped_share, progress).run(note)
         for folder in dict.fromkeys(split.name.rpartition("/")[0] for split in clips):
             building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, empty)
         return report
@@ -264,8 +273,8 @@ def _features(
     dtype: str,
     devices: tuple[str, ...],
     on_progress: Progress,
-) -> Features:
-    """Features of all captions, and of the empty text, which stands for a caption that is dropped."""
+) -> CaptionFeatures:
+    """CaptionFeatures of all captions, and of the empty text, which stands for a caption that is dropped."""
     assert header.text is not None
     seen = {"": "of the empty text"}
     for split in clips:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
+class LatentTally:
     """What is known of a shard's latents. values: of every channel; sums, squares: of the latents as they are
     used and of their squares, (C,).
 
@@ -73,13 +73,15 @@ class Encoder(ABC):
     threads: int
 
     @abstractmethod
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         """The samples to write, encoded on `device`. Opens the models at once. Raises UserError,
         DataError.
         """
 
 
-class Target(NamedTuple):
+class LatentTarget(NamedTuple):
     """A split to make. name: SPLIT, or BUCKET/SPLIT. header: of its latents. source: what is encoded."""
 
     name: str
@@ -97,7 +99,7 @@ class Target(NamedTuple):
         return self.source.start(shard + 1) - self.source.start(shard)
 
 
-class Job(NamedTuple):
+class LatentJob(NamedTuple):
     """A shard to write. first: index in the split of its first sample."""
 
     building: Building
@@ -109,20 +111,22 @@ class Job(NamedTuple):
     encoder: Encoder
 
 
-def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iterator[Job]:
+def make_jobs(building: Building, target: LatentTarget, wanted: Iterable[int]) -> Iterator[LatentJob]:
     """A job for each of these shards of a split, by number."""
     split = target.source
     for shard in wanted:
         first = split.start(shard)
         samples = split.part.take(split.order[first : split.start(shard + 1)])
-        yield Job(building, target.header, target.name, samples, first, target.shards[shard], target.encoder)
+        yield LatentJob(
+            building, target.header, target.name, samples, first, target.shards[shard], target.encoder
+        )
 
 
-def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done[Tally]:
+def encode_shard(job: LatentJob, on_samples: OnSamples | None = None) -> Done[LatentTally]:
     """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when
     the VAE is not the header's.
     """
-    tally = Tally()
+    tally = LatentTally()
     device = own_device(job.building.folder, job.encoder.devices)
     latents = job.encoder.latents(job, device, tally, on_samples or (lambda *_: None))
     return write_tallied(job.building, job.split, job.name, job.header.kind, latents, tally, job.first)

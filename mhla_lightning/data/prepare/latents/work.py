@@ -19,7 +19,13 @@ import numpy as np
 import torch
 
 from mhla_lightning.data.index import ShardIndex, read_index
-from mhla_lightning.data.prepare.latents.shard import Job, Tally, Target, encode_shard, make_jobs
+from mhla_lightning.data.prepare.latents.shard import (
+    LatentJob,
+    LatentTally,
+    LatentTarget,
+    encode_shard,
+    make_jobs,
+)
 from mhla_lightning.data.prepare.pack import Progress, check_target
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, demand_free
@@ -31,7 +37,7 @@ SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are 
 
 
 @dataclass
-class Report:
+class LatentReport:
     """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded
     by this call in `seconds`.
     """
@@ -42,13 +48,18 @@ class Report:
     seconds: float = 0.0
 
 
-class Work:
+class LatentWork:
     """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that
     may be left out.
     """
 
     def __init__(
-        self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress
+        self,
+        building: Building,
+        targets: Sequence[LatentTarget],
+        what: str,
+        limit: float,
+        on_progress: Progress,
     ) -> None:
         self.building, self.what, self.limit = building, what, limit
         self.targets = {target.name: target for target in targets}
@@ -58,14 +69,16 @@ class Work:
             for n, shard in enumerate(target.shards)
         }
         self.devices = targets[0].encoder.devices
-        self.done: dict[tuple[str, str], Done[Tally]] = {}
+        self.done: dict[tuple[str, str], Done[LatentTally]] = {}
         self._seen = dict.fromkeys(self.targets, 0)
         self._on_progress = on_progress
 
-    def run(self, note: Note) -> Report:
+    def run(self, note: Note) -> LatentReport:
         """Encode what is not finished, and write the indices."""
         for name, target in self.targets.items():
-            found = {shard: finished_shard(self.building, name, shard, Tally) for shard in target.shards}
+            found = {
+                shard: finished_shard(self.building, name, shard, LatentTally) for shard in target.shards
+            }
             self.done |= {(name, shard): done for shard, done in found.items() if done is not None}
             self._advance(
                 name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None)
@@ -73,7 +86,7 @@ class Work:
         kept = len(self.done)
         if kept:
             note(f"{kept} of {len(self.planned)} shards were finished before and are kept")
-        report, start = Report(), time.perf_counter()
+        report, start = LatentReport(), time.perf_counter()
         report.samples = self._encode()
         report.seconds = time.perf_counter() - start
         for name, target in self.targets.items():
@@ -86,7 +99,7 @@ class Work:
     def _encode(self) -> int:
         """Samples that were read."""
         alone = len(self.devices) == 1
-        work: Callable[[Job], Done[Tally]] = (
+        work: Callable[[LatentJob], Done[LatentTally]] = (
             partial(encode_shard, on_samples=self._advance) if alone else encode_shard
         )
         before = sum(self._seen.values())
@@ -105,7 +118,7 @@ class Work:
             raise
         return sum(self._seen.values()) - before
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[LatentJob]:
         return chain.from_iterable(
             make_jobs(
                 self.building,
@@ -187,10 +200,10 @@ def demand_target(
             )
 
 
-def _index(header: ShardIndex, shards: Sequence[Done[Tally]]) -> ShardIndex:
+def _index(header: ShardIndex, shards: Sequence[Done[LatentTally]]) -> ShardIndex:
     """The index of a split, with the statistics of its latents."""
     assert header.vae is not None
-    tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
+    tallies: list[LatentTally] = [shard.tally for shard in shards if shard.tally.values]
     values = sum(tally.values for tally in tallies)
     if not values:
         raise DataError(

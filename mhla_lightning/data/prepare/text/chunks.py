@@ -41,7 +41,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class TokenizedCorpus:
     """All chunks of a corpus in order; made: tokens made by this call, in so many seconds."""
 
     found: list[Chunk]
@@ -50,7 +50,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class _Job:
+class ChunkJob:
     folder: Path
     number: int
     group: Group
@@ -70,7 +70,7 @@ def tokenize_chunks(
     workers: int,
     on_progress: Callable[[int, int], None],
     on_note: Note,
-) -> Chunks:
+) -> TokenizedCorpus:
     """Tokenize all documents into chunks in `folder`, but for the chunks that are there. on_progress: input
     bytes done, and in all.
 
@@ -83,13 +83,13 @@ def tokenize_chunks(
     found: dict[int, Chunk] = {}
     opened = str(folder) if tokenizer.files else tokenizer.name
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[ChunkJob]:
         for number, group in enumerate(chain.from_iterable(source.groups(wanted) for source in inputs)):
             kept = _finished(folder, number)
             if kept is not None:
                 found[number] = kept
             else:
-                yield _Job(folder, number, group, opened, tokenizer.name)
+                yield ChunkJob(folder, number, group, opened, tokenizer.name)
 
     start, made = time.perf_counter(), 0
     kept = len(list(folder.glob("*.json"))) - len(tokenizer.files)
@@ -102,7 +102,7 @@ def tokenize_chunks(
             made += chunk.tokens
             on_progress(min(total, sum(known.size for known in found.values())), total)
     on_progress(total, total)
-    return Chunks([found[number] for number in sorted(found)], made, time.perf_counter() - start)
+    return TokenizedCorpus([found[number] for number in sorted(found)], made, time.perf_counter() - start)
 
 
 def chunk_path(folder: Path, number: int) -> Path:
@@ -122,7 +122,7 @@ def _finished(folder: Path, number: int) -> Chunk | None:
         return None
 
 
-def _tokenize(job: _Job) -> Chunk:
+def _tokenize(job: ChunkJob) -> Chunk:
     tokenizer = _opened(job.tokenizer, job.identity)
     dtype, end = token_type(tokenizer.vocabulary), np.array([tokenizer.end])
     arrays, sizes, binary, empty = [], [], 0, 0

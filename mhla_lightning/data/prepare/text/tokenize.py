@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
-from mhla_lightning.data.prepare.pack import Options, Progress, check_target, fill, fingerprint_of, plan
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fill, fingerprint_of, plan
 from mhla_lightning.data.prepare.replacing import Note, build, demand_free
-from mhla_lightning.data.prepare.sources.base import Source
-from mhla_lightning.data.prepare.text.chunks import Chunks, documents_path, tokenize_chunks
+from mhla_lightning.data.prepare.sources.base import SampleSource
+from mhla_lightning.data.prepare.text.chunks import TokenizedCorpus, documents_path, tokenize_chunks
 from mhla_lightning.data.prepare.text.inputs import Input, folder_of, open_inputs
 from mhla_lightning.data.prepare.text.layout import check_packing, held_out, lay_out
 from mhla_lightning.data.prepare.text.rows import Rows, write_firsts, write_layout
@@ -55,7 +55,7 @@ class TextOptions:
             raise UserError(
                 f"--val is {self.val}; it must be a number of documents, or a share above 0 and below 1"
             )
-        Options(shards=self.shards)
+        PackOptions(shards=self.shards)
 
     def length_of(self, split: str) -> int:
         """Tokens a row of a split."""
@@ -76,7 +76,7 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class TokenizeReport:
     """indices, splits: by name. binary: files that are no text; empty: documents without any: both left out.
     made: tokens made in `seconds` by this call, which may have found others made."""
 
@@ -98,7 +98,7 @@ def tokenize(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
+) -> TokenizeReport:
     """Write text as token shards under `to`. inputs: see open_inputs. overwrite, workers, wait, on_note: see
     pack.
 
@@ -130,13 +130,13 @@ def tokenize(
         indices = fill(
             building,
             source,
-            plan(source, Options(None, options.shards, options.seed)),
+            plan(source, PackOptions(None, options.shards, options.seed)),
             workers,
             progress,
             note,
         )
     binary, empty = (sum(getattr(chunk, name) for chunk in chunks.found) for name in ("binary", "empty"))
-    return Report(indices, reports, binary, empty, chunks.made, chunks.seconds)
+    return TokenizeReport(indices, reports, binary, empty, chunks.made, chunks.seconds)
 
 
 def _target(inputs: Sequence[str], to: str | Path) -> Path:
@@ -146,8 +146,8 @@ def _target(inputs: Sequence[str], to: str | Path) -> Path:
 
 
 def _lay_out(
-    folder: Path, chunks: Chunks, tokenizer: Tokenizer, options: TextOptions, inputs: Sequence[Input]
-) -> tuple[Source, dict[str, SplitReport]]:
+    folder: Path, chunks: TokenizedCorpus, tokenizer: Tokenizer, options: TextOptions, inputs: Sequence[Input]
+) -> tuple[SampleSource, dict[str, SplitReport]]:
     """The splits as parts of a source, and a report of each."""
     documents = np.concatenate(
         [
@@ -166,7 +166,7 @@ def _lay_out(
     outside = held_out(len(documents), options.val, options.seed)
     header = ShardIndex("tokens", (), tokenizer=tokenizer.name, length=options.length)
     lengths = {split: options.length_of(split) for split in SPLITS}
-    source = Source(header, {}, "", lengths, dict(tokenizer.files))
+    source = SampleSource(header, {}, "", lengths, dict(tokenizer.files))
     reports = {}
     for split, chosen in (("train", ~outside), ("val", outside)):
         tokens, size = documents[chosen, 0], documents[chosen, 1]

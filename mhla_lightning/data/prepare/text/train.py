@@ -19,7 +19,7 @@ _PROBED = 200  # documents on which bytes per token are measured
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTokenizer:
     """tokenizer: as it was written. documents, bytes: of the text. bytes_per_token: on its first
     documents.
     """
@@ -37,7 +37,7 @@ def train_tokenizer(
     column: str = "text",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Trained:
+) -> TrainedTokenizer:
     """Learn a tokenizer.json of `vocabulary` ids from text (see open_inputs) and write it to the file `to`.
 
     The same text gives the same file. on_progress: input bytes read, and in all. Raises UserError for a bad
@@ -83,7 +83,7 @@ def train_tokenizer(
         )
     )
     rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
-    return Trained(tokenizer, counts["documents"], counts["bytes"], rate)
+    return TrainedTokenizer(tokenizer, counts["documents"], counts["bytes"], rate)
 
 
 def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
