@@ -74,8 +74,7 @@ def _locked(folder: Path, target: Path, wait: bool) -> FileLock:
         except OSError as error:
             raise UserError(
                 str(target),
-                f"{folder}/lock cannot be locked ({error.strerror}); make the folder on a disk of this machine "
-                "and copy it",
+                f"{folder}/lock cannot be locked ({error.strerror}); make it on a local disk and copy it",
             ) from error
 
 

@@ -115,5 +115,5 @@ def _answer(work: Callable[[J], R], job: J) -> R:
         return work(job)
     except UserError:
         raise
-    except Exception:  # another error might not survive pickling, which would break the pool
+    except Exception:  # noqa: BLE001  another error might not survive pickling, which would break the pool
         raise RuntimeError(f"in a worker process:\n{traceback.format_exc()}") from None

@@ -1,4 +1,4 @@
-"""CaptionFeatures of captions, computed once for each text and kept beside the shards in the making."""
+"""Features of captions: computed once for each text and kept beside the shards in the making."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ _TOGETHER = 32  # captions of a job
 
 @dataclass(frozen=True)
 class CaptionFeatures:
-    """CaptionFeatures by caption, float16 (rows, channels), in files. Picklable. folder: where they lie."""
+    """Features of captions in files, float16 (rows, channels) each. Can be pickled.
+
+    Args:
+        folder: of the files.
+    """
 
     folder: Path
 
     def path(self, caption: str) -> Path:
-        """The file of a caption."""
+        """Return the file of a caption."""
         digest = hashlib.sha256(caption.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def read(self, caption: str) -> np.ndarray:
-        """CaptionFeatures that were written."""
+        """Return the features of a caption that was encoded."""
         return np.load(self.path(caption), allow_pickle=False)
 
     def write(self, caption: str, rows: np.ndarray) -> None:
-        """Write whole, or not at all."""
+        """Write the features of a caption whole, or not at all."""
         path = self.path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{uuid.uuid4().hex}.new")
@@ -50,7 +54,16 @@ class CaptionFeatures:
 
 
 class CaptionJob(NamedTuple):
-    """captions: with the sample that each was first seen at."""
+    """Captions to encode.
+
+    Args:
+        building: of the target.
+        features: that are kept.
+        encoding: which text encoder, and how many tokens.
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        captions: (sample that the caption was first found at, caption).
+    """
 
     building: Building
     features: CaptionFeatures
@@ -68,11 +81,18 @@ def encode_captions(
     devices: tuple[str, ...],
     on_captions: Callable[[int, int], None],
 ) -> CaptionFeatures:
-    """Encode what was not encoded before.
+    """Encode the captions that were not encoded before.
 
-    captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of
-        how many.
-    Raises DataError, naming the sample, for a text that is too long.
+    Args:
+        building: of the target.
+        captions: caption -> the sample that it was first found at.
+        encoding: which text encoder, and how many tokens.
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        on_captions: called with the number of captions done, and of all.
+
+    Raises:
+        DataError: a text that is too long; the key names the sample.
     """
     features = CaptionFeatures(building.folder / "features")
     missing = [(sample, text) for text, sample in captions.items() if not features.path(text).is_file()]
@@ -100,12 +120,13 @@ def _encode(job: CaptionJob) -> int:
         try:
             (rows,) = encoder.encode([text])
         except UserError as error:
-            raise DataError(f"sample {sample}: {error}") from error
+            raise DataError(f"sample {sample}", error.reason) from error
         with np.errstate(over="ignore"):
             stored = rows.numpy().astype("<f2")
         if not np.isfinite(stored).all():
             raise DataError(
-                f"sample {sample}: the features of its caption hold NaN or values that float16 does not reach"
+                f"sample {sample}",
+                "the features of its caption hold NaN or values that float16 does not reach",
             )
         job.features.write(text, stored)
     return len(job.captions)

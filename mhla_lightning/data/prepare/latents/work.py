@@ -1,5 +1,6 @@
-"""The making of latents of all splits: what is not finished is encoded, wherever there is a device, and
-the indices are written in the end.
+"""The making of the latents of all splits.
+
+Shards that are not finished are encoded, wherever a device is free. The indices are written in the end.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ from mhla_lightning.data.prepare.latents.shard import (
     encode_shard,
     make_jobs,
 )
-from mhla_lightning.data.prepare.pack import Progress, check_target
+from mhla_lightning.data.prepare.pack import Progress
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, demand_free
 from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.data.skips import JUDGED_AFTER
 from mhla_lightning.errors import DataError, UserError
 
-SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are written, in words
+SETTINGS = "latents.json"  # in the hidden folder: see settings_of
 
 
 @dataclass
 class LatentReport:
-    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded
-    by this call in `seconds`.
+    """What was written.
+
+    Args:
+        indices: by split; their `vae` holds the statistics.
+        skipped: (split, name, reason).
+        samples: encoded by this call.
+        seconds: that the encoding took.
     """
 
     indices: dict[str, ShardIndex] = field(default_factory=dict)
@@ -49,8 +55,14 @@ class LatentReport:
 
 
 class LatentWork:
-    """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that
-    may be left out.
+    """All shards of a target in the making.
+
+    Args:
+        building: of the target.
+        targets: the splits to make.
+        what: the name of the samples in messages, such as "images".
+        limit: share of samples that may be left out.
+        on_progress: called with a split, its samples done and its samples in all.
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class LatentWork:
         self._on_progress = on_progress
 
     def run(self, note: Note) -> LatentReport:
-        """Encode what is not finished, and write the indices."""
+        """Encode the shards that are not finished, and write the indices."""
         for name, target in self.targets.items():
             found = {
                 shard: finished_shard(self.building, name, shard, LatentTally) for shard in target.shards
@@ -97,7 +109,7 @@ class LatentWork:
         return report
 
     def _encode(self) -> int:
-        """Samples that were read."""
+        """Encode, and return the number of samples that were read."""
         alone = len(self.devices) == 1
         work: Callable[[LatentJob], Done[LatentTally]] = (
             partial(encode_shard, on_samples=self._advance) if alone else encode_shard
@@ -113,8 +125,8 @@ class LatentWork:
         except Interrupted:
             raise
         except UserError as error:
-            if self.done:  # hours of work may be finished: it is kept for when the mistake is mended
-                raise Interrupted(str(error)) from error
+            if self.done:  # hours of work may be finished; keep them until the mistake is corrected
+                raise Interrupted(error.key, error.reason) from error
             raise
         return sum(self._seen.values()) - before
 
@@ -133,7 +145,7 @@ class LatentWork:
         self._on_progress(split, self._seen[split], len(self.targets[split].source.order))
 
     def _judge(self) -> None:
-        """Raise DataError when more samples were skipped than may be."""
+        """Raise DataError when more samples were skipped than the limit allows."""
         read = sum(self.planned[key] for key in self.done)
         skipped = [(split, *one) for (split, _), shard in self.done.items() for one in shard.tally.skipped]
         if (
@@ -144,22 +156,20 @@ class LatentWork:
             split, name, reason = skipped[-1]
             found = f"{len(skipped)} of {read} {self.what} ({len(skipped) / read:.1%}) give no latent"
             raise DataError(
-                f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} "
-                f"of {split} ({reason})"
+                "max_skipped_share",
+                f"{found}, more than the share {self.limit:g} that is allowed; the last is {name} of "
+                f"{split} ({reason})",
             )
 
 
-def find_target(source: str | Path, to: str | Path) -> Path:
-    """The folder to make. Raises UserError like pack.check_target."""
-    try:
-        return check_target(source, to)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--to ")) from error  # here it is no option
-
-
 def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:
-    """What decides which bytes are written, in words: facts, numbers, kind of device, versions of
-    packages.
+    """Return the facts that decide which bytes are written, for the user to read.
+
+    Args:
+        facts: of the source and the options.
+        dtype: of devices.DTYPES.
+        device: its type counts.
+        packages: their versions count.
     """
     where = {"dtype": dtype, "device": torch.device(device).type}
     return json.loads(
@@ -170,8 +180,13 @@ def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequen
 def demand_target(
     target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool
 ) -> None:
-    """Raise UserError when the target holds, or is being made of, other latents; or anything at all.
-    headers: of the splits to make, by name.
+    """Raise UserError when the target holds other latents, is being made of others, or holds anything at all.
+
+    Args:
+        target: the folder to make.
+        headers: of the splits to make, by name.
+        settings: of this call; see settings_of.
+        overwrite: accept all of these.
     """
     if overwrite:
         return
@@ -182,8 +197,9 @@ def demand_target(
         if found.vae is None or not header.vae.fits(found.vae):
             what = f"latents of {found.vae}" if found.vae else found.kind
             raise UserError(
-                f"{target} holds {what}, and these would be of {header.vae}: choose another folder, "
-                "or pass --overwrite"
+                str(target),
+                f"holds {what}, and these would be of {header.vae}; choose another folder, or pass "
+                "`overwrite`",
             )
     demand_free(target, overwrite)
     with suppress(OSError, ValueError):
@@ -195,20 +211,19 @@ def demand_target(
         ]
         if other:
             raise UserError(
-                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish "
-                "it, choose another folder, or pass --overwrite"
+                str(target),
+                f"was begun with {', '.join(other)[:500]}; run that command again to finish it, "
+                "choose another folder, or pass `overwrite`",
             )
 
 
 def _index(header: ShardIndex, shards: Sequence[Done[LatentTally]]) -> ShardIndex:
-    """The index of a split, with the statistics of its latents."""
+    """Return the index of a split, with the statistics of its latents."""
     assert header.vae is not None
     tallies: list[LatentTally] = [shard.tally for shard in shards if shard.tally.values]
     values = sum(tally.values for tally in tallies)
     if not values:
-        raise DataError(
-            f"no sample of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}"
-        )
+        raise DataError(shards[0].split, f"no sample gives a latent; {': '.join(shards[0].tally.skipped[0])}")
     mean, square = (
         np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares")
     )

@@ -43,7 +43,7 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
             "vae",
             f"{kind} are not made by a VAE; leave it out"
             if vae
-            else f"the name, scale and shift of the VAE that made the {kind} are missing; training needs them",
+            else f"{kind} need the name, scale and shift of their VAE, which training has to know",
         )
     if vae is not None:
         if not Path(source).is_dir():

@@ -36,9 +36,9 @@ def open_mqar(
 ) -> SampleSource:
     """Open rows of tokens: distinct keys, each followed by a value, then the same pairs once more.
 
-    The second time the pairs come in another order and at random places, with random values between them. So a
-    key that comes a second time is a query, and the token after it the answer. A row depends on the seed, the
-    split and its number alone.
+    The second time the pairs come in another order and at random places, with random values between them.
+    So a key that comes a second time is a query, and the token after it the answer. A row depends on the
+    seed, the split and its number alone.
 
     Args:
         source: mqar[:PAIRS].
