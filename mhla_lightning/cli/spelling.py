@@ -20,11 +20,20 @@ class VerbParser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def add_argument(self, *args: Any, **options: Any) -> argparse.Action:
-        action = super().add_argument(*args, **options)
+        return self._note(super().add_argument(*args, **options))
+
+    def add_mutually_exclusive_group(self, **options: Any) -> Any:
+        """Return a group whose arguments are noted too; of two for one value, the first gives the name."""
+        group = super().add_mutually_exclusive_group(**options)
+        add = group.add_argument
+        group.add_argument = lambda *args, **options: self._note(add(*args, **options))  # type: ignore[method-assign]
+        return group
+
+    def _note(self, action: argparse.Action) -> argparse.Action:
         if action.option_strings:
-            self._written[action.dest] = action.option_strings[-1]
+            self._written.setdefault(action.dest, action.option_strings[-1])
         elif isinstance(action.metavar, str):
-            self._written[action.dest] = action.metavar
+            self._written.setdefault(action.dest, action.metavar)
         return action
 
     def add_subparsers(self, **options: Any) -> Any:

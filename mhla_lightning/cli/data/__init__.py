@@ -1,4 +1,4 @@
-"""Make shards of images, latents, video clips or text, check them, index other people's, and look at them."""
+"""Make shards of images, latents, video clips or text, check them, index them and look at them."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the verb that `args` (of add_arguments' parser) names; the exit code. Raises UserError."""
+    """Run the verb that `args` names and return its exit code. Raises UserError."""
     return VERBS[args.data_verb].run(args)

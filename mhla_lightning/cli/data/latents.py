@@ -1,5 +1,6 @@
-"""Encode images, or videos and their captions, and write the latents as shards. The same command again
-continues one that was interrupted.
+"""Encode images, or videos and their captions, and write the latents as shards.
+
+The same command continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -11,37 +12,37 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mhla_lightning.cli.data import output
+from mhla_lightning.cli.output import write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.latents.work import Report
+    from mhla_lightning.data.prepare.latents.work import LatentReport
 
 HELP = "encode images or videos by a VAE into latent shards"
-EPILOG = """SOURCE is a folder or an address of packed images (its splits and order are kept), or what mhla data pack takes.
-With --video it is what mhla data clips wrote: clips of one size, or a folder FRAMESxHEIGHTxWIDTH of each size, which OUT will have too.
+EPILOG = """SOURCE is a folder or an address of packed images, whose splits and order are kept, or a source of mhla
+data pack. With --video it is a folder that mhla data clips made: clips of one size, or a folder
+FRAMESxHEIGHTxWIDTH of each size, which OUT will have too.
 
 examples:
   mhla data latents data/imagenet data/imagenet-latents --vae stabilityai/sd-vae-ft-ema
   mhla data latents /images data/mine --vae /models/dc-ae --size 512 --val 0.02 --device cuda:0,cuda:1
-  mhla data latents --video data/clips --to data/clip-latents --vae /models/Wan2.1-Diffusers --text-encoder /models/Wan2.1-Diffusers"""
-_IMAGES_ONLY = ("size", "batch_size", "moments", "no_flip", "scale", "shift", "val", "seed")
+  mhla data latents --video data/clips data/clip-latents --vae /models/Wan2.1 --text-encoder /models/Wan2.1"""
+_IMAGES_ONLY = ("size", "batch_size", "moments", "flip", "scale", "shift", "val", "seed")
 _VIDEOS_ONLY = ("text_encoder", "tokens")
 _SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla data latents`."""
+    """Add the arguments of `mhla data latents`."""
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="packed images (train/, val/), or mnist, torchvision:NAME[:ROOT], a folder of classes",
+        help="packed images (train/, val/), mnist, torchvision:NAME[:ROOT] or a folder of classes",
     )
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to make, with the same splits")
+    parser.add_argument("--to", metavar="OUT", help="another way to give OUT")
     parser.add_argument(
-        "out", metavar="OUT", nargs="?", help="folder to make; holds the same splits afterwards"
-    )
-    parser.add_argument("--to", metavar="OUT", help="the same")
-    parser.add_argument(
-        "--video", action="store_true", help="SOURCE holds clips with captions; VAE is an AutoencoderKLWan"
+        "--video", action="store_true", help="encode clips with captions; VAE must be an AutoencoderKLWan"
     )
     parser.add_argument(
         "--vae",
@@ -52,23 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="of captions: a folder of umT5 or its name on the hub, or words:N (no download)",
+        help="encoder of captions: a folder of umT5 or its name on the hub, or words:N (no download)",
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="the most tokens that a caption may have (default: 512)"
     )
     parser.add_argument(
-        "--subfolder", metavar="NAME", help="of VAE (default: itself, or vae where it is a pipeline)"
+        "--subfolder", metavar="NAME", help="folder inside VAE (default: none, or vae for a pipeline)"
     )
-    parser.add_argument("--name", metavar="NAME", help="what recipes call the VAE (default: as given)")
+    parser.add_argument("--name", metavar="NAME", help="name of the VAE in recipes (default: VAE)")
     parser.add_argument(
-        "--size", type=int, metavar="N", help="pixels a side, by ADM's centre crop (default: 256)"
+        "--size", type=int, metavar="N", help="pixels a side after ADM's centre crop (default: 256)"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once (default: 32)")
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto (all GPUs, else the CPU), cpu, cuda:0,cuda:1; a process each (default: auto)",
+        help="auto (all GPUs, else the CPU), cpu, or cuda:0,cuda:1; each gets a process (default: auto)",
     )
     parser.add_argument("--dtype", help="bf16 (stored as float16) or fp32 (default: bf16 on GPU, else fp32)")
     kept = parser.add_mutually_exclusive_group()
@@ -83,51 +84,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="moments",
         action="store_false",
         default=None,
-        help="keep one latent, drawn by (seed, index)",
+        help="keep one latent of each image, drawn by (seed, index)",
     )
     parser.add_argument(
-        "--no-flip", action="store_true", help="do not keep the latents of the mirrored images too"
+        "--no-flip", dest="flip", action="store_false", help="leave out the latents of the mirrored images"
     )
     parser.add_argument(
         "--scale", type=float, metavar="S", help="a latent z is used as (z - T) * S (default: the VAE's)"
     )
-    parser.add_argument("--shift", type=float, metavar="T", help="see --scale")
+    parser.add_argument("--shift", type=float, metavar="T", help="shift of the latents; see --scale")
     parser.add_argument(
         "--val",
         type=output.count_or_share,
         metavar="N|SHARE",
-        help="held out of a source that is not packed (default: 0.2)",
+        help="number or share held out of a source that is not packed (default: 0.2)",
     )
     parser.add_argument(
         "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
     )
     parser.add_argument(
-        "--seed", type=int, help="of --samples, and of the order of a source that is not packed (default: 0)"
+        "--seed",
+        type=int,
+        help="seed of --samples, and of the order of a source that is not packed (default: 0)",
     )
     parser.add_argument(
         "--max-skipped-share",
         type=float,
         default=0.01,
         metavar="P",
-        help="of images that cannot be used (default: 0.01)",
+        help="allowed share of samples that cannot be used (default: 0.01)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace shards that OUT already holds, or another command has begun",
+        help="replace shards in OUT, and those that another command has begun",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="threads that read images, beside each device (default: the cores, at most 8)",
+        help="threads that read images, for each device (default: the number of cores, at most 8)",
     )
     output.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode; 0 when done. Raises UserError."""
-    output.check_writable("--json", args.json)
+    """Encode and return 0. Raises UserError."""
+    output.check_writable("json", args.json)
     out = _out(args)
     _demand_fitting(args)
     console = Console()
@@ -147,20 +150,20 @@ def run(args: argparse.Namespace) -> int:
         f"{what}_per_second": rate,
         "skipped": skipped,
     }
-    output.write_json(args.json, {"rows": rows, "summary": summary})
+    write_json(args.json, {"rows": rows, "summary": summary})
     return 0
 
 
 def _make(
     args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]
-) -> Report:
-    """Encode what args say."""
+) -> LatentReport:
+    """Encode as the arguments ask."""
     from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
     from mhla_lightning.data.prepare.latents.make_videos import VideoOptions, make_video_latents
 
     names = ("vae", "subfolder", "name", "device", "dtype", "shards", "max_skipped_share")
     chosen = {name: getattr(args, name) for name in names}
-    only = _VIDEOS_ONLY if args.video else tuple(name for name in _IMAGES_ONLY if name != "no_flip")
+    only = _VIDEOS_ONLY if args.video else _IMAGES_ONLY
     chosen |= {name: getattr(args, name) for name in only if getattr(args, name) is not None}
     if args.video:
         options = VideoOptions(**chosen)
@@ -173,7 +176,7 @@ def _make(
             on_progress=on_progress,
             on_note=on_note,
         )
-    images = LatentOptions(**chosen, flip=not args.no_flip, threads=output.workers(args))
+    images = LatentOptions(**chosen, workers=output.workers(args))
     return make_latents(
         args.source,
         out,
@@ -188,34 +191,35 @@ def _make(
 def _out(args: argparse.Namespace) -> str:
     if (args.out is None) == (args.to is None):
         raise UserError(
-            "OUT, the folder to make, is needed once: mhla data latents SOURCE OUT, or SOURCE --to OUT"
+            "out", "the folder to make is needed once: mhla data latents SOURCE OUT, or SOURCE --to OUT"
         )
     return str(args.out or args.to)
 
 
 def _demand_fitting(args: argparse.Namespace) -> None:
-    """Refuse options of images for videos, and the other way round."""
-    foreign = [
-        name
-        for name in (_IMAGES_ONLY if args.video else _VIDEOS_ONLY)
-        if getattr(args, name) not in (None, False)
-    ]
-    foreign += ["samples"] if args.video and args.moments is False else []
+    """Raise UserError for options of images with videos, and the other way round."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if args.flip:
+        del given["flip"]  # its default
+    foreign = [name for name in (_IMAGES_ONLY if args.video else _VIDEOS_ONLY) if name in given]
     if foreign:
         kinds = (
             ("images", "clips, whose size and splits are kept")
             if args.video
             else ("videos", "images: add --video")
         )
-        raise UserError(f"--{foreign[0].replace('_', '-')} is for {kinds[0]}, and these are {kinds[1]}")
+        # --samples is the other name of `moments`.
+        key = "--samples" if foreign[0] == "moments" and not args.moments else foreign[0]
+        raise UserError(key, f"it is for {kinds[0]}, and these are {kinds[1]}")
     if args.video and args.text_encoder is None:
         raise UserError(
-            "--video needs --text-encoder: a folder of umT5 or its name on the hub, or words:N, e.g. words:64"
+            "text_encoder",
+            "needed with `video`: a folder of umT5 or its name on the hub, or words:N, e.g. words:64",
         )
 
 
-def _remarks(report: Report, what: str) -> list[str]:
-    """Rate, what was left out, statistics, and what a recipe has to say."""
+def _remarks(report: LatentReport, what: str) -> list[str]:
+    """Return remarks: rate, samples that were left out, statistics, and lines for a recipe."""
     lines = (
         [
             (

@@ -1,9 +1,8 @@
-"""What the verbs of `mhla data` share: arguments, progress bars, tables."""
+"""Arguments, progress bars and tables that the verbs of `mhla data` share."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     from mhla_lightning.data.index import ShardIndex
 
 OnProgress = Callable[[str, int, int], None]  # split, done, in all
-SPLITS = ("train", "val", "test")  # as in data.index, which brings numpy
+SPLITS = ("train", "val", "test")  # as in data.index, which imports numpy
+VAE_ARGUMENTS = ("vae_name", "vae_scale", "vae_shift")
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes that work on a shard each (default: the number of cores, at most 8)",
+        help="processes (default: the number of cores, at most 8)",
     )
 
 
@@ -45,12 +45,12 @@ def add_column(parser: argparse.ArgumentParser) -> None:
         "--text-column",
         default="text",
         metavar="NAME",
-        help="key of JSON lines, column of parquet and hf (default: text)",
+        help="key of JSON lines, column of parquet and hf data sets (default: text)",
     )
 
 
 def count_or_share(text: str) -> int | float:
-    """argparse type: digits are a number of samples, anything else a share."""
+    """Parse an argument: digits are a number of samples, anything else is a share."""
     try:
         return int(text) if text.isdigit() else float(text)
     except ValueError:
@@ -60,64 +60,75 @@ def count_or_share(text: str) -> int | float:
 
 
 def add_vae(parser: argparse.ArgumentParser) -> None:
-    """Add what an index of latents must say: a latent z is used as (z - shift) * scale."""
+    """Add the facts about a VAE that an index of latents holds: name, scale and shift."""
     parser.add_argument(
-        "--vae-name", metavar="NAME", help="what made the latents, e.g. stabilityai/sd-vae-ft-ema"
+        "--vae-name",
+        metavar="NAME",
+        help="name of the VAE that made the latents, e.g. stabilityai/sd-vae-ft-ema",
     )
-    parser.add_argument("--vae-scale", type=float, metavar="S", help="a latent z is used as (z - T) * S")
-    parser.add_argument("--vae-shift", type=float, metavar="T", help="see --vae-scale")
+    parser.add_argument(
+        "--vae-scale", type=float, metavar="S", help="scale of the VAE: a latent z is used as (z - T) * S"
+    )
+    parser.add_argument("--vae-shift", type=float, metavar="T", help="shift of the VAE; see --vae-scale")
 
 
 def vae_options(args: argparse.Namespace) -> tuple[str, float, float] | None:
-    """(name, scale, shift) from add_vae's arguments, None when none was given. Raises UserError when some
-    are missing.
+    """Return (name, scale, shift) of add_vae's arguments, or None when none was given.
+
+    Raises UserError when some are missing.
     """
-    given = {"--vae-name": args.vae_name, "--vae-scale": args.vae_scale, "--vae-shift": args.vae_shift}
+    given = {name: getattr(args, name) for name in VAE_ARGUMENTS}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
     if missing:
         raise UserError(
-            f"{', '.join(missing)} must be given too: an index of latents says by which VAE and how "
-            "they are to be scaled"
+            missing[0],
+            f"missing; an index of latents needs all of {', '.join(f'`{name}`' for name in given)}",
         )
-    for name in ("--vae-scale", "--vae-shift"):
+    for name in VAE_ARGUMENTS[1:]:
         if not math.isfinite(given[name]):
-            raise UserError(f"{name} is {given[name]}; it must be a finite number")
+            raise UserError(name, f"got {given[name]}; it must be a finite number")
     return args.vae_name, args.vae_scale, args.vae_shift
 
 
 def workers(args: argparse.Namespace) -> int:
-    """--workers, or as many as this machine has use for."""
+    """Return --workers, or the number that suits this machine."""
     from mhla_lightning.data.prepare.parallel import default_workers
 
     return default_workers() if args.workers is None else args.workers
 
 
-def check_writable(option: str, file: str | None) -> None:
-    """Refuse, before any work, a file that could not be written. Raises UserError."""
+def check_writable(key: str, file: str | None) -> None:
+    """Raise UserError, before any work, for a file that could not be written; `key` is its argument."""
     if file is not None and not Path(file).absolute().parent.is_dir():
-        raise UserError(f"{option} {file}: there is no folder {Path(file).absolute().parent}")
+        raise UserError(key, f"there is no folder {Path(file).absolute().parent}")
     if file is not None and Path(file).is_dir():
-        raise UserError(f"{option} {file} is a folder; name a file")
+        raise UserError(key, f"{file} is a folder; name a file")
 
 
-def write_json(file: str | None, content: Mapping[str, object]) -> None:
-    """Write a table for programs, when asked to."""
-    if file is not None:
-        Path(file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+@contextmanager
+def vae_arguments() -> Iterator[None]:
+    """Name add_vae's arguments in an error about the library's one argument `vae`."""
+    try:
+        yield
+    except UserError as error:
+        if error.key != "vae":
+            raise
+        options = ", ".join(f"`{name}`" for name in VAE_ARGUMENTS)
+        raise UserError(VAE_ARGUMENTS[0], f"{error.reason} ({options})") from error
 
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[OnProgress]:
-    """A bar for each split, moved by calling what the block gets."""
+    """Give the block a function that moves a bar for each split."""
     bars: dict[str, TaskID] = {}
     progress = Progress(
         *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
 
     def advance(split: str, done: int, total: int) -> None:
-        progress.start()  # not before: it would leave an empty line above the sentence about a mistake
+        progress.start()  # not earlier: it would print an empty line above an error
         if split not in bars:
             bars[split] = progress.add_task(split, total=total)
         progress.update(bars[split], completed=done)
@@ -130,7 +141,7 @@ def progress_bars(console: Console) -> Iterator[OnProgress]:
 
 
 def index_row(split: str, index: ShardIndex) -> dict[str, str | int]:
-    """What a user wants to know of an index."""
+    """Return the facts of an index for a table."""
     return {
         "split": split,
         "kind": index.kind,
@@ -143,7 +154,7 @@ def index_row(split: str, index: ShardIndex) -> dict[str, str | int]:
 
 
 def index_table(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
-    """Splits that were written."""
+    """Return a table of the splits that were written."""
     table = Table(*rows[0], title=title)
     for row in rows:
         shown = {**row, "bytes": decimal(int(str(row["bytes"]))), "hash": str(row["hash"])[:12]}

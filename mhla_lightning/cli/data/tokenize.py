@@ -1,5 +1,6 @@
-"""Write text as shards of token rows with an index. The same command again continues one that was
-interrupted.
+"""Write text as shards of token rows with an index.
+
+The same command continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
+from mhla_lightning.cli.output import write_json
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.text.tokenize import Report
+    from mhla_lightning.data.prepare.text.tokenize import TokenizeReport
 
 HELP = "write text as token shards"
-EPILOG = """INPUT is a file of text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, a folder of these (a file of text is a document; text:FOLDER names
-a folder whatever it is called), stdlib (the sources of Python's standard library), or hf:NAME[:CONFIG][:SPLIT] of the Hugging Face hub.
+EPILOG = """INPUT is one of these:
+  a file: text (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet
+  a folder of such files; text:FOLDER where its name is also that of another input
+  stdlib, the sources of Python's standard library
+  hf:NAME[:CONFIG][:SPLIT], a data set of the Hugging Face hub
 
 examples:
   mhla data tokenize stdlib --to data/stdlib --length 1024
@@ -26,7 +31,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla data tokenize`."""
+    """Add the arguments of `mhla data tokenize`."""
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]"
     )
@@ -34,25 +39,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         metavar="DIR",
-        help="folder to make; holds train/ and val/ afterwards, and tokenizer.json",
+        help="folder to make, with train/, val/ and tokenizer.json",
     )
     parser.add_argument(
         "--tokenizer",
         default="bytes",
         metavar="NAME",
-        help="bytes (default), a tokenizer.json, or a Hugging Face name (gpt2)",
+        help="bytes, a tokenizer.json, or a Hugging Face name such as gpt2 (default: bytes)",
     )
     parser.add_argument("--length", type=int, default=2048, metavar="T", help="tokens a row (default: 2048)")
     parser.add_argument(
-        "--val-length", type=int, metavar="T", help="tokens a row of the val split (default: as --length)"
+        "--val-length",
+        type=int,
+        metavar="T",
+        help="tokens a row of the val split (default: the value of --length)",
     )
     parser.add_argument(
         "--packing",
         default="best-fit",
         metavar="HOW",
         help=(
-            "best-fit cuts only documents longer than a row, and pads; concatenate fills rows with one "
-            "document after another (default: best-fit)"
+            "best-fit cuts only documents longer than a row, and pads; concatenate fills rows without "
+            "padding (default: best-fit)"
         ),
     )
     parser.add_argument(
@@ -60,14 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=output.count_or_share,
         default=0.01,
         metavar="N|SHARE",
-        help="documents (1000) or share of them (0.01, the default) held out",
+        help="number (1000) or share (default: 0.01) of documents held out",
     )
     output.add_column(parser)
     parser.add_argument(
         "--shards", type=int, metavar="N", help="training shards (default: about 512 MB each, at least 16)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the order of rows and of the documents held out (default: 0)"
+        "--seed", type=int, default=0, help="seed of the order and of the held-out documents (default: 0)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards that DIR already holds")
     output.add_workers(parser)
@@ -75,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tokenize; 0 when done. Raises UserError."""
-    output.check_writable("--json", args.json)
+    """Tokenize and return 0. Raises UserError."""
+    output.check_writable("json", args.json)
     from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
     options = TextOptions(
@@ -105,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(args.to, rows))
     for line in _remarks(report):
         console.print(line, soft_wrap=True)
-    output.write_json(
+    write_json(
         args.json,
         {
             "rows": rows,
@@ -115,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(report: Report) -> list[dict[str, object]]:
+def _rows(report: TokenizeReport) -> list[dict[str, object]]:
     rate = report.made / max(report.seconds, 1e-9)
     return [
         {
@@ -147,7 +155,7 @@ def _table(title: str, rows: list[dict[str, object]]) -> Table:
     return table
 
 
-def _remarks(report: Report) -> list[str]:
+def _remarks(report: TokenizeReport) -> list[str]:
     left_out = [
         _counted(count, what)
         for what, count in (("binary file", report.binary), ("empty document", report.empty))
@@ -158,7 +166,7 @@ def _remarks(report: Report) -> list[str]:
         for name, found in report.splits.items()
         if found.dropped
     ]
-    remarks = {"left out": left_out, "dropped, as they fill no row": dropped}
+    remarks = {"left out": left_out, "dropped, since they fill no row": dropped}
     return [f"{what}: {', '.join(counts)}" for what, counts in remarks.items() if counts]
 
 

@@ -1,4 +1,7 @@
-"""Learn a byte-level BPE from text and write it as a tokenizer.json. The same text gives the same file."""
+"""Learn a byte-level BPE from text and write it as a tokenizer.json.
+
+The same text gives the same file.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
+from mhla_lightning.cli.output import write_json
 from mhla_lightning.errors import UserError
 
 HELP = "learn a tokenizer from text"
-EPILOG = """INPUT is the same as for mhla data tokenize.
+EPILOG = """INPUT is described in `mhla data tokenize --help`.
 
 examples:
   mhla data train-tokenizer stdlib --to bpe.json --vocabulary 4096
@@ -20,17 +24,17 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla data train-tokenizer`."""
+    """Add the arguments of `mhla data train-tokenizer`."""
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="files, folders, stdlib, hf:NAME[:CONFIG][:SPLIT]"
     )
-    parser.add_argument("--to", required=True, metavar="FILE", help="tokenizer.json to write")
+    parser.add_argument("--to", required=True, metavar="FILE", help="file to write; its name ends in .json")
     parser.add_argument(
         "--vocabulary",
         type=int,
         required=True,
         metavar="N",
-        help="ids, at least 257: all bytes and <|endoftext|>",
+        help="number of ids, at least 257: all bytes and <|endoftext|>",
     )
     output.add_column(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
@@ -41,13 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 when done. Raises UserError."""
-    output.check_writable("--json", args.json)
+    """Train and return 0. Raises UserError."""
+    output.check_writable("json", args.json)
     if output.workers(args) < 1:
-        raise UserError(f"--workers is {args.workers}; it must be at least 1")
-    os.environ["RAYON_NUM_THREADS"] = str(
-        output.workers(args)
-    )  # read when the package tokenizers starts its threads
+        raise UserError("workers", f"got {output.workers(args)}; it must be at least 1")
+    # The package tokenizers reads it when it starts its threads.
+    os.environ["RAYON_NUM_THREADS"] = str(output.workers(args))
     from mhla_lightning.data.prepare.text.train import train_tokenizer
 
     console = Console()
@@ -73,6 +76,6 @@ def run(args: argparse.Namespace) -> int:
     table.add_row(*(str(value) for value in row.values()))
     console.print(table)
     if found.tokenizer.vocabulary < args.vocabulary:
-        console.print(f"the text gives {found.tokenizer.vocabulary} ids and no more", soft_wrap=True)
-    output.write_json(args.json, {"rows": [row]})
+        console.print(f"the text has no more than {found.tokenizer.vocabulary} ids", soft_wrap=True)
+    write_json(args.json, {"rows": [row]})
     return 0

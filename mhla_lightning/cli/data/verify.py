@@ -1,5 +1,6 @@
-"""Look for everything that is wrong with shards: files, tar structure, offsets, keys, and every sample.
-Exit code 2 when something is.
+"""Check shards for all that can be wrong: files, tar structure, offsets, keys and every sample.
+
+The exit code is 2 when there is a problem.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
+from mhla_lightning.cli.output import write_json
 
 if TYPE_CHECKING:
-    from mhla_lightning.data.prepare.verify import Report
+    from mhla_lightning.data.prepare.verify import VerifyReport
 
-HELP = "check shards: bytes, structure, every sample"
+HELP = "check the bytes, the structure and every sample of shards"
 EPILOG = """examples:
   mhla data verify data/mnist
   mhla data verify s3://bucket/imagenet --split val --json problems.json"""
@@ -24,21 +26,20 @@ _SHOWN = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `mhla data verify`."""
+    """Add the arguments of `mhla data verify`."""
     parser.add_argument(
         "path",
+        metavar="PATH",
         help="folder or address (http://, s3://, ...) of a data set (train/, val/, ...) or of one split",
     )
-    parser.add_argument(
-        "--split", nargs="+", choices=output.SPLITS, help="only these (default: all that are there)"
-    )
+    parser.add_argument("--split", nargs="+", choices=output.SPLITS, help="splits to check (default: all)")
     output.add_workers(parser)
     output.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify; 0 when clean, 2 when there are problems. Raises UserError when there is nothing to look at."""
-    output.check_writable("--json", args.json)
+    """Verify and return 0 when clean, else 2. Raises UserError when there is nothing to check."""
+    output.check_writable("json", args.json)
     from mhla_lightning.data.prepare.verify import verify
 
     console = Console()
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         "unusable": report.unusable,
         "shards": report.shards,
     }
-    output.write_json(args.json, {"rows": rows, "summary": summary})
+    write_json(args.json, {"rows": rows, "summary": summary})
     if not report.found:
         console.print(f"no problem found: {report.samples} samples, {report.shards} shards", soft_wrap=True)
         return 0
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 2
 
 
-def _print_problems(console: Console, report: Report) -> None:
+def _print_problems(console: Console, report: VerifyReport) -> None:
     table = Table("file", "sample", "problem")
     for problem in report.problems[:_SHOWN]:
         table.add_row(*(escape(text) for text in problem))

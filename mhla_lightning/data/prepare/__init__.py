@@ -1,1 +1,1 @@
-"""Making shards, and looking at them: what `mhla data` calls."""
+"""Making, checking and showing shards: the library behind `mhla data`."""

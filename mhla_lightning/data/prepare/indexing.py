@@ -31,13 +31,16 @@ OnProgress = Callable[[str, int, int], None]  # split, shards done, shards in al
 
 @dataclass(frozen=True)
 class Facts:
-    """What cannot be read from shards. None: what the index that is replaced says, else (classes) the numbers
-    from 0 to the largest label.
+    """Facts about shards that the shards themselves do not hold.
 
-    kind: of all samples; None: what the first sample of the first shard is. classes: names by label. vae: of
-        latents, its shape is read from them.
-    tokenizer: its name. rate: of clips, frames a second; None: what the replaced index or the clips' own
-        files say.
+    None takes the fact from the index that is replaced, where there is one.
+
+    Args:
+        kind: of all samples; None is the kind of the first sample of the first shard.
+        classes: names by label; the last resort are the numbers from 0 to the largest label.
+        vae: what made the latents; its shape is read from them.
+        tokenizer: its name.
+        rate: of clips, frames a second; the last resort are the clips' own files.
     """
 
     kind: str | None = None
@@ -47,13 +50,13 @@ class Facts:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for an unknown kind, or a rate that cannot be."""
+        """Raise UserError for an unknown kind or an impossible rate."""
         if self.rate is not None and not 0 < self.rate <= 1000:
             raise UserError(
-                f"--rate is {self.rate}; it must be a number of frames a second above 0 and at most 1000"
+                "rate", f"got {self.rate}; it must be a number of frames a second above 0 and at most 1000"
             )
         if self.kind is not None and self.kind not in KINDS:
-            raise UserError(unknown_name("kind", self.kind, KINDS))
+            raise UserError("kind", unknown_name("kind", self.kind, KINDS))
 
 
 def index_shards(
@@ -63,12 +66,20 @@ def index_shards(
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, ShardIndex]:
-    """Write index.json and offsets for the tar files in `path`, a local folder of train/, val/, test/ or of
-    one split. Returns the indices by split.
+    """Write index.json and offsets for tar files, and return the indices by split.
 
-    Everything is looked at before anything is written; the tar files themselves are not changed. overwrite:
-    replace indices that are there. Raises UserError for a path or facts that do not do, DataError for shards
-    that cannot be read by training.
+    All shards are read before anything is written; the tar files themselves are not changed.
+
+    Args:
+        path: a local folder of train/, val/, test/ or of one split.
+        facts: that the shards do not hold.
+        overwrite: replace an index.
+        workers: processes.
+        on_progress: called with a split, its shards done and its shards in all.
+
+    Raises:
+        UserError: a path or facts that do not fit.
+        DataError: shards that training could not read.
     """
     facts, folders = facts or Facts(), _folders(path, overwrite)
     with _work_folders(folders) as work:
@@ -91,8 +102,9 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
     store = open_store(path)
     if not isinstance(store, LocalStore):
         raise UserError(
-            f"{path} is not a folder of this machine: index the shards where they are, and upload "
-            "index.json and the offsets with them"
+            path,
+            "is not a folder of this machine; index the shards where they are, and upload "
+            "index.json and the offsets with them",
         )
     root = Path(store.address(".")).absolute()
     packed = sorted(
@@ -100,30 +112,31 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
     )
     if packed:
         raise UserError(
-            f"{packed[0]} is compressed, so single samples cannot be read from it: decompress it "
-            f"first (gunzip {packed[0].name})"
+            str(packed[0]),
+            "is compressed, so single samples cannot be read from it; decompress it first "
+            f"(gunzip {packed[0].name})",
         )
     if not root.is_dir() or not (tar_files(root) or any(tar_files(root / name) for name in SPLITS)):
-        raise DataError(f"{path} holds no tar files, neither itself nor in train/, val/ or test/")
+        raise DataError(path, "holds no tar files, neither itself nor in train/, val/ or test/")
     folders = {name: Path(found.address(".")).absolute() for name, found in find_splits(path).items()}
     for folder in folders.values():
         if (folder / INDEX_NAME).exists() and not overwrite:
-            raise UserError(f"{folder / INDEX_NAME} exists: pass --overwrite to make it anew")
+            raise UserError(str(folder / INDEX_NAME), "exists; pass `overwrite` to write it anew")
         if not tar_files(folder):
-            raise DataError(f"{folder} holds no tar files")
+            raise DataError(str(folder), "holds no tar files")
     return folders
 
 
 @contextmanager
 def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
-    """A hidden folder inside each split: what is ready moves out of it, the rest disappears."""
+    """Make a hidden folder inside each split; finished files move out of it, and the rest is removed."""
     work = {name: folder / f".indexing-{uuid.uuid4().hex[:8]}" for name, folder in folders.items()}
     try:
         for folder in work.values():
             folder.mkdir()
         yield work
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror})") from error
+        raise UserError(str(error.filename), f"cannot be written ({error.strerror})") from error
     finally:
         for folder in work.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +145,7 @@ def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
 def _survey(
     name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress
 ) -> list[Survey]:
-    """All shards of a split, by name. The first one decides on the kind."""
+    """Read all shards of a split, in the order of their names. The first one decides on the kind."""
     paths = tar_files(folder)
     on_progress(name, 0, len(paths))
     first = survey_shard(SurveyJob(paths[0], kind, work))
@@ -155,8 +168,9 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
     for survey in surveys:
         if survey.clip != first.clip:
             raise DataError(
-                f"{folder / survey.entry.name} holds clips of {survey.clip}, unlike "
-                f"{first.entry.name}; all clips of a split are alike"
+                str(folder / survey.entry.name),
+                f"holds clips of {survey.clip}, unlike {first.entry.name}; all clips of a split must "
+                "be alike",
             )
         if (survey.length, survey.shape, survey.labels > 0) != (first.length, first.shape, first.labels > 0):
             what = (
@@ -165,20 +179,28 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
                 else f"latents of {survey.shape}, {survey.labels} classes"
             )
             raise DataError(
-                f"{folder / survey.entry.name} holds {what}, unlike {first.entry.name}; all samples "
-                "of a split are alike"
+                str(folder / survey.entry.name),
+                f"holds {what}, unlike {first.entry.name}; all samples of a split must be alike",
             )
         for key in survey.keys:
             if key in owners:
                 raise DataError(
-                    f"{folder / survey.entry.name}: sample {key} is in {owners[key]} too; every "
-                    "sample of a split needs a name of its own"
+                    str(folder / survey.entry.name),
+                    f"holds sample {key}, which is in {owners[key]} too; every sample of a split needs a "
+                    "name of its own",
                 )
             owners[key] = survey.entry.name
 
 
 def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -> ShardIndex:
-    """labels: 1 + the largest class number of all splits."""
+    """Return the index of a split.
+
+    Args:
+        folder: of the split.
+        surveys: of its shards.
+        facts: of the user.
+        labels: 1 + the largest class number of all splits.
+    """
     first, old = surveys[0], _old(folder)
     names = (
         facts.classes
@@ -188,15 +210,15 @@ def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -
         else tuple(map(str, range(labels)))
     )
     if facts.classes is not None and labels > len(names):
-        raise UserError(f"--classes names {len(names)} classes, but labels go up to {labels - 1}")
+        raise UserError("classes", f"{len(names)} classes are named, but labels go up to {labels - 1}")
     vae = facts.vae or old.vae
     if first.shape and vae is None:
         raise UserError(
-            f"{folder} holds {first.kind}: pass --vae-name, --vae-scale and --vae-shift, which "
-            "training needs to know"
+            "vae",
+            f"{folder} holds {first.kind}, which need the name, scale and shift of their VAE for training",
         )
     if facts.vae is not None and not first.shape:
-        raise UserError(f"{folder} holds {first.kind}: leave --vae-name, --vae-scale and --vae-shift out")
+        raise UserError("vae", f"{folder} holds {first.kind}, which no VAE made; leave it out")
     tokenizer = facts.tokenizer or old.tokenizer if first.length else None
     vae = replace(vae, shape=first.shape) if vae is not None and first.shape else None
     entries, clip = tuple(survey.entry for survey in surveys), _clip(folder, first, facts, old)
@@ -208,14 +230,12 @@ def _clip(folder: Path, first: Survey, facts: Facts, old: ShardIndex) -> Clip | 
         return None
     rate = facts.rate or first.clip.rate or (old.clip.rate if old.clip is not None else None)
     if rate is None:
-        raise UserError(
-            f"{folder} holds clips: pass --rate, their frames a second, which the shards do not say"
-        )
+        raise UserError("rate", f"{folder} holds clips without their frames a second; name them")
     return Clip(first.clip.frames, first.clip.height, first.clip.width, rate)
 
 
 def _old(folder: Path) -> ShardIndex:
-    """The index that is being replaced, as far as it can be read."""
+    """Return the index that is being replaced, or an empty one where it cannot be read."""
     try:
         return read_index(folder)
     except DataError:
@@ -223,10 +243,10 @@ def _old(folder: Path) -> ShardIndex:
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """The index last: without it nothing takes the folder for a split."""
+    """Move finished files into the split, the index last: no folder without an index is taken for a split."""
     (folder / INDEX_NAME).unlink(missing_ok=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == INDEX_NAME):
         os.replace(path, folder / path.name)
     for left in folder.glob("*.tar.offsets.npy"):
         if not (folder / left.name.removesuffix(".offsets.npy")).exists():
-            left.unlink()  # of a shard that is gone
+            left.unlink()  # its shard is gone

@@ -1,8 +1,10 @@
-"""One process a folder in the making. The kernel lets a lock go when its process ends, however it ends."""
+"""Locks on folders in the making: one process builds, one process uses a device.
+
+The package filelock takes the lock by flock(2), which the kernel releases however the process ends.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,72 +12,75 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from mhla_lightning.errors import UserError
+
+LOCK_FILES = ("lock", "holder.json")
 
 
 @contextmanager
 def hold_folder(folder: Path, target: Path, wait: bool) -> Iterator[None]:
-    """Make `folder` and hold it. target: what messages call the work. wait: until another process lets it go,
-    instead of refusing.
+    """Make `folder` and hold it in the block.
 
-    Raises UserError when the folder cannot be made or locked, and when another process holds it.
+    Args:
+        folder: the hidden folder of the work.
+        target: the folder that the work makes; messages name it.
+        wait: wait until another process releases the folder; False refuses at once.
+
+    Raises:
+        UserError: the folder cannot be made or locked, or another process holds it.
     """
-    file = _locked(folder, target, wait)
+    lock = _locked(folder, target, wait)
     try:
-        file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-        file.flush()
+        (folder / "holder.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         yield
     finally:
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # nothing was begun; whoever waits for the lock sees that it is gone
-        file.close()
+        if folder.is_dir() and all(path.name in LOCK_FILES for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)  # nothing was begun
+        lock.release()
 
 
-def _locked(folder: Path, target: Path, wait: bool) -> TextIO:
+def try_lock(path: Path) -> FileLock | None:
+    """Lock a file until the lock is released or the process ends; None while another process holds it.
+
+    Raises OSError where the file system knows no locks.
+    """
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def _locked(folder: Path, target: Path, wait: bool) -> FileLock:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{target} cannot be made: {error.strerror} in {target.parent}") from error
+            raise UserError(str(target), f"cannot be made: {error.strerror} in {target.parent}") from error
+        lock = FileLock(folder / "lock", fallback_to_soft=False)
         try:
-            file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  held by the caller
-        except FileNotFoundError:  # another process finished, and removed the folder between these two lines
+            lock.acquire(blocking=wait)
+            return lock
+        except Timeout:
+            raise UserError(
+                str(target), f"{_holder(folder)} is making it; wait for it, or choose another folder"
+            ) from None
+        except FileNotFoundError:  # the process that held the lock finished and removed the folder
             continue
         except OSError as error:
-            raise UserError(f"{target} cannot be made: {error.strerror} in {target.parent}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise _taken(file, target) from None
-        except OSError as error:
-            file.close()
             raise UserError(
-                f"{folder}/lock cannot be locked ({error.strerror}): make {target} on a disk of this "
-                "machine and copy it"
+                str(target),
+                f"{folder}/lock cannot be locked ({error.strerror}); make it on a local disk and copy it",
             ) from error
-        if _same(file, folder / "lock"):
-            return file
-        file.close()  # its holder removed it on finishing
 
 
-def _taken(file: TextIO, target: Path) -> UserError:
-    with file:
-        file.seek(0)
-        try:
-            owner = json.load(file)
-            who = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
-    return UserError(f"{target} is being made by {who}: wait for it, or choose another folder")
-
-
-def _same(file: TextIO, path: Path) -> bool:
+def _holder(folder: Path) -> str:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        holder = json.loads((folder / "holder.json").read_text())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

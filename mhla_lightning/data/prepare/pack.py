@@ -1,5 +1,7 @@
-"""Sources to shards: the same input and options give the same bytes, with any number of workers and
-however often it was interrupted.
+"""Sources to shards.
+
+The same source and options give the same bytes, with any number of workers and however often the work was
+interrupted.
 """
 
 from __future__ import annotations
@@ -16,64 +18,71 @@ from pathlib import Path
 
 from mhla_lightning import __version__
 from mhla_lightning.data.index import SPLITS, VAE, ShardEntry, ShardIndex
-from mhla_lightning.data.prepare.parallel import run_jobs
+from mhla_lightning.data.prepare.parallel import check_workers, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import SHARD_BYTES, shard_name
-from mhla_lightning.data.prepare.sources import Part, Source, open_source
+from mhla_lightning.data.prepare.sources import SampleSource, SourcePart, open_sample_source
 from mhla_lightning.data.stores.addresses import parse
 from mhla_lightning.errors import DataError, UserError
 
 Progress = Callable[[str, int, int], None]  # split, samples done, samples in all
 DEFAULT_VAL = 0.2  # share held out when the source has no val part and none is asked for
-_FEWEST_SHARDS = {
-    "train": 16,
-    "val": 4,
-    "test": 4,
-}  # so that small sets can still be dealt over ranks x workers
+# Few enough samples a shard that small sets can still be dealt over ranks x workers.
+_FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}
 _PROBED = 64  # samples read to estimate the size of a split
 _WRITERS = ("numpy", "pillow", "webdataset")  # another version of one of them may write other bytes
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides, with the source, which bytes are written.
+class PackOptions:
+    """The choices that decide, with the source, which bytes are written.
 
-    val: samples (int) or share (float below 1) held out for validation; only for a source without a val part
-        of its own; None is 0.2.
-    shards: number of training shards; None takes enough for 512 MB each, at least 16. seed: of the order and
-        of the held-out part.
+    Args:
+        val: samples (int) or share (float below 1) held out for validation, for a source without a val part;
+            None is 0.2.
+        shards: number of training shards; None takes enough for 512 MB each, at least 16.
+        seed: of the order and of the held-out part.
+        kind: images, latents or video_latents; see sources.open_sample_source.
+        vae: what made the latents; None for images.
     """
 
     val: int | float | None = None
     shards: int | None = None
     seed: int = 0
+    kind: str = "images"
+    vae: VAE | None = None
 
     def __post_init__(self) -> None:
         """Raise UserError for a number of shards below 1."""
         if self.shards is not None and self.shards < 1:
-            raise UserError(f"--shards is {self.shards}; it must be at least 1")
+            raise UserError("shards", f"is {self.shards}; it must be at least 1")
 
 
 @dataclass(frozen=True)
 class PlannedSplit:
-    """The samples of a split in the order of writing (positions in a part of the source), and the number
-    of shards.
+    """The samples of a split in the order of writing.
+
+    Args:
+        name: train, val or test.
+        part: of the source.
+        order: positions in the part.
+        shards: number of shards to write.
     """
 
     name: str
-    part: Part
+    part: SourcePart
     order: list[int]
     shards: int
 
     def start(self, shard: int) -> int:
-        """Index in the split of the first sample of shard number `shard`."""
+        """Return the index in the split of the first sample of shard number `shard`."""
         return len(self.order) * shard // self.shards
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One shard to write, by whichever process."""
+class PackJob:
+    """One shard to write, in any process."""
 
     building: Building
     split: str
@@ -84,34 +93,42 @@ class _Job:
 
 
 def pack(
-    source: str | Path | Source,
+    source: str | Path | SampleSource,
     to: str | Path,
+    options: PackOptions | None = None,
     *,
-    kind: str = "images",
-    vae: VAE | None = None,
-    val: int | float | None = None,
-    shards: int | None = None,
-    seed: int = 0,
     overwrite: bool = False,
     workers: int = 1,
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
 ) -> dict[str, ShardIndex]:
-    """Write `source` (see sources.open_source) as shards under `to`, in an order shuffled by `seed`, and
-    return the index of every split.
+    """Write `source` as shards under `to`, in an order shuffled by the seed.
 
-    kind, vae: see open_source. val, shards, seed: see Options. overwrite: replace `to` if it holds shards.
-        workers: processes, each writing whole
-    shards; 1 is this one. wait: for another process that packs into `to`, instead of refusing. on_note is
-    told when finished shards are kept. Raises UserError for a bad argument or a target in use, DataError for
-    a bad source, Interrupted for what the same call can continue.
+    Args:
+        source: see sources.open_sample_source.
+        to: the folder to make.
+        options: None takes the defaults of PackOptions.
+        overwrite: replace `to` if it holds shards.
+        workers: processes, each of which writes whole shards; 1 is this process.
+        wait: wait for another process that packs into `to`; False refuses.
+        on_progress: called with a split, its samples done and its samples in all.
+        on_note: called with remarks for the user, such as that finished shards are kept.
+
+    Returns:
+        The index of every split.
+
+    Raises:
+        UserError: a bad argument, or a target in use.
+        DataError: a bad source.
+        Interrupted: work that the same call can continue.
     """
-    options, target = Options(val, shards, seed), check_target(source, to)
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
+    options, target = options or PackOptions(), check_target(source, to)
+    check_workers(workers)
     demand_free(target, overwrite)
-    opened = source if isinstance(source, Source) else open_source(source, kind, vae)
+    opened = (
+        source if isinstance(source, SampleSource) else open_sample_source(source, options.kind, options.vae)
+    )
     splits = plan(opened, options)
     note = on_note or (lambda _: None)
     with build(
@@ -122,14 +139,15 @@ def pack(
 
 def fill(
     building: Building,
-    source: Source,
+    source: SampleSource,
     splits: list[PlannedSplit],
     workers: int,
     on_progress: Progress,
     on_note: Note,
 ) -> dict[str, ShardIndex]:
-    """Write the planned splits of `source`, but for the shards that are finished, and what lies beside
-    them. The index of every split.
+    """Write the planned splits of `source` and the files beside them, and return the index of every split.
+
+    Shards that an earlier call finished are kept.
     """
     indices = {}
     entries = _write(building, source.header, splits, workers, on_progress, on_note)
@@ -144,32 +162,40 @@ def fill(
     return indices
 
 
-def check_target(source: str | Path | Source | None, to: str | Path) -> Path:
-    """The folder to make. Raises UserError for an address, and for one inside the source, where its files
-    would be taken for the source's.
+def check_target(source: str | Path | SampleSource | None, to: str | Path) -> Path:
+    """Return the folder to make.
+
+    Args:
+        source: of the samples; None where it is no folder.
+        to: a folder of this machine.
+
+    Raises:
+        UserError: `to` is an address, a dangling link, or inside the source, where the new files would be
+            taken for the source's.
     """
     if parse(str(to)).protocol != "file" or (isinstance(to, str) and "://" in to):
-        raise UserError(f"--to {to} is no folder of this machine: pack here, and copy the folder there")
+        raise UserError(
+            "to", f"{to} is no folder of this machine; make the shards here, and copy the folder there"
+        )
     target = Path(to).absolute()
     if target.is_symlink() and not target.exists():
-        raise UserError(f"--to {to} is a link to nothing: remove it, or make what it points to")
+        raise UserError("to", f"{to} is a link to nothing; remove it, or make the folder that it points to")
     if (
         isinstance(source, (str, Path))
         and Path(source).is_dir()
         and Path(source).resolve() in target.resolve().parents
     ):
-        raise UserError(f"--to {to} lies inside the source {source}: choose a folder outside it")
+        raise UserError("to", f"{to} is inside the source {source}; choose a folder outside it")
     return target
 
 
-def plan(source: Source, options: Options) -> list[PlannedSplit]:
-    """Which sample goes where: a function of the source and the options. Raises UserError."""
+def plan(source: SampleSource, options: PackOptions) -> list[PlannedSplit]:
+    """Decide which sample goes where, from the source and the options alone. Raises UserError."""
     orders = {name: _shuffled(len(part), f"{options.seed}/{name}") for name, part in source.parts.items()}
     if "val" in orders and options.val is not None:
         found = len(source.parts["val"])
         raise UserError(
-            f"--val {options.val} was given, but the source has its own val part with {found} "
-            "samples: leave --val out"
+            "val", f"is {options.val}, but the source has its own val part with {found} samples; leave it out"
         )
     parts = dict(source.parts)
     if "val" not in orders:
@@ -183,9 +209,9 @@ def plan(source: Source, options: Options) -> list[PlannedSplit]:
     ]
 
 
-def _shards(name: str, part: Part, order: list[int], options: Options) -> int:
+def _shards(name: str, part: SourcePart, order: list[int], options: PackOptions) -> int:
     if not order:
-        raise DataError(f"the {name} part of the source is empty")
+        raise DataError("source", f"the {name} part is empty")
     if name == "train" and options.shards is not None:
         return min(options.shards, len(order))
     probes = order[:_PROBED]
@@ -197,8 +223,9 @@ def _held_out(samples: int, val: int | float) -> int:
     count = math.ceil(samples * val) if 0 < val < 1 else val
     if not (0 < count < samples and count == int(count)):
         raise UserError(
-            f"--val is {val}; it must be a number of samples from 1 to {samples - 1}, or a share "
-            "above 0 and below 1"
+            "val",
+            f"is {val}; it must be a number of samples from 1 to {samples - 1}, or a share above "
+            "0 and below 1",
         )
     return int(count)
 
@@ -209,14 +236,15 @@ def _shuffled(samples: int, seed: str) -> list[int]:
     return order
 
 
-def _fingerprint(spec: str | Path | Source, source: Source, options: Options) -> str:
-    named = "" if isinstance(spec, Source) else str(spec)
+def _fingerprint(spec: str | Path | SampleSource, source: SampleSource, options: PackOptions) -> str:
+    named = "" if isinstance(spec, SampleSource) else str(spec)
     header = replace(source.header, shards=())
-    return fingerprint_of(named, source.fingerprint, repr(header), repr(options))
+    chosen = options.val, options.shards, options.seed  # the header has the rest
+    return fingerprint_of(named, source.fingerprint, repr(header), repr(chosen))
 
 
 def fingerprint_of(*facts: object) -> str:
-    """sha256 over what decides which bytes are written, and the versions of what writes them."""
+    """Return a sha256 of the facts that decide which bytes are written, and of the writers' versions."""
     versions = [__version__, *(importlib.metadata.version(package) for package in _WRITERS)]
     return hashlib.sha256(json.dumps([*facts, versions]).encode()).hexdigest()
 
@@ -229,7 +257,7 @@ def _write(
     on_progress: Progress,
     on_note: Note,
 ) -> dict[tuple[str, str], ShardEntry]:
-    """Write what is not finished yet. Entries by split and file name."""
+    """Write the shards that are not finished yet, and return all entries by split and file name."""
     names = [(split.name, shard_name(split.name, shard)) for split in splits for shard in range(split.shards)]
     entries = {name: entry for name in names if (entry := building.finished(*name)) is not None}
     if entries:
@@ -252,14 +280,14 @@ def _write(
 
 def _jobs(
     building: Building, kind: str, splits: list[PlannedSplit], kept: set[tuple[str, str]]
-) -> Iterator[_Job]:
+) -> Iterator[PackJob]:
     for split in splits:
         for shard in range(split.shards):
             if (split.name, shard_name(split.name, shard)) not in kept:
                 start, stop = split.start(shard), split.start(shard + 1)
                 samples = split.part.take(split.order[start:stop])
-                yield _Job(building, split.name, shard_name(split.name, shard), kind, samples, start)
+                yield PackJob(building, split.name, shard_name(split.name, shard), kind, samples, start)
 
 
-def _write_shard(job: _Job) -> tuple[str, ShardEntry]:
+def _write_shard(job: PackJob) -> tuple[str, ShardEntry]:
     return job.split, job.building.write(job.split, job.name, job.kind, job.samples, job.first)

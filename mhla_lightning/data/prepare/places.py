@@ -1,4 +1,4 @@
-"""The splits at a path that a user types: of a data folder, or a split folder itself."""
+"""The splits at a path: of a data folder, or a split folder itself."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from mhla_lightning.data.stores import LocalStore, Store, open_store
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 
-def find_splits(path: str, wanted: Sequence[str] | None = None) -> dict[str, Store]:
-    """Stores of the splits at `path`, by name, in the order train, val, test. A local folder without an index
-    counts when it holds tar files.
+def find_splits(path: str, split: Sequence[str] | None = None) -> dict[str, Store]:
+    """Return the stores of the splits at `path`, by name, in the order train, val, test.
 
-    path: a folder or an address, of a data set (train/, val/, test/) or of one split. wanted: names; None
-        takes all that are there.
-    Raises DataError when there are none, or not the wanted ones; UserError for an address or a name that is
-    none.
+    A local folder without an index counts as a split when it holds tar files.
+
+    Args:
+        path: a folder or an address, of a data set (train/, val/, test/) or of one split.
+        split: names of the splits; None takes all that exist.
+
+    Raises:
+        DataError: no split, or one of the named ones is missing.
+        UserError: an address or a name that is not valid.
     """
-    for name in wanted or ():
+    for name in split or ():
         if name not in SPLITS:
-            raise UserError(unknown_name("split", name, SPLITS))
+            raise UserError("split", unknown_name("split", name, SPLITS))
     whole = open_store(path)
     if isinstance(whole, LocalStore) and not Path(whole.address(".")).is_dir():
-        raise DataError(f"there is no folder {path}")
+        raise DataError(path, "there is no such folder")
     if _is_split(whole):
         name = (
             Path(whole.address(".")).absolute().name
             if isinstance(whole, LocalStore)
             else path.rstrip("/").rpartition("/")[2]
         )
-        if wanted:
-            raise UserError(f"{path} is one split; leave --split out, or name the folder above it")
+        if split:
+            raise UserError(
+                "split", f"{path} is one split already; leave `split` out, or name the folder above it"
+            )
         return {name: whole}
-    stores = {
-        name: open_store(f"{path.rstrip('/')}/{name}") for name in SPLITS if not wanted or name in wanted
-    }
+    stores = {name: open_store(f"{path.rstrip('/')}/{name}") for name in SPLITS if not split or name in split}
     found = {name: store for name, store in stores.items() if _is_split(store)}
-    missing = [name for name in wanted or () if name not in found]
+    missing = [name for name in split or () if name not in found]
     if missing or not found:
         raise DataError(
-            f"{whole.url} holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}: see "
-            "'mhla data pack' and 'mhla data index'"
+            whole.url,
+            f"holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}; `mhla data "
+            "pack` and `mhla data index` make them",
         )
     return found
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """The shards in a local folder, by name."""
+    """Return the shards in a local folder, by name."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""A look at samples: a contact sheet of images, latents or clips, or the first documents of token rows."""
+"""Samples to look at: a sheet of images, latents or clips, or documents of token rows."""
 
 from __future__ import annotations
 
@@ -33,8 +33,16 @@ _SHOWN_TOKENS = 400  # of one document
 
 @dataclass(frozen=True)
 class Preview:
-    """png: a contact sheet, None for tokens. texts: of tokens, a text for each row. unusable: samples
-    among those shown that could not be decoded.
+    """Samples of a split, ready to show.
+
+    Args:
+        kind: of the split.
+        split: its name.
+        shown: number of samples shown.
+        samples: number of samples in the split.
+        png: a sheet of pictures; None for tokens.
+        texts: a text for each row of tokens.
+        unusable: samples among those shown that could not be decoded.
     """
 
     kind: str
@@ -49,25 +57,30 @@ class Preview:
 def preview(
     path: str, split: str | None = None, count: int | None = None, seed: int | None = None
 ) -> Preview:
-    """Look at `count` samples of a split; None: 64 pictures, or 4 rows of tokens.
+    """Look at samples of a split.
 
-    split: of the data set at `path`; None: train, or the first that is there. seed: choose samples at random;
-        None: evenly over the split
-    (the first rows of tokens). Raises UserError for a count below 1, DataError for a split that is not there
-    or cannot be read.
+    Args:
+        path: folder or address of a data set or of a split.
+        split: of the data set; None is train, or the first that exists.
+        count: samples to show; None is 64 pictures, or 4 rows of tokens.
+        seed: choose samples at random; None takes them evenly over the split, of tokens the first rows.
+
+    Raises:
+        UserError: a count below 1.
+        DataError: a split that is missing or cannot be read.
     """
     if count is not None and count < 1:
-        raise UserError(f"--n is {count}; it must be at least 1")
+        raise UserError("count", f"got {count}; it must be at least 1")
     name, store = next(iter(find_splits(path, None if split is None else [split]).items()))
     index = read_index(store)
     if not index.samples:
-        raise DataError(f"{store.address(INDEX_NAME)} lists no samples: the split is empty")
+        raise DataError(store.address(INDEX_NAME), "lists no samples: the split is empty")
     rows = index.kind == "tokens"
     chosen = choose(index.samples, count or (ROWS if rows else PICTURES), seed, first=rows)
     tokenizer = _tokenizer(path, index) if rows else None
     try:
         return _look(name, Split(index, store), chosen, tokenizer)
-    except NoRanges:  # such a server hands out whole files
+    except NoRanges:  # the server sends whole files only
         with tempfile.TemporaryDirectory(prefix="mhla-preview-") as folder:
             files = {shard.name: (shard.sha256, shard.bytes) for shard in index.shards}
             return _look(
@@ -76,7 +89,7 @@ def preview(
 
 
 def _tokenizer(path: str, index: ShardIndex) -> Tokenizer | None:
-    """Of a data set, or of the one that a split belongs to; without one, numbers are shown."""
+    """Return the tokenizer of a data set, or of the one that a split belongs to; None without one."""
     for folder in (
         path,
         f"{path.rstrip('/')}/.." if "://" not in path else path.rstrip("/").rpartition("/")[0],
@@ -102,20 +115,24 @@ def _look(name: str, data: Split, chosen: Sequence[int], tokenizer: Tokenizer | 
         tiles.append((pictures, caption))
         unusable += not good
     buffer = io.BytesIO()
-    contact_sheet(tiles).save(buffer, format="PNG")
+    preview_sheet(tiles).save(buffer, format="PNG")
     return Preview(index.kind, name, len(chosen), index.samples, png=buffer.getvalue(), unusable=unusable)
 
 
 def choose(samples: int, count: int, seed: int | None, first: bool = False) -> list[int]:
-    """Which samples to show: at random, or evenly from the first on, or the first ones."""
+    """Choose samples: at random, or evenly from the first on, or the first ones."""
     count = min(samples, count)
     if seed is not None:
         return sorted(random.Random(seed).sample(range(samples), count))
     return list(range(count)) if first else [samples * number // count for number in range(count)]
 
 
-def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.Image:
-    """Tiles of one or more pictures side by side with a caption below, in rows, about as wide as high."""
+def preview_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.Image:
+    """Draw tiles in rows, about as wide as high.
+
+    Args:
+        tiles: one or more pictures side by side, and the caption below them.
+    """
     pictures = max(len(found) for found, _ in tiles)
     width, height = pictures * TILE + _GAP, TILE + _CAPTION + _GAP
     columns = max(1, min(len(tiles), round(math.sqrt(len(tiles) * height / width))))
@@ -136,10 +153,12 @@ def contact_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.I
 
 
 def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
-    """The first three channels as colours, each scaled from its 1st to its 99th percentile; of a video the
-    first, middle and last frame.
+    """Draw a latent: its first three channels as colours, of a video the first, middle and last frame.
 
-    latent: floats (C, h, w) or (C, t, h, w).
+    Each channel is scaled from its 1st to its 99th percentile.
+
+    Args:
+        latent: floats (C, h, w) or (C, t, h, w).
     """
     video = latent[:, None] if latent.ndim == 3 else latent
     frames = sorted({0, video.shape[1] // 2, video.shape[1] - 1})
@@ -151,8 +170,10 @@ def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
 
 
 def clip_pictures(clip: np.ndarray) -> list[Image.Image]:
-    """Four frames, from the first to the last, or as many as there are. clip: uint8 (frames, height,
-    width, 3).
+    """Draw four frames of a clip, from the first to the last, or as many as there are.
+
+    Args:
+        clip: uint8 (frames, height, width, 3).
     """
     chosen = sorted({round(place) for place in np.linspace(0, len(clip) - 1, _FRAMES)})
     return [Image.fromarray(clip[number]) for number in chosen]
@@ -200,8 +221,9 @@ def _row_text(kind: Kind, data: Split, sample: int, tokenizer: Tokenizer | None)
 
 
 def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    """Text (ids without any, such as an end of document, as <number>), or the numbers where there is no
-    tokenizer.
+    """Write tokens as text, or as numbers where there is no tokenizer.
+
+    Ids without text, such as an end of document, become <number>.
     """
     shown = tokens[: _SHOWN_TOKENS if tokenizer else _SHOWN_TOKENS // 8].tolist()
     more = " ..." if len(tokens) > len(shown) else ""
@@ -217,8 +239,9 @@ def _spelled(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """Its longer side TILE pixels long; small ones are enlarged without smoothing, so that single pixels
-    show.
+    """Resize a picture so that its longer side has TILE pixels.
+
+    Small pictures are enlarged without smoothing, so that single pixels show.
     """
     factor = TILE / max(picture.size)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))

@@ -1,12 +1,12 @@
-"""A data folder that appears whole or not at all, and whose making can be interrupted and continued.
+"""Folders that appear whole or not at all, and whose making can be interrupted and continued.
 
-TARGET is built in `.TARGET.packing` beside it:
-    lock              held (flock) by the process that builds
-    plan.json         the fingerprint of what is being built
-    parts/            shards being written
-    data/SPLIT/       finished shards and their offsets; in the end the folder that takes the target's name
-    entries/SPLIT/    NAME.json for each finished shard, written last
-    tokens/           what tools/text has tokenized so far
+The folder `.TARGET.packing` beside TARGET holds the work:
+    lock, holder.json  the lock, and the process that holds it
+    plan.json          the fingerprint of what is being built
+    parts/             shards being written
+    data/SPLIT/        finished shards and their offsets; takes the target's name in the end
+    entries/SPLIT/     NAME.json for each finished shard, written last
+    tokens/            the tokens made so far (text/chunks.py)
 """
 
 from __future__ import annotations
@@ -33,19 +33,16 @@ from mhla_lightning.data.index import (
     offsets_path,
     write_index,
 )
-from mhla_lightning.data.prepare.locking import hold_folder
+from mhla_lightning.data.prepare.locking import LOCK_FILES, hold_folder
 from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import describe_shard, write_shard
 from mhla_lightning.errors import UserError
 
 FORMAT = 1
-Note = Callable[[str], None]  # is told what a user should know while something is built
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    EMPTY_TEXT,
-)  # files that a target may hold beside its splits
+Note = Callable[[str], None]  # called with remarks for the user while something is built
+# Files that a target may hold beside its splits.
+BESIDE = ("tokenizer.json", "tokenizer_config.json", EMPTY_TEXT)
 _BUCKET = re.compile(r"\d+x\d+x\d+")  # a folder of splits, of videos of one size
 _KEPT = ("entries", "data")
 _log = logging.getLogger(__name__)
@@ -53,14 +50,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Building:
-    """A target in the making. Picklable; several processes may finish shards of it at once. folder: the
-    hidden one.
+    """A target in the making.
+
+    It can be pickled, and several processes may finish shards of it at once.
+
+    Args:
+        folder: the hidden folder of the work.
     """
 
     folder: Path
 
     def finished(self, split: str, name: str) -> ShardEntry | None:
-        """The entry of a shard that an earlier call finished, else None."""
+        """Return the entry of a shard that an earlier call finished, else None."""
         try:
             entry = ShardEntry(**json.loads(self._entry(split, name).read_text()))
             path = self.folder / "data" / split / name
@@ -75,12 +76,20 @@ class Building:
     def write(
         self, split: str, name: str, kind: str, samples: Iterable[Sample], first: int = 0
     ) -> ShardEntry:
-        """Write and finish a shard. first: index in the split of its first sample. Raises Interrupted when
-        the disk is full or fails.
+        """Write and finish a shard.
+
+        Args:
+            split: the folder of the shard below the target.
+            name: file name of the shard.
+            kind: kind of the samples.
+            samples: in the order of writing.
+            first: index in the split of the first sample.
+
+        Raises:
+            Interrupted: the disk is full or fails.
         """
-        part = (
-            self.folder / "parts" / f"{name}.{uuid.uuid4().hex[:8]}"
-        )  # two who write the same shard do not meet
+        # The random part keeps apart two processes that write the same shard.
+        part = self.folder / "parts" / f"{name}.{uuid.uuid4().hex[:8]}"
         try:
             write_shard(part, samples, first)
             entry, offsets = describe_shard(part, kind)
@@ -88,8 +97,9 @@ class Building:
             self._finish(part, split, entry, offsets)
         except OSError as error:
             raise Interrupted(
-                f"{self.folder} cannot be written ({error.strerror or error}): run the same command "
-                "again when that is solved"
+                str(self.folder),
+                f"cannot be written ({error.strerror or error}); run the same command again when that "
+                "is solved",
             ) from error
         return entry
 
@@ -99,13 +109,13 @@ class Building:
         sync(self.folder / "data" / split / INDEX_NAME)
 
     def write_beside(self, name: str, content: bytes) -> None:
-        """Write one of BESIDE."""
+        """Write one of the files that BESIDE lists."""
         path = self.folder / "data" / name
         path.write_bytes(content)
         sync(path)
 
     def begin(self, splits: Iterable[str]) -> None:
-        """Make the folders of the splits and throw away the shards that were not finished."""
+        """Make the folders of the splits and remove the shards that were not finished."""
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         (self.folder / "parts").mkdir()
         for split in splits:
@@ -113,15 +123,15 @@ class Building:
                 (self.folder / kept / split).mkdir(parents=True, exist_ok=True)
 
     def _finish(self, part: Path, split: str, entry: ShardEntry, offsets: np.ndarray) -> None:
-        beside, told = part.with_name(f"{part.name}.npy"), part.with_name(f"{part.name}.json")
+        beside, entry_file = part.with_name(f"{part.name}.npy"), part.with_name(f"{part.name}.json")
         np.save(beside, offsets, allow_pickle=False)
-        told.write_text(json.dumps(asdict(entry)))
+        entry_file.write_text(json.dumps(asdict(entry)))
         sync(beside)
-        sync(told)
+        sync(entry_file)
         folder = self.folder / "data" / split
         part.rename(folder / entry.name)
         beside.rename(offsets_path(folder, entry.name))
-        told.rename(self._entry(split, entry.name))
+        entry_file.rename(self._entry(split, entry.name))
 
     def _entry(self, split: str, name: str) -> Path:
         return self.folder / "entries" / split / f"{name}.json"
@@ -136,13 +146,21 @@ def build(
     wait: bool = False,
     on_note: Note = _log.info,
 ) -> Iterator[Building]:
-    """A building whose data takes the name `target` when the block ends well.
+    """Give the block a building, whose data takes the name `target` when the block ends well.
 
-    A mistake in the data (UserError) removes it; whatever else ends the block (Interrupted, Ctrl-C, a kill)
-    leaves it, and the next call with the
-    same fingerprint continues it. splits: names. overwrite: replace a target that holds splits and nothing
-        else. wait: for another process that
-    builds the same target, instead of refusing. Raises UserError when the target is in use.
+    A mistake in the data (UserError) removes the building. Any other end of the block (Interrupted, Ctrl-C, a
+    kill) leaves it, and the next call with the same fingerprint continues it.
+
+    Args:
+        target: the folder to make.
+        fingerprint: changes when other bytes would be written.
+        splits: names of the splits.
+        overwrite: replace a target that holds splits and nothing else.
+        wait: wait for another process that builds the same target; False refuses.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError: the target is in use.
     """
     demand_free(target, overwrite)
     hidden = target.parent / f".{target.name}.packing"
@@ -160,19 +178,24 @@ def build(
         except UserError:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
-        except BaseException:  # Ctrl-C above all: told, and raised again
-            on_note(f"finished shards stay in {hidden}: the same command continues with them")
+        except BaseException:  # Ctrl-C above all
+            on_note(f"finished shards stay in {hidden}; the same command continues with them")
             raise
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden folder beside `target` that takes its name when the block ends well and disappears when it
-    does not: for what cannot be continued.
+    """Give the block a hidden folder that takes the name `target` when the block ends well.
 
-    overwrite: replace a target that holds splits and nothing else. Raises UserError when the target is in
-        use, or came into use meanwhile.
+    The folder disappears when the block fails: this is for work that cannot be continued.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace a target that holds splits and nothing else.
+
+    Raises:
+        UserError: the target is in use, or came into use meanwhile.
     """
     with build(target, uuid.uuid4().hex, (), overwrite, on_note=lambda _: None) as building:
         (building.folder / "data").mkdir()
@@ -184,13 +207,16 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def demand_free(target: Path, overwrite: bool) -> None:
-    """Raise UserError when `target` exists and is not empty, unless it holds splits and BESIDE only and
-    may be overwritten.
+    """Raise UserError when `target` exists and is not empty, unless it may be overwritten.
+
+    Args:
+        target: the folder to make.
+        overwrite: accept a target that holds splits and files of BESIDE only.
     """
     if not target.exists() or (target.is_dir() and not _names(target)):
         return
     if not overwrite:
-        raise UserError(f"{target} exists and is not empty: choose another folder, or pass --overwrite")
+        raise UserError(str(target), "exists and is not empty; choose another folder, or pass `overwrite`")
     foreign = (
         target.name
         if target.is_file()
@@ -198,8 +224,9 @@ def demand_free(target: Path, overwrite: bool) -> None:
     )
     if foreign is not None:
         raise UserError(
-            f"{target} holds {foreign}, which mhla data pack did not write, so it is not "
-            "overwritten: choose another folder"
+            str(target),
+            f"holds {foreign}, which `mhla data` did not write, so it is not overwritten; choose "
+            "another folder",
         )
 
 
@@ -209,9 +236,9 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
     if plan.is_file():
         if plan.read_text() == content:
             return
-        on_note(f"{hidden} was left by a packing of another source or with other options: starting anew")
+        on_note(f"{hidden} was left by a command with another source or other options; starting anew")
     for path in hidden.iterdir():
-        if path.name != "lock":
+        if path.name not in LOCK_FILES:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     new = hidden / "plan.json.new"
     new.write_text(content)
@@ -219,7 +246,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
 
 
 def is_bucket(name: str) -> bool:
-    """Whether a folder of this name holds the splits of videos of one size: FRAMESxHEIGHTxWIDTH."""
+    """Return whether a folder of this name holds the splits of videos of one size (FRAMESxHEIGHTxWIDTH)."""
     return _BUCKET.fullmatch(name) is not None
 
 
@@ -237,17 +264,16 @@ def _move(hidden: Path, target: Path, overwrite: bool) -> None:
     try:
         if overwrite and target.exists():
             target.rename(hidden / "old")
-        (hidden / "data").rename(
-            target
-        )  # fails on a folder that is not empty: one that another process finished first
+        # Fails on a folder that is not empty: another process finished first.
+        (hidden / "data").rename(target)
     except OSError as error:
         raise UserError(
-            f"{target} was made by another process meanwhile, or cannot be written ({error.strerror})"
+            str(target), f"another process made it meanwhile, or it cannot be written ({error.strerror})"
         ) from error
 
 
 def _restore(hidden: Path, target: Path) -> None:
-    """A process that was killed between the two renames of _move left the replaced target here."""
+    """Put a replaced target back: a process was killed between the two renames of _move."""
     if (hidden / "old").exists() and not target.exists():
         (hidden / "old").rename(target)
 

@@ -1,5 +1,6 @@
-"""Samples on their way into shards: checked against what the index will say of them, and turned into
-members. No decoding, no I/O.
+"""Samples on their way into shards: checked against the index and turned into members.
+
+Nothing here decodes data or opens files.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ TOKEN_MEMBER_BYTES = 8 * 2**20  # tokens of one member: few enough headers, and 
 class Sample:
     """One sample to write, or the many samples of a token member.
 
-    name: where it came from, for its key. members: their bytes by extension, in the order of writing. rows:
-        samples it counts for.
+    Args:
+        name: where the sample came from; part of its key.
+        members: bytes by extension, in the order of writing.
+        rows: number of samples that it counts for.
     """
 
     name: str
@@ -37,12 +40,20 @@ class Sample:
 
 
 def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sample:
-    """A JPEG or PNG file and its class number. header: an index of images, for its classes. Raises
-    DataError.
+    """Make a sample of a JPEG or PNG file and its class number.
+
+    Args:
+        header: an index of images; its classes bound the label.
+        name: where the image came from.
+        image: content of the file.
+        label: class number.
+
+    Raises:
+        DataError: neither JPEG nor PNG, or a label that is no class.
     """
     extension = image_extension(image)
     if extension is None:
-        raise DataError(f"sample {name} is neither JPEG nor PNG")
+        raise DataError(name, "it is neither JPEG nor PNG")
     return Sample(name, {"cls": _label(header, name, label), extension: image})
 
 
@@ -54,29 +65,35 @@ def latent_sample(
     label: int | None = None,
     text: np.ndarray | None = None,
 ) -> Sample:
-    """A latent with its class number or its text features.
+    """Make a sample of a latent with its class number or its text features.
 
-    header: an index of latents or video_latents; latent: floats of header.vae.shape, as the VAE gives them,
-        neither shifted nor scaled;
-    label: where header has classes; text: floats (tokens, channels) where it has none.
-    Raises DataError for another shape or type, for NaN and infinite values, and for the wrong condition.
+    Args:
+        header: an index of latents or video_latents.
+        name: where the latent came from.
+        latent: floats of header.vae.shape, as the VAE gives them, neither shifted nor scaled.
+        label: class number; None where the header has no classes.
+        text: floats (tokens, channels); None where the header has classes.
+
+    Raises:
+        DataError: another shape or type, NaN or infinite values, or the wrong condition.
     """
     if header.vae is None or latent.shape != header.vae.shape or latent.dtype.kind != "f":
         raise DataError(
-            f"latent {name} is {latent.dtype} {latent.shape}; floats "
-            f"{header.vae and header.vae.shape} are needed"
+            name,
+            f"the latent is {latent.dtype} {latent.shape}; floats "
+            f"{header.vae and header.vae.shape} are needed",
         )
     if (label is None) == bool(header.classes) or (text is None) != bool(header.classes):
         raise DataError(
-            f"latent {name} needs {'a label and no text' if header.classes else 'text and no label'}"
+            name, f"the latent needs {'a label and no text' if header.classes else 'text and no label'}"
         )
     if text is not None and (text.ndim != 2 or text.dtype.kind != "f"):
         raise DataError(
-            f"the text of latent {name} is {text.dtype} {text.shape}; floats (tokens, channels) are needed"
+            name, f"the text features are {text.dtype} {text.shape}; floats (tokens, channels) are needed"
         )
-    for what, array in (("latent", latent), ("the text of latent", text)):
+    for what, array in (("latent holds", latent), ("text features hold", text)):
         if array is not None and not np.isfinite(array).all():
-            raise DataError(f"{what} {name} holds NaN or infinite values")
+            raise DataError(name, f"the {what} NaN or infinite values")
     condition = (
         {"text.npy": npy_bytes(text)} if text is not None else {"cls": _label(header, name, int(label or 0))}
     )
@@ -90,20 +107,26 @@ def token_samples(
     name: str = "tokens",
     member_bytes: int = TOKEN_MEMBER_BYTES,
 ) -> Iterator[Sample]:
-    """Rows of packed sequences, gathered into members of about `member_bytes`.
+    """Gather rows of packed sequences into members of about `member_bytes`.
 
-    header: an index of tokens, for its length. rows: pairs (tokens, documents), each (length,) or (rows,
-        length) of integers; documents are the
-    number of the document that each token belongs to, from 0 on, PADDING (65535) for places without text, and
-    do not fall within a row.
-    vocabulary: number of token ids; up to 65,536 a token takes 2 bytes. Raises DataError, naming the row, for
-        another shape, ids outside the
-    vocabulary, and documents that fall, are negative or above PADDING.
+    Args:
+        header: an index of tokens; its length is the tokens a row.
+        rows: pairs (tokens, documents), each integers (length,) or (rows, length). A document number tells
+            which document a token belongs to, from 0 on; PADDING (65535) marks places without text. Numbers
+            do not fall within a row.
+        vocabulary: number of token ids; up to 65,536 a token takes 2 bytes.
+        name: where the rows came from.
+        member_bytes: size of a member.
+
+    Raises:
+        DataError: another shape, ids outside the vocabulary, or document numbers that fall, are negative or
+            above PADDING. The key names the row.
     """
     if not header.length or vocabulary < 1 or vocabulary > 2**32:
         raise DataError(
+            "header" if not header.length else "vocabulary",
             f"tokens need a length and a vocabulary from 1 to {2**32}; got length {header.length} "
-            f"and vocabulary {vocabulary}"
+            f"and vocabulary {vocabulary}",
         )
     dtype = np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
     wanted = max(1, member_bytes // (header.length * dtype.itemsize))
@@ -132,19 +155,22 @@ def _single_rows(
                 or array.dtype.kind not in "iu"
             ):
                 raise DataError(
-                    f"row {number}: {what} are {array.dtype} {array.shape}; integers ({length},) or "
-                    f"(rows, {length}) are needed"
+                    f"row {number}",
+                    f"its {what} are {array.dtype} {array.shape}; integers ({length},) or (rows, "
+                    f"{length}) are needed",
                 )
         for row, owner in zip(np.atleast_2d(tokens), np.atleast_2d(documents), strict=True):
             if row.min() < 0 or row.max() >= vocabulary:
                 raise DataError(
-                    f"row {number} holds token {row.max() if row.min() >= 0 else row.min()}, outside "
-                    f"the vocabulary of {vocabulary}"
+                    f"row {number}",
+                    f"token {row.max() if row.min() >= 0 else row.min()} is outside the vocabulary of "
+                    f"{vocabulary}",
                 )
             if owner[0] < 0 or owner[-1] > PADDING or (owner[1:] < owner[:-1]).any():
                 raise DataError(
-                    f"row {number}: document numbers must not fall and go from 0 to {PADDING - 1}, "
-                    f"or are {PADDING} for padding"
+                    f"row {number}",
+                    f"document numbers must go from 0 to {PADDING - 1} without falling, or be {PADDING} "
+                    "for padding",
                 )
             yield row, owner
             number += 1
@@ -160,7 +186,7 @@ def _token_sample(name: str, tokens: list[np.ndarray], documents: list[np.ndarra
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The bytes of an npy file: little endian, C order, nothing pickled."""
+    """Return the bytes of an npy file: little endian, C order, nothing pickled."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")), allow_pickle=False)
     return buffer.getvalue()
@@ -168,5 +194,5 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def _label(header: ShardIndex, name: str, label: int) -> bytes:
     if not 0 <= label < len(header.classes):
-        raise DataError(f"sample {name} has label {label}; it must be from 0 to {len(header.classes) - 1}")
+        raise DataError(name, f"label {label} is no class; it must be from 0 to {len(header.classes) - 1}")
     return str(int(label)).encode()

@@ -1,4 +1,4 @@
-"""Shard files: written so that equal input gives equal bytes, and described for the index."""
+"""Shard files: equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,29 @@ SHARD_BYTES = 512 * 2**20
 
 
 class TokenMembers(NamedTuple):
-    """rows: of every member of a token shard, in order; length: tokens a row."""
+    """The shape of a token shard.
+
+    Args:
+        rows: rows of every member, in order.
+        length: tokens a row.
+    """
 
     rows: list[int]
     length: int
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of shard `number` of a split."""
+    """Return the file name of shard `number` of a split."""
     return f"{split}-{number:06d}.tar"
 
 
 def write_shard(path: Path, samples: Iterable[Sample], first: int = 0) -> None:
-    """Write a tar file; mtime, owner and mode are fixed, so that equal input gives equal bytes. first:
-    index in the split of its first sample.
+    """Write a tar file with fixed times, owners and modes.
+
+    Args:
+        path: of the file.
+        samples: in the order of writing.
+        first: index in the split of the first sample.
     """
     with open(path, "wb") as file:
         with open_tar(file) as tar:
@@ -49,13 +58,17 @@ def write_shard(path: Path, samples: Iterable[Sample], first: int = 0) -> None:
 
 
 def open_tar(file: BinaryIO) -> TarWriter:
-    """webdataset's writer with every field fixed that would differ from one packing to the next."""
+    """Open webdataset's writer with all fields fixed that would differ between two runs."""
     return TarWriter(file, user="mhla", group="mhla", mode=0o444, mtime=0, encoder=False, compress=False)
 
 
 def write_sample(tar: TarWriter, sample: Sample, index: int) -> int:
-    """Write the members of a sample in their order; the bytes they take in the file. index: of the sample
-    in the split.
+    """Write the members of a sample in their order and return their size in the file, in bytes.
+
+    Args:
+        tar: the open shard.
+        sample: what to write.
+        index: of the sample in the split.
     """
     key = _key(index, sample.name)
     for extension, data in sample.members.items():
@@ -66,8 +79,10 @@ def write_sample(tar: TarWriter, sample: Sample, index: int) -> int:
 
 
 def describe_shard(path: Path, kind: str = "images") -> tuple[ShardEntry, np.ndarray]:
-    """The index entry of a tar file and its offsets, int64 (samples + 1,). Raises DataError for one that
-    cannot be a shard.
+    """Return the index entry of a tar file and its offsets, int64 (samples + 1,).
+
+    Raises:
+        DataError: the file cannot be a shard.
     """
     with open(path, "rb") as file:
         scan = scan_shard(file, str(path))
@@ -79,15 +94,18 @@ def describe_shard(path: Path, kind: str = "images") -> tuple[ShardEntry, np.nda
 
 
 def row_offsets(scan: Scan, members: TokenMembers) -> np.ndarray:
-    """Offsets of a token shard, int64 (rows + 1,): for each row the byte of its member's first tar header,
-    then the end.
+    """Return the offsets of a token shard, int64 (rows + 1,).
+
+    For each row they give the byte of the first tar header of its member, then the end of the last member.
     """
     return np.append(np.repeat(scan.offsets[:-1], members.rows), scan.offsets[-1])
 
 
 def token_members(file: BinaryIO, scan: Scan, address: str) -> TokenMembers:
-    """Rows of every member of a token shard. Raises DataError for members that cannot be read row by row,
-    and for rows of several lengths.
+    """Read the number of rows of every member of a token shard, and their length.
+
+    Raises:
+        DataError: members that cannot be read row by row, or rows of several lengths.
     """
 
     def read(start: int, stop: int) -> bytes:
@@ -100,14 +118,16 @@ def token_members(file: BinaryIO, scan: Scan, address: str) -> TokenMembers:
     lengths = {length for _, length in shapes}
     if len(lengths) > 1:
         raise DataError(
-            f"{address} holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of "
-            "a split are equally long"
+            address,
+            f"holds rows of {' and '.join(map(str, sorted(lengths)))} tokens; all rows of a split "
+            "must be equally long",
         )
     return TokenMembers([rows for rows, _ in shapes], lengths.pop() if lengths else 0)
 
 
 def _key(index: int, name: str) -> str:
-    """Unique by its number, readable by its name; no dots (webdataset cuts there) and short enough for a
-    tar header.
+    """Return a key that is unique by its number and readable by its name.
+
+    It holds no dots, since webdataset cuts there, and is short enough for a tar header.
     """
     return f"{index:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:60]}"

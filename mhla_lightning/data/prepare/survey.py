@@ -1,6 +1,4 @@
-"""What a tar file of unknown origin holds: which kind of samples, how many, and what an index has to say
-of them.
-"""
+"""The content of a tar file of unknown origin: kind, number of samples, facts for an index."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ LATENT_KINDS = {3: "latents", 4: "video_latents"}
 
 
 class ClipFacts(NamedTuple):
-    """The size of clips; rate in frames a second, None where the shard does not say it."""
+    """The size of clips, and their rate in frames a second; None where the shard does not give a rate."""
 
     frames: int
     height: int
@@ -34,7 +32,13 @@ class ClipFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class SurveyJob:
-    """A tar file; kind: what its samples are, None to find out; to: the folder for its offsets."""
+    """A tar file to read.
+
+    Args:
+        path: of the tar file.
+        kind: kind of its samples; None finds out.
+        to: folder for its offsets.
+    """
 
     path: Path
     kind: str | None
@@ -43,10 +47,16 @@ class SurveyJob:
 
 @dataclass(frozen=True)
 class Survey:
-    """entry: for the index. kind: of its samples. keys: of its samples, or token members. labels: 1 + the
-    largest class number, 0 without labels.
+    """What a tar file holds.
 
-    length: tokens a row. shape: of a latent. clip: of clips.
+    Args:
+        entry: for the index.
+        kind: of the samples.
+        keys: of the samples, or of the token members.
+        labels: 1 + the largest class number; 0 without labels.
+        length: tokens a row; None for other kinds.
+        shape: of a latent; empty for other kinds.
+        clip: size and rate of clips; None for other kinds.
     """
 
     entry: ShardEntry
@@ -59,22 +69,24 @@ class Survey:
 
 
 def survey_shard(job: SurveyJob) -> Survey:
-    """Read a shard, write its offsets into job.to. Raises DataError for one that cannot be read, or is not
-    of the kind.
+    """Read a shard and write its offsets into `job.to`.
+
+    Raises:
+        DataError: a shard that cannot be read, or is not of the kind.
     """
     address = str(job.path)
     try:
         with open(job.path, "rb") as file:
             scan = scan_shard(file, address)
             if not scan.keys:
-                raise DataError(f"{address} holds no samples: remove it")
+                raise DataError(address, "holds no samples; remove it")
             first = _sample(file, scan, 0, address)
             kind, shape = _kind(first, address)
             clip = _clip(first, address) if kind == "clips" else None
             if job.kind not in (None, kind):
                 raise DataError(
-                    f"{address}: sample {first['__key__']} is of {kind}, not of {job.kind}; a split "
-                    "holds one kind"
+                    address,
+                    f"sample {first['__key__']} is of {kind}, not of {job.kind}; a split holds one kind",
                 )
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
@@ -82,7 +94,7 @@ def survey_shard(job: SurveyJob) -> Survey:
             file.seek(0)
             entry = ShardEntry(job.path.name, len(offsets) - 1, job.path.stat().st_size, sha256_of(file))
     except OSError as error:
-        raise DataError(f"{address} cannot be read ({error.strerror or error})") from error
+        raise DataError(address, f"cannot be read ({error.strerror or error})") from error
     np.save(offsets_path(job.to, entry.name), offsets, allow_pickle=False)
     return Survey(entry, kind, scan.keys, labels, members.length if members else None, shape, clip)
 
@@ -94,44 +106,44 @@ def _sample(file: BinaryIO, scan: Scan, number: int, address: str) -> RawSample:
 
 
 def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
-    """The kind of a sample, and the shape of its latent."""
-    what = f"{address}: sample {sample['__key__']}"
+    """Return the kind of a sample, and the shape of its latent."""
+    what = f"sample {sample['__key__']}"
     members = {name for name in sample if not name.startswith("__")}
     if "tokens.npy" in members:
-        _demand(what, members, "documents.npy")
+        _demand(address, what, members, "documents.npy")
         return "tokens", ()
     if "latent.npy" in members:
-        shape = load_npy(sample["latent.npy"], f"{what}, latent.npy").shape
+        shape = load_npy(sample["latent.npy"], f"{address}: {what}, latent.npy").shape
         if len(shape) not in LATENT_KINDS:
-            raise DataError(f"{what}: latent.npy is {shape}; (C, h, w) or (C, t, h, w) is needed")
-        _demand(what, members, "cls", "text.npy")
+            raise DataError(address, f"{what}: latent.npy is {shape}; (C, h, w) or (C, t, h, w) is needed")
+        _demand(address, what, members, "cls", "text.npy")
         return LATENT_KINDS[len(shape)], shape
     if "clip.npy" in members or "mp4" in members:
-        _demand(what, members, "txt")
+        _demand(address, what, members, "txt")
         return "clips", ()
     image = next((name for name in IMAGES if name in members), None)
     if image is not None and image_extension(sample[image]) is not None:
-        _demand(what, members, "cls")
+        _demand(address, what, members, "cls")
         return "images", ()
     found = ", ".join(sorted(members))
     known = (
         "jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, clip.npy "
         "or mp4 with txt"
     )
-    raise DataError(f"{what} has the members {found}; known are {known}")
+    raise DataError(address, f"{what} has the members {found}; known are {known}")
 
 
 def _clip(sample: RawSample, address: str) -> ClipFacts:
-    what = f"{address}: sample {sample['__key__']}"
+    what = f"sample {sample['__key__']}"
     if "clip.npy" not in sample:
-        return ClipFacts(*measure_mp4(sample["mp4"], f"{what}, mp4"))
-    shape = load_npy(sample["clip.npy"], f"{what}, clip.npy").shape
+        return ClipFacts(*measure_mp4(sample["mp4"], f"{address}: {what}, mp4"))
+    shape = load_npy(sample["clip.npy"], f"{address}: {what}, clip.npy").shape
     if len(shape) != 4 or shape[-1] != 3:
-        raise DataError(f"{what}: clip.npy is {shape}; (frames, height, width, 3) is needed")
+        raise DataError(address, f"{what}: clip.npy is {shape}; (frames, height, width, 3) is needed")
     return ClipFacts(*shape[:3], None)
 
 
-def _demand(what: str, members: set[str], *wanted: str) -> None:
+def _demand(address: str, what: str, members: set[str], *wanted: str) -> None:
     if not members & set(wanted):
         hint = (
             "; labels in KEY.json are not read: write the class number as KEY.cls"
@@ -139,7 +151,8 @@ def _demand(what: str, members: set[str], *wanted: str) -> None:
             else ""
         )
         raise DataError(
-            f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}"
+            address,
+            f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}",
         )
 
 
@@ -149,7 +162,8 @@ def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
         text = sample.get("cls", b"").strip()
         if not text.isdigit() or len(text) > 9:
             raise DataError(
-                f"{address}: sample {sample['__key__']} has cls {text[:20]!r}; the class number is "
-                "needed, an integer from 0 on"
+                address,
+                f"sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an "
+                "integer from 0 on",
             )
         yield int(text)

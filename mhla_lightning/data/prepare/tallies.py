@@ -1,5 +1,6 @@
-"""What becomes known of a shard while it is written. It stands beside the shard until the whole is done,
-so that a killed build goes on with it.
+"""Facts that become known while a shard is written.
+
+They are kept beside the shard until the whole target is done, so that a killed build continues with them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ class Done(NamedTuple, Generic[T]):
 def write_tallied(
     building: Building, split: str, name: str, kind: str, samples: Iterator[Sample], tally: T, first: int
 ) -> Done[T]:
-    """Write a shard and the tally that is complete when `samples` are through. first: index in the split
-    of its first sample.
+    """Write a shard, and its tally, which is complete when all samples are written.
+
+    Args:
+        building: of the target.
+        split: the folder of the shard below the target.
+        name: file name of the shard.
+        kind: kind of the samples.
+        samples: in the order of writing; taking them completes the tally.
+        tally: the facts to keep.
+        first: index in the split of the first sample.
     """
     path = _path(building, split, name)
 
@@ -46,7 +55,7 @@ def write_tallied(
 
 
 def finished_shard(building: Building, split: str, name: str, tally: type[T]) -> Done[T] | None:
-    """A shard that an earlier call finished, else None."""
+    """Return a shard that an earlier call finished, else None."""
     entry = building.finished(split, name)
     if entry is None:
         return None

@@ -1,6 +1,4 @@
-"""Everything that can be wrong with shards, all of it at once: the files, the tar structure, the offsets,
-every sample.
-"""
+"""A search for all that is wrong with shards: files, tar structure, offsets and every sample."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from mhla_lightning.data.kinds import kind_of
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.data.prepare.parallel import run_jobs
 from mhla_lightning.data.prepare.places import find_splits
-from mhla_lightning.data.prepare.verify_shard import Findings, Problem, ShardJob, verify_shard
+from mhla_lightning.data.prepare.verify_shard import Findings, Problem, VerifyJob, reason_for, verify_shard
 from mhla_lightning.data.stores import Store
 from mhla_lightning.errors import DataError
 
@@ -25,9 +23,15 @@ MOST_PROBLEMS = 10_000  # kept in a report; all are counted
 
 
 @dataclass
-class Report:
-    """What verify found. problems: the first 10,000; found: how many in all; unusable: samples that cannot
-    be trained on.
+class VerifyReport:
+    """The problems that verify found.
+
+    Args:
+        problems: the first 10,000.
+        found: number of all problems.
+        samples: number of samples, as the index gives it.
+        unusable: samples that cannot be trained on.
+        shards: number of shards.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -37,23 +41,36 @@ class Report:
     shards: int = 0
 
     def add(self, problems: Sequence[Problem], found: int | None = None) -> None:
-        """Take problems up; found: how many there are, when they are not all given."""
+        """Add problems.
+
+        Args:
+            problems: to keep.
+            found: how many there are; None where all are given.
+        """
         self.problems += problems[: MOST_PROBLEMS - len(self.problems)]
         self.found += len(problems) if found is None else found
 
 
 def verify(
-    path: str, splits: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None
-) -> Report:
-    """Look at everything in the splits at `path`: index, presence, size, sha256, tar structure, number of
-    samples, offsets against a real scan, keys that are there twice, and whether every sample decodes.
+    path: str, split: Sequence[str] | None = None, workers: int = 1, on_progress: OnProgress | None = None
+) -> VerifyReport:
+    """Check everything in the splits at `path`.
 
-    path, splits: see places.find_splits; None is all. workers: processes; each holds one sample, and one
-        remote shard in the temporary folder.
-    Raises DataError and UserError only when there is nothing to check, and Interrupted when a worker is gone.
+    These are the index, presence, size, sha256, tar structure, number of samples, offsets against a real
+    scan, keys that occur twice, and whether every sample decodes.
+
+    Args:
+        path: see places.find_splits.
+        split: names of the splits; None is all.
+        workers: processes; each holds one sample, and one remote shard in the temporary folder.
+        on_progress: called with a split, its samples done and its samples in all.
+
+    Raises:
+        UserError, DataError: there is nothing to check.
+        Interrupted: a worker process ended by itself.
     """
-    report, indices = Report(), {}
-    for name, store in find_splits(path, splits).items():
+    report, indices = VerifyReport(), {}
+    for name, store in find_splits(path, split).items():
         index = _index(name, store, report)
         if index is not None and _is_known(name, index, report):
             indices[name] = index
@@ -66,22 +83,20 @@ def verify(
                     Problem(
                         f"{name}/{INDEX_NAME}",
                         "",
-                        f"lists another kind or other classes than {first}/{INDEX_NAME}: pack both in one go",
+                        f"lists another kind or other classes than {first}/{INDEX_NAME}; pack both in one go",
                     )
                 ]
             )
     return report
 
 
-def _index(name: str, store: Store, report: Report) -> ShardIndex | None:
-    """The index; one whose sums are wrong is told of and used all the same, so that its shards are
-    checked.
-    """
+def _index(name: str, store: Store, report: VerifyReport) -> ShardIndex | None:
+    """Return the index. One with wrong sums is reported and used all the same, to check its shards."""
     address = store.address(INDEX_NAME)
     try:
         index = read_index(store)
     except DataError as error:
-        report.add([Problem(f"{name}/{INDEX_NAME}", "", str(error).removeprefix(address).lstrip())])
+        report.add([Problem(f"{name}/{INDEX_NAME}", "", reason_for(error, address))])
         try:
             index = parse_index(_summed_anew(store.read(INDEX_NAME)), address)
         except (DataError, KeyError, TypeError, ValueError):
@@ -91,11 +106,11 @@ def _index(name: str, store: Store, report: Report) -> ShardIndex | None:
     return index
 
 
-def _is_known(name: str, index: ShardIndex, report: Report) -> bool:
+def _is_known(name: str, index: ShardIndex, report: VerifyReport) -> bool:
     try:
         kind_of(index)
     except DataError as error:
-        report.add([Problem(f"{name}/{INDEX_NAME}", "", str(error))])
+        report.add([Problem(f"{name}/{INDEX_NAME}", "", error.reason)])
         report.samples += index.samples
         report.unusable += index.samples
         return False
@@ -109,11 +124,11 @@ def _summed_anew(text: bytes) -> bytes:
 
 
 def _verify_split(
-    name: str, store: Store, index: ShardIndex, workers: int, report: Report, on_progress: OnProgress
+    name: str, store: Store, index: ShardIndex, workers: int, report: VerifyReport, on_progress: OnProgress
 ) -> None:
     firsts = index.first_indices()
     jobs = [
-        ShardJob(name, store, replace(index, shards=(entry,)), firsts[number])
+        VerifyJob(name, store, replace(index, shards=(entry,)), firsts[number])
         for number, entry in enumerate(index.shards)
     ]
     report.samples += index.samples
@@ -126,16 +141,14 @@ def _verify_split(
             done += findings.samples
             report.unusable += findings.unusable
             on_progress(name, done, index.samples)
-    found.sort(
-        key=lambda findings: findings.first
-    )  # workers finish in any order; a report does not depend on it
+    found.sort(key=lambda findings: findings.first)  # workers finish in any order
     for findings in found:
         report.add(findings.problems, findings.found)
     _same_keys(name, store, found, report)
 
 
-def _same_keys(name: str, store: Store, found: list[Findings], report: Report) -> None:
-    """Keys that stand in two shards, found by their 64-bit hashes and then compared as they are."""
+def _same_keys(name: str, store: Store, found: list[Findings], report: VerifyReport) -> None:
+    """Report keys that occur in two shards: equal 64-bit hashes first, then the keys themselves."""
     hashes = np.concatenate([findings.keys for findings in found]) if found else np.zeros(0, np.uint64)
     values, counts = np.unique(hashes, return_counts=True)
     twice = values[counts > 1]

@@ -1,5 +1,6 @@
-"""One shard under examination. Nothing here raises for what is wrong with it: one problem must not hide
-the others.
+"""The check of one shard.
+
+Nothing here raises an error about the shard: one problem must not hide the others.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ _NO_KEYS = np.zeros(0, dtype=np.uint64)
 
 
 class Problem(NamedTuple):
-    """file: SPLIT/NAME; sample: a key, or a number in the split, or "" when it is about the file; problem:
-    what is wrong, and what to do.
+    """One finding.
+
+    Args:
+        file: SPLIT/NAME.
+        sample: a key, or a number in the split; "" where the problem is about the file.
+        problem: what is wrong, and what to do.
     """
 
     file: str
@@ -38,8 +43,15 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """index: of the one shard. first: index in the split of its first sample."""
+class VerifyJob:
+    """A shard to check.
+
+    Args:
+        split: its name.
+        store: of the split.
+        index: of the one shard.
+        first: index in the split of its first sample.
+    """
 
     split: str
     store: Store
@@ -54,8 +66,17 @@ class ShardJob:
 
 @dataclass
 class Findings:
-    """What is wrong with a shard. samples: as its index says; unusable: of these; found: problems in all;
-    keys: 64-bit hashes, uint64 (samples,).
+    """The problems of a shard.
+
+    Args:
+        split: its name.
+        shard: file name.
+        first: index in the split of the first sample.
+        samples: number of samples, as the index gives it.
+        problems: the first 1,000.
+        found: number of all problems.
+        unusable: samples that cannot be trained on.
+        keys: 64-bit hashes of the keys, uint64 (samples,).
     """
 
     split: str
@@ -68,20 +89,20 @@ class Findings:
     keys: np.ndarray = field(default_factory=_NO_KEYS.copy)
 
     def add(self, problem: str, sample: str = "", beside: str = "") -> None:
-        """Take up a problem of the shard, of one of its samples, or of the file NAME + beside."""
+        """Add a problem of the shard, of one of its samples, or of the file NAME + beside."""
         self.found += 1
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append(Problem(f"{self.split}/{self.shard}{beside}", sample, problem))
 
 
-def verify_shard(job: ShardJob) -> Findings:
-    """Look at everything in a shard."""
+def verify_shard(job: VerifyJob) -> Findings:
+    """Check everything in a shard."""
     findings = Findings(job.split, job.entry.name, job.first, job.entry.samples)
     with tempfile.TemporaryDirectory(prefix="mhla-verify-") as folder:
         try:
             path = _local_copy(job, Path(folder), findings)
         except DataError as error:
-            findings.add(_said(error, job.store.address(job.entry.name)))
+            findings.add(reason_for(error, job.store.address(job.entry.name)))
             path = None
         if path is None:
             findings.unusable = job.entry.samples
@@ -97,8 +118,8 @@ def verify_shard(job: ShardJob) -> Findings:
     return findings
 
 
-class _HashedFile:
-    """A sink that hashes what it writes."""
+class _HashingSink:
+    """A sink that hashes the data that it writes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -113,14 +134,15 @@ class _HashedFile:
         self.digest = hashlib.sha256()
 
 
-def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
-    """Size and sha256, and the shard as a file in `folder`: a link to a local one, the bytes of a remote
-    one.
+def _local_copy(job: VerifyJob, folder: Path, findings: Findings) -> Path | None:
+    """Check size and sha256, and return the shard as a file in `folder`.
+
+    A local shard becomes a link, a remote one is downloaded.
     """
     entry, path = job.entry, folder / job.entry.name
     size = job.store.size(entry.name)
     if size is None:
-        findings.add(f"is missing, but {INDEX_NAME} lists it: copy it again or pack the data again")
+        findings.add(f"is missing, but {INDEX_NAME} lists it; copy it again or pack the data again")
         return None
     if isinstance(job.store, LocalStore):
         path.symlink_to(Path(job.store.address(entry.name)).absolute())
@@ -130,33 +152,34 @@ def _local_copy(job: ShardJob, folder: Path, findings: Findings) -> Path | None:
         sha256 = _download(job, size, path)
     if size != entry.bytes:
         findings.add(
-            f"has {size} bytes, but {INDEX_NAME} says {entry.bytes}: it was cut or replaced; copy it again"
+            f"has {size} bytes, but {INDEX_NAME} says {entry.bytes}; it was cut or replaced, so copy it again"
         )
     elif sha256 != entry.sha256:
         findings.add(
-            f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...: its bytes "
-            "changed; copy it again"
+            f"has sha256 {sha256[:12]}..., but {INDEX_NAME} says {entry.sha256[:12]}...; its bytes "
+            "changed, so copy it again"
         )
     return path
 
 
-def _download(job: ShardJob, size: int, path: Path) -> str:
-    """Copy a shard; its sha256. Raises UserError when there is no room, which is no fault of the shard."""
+def _download(job: VerifyJob, size: int, path: Path) -> str:
+    """Copy a shard and return its sha256. Raises UserError when there is no room on this machine."""
     try:
         with open(path, "wb") as copy:
-            sink = _HashedFile(copy)
+            sink = _HashingSink(copy)
             job.store.copy(job.entry.name, size, sink)
     except OSError as error:
         raise UserError(
-            f"{path.parent} has no room for {size} bytes ({error.strerror or error}): set TMPDIR to "
-            "a folder that has"
+            str(path.parent),
+            f"has no room for {size} bytes ({error.strerror or error}); set TMPDIR to a folder that has",
         ) from error
     return sink.digest.hexdigest()
 
 
-def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None:
-    """Where samples really begin, int64 (samples + 1,); where the shard cannot be scanned, what its
-    offsets file says; None without either.
+def _offsets(job: VerifyJob, path: Path, findings: Findings) -> np.ndarray | None:
+    """Return where samples really begin, int64 (samples + 1,).
+
+    Where the shard cannot be scanned, its offsets file is the answer; without that, None.
     """
     stored = _stored_offsets(job, findings)
     try:
@@ -168,13 +191,13 @@ def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None
                 else row_offsets(scan, token_members(file, scan, job.entry.name))
             )
     except (DataError, OSError) as error:
-        findings.add(_said(error, job.entry.name))
+        findings.add(reason_for(error, job.entry.name))
         return stored
     findings.keys = _hashes(scan)
     if len(real) - 1 != job.entry.samples:
         findings.add(
-            f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}: it was cut "
-            "or replaced; copy it again"
+            f"holds {len(real) - 1} samples, but {INDEX_NAME} says {job.entry.samples}; it was cut "
+            "or replaced, so copy it again"
         )
     elif stored is not None and not np.array_equal(stored, real):
         sample = int(np.flatnonzero(stored != real)[0])
@@ -186,28 +209,29 @@ def _offsets(job: ShardJob, path: Path, findings: Findings) -> np.ndarray | None
     return real
 
 
-def _stored_offsets(job: ShardJob, findings: Findings) -> np.ndarray | None:
+def _stored_offsets(job: VerifyJob, findings: Findings) -> np.ndarray | None:
     name = f"{job.entry.name}.offsets.npy"
     address = job.store.address(name)
     try:
         size = job.store.size(name)
         if size is None:
-            raise DataError("is missing: copy it again or run 'mhla data index --overwrite'")
+            raise DataError(address, "is missing; copy it again or run `mhla data index --overwrite`")
         return parse_offsets(job.store.read(name, 0, size), job.entry, job.index.kind, address)
     except DataError as error:
-        findings.add(_said(error, address), beside=".offsets.npy")
+        findings.add(reason_for(error, address), beside=".offsets.npy")
         return None
 
 
-def _samples(job: ShardJob, split: Split, findings: Findings) -> None:
+def _samples(job: VerifyJob, split: Split, findings: Findings) -> None:
     for number, name, problem in _bad_samples(split, kind_of(job.index)):
         findings.unusable += 1
         findings.add(problem, sample=name or f"sample {job.first + number}")
 
 
 def _bad_samples(split: Split, kind: Kind) -> Iterator[tuple[int, str, str]]:
-    """(position, key if known, what is wrong) of every sample that cannot be used; one sample is in memory
-    at a time.
+    """Yield (position, key if known, problem) of every sample that cannot be used.
+
+    One sample is in memory at a time.
     """
     for number in range(split.samples):
         key = ""
@@ -218,7 +242,7 @@ def _bad_samples(split: Split, kind: Kind) -> Iterator[tuple[int, str, str]]:
         except BadSample as error:
             yield number, key, str(error)
         except DataError as error:
-            yield number, key, _said(error, split.address(0))
+            yield number, key, reason_for(error, split.address(0))
 
 
 def _hashes(scan: Scan) -> np.ndarray:
@@ -228,6 +252,6 @@ def _hashes(scan: Scan) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)
 
 
-def _said(error: Exception, address: str) -> str:
-    """What an error says, without the file's name in front: that stands in a column of its own."""
-    return str(error).removeprefix(address).lstrip(": ")
+def reason_for(error: Exception, address: str) -> str:
+    """Return the text of an error; the file's name is left out, since a report has a column for it."""
+    return error.reason if isinstance(error, UserError) and error.key == address else str(error)

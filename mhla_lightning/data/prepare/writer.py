@@ -1,5 +1,6 @@
-"""Splits written in one pass, by whoever makes samples one after another (tokenizers, encoders). `pack`
-writes in parallel and can be continued.
+"""Splits written in one pass from samples that come one after another.
+
+`pack` writes in parallel and can be continued; this writer cannot.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from mhla_lightning.errors import DataError
 
 
 class ShardWriter:
-    """Writes one split, a shard after the other: `with ShardWriter(folder / "train", header) as writer:
-    writer.write(sample)`.
+    """A writer of one split, shard after shard.
+
+        with ShardWriter(folder / "train", header) as writer:
+            writer.write(sample)
 
     The same samples give the same bytes. The index is written when the block ends well, and is then in
-    `.index`; without it nothing takes the folder for a split. Make the folder inside replacing.new_folder, so
-    that the whole target appears at once.
+    `.index`; a folder without an index is not taken for a split. Make the folder inside
+    replacing.new_folder, so that the whole target appears at once.
 
     Args:
-        folder: of the split, named train, val or test; is made, and may not exist.
-        header: an index whose kind, classes, tokenizer, vae and length are those of the samples; its shards
-            are ignored.
-        shard_bytes: a shard that has reached this size is followed by another.
+        folder: of the split, named train, val or test; it must not exist yet.
+        header: an index with the kind, classes, tokenizer, vae and length of the samples; its shards are
+            ignored.
+        shard_bytes: size from which on a shard is followed by the next.
     """
 
     def __init__(self, folder: Path, header: ShardIndex, shard_bytes: int = SHARD_BYTES) -> None:
@@ -45,9 +48,7 @@ class ShardWriter:
         self._tar: TarWriter | None = None
 
     def write(self, sample: Sample) -> None:
-        """Write a sample (of samples.image_sample, latent_sample or token_samples) behind those written
-        before.
-        """
+        """Write a sample (of samples.image_sample, latent_sample or token_samples)."""
         if self._tar is None:
             self._file = open(self._path(), "wb")  # noqa: SIM115  closed by _end_shard or __exit__
             self._tar = open_tar(self._file)
@@ -65,13 +66,13 @@ class ShardWriter:
         """End the split. Raises DataError when no sample was written."""
         if error is not None:
             if self._tar is not None and self._file is not None:
-                with suppress(OSError):  # the disk may be full, which is then the error on its way
+                with suppress(OSError):  # the disk may be full, which is the error on its way
                     self._tar.close()
                 self._file.close()
             return
         self._end_shard()
         if not self._entries:
-            raise DataError(f"{self.folder}: no samples were written")
+            raise DataError(str(self.folder), "no samples were written")
         self.index = replace(self.index, shards=tuple(self._entries))
         write_index(self.folder, self.index)
 

@@ -1,4 +1,4 @@
-"""The frames of clips: decoded once from a video, at a constant rate by their times, resized and cropped."""
+"""The frames of clips: decoded once, at a constant rate by their times, resized and cropped."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ from mhla_lightning.errors import DataError
 if TYPE_CHECKING:
     from av import VideoFrame
 
-_WORTH_SEEKING = (
-    10.0  # seconds: from so far in, a video is decoded from the key frame before, not from its beginning
-)
+# Seconds: a clip that starts later is decoded from the key frame before it, not from the video's beginning.
+_WORTH_SEEKING = 10.0
 _SEEKABLE = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 
 
 def read_clips(path: Path, starts: Sequence[float], clip: Clip, last: float) -> Iterator[np.ndarray]:
-    """Clips of a video, uint8 (frames, height, width, 3) each. Only the frames of clips that are under way
-    are in memory.
+    """Read clips of a video, uint8 (frames, height, width, 3) each.
 
-    A clip that starts at s takes, for its frame i, the one that is shown s + i / rate seconds into the video.
-    starts: growing. last: when the video's last frame comes. Raises DataError for damage.
+    A clip that starts at s takes, for its frame i, the picture that is shown s + i / rate seconds into the
+    video. Only the frames of unfinished clips are in memory.
+
+    Args:
+        path: of the video.
+        starts: of the clips, in seconds, growing.
+        clip: size and rate.
+        last: time of the video's last frame, in seconds.
+
+    Raises:
+        DataError: the video is damaged.
     """
     open_clips: dict[int, list[np.ndarray]] = {}
     done = 0
@@ -50,21 +57,26 @@ def read_clips(path: Path, starts: Sequence[float], clip: Clip, last: float) -> 
 
 
 def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoFrame, float, float]]:
-    """Frames from the one that is shown at `begin` on, the pictures' width over height, and until when each
-    is shown (the last one for ever).
+    """Yield frames from the one that is shown at `begin` on: (frame, width over height, end of its time).
 
-    last: when the last frame comes. Raises DataError for damage, and for a video that ends before.
+    The last frame has no end (infinity).
+
+    Args:
+        path: of the video.
+        begin: in seconds.
+        last: time of the last frame, in seconds.
+
+    Raises:
+        DataError: the video is damaged, or ends before `last`.
     """
     seek = begin > _WORTH_SEEKING and path.suffix.lower() in _SEEKABLE
     frames = _decoded(path, begin if seek else None)
     first = next(frames, None)
-    if seek and (
-        first is None or first[2] > begin + SLACK
-    ):  # a container whose key frames are not where it says
+    if seek and (first is None or first[2] > begin + SLACK):  # the container's list of key frames is wrong
         frames = _decoded(path, None)
         first = next(frames, None)
     if first is None:
-        raise DataError(f"{path} holds no frame that can be decoded: copy it again or remove it")
+        raise DataError(str(path), "holds no frame that can be decoded; copy it again or remove it")
     frame, aspect, time = first
     for later in frames:
         if later[2] > begin + SLACK:
@@ -72,17 +84,24 @@ def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoF
         frame, aspect, time = later
     if time + SLACK < last:
         raise DataError(
-            f"{path} gives no frame after {time:.2f} of {last:.2f} s: it was cut or damaged; copy it "
-            "again or remove it"
+            str(path),
+            f"gives no frame after {time:.2f} of {last:.2f} s; it was cut or damaged, so copy it "
+            "again or remove it",
         )
     yield frame, aspect, math.inf
 
 
 def fit(picture: np.ndarray, aspect: float, height: int, width: int) -> np.ndarray:
-    """The middle of a picture in the ratio of height and width, resized to them with smoothing (bicubic).
-    uint8 (height, width, 3).
+    """Cut the middle of a picture in the wanted ratio and resize it (bicubic, with smoothing).
 
-    picture: uint8 (h, w, 3). aspect: its width over height as it is to be shown.
+    Args:
+        picture: uint8 (h, w, 3).
+        aspect: width over height as the picture is to be shown.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        uint8 (height, width, 3).
     """
     high, wide = picture.shape[:2]
     kept_high = min(1.0, aspect * height / width)  # shares of the picture
@@ -93,18 +112,18 @@ def fit(picture: np.ndarray, aspect: float, height: int, width: int) -> np.ndarr
 
 
 def _decoded(path: Path, begin: float | None) -> Iterator[tuple[VideoFrame, float, float]]:
-    """Frames, width over height, and times; from the key frame before `begin` on."""
+    """Yield frames, width over height, and times, from the key frame before `begin` on."""
     with open_video(path, str(path)) as (container, stream):
         if begin is not None and stream.time_base is not None:
             container.seek(int(begin / stream.time_base), stream=stream)
         aspect = None
         for frame in container.decode(stream):
             if frame.pts is None or frame.time_base is None:
-                raise DataError(f"{path} has a frame without a time: write it anew, for instance as mp4")
+                raise DataError(str(path), "has a frame without a time; write it anew, for instance as mp4")
             if frame.is_corrupt:
                 raise DataError(
-                    f"{path} is damaged at {float(frame.pts * frame.time_base):.2f} s: copy it again "
-                    "or remove it"
+                    str(path),
+                    f"is damaged at {float(frame.pts * frame.time_base):.2f} s; copy it again or remove it",
                 )
             aspect = shown_aspect(stream, frame.rotation) if aspect is None else aspect
             yield frame, aspect, float(frame.pts * frame.time_base)

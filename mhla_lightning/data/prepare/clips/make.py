@@ -1,5 +1,7 @@
-"""Videos to shards of clips: the same videos and options give the same bytes, with any number of processes
-and however often it was interrupted.
+"""Videos to shards of clips.
+
+The same videos and options give the same bytes, with any number of processes and however often the work was
+interrupted.
 """
 
 from __future__ import annotations
@@ -21,25 +23,28 @@ from mhla_lightning.data.prepare.clips.inputs import Video, open_videos
 from mhla_lightning.data.prepare.clips.layout import place
 from mhla_lightning.data.prepare.clips.options import ClipOptions, bucket_name, clip_bytes
 from mhla_lightning.data.prepare.clips.probing import Probe, ProbeJob, probe
-from mhla_lightning.data.prepare.clips.shards import Cut, Job, Tally, write_clips
+from mhla_lightning.data.prepare.clips.shards import ClipJob, ClipTally, Cut, write_clips
 from mhla_lightning.data.prepare.pack import Progress, check_target, fingerprint_of
-from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
+from mhla_lightning.data.prepare.parallel import Interrupted, check_workers, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_free
 from mhla_lightning.data.prepare.shards import SHARD_BYTES, shard_name
 from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4}  # so that small sets can still be dealt over ranks x workers
-_MP4_SHRINKS = 40  # about; H.264 at its quality here
+_MP4_SHRINKS = 40  # roughly, for H.264 at the quality used here
 SPLITS = ("train", "val")
 
 
 @dataclass
-class Report:
-    """indices: by folder below the target, train and val or SIZE/train and SIZE/val. skipped: (file or clip,
-    reason). short: videos without a clip.
+class ClipReport:
+    """What was written.
 
-    seconds: of clips, by folder.
+    Args:
+        indices: by folder below the target: train and val, or SIZE/train and SIZE/val.
+        skipped: (file or clip, reason).
+        short: videos without a clip.
+        seconds: of clips, by folder.
     """
 
     indices: dict[str, ShardIndex] = field(default_factory=dict)
@@ -49,8 +54,15 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """What is to be written into a folder: clips in order, and the first of every shard."""
+class _PlannedFolder:
+    """The clips of a folder, in the order of writing.
+
+    Args:
+        folder: below the target.
+        header: an index that describes the clips.
+        cuts: the clips by video.
+        bounds: the first clip of every shard, and the number of clips.
+    """
 
     folder: str
     header: ShardIndex
@@ -70,17 +82,28 @@ def make_clips(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
-    """Write the clips of the videos of `source` (see inputs.open_videos, also for captions) under `to`; of
-    several sizes, under to/SIZE.
+) -> ClipReport:
+    """Write the clips of videos under `to`; with several sizes, under to/SIZE.
 
-    overwrite, workers, wait, on_progress, on_note: see pack. Raises UserError for a bad argument or a target
-    in use; DataError for a bad source, a missing caption, too many videos that cannot be read; Interrupted
-    for what the same call can continue.
+    Args:
+        source: see inputs.open_videos.
+        to: the folder to make.
+        options: how videos become clips.
+        captions: see inputs.open_videos.
+        need_captions: see inputs.open_videos.
+        overwrite: see pack.pack, also for the arguments that follow.
+        workers: processes.
+        wait: wait for another process that makes `to`.
+        on_progress: called with a folder, its clips done and its clips in all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError: a bad argument, or a target in use.
+        DataError: a bad source, a missing caption, or too many videos that cannot be read.
+        Interrupted: work that the same call can continue.
     """
     target = check_target(source, to)
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
+    check_workers(workers)
     demand_free(target, overwrite)
     av_package("cutting clips")
     videos = open_videos(source, captions, need_captions)
@@ -88,7 +111,7 @@ def make_clips(
     progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
     with build(target, _fingerprint(videos, options), folders, overwrite, wait, note) as building:
         probes = _probe(building, videos, options, workers, progress)
-        report = Report(
+        report = ClipReport(
             skipped=[
                 (str(videos[found.number].path), found.error) for found in probes if found.error is not None
             ]
@@ -115,7 +138,9 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
         try:
             stat = video.path.stat()
         except OSError as error:
-            raise DataError(f"{video.path} cannot be read ({error.strerror}): repair or remove it") from error
+            raise DataError(
+                str(video.path), f"cannot be read ({error.strerror}); repair or remove it"
+            ) from error
         facts = str(video.path), stat.st_size, stat.st_mtime_ns, video.caption
         digest.update(f"{facts!r}\n".encode(errors="surrogateescape"))
     return fingerprint_of(
@@ -126,14 +151,12 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
     )
 
 
-# What is in the videos
-
-
 def _probe(
     building: Building, videos: Sequence[Video], options: ClipOptions, workers: int, on_progress: Progress
 ) -> list[Probe]:
-    """What is known of every video; what an earlier call found is kept. Raises DataError when too many
-    cannot be read.
+    """Look at every video; the findings of an earlier call are kept.
+
+    Raises DataError when too many videos cannot be read.
     """
     kept = building.folder / "probes.jsonl"
     found = _read_probes(kept)
@@ -153,11 +176,11 @@ def _probe(
             on_progress("look", len(found), len(videos))
     bad = [found[number] for number in sorted(found) if found[number].error is not None]
     if bad and (len(bad) > options.max_skipped_share * len(videos) or len(bad) == len(videos)):
-        more = (
-            f"; {len(bad)} of {len(videos)} videos cannot be read, more than --max-skipped-share "
-            f"{options.max_skipped_share:g} allows"
+        raise DataError(
+            str(videos[bad[0].number].path),
+            f"{bad[0].error}; {len(bad)} of {len(videos)} videos cannot be read, more than "
+            f"`max_skipped_share` {options.max_skipped_share:g} allows",
         )
-        raise DataError(f"{bad[0].error}{more}")
     return [found[number] for number in range(len(videos))]
 
 
@@ -166,27 +189,18 @@ def _read_probes(path: Path) -> dict[int, Probe]:
     try:
         for line in path.read_text().splitlines():
             result = Probe(**json.loads(line))
-            stretches = {
-                name: tuple((start, stop) for start, stop in getattr(result, name)) for name in SPLITS
-            }
-            # # JSON knows no tuples
-            found[result.number] = replace(result, **stretches)  # type: ignore[arg-type]
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # the line that was being written when the process was killed is the last
-        pass
+            train, val = (tuple((start, stop) for start, stop in part) for part in (result.train, result.val))
+            found[result.number] = replace(result, train=train, val=val)  # JSON made lists of the tuples
+    except (OSError, ValueError, TypeError):
+        pass  # a killed process left the last line unfinished
     path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found.values()))
     return found
 
 
-# Which clip goes where
+def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_PlannedFolder]:
+    """Decide which folders get which clips, from the videos and the options alone.
 
-
-def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions) -> list[_Split]:
-    """The folders that get clips: a function of the videos and the options. Raises DataError where there
-    is nothing to train on or to validate on.
+    Raises DataError where nothing is left for training or for validation.
     """
     splits = []
     for number, (bucket, clip) in enumerate(zip(_buckets(options), options.clips, strict=True)):
@@ -195,7 +209,7 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
         for split, cuts in _divide(videos, members, clip, options).items():
             if cuts:
                 splits.append(
-                    _Split(
+                    _PlannedFolder(
                         bucket + split,
                         ShardIndex("clips", (), clip=clip),
                         cuts,
@@ -208,12 +222,14 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
             if split == "train" or not splits:
                 sizes = " or ".join(map(str, options.clips))
                 raise DataError(
-                    f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the "
-                    f"longest video has {longest:.2f} s"
+                    "source",
+                    f"no clip of {sizes} fits into a {'shot' if options.shots else 'video'}; the longest "
+                    f"video has {longest:.2f} s",
                 )
             raise DataError(
-                f"nothing is left for val: {len(videos)} video{'s' * (len(videos) > 1)}; pass "
-                "--val-by time, or shorter --frames"
+                "val",
+                f"nothing is left for it of {len(videos)} video{'s' * (len(videos) > 1)}; choose "
+                "`val_by` time, or shorter clips",
             )
     return splits
 
@@ -221,9 +237,7 @@ def _plan(videos: Sequence[Video], probes: Sequence[Probe], options: ClipOptions
 def _divide(
     videos: Sequence[Video], members: list[Probe], clip: Clip, options: ClipOptions
 ) -> dict[str, list[Cut]]:
-    """The clips of the videos of a size, by split, in the order of writing: video after video, in the
-    order of `members`.
-    """
+    """Return the clips of the videos of one size, by split, in the order of `members`."""
     if options.val_by == "time":
         return {split: _cuts(videos, members, split, clip, options) for split in SPLITS}
     count = _held_out(len(members), options.val)
@@ -234,12 +248,13 @@ def _divide(
 
 
 def _held_out(videos: int, val: int | float) -> int:
-    """How many videos of a size are held out; none of a single one."""
+    """Return how many videos of a size are held out; none of a single one."""
     if isinstance(val, int) or val >= 1:
         if videos > 1 and not (val < videos and val == int(val)):
             raise UserError(
-                f"--val is {val}; it must be a number of videos from 1 to {videos - 1}, or a share "
-                "above 0 and below 1"
+                "val",
+                f"got {val}; it must be a number of videos from 1 to {videos - 1}, or a share above 0 "
+                "and below 1",
             )
         return int(val) if videos > 1 else 0
     return min(videos - 1, math.ceil(videos * val)) if videos else 0
@@ -248,13 +263,21 @@ def _held_out(videos: int, val: int | float) -> int:
 def _cuts(
     videos: Sequence[Video], members: Iterable[Probe], stretches: str, clip: Clip, options: ClipOptions
 ) -> list[Cut]:
-    """stretches: of the videos, train or val."""
+    """Return the clips of videos.
+
+    Args:
+        videos: all of them.
+        members: the videos to cut.
+        stretches: the name of their stretches, train or val.
+        clip: size and rate.
+        options: how videos become clips.
+    """
     found = ((member, place(getattr(member, stretches), clip, options.stride_of(clip))) for member in members)
     return [Cut(videos[member.number], tuple(starts), member.last) for member, starts in found if starts]
 
 
 def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -> list[int]:
-    """The first clip of every shard, and the number of clips."""
+    """Return the first clip of every shard, and the number of clips."""
     clips = sum(len(cut.starts) for cut in cuts)
     size = clip_bytes(clip) / (1 if options.store_of(clip) == "npy" else _MP4_SHRINKS)
     shards = max(_FEWEST_SHARDS[split], math.ceil(size * clips / SHARD_BYTES))
@@ -264,24 +287,22 @@ def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -
     return [clips * shard // shards for shard in range(shards + 1)]
 
 
-# Writing
-
-
 def _write(
     building: Building,
-    splits: Sequence[_Split],
+    splits: Sequence[_PlannedFolder],
     options: ClipOptions,
     workers: int,
     on_progress: Progress,
     on_note: Note,
-    report: Report,
+    report: ClipReport,
 ) -> None:
-    """Write what is not finished yet, and the indices. Raises DataError when too many clips cannot be
-    read, Interrupted when shards are kept.
+    """Write the shards that are not finished yet, and the indices.
+
+    Raises DataError when too many clips cannot be read, Interrupted when shards are kept.
     """
     jobs = list(chain.from_iterable(_jobs(building, split, options) for split in splits))
-    finished = ((job, finished_shard(building, job.split, job.name, Tally)) for job in jobs)
-    done: dict[tuple[str, str], Done[Tally]] = {
+    finished = ((job, finished_shard(building, job.split, job.name, ClipTally)) for job in jobs)
+    done: dict[tuple[str, str], Done[ClipTally]] = {
         (job.split, job.name): found for job, found in finished if found is not None
     }
     if done:
@@ -308,8 +329,8 @@ def _write(
     except Interrupted:
         raise
     except UserError as error:
-        if len(done) > 1:  # hours of work may be finished: it is kept for when the mistake is mended
-            raise Interrupted(str(error)) from error
+        if len(done) > 1:  # hours of work may be finished; keep them until the mistake is corrected
+            raise Interrupted(error.key, error.reason) from error
         raise
     _judge(done.values(), sum(shard.tally.planned for shard in done.values()), options)
     for split in splits:
@@ -318,7 +339,7 @@ def _write(
         )
 
 
-def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[Job]:
+def _jobs(building: Building, split: _PlannedFolder, options: ClipOptions) -> Iterable[ClipJob]:
     assert split.header.clip is not None
     store = options.store_of(split.header.clip)
     flat = [(number, start) for number, cut in enumerate(split.cuts) for start in cut.starts]
@@ -328,7 +349,7 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
             replace(split.cuts[number], starts=tuple(start for _, start in pairs))
             for number, pairs in grouped
         )
-        yield Job(
+        yield ClipJob(
             building,
             split.header,
             split.folder,
@@ -339,21 +360,23 @@ def _jobs(building: Building, split: _Split, options: ClipOptions) -> Iterable[J
         )
 
 
-def _judge(done: Iterable[Done[Tally]], planned: int, options: ClipOptions) -> None:
-    """Raise DataError when more clips were left out than may be of all that are planned."""
+def _judge(done: Iterable[Done[ClipTally]], planned: int, options: ClipOptions) -> None:
+    """Raise DataError when too many of the planned clips were left out."""
     skipped = [one for shard in done for one in shard.tally.skipped]
     if skipped and len(skipped) > options.max_skipped_share * planned:
         found = (
-            f"{len(skipped)} of {planned} clips cannot be read, more than --max-skipped-share "
-            f"{options.max_skipped_share:g} allows"
+            f"{len(skipped)} of {planned} clips cannot be read, more than the share "
+            f"{options.max_skipped_share:g} that is allowed"
         )
-        raise DataError(f"{skipped[-1][1]}; {found}")
+        raise DataError("max_skipped_share", f"{found}; the last: {skipped[-1][1]}")
 
 
-def _finish(building: Building, split: _Split, shards: Sequence[Done[Tally]], report: Report) -> None:
+def _finish(
+    building: Building, split: _PlannedFolder, shards: Sequence[Done[ClipTally]], report: ClipReport
+) -> None:
     index = replace(split.header, shards=tuple(shard.entry for shard in shards))
     if not index.samples:
-        raise DataError(f"no clip of {split.folder} can be read; {': '.join(shards[0].tally.skipped[0])}")
+        raise DataError(split.folder, f"no clip can be read; {': '.join(shards[0].tally.skipped[0])}")
     assert index.clip is not None
     building.write_index(split.folder, index)
     report.indices[split.folder] = index

@@ -1,4 +1,4 @@
-"""What is in a video, without decoding it, and where its shots begin, for which it is decoded once."""
+"""Facts about a video: times without decoding it, and cuts, for which it is decoded once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 
 CUT = 0.12  # of 1: the mean difference between neighbouring frames above which a shot begins
 _THUMBNAIL = 32  # pixels a side
-_MISSING = (
-    0.1,
-    0.01,
-)  # seconds, and share of what the header promises: a file that ends so much earlier was cut
+# Seconds, and share of the length that the header promises: a file that ends so much earlier was cut.
+_MISSING = (0.1, 0.01)
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """A video to look at. clips: sizes to choose from. held_out: share of its end that is kept for val, None
-    for nothing. cut: see find_cuts; None takes the video as one shot."""
+    """A video to look at.
+
+    Args:
+        number: of the video.
+        path: of the video.
+        clips: sizes to choose from.
+        held_out: share of its end that is kept for val; None for nothing.
+        cut: see find_cuts; None takes the video as one shot.
+    """
 
     number: int
     path: Path
@@ -38,10 +43,16 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class Probe:
-    """bucket: number of the clip size, None where none fits. train, val: stretches, in seconds of the video's
-    own clock. seconds: of the whole.
+    """Facts about a video.
 
-    last: when its last frame comes. error: why it cannot be used; the rest means nothing then.
+    Args:
+        number: of the video.
+        bucket: number of the clip size; None where none fits.
+        train: stretches for training, in seconds of the video's own clock.
+        val: stretches that are held out.
+        seconds: length of the video.
+        last: time of the last frame.
+        error: why the video cannot be used, in which case the other facts mean nothing; else None.
     """
 
     number: int
@@ -54,12 +65,12 @@ class Probe:
 
 
 def probe(job: ProbeJob) -> Probe:
-    """Look at a video. What is wrong with it is told in `error`."""
+    """Look at a video. A damaged one is reported in `error`."""
     try:
         times, end, aspect = frame_times(job.path)
         cuts = find_cuts(job.path, times, job.cut) if job.cut is not None else []
     except DataError as error:
-        return Probe(job.number, error=str(error))
+        return Probe(job.number, error=error.reason if error.key == str(job.path) else str(error))
     stretches = shots(times, end, cuts)
     bucket = nearest(aspect, stretches, job.clips)
     train, val = stretches, list[Stretch]()
@@ -69,11 +80,14 @@ def probe(job: ProbeJob) -> Probe:
 
 
 def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
-    """When the frames of a video are shown, in seconds, float64 (frames,), growing; when the last one ends;
-    and width over height.
+    """Read when the frames of a video are shown.
 
-    Raises DataError for a file that cannot be read, ends before its header says, or whose frames have no
-    times or share them.
+    Returns:
+        Times in seconds, float64 (frames,), growing; the end of the last frame; width over height.
+
+    Raises:
+        DataError: a file that cannot be read, ends before its header says, or whose frames have no times or
+            share them.
     """
     with open_video(path, str(path)) as (container, stream):
         base, ticks, reached = stream.time_base, list[tuple[int | None, int]](), 0.0
@@ -87,14 +101,14 @@ def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
         aspect = shown_aspect(stream, _rotation(path))
     if not ticks or base is None or any(pts is None for pts, _ in ticks):
         raise DataError(
-            f"{path} has no times of its frames ({len(ticks)} frames): write it anew, for instance as mp4"
+            str(path), f"has no times of its frames ({len(ticks)} frames); write it anew, for instance as mp4"
         )
     shown = sorted((pts, duration) for pts, duration in ticks if pts is not None)
     times = np.array([float(pts * base) for pts, _ in shown])
     if (np.diff(times) <= 0).any():
         raise DataError(
-            f"{path} has two frames at {times[1:][np.diff(times) <= 0][0]:g} s: write it anew, for "
-            "instance as mp4"
+            str(path),
+            f"has two frames at {times[1:][np.diff(times) <= 0][0]:g} s; write it anew, for instance as mp4",
         )
     last = float(shown[-1][1] * base) or (float(np.median(np.diff(times))) if len(times) > 1 else 1.0)
     end = float(times[-1]) + last
@@ -103,11 +117,19 @@ def frame_times(path: Path) -> tuple[np.ndarray, float, float]:
 
 
 def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
-    """The frames that begin a shot, but for the first: those that differ from the frame before by more than
-    `cut` of the range of values.
+    """Return the frames that begin a shot, but for the first.
 
-    The difference is the mean absolute one of all colours of both frames, made small (32x32): slow fades are
-    not found, a flash is. Raises DataError for damage.
+    A frame begins a shot when it differs from the frame before by more than `cut` of the range of values. The
+    difference is the mean absolute one over all colours of both frames, reduced to 32x32 pixels: a flash is
+    found, a slow fade is not.
+
+    Args:
+        path: of the video.
+        times: of every frame, in seconds, (frames,).
+        cut: of 1.
+
+    Raises:
+        DataError: the video is damaged.
     """
     cuts, before, decoded = [], None, 0
     with open_video(path, str(path)) as (container, stream):
@@ -123,22 +145,22 @@ def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
             before = small
     if decoded < len(times) * (1 - _MISSING[1]):
         raise DataError(
-            f"{path} gives {decoded} of {len(times)} frames: it was cut or damaged; copy it again or "
-            "remove it"
+            str(path),
+            f"gives {decoded} of {len(times)} frames; it was cut or damaged, so copy it again or remove it",
         )
     return [place for place in cuts if 0 < place < len(times)]
 
 
 def _rotation(path: Path) -> int:
-    """Degrees by which the pictures are to be turned: a fact of the decoded frame."""
+    """Return the degrees by which pictures are to be turned: only a decoded frame holds them."""
     with open_video(path, str(path)) as (container, stream):
         for frame in container.decode(stream):
             return frame.rotation
-    raise DataError(f"{path} holds no frame that can be decoded: copy it again or remove it")
+    raise DataError(str(path), "holds no frame that can be decoded; copy it again or remove it")
 
 
 def _end(packet: Packet[Any]) -> float:
-    """When what is in a packet ends, in seconds."""
+    """Return when the content of a packet ends, in seconds."""
     return (
         0.0
         if packet.pts is None or packet.time_base is None
@@ -147,11 +169,19 @@ def _end(packet: Packet[Any]) -> float:
 
 
 def _demand_whole(path: Path, seconds: float, promised: float) -> None:
-    """promised: by the header, 0 where it is silent."""
+    """Raise DataError for a video that ends early.
+
+    Args:
+        path: of the video.
+        seconds: that were found.
+        promised: seconds by the header; 0 where it gives none.
+    """
     if path.suffix.lower() == ".gif":
         complete = path.read_bytes().rstrip(b"\0").endswith(b";")
     else:
         complete = seconds + _MISSING[0] + _MISSING[1] * promised >= promised
     if not complete:
         more = f" of {promised:.2f} s" if promised > seconds else ""
-        raise DataError(f"{path} ends after {seconds:.2f} s{more}: it was cut; copy it again or remove it")
+        raise DataError(
+            str(path), f"ends after {seconds:.2f} s{more}; it was cut, so copy it again or remove it"
+        )

@@ -1,4 +1,7 @@
-"""A shard of clips: what is written depends on the shard alone, not on the process that writes it."""
+"""Shards of clips.
+
+The bytes of a shard depend on the shard alone, not on the process that writes it.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,30 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cut:
-    """Clips of one video. starts: in seconds of its clock, growing. last: when its last frame comes."""
+    """Clips of one video.
+
+    Args:
+        video: to cut.
+        starts: of the clips, in seconds of the video's clock, growing.
+        last: time of the video's last frame.
+    """
 
     video: Video
     starts: tuple[float, ...]
     last: float
 
 
-class Job(NamedTuple):
-    """A shard to write. split: its folder below the target. first: index in the split of its first sample,
-    if no clip before it was left out.
+class ClipJob(NamedTuple):
+    """A shard to write.
+
+    Args:
+        building: of the target.
+        header: an index that describes the clips.
+        split: folder of the shard below the target.
+        name: file name of the shard.
+        first: index in the split of its first sample, if no clip before it is left out.
+        cuts: the clips.
+        store: npy or mp4.
     """
 
     building: Building
@@ -46,16 +63,21 @@ class Job(NamedTuple):
 
 
 @dataclass
-class Tally:
-    """planned: clips. skipped: [name, reason] of those left out."""
+class ClipTally:
+    """Facts about a shard of clips.
+
+    Args:
+        planned: number of clips to write.
+        skipped: (name, reason) of those left out.
+    """
 
     planned: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_clips(job: Job) -> Done[Tally]:
+def write_clips(job: ClipJob) -> Done[ClipTally]:
     """Write a shard and its tally."""
-    tally = Tally(sum(len(cut.starts) for cut in job.cuts))
+    tally = ClipTally(sum(len(cut.starts) for cut in job.cuts))
     return write_tallied(
         job.building, job.split, job.name, job.header.kind, _samples(job, tally), tally, job.first
     )
@@ -64,18 +86,27 @@ def write_clips(job: Job) -> Done[Tally]:
 def clip_sample(
     header: ShardIndex, name: str, clip: np.ndarray, caption: str, store: Store = "npy"
 ) -> Sample:
-    """A clip and its caption. header: an index of clips, for their size; clip: uint8 (frames, height,
-    width, 3). Raises DataError for another.
+    """Make a sample of a clip and its caption.
+
+    Args:
+        header: an index of clips, for their size.
+        name: where the clip came from.
+        clip: uint8 (frames, height, width, 3).
+        caption: text.
+        store: npy or mp4.
+
+    Raises:
+        DataError: a clip of another size or type.
     """
     wanted = header.clip and (header.clip.frames, header.clip.height, header.clip.width, 3)
     if header.clip is None or clip.shape != wanted or clip.dtype != np.uint8:
-        raise DataError(f"clip {name} is {clip.dtype} {clip.shape}; uint8 {wanted} is needed")
+        raise DataError(name, f"the clip is {clip.dtype} {clip.shape}; uint8 {wanted} is needed")
     picture = {"mp4": encode_mp4(clip, header.clip.rate)} if store == "mp4" else {"clip.npy": npy_bytes(clip)}
     return Sample(name, {"txt": caption.encode()} | picture)
 
 
-def _samples(job: Job, tally: Tally) -> Iterator[Sample]:
-    """Samples to write; what is left out goes into the tally."""
+def _samples(job: ClipJob, tally: ClipTally) -> Iterator[Sample]:
+    """Yield the samples to write; clips that are left out go into the tally."""
     assert job.header.clip is not None
     for cut in job.cuts:
         done = 0

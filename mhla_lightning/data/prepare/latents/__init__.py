@@ -1,1 +1,1 @@
-"""Images to shards of VAE latents."""
+"""Images and clips to shards of VAE latents."""

@@ -1,4 +1,4 @@
-"""Features of captions, computed once for each text and kept beside the shards in the making."""
+"""Features of captions: computed once for each text and kept beside the shards in the making."""
 
 from __future__ import annotations
 
@@ -25,22 +25,26 @@ _TOGETHER = 32  # captions of a job
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features by caption, float16 (rows, channels), in files. Picklable. folder: where they lie."""
+class CaptionFeatures:
+    """Features of captions in files, float16 (rows, channels) each. Can be pickled.
+
+    Args:
+        folder: of the files.
+    """
 
     folder: Path
 
     def path(self, caption: str) -> Path:
-        """The file of a caption."""
+        """Return the file of a caption."""
         digest = hashlib.sha256(caption.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.npy"
 
     def read(self, caption: str) -> np.ndarray:
-        """Features that were written."""
+        """Return the features of a caption that was encoded."""
         return np.load(self.path(caption), allow_pickle=False)
 
     def write(self, caption: str, rows: np.ndarray) -> None:
-        """Write whole, or not at all."""
+        """Write the features of a caption whole, or not at all."""
         path = self.path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{uuid.uuid4().hex}.new")
@@ -49,11 +53,20 @@ class Features:
         new.rename(path)
 
 
-class _Job(NamedTuple):
-    """captions: with the sample that each was first seen at."""
+class CaptionJob(NamedTuple):
+    """Captions to encode.
+
+    Args:
+        building: of the target.
+        features: that are kept.
+        encoding: which text encoder, and how many tokens.
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        captions: (sample that the caption was first found at, caption).
+    """
 
     building: Building
-    features: Features
+    features: CaptionFeatures
     encoding: TextEncoding
     dtype: str
     devices: tuple[str, ...]
@@ -67,20 +80,27 @@ def encode_captions(
     dtype: str,
     devices: tuple[str, ...],
     on_captions: Callable[[int, int], None],
-) -> Features:
-    """Encode what was not encoded before.
+) -> CaptionFeatures:
+    """Encode the captions that were not encoded before.
 
-    captions: the sample that each text was first seen at, by text. on_captions: told how many are done, of
-        how many.
-    Raises DataError, naming the sample, for a text that is too long.
+    Args:
+        building: of the target.
+        captions: caption -> the sample that it was first found at.
+        encoding: which text encoder, and how many tokens.
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        on_captions: called with the number of captions done, and of all.
+
+    Raises:
+        DataError: a text that is too long; the key names the sample.
     """
-    features = Features(building.folder / "features")
+    features = CaptionFeatures(building.folder / "features")
     missing = [(sample, text) for text, sample in captions.items() if not features.path(text).is_file()]
     done = len(captions) - len(missing)
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[CaptionJob]:
         for start in range(0, len(missing), _TOGETHER):
-            yield _Job(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
+            yield CaptionJob(building, features, encoding, dtype, devices, missing[start : start + _TOGETHER])
 
     on_captions(done, len(captions))
     try:
@@ -94,18 +114,19 @@ def encode_captions(
     return features
 
 
-def _encode(job: _Job) -> int:
+def _encode(job: CaptionJob) -> int:
     encoder = _opened(job.encoding, own_device(job.building.folder, job.devices), job.dtype)
     for sample, text in job.captions:
         try:
             (rows,) = encoder.encode([text])
         except UserError as error:
-            raise DataError(f"sample {sample}: {error}") from error
+            raise DataError(f"sample {sample}", error.reason) from error
         with np.errstate(over="ignore"):
             stored = rows.numpy().astype("<f2")
         if not np.isfinite(stored).all():
             raise DataError(
-                f"sample {sample}: the features of its caption hold NaN or values that float16 does not reach"
+                f"sample {sample}",
+                "the features of its caption hold NaN or values that float16 does not reach",
             )
         job.features.write(text, stored)
     return len(job.captions)

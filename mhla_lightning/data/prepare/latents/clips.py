@@ -1,6 +1,4 @@
-"""The clips to encode: packed shards of `mhla data clips`, of one size or a folder of each, and their
-captions.
-"""
+"""The clips to encode, from shards of `mhla data clips`, and their captions."""
 
 from __future__ import annotations
 
@@ -17,19 +15,25 @@ from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
 from mhla_lightning.data.kinds.clips import CAPTION
 from mhla_lightning.data.members import shown
 from mhla_lightning.data.prepare.latents.images import NUMBER, ShardPart, shards_for
-from mhla_lightning.data.prepare.pack import Options, PlannedSplit
+from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit
 from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.prepare.replacing import is_bucket
 from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError, UserError
 
-_AT_ONCE = 2**26  # bytes of clips that are asked of a store at once
+_AT_ONCE = 2**26  # bytes of clips that are read at once
 _LONGEST = 2**20  # bytes of a caption
 
 
 @dataclass(frozen=True)
 class ClipSplit:
-    """A split of clips of one size. name: SPLIT, or BUCKET/SPLIT. address: of its index."""
+    """A split of clips of one size.
+
+    Args:
+        name: SPLIT, or BUCKET/SPLIT.
+        split: of the source.
+        clip: size and rate.
+    """
 
     name: str
     split: Split
@@ -37,23 +41,27 @@ class ClipSplit:
 
     @property
     def address(self) -> str:
-        """Where its index is."""
+        """The address of its index."""
         return self.split.store.address(INDEX_NAME)
 
     def plan(self, shards: int | None, sample_bytes: int) -> PlannedSplit:
-        """Its clips in their order, in so many shards (None: by size). sample_bytes: that a sample will
-        take in them.
+        """Plan its latents: clips in their order.
+
+        Args:
+            shards: number of training shards; None decides by size.
+            sample_bytes: expected bytes of a sample in the new shards.
         """
         at_once = max(1, _AT_ONCE // (3 * math.prod((self.clip.frames, self.clip.height, self.clip.width))))
         part = ShardPart(self.split, range(self.split.samples), at_once)
         planned = PlannedSplit(self.name.rpartition("/")[2], part, list(range(len(part))), 1)
         return PlannedSplit(
-            planned.name, part, planned.order, shards_for(planned, Options(shards=shards), sample_bytes)
+            planned.name, part, planned.order, shards_for(planned, PackOptions(shards=shards), sample_bytes)
         )
 
     def captions(self) -> Iterator[tuple[str, str]]:
-        """(name of the sample, caption) of every clip; the clips themselves are passed over. Raises
-        DataError for one without.
+        """Yield (name of the sample, caption) of every clip, without reading the clips themselves.
+
+        Raises DataError for a clip without a caption.
         """
         for number, entry in enumerate(self.split.index.shards):
             found = 0
@@ -65,28 +73,33 @@ class ClipSplit:
                         yield _name(key), self._caption(tar, info, _name(key))
             if found != entry.samples:
                 raise DataError(
-                    f"{self.split.address(number)} holds {entry.samples} clips and {found} captions "
-                    f"(KEY.{CAPTION}): each needs one"
+                    self.split.address(number),
+                    f"holds {entry.samples} clips and {found} captions (KEY.{CAPTION}); each clip needs one",
                 )
 
     def _caption(self, tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> str:
         file = tar.extractfile(info) if info.size <= _LONGEST else None
         if file is None:
             raise DataError(
-                f"{self.name} sample {name}: its caption has {info.size} bytes, more than any text"
+                f"{self.name} sample {name}", f"its caption has {info.size} bytes, more than any text"
             )
         try:
             return file.read().decode()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.name} sample {name}: its caption is no UTF-8 ({error.reason} at byte {error.start})"
+                f"{self.name} sample {name}",
+                f"its caption is no UTF-8 ({error.reason} at byte {error.start})",
             ) from error
 
 
 def open_clips(source: str | Path) -> list[ClipSplit]:
-    """The splits of a folder or an address of packed clips, or of a folder's buckets FRAMESxHEIGHTxWIDTH/.
+    """Open the splits of packed clips, or of a folder's buckets FRAMESxHEIGHTxWIDTH/.
 
-    Raises DataError for anything else, and for shards that are not what their index says.
+    Args:
+        source: folder or address.
+
+    Raises:
+        DataError: anything but clips, or shards that differ from their index.
     """
     found = []
     for prefix, place in _places(str(source)).items():
@@ -94,7 +107,7 @@ def open_clips(source: str | Path) -> list[ClipSplit]:
             index = read_index(store)
             address = store.address(INDEX_NAME)
             if index.kind != "clips" or index.clip is None:
-                raise DataError(f"{address} holds {index.kind}; clips are needed (mhla data clips)")
+                raise DataError(address, f"holds {index.kind}; clips are needed (mhla data clips)")
             split = Split(index, store)
             check_split(split, "size" if "://" not in str(source) else "none")
             found.append(ClipSplit(prefix + name, split, index.clip))
@@ -102,12 +115,12 @@ def open_clips(source: str | Path) -> list[ClipSplit]:
 
 
 def _places(source: str) -> dict[str, str]:
-    """The data sets of a source, by what stands before their splits' names."""
+    """Return the data sets of a source by the prefix of their splits' names."""
     if "://" in source:
         return {"": source}
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise UserError(f"there is no folder {source}")
+        raise UserError("source", f"there is no folder {source}")
     buckets = sorted(path for path in folder.iterdir() if path.is_dir() and is_bucket(path.name))
     return {f"{path.name}/": str(path) for path in buckets} or {"": str(folder)}
 

@@ -15,7 +15,7 @@ from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.kinds.latents import FLIPPED, LATENT, LOGVAR, draw
 from mhla_lightning.data.prepare.latents.devices import DTYPES
 from mhla_lightning.data.prepare.latents.images import Picture, picture
-from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally
+from mhla_lightning.data.prepare.latents.shard import STORED, LatentJob, LatentTally, OnSamples, ShardEncoder
 from mhla_lightning.data.prepare.samples import Sample, latent_sample, npy_bytes
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
 from mhla_lightning.errors import DataError, UserError
@@ -23,10 +23,15 @@ from mhla_lightning.randomness import generator
 
 
 @dataclass(frozen=True)
-class ImageEncoder(Encoder):
-    """How images become latents.
+class ImageEncoder(ShardEncoder):
+    """An encoder of images.
 
-    vae, subfolder: see vaes.load_vae. size: pixels a side. seed: of the draws where moments are not kept.
+    Args:
+        vae: see vaes.load_vae.
+        subfolder: see vaes.load_vae.
+        size: pixels a side.
+        batch_size: images at once.
+        seed: of the draws, where moments are not kept.
     """
 
     vae: str
@@ -35,12 +40,16 @@ class ImageEncoder(Encoder):
     batch_size: int
     seed: int
 
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
-        """See Encoder. Raises DataError also when nothing can be encoded."""
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
+        """See ShardEncoder. Raises DataError also when nothing can be encoded."""
         opened = _opened(self, device, str(job.header.vae and job.header.vae.sha256))
         return self._latents(job, opened, tally, on_samples)
 
-    def _latents(self, job: Job, vae: Autoencoder, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
+    def _latents(
+        self, job: LatentJob, vae: Autoencoder, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
         seen = 0
         with ThreadPoolExecutor(self.threads) as pool:
             for batch in self._pictures(job, pool):
@@ -55,15 +64,16 @@ class ImageEncoder(Encoder):
                 seen += len(batch)
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
                     raise DataError(
-                        f"none of the first {seen} images of {job.split} gives a latent; "
-                        f"{tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                        job.split,
+                        f"none of the first {seen} images gives a latent; {tally.skipped[-1][0]}: "
+                        f"{tally.skipped[-1][1]}",
                     )
                 on_samples(job.split, len(batch))
 
     def _pictures(
-        self, job: Job, pool: ThreadPoolExecutor
+        self, job: LatentJob, pool: ThreadPoolExecutor
     ) -> Iterator[list[tuple[str, Picture | BadSample]]]:
-        """(name, picture) of all images in batches; one batch is read ahead of the device."""
+        """Yield (name, picture) of all images in batches; one batch is read ahead of the device."""
         images = iter(job.samples)
         classes = len(job.header.classes)
 
@@ -80,9 +90,16 @@ class ImageEncoder(Encoder):
             batch = ahead
 
     def _encode(
-        self, job: Job, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: Tally
+        self, job: LatentJob, vae: Autoencoder, pictures: list[tuple[int, Picture]], tally: LatentTally
     ) -> Iterator[Sample]:
-        """pictures: with their number in the split."""
+        """Yield the samples of a batch.
+
+        Args:
+            job: the shard.
+            vae: on the device.
+            pictures: with their number in the split.
+            tally: of the shard.
+        """
         wanted = job.header.vae
         assert wanted is not None
         pixels = (
@@ -121,10 +138,11 @@ class ImageEncoder(Encoder):
             )
 
     def _posterior(
-        self, job: Job, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
+        self, job: LatentJob, vae: Autoencoder, name: str, images: torch.Tensor, numbers: list[int]
     ) -> dict[str, np.ndarray]:
-        """The members of a batch, (B, C, h, w) each: mean and log-variance, or one latent, drawn where the
-        encoder gives a distribution.
+        """Return the members of a batch, (B, C, h, w) each.
+
+        They are mean and log-variance, or one latent, drawn where the encoder gives a distribution.
         """
         stored = STORED[self.dtype]
         try:
@@ -136,7 +154,8 @@ class ImageEncoder(Encoder):
                 )
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the device has too little memory for --batch-size {self.batch_size}: choose a smaller one"
+                "batch_size",
+                f"the device has too little memory for {self.batch_size} images at once; choose fewer",
             ) from error
         assert mean is not None
         if logvar is not None and not (job.header.vae and job.header.vae.moments):
@@ -146,7 +165,7 @@ class ImageEncoder(Encoder):
             )
             logvar = None
         arrays = {name: mean} | ({LOGVAR[name]: logvar} if logvar is not None else {})
-        with np.errstate(over="ignore"):  # an infinite value is told by the image's name
+        with np.errstate(over="ignore"):  # infinite values are reported later, with the image's name
             return {key: array.astype(stored) for key, array in arrays.items()}
 
 
@@ -155,7 +174,7 @@ def _opened(encoder: ImageEncoder, device: str, sha256: str) -> Autoencoder:
     vae = load_vae(encoder.vae, encoder.subfolder, device, DTYPES[encoder.dtype])
     if vae.sha256 != sha256:
         raise DataError(
-            f"the weights of the VAE {encoder.vae} changed while latents were made: begin again with "
-            "--overwrite"
+            "vae",
+            f"the weights of {encoder.vae} changed while latents were made; begin again with `overwrite`",
         )
     return vae

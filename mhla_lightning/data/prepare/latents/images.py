@@ -1,4 +1,4 @@
-"""The images to encode: of packed shards or of what `mhla data pack` takes, cropped as ADM and DiT do."""
+"""The images to encode: packed shards or a source of `mhla data pack`, cropped as ADM and DiT do."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.kinds.base import label_of
 from mhla_lightning.data.kinds.images import decode_image
-from mhla_lightning.data.prepare.pack import Options, PlannedSplit, plan
+from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit, plan
 from mhla_lightning.data.prepare.places import find_splits, tar_files
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import SHARD_BYTES
-from mhla_lightning.data.prepare.sources import open_source
+from mhla_lightning.data.prepare.sources import open_sample_source
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError, UserError
 
-_FEWEST_SHARDS = {
-    "train": 16,
-    "val": 4,
-    "test": 4,
-}  # so that small sets can still be dealt over ranks x workers
-_READ = 64  # images that are asked of a store at once
-NUMBER = re.compile(r"^\d{8}-")  # that packing put in front of a name
+# Few enough samples a shard that small sets can still be dealt over ranks x workers.
+_FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}
+_READ = 64  # images that are read from a store at once
+NUMBER = re.compile(r"^\d{8}-")  # packing puts it in front of a name
 
 
 class Picture(NamedTuple):
-    """pixels: uint8 (size, size, 3). json: the bytes of the sample's member of this name."""
+    """An image that is read and cropped.
+
+    Args:
+        name: of the sample.
+        label: class number.
+        pixels: uint8 (size, size, 3).
+        json: content of the sample's member of this name; None without one.
+    """
 
     name: str
     label: int
@@ -44,9 +48,13 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Images:
-    """What there is to encode. header: of the images. splits: in the order of writing. fingerprint:
-    changes with images, order and splits.
+class LabelledImages:
+    """The images to encode.
+
+    Args:
+        header: an index that describes the images.
+        splits: in the order of writing.
+        fingerprint: changes with images, order and splits.
     """
 
     header: ShardIndex
@@ -56,7 +64,13 @@ class Images:
 
 @dataclass(frozen=True)
 class ShardPart:
-    """Samples of a split of packed shards, by their index there. at_once: that are asked of the store."""
+    """Samples of a split of packed shards.
+
+    Args:
+        split: of the source.
+        positions: index of each sample in the split.
+        at_once: samples that are read from the store at once.
+    """
 
     split: Split
     positions: Sequence[int]
@@ -75,21 +89,24 @@ class ShardPart:
         return replace(self, positions=[self.positions[position] for position in positions])
 
 
-def open_images(source: str | Path, options: Options, sample_bytes: int) -> Images:
-    """Labelled images of a folder or an address of packed shards, whose splits and order are kept, or of a
-    source of `mhla data pack`.
+def open_images(source: str | Path, options: PackOptions, sample_bytes: int) -> LabelledImages:
+    """Open labelled images: packed shards, whose splits and order are kept, or a source of `mhla data pack`.
 
-    options: see pack; val and seed are for a source that is not packed. sample_bytes: that a sample will take
-        in the shards to be written.
-    Raises UserError for a source that there is not or options that do not fit it, DataError for anything but
-    images with classes.
+    Args:
+        source: folder, address or name of a source.
+        options: val and seed are for a source that is not packed.
+        sample_bytes: expected bytes of a sample in the new shards.
+
+    Raises:
+        UserError: a source that does not exist, or options that do not fit it.
+        DataError: anything but images with classes.
     """
     if _is_packed(source):
         images = _open_packed(str(source), options)
     else:
-        opened = open_source(source)
+        opened = open_sample_source(source)
         _demand_labelled(str(source), opened.header)
-        images = Images(opened.header, plan(opened, options), opened.fingerprint)
+        images = LabelledImages(opened.header, plan(opened, options), opened.fingerprint)
     return replace(
         images,
         splits=[replace(split, shards=shards_for(split, options, sample_bytes)) for split in images.splits],
@@ -97,10 +114,10 @@ def open_images(source: str | Path, options: Options, sample_bytes: int) -> Imag
 
 
 def crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop (guided-diffusion's image_datasets.py, as in DiT's train.py): uint8 (size, size, 3).
+    """Crop an image as ADM and DiT do, to uint8 (size, size, 3).
 
-    The image is halved by a box filter while its shorter side is at least twice `size`, then resized
-    (bicubic) until that side is `size`.
+    The image is halved by a box filter while its shorter side is at least twice `size`. Then it is resized
+    (bicubic) until that side is `size`, and the middle is kept. Source: guided-diffusion's image_datasets.py.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -113,7 +130,7 @@ def crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def picture(sample: Sample, size: int, classes: int) -> Picture | BadSample:
-    """A sample read and cropped, or why it cannot be."""
+    """Read and crop a sample, or return the reason why that fails."""
     try:
         return Picture(
             sample.name,
@@ -136,11 +153,9 @@ def _is_packed(source: str | Path) -> bool:
     )
 
 
-def _open_packed(source: str, options: Options) -> Images:
+def _open_packed(source: str, options: PackOptions) -> LabelledImages:
     if options.val is not None:
-        raise UserError(
-            f"--val {options.val} was given, but {source} is packed and has its splits: leave --val out"
-        )
+        raise UserError("val", f"got {options.val}, but {source} is packed and has its splits; leave it out")
     splits = {name: Split(read_index(store), store) for name, store in find_splits(source).items()}
     first = next(iter(splits.values())).index
     for split in splits.values():
@@ -148,13 +163,13 @@ def _open_packed(source: str, options: Options) -> Images:
         _demand_labelled(address, split.index)
         if split.index.classes != first.classes:
             raise DataError(
-                f"{address} lists other classes than the other splits: data used together has one "
-                "list of classes"
+                address,
+                "lists other classes than the other splits; data used together has one list of classes",
             )
         check_split(split, "size" if "://" not in source else "none")
     parts = {name: ShardPart(split, range(split.samples)) for name, split in splits.items()}
     planned = [PlannedSplit(name, part, list(range(len(part))), 1) for name, part in parts.items()]
-    return Images(
+    return LabelledImages(
         replace(first, shards=()),
         planned,
         " ".join(f"{name} {split.index.hash}" for name, split in splits.items()),
@@ -163,13 +178,19 @@ def _open_packed(source: str, options: Options) -> Images:
 
 def _demand_labelled(source: str, header: ShardIndex) -> None:
     if header.kind != "images":
-        raise DataError(f"{source} holds {header.kind}; images with classes are needed")
+        raise DataError(source, f"holds {header.kind}; images with classes are needed")
     if not header.classes:
-        raise DataError(f"{source} holds images without classes; images with classes are needed")
+        raise DataError(source, "holds images without classes; images with classes are needed")
 
 
-def shards_for(split: PlannedSplit, options: Options, sample_bytes: int) -> int:
-    """Shards to write a split into. sample_bytes: that a sample takes in them."""
+def shards_for(split: PlannedSplit, options: PackOptions, sample_bytes: int) -> int:
+    """Return the number of shards of a split.
+
+    Args:
+        split: to write.
+        options: shards is the number of training shards.
+        sample_bytes: expected bytes of a sample.
+    """
     if split.name == "train" and options.shards is not None:
         return min(options.shards, len(split.order))
     return min(

@@ -1,5 +1,7 @@
-"""Images to latent shards: the same images and options give the same bytes on the same kind of device,
-however often it was interrupted.
+"""Images to latent shards.
+
+The same images and options give the same bytes on the same kind of device, however often the work was
+interrupted.
 """
 
 from __future__ import annotations
@@ -14,17 +16,16 @@ from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
 from mhla_lightning.data.prepare.latents.devices import find_devices, find_dtype
 from mhla_lightning.data.prepare.latents.encode import ImageEncoder
-from mhla_lightning.data.prepare.latents.images import Images, open_images
-from mhla_lightning.data.prepare.latents.shard import STORED, Target
+from mhla_lightning.data.prepare.latents.images import LabelledImages, open_images
+from mhla_lightning.data.prepare.latents.shard import STORED, LatentTarget
 from mhla_lightning.data.prepare.latents.work import (
     SETTINGS,
-    Report,
-    Work,
+    LatentReport,
+    LatentWork,
     demand_target,
-    find_target,
     settings_of,
 )
-from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Note, build
 from mhla_lightning.errors import UserError
 
@@ -35,15 +36,24 @@ _BLOCK, _NPY_HEADER = 512, 128  # bytes, of a tar file and of an npy file
 class LatentOptions:
     """How images become latents.
 
-    vae, subfolder, scale, shift: see vaes.load_vae. name: what the index and recipes call the VAE; None is
-        `vae`. size: pixels a side after ADM's
-    centre crop. batch_size: images at once. device, dtype: see devices.find_devices and find_dtype. moments:
-        keep mean and log-variance of the
-    posterior, to be drawn from anew in every epoch; False draws one latent by (seed, index); None is True
-    where the VAE has a posterior.
-    flip: keep the mirrored image's latents too. val, shards, seed: see pack.Options. threads: that read
-        images beside each device.
-    max_skipped_share: of images that cannot be read or encoded; more ends the work.
+    Args:
+        vae: see vaes.load_vae, also for subfolder, scale and shift.
+        subfolder: of the VAE.
+        name: name of the VAE in the index and in recipes; None is `vae`.
+        size: pixels a side after ADM's centre crop.
+        batch_size: images at once.
+        device: see devices.find_devices.
+        dtype: see devices.find_dtype.
+        moments: keep mean and log-variance of the posterior, to be drawn from anew in every epoch. False
+            keeps one latent, drawn by (seed, index). None is True where the VAE has a posterior.
+        flip: keep the mirrored image's latents too.
+        scale: a latent z is used as (z - shift) * scale; None is the VAE's.
+        shift: see scale.
+        val: see pack.PackOptions, also for shards and seed.
+        shards: number of training shards.
+        seed: of the order and of the draws.
+        workers: threads that read images, beside each device.
+        max_skipped_share: of images that cannot be read or encoded; more of them end the work.
     """
 
     vae: str
@@ -60,22 +70,21 @@ class LatentOptions:
     val: int | float | None = None
     shards: int | None = None
     seed: int = 0
-    threads: int = 1
+    workers: int = 1
     max_skipped_share: float = 0.01
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
-        for name in ("size", "batch_size", "threads"):
+        for name in ("size", "batch_size", "workers"):
             if getattr(self, name) < 1:
-                option = "--workers" if name == "threads" else f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(name, f"got {getattr(self, name)}; it must be at least 1")
         if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
-            raise UserError(f"--scale is {self.scale}; it must be a finite number above 0")
+            raise UserError("scale", f"got {self.scale}; it must be a finite number above 0")
         if self.shift is not None and not math.isfinite(self.shift):
-            raise UserError(f"--shift is {self.shift}; it must be a finite number")
+            raise UserError("shift", f"got {self.shift}; it must be a finite number")
         if not 0 <= self.max_skipped_share <= 1:
-            raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
-        Options(shards=self.shards)
+            raise UserError("max_skipped_share", f"got {self.max_skipped_share}; it must be from 0 to 1")
+        PackOptions(shards=self.shards)
 
 
 def make_latents(
@@ -87,22 +96,31 @@ def make_latents(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
-    """Write the latents of the images of `source` (see images.open_images) as shards under `to`.
+) -> LatentReport:
+    """Write the latents of images as shards under `to`.
 
-    overwrite: replace `to` if it holds splits, and what another command has begun there. wait, on_progress,
-        on_note: see pack.
-    Raises UserError for a bad argument, a VAE that cannot be opened or does not fit, and a target in use;
-    DataError for a bad source; Interrupted for what the same call can continue.
+    Args:
+        source: see images.open_images.
+        to: the folder to make.
+        options: how images become latents.
+        overwrite: replace `to` if it holds splits, and work that another command has begun there.
+        wait: see pack.pack, also for the arguments that follow.
+        on_progress: called with a split, its samples done and its samples in all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError: a bad argument, a VAE that cannot be opened or does not fit, or a target in use.
+        DataError: a bad source.
+        Interrupted: work that the same call can continue.
     """
-    target = find_target(source, to)
+    target = check_target(source, to)
     devices = find_devices(options.device)
     dtype = find_dtype(options.dtype, devices[0])
     vae = load_vae(options.vae, options.subfolder, scale=options.scale, shift=options.shift)
     described = _describe(vae, options)
     images = open_images(
         source,
-        Options(options.val, options.shards, options.seed),
+        PackOptions(options.val, options.shards, options.seed),
         _sample_bytes(described, STORED[dtype].itemsize),
     )
     header = ShardIndex("latents", (), images.header.classes, vae=described)
@@ -111,20 +129,20 @@ def make_latents(
     encoder = ImageEncoder(
         dtype,
         devices,
-        options.threads,
+        options.workers,
         options.vae,
         options.subfolder,
         options.size,
         options.batch_size,
         options.seed,
     )
-    targets = [Target(split.name, header, split, encoder) for split in images.splits]
+    targets = [LatentTarget(split.name, header, split, encoder) for split in images.splits]
     note = on_note or (lambda _: None)
     with build(
         target, fingerprint_of(settings), [split.name for split in targets], overwrite, wait, note
     ) as building:
         (building.folder / SETTINGS).write_text(json.dumps(settings))
-        return Work(
+        return LatentWork(
             building, targets, "images", options.max_skipped_share, on_progress or (lambda *_: None)
         ).run(note)
 
@@ -132,8 +150,9 @@ def make_latents(
 def _describe(vae: Autoencoder, options: LatentOptions) -> VAE:
     if options.moments and not vae.has_posterior:
         raise UserError(
-            f"--moments: the VAE {options.vae} ({vae.kind}) has no posterior, its latents are not "
-            "drawn; leave --moments out"
+            "moments",
+            f"the VAE {options.vae} ({vae.kind}) has no posterior, so its latents are not drawn; "
+            "leave it out",
         )
     moments = vae.has_posterior if options.moments is None else options.moments
     shape = vae.latent_shape(options.size)
@@ -143,15 +162,15 @@ def _describe(vae: Autoencoder, options: LatentOptions) -> VAE:
 
 
 def _sample_bytes(vae: VAE, itemsize: int) -> int:
-    """What a sample takes in a tar file."""
+    """Return the bytes of a sample in a tar file."""
     array = _BLOCK + -(-(_NPY_HEADER + math.prod(vae.shape) * itemsize) // _BLOCK) * _BLOCK
     return array * (1 + bool(vae.flipped)) * (1 + bool(vae.moments)) + 2 * _BLOCK
 
 
 def _settings(
-    options: LatentOptions, header: ShardIndex, images: Images, dtype: str, device: str
+    options: LatentOptions, header: ShardIndex, images: LabelledImages, dtype: str, device: str
 ) -> dict[str, Any]:
-    """What decides which bytes are written, in words."""
+    """Return the facts that decide which bytes are written, for the user to read."""
     assert header.vae is not None
     vae = {key: value for key, value in asdict(header.vae).items() if key not in ("mean", "std")}
     chosen = {name: getattr(options, name) for name in ("size", "batch_size", "val", "shards", "seed")}

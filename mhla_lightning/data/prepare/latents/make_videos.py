@@ -1,5 +1,6 @@
-"""Clips and their captions to shards of latents and text features, a bucket beside the other; the same
-bytes however often it was interrupted.
+"""Clips and their captions to shards of latents and text features.
+
+Buckets are made side by side. The bytes are the same however often the work was interrupted.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 from mhla_lightning.data.encoders.vaes import VideoAutoencoder, load_video_vae
 from mhla_lightning.data.index import EMPTY_TEXT, VAE, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.clips import Clips
-from mhla_lightning.data.prepare.latents.captions import Features, encode_captions
+from mhla_lightning.data.prepare.latents.captions import CaptionFeatures, encode_captions
 from mhla_lightning.data.prepare.latents.clips import ClipSplit, open_clips
 from mhla_lightning.data.prepare.latents.devices import DTYPES, find_devices, find_dtype
-from mhla_lightning.data.prepare.latents.shard import STORED, Encoder, Job, OnSamples, Tally, Target
+from mhla_lightning.data.prepare.latents.shard import (
+    STORED,
+    LatentJob,
+    LatentTally,
+    LatentTarget,
+    OnSamples,
+    ShardEncoder,
+)
 from mhla_lightning.data.prepare.latents.work import (
     SETTINGS,
-    Report,
-    Work,
+    LatentReport,
+    LatentWork,
     demand_target,
-    find_target,
     settings_of,
 )
-from mhla_lightning.data.prepare.pack import Options, Progress, fingerprint_of
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fingerprint_of
 from mhla_lightning.data.prepare.replacing import Building, Note, build
 from mhla_lightning.data.prepare.samples import Sample, latent_sample
 from mhla_lightning.data.skips import JUDGED_AFTER, BadSample
@@ -47,11 +54,16 @@ _WORDS_OF_A_CAPTION = 64  # a guess, for the size of shards
 class VideoOptions:
     """How clips become latents.
 
-    vae, subfolder: see vaes.load_video_vae. name: what the index and recipes call the VAE; None is `vae`.
-        text_encoder, tokens: see
-    text_encoders.load_text_encoder. device, dtype: see devices.find_devices and find_dtype; of both models.
-    shards: of training, of a bucket.
-    max_skipped_share: of clips that cannot be read or encoded; more ends the work.
+    Args:
+        vae: see vaes.load_video_vae.
+        text_encoder: see text_encoders.load_text_encoder.
+        tokens: the most tokens of a caption.
+        subfolder: of the VAE.
+        name: name of the VAE in the index and in recipes; None is `vae`.
+        device: see devices.find_devices; for both models.
+        dtype: see devices.find_dtype; for both models.
+        shards: number of training shards of a bucket.
+        max_skipped_share: of clips that cannot be read or encoded; more of them end the work.
     """
 
     vae: str
@@ -67,32 +79,39 @@ class VideoOptions:
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
         if self.tokens < 1:
-            raise UserError(f"--tokens is {self.tokens}; it must be at least 1")
+            raise UserError("tokens", f"got {self.tokens}; it must be at least 1")
         if not 0 <= self.max_skipped_share <= 1:
-            raise UserError(f"--max-skipped-share is {self.max_skipped_share}; it must be from 0 to 1")
-        Options(shards=self.shards)
+            raise UserError("max_skipped_share", f"got {self.max_skipped_share}; it must be from 0 to 1")
+        PackOptions(shards=self.shards)
 
 
 @dataclass(frozen=True)
-class VideoEncoder(Encoder):
-    """How clips become latents. vae, subfolder: see vaes.load_video_vae. clip: their size. features: of
-    their captions.
+class VideoEncoder(ShardEncoder):
+    """An encoder of clips.
+
+    Args:
+        vae: see vaes.load_video_vae.
+        subfolder: see vaes.load_video_vae.
+        clip: size of the clips.
+        features: of their captions.
     """
 
     vae: str
     subfolder: str | None
     clip: Clip
-    features: Features
+    features: CaptionFeatures
 
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
-        """See Encoder. One clip is decoded while another is encoded."""
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
+        """See ShardEncoder. One clip is decoded while another is encoded."""
         opened = _opened(
             self.vae, self.subfolder, device, self.dtype, str(job.header.vae and job.header.vae.sha256)
         )
         return self._latents(job, opened, tally, on_samples)
 
     def _latents(
-        self, job: Job, vae: VideoAutoencoder, tally: Tally, on_samples: OnSamples
+        self, job: LatentJob, vae: VideoAutoencoder, tally: LatentTally, on_samples: OnSamples
     ) -> Iterator[Sample]:
         with ThreadPoolExecutor(self.threads) as pool:
             clips = iter(job.samples)
@@ -108,13 +127,14 @@ class VideoEncoder(Encoder):
                 seen += 1
                 if len(tally.skipped) == seen >= JUDGED_AFTER:
                     raise DataError(
-                        f"none of the first {seen} clips of {job.split} gives a latent; "
-                        f"{tally.skipped[-1][0]}: {tally.skipped[-1][1]}"
+                        job.split,
+                        f"none of the first {seen} clips gives a latent; {tally.skipped[-1][0]}: "
+                        f"{tally.skipped[-1][1]}",
                     )
                 on_samples(job.split, 1)
 
     def _next(self, clips: Iterator[Sample]) -> tuple[str, dict[str, Any] | BadSample] | None:
-        """The next clip's name, and what it holds or why it cannot be read."""
+        """Return the next clip's name, and its content or the reason why it cannot be read."""
         sample = next(clips, None)
         if sample is None:
             return None
@@ -124,9 +144,9 @@ class VideoEncoder(Encoder):
             return sample.name, reason
 
     def _encode(
-        self, job: Job, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: Tally
+        self, job: LatentJob, vae: VideoAutoencoder, name: str, content: dict[str, Any], tally: LatentTally
     ) -> Iterator[Sample]:
-        """The sample to write, if its latent can be stored."""
+        """Yield the sample to write, if its latent can be stored."""
         wanted = job.header.vae
         assert wanted is not None
         video = torch.from_numpy(content["clip"]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
@@ -137,8 +157,9 @@ class VideoEncoder(Encoder):
                 latent = vae.encode(video)[0].cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"the device has too little memory for clips of {self.clip}: choose a device with "
-                "more, or smaller clips"
+                "device",
+                f"the device has too little memory for clips of {self.clip}; choose a device with "
+                "more, or smaller clips",
             ) from error
         with np.errstate(over="ignore"):
             stored = latent.astype(STORED[self.dtype])
@@ -156,7 +177,7 @@ def _opened(name: str, subfolder: str | None, device: str, dtype: str, sha256: s
     vae = load_video_vae(name, subfolder, device, DTYPES[dtype])
     if vae.sha256 != sha256:
         raise DataError(
-            f"the weights of the VAE {name} changed while latents were made: begin again with --overwrite"
+            "vae", f"the weights of {name} changed while latents were made; begin again with `overwrite`"
         )
     return vae
 
@@ -170,14 +191,23 @@ def make_video_latents(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
-    """Write the latents and text features of the clips of `source` (see clips.open_clips) as shards under
-    `to`, bucket by bucket.
+) -> LatentReport:
+    """Write the latents and text features of clips as shards under `to`, bucket by bucket.
 
-    overwrite, wait, on_progress, on_note: see make.make_latents. The errors too; DataError also for a caption
-        that is too long.
+    Args:
+        source: see clips.open_clips.
+        to: the folder to make.
+        options: how clips become latents.
+        overwrite: see make.make_latents, also for the arguments that follow.
+        wait: wait for another process that makes `to`.
+        on_progress: called with a split, its samples done and its samples in all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError, Interrupted: see make.make_latents.
+        DataError: a bad source, or a caption that is too long.
     """
-    target = find_target(source, to)
+    target = check_target(source, to)
     devices = find_devices(options.device)
     dtype = find_dtype(options.dtype, devices[0])
     clips = open_clips(source)
@@ -200,25 +230,26 @@ def make_video_latents(
         for split, header in zip(clips, headers, strict=True):
             assert header.text is not None
             assert header.vae is not None
-            told = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
+            with_empty = replace(header, text=replace(header.text, empty=hashlib.sha256(empty).hexdigest()))
             encoder = VideoEncoder(dtype, devices, 1, options.vae, options.subfolder, split.clip, features)
             targets.append(
-                Target(
+                LatentTarget(
                     split.name,
-                    told,
+                    with_empty,
                     split.plan(options.shards, _sample_bytes(header, STORED[dtype].itemsize)),
                     encoder,
                 )
             )
-        report = Work(building, targets, "clips", options.max_skipped_share, progress).run(note)
+        report = LatentWork(building, targets, "clips", options.max_skipped_share, progress).run(note)
         for folder in dict.fromkeys(split.name.rpartition("/")[0] for split in clips):
             building.write_beside(f"{folder}/{EMPTY_TEXT}" if folder else EMPTY_TEXT, empty)
         return report
 
 
 def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> list[ShardIndex]:
-    """What the index of every split will say, but for its shards. Raises UserError for models that cannot
-    be opened or clips that do not fit.
+    """Return an index of every split, without shards.
+
+    Raises UserError for models that cannot be opened, or clips that do not fit.
     """
     vae = load_video_vae(options.vae, options.subfolder)
     shapes = []
@@ -226,7 +257,7 @@ def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> l
         try:
             shapes.append(vae.latent_shape(split.clip.frames, split.clip.height, split.clip.width))
         except UserError as error:
-            raise UserError(f"{split.address}: {error}") from error
+            raise UserError(split.address, str(error)) from error
     name = options.text_encoder
     channels = load_text_encoder(name, dtype=DTYPES[dtype]).encoding
     text = TextEncoding(name, options.tokens, channels.channels, channels.sha256)
@@ -243,7 +274,7 @@ def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> l
 def _settings(
     clips: Sequence[ClipSplit], header: ShardIndex, options: VideoOptions, dtype: str, device: str
 ) -> dict[str, Any]:
-    """What decides which bytes are written, in words."""
+    """Return the facts that decide which bytes are written, for the user to read."""
     assert header.vae is not None
     assert header.text is not None
     text = {f"text {key}": value for key, value in asdict(header.text).items()}
@@ -264,8 +295,8 @@ def _features(
     dtype: str,
     devices: tuple[str, ...],
     on_progress: Progress,
-) -> Features:
-    """Features of all captions, and of the empty text, which stands for a caption that is dropped."""
+) -> CaptionFeatures:
+    """Encode all captions, and the empty text, which replaces a caption that training drops."""
     assert header.text is not None
     seen = {"": "of the empty text"}
     for split in clips:
@@ -277,7 +308,7 @@ def _features(
 
 
 def _sample_bytes(header: ShardIndex, itemsize: int) -> int:
-    """About what a sample takes in a tar file."""
+    """Return roughly the bytes of a sample in a tar file."""
     assert header.vae is not None
     assert header.text is not None
     return (

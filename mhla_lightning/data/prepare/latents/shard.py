@@ -1,5 +1,6 @@
-"""A shard of latents in the making, of images or of videos: what is written depends on the shard alone,
-not on what was encoded before it.
+"""A shard of latents in the making, of images or of videos.
+
+Its bytes depend on the shard alone, not on the shards that were encoded before it.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import shard_name
 from mhla_lightning.data.prepare.tallies import Done, write_tallied
 
-# float16 holds every bfloat16 number from 6e-5 to 65,504 exactly (numpy knows no bfloat16), so what bf16
-# encoding gave is not rounded again; of fp32 encoding float32 is kept.
+# numpy has no bfloat16. float16 holds every bfloat16 number from 6e-5 to 65,504 exactly, so bf16 latents are
+# not rounded again.
 STORED: dict[str, np.dtype] = {"bf16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
-OnSamples = Callable[[str, int], None]  # is told of the split and of how many of its samples more are done
+OnSamples = Callable[[str, int], None]  # called with the split and the number of newly done samples
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
-    """What is known of a shard's latents. values: of every channel; sums, squares: of the latents as they are
-    used and of their squares, (C,).
+class LatentTally:
+    """Facts about a shard of latents.
 
-    skipped: [name, reason] of what was left out.
+    Args:
+        values: number of values of each channel.
+        sums: sums of the latents as they are used, (C,).
+        squares: sums of their squares, (C,).
+        skipped: (name, reason) of samples that were left out.
     """
 
     values: int = 0
@@ -41,8 +45,12 @@ class Tally:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, latents: np.ndarray, logvar: np.ndarray | None, vae: VAE) -> None:
-        """latents: (B, C, ...) as stored; with their log-variance what is drawn from the posterior is
-        counted.
+        """Count a batch of latents.
+
+        Args:
+            latents: (B, C, ...) as stored.
+            logvar: log-variances of the same shape, to count draws from the posterior; or None.
+            vae: its shift and scale turn stored latents into used ones.
         """
         used = (latents.astype(np.float64) - vae.shift) * vae.scale
         variance = 0.0 if logvar is None else np.exp(logvar.astype(np.float64)) * vae.scale**2
@@ -61,11 +69,13 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Encoder(ABC):
-    """How samples become latents. Picklable.
+class ShardEncoder(ABC):
+    """A way to turn samples into latents. Can be pickled.
 
-    dtype: of devices.DTYPES. devices: see devices.find_devices. threads: that read and decode, beside each
-        device.
+    Args:
+        dtype: of devices.DTYPES.
+        devices: see devices.find_devices.
+        threads: that read and decode, beside each device.
     """
 
     dtype: str
@@ -73,32 +83,52 @@ class Encoder(ABC):
     threads: int
 
     @abstractmethod
-    def latents(self, job: Job, device: str, tally: Tally, on_samples: OnSamples) -> Iterator[Sample]:
-        """The samples to write, encoded on `device`. Opens the models at once. Raises UserError,
-        DataError.
+    def latents(
+        self, job: LatentJob, device: str, tally: LatentTally, on_samples: OnSamples
+    ) -> Iterator[Sample]:
+        """Yield the samples to write, encoded on `device`. The models are opened at once.
+
+        Raises UserError, DataError.
         """
 
 
-class Target(NamedTuple):
-    """A split to make. name: SPLIT, or BUCKET/SPLIT. header: of its latents. source: what is encoded."""
+class LatentTarget(NamedTuple):
+    """A split to make.
+
+    Args:
+        name: SPLIT, or BUCKET/SPLIT.
+        header: an index that describes its latents.
+        source: the samples to encode.
+        encoder: that makes the latents.
+    """
 
     name: str
     header: ShardIndex
     source: PlannedSplit
-    encoder: Encoder
+    encoder: ShardEncoder
 
     @property
     def shards(self) -> list[str]:
-        """Names of its shards."""
+        """The names of its shards."""
         return [shard_name(self.source.name, number) for number in range(self.source.shards)]
 
     def samples(self, shard: int) -> int:
-        """Samples of shard number `shard`, of those that can be encoded."""
+        """Return the number of samples of shard number `shard`, if all of them can be encoded."""
         return self.source.start(shard + 1) - self.source.start(shard)
 
 
-class Job(NamedTuple):
-    """A shard to write. first: index in the split of its first sample."""
+class LatentJob(NamedTuple):
+    """A shard to write.
+
+    Args:
+        building: of the target.
+        header: an index that describes the latents.
+        split: folder of the shard below the target.
+        samples: to encode.
+        first: index in the split of the first sample.
+        name: file name of the shard.
+        encoder: that makes the latents.
+    """
 
     building: Building
     header: ShardIndex
@@ -106,23 +136,28 @@ class Job(NamedTuple):
     samples: Iterable[Sample]
     first: int
     name: str
-    encoder: Encoder
+    encoder: ShardEncoder
 
 
-def make_jobs(building: Building, target: Target, wanted: Iterable[int]) -> Iterator[Job]:
-    """A job for each of these shards of a split, by number."""
+def make_jobs(building: Building, target: LatentTarget, wanted: Iterable[int]) -> Iterator[LatentJob]:
+    """Yield a job for each of the wanted shards of a split, given by number."""
     split = target.source
     for shard in wanted:
         first = split.start(shard)
         samples = split.part.take(split.order[first : split.start(shard + 1)])
-        yield Job(building, target.header, target.name, samples, first, target.shards[shard], target.encoder)
+        yield LatentJob(
+            building, target.header, target.name, samples, first, target.shards[shard], target.encoder
+        )
 
 
-def encode_shard(job: Job, on_samples: OnSamples | None = None) -> Done[Tally]:
-    """Write a shard and its tally. Raises UserError when the device has too little memory, DataError when
-    the VAE is not the header's.
+def encode_shard(job: LatentJob, on_samples: OnSamples | None = None) -> Done[LatentTally]:
+    """Write a shard and its tally.
+
+    Raises:
+        UserError: the device has too little memory.
+        DataError: the VAE is not the header's.
     """
-    tally = Tally()
+    tally = LatentTally()
     device = own_device(job.building.folder, job.encoder.devices)
     latents = job.encoder.latents(job, device, tally, on_samples or (lambda *_: None))
     return write_tallied(job.building, job.split, job.name, job.header.kind, latents, tally, job.first)

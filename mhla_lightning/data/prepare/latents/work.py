@@ -1,5 +1,6 @@
-"""The making of latents of all splits: what is not finished is encoded, wherever there is a device, and
-the indices are written in the end.
+"""The making of the latents of all splits.
+
+Shards that are not finished are encoded, wherever a device is free. The indices are written in the end.
 """
 
 from __future__ import annotations
@@ -19,21 +20,32 @@ import numpy as np
 import torch
 
 from mhla_lightning.data.index import ShardIndex, read_index
-from mhla_lightning.data.prepare.latents.shard import Job, Tally, Target, encode_shard, make_jobs
-from mhla_lightning.data.prepare.pack import Progress, check_target
+from mhla_lightning.data.prepare.latents.shard import (
+    LatentJob,
+    LatentTally,
+    LatentTarget,
+    encode_shard,
+    make_jobs,
+)
+from mhla_lightning.data.prepare.pack import Progress
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Building, Note, demand_free
 from mhla_lightning.data.prepare.tallies import Done, finished_shard
 from mhla_lightning.data.skips import JUDGED_AFTER
 from mhla_lightning.errors import DataError, UserError
 
-SETTINGS = "latents.json"  # in the hidden folder: what decides which bytes are written, in words
+SETTINGS = "latents.json"  # in the hidden folder: see settings_of
 
 
 @dataclass
-class Report:
-    """indices: by split, the statistics in their `vae`. skipped: (split, name, reason). samples: encoded
-    by this call in `seconds`.
+class LatentReport:
+    """What was written.
+
+    Args:
+        indices: by split; their `vae` holds the statistics.
+        skipped: (split, name, reason).
+        samples: encoded by this call.
+        seconds: that the encoding took.
     """
 
     indices: dict[str, ShardIndex] = field(default_factory=dict)
@@ -42,13 +54,24 @@ class Report:
     seconds: float = 0.0
 
 
-class Work:
-    """All shards of a target in the making. what: is encoded, in messages. limit: share of samples that
-    may be left out.
+class LatentWork:
+    """All shards of a target in the making.
+
+    Args:
+        building: of the target.
+        targets: the splits to make.
+        what: the name of the samples in messages, such as "images".
+        limit: share of samples that may be left out.
+        on_progress: called with a split, its samples done and its samples in all.
     """
 
     def __init__(
-        self, building: Building, targets: Sequence[Target], what: str, limit: float, on_progress: Progress
+        self,
+        building: Building,
+        targets: Sequence[LatentTarget],
+        what: str,
+        limit: float,
+        on_progress: Progress,
     ) -> None:
         self.building, self.what, self.limit = building, what, limit
         self.targets = {target.name: target for target in targets}
@@ -58,14 +81,16 @@ class Work:
             for n, shard in enumerate(target.shards)
         }
         self.devices = targets[0].encoder.devices
-        self.done: dict[tuple[str, str], Done[Tally]] = {}
+        self.done: dict[tuple[str, str], Done[LatentTally]] = {}
         self._seen = dict.fromkeys(self.targets, 0)
         self._on_progress = on_progress
 
-    def run(self, note: Note) -> Report:
-        """Encode what is not finished, and write the indices."""
+    def run(self, note: Note) -> LatentReport:
+        """Encode the shards that are not finished, and write the indices."""
         for name, target in self.targets.items():
-            found = {shard: finished_shard(self.building, name, shard, Tally) for shard in target.shards}
+            found = {
+                shard: finished_shard(self.building, name, shard, LatentTally) for shard in target.shards
+            }
             self.done |= {(name, shard): done for shard, done in found.items() if done is not None}
             self._advance(
                 name, sum(self.planned[name, shard] for shard, done in found.items() if done is not None)
@@ -73,7 +98,7 @@ class Work:
         kept = len(self.done)
         if kept:
             note(f"{kept} of {len(self.planned)} shards were finished before and are kept")
-        report, start = Report(), time.perf_counter()
+        report, start = LatentReport(), time.perf_counter()
         report.samples = self._encode()
         report.seconds = time.perf_counter() - start
         for name, target in self.targets.items():
@@ -84,9 +109,9 @@ class Work:
         return report
 
     def _encode(self) -> int:
-        """Samples that were read."""
+        """Encode, and return the number of samples that were read."""
         alone = len(self.devices) == 1
-        work: Callable[[Job], Done[Tally]] = (
+        work: Callable[[LatentJob], Done[LatentTally]] = (
             partial(encode_shard, on_samples=self._advance) if alone else encode_shard
         )
         before = sum(self._seen.values())
@@ -100,12 +125,12 @@ class Work:
         except Interrupted:
             raise
         except UserError as error:
-            if self.done:  # hours of work may be finished: it is kept for when the mistake is mended
-                raise Interrupted(str(error)) from error
+            if self.done:  # hours of work may be finished; keep them until the mistake is corrected
+                raise Interrupted(error.key, error.reason) from error
             raise
         return sum(self._seen.values()) - before
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[LatentJob]:
         return chain.from_iterable(
             make_jobs(
                 self.building,
@@ -120,7 +145,7 @@ class Work:
         self._on_progress(split, self._seen[split], len(self.targets[split].source.order))
 
     def _judge(self) -> None:
-        """Raise DataError when more samples were skipped than may be."""
+        """Raise DataError when more samples were skipped than the limit allows."""
         read = sum(self.planned[key] for key in self.done)
         skipped = [(split, *one) for (split, _), shard in self.done.items() for one in shard.tally.skipped]
         if (
@@ -131,22 +156,20 @@ class Work:
             split, name, reason = skipped[-1]
             found = f"{len(skipped)} of {read} {self.what} ({len(skipped) / read:.1%}) give no latent"
             raise DataError(
-                f"{found}, more than --max-skipped-share {self.limit:g} allows; the last is {name} "
-                f"of {split} ({reason})"
+                "max_skipped_share",
+                f"{found}, more than the share {self.limit:g} that is allowed; the last is {name} of "
+                f"{split} ({reason})",
             )
 
 
-def find_target(source: str | Path, to: str | Path) -> Path:
-    """The folder to make. Raises UserError like pack.check_target."""
-    try:
-        return check_target(source, to)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--to ")) from error  # here it is no option
-
-
 def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequence[str]) -> dict[str, Any]:
-    """What decides which bytes are written, in words: facts, numbers, kind of device, versions of
-    packages.
+    """Return the facts that decide which bytes are written, for the user to read.
+
+    Args:
+        facts: of the source and the options.
+        dtype: of devices.DTYPES.
+        device: its type counts.
+        packages: their versions count.
     """
     where = {"dtype": dtype, "device": torch.device(device).type}
     return json.loads(
@@ -157,8 +180,13 @@ def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequen
 def demand_target(
     target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool
 ) -> None:
-    """Raise UserError when the target holds, or is being made of, other latents; or anything at all.
-    headers: of the splits to make, by name.
+    """Raise UserError when the target holds other latents, is being made of others, or holds anything at all.
+
+    Args:
+        target: the folder to make.
+        headers: of the splits to make, by name.
+        settings: of this call; see settings_of.
+        overwrite: accept all of these.
     """
     if overwrite:
         return
@@ -169,8 +197,9 @@ def demand_target(
         if found.vae is None or not header.vae.fits(found.vae):
             what = f"latents of {found.vae}" if found.vae else found.kind
             raise UserError(
-                f"{target} holds {what}, and these would be of {header.vae}: choose another folder, "
-                "or pass --overwrite"
+                str(target),
+                f"holds {what}, and these would be of {header.vae}; choose another folder, or pass "
+                "`overwrite`",
             )
     demand_free(target, overwrite)
     with suppress(OSError, ValueError):
@@ -182,20 +211,19 @@ def demand_target(
         ]
         if other:
             raise UserError(
-                f"{target} was begun with {', '.join(other)[:500]}: run that command again to finish "
-                "it, choose another folder, or pass --overwrite"
+                str(target),
+                f"was begun with {', '.join(other)[:500]}; run that command again to finish it, "
+                "choose another folder, or pass `overwrite`",
             )
 
 
-def _index(header: ShardIndex, shards: Sequence[Done[Tally]]) -> ShardIndex:
-    """The index of a split, with the statistics of its latents."""
+def _index(header: ShardIndex, shards: Sequence[Done[LatentTally]]) -> ShardIndex:
+    """Return the index of a split, with the statistics of its latents."""
     assert header.vae is not None
-    tallies: list[Tally] = [shard.tally for shard in shards if shard.tally.values]
+    tallies: list[LatentTally] = [shard.tally for shard in shards if shard.tally.values]
     values = sum(tally.values for tally in tallies)
     if not values:
-        raise DataError(
-            f"no sample of {shards[0].split} gives a latent; {': '.join(shards[0].tally.skipped[0])}"
-        )
+        raise DataError(shards[0].split, f"no sample gives a latent; {': '.join(shards[0].tally.skipped[0])}")
     mean, square = (
         np.sum([getattr(tally, name) for tally in tallies], axis=0) / values for name in ("sums", "squares")
     )

@@ -1,4 +1,4 @@
-"""What every source gives."""
+"""The form that all sources share."""
 
 from __future__ import annotations
 
@@ -16,56 +16,57 @@ from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.errors import DataError
 
 
-class Part(Protocol):
+class SourcePart(Protocol):
     """Samples in a fixed order: a split of a source."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     def take(self, positions: Sequence[int]) -> Iterable[Sample]:
-        """The samples at these positions, in this order. Picklable, so that a worker process can read
-        them. Raises DataError when it is read.
+        """Return the samples at these positions, in this order.
+
+        The result can be pickled, so that a worker process can read it. Reading it may raise DataError.
         """
 
 
 @dataclass(frozen=True)
-class Source:
-    """Something to pack.
+class SampleSource:
+    """Samples to pack.
 
-    header: what the index will say of the samples; its shards are ignored. parts: the splits that the source
-        has of its own, "train" always, "val"
-    and "test" perhaps. fingerprint: changes when the samples change; a packing that was interrupted is
-    continued only when it is the same.
-    lengths: tokens a row of the splits that have others than the header says. files: what lies beside the
-        splits, by file name.
+    Args:
+        header: an index that describes the samples; its shards are ignored.
+        parts: the splits of the source: always train, perhaps val and test.
+        fingerprint: changes when the samples change; an interrupted packing continues only with the same.
+        lengths: tokens a row, for splits with another length than the header's.
+        files: content of the files beside the splits, by file name.
     """
 
     header: ShardIndex
-    parts: dict[str, Part]
+    parts: dict[str, SourcePart]
     fingerprint: str
     lengths: dict[str, int] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
 
     def header_of(self, split: str) -> ShardIndex:
-        """What the index of a split will say."""
+        """Return an index that describes the samples of a split."""
         return replace(self.header, length=self.lengths.get(split, self.header.length))
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """An image as PNG: grayscale stays grayscale, everything else becomes RGB."""
+    """Encode an image as PNG: grayscale stays grayscale, everything else becomes RGB."""
     buffer = io.BytesIO()
     image.convert("L" if image.mode in ("1", "L") else "RGB").save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """sha256 over the names, sizes and times of files below `root`."""
+    """Return a sha256 of the names, sizes and times of files below `root`."""
     digest = hashlib.sha256()
     for path in files:
         try:
             stat = path.stat()
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
+            raise DataError(str(path), f"cannot be read ({error.strerror}); repair or remove it") from error
         digest.update(
             f"{path.relative_to(root)}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape")
         )

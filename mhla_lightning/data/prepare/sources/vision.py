@@ -1,4 +1,4 @@
-"""Any labelled image set of torchvision.datasets that comes in training and test parts."""
+"""Labelled image sets of torchvision.datasets that come in training and test parts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.prepare.samples import Sample, image_sample
-from mhla_lightning.data.prepare.sources.base import Source, files_fingerprint, png_bytes
+from mhla_lightning.data.prepare.sources.base import SampleSource, files_fingerprint, png_bytes
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 DEFAULT_ROOT = Path("~/.cache/torchvision")
-_VALUES = {
-    "train": ("train", "trainval"),
-    "val": ("val", "valid", "test"),
-}  # of the argument `split`, the first that the class takes
+# Values of the argument `split`; the first that the class takes is used.
+_VALUES = {"train": ("train", "trainval"), "val": ("val", "valid", "test")}
 
 
-def open_torchvision(name: str, root: str | None = None) -> Source:
-    """torchvision.datasets.NAME at `root` (default ~/.cache/torchvision), which torchvision downloads when it
-    is not there.
+def open_torchvision(name: str, root: str | None = None) -> SampleSource:
+    """Open torchvision.datasets.NAME; torchvision downloads it when it is missing.
 
-    val is the set's validation part, else its test part. Raises UserError for an unknown name or a set that
-    is not labelled images, DataError when its files are missing.
+    val is the set's validation part, else its test part.
+
+    Args:
+        name: of the class in torchvision.datasets.
+        root: folder of the data; None is ~/.cache/torchvision.
+
+    Raises:
+        UserError: an unknown name, or a set without labelled images.
+        DataError: its files are missing and cannot be downloaded.
     """
     import torchvision
     from torchvision import datasets
 
     usable = [known for known in datasets.__all__ if _has_parts(getattr(datasets, known))]
     if name not in usable:
-        raise UserError(unknown_name("torchvision data set", name, usable))
+        raise UserError("source", unknown_name("torchvision data set", name, usable))
     folder = Path(root or DEFAULT_ROOT).expanduser().absolute()
     parts = {split: _open_part(name, split, str(folder), download=True) for split in _VALUES}
     for part in parts.values():
@@ -45,7 +49,7 @@ def open_torchvision(name: str, root: str | None = None) -> Source:
     places = {
         split: _Places(header, name, str(folder), split, range(len(part))) for split, part in parts.items()
     }
-    return Source(header, {**places}, f"torchvision {torchvision.__version__} {listed}")
+    return SampleSource(header, {**places}, f"torchvision {torchvision.__version__} {listed}")
 
 
 def _parameters(dataset: Any) -> set[str]:
@@ -71,17 +75,18 @@ def _open_part(name: str, split: str, root: str, download: bool) -> Any:
             continue
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"torchvision's {dataset.__name__} is not in {root} and could not be downloaded ({error})"
+                root, f"torchvision's {dataset.__name__} is missing and could not be downloaded ({error})"
             ) from error
     raise UserError(
-        f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}: export "
-        "it to an image folder and pack that"
+        "source",
+        f"torchvision's {dataset.__name__} has no part named {' or '.join(_VALUES[split])}; "
+        "export it to an image folder and pack that",
     )
 
 
 @lru_cache(maxsize=2)
 def _opened(name: str, split: str, root: str) -> Any:
-    """A part that is there already: opened once by each process that reads it, rather than sent to it."""
+    """Return a part that is on the disk: each process opens it once, rather than receive it."""
     return _open_part(name, split, root, download=False)
 
 
@@ -94,13 +99,14 @@ def _demand_labelled(name: str, part: Any) -> None:
         and isinstance(sample[1], int)
     ):
         raise UserError(
+            "source",
             f"torchvision's {name} does not give (image, class number), so it cannot be packed as "
-            "labelled images"
+            "labelled images",
         )
 
 
 def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
-    """The set's own names, or the numbers where it has none."""
+    """Return the names that the set gives, or numbers where it has none."""
     names = getattr(parts["train"], "classes", None)
     if names is None:
         names = range(1 + max(label for part in parts.values() for _, label in part))
@@ -109,7 +115,10 @@ def _class_names(parts: dict[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Places:
-    """Some positions of one part of a torchvision set; images are stored as PNG, which loses nothing."""
+    """Some positions of one part of a torchvision set.
+
+    Images are stored as PNG, which loses nothing.
+    """
 
     header: ShardIndex
     name: str

@@ -1,3 +1,5 @@
-"""Text to rows of tokens: what can be read, how it is tokenized, how documents are packed into rows, and
-how a tokenizer is trained.
+"""Text to rows of tokens.
+
+inputs and documents read text, chunks tokenizes it, layout and rows pack documents into rows, and train makes
+a tokenizer.
 """

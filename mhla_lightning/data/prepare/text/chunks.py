@@ -1,8 +1,9 @@
-"""Documents to tokens: many processes, each writing whole chunks; a chunk that is finished is not made again.
+"""Documents to tokens, in chunks that several processes make and that are kept when the work is interrupted.
 
-FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,), the documents one after another, each
-with its end FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
-FOLDER/000007.json            what is in the chunk; written last
+FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,): documents one after another, each with
+                              its end
+FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
+FOLDER/000007.json            facts about the chunk; written last
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from mhla_lightning.data.prepare.text.documents import Group
 from mhla_lightning.data.prepare.text.inputs import Input
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 
-LEAST_BYTES, MOST_BYTES, CHUNKS = 2**20, 2**24, 64  # of a chunk's text; chunks of a small corpus
-_STRETCH = 2**22  # characters that are encoded at once: the package tokenizers takes a hundred bytes for each
+LEAST_BYTES, MOST_BYTES = 2**20, 2**24  # of a chunk's text
+CHUNKS = 64  # of a small corpus
+_STRETCH = 2**22  # characters encoded at once; the package tokenizers takes a hundred bytes for each
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """binary: files that are no text; empty: documents without any; size: bytes of input."""
+    """Facts about a chunk.
+
+    Args:
+        number: of the chunk.
+        documents: number of documents with text.
+        tokens: number of tokens.
+        binary: number of files that are no text.
+        empty: number of documents without text.
+        size: bytes of input.
+    """
 
     number: int
     documents: int
@@ -41,8 +52,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """All chunks of a corpus in order; made: tokens made by this call, in so many seconds."""
+class TokenizedCorpus:
+    """All chunks of a corpus.
+
+    Args:
+        found: the chunks in order.
+        made: number of tokens made by this call.
+        seconds: that it took.
+    """
 
     found: list[Chunk]
     made: int
@@ -50,16 +67,26 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class _Job:
+class ChunkJob:
+    """A chunk to make.
+
+    Args:
+        folder: of the chunks.
+        number: of the chunk.
+        group: its documents.
+        tokenizer: an argument of open_tokenizer.
+        identity: of the tokenizer; a folder may get another one.
+    """
+
     folder: Path
     number: int
     group: Group
-    tokenizer: str  # what open_tokenizer takes
-    identity: str  # a folder may be made anew with another tokenizer
+    tokenizer: str
+    identity: str
 
 
 def token_type(vocabulary: int) -> np.dtype:
-    """In which integers ids are stored."""
+    """Return the integer type that stores the ids of a vocabulary."""
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
 
 
@@ -70,11 +97,20 @@ def tokenize_chunks(
     workers: int,
     on_progress: Callable[[int, int], None],
     on_note: Note,
-) -> Chunks:
-    """Tokenize all documents into chunks in `folder`, but for the chunks that are there. on_progress: input
-    bytes done, and in all.
+) -> TokenizedCorpus:
+    """Tokenize all documents into chunks in `folder`; chunks that exist are kept.
 
-    Raises DataError for a document that cannot be read, Interrupted for what the same call can continue.
+    Args:
+        inputs: of the documents.
+        folder: of the chunks.
+        tokenizer: saved in the folder.
+        workers: processes.
+        on_progress: called with the input bytes done, and of all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        DataError: a document that cannot be read.
+        Interrupted: work that the same call can continue.
     """
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder)
@@ -83,13 +119,13 @@ def tokenize_chunks(
     found: dict[int, Chunk] = {}
     opened = str(folder) if tokenizer.files else tokenizer.name
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[ChunkJob]:
         for number, group in enumerate(chain.from_iterable(source.groups(wanted) for source in inputs)):
             kept = _finished(folder, number)
             if kept is not None:
                 found[number] = kept
             else:
-                yield _Job(folder, number, group, opened, tokenizer.name)
+                yield ChunkJob(folder, number, group, opened, tokenizer.name)
 
     start, made = time.perf_counter(), 0
     kept = len(list(folder.glob("*.json"))) - len(tokenizer.files)
@@ -102,16 +138,16 @@ def tokenize_chunks(
             made += chunk.tokens
             on_progress(min(total, sum(known.size for known in found.values())), total)
     on_progress(total, total)
-    return Chunks([found[number] for number in sorted(found)], made, time.perf_counter() - start)
+    return TokenizedCorpus([found[number] for number in sorted(found)], made, time.perf_counter() - start)
 
 
 def chunk_path(folder: Path, number: int) -> Path:
-    """The tokens of a chunk."""
+    """Return the file of the tokens of a chunk."""
     return folder / f"{number:06d}.npy"
 
 
 def documents_path(folder: Path, number: int) -> Path:
-    """The documents of a chunk."""
+    """Return the file of the documents of a chunk."""
     return folder / f"{number:06d}.documents.npy"
 
 
@@ -122,7 +158,7 @@ def _finished(folder: Path, number: int) -> Chunk | None:
         return None
 
 
-def _tokenize(job: _Job) -> Chunk:
+def _tokenize(job: ChunkJob) -> Chunk:
     tokenizer = _opened(job.tokenizer, job.identity)
     dtype, end = token_type(tokenizer.vocabulary), np.array([tokenizer.end])
     arrays, sizes, binary, empty = [], [], 0, 0
@@ -156,8 +192,8 @@ def _write(folder: Path, chunk: Chunk, tokens: np.ndarray, documents: np.ndarray
             part.rename(path)
     except OSError as error:
         raise Interrupted(
-            f"{folder} cannot be written ({error.strerror or error}): run the same command again "
-            "when that is solved"
+            str(folder),
+            f"cannot be written ({error.strerror or error}); run the same command again when that is solved",
         ) from error
 
 
@@ -167,7 +203,7 @@ def _opened(spec: str, identity: str) -> Tokenizer:
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """A document in pieces that can be encoded in little memory, cut where a line begins."""
+    """Cut a document into pieces that can be encoded in little memory, where a line begins."""
     start = 0
     while len(text) - start > _STRETCH:
         cut = text.rfind("\n", start + 1, start + _STRETCH)

@@ -1,4 +1,4 @@
-"""Groups of documents, small enough to be handed to a worker process and read there."""
+"""Groups of documents, small enough to be sent to a worker process and read there."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Group(Protocol):
-    """Some documents in a fixed order. Picklable. size: the bytes of input that they are, for the
-    progress.
+    """Some documents in a fixed order. Can be pickled.
+
+    Its size in bytes of input serves the progress bar.
     """
 
     @property
     def size(self) -> int: ...
 
     def texts(self) -> Iterator[str | None]:
-        """The documents, None for a file that is no text. Raises DataError, one sentence with file and
-        line.
+        """Yield the documents, and None for a file that is no text.
+
+        Raises DataError, with the file as its key.
         """
 
 
@@ -36,108 +38,128 @@ class Files:
     size: int
 
     def texts(self) -> Iterator[str | None]:
-        """The content of every file, with its line ends as they are."""
+        """Yield the content of every file, with its line ends as they are."""
         for path in self.paths:
             try:
                 yield path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
                 yield None
             except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
+                raise DataError(
+                    str(path), f"cannot be read ({error.strerror}); repair or remove it"
+                ) from error
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of JSON: objects whose key `column` holds a document. first: number of the first line in its
-    file, from 1 on.
+    """Lines of JSON: objects whose key `text_column` holds a document.
+
+    Args:
+        path: of the file.
+        first: number of the first line in the file, from 1 on.
+        lines: their content.
+        text_column: key of the text.
+        size: bytes of input.
     """
 
     path: Path
     first: int
     lines: list[bytes]
-    column: str
+    text_column: str
     size: int
 
     def texts(self) -> Iterator[str]:
-        """A document a line; empty lines are none."""
+        """Yield a document for each line that is not empty."""
         for number, line in enumerate(self.lines, start=self.first):
             if line.strip():
-                yield self._text(f"{self.path} line {number}", line)
+                yield self._text(number, line)
 
-    def _text(self, where: str, line: bytes) -> str:
+    def _text(self, number: int, line: bytes) -> str:
         try:
             content: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON ({error})") from error
+            raise DataError(str(self.path), f"line {number} is no JSON ({error})") from error
         if not isinstance(content, dict):
             raise DataError(
-                f"{where} is a JSON {type(content).__name__}; an object with the key '{self.column}' "
-                "is needed"
+                str(self.path),
+                f"line {number} is a JSON {type(content).__name__}; an object with the key "
+                f"'{self.text_column}' is needed",
             )
-        if self.column not in content:
+        if self.text_column not in content:
             raise DataError(
-                f"{where} has no key '{self.column}'; it has "
-                f"{', '.join(map(repr, content)) or 'none'}: see --text-column"
+                str(self.path),
+                f"line {number} has no key '{self.text_column}'; it has "
+                f"{', '.join(map(repr, content)) or 'none'}: choose `text_column`",
             )
-        text = content[self.column]
+        text = content[self.text_column]
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: the key '{self.column}' holds a JSON {type(text).__name__}, no text: see "
-                "--text-column"
+                str(self.path),
+                f"line {number}: the key '{self.text_column}' holds a JSON {type(text).__name__}, no "
+                "text: choose `text_column`",
             )
-        return _LONE_SURROGATES.sub(
-            "\N{REPLACEMENT CHARACTER}", text
-        )  # JSON can spell half a character, UTF-8 cannot
+        # JSON can spell half a character, UTF-8 cannot.
+        return _LONE_SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of a parquet file, of which one column is read."""
+    """One row group of a parquet file, of which one column is read.
+
+    Args:
+        path: of the file.
+        number: of the row group.
+        text_column: column of the text.
+        size: bytes of input.
+    """
 
     path: Path
     number: int
-    column: str
+    text_column: str
     size: int
 
     def texts(self) -> Iterator[str]:
-        """A document a row; missing values are empty ones."""
+        """Yield a document for each row; a missing value is an empty document."""
         with open_parquet(self.path) as file:
             try:
                 for batch in file.iter_batches(
-                    batch_size=1024, row_groups=[self.number], columns=[self.column]
+                    batch_size=1024, row_groups=[self.number], columns=[self.text_column]
                 ):
                     for text in batch.column(0).to_pylist():
                         yield text or ""
             except (OSError, ValueError) as error:  # pyarrow's own errors are one of the two
                 raise DataError(
-                    f"{self.path}, row group {self.number}, cannot be read ({_line(error)}): copy it again"
+                    str(self.path), f"row group {self.number} cannot be read ({_line(error)}); copy it again"
                 ) from error
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents as they are."""
+    """Documents in memory."""
 
     found: list[str]
     size: int
 
     def texts(self) -> Iterator[str]:
-        """The documents."""
+        """Yield the documents."""
         yield from self.found
 
 
 def open_parquet(path: Path) -> Any:
-    """A pyarrow.parquet.ParquetFile. Raises UserError when pyarrow is not installed, DataError for a file
-    that is none.
+    """Open a pyarrow.parquet.ParquetFile.
+
+    Raises:
+        UserError: pyarrow is not installed.
+        DataError: the file is no parquet file.
     """
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(missing_extra("pyarrow", "language", f"reading {path}")) from error
+        raise UserError(str(path), missing_extra("pyarrow", "language", "reading it")) from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no parquet file that can be read ({_line(error)})") from error
+        raise DataError(str(path), f"is no parquet file that can be read ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:

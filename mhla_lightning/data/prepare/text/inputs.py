@@ -1,6 +1,4 @@
-"""What text can be read from: files, folders, JSON lines, parquet, data sets of the Hugging Face hub, and
-Python's own standard library.
-"""
+"""Sources of text: files, folders, JSON lines, parquet, the hub and Python's standard library."""
 
 from __future__ import annotations
 
@@ -22,9 +20,9 @@ from mhla_lightning.errors import DataError, UserError, missing_extra
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
-_MOST_FILES = 2**12  # of a group
-# Of the standard library: what is no source of it, what differs from one machine to the next, tests, which
-# are half data, and the help texts in pydoc_data, one file of a twentieth of all.
+_MOST_FILES = 2**12  # in a group
+# Parts of the standard library that are left out: other packages, tests (half of them is data), and
+# pydoc_data (one file with a twentieth of all text).
 _LEFT_OUT = (
     "site-packages",
     "dist-packages",
@@ -35,15 +33,19 @@ _LEFT_OUT = (
     "idle_test",
     "pydoc_data",
 )
+# Files that differ from one machine to the next.
 _OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something to read documents from. size: in bytes, for the progress; fingerprint: changes when the
-    documents do.
+    """A source of documents.
 
-    groups: the documents in groups of about so many bytes, always the same ones.
+    Args:
+        name: for messages.
+        size: in bytes, for the progress bar.
+        fingerprint: changes when the documents do.
+        groups: yields the documents in groups of about the wanted bytes, always the same ones.
     """
 
     name: str
@@ -52,41 +54,45 @@ class Input:
     groups: Callable[[int], Iterator[Group]] = field(repr=False)
 
 
-def open_inputs(specs: Sequence[str], column: str = "text") -> list[Input]:
-    """The inputs that a user names: files, folders, text:FOLDER, stdlib, hf:NAME[:CONFIG][:SPLIT]. column: of
-    JSON lines, parquet and hf.
+def open_inputs(inputs: Sequence[str], text_column: str = "text") -> list[Input]:
+    """Open the inputs that a user names.
 
-    Raises UserError or DataError, one sentence, for what is not there, a column that is not there, and inputs
-    without any file.
+    Args:
+        inputs: files, folders, text:FOLDER, stdlib or hf:NAME[:CONFIG][:SPLIT].
+        text_column: of JSON lines, parquet and hf.
+
+    Raises:
+        UserError: an input that does not exist.
+        DataError: a column that does not exist, or an input without files.
     """
-    if not specs:
-        raise UserError("there is no INPUT: name files, folders, stdlib or hf:NAME")
-    return [found for spec in specs for found in _open(str(spec), column)]
+    if not inputs:
+        raise UserError("inputs", "none is given; name files, folders, stdlib or hf:NAME")
+    return [found for spec in inputs for found in _open(str(spec), text_column)]
 
 
 def folder_of(spec: str) -> Path | None:
-    """The folder that an input names; None when it is something else."""
+    """Return the folder that an input names; None when it names something else."""
     path = Path(spec.removeprefix("text:")).expanduser()
     return path if spec != "stdlib" and path.is_dir() else None
 
 
-def _open(spec: str, column: str) -> list[Input]:
+def _open(spec: str, text_column: str) -> list[Input]:
     if spec == "stdlib":
         return [_text_files(spec, _standard_library())]
     if spec.startswith("hf:"):
-        return [_hub(spec, column)]
+        return [_hub(spec, text_column)]
     path = Path(spec.removeprefix("text:")).expanduser()
     if path.is_dir():
         files = list(_walk(path, lambda name: not name.startswith(".")))
         if not files:
-            raise DataError(f"{spec} holds no files")
+            raise DataError(spec, "holds no files")
         grouped = groupby(files, _type)
-        return [found for kind, members in grouped for found in _files(kind, list(members), column)]
+        return [found for kind, members in grouped for found in _files(kind, list(members), text_column)]
     if path.is_file():
-        return _files(_type(path), [path], column)
+        return _files(_type(path), [path], text_column)
     raise UserError(
-        f"the input {spec} does not exist: name a file, a folder, stdlib, text:FOLDER or "
-        "hf:NAME[:CONFIG][:SPLIT]"
+        "inputs",
+        f"{spec} does not exist; name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]",
     )
 
 
@@ -95,23 +101,25 @@ def _type(path: Path) -> str:
     return "lines" if name.endswith(LINES) else "parquet" if name.endswith(PARQUET) else "text"
 
 
-def _files(kind: str, paths: list[Path], column: str) -> list[Input]:
+def _files(kind: str, paths: list[Path], text_column: str) -> list[Input]:
     if kind == "text":
         return [_text_files(str(paths[0]), paths)]
-    return [_json_lines(path, column) if kind == "lines" else _parquet(path, column) for path in paths]
+    return [
+        _json_lines(path, text_column) if kind == "lines" else _parquet(path, text_column) for path in paths
+    ]
 
 
 def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """The files below a folder whose names, and those of their folders, are wanted; sorted. Links to
-    folders are not followed.
+    """List the files below a folder, sorted.
+
+    The names of files, and of their folders, must be wanted. Links to folders are not followed.
     """
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if wanted(name)]
         found += [Path(parent, name) for name in names if wanted(name)]
-    return (
-        path for path in sorted(found) if path.is_file() or not path.exists()
-    )  # a dangling link is told of, a socket is no text
+    # A dangling link stays in the list, so that reading it fails; a socket is no text.
+    return (path for path in sorted(found) if path.is_file() or not path.exists())
 
 
 def _standard_library() -> list[Path]:
@@ -122,7 +130,7 @@ def _standard_library() -> list[Path]:
     files = [path for path in _walk(root, wanted) if path.suffix == ".py"]
     if not files:
         raise DataError(
-            f"the standard library of this Python has no sources in {root}: name a folder of text"
+            str(root), "holds no sources of the standard library of this Python; name a folder of text"
         )
     return files
 
@@ -145,7 +153,7 @@ def _text_files(name: str, paths: list[Path]) -> Input:
     return Input(name, sum(sizes), _fingerprint("text", paths), groups)
 
 
-def _json_lines(path: Path, column: str) -> Input:
+def _json_lines(path: Path, text_column: str) -> Input:
     def groups(wanted: int) -> Iterator[Group]:
         lines: list[bytes] = []
         first, size, before = 1, 0, 0
@@ -155,23 +163,23 @@ def _json_lines(path: Path, column: str) -> Input:
                 size += len(line)
                 if size >= wanted:
                     at = raw.tell()
-                    yield Lines(path, first, lines, column, at - before)
+                    yield Lines(path, first, lines, text_column, at - before)
                     first, lines, size, before = first + len(lines), [], 0, at
             if lines:
-                yield Lines(path, first, lines, column, raw.tell() - before)
+                yield Lines(path, first, lines, text_column, raw.tell() - before)
 
     if path.name.lower().endswith(".zst"):
-        _zstandard(path)  # missed now, not in the middle
-    return Input(str(path), _stat(path).st_size, _fingerprint("lines", [path], column), groups)
+        _zstandard(path)  # a missing package is reported now, not in the middle
+    return Input(str(path), _stat(path).st_size, _fingerprint("lines", [path], text_column), groups)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterable[bytes]]]:
-    """A file as it lies there, and its lines."""
+    """Give the block a file as it is on the disk, and its lines."""
     try:
         raw = open(path, "rb")  # noqa: SIM115  closed below
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise DataError(str(path), f"cannot be read ({error.strerror})") from error
     name = path.name.lower()
     with raw:
         if name.endswith(".gz"):
@@ -192,7 +200,7 @@ def _readable(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
         yield from lines
     except errors as error:
         raise DataError(
-            f"{path} cannot be read to its end ({error}): it was cut or damaged; copy it again"
+            str(path), f"cannot be read to its end ({error}); it was cut or damaged, so copy it again"
         ) from error
 
 
@@ -200,58 +208,59 @@ def _zstandard(path: Path) -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError(missing_extra("zstandard", "language", f"reading {path}")) from error
+        raise UserError(str(path), missing_extra("zstandard", "language", "reading it")) from error
     return zstandard
 
 
-def _parquet(path: Path, column: str) -> Input:
+def _parquet(path: Path, text_column: str) -> Input:
     with open_parquet(path) as file:
         schema, counts = file.schema_arrow, range(file.num_row_groups)
         sizes = [file.metadata.row_group(number).total_byte_size for number in counts]
-    if column not in schema.names:
+    if text_column not in schema.names:
         raise DataError(
-            f"{path} has no column '{column}'; it has "
-            f"{', '.join(map(repr, schema.names)) or 'none'}: see --text-column"
+            str(path),
+            f"has no column '{text_column}'; it has "
+            f"{', '.join(map(repr, schema.names)) or 'none'}: choose `text_column`",
         )
-    kind = str(schema.field(column).type)
+    kind = str(schema.field(text_column).type)
     if kind not in ("string", "large_string", "string_view"):
-        raise DataError(f"{path}: the column '{column}' holds {kind}, no text: see --text-column")
+        raise DataError(str(path), f"the column '{text_column}' holds {kind}, no text: choose `text_column`")
 
     def groups(wanted: int) -> Iterator[Group]:
-        return (RowGroup(path, number, column, size) for number, size in enumerate(sizes))
+        return (RowGroup(path, number, text_column, size) for number, size in enumerate(sizes))
 
-    return Input(str(path), sum(sizes), _fingerprint("parquet", [path], column), groups)
+    return Input(str(path), sum(sizes), _fingerprint("parquet", [path], text_column), groups)
 
 
-def _hub(spec: str, column: str) -> Input:
+def _hub(spec: str, text_column: str) -> Input:
     name, config, split = _hub_name(spec)
     try:
         import datasets
     except ImportError as error:
-        raise UserError(missing_extra("datasets", "language", f"the input {spec}")) from error
+        raise UserError("inputs", missing_extra("datasets", "language", f"the input {spec}")) from error
     try:
         found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # noqa: BLE001  of many packages' errors
+        raise DataError(spec, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    if text_column not in found.column_names:
         raise DataError(
-            f"the data set {spec} cannot be loaded ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if column not in found.column_names:
-        raise DataError(
-            f"{spec} has no column '{column}'; it has {', '.join(map(repr, found.column_names))}: "
-            "see --text-column"
+            spec,
+            f"has no column '{text_column}'; it has {', '.join(map(repr, found.column_names))}: "
+            "choose `text_column`",
         )
-    column_only = found.select_columns([column])
+    column_only = found.select_columns([text_column])
 
     def groups(wanted: int) -> Iterator[Group]:
         texts: list[str] = []
         size = 0
         for row in column_only:
-            if not isinstance(row[column], str | None):
+            if not isinstance(row[text_column], str | None):
                 raise DataError(
-                    f"{spec}: the column '{column}' holds {type(row[column]).__name__}, no text: see "
-                    "--text-column"
+                    spec,
+                    f"the column '{text_column}' holds {type(row[text_column]).__name__}, no text: choose "
+                    "`text_column`",
                 )
-            texts.append(row[column] or "")
+            texts.append(row[text_column] or "")
             size += len(texts[-1].encode())
             if size >= wanted:
                 yield Texts(texts, size)
@@ -261,7 +270,7 @@ def _hub(spec: str, column: str) -> Input:
 
     facts = [
         spec,
-        column,
+        text_column,
         len(found),
         str(found.features),
         str(found.info.version),
@@ -276,19 +285,20 @@ def _hub(spec: str, column: str) -> Input:
 
 
 def _hub_name(spec: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of hf:NAME[:CONFIG][:SPLIT]; the split is train when it is not named."""
+    """Return name, configuration and split of hf:NAME[:CONFIG][:SPLIT]; the default split is train."""
     parts = spec.split(":")[1:]
     if len(parts) > 3 or not parts[0]:
         raise UserError(
-            f"the input {spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example "
-            "hf:roneneldan/TinyStories or hf:wikitext::test"
+            "inputs",
+            f"{spec} is not of the form hf:NAME[:CONFIG][:SPLIT], for example "
+            "hf:roneneldan/TinyStories or hf:wikitext::test",
         )
     name, config, split = [*parts, "", ""][:3]
     return name, config or None, split or "train"
 
 
 def _fingerprint(kind: str, paths: Iterable[Path], *more: str) -> str:
-    """sha256 over the names, sizes and times of files."""
+    """Return a sha256 of the names, sizes and times of files."""
     digest = hashlib.sha256(repr((kind, *more)).encode())
     for path in paths:
         stat = _stat(path)
@@ -300,4 +310,4 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
+        raise DataError(str(path), f"cannot be read ({error.strerror}); repair or remove it") from error

@@ -1,4 +1,4 @@
-"""Which piece of which document stands in which row: functions of the documents' lengths. numpy alone."""
+"""The place of every piece of a document in the rows, from the documents' lengths alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Packing = Literal["best-fit", "concatenate"]
 class Layout(NamedTuple):
     """Rows of pieces of documents.
 
-    starts: of every piece, its first token in the corpus, int64 (pieces,). lengths: its tokens, int64
-        (pieces,). rows: the first piece of every row,
-    and the number of pieces, int64 (rows + 1,). dropped: tokens that stand in no row.
+    Args:
+        starts: first token of every piece in the corpus, int64 (pieces,).
+        lengths: tokens of every piece, int64 (pieces,).
+        rows: first piece of every row, and the number of pieces, int64 (rows + 1,).
+        dropped: number of tokens that are in no row.
     """
 
     starts: np.ndarray
@@ -27,41 +29,46 @@ class Layout(NamedTuple):
 
 
 def lay_out(packing: str, starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
-    """Documents into rows of `row` tokens. starts, lengths: of every document in the corpus, int64
-    (documents,); lengths are at least 1.
+    """Lay documents out in rows of `row` tokens.
 
-    Raises UserError for an unknown packing, DataError when a row would hold more documents than can be
-    numbered.
+    Args:
+        packing: best-fit or concatenate.
+        starts: first token of every document in the corpus, int64 (documents,).
+        lengths: tokens of every document, at least 1, int64 (documents,).
+        row: tokens a row.
+
+    Raises:
+        UserError: an unknown packing.
+        DataError: a row would hold more documents than can be numbered.
     """
     check_packing(packing)
     layout = best_fit(starts, lengths, row) if packing == "best-fit" else concatenate(starts, lengths, row)
     most = int(np.diff(layout.rows).max(initial=0))
     if most > PADDING:
         raise DataError(
-            f"a row of {row} tokens would hold {most} documents; at most {PADDING} can be numbered: "
-            "choose a smaller --length"
+            "length",
+            f"a row of {row} tokens would hold {most} documents, and at most {PADDING} can be "
+            "numbered; choose a smaller one",
         )
     return layout
 
 
 def check_packing(packing: str) -> None:
-    """Raise UserError for a packing that there is not."""
+    """Raise UserError for an unknown packing."""
     if packing not in get_args(Packing):
-        raise UserError(unknown_name("packing", packing, get_args(Packing)))
+        raise UserError("packing", unknown_name("packing", packing, get_args(Packing)))
 
 
 def best_fit(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
-    """Best-fit-decreasing (arXiv 2404.10830): documents are cut only where they are longer than a row, and
-    the rest of a row is padding.
+    """Lay documents out by best-fit-decreasing (arXiv 2404.10830).
 
-    Every piece, the longest first, goes where it leaves the least room; in a row pieces stand in the order of
-    the corpus.
+    Documents are cut only where they are longer than a row, and the rest of a row is padding. Each piece, the
+    longest first, goes where it leaves the least room. In a row, pieces keep the order of the corpus.
     """
     counts = -(-lengths // row)
     owners = np.repeat(np.arange(len(lengths)), counts)
-    places = np.arange(len(owners)) - np.repeat(
-        np.cumsum(counts) - counts, counts
-    )  # of a piece in its document
+    # Of each piece in its document.
+    places = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = starts[owners] + places * row
     lengths = np.minimum(lengths[owners] - places * row, row)
     order = np.argsort(-lengths, kind="stable")
@@ -73,9 +80,9 @@ def best_fit(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
 
 
 def _assign(sizes: np.ndarray, row: int) -> np.ndarray:
-    """The row of each piece, int64 (pieces,); sizes fall."""
-    free: dict[int, list[int]] = {}  # rows by the room that they have left
-    some = 0  # bit n: there is a row with room for n
+    """Return the row of each piece, int64 (pieces,); sizes must not grow."""
+    free: dict[int, list[int]] = {}  # rows by their free places
+    some = 0  # bit n: some row has n free places
     full = int((sizes == row).sum())
     numbers, rows = np.arange(len(sizes)), full
     for place in range(full, len(sizes)):
@@ -96,7 +103,10 @@ def _assign(sizes: np.ndarray, row: int) -> np.ndarray:
 
 
 def concatenate(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
-    """All documents one after another, cut into rows; what does not fill the last row is dropped."""
+    """Lay documents out one after another and cut them into rows.
+
+    The tokens that do not fill the last row are dropped.
+    """
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     kept = total // row * row
@@ -109,21 +119,30 @@ def concatenate(starts: np.ndarray, lengths: np.ndarray, row: int) -> Layout:
 
 
 def held_out(documents: int, val: int | float, seed: int) -> np.ndarray:
-    """Which documents are held out, bool (documents,): those with the smallest hashes of (seed, number).
+    """Choose the documents that are held out, bool (documents,).
 
-    val: how many (int), or which share (float below 1). Raises UserError when nothing would be left of either
-        part.
+    They are those with the smallest hashes of (seed, number).
+
+    Args:
+        documents: number of all documents.
+        val: how many (int), or which share (float below 1).
+        seed: of the hashes.
+
+    Raises:
+        UserError: nothing would be left of one of the parts.
     """
     count = max(1, round(documents * val)) if 0 < val < 1 else val
     if documents < 2:
         raise DataError(
-            f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out for "
-            "val: a file is a document; split it"
+            "val",
+            f"the input holds {documents} document{'s' * (documents != 1)}, and one is held out; "
+            "a file is a document, so split it",
         )
     if not (0 < count < documents and count == int(count)):
         raise UserError(
-            f"--val is {val}; it must be a number of documents from 1 to {documents - 1}, or a share "
-            "above 0 and below 1"
+            "val",
+            f"got {val}; it must be a number of documents from 1 to {documents - 1}, or a share "
+            "above 0 and below 1",
         )
     chosen = np.zeros(documents, dtype=bool)
     chosen[np.argsort(_hash(seed, documents), kind="stable")[: int(count)]] = True
@@ -131,7 +150,7 @@ def held_out(documents: int, val: int | float, seed: int) -> np.ndarray:
 
 
 def _hash(seed: int, count: int) -> np.ndarray:
-    """splitmix64 of the numbers 0 to count - 1, uint64 (count,)."""
+    """Return splitmix64 of the numbers 0 to count - 1, uint64 (count,)."""
     with np.errstate(over="ignore"):
         mixed = (
             np.arange(1, count + 1, dtype=np.uint64) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)

@@ -15,7 +15,7 @@ from mhla_lightning.data.prepare.samples import Sample, token_samples
 from mhla_lightning.data.prepare.text.chunks import chunk_path
 from mhla_lightning.data.prepare.text.layout import Layout
 
-_OPEN = 128  # chunks mapped at a time: each takes a file handle
+_OPEN = 128  # chunks mapped at a time; each takes a file handle
 _FIRSTS = "firsts.npy"
 
 
@@ -26,14 +26,20 @@ def write_layout(folder: Path, split: str, layout: Layout) -> None:
 
 
 def write_firsts(folder: Path, tokens: Sequence[int]) -> None:
-    """Keep where each chunk begins in the corpus. tokens: of every chunk."""
+    """Keep the first token of each chunk in the corpus, given the number of tokens of every chunk."""
     np.save(folder / _FIRSTS, np.concatenate(([0], np.cumsum(tokens, dtype=np.int64))), allow_pickle=False)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens. header: of their length. folder: of chunks and layouts. numbers: of these rows in
-    the layout, int64 (rows,).
+    """Rows of tokens.
+
+    Args:
+        header: an index that describes the rows.
+        vocabulary: number of token ids.
+        folder: of chunks and layouts.
+        split: its name.
+        numbers: of these rows in the layout, int64 (rows,).
     """
 
     header: ShardIndex
@@ -56,7 +62,7 @@ class Rows:
 
 
 class _Reader:
-    """Made anew for every shard: chunks are mapped, not held."""
+    """A reader of rows, made anew for every shard; chunks are mapped into memory."""
 
     def __init__(self, folder: Path, split: str, length: int) -> None:
         self.folder, self.length = folder, length
@@ -67,7 +73,7 @@ class _Reader:
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents, (length,) each."""
+        """Return tokens and documents, (length,) each."""
         tokens = np.zeros(self.length, dtype=np.uint32)
         documents = np.full(self.length, PADDING, dtype=np.uint16)
         place = 0

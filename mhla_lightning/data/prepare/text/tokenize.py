@@ -1,5 +1,7 @@
-"""Text to token shards: the same inputs and options give the same bytes, with any number of workers and
-however often it was interrupted.
+"""Text to token shards.
+
+The same inputs and options give the same bytes, with any number of workers and however often the work was
+interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
-from mhla_lightning.data.prepare.pack import Options, Progress, check_target, fill, fingerprint_of, plan
+from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fill, fingerprint_of, plan
+from mhla_lightning.data.prepare.parallel import check_workers
 from mhla_lightning.data.prepare.replacing import Note, build, demand_free
-from mhla_lightning.data.prepare.sources.base import Source
-from mhla_lightning.data.prepare.text.chunks import Chunks, documents_path, tokenize_chunks
+from mhla_lightning.data.prepare.sources.base import SampleSource
+from mhla_lightning.data.prepare.text.chunks import TokenizedCorpus, documents_path, tokenize_chunks
 from mhla_lightning.data.prepare.text.inputs import Input, folder_of, open_inputs
 from mhla_lightning.data.prepare.text.layout import check_packing, held_out, lay_out
 from mhla_lightning.data.prepare.text.rows import Rows, write_firsts, write_layout
@@ -27,13 +30,17 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What decides, with the inputs, which bytes are written.
+    """The choices that decide, with the inputs, which bytes are written.
 
-    tokenizer: see open_tokenizer. length: tokens a row; val_length: of the val split, None is the same.
+    Args:
+        tokenizer: see open_tokenizer.
+        length: tokens a row.
+        val_length: tokens a row of the val split; None is the same.
         packing: best-fit or concatenate.
-    val: documents (int) or share of them (float below 1) held out. column: of JSON lines, parquet and hf.
-        seed: of the order of rows and of the
-    documents held out. shards: number of training shards.
+        val: documents (int) or share of them (float below 1) held out.
+        text_column: of JSON lines, parquet and hf.
+        seed: of the order of rows and of the documents held out.
+        shards: number of training shards; None takes enough for 512 MB each, at least 16.
     """
 
     tokenizer: str = "bytes"
@@ -41,31 +48,37 @@ class TextOptions:
     val_length: int | None = None
     packing: str = "best-fit"
     val: int | float = VAL
-    column: str = "text"
+    text_column: str = "text"
     seed: int = 0
     shards: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for a length, packing or number of shards that cannot be."""
+        """Raise UserError for a value outside its range."""
         check_packing(self.packing)
-        for name, value in (("--length", self.length), ("--val-length", self.val_length)):
+        for name, value in (("length", self.length), ("val_length", self.val_length)):
             if value is not None and not 2 <= value <= MAX_LENGTH:
-                raise UserError(f"{name} is {value}; it must be a number of tokens from 2 to {MAX_LENGTH}")
+                raise UserError(name, f"got {value}; it must be a number of tokens from 2 to {MAX_LENGTH}")
         if not self.val > 0:
             raise UserError(
-                f"--val is {self.val}; it must be a number of documents, or a share above 0 and below 1"
+                "val", f"got {self.val}; it must be a number of documents, or a share above 0 and below 1"
             )
-        Options(shards=self.shards)
+        PackOptions(shards=self.shards)
 
     def length_of(self, split: str) -> int:
-        """Tokens a row of a split."""
+        """Return the tokens a row of a split."""
         return self.val_length if split == "val" and self.val_length is not None else self.length
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split holds. bytes: of its documents in UTF-8. padding: share of its places. dropped: tokens
-    that filled no row.
+    """The content of a split.
+
+    Args:
+        documents: number of documents.
+        tokens: number of tokens.
+        bytes: of the documents in UTF-8.
+        padding: share of the places in rows.
+        dropped: number of tokens that filled no row.
     """
 
     documents: int
@@ -76,9 +89,17 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """indices, splits: by name. binary: files that are no text; empty: documents without any: both left out.
-    made: tokens made in `seconds` by this call, which may have found others made."""
+class TokenizeReport:
+    """What was written.
+
+    Args:
+        indices: by split.
+        splits: by name.
+        binary: number of files that are no text and were left out.
+        empty: number of documents without text, which were left out.
+        made: number of tokens that this call made; others may exist from an earlier one.
+        seconds: that this took.
+    """
 
     indices: dict[str, ShardIndex]
     splits: dict[str, SplitReport]
@@ -98,25 +119,37 @@ def tokenize(
     wait: bool = True,
     on_progress: Progress | None = None,
     on_note: Note | None = None,
-) -> Report:
-    """Write text as token shards under `to`. inputs: see open_inputs. overwrite, workers, wait, on_note: see
-    pack.
+) -> TokenizeReport:
+    """Write text as token shards under `to`.
 
-    A tokenizer with a file is kept as to/tokenizer.json, and named by its content in the index. Raises
-    UserError for a bad argument or a target in use, DataError for an input that cannot be read, Interrupted
-    for what the same call can continue.
+    A tokenizer with a file is kept as to/tokenizer.json, and the index names it by its content.
+
+    Args:
+        inputs: see inputs.open_inputs.
+        to: the folder to make.
+        options: how text becomes tokens.
+        overwrite: see pack.pack, also for the arguments that follow.
+        workers: processes.
+        wait: wait for another process that makes `to`.
+        on_progress: called with a split, its samples done and its samples in all.
+        on_note: called with remarks for the user.
+
+    Raises:
+        UserError: a bad argument, or a target in use.
+        DataError: an input that cannot be read.
+        Interrupted: work that the same call can continue.
     """
     target = _target(inputs, to)
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
+    check_workers(workers)
     demand_free(target, overwrite)
     tokenizer = open_tokenizer(options.tokenizer)
     if tokenizer.end is None:
         raise UserError(
-            f"the tokenizer {options.tokenizer} names no token that ends a document: give it an "
-            "eos_token in tokenizer_config.json"
+            "tokenizer",
+            f"{options.tokenizer} names no token that ends a document; give it an eos_token in "
+            "tokenizer_config.json",
         )
-    sources = open_inputs(inputs, options.column)
+    sources = open_inputs(inputs, options.text_column)
     fingerprint = fingerprint_of(
         [source.fingerprint for source in sources], tokenizer.name, tokenizer.end, repr(options)
     )
@@ -130,13 +163,13 @@ def tokenize(
         indices = fill(
             building,
             source,
-            plan(source, Options(None, options.shards, options.seed)),
+            plan(source, PackOptions(None, options.shards, options.seed)),
             workers,
             progress,
             note,
         )
     binary, empty = (sum(getattr(chunk, name) for chunk in chunks.found) for name in ("binary", "empty"))
-    return Report(indices, reports, binary, empty, chunks.made, chunks.seconds)
+    return TokenizeReport(indices, reports, binary, empty, chunks.made, chunks.seconds)
 
 
 def _target(inputs: Sequence[str], to: str | Path) -> Path:
@@ -146,9 +179,9 @@ def _target(inputs: Sequence[str], to: str | Path) -> Path:
 
 
 def _lay_out(
-    folder: Path, chunks: Chunks, tokenizer: Tokenizer, options: TextOptions, inputs: Sequence[Input]
-) -> tuple[Source, dict[str, SplitReport]]:
-    """The splits as parts of a source, and a report of each."""
+    folder: Path, chunks: TokenizedCorpus, tokenizer: Tokenizer, options: TextOptions, inputs: Sequence[Input]
+) -> tuple[SampleSource, dict[str, SplitReport]]:
+    """Return the splits as parts of a source, and a report of each."""
     documents = np.concatenate(
         [
             np.zeros((0, 2), np.int64),
@@ -158,15 +191,15 @@ def _lay_out(
     if not len(documents):
         binary = sum(chunk.binary for chunk in chunks.found)
         raise DataError(
-            f"{', '.join(source.name for source in inputs[:3])}: no text was found ({binary} binary "
-            "files, the rest empty)"
+            ", ".join(source.name for source in inputs[:3]),
+            f"no text was found ({binary} binary files, the rest empty)",
         )
     write_firsts(folder, [chunk.tokens for chunk in chunks.found])
     ends = np.cumsum(documents[:, 0])
     outside = held_out(len(documents), options.val, options.seed)
     header = ShardIndex("tokens", (), tokenizer=tokenizer.name, length=options.length)
     lengths = {split: options.length_of(split) for split in SPLITS}
-    source = Source(header, {}, "", lengths, dict(tokenizer.files))
+    source = SampleSource(header, {}, "", lengths, dict(tokenizer.files))
     reports = {}
     for split, chosen in (("train", ~outside), ("val", outside)):
         tokens, size = documents[chosen, 0], documents[chosen, 1]
@@ -174,12 +207,15 @@ def _lay_out(
         rows = len(layout.rows) - 1
         if not rows:
             more = (
-                "a smaller --length or --val"
+                "a smaller `length` or `val`"
                 if split == "train"
-                else "a larger --val, or a smaller --val-length"
+                else "a larger `val`, or a smaller `val_length`"
             )
             found = f"the {split} split has {tokens.sum()} tokens in {len(tokens)} documents"
-            raise DataError(f"{found}, less than a row of {lengths[split]}: choose {more}")
+            raise DataError(
+                "length" if split == "train" else "val",
+                f"{found}, less than a row of {lengths[split]}; choose {more}",
+            )
         write_layout(folder, split, layout)
         source.parts[split] = Rows(
             source.header_of(split), tokenizer.vocabulary, folder, split, np.arange(rows)

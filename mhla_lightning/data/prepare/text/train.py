@@ -19,9 +19,14 @@ _PROBED = 200  # documents on which bytes per token are measured
 
 
 @dataclass(frozen=True)
-class Trained:
-    """tokenizer: as it was written. documents, bytes: of the text. bytes_per_token: on its first
-    documents.
+class TrainedTokenizer:
+    """A tokenizer that was learned.
+
+    Args:
+        tokenizer: as it was written.
+        documents: number of documents.
+        bytes: of the text in UTF-8.
+        bytes_per_token: on the first documents.
     """
 
     tokenizer: Tokenizer
@@ -34,14 +39,25 @@ def train_tokenizer(
     inputs: Sequence[str],
     to: str | Path,
     vocabulary: int,
-    column: str = "text",
+    text_column: str = "text",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Trained:
-    """Learn a tokenizer.json of `vocabulary` ids from text (see open_inputs) and write it to the file `to`.
+) -> TrainedTokenizer:
+    """Learn a tokenizer.json from text and write it to the file `to`.
 
-    The same text gives the same file. on_progress: input bytes read, and in all. Raises UserError for a bad
-    argument, DataError for an input that cannot be read or holds no text.
+    The same text gives the same file.
+
+    Args:
+        inputs: see inputs.open_inputs.
+        to: the file.
+        vocabulary: number of ids.
+        text_column: of JSON lines, parquet and hf.
+        overwrite: replace the file.
+        on_progress: called with the input bytes read, and of all.
+
+    Raises:
+        UserError: a bad argument.
+        DataError: an input that cannot be read, or holds no text.
     """
     target = Path(to).expanduser()
     _check(target, vocabulary, overwrite)
@@ -49,8 +65,8 @@ def train_tokenizer(
         from tokenizers import Tokenizer as Core
         from tokenizers import decoders, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise UserError(missing_extra("tokenizers", "language", "training a tokenizer")) from error
-    sources = open_inputs(inputs, column)
+        raise UserError("inputs", missing_extra("tokenizers", "language", "training a tokenizer")) from error
+    sources = open_inputs(inputs, text_column)
     total, counts = sum(source.size for source in sources), {"documents": 0, "bytes": 0}
     progress = on_progress or (lambda *_: None)
 
@@ -73,7 +89,7 @@ def train_tokenizer(
     )
     core.train_from_iterator(texts(), trainer)
     if not counts["documents"]:
-        raise DataError(f"{', '.join(map(str, inputs))}: no text was found")
+        raise DataError(", ".join(map(str, inputs)), "no text was found")
     _write(target, core.to_str(pretty=True))
     tokenizer = open_tokenizer(str(target))
     probe = list(
@@ -83,22 +99,22 @@ def train_tokenizer(
         )
     )
     rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
-    return Trained(tokenizer, counts["documents"], counts["bytes"], rate)
+    return TrainedTokenizer(tokenizer, counts["documents"], counts["bytes"], rate)
 
 
 def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
     if vocabulary < LEAST or vocabulary > 2**24:
         raise UserError(
-            f"--vocabulary is {vocabulary}; it must be from {LEAST} (all bytes and {END}) to {2**24}"
+            "vocabulary", f"got {vocabulary}; it must be from {LEAST} (all bytes and {END}) to {2**24}"
         )
     if target.suffix != ".json":
         raise UserError(
-            f"--to {target} must name a file that ends in .json, for example {target / 'tokenizer.json'}"
+            "to", f"{target} must be a file that ends in .json, for example {target / 'tokenizer.json'}"
         )
     if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: choose another file, or pass --overwrite")
+        raise UserError(str(target), "exists; choose another file, or pass `overwrite`")
     if not target.absolute().parent.is_dir():
-        raise UserError(f"--to {target}: there is no folder {target.absolute().parent}")
+        raise UserError("to", f"there is no folder {target.absolute().parent} for {target.name}")
 
 
 def _write(target: Path, content: str) -> None:
@@ -107,4 +123,4 @@ def _write(target: Path, content: str) -> None:
         part.write_text(content, encoding="utf-8")
         part.rename(target)
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+        raise UserError(str(target), f"cannot be written ({error.strerror or error})") from error
