@@ -109,7 +109,11 @@ class TrainStream(IterableDataset[Batch]):
         return collate(rows, meter.take(), together)
 
     def _rows(
-        self, positions: np.ndarray, places: Sequence[SamplePlace], samples: Sequence[RawSample], meter: SkipMeter
+        self,
+        positions: np.ndarray,
+        places: Sequence[SamplePlace],
+        samples: Sequence[RawSample],
+        meter: SkipMeter,
     ) -> list[BatchRow]:
         rows = []
         for position, place, sample in zip(positions.tolist(), places, samples, strict=True):
@@ -200,7 +204,9 @@ class EvalStream(IterableDataset[Batch]):
     def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> BatchRow:
         index = sample["__index__"]
         try:
-            row = BatchRow(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample))
+            row = BatchRow(
+                sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample)
+            )
         except BadSample as reason:
             meter.bad(sample, reason)
             return self._padding(kind)

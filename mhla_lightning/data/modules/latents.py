@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 WAN_RATE = 16.0  # frames a second, where the index has none
 _EMPTY_BYTES = 2**28
-_REMEDY = (
-    "data sets that are used together need one VAE, and one shape of latents unless `data.order.mix_by` is batch"
-)
+_REMEDY = "data sets that are used together need one VAE, and one shape of latents unless `data.order.mix_by` is batch"
 
 
 class LatentDataModule(TextConditioned, ShardDataModule):
