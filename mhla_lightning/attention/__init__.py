@@ -1,16 +1,19 @@
-"""Token operators and the self-attention layer, for our backbones and for people's own models. Needs torch
-alone.
+"""Token operators and the self-attention layers around them.
+
+They serve our backbones and other people's models, and need nothing but torch.
 
 >>> import torch
 >>> from mhla_lightning.attention import SelfAttention
->>> layer = SelfAttention(64, heads=2, grid=(8, 12), attention={"name": "mhla", "blocks": 4}, pos_conv="lepe3")
+>>> entry = {"name": "mhla", "blocks": 4, "pos_conv": "lepe3"}
+>>> layer = SelfAttention(64, heads=2, grid=(8, 12), attention=entry)
 >>> layer(torch.randn(1, 96, 64)).shape
 torch.Size([1, 96, 64])
 """
 
-from mhla_lightning.attention.base import Attention, CausalAttention, Rotary, State
+from mhla_lightning.attention.base import Attention, CausalAttention, State
 from mhla_lightning.attention.baselines.linear import Linear
 from mhla_lightning.attention.baselines.softmax import Softmax
+from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.entry import (
     ATTENTION,
     CAUSAL_ATTENTION,
@@ -20,12 +23,19 @@ from mhla_lightning.attention.entry import (
     resolve_layer,
     resolve_layers,
 )
-from mhla_lightning.attention.layers.causal_self_attention import CausalSelfAttention, LayerState
+from mhla_lightning.attention.layers.causal_self_attention import (
+    CausalLayerOptions,
+    CausalSelfAttention,
+    LayerState,
+)
 from mhla_lightning.attention.layers.outputs import attention_outputs
-from mhla_lightning.attention.layers.self_attention import DepthwiseConv, SelfAttention
+from mhla_lightning.attention.layers.self_attention import DepthwiseConv, LayerOptions, SelfAttention
 from mhla_lightning.attention.mhla import (
     MHLA,
     BlockGrid,
+    CausalFeatures,
+    CausalRule,
+    MixingInit,
     MixingMatrix,
     block_summaries,
     causal_mhla,
@@ -46,11 +56,17 @@ __all__ = [
     "Attention",
     "BlockGrid",
     "CausalAttention",
+    "CausalFeatures",
+    "CausalLayerOptions",
+    "CausalRule",
     "CausalSelfAttention",
+    "Context",
     "DepthwiseConv",
     "LayerAttention",
+    "LayerOptions",
     "LayerState",
     "Linear",
+    "MixingInit",
     "MixingMatrix",
     "Packing",
     "Rotary",

@@ -1,107 +1,113 @@
-"""The contract of a token operator: q, k, v in, mixed values out."""
+"""The contract of a token operator: it reads q, k and v and returns mixed values."""
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Protocol, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.attention.packing import Packing
+from mhla_lightning.attention.context import Context, ContextKeywords, Rotary, context_from
+from mhla_lightning.attention.packing import one_document_per_row
 from mhla_lightning.errors import UserError, unknown_name
 
-Rotary = Callable[[Tensor], Tensor]
-"""(batch, tokens, heads, dim) -> same shape; made by the backbone, which owns base, pairing and dtype."""
+__all__ = ["Attention", "CausalAttention", "Context", "Rotary", "State"]
 
 _SHARED_ARGUMENTS = ("self", "heads", "dim_k", "dim_v", "grid")
 
 
 class Attention(nn.Module):
-    """One operator, one instance a layer.
+    """The operator of one layer.
 
-    A subclass takes ``heads, dim_k, dim_v, grid`` and its own options by keyword; the options of an attention
-    entry are read off that signature.
+    A subclass implements :meth:`attend` and :meth:`flops`. Its constructor takes ``heads, dim_k, dim_v,
+    grid`` by keyword, and its own options in one of two ways: as further keywords, or as one argument
+    ``options`` of the dataclass `options_type`. Either way they are the operator's keys in an attention
+    entry.
 
     Class attributes:
         causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
+        options_type: the frozen dataclass of the operator's options; None means plain keywords.
     """
 
     causal: ClassVar[bool] = False
+    options_type: ClassVar[type[Any] | None] = None
 
-    @abstractmethod
     def forward(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
+        context: Context | None = None,
+        **keywords: Unpack[ContextKeywords],
     ) -> Tensor:
-        """Mixes values over tokens in raster order.
+        """Mix values over tokens in raster order.
 
         Args:
             q, k: (batch, tokens, heads, dim_k), before the feature map.
             v: (batch, tokens, heads, dim_v).
-            grid: token counts per axis; None takes the one given at construction.
-            rotary: turns q and k. softmax applies it to both; linear operators after the feature map and in
-                the numerator only.
-            mask: (batch, tokens) bool, True = real token. Padded outputs are 0 and padded keys count nowhere.
-            documents: causal operators only, see :class:`CausalAttention`.
+            context: everything else that the operator reads; None builds it from the keywords.
+            keywords: the fields of :class:`Context`, instead of a context.
 
         Returns:
             (batch, tokens, heads, dim_v)
         """
+        return self.attend(q, k, v, context_from(context, keywords))
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Compute :meth:`forward`; the operator's own implementation."""
 
     @abstractmethod
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        """Matrix-product FLOPs of one sample's forward, 2 a multiply-add, as torch's FlopCounterMode
-        counts.
+        """Return the matrix-product FLOPs of one sample's forward.
+
+        A multiply-add counts 2, as in torch's FlopCounterMode.
         """
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """The operator's own keys in an attention entry."""
+        """Return the operator's own keys in an attention entry."""
+        if cls.options_type is not None:
+            return tuple(field.name for field in fields(cls.options_type))
         return tuple(
             name for name in inspect.signature(cls.__init__).parameters if name not in _SHARED_ARGUMENTS
         )
 
 
 class State(Protocol):
-    """What a causal operator remembers of the tokens it has seen; `step` may change it in place."""
+    """A causal operator's memory of the tokens so far; `step` may change it in place."""
 
     @property
     def bytes(self) -> int:
         """Bytes of all its tensors, as allocated."""
 
     def reorder(self, indices: Tensor) -> Self:
-        """The sequences `indices` (int64, any number, repeats allowed) as a new batch: beam search, or
-        dropping finished sequences.
+        """Return the sequences `indices` as a new batch.
+
+        Args:
+            indices: (any number,) int64, repeats allowed: for beam search, or to drop finished sequences.
         """
 
 
 class CausalAttention(Attention):
-    """An operator whose tokens see earlier tokens only, in parallel (`forward`, `prefill`) or one by one
-    (`step`): the same numbers.
+    """An operator whose tokens see earlier tokens only.
 
-    Chunks and positions start anew with each document and with the first real token, so packed, padded and
-    alone give the same numbers.
+    It runs in parallel (`forward`, `prefill`) or token by token (`step`), with the same numbers. Chunks and
+    positions restart with each document and with the first real token, so packed, padded and single sequences
+    give the same numbers.
 
     Class attributes:
-        grouped: takes k and v of fewer heads than q (grouped queries) as they are; for all others the layer
+        grouped: takes k and v of fewer heads than q (grouped queries); for all other operators the layer
             repeats them.
     Attributes:
-        token_decay: needs `log_decay`, the log of a decay in (0, 1] that the layer computes from every token.
-        channel_decay: with `token_decay`, one decay a key channel: `log_decay` is (batch, tokens, heads,
-            dim_k).
-        token_beta: `forward`, `prefill` and `step` also take `beta` (batch, tokens, heads) in (0, 1), how
-            much of each token is written.
+        token_decay: needs `log_decay`, the log of a decay in (0, 1] that the layer computes per token.
+        channel_decay: with `token_decay`, one decay per key channel.
+        token_beta: needs `beta`.
     """
 
     causal: ClassVar[bool] = True
@@ -110,34 +116,46 @@ class CausalAttention(Attention):
     channel_decay: bool = False
     token_beta: bool = False
 
-    @abstractmethod
-    def forward(
+    def prefill(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> Tensor:
-        """Mixes values over each token's own and earlier tokens.
+        context: Context | None = None,
+        **keywords: Unpack[ContextKeywords],
+    ) -> tuple[Tensor, State]:
+        """Compute `forward` and the state after the last real token of each sequence.
+
+        Raises:
+            UserError: packed documents; a state follows one document per row.
+        """
+        context = context_from(context, keywords)
+        packing = context.packed()
+        one_document_per_row(packing)
+        return self.attend_prefill(q, k, v, replace(context, packing=packing))
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: State,
+        context: Context | None = None,
+        **keywords: Unpack[ContextKeywords],
+    ) -> tuple[Tensor, State]:
+        """Process one more token of each sequence.
 
         Args:
-            q, k, v, rotary, mask: see :meth:`Attention.forward`. Padding stands left or right of a sequence.
-            grid: ignored; there is one axis.
-            documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
-                document.
-            packing: of the same mask and documents, made once for all layers; None makes it here.
-            log_decay: (batch, tokens, heads), with `channel_decay` (batch, tokens, heads, dim_k), at most 0;
-                where `token_decay` is set.
+            q, k: (batch, 1, heads, dim_k).
+            v: (batch, 1, heads, dim_v).
+            state: of the tokens so far.
+            context: rotary, log_decay and beta of this token; None builds it from the keywords.
+            keywords: the fields of :class:`Context`, instead of a context.
 
         Returns:
-            (batch, tokens, heads, dim_v)
+            (batch, 1, heads, dim_v), and the new state.
         """
+        return self.attend_step(q, k, v, state, context_from(context, keywords))
 
     @abstractmethod
     def init_state(
@@ -150,44 +168,29 @@ class CausalAttention(Attention):
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> State:
-        """The state before the first token; heads are those of k and v."""
+        """Return the state before the first token; `heads` counts those of k and v."""
 
     @abstractmethod
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        mask: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """`forward` from the first token on, and the state behind the last real token of each sequence."""
+    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State]:
+        """Compute :meth:`prefill`; the operator's own implementation."""
 
     @abstractmethod
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: State,
-        *,
-        rotary: Rotary | None = None,
-        log_decay: Tensor | None = None,
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, context: Context
     ) -> tuple[Tensor, State]:
-        """One more token of each sequence: q, k (batch, 1, heads, dim_k), v (batch, 1, heads, dim_v) ->
-        (batch, 1, heads, dim_v).
-        """
+        """Compute :meth:`step`; the operator's own implementation."""
 
 
 FEATURE_MAPS = ("relu_eps", "relu", "elu", "identity")
 
 
 def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
-    """phi: `relu_eps` is relu(x) + eps (the release's vision and video), `relu` its language model's, `elu`
-    is elu(x) + 1.
+    """Return the feature map phi of a name.
+
+    Args:
+        name: `relu_eps` is relu(x) + eps, the release's for vision and video; `relu` is its language model's;
+            `elu` is elu(x) + 1; `identity` is x.
+        eps: the offset of `relu_eps`.
 
     Raises:
         UserError: unknown name.
@@ -198,46 +201,72 @@ def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
         "elu": lambda x: torch.nn.functional.elu(x) + 1,
         "identity": lambda x: x,
     }
-    if name not in maps:
-        raise UserError(unknown_name("feature_map", name, FEATURE_MAPS))
+    known("feature_map", name, FEATURE_MAPS)
     return maps[name]
 
 
 def relu_offset(name: str, eps: float) -> float | None:
-    """What the fused path adds behind its relu to be this feature map; None where it cannot be."""
+    """Return the offset that makes relu(x) + offset this feature map; None where there is none."""
     return {"relu": 0.0, "relu_eps": eps}.get(name)
 
 
 def positive(key: str, value: object) -> None:
-    """Refuses what is no whole number above 0. Raises UserError."""
+    """Refuse anything but a whole number above 0.
+
+    Raises:
+        UserError: with this key.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key} is {value}; it must be a whole number from 1 on")
+        raise UserError(key, f"found {value}; it must be a whole number of at least 1")
+
+
+def known(key: str, value: str | None, names: tuple[str | None, ...]) -> None:
+    """Refuse a name that is not in `names`.
+
+    Raises:
+        UserError: with this key and the nearest name.
+    """
+    if value not in names:
+        spelled = ["null" if name is None else name for name in names]
+        raise UserError(key, unknown_name("name", value, spelled))
 
 
 def demand_decay(log_decay: Tensor | None) -> Tensor:
-    """The decays that a gated operator cannot do without. Raises UserError."""
+    """Return the decays that a gated operator needs.
+
+    Raises:
+        UserError: they are missing.
+    """
     if log_decay is None:
         raise UserError(
-            "decay 'token' needs log_decay (batch, tokens, heads), which CausalSelfAttention "
-            "computes from the tokens"
+            "log_decay",
+            "missing; `decay: token` needs (batch, tokens, heads), which CausalSelfAttention computes from the "
+            "tokens",
         )
     return log_decay
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Sums over tokens are taken in float32 at least: bf16 keeps 8 bits, and a summary adds thousands of
-    terms (SPEC 1.4).
+    """Return the dtype for sums over tokens: float32 at least.
+
+    bf16 keeps 8 bits, and a summary adds thousands of terms (SPEC 1.4).
     """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Leaves autocast on x's device (the meta device has none)."""
+    """Switch autocast off on x's device; the meta device has none."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def no_documents(documents: Tensor | None) -> None:
-    """Refuses documents where every token sees all others."""
+    """Refuse documents where every token sees all others.
+
+    Raises:
+        UserError: documents were given.
+    """
     if documents is not None:
-        raise UserError("documents need a causal operator; a bidirectional one takes a mask")
+        raise UserError(
+            "documents", "found some; only causal operators take them, a bidirectional one takes `mask`"
+        )

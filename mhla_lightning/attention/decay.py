@@ -1,4 +1,4 @@
-"""Decays in (0, 1): how they start."""
+"""Initial values of learned decays in (0, 1)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ _SHORTEST, _LONGEST = 4.0, 256.0  # tokens
 
 
 def spread_logits(heads: int) -> Tensor:
-    """(heads,) with sigmoid(logit) = 1 - 1 / span, the spans spread evenly in log from 4 to 256 tokens:
-    each head forgets at its own pace.
+    """Return (heads,) logits of decays whose spans run from 4 to 256 tokens.
+
+    A head of span n has sigmoid(logit) = 1 - 1 / n. The spans are evenly spaced in log, so that each head
+    forgets at its own rate.
     """
     spans = torch.logspace(torch.tensor(_SHORTEST).log2(), torch.tensor(_LONGEST).log2(), heads, base=2.0)
     return torch.log(spans - 1)

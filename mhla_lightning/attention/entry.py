@@ -1,5 +1,6 @@
-"""An attention entry: what stands behind `model.attention` in a recipe (a name, a mapping, or a list of
-these cycled over the layers).
+"""Attention entries: the value of `model.attention` in a recipe.
+
+An entry is a name, a mapping, or a list of these that is cycled over the layers.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ CAUSAL_ATTENTION: dict[str, type[CausalAttention]] = {
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
 }
-"""The operators of language models, under the same names where they are the causal form of the same idea;
-the last three on CUDA only.
+"""The operators of language models; the last three run on CUDA only.
+
+A name that both tables have is the causal form of the same idea.
 """
 
 Entry = str | Mapping[str, Any]
@@ -42,35 +44,50 @@ Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """One layer's entry after presets: the operator, its options, and the options of the layer around it."""
+    """The resolved entry of one layer.
+
+    Attributes:
+        name: of the operator.
+        operator: options of the operator.
+        layer: options of the layer around it.
+    """
 
     name: str
     operator: dict[str, Any]
     layer: dict[str, Any]
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The entry as one mapping, for a self-attention layer."""
+        return {"name": self.name, **self.operator, **self.layer}
+
 
 def operators(causal: bool) -> dict[str, type[Attention]]:
-    """The table of causal or of bidirectional operators."""
+    """Return the table of causal or of bidirectional operators."""
     return cast(dict[str, type[Attention]], CAUSAL_ATTENTION if causal else ATTENTION)
 
 
 def register_attention(name: str, operator: type[Attention]) -> None:
-    """Adds an operator under a new name, to the table of its kind.
+    """Add an operator under a new name to the table of its kind.
 
     Raises:
         UserError: the name is taken.
     """
     table = operators(operator.causal)
     if name in table:
-        raise UserError(f"attention '{name}' is already registered by {table[name].__module__}")
+        raise UserError("name", f"'{name}' is already registered by {table[name].__module__}; take another")
     table[name] = operator
 
 
 def lookup_attention(name: object, causal: bool = False) -> type[Attention]:
-    """The operator class of a name; the error lists the names."""
+    """Return the operator class of a name.
+
+    Raises:
+        UserError: unknown name; lists the valid ones.
+    """
     table = operators(causal)
     if not isinstance(name, str) or name not in table:
-        raise UserError(unknown_name("causal attention" if causal else "attention", name, table))
+        raise UserError("name", unknown_name("causal attention" if causal else "attention", name, table))
     return table[name]
 
 
@@ -83,15 +100,44 @@ def build_attention(
     grid: Sequence[int] | None = None,
     causal: bool = False,
 ) -> Attention:
-    """Builds one operator from a name or a mapping of ``name`` and the operator's own options; a causal one
-    is a :class:`CausalAttention`.
+    """Build one operator from an entry.
+
+    Args:
+        entry: a name, or a mapping of ``name`` and the operator's own options.
+        heads: number of heads.
+        dim_k, dim_v: channels per head of q and k, and of v.
+        grid: token counts per axis.
+        causal: whether to take a :class:`CausalAttention`.
 
     Raises:
         UserError: unknown name or option, or options that do not fit the grid.
     """
-    spec = resolve_layer(entry, presets={}, layer_options=(), causal=causal)
-    operator: Callable[..., Attention] = lookup_attention(spec.name, causal)
-    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **spec.operator)
+    return build_operator(
+        resolve_layer(entry, presets={}, layer_options=(), causal=causal),
+        heads=heads,
+        dim_k=dim_k,
+        dim_v=dim_v,
+        grid=grid,
+        causal=causal,
+    )
+
+
+def build_operator(
+    spec: LayerAttention,
+    *,
+    heads: int,
+    dim_k: int,
+    dim_v: int,
+    grid: Sequence[int] | None,
+    causal: bool,
+) -> Attention:
+    """Build the operator of a resolved entry; see :func:`build_attention` for the other arguments."""
+    kind = lookup_attention(spec.name, causal)
+    options: dict[str, Any] = spec.operator
+    if kind.options_type is not None:
+        options = {"options": kind.options_type(**spec.operator)}
+    operator: Callable[..., Attention] = kind
+    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **options)
 
 
 def resolve_layers(
@@ -101,14 +147,23 @@ def resolve_layers(
     layer_options: Iterable[str],
     causal: bool = False,
 ) -> list[LayerAttention]:
-    """One resolved entry a layer; a list is cycled over `depth` layers (`[softmax, mhla, mhla]` is the
-    paper's hybrid).
+    """Resolve the entry of every layer.
+
+    Args:
+        entry: a name, a mapping, or a list that is cycled over the layers; `[softmax, mhla, mhla]` is the
+            paper's hybrid.
+        depth: number of layers.
+        presets: the defaults of the model family.
+        layer_options: keys that belong to the layer around the operator.
+        causal: whether names are looked up among causal operators.
+
+    Raises:
+        UserError: an empty list, or an unknown attention, preset or key.
     """
     entries = [entry] if isinstance(entry, (str, Mapping)) else list(entry)
     if not entries:
-        raise UserError(
-            "attention is an empty list; give at least one of: " + ", ".join(sorted(operators(causal)))
-        )
+        names = ", ".join(sorted(operators(causal)))
+        raise UserError("name", f"the list of attentions is empty; give at least one of: {names}")
     options = tuple(layer_options)
     resolved = [resolve_layer(e, presets, options, causal) for e in entries]
     return [resolved[i % len(resolved)] for i in range(depth)]
@@ -117,33 +172,29 @@ def resolve_layers(
 def resolve_layer(
     entry: Entry, presets: Presets, layer_options: Iterable[str], causal: bool = False
 ) -> LayerAttention:
-    """Fills one entry from its preset (`paper` when not named) and splits it into operator and layer options.
+    """Complete one entry from its preset, and separate operator options from layer options.
+
+    The preset is `paper` where the entry names none.
 
     Raises:
-        UserError: unknown attention, preset or key; the sentence lists the valid ones.
+        UserError: unknown attention, preset or key; lists the valid ones.
     """
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name is None:
-        raise UserError(
-            f"an attention mapping needs the key 'name' ({', '.join(sorted(operators(causal)))}), "
-            f"got {sorted(given)}"
-        )
+        names = ", ".join(sorted(operators(causal)))
+        raise UserError("name", f"missing in an attention mapping ({names}); found {sorted(given)}")
     operator_keys, layer_keys = lookup_attention(name, causal).options(), tuple(layer_options)
     preset = given.pop("preset", "paper")
     if presets and preset not in presets:
-        raise UserError(unknown_name("attention preset", preset, presets))
+        raise UserError("preset", unknown_name("attention preset", preset, presets))
+    valid = (*operator_keys, *layer_keys)
     for key in given:
-        if key not in (*operator_keys, *layer_keys):
-            raise UserError(
-                unknown_name(
-                    "option", key, ("name", "preset", *operator_keys, *layer_keys), of=f"attention '{name}'"
-                )
-            )
+        if key not in valid:
+            reason = unknown_name("option", key, ("name", "preset", *valid), of=f"attention '{name}'")
+            raise UserError(str(key), reason)
     defaults = dict(presets.get(preset, {}).get(name, {}))
-    if (
-        "blocks" in given or "block_size" in given
-    ):  # the two name one thing: what is given replaces the preset's
+    if "blocks" in given or "block_size" in given:  # both set the partition: either replaces the preset's
         defaults.pop("blocks", None)
         defaults.pop("block_size", None)
     options = {**defaults, **given}

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, which leaves its fused kernel (with a warning) when autocast hands it bf16 and the
-    weight is float32.
+    """torch's RMSNorm, with its weight cast to the input's dtype.
+
+    torch leaves its fused kernel, with a warning, when autocast passes bf16 and the weight is float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:

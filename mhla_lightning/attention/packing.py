@@ -1,6 +1,4 @@
-"""Where every token of a padded or packed batch stands in its document, and documents cut into chunks of
-their own.
-"""
+"""Padded and packed batches: positions inside documents, and documents cut into chunks."""
 
 from __future__ import annotations
 
@@ -14,18 +12,20 @@ from mhla_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """Documents cut into chunks of `size` tokens; every document starts a chunk, so a row of M chunks holds
-    short ones.
+class DocumentChunks:
+    """Documents cut into chunks of `size` tokens.
+
+    Every document starts a new chunk, so some of the M chunks of a row are short.
 
     Attributes:
-        count: M, chunks a row, the largest of the batch.
+        size: tokens per chunk.
+        count: M, chunks per row, the largest of the batch.
         longest: chunks of the longest document.
-        slot: (batch * tokens,) int64, the place of each token in (batch, M * size + 1) laid flat; padding
+        slot: (batch * tokens,) int64, the place of each token in (batch, M * size + 1), flattened. Padding
             goes to the last place of its row.
         number: (batch, M) int64, the chunk's number within its document.
-        document: (batch, M) int64, which document of its row; -1 where the row has fewer chunks.
-        real: (batch, M, size) bool, True where a token stands.
+        document: (batch, M) int64, the document of each chunk; -1 where the row has fewer chunks.
+        real: (batch, M, size) bool, True where a place holds a token.
     """
 
     size: int
@@ -37,31 +37,29 @@ class Chunks:
     real: Tensor
 
     def split(self, x: Tensor) -> Tensor:
-        """(batch, tokens, ...) -> (batch, M, size, ...), zeros where no token stands."""
+        """Cut (batch, tokens, ...) into (batch, M, size, ...), with zeros at empty places."""
         batch, places = x.shape[0], self.count * self.size + 1
         flat = x.new_zeros(batch * places, *x.shape[2:]).index_copy(0, self.slot, x.flatten(0, 1))
         return flat.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size))
 
     def join(self, chunks: Tensor) -> Tensor:
-        """The inverse: (batch, M, size, ...) -> (batch, tokens, ...), zeros at padding."""
+        """Undo :meth:`split`: (batch, M, size, ...) -> (batch, tokens, ...), zeros at padding."""
         flat = F.pad(chunks.flatten(1, 2), (0, 0) * (chunks.dim() - 3) + (0, 1)).flatten(0, 1)
         return flat.index_select(0, self.slot).unflatten(0, (chunks.shape[0], -1))
 
     def earlier(self) -> Tensor:
-        """(batch, M, M) bool: whether chunk b of a row is an earlier chunk of the same document as chunk
-        i.
-        """
+        """Return (batch, M, M) bool: chunk b precedes chunk i in the same document, at [i, b]."""
         same = self.document[:, :, None] == self.document[:, None, :]
         return same & (self.number[:, None, :] < self.number[:, :, None])
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The real tokens of a batch laid end to end, document after document.
+    """The real tokens of a batch, concatenated document after document.
 
     Attributes:
-        places: (real tokens,) int64, where each stands in (batch * tokens).
-        bounds: (documents + 1,) int64, where each document starts, and the end.
+        places: (real tokens,) int64, the position of each in (batch * tokens).
+        bounds: (documents + 1,) int64, the start of each document, and the end of the last.
         rows: (documents,) int64, the row of each.
     """
 
@@ -70,11 +68,11 @@ class Sequences:
     rows: Tensor
 
     def join(self, x: Tensor) -> Tensor:
-        """(batch, tokens, ...) -> (1, real tokens, ...)"""
+        """Concatenate the real tokens: (batch, tokens, ...) -> (1, real tokens, ...)."""
         return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
     def split(self, x: Tensor, batch: int, tokens: int) -> Tensor:
-        """The inverse, zeros at padding."""
+        """Undo :meth:`join`: (1, real tokens, ...) -> (batch, tokens, ...), zeros at padding."""
         return (
             x.new_zeros(batch * tokens, *x.shape[2:])
             .index_copy(0, self.places, x[0])
@@ -83,20 +81,27 @@ class Sequences:
 
 
 class Packing:
-    """Mask and documents of a batch. A document is a run of equal numbers; padding belongs to none.
+    """Mask and documents of a batch, and the layouts derived from them.
+
+    A document is a run of equal numbers; padding belongs to none.
 
     Args:
-        mask: (batch, tokens) bool, True = real token; None is all real.
-        documents: (batch, tokens) int; None is one document a row.
+        mask: (batch, tokens) bool, True = real token; None means all tokens are real.
+        documents: (batch, tokens) int; None means one document per row.
 
     Attributes:
+        real: (batch, tokens) bool, True = real token.
+        run: (batch, tokens) int64, the number of the document within its row, from 1 on.
         positions: (batch, tokens) int64, the number of real tokens of the same document before each token.
+
+    Raises:
+        UserError: neither mask nor documents.
     """
 
     def __init__(self, mask: Tensor | None, documents: Tensor | None) -> None:
         either = mask if mask is not None else documents
         if either is None:
-            raise UserError("a packing needs a mask or documents")
+            raise UserError("mask", "found neither a mask nor `documents`; a packing needs one of them")
         self.mask, self.documents = mask, documents
         self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask.bool()
         starts = torch.zeros_like(self.real)
@@ -107,33 +112,36 @@ class Packing:
         before = torch.where(starts, count - self.real.long(), 0).cummax(1).values
         self.run = starts.long().cumsum(1)
         self.positions = (count - before - 1).clamp_min(0)
-        self._chunks: dict[int, Chunks] = {}
+        self._chunks: dict[int, DocumentChunks] = {}
         self._sequences: Sequences | None = None
 
     @classmethod
     def of(cls, mask: Tensor | None, documents: Tensor | None) -> Packing | None:
-        """None where every token is real and of the same document: nothing to rearrange."""
+        """Return a packing; None where every token is real and a row is one document."""
         return None if mask is None and documents is None else cls(mask, documents)
 
     def allowed(self) -> Tensor:
-        """(batch, 1, tokens, tokens) bool: real, of the same document, not later. A padded query sees
-        itself, so that no row is empty.
+        """Return (batch, 1, tokens, tokens) bool: which keys each query sees.
+
+        These are the real tokens of the same document that are not later. A padded query sees itself, so
+        that no row is empty.
         """
         tokens = self.real.shape[1]
         same = self.run[:, :, None] == self.run[:, None, :]
         seen = (same & self.real[:, None, :]).tril()
         return (seen | torch.eye(tokens, dtype=torch.bool, device=seen.device)).unsqueeze(1)
 
-    def chunks(self, size: int) -> Chunks:
-        """The documents in chunks of `size`; remembered, since every layer asks (it waits for the device
-        once).
+    def chunks(self, size: int) -> DocumentChunks:
+        """Cut the documents into chunks of `size` tokens.
+
+        The result is cached, because every layer asks for it and computing it waits for the device.
         """
         if size not in self._chunks:
             self._chunks[size] = self._cut(size)
         return self._chunks[size]
 
     def sequences(self) -> Sequences:
-        """The documents end to end without padding; remembered, as chunks are."""
+        """Concatenate the documents without padding; the result is cached."""
         if self._sequences is None:
             places = self.real.flatten().nonzero().squeeze(1)
             starts = (self.positions.flatten()[places] == 0).nonzero().squeeze(1)
@@ -141,7 +149,7 @@ class Packing:
             self._sequences = Sequences(places, F.pad(starts, (0, 1), value=len(places)), rows)
         return self._sequences
 
-    def _cut(self, size: int) -> Chunks:
+    def _cut(self, size: int) -> DocumentChunks:
         batch, tokens = self.real.shape
         within = self.positions % size
         first = self.real & (within == 0)
@@ -155,14 +163,14 @@ class Packing:
         places = count * size + 1
         rows = torch.arange(batch, device=chunk.device)[:, None] * places
         slot = (rows + torch.where(self.real, chunk * size + within, places - 1)).flatten()
-        # Each chunk learns its number and document from its first token; all other tokens write into a column
-        # that is cut off.
+        # The first token of each chunk writes the chunk's number and document; all other tokens write into a
+        # spare column that is dropped.
         target = torch.where(first, chunk, count)
         number = chunk.new_zeros(batch, count + 1).scatter_(1, target, numbers)[:, :count]
         document = chunk.new_full((batch, count + 1), -1).scatter_(1, target, self.run)[:, :count]
         real = torch.zeros(batch * places, dtype=torch.bool, device=chunk.device)
         real[slot] = self.real.flatten()
-        return Chunks(
+        return DocumentChunks(
             size,
             count,
             longest,
@@ -170,4 +178,16 @@ class Packing:
             number,
             document,
             real.view(batch, places)[:, :-1].view(batch, count, size),
+        )
+
+
+def one_document_per_row(packing: Packing | None) -> None:
+    """Refuse packed documents where a streaming state is asked for.
+
+    Raises:
+        UserError: the packing was made of documents.
+    """
+    if packing is not None and packing.documents is not None:
+        raise UserError(
+            "documents", "found packed documents, but a state follows one document per row; omit them"
         )

@@ -140,12 +140,9 @@ class DecoderLayer(nn.Module):
         self, dim: int, hidden: int, spec: LayerAttention, context: int, norm_eps: float, dropout: float
     ) -> None:
         super().__init__()
-        options = {"norm_eps": norm_eps, "dropout": dropout, **spec.layer}
+        entry = {"norm_eps": norm_eps, "dropout": dropout, **spec.entry}
         self.attn_norm = RMSNorm(dim, eps=norm_eps)
-        with inside("attention"):
-            self.attn = CausalSelfAttention(
-                dim, attention={"name": spec.name, **spec.operator}, context=context, **options
-            )
+        self.attn = CausalSelfAttention(dim, attention=entry, context=context)
         self.mlp_norm = RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
         self.dropout = nn.Dropout(dropout)

@@ -275,10 +275,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.grid = tuple(grid)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        with inside("attention"):
-            self.attn = SelfAttention(
-                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(dim, heads, attention=spec.entry, grid=grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         # timm's annotation wants a class; timm only calls it
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]

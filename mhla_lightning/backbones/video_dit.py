@@ -384,10 +384,7 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        with inside("attention"):
-            self.attn = SelfAttention(
-                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(dim, heads, attention=spec.entry, grid=grid)
         self.cross_attn = CrossAttention(dim, heads)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
@@ -437,10 +434,7 @@ class VideoBlock(nn.Module):
         if tuple(grid) == self.attn.grid:
             return self.attn
         with torch.device("meta"):
-            entry = {"name": self.spec.name, **self.spec.operator}
-            return SelfAttention(
-                self.attn.dim, self.attn.heads, attention=entry, grid=grid, **self.spec.layer
-            )
+            return SelfAttention(self.attn.dim, self.attn.heads, attention=self.spec.entry, grid=grid)
 
 
 class Head(nn.Module):

@@ -221,10 +221,7 @@ class MixedBlock(Block):
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
-        with inside("attention"):
-            self.attn = SelfAttention(
-                dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(dim, num_heads, attention=spec.entry, grid=grid)
         self.register_buffer("token_mask", token_mask, persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

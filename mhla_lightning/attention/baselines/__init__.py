@@ -1,3 +1,1 @@
-"""Causal attention for language models: documents packed into rows, the layer, and the operators beside
-MHLA.
-"""
+"""Operators beside MHLA: softmax, linear attention, and gated operators of other papers."""

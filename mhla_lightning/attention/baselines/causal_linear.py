@@ -1,5 +1,6 @@
-"""Causal linear attention, chunk by chunk and with a state: what MHLA is without its mixing. With a decay
-it is gated retention.
+"""Causal linear attention, in chunks or token by token: MHLA without its mixing.
+
+With a decay it is gated retention.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import base
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.chunks import ChunkedTokens, chunk_tokens, real_places
+from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
-from mhla_lightning.attention.packing import Packing
-from mhla_lightning.errors import UserError, unknown_name
 
 NORMALIZERS = ("none", "block")
 DECAYS = ("head", "token")
@@ -24,8 +25,11 @@ DECAYS = ("head", "token")
 
 @dataclass
 class LinearState:
-    """total: (batch, heads, dim_k, dim_v), the decayed sum of k v^T. norm: (batch, heads, dim_k, 1), of k,
-    where there is a normalizer.
+    """The sums over all tokens so far.
+
+    Attributes:
+        total: (batch, heads, dim_k, dim_v), the decayed sum of k v^T.
+        norm: (batch, heads, dim_k, 1), the decayed sum of k; None without a normalizer.
     """
 
     total: Tensor
@@ -43,15 +47,16 @@ class LinearState:
 
 
 class CausalLinear(base.CausalAttention):
-    """o_t = sum_{s<=t} (prod_{r=s+1..t} g_r) (phi(q_t) . phi(k_s)) v_s dim_k ** -0.5, over its sum without v
-    where normalized.
+    """o_t = sum_{s<=t} (prod_{r=s+1..t} g_r) (phi(q_t) . phi(k_s)) v_s dim_k ** -0.5.
+
+    With a normalizer, o_t is divided by the same sum without v.
 
     Args:
         chunk_size: tokens computed at once; the result does not depend on it.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         normalizer: `none` where a norm per head follows (language), else `block`.
-        decay: None is g = 1; `head` one learned g a head (RetNet, arXiv 2307.08621); `token` one a token and
-            head, computed by the layer.
+        decay: None is g = 1; `head` is one learned g per head (RetNet, arXiv 2307.08621); `token` is one per
+            token and head, which the layer computes.
         eps: added to the normalizer, and by `relu_eps` to the features.
 
     Raises:
@@ -72,61 +77,38 @@ class CausalLinear(base.CausalAttention):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if normalizer not in NORMALIZERS:
-            raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
-        if decay not in (None, *DECAYS):
-            raise UserError(unknown_name("decay", decay, ("null", *DECAYS)))
+        base.known("normalizer", normalizer, NORMALIZERS)
+        base.known("decay", decay, (None, *DECAYS))
         base.positive("chunk_size", chunk_size)
         self.chunk_size, self.normalizer, self.eps = chunk_size, normalizer, eps
         self.phi = base.feature_map(feature_map, eps)
         self.token_decay = decay == "token"
         self.decay = nn.Parameter(spread_logits(heads)) if decay == "head" else None
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: base.Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         with base.full_precision(q):
-            return self._attend(
-                q, k, v, rotary, packing or Packing.of(mask, documents), log_decay, keep=False
-            )[0]
+            return self._in_chunks(q, k, v, context, keep=False)[0]
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotary: base.Rotary | None,
-        packing: Packing | None,
-        log_decay: Tensor | None,
-        keep: bool,
+    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, base.State]:
+        with base.full_precision(q):
+            out, state = self._in_chunks(q, k, v, context, keep=True)
+        assert state is not None
+        return out, state
+
+    def _in_chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, keep: bool
     ) -> tuple[Tensor, LinearState | None]:
-        """The state, where it is to be kept, is that of one document a row; None where rows hold more."""
-        dtype = v.dtype
-        features = self._features(q, k, v, rotary)
+        """Return the output and, with `keep`, the state after one document per row."""
+        dtype, packing = v.dtype, context.packed()
+        features = self._features(q, k, v, context.rotary)
         q, k, v, q_norm, k_norm = (x.transpose(1, 2) for x in features)
-        log_decay = self._log_decay(q, log_decay)
+        log_decay = self._log_decay(q, context.log_decay)
         scale = q.shape[-1] ** -0.5
-        if (
-            not keep
-            and packing is None
-            and log_decay is None
-            and self.normalizer == "none"
-            and pays(q, self.chunk_size)
-        ):
-            weights = q.new_ones(-(-q.shape[2] // self.chunk_size))
-            return (scale * fused_causal(q, k, v, None, weights, self.chunk_size)).transpose(1, 2).to(
-                dtype
-            ), None
+        plain = not keep and packing is None and log_decay is None and self.normalizer == "none"
+        if plain and pays(q, self.chunk_size):
+            weights = q.new_ones(ceil_div(q.shape[2], self.chunk_size))
+            out = scale * fused_causal(q, k, v, None, weights, self.chunk_size)
+            return out.transpose(1, 2).to(dtype), None
         tokens = chunk_tokens(q, k, v, self.chunk_size, packing, log_decay=log_decay, decay_span="sequence")
         summaries = tokens.summaries()
         out, sums = tokens.read_earlier(scale * summaries, None).add(tokens.read_own(), alpha=scale), None
@@ -136,18 +118,18 @@ class CausalLinear(base.CausalAttention):
             normalizers = ones.read_earlier(scale * sums, None).add(ones.read_own(), alpha=scale) + self.eps
             out = out / normalizers.masked_fill(~real_places(tokens), 1)
         out = tokens.join(out).transpose(1, 2).to(dtype)
-        if not keep or (packing is not None and packing.documents is not None):
+        if not keep:
             return out, None
         return out, LinearState(_last(tokens, summaries), None if sums is None else _last(tokens, sums))
 
     def _features(self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None) -> list[Tensor]:
-        """q, k (turned), v, and q, k for the normalizer, in the precision sums are taken in."""
+        """Return turned q and k, v, and unturned q and k for the normalizer, in the dtype of sums."""
         q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
         q, k = self.phi(q), self.phi(k)
         return [*((q, k) if rotary is None else (rotary(q), rotary(k))), v, q, k]
 
     def _log_decay(self, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
-        """(batch, heads, tokens) for q (batch, heads, tokens, dim_k); None without decay."""
+        """Return (batch, heads, tokens) for q (batch, heads, tokens, dim_k); None without decay."""
         if self.decay is not None:
             return F.logsigmoid(self.decay.to(q.dtype))[:, None].expand(q.shape[:3])
         if not self.token_decay:
@@ -164,51 +146,19 @@ class CausalLinear(base.CausalAttention):
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> LinearState:
-        total = torch.zeros(
-            batch,
-            heads,
-            dim_k,
-            dim_v,
-            device=device,
-            dtype=base.accumulation_dtype(torch.empty(0, dtype=dtype)),
-        )
+        precise = base.accumulation_dtype(torch.empty(0, dtype=dtype))
+        total = torch.zeros(batch, heads, dim_k, dim_v, device=device, dtype=precise)
         return LinearState(total, total[..., :1].clone() if self.normalizer == "block" else None)
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rotary: base.Rotary | None = None,
-        mask: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> tuple[Tensor, base.State]:
-        with base.full_precision(q):
-            out, state = self._attend(
-                q, k, v, rotary, packing or Packing.of(mask, None), log_decay, keep=True
-            )
-        if state is None:
-            raise UserError("a state follows one document a row; leave documents out")
-        return out, state
-
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: base.State,
-        *,
-        rotary: base.Rotary | None = None,
-        log_decay: Tensor | None = None,
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: base.State, context: Context
     ) -> tuple[Tensor, base.State]:
         assert isinstance(state, LinearState)
         dtype = v.dtype
         with base.full_precision(q):
-            features = self._features(q, k, v, rotary)
+            features = self._features(q, k, v, context.rotary)
             q, k, v, q_norm, k_norm = (x.transpose(1, 2) for x in features)  # (batch, heads, 1, dim)
-            log_decay = self._log_decay(q, log_decay)
+            log_decay = self._log_decay(q, context.log_decay)
             gain = None if log_decay is None else log_decay.exp().unsqueeze(-1)
             state = replace(state, total=_grown(state.total, k, v, gain))
             out = q @ state.total * q.shape[-1] ** -0.5
@@ -219,12 +169,12 @@ class CausalLinear(base.CausalAttention):
         return out.transpose(1, 2).to(dtype), state
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        chunks = -(-tokens // self.chunk_size)
+        chunks = ceil_div(tokens, self.chunk_size)
         places = chunks * self.chunk_size
         decayed = self.token_decay or self.decay is not None
         widths = [dim_v, 1] if self.normalizer == "block" else [dim_v]
-        # per value channel: a summary, a read, the own chunk; with a decay a matrix between chunks; and the
-        # scores once
+        # Per value channel: a summary, a read and the own chunk, and with a decay a matrix between chunks.
+        # The scores count once per kind of value.
         each = sum(
             w * (2 * places * dim_k + places * self.chunk_size + (chunks**2 * dim_k if decayed else 0))
             for w in widths
@@ -233,11 +183,12 @@ class CausalLinear(base.CausalAttention):
 
 
 def _grown(total: Tensor, k: Tensor, v: Tensor, gain: Tensor | None) -> Tensor:
+    """Return gain * total + k v^T of one token."""
     return torch.addcmul(total if gain is None else total * gain, k.transpose(-2, -1), v)
 
 
 def _last(tokens: ChunkedTokens, summaries: Tensor) -> Tensor:
-    """The decayed sum of all chunks, (batch, heads, dim_k, dim_v)."""
+    """Return the decayed sum over all chunks, (batch, heads, dim_k, dim_v)."""
     if tokens.decay is None:
         return summaries.sum(2)
     end = tokens.decay.total.cumsum(-1)

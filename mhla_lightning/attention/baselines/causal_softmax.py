@@ -1,4 +1,4 @@
-"""Causal softmax attention with a key-value cache, through torch's scaled_dot_product_attention."""
+"""Causal softmax attention with a key-value cache, through torch's fused attention."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.base import CausalAttention, Rotary, State
+from mhla_lightning.attention.base import CausalAttention, State
+from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.packing import Packing
 
-_GROWTH = 256  # tokens by which the cache grows: fewer copies than token by token, less waste than doubling
+_GROWTH = 256  # tokens per growth of the cache: fewer copies than one by one, less waste than doubling
 
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of all tokens so far: bytes grow with the position.
+    """Keys and values of all tokens so far; its bytes grow with the position.
 
-    keys: (batch, heads, places, dim_k), values: (batch, heads, places, dim_v); a sequence fills its first
-        `lengths[b]` places.
+    Attributes:
+        keys: (batch, heads, places, dim_k).
+        values: (batch, heads, places, dim_v).
+        lengths: places in use of each sequence; these are its first ones.
     """
 
     keys: Tensor
@@ -36,68 +39,46 @@ class KeyValueCache:
         return KeyValueCache(keys, values, [self.lengths[i] for i in indices.tolist()])
 
     def append(self, k: Tensor, v: Tensor) -> KeyValueCache:
-        """With one more token, k and v (batch, heads, 1, dim), written in place where there is room."""
+        """Return the cache with one more token, k and v (batch, heads, 1, dim).
+
+        The token is written in place where there is room.
+        """
         cache = self
         if max(self.lengths) == self.keys.shape[2]:
             cache = replace(
                 self, keys=F.pad(self.keys, (0, 0, 0, _GROWTH)), values=F.pad(self.values, (0, 0, 0, _GROWTH))
             )
-        if k.requires_grad or self.keys.requires_grad:  # a gradient still needs what stands there
+        if k.requires_grad or self.keys.requires_grad:  # the backward still needs the old contents
             cache = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
-        rows, places = (
-            torch.arange(len(self.lengths), device=k.device),
-            torch.tensor(self.lengths, device=k.device),
-        )
+        rows = torch.arange(len(self.lengths), device=k.device)
+        places = torch.tensor(self.lengths, device=k.device)
         cache.keys[rows, :, places], cache.values[rows, :, places] = k[:, :, 0], v[:, :, 0]
         return replace(cache, lengths=[length + 1 for length in self.lengths])
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and, where lengths differ, the mask (batch, 1, 1, places) of those in use."""
+        """Return keys, values and, where lengths differ, the mask (batch, 1, 1, places) of those in use."""
         longest = max(self.lengths)
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         if min(self.lengths) == longest:
             return keys, values, None
-        used = (
-            torch.arange(longest, device=keys.device)
-            < torch.tensor(self.lengths, device=keys.device)[:, None]
-        )
+        lengths = torch.tensor(self.lengths, device=keys.device)
+        used = torch.arange(longest, device=keys.device) < lengths[:, None]
         return keys, values, used[:, None, None]
 
 
 class CausalSoftmax(CausalAttention):
-    """The quadratic baseline; scale is dim_k ** -0.5. Rotary turns q and k before the product."""
+    """Quadratic causal softmax, the baseline; the scale is dim_k ** -0.5.
+
+    Rotary turns q and k before the product.
+    """
 
     grouped = True
 
     def __init__(self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None) -> None:
         super().__init__()
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> Tensor:
-        return self._attend(*_turned(q, k, v, rotary), packing or Packing.of(mask, documents))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        if packing is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-        # Padded keys may hold anything, also NaN: 0 x NaN would reach the output through a masked product.
-        real = packing.real[:, None, :, None]
-        k, v = k.masked_fill(~real, 0), v.masked_fill(~real, 0)
-        out = F.scaled_dot_product_attention(
-            q.masked_fill(~real, 0), k, v, attn_mask=packing.allowed(), enable_gqa=grouped
-        )
-        return (out * real.to(out.dtype)).transpose(1, 2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        return _softmax(*_turned(q, k, v, context.rotary), context.packed())
 
     def init_state(
         self,
@@ -114,37 +95,20 @@ class CausalSoftmax(CausalAttention):
         )
         return KeyValueCache(keys, values, [0] * batch)
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        mask: Tensor | None = None,
-        packing: Packing | None = None,
-        log_decay: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        packing = packing or Packing.of(mask, None)
-        q, k, v = _turned(q, k, v, rotary)
+    def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State]:
+        packing = context.packed()
+        q, k, v = _turned(q, k, v, context.rotary)
         if packing is None:
-            return self._attend(q, k, v, None), KeyValueCache(k, v, [k.shape[2]] * k.shape[0])
-        chunk = packing.chunks(k.shape[2])  # one chunk a row: the real tokens moved to the left
+            return _softmax(q, k, v, None), KeyValueCache(k, v, [k.shape[2]] * k.shape[0])
+        chunk = packing.chunks(k.shape[2])  # one chunk per row: the real tokens moved to the left
         keys, values = (chunk.split(x.transpose(1, 2))[:, 0].transpose(1, 2) for x in (k, v))
-        return self._attend(q, k, v, packing), KeyValueCache(keys, values, packing.real.sum(1).tolist())
+        return _softmax(q, k, v, packing), KeyValueCache(keys, values, packing.real.sum(1).tolist())
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: State,
-        *,
-        rotary: Rotary | None = None,
-        log_decay: Tensor | None = None,
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, context: Context
     ) -> tuple[Tensor, State]:
         assert isinstance(state, KeyValueCache)
-        q, k, v = _turned(q, k, v, rotary)
+        q, k, v = _turned(q, k, v, context.rotary)
         state = state.append(k, v)
         keys, values, used = state.seen()
         out = F.scaled_dot_product_attention(
@@ -156,8 +120,22 @@ class CausalSoftmax(CausalAttention):
         return 2 * heads * tokens * tokens * (dim_k + dim_v)
 
 
+def _softmax(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
+    """Return (batch, tokens, heads, dim_v) of turned (batch, heads, tokens, dim)."""
+    grouped = q.shape[1] != k.shape[1]
+    if packing is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    # Padded keys may hold anything, NaN included: 0 x NaN would reach the output through a masked product.
+    real = packing.real[:, None, :, None]
+    k, v = k.masked_fill(~real, 0), v.masked_fill(~real, 0)
+    out = F.scaled_dot_product_attention(
+        q.masked_fill(~real, 0), k, v, attn_mask=packing.allowed(), enable_gqa=grouped
+    )
+    return (out * real.to(out.dtype)).transpose(1, 2)
+
+
 def _turned(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, tokens, heads, dim) -> (batch, heads, tokens, dim), q and k turned."""
+    """Return (batch, heads, tokens, dim) of (batch, tokens, heads, dim), with q and k turned."""
     if rotary is not None:
         q, k = rotary(q), rotary(k)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,29 +1,33 @@
-"""Linear attention with one summary for all tokens (SPEC 1.6): MHLA with M = 1, the baseline of the
-paper's tables.
+"""Linear attention with one summary for all tokens (SPEC 1.6).
+
+It is MHLA with M = 1, and a baseline of the paper's tables.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mhla_lightning.attention import base
+from mhla_lightning.attention.arithmetic import ceil_div
+from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
 
-_PART = 512  # tokens whose summary is taken at once, at most
+_PART = 512  # most tokens that are summed up at once
 
 
 class Linear(base.Attention):
-    """o_t = phi(q_t) S / (phi(q_t) . z + eps), S = sum phi(k) v^T, z = sum phi(k).
+    """o_t = phi(q_t) S / (phi(q_t) . z + eps), with S = sum phi(k) v^T and z = sum phi(k).
 
     Args:
-        feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has relu
-            without eps.
-        eps: added to the normalizer (and by `relu_eps` to the features).
+        feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has `relu`.
+        eps: added to the normalizer, and by `relu_eps` to the features.
+
+    Raises:
+        UserError: unknown feature map.
     """
 
     def __init__(
@@ -41,47 +45,31 @@ class Linear(base.Attention):
         self.phi = base.feature_map(feature_map, eps)
         self.fused_offset = base.relu_offset(feature_map, eps)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: base.Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        base.no_documents(documents)
-        dtype = v.dtype
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        base.no_documents(context.documents)
+        rotary, mask = context.rotary, context.mask
+        # A compiler fuses the plain form itself. The fused form takes neither rotary nor masks.
+        plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
-            # A compiler fuses the plain form itself; rotary and masks take it too.
-            if (
-                self.fused_offset is not None
-                and rotary is None
-                and mask is None
-                and not torch.compiler.is_compiling()
-            ):
-                parts = BlockGrid((q.shape[1],), math.ceil(q.shape[1] / _PART))
-                return fused_mhla(
-                    q,
-                    k,
-                    v,
-                    None,
-                    parts,
-                    offset=self.fused_offset,
-                    eps=self.eps,
-                    dtype=base.accumulation_dtype(q),
-                )
-            q, k, v = (x.to(base.accumulation_dtype(x)).transpose(1, 2) for x in (q, k, v))
-            q, k = self.phi(q), self.phi(k)
-            if mask is not None:
-                k = k * mask[:, None, :, None].to(k.dtype)
-            q_turned, k_turned = (
-                (q, k) if rotary is None else (rotary(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
-            )
-            summary, z = k_turned.transpose(-2, -1) @ v, k.sum(-2)
-            out = (q_turned @ summary) / (q @ z.unsqueeze(-1) + self.eps)
+            if self.fused_offset is None or plain:
+                return self._plain(q, k, v, rotary, mask)
+            parts = BlockGrid((q.shape[1],), ceil_div(q.shape[1], _PART))
+            dtype = base.accumulation_dtype(q)
+            return fused_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, dtype=dtype)
+
+    def _plain(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None, mask: Tensor | None
+    ) -> Tensor:
+        dtype = v.dtype
+        q, k, v = (x.to(base.accumulation_dtype(x)).transpose(1, 2) for x in (q, k, v))
+        q, k = self.phi(q), self.phi(k)
+        if mask is not None:
+            k = k * mask[:, None, :, None].to(k.dtype)
+        q_turned, k_turned = (
+            (q, k) if rotary is None else (rotary(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
+        )
+        summary, z = k_turned.transpose(-2, -1) @ v, k.sum(-2)
+        out = (q_turned @ summary) / (q @ z.unsqueeze(-1) + self.eps)
         out = out.transpose(1, 2)
         if mask is not None:
             out = out * mask[:, :, None, None].to(out.dtype)

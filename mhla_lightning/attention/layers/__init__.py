@@ -1,1 +1,1 @@
-"""Layers around any operator: projections, rotary positions, gates, convolutions."""
+"""Layers around any operator: projections, norms, gates, convolutions."""

@@ -1,18 +1,19 @@
-"""Self-attention around any operator: projections, norms, position convolution, gate (SPEC 3.1, 4.2, 6.4)."""
+"""Self-attention around any operator: projections, norms, gate (SPEC 3.1, 4.2, 6.4)."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention.base import Rotary
-from mhla_lightning.attention.entry import Entry, build_attention
+from mhla_lightning.attention.base import known
+from mhla_lightning.attention.context import Context, Rotary
+from mhla_lightning.attention.entry import Entry, build_operator, resolve_layer
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.errors import UserError, inside
 
 POS_CONVS = ("none", "lepe3", "lepe5", "cpe3")
 
@@ -36,7 +37,40 @@ class DepthwiseConv(nn.Module):
         return self.conv(image).flatten(2).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
+        """Return the FLOPs of one sample's forward, 2 per multiply-add."""
         return 2 * tokens * self.conv.weight.numel()
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Keys of an attention entry that belong to :class:`SelfAttention`.
+
+    Args:
+        pos_conv: `lepe3` and `lepe5` add a depthwise convolution of v to the output. `cpe3` belongs to the
+            block around this layer and has no effect here.
+        gate: output gate SiLU(x W_g) (SPEC 4.2).
+        out_norm: RMSNorm per head on the operator's output.
+        qk_norm: RMSNorm of q and k over all channels.
+        qk_norm_eps: its epsilon; None means the dtype's smallest step, as in the release.
+        qkv_bias: bias of the q, k, v projection.
+        inner_norm: a second LayerNorm before the projection (SPEC C4; the release has it).
+        dropout: after the output projection.
+
+    Raises:
+        UserError: unknown `pos_conv`.
+    """
+
+    pos_conv: str = "none"
+    gate: bool = False
+    out_norm: bool = False
+    qk_norm: bool = False
+    qk_norm_eps: float | None = 1e-6
+    qkv_bias: bool = True
+    inner_norm: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        known("pos_conv", self.pos_conv, POS_CONVS)
 
 
 class SelfAttention(nn.Module):
@@ -44,59 +78,40 @@ class SelfAttention(nn.Module):
 
     Args:
         dim: channels C, a multiple of heads.
-        heads: channel heads.
-        attention: operator name, or a mapping of ``name`` and the operator's own options.
+        heads: number of heads.
+        attention: operator name, or a mapping of ``name``, the operator's own options and
+            :class:`LayerOptions`.
         grid: token counts per axis, ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
-        pos_conv: `lepe3`/`lepe5` adds a depthwise convolution of v to the output;
-            `cpe3` belongs to the block around this layer and does nothing here.
-        gate: output gate SiLU(x W_g) (SPEC 4.2).
-        out_norm: RMSNorm per head on the operator's output.
-        qk_norm: RMSNorm of q and k over all channels.
-        qk_norm_eps: its epsilon; None takes the dtype's smallest step, as the release does.
-        qkv_bias: bias of the q, k, v projection.
-        inner_norm: a second LayerNorm before the projection (SPEC C4; the release has it).
-        dropout: after the output projection.
 
     Raises:
         UserError: unknown names, dim that heads does not divide, options that do not fit the grid.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        attention: Entry = "mhla",
-        grid: Sequence[int],
-        pos_conv: str = "none",
-        gate: bool = False,
-        out_norm: bool = False,
-        qk_norm: bool = False,
-        qk_norm_eps: float | None = 1e-6,
-        qkv_bias: bool = True,
-        inner_norm: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, dim: int, heads: int, *, attention: Entry = "mhla", grid: Sequence[int]) -> None:
         super().__init__()
         if dim % heads:
-            raise UserError(f"{heads} heads do not divide {dim} channels")
-        if pos_conv not in POS_CONVS:
-            raise UserError(unknown_name("pos_conv", pos_conv, POS_CONVS))
+            raise UserError("heads", f"{heads} heads do not divide {dim} channels")
+        with inside("attention"):
+            spec = resolve_layer(attention, presets={}, layer_options=self.layer_options())
+            options = LayerOptions(**spec.layer)
+        pos_conv, qk_norm_eps = options.pos_conv, options.qk_norm_eps
         self.dim, self.heads, self.grid = dim, heads, tuple(grid)
-        self.norm = nn.LayerNorm(dim) if inner_norm else nn.Identity()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim) if options.inner_norm else nn.Identity()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
+        self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if options.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim, eps=qk_norm_eps) if options.qk_norm else nn.Identity()
         self.lepe = (
             DepthwiseConv(dim, len(self.grid), int(pos_conv[-1])) if pos_conv.startswith("lepe") else None
         )
-        self.attention = build_attention(
-            attention, heads=heads, dim_k=dim // heads, dim_v=dim // heads, grid=grid
-        )
-        self.out_norm = RMSNorm(dim // heads, eps=1e-6) if out_norm else nn.Identity()
-        self.gate = nn.Linear(dim, dim) if gate else None
+        head_dim = dim // heads
+        with inside("attention"):
+            self.attention = build_operator(
+                spec, heads=heads, dim_k=head_dim, dim_v=head_dim, grid=grid, causal=False
+            )
+        self.out_norm = RMSNorm(head_dim, eps=1e-6) if options.out_norm else nn.Identity()
+        self.gate = nn.Linear(dim, dim) if options.gate else None
         self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
         self,
@@ -106,39 +121,37 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(batch, tokens, dim) in raster order -> same shape; mask is (batch, tokens) bool, True = real
-        token.
+        """Attend over (batch, tokens, dim) in raster order -> same shape.
+
+        Args:
+            x: (batch, tokens, dim).
+            grid: token counts per axis; None means the grid given at construction.
+            rotary: turns q and k by position; None means no positions.
+            mask: (batch, tokens) bool, True = real token; None means all tokens are real.
         """
-        grid = self.grid if grid is None else grid
+        context = Context(grid=self.grid if grid is None else grid, rotary=rotary, mask=mask)
         x = self.norm(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attention(
-            *(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)), grid=grid, rotary=rotary, mask=mask
-        )
+        out = self.attention(*(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)), context)
         out = self.out_norm(out).flatten(2)
         if self.gate is not None:
             out = out * F.silu(self.gate(x))
         if self.lepe is not None:
+            grid = self.grid if grid is None else grid
             out = out + self.lepe(v if mask is None else v * mask.unsqueeze(-1).to(v.dtype), grid)
         return self.dropout(self.proj(out))
 
     def flops(self, grid: Sequence[int]) -> int:
-        """Matrix-product and convolution FLOPs of one sample's forward, 2 a multiply-add."""
+        """Return the matrix-product and convolution FLOPs of one sample's forward, 2 per multiply-add."""
         tokens = math.prod(grid)
         projections = 4 + (self.gate is not None)
         conv = self.lepe.flops(tokens) if self.lepe is not None else 0
         head_dim = self.dim // self.heads
-        return (
-            2 * projections * tokens * self.dim**2
-            + conv
-            + self.attention.flops(tokens, self.heads, head_dim, head_dim)
-        )
+        operator = self.attention.flops(tokens, self.heads, head_dim, head_dim)
+        return 2 * projections * tokens * self.dim**2 + conv + operator
 
     @classmethod
     def layer_options(cls) -> tuple[str, ...]:
-        """The keys of an attention entry that belong to this layer rather than to the operator."""
-        return tuple(name for name in inspect.signature(cls.__init__).parameters if name not in _NOT_IN_ENTRY)
-
-
-_NOT_IN_ENTRY = ("self", "dim", "heads", "attention", "grid")
+        """Return the keys of an attention entry that belong to this layer rather than to the operator."""
+        return tuple(field.name for field in fields(LayerOptions))

@@ -1,20 +1,27 @@
-"""Multi-Head Linear Attention: blocks, mixing matrix, reference, operator."""
+"""Multi-Head Linear Attention: blocks, mixing matrix, reference, operators."""
 
 from mhla_lightning.attention.mhla.bidirectional import block_summaries, mhla, mix, read
-from mhla_lightning.attention.mhla.causal import causal_mhla
-from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
+from mhla_lightning.attention.mhla.causal import attend_in_chunks, causal_mhla, prefill_in_chunks
+from mhla_lightning.attention.mhla.causal_operator import CausalMHLA, CausalMHLAOptions
 from mhla_lightning.attention.mhla.decode import MHLAState, init_state, step_state
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.mhla.mixing import MixingMatrix, initial_mixing
-from mhla_lightning.attention.mhla.operator import MHLA
+from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, initial_mixing
+from mhla_lightning.attention.mhla.operator import MHLA, MHLAOptions
 from mhla_lightning.attention.mhla.reference import dense_mhla
+from mhla_lightning.attention.mhla.rule import CausalFeatures, CausalRule
 
 __all__ = [
     "MHLA",
     "BlockGrid",
+    "CausalFeatures",
     "CausalMHLA",
+    "CausalMHLAOptions",
+    "CausalRule",
+    "MHLAOptions",
     "MHLAState",
+    "MixingInit",
     "MixingMatrix",
+    "attend_in_chunks",
     "block_summaries",
     "causal_mhla",
     "dense_mhla",
@@ -22,6 +29,7 @@ __all__ = [
     "initial_mixing",
     "mhla",
     "mix",
+    "prefill_in_chunks",
     "read",
     "step_state",
 ]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.attention.base import known
+from mhla_lightning.errors import UserError
 
 NORMALIZERS = ("block", "slot", "none")
 
 
 def block_summaries(k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """S_b = sum_t k_t v_t^T and z_b = sum_t k_t of every block.
+    """Sum up every block: S_b = sum_t k_t v_t^T and z_b = sum_t k_t.
 
     Args:
         k: (batch, heads, blocks, tokens_per_block, dim_k), feature-mapped.
         v: (batch, heads, blocks, tokens_per_block, dim_v).
-        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool, True = real token.
+        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool, True = real token; None
+            means all tokens are real.
 
     Returns:
         S (batch, heads, blocks, dim_k, dim_v) and z (batch, heads, blocks, dim_k).
@@ -25,15 +27,21 @@ def block_summaries(k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[T
 
 
 def mix(summaries: Tensor, mixing: Tensor) -> Tensor:
-    """S~_i = sum_b m[i, b] S_b over the block axis, the third of `summaries`; mixing is (blocks, blocks)
-    or (heads, blocks, blocks).
+    """Mix over blocks: S~_i = sum_b m[i, b] S_b.
+
+    Args:
+        summaries: (batch, heads, blocks, ...).
+        mixing: (blocks, blocks) or (heads, blocks, blocks).
     """
     return (mixing @ summaries.flatten(3)).view_as(summaries) if summaries.dim() > 4 else mixing @ summaries
 
 
 def read(q: Tensor, mixed: Tensor) -> Tensor:
-    """q_t S~_b(t): (batch, heads, blocks, tokens_per_block, dim_k) on (batch, heads, blocks, dim_k,
-    dim_v).
+    """Read the own block's mixture with every query: q_t S~_b(t).
+
+    Args:
+        q: (batch, heads, blocks, tokens_per_block, dim_k).
+        mixed: S~, (batch, heads, blocks, dim_k, dim_v).
     """
     return q @ mixed
 
@@ -50,7 +58,7 @@ def mhla(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
 ) -> Tensor:
-    """Multi-Head Linear Attention, Eq. 4: every block reads its own mixture of all block summaries.
+    """Compute Multi-Head Linear Attention, Eq. 4: every block reads its own mixture of all summaries.
 
     Args:
         q, k: (batch, heads, blocks, tokens_per_block, dim_k), already through the feature map.
@@ -59,10 +67,10 @@ def mhla(
         normalizer: `block` (Eq. 4, the implied attention rows sum to 1), `slot` (the release's rule, full
             blocks only) or `none`.
         eps: added to the normalizer.
-        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool. Padded keys count nowhere,
-            padded queries give 0.
-        q_norm, k_norm: features for the normalizer where they differ (rotary turns q and k in the numerator
-            only).
+        mask: (blocks, tokens_per_block) or (batch, blocks, tokens_per_block) bool; None means all tokens are
+            real. Padded keys count nowhere, padded queries give 0.
+        q_norm, k_norm: features for the normalizer where they differ, because rotary turns q and k in the
+            numerator only; None means q and k.
 
     Returns:
         (batch, heads, blocks, tokens_per_block, dim_v)
@@ -70,12 +78,12 @@ def mhla(
     Raises:
         UserError: unknown normalizer, or `slot` with a mask.
     """
-    if normalizer not in NORMALIZERS:
-        raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
+    known("normalizer", normalizer, NORMALIZERS)
     if normalizer == "slot" and mask is not None:
         raise UserError(
-            "normalizer 'slot' pairs queries by their place in the block and needs full blocks "
-            "without padding; use 'block' or 'none'"
+            "normalizer",
+            "'slot' pairs queries by their place in the block and needs full blocks without padding; use "
+            "'block' or 'none'",
         )
     summaries, z = block_summaries(k, v, mask)
     out = read(q, mix(summaries, mixing))
@@ -86,7 +94,7 @@ def mhla(
 
 
 def _normalizer(q: Tensor, z: Tensor, mixing: Tensor, kind: str) -> Tensor:
-    """(batch, heads, blocks, tokens_per_block, 1)"""
+    """Return the normalizer without eps, (batch, heads, blocks, tokens_per_block, 1)."""
     if kind == "block":
         return q @ mix(z, mixing).unsqueeze(-1)
     own = (q @ z.unsqueeze(-1)).squeeze(-1)
@@ -94,7 +102,7 @@ def _normalizer(q: Tensor, z: Tensor, mixing: Tensor, kind: str) -> Tensor:
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (batch, heads, blocks, tokens_per_block, dim) with padded tokens set to 0."""
+    """Return x (batch, heads, blocks, tokens_per_block, dim) with padded tokens set to 0."""
     if mask is None:
         return x
     over_heads = mask.unsqueeze(-3) if mask.dim() == 3 else mask[None, None]

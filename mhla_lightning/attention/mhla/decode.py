@@ -1,5 +1,21 @@
-"""Causal Multi-Head Linear Attention token by token: constant cost, however far the text has gone (SPEC
-section 2; N2, N3).
+"""Causal Multi-Head Linear Attention token by token, at constant cost (SPEC section 2; N2, N3).
+
+A state keeps the summaries S_b = sum k v^T of finished chunks in a ring. Chunk b is in place b mod `kept`, so
+that each chunk that finishes takes the place of the one that has become too far. With `kept` = 4, while chunk
+9 is being filled:
+
+    chunks   0  1  2  3  4 | 5  6  7  8 | 9
+             far           | ring       | current
+                           |
+    place    0      1      2      3                chunk 9 will take place 1, and chunk 5 becomes far
+           [ S_8 ][ S_5 ][ S_6 ][ S_7 ]
+
+The absolute form drops far chunks, because the matrix has no weights for them. The relative form gives them
+all its last weight, and so keeps their sum as one summary. When a chunk begins, ring and far summaries are
+mixed once; every token of the chunk then reads two matrices:
+
+    mixed = sum_b m[9, b] S_b + m_last far                 once per chunk
+    o_t   = q_t mixed + m[9, 9] q_t current                once per token
 """
 
 from __future__ import annotations
@@ -13,15 +29,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhla_lightning.attention.chunks import check_reach
+from mhla_lightning.attention.mhla.rule import CausalFeatures, CausalRule
 
 
 @dataclass(frozen=True)
 class Reach:
     """Which earlier chunks keep a summary of their own.
 
-    blocks: of the mixing matrix. merges: the last weight holds for all that are farther (relative form), so
-        these share one summary;
-    otherwise nothing that is `blocks` or more chunks away is read again.
+    Attributes:
+        blocks: of the mixing matrix.
+        merges: the last weight serves all farther chunks (relative form), so these share one summary.
+            Otherwise chunks that are `blocks` or more away are not read again.
     """
 
     blocks: int
@@ -29,112 +47,136 @@ class Reach:
 
     @property
     def kept(self) -> int:
+        """Places of the ring."""
         return max(0, self.blocks - (2 if self.merges else 1))
+
+    def place(self, chunk: int) -> int:
+        """Return the place of a chunk in the ring."""
+        return chunk % max(1, self.kept)
 
 
 @dataclass
 class Summaries:
-    """Sums of k v^T: of finished chunks, of the chunk being filled, and what a token reads of the finished
-    ones.
+    """Sums of k v^T over chunks; see the drawing above.
 
     Attributes:
-        past: (batch, heads, places, dim_k, dim_v); finished chunk b stands in place b mod `Reach.kept`. Grows
-            up to that many places.
-        rest: (batch, heads, dim_k, dim_v), all chunks farther than that, where they are merged.
-        own: (batch, heads, dim_k, dim_v), of the current chunk, as it will be kept.
-        near: the same as it is read, where that is decayed and `own` is not; else None.
-        prefix: (batch, heads, dim_k, dim_v), past and rest mixed for the current chunk.
+        ring: (batch, heads, places, dim_k, dim_v), the latest finished chunks. It grows to `Reach.kept`
+            places.
+        far: (batch, heads, dim_k, dim_v), the sum of all older chunks; None where they are not read.
+        current: (batch, heads, dim_k, dim_v), of the chunk being filled, as the ring will keep it.
+        faded: (batch, heads, dim_k, dim_v), the current chunk as its tokens read it, where that is decayed
+            and `current` is not; else None.
+        mixed: (batch, heads, dim_k, dim_v), ring and far mixed for the current chunk.
     """
 
-    past: Tensor
-    rest: Tensor | None
-    own: Tensor
-    near: Tensor | None
-    prefix: Tensor
+    ring: Tensor
+    far: Tensor | None
+    current: Tensor
+    faded: Tensor | None
+    mixed: Tensor
 
     def add(self, k: Tensor, v: Tensor, gain: Tensor | None, span: str) -> None:
-        """One more token: k (batch, heads, dim_k), v (batch, heads, dim_v), gain (batch, heads) its decay."""
-        k, v = k.unsqueeze(-1), v.unsqueeze(-2)
-        if self.near is not None and gain is not None:
-            self.near = torch.addcmul(self.near * gain[..., None, None], k, v)
-        decayed = self.own * gain[..., None, None] if gain is not None and span == "sequence" else self.own
-        self.own = torch.addcmul(decayed, k, v)
+        """Add one token to the current chunk.
 
-    def read(self, q: Tensor, own_weight: Tensor, until: Tensor | None) -> Tensor:
-        """q (batch, heads, dim_k), own_weight (batch, heads), until: log decay since the chunk began
-        (batch, heads) -> (batch, heads, dim_v).
+        Args:
+            k: (batch, heads, dim_k).
+            v: (batch, heads, dim_v).
+            gain: (batch, heads), the token's decay; None means no decay.
+            span: of the decay, see :class:`CausalRule`.
+        """
+        k, v = k.unsqueeze(-1), v.unsqueeze(-2)
+        if self.faded is not None and gain is not None:
+            self.faded = torch.addcmul(self.faded * gain[..., None, None], k, v)
+        decays = gain is not None and span == "sequence"
+        decayed = self.current * gain[..., None, None] if decays and gain is not None else self.current
+        self.current = torch.addcmul(decayed, k, v)
+
+    def read(self, q: Tensor, own_weight: Tensor, since_start: Tensor | None) -> Tensor:
+        """Read earlier chunks and the current one, (batch, heads, dim_v).
+
+        Args:
+            q: (batch, heads, dim_k).
+            own_weight: (batch, heads or 1), the weight of the current chunk.
+            since_start: (batch, heads), log decay since the chunk began; None means no decay across chunks.
         """
         q = q.unsqueeze(-2)
-        earlier = (q @ self.prefix).squeeze(-2)
-        own = (q @ (self.own if self.near is None else self.near)).squeeze(-2)
-        return (earlier if until is None else earlier * until.exp().unsqueeze(-1)) + own_weight.unsqueeze(
-            -1
-        ) * own
+        earlier = (q @ self.mixed).squeeze(-2)
+        own = (q @ (self.current if self.faded is None else self.faded)).squeeze(-2)
+        if since_start is not None:
+            earlier = earlier * since_start.exp().unsqueeze(-1)
+        return earlier + own_weight.unsqueeze(-1) * own
 
-    def mix(self, rows: Tensor, past: Tensor, rest: Tensor | None) -> None:
-        """A new prefix for the sequences `rows` with weights past (rows, heads or 1, places) and rest
-        (rows, heads or 1).
+    def mix(self, rows: Tensor, ring_weights: Tensor, far_weights: Tensor | None) -> None:
+        """Mix ring and far summaries anew for some sequences.
+
+        Args:
+            rows: (rows,) int64, the sequences.
+            ring_weights: (rows, heads or 1, places).
+            far_weights: (rows, heads or 1); None where far chunks are not read.
         """
-        every = len(rows) == len(self.own)
-        kept = self.past if every else self.past[rows]
-        prefix = (
-            (past.expand(-1, kept.shape[1], -1).unsqueeze(-2) @ kept.flatten(3))
-            .squeeze(-2)
-            .unflatten(-1, kept.shape[3:])
-        )
-        if rest is not None and self.rest is not None:
-            prefix = prefix + rest[..., None, None] * (self.rest if every else self.rest[rows])
-        self.prefix = prefix if every else self.prefix.index_copy(0, rows, prefix)
+        every = len(rows) == len(self.current)
+        ring = self.ring if every else self.ring[rows]
+        weights = ring_weights.expand(-1, ring.shape[1], -1).unsqueeze(-2)
+        mixed = (weights @ ring.flatten(3)).squeeze(-2).unflatten(-1, ring.shape[3:])
+        if far_weights is not None and self.far is not None:
+            mixed = mixed + far_weights[..., None, None] * (self.far if every else self.far[rows])
+        self.mixed = mixed if every else self.mixed.index_copy(0, rows, mixed)
 
-    def push(self, rows: Tensor, place: Tensor, leaving: Tensor, gain: Tensor | None) -> None:
-        """Keeps the finished chunk of `rows` in `place` (rows,), whose chunk joins the rest with the decay
-        `leaving` (rows, heads).
+    def finish(self, rows: Tensor, place: Tensor, leaving: Tensor, gain: Tensor | None) -> None:
+        """Move the finished chunk of some sequences into the ring, and the chunk it replaces to the far ones.
 
-        gain: decay of the rest over the finished chunk, (rows, heads).
+        Args:
+            rows: (rows,) int64, the sequences.
+            place: (rows,) int64, the place in the ring.
+            leaving: (rows, heads), the decay of the chunk that leaves the ring.
+            gain: (rows, heads), the decay of far chunks over the finished one; None means no decay.
         """
-        if self.rest is not None:
-            rest = self.rest[rows] if gain is None else self.rest[rows] * gain[..., None, None]
-            out = (
-                self.past[rows, :, place] * leaving[..., None, None] if self.past.shape[2] else self.own[rows]
-            )
-            self.rest = self.rest.index_copy(0, rows, rest + out)
-        if self.past.shape[2]:
-            past = (
-                self.past.clone() if self.own.requires_grad else self.past
-            )  # a gradient still needs what stands there
-            past[rows, :, place] = self.own[rows]
-            self.past = past
-        self.own = self.own.index_fill(0, rows, 0)
-        if self.near is not None:
-            self.near = self.near.index_fill(0, rows, 0)
+        if self.far is not None:
+            far = self.far[rows] if gain is None else self.far[rows] * gain[..., None, None]
+            if self.ring.shape[2]:
+                out = self.ring[rows, :, place] * leaving[..., None, None]
+            else:
+                out = self.current[rows]
+            self.far = self.far.index_copy(0, rows, far + out)
+        if self.ring.shape[2]:
+            # A backward still needs the ring's old contents.
+            ring = self.ring.clone() if self.current.requires_grad else self.ring
+            ring[rows, :, place] = self.current[rows]
+            self.ring = ring
+        self.current = self.current.index_fill(0, rows, 0)
+        if self.faded is not None:
+            self.faded = self.faded.index_fill(0, rows, 0)
 
     def grow(self, places: int) -> None:
-        """Room for this many finished chunks."""
-        self.past = F.pad(self.past, (0, 0) * 2 + (0, places - self.past.shape[2]))
+        """Extend the ring to this many places."""
+        self.ring = F.pad(self.ring, (0, 0) * 2 + (0, places - self.ring.shape[2]))
 
 
 @dataclass
 class MHLAState:
-    """What causal MHLA remembers; `step` changes it in place.
+    """The state of causal MHLA; `step` changes it in place.
 
     Attributes:
-        size: tokens a chunk. reach: which summaries are kept.
-        fill, number: of every sequence, tokens in its current chunk and how many chunks are finished.
-        values: sums of k v^T. norms: sums of k for the normalizer, with dim_v = 1.
-        until: (batch, heads) log decay since the current chunk began; age: (batch, heads, places) from the
-            end of a kept chunk to there. Both where the decay spans the sequence. span: of the decay, see
-            `causal_mhla`.
+        rule: the settings that the state was made for.
+        reach: which summaries are kept.
+        filled: tokens in the current chunk, of every sequence.
+        finished: finished chunks, of every sequence; the number of its current chunk.
+        values: sums of k v^T.
+        norms: sums of k for the normalizer, with dim_v = 1; None without normalizer.
+        since_start: (batch, heads), log decay since the current chunk began; None unless the decay spans the
+            sequence.
+        since_end: (batch, heads, places), log decay from the end of each chunk in the ring to the start of
+            the current one; None unless the decay spans the sequence.
     """
 
-    size: int
+    rule: CausalRule
     reach: Reach
-    fill: list[int]
-    number: list[int]
+    filled: list[int]
+    finished: list[int]
     values: Summaries
     norms: Summaries | None = None
-    until: Tensor | None = None
-    age: Tensor | None = None
-    span: str = "chunk"
+    since_start: Tensor | None = None
+    since_end: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -144,11 +186,12 @@ class MHLAState:
         chosen = indices.tolist()
         return replace(
             _select(self, indices),
-            fill=[self.fill[i] for i in chosen],
-            number=[self.number[i] for i in chosen],
+            filled=[self.filled[i] for i in chosen],
+            finished=[self.finished[i] for i in chosen],
         )
 
     def parts(self) -> list[Summaries]:
+        """Return the summaries of values and, where there are any, of the normalizer."""
         return [self.values] if self.norms is None else [self.values, self.norms]
 
 
@@ -158,171 +201,171 @@ def init_state(
     heads: int,
     dim_k: int,
     dim_v: int,
-    chunk_size: int,
     blocks: int,
-    merges: bool = False,
-    normalizer: str = "none",
-    decay_span: str | None = None,
+    rule: CausalRule,
+    decays: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> MHLAState:
-    """The state before the first token. decay_span: None is no decay; see :func:`causal_mhla` for the
-    rest.
+    """Return the state before the first token.
+
+    Args:
+        batch: number of sequences.
+        heads: number of heads.
+        dim_k, dim_v: channels per head of k and of v.
+        blocks: of the mixing matrix, or distances of the relative form.
+        rule: the settings.
+        decays: whether tokens come with a `log_decay`.
+        device: of the state.
+        dtype: of the sums.
     """
 
     def empty(width: int) -> Summaries:
         zeros = torch.zeros(batch, heads, dim_k, width, device=device, dtype=dtype)
-        near = zeros if decay_span == "chunk" else None
-        return Summaries(
-            zeros.new_zeros(batch, heads, 0, dim_k, width), zeros if merges else None, zeros, near, zeros
-        )
+        ring = zeros.new_zeros(batch, heads, 0, dim_k, width)
+        faded = zeros if decays and rule.decay_span == "chunk" else None
+        return Summaries(ring, zeros if rule.merges else None, zeros, faded, zeros)
 
     state = MHLAState(
-        chunk_size,
-        Reach(blocks, merges),
+        rule,
+        Reach(blocks, rule.merges),
         [0] * batch,
         [0] * batch,
         empty(dim_v),
-        empty(1) if normalizer == "block" else None,
+        empty(1) if rule.normalizer == "block" else None,
     )
-    if decay_span == "sequence":
-        state.until = torch.zeros(batch, heads, device=device, dtype=dtype)
-        state.age = torch.zeros(batch, heads, 0, device=device, dtype=dtype)
-    state.span = decay_span or "chunk"
+    if decays and rule.decay_span == "sequence":
+        state.since_start = torch.zeros(batch, heads, device=device, dtype=dtype)
+        state.since_end = torch.zeros(batch, heads, 0, device=device, dtype=dtype)
     return state
 
 
-def step_state(
-    state: MHLAState,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mixing: Tensor,
-    *,
-    eps: float = 1e-6,
-    extrapolation: str | None = None,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    own: bool = True,
-) -> Tensor:
-    """One more token of every sequence; the same numbers as :func:`causal_mhla`, whose arguments these are.
+def step_state(state: MHLAState, token: CausalFeatures, mixing: Tensor) -> Tensor:
+    """Process one more token of every sequence; the same numbers as :func:`attend_in_chunks`.
 
     Args:
-        q, k: (batch, heads, dim_k), feature-mapped, q scaled. v: (batch, heads, dim_v). log_decay: (batch,
-            heads).
-        mixing: as the state was made for: (heads or 1, distances) where far chunks are merged.
-        own: also reads the current chunk; False leaves it to the caller (softmax window).
+        state: of the tokens so far; it is changed in place.
+        token: its features, without a token axis.
+        mixing: (blocks, blocks) or (heads, blocks, blocks); of form `relative` (heads or 1, distances).
 
     Returns:
         (batch, heads, dim_v)
 
     Raises:
-        UserError: a sequence beyond the matrix without extrapolation.
+        UserError: a sequence beyond the matrix, without extrapolation.
     """
-    entering = [b for b, fill in enumerate(state.fill) if fill == 0]
+    rule, k, v = state.rule, token.k, token.v
+    scale = rule.scale_for(token.q.shape[-1])
+    q = token.q * scale
+    entering = [b for b, filled in enumerate(state.filled) if filled == 0]
     if entering:
-        enter_chunk(state, entering, mixing, extrapolation)
-    gain = None if log_decay is None else log_decay.exp()
-    if state.until is not None:
-        assert log_decay is not None
-        state.until = state.until + log_decay
-    own_weight = _own_weights(state, mixing) if own else torch.zeros_like(q[..., 0])
-    state.values.add(k, v, gain, state.span)
-    out = state.values.read(q, own_weight, state.until)
+        enter_chunk(state, entering, mixing)
+    gain = None if token.log_decay is None else token.log_decay.exp()
+    if state.since_start is not None:
+        assert token.log_decay is not None
+        state.since_start = state.since_start + token.log_decay
+    own_weight = _own_weights(state, mixing) if rule.own_chunk else torch.zeros_like(q[..., 0])
+    state.values.add(k, v, gain, rule.decay_span)
+    out = state.values.read(q, own_weight, state.since_start)
     if state.norms is not None:
-        ones = torch.ones_like(v[..., :1])
-        state.norms.add(k if k_norm is None else k_norm, ones, gain, state.span)
-        out = out / (state.norms.read(q if q_norm is None else q_norm, own_weight, state.until) + eps)
-    state.fill = [fill + 1 for fill in state.fill]
-    full = [b for b, fill in enumerate(state.fill) if fill == state.size]
+        q_norm = q if token.q_norm is None else token.q_norm * scale
+        k_norm = k if token.k_norm is None else token.k_norm
+        state.norms.add(k_norm, torch.ones_like(v[..., :1]), gain, rule.decay_span)
+        out = out / (state.norms.read(q_norm, own_weight, state.since_start) + rule.eps)
+    state.filled = [filled + 1 for filled in state.filled]
+    full = [b for b, filled in enumerate(state.filled) if filled == rule.chunk_size]
     if full:
-        _finish(state, full)
+        _finish_chunk(state, full)
     return out
 
 
-def enter_chunk(state: MHLAState, rows: Sequence[int], mixing: Tensor, extrapolation: str | None) -> None:
-    """Mixes the prefix of the sequences that begin a chunk."""
-    if not state.reach.merges:
-        check_reach(max(state.number[b] for b in rows) + 1, state.reach.blocks, state.size, extrapolation)
+def enter_chunk(state: MHLAState, rows: Sequence[int], mixing: Tensor) -> None:
+    """Mix the earlier chunks for the sequences `rows`, which begin a chunk.
+
+    Raises:
+        UserError: a sequence beyond the matrix, without extrapolation.
+    """
+    reach, rule = state.reach, state.rule
+    if not reach.merges:
+        chunks = max(state.finished[b] for b in rows) + 1
+        check_reach(chunks, reach.blocks, rule.chunk_size, rule.extrapolation)
     index = torch.tensor(rows, device=mixing.device)
-    number = torch.tensor([state.number[b] for b in rows], device=mixing.device)[:, None]
-    places = torch.arange(state.values.past.shape[2], device=mixing.device)
-    distance = 1 + (number - 1 - places) % max(
-        1, state.reach.kept
-    )  # of the chunk in each place; one that is not there yet is farther than number
+    number = torch.tensor([state.finished[b] for b in rows], device=mixing.device)[:, None]
+    places = torch.arange(state.values.ring.shape[2], device=mixing.device)
+    # The distance of the chunk in each place. Where it exceeds the number, no chunk is there yet.
+    distance = 1 + (number - 1 - places) % max(1, reach.kept)
     there = (distance <= number).to(mixing.dtype).unsqueeze(1)
-    rest = None
-    if state.reach.merges:
-        past = (
-            mixing[:, distance.clamp_max(state.reach.blocks - 1)].transpose(0, 1) * there
-        )  # (rows, heads or 1, places)
-        rest = mixing[:, -1].expand(len(rows), -1)
+    far_weights = None
+    if reach.merges:
+        weights = mixing[:, distance.clamp_max(reach.blocks - 1)].transpose(0, 1) * there
+        far_weights = mixing[:, -1].expand(len(rows), -1)
     else:
-        row = number.clamp_max(state.reach.blocks - 1)
-        past = mixing[..., row, (row - distance).clamp_min(0)]
-        past = (past.unsqueeze(1) if mixing.dim() == 2 else past.transpose(0, 1)) * there
-    if state.age is not None:
-        past = past * state.age[index].exp()
+        row = number.clamp_max(reach.blocks - 1)
+        weights = mixing[..., row, (row - distance).clamp_min(0)]
+        weights = (weights.unsqueeze(1) if mixing.dim() == 2 else weights.transpose(0, 1)) * there
+    if state.since_end is not None:
+        weights = weights * state.since_end[index].exp()
     for part in state.parts():
-        part.mix(index, past, rest)
+        part.mix(index, weights, far_weights)
 
 
 def _own_weights(state: MHLAState, mixing: Tensor) -> Tensor:
-    """(batch, heads or 1): the weight of each sequence's current chunk with itself."""
+    """Return (batch, heads or 1): the weight of each sequence's current chunk with itself."""
     if state.reach.merges:
-        return mixing[:, 0].expand(len(state.number), -1)
-    number = torch.tensor(state.number, device=mixing.device).clamp_max(state.reach.blocks - 1)
+        return mixing[:, 0].expand(len(state.finished), -1)
+    number = torch.tensor(state.finished, device=mixing.device).clamp_max(state.reach.blocks - 1)
     own = mixing[..., number, number]
     return own.unsqueeze(1) if mixing.dim() == 2 else own.transpose(0, 1)
 
 
-def _finish(state: MHLAState, rows: Sequence[int]) -> None:
-    """Keeps the summaries of chunks that are full."""
-    device = state.values.own.device
-    _make_room(state, max(state.number[b] for b in rows) + 1)
-    index = torch.tensor(rows, device=device)
-    place = torch.tensor([state.number[b] % max(1, state.reach.kept) for b in rows], device=device)
-    gain = None
-    leaving = state.values.own.new_ones(len(rows), state.values.own.shape[1])
-    if state.until is not None and state.age is not None:
-        over = state.until[index]
-        gain = over.exp()
-        if state.age.shape[2]:
-            leaving = (state.age[index, :, place] + over).exp()
-        age = state.age[index] + over.unsqueeze(-1)
-        state.age = state.age.index_copy(0, index, age)
-        if state.age.shape[2]:
-            state.age[index, :, place] = 0
-        state.until = state.until.index_fill(0, index, 0)
+def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
+    """Move the full chunks of the sequences `rows` into the ring."""
+    current = state.values.current
+    _make_room(state, max(state.finished[b] for b in rows) + 1)
+    index = torch.tensor(rows, device=current.device)
+    place = torch.tensor([state.reach.place(state.finished[b]) for b in rows], device=current.device)
+    gain, leaving = None, current.new_ones(len(rows), current.shape[1])
+    if state.since_start is not None and state.since_end is not None:
+        over_chunk = state.since_start[index]
+        gain = over_chunk.exp()
+        if state.since_end.shape[2]:
+            leaving = (state.since_end[index, :, place] + over_chunk).exp()
+        since_end = state.since_end[index] + over_chunk.unsqueeze(-1)
+        state.since_end = state.since_end.index_copy(0, index, since_end)
+        if state.since_end.shape[2]:
+            state.since_end[index, :, place] = 0
+        state.since_start = state.since_start.index_fill(0, index, 0)
     for part in state.parts():
-        part.push(index, place, leaving, gain)
+        part.finish(index, place, leaving, gain)
     for b in rows:
-        state.fill[b], state.number[b] = 0, state.number[b] + 1
+        state.filled[b], state.finished[b] = 0, state.finished[b] + 1
 
 
 def _make_room(state: MHLAState, finished: int) -> None:
-    places = state.values.past.shape[2]
+    """Extend the ring for this many finished chunks, at least to twice its size, at most to `Reach.kept`."""
+    places = state.values.ring.shape[2]
     if places < min(finished, state.reach.kept):
         wanted = min(state.reach.kept, max(finished, 2 * places))
         for part in state.parts():
             part.grow(wanted)
-        if state.age is not None:
-            state.age = F.pad(state.age, (0, wanted - places))
+        if state.since_end is not None:
+            state.since_end = F.pad(state.since_end, (0, wanted - places))
 
 
-def _tensors(part: Any) -> list[Tensor]:
+def _tensors(part: MHLAState | Summaries) -> list[Tensor]:
+    """Return all tensors of a state."""
     found: list[Tensor] = []
     for item in fields(part):
         value = getattr(part, item.name)
-        found += (
-            [value] if isinstance(value, Tensor) else _tensors(value) if isinstance(value, Summaries) else []
-        )
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Summaries):
+            found += _tensors(value)
     return found
 
 
 def _select(part: Any, indices: Tensor) -> Any:
-    """A copy with only the sequences `indices`."""
+    """Return a copy of a state or summaries with only the sequences `indices`."""
     chosen = {}
     for item in fields(part):
         value = getattr(part, item.name)

@@ -1,22 +1,43 @@
-"""Multi-Head Linear Attention with a hand-written backward, slice by slice so that temporaries stay in the
-processor's cache.
+"""Multi-Head Linear Attention with a hand-written backward, slice by slice, so that temporaries stay in cache.
 
 Plain autograd makes about thirty passes over token-sized tensors; on a CPU at 16,384 tokens these cost more
-than the matrix products. Here the features are recomputed in the backward, and a slice of tokens (whole rows
-of blocks) is finished before the next one. Same numbers as `bidirectional.mhla` (a test).
+than the matrix products. Here the backward computes the features again, and one slice of tokens is finished
+before the next one. The numbers equal those of `bidirectional.mhla` (a test).
+
+A slice is some samples, with all heads, and some whole rows of blocks of their grid. Where one row of blocks
+of one sample exceeds the budget, a slice is some columns of it. A grid of 3 x 4 blocks, with two slices in
+each case:
+
+    +----+----+----+----+                  +----+----+----+----+
+    | b0 | b1 | b2 | b3 |  slice 0         | b0 | b1 | b2 | b3 |  slices 0 and 1
+    +----+----+----+----+  slice 0         +====+====#====+====+
+    | b4 | b5 | b6 | b7 |                  | b4 | b5 # b6 | b7 |  slices 2 and 3
+    +====+====+====+====+                  +====+====#====+====+
+    | b8 | b9 |b10 |b11 |  slice 1         | b8 | b9 #b10 |b11 |  slices 4 and 5
+    +----+----+----+----+                  +----+----+----+----+
+
+The forward makes two passes over the slices, with the mixing of all blocks between them:
+
+    pass 1    k, v of a slice  ->  S_b, z_b of its blocks
+    mixing    S~ = m S, z~ = m z
+    pass 2    q of a slice, S~, z~ of its blocks  ->  q S~ / (q . z~ + eps)
+
+The backward does the same with gradients: pass 1 over q, mixing by the transposed matrix, pass 2 over k and
+v.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.grid import BlockGrid
 
@@ -24,11 +45,23 @@ SLICE_ELEMENTS = 2**20
 """Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
 
 PANELS_FROM = 2**21
-"""Numbers in the summaries of one sample from which on a CPU mixes them panel by panel (8 MiB in float32):
-one product of few rows and very many columns leaves the cache, and takes up to twice as long."""
+"""Elements of one sample's summaries from which on a CPU mixes them in panels (8 MiB in float32).
+
+One product of few rows and very many columns leaves the cache, and takes up to twice as long."""
 
 PANEL = 2048  # columns
 _PANELS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of :func:`fused_mhla` beside its tensors."""
+
+    grid: BlockGrid
+    offset: float
+    normalize: bool
+    eps: float
+    dtype: torch.dtype
 
 
 def fused_mhla(
@@ -43,7 +76,7 @@ def fused_mhla(
     eps: float = 1e-6,
     dtype: torch.dtype,
 ) -> Tensor:
-    """relu features, block summaries, mixing, reading and Eq. 4's normalizer as one differentiable step.
+    """Compute relu features, summaries, mixing, reading and Eq. 4's normalizer as one differentiable step.
 
     Args:
         q, k: (batch, tokens, heads, dim_k) in raster order, before the feature map relu(x) + offset.
@@ -52,85 +85,58 @@ def fused_mhla(
             linear attention.
         grid: the blocks; short last blocks are allowed.
         offset: added by the feature map.
-        normalize: divide by q . z~ + eps.
+        normalize: whether to divide by q . z~ + eps.
         eps: added to the normalizer.
-        dtype: sums are taken in it.
+        dtype: of the sums.
 
     Returns:
         (batch, tokens, heads, dim_v) in v's dtype.
     """
+    settings = _Settings(grid, offset, normalize, eps, dtype)
     if torch.is_grad_enabled():
-        return _FusedMHLA.apply(q, k, v, mixing, grid, offset, normalize, eps, dtype)
-    return _by_heads(q, k, v, mixing, grid, offset, normalize, eps, dtype)
+        return _FusedMHLA.apply(q, k, v, mixing, settings)
+    return _by_heads(q, k, v, mixing, settings)
 
 
-def _by_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mixing: Tensor | None,
-    grid: BlockGrid,
-    offset: float,
-    normalize: bool,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The forward alone, some heads at a time: nothing is kept, so that all summaries share one piece of
-    memory, about 32 MiB in float32.
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings) -> Tensor:
+    """Compute the forward alone, some heads at a time.
 
-    Too few heads at a time read little of every token's row, which costs more than summaries beyond the
-    nearest cache.
+    Nothing is kept, so all summaries share one piece of memory, about 32 MiB in float32. With too few heads
+    at a time, little of every token's row would be read; that costs more than summaries beyond the nearest
+    cache.
     """
-    work, out = _Workspace(offset, dtype, q.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    heads, summaries = q.shape[2], len(q) * grid.num_blocks * q.shape[-1] * v.shape[-1]
+    work, out = _Workspace(settings, q.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    heads, summaries = q.shape[2], len(q) * settings.grid.num_blocks * q.shape[-1] * v.shape[-1]
     step = max(1, 8 * SLICE_ELEMENTS // summaries) if q.device.type == "cpu" else heads
-    m = None if mixing is None else mixing.to(dtype)
+    m = None if mixing is None else mixing.to(settings.dtype)
     for first in range(0, heads, step):
-        part = slice(first, min(heads, first + step))
-        own = m if m is None or m.dim() == 2 else m[part]
-        _forward(
-            q[:, :, part],
-            k[:, :, part],
-            v[:, :, part],
-            own,
-            grid,
-            out[:, :, part],
-            work,
-            normalize,
-            eps,
-            keep=False,
-        )
+        some = slice(first, min(heads, first + step))
+        own = m if m is None or m.dim() == 2 else m[some]
+        _forward(q[:, :, some], k[:, :, some], v[:, :, some], own, out[:, :, some], work, keep=False)
     return out
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    m: Tensor | None,
-    grid: BlockGrid,
-    out: Tensor,
-    work: _Workspace,
-    normalize: bool,
-    eps: float,
-    *,
-    keep: bool,
+    q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, out: Tensor, work: _Workspace, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fills out; returns S, z and their mixtures, all in the workspace's memory; without `keep` S may be
-    lost.
+    """Write the output to `out`, and return S, z, S~ and z~, all in the workspace's memory.
+
+    Without `keep`, S may be overwritten.
     """
-    summary, z = work.summaries(grid, q, v.shape[-1])
-    for part in _slices(q, grid):
-        kf = work.features("k", k, part, keys=True)
-        torch.bmm(kf.mT, work.blocks("v", v, part), out=part.of(summary))
-        if normalize:
-            torch.sum(kf, -2, out=part.of(z))
-    mixed, z_mixed = _mix(m, summary, work, keep=keep), _mix(m, z) if normalize else z
-    for part in _slices(q, grid):
-        qf = work.features("q", q, part)
-        o = work.bmm("o", qf, part.of(mixed))
-        if normalize:
-            o.div_(_normalizer(qf, part.of(z_mixed), eps))
+    settings = work.settings
+    summary, z = work.room_for_sums(q, v.shape[-1])
+    for part in _slices(q, settings.grid):
+        k_features = work.features(work.keys, k, part, keys=True)
+        torch.bmm(k_features.mT, work.in_blocks(work.values, v, part), out=part.blocks_of(summary))
+        if settings.normalize:
+            torch.sum(k_features, -2, out=part.blocks_of(z))
+    mixed = _mix(m, summary, work.mixed, keep=keep)
+    z_mixed = _mix(m, z) if settings.normalize else z
+    for part in _slices(q, settings.grid):
+        q_features = work.features(work.queries, q, part)
+        o = work.outputs.bmm(q_features, part.blocks_of(mixed))
+        if settings.normalize:
+            o.div_(_normalizer(q_features, part.blocks_of(z_mixed), settings.eps))
         part.store(out, o)
     return summary, z, mixed, z_mixed
 
@@ -138,23 +144,14 @@ def _forward(
 class _FusedMHLA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mixing: Tensor | None,
-        grid: BlockGrid,
-        offset: float,
-        normalize: bool,
-        eps: float,
-        dtype: torch.dtype,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings
     ) -> Tensor:
-        work = _Workspace(offset, dtype, q.device)
-        m = None if mixing is None else mixing.to(dtype)
+        work = _Workspace(settings, q.device)
+        m = None if mixing is None else mixing.to(settings.dtype)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        summary, z, mixed, z_mixed = _forward(q, k, v, m, grid, out, work, normalize, eps, keep=True)
+        summary, z, mixed, z_mixed = _forward(q, k, v, m, out, work, keep=True)
         ctx.save_for_backward(q, k, v, m, out, summary, z, mixed, z_mixed)
-        ctx.settings = (grid, offset, normalize, eps, dtype)
+        ctx.settings = settings
         ctx.mixing_dtype = None if mixing is None else mixing.dtype
         return out
 
@@ -167,49 +164,52 @@ class _FusedMHLA(torch.autograd.Function):
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
-    grid, offset, normalize, eps, dtype = ctx.settings
-    work = _Workspace(offset, dtype, q.device)
-    d_mixed, d_z_mixed = work.summaries(grid, q, v.shape[-1])
+    settings: _Settings = ctx.settings
+    work = _Workspace(settings, q.device)
+    d_mixed, d_z_mixed = work.room_for_sums(q, v.shape[-1])
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for part in _slices(q, grid):
-        qf, g = work.features("q", q, part), work.blocks("v", grad, part)
-        if normalize:
-            g.div_(_normalizer(qf, part.of(z_mixed), eps))
-        dq = work.bmm("dq", g, part.of(mixed).mT)
-        torch.bmm(qf.mT, g, out=part.of(d_mixed))
-        if normalize:
-            g_norm = (
-                work.blocks("o", out, part).mul_(g).sum(-1, keepdim=True).neg_()
-            )  # gradient of the normalizer
-            dq.addcmul_(g_norm, part.of(z_mixed).unsqueeze(-2))
-            torch.bmm(g_norm.mT, qf, out=part.of(d_z_mixed).unsqueeze(-2))
-        part.store(grad_q, work.relu_backward(dq, qf))
-    m_turned = None if m is None else m.mT
-    d_summary, d_z = _mix(m_turned, d_mixed, work), _mix(m_turned, d_z_mixed) if normalize else d_z_mixed
-    for part in _slices(q, grid):
-        kf, vb, ds = work.features("k", k, part, keys=True), work.blocks("v", v, part), part.of(d_summary)
-        dk = work.bmm("dq", vb, ds.mT)
-        if normalize:
-            dk += part.of(d_z).unsqueeze(-2)
-        part.store(grad_v, work.bmm("o", kf, ds))
-        part.store(grad_k, work.relu_backward(dk, kf))
+    for part in _slices(q, settings.grid):
+        q_features, g = work.features(work.queries, q, part), work.in_blocks(work.values, grad, part)
+        if settings.normalize:
+            g.div_(_normalizer(q_features, part.blocks_of(z_mixed), settings.eps))
+        dq = work.gradients.bmm(g, part.blocks_of(mixed).mT)
+        torch.bmm(q_features.mT, g, out=part.blocks_of(d_mixed))
+        if settings.normalize:
+            products = work.in_blocks(work.outputs, out, part).mul_(g)
+            d_normalizer = products.sum(-1, keepdim=True).neg_()
+            dq.addcmul_(d_normalizer, part.blocks_of(z_mixed).unsqueeze(-2))
+            torch.bmm(d_normalizer.mT, q_features, out=part.blocks_of(d_z_mixed).unsqueeze(-2))
+        part.store(grad_q, work.relu_backward(dq, q_features))
+    m_transposed = None if m is None else m.mT
+    d_summary = _mix(m_transposed, d_mixed, work.mixed)
+    d_z = _mix(m_transposed, d_z_mixed) if settings.normalize else d_z_mixed
+    for part in _slices(q, settings.grid):
+        k_features = work.features(work.keys, k, part, keys=True)
+        v_blocks, ds = work.in_blocks(work.values, v, part), part.blocks_of(d_summary)
+        dk = work.gradients.bmm(v_blocks, ds.mT)
+        if settings.normalize:
+            dk += part.blocks_of(d_z).unsqueeze(-2)
+        part.store(grad_v, work.outputs.bmm(k_features, ds))
+        part.store(grad_k, work.relu_backward(dk, k_features))
     d_mixing = None
     if m is not None:
         d_mixing = _mix_backward(m, d_mixed, summary)
-        if normalize:
+        if settings.normalize:
             d_mixing += _mix_backward(m, d_z_mixed, z)
         d_mixing = d_mixing.to(ctx.mixing_dtype)
-    return grad_q, grad_k, grad_v, d_mixing, None, None, None, None, None
+    return grad_q, grad_k, grad_v, d_mixing, None
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some samples and some rows of blocks, along the first grid axis or, of one of those, along the second;
-    all heads.
+    """Some samples and some blocks of their grid, with all heads; see the drawing above.
 
     Attributes:
-        tokens: the part of every axis of `whole`.
-        whole, grid: tokens per axis of everything, and the blocks of this slice.
+        samples: of the batch.
+        tokens: along every axis of `whole`.
+        blocks: of all blocks in row-major order.
+        whole: tokens per axis of the whole grid.
+        grid: the blocks of this slice alone.
     """
 
     samples: slice
@@ -218,62 +218,60 @@ class _Slice:
     whole: tuple[int, ...]
     grid: BlockGrid
 
-    def of(self, x: Tensor) -> Tensor:
-        """This slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view, to read or
-        to write.
-        """
+    def blocks_of(self, x: Tensor) -> Tensor:
+        """Return this slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view."""
         return x[self.samples, self.blocks].flatten(0, 2)
 
-    def region(self, x: Tensor) -> Tensor:
-        """This slice of (batch, tokens, heads, dim) as (samples, tokens of every axis..., heads, dim): a
-        view.
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """Return this slice of (batch, tokens, heads, dim), with one dimension per axis of the grid: a view.
+
+        Its shape is (samples, tokens of every axis..., heads, dim).
         """
         return x.unflatten(1, self.whole)[(self.samples, *self.tokens)]
 
     def arrange(self, x: Tensor) -> Tensor:
-        """This slice of (batch, tokens, heads, dim) as (samples, counts..., heads, sizes..., dim): a view
-        when all blocks are full.
+        """Return this slice of (batch, tokens, heads, dim), cut into blocks.
+
+        Its shape is (samples, counts..., heads, sizes..., dim). It is a view when all blocks are full.
         """
         axes = len(self.grid.grid)
         counts = [1 + 2 * axis for axis in range(axes)]
         order = [0, *counts, 1 + 2 * axes, *(d + 1 for d in counts), 2 + 2 * axes]
-        region = self.region(x)
+        tokens = self.tokens_of(x)
         if self.grid.even:
-            pairs = [
-                size for pair in zip(self.grid.blocks, self.grid.block_size, strict=True) for size in pair
-            ]
-            return region.reshape(len(region), *pairs, *region.shape[-2:]).permute(order)
-        return self.grid.split(region.flatten(1, axes), 1).permute(order)
+            pairs = zip(self.grid.blocks, self.grid.block_size, strict=True)
+            cut = [size for pair in pairs for size in pair]
+            return tokens.reshape(len(tokens), *cut, *tokens.shape[-2:]).permute(order)
+        return self.grid.split(tokens.flatten(1, axes), 1).permute(order)
 
     def store(self, x: Tensor, values: Tensor) -> None:
-        """(samples x blocks x heads, tokens_per_block, dim) -> this slice of (batch, tokens, heads, dim)."""
+        """Write (samples x blocks x heads, tokens_per_block, dim) to this slice of x (batch, tokens, heads, dim)."""
         if self.grid.even:
             arranged = self.arrange(x)
             arranged.copy_(values.view(arranged.shape))
         else:
-            destination = self.region(x)
+            destination = self.tokens_of(x)
             samples, heads, dim = len(destination), *destination.shape[-2:]
-            raster = self.grid.from_blocks(
-                values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2)
-            )
+            in_blocks = values.view(samples, self.grid.num_blocks, heads, -1, dim).transpose(1, 2)
+            raster = self.grid.from_blocks(in_blocks)
             destination.copy_(raster.transpose(1, 2).unflatten(1, self.grid.grid))
 
 
 def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
-    """Slices that cover q (batch, tokens, heads, dim)."""
+    """Yield slices that cover q (batch, tokens, heads, dim)."""
     batch, _, heads, dim = q.shape
-    every = tuple(slice(0, n) for n in grid.grid)
     room = SLICE_ELEMENTS // (heads * dim) if q.device.type == "cpu" else q.numel()  # tokens of a slice
-    fit = max(1, room // (grid.block_size[0] * math.prod(grid.grid[1:])))
-    samples, rows = max(1, fit // grid.blocks[0]), min(fit, grid.blocks[0])
-    columns = (
-        _columns(grid, room) if samples == rows == 1 else [(every[1:], slice(0, math.prod(grid.blocks[1:])))]
-    )
     row_blocks = math.prod(grid.blocks[1:])
+    fit = max(1, room // (grid.block_size[0] * math.prod(grid.grid[1:])))  # rows of blocks that fit
+    samples, rows = max(1, fit // grid.blocks[0]), min(fit, grid.blocks[0])
+    if samples == rows == 1:
+        columns = _columns(grid, room)
+    else:
+        columns = [(tuple(slice(0, n) for n in grid.grid[1:]), slice(0, row_blocks))]
     for b in range(0, batch, samples):
         for r in range(0, grid.blocks[0], rows):
             first = slice(r * grid.block_size[0], min(grid.grid[0], (r + rows) * grid.block_size[0]))
-            count = -(-(first.stop - first.start) // grid.block_size[0])
+            count = ceil_div(first.stop - first.start, grid.block_size[0])
             for others, blocks in columns:
                 tokens = (first, *others)
                 inner = BlockGrid([part.stop - part.start for part in tokens], block_size=grid.block_size)
@@ -283,8 +281,15 @@ def _slices(q: Tensor, grid: BlockGrid) -> Iterator[_Slice]:
 
 
 def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]]:
-    """One row of blocks along the first axis, in parts along the second axis that are to hold `room` tokens:
-    their tokens along all axes but the first, and their blocks, counted from the row's first."""
+    """Cut one row of blocks along the first axis into parts along the second axis.
+
+    Args:
+        grid: the whole grid.
+        room: tokens that one part should hold.
+
+    Returns:
+        Of each part, its tokens along all axes but the first, and its blocks, counted from the row's first.
+    """
     if len(grid.grid) == 1:
         return [((), slice(0, 1))]
     count, width, rest = grid.blocks[1], grid.block_size[1], math.prod(grid.blocks[2:])
@@ -298,81 +303,120 @@ def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]
     ]
 
 
+@dataclass
+class _Memory:
+    """One piece of memory that grows to the largest tensor asked for, and is used again for the next one."""
+
+    dtype: torch.dtype
+    device: torch.device
+    held: Tensor | None = None
+
+    def room(self, shape: Sequence[int]) -> Tensor:
+        """Return an uninitialized tensor in this memory; it overwrites the one before."""
+        size = math.prod(shape)
+        if self.held is None or self.held.numel() < size:
+            self.held = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self.held[:size].view(*shape)
+
+    def bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the batched product a @ b in this memory."""
+        return torch.bmm(a, b, out=self.room((*a.shape[:2], b.shape[2])))
+
+
+@dataclass
 class _Workspace:
-    """Buffers, (samples x blocks x heads, tokens_per_block, dim), that all slices of a call share: fresh
-    memory costs page faults.
+    """The memory of one call, shared by all its slices, because fresh memory costs page faults.
+
+    Attributes:
+        settings: of the call.
+        device: of its tensors.
+        summaries: S, (batch, blocks, heads, dim_k, dim_v); in the backward the gradient of S~.
+        key_sums: z, (batch, blocks, heads, dim_k); in the backward the gradient of z~.
+        mixed: S~, (batch, blocks, heads, dim_k, dim_v); in the backward the gradient of S.
+        queries, keys: features of a slice, (samples x blocks x heads, tokens_per_block, dim_k).
+        values: v of a slice, or the gradient of its output, (samples x blocks x heads, tokens_per_block,
+            dim_v).
+        outputs: the output of a slice, or the gradient of v, in the same shape.
+        gradients: gradients of q or k of a slice, (samples x blocks x heads, tokens_per_block, dim_k).
     """
 
-    def __init__(self, offset: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.offset, self.dtype, self.device = offset, dtype, device
-        self._buffers: dict[str, Tensor] = {}
+    settings: _Settings
+    device: torch.device
+    summaries: _Memory = field(init=False)
+    key_sums: _Memory = field(init=False)
+    mixed: _Memory = field(init=False)
+    queries: _Memory = field(init=False)
+    keys: _Memory = field(init=False)
+    values: _Memory = field(init=False)
+    outputs: _Memory = field(init=False)
+    gradients: _Memory = field(init=False)
 
-    def summaries(self, grid: BlockGrid, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
-        """Room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
+    def __post_init__(self) -> None:
+        pieces = (_Memory(self.settings.dtype, self.device) for _ in range(8))
+        self.summaries, self.key_sums, self.mixed, *slices = pieces
+        self.queries, self.keys, self.values, self.outputs, self.gradients = slices
+
+    def room_for_sums(self, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
+        """Return room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
         batch, _, heads, dim_k = q.shape
-        lead = (batch, grid.num_blocks, heads)
-        return self.room("S", (*lead, dim_k, dim_v)), self.room("z", (*lead, dim_k))
+        lead = (batch, self.settings.grid.num_blocks, heads)
+        return self.summaries.room((*lead, dim_k, dim_v)), self.key_sums.room((*lead, dim_k))
 
-    def blocks(self, name: str, x: Tensor, part: _Slice) -> Tensor:
+    def in_blocks(self, memory: _Memory, x: Tensor, part: _Slice) -> Tensor:
+        """Copy a slice of x (batch, tokens, heads, dim) to (samples x blocks x heads, tokens_per_block, dim)."""
         view = part.arrange(x)
-        return self._in_blocks(self.room(name, view.shape).copy_(view), part)
+        return _flat(memory.room(view.shape).copy_(view), part)
 
-    def features(self, name: str, x: Tensor, part: _Slice, *, keys: bool = False) -> Tensor:
-        """relu(x) + offset; keys are 0 at the missing places of short blocks."""
+    def features(self, memory: _Memory, x: Tensor, part: _Slice, *, keys: bool = False) -> Tensor:
+        """Return relu(x) + offset of a slice; keys are 0 at the empty places of short blocks."""
         view = part.arrange(x)
-        phi = self._in_blocks(torch.clamp_min(view.to(self.dtype), 0, out=self.room(name, view.shape)), part)
-        if self.offset:
-            phi.add_(self.offset)
+        phi = _flat(torch.clamp_min(view.to(self.settings.dtype), 0, out=memory.room(view.shape)), part)
+        if self.settings.offset:
+            phi.add_(self.settings.offset)
         mask = part.grid.mask if keys else None
         if mask is not None:
             phi.unflatten(0, (-1, part.grid.num_blocks, x.shape[2])).mul_(mask.to(phi)[:, None, :, None])
         return phi
 
-    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self.room(name, (*a.shape[:2], b.shape[2])))
-
     def relu_backward(self, grad: Tensor, phi: Tensor) -> Tensor:
-        """grad where the feature map's relu was open, else 0, in place."""
-        return torch.ops.aten.threshold_backward.grad_input(grad, phi, self.offset, grad_input=grad)
+        """Set grad to 0 where the feature map's relu was closed, in place."""
+        return torch.ops.aten.threshold_backward.grad_input(grad, phi, self.settings.offset, grad_input=grad)
 
-    def _in_blocks(self, arranged: Tensor, part: _Slice) -> Tensor:
-        return arranged.view(-1, part.grid.tokens_per_block, arranged.shape[-1])
 
-    def room(self, name: str, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape)
-        held = self._buffers.get(name)
-        if held is None or held.numel() < size:
-            held = self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return held[:size].view(*shape)
+def _flat(arranged: Tensor, part: _Slice) -> Tensor:
+    """View an arranged slice as (samples x blocks x heads, tokens_per_block, dim)."""
+    return arranged.view(-1, part.grid.tokens_per_block, arranged.shape[-1])
 
 
 def _mix(
-    mixing: Tensor | None, summaries: Tensor, work: _Workspace | None = None, *, keep: bool = True
+    mixing: Tensor | None, summaries: Tensor, memory: _Memory | None = None, *, keep: bool = True
 ) -> Tensor:
-    """sum_b m[i, b] S_b over the block axis, the second of (batch, blocks, heads, ...): one product for all
-    heads, or one a head.
+    """Return sum_b m[i, b] S_b over the block axis, with one product for all heads or one per head.
 
-    Without `keep`, large ones are mixed in their place, which halves what passes through memory.
+    Args:
+        mixing: m, (blocks, blocks) or (heads, blocks, blocks); None means all ones.
+        summaries: S, (batch, blocks, heads, ...).
+        memory: for the result; None allocates it.
+        keep: False permits to overwrite S when it is large, which halves the traffic through memory.
     """
     if mixing is None:
         return summaries.sum(1, keepdim=True).expand_as(summaries)
     if mixing.dim() == 3:
         return (mixing @ _head_first(summaries)).transpose(1, 2).reshape(summaries.shape)
     panels = _panels(summaries)
-    if work is not None and not keep and len(panels) > 1:
+    if memory is not None and not keep and len(panels) > 1:
         for x in panels:
-            x.copy_(work.bmm("mixed", mixing.expand(len(x), -1, -1), x))
+            x.copy_(memory.bmm(mixing.expand(len(x), -1, -1), x))
         return summaries
-    out = torch.empty_like(summaries) if work is None else work.room("mixed", summaries.shape)
+    out = torch.empty_like(summaries) if memory is None else memory.room(summaries.shape)
     for x, to in zip(panels, _panels(out), strict=True):
-        torch.bmm(
-            mixing.expand(len(x), -1, -1), x, out=to
-        )  # matmul would fold the batch into the columns, with copies
+        # matmul would fold the batch into the columns, with copies.
+        torch.bmm(mixing.expand(len(x), -1, -1), x, out=to)
     return out
 
 
 def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
-    """Gradient of the mixing matrix, summed over samples (and over heads that share it)."""
+    """Return the gradient of the mixing matrix, summed over samples and over heads that share it."""
     if mixing.dim() == 3:
         return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
     gradient = torch.zeros_like(mixing)
@@ -382,8 +426,9 @@ def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
 
 
 def _panels(summaries: Tensor) -> list[Tensor]:
-    """(batch, blocks, heads, ...) as the matrices (products, blocks, columns) that a shared mixing matrix
-    is multiplied with: views.
+    """Cut (batch, blocks, heads, ...) into the matrices that a shared mixing matrix multiplies: views.
+
+    Each is (products, blocks, columns).
     """
     flat = summaries.flatten(2)
     if flat.device.type != "cpu" or flat[0].numel() < PANELS_FROM:
@@ -398,10 +443,10 @@ def _panels(summaries: Tensor) -> list[Tensor]:
 
 
 def _head_first(summaries: Tensor) -> Tensor:
-    """(batch, blocks, heads, ...) -> (batch, heads, blocks, numbers of one summary)."""
+    """Reorder (batch, blocks, heads, ...) to (batch, heads, blocks, elements of one summary)."""
     return summaries.flatten(3).transpose(1, 2)
 
 
-def _normalizer(qf: Tensor, z_mixed: Tensor, eps: float) -> Tensor:
-    """q . z~ + eps, (..., tokens_per_block, 1)."""
-    return (qf @ z_mixed.unsqueeze(-1)).add_(eps)
+def _normalizer(q_features: Tensor, z_mixed: Tensor, eps: float) -> Tensor:
+    """Return q . z~ + eps, (..., tokens_per_block, 1)."""
+    return (q_features @ z_mixed.unsqueeze(-1)).add_(eps)

@@ -1,8 +1,8 @@
 """Causal Multi-Head Linear Attention with a hand-written backward, for long rows on a CPU.
 
-Plain autograd writes every chunk's scores to memory and reads them back three times; at 16,384 tokens that
-costs more than the matrix products. Here a few chunks of one head are finished before the next, and their
-scores are computed again in the backward. Same numbers as the plain form of `causal.causal_mhla` (a test).
+Plain autograd writes the scores of every chunk to memory and reads them back three times. At 16,384 tokens
+that costs more than the matrix products. Here a few chunks of one head are finished before the next ones, and
+the backward computes their scores again. The numbers equal those of the plain form in `causal.py` (a test).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from mhla_lightning.attention.base import full_precision
 SLICE_ELEMENTS = 2**18
 """Scores that one slice holds (1 MiB in float32)."""
 WORTHWHILE = 2**19
-"""Scores of a head from which on slices pay: below, all heads at once are faster."""
+"""Scores of a head from which on slices are faster; below, all heads at once are."""
 
 
 def pays(q: Tensor, chunk_size: int) -> bool:
-    """Whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k). A compiler fuses
-    the plain form itself.
+    """Return whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k).
+
+    They are not under a compiler, which fuses the plain form itself.
     """
     return (
         q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
@@ -35,15 +36,16 @@ def pays(q: Tensor, chunk_size: int) -> bool:
 def fused_causal(
     q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int
 ) -> Tensor:
-    """sum over earlier chunks of among[i, b] q (k^T v) plus diagonal[i] times the causal q k^T v of the own
-    chunk.
+    """Compute causal MHLA: for tokens of chunk i, sum_{b<i} among[i, b] q S_b, plus the own chunk.
+
+    The own chunk gives diagonal[i] times the causal q k^T v.
 
     Args:
-        q, k: (batch, heads, tokens, dim_k), feature-mapped. v: (batch, heads, tokens, dim_v). Read in place,
-            however they lie in memory.
-        among: (M, M) or (heads, M, M), zero on and above the diagonal; None is all ones below it.
+        q, k: (batch, heads, tokens, dim_k), feature-mapped; any strides.
+        v: (batch, heads, tokens, dim_v); any strides.
+        among: (M, M) or (heads, M, M), zero on and above the diagonal; None means all ones below it.
         diagonal: (M,) or (heads, M).
-        chunk_size: tokens a chunk; M of them.
+        chunk_size: tokens per chunk; there are M chunks.
 
     Returns:
         (batch, heads, tokens, dim_v)
@@ -55,7 +57,7 @@ def fused_causal(
 
 
 class _FusedCausal(torch.autograd.Function):
-    """q, k, v: (batch, heads, M, size, dim)."""
+    """The function on chunks; q, k, v: (batch, heads, M, size, dim)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor) -> Tensor:
@@ -63,9 +65,9 @@ class _FusedCausal(torch.autograd.Function):
         kept: list[Tensor] = []
         for qh, kh, vh, oh, head in _heads(q, k, v, out):
             summaries = kh.mT @ vh
-            prefix = _mix(_of(among, head, 2), summaries)
+            prefix = _mix(_of_head(among, head, 2), summaries)
             kept += [summaries, prefix]
-            own = _of(diagonal, head, 1)
+            own = _of_head(diagonal, head, 1)
             for part in _slices(qh):
                 inside = (qh[part] @ kh[part].mT).tril_() @ vh[part]
                 oh[part] = inside.mul_(_column(own, part)).baddbmm_(qh[part], prefix[part])
@@ -82,16 +84,16 @@ class _FusedCausal(torch.autograd.Function):
         d_diagonal = torch.zeros_like(diagonal)
         with full_precision(q):
             for qh, kh, vh, gh, dqh, dkh, dvh, head in _heads(q, k, v, grad, dq, dk, dv):
-                mixing, own = _of(among, head, 2), _of(diagonal, head, 1)
+                mixing, own = _of_head(among, head, 2), _of_head(diagonal, head, 1)
                 summaries, prefix = next(summaries_and_prefixes)
                 d_prefix = qh.mT @ gh
                 d_summaries = _mix_back(mixing, d_prefix)
                 if d_among is not None:
-                    _of(d_among, head, 2).add_(d_prefix.flatten(1) @ summaries.flatten(1).mT)
-                d_own = _of(d_diagonal, head, 1)
+                    _of_head(d_among, head, 2).add_(d_prefix.flatten(1) @ summaries.flatten(1).mT)
+                d_own = _of_head(d_diagonal, head, 1)
                 for part in _slices(qh):
                     qp, kp, vp, gp, weight = qh[part], kh[part], vh[part], gh[part], _column(own, part)
-                    # The weight goes on rows of dim_v, not on the scores, which are wider.
+                    # The weight multiplies rows of dim_v, not the scores, which are wider.
                     unweighted = (qp @ kp.mT).tril_().mT @ gp
                     d_own[part] += (unweighted * vp).sum((-2, -1))
                     dvh[part] = unweighted.mul_(weight).baddbmm_(kp, d_summaries[part])
@@ -102,7 +104,7 @@ class _FusedCausal(torch.autograd.Function):
 
 
 def _heads(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(M, size, dim) of every tensor for each sample and head, and the head's number."""
+    """Yield (M, size, dim) of every tensor for each sample and head, and the head's number."""
     batch, heads = tensors[0].shape[:2]
     for sample in range(batch):
         for head in range(heads):
@@ -110,29 +112,32 @@ def _heads(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def _slices(q: Tensor) -> Iterator[slice]:
-    """Chunks of q (M, size, dim) whose scores fit the budget together."""
+    """Yield slices of the chunks of q (M, size, dim) whose scores fit the budget together."""
     count, size = q.shape[:2]
     step = max(1, SLICE_ELEMENTS // size**2)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
 
 
-def _of(x: Any, head: int, dims: int) -> Any:
+def _of_head(x: Any, head: int, dims: int) -> Any:
+    """Return the part of one head; tensors of `dims` dimensions and None serve all heads."""
     return x if x is None or x.dim() == dims else x[head]
 
 
 def _column(own: Tensor, part: slice) -> Tensor:
+    """Return the weights of some chunks, broadcastable to (chunks, size, dim)."""
     return own[part, None, None]
 
 
 def _mix(mixing: Tensor | None, summaries: Tensor) -> Tensor:
-    """(M, dim_k, dim_v): mixing @ summaries; without mixing the sum of all before."""
+    """Return mixing @ summaries, (M, dim_k, dim_v); without mixing, the sum over all earlier chunks."""
     if mixing is None:
         return F.pad(summaries[:-1], (0, 0, 0, 0, 1, 0)).cumsum(0)
     return (mixing @ summaries.flatten(1)).view_as(summaries)
 
 
 def _mix_back(mixing: Tensor | None, d_prefix: Tensor) -> Tensor:
+    """Return the gradient of the summaries from that of :func:`_mix`'s result."""
     if mixing is None:
         return F.pad(d_prefix[1:], (0, 0, 0, 0, 0, 1)).flip(0).cumsum(0).flip(0)
     return (mixing.mT @ d_prefix.flatten(1)).view_as(d_prefix)

@@ -1,4 +1,4 @@
-"""Tokens on a 1, 2 or 3 axis grid, cut into blocks (SPEC section 0 and 1.5)."""
+"""Tokens on a grid of 1, 2 or 3 axes, cut into blocks (SPEC section 0 and 1.5)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.errors import UserError
 
 
@@ -16,14 +17,17 @@ class BlockGrid:
     """Cuts a token grid into blocks and moves tensors between raster order and block order.
 
     Raster order: row-major over the grid, last axis fastest. Block order: blocks row-major over the block
-        grid, tokens row-major inside a block.
-    The last block of an axis may be short; its missing places are filled with zeros in block order and
-    dropped on the way back.
+    grid, and tokens row-major inside a block. The last block of an axis may be short: its empty places are
+    zeros in block order, and the way back drops them.
 
     Args:
         grid: token counts per axis, ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
         blocks: blocks per axis; one number serves every axis. Give this or ``block_size``.
         block_size: tokens of a block per axis; one number serves every axis.
+
+    Attributes:
+        padded: tokens per axis after filling up short blocks.
+        even: whether every block is full.
 
     Raises:
         UserError: neither or both of blocks and block_size, a wrong number of axes, or a count that does not
@@ -39,33 +43,33 @@ class BlockGrid:
     ) -> None:
         self.grid = tuple(int(n) for n in grid)
         if not 1 <= len(self.grid) <= 3 or min(self.grid) < 1:
-            raise UserError(f"a token grid has 1 to 3 axes of at least one token, got {self.grid}")
+            raise UserError("grid", f"found {self.grid}; a token grid has 1 to 3 axes of at least one token")
         if (blocks is None) == (block_size is None):
+            found = "both" if blocks is not None else "neither"
             raise UserError(
-                f"give either blocks or block_size for a grid of {self.grid} tokens, got "
-                f"blocks={blocks} and block_size={block_size}"
+                "blocks",
+                f"found {found} of `blocks` ({blocks}) and `block_size` ({block_size}) for a grid of "
+                f"{self.grid} tokens; give one of them",
             )
         if blocks is not None:
             counts = self._per_axis("blocks", blocks)
             self.block_size = tuple(_width(n, count) for n, count in zip(self.grid, counts, strict=True))
         else:
             assert block_size is not None
-            self.block_size = tuple(
-                min(n, size)
-                for n, size in zip(self.grid, self._per_axis("block_size", block_size), strict=True)
-            )
-        self.blocks = tuple(math.ceil(n / width) for n, width in zip(self.grid, self.block_size, strict=True))
+            sizes = self._per_axis("block_size", block_size)
+            self.block_size = tuple(min(n, size) for n, size in zip(self.grid, sizes, strict=True))
+        self.blocks = tuple(ceil_div(n, width) for n, width in zip(self.grid, self.block_size, strict=True))
         self.padded = tuple(count * width for count, width in zip(self.blocks, self.block_size, strict=True))
         self.tokens = math.prod(self.grid)
         self.num_blocks = math.prod(self.blocks)
         self.tokens_per_block = math.prod(self.block_size)
         self.even = self.padded == self.grid
 
-    def _per_axis(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    def _per_axis(self, key: str, value: int | Sequence[int]) -> tuple[int, ...]:
         values = (value,) * len(self.grid) if isinstance(value, int) else tuple(value)
         if len(values) != len(self.grid) or any(not isinstance(x, int) or x < 1 for x in values):
             raise UserError(
-                f"{name} takes one positive whole number per axis of the {self.grid} token grid, got {value}"
+                key, f"found {value}; give one positive whole number per axis of the {self.grid} token grid"
             )
         return values
 
@@ -74,7 +78,7 @@ class BlockGrid:
 
     @property
     def mask(self) -> Tensor | None:
-        """(blocks, tokens_per_block) bool, True where a token stands; None when every block is full."""
+        """(blocks, tokens_per_block) bool, True where a place holds a token; None when all do."""
         return None if self.even else self.to_blocks(torch.ones(self.tokens, 1, dtype=torch.bool)).squeeze(-1)
 
     @property
@@ -84,21 +88,22 @@ class BlockGrid:
         return self.from_blocks(ids).squeeze(-1)
 
     def to_blocks(self, x: Tensor) -> Tensor:
-        """(..., tokens, channels) in raster order -> (..., blocks, tokens_per_block, channels)."""
+        """Reorder (..., tokens, channels) in raster order to (..., blocks, tokens_per_block, channels)."""
         lead = x.dim() - 2
         x = self.split(x, lead).permute(*self._blocks_first(lead))
         return x.reshape(*x.shape[:lead], self.num_blocks, self.tokens_per_block, x.shape[-1])
 
     def from_blocks(self, x: Tensor) -> Tensor:
-        """(..., blocks, tokens_per_block, channels) -> (..., tokens, channels) in raster order."""
+        """Reorder (..., blocks, tokens_per_block, channels) to (..., tokens, channels) in raster order."""
         lead = x.dim() - 3
         x = x.reshape(*x.shape[:lead], *self.blocks, *self.block_size, x.shape[-1])
         order = self._blocks_first(lead)
         return self.merge(x.permute(*sorted(range(len(order)), key=order.__getitem__)), lead)
 
     def split(self, x: Tensor, dim: int) -> Tensor:
-        """Opens the token axis `dim` into (count, size) pairs, one an axis of the grid; short last blocks
-        are filled with zeros. A view when even.
+        """Split the token axis `dim` into pairs (count, size), one pair per axis of the grid.
+
+        Short last blocks are filled up with zeros. The result is a view when all blocks are full.
         """
         lead, rest = x.shape[:dim], x.shape[dim + 1 :]
         if not self.even:
@@ -111,21 +116,23 @@ class BlockGrid:
         )
 
     def merge(self, x: Tensor, dim: int) -> Tensor:
-        """The way back from :meth:`split`."""
+        """Undo :meth:`split`."""
         for axis, n in enumerate(self.grid):
             x = x.flatten(dim + axis, dim + axis + 1).narrow(dim + axis, 0, n)
         return x.flatten(dim, dim + len(self.grid) - 1)
 
     def _blocks_first(self, lead: int) -> list[int]:
-        """Order of the dimensions of (lead, count, size, count, size, ..., channels) with all counts
-        before all sizes.
+        """Return the order of dimensions that puts all counts before all sizes.
+
+        The dimensions are (lead, count, size, count, size, ..., channels).
         """
         counts = [lead + 2 * axis for axis in range(len(self.grid))]
         return [*range(lead), *counts, *(d + 1 for d in counts), lead + 2 * len(self.grid)]
 
     def distances(self) -> Tensor:
-        """(blocks, blocks) float64: Euclidean distance of block positions on the unit-spaced block grid
-        (paper Sec. 4.2).
+        """Return the Euclidean distances of blocks, (blocks, blocks) float64 (paper Sec. 4.2).
+
+        The unit is one block along an axis.
         """
         axes = [torch.arange(count, dtype=torch.float64) for count in self.blocks]
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(self.num_blocks, -1)
@@ -133,13 +140,16 @@ class BlockGrid:
 
 
 def _width(tokens: int, count: int) -> int:
-    width = math.ceil(tokens / count)
-    if math.ceil(tokens / width) == count:
+    """Return the width of `count` blocks on an axis of `tokens`."""
+    width = ceil_div(tokens, count)
+    if ceil_div(tokens, width) == count:
         return width
-    fitting = sorted({math.ceil(tokens / size) for size in range(1, tokens + 1)})
+    fitting = sorted({ceil_div(tokens, size) for size in range(1, tokens + 1)})
     below, above = [n for n in fitting if n < count], [n for n in fitting if n > count]
-    near = " or ".join(str(n) for n in below[-1:] + above[:1])
+    near = [str(n) for n in below[-1:] + above[:1]]
+    verb = "counts that work are" if len(near) == 2 else "count that works is"
     raise UserError(
-        f"blocks={count} does not fit an axis of {tokens} tokens: blocks of {width} tokens make "
-        f"{math.ceil(tokens / width)} blocks; use {near}"
+        "blocks",
+        f"{count} does not fit an axis of {tokens} tokens: blocks of {width} tokens make "
+        f"{ceil_div(tokens, width)} blocks; the nearest {verb} {' and '.join(near)}",
     )

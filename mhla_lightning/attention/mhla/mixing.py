@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from mhla_lightning.attention.base import known
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -17,10 +20,12 @@ def _linear(distance: Tensor, largest: Tensor) -> Tensor:
 
 
 def _rows(weight: Tensor) -> Tensor:
+    """Normalize every row to sum 1."""
     return weight / weight.sum(1, keepdim=True)
 
 
 def _columns(weight: Tensor) -> Tensor:
+    """Normalize every column to sum 1."""
     return weight / weight.sum(0, keepdim=True)
 
 
@@ -29,7 +34,7 @@ def _causal_uniform(distance: Tensor) -> Tensor:
 
 
 def _causal_local(distance: Tensor) -> Tensor:
-    """The paper's locality rule among the blocks that row i may see: the farthest is i blocks away."""
+    """Apply the paper's locality rule to the blocks that row i sees; the farthest is i blocks away."""
     farthest = torch.arange(len(distance), dtype=distance.dtype, device=distance.device).clamp_min(1)[:, None]
     return _rows(_linear(distance, farthest).clamp_min(_LEAST_LOCAL).tril())
 
@@ -39,7 +44,35 @@ def _decay(distance: Tensor, sigma: float | None) -> Tensor:
 
 
 _LEAST_LOCAL = 1e-3  # of causal_local: a weight of 0 would never get a gradient through a clamp at 0
-_SIGMA, _CAUSAL_SIGMA = 3.0, 1.0
+_SIGMA, _CAUSAL_SIGMA = 3.0, 1.0  # blocks
+
+
+@dataclass(frozen=True)
+class MixingInit:
+    """Options of the initializations of a mixing matrix.
+
+    Args:
+        exp_sigma: decay length of `exp` and `causal_exp`, in blocks; None means 3 and 1.
+        local_thres: radius of `local`, in blocks.
+        value: the entry of `const`.
+    """
+
+    exp_sigma: float | None = None
+    local_thres: float = 1.5
+    value: float = 1e-6
+
+    @classmethod
+    def of(cls, given: Mapping[str, float] | None) -> MixingInit:
+        """Return the options of an attention entry's `mix_init_options`.
+
+        Raises:
+            UserError: unknown key.
+        """
+        keys = [field.name for field in fields(cls)]
+        for key in given or {}:
+            if key not in keys:
+                raise UserError(f"mix_init_options.{key}", unknown_name("option", key, keys))
+        return cls(**(given or {}))
 
 
 def initial_mixing(
@@ -50,16 +83,15 @@ def initial_mixing(
     local_thres: float = 1.5,
     value: float = 1e-6,
 ) -> Tensor:
-    """The initial mixing matrix, (blocks, blocks): row = query block, column = key block.
+    """Return the initial mixing matrix, (blocks, blocks): row = query block, column = key block.
 
     Args:
         distance: (blocks, blocks), ``BlockGrid.distances()``.
-        init: `local_row` is the paper's (Sec. 4.2); the release has `linear`, `cos`, `exp`, `gaussian`,
-            `local`, `const`, and `causal_uniform` for language; `causal_local` is the paper's rule among
-            earlier blocks, `causal_exp` exp(-distance / exp_sigma) of them, not normalised.
-        exp_sigma: decay length of `exp` (default 3) and `causal_exp` (default 1), in blocks.
-        local_thres: radius of `local`, in blocks.
-        value: the entry of `const`.
+        init: name of the rule. `local_row` is the paper's (Sec. 4.2). `linear`, `cos`, `exp`, `gaussian`,
+            `local` and `const` are the release's, and `causal_uniform` for language. `causal_local` is the
+            paper's rule among earlier blocks. `causal_exp` is exp(-distance / exp_sigma) of them, not
+            normalized. `uniform` is 1 / blocks.
+        exp_sigma, local_thres, value: see :class:`MixingInit`.
 
     Raises:
         UserError: unknown name.
@@ -77,8 +109,7 @@ def initial_mixing(
         "causal_exp": lambda d: _decay(d, exp_sigma).tril(),
         "const": lambda d: torch.full_like(d, value),
     }
-    if init not in makers:
-        raise UserError(unknown_name("mix_init", init, makers))
+    known("init", init, tuple(makers))
     if len(distance) == 1 and init != "const":  # every rule divides by the largest distance, 0 here (SPEC P8)
         return torch.ones_like(distance)
     return makers[init](distance)
@@ -87,11 +118,17 @@ def initial_mixing(
 def initial_relative(
     distances: int, init: str, *, exp_sigma: float | None = None, value: float = 1e-6
 ) -> Tensor:
-    """Initial weights by distance in blocks, (distances,): the causal initialisations without the
-    normalisation of rows, which they cannot have.
+    """Return initial weights by distance in blocks, (distances,).
+
+    These are the causal rules without the normalization of rows, which weights by distance cannot have.
+
+    Args:
+        distances: number of distances, from 0 on.
+        init: `causal_uniform`, `causal_local`, `causal_exp` or `const`.
+        exp_sigma, value: see :class:`MixingInit`.
 
     Raises:
-        UserError: a name that is none of these.
+        UserError: any other name.
     """
     distance = torch.arange(distances, dtype=torch.float64)
     makers: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,43 +138,48 @@ def initial_relative(
         "const": lambda d: torch.full_like(d, value),
     }
     if init not in makers:
-        raise UserError(unknown_name("mix_init", init, makers, of="the relative form"))
+        raise UserError("init", unknown_name("name", init, makers, of="the relative form"))
     return makers[init](distance)
 
 
 FORMS = ("absolute", "relative")
 CLAMP_AT = ("step", "forward")
-_OPTIONS = ("exp_sigma", "local_thres", "value")
 
 
-def mix_options(given: Mapping[str, float] | None) -> dict[str, float]:
-    """`mix_init_options` of an attention entry, checked. Raises UserError for an unknown key."""
-    for key in given or {}:
-        if key not in _OPTIONS:
-            raise UserError(unknown_name("mix_init_options key", key, _OPTIONS))
-    return dict(given or {})
+@contextmanager
+def keys_of_an_entry() -> Iterator[None]:
+    """Prefix the keys of a mixing matrix's errors with `mix_`, as an attention entry spells them."""
+    try:
+        yield
+    except UserError as error:
+        error.key = f"mix_{error.key}"
+        raise
 
 
 class MixingMatrix(nn.Module):
-    """One mixing matrix a layer, shared by heads and batch unless ``heads`` is given.
+    """The mixing matrix of one layer, shared by heads and batch unless ``heads`` is given.
 
     Args:
         grid_or_count: a BlockGrid, blocks per axis, or a number of blocks on one axis.
-        init: see :func:`initial_mixing`.
+        init: name of the initialization, see :func:`initial_mixing`.
         learnable: False keeps the initial values (the paper's ablation).
-        causal: the upper triangle is zero.
-        form: `absolute` is the paper's matrix. `relative` (causal, beyond the paper) has one weight a head
-            and distance in blocks; beyond the distances it has, the last weight holds, so it serves any
+        causal: whether the upper triangle is zero.
+        clamp: range [low, high] that :meth:`project_` restores after every optimizer step; None leaves the
+            values free.
+        heads: number of heads, for one matrix per head; None means one for all.
+        form: `absolute` is the paper's matrix. `relative` (causal, beyond the paper) has one weight per head
+            and distance in blocks. The last weight also serves all larger distances, so the form serves any
             number of blocks.
-        clamp: range that :meth:`project_` restores after every optimizer step; None leaves the values free.
-        heads: one matrix a head.
-        clamp_at: `step`, or `forward` as in the release's language model: every forward also sees clamped
-            values, whatever was loaded.
-        exp_sigma, local_thres, value: options of the initialisations.
+        clamp_at: `step`, or `forward` as in the release's language model, where every forward also clamps the
+            values that it uses.
+        init_options: options of the initialization.
 
     Attributes:
         weight: (blocks, blocks) or (heads, blocks, blocks), row = query block; relative: (heads or 1,
             distances).
+
+    Raises:
+        UserError: unknown names, or an invalid range.
     """
 
     def __init__(
@@ -150,10 +192,7 @@ class MixingMatrix(nn.Module):
         heads: int | None = None,
         form: str = "absolute",
         clamp_at: str = "step",
-        *,
-        exp_sigma: float | None = None,
-        local_thres: float = 1.5,
-        value: float = 1e-6,
+        init_options: MixingInit | None = None,
     ) -> None:
         super().__init__()
         if isinstance(grid_or_count, BlockGrid):
@@ -162,47 +201,49 @@ class MixingMatrix(nn.Module):
             counts = [grid_or_count] if isinstance(grid_or_count, int) else grid_or_count
             grid = BlockGrid(counts, block_size=1)
         if clamp is not None and not (len(clamp) == 2 and clamp[0] < clamp[1]):
-            raise UserError(f"mix_clamp takes [low, high] with low < high, or null, got {clamp}")
-        if form not in FORMS:
-            raise UserError(unknown_name("mix_form", form, FORMS))
+            raise UserError("clamp", f"found {clamp}; give [low, high] with low < high, or null")
+        known("form", form, FORMS)
+        known("clamp_at", clamp_at, CLAMP_AT)
+        options = MixingInit() if init_options is None else init_options
         if form == "relative":
             if not causal:
                 raise UserError(
-                    "mix_form 'relative' counts the blocks back to an earlier one: it needs a causal model"
+                    "form", "'relative' counts the blocks back to an earlier one, and needs a causal model"
                 )
-            weight = (
-                initial_relative(grid.num_blocks, init, exp_sigma=exp_sigma, value=value)
-                .float()
-                .expand(heads or 1, -1)
-                .clone()
+            by_distance = initial_relative(
+                grid.num_blocks, init, exp_sigma=options.exp_sigma, value=options.value
             )
+            weight = by_distance.float().expand(heads or 1, -1).clone()
         else:
-            weight = initial_mixing(
-                grid.distances(), init, exp_sigma=exp_sigma, local_thres=local_thres, value=value
-            ).float()
+            weight = initial_mixing(grid.distances(), init, **asdict(options)).float()
             weight = weight.tril() if causal else weight
             weight = weight if heads is None else weight.expand(heads, -1, -1).clone()
-        if clamp_at not in CLAMP_AT:
-            raise UserError(unknown_name("mix_clamp_at", clamp_at, CLAMP_AT))
         self.causal, self.form, self.clamp_at = causal, form, clamp_at
         self.clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
         self.weight = nn.Parameter(weight, requires_grad=learnable)
 
     @property
     def blocks(self) -> int:
+        """Rows of the matrix, or distances of the relative form."""
         return self.weight.shape[-1]
 
     def values(self) -> Tensor:
-        """The weight as a forward uses it. A clamp there leaves the gradient alone, as the release's
-        in-place one does.
+        """Return the weight as a forward uses it.
+
+        A clamp here leaves the gradient unchanged, as the release's in-place clamp does.
         """
         if self.clamp is None or self.clamp_at == "step":
             return self.weight
         return self.weight + (self.weight.clamp(*self.clamp) - self.weight).detach()
 
     def matrix(self, blocks: int | None = None) -> Tensor:
-        """(blocks, blocks) or (heads, blocks, blocks). A causal matrix serves fewer blocks than it has, a
-        relative one any; every other its own.
+        """Return the matrix for a number of blocks, (blocks, blocks) or (heads, blocks, blocks).
+
+        A relative matrix serves any number of blocks, a causal one its own number or fewer, and every other
+        exactly its own.
+
+        Args:
+            blocks: number of blocks; None means the matrix's own.
 
         Raises:
             UserError: a number of blocks that this matrix cannot serve.
@@ -213,16 +254,18 @@ class MixingMatrix(nn.Module):
             return self.values()[:, (number[:, None] - number).clamp(0, self.blocks - 1)].tril()
         if blocks > self.blocks or (blocks < self.blocks and not self.causal):
             raise UserError(
-                f"the mixing matrix serves {self.blocks} blocks, the tokens make {blocks}; keep "
-                "their number (blocks: ...) on another grid"
+                "blocks",
+                f"the tokens make {blocks} blocks, and the mixing matrix serves {self.blocks}; keep their number on "
+                "another grid by setting `blocks` instead of `block_size`",
             )
         weight = self.values()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Restores the constraint after an optimizer step: values inside ``clamp``, upper triangle zero
-        when causal (SPEC 1.3).
+        """Restore the constraints after an optimizer step (SPEC 1.3).
+
+        Values are clamped to the range ``clamp``; the upper triangle is zero when causal.
         """
         if self.clamp is not None:
             self.weight.clamp_(*self.clamp)

@@ -3,128 +3,131 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mhla_lightning.attention import base
+from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.mhla.mixing import MixingMatrix, mix_options
-from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
+from mhla_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class MHLAOptions:
+    """Keys of an `mhla` entry that belong to the operator. Defaults are the paper's.
+
+    Args:
+        blocks: blocks per axis; give this or block_size.
+        block_size: tokens of a block per axis.
+        normalizer: `block` (Eq. 4), `slot` (the release's) or `none`.
+        mix_init: initialization of the mixing matrix, see :func:`initial_mixing`.
+        mix_init_options: its options, see :class:`MixingInit`; None means their defaults.
+        mix_learnable, mix_clamp: `learnable` and `clamp` of :class:`MixingMatrix`.
+        mix_per_head: one mixing matrix per head instead of one per layer (beyond the paper, SPEC P6).
+        feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
+        eps: added to the normalizer, and by `relu_eps` to the features.
+    """
+
+    blocks: int | Sequence[int] | None = None
+    block_size: int | Sequence[int] | None = None
+    normalizer: str = "block"
+    mix_init: str = "local_row"
+    mix_init_options: Mapping[str, float] | None = None
+    mix_learnable: bool = True
+    mix_clamp: Sequence[float] | None = (0.0, 1.0)
+    mix_per_head: bool = False
+    feature_map: str = "relu_eps"
+    eps: float = 1e-6
 
 
 class MHLA(base.Attention):
-    """Multi-Head Linear Attention, paper Eq. 4. Defaults are the paper's.
+    """Multi-Head Linear Attention, paper Eq. 4.
 
     Args:
+        heads: number of heads.
+        dim_k, dim_v: channels per head of q and k, and of v.
         grid: token counts per axis that the mixing matrix is made for.
-        blocks: blocks per axis (give this or block_size).
-        block_size: tokens of a block per axis.
-        normalizer: `block` (Eq. 4), `slot` (the release's) or `none`.
-        mix_init, mix_init_options, mix_learnable, mix_clamp: see :class:`MixingMatrix`.
-        mix_per_head: one mixing matrix a head instead of one a layer (beyond the paper, SPEC P6).
-        feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
-        eps: added to the normalizer and by `relu_eps` to the features.
+        options: blocks, normalizer, mixing matrix and feature map.
 
     Raises:
-        UserError: blocks that do not fit the grid, unknown names, `slot` with short blocks.
+        UserError: no grid, blocks that do not fit it, unknown names, `slot` with short blocks.
     """
 
+    options_type = MHLAOptions
+
     def __init__(
-        self,
-        *,
-        heads: int,
-        dim_k: int,
-        dim_v: int,
-        grid: Sequence[int] | None = None,
-        blocks: int | Sequence[int] | None = None,
-        block_size: int | Sequence[int] | None = None,
-        normalizer: str = "block",
-        mix_init: str = "local_row",
-        mix_init_options: Mapping[str, float] | None = None,
-        mix_learnable: bool = True,
-        mix_clamp: Sequence[float] | None = (0.0, 1.0),
-        mix_per_head: bool = False,
-        feature_map: str = "relu_eps",
-        eps: float = 1e-6,
+        self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None, options: MHLAOptions
     ) -> None:
         super().__init__()
         if grid is None:
-            raise UserError("attention 'mhla' needs a grid: the token counts per axis")
-        if normalizer not in NORMALIZERS:
-            raise UserError(unknown_name("normalizer", normalizer, NORMALIZERS))
-        options: dict[str, Any] = mix_options(mix_init_options)
-        self.partition = {"blocks": blocks, "block_size": block_size}
-        self.grid = BlockGrid(grid, blocks, block_size=block_size)
-        if normalizer == "slot" and not self.grid.even:
+            raise UserError("grid", "missing; attention 'mhla' needs the token counts per axis")
+        base.known("normalizer", options.normalizer, NORMALIZERS)
+        init_options = MixingInit.of(options.mix_init_options)
+        self.blocks, self.block_size = options.blocks, options.block_size
+        self.grid = BlockGrid(grid, options.blocks, block_size=options.block_size)
+        if options.normalizer == "slot" and not self.grid.even:
             raise UserError(
-                f"normalizer 'slot' needs full blocks, and {self.grid} has short ones; use 'block' or 'none'"
+                "normalizer",
+                f"'slot' needs full blocks, and {self.grid} has short ones; use 'block' or 'none'",
             )
-        self.normalizer = normalizer
-        self.eps = eps
-        self.phi = base.feature_map(feature_map, eps)
-        self.fused_offset = None if normalizer == "slot" else base.relu_offset(feature_map, eps)
-        self.mixing = MixingMatrix(
-            self.grid,
-            mix_init,
-            learnable=mix_learnable,
-            clamp=mix_clamp,
-            heads=heads if mix_per_head else None,
-            **options,
-        )
+        self.normalizer, self.eps = options.normalizer, options.eps
+        self.phi = base.feature_map(options.feature_map, options.eps)
+        offset = base.relu_offset(options.feature_map, options.eps)
+        self.fused_offset = None if options.normalizer == "slot" else offset
+        with keys_of_an_entry():
+            self.mixing = MixingMatrix(
+                self.grid,
+                options.mix_init,
+                learnable=options.mix_learnable,
+                clamp=options.mix_clamp,
+                heads=heads if options.mix_per_head else None,
+                init_options=init_options,
+            )
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        grid: Sequence[int] | None = None,
-        rotary: base.Rotary | None = None,
-        mask: Tensor | None = None,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        base.no_documents(documents)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        base.no_documents(context.documents)
+        rotary, mask = context.rotary, context.mask
         if mask is not None and self.normalizer == "slot":
             raise UserError(
-                "normalizer 'slot' reads the queries of other blocks, padded ones too; use 'block' "
-                "or 'none' with a mask"
+                "mask",
+                "found beside normalizer 'slot', which reads the queries of other blocks, padded ones too; use "
+                "'block' or 'none'",
             )
-        blocks = self._blocks(grid)
+        blocks = self._blocks(context.grid)
         if q.shape[1] != blocks.tokens:
-            raise UserError(f"{q.shape[1]} tokens do not fill the grid {blocks.grid} of {blocks.tokens}")
+            raise UserError(
+                "grid", f"{q.shape[1]} tokens do not fill {blocks.grid}, which has {blocks.tokens}"
+            )
         mixing = self._matrix(blocks)
+        # A compiler fuses the plain form itself. The fused form takes neither rotary nor masks.
+        plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
-            # A compiler fuses the plain form itself; rotary and masks take it too.
-            if (
-                self.fused_offset is not None
-                and rotary is None
-                and mask is None
-                and not torch.compiler.is_compiling()
-            ):
-                normalize, dtype = self.normalizer == "block", base.accumulation_dtype(q)
-                return fused_mhla(
-                    q,
-                    k,
-                    v,
-                    mixing,
-                    blocks,
-                    offset=self.fused_offset,
-                    normalize=normalize,
-                    eps=self.eps,
-                    dtype=dtype,
-                )
-            return self._plain(q, k, v, mixing, blocks, rotary, mask)
+            if self.fused_offset is None or plain:
+                return self._plain(q, k, v, mixing, blocks, rotary, mask)
+            return fused_mhla(
+                q,
+                k,
+                v,
+                mixing,
+                blocks,
+                offset=self.fused_offset,
+                normalize=self.normalizer == "block",
+                eps=self.eps,
+                dtype=base.accumulation_dtype(q),
+            )
 
     def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
+        """Return the blocks of a grid; None means the grid given at construction."""
         if grid is None or tuple(grid) == self.grid.grid:
             return self.grid
         if self.is_image(grid):
             return BlockGrid(grid, (1, *self.grid.blocks[1:]))
-        return BlockGrid(grid, **self.partition)
+        return BlockGrid(grid, self.blocks, block_size=self.block_size)
 
     def _matrix(self, blocks: BlockGrid) -> Tensor:
         if not self.is_image(blocks.grid):
@@ -132,15 +135,11 @@ class MHLA(base.Attention):
         return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
 
     def is_image(self, grid: Sequence[int]) -> bool:
-        """Whether a grid is one frame for blocks of videos: it is mixed like their first blocks in time,
-        as the first frame of a video is.
+        """Return whether a grid is a single frame, given to blocks of videos.
+
+        Its blocks are mixed like the first ones in time, as the first frame of a video is.
         """
-        return (
-            len(grid) == 3
-            and grid[0] == 1
-            and self.partition["blocks"] is not None
-            and self.grid.blocks[0] > 1
-        )
+        return len(grid) == 3 and grid[0] == 1 and self.blocks is not None and self.grid.blocks[0] > 1
 
     def _plain(
         self,
@@ -149,7 +148,7 @@ class MHLA(base.Attention):
         v: Tensor,
         mixing: Tensor,
         blocks: BlockGrid,
-        rotary: base.Rotary | None,
+        rotary: Rotary | None,
         mask: Tensor | None,
     ) -> Tensor:
         dtype = v.dtype
@@ -157,10 +156,9 @@ class MHLA(base.Attention):
         q, k = self.phi(q), self.phi(k)
         if mask is not None:
             k = k * mask[:, :, None, None].to(k.dtype)
-        # to_blocks fills short blocks with zeros after the feature map, so the missing places count nowhere
-        # (SPEC 1.5).
+        # to_blocks fills short blocks with zeros after the feature map, so empty places count nowhere (SPEC 1.5).
         q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
-        apart = rotary is not None and self.normalizer != "none"  # the normalizer sees them unturned
+        apart = rotary is not None and self.normalizer != "none"  # the normalizer takes unturned features
         out = mhla(
             _to_blocks(q_turned, blocks),
             _to_blocks(k_turned, blocks),
@@ -188,7 +186,5 @@ class MHLA(base.Attention):
 
 
 def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:
-    """(batch, tokens, heads, dim) in raster order -> (batch, heads, blocks, tokens_per_block, dim), one
-    copy.
-    """
+    """Reorder (batch, tokens, heads, dim) to (batch, heads, blocks, tokens_per_block, dim) in one copy."""
     return blocks.to_blocks(x.transpose(1, 2))

@@ -1,5 +1,6 @@
-"""Exact softmax over the own and the previous chunk, beside the mixed summaries (beyond the paper); its
-cost stays linear.
+"""Exact softmax over the own and the previous chunk, beside mixed summaries (beyond the paper).
+
+Its cost is linear in the tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from mhla_lightning.attention.packing import Packing
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, packing: Packing | None) -> Tensor:
-    """Softmax of every token over its own chunk, up to itself, and the chunk before it.
+    """Compute softmax of every token over its own chunk, up to itself, and the chunk before it.
 
     Args:
-        q, k: (batch, heads, tokens, dim_k), as softmax takes them: rotated, without feature map.
+        q, k: (batch, heads, tokens, dim_k), rotated, without feature map.
         v: (batch, heads, tokens, dim_v).
-        chunk_size: tokens a chunk.
-        packing: of padded or packed rows; no token sees another document.
+        chunk_size: tokens per chunk.
+        packing: of padded or packed rows, so that no token sees another document; None means one document per
+            row.
 
     Returns:
         (batch, heads, tokens, dim_v)
@@ -43,7 +45,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, packing: 
 
 
 def _previous(x: Tensor) -> Tensor:
-    """(batch, heads, M, size, dim) with every chunk in the place of the next, zeros in the first."""
+    """Shift the chunks of (batch, heads, M, size, dim) by one, with zeros in the first."""
     return F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0))
 
 
@@ -51,9 +53,10 @@ def _previous(x: Tensor) -> Tensor:
 class Window:
     """Keys and values of the previous and the current chunk.
 
-    keys: (batch, heads, 2 size, dim_k), values: (batch, heads, 2 size, dim_v); the first half is the previous
-        chunk.
-    seen: of every sequence, tokens so far.
+    Attributes:
+        keys: (batch, heads, 2 size, dim_k); the first half is the previous chunk.
+        values: (batch, heads, 2 size, dim_v), likewise.
+        seen: tokens so far, of every sequence.
     """
 
     keys: Tensor
@@ -62,6 +65,7 @@ class Window:
 
     @property
     def size(self) -> int:
+        """Tokens per chunk."""
         return self.keys.shape[2] // 2
 
     @property
@@ -73,14 +77,20 @@ class Window:
         return Window(keys, values, [self.seen[i] for i in indices.tolist()])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Window]:
-        """One more token of every sequence: (batch, heads, dim) each -> (batch, heads, dim_v), and the
-        window with it.
+        """Process one more token of every sequence.
+
+        Args:
+            q, k: (batch, heads, dim_k).
+            v: (batch, heads, dim_v).
+
+        Returns:
+            (batch, heads, dim_v), and the window with the token.
         """
         size, device = self.size, k.device
-        turning = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)[
-            :, None, None, None
-        ]
-        keys, values = (torch.where(turning, x.roll(size, 2), x) for x in (self.keys, self.values))
+        begins = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)
+        keys, values = (
+            torch.where(begins[:, None, None, None], x.roll(size, 2), x) for x in (self.keys, self.values)
+        )
         places = torch.tensor([size + n % size for n in self.seen], device=device)
         here = (torch.arange(2 * size, device=device) == places[:, None])[:, None, :, None]
         keys, values = torch.where(here, k.unsqueeze(2), keys), torch.where(here, v.unsqueeze(2), values)
@@ -89,13 +99,19 @@ class Window:
         used = (place >= first) & (place <= places[:, None])
         scores = (q.unsqueeze(-2) @ keys.transpose(-2, -1)) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~used[:, None, None], -torch.inf).softmax(-1)
-        return (weights @ values).squeeze(-2), replace(
-            self, keys=keys, values=values, seen=[n + 1 for n in self.seen]
-        )
+        window = replace(self, keys=keys, values=values, seen=[n + 1 for n in self.seen])
+        return (weights @ values).squeeze(-2), window
 
 
 def window_after(k: Tensor, v: Tensor, chunk_size: int, packing: Packing | None) -> Window:
-    """The window behind (batch, heads, tokens, dim), rotated keys, of one document a row."""
+    """Return the window after a call with one document per row.
+
+    Args:
+        k: (batch, heads, tokens, dim_k), rotated.
+        v: (batch, heads, tokens, dim_v).
+        chunk_size: tokens per chunk.
+        packing: of padded rows; None means all tokens are real.
+    """
     chunks = None if packing is None else packing.chunks(chunk_size)
     seen = [k.shape[2]] * k.shape[0] if packing is None else packing.real.sum(1).tolist()
     # A full chunk stays the current one until the next token comes.
@@ -103,6 +119,6 @@ def window_after(k: Tensor, v: Tensor, chunk_size: int, packing: Packing | None)
     rows = torch.arange(len(seen), device=k.device)
     halves = []
     for x in (k, v):
-        cut = F.pad(split(x, chunk_size, chunks), (0, 0, 0, 0, 1, 0))  # chunk b stands at b + 1
+        cut = F.pad(split(x, chunk_size, chunks), (0, 0, 0, 0, 1, 0))  # chunk b is at b + 1
         halves.append(torch.cat([cut[rows, :, current], cut[rows, :, current + 1]], dim=2))
     return Window(halves[0], halves[1], seen)
