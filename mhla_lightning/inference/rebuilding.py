@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +47,10 @@ def rebuild(
     gone = {
         key: None for key in ("init_from", "distill") if key in model["init_args"]
     }  # the run's own weights follow; these may not be there now
-    arguments = change({**model["init_args"], **gone})
+    arguments = {**model["init_args"], **gone}
+    if isinstance(arguments.get("loss"), Mapping) and "distill" in arguments["loss"]:
+        arguments["loss"] = {**arguments["loss"], "distill": None}
+    arguments = change(arguments)
     return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
 
 
