@@ -18,6 +18,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
 from mhla_lightning.strategies.zero.norm import total_norm
+from mhla_lightning.tasks import Task
 
 log = logging.getLogger(__name__)
 WINDOW, ENOUGH = 100, 20  # steps that the median of losses is of, at most and at least
@@ -96,7 +97,8 @@ class Health(StepGuard):
             if parameter.grad is not None
         ]
         self.gradient_norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        pl_module.gradient_norm = self.gradient_norm
+        if isinstance(pl_module, Task):
+            pl_module.clip_by(self.gradient_norm)
         self.skipped = not self.gradient_norm.isfinite()
         if self.skipped:
             for parameter in parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +47,12 @@ def rebuild(
             folder.run_id, f"trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})"
         )
     # The run's own weights replace those of other files, which may not exist any more.
-    without_files = {key: None for key in ("init_from", "distill") if key in model["init_args"]}
-    arguments = change({**model["init_args"], **without_files})
+    arguments = dict(model["init_args"])
+    if "init_from" in arguments:
+        arguments["init_from"] = None
+    if isinstance(arguments.get("loss"), Mapping) and "distill" in arguments["loss"]:
+        arguments["loss"] = {**arguments["loss"], "distill": None}
+    arguments = change(arguments)
     return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
 
 

@@ -48,8 +48,8 @@ class ModelSize:
         floats = sum(
             x.numel() for x in state if x.is_floating_point() and not isinstance(x, torch.nn.Parameter)
         )
-        teacher = getattr(getattr(task, "teacher", None), "model", None)
-        held = [*task.buffers(), *(teacher.parameters() if teacher is not None else ())]
+        frozen_models = [p for model in task.frozen_models() for p in model.parameters()]
+        held = [*task.buffers(), *frozen_models]
         return cls(groups, frozen, floats, sum(x.numel() * x.element_size() for x in held))
 
     @property

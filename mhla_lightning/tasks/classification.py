@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -18,18 +19,33 @@ from mhla_lightning.tasks.mixup import PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
 
-class ClassificationTask(Task):
-    """Soft-target or label-smoothed cross entropy, mixup and cutmix, top-1 and top-5.
+@dataclass(frozen=True)
+class ClassificationLossConfig:
+    """The loss of a classifier: cross entropy, softened by smoothing and by mixed images.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`Task`.
-        num_classes: classes of the data.
         label_smoothing: mass spread over all classes.
         mixup: alpha of mixup's Beta distribution; 0 is off.
         cutmix: alpha of cutmix's; 0 is off.
         mixup_prob: share of pairs that are mixed.
         mixup_switch_prob: share of mixed pairs that take cutmix when both are on.
+    """
+
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+
+
+class ClassificationTask(Task):
+    """Classifies images, with mixup and cutmix; logs the loss, top-1 and top-5.
+
+    Args:
+        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`Task`.
+        num_classes: classes of the data.
+        loss: None takes the defaults.
 
     Raises:
         UserError: see :class:`Task`.
@@ -43,11 +59,7 @@ class ClassificationTask(Task):
         num_classes: int = 1000,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mixup_prob: float = 1.0,
-        mixup_switch_prob: float = 0.5,
+        loss: ClassificationLossConfig | None = None,
         init_from: str | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
@@ -57,15 +69,23 @@ class ClassificationTask(Task):
             backbone, attention, options, optimizer, schedule, init_from, train_only, checkpoint_activations
         )
         if num_classes < 2:
-            raise UserError(f"model.num_classes is {num_classes}; a classifier needs at least 2")
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+            raise UserError("num_classes", f"{num_classes} is too few; a classifier needs at least 2")
+        loss = loss or ClassificationLossConfig()
+        self.num_classes, self.label_smoothing = num_classes, loss.label_smoothing
         self.mixup = None
-        if mixup > 0 or cutmix > 0:
-            self.mixup = PairMix(mixup, cutmix, mixup_prob, mixup_switch_prob, label_smoothing, num_classes)
+        if loss.mixup > 0 or loss.cutmix > 0:
+            self.mixup = PairMix(
+                loss.mixup,
+                loss.cutmix,
+                loss.mixup_prob,
+                loss.mixup_switch_prob,
+                loss.label_smoothing,
+                num_classes,
+            )
         self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> logits (batch, classes)."""
+        """Return logits (batch, classes) of images (batch, channels, height, width)."""
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(images)
 
@@ -79,8 +99,9 @@ class ClassificationTask(Task):
         return loss
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES); samples of weight 0 are padding
-        and count nowhere.
+        """Add a batch to the metrics under a prefix, one of PREFIXES.
+
+        Samples of weight 0 are padding and count nowhere.
         """
         real = batch["weight"] > 0
         logits, labels = self(batch["image"])[real].float(), batch["label"][real]
@@ -109,31 +130,32 @@ class ClassificationTask(Task):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """Refuses data that this model cannot take, before training.
+        """Refuse data that this model cannot take, before training.
 
         Raises:
             UserError: no images, another number of classes or pixels, or an odd batch with mixup.
         """
         if facts["kind"] != "images":
-            raise UserError(f"classification needs images, and the data holds {facts['kind']}")
+            raise UserError(None, f"classification needs images, and the data holds {facts['kind']}")
         num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
             raise UserError(
-                f"model.num_classes is {self.num_classes} and the data has {num_classes} classes; "
-                f"set model.num_classes to {num_classes}"
+                "num_classes",
+                f"it is {self.num_classes} and the data has {num_classes} classes; set it to {num_classes}",
             )
         if tuple(image_size) != self._image_size():
             raise UserError(
-                f"data.image_size is {tuple(image_size)} and model.backbone_options.img_size "
-                f"{self._image_size()}; they must be equal"
+                "backbone_options.img_size",
+                f"it is {self._image_size()} and `data.image_size` is {tuple(image_size)}; they must be equal",
             )
         self.check_batch(micro_batch)
 
     def check_batch(self, micro_batch: int) -> None:
         if self.mixup is not None and micro_batch % 2:
             raise UserError(
-                f"mixup pairs the samples of a batch, and a micro batch of {micro_batch} is odd; "
-                "choose an even one (data.micro_batch_size)"
+                "loss.mixup",
+                f"mixup and cutmix pair the samples of a batch, and a micro batch of {micro_batch} is odd; "
+                "choose an even `data.micro_batch_size`",
             )
 
 

@@ -1,11 +1,13 @@
-"""What image and video diffusion share: keyed noise, losses by time, distillation (SPEC sections 4.3,
-6.6).
+"""The common part of image and video diffusion (SPEC sections 4.3, 6.6).
+
+Noise keyed by the sample, losses by time, distillation.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,32 +16,63 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from mhla_lightning.diffusion import build_process
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.randomness import generator, run_seed
 from mhla_lightning.tasks.base import PREFIXES, Task
 from mhla_lightning.tasks.distillation import Distillation, Teacher
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
 
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """The settings that the losses of image and video diffusion share.
+
+    Args:
+        dropout: share of training samples that lose their condition, for classifier-free guidance (arXiv
+            2207.12598).
+        time_bins: the loss is logged for this number of equal parts of the time axis, as
+            loss_by_time/train_1of4 (least noise) and so on.
+        distill: a frozen teacher, whose output and attention this model learns beside the data; None is off.
+    """
+
+    dropout: float
+    time_bins: int
+    distill: Distillation | None
+
+
+def check_loss(key: str, dropout: float, time_bins: int) -> None:
+    """Refuse a share or a number of parts that cannot be.
+
+    Keys begin with `loss`, the task's argument: a recipe's parser builds the loss before the task is there to
+    name it.
+
+    Args:
+        key: name of the dropout in the task's loss.
+        dropout, time_bins: see :class:`DiffusionLoss`.
+
+    Raises:
+        UserError: a share outside [0, 1], or no part.
+    """
+    if not 0 <= dropout <= 1:
+        raise UserError(f"loss.{key}", f"{dropout} is no share; it must be from 0 to 1")
+    if time_bins < 1:
+        raise UserError("loss.time_bins", f"{time_bins} is too few; it must be at least 1")
+
+
 class DiffusionTask(Task):
     """Learns to remove noise from samples under a condition.
 
-    Noise, time and dropout of the condition are drawn for a sample by (seed, epoch, index), so that a step is
-    the same on any number of ranks.
+    Noise, time and dropout of a sample depend on (seed, epoch, index) alone, so that a step is the same on
+    any number of ranks.
 
     Args:
         backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
         checkpoint_activations: see :class:`Task`.
         diffusion: noise process: `ddpm`, `flow`, or a mapping of `name` and its options.
-        dropout: the condition's: its key in a recipe, and the share of training samples that lose it, for
-            classifier-free guidance (arXiv 2207.12598).
-        time_bins: the loss is logged for so many equal parts of the time axis, as loss_by_time/train_1of4
-            (least noise) and so on.
-        distill: a frozen teacher, whose output and attention this model learns beside the data.
+        loss: see :class:`DiffusionLoss`.
 
     Raises:
-        UserError: see :class:`Task`; an unknown process or option, a share outside [0, 1], a teacher that is
-            not there.
+        UserError: see :class:`Task`; an unknown process or option, a teacher that does not exist.
     """
 
     def __init__(
@@ -48,21 +81,15 @@ class DiffusionTask(Task):
         attention: str | Mapping[str, Any] | Sequence[Any],
         backbone_options: Mapping[str, Any] | None,
         diffusion: str | Mapping[str, Any],
-        dropout: tuple[str, float],
-        time_bins: int,
-        distill: Distillation | None,
+        loss: DiffusionLoss,
         optimizer: OptimizerConfig | None,
         schedule: ScheduleConfig | None,
         init_from: str | None,
         train_only: list[str] | None,
         checkpoint_activations: Literal["none", "blocks"],
     ) -> None:
-        key, self.dropout = dropout
-        if not 0 <= self.dropout <= 1:
-            raise UserError(f"model.{key} is {self.dropout}; it is a share from 0 to 1")
-        if time_bins < 1:
-            raise UserError(f"model.time_bins is {time_bins}; it must be at least 1")
-        process = build_process(diffusion)
+        with inside("diffusion"):
+            process = build_process(diffusion)
         super().__init__(
             backbone,
             attention,
@@ -73,32 +100,41 @@ class DiffusionTask(Task):
             train_only,
             checkpoint_activations,
         )
-        self.process, self.time_bins = process, time_bins
-        self.teacher = Teacher(distill, backbone, self.backbone_options) if distill is not None else None
+        self.process, self.dropout, self.time_bins = process, loss.dropout, loss.time_bins
+        self.teacher: Teacher | None = None
+        if loss.distill is not None:
+            with inside("loss.distill"):
+                self.teacher = Teacher(loss.distill, backbone, self.backbone_options)
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})
-        # Sums and counts since the last point in TensorBoard. No buffers: DDP gives every rank those of rank
-        # 0, and bf16 counts to 256.
-        self._by_time = {prefix: torch.zeros(2, time_bins) for prefix in ("train", *PREFIXES)}
+        # Sums and counts since the last point in TensorBoard. They are no buffers: DDP would give every rank
+        # those of rank 0, and bf16 counts to 256 only.
+        self._by_time = {prefix: torch.zeros(2, loss.time_bins) for prefix in ("train", *PREFIXES)}
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
-        return {
-            name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)
-        }  # NaN is shown, not left out
+        # "disable" shows NaN instead of leaving it out.
+        return {name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)}
 
     @abstractmethod
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The samples without noise, (batch, C, ...)."""
+        """Return the samples without noise, (batch, C, ...)."""
 
     @abstractmethod
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """What the model is told of every sample, (batch, ...); nothing where `dropped` (batch,) bool says
-        so.
+        """Return the condition of every sample, (batch, ...).
+
+        Args:
+            batch: of a loader.
+            dropped: (batch,) bool, True where the sample gets the empty condition.
         """
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """(batch, C, ...), model times (batch,), the condition of :meth:`condition` -> prediction (batch,
-        out_channels, ...).
+        """Return the prediction (batch, out_channels, ...).
+
+        Args:
+            x: (batch, C, ...).
+            t: model times (batch,).
+            condition: of :meth:`condition`.
         """
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(x, t, condition)
@@ -114,17 +150,21 @@ class DiffusionTask(Task):
         if self.teacher is not None:
             self.teacher.configure()
 
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self.teacher is None or self.teacher.model is None else [self.teacher.model]
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         epochs = batch["epoch"].tolist()
         if self.teacher is None:
             losses, times = self._losses(batch, epochs, "diffusion", self.dropout)
             total = losses["loss"].mean()
         else:
-            with self.teacher.watch(self) as lesson:
+            assert self.backbone is not None, "configure_model has not run"
+            with self.teacher.watch(self.backbone) as lesson:
                 losses, times = self._losses(batch, epochs, "diffusion", self.dropout)
-                apart = lesson.losses()
-            total = losses["loss"].mean() + self.teacher.weigh(apart)
-            for name, value in apart.items():
+                errors = lesson.losses()
+            total = losses["loss"].mean() + self.teacher.weigh(errors)
+            for name, value in errors.items():
                 self.log(f"train/distill_{name}", value.detach(), batch_size=len(epochs))
         self._count("train", losses["loss"], times)
         return total
@@ -132,7 +172,7 @@ class DiffusionTask(Task):
     def _losses(
         self, batch: Mapping[str, Tensor], epochs: Sequence[int], purpose: str, dropout: float
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses (batch,) by name, and the times (batch,)."""
+        """Return losses (batch,) by name, and the times (batch,)."""
         clean = self.clean(batch)
         noise, times, dropped = self._draw(
             tuple(clean.shape[1:]), epochs, batch["index"].tolist(), purpose, dropout
@@ -150,8 +190,9 @@ class DiffusionTask(Task):
         purpose: str,
         dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise (batch, *shape), times (batch,) and whether the condition is dropped (batch,), each
-        sample's by its own key.
+        """Return noise (batch, *shape), times (batch,) and dropped conditions (batch,) bool.
+
+        Each sample's random numbers follow from its own key.
         """
         count = len(indices)
         noise, times, dropped = (
@@ -173,15 +214,16 @@ class DiffusionTask(Task):
         tally[1].index_add_(0, bins, numbers.to(tally.dtype))
 
     def _counted(self, prefix: str) -> Tensor:
-        """Sums and counts (2, time_bins) of all ranks."""
+        """Return sums and counts (2, time_bins) of all ranks."""
         return cast(
             Tensor,
             self.trainer.strategy.reduce(self._by_time[prefix].to(self.device, copy=True), reduce_op="sum"),
         )
 
     def _means_by_time(self, prefix: str) -> dict[str, float]:
-        """The mean loss of every part of the time axis that met a sample, the same on all ranks; the next
-        mean begins.
+        """Return the mean loss of every part of the time axis that had a sample.
+
+        All ranks get the same; counting then starts anew.
         """
         counted = enumerate(self._counted(prefix).T.tolist(), start=1)
         means = {
@@ -194,9 +236,8 @@ class DiffusionTask(Task):
 
     def _log_by_time(self, prefix: str) -> None:
         for tag, mean in self._means_by_time(prefix).items():
-            self.log(
-                tag, mean, batch_size=1, sync_dist=True
-            )  # all ranks agree; Lightning warns unless told so
+            # All ranks have the same mean; sync_dist keeps Lightning from warning.
+            self.log(tag, mean, batch_size=1, sync_dist=True)
 
     def on_train_start(self) -> None:
         self._counted_step = self.trainer.global_step
@@ -205,15 +246,13 @@ class DiffusionTask(Task):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
-        if (
-            step == self._counted_step or step % cast(Any, self.trainer).log_every_n_steps
-        ):  # the first while gradients accumulate
+        accumulating = step == self._counted_step
+        if accumulating or step % cast(Any, self.trainer).log_every_n_steps:
             return
         self._counted_step = step
         means = self._means_by_time("train")
-        for logger in (
-            self.trainer.loggers
-        ):  # self.log would write a part that no sample has met once more, with its last value
+        # self.log would write the last value again for a part of the time axis without samples.
+        for logger in self.trainer.loggers:
             logger.log_metrics(means, step)
 
     def on_validation_epoch_end(self) -> None:
@@ -225,12 +264,12 @@ class DiffusionTask(Task):
             self._log_by_time(prefix)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what was counted since the last point, of all ranks: a run that is resumed between two
-        points draws the same curve.
+        """Keep the counts of all ranks since the last point.
+
+        A run that resumes between two points then draws the same curve.
         """
-        if (
-            self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps
-        ):  # else all of it is logged before anything more is counted
+        # At other steps the counts are logged before anything more is counted.
+        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps:
             checkpoint["loss_by_time"] = self._counted("train")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -239,8 +278,9 @@ class DiffusionTask(Task):
             self._by_time["train"].copy_(waiting)
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES); a sample meets the same noise and
-        time at every validation.
+        """Add a batch to the metrics under a prefix, one of PREFIXES.
+
+        A sample meets the same noise and time at every validation.
         """
         real = batch["weight"] > 0
         losses, times = self._losses(batch, [0] * len(real), "validation", 0.0)

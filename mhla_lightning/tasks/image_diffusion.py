@@ -1,26 +1,29 @@
-"""Class-conditional image diffusion, in the latents of a VAE or in pixels (paper Sec. 5.2; SPEC section
-4).
+"""Class-conditional image diffusion, in the latents of a VAE or in pixels.
+
+Paper Sec. 5.2; SPEC section 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from mhla_lightning.backbones import BACKBONES, default_options
 from mhla_lightning.diffusion import build_process
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.base import keys
-from mhla_lightning.tasks.diffusion import DiffusionTask
+from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
 
 @runtime_checkable
 class ImageDiffusionBackbone(Protocol):
-    """What this task asks of a backbone besides tasks.base's."""
+    """What this task asks of a backbone besides the base's :class:`Backbone`."""
 
     in_channels: int
     out_channels: int
@@ -30,17 +33,41 @@ class ImageDiffusionBackbone(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class ImageDiffusionLossConfig:
+    """The loss of image diffusion.
+
+    Args:
+        label_dropout: share of training samples whose class is replaced by the null label, for
+            classifier-free guidance (arXiv 2207.12598).
+        time_bins, distill: see :class:`DiffusionLoss`.
+
+    Raises:
+        UserError: a share outside [0, 1], or no part of the time axis.
+    """
+
+    label_dropout: float = 0.1
+    time_bins: int = 4
+    distill: Distillation | None = None
+
+    def __post_init__(self) -> None:
+        check_loss("label_dropout", self.label_dropout, self.time_bins)
+
+
 class ImageDiffusionTask(DiffusionTask):
     """Learns to remove noise from images of a class.
 
+    The number of classes is the backbone's option num_classes; its option learn_sigma follows from the noise
+    process.
+
     Args:
-        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from,
-        train_only, checkpoint_activations:
-            see :class:`DiffusionTask`. The backbone's num_classes and learn_sigma follow from the arguments
-            below.
-        num_classes: classes of the data.
-        label_dropout: share of training samples whose class is replaced by the null label, for
-            classifier-free guidance (arXiv 2207.12598).
+        backbone, attention, backbone_options, diffusion, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`DiffusionTask`.
+        loss: None takes the defaults.
+
+    Attributes:
+        num_classes: classes without the null label.
+        sample_shape: (C, H, W) of backbone_options.input_size.
 
     Raises:
         UserError: see :class:`DiffusionTask`.
@@ -51,34 +78,37 @@ class ImageDiffusionTask(DiffusionTask):
         backbone: str,
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
         backbone_options: Mapping[str, Any] | None = None,
-        num_classes: int = 1000,
         diffusion: str | Mapping[str, Any] = "ddpm",
-        label_dropout: float = 0.1,
-        time_bins: int = 4,
-        distill: Distillation | None = None,
+        loss: ImageDiffusionLossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
         init_from: str | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
-        if num_classes < 1:
-            raise UserError(f"model.num_classes is {num_classes}; it must be at least 1")
-        options = {
-            **(backbone_options or {}),
-            "num_classes": num_classes,
-            "learn_sigma": build_process(diffusion).out_channels(1) == 2,
-        }
-        dropout = ("label_dropout", label_dropout)
-        shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
-        super().__init__(backbone, attention, options, diffusion, dropout, time_bins, *shared)
-        self.num_classes = num_classes
+        if backbone in BACKBONES and "learn_sigma" not in default_options(backbone):
+            raise _not_for_images(backbone)
+        with inside("diffusion"):
+            learns_variance = build_process(diffusion).out_channels(1) == 2
+        options = {**(backbone_options or {}), "learn_sigma": learns_variance}
+        loss = loss or ImageDiffusionLossConfig()
+        super().__init__(
+            backbone,
+            attention,
+            options,
+            diffusion,
+            DiffusionLoss(loss.label_dropout, loss.time_bins, loss.distill),
+            optimizer,
+            schedule,
+            init_from,
+            train_only,
+            checkpoint_activations,
+        )
         with torch.device("meta"):
             plan = self._build()
         if not isinstance(plan, ImageDiffusionBackbone):
-            raise UserError(
-                f"backbone '{backbone}' is no image diffusion model; take dit_s2, dit_b2, dit_l2 or dit_xl2"
-            )
+            raise _not_for_images(backbone)
+        self.num_classes = plan.num_classes
         self.sample_shape = (plan.in_channels, *plan.input_size)
 
     @property
@@ -87,11 +117,11 @@ class ImageDiffusionTask(DiffusionTask):
         return self.num_classes
 
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(batch, C, H, W): latents, or pixels where the data holds no latents."""
+        """Return (batch, C, H, W): latents, or pixels where the data holds no latents."""
         return batch["latent"] if "latent" in batch else batch["image"]
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """Labels (batch,)."""
+        """Return labels (batch,), the null label where the class is dropped."""
         return batch["label"].masked_fill(dropped, self.null_label)
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
@@ -99,7 +129,7 @@ class ImageDiffusionTask(DiffusionTask):
         return {"latent": latents, "label": torch.zeros(samples, dtype=torch.int64), **keys(samples)}
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """Refuses data that this model cannot take, before training.
+        """Refuse data that this model cannot take, before training.
 
         Raises:
             UserError: neither images nor latents, another number of channels, another size or number of
@@ -110,14 +140,24 @@ class ImageDiffusionTask(DiffusionTask):
         elif facts["kind"] == "images":
             shape, key = (3, *facts["image_size"]), "data.image_size"
         else:
-            raise UserError(f"image diffusion needs images or latents, and the data holds {facts['kind']}")
+            raise UserError(
+                None, f"image diffusion needs images or latents, and the data holds {facts['kind']}"
+            )
         if shape != self.sample_shape:
             raise UserError(
-                f"the data's samples are {shape} ({key}) and the model takes {self.sample_shape}"
-                " (model.backbone_options.in_channels and input_size); they must be equal"
+                "backbone_options.input_size",
+                f"the model takes samples of {self.sample_shape}, with `model.backbone_options.in_channels` "
+                f"first, and the data has {shape} (`{key}`); they must be equal",
             )
         if facts["classes"] != self.num_classes:
             raise UserError(
-                f"model.num_classes is {self.num_classes} and the data has {facts['classes']} "
-                f"classes; set model.num_classes to {facts['classes']}"
+                "backbone_options.num_classes",
+                f"it is {self.num_classes} and the data has {facts['classes']} classes; set it to "
+                f"{facts['classes']}",
             )
+
+
+def _not_for_images(backbone: str) -> UserError:
+    return UserError(
+        "backbone", f"'{backbone}' is no image diffusion model; take dit_s2, dit_b2, dit_l2 or dit_xl2"
+    )

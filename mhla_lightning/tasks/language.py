@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
 
 class Perplexity(MeanMetric):
-    """exp of the mean loss. torchmetrics' takes logits, which nobody holds here."""
+    """exp of the mean loss; torchmetrics' takes logits, which are never held here."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()
@@ -26,7 +27,7 @@ class Perplexity(MeanMetric):
 
 @runtime_checkable
 class LanguageBackbone(Protocol):
-    """What this task asks of a backbone besides tasks.base's."""
+    """What this task asks of a backbone besides the base's :class:`Backbone`."""
 
     vocab_size: int
 
@@ -38,22 +39,41 @@ class LanguageBackbone(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class LanguageLossConfig:
+    """The loss of a language model: next-token cross entropy.
+
+    Args:
+        isolate_documents: no token sees another document of its row, and positions start anew with each.
+            False is plain concatenation, as in the paper: a row is one text, also for the targets.
+        z_loss: coefficient of logsumexp^2 in training.
+
+    Raises:
+        UserError: a negative coefficient. The key begins with `loss`, the task's argument: a recipe's parser
+            builds this object before the task is there to name it.
+    """
+
+    isolate_documents: bool = True
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise UserError("loss.z_loss", f"{self.z_loss} is negative; it must be at least 0")
+
+
 class LanguageTask(Task):
     """Next-token cross entropy; in validation also perplexity and bits per byte.
 
-    Loss and metrics are means over counted targets: the next token of the same document, never padding. Of a
-    batch of several micro batches or ranks each counts alike in the gradient, also where padding leaves it
-    fewer targets; metrics are exact over all.
+    Loss and metrics are means over counted targets: the next token of the same document, never padding. The
+    micro batches and ranks of a batch have equal weight in the gradient, also where padding leaves one fewer
+    targets. Metrics are exact over all.
 
     Args:
         backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
         checkpoint_activations: see :class:`Task`.
-        isolate_documents: no token sees another document of its row, and positions start anew with each.
-            False is plain concatenation, as in the
-            paper: a row is one text, also for the targets.
-        z_loss: coefficient of logsumexp^2 in training.
+        loss: None takes the defaults.
         eval_lengths: context lengths besides the trained one at which validation rows are evaluated, cut into
-            windows: `val_1024/loss` and so on.
+            windows: `val_1024/loss` and so on. None adds none.
 
     Raises:
         UserError: see :class:`Task`; a backbone that is no language model, a length that the operators
@@ -73,8 +93,7 @@ class LanguageTask(Task):
         backbone_options: Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        isolate_documents: bool = True,
-        z_loss: float = 0.0,
+        loss: LanguageLossConfig | None = None,
         eval_lengths: list[int] | None = None,
         init_from: str | None = None,
         train_only: list[str] | None = None,
@@ -90,10 +109,9 @@ class LanguageTask(Task):
             train_only,
             checkpoint_activations,
         )
-        if z_loss < 0:
-            raise UserError(f"model.z_loss is {z_loss}; it cannot be negative")
+        loss = loss or LanguageLossConfig()
         self.context = math.prod(self.grid)
-        self.isolate_documents, self.z_loss = isolate_documents, z_loss
+        self.isolate_documents, self.z_loss = loss.isolate_documents, loss.z_loss
         self.eval_lengths = sorted({*(eval_lengths or ())} - {self.context})
         self.vocab_size = self._try_lengths()
         self.token_bytes: Tensor | None = None
@@ -105,31 +123,33 @@ class LanguageTask(Task):
         )
 
     def _try_lengths(self) -> int:
-        """Runs the model without weights at every length, so that an operator that refuses one does it
-        now; returns the vocabulary's size.
+        """Run the model without weights at every length; return the vocabulary's size.
+
+        An operator that refuses a length then does it before training.
         """
         with torch.device("meta"):
             plan = self._build()
             if not isinstance(plan, LanguageBackbone):
                 raise UserError(
-                    f"backbone '{self.backbone_name}' is no language model; take lm_340m or lm_tiny"
+                    "backbone", f"'{self.backbone_name}' is no language model; take lm_340m or lm_tiny"
                 )
             for length in (self.context, *self.eval_lengths):
+                key = "eval_lengths" if length in self.eval_lengths else "backbone_options.context"
                 if length < 2:
-                    raise UserError(
-                        f"a context of {length} tokens has no next token; model.eval_lengths and "
-                        "context are at least 2"
-                    )
-                plan.features(torch.empty(1, length, dtype=torch.int64))
+                    raise UserError(key, f"{length} tokens have no next token; take at least 2")
+                try:
+                    plan.features(torch.empty(1, length, dtype=torch.int64))
+                except UserError as error:
+                    raise UserError(key, f"the model refuses rows of {length} tokens ({error})") from error
         return plan.vocab_size
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
-        """Logits (batch, tokens, vocabulary)."""
+        """Return logits (batch, tokens, vocabulary)."""
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(tokens, mask, documents)
 
     def targets(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """(batch, tokens) int64: what follows each token, IGNORE where that counts nowhere."""
+        """Return the token after each token, (batch, tokens) int64; IGNORE does not count."""
         counted = documents[:, 1:] >= 0
         counted &= documents[:, :-1] == documents[:, 1:] if self.isolate_documents else documents[:, :-1] >= 0
         return F.pad(tokens[:, 1:].masked_fill(~counted, IGNORE), (0, 1), value=IGNORE)
@@ -142,8 +162,9 @@ class LanguageTask(Task):
         )
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
-        """Adds a batch to the metrics under `prefix` (one of PREFIXES) at every context length; rows of
-        weight 0 count nowhere.
+        """Add a batch to the metrics under a prefix (one of PREFIXES) at every context length.
+
+        Rows of weight 0 do not count.
         """
         row = batch["tokens"].shape[1]
         for length in (self.context, *self.eval_lengths):
@@ -163,7 +184,7 @@ class LanguageTask(Task):
                     )
 
     def measure(self, metrics: Mapping[str, MeanMetric], features: Tensor, targets: Tensor) -> None:
-        """Adds the counted targets of a batch to the metrics of one context length."""
+        """Add the counted targets of a batch to the metrics of one context length."""
         counted = targets != IGNORE
         count = counted.sum()
         nats = token_loss(features, self._model().head_weight, targets, total=True)
@@ -174,7 +195,10 @@ class LanguageTask(Task):
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        """Rows of four documents of unlike lengths where they are kept apart, else of one."""
+        """Return rows of four documents of unequal lengths.
+
+        Where documents are not isolated a row is one document.
+        """
         tokens = torch.zeros(samples, self.context, dtype=torch.int64)
         ends = torch.tensor([self.context * share // 100 for share in (7, 31, 58)])
         documents = torch.bucketize(torch.arange(self.context), ends, right=True).expand_as(tokens)
@@ -185,31 +209,35 @@ class LanguageTask(Task):
         }
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """Refuses data that this model cannot take, before training.
+        """Refuse data that this model cannot take, before training.
 
         Raises:
             UserError: no tokens, a larger vocabulary, rows of another length, validation rows that the
-                context lengths do not divide.
+                context
+                lengths do not divide.
         """
         if facts["kind"] != "tokens":
-            raise UserError(f"a language model needs tokens, and the data holds {facts['kind']}")
+            raise UserError(None, f"a language model needs tokens, and the data holds {facts['kind']}")
         vocabulary, length = facts.get("vocabulary"), facts["length"]
         if vocabulary is not None and vocabulary > self.vocab_size:
             raise UserError(
-                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is "
-                f"{self.vocab_size}; set it to {vocabulary} or more"
+                "backbone_options.vocab_size",
+                f"it is {self.vocab_size} and the data has {vocabulary} token ids; set it to {vocabulary} or "
+                "more",
             )
         if length != self.context:
             raise UserError(
-                f"the data's rows hold {length} tokens and model.backbone_options.context is "
-                f"{self.context}; they must be equal"
+                "backbone_options.context",
+                f"it is {self.context} and the data's rows hold {length} tokens; they must be equal",
             )
         val_length = facts.get("val_length") or length
         for window in (self.context, *self.eval_lengths):
             if val_length % window:
                 raise UserError(
-                    f"validation rows of {val_length} tokens do not divide into windows of {window};"
-                    " data.val_length must be a multiple of context and of every length in model.eval_lengths"
+                    "eval_lengths",
+                    f"validation rows of {val_length} tokens do not divide into windows of {window}; "
+                    "`data.text.val_length` must be a multiple of `model.backbone_options.context` and of every "
+                    "length here",
                 )
         found = facts.get("token_bytes")
         self.token_bytes = None if found is None else torch.as_tensor(found)
@@ -218,8 +246,9 @@ class LanguageTask(Task):
         return cast(LanguageBackbone, self.backbone)
 
     def _features(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """Hands on only what changes a number: no token sees padding on its right, and one document a row
-        needs no isolation.
+        """Return the features, with mask and documents only where they change a number.
+
+        No token sees padding on its right, and one document a row needs no isolation.
         """
         padded = documents < 0
         borders = (documents[:, 1:] != documents[:, :-1]) & ~padded[:, 1:] & ~padded[:, :-1]
@@ -229,22 +258,21 @@ class LanguageTask(Task):
         return self._model().features(tokens, mask, documents if isolate else None)
 
     def _tag(self, prefix: str, length: int) -> str:
-        """`val` of the trained length, `val_1024` of another."""
+        """Return the prefix of a length's metrics: `val` of the trained one, `val_1024` of another."""
         return f"{prefix}_{length}" if length in self.eval_lengths else prefix
 
 
 class RecallTask(LanguageTask):
-    """Multi-query associative recall (arXiv 2312.04927): what counts is the token after a key that the row
-    has shown before.
+    """Multi-query associative recall (arXiv 2312.04927).
 
-    Keys are the lower half of the vocabulary. Validation logs `accuracy` beside the loss. Arguments as
-    :class:`LanguageTask`.
+    Only the token after a key counts that the row has shown before. Keys are the lower half of the
+    vocabulary. Validation logs `accuracy` beside the loss. Arguments as :class:`LanguageTask`.
     """
 
     METRICS = LanguageTask.METRICS | {"accuracy": MeanMetric}
 
     def targets(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """Of the next tokens those that answer a repeated key."""
+        """Return the next tokens that answer a repeated key, IGNORE elsewhere."""
         query = (tokens < self.vocab_size // 2) & seen_before(tokens)
         return super().targets(tokens, documents).masked_fill(~query, IGNORE)
 
@@ -256,20 +284,21 @@ class RecallTask(LanguageTask):
         metrics["accuracy"].update(hits.sum() / max(1, len(hits)), weight=len(hits))
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """As :class:`LanguageTask`, and that both agree on which half of the vocabulary are keys. Raises
-        UserError.
+        """Refuse data as :class:`LanguageTask` does, and another size of the vocabulary.
+
+        Model and data must agree on the half that are keys. Raises UserError.
         """
         super().check_data(facts, micro_batch)
         vocabulary = facts.get("vocabulary")
         if vocabulary not in (None, self.vocab_size):
             raise UserError(
-                f"the data has {vocabulary} token ids and model.backbone_options.vocab_size is "
-                f"{self.vocab_size}; recall needs them equal"
+                "backbone_options.vocab_size",
+                f"it is {self.vocab_size} and the data has {vocabulary} token ids; recall needs them equal",
             )
 
 
 def seen_before(tokens: Tensor) -> Tensor:
-    """(batch, tokens) bool: whether the same token stands earlier in the row."""
+    """Return (batch, tokens) bool: whether the same token occurs earlier in the row."""
     values, order = tokens.sort(dim=1, stable=True)
     repeated = F.pad(values[:, 1:] == values[:, :-1], (1, 0), value=False)
     return torch.zeros_like(repeated).scatter_(1, order, repeated)

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of pairs, drawn for each pair by its own key."""
+"""Mixup and cutmix of pairs; the random numbers of a pair depend on the pair alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PairMix:
     """Mixes each image with its neighbour in the batch: 0 with 1, 2 with 3, ...
 
     The loader keeps these pairs together on any number of ranks, so the mixture is a function of the global
-    batch. timm's Mixup draws from the process's generator and pairs by the place in the micro batch: both
-    change with the number of processes.
+    batch. timm's Mixup uses the process's generator and pairs by the place in the micro batch: both change
+    with the number of processes.
 
     Args:
         mixup: alpha of mixup's Beta distribution (arXiv 1710.09412); 0 is off.
@@ -39,9 +39,13 @@ class PairMix:
     def __call__(
         self, images: Tensor, labels: Tensor, epochs: Tensor, indices: Tensor, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """Mixed images (B, C, H, W) and soft targets (B, classes) of images and labels (B,); B is even.
+        """Return mixed images (B, C, H, W) and soft targets (B, classes).
 
-        epochs, indices: int64 (B,) of the samples; a pair's draw is keyed by its first sample.
+        Args:
+            images: (B, C, H, W); B is even.
+            labels: (B,).
+            epochs, indices: int64 (B,) of the samples; the first sample of a pair keys its random numbers.
+            seed: the run's.
         """
         height, width = images.shape[-2:]
         drawn = [
@@ -66,8 +70,11 @@ class PairMix:
     def _draw(
         self, height: int, width: int, seed: int, epoch: int, index: int
     ) -> tuple[float, float, int, int, int, int]:
-        """(weight of the own pixels outside the box, share of the own label, top, bottom, left, right);
-        the box holds the neighbour's pixels.
+        """Return the mixture of one pair.
+
+        Returns:
+            weight of the own pixels outside the box, share of the own label, top, bottom, left and right of
+            the box, which holds the neighbour's pixels.
         """
         rng = generator(seed, "mixup", epoch, index)
         if rng.random() >= self.prob:

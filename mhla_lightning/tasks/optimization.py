@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule shared by the tasks."""
+"""Optimizer and learning-rate schedule of the tasks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. No weight decay on norms, biases, position embeddings and mixing matrices.
+    """AdamW, without weight decay on norms, biases, position embeddings and mixing matrices.
 
     Args:
         lr: peak learning rate.
         betas, eps, weight_decay: AdamW's.
         decay_mixing: decay the mixing matrices too, as the release does in classification (SPEC 1.4).
+
+    Raises:
+        UserError: a value that cannot be. The key begins with `optimizer`, the task's argument: a recipe's
+            parser builds this object before the task is there to name it.
     """
 
     lr: float = 1e-3
@@ -35,22 +39,24 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise UserError(f"model.optimizer.lr is {self.lr}; it must be above 0")
-        if self.weight_decay < 0 or self.eps < 0 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"model.optimizer: weight_decay {self.weight_decay}, eps {self.eps} or betas "
-                f"{self.betas} cannot be (betas lie in [0, 1))"
-            )
+            raise UserError("optimizer.lr", f"{self.lr} is no learning rate; it must be above 0")
+        for name, value in (("weight_decay", self.weight_decay), ("eps", self.eps)):
+            if value < 0:
+                raise UserError(f"optimizer.{name}", f"{value} is negative; it must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError("optimizer.betas", f"{self.betas} do not fit; both must be at least 0 and below 1")
 
     def build(
         self, model: nn.Module, plan: nn.Module, no_decay: set[str], mixing: set[str]
     ) -> torch.optim.AdamW:
-        """AdamW over the parameters that train.
+        """Return AdamW over the trained parameters.
 
         Args:
+            model: holds the parameters.
             plan: the same model without weights. Vectors are not decayed, and under ZeRO-3 every parameter of
                 the model looks like one.
-            no_decay, mixing: parameter names.
+            no_decay: names of parameters without decay.
+            mixing: names of mixing matrices.
         """
         kept = no_decay - mixing if self.decay_mixing else no_decay | mixing
         groups = param_groups_weight_decay(plan, self.weight_decay, no_weight_decay_list=sorted(kept))
@@ -71,6 +77,9 @@ class ScheduleConfig:
         warmup_steps: optimizer steps of warm-up.
         warmup_lr: learning rate at step 0 of a warm-up.
         min_lr: learning rate at the last step of `cosine`.
+
+    Raises:
+        UserError: a negative value; keys as in :class:`OptimizerConfig`.
     """
 
     name: Literal["cosine", "constant"] = "cosine"
@@ -79,11 +88,22 @@ class ScheduleConfig:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or self.warmup_lr < 0 or self.min_lr < 0:
-            raise UserError("model.schedule: warmup_steps, warmup_lr and min_lr cannot be negative")
+        for name, value in (
+            ("warmup_steps", self.warmup_steps),
+            ("warmup_lr", self.warmup_lr),
+            ("min_lr", self.min_lr),
+        ):
+            if value < 0:
+                raise UserError(f"schedule.{name}", f"{value} is negative; it must be at least 0")
 
     def lr_at(self, step: int, peak: float, max_steps: int) -> float:
-        """Learning rate of optimizer step `step` (from 0) of a run of `max_steps`."""
+        """Return the learning rate of an optimizer step.
+
+        Args:
+            step: from 0.
+            peak: learning rate after the warm-up.
+            max_steps: length of the run.
+        """
         if step < self.warmup_steps:
             return self.warmup_lr + (peak - self.warmup_lr) * step / self.warmup_steps
         if self.name == "constant":
@@ -92,13 +112,15 @@ class ScheduleConfig:
         return self.min_lr + (peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def build(self, optimizer: torch.optim.Optimizer, peak: float, max_steps: int) -> LambdaLR:
-        """The schedule as torch's scheduler, to be stepped once an optimizer step.
+        """Return the schedule as torch's scheduler, to be stepped once an optimizer step.
 
         Raises:
             UserError: no length to decay over.
         """
         if max_steps < 1 and self.name == "cosine":
-            raise UserError("schedule 'cosine' needs the run's length: set trainer.max_steps or data.epochs")
+            raise UserError(
+                "schedule.name", "cosine needs the run's length; set `trainer.max_steps` or `data.epochs`"
+            )
         if 0 < max_steps < self.warmup_steps:
             log.warning(
                 f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} "

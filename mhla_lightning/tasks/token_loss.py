@@ -1,4 +1,7 @@
-"""Next-token loss that never holds the logits of a whole batch (batch x tokens x vocabulary)."""
+"""Next-token loss that never holds the logits of a whole batch.
+
+They would have batch x tokens x vocabulary elements.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention.base import accumulation_dtype
 
-IGNORE = -100  # a target that counts nowhere
+IGNORE = -100  # a target that does not count
 _LOGITS = 2**25  # logits held at once: 128 MiB in float32
 
 
@@ -22,15 +25,17 @@ def token_loss(
     total: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
-    """Cross entropy of softmax(features weight^T) in nats, a scalar; 0 where nothing counts.
+    """Return the cross entropy of softmax(features weight^T) in nats, a scalar.
+
+    It is 0 where no target counts.
 
     Args:
         features: (..., C).
         weight: (V, C).
-        targets: (...) int64; IGNORE counts nowhere.
+        targets: (...) int64; IGNORE does not count.
         z_loss: coefficient of logsumexp^2, which keeps logits near 0 (PaLM, arXiv 2204.02311, section 5:
             1e-4).
-        total: the sum over counted targets instead of their mean.
+        total: return the sum over counted targets instead of their mean.
         chunk: targets whose logits are held at once; None holds 2^25 logits.
     """
     features, targets = features.flatten(0, -2), targets.flatten()
@@ -48,8 +53,10 @@ def token_loss(
 
 
 def _torch_has_it(features: Tensor) -> bool:
-    """torch >= 2.14 computes a chunk's gradients with its loss. But of bf16 it returns a bf16 sum (10.5
-    for 10.47), and it knows no autocast.
+    """Return whether torch's own chunked loss serves these features.
+
+    torch >= 2.14 computes a chunk's gradients with its loss. But for bf16 it returns a bf16 sum (10.5 for
+    10.47), and it ignores autocast.
     """
     exact = features.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
         features.device.type
@@ -58,10 +65,16 @@ def _torch_has_it(features: Tensor) -> bool:
 
 
 def chunked_loss(features: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk: int) -> Tensor:
-    """Sum over counted targets of cross entropy + z_loss x logsumexp^2; a chunk's logits are made again in
-    the backward.
+    """Return the sum over counted targets of cross entropy + z_loss x logsumexp^2.
 
-    features: (N, C). weight: (V, C). targets: (N,).
+    The backward computes a chunk's logits again.
+
+    Args:
+        features: (N, C).
+        weight: (V, C).
+        targets: (N,).
+        z_loss: coefficient.
+        chunk: targets whose logits are held at once.
     """
     parts = [
         checkpoint(_part, rows, weight, goals, z_loss, use_reentrant=False, preserve_rng_state=False)

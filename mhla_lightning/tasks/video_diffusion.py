@@ -1,24 +1,28 @@
-"""Text-conditional video diffusion, in the latents of a VAE or in pixels (paper Sec. 5.4; SPEC section 6)."""
+"""Text-conditional video diffusion, in the latents of a VAE or in pixels.
+
+Paper Sec. 5.4; SPEC section 6.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mhla_lightning.diffusion import build_process
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.base import keys
-from mhla_lightning.tasks.diffusion import DiffusionTask
+from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 
 
 @runtime_checkable
 class VideoDiffusionBackbone(Protocol):
-    """What this task asks of a backbone besides tasks.base's."""
+    """What this task asks of a backbone besides the base's :class:`Backbone`."""
 
     in_channels: int
     input_size: tuple[int, int, int]
@@ -30,25 +34,51 @@ class VideoDiffusionBackbone(Protocol):
     def check_size(self, size: Sequence[int]) -> None: ...
 
 
-class VideoDiffusionTask(DiffusionTask):
-    """Learns to remove noise from videos that a text describes, by flow matching with shifted logit-normal
-    times (SPEC 6.6).
+@runtime_checkable
+class GivesNullText(Protocol):
+    """What this task asks of a data module."""
 
-    Videos of other lengths and sizes than the backbone's input_size are taken as they come, images as videos
-    of one frame: a batch has one shape.
+    def null_text(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class VideoDiffusionLossConfig:
+    """The loss of video diffusion.
 
     Args:
-        backbone, attention, backbone_options, diffusion, time_bins, distill, optimizer, schedule, init_from,
-        train_only, checkpoint_activations:
-            see :class:`DiffusionTask`.
         text_dropout: share of training samples whose text is replaced by the empty prompt, for
-            classifier-free guidance.
+            classifier-free
+            guidance.
+        time_bins, distill: see :class:`DiffusionLoss`.
+
+    Raises:
+        UserError: a share outside [0, 1], or no part of the time axis.
+    """
+
+    text_dropout: float = 0.1
+    time_bins: int = 4
+    distill: Distillation | None = None
+
+    def __post_init__(self) -> None:
+        check_loss("text_dropout", self.text_dropout, self.time_bins)
+
+
+class VideoDiffusionTask(DiffusionTask):
+    """Learns to remove noise from videos that a text describes (SPEC 6.6).
+
+    It learns by flow matching with shifted logit-normal times. Videos of other lengths and sizes than the
+    backbone's input_size are taken as they come, images as videos of one frame: a batch has one shape.
+
+    Args:
+        backbone, attention, backbone_options, diffusion, optimizer, schedule, init_from, train_only,
+        checkpoint_activations: see :class:`DiffusionTask`.
+        loss: None takes the defaults.
 
     Attributes:
         sample_shape: (C, T, H, W) of backbone_options.input_size.
-        text_shape: (tokens, channels) of the text features at most.
-        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data;
-            no part of a checkpoint, because whoever encodes a prompt encodes the empty one too.
+        text_shape: largest (tokens, channels) of the text features.
+        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data.
+            No checkpoint holds it, because sampling encodes the empty prompt together with the others.
 
     Raises:
         UserError: see :class:`DiffusionTask`; a process that learns a variance, which video models do not
@@ -61,59 +91,65 @@ class VideoDiffusionTask(DiffusionTask):
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
         backbone_options: Mapping[str, Any] | None = None,
         diffusion: str | Mapping[str, Any] = "flow",
-        text_dropout: float = 0.1,
-        time_bins: int = 4,
-        distill: Distillation | None = None,
+        loss: VideoDiffusionLossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
         init_from: str | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
-        process = build_process(diffusion)
+        with inside("diffusion"):
+            process = build_process(diffusion)
         if process.out_channels(1) != 1:
             raise UserError(
-                f"model.diffusion '{process.name}' learns a variance, which video models do not "
-                "predict; take flow"
+                "diffusion",
+                f"'{process.name}' learns a variance, which video models do not predict; take flow",
             )
-        shared = (distill, optimizer, schedule, init_from, train_only, checkpoint_activations)
+        loss = loss or VideoDiffusionLossConfig()
         super().__init__(
             backbone,
             attention,
             backbone_options,
             diffusion,
-            ("text_dropout", text_dropout),
-            time_bins,
-            *shared,
+            DiffusionLoss(loss.text_dropout, loss.time_bins, loss.distill),
+            optimizer,
+            schedule,
+            init_from,
+            train_only,
+            checkpoint_activations,
         )
         plan = self._plan()
         self.sample_shape = (plan.in_channels, *plan.input_size)
         self.text_shape = (plan.text_length, plan.text_dim)
-        self.null_text = torch.zeros(
-            self.text_shape
-        )  # no buffer: DDP sends those around before every forward
+        # No buffer: DDP broadcasts buffers before every forward.
+        self.null_text = torch.zeros(self.text_shape)
 
     def _plan(self) -> VideoDiffusionBackbone:
         with torch.device("meta"):
             plan = self._build()
         if not isinstance(plan, VideoDiffusionBackbone):
             raise UserError(
-                f"backbone '{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny"
+                "backbone", f"'{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny"
             )
         return plan
 
     def check_size(self, size: Sequence[int]) -> None:
-        """Raises UserError for frames, height and width of a latent (or of pixels) that the patch or a
-        layer's blocks cannot take.
+        """Refuse a size that the patch or a layer's blocks cannot take.
+
+        Args:
+            size: frames, height and width of a latent (or of pixels).
+
+        Raises:
+            UserError: names the nearest sizes that work.
         """
         self._plan().check_size(size)
 
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(batch, C, T, H, W): latents, or pixels where the data holds no latents."""
+        """Return (batch, C, T, H, W): latents, or pixels where the data holds no latents."""
         return batch["latent"] if "latent" in batch else batch["clip"]
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """Text features (batch, tokens, channels), of the empty prompt where the text is dropped."""
+        """Return text features (batch, tokens, channels), the empty prompt's where dropped."""
         text = batch["text"]
         return torch.where(dropped[:, None, None], self.null_text[: text.shape[1]].to(text), text)
 
@@ -125,13 +161,16 @@ class VideoDiffusionTask(DiffusionTask):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        found = cast(Any, self.trainer).datamodule.null_text()
+        data = cast(Any, self.trainer).datamodule
+        if not isinstance(data, GivesNullText):
+            raise UserError(None, f"{type(data).__name__} has no features of the empty prompt (null_text)")
+        found = data.null_text()
         self.null_text = torch.nn.functional.pad(
             found.float(), (0, 0, 0, len(self.null_text) - len(found))
         ).to(self.device)
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """Refuses data that this model cannot take, before training.
+        """Refuse data that this model cannot take, before training.
 
         Raises:
             UserError: neither clips nor video latents, another number of channels, a size that the patch or a
@@ -139,29 +178,34 @@ class VideoDiffusionTask(DiffusionTask):
         """
         if facts["kind"] not in ("clips", "video_latents"):
             raise UserError(
-                f"video diffusion needs clips or video latents, and the data holds {facts['kind']}"
+                None, f"video diffusion needs clips or video latents, and the data holds {facts['kind']}"
             )
         plan = self._plan()
         for channels, *size in facts["shapes"]:
             if channels != plan.in_channels:
                 raise UserError(
-                    f"the data's samples have {channels} channels, and "
-                    f"model.backbone_options.in_channels is {plan.in_channels}"
+                    "backbone_options.in_channels",
+                    f"it is {plan.in_channels}, and the data's samples have {channels} channels",
                 )
-            plan.check_size(size)
+            try:
+                plan.check_size(size)
+            except UserError as error:
+                raise UserError("backbone_options.input_size", error.reason or "") from error
         if facts["text"] is None:
             raise UserError(
-                "video diffusion needs text features, and data.text_encoder does not say what they "
-                "are: name, tokens and channels"
+                None,
+                "video diffusion needs text features, and `data.text_encoder` does not describe them: name, "
+                "tokens and channels",
             )
         tokens, channels = facts["text"]
         if channels != plan.text_dim:
             raise UserError(
-                f"the data's text features have {channels} channels, and "
-                f"model.backbone_options.text_dim is {plan.text_dim}"
+                "backbone_options.text_dim",
+                f"it is {plan.text_dim}, and the data's text features have {channels} channels",
             )
         if tokens > plan.text_length:
             raise UserError(
-                f"the data's text features have {tokens} tokens; model.backbone_options.text_length "
-                f"is {plan.text_length}, the most it takes"
+                "backbone_options.text_length",
+                f"it is {plan.text_length}, and the data's text features have {tokens} tokens; it must be at "
+                "least that",
             )

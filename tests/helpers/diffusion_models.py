@@ -9,9 +9,16 @@ import numpy as np
 import torch
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.tasks import ImageDiffusionTask
+from mhla_lightning.tasks import ImageDiffusionLossConfig, ImageDiffusionTask
 
-OPTIONS: dict[str, Any] = {"input_size": 8, "in_channels": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+OPTIONS: dict[str, Any] = {
+    "input_size": 8,
+    "in_channels": 3,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 4,
+}
 MHLA: dict[str, Any] = {"name": "mhla", "blocks": 2}
 RECIPE = """
 seed_everything: 0
@@ -22,8 +29,7 @@ model:
   init_args:
     backbone: dit_s2
     attention: {name: mhla, blocks: 2}
-    num_classes: 4
-    backbone_options: {input_size: 8, in_channels: 3, embed_dim: 16, depth: 2, num_heads: 2}
+    backbone_options: {input_size: 8, in_channels: 3, embed_dim: 16, depth: 2, num_heads: 2, num_classes: 4}
     optimizer: {lr: 2.0e-3}
     schedule: {warmup_steps: 2}
 data:
@@ -35,9 +41,14 @@ checkpoint: {every_n_steps: 4, keep_last: 2}
 """
 
 
-def make_task(attention: Any = MHLA, **options: Any) -> Any:
-    """A task whose weights are all random: a fresh DiT predicts zeros."""
-    task = ImageDiffusionTask("dit_s2", attention, OPTIONS, **{"num_classes": 4, **options})
+def make_task(attention: Any = MHLA, diffusion: Any = "ddpm", **loss: Any) -> Any:
+    """Return a task whose weights are all random: a fresh DiT predicts zeros.
+
+    Args:
+        loss: arguments of its loss.
+    """
+    config = ImageDiffusionLossConfig(**loss)
+    task = ImageDiffusionTask("dit_s2", attention, OPTIONS, diffusion, loss=config)
     task.configure_model()
     assert task.backbone is not None
     drawn = torch.Generator().manual_seed(0)

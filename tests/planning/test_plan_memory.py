@@ -53,15 +53,15 @@ def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Ta
             attention,
             {"img_size": 64, "patch_size": 8, "depth": depth},
             num_classes=10,
-            mixup=0.8,
+            loss=ClassificationLossConfig(mixup=0.8),
             **options,
         )
     if family == "language":
         sizes: dict[str, Any] = {"vocab_size": 300, "context": 128, "embed_dim": 64, "depth": depth}
         return LanguageTask("lm_tiny", attention, sizes, **options)
     if family == "image_dit":
-        sizes = {"input_size": 16, "embed_dim": 64, "num_heads": 4, "depth": depth}
-        return ImageDiffusionTask("dit_s2", attention, sizes, num_classes=10, **options)
+        sizes = {"input_size": 16, "embed_dim": 64, "num_heads": 4, "depth": depth, "num_classes": 10}
+        return ImageDiffusionTask("dit_s2", attention, sizes, **options)
     return VideoDiffusionTask("wan_tiny", attention, {"input_size": [4, 32, 32], "depth": depth}, **options)
 
 

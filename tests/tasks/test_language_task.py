@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.data.prepare.sources.mqar import open_mqar
-from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import read_metrics
-from mhla_lightning.tasks import ClassificationTask, LanguageTask, RecallTask
+from mhla_lightning.tasks import ClassificationTask, LanguageLossConfig, LanguageTask, RecallTask
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.language import seen_before
 from mhla_lightning.tasks.token_loss import IGNORE
 from mhla_lightning.training.session import best
+from tests.helpers.errors import refused
 from tests.helpers.language_models import OPERATORS_ON_CPU
 from tests.helpers.language_runs import RECIPE, write_text
 
@@ -44,6 +44,7 @@ FACTS: dict[str, Any] = {
     "token_bytes": None,
 }
 GOLDEN = Path(__file__).parents[1] / "golden" / "language.json"
+JOINED = LanguageLossConfig(isolate_documents=False)
 
 
 def make(kind: type[LanguageTask] = LanguageTask, attention: Any = MHLA, **options: Any) -> Any:
@@ -81,7 +82,7 @@ def plain_loss(task: Any, data: dict[str, Tensor], targets: Tensor) -> Tensor:
 
 def test_targets_are_the_next_tokens_of_the_same_document() -> None:
     tokens, documents = torch.arange(10)[None], torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, -1, -1]])
-    isolated, joined = make(), make(isolate_documents=False)
+    isolated, joined = make(), make(loss=JOINED)
     assert isolated.targets(tokens, documents).tolist() == [
         [1, 2, IGNORE, 4, IGNORE, 6, 7, IGNORE, IGNORE, IGNORE]
     ]
@@ -106,7 +107,7 @@ def test_the_loss_of_a_row_is_that_of_its_documents_alone(documents: list[int]) 
 
 
 def test_without_isolation_a_row_is_one_text_and_padding_counts_nowhere() -> None:
-    task, data = make(isolate_documents=False), batch(2)
+    task, data = make(loss=JOINED), batch(2)
     data["documents"] = torch.tensor([[0] * 5 + [1] * 11, [0] * 9 + [1] * 3 + [-1] * 4])
     logits = task(data["tokens"])
     expected = (
@@ -121,7 +122,7 @@ def test_without_isolation_a_row_is_one_text_and_padding_counts_nowhere() -> Non
 
 def test_z_loss_is_added_in_training_alone() -> None:
     data = batch()
-    with_z, without = make(z_loss=0.1), make()
+    with_z, without = make(loss=LanguageLossConfig(z_loss=0.1)), make()
     logits = without(data["tokens"])[:, :-1]
     difference = with_z.training_step(data, 0) - without.training_step(data, 0)
     torch.testing.assert_close(difference, 0.1 * logits.logsumexp(-1).square().mean(), rtol=1e-4, atol=1e-5)
@@ -217,53 +218,49 @@ def _rows(source: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("facts", "key"),
     [
-        ({"kind": "images"}, ["needs tokens", "images"]),
-        ({"vocabulary": 50}, ["50 token ids", "vocab_size is 12", "50 or more"]),
-        ({"length": 32}, ["32 tokens", "context is 16", "equal"]),
-        ({"val_length": 40}, ["40 tokens", "windows of 16", "data.val_length"]),
-        ({"val_length": 48}, ["48 tokens", "windows of 32", "model.eval_lengths"]),
-        ({"val_length": 16}, ["16 tokens", "windows of 32"]),
+        ({"kind": "images"}, None),
+        ({"vocabulary": 50}, "backbone_options.vocab_size"),
+        ({"length": 32}, "backbone_options.context"),
+        ({"val_length": 40}, "eval_lengths"),
+        ({"val_length": 48}, "eval_lengths"),
+        ({"val_length": 16}, "eval_lengths"),
     ],
     ids=str,
 )
-def test_data_that_does_not_fit_is_refused_in_one_sentence(facts: dict[str, Any], words: list[str]) -> None:
+def test_data_that_does_not_fit_is_refused_in_one_sentence(facts: dict[str, Any], key: str | None) -> None:
     task = make(eval_lengths=[32])
     task.check_data(FACTS, 4)
-    with pytest.raises(UserError) as error:
+    with refused(key) as error:
         task.check_data({**FACTS, **facts}, 4)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_recall_needs_the_datas_vocabulary() -> None:
     make(RecallTask).check_data(FACTS, 4)
-    with pytest.raises(UserError, match="8 token ids .*vocab_size is 12; recall needs them equal"):
+    with refused("backbone_options.vocab_size"):
         make(RecallTask).check_data({**FACTS, "vocabulary": 8}, 4)
 
 
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("build", "key"),
     [
-        (lambda: LanguageTask("deit_tiny"), ["'deit_tiny' is no language model", "lm_340m"]),
-        (lambda: ClassificationTask("lm_tiny"), ["unknown option 'num_classes' of backbone 'lm_tiny'"]),
-        (lambda: LanguageTask("lm_tiny", z_loss=-1.0), ["z_loss is -1.0"]),
-        (lambda: LanguageTask("lm_tiny", eval_lengths=[1]), ["context of 1 tokens"]),
+        (lambda: LanguageTask("deit_tiny"), "backbone"),
+        (lambda: ClassificationTask("lm_tiny"), "backbone_options.num_classes"),
+        (lambda: LanguageLossConfig(z_loss=-1.0), "loss.z_loss"),
+        (lambda: LanguageTask("lm_tiny", eval_lengths=[1]), "eval_lengths"),
         (
             lambda: LanguageTask("lm_tiny", {"name": "mhla", "max_chunks": 4}, eval_lengths=[512]),
-            ["extrapolation"],
+            "eval_lengths",
         ),
     ],
     ids=["image backbone", "language backbone", "z_loss", "length", "too long"],
 )
-def test_configuration_is_checked_before_weights_exist(build: Any, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_configuration_is_checked_before_weights_exist(build: Any, key: str) -> None:
+    with refused(key) as error:
         build()
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_the_340m_model_is_planned_without_weights() -> None:
@@ -301,7 +298,7 @@ def test_every_operator_trains(language_recipe: Path, tmp_path: Path, attention:
         "2",
         "--model.attention",
         attention,
-        "--model.z_loss",
+        "--model.loss.z_loss",
         "1e-4",
     ]
     assert (
