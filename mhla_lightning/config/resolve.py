@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import Strategy
 
 from mhla_lightning.config.checks import check_keys, one_sentence
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import is_zero
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks import Task
 
 
@@ -127,6 +129,8 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         )
     trainer = vars(built.trainer)
     trainer = {key: value for key, value in trainer.items() if value is not None}
+    if isinstance(trainer.get("strategy"), Strategy):
+        sharding_of(trainer["strategy"])  # refuses a class that callbacks cannot read
     if is_zero(strategy):
         trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
     return Resolved(dumped, task, data, trainer, built.checkpoint, built.health, config.seed_everything)

@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from mhla_lightning import __version__
 from mhla_lightning.callbacks import (
@@ -52,7 +52,8 @@ from mhla_lightning.runs.folder import (
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
-from mhla_lightning.strategies.launcher import watch_ranks
+from mhla_lightning.strategies.launcher import RankEnvironment
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
@@ -114,7 +115,7 @@ class Session:
         }
         arguments |= {
             "callbacks": self._callbacks(given, arguments),
-            "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()],
+            "plugins": [*_environment(arguments.get("plugins"), self.run), RunCheckpointIO()],
         }
         arguments |= strategy_arguments(arguments)
         try:
@@ -126,8 +127,8 @@ class Session:
             pl.utilities.exceptions.MisconfigurationException,
         ) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        sharding_of(trainer.strategy)  # refuses a strategy that callbacks cannot read
         leave_signals_alone(trainer)
-        watch_ranks(trainer, self.run.path)
         micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
             arguments["strategy"].micro_batch = micro_batch
@@ -339,7 +340,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _environment(plugins: Any) -> list[Any]:
+def _environment(plugins: Any, run: RunFolder) -> list[Any]:
     """Lightning takes any process inside a SLURM allocation for an srun task; only a job step is one (and
     ours handle preemption themselves).
     """
@@ -347,4 +348,4 @@ def _environment(plugins: Any) -> list[Any]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return given
     in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else LightningEnvironment()]
+    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else RankEnvironment(run.path)]
