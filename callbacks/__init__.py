@@ -1,7 +1,7 @@
 """Lightning callbacks of the platform.
 
-A recipe names them under `trainer.callbacks`; the run command adds all but EMA, SampleClips, SampleGrids and
-SampleLog by itself.
+A recipe names EMA, SampleClips, SampleGrids and SampleLog under `trainer.callbacks`; the run command adds the
+others itself.
 """
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint

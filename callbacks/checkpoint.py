@@ -25,36 +25,37 @@ from mhla_lightning.runs.lock import check_held
 from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
 from mhla_lightning.weights.disk_errors import complaint, lack_of_room
 
-_GRACE = 60.0  # seconds that a failed run waits for the checkpoint it was writing
+_GRACE = 60.0  # seconds that a failed run waits for the checkpoint that it was writing
 
 
 class Checkpoint(LightningCheckpoint):
     """Saves `checkpoints/step-.../` every `every_n_steps` optimizer steps and at the end.
 
-    Lightning's ModelCheckpoint writes in place (a kill leaves half a file under its final name) and keeps
-    neither random generators nor the average; its DeepSpeed checkpoints are pickles that only the same number
+    Lightning's ModelCheckpoint writes in place, so a kill leaves half a file under its final name. It saves
+    neither random generators nor the average. Its DeepSpeed checkpoints are pickles that only the same number
     of ranks can load.
 
-    What a step logs is written after the callbacks have seen its end. A checkpoint of it becomes complete
-    only then: a run killed between the two would go on behind the step, and its numbers would never be made
-        up.
+    Lightning writes a step's numbers to the loggers after the callbacks have seen its end. The checkpoint of
+    the step becomes complete only then. A run killed in between would otherwise resume after the step and
+    never write its numbers.
 
     Args:
         run: the run folder.
-        facts: what state.json says besides the step (data_hash, recipe_hash, versions, ...).
-        position: the data's state: consumed samples and what gives their number a meaning.
-        every_n_steps: between two saves.
+        facts: further content of state.json (data_hash, recipe_hash, versions, ...).
+        position: returns the data's state: the consumed samples and the order they belong to.
+        every_n_steps: optimizer steps between two saves.
         keep: which complete checkpoints stay.
-        resume: the checkpoint folder that this attempt goes on from.
-        averages: the EMA callbacks, whose files belong into the folder.
+        resume: the checkpoint folder that this attempt resumes from; None in a new run.
+        averages: the EMA callbacks, whose files belong in the folder.
         asynchronous: write in a thread beside the training, from copies in the host's memory.
         recipe: the resolved recipe as YAML, kept in the folder.
 
     Attributes:
-        save_seconds: from the call to the complete checkpoint, the longest so far, earlier attempts included.
+        save_seconds: the longest save so far, from the call to the complete checkpoint, earlier attempts
+            included.
 
     Raises:
-        UserError: from the training, a disk that is full or cannot be written; the checkpoints before stay as
+        UserError: from the training, a disk that is full or cannot be written. Earlier checkpoints stay as
             they are.
     """
 
@@ -104,14 +105,16 @@ class Checkpoint(LightningCheckpoint):
         self._complete_logged(trainer)
 
     def save_after_this_step(self) -> None:
-        """Called from another callback's on_train_batch_end, on every rank: this step is due, wherever it
-        stands.
+        """Make this step due, whether the other callback's or this one's hook comes first.
+
+        Another callback calls it from on_train_batch_end, on every rank.
         """
         self._asked = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation due at the same step comes first: a run killed between the two would never make it
-        up.
+        """Save after a validation that is due at the same step.
+
+        A run killed between the two would otherwise never measure it.
         """
         self._measured = (
             trainer.global_step,
@@ -124,13 +127,14 @@ class Checkpoint(LightningCheckpoint):
         tag, tags = self.keep.monitor, self._measured[1]
         if tag is not None and tags and tag not in tags:
             raise UserError(
-                f"checkpoint.monitor is '{tag}', which this run does not measure; its tags: "
-                f"{', '.join(sorted(tags))}"
+                "checkpoint.monitor",
+                f"this run does not measure '{tag}'; its tags: {', '.join(sorted(tags))}",
             )
 
     def _save_if_due(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
-        """After a step that was left out the next one that is taken is saved: while all fail, good
-        checkpoints must not be pushed out.
+        """Save a due step, or the next one that is taken where it was left out.
+
+        While all steps fail, good checkpoints must not be pushed out.
         """
         if self._due and not was_skipped(trainer):
             self._due = False
@@ -145,7 +149,7 @@ class Checkpoint(LightningCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if not self._logged.is_set() and _steps_written(trainer) == self._written:
-            # the numbers of its step are not: as after a kill, the run goes on from the checkpoint before
+            # The step's numbers are not written: as after a kill, the run resumes from the checkpoint before.
             return
         self._logged.set()
         if self._writer is not None:  # no collective here: the other ranks may be gone
@@ -156,14 +160,20 @@ class Checkpoint(LightningCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[GROUPS] = optimizer_groups(trainer, pl_module)
+        checkpoint[GROUPS] = optimizer_groups(trainer)
         if scale := loss_scale(trainer.optimizers[0]):
             checkpoint[LOSS_SCALE] = scale
 
     def save(self, trainer: pl.Trainer, *, logged: bool = True) -> None:
-        """Writes one checkpoint; every rank calls it. Raises UserError for a disk that does not take it.
+        """Write one checkpoint; every rank calls it.
 
-        logged: the numbers of the step are written; else it becomes complete at the next step's start.
+        Args:
+            trainer: of the run.
+            logged: whether the numbers of the step are written; else the checkpoint becomes complete at the
+                next step's start.
+
+        Raises:
+            UserError: a disk that is full or cannot be written.
         """
         self.finish_writing(trainer)
         step, began = trainer.global_step, time.monotonic()
@@ -201,9 +211,7 @@ class Checkpoint(LightningCheckpoint):
             self._complete_logged(trainer)
 
     def _complete_logged(self, trainer: pl.Trainer) -> None:
-        """Makes the checkpoint complete that waits for its step's numbers to be written; every rank calls
-        it.
-        """
+        """Complete the checkpoint that waits for its step's numbers; every rank calls it."""
         self._logged.set()
         complete, self._complete = self._complete, None
         if complete is not None:
@@ -228,16 +236,14 @@ class Checkpoint(LightningCheckpoint):
         return None
 
     def finish_writing(self, trainer: pl.Trainer) -> None:
-        """Completes the last checkpoint, and waits for the thread that may still write it; every rank
-        calls it.
-        """
+        """Complete the last checkpoint, and wait for its writing thread; every rank calls it."""
         self._complete_logged(trainer)
         writer, self._writer = self._writer, None
         if self.asynchronous:
             self._agree(trainer, writer.wait() if writer is not None else None)
 
     def _agree(self, trainer: pl.Trainer, error: str | None) -> None:
-        """All ranks stop where one could not write. Raises UserError."""
+        """Stop all ranks where one could not write. Raises UserError."""
         if not trainer.strategy.reduce(
             torch.tensor(float(error is not None), device=trainer.strategy.root_device), reduce_op="sum"
         ):
@@ -250,9 +256,11 @@ class Checkpoint(LightningCheckpoint):
             discard(self.run.checkpoints)
         last = newest_checkpoint(self.run.path)
         where = f"the last checkpoint, {last.name}, is intact" if last else "there is no earlier checkpoint"
-        told = next(text for text in errors if text is not None)
+        problem = next(text for text in errors if text is not None)
         raise UserError(
-            f"{told}; {where}: make room, or name another place with --runs, and give the same command again"
+            str(self.run.checkpoints),
+            f"{problem}; {where}: make room, or name another place with `runs`, and give the same command "
+            "again",
         )
 
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -269,13 +277,18 @@ class Checkpoint(LightningCheckpoint):
 
 
 def _steps_written(trainer: pl.Trainer) -> int:
-    """Steps whose numbers Lightning has handed to the loggers; global_step is ahead by one until it has."""
+    """Return the number of steps whose numbers Lightning has passed to the loggers.
+
+    trainer.global_step is ahead by one until then. `_batches_that_stepped` (Lightning 2.6) is the only count
+    that rises after the loggers have written; the public batch_progress rises before, and a logger may fail.
+    """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _validates_now(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after this batch (val_check_interval in batches, check_val_every_n_epoch
-    1).
+    """Whether Lightning validates after this batch.
+
+    It assumes val_check_interval in batches and check_val_every_n_epoch 1, as a run has them.
     """
     every = trainer.val_check_batch
     return trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0

@@ -16,23 +16,26 @@ from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.checkpoints.rng import rng_state
 from mhla_lightning.checkpoints.saving import Parts, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import FILE
-from mhla_lightning.strategies.local import Fragment, ZeroWeights, local_weights
+from mhla_lightning.strategies.local import Fragment, LocalWeights
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.state import saved_bytes, saved_lots, stretches, whole_numbers
 from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, Stretch, file_name, write_rank_file
 
 
 def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe: str, later: bool) -> Parts:
-    """What this rank writes; every rank calls it, and collectives happen here, not while the files are
-    written.
+    """Return the files that this rank writes; every rank calls it.
+
+    Collectives happen here, not while the files are written.
 
     Args:
+        trainer: of the run.
         folder: the unfinished checkpoint folder.
-        averages: whose files belong into it.
+        averages: the callbacks whose files belong in it.
         recipe: the resolved recipe as YAML.
-        later: training goes on before the files are written: take copies.
+        later: take copies, because training continues before the files are written.
     """
-    rank, shard = trainer.global_rank, file_name(trainer.global_rank, trainer.world_size)
-    parts, local = Parts(folder, rank), local_weights(trainer)
+    rank, rank_file = trainer.global_rank, file_name(trainer.global_rank, trainer.world_size)
+    parts, local = Parts(folder, rank), sharding_of(trainer.strategy).local_weights
     trainer.save_checkpoint(folder / FILE)
     if rank == 0:
         checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(
@@ -40,12 +43,12 @@ def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe:
         )
         parts.add(FILE, tensor_bytes(checkpoint), write)
         parts.add("recipe.yaml", 0, lambda path: _write_text(path, recipe))
-    if isinstance(local, ZeroWeights):
+    if local.sharded:
         _add_lots(parts, trainer, local, later)
     for ema in averages:
         own = ema.stretches(trainer, trainer.lightning_module)
         if local.sharded:
-            _add_stretches(parts, f"{average.FOLDER}/{shard}", own, later)
+            _add_stretches(parts, f"{average.FOLDER}/{rank_file}", own, later)
         elif rank == 0:
             whole = {part.name: part.tensors[WEIGHT].view(part.shape) for part in own}
             _add_tensors(parts, f"{average.FOLDER}/{average.WHOLE}", copied(whole) if later else whole)
@@ -61,15 +64,16 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _add_lots(parts: Parts, trainer: pl.Trainer, local: ZeroWeights, later: bool) -> None:
-    """Weights and optimizer state, a file for what is in memory at one time. What lies on a disk is read
-    when its file is written.
+def _add_lots(parts: Parts, trainer: pl.Trainer, local: LocalWeights, later: bool) -> None:
+    """Add weights and optimizer state, one file for each lot that is in memory at one time.
+
+    Numbers on a disk are read when their file is written.
     """
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
     lots = saved_lots(local, module)
     for number, lot in enumerate(lots):
         name = f"{FOLDER}/{file_name(trainer.global_rank, trainer.world_size, number, len(lots))}"
-        numbers = whole_numbers(local, module) if number == 0 else []
+        numbers = whole_numbers(module) if number == 0 and parts.rank == 0 else []
         if later or len(lots) == 1:
             with local.loaded(lot) as fragments:
                 _add_stretches(parts, name, [*stretches(fragments, optimizer), *numbers], later)
@@ -78,7 +82,7 @@ def _add_lots(parts: Parts, trainer: pl.Trainer, local: ZeroWeights, later: bool
 
 
 def _write_lot(
-    local: ZeroWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path
+    local: LocalWeights, lot: list[Fragment], optimizer: Any, more: list[Stretch], path: Path
 ) -> None:
     with local.loaded(lot) as fragments:
         write_rank_file(path, [*stretches(fragments, optimizer), *more])

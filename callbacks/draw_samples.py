@@ -1,4 +1,4 @@
-"""What the callbacks share that draw samples while a diffusion model trains."""
+"""The base of the callbacks that draw samples while a diffusion model trains."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.diffusion import Guidance, Process, check_sampler
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
-from mhla_lightning.strategies.local import run_forward
+from mhla_lightning.strategies.sharding import sharding_of
 
 
 @dataclass(frozen=True)
-class How:
-    """How samples are drawn."""
+class DrawingSettings:
+    """Settings of a sampler.
+
+    Attributes:
+        sampler: see diffusion.SAMPLERS.
+        steps: evaluations of the sampler.
+        guidance: of the condition.
+    """
 
     sampler: str
     steps: int
@@ -31,17 +37,17 @@ class How:
 
 
 class DrawSamples(AfterStep):
-    """Draws the same noises again and again while a diffusion model trains.
+    """Draws samples from the same noise several times while a diffusion model trains.
 
-    The averaged weights draw, where the run has callbacks.EMA. All ranks draw, since a sharded model needs
-    them; no generator of the process is used, so that training goes on as if nothing had been drawn.
+    The averaged weights are used where the run has callbacks.EMA. All ranks draw, because a sharded model
+    needs them. No random generator of the process is used, so training is not changed by it.
 
     Args:
-        counts: numbers by argument, which must be at least 1; `first` and `steps` among them.
-        times: how often, at steps that grow by the same factor from `first` to the end of the run.
-        sampler: see diffusion.SAMPLERS; None is :meth:`usual_sampler`.
-        guidance: scale of classifier-free guidance; 1 is none.
-        seed: of the noises.
+        counts: numbers by argument, each at least 1; `first` and `steps` among them.
+        times: number of drawings, at steps that grow by the same factor from `first` to the end of the run.
+        sampler: see diffusion.SAMPLERS; None takes :meth:`usual_sampler`.
+        guidance: scale of classifier-free guidance; 1 is without.
+        seed: of the noise.
 
     Raises:
         UserError: counts below 1.
@@ -53,26 +59,31 @@ class DrawSamples(AfterStep):
         super().__init__()
         for name, value in counts.items():
             if value < 1:
-                raise UserError(f"{type(self).__name__}.{name} is {value}; it must be at least 1")
+                raise UserError(name, f"{value} is below 1, the least that {type(self).__name__} takes")
         self.first, self.steps, self.times = counts["first"], counts["steps"], times
         self.sampler, self.guidance, self.seed = sampler, Guidance(guidance), seed
 
     @abstractmethod
     def usual_sampler(self, process: Process) -> str:
-        """The sampler of a process where none is named."""
+        """Return the sampler of a process where none is named."""
 
     @abstractmethod
     def draw(self, trainer: pl.Trainer, task: Any) -> Any:
-        """What :meth:`show` takes; called on every rank, in eval mode, with the averaged weights."""
+        """Return the drawing for :meth:`show`.
+
+        Called on every rank, in eval mode, with the averaged weights.
+        """
 
     @abstractmethod
     def show(self, logger: TensorBoardLogger, step: int, drawn: Any) -> None:
-        """Puts what was drawn into TensorBoard; called on one rank."""
+        """Write a drawing to TensorBoard; called on one rank."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         process = cast(Any, pl_module).process
-        self._how = How(self.sampler or self.usual_sampler(process), self.steps, self.guidance)
-        check_sampler(self._how.sampler, process, self.steps)
+        self._settings = DrawingSettings(
+            self.sampler or self.usual_sampler(process), self.steps, self.guidance
+        )
+        check_sampler(self._settings.sampler, process, self.steps)
         self._due = due_steps(self.first, trainer.max_steps, self.times)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,7 +94,7 @@ class DrawSamples(AfterStep):
         pl_module.eval()
         try:
             with averages[0].averaged(trainer, pl_module) if averages else nullcontext():
-                drawn = run_forward(trainer, lambda: self.draw(trainer, pl_module))
+                drawn = sharding_of(trainer.strategy).run_forward(lambda: self.draw(trainer, pl_module))
         finally:
             pl_module.train(training)
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
@@ -92,11 +103,11 @@ class DrawSamples(AfterStep):
     def samples(
         self, task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key]
     ) -> Tensor:
-        """Samples (B, *shape), see generation.drawing.draw_samples."""
-        return draw_samples(task, condition, null, shape, [(self.seed, *key) for key in keys], self._how)
+        """Return samples (B, *shape); see inference.diffusion.drawing.draw_samples."""
+        return draw_samples(task, condition, null, shape, [(self.seed, *key) for key in keys], self._settings)
 
 
 def due_steps(first: int, last: int, count: int) -> set[int]:
-    """About `count` steps, evenly spaced in their logarithm, the last one included."""
+    """Return about `count` steps, evenly spaced in their logarithm, the last one included."""
     steps = np.geomspace(min(first, last), last, count).tolist() if count > 1 else [last]
     return {round(step) for step in steps}

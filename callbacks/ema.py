@@ -10,33 +10,33 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.checkpoints.average import open_average
 from mhla_lightning.errors import UserError
-from mhla_lightning.strategies.local import local_weights, run_forward
+from mhla_lightning.strategies.sharding import sharding_of
+from mhla_lightning.tasks.base import Task
 from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 
 class EMA(AfterStep):
-    """Averages the weights in float32 after every optimizer step and validates them as `val_ema/...` beside
-    the raw ones.
+    """Averages the weights in float32 after every optimizer step.
 
-    Where weights are split over ranks, a rank averages the float32 masters that it owns; they are put
-    together for forwards only.
+    Validation measures the averaged weights as `val_ema/...`, beside the raw ones. Where weights are split
+    over ranks, a rank averages the float32 masters that it owns. They are put together for forwards only.
 
-    Lightning's WeightAveraging lacks both: it validates the average only, averages in the weights' own dtype
-    (0.9999 is below bf16's resolution), and loses the average under DeepSpeed (Lightning 21414).
+    Lightning's WeightAveraging validates the average only. It averages in the weights' own type, and 0.9999
+    is below the resolution of bf16. It loses the average under DeepSpeed (Lightning issue 21414).
 
     Args:
-        decay: weight of the old average in a step.
-        warmup: use min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not held back by
-            its random start.
+        decay: weight of the old average in a step, at least 0 and below 1.
+        warmup: use min(decay, (1 + n) / (10 + n)) after n updates. A short run then forgets its random start.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"EMA decay is {decay}; it lies in [0, 1)")
+            raise UserError("decay", f"{decay} is not at least 0 and below 1")
         super().__init__()
         self.decay, self.warmup = decay, warmup
         self.average: dict[str, Tensor] = {}
@@ -44,20 +44,19 @@ class EMA(AfterStep):
         self._resume: Path | None = None
 
     def resume_from(self, folder: Path) -> None:
-        """Names the checkpoint folder whose average goes on."""
+        """Name the checkpoint folder whose average is continued."""
         self._resume = folder
 
     def start_from(self, folder: Path | None) -> None:
-        """Reads the average anew from a checkpoint folder at the next look at it."""
+        """Read the average anew from a checkpoint folder at its next use; None takes the weights."""
         self.average, self._resume = {}, folder
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start(trainer, pl_module)
-        local = local_weights(trainer)
-        lots = local.lots(
-            local.fragments(_backbone(pl_module))
-        )  # once: a step costs milliseconds in names alone
+        local = sharding_of(trainer.strategy).local_weights
+        # Once: collecting the names takes milliseconds.
+        lots = local.lots(local.fragments(_backbone(pl_module)))
         self._lots = [(lot, [self.average[fragment.name].view(-1) for fragment in lot]) for lot in lots]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,10 +67,22 @@ class EMA(AfterStep):
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        local = sharding_of(trainer.strategy).local_weights
         for lot, averages in self._lots:
-            with local_weights(trainer).loaded(lot) as fragments:
-                torch._foreach_lerp_(averages, [fragment.values.float() for fragment in fragments], 1 - decay)
+            with local.loaded(lot) as fragments:
+                self.update(averages, [fragment.values for fragment in fragments])
+
+    @torch.no_grad()
+    def update(self, averages: list[Tensor], values: list[Tensor]) -> None:
+        """Move averages towards values by the share of update number `updates`, in place.
+
+        Args:
+            averages: float32.
+            values: of the same shapes, any floating type.
+        """
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        get_ema_multi_avg_fn(decay)(averages, [value.float() for value in values], n)
 
     def on_validation_batch_end(
         self,
@@ -97,15 +108,16 @@ class EMA(AfterStep):
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, prefix: str) -> None:
         with self.averaged(trainer, pl_module):
-            run_forward(trainer, lambda: cast(Any, pl_module).evaluate(batch, prefix))  # a Task
+            sharding_of(trainer.strategy).run_forward(lambda: cast(Task, pl_module).evaluate(batch, prefix))
 
     @contextmanager
     def averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Inside, forwards of the module use the average; after, its own weights again, bit for bit. Every
-        rank calls it.
+        """Make forwards of the module use the average in the block.
+
+        After it the module has its own weights again, bit for bit. Every rank calls it.
         """
         self._start(trainer, pl_module)
-        with local_weights(trainer).swapped(_backbone(pl_module), self.average):
+        with sharding_of(trainer.strategy).local_weights.swapped(_backbone(pl_module), self.average):
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,8 +127,8 @@ class EMA(AfterStep):
         self.updates = state_dict["updates"]
 
     def stretches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Stretch]:
-        """What this rank saves of the average: all of it where it holds the weights whole."""
-        fragments = local_weights(trainer).fragments(_backbone(pl_module))
+        """Return this rank's part of the average: all of it where the weights are whole."""
+        fragments = sharding_of(trainer.strategy).local_weights.fragments(_backbone(pl_module))
         parts = [(f, self.average[f.name].view(-1)) for f in fragments if f.owned]
         return [
             Stretch(fragment.name, fragment.shape, fragment.start, {WEIGHT: values})
@@ -127,7 +139,7 @@ class EMA(AfterStep):
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.average:
             return
-        local, backbone = local_weights(trainer), _backbone(pl_module)
+        local, backbone = sharding_of(trainer.strategy).local_weights, _backbone(pl_module)
         fragments = local.fragments(backbone)
         for lot in local.lots(fragments):
             with local.loaded(lot) as loaded:
@@ -140,15 +152,16 @@ class EMA(AfterStep):
         saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
         if saved is None:
             raise UserError(
-                f"{self._resume} does not hold this model's average; start a new run with --fresh or "
-                "take EMA out of trainer.callbacks"
+                str(self._resume),
+                "the checkpoint does not hold this model's average; start a new run with `fresh` or take EMA "
+                "out of `trainer.callbacks`",
             )
         for fragment in fragments:
             self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, fragment.size))
 
 
 def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:
-    """The averages go by the backbone's own names: their file loads into a bare backbone."""
+    """Return the backbone. Averages have its names, so that their file loads into a bare backbone."""
     backbone = pl_module.backbone
     assert isinstance(backbone, torch.nn.Module), "configure_model has not run"
     return backbone

@@ -1,8 +1,8 @@
-"""Which layer of a model is the first to give numbers that are not finite."""
+"""Search for the first layer whose numbers are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,41 +10,46 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from mhla_lightning.strategies.local import run_forward
+from mhla_lightning.checkpoints.saving import tensors_in
+from mhla_lightning.strategies.sharding import sharding_of
 
 
 def first_layer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[tuple[Any, int]]
 ) -> str:
-    """Runs batches again, forward and then backward, and says in half a sentence where numbers stop being
-    finite.
+    """Run batches again, forward and backward, and return a clause that names the first such layer.
 
-    Every rank calls it with as many batches; a rank's own failure is told, not raised. Gradients are left
-    behind. Dropout draws anew: what hung on it may not come back.
+    Every rank calls it with the same number of batches. A failure of one rank is returned, not raised.
+    Gradients stay in the parameters. Dropout draws new masks, so the search may find nothing.
 
     Args:
-        batches: a training step's, with their numbers.
+        trainer: of the run.
+        pl_module: its module.
+        batches: of one training step, with their numbers.
     """
     for batch, number in batches:
         with _watching(pl_module) as search:
             loss = search.attempt(lambda batch=batch, number=number: _loss(trainer, pl_module, batch, number))  # type: ignore[misc]
-            if told := _tell(trainer, search):
-                return told
+            if found := _agreed(trainer, search):
+                return found
             search.attempt(lambda loss=loss: trainer.strategy.backward(loss, None))  # type: ignore[misc]
-            if told := _tell(trainer, search):
-                return told
+            if found := _agreed(trainer, search):
+                return found
     return "a second forward and backward over the same samples was finite in every layer"
 
 
 def _loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Tensor:
-    output = run_forward(trainer, lambda: pl_module.training_step(batch, number))
+    output = sharding_of(trainer.strategy).run_forward(lambda: pl_module.training_step(batch, number))
     return output if isinstance(output, Tensor) else output["loss"]
 
 
 class _Search:
-    """What hooks have found in this process, in half a sentence."""
+    """Hooks of one search in this process.
+
+    Attributes:
+        found: a clause; empty while nothing was found.
+    """
 
     def __init__(self) -> None:
         self.found = ""
@@ -52,31 +57,27 @@ class _Search:
     def attempt(self, function: Callable[[], Any]) -> Any:
         try:
             return function()
-        except RuntimeError as error:  # out of memory, say: what was wrong before must still be told
-            self.found = (
-                self.found
-                or f"which layer gives them could not be found: {' '.join(str(error).split())[:200]}"
-            )
+        except RuntimeError as error:  # such as too little memory; the step's own error matters more
+            reason = " ".join(str(error).split())[:200]
+            self.found = self.found or f"the search for the layer failed: {reason}"
             return None
 
     def after_forward(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A forward hook; a layer's inner layers come before it."""
+        """Judge a layer's output, as a forward hook. Inner layers come before their layer."""
         if not self.found and not _finite([output]):
-            already = "" if _finite([args, kwargs]) else ", and what it is given is not either"
+            already = "" if _finite([args, kwargs]) else ", and its input is not finite either"
             self.found = f"the first layer whose output is not finite is {name}{already}"
-        for tensor in _tensors([args, kwargs, list(module.parameters(recurse=False))]):
+        for tensor in tensors_in([args, kwargs, list(module.parameters(recurse=False))]):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self.in_backward, name))
 
     def in_backward(self, name: str, gradient: Tensor) -> None:
-        """A hook on what a layer is given and on its weights; layers come from the last to the first,
-        inner ones before outer ones.
+        """Judge a gradient, as a hook on a layer's inputs and weights.
+
+        Layers come from the last to the first, inner ones before outer ones.
         """
         if not self.found and not _finite([gradient]):
-            self.found = (
-                "the forward is finite, and the first layer, going backward, whose gradients are not is "
-                f"{name}"
-            )
+            self.found = f"the forward is finite, and the backward stops being finite at {name}"
 
 
 @contextmanager
@@ -90,18 +91,14 @@ def _watching(pl_module: nn.Module) -> Iterator[_Search]:
         yield search
 
 
-def _tell(trainer: pl.Trainer, search: _Search) -> str:
-    """What was found, the same on every rank: the lowest rank's; empty where no rank found anything."""
+def _agreed(trainer: pl.Trainer, search: _Search) -> str:
+    """Return the finding of the lowest rank that has one, on every rank; empty where none has."""
     if trainer.world_size == 1:
         return search.found
     found: list[str] = [""] * trainer.world_size
     torch.distributed.all_gather_object(found, search.found)
-    return next((f"{told} (rank {rank})" for rank, told in enumerate(found) if told), "")
-
-
-def _tensors(values: Sequence[Any]) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    return next((f"{clause} (rank {rank})" for rank, clause in enumerate(found) if clause), "")
 
 
 def _finite(values: Sequence[Any]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in _tensors(values) if tensor.is_floating_point())
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(values) if tensor.is_floating_point())

@@ -1,4 +1,4 @@
-"""Leaves out optimizer steps that would spoil the weights, and stops a run that has no others."""
+"""Health: optimizer steps that would spoil the weights are left out, and counted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from mhla_lightning.callbacks.first_layer import first_layer
@@ -17,31 +18,34 @@ from mhla_lightning.callbacks.steps import StepGuard
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
-from mhla_lightning.strategies.zero.norm import total_norm
+from mhla_lightning.strategies.launcher import watch_of
+from mhla_lightning.strategies.norm import total_norm
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks import Task
 
 log = logging.getLogger(__name__)
-WINDOW, ENOUGH = 100, 20  # steps that the median of losses is of, at most and at least
-HANGS = 40.0  # seconds after an error in which a rank of several has to end
-_SHOWN = 4  # samples that the message names
+WINDOW, ENOUGH = 100, 20  # number of steps in the median of losses, at most and at least
+HANGS = 40.0  # seconds that a rank of several has to end after an error
+_SHOWN = 4  # samples named in the message
 
 
 class Health(StepGuard):
-    """Leaves out a step whose loss or gradients are not finite, or whose loss leaps, counts it
-    (train/skipped_steps) and names its samples in the run folder; after too many in a row the run stops.
+    """Leaves out a step whose loss or gradients are not finite, or whose loss leaps.
 
-    Weights, optimizer and average are then as before the step, bit for bit; the step number, the data and the
-    learning rate go on. A rank's bad loss makes its gradients NaN, and so those of all ranks: all see the
-    same norm and decide alike, without asking each other. DeepSpeed looks at the gradients and leaves out the
-    step by itself; elsewhere the gradients are taken away, and the optimizer finds nothing to do. On a GPU
-    that makes the host wait for the backward once a step, as a loss scaler does.
+    It counts the step (train/skipped_steps) and names the samples in the run folder. After too many in a row
+    the run stops. Weights, optimizer and average are as before the step, bit for bit. The step number, the
+    data and the learning rate move on.
+
+    A rank's bad loss makes its gradients NaN, and so those of all ranks. All ranks see the same norm and
+    decide alike, without communication. DeepSpeed checks the gradients and leaves out the step itself. Under
+    other strategies the gradients are removed, and the optimizer finds nothing to do. On a GPU the host then
+    waits for the backward once per step, as with a loss scaler.
 
     Args:
         run: the run folder.
-        max_skipped: steps in a row that may be left out.
-        spike_factor: leave out a step whose loss is more than so many times the median of the last 100 steps
-            taken, from the 20th on; None does not look. The loss is that of the global batch, which costs a
-            reduction a step.
+        max_skipped: number of steps in a row that may be left out.
+        spike_factor: leave out a step whose loss is more than this factor times the median of the last 100
+            steps taken, from the 20th on. It costs one reduction per step. None does not compare losses.
 
     Raises:
         UserError: from the training, more than `max_skipped` steps in a row.
@@ -71,24 +75,23 @@ class Health(StepGuard):
         loss.register_hook(lambda gradient: gradient.masked_fill(bad, torch.nan))
 
     def _leaps(self, trainer: pl.Trainer, loss: Tensor) -> bool:
-        """Whether a step's loss is too large, told at its last micro batch."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        """Whether a step's loss is too large; known at its last micro batch, False before."""
+        plugin = trainer.precision_plugin
+        scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
         self._losses.append(loss / scaler.get_scale() if scaler is not None else loss)
         if len(self._losses) < trainer.accumulate_grad_batches:
             return False
         self._loss = float(trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean"))
         self._losses.clear()
         usual = statistics.median(self._recent) if len(self._recent) >= ENOUGH else 0.0
-        # # not None: see the caller
-        self._leapt = usual > 0 and self._loss > self.factor * usual  # type: ignore[operator]
+        self._leapt = usual > 0 and self._loss > cast(float, self.factor) * usual
         return self._leapt
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if hasattr(
-            trainer.strategy, "skipped_step"
-        ):  # DeepSpeed: no gradients here, and it comes after every micro batch
+        # DeepSpeed has no gradients here, and calls this hook after every micro batch.
+        if sharding_of(trainer.strategy).guards_steps:
             return
         parameters = [
             parameter
@@ -108,15 +111,14 @@ class Health(StepGuard):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches.append((batch["key"], outputs["loss"].detach()))
-        if (
-            self.row == self.max_skipped
-        ):  # the next step left out is the last, and its batches will be looked at
+        if self.row == self.max_skipped:  # one more step left out ends the run; its batches are searched
             self._kept.append((batch, batch_idx))
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        told = getattr(trainer.strategy, "skipped_step", None)
-        self.skipped = self.skipped if told is None else told()
+        sharding = sharding_of(trainer.strategy)
+        if sharding.guards_steps:
+            self.skipped = sharding.skipped_step()
         if self.skipped:
             self._leave_out(trainer, pl_module)
         else:
@@ -135,26 +137,26 @@ class Health(StepGuard):
         if self.row > self.max_skipped:
             layer = "" if self._leapt else f"{self._first_layer(trainer, pl_module)}; "
             raise UserError(
-                f"{reason}, and {self.row} steps in a row were left out (health.max_skipped is "
-                f"{self.max_skipped}); {layer}"
-                f"{self._checkpoint(self._step - self.row)}; {folder} names the samples "
-                f"({_some(_of_all_ranks(trainer, keys))}): look at them"
-                " (mhla data preview), or lower model.optimizer.lr or set trainer.gradient_clip_val, "
-                "and resume"
+                None,
+                f"{reason}, and {self.row} steps in a row were left out (`health.max_skipped` is "
+                f"{self.max_skipped}); {layer}{self._checkpoint(self._step - self.row)}; {folder} names the "
+                f"samples ({_some(_of_all_ranks(trainer, keys))}): look at them (mhla data preview), or lower "
+                "`model.optimizer.lr` or set `trainer.gradient_clip_val`, and resume",
             )
         if trainer.is_global_zero:
             log.warning(f"step {self._step} is left out: {reason}; {folder} names its samples")
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, list[str]]:
-        """Why the step was left out, the same on all ranks, and the samples of this rank that it is about.
-        No reason: a loss scale too large.
+        """Return why the step was left out, the same on all ranks, and this rank's samples of it.
+
+        The reason is empty where the loss scale was too large.
         """
         everything = [key for keys, _ in self._batches for key in keys]
         if self._leapt:
             times = self._loss / statistics.median(self._recent)
             return (
                 f"the loss of step {self._step} is {times:.3g} times the median before it "
-                f"(health.spike_factor is {self.factor})",
+                f"(`health.spike_factor` is {self.factor})",
                 everything,
             )
         bad = [not loss.isfinite() for _, loss in self._batches]
@@ -168,7 +170,7 @@ class Health(StepGuard):
         return f"the loss of step {self._step} is finite, but a gradient is not finite", everything
 
     def _report(self, reason: str, keys: list[str], rank: int) -> Path:
-        """Names samples in the run folder."""
+        """Write samples into the run folder; return the folder of such files."""
         folder = self.run.path / ("spikes" if self._leapt else "not_finite")
         if keys:
             folder.mkdir(exist_ok=True)
@@ -184,8 +186,10 @@ class Health(StepGuard):
             self._searching = False
 
     def _checkpoint(self, taken: int) -> str:
-        """Which checkpoint can be gone on from, `taken` being the last step that was: whether its weights
-        are good no later loss has shown.
+        """Return a clause that names the newest checkpoint with good weights.
+
+        Args:
+            taken: the last step that was taken; no later loss has shown whether its weights are good.
         """
         names = [path.name for path in complete_checkpoints(self.run.path)]
         good = [name for name in names if name < step_folder(taken)]
@@ -198,15 +202,15 @@ class Health(StepGuard):
             if good
             else "there is none before it"
         )
-        return f"the last checkpoint, {names[-1]}, holds the very weights that fail, and {before}"
+        return f"the last checkpoint, {names[-1]}, holds the weights that fail, and {before}"
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if trainer.world_size > 1 and isinstance(
-            exception, Exception
-        ):  # not Ctrl-C, nor a signal to save and stop
+        if trainer.world_size > 1 and isinstance(exception, Exception):
             end_within(HANGS, exception, trainer.global_rank)
+        elif isinstance(exception, KeyboardInterrupt) and (watch := watch_of(trainer)) is not None:
+            watch.asked = True  # the other ranks have Ctrl-C too; their end is no failure
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped_steps": self.skipped_steps, "recent": list(self._recent)}

@@ -1,12 +1,10 @@
-"""What every run shows in TensorBoard besides its loss: speed, where the time goes, learning rate,
-gradient norm, mixing matrices.
-"""
+"""Curves and pictures of every run in TensorBoard: loss, speed, learning rate, mixing matrices."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -15,18 +13,22 @@ from matplotlib.figure import Figure
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import step_guard
-from mhla_lightning.strategies.local import local_weights
+from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.strategies.sharding import sharding_of
 
 
 class Monitor(pl.Callback):
-    """Logs `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute,
-    skipped and skipped_steps, and of a mixture consumed/SOURCE, every `log_every_n_steps` steps.
+    """Logs loss, learning rate, gradient norm and speed every `log_every_n_steps` steps.
 
-    The loss is that of the last step's global batch: over all its micro batches and ranks, where self.log
-    would show one rank's last micro batch. Of a step that was left out they may be no numbers: the curves
-    have a hole there. Lightning's ThroughputMonitor and LearningRateMonitor lack the time spent waiting for
-    data and name their tags by optimizer group and device. Times are seconds an optimizer step, on the host:
-    on a GPU the wait for the device falls to whatever call waits.
+    The tags are `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute,
+    skipped and skipped_steps. A mixture of sources also has train/consumed/SOURCE.
+
+    The loss is the mean over all micro batches and ranks of the last step; self.log would show one rank's
+    last micro batch. A step that was left out may have NaN, so the curves have a hole there. Times are
+    seconds per optimizer step, on the host: on a GPU the wait for the device counts where a call waits.
+
+    Lightning's ThroughputMonitor and LearningRateMonitor do not measure the time spent waiting for data, and
+    name their tags by optimizer group and device.
 
     Args:
         batch_size: samples of one optimizer step over all processes.
@@ -40,7 +42,7 @@ class Monitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        # # set by its logger connector
+        # set by its logger connector
         self._every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._restart(time.perf_counter())
 
@@ -59,9 +61,8 @@ class Monitor(pl.Callback):
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
         self._skipped += int(batch["skipped"])
-        self._losses.append(
-            outputs["loss"].detach() * trainer.accumulate_grad_batches
-        )  # Lightning has divided it for the backward
+        # Lightning has divided it for the backward.
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
@@ -97,17 +98,20 @@ class Monitor(pl.Callback):
 
 
 def _gradient_norm(trainer: pl.Trainer) -> torch.Tensor | None:
-    """Norm of the last step's gradients: DeepSpeed's, or the guard's."""
-    norm = getattr(trainer.strategy, "gradient_norm", None)
-    return getattr(step_guard(trainer), "gradient_norm", None) if norm is None else norm()
+    """Return the norm of the last step's gradients, of the strategy or of the guard."""
+    sharding, guard = sharding_of(trainer.strategy), step_guard(trainer)
+    if sharding.guards_steps:
+        return sharding.gradient_norm()
+    return guard.gradient_norm if guard is not None else None
 
 
 def _consumed(trainer: pl.Trainer) -> dict[str, float]:
-    """Samples consumed of every source, where training mixes several."""
-    by_source: dict[str, int] = getattr(getattr(trainer, "datamodule", None), "consumed_by_source", dict)()
-    return (
-        {f"consumed/{name}": float(count) for name, count in by_source.items()} if len(by_source) > 1 else {}
-    )
+    """Return the samples consumed of every source, where training mixes several."""
+    data = cast(Any, trainer).datamodule
+    by_source = data.consumed_by_source() if isinstance(data, ShardDataModule) else {}
+    if len(by_source) < 2:
+        return {}
+    return {f"consumed/{name}": float(count) for name, count in by_source.items()}
 
 
 class MixingHeatmaps(pl.Callback):
@@ -119,7 +123,9 @@ class MixingHeatmaps(pl.Callback):
         }
         if not modules or trainer.sanity_checking:
             return
-        with local_weights(trainer).whole([module.weight for module in modules.values()]):
+        with sharding_of(trainer.strategy).local_weights.whole(
+            [module.weight for module in modules.values()]
+        ):
             matrices = {name: module.matrix().detach().clone() for name, module in modules.items()}
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
@@ -127,7 +133,7 @@ class MixingHeatmaps(pl.Callback):
 
 
 def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
-    """One panel a layer; a matrix per head is shown by its mean."""
+    """Draw one panel per layer; matrices per head are shown by their mean."""
     columns = math.ceil(math.sqrt(len(matrices)))  # nearly square: TensorBoard shows images in square cards
     rows = math.ceil(len(matrices) / columns)
     figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")

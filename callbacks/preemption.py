@@ -1,4 +1,4 @@
-"""A run that is told to stop saves at the next step and ends with exit code 75."""
+"""Preemption: a run that gets a signal saves at the next step and ends with exit code 75."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ _RESERVE = 15.0  # seconds
 
 
 class Preemption(AfterStep):
-    """Saves and stops all ranks at the same step when one of them got SIGUSR1 or SIGTERM, or when the time of
-    the job runs out.
+    """Saves and stops all ranks at the same step.
 
-    Lightning's own handlers save or broadcast inside the signal handler: with 20 ms between the ranks'
-    signals they meet different collectives (Lightning issue 21406), so they are taken out
-    (`leave_signals_alone`). Here a signal sets a flag and nothing else. The flags meet in an all-reduce of
-    one number on the CPU, begun at the start of a step and awaited at its end: no GPU waits for it, and all
-    ranks decide alike.
-    A step that was left out is not saved: the next that is taken is the last then.
-    The checkpoint is the callback's that saves anyway: after a validation that is due at that step, with
-    metrics logged as in any other step.
+    The reason is SIGUSR1 or SIGTERM to one of the ranks, or the end of the job's time.
+
+    Lightning's own handlers save or broadcast inside the signal handler. With 20 ms between the ranks'
+    signals they meet different collectives (Lightning issue 21406), so they are switched off
+    (`leave_signals_alone`). Here a signal only sets a flag. An all-reduce of one number on the CPU combines
+    the flags; it begins at the start of a step and is awaited at its end. No GPU waits for it, and all ranks
+    decide alike.
+
+    A step that was left out is not saved; the next one that is taken is then the last. The checkpoint is
+    written by the usual callback: after a validation that is due, and with metrics logged as in any step.
 
     Args:
         checkpoint: the callback that saves.
-        signals: what has arrived in this process.
+        signals: the signals that have arrived in this process.
+
+    Attributes:
+        stopping: whether this step is the last.
 
     Raises:
-        Preempted: from the training, in every rank, when all is saved.
+        Preempted: from the training, in every rank, when everything is saved.
     """
 
     def __init__(self, checkpoint: Checkpoint, signals: StopSignals) -> None:
@@ -53,7 +57,7 @@ class Preemption(AfterStep):
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         self._begin_vote()
-        if self._agreed():  # told while it was starting: there is nothing new to save
+        if self._agreed():  # a signal came during the start: there is nothing new to save
             self._stop(trainer)
 
     def on_train_batch_start(
@@ -77,7 +81,7 @@ class Preemption(AfterStep):
             self._work = dist.all_reduce(self._vote, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def _agreed(self) -> bool:
-        """Whether any rank wants to stop; the same on all of them."""
+        """Whether any rank wants to stop; the same answer on all ranks."""
         if self._vote is None:
             return False
         if self._work is not None:
@@ -86,9 +90,8 @@ class Preemption(AfterStep):
         return vote
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        self.checkpoint.finish_writing(
-            trainer
-        )  # on all ranks, before the first of them ends: srun then kills the others
+        # On all ranks, before the first of them ends: srun then kills the others.
+        self.checkpoint.finish_writing(trainer)
         self.signals.ignore()  # until exit: a second signal would kill a rank that is shutting down
         raise Preempted(
             self.signals.received
@@ -101,37 +104,47 @@ class Preemption(AfterStep):
 
 
 class JobClock:
-    """Says when to stop so that the checkpoint is written before the job ends.
+    """Decides when to stop so that the checkpoint is written before the job ends.
 
     Args:
-        end: of the job, seconds since 1970; infinite where nothing limits it.
+        end: of the job, in seconds since 1970; infinite without a limit.
+
+    Attributes:
+        longest_step: seconds between the ends of two steps, a validation in between included.
     """
 
     def __init__(self, end: float) -> None:
         self.end = end
         self._began = time.time()
         self._last: float | None = None
-        self.longest_step = 0.0  # seconds between the ends of two steps, a validation between them included
+        self.longest_step = 0.0
 
     def step(self) -> None:
-        """An optimizer step has ended."""
+        """Note the end of an optimizer step."""
         now = time.monotonic()
         if self._last is not None:
             self.longest_step = max(self.longest_step, now - self._last)
         self._last = now
 
     def is_over(self, save_seconds: float) -> bool:
-        """Whether there is only time left for the step that begins now, one more, and twice the longest save
-        so far.
+        """Whether the time left is needed to stop.
 
-        At most half of the job is given away: a validation may have been the longest step.
+        Stopping takes the step that begins now, one more, and twice the longest save so far. At most half of
+        the job is given away, because a validation may have been the longest step.
+
+        Args:
+            save_seconds: the longest save so far.
         """
         needed = 2 * self.longest_step + 2 * save_seconds + _RESERVE
         return time.time() > self.end - min(needed, (self.end - self._began) / 2)
 
 
 def leave_signals_alone(trainer: pl.Trainer) -> None:
-    """Keeps Lightning from installing signal handlers: its SIGTERM handler does a broadcast where the
-    signal happens to arrive.
+    """Keep Lightning from installing signal handlers.
+
+    Its SIGTERM handler does a broadcast wherever the signal arrives (Lightning 2.6). An environment with
+    `auto_requeue=False` (training.session) switches off the SIGUSR1 handler only. Handlers installed again in
+    on_train_start would come too late: `_signal_connector` installs its own before the data loaders start,
+    which takes seconds to minutes, and a SIGTERM of one rank would hang all of them in that time.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -16,17 +16,21 @@ from mhla_lightning.runs.lock import check_held
 from mhla_lightning.runs.stopping import Preempted
 
 log = logging.getLogger(__name__)
-_FIRST_STEPS = 10  # a job that ends before is taken for one that dies at its start
+_FIRST_STEPS = 10  # a job that ends before counts as one that died at its start
 
 
 class ProgressFile(pl.Callback):
-    """Rewrites progress.json every `seconds` and after the first ten steps, and prints a line after each
-    validation where no progress bar can draw.
+    """Rewrites progress.json every `seconds` and after the first ten steps.
+
+    It also logs a line after each validation.
 
     Args:
         run: the run folder.
-        position: the data's state, of which `epoch` and `consumed` are written.
+        position: returns the data's state, of which `epoch` and `consumed` are written.
         seconds: between two writes.
+
+    Attributes:
+        validated_at: optimizer step of the last validation; None before the first.
     """
 
     def __init__(
@@ -35,14 +39,13 @@ class ProgressFile(pl.Callback):
         self.run, self.position, self.interval = run, position, seconds
         self.validated_at: int | None = None
         self._training, self._first_step = False, 0
-        self._before = float(
-            (read_json(run.progress) or {}).get("seconds", 0.0)
-        )  # earlier attempts of this run
+        # of earlier attempts of this run
+        self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))
         self._began = self._written = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Wall time of training so far, earlier attempts included."""
+        """Return the wall time of training so far, earlier attempts included."""
         return self._before + time.monotonic() - self._began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,11 +75,16 @@ class ProgressFile(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self._training:  # looking at a checkpoint changes nothing in its run
+        if self._training:  # validating a checkpoint changes nothing in its run
             self.write(trainer, "preempted" if isinstance(exception, Preempted) else "failed")
 
     def write(self, trainer: pl.Trainer, state: str) -> None:
-        """Writes the file now; the main process only. `state` is running, finished, failed or preempted."""
+        """Write the file now, in the main process only.
+
+        Args:
+            trainer: of the run.
+            state: running, finished, failed or preempted.
+        """
         if not trainer.is_global_zero:
             return
         self._written = time.monotonic()
@@ -101,12 +109,16 @@ class ProgressFile(pl.Callback):
 
 
 class StepBar(RichProgressBar):
-    """Lightning's bar lacks a title for a run that is one endless epoch: it says "Epoch 0/-2"."""
+    """Lightning's progress bar with a title for a run that is one endless epoch.
+
+    Lightning's title is "Epoch 0/-2". Its private method `_get_train_description` (Lightning 2.6) is the only
+    place to change it.
+    """
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training  "  # as wide as "Validation"
 
 
 def _number(value: Any) -> float | None:
-    """None where a step that was left out had no number: JSON has none for it."""
+    """Return a finite number, else None: JSON has no NaN, and a step that was left out may have it."""
     return None if value is None or not math.isfinite(value) else float(value)

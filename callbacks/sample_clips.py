@@ -25,25 +25,27 @@ SHEET, MOVING = "samples/sheet", "samples/clips"
 
 
 class SampleClips(DrawSamples):
-    """Draws clips of the same noises again and again while a video diffusion model trains, as two images in
-    TensorBoard.
+    """Draws clips from the same noise several times while a video diffusion model trains.
 
-    `samples/sheet` is a contact sheet, a row a clip and its frames over time; `samples/clips` is an animated
-    GIF of all clips beside each other, in the order of the rows (what add_video of torch writes, which needs
-    moviepy). Both are small pictures of about 160 pixels. The averaged weights draw, where the run has
-    callbacks.EMA, one clip at a time. Training goes on as if nothing had been drawn.
+    They are two images in TensorBoard. `samples/sheet` is a contact sheet: a row per clip, with its frames
+    over time. `samples/clips` is an animated GIF of all clips side by side, in the order of the rows; torch's
+    add_video writes such an image too, but needs moviepy. The frames are about 160 pixels wide.
+
+    The averaged weights are used where the run has callbacks.EMA. One clip is drawn at a time. Training is
+    not changed by it.
 
     Args:
-        sheets: how many, at steps that grow by the same factor from `first` to the end of the run.
-        first: optimizer step of the first.
-        prompts: texts, a row each; None is the empty prompt.
-        per_prompt: clips of every prompt, of other noises.
-        sampler, steps: see diffusion.SAMPLERS; None is dpm++ for flow matching.
-        guidance: scale of classifier-free guidance; 1 is none.
-        seed: of the noises.
+        sheets: number of drawings, at steps that grow by the same factor from `first` to the end of the run.
+        first: optimizer step of the first drawing.
+        prompts: texts, one row each; None is the empty prompt.
+        per_prompt: clips of every prompt, from different noise.
+        sampler: see diffusion.SAMPLERS; None takes dpm++ for flow matching.
+        steps: evaluations of the sampler.
+        guidance: scale of classifier-free guidance; 1 is without.
+        seed: of the noise.
 
     Raises:
-        UserError: counts below 1, no prompt; from the start of training, a sampler that does not serve the
+        UserError: counts below 1, or no prompt. At the start of training: a sampler that does not fit the
             model's process, or a prompt that is too long.
     """
 
@@ -67,7 +69,7 @@ class SampleClips(DrawSamples):
         )
         if prompts is not None and not prompts:
             raise UserError(
-                "SampleClips.prompts is empty; name at least one, or leave it out for the empty prompt"
+                "prompts", "the list is empty; name at least one, or leave it out for the empty prompt"
             )
         self.prompts, self.per_prompt = prompts or [""], per_prompt
 
@@ -81,12 +83,12 @@ class SampleClips(DrawSamples):
         try:
             encoded: Tensor = data.encode_text([*self._rows, ""])
         except UserError as error:
-            raise UserError(f"SampleClips.prompts: {error}") from error
+            raise UserError("prompts", error.reason) from error
         self._texts, self._null = encoded[:-1], encoded[-1]
         self._rate = float(data.frame_rate)
 
     def draw(self, trainer: pl.Trainer, task: Any) -> list[np.ndarray]:
-        """Clips uint8 (F, H, W, 3)."""
+        """Return clips, each uint8 (F, H, W, 3)."""
         data, clips = cast(Any, trainer).datamodule, []
         for row, text in enumerate(self._texts):
             drawn = self.samples(task, text[None], self._null, task.sample_shape, [("clip", row)])

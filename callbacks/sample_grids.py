@@ -1,4 +1,4 @@
-"""Pictures of what an image diffusion model draws while it trains."""
+"""Images that a diffusion model draws while it trains."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ TAG = "samples"
 
 
 class SampleGrids(DrawSamples):
-    """Draws the same noises again and again while an image diffusion model trains, as the image `samples` in
-    TensorBoard.
+    """Draws images from the same noise several times while an image diffusion model trains.
 
-    The averaged weights draw, where the run has callbacks.EMA. A column is a class, and rows are other
-    noises. Training goes on as if nothing had been drawn.
+    They are the image `samples` in TensorBoard: a column per class, with different noise in every row. The
+    averaged weights are used where the run has callbacks.EMA. Training is not changed by it.
 
     Args:
-        grids: how many, at steps that grow by the same factor from `first` to the end of the run.
-        first: optimizer step of the first.
-        classes: labels, one a column; None takes the first eight.
+        grids: number of drawings, at steps that grow by the same factor from `first` to the end of the run.
+        first: optimizer step of the first drawing.
+        classes: labels, one per column; None takes the first eight.
         per_class: rows.
-        sampler, steps: see diffusion.SAMPLERS; None is ddpm, for flow matching euler.
-        guidance: scale of classifier-free guidance; 1 is none.
-        seed: of the noises.
+        sampler: see diffusion.SAMPLERS; None takes ddpm, for flow matching euler.
+        steps: evaluations of the sampler.
+        guidance: scale of classifier-free guidance; 1 is without.
+        seed: of the noise.
 
     Raises:
-        UserError: counts below 1; from the start of training, a sampler that does not serve the model's
-            process, or an unknown class.
+        UserError: counts below 1. At the start of training: a sampler that does not fit the model's process,
+            or an unknown class.
     """
 
     def __init__(
@@ -70,12 +70,10 @@ class SampleGrids(DrawSamples):
         self._labels = self.classes if self.classes is not None else list(range(min(8, classes)))
         unknown = [label for label in self._labels if not 0 <= label < classes]
         if unknown:
-            raise UserError(
-                f"SampleGrids.classes holds {unknown[0]}; the model's classes are 0 to {classes - 1}"
-            )
+            raise UserError("classes", f"{unknown[0]} is no class of the model; it has 0 to {classes - 1}")
 
     def draw(self, trainer: pl.Trainer, task: Any) -> Tensor:
-        """uint8 (rows * columns, H, W, 3), row by row."""
+        """Return images uint8 (rows * columns, H, W, 3), row by row."""
         labels = torch.tensor(self._labels * self.per_class)
         drawn = self.samples(
             task, labels, task.null_label, task.sample_shape, [("grid", row) for row in range(len(labels))]

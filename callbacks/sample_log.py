@@ -1,4 +1,4 @@
-"""Which samples a run has trained on."""
+"""A log of the samples that a run has trained on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ FOLDER = "samples"
 
 
 class SampleLog(pl.Callback):
-    """Writes samples/rank-N.jsonl in the run folder: a line `{step, epoch, index, key}` for every batch that
-    a rank trains on.
+    """Writes samples/rank-N.jsonl in the run folder, one line per batch.
 
-    A run that is resumed forgets the lines after its checkpoint, so that each sample stands there once
-    however often the run was stopped. For
-    debugging, audits and proofs: a line costs about 0.1 ms and 40 bytes a sample.
+    A line is `{step, epoch, index, key}`. A resumed run removes the lines after its checkpoint, so each
+    sample is listed once, however often the run was stopped. It serves debugging and audits. A line costs
+    about 0.1 ms, and 40 bytes per sample.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class SampleLog(pl.Callback):
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Keep the lines of the steps before `step`; a last line that a kill cut short goes too."""
+    """Keep the lines of the steps before `step`; a last line cut short by a kill is removed too."""
     kept = [
         line
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,9 +1,12 @@
-"""Batches are not optimizer steps: several of them may add up to one, and one may be left out."""
+"""Callbacks that act by optimizer steps, not by batches.
+
+Several batches may add up to one step, and a step may be left out.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -13,10 +16,10 @@ class StepGuard(pl.Callback):
     """Decides which optimizer steps are taken; the first callback of a trainer.
 
     Attributes:
-        skipped: the last step was left out: weights and optimizer are as before it.
-        skipped_steps: how many were, in the whole run.
-        gradient_norm: norm of the last step's gradients before they were clipped, over all ranks; None where
-            the strategy knows it.
+        skipped: whether the last step was left out; then weights and optimizer are as before it.
+        skipped_steps: number of steps left out in the whole run.
+        gradient_norm: norm of the last step's gradients before clipping, over all ranks; None where the
+            strategy measures it.
     """
 
     skipped: bool = False
@@ -25,10 +28,9 @@ class StepGuard(pl.Callback):
 
 
 def step_guard(trainer: pl.Trainer) -> StepGuard | None:
-    """The trainer's guard; None where every step is taken."""
-    return next(
-        (callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, StepGuard)), None
-    )
+    """Return the trainer's guard; None where every step is taken."""
+    callbacks = cast(Any, trainer).callbacks  # an attribute that Lightning's connector sets
+    return next((callback for callback in callbacks if isinstance(callback, StepGuard)), None)
 
 
 def was_skipped(trainer: pl.Trainer) -> bool:
@@ -38,8 +40,9 @@ def was_skipped(trainer: pl.Trainer) -> bool:
 
 
 class AfterStep(pl.Callback):
-    """A callback that acts after every optimizer step that was taken. Lightning's own hook comes before
-    the step, or after every batch.
+    """A callback that acts after every optimizer step that was taken.
+
+    Lightning's own hooks come before the step, or after every batch.
     """
 
     def __init__(self) -> None:
@@ -59,4 +62,4 @@ class AfterStep(pl.Callback):
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called with the weights that the step has left; trainer.global_step counts it."""
+        """Act on the weights after the step, which trainer.global_step counts already."""

@@ -17,7 +17,7 @@ from mhla_lightning.bench import source_clock as sources
 from mhla_lightning.bench.source_clock import SourceClock
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.data.stream import Batch
-from mhla_lightning.strategies.zero.norm import total_norm
+from mhla_lightning.strategies.norm import total_norm
 from mhla_lightning.tasks import Task
 
 
@@ -122,16 +122,13 @@ class Average:
         state = cast(torch.nn.Module, task.backbone).state_dict(keep_vars=True)
         self.weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
         self.average = {name: tensor.detach().float().clone() for name, tensor in self.weights.items()}
-        self._decay, self._warmup, self._updates = like.decay, like.warmup, 0
+        self._ema = EMA(like.decay, like.warmup)
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
-        self._updates += 1
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates)) if self._warmup else self._decay
-        torch._foreach_lerp_(
-            list(self.average.values()), [weight.float() for weight in self.weights.values()], 1 - decay
-        )
+        self._ema.updates += 1
+        self._ema.update(list(self.average.values()), list(self.weights.values()))
 
 
 def _rng_state(device: torch.device) -> list[Tensor]:

@@ -1,5 +1,6 @@
-"""A checkpoint folder is written under another name, synced to disk, marked COMPLETE and only then
-renamed; which of them are kept.
+"""The commit protocol of checkpoint folders, and which of them are kept.
+
+A folder is written under another name, synced to disk, marked COMPLETE and only then renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MARKER = "COMPLETE"
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write step `step` into; what killed saves left behind goes."""
+    """Make an empty folder to write step `step` into, and remove what killed saves left behind."""
     discard(checkpoints)
     folder = checkpoints / f".tmp-{step_folder(step)}"
     folder.mkdir()
@@ -26,14 +27,18 @@ def begin(checkpoints: Path, step: int) -> Path:
 
 
 def discard(checkpoints: Path) -> None:
-    """Removes checkpoints that were not written to the end."""
+    """Remove checkpoints that were not written to the end."""
     for left in checkpoints.glob(".tmp-step-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def commit(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes state.json and the marker, syncs the folders, renames; returns the finished folder. The files
-    were synced by those who wrote them.
+    """Write state.json and the marker, sync the folders, rename; return the finished folder.
+
+    Args:
+        folder: of :func:`begin`; its files are synced already.
+        step: optimizer steps done.
+        state: content of state.json.
     """
     write_json(folder / "state.json", dict(state))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -42,7 +47,7 @@ def commit(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     sync(folder / MARKER)
     sync(folder)
     final = folder.parent / step_folder(step)
-    if final.exists():  # the same step, saved by an attempt that went on from an older checkpoint
+    if final.exists():  # the same step, saved by an attempt that had resumed from an older checkpoint
         shutil.rmtree(final)
     os.rename(folder, final)
     sync(final.parent)
@@ -54,9 +59,9 @@ class Keep:
     """Which complete checkpoints stay.
 
     Attributes:
-        last: so many of the newest.
-        best: so many more, the best by `monitor`.
-        monitor: a tag of validation; checkpoints saved at a validation know its value.
+        last: number of the newest that stay.
+        best: number of further ones that stay, the best by `monitor`.
+        monitor: a tag of validation; checkpoints saved at a validation hold its value. None: no best ones.
         highest: whether high values are good.
     """
 
@@ -67,20 +72,20 @@ class Keep:
 
 
 def prune(run: Path, keep: Keep) -> None:
-    """Removes the complete checkpoints that need not be kept."""
+    """Remove the complete checkpoints that need not be kept."""
     found = complete_checkpoints(run)
     stay = {*found[-keep.last :], *best_checkpoints(found, keep)}
     for old in found:
         if old not in stay:
-            (
-                old / MARKER
-            ).unlink()  # from here on it is not a checkpoint any more, even when the removal is cut short
+            # Without the marker it is no checkpoint any more, even when the removal is cut short.
+            (old / MARKER).unlink()
             shutil.rmtree(old)
 
 
 def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
-    """The best by the monitored tag, best first; of equal ones the newest. What is no number is never
-    best.
+    """Return the best by the monitored tag, best first; of equal ones the newest.
+
+    A value that is not finite is never best.
     """
     if not keep.best or keep.monitor is None:
         return []
@@ -93,7 +98,7 @@ def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Has a file's or folder's content on disk before it returns."""
+    """Return only when the content of a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,4 @@
-"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one a rank where the run was
-split.
-"""
+"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one file per rank."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ def has_average(checkpoint: Path) -> bool:
 
 
 def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor] | None:
-    """Reads stretches of the average: (name, start, numel) -> flat tensor. None where the folder has no
-    average, or that of another model.
+    """Return a reader of the average: (name, start, numel) -> flat tensor.
+
+    None where the folder has no average, or the average of another model.
 
     Args:
         checkpoint: a checkpoint folder.

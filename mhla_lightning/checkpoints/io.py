@@ -12,8 +12,11 @@ from mhla_lightning.checkpoints.source import ShardedSource, open_source
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Lightning's TorchCheckpointIO lacks two things: writing later, in the order and the thread that the
-    checkpoint callback chooses, and reading what the ranks of a sharded run wrote."""
+    """Lightning's TorchCheckpointIO, with later writing and with reading of rank files.
+
+    The checkpoint callback chooses when and in which thread the file is written. A checkpoint whose ranks
+    wrote a file each is read as one.
+    """
 
     def __init__(self) -> None:
         self._taken: dict[str, Any] | None = None
@@ -21,11 +24,11 @@ class RunCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Takes what is to be written; :meth:`take` gives it out."""
+        """Keep the content; :meth:`take` gives it out."""
         self._taken = checkpoint
 
     def take(self, change: Callable[[Any], Any]) -> tuple[dict[str, Any], Callable[[Path], None]]:
-        """What was saved last, after `change`, and the function that writes it."""
+        """Return the content saved last, after `change`, and the function that writes it."""
         assert self._taken is not None, "nothing was saved"
         kept, self._taken = change(self._taken), None
         return kept, lambda path: super(RunCheckpointIO, self).save_checkpoint(kept, path)
@@ -36,6 +39,6 @@ class RunCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """The file's content; of a sharded run with weights and optimizer put together."""
+        """Return the file's content, with weights and optimizer of all rank files put together."""
         source = open_source(Path(path))
         return source.as_whole() if isinstance(source, ShardedSource) else dict(source.checkpoint)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The states of python's, numpy's and torch's generators."""
+    """Return the states of the generators of Python, numpy and torch."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     tensors = {
@@ -28,14 +28,13 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def load_rng(path: Path) -> None:
-    """Restores a :func:`rng_state` that was written to a file."""
+    """Restore a :func:`rng_state` that was written to a file."""
     tensors = load_file(path)
     gauss = float(tensors["python_gauss"])
     random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss = tensors["numpy"].tolist()
-    np.random.set_state(  # noqa: NPY002
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(tensors["numpy_gauss"]))
-    )  # noqa: NPY002
+    state = ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(tensors["numpy_gauss"]))
+    np.random.set_state(state)  # noqa: NPY002
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

@@ -1,16 +1,16 @@
-"""One checkpoint in the making: what this rank writes, now or in a thread beside the training."""
+"""The files of a checkpoint that this rank writes, at once or in a thread beside the training."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from mhla_lightning.checkpoints.atomic import sync
 from mhla_lightning.weights.disk_errors import complaint
@@ -25,8 +25,8 @@ class Parts:
     Attributes:
         folder: the unfinished checkpoint folder, which all ranks write into.
         rank: of this process.
-        files: path -> what writes it.
-        bytes: of the tensors in them.
+        files: path -> the function that writes it.
+        bytes: of the tensors in all files.
     """
 
     folder: Path
@@ -35,40 +35,68 @@ class Parts:
     bytes: int = 0
 
     def add(self, name: str, size: int, write: Callable[[Path], None]) -> None:
-        """A file of the folder, and the bytes of the tensors that `write` writes into it."""
+        """Add a file.
+
+        Args:
+            name: path in the folder.
+            size: bytes of its tensors.
+            write: called with the path.
+        """
         path = self.folder / name
         self.files[path] = lambda: write(path)
         self.bytes += size
 
     def write(self) -> None:
-        """Writes all files and has them on disk. Raises OSError."""
+        """Write all files and return when they are on disk. Raises OSError."""
         for path, write in self.files.items():
             path.parent.mkdir(exist_ok=True)
             write()
             sync(path)
 
 
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Yield all tensors in nested dicts, lists and tuples."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from tensors_in(value)
+
+
 def tensor_bytes(values: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    """Return the bytes of all tensors in nested containers."""
+    return sum(tensor.nbytes for tensor in tensors_in(values))
 
 
 def copied(values: Any) -> Any:
-    """The same containers with copies of their tensors in the host's memory: training may change its own
-    meanwhile.
+    """Return the same containers with copies of their tensors in the host's memory.
+
+    Training may change its own tensors meanwhile.
     """
-    return tree_map(
-        lambda value: value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value,
-        values,
-    )
+    if isinstance(values, torch.Tensor):
+        return values.detach().to("cpu", copy=True)
+    if isinstance(values, dict):
+        twin = copy.copy(values)
+        twin.update({key: copied(value) for key, value in values.items()})
+        return twin
+    if isinstance(values, list | tuple):
+        return type(values)(copied(value) for value in values)
+    return values
 
 
 class Writer:
-    """Writes one checkpoint at a time beside the training. Threads speak through files: a collective in a
-    thread could meet one of the training.
+    """Writes one checkpoint in a thread beside the training.
+
+    The ranks' threads tell each other by files that they have written. A collective in a thread could meet one
+    of the training.
 
     Args:
-        finish: what rank 0 calls once every rank has written.
+        parts: the files of this rank.
+        world_size: ranks of the run.
+        finish: called by rank 0 once every rank has written.
+
+    Attributes:
+        error: the problem of this rank; None without one.
     """
 
     def __init__(self, parts: Parts, world_size: int, finish: Callable[[], None]) -> None:
@@ -105,8 +133,10 @@ class Writer:
         return self._parts.folder / f".written-{rank}"
 
     def wait(self, seconds: float | None = None) -> str | None:
-        """Until the checkpoint is there, or no longer than so many seconds; returns what went wrong on
-        this rank.
+        """Wait until the checkpoint is written, and return this rank's error; None without one.
+
+        Args:
+            seconds: to wait at most; None waits until the end.
         """
         self._thread.join(seconds)
         return self.error

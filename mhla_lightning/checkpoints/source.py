@@ -1,6 +1,4 @@
-"""What a checkpoint folder holds, whichever strategy wrote it: weights and optimizer state by name, whole
-or in stretches.
-"""
+"""A checkpoint folder's weights and optimizer state by name, whole or in stretches, of any strategy."""
 
 from __future__ import annotations
 
@@ -22,16 +20,17 @@ GROUPS = "optimizer_groups"
 FILE = "trainer.ckpt"
 
 
-class Source(ABC):
+class CheckpointSource(ABC):
     """Weights and optimizer state of a checkpoint.
 
     Args:
+        path: of Lightning's file in the folder.
         checkpoint: Lightning's dict. Under `optimizer_groups` it holds, for each group, its settings and
             `names`, its parameters in order.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        self.path, self.checkpoint = path, checkpoint
 
     @property
     def step(self) -> int:
@@ -39,35 +38,35 @@ class Source(ABC):
 
     @property
     def groups(self) -> Sequence[Mapping[str, Any]]:
-        """The optimizer's groups."""
+        """Return the settings and names of the optimizer's groups."""
         return self.checkpoint.get(GROUPS, ())
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Tensors of the module's state."""
+        """Return the names of the tensors of the module's state."""
 
     @abstractmethod
     def weights(self) -> Stored:
-        """All tensors of the module's state, read one at a time."""
+        """Return all tensors of the module's state, which are read one at a time."""
 
     @abstractmethod
     def kinds(self, name: str) -> list[str]:
-        """What the optimizer keeps of a weight, elementwise: `exp_avg`, `exp_avg_sq`."""
+        """Return the names of the optimizer's tensors of a weight: `exp_avg`, `exp_avg_sq`."""
 
     @abstractmethod
     def scalars(self, name: str) -> Mapping[str, float]:
-        """What the optimizer keeps once a weight: `step`."""
+        """Return the optimizer's single numbers of a weight: `step`."""
 
     @abstractmethod
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """A tensor in its shape."""
+        """Return a tensor in its shape."""
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """A flat stretch of a tensor."""
+        """Return a flat stretch of a tensor."""
         return self.whole(name, kind).reshape(-1)[start : start + numel]
 
 
-class WholeSource(Source):
+class WholeSource(CheckpointSource):
     """Lightning's own file: one device, or DDP."""
 
     def names(self) -> list[str]:
@@ -94,11 +93,11 @@ class WholeSource(Source):
         return self.checkpoint["state_dict"][name] if kind == WEIGHT else self._states[name][kind]
 
 
-class ShardedSource(Source):
-    """The files of all ranks beside Lightning's file."""
+class ShardedSource(CheckpointSource):
+    """The rank files beside Lightning's file."""
 
-    def __init__(self, checkpoint: Mapping[str, Any], reader: RankFileReader) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, path: Path, checkpoint: Mapping[str, Any], reader: RankFileReader) -> None:
+        super().__init__(path, checkpoint)
         self.reader = reader
 
     def names(self) -> list[str]:
@@ -120,7 +119,7 @@ class ShardedSource(Source):
         return self.reader.read(name, kind, start, numel)
 
     def as_whole(self) -> dict[str, Any]:
-        """The checkpoint as Lightning's own file would hold it."""
+        """Return the checkpoint as Lightning's own file would hold it."""
         state = {name: self.whole(name) for name in self.names()}
         states: dict[int, dict[str, Tensor]] = {}
         groups: list[dict[str, Any]] = []
@@ -140,8 +139,8 @@ class ShardedSource(Source):
         return {**self.checkpoint, "state_dict": state, "optimizer_states": [optimizer]}
 
 
-def open_source(path: Path) -> Source:
-    """The checkpoint behind a `trainer.ckpt`. Its tensors stay on disk until they are asked for.
+def open_source(path: Path) -> CheckpointSource:
+    """Open the checkpoint behind a `trainer.ckpt`. Its tensors stay on disk until they are read.
 
     Raises:
         UserError: a damaged file.
@@ -149,16 +148,17 @@ def open_source(path: Path) -> Source:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(str(path), f"the checkpoint is damaged: {why}") from error
     except UnpicklingError as error:  # its message is a page
         raise UserError(
-            f"checkpoint {path} holds more than tensors and plain values, and that is never unpickled"
+            str(path), "the checkpoint holds more than tensors and plain values, which is never unpickled"
         ) from error
-    shards = path.parent / FOLDER
-    if shards.is_dir():
-        return ShardedSource(checkpoint, RankFileReader(shards))
+    rank_files = path.parent / FOLDER
+    if rank_files.is_dir():
+        return ShardedSource(path, checkpoint, RankFileReader(rank_files))
     if not checkpoint.get("state_dict"):
-        raise UserError(f"checkpoint {path} holds no weights, and there is no folder {FOLDER} beside it")
-    return WholeSource(checkpoint)
+        raise UserError(
+            str(path), f"the checkpoint holds no weights, and there is no folder {FOLDER} beside it"
+        )
+    return WholeSource(path, checkpoint)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import Strategy
 
 from mhla_lightning.config.checks import argument_hints, check_keys
 from mhla_lightning.config.mistakes import find_mistake, placed, user_error
@@ -19,6 +20,7 @@ from mhla_lightning.config.moved_keys import flat, moved
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import is_zero
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks import Task
 
 
@@ -140,6 +142,8 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         path = values["data"]["class_path"]
         raise UserError("data.class_path", f"{path} is no data module of mhla_lightning.data")
     trainer = {key: value for key, value in vars(built["trainer"]).items() if value is not None}
+    if isinstance(trainer.get("strategy"), Strategy):
+        sharding_of(trainer["strategy"])  # refuses a class that callbacks cannot read
     if is_zero(strategy):
         trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
     return Resolved(

@@ -1,73 +1,86 @@
-"""How rank 0 starts the other ranks of its machine."""
+"""How rank 0 starts the other ranks of its machine, and watches them.
+
+Lightning's launcher starts the ranks where nothing else does. It kills all ranks within 5 s after one has
+failed, this process too, and prints no reason; when this process is killed the others stay.
+
+torch's elastic agent (torch.distributed.launcher) does not replace this file either (torch 2.14). It is one
+more process that imports torch, and rank 0 becomes a child of it without the terminal and the lock of the run
+folder. It answers SIGTERM with SIGKILL to the ranks after 30 s, in the middle of a checkpoint, and passes no
+SIGUSR1 on.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 
 from mhla_lightning.runs.ranks import RANK_ZERO, Watch
 
 
-class RankLauncher(_SubprocessScriptLauncher):
-    """Lightning's kills all ranks within 5 s after one has failed, this process too, and says nothing; where
-    this process is killed the others stay.
+class RankEnvironment(LightningEnvironment):
+    """Lightning's environment of one machine, which starts the further ranks itself.
+
+    Lightning's launcher asks an environment to validate the number of ranks, then asks whether somebody else
+    starts them. The ranks are started in between, and the answer to the second question is yes.
 
     Args:
-        standard: Lightning's, which is replaced.
         run: the run folder.
 
     Attributes:
-        watch: over the ranks that were started; None before, and where something else starts them.
+        watch: over the ranks that this process has started; None before, and where another program (torchrun,
+            srun) starts them.
     """
 
-    def __init__(self, standard: _SubprocessScriptLauncher, run: Path) -> None:
-        super().__init__(standard.cluster_environment, standard.num_processes, standard.num_nodes)
+    def __init__(self, run: Path) -> None:
+        super().__init__()
         self.folder = run
         self.watch: Watch | None = None
 
-    def launch(
-        self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any
-    ) -> Any:
-        """Starts the ranks, once, then calls the function."""
-        environment = self.cluster_environment
-        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
-            os.environ[RANK_ZERO] = str(os.getpid())
-            first = environment.node_rank() * self.num_processes + 1
-            self._call_children_scripts()
-            self.watch = Watch(self.procs, first, self.num_processes * self.num_nodes, self.folder)
-            self.watch.start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Start the further ranks of this machine, once."""
+        super().validate_settings(num_devices=num_devices, num_nodes=num_nodes)
+        if self.creates_processes_externally:
+            return
+        os.environ |= {
+            RANK_ZERO: str(os.getpid()),
+            "MASTER_ADDR": self.main_address,
+            "MASTER_PORT": str(self.main_port),
+            "NODE_RANK": str(self.node_rank()),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(num_devices * num_nodes),
+        }
+        started = [
+            subprocess.Popen(_same_command(), env={**os.environ, "LOCAL_RANK": str(rank)})
+            for rank in range(1, num_devices)
+        ]
+        first = self.node_rank() * num_devices + 1
+        self.watch = Watch(started, first, num_devices * num_nodes, self.folder)
+        self.watch.start()
 
-    def kill(self, signum: int) -> None:
-        """Hands a signal on: what Lightning does with Ctrl-C and SIGTERM."""
-        if self.watch is not None:
-            self.watch.asked = True
-        super().kill(signum)
 
-
-def watch_ranks(trainer: pl.Trainer, run: Path) -> None:
-    """Puts RankLauncher in the place of Lightning's launcher, where it has one."""
-    standard = trainer.strategy.launcher
-    if isinstance(standard, _SubprocessScriptLauncher):
-        trainer.strategy._launcher = RankLauncher(standard, run)
+def _same_command() -> list[str]:
+    """Return the command that started this process."""
+    main = sys.modules["__main__"].__spec__
+    program = ["-m", main.name] if main is not None else [os.path.abspath(sys.argv[0])]
+    return [sys.executable, *program, *sys.argv[1:]]
 
 
 def watch_of(trainer: pl.Trainer) -> Watch | None:
-    """The watch over the ranks that this process has started; None where it has started none."""
-    return getattr(trainer.strategy.launcher, "watch", None)
+    """Return the watch over the ranks that this process has started; None where it has started none."""
+    strategy = trainer.strategy
+    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    return environment.watch if isinstance(environment, RankEnvironment) else None
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether an error is what a collective says of a rank that is gone."""
+    """Whether an error is that of a collective whose other rank is gone."""
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,4 +1,4 @@
-"""Between this rank's stretches and a checkpoint: what is written, and how it is filled again."""
+"""What a checkpoint holds of weights and optimizer: how it is collected, and how it is restored."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.checkpoints.source import Source
+from mhla_lightning.checkpoints.source import CheckpointSource
 from mhla_lightning.errors import UserError
-from mhla_lightning.strategies.local import Fragment, LocalWeights, ZeroWeights
+from mhla_lightning.strategies.local import Fragment, LocalWeights
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 LOSS_SCALE = "loss_scale"
 
 
-def saved_lots(local: ZeroWeights, module: nn.Module) -> list[list[Fragment]]:
-    """What this rank saves, by what is in memory at one time; at least one lot, if an empty one."""
+def saved_lots(local: LocalWeights, module: nn.Module) -> list[list[Fragment]]:
+    """Return the fragments that this rank saves, by what is in memory at one time.
+
+    There is at least one lot, which may be empty.
+    """
     return local.lots([fragment for fragment in local.fragments(module) if fragment.owned]) or [[]]
 
 
 def stretches(lot: Sequence[Fragment], optimizer: Any) -> list[Stretch]:
-    """What this rank writes of a lot that is loaded: its stretches of weights and optimizer state.
+    """Return this rank's stretches of weights and optimizer state of a lot in memory.
 
     Args:
+        lot: fragments, loaded.
         optimizer: DeepSpeed's.
     """
     found = []
@@ -41,16 +46,18 @@ def stretches(lot: Sequence[Fragment], optimizer: Any) -> list[Stretch]:
 
 
 def saved_bytes(lot: Sequence[Fragment], optimizer: Any) -> int:
-    """Of the tensors that :func:`stretches` gives, loaded or not."""
+    """Return the bytes of the tensors that :func:`stretches` gives, loaded or not."""
     return sum(
         f.size * f.values.element_size() * (1 + len(_elementwise(f, optimizer.optimizer))) for f in lot
     )
 
 
-def whole_numbers(local: ZeroWeights, module: nn.Module) -> list[Stretch]:
-    """The module's integer buffers, which rank 0 writes."""
-    numbers = _whole_numbers(module) if local.rank == 0 else {}
-    return [Stretch(name, tuple(value.shape), 0, {WEIGHT: value.view(-1)}) for name, value in numbers.items()]
+def whole_numbers(module: nn.Module) -> list[Stretch]:
+    """Return the module's integer buffers, which rank 0 saves."""
+    return [
+        Stretch(name, tuple(value.shape), 0, {WEIGHT: value.view(-1)})
+        for name, value in _whole_numbers(module).items()
+    ]
 
 
 def _whole_numbers(module: nn.Module) -> dict[str, Tensor]:
@@ -62,7 +69,7 @@ def _whole_numbers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _kept(fragment: Fragment, optimizer: Any) -> Mapping[str, Any]:
-    """What the optimizer keeps of the tensor that a fragment is a part of."""
+    """Return the optimizer's state of the tensor that a fragment is a part of."""
     return optimizer.state.get(fragment.flat, {}) if fragment.flat is not None else {}
 
 
@@ -75,7 +82,7 @@ def _elementwise(fragment: Fragment, optimizer: Any) -> dict[str, Tensor]:
 
 
 def _optimizer_state(fragment: Fragment, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What the optimizer keeps of a fragment: elementwise, and once."""
+    """Return the optimizer's state of a fragment: its tensors, and its single numbers."""
     kinds = {
         key: value.narrow(0, fragment.offset, fragment.size)
         for key, value in _elementwise(fragment, optimizer).items()
@@ -84,11 +91,14 @@ def _optimizer_state(fragment: Fragment, optimizer: Any) -> tuple[dict[str, Tens
 
 
 @torch.no_grad()
-def restore(local: LocalWeights, module: nn.Module, source: Source, optimizer: Any) -> None:
-    """Fills the weights of this rank, and its optimizer state.
+def restore(local: LocalWeights, module: nn.Module, source: CheckpointSource, optimizer: Any) -> None:
+    """Fill the weights of this rank, and its optimizer state.
 
     Args:
-        optimizer: DeepSpeed's; None leaves it.
+        local: the weights as this rank holds them.
+        module: whose weights.
+        source: the checkpoint.
+        optimizer: DeepSpeed's; None leaves it as it is.
 
     Raises:
         UserError: a checkpoint of another model.
@@ -113,20 +123,20 @@ def restore(local: LocalWeights, module: nn.Module, source: Source, optimizer: A
         _restore_scale(optimizer, source.checkpoint.get(LOSS_SCALE))
 
 
-def _check(module: nn.Module, source: Source) -> None:
+def _check(module: nn.Module, source: CheckpointSource) -> None:
     own, given = set(module.state_dict(keep_vars=True)), set(source.names())
     if own != given:
         named = ", ".join(sorted(own ^ given)[:4])
         raise UserError(
+            str(source.path),
             f"the checkpoint does not fit this model: {len(own - given)} tensors missing, "
-            f"{len(given - own)} left over ({named})"
+            f"{len(given - own)} left over ({named})",
         )
 
 
-def _restore_optimizer(fragment: Fragment, source: Source, optimizer: Any) -> None:
-    if fragment.flat is None or not source.kinds(
-        fragment.name
-    ):  # before its first step an optimizer keeps nothing
+def _restore_optimizer(fragment: Fragment, source: CheckpointSource, optimizer: Any) -> None:
+    # Before its first step an optimizer has no state.
+    if fragment.flat is None or not source.kinds(fragment.name):
         return
     state = optimizer.state[fragment.flat]
     for kind in source.kinds(fragment.name):
@@ -144,7 +154,7 @@ def _restore_optimizer(fragment: Fragment, source: Source, optimizer: Any) -> No
 
 
 def loss_scale(optimizer: Any) -> dict[str, float]:
-    """Where the loss scale of float16 training stands; empty without one."""
+    """Return the state of float16's loss scale; empty without one."""
     scaler = getattr(optimizer, "loss_scaler", None)
     return {
         name: getattr(scaler, name)
@@ -158,17 +168,11 @@ def _restore_scale(optimizer: Any, saved: Mapping[str, float] | None) -> None:
         setattr(optimizer.loss_scaler, name, value)
 
 
-def optimizer_groups(trainer: pl.Trainer, module: nn.Module) -> list[dict[str, Any]]:
-    """Of every group of the optimizer its settings, and `names`, its parameters in order."""
-    optimizer = trainer.optimizers[0]
-    names = getattr(trainer.strategy, "group_names", None) or group_names(optimizer, module)
+def optimizer_groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Return the settings of every optimizer group, and `names`, its parameters in order."""
     settings = [
-        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        {key: value for key, value in group.items() if key != "params"}
+        for group in trainer.optimizers[0].param_groups
     ]
+    names = sharding_of(trainer.strategy).group_names()
     return [{**group, "names": members} for group, members in zip(settings, names, strict=True)]
-
-
-def group_names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
-    """Names of the parameters of every group."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning import __version__
@@ -53,7 +53,8 @@ from mhla_lightning.runs.folder import (
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
-from mhla_lightning.strategies.launcher import watch_ranks
+from mhla_lightning.strategies.launcher import RankEnvironment
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
@@ -113,15 +114,15 @@ class Session:
             "logger": self.logger,
             "use_distributed_sampler": False,
             "callbacks": self._callbacks(given, arguments),
-            "plugins": [*_environment(arguments.get("plugins")), RunCheckpointIO()],
+            "plugins": [*_environment(arguments.get("plugins"), self.run), RunCheckpointIO()],
         }
         arguments |= strategy_arguments(arguments)
         try:
             trainer = pl.Trainer(**arguments)
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError("trainer", " ".join(str(error).split())) from error
+        sharding_of(trainer.strategy)  # refuses a strategy that callbacks cannot read
         leave_signals_alone(trainer)
-        watch_ranks(trainer, self.run.path)
         with inside("data"):
             micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
@@ -347,7 +348,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _environment(plugins: Any) -> list[Any]:
+def _environment(plugins: Any, run: RunFolder) -> list[Any]:
     """The recipe's plugins and the cluster environment.
 
     Lightning takes every process inside a SLURM allocation for an srun task; only one in a job step is one.
@@ -357,4 +358,4 @@ def _environment(plugins: Any) -> list[Any]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return given
     in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else LightningEnvironment()]
+    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else RankEnvironment(run.path)]

@@ -1,6 +1,4 @@
-"""Callbacks for recipes of tests: what goes wrong in training at a given step of a given rank, and what a
-rank holds after every step.
-"""
+"""Callbacks for recipes of tests: faults at a given step of a given rank, and digests of its state."""
 
 from __future__ import annotations
 
@@ -20,22 +18,21 @@ from torch import Tensor
 
 from mhla_lightning.callbacks import EMA
 from mhla_lightning.callbacks.steps import AfterStep
-from mhla_lightning.strategies.local import ZeroWeights, local_weights
+from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.state import saved_lots, stretches
 
 LAYER = "backbone.blocks.1.mlp.fc1"
 
 
 class Fault(pl.Callback):
-    """Goes wrong in the last micro batch of steps.
+    """Causes a fault in the last micro batch of some steps.
 
     Args:
         kind: `layer`: LAYER gives NaN. `gradient`: the gradient of its output is infinite. `leap`: the loss
-            is 50 times as large. `exception`,
-            `memory`: training_step raises. `kill`: SIGKILL to the process. `hang`: exception, then a teardown
-                that never ends.
+            is 50 times as large. `exception`, `memory`: training_step raises. `kill`: SIGKILL to the process.
+            `hang`: exception, then a teardown that never ends.
         steps: numbers from 1, as in metrics.jsonl.
-        rank: where.
+        rank: of the process that has the fault.
     """
 
     def __init__(self, kind: str, steps: list[int], rank: int) -> None:
@@ -90,9 +87,7 @@ class Fault(pl.Callback):
 
 
 class Digests(AfterStep):
-    """Writes `digest-rank-R.jsonl` into the run folder: after every step, taken or not, a hash of all that
-    this rank holds.
-    """
+    """Writes a hash of all that this rank holds to `digest-rank-R.jsonl` after every step, taken or not."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,15 +105,14 @@ class Digests(AfterStep):
             file.write(json.dumps({"step": self._step, **held}) + "\n")
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Not only after steps that were taken."""
+        """Do nothing: on_train_batch_end acts after steps that were left out, too."""
 
 
 def _tensors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Tensor]:
-    local = local_weights(trainer)
+    local = sharding_of(trainer.strategy).local_weights
     if not local.sharded:
         states = trainer.optimizers[0].state.values()
         return [*pl_module.state_dict().values(), *(value for state in states for value in state.values())]
-    assert isinstance(local, ZeroWeights)
     parts = [part for lot in saved_lots(local, pl_module) for part in stretches(lot, trainer.optimizers[0])]
     scalars = [torch.tensor(value) for part in parts for value in part.scalars.values()]
     weights = [getattr(parameter, "ds_tensor", parameter).data for parameter in pl_module.parameters()]

@@ -1,5 +1,6 @@
-"""One of two processes that take a step under every ZeRO stage; rank 0 prints what it holds as JSON. Run
-by tests/test_plan_memory.py.
+"""One of two processes that take a step under every ZeRO stage; rank 0 prints its bytes as JSON.
+
+tests/planning/test_plan_memory.py runs it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from mhla_lightning.planning.step_memory import build, find_precision
 from mhla_lightning.strategies.config import deepspeed_config
+from mhla_lightning.strategies.zero.patches import leave_out_shared_memory
 from mhla_lightning.tasks import LanguageTask, Task
 
 # class -> attributes of the flat weights and of the flat float32 masters of this rank
@@ -23,12 +25,12 @@ _HELD = {
 
 
 def make_task() -> Task:
-    """Odd sizes, so that parts are padded."""
+    """Return a task of odd sizes, so that parts are padded."""
     return LanguageTask("lm_tiny", "mhla", {"vocab_size": 301, "context": 64, "intermediate": 77, "depth": 2})
 
 
 def entry(stage: int) -> dict[str, Any]:
-    """A preset that splits small tensors too."""
+    """Return a preset that splits small tensors too."""
     small = {"reduce_bucket_size": 4096}
     if stage == 3:
         small |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4096}
@@ -36,7 +38,7 @@ def entry(stage: int) -> dict[str, Any]:
 
 
 def held(stage: int, precision: str) -> dict[str, int]:
-    """Bytes of this rank's weights and optimizer after a step."""
+    """Return the bytes of this rank's weights and optimizer after a step."""
     import deepspeed
 
     task = make_task().rehearsal()
@@ -74,7 +76,7 @@ def held(stage: int, precision: str) -> dict[str, int]:
 def main() -> None:
     import deepspeed  # not where the test reads this file: it starts what it needs at the import
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     deepspeed.init_distributed("gloo", verbose=False)
     cases = {
         f"{stage} {precision}": held(stage, precision)

@@ -25,13 +25,15 @@ _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 class InitialiseSplit(TorchFunctionMode):
-    """Inside, code that reads or writes a split weight meets it whole, and every rank keeps its part of what
-    was written.
+    """Makes split weights whole for every operation in the block that reads or writes them.
 
-    deepspeed.zero.Init splits a layer's weights as soon as the layer is made, and gathers them again only
-    inside `Module.apply`. Anything else that a parent does to its children (an initialisation by name, a warm
-    start that copies a file) would meet tensors of no elements and change nothing. One operation's weights
-    are whole at a time. All ranks draw the same numbers, so the model is that of one process, bit for bit.
+    Every rank then keeps its part of the written numbers. deepspeed.zero.Init splits a layer's weights as
+    soon as the layer is made, and gathers them again only inside `Module.apply`. A parent does more to its
+    children: it initialises by name, or a warm start copies a file. Without this class that code would meet
+    tensors of no elements and change nothing.
+
+    One operation's weights are whole at a time. All ranks draw the same random numbers, so the model is that
+    of one process, bit for bit.
     """
 
     def __torch_function__(
@@ -42,9 +44,8 @@ class InitialiseSplit(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _SHAPE and _is_split(
-            args[0]
-        ):  # DeepSpeed itself asks, in the middle of splitting a weight
+        # DeepSpeed reads a shape in the middle of splitting the weight.
+        if func == _SHAPE and _is_split(args[0]):
             return args[0].ds_shape
         split = (
             [] if func in _NEED_NO_NUMBERS else [x for x in _flat([*args, *kwargs.values()]) if _is_split(x)]
@@ -59,7 +60,7 @@ class InitialiseSplit(TorchFunctionMode):
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    """Arguments, those in lists and tuples too."""
+    """Yield the values, and those in lists and tuples."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _flat(value)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,19 +19,25 @@ from torch.optim import Optimizer
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import StrategyEntry, check_version, deepspeed_config, zero_config
-from mhla_lightning.strategies.local import LocalWeights, WholeWeights, Zero3Weights, Zero12Weights
-from mhla_lightning.strategies.state import group_names, restore
-from mhla_lightning.strategies.zero.norm import norm_of_partitions
+from mhla_lightning.strategies.local import LocalWeights, WholeWeights
+from mhla_lightning.strategies.sharding import Sharding, names_by_group
+from mhla_lightning.strategies.state import restore
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, on_disk, remove_swapped, swap_folder
-from mhla_lightning.strategies.zero.nvme.gradients import read_aligned
+from mhla_lightning.strategies.zero.patches import leave_out_shared_memory, patch_training
+from mhla_lightning.strategies.zero.weights import Zero3Weights, Zero12Weights
 
-_SHARED_MEMORY_OP = "deepspeed_shm_comm"
+Result = TypeVar("Result")
 
 
-class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy lacks: CPUs; batch sizes and real autocast from the recipe; an
-    initialisation at stage 3 that is that of one process; checkpoints without pickles that any number of
-    ranks and any stage can go on from.
+class ZeroStrategy(DeepSpeedStrategy, Sharding):
+    """ZeRO stages 1 to 3 on CPUs and GPUs, with checkpoints for any number of ranks.
+
+    Lightning's DeepSpeedStrategy lacks four things. It refuses CPUs. It takes neither batch sizes nor real
+    autocast from the recipe. At stage 3 it initialises another model than one process does. Its checkpoints
+    are pickles for one number of ranks and one stage.
+
+    Two private methods of Lightning 2.6 are overridden, because its public ones call them in the middle of
+    their work: `_format_config` and `_setup_model_and_optimizer`.
 
     Args:
         entry: `trainer.strategy`: a preset's name, or a mapping with keys of DeepSpeed's that replace the
@@ -42,11 +46,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         on_cpu: train on CPUs.
 
     Attributes:
-        micro_batch: samples a rank takes at once; set before training starts.
+        micro_batch: samples that a rank takes at once; set before training starts.
 
     Raises:
         UserError: see config.zero_config and config.deepspeed_config; a DeepSpeed that was not tested.
     """
+
+    guards_steps = True
 
     def __init__(self, entry: StrategyEntry, precision: str | int, on_cpu: bool) -> None:
         check_version()
@@ -55,7 +61,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.entry, self.recipe_precision, self.on_cpu = entry, precision, on_cpu
         self.micro_batch = 1
         self._swap_folders: set[Path] = set()
-        self._configure(1, None)  # says what is wrong before anything is started
+        self._formatted = False
+        self._names: list[list[str]] = []
+        self._configure(1, None)  # raises before anything is started
         super().__init__(config=zero_config(entry), process_group_backend="gloo" if on_cpu else None)
 
     def _configure(self, accumulation: int, gradient_clip: float | None) -> dict[str, Any]:
@@ -69,17 +77,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
 
     def _format_config(self) -> None:
-        trainer = cast(pl.LightningModule, self.lightning_module).trainer
+        """Write DeepSpeed's configuration, once. Lightning's own refuses keys that the recipe gives."""
+        if self._formatted:
+            return
+        self._formatted = True
+        trainer = self._module.trainer
         self.config = self._configure(trainer.accumulate_grad_batches, trainer.gradient_clip_val)
         zero = self.config["zero_optimization"]
-        parameters = cast(Any, self.lightning_module).parameter_count
+        parameters = cast(Any, self._module).parameter_count
         for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
             if key in zero:  # DeepSpeed makes buffers of this size, however small the model
                 zero[key] = min(zero[key], max(1024, parameters + parameters % 2))
         self._place_on_disk(zero, trainer)
 
     def _place_on_disk(self, zero: dict[str, Any], trainer: pl.Trainer) -> None:
-        """Where a disk is used: a folder of the run's own, and buffers that hold the largest weight.
+        """Name a folder of the run's own on the disk, and make buffers hold the largest weight.
+
         Validation alone keeps weights in memory.
         """
         for place in on_disk(zero):
@@ -90,26 +103,47 @@ class ZeroStrategy(DeepSpeedStrategy):
             zero[place]["nvme_path"] = str(folder)
             self._swap_folders.add(folder)
             if place == "offload_param":
-                needed = -(-cast(Any, self.lightning_module).largest_weight // trainer.world_size)
-                if zero[place].setdefault("buffer_size", needed) < needed:
-                    key = f"trainer.strategy.zero_optimization.{place}.buffer_size"
-                    raise UserError(
-                        f"{key} is {zero[place]['buffer_size']}; the largest weight has {needed} "
-                        "elements on a rank; leave the key out"
-                    )
-                # Weights that DeepSpeed brings back to stay are read straight to their places, aligned or not
-                # (see disk_gradients).
-                if zero[place].setdefault("max_in_cpu", 0):
-                    key = f"trainer.strategy.zero_optimization.{place}.max_in_cpu"
-                    raise UserError(
-                        f"{key} is {zero[place]['max_in_cpu']}; it can be 0 only; device cpu keeps "
-                        "all weights in memory"
-                    )
+                self._check_buffers(zero[place], trainer.world_size)
+
+    def _check_buffers(self, parameters: dict[str, Any], world_size: int) -> None:
+        """Fill in or check the buffers of weights on a disk.
+
+        Args:
+            parameters: `offload_param`.
+            world_size: ranks of the run.
+
+        Raises:
+            UserError: buffers that are too small, or weights kept in memory.
+        """
+        key = "trainer.strategy.zero_optimization.offload_param"
+        needed = -(-cast(Any, self._module).largest_weight // world_size)
+        if parameters.setdefault("buffer_size", needed) < needed:
+            raise UserError(
+                f"{key}.buffer_size",
+                f"{parameters['buffer_size']} is set, and the largest weight has {needed} elements on a rank; "
+                "leave the key out",
+            )
+        # DeepSpeed reads weights that it keeps in memory straight to their places, aligned or not
+        # (patches.AlignedReads).
+        if parameters.setdefault("max_in_cpu", 0):
+            raise UserError(
+                f"{key}.max_in_cpu",
+                f"{parameters['max_in_cpu']} is set, and only 0 is allowed; device cpu keeps all weights in "
+                "memory",
+            )
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return cast(pl.LightningModule, self.lightning_module)
+
+    @property
+    def _fitting(self) -> bool:
+        return self._module.trainer.state.fn == TrainerFn.FITTING
 
     # CPU
 
     def setup_environment(self) -> None:
-        if cast(pl.LightningModule, self.lightning_module).trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             check_disk(zero_config(self.entry)["zero_optimization"])
         if self.on_cpu:
             super(DeepSpeedStrategy, self).setup_environment()  # Lightning's own refuses CPUs
@@ -117,17 +151,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup_environment()
 
     def setup_distributed(self) -> None:
-        if not self.on_cpu:
-            super().setup_distributed()
-            return
-        import deepspeed
-
-        # Compiled at the first use, about a minute; and its reductions wait for ever for a rank that has
-        # died.
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
-        reset_seed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
+        if self.on_cpu:
+            leave_out_shared_memory()
+            # Lightning's own wants devices with the indices of the ranks; CPUs have none.
+            self.parallel_devices = [torch.device("cpu", rank) for rank in range(self.num_processes)]
+        super().setup_distributed()
 
     @property
     def root_device(self) -> torch.device:
@@ -137,18 +165,20 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """At stage 3, splits weights as they are made. Lightning's own leaves DeepSpeed to round every tensor
-        that is made meanwhile to the weights'
-        precision: tables of angles and mixing matrices that are computed in float64 would not be those of one
-            process."""
+        """At stage 3, split weights as they are made.
+
+        Lightning's own lets DeepSpeed round every tensor that is made meanwhile to the weights' precision.
+        Tables of angles and mixing matrices are computed in float64; rounded, they would not be those of one
+        process.
+        """
         if not self.zero_stage_3:
             yield
             return
+        self._format_config()
         import deepspeed
 
         from mhla_lightning.strategies.zero.building import InitialiseSplit
 
-        self._init_config_if_needed()
         with (
             deepspeed.zero.Init(
                 remote_device=self.remote_device, config_dict_or_path=self.config, tensor_overrides=[]
@@ -161,30 +191,25 @@ class ZeroStrategy(DeepSpeedStrategy):
         self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> Any:
         zero = cast(dict[str, Any], self.config)["zero_optimization"]
-        if optimizer is not None:
-            self.group_names = group_names(optimizer, model)  # DeepSpeed puts its flat tensors in their place
-        if optimizer is not None and "offload_optimizer" in zero and not self.on_cpu:
+        assert optimizer is not None, "trainer.strategy's `optimizer` is refused"
+        self._names = names_by_group(optimizer, model)  # DeepSpeed replaces the parameters by flat tensors
+        if "offload_optimizer" in zero and not self.on_cpu:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            # Shares the groups' dicts, so that the schedule goes on setting their learning rate.
+            # It shares the groups' dicts, so the schedule still sets their learning rate.
             optimizer = DeepSpeedCPUAdam(optimizer.param_groups, adamw_mode=True)
-        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine, own = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        patch_training(engine.optimizer, zero["stage"])
+        return engine, own
 
-    def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
-        super()._initialize_deepspeed_train(model)
-        optimizer = self._engine_optimizer()
-        optimizer.check_grad_overflow = (
-            True  # stages 1 and 2 look for NaN in float32 gradients only when told; stage 3 always does
-        )
-        if not self.zero_stage_3:
-            optimizer.get_grad_norm_direct = partial(norm_of_partitions, optimizer)
-        elif optimizer.swap_optimizer:
-            read_aligned(optimizer.optimizer_swapper)
-
-    def _initialize_deepspeed_inference(self, model: torch.nn.Module) -> None:
-        """Lightning's own leaves autocast out."""
+    def init_deepspeed(self) -> None:
+        """Make DeepSpeed's engine. Lightning's own leaves autocast out when it validates."""
+        if self._module.trainer.training:
+            super().init_deepspeed()
+            return
         import deepspeed
 
+        model = cast(torch.nn.Module, self.model)
         remove_module_hooks(model)
         left_out = ("gradient_accumulation_steps", "gradient_clipping")
         config = {
@@ -200,37 +225,52 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _engine_optimizer(self) -> Any:
         return cast(Any, self.model).optimizer
 
+    # Sharding
+
     @property
     def local_weights(self) -> LocalWeights:
-        """How this rank holds the weights."""
-        fitting = cast(pl.LightningModule, self.lightning_module).trainer.state.fn == TrainerFn.FITTING
         if self.zero_stage_3:
-            optimizer = self._engine_optimizer() if fitting else None
+            optimizer = self._engine_optimizer() if self._fitting else None
             if on_disk(cast(dict[str, Any], self.config)["zero_optimization"]):
                 from mhla_lightning.strategies.zero.nvme.weights import DiskWeights
 
                 return DiskWeights(optimizer, self.global_rank)
             return Zero3Weights(optimizer, self.global_rank)
-        return Zero12Weights(self._engine_optimizer(), self.global_rank) if fitting else WholeWeights()
+        return Zero12Weights(self._engine_optimizer(), self.global_rank) if self._fitting else WholeWeights()
+
+    def run_forward(self, function: Callable[[], Result]) -> Result:
+        """Run a function as the forward of the engine, where weights are gathered and autocast is on."""
+        module = self._module
+        own = module.forward
+
+        def redirected() -> Result:
+            module.forward = own  # type: ignore[method-assign]  # the function calls the real one
+            return function()
+
+        module.forward = redirected  # type: ignore[method-assign]
+        try:
+            return cast(Any, self.model)()
+        finally:
+            module.forward = own  # type: ignore[method-assign]
 
     def gradient_norm(self) -> torch.Tensor | None:
-        """Norm of the last step's gradients before they were clipped, over all ranks; hooks find no
-        gradients in the parameters.
-        """
         norm = cast(Any, self.model).get_global_grad_norm()
         return None if norm is None else torch.as_tensor(norm)
+
+    def skipped_step(self) -> bool:
+        return bool(self._engine_optimizer().overflow)
+
+    def group_names(self) -> list[list[str]]:
+        return self._names
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Lightning divides the loss by the micro batches of a step, and so would DeepSpeed: norms and
-        clipping would be off by that factor.
+        """Run the backward without DeepSpeed's division of the loss by the micro batches of a step.
+
+        Lightning has divided it already; norms and clipping would be off by that factor.
         """
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
-
-    def skipped_step(self) -> bool:
-        """Whether the last optimizer step was left out, on every rank, for gradients that are not finite."""
-        return bool(self._engine_optimizer().overflow)
 
     def teardown(self) -> None:
         super().teardown()
@@ -240,33 +280,26 @@ class ZeroStrategy(DeepSpeedStrategy):
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: every rank writes its own stretches (callbacks.Checkpoint)."""
+        """Return nothing: every rank writes its own stretches (callbacks.Checkpoint)."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: see lightning_module_state_dict."""
+        """Return nothing: see lightning_module_state_dict."""
         return {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Hands on what is not weights and not the optimizer's, on rank 0."""
+        """On rank 0, pass on the part that is neither weights nor optimizer state."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fills weights, and in training the optimizer, from a checkpoint of any strategy and any number
-        of ranks.
-        """
+        """Fill weights, and in training the optimizer, from a checkpoint of any strategy and rank count."""
         source = open_source(Path(checkpoint_path))
-        module = cast(pl.LightningModule, self.lightning_module)
-        restore(
-            self.local_weights,
-            module,
-            source,
-            self._engine_optimizer() if module.trainer.state.fn == TrainerFn.FITTING else None,
-        )
-        if module.trainer.state.fn == TrainerFn.FITTING:
+        optimizer = self._engine_optimizer() if self._fitting else None
+        restore(self.local_weights, self._module, source, optimizer)
+        if self._fitting:
             self._restore_counters(source.step)
         return dict(source.checkpoint)
 
@@ -274,14 +307,3 @@ class ZeroStrategy(DeepSpeedStrategy):
         engine = cast(Any, self.model)
         engine.global_steps, engine.micro_steps = step, step * engine.gradient_accumulation_steps()
         engine.global_samples = step * engine.train_batch_size()
-
-    def forward_inside(self, function: Any) -> Any:
-        """Runs a function of the module as a forward of the engine, where weights are gathered and
-        autocast is on.
-        """
-        module = cast(pl.LightningModule, self.lightning_module)
-        module.__dict__["_forwarded"] = function
-        try:
-            return self._forward_redirection(cast(Any, self.model), module, "_forwarded")
-        finally:
-            del module.__dict__["_forwarded"]

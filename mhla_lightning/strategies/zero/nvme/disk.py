@@ -1,6 +1,4 @@
-"""A local disk for the optimizer's state, or weights too (`device: nvme`): whether it can be used, and
-where on it.
-"""
+"""The local disk of `device: nvme` (experimental): its checks, and a run's folder on it."""
 
 from __future__ import annotations
 
@@ -18,30 +16,33 @@ PLACES = ("offload_optimizer", "offload_param")
 
 
 def on_disk(zero: Mapping[str, Any]) -> list[str]:
-    """The keys of DeepSpeed's `zero_optimization` that put something on a disk."""
+    """Return the keys of DeepSpeed's `zero_optimization` that put something on a disk."""
     return [place for place in PLACES if (zero.get(place) or {}).get("device") == "nvme"]
 
 
 def check_disk(zero: Mapping[str, Any]) -> None:
-    """Refuses, on the machine that trains and before anything is built, disks that cannot be used. Raises
-    UserError.
+    """Refuse disks that cannot be used, on the machine that trains and before anything is built.
+
+    Args:
+        zero: DeepSpeed's `zero_optimization`.
+
+    Raises:
+        UserError: no folder, a folder that cannot be written, or no libaio.
     """
     for place in on_disk(zero):
         key = f"trainer.strategy.zero_optimization.{place}.nvme_path"
         if not zero[place].get("nvme_path"):
-            raise UserError(f"{key} is not set; device nvme needs a folder on a fast local disk")
+            raise UserError(key, "the key is not set; device nvme needs a folder on a fast local disk")
         path = Path(zero[place]["nvme_path"])
         if not path.is_dir():
-            raise UserError(
-                f"{key} is {path}, and there is no such folder on this machine; name a folder on a "
-                "fast local disk"
-            )
+            raise UserError(key, f"this machine has no folder {path}; name a folder on a fast local disk")
         if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"{key} is {path}, which cannot be written")
+            raise UserError(key, f"{path} cannot be written")
     if on_disk(zero) and not _reads_and_writes():
         raise UserError(
-            "trainer.strategy: device nvme needs libaio's headers on this machine (Debian: "
-            "libaio-dev; conda: libaio) and a C++ compiler"
+            "trainer.strategy",
+            "device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ "
+            "compiler",
         )
 
 
@@ -52,16 +53,18 @@ def _reads_and_writes() -> bool:
 
 
 def swap_folder(base: str | Path, run: Path) -> Path:
-    """Where a run keeps what it swaps out, in a folder that several runs may share; the same again when
-    the run is resumed.
+    """Return a run's own folder in a folder that several runs may share.
+
+    A resumed run has the same folder again.
     """
     run = run.absolute()
     return Path(base, f"{run.name}-{hashlib.sha256(os.fsencode(run)).hexdigest()[:8]}")
 
 
 def remove_swapped(folder: Path, rank: int) -> None:
-    """Deletes what a rank has swapped out into a run's :func:`swap_folder`; the last rank of a machine
-    deletes the folder.
+    """Delete a rank's files in a run's :func:`swap_folder`.
+
+    The last rank of a machine also deletes the folder.
     """
     for own in folder.glob(f"*/*/rank{rank}"):
         shutil.rmtree(own, ignore_errors=True)

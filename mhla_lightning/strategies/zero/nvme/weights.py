@@ -1,6 +1,4 @@
-"""What of a model's weights a rank holds where ZeRO-3 keeps them, or the optimizer's state, on a local
-disk.
-"""
+"""The part of a model's weights that a rank holds under ZeRO-3 with a local disk (experimental)."""
 
 from __future__ import annotations
 
@@ -14,12 +12,14 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import Tensor, nn
 
-from mhla_lightning.strategies.local import Change, Fragment, Zero3Weights, padded
+from mhla_lightning.strategies.local import Change, Fragment
+from mhla_lightning.strategies.zero.weights import Zero3Weights, padded
 
 
 class DiskWeights(Zero3Weights):
-    """ZeRO stage 3 with a disk: groups of masters and their moments, and large weights, are in memory by
-    turns.
+    """ZeRO stage 3 with a disk, experimental.
+
+    Groups of masters with their moments, and large weights, are in memory by turns.
     """
 
     def _part(self, held: Tensor, offset: int, numel: int) -> Tensor:
@@ -30,7 +30,7 @@ class DiskWeights(Zero3Weights):
         )
 
     def _group(self, fragment: Fragment) -> int | None:
-        """The number of the optimizer's group that a fragment is in, where it lies on a disk."""
+        """Return the number of a fragment's optimizer group; None where it is not on a disk."""
         if fragment.flat is None:
             return None
         group = next(
@@ -38,10 +38,16 @@ class DiskWeights(Zero3Weights):
             for number, flat in enumerate(self.optimizer.fp32_partitioned_groups_flat)
             if flat is fragment.flat
         )
-        return group if self.optimizer._swappable_optimizer_subgroup(group) else None
+        return group if self._is_away(group) else None
+
+    def _is_away(self, group: int) -> bool:
+        """Whether an optimizer group is on the disk between steps."""
+        numel = self.optimizer.fp16_partitioned_groups_flat_numel[group]
+        swapper = self.optimizer.optimizer_swapper if self.optimizer.swap_optimizer else None
+        return swapper is not None and bool(swapper.is_swappable_tensor(None, numel=numel))
 
     def lots(self, fragments: Sequence[Fragment]) -> list[list[Fragment]]:
-        """What is in memory, every group on the disk, and every frozen weight there by itself."""
+        """Group fragments: all that is in memory, each optimizer group on the disk, each frozen weight."""
         found: dict[Any, list[Fragment]] = {}
         for fragment in fragments:
             frozen = fragment.flat is None and fragment.parameter is not None and _away(fragment.parameter)
@@ -70,20 +76,26 @@ class DiskWeights(Zero3Weights):
 
     @contextmanager
     def _masters(self, group: int, changed: bool) -> Iterator[None]:
-        """Masters and moments of a group are in memory."""
-        if not self.optimizer._swappable_optimizer_subgroup(group):
+        """Hold masters and moments of a group in memory, as an optimizer step of DeepSpeed does.
+
+        Args:
+            group: its number.
+            changed: write them back afterwards.
+        """
+        if not self._is_away(group):
             yield
             return
-        self.optimizer._optimizer_states_and_gradient_swap_in(group)
+        swapper, master = self.optimizer.optimizer_swapper, self.optimizer.fp32_partitioned_groups_flat[group]
+        swapper.swap_in_optimizer_state(parameter=master, async_parameter=None)
         try:
             yield
         finally:
-            leave = (
-                self.optimizer._optimizer_states_and_gradient_swap_out
-                if changed
-                else self.optimizer._release_swap_buffers
-            )
-            leave(group)
+            if changed:
+                later = self.optimizer.next_swappable_fp32_partitioned_groups[group] is not None
+                swapper.swap_out_optimizer_state(parameter=master, async_swap=later)
+            else:
+                swapper.release_swap_buffers(parameter=master)
+            master.grad = None  # swapped in with the moments
 
     @contextmanager
     def _loaded_weight(self, fragment: Fragment, changed: bool) -> Iterator[list[Fragment]]:
@@ -104,10 +116,23 @@ class DiskWeights(Zero3Weights):
         with self._released(module):
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 with self._masters(group, changed=False):
-                    self.optimizer._partitioned_params_swap_out(group)
+                    self._write_weights(group)
+
+    def _write_weights(self, group: int) -> None:
+        """Write the weights of a group from its masters, in memory or to the disk."""
+        master, offset = self.optimizer.fp32_partitioned_groups_flat[group], 0
+        away: list[tuple[Any, Tensor]] = []
+        for parameter in self.optimizer.fp16_groups[group]:
+            values = master.narrow(0, offset, parameter.ds_tensor.ds_numel)
+            offset += parameter.ds_tensor.ds_numel
+            if parameter.ds_tensor.status == PartitionedParamStatus.AVAILABLE:
+                parameter.ds_tensor.data.copy_(values.data)
+            else:
+                away.append((parameter, values))
+        _swap_out(away)
 
     def change(self, changes: Sequence[Change]) -> None:
-        """Every group is loaded once."""
+        """Change parameters in place; every group is loaded once."""
         groups: dict[int, list[tuple[Any, Fragment, Any]]] = {}
         for parameter, function in changes:
             stretch = self._stretch("", parameter)
@@ -121,7 +146,7 @@ class DiskWeights(Zero3Weights):
                 self._change_loaded(members)
 
     def _change_loaded(self, members: Sequence[tuple[Any, Fragment, Any]]) -> None:
-        away = []
+        away: list[tuple[Any, Tensor]] = []
         _settle([parameter for parameter, _, _ in members if _away(parameter)])
         for parameter, stretch, function in members:
             master = self._part(cast(Tensor, stretch.flat), stretch.offset, parameter.ds_tensor.ds_numel)
@@ -133,21 +158,20 @@ class DiskWeights(Zero3Weights):
                 function(values)
             if _away(parameter):
                 away.append((parameter, master))
-        if away:
-            parameters, masters = zip(*away, strict=True)
-            parameters[0].nvme_swapper.swap_out_partitioned_params(list(parameters), list(masters))
+        _swap_out(away)
 
     def _gather(self, parameters: list[Any]) -> None:
-        for parameter in (
-            parameters
-        ):  # one by one: DeepSpeed has few buffers, and each is free again once its weight is whole
+        # One by one: DeepSpeed has few buffers, and each is free again once its weight is whole.
+        for parameter in parameters:
             parameter.all_gather([parameter])
             if parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme:
                 parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
     def _show(self, parameter: nn.Parameter, values: Tensor) -> Callable[[], None]:
-        """What takes the place of a weight on the disk stands in memory meanwhile: its file stays. A
-        frozen one is its own average.
+        """Put other values into this rank's stretch; return a function that undoes it.
+
+        The values of a weight on the disk are in memory meanwhile, and its file stays. The average of a
+        frozen weight is the weight, so nothing is done.
         """
         if not _away(parameter):
             return super()._show(parameter, values)
@@ -175,8 +199,15 @@ def _away(parameter: nn.Parameter) -> bool:
 
 
 def _settle(parameters: Sequence[Any]) -> None:
-    """Has nothing on its way from the disk, and no weight in a buffer that was read ahead."""
+    """Wait for reads on their way, and free the buffers of weights that were read ahead."""
     for parameter in parameters:
         parameter.nvme_swapper.synchronize_reads()
         if parameter.ds_tensor.status != PartitionedParamStatus.NOT_AVAILABLE:
             parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+
+
+def _swap_out(weights: Sequence[tuple[Any, Tensor]]) -> None:
+    """Write weights on the disk anew, each from its float32 values."""
+    if weights:
+        parameters, values = zip(*weights, strict=True)
+        parameters[0].nvme_swapper.swap_out_partitioned_params(list(parameters), list(values))
