@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.index import ShardEntry, ShardIndex, offsets_path, write_index
 from mhla_lightning.data.members import scan_shard
 from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.transforms import Augmentation
 
 _KEY = "00000000-"  # the shard's number goes here
@@ -47,9 +47,7 @@ def measure_resume(folder: Path, position: int, workers: int) -> dict[str, Any]:
     """
     plain = Augmentation(auto_augment=None, re_prob=0.0, color_jitter=None)
     reading = ReadingConfig(num_workers=workers)
-    module = ImageDataModule(
-        str(folder), batch_size=256, image_size=8, augmentation=plain, reading=reading
-    )
+    module = ImageDataModule(str(folder), batch_size=256, image_size=8, augmentation=plain, reading=reading)
     state = {"consumed": position}
     others, before, start = set(_children()), anonymous_bytes(os.getpid()), time.perf_counter()
     module.load_state_dict(state)

@@ -317,7 +317,8 @@ def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np
     ):
         raise DataError(
             address,
-            f"it does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or pack "
+            f"it does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or "
+            "pack "
             "the data again",
         )
     return offsets
@@ -441,7 +442,8 @@ def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
     if content.get("samples") != index.samples:
         raise DataError(
             path,
-            f"its number of samples is {content.get('samples')!r}, but its shards hold {index.samples}: it was "
+            f"its number of samples is {content.get('samples')!r}, but its shards hold {index.samples}: it "
+            "was "
             "edited or damaged",
         )
     if content.get("hash") != index.hash:

@@ -112,7 +112,8 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
     except (*_NO_TAR, OSError) as error:
         raise DataError(
             address,
-            f"it cannot be read as a tar file after {len(keys)} samples ({error}): it was cut or damaged; copy "
+            f"it cannot be read as a tar file after {len(keys)} samples ({error}): it was cut or damaged; "
+            "copy "
             "it again",
         ) from error
     _demand_together(keys, address)
@@ -162,7 +163,8 @@ def _demand_together(keys: list[str], address: str) -> None:
         if key in seen:
             raise DataError(
                 address,
-                f"the members of sample {key} are not next to each other, or two samples have this name; sort "
+                f"the members of sample {key} are not next to each other, or two samples have this name; "
+                "sort "
                 "the tar by name",
             )
         seen.add(key)

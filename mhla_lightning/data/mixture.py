@@ -1,8 +1,8 @@
-"""Several data sets as one endless sequence, in given proportions: a pure function of the position. numpy only.
+"""Several data sets as one endless sequence: a pure function of the position. numpy only.
 
-The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source, its
-weight's share, in a permuted order. A source that may run out (`drop`, `stop`) ends with a shorter block in the
-same proportions; then the weights of the other sources are scaled up.
+The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source,
+its weight's share, in a permuted order. A source that may run out (`drop`, `stop`) ends with a shorter block
+in the same proportions; then the weights of the other sources are scaled up.
 
 With groups (whole batches of one source, for example clips of one size), blocks consist of groups instead of
 samples.

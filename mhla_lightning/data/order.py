@@ -4,13 +4,13 @@ Training is one endless sequence of epochs. Position p is in epoch p // N, and e
 all N samples:
 
 1. The shards are permuted and laid end to end; the result is rotated by a random number of samples.
-2. That line is cut into `lanes` equal pieces. The epoch takes one sample from each lane in turn, so neighbours
-   are far apart.
+2. That line is cut into `lanes` equal pieces. The epoch takes one sample from each lane in turn, so
+   neighbours are far apart.
 3. Inside a lane the samples are permuted within windows of about `window` samples, so that reading stays near
    one position of one or two shards.
 
-Every random choice is a keyed draw from (seed, purpose, epoch, ...). So any process can compute any position at
-any time.
+Every random choice is a keyed draw from (seed, purpose, epoch, ...). So any process can compute any position
+at any time.
 """
 
 from __future__ import annotations

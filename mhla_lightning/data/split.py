@@ -85,7 +85,8 @@ class Split:
         if stop - start > max(MAX_SAMPLE_BYTES, _RUN_BYTES):
             raise DataError(
                 self.address(shard),
-                f"sample {self._firsts[shard] + first} has {stop - start} bytes, more than {MAX_SAMPLE_BYTES}",
+                f"sample {self._firsts[shard] + first} has {stop - start} bytes, more than "
+                f"{MAX_SAMPLE_BYTES}",
             )
         return self.index.shards[shard].name, start, stop
 

@@ -25,8 +25,8 @@ from mhla_lightning.data.transport import LightBatch
 from mhla_lightning.errors import DataError
 
 # key: list[str]. index, epoch, source: int64 (B,); index is -1 for padding. weight: float32 (B,); 0 for
-# padding. skipped: int64 (), samples that this worker skipped since its previous batch. And the tensors of the
-# kind, (B, ...) each.
+# padding. skipped: int64 (), samples that this worker skipped since its previous batch. And the tensors of
+# the kind, (B, ...) each.
 Batch = dict[str, Any]
 
 
@@ -67,8 +67,8 @@ class TrainStream(IterableDataset[Batch]):
     """The endless batches of one rank; worker t mod workers reads micro batch t.
 
     A sample that cannot be decoded is counted, and its slot takes the next good sample of the sequence. So
-    batches stay full, and equal for every number of ranks and workers. Raises DataError for shards that cannot
-    be read and for too many bad samples.
+    batches stay full, and equal for every number of ranks and workers. Raises DataError for shards that
+    cannot be read and for too many bad samples.
 
     Args:
         corpus: training data in its order.
@@ -111,7 +111,11 @@ class TrainStream(IterableDataset[Batch]):
         return collate(rows, meter.take(), together)
 
     def _rows(
-        self, positions: np.ndarray, places: Sequence[SamplePlace], samples: Sequence[RawSample], meter: SkipMeter
+        self,
+        positions: np.ndarray,
+        places: Sequence[SamplePlace],
+        samples: Sequence[RawSample],
+        meter: SkipMeter,
     ) -> list[BatchRow]:
         rows = []
         for position, place, sample in zip(positions.tolist(), places, samples, strict=True):
@@ -208,7 +212,9 @@ class EvalStream(IterableDataset[Batch]):
     def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> BatchRow:
         index = sample["__index__"]
         try:
-            row = BatchRow(sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample))
+            row = BatchRow(
+                sample["__key__"], index, 0, self.corpus.source_of(index), 1.0, kind.evaluate(sample)
+            )
         except BadSample as reason:
             meter.bad(sample, reason)
             return self._padding(kind)

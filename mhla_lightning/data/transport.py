@@ -44,7 +44,9 @@ def _sent(value: Any, pieces: dict[int, Tensor]) -> Any:
         return value.numpy()
     storage = value.untyped_storage()
     pieces.setdefault(storage.data_ptr(), torch.empty(0, dtype=torch.uint8).set_(storage))
-    return _TensorView(storage.data_ptr(), value.dtype, int(value.storage_offset()), value.shape, value.stride())
+    return _TensorView(
+        storage.data_ptr(), value.dtype, int(value.storage_offset()), value.shape, value.stride()
+    )
 
 
 def _arrived(sent: dict[str, Any], pieces: dict[int, Tensor]) -> dict[str, Any]:

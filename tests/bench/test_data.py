@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhla_lightning.data.modules.options import OrderConfig
 from mhla_lightning.bench.data_samples import TokenFiles, write_images, write_tokens
 from mhla_lightning.bench.data_speed import (
     Plan,
@@ -22,6 +21,7 @@ from mhla_lightning.bench.data_speed import (
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.loader import shut_down
 from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.modules.options import OrderConfig
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError

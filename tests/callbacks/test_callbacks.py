@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks import EMA, ProjectMixing
 from mhla_lightning.callbacks.monitor import mixing_figure
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, rng_state
 from mhla_lightning.data import ImageDataModule
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, newest_checkpoint
 from mhla_lightning.runs.logger import keep_until

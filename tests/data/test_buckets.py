@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.helpers.data_modules import build
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.batching import RankPart, eval_ranges, grouped_eval_ranges
 from mhla_lightning.data.corpus import Corpus, DataSource
@@ -27,6 +26,7 @@ from mhla_lightning.data.prepare.samples import Sample, latent_sample
 from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.stream import Batch, EvalStream, TrainStream
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 
 SHAPES = ((4, 3, 2, 4), (4, 1, 4, 4), (4, 2, 2, 2))
 TRAIN, VAL = (90, 40, 25), (7, 5, 9)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.data_modules import build
 from mhla_lightning.data import ClipDataModule
 from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.encoders.text_encoders import load_text_encoder, pad_rows
@@ -33,6 +32,7 @@ from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 
 pytest.importorskip("av")
 from tests.helpers.videos import save_videos, write_video  # noqa: E402  needs PyAV

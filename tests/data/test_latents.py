@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.data_modules import build
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.index import VAE, ShardIndex, parse_index, read_index, write_index
 from mhla_lightning.data.kinds import Latents, kind_of
@@ -26,6 +25,7 @@ from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 from tests.helpers.vaes import FACTOR, SIZE, save_kl
 
 MADE = VAE("tiny", 0.5, 0.25, (4, 3, 2), "AutoencoderKL", "ab" * 32, True, True, (0.0,) * 4, (1.0,) * 4)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
 from mhla_lightning.data.index import VAE, ShardIndex, read_index
 from mhla_lightning.data.kinds.latents import Latents
 from mhla_lightning.data.members import RawSample
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.prepare.latents.images import crop
 from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
 from mhla_lightning.data.prepare.pack import pack

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import LatentDataModule
 from mhla_lightning.data.corpus import DataSource
@@ -30,6 +29,7 @@ from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 from tests.helpers.ranks import Nursery
 from tests.helpers.vaes import save_clips, save_umt5, save_wan
 

@@ -14,12 +14,12 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from tests.helpers.data_modules import build
 from mhla_lightning.data import Augmentation, ImageDataModule
 from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.loader import Loading, ignore_signals
 from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
 

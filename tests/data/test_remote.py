@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import Augmentation, ImageDataModule
 from mhla_lightning.data.corpus import DataSource
@@ -23,6 +22,7 @@ from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError
 from tests.helpers.damaged import BAD, SHARDS, DataSet, told
+from tests.helpers.data_modules import build
 from tests.helpers.loopback import FORKS, FileServer, S3Bucket
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings(FORKS)]
@@ -39,9 +39,7 @@ def _module(path: str | None, remote: Remote | None = None, **options: Any) -> I
     """Augmented with random numbers, so that images are equal only where these are."""
     augmentation = Augmentation(scale=(0.5, 1.0), auto_augment=None)
     common: dict[str, Any] = {"batch_size": 16, "image_size": 8, "num_workers": 2, "lanes": 4, "window": 8}
-    return build(
-        ImageDataModule, path=path, remote=remote, augmentation=augmentation, **(common | options)
-    )
+    return build(ImageDataModule, path=path, remote=remote, augmentation=augmentation, **(common | options))
 
 
 def _sequence(module: ImageDataModule) -> list[Batch]:

@@ -296,7 +296,9 @@ def test_a_skipped_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path: Pat
     index = _make_split(tmp_path, [30], {i: {"png": b"x"} for i in (3, 4, 17)})
     one = [
         sorted(_pairs([batch]))
-        for batch in islice(TrainStream(_train(tmp_path, index).corpus, _images(), RankPart(0, 1, 8, 8), 0.9), 10)
+        for batch in islice(
+            TrainStream(_train(tmp_path, index).corpus, _images(), RankPart(0, 1, 8, 8), 0.9), 10
+        )
     ]
     two = [
         islice(TrainStream(_train(tmp_path, index).corpus, _images(), RankPart(rank, 2, 8, 2), 0.9), 20)

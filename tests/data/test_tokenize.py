@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.index import read_index
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.prepare.preview import preview
 from mhla_lightning.data.prepare.text import chunks

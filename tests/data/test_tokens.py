@@ -14,14 +14,13 @@ import pytest
 import torch
 from webdataset.writer import TarWriter
 
-from tests.helpers.data_modules import build
-from mhla_lightning.data.modules.options import TextConfig
 from mhla_lightning.config.recipes import apply_overrides
 from mhla_lightning.data.batching import RankPart
 from mhla_lightning.data.columns import PADDING
 from mhla_lightning.data.corpus import DataSource, TrainCorpus
 from mhla_lightning.data.index import ShardIndex, offsets_path, write_index
 from mhla_lightning.data.kinds import Tokens
+from mhla_lightning.data.modules.options import TextConfig
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.data.prepare.shards import describe_shard
@@ -31,6 +30,7 @@ from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import open_store
 from mhla_lightning.data.stream import Batch, TrainStream
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.data_modules import build
 
 LENGTH = 16
 MEMBERS = [[5, 1, 7], [4], [3, 2]]  # rows of every member of every shard
@@ -308,7 +308,9 @@ def test_train_rows_of_a_mixture_have_one_length(tmp_path: Path) -> None:
         for split in ("train", "val"):
             _write(tmp_path / name / split, *_arrays(length=length))
     with pytest.raises(DataError, match="holds tokens of length 8; tokens of length 16 are needed"):
-        TokenDataModule(None, 4, mix=[DataSource(str(tmp_path / "a")), DataSource(str(tmp_path / "b"))]).check(1)
+        TokenDataModule(
+            None, 4, mix=[DataSource(str(tmp_path / "a")), DataSource(str(tmp_path / "b"))]
+        ).check(1)
 
 
 # Padding
@@ -469,8 +471,13 @@ def test_mqar_rows_ask_for_every_pair_once(
     module.prepare_data()
     module.check(1)
     assert module.facts() == {
-        "kind": "tokens", "length": length, "val_length": length + 20, "tokenizer": "mqar", "vocabulary": 128, "token_bytes": None
-    }  # fmt: skip
+        "kind": "tokens",
+        "length": length,
+        "val_length": length + 20,
+        "tokenizer": "mqar",
+        "vocabulary": 128,
+        "token_bytes": None,
+    }
     train, val = list(islice(module.train_dataloader(), 3)), list(module.val_dataloader())
     rows = [*np.concatenate([batch["tokens"].numpy() for batch in train]), *val[0]["tokens"].numpy()[:50]]
     assert len({row.tobytes() for row in rows}) > 340, "rows differ, and train and val too"

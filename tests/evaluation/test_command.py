@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.modules.images import ImageDataModule
+from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.transforms import Augmentation
 from mhla_lightning.diffusion import Guidance
 from mhla_lightning.evaluation.image_metrics import Features, Gaussian, frechet_distance, image_metrics

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.data_modules import build
 from mhla_lightning.cli.main import main
 from mhla_lightning.data import Augmentation, ImageDataModule, LatentDataModule, TokenDataModule
 from mhla_lightning.data.index import VAE, ShardEntry, ShardIndex, write_index
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import UserError
+from tests.helpers.data_modules import build
 
 DataKind = Literal["images", "latents", "tokens"]
 HUGE = 100 * 2**30

@@ -166,7 +166,8 @@ def _word_vector(word: str, channels: int) -> np.ndarray:
 def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
     if wanted.channels != found.channels:
         raise UserError(
-            "text_encoder.channels", f"{wanted.channels} is wrong; {wanted.name} has {found.channels} channels"
+            "text_encoder.channels",
+            f"{wanted.channels} is wrong; {wanted.name} has {found.channels} channels",
         )
     if wanted.sha256 not in (None, found.sha256):
         shown = str(found.sha256)[:12]
@@ -221,7 +222,8 @@ def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
         reasons.append("its config.json is of no text encoder")
     raise UserError(
         "text_encoder",
-        f"{name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub ({reasons[0]})",
+        f"{name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub "
+        f"({reasons[0]})",
     )
 
 
@@ -263,9 +265,7 @@ def _tokenizer(name: str, address: str, place: str) -> Any:
             )
     except Exception as error:  # noqa: BLE001  of transformers, tokenizers and the hub
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            "text_encoder", f"{name} has no tokenizer that can be read ({reason})"
-        ) from error
+        raise UserError("text_encoder", f"{name} has no tokenizer that can be read ({reason})") from error
 
 
 @contextmanager

@@ -83,7 +83,8 @@ class Autoencoder:
             nearest = max(1, round(size / self.factor)) * self.factor
             raise UserError(
                 "size",
-                f"{size} does not fit the VAE {self.name}; it needs a multiple of {self.factor}, e.g. {nearest}",
+                f"{size} does not fit the VAE {self.name}; it needs a multiple of {self.factor}, e.g. "
+                f"{nearest}",
             )
         return int(self.model.config.latent_channels), size // self.factor, size // self.factor  # type: ignore[union-attr, arg-type]
 
@@ -154,8 +155,10 @@ class VideoAutoencoder:
         if wrong:
             raise UserError(
                 wrong[0],
-                f"{frames} frames of {height}x{width} pixels do not fit the VAE {self.name}, which takes 1 + a "
-                f"multiple of {_CHUNK} frames and sides that {spatial} divides; the nearest: {nearest[0]} frames "
+                f"{frames} frames of {height}x{width} pixels do not fit the VAE {self.name}, which takes 1 "
+                "+ a "
+                f"multiple of {_CHUNK} frames and sides that {spatial} divides; the nearest: {nearest[0]} "
+                "frames "
                 f"of {nearest[1]}x{nearest[2]}",
             )
         config: Any = self.model.config
@@ -265,7 +268,8 @@ def load_video_vae(
     if sum(config.temperal_downsample) > 2:
         raise UserError(
             "vae",
-            f"{name} merges {2 ** sum(config.temperal_downsample)} frames into one; diffusers encodes {_CHUNK} "
+            f"{name} merges {2 ** sum(config.temperal_downsample)} frames into one; diffusers encodes "
+            f"{_CHUNK} "
             "at a time",
         )
     sha256 = _sha256(model)

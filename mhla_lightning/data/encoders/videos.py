@@ -65,7 +65,8 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
             name,
-            f"it cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or remove it",
+            f"it cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or "
+            "remove it",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Latents of a VAE, of images or of videos, with labels or text features.
 
-A sample has KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), without padding. `mhla data latents`
-can add KEY.logvar.npy of the posterior, whose mean KEY.latent.npy then is, and KEY.flipped.npy and
+A sample has KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), without padding. `mhla data
+latents` can add KEY.logvar.npy of the posterior, whose mean KEY.latent.npy then is, and KEY.flipped.npy and
 KEY.flipped_logvar.npy of the mirrored image.
 """
 
@@ -83,7 +83,8 @@ class Latents(Kind):
         if self.wanted is not None and not self.wanted.fits(index.vae):
             raise DataError(
                 address,
-                f"{index.vae} made it, and the VAE of the recipe is {self.wanted}: make the latents again with "
+                f"{index.vae} made it, and the VAE of the recipe is {self.wanted}: make the latents again "
+                "with "
                 "that VAE",
             )
 

@@ -24,7 +24,8 @@ _LAYOUTS_KNOWN = 2**16
 class _Rows(NamedTuple):
     """The rows of a pair of members: tokens and documents.
 
-    first: number of its first row in the shard. tokens, documents: byte of the first row, bytes of a row, type.
+    first: number of its first row in the shard. tokens, documents: byte of the first row, bytes of a row,
+    type.
     """
 
     first: int

@@ -232,7 +232,9 @@ class ShardDataModule(LightningDataModule):
                     check_split(split, self.reading.verify)
                 self.kind(split.index).check(split.index, split.store.address(INDEX_NAME))
         if not self.splits("val"):
-            raise DataError(self.path, "there is no val split: pack the data with one, or put one beside train")
+            raise DataError(
+                self.path, "there is no val split: pack the data with one, or put one beside train"
+            )
 
     @property
     def consumed(self) -> int:

@@ -35,8 +35,9 @@ class CachedStore(Store):
     """A store in front of another one: shards are downloaded whole, once a node, and checked before use.
 
     A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until their download
-    ends: an epoch begins in dozens of shards at once, and training would wait for all of them. When the folder
-    cannot be written, is full, or is too small for a shard, one warning follows and `inner` is read directly.
+    ends: an epoch begins in dozens of shards at once, and training would wait for all of them. When the
+    folder cannot be written, is full, or is too small for a shard, one warning follows and `inner` is read
+    directly.
 
     Args:
         inner: the store behind.

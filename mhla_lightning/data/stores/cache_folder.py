@@ -1,10 +1,10 @@
 """A folder of whole shards that the processes of a node share: names, locks, room.
 
-    <sha256>.tar         a complete shard: it gets this name after its bytes were compared with the index
-    <sha256>.<uuid>.tmp  a shard during its download, at its full size, so that its room is reserved
-    <sha256>.lock        locked by the process that downloads this shard; never removed, because a lock on a
-                         removed file excludes nobody
-    room.lock            locked while room is made
+<sha256>.tar         a complete shard: it gets this name after its bytes were compared with the index
+<sha256>.<uuid>.tmp  a shard during its download, at its full size, so that its room is reserved
+<sha256>.lock        locked by the process that downloads this shard; never removed, because a lock on a
+                     removed file excludes nobody
+room.lock            locked while room is made
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def _failure(error: Exception, timeout: float) -> Failure:
     if "Credential" in type(error).__name__ or "Profile" in type(error).__name__:
         return Failure(f"no credentials ({plain(str(error))})", _LOGIN, permanent=True)
     if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return Failure(plain(str(error)), "check the address and `data.reading.remote.endpoint`", permanent=True)
+        return Failure(
+            plain(str(error)), "check the address and `data.reading.remote.endpoint`", permanent=True
+        )
     return failure(error, timeout)
 
 

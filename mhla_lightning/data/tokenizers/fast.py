@@ -37,7 +37,9 @@ class FastTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(None, missing_extra("tokenizers", "language", f"the tokenizer {address}")) from error
+            raise UserError(
+                None, missing_extra("tokenizers", "language", f"the tokenizer {address}")
+            ) from error
         try:
             described = json.loads(content)
             self._core = tokenizers.Tokenizer.from_buffer(content)

@@ -40,7 +40,8 @@ def open_tokenizer(spec: str) -> Tokenizer:
     ):
         raise UserError(
             "tokenizer",
-            f"{path} does not exist; give bytes, a tokenizer.json, a folder that holds one, or a Hugging Face "
+            f"{path} does not exist; give bytes, a tokenizer.json, a folder that holds one, or a Hugging "
+            "Face "
             "name such as gpt2",
         )
     return _from_hub(spec)
