@@ -59,7 +59,8 @@ def check_shard(split: Split, number: int) -> None:
         if split.store.read(entry.name, offset + _MAGIC_AT, offset + _MAGIC_AT + len(_MAGIC)) != _MAGIC:
             raise DataError(
                 address,
-                f"there is no tar header at byte {offset}, where a sample begins by its offsets: copy it again",
+                f"there is no tar header at byte {offset}, where a sample begins by its offsets: copy it "
+                "again",
             )
 
 

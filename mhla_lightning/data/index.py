@@ -1,6 +1,4 @@
-"""`index.json` and `NAME.offsets.npy`: what a split holds, read and written (the format is described in
-this folder's README). No torch.
-"""
+"""`index.json` and `NAME.offsets.npy`, the description of a split (format: data/README.md). No torch."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ MAX_SHARD_BYTES = 2**53  # larger integers are not exact in every reader of JSON
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of a split: its plain file name, number of samples, size in bytes and sha256 (64 hex
-    digits).
-    """
+    """One tar file of a split: plain file name, samples, size in bytes, sha256 (64 hex digits)."""
 
     name: str
     samples: int
@@ -42,14 +38,21 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class VAE:
-    """What made latents. A latent z is used as (z - shift) * scale. shape: (C, h, w) or (C, t, h, w) of one
-    sample.
+    """The VAE that made latents.
 
-    The rest is known of what `mhla data latents` made; None is unknown, and in a recipe not compared. model:
-    diffusers' class. sha256: of weights and configuration (data/vaes.py). moments: a latent is the mean of
-    the posterior, and its log-variance stands beside it. flipped: the mirrored image's
-    latents stand there too. mean, std: of every channel over the split, as the latents are used; never
-        compared.
+    `mhla data latents` writes all fields. None is unknown in an index, and not compared in a recipe.
+
+    Args:
+        name: folder, or name on the Hugging Face hub.
+        scale: a latent z is used as (z - shift) * scale.
+        shift: see scale.
+        shape: (C, h, w) or (C, t, h, w) of one sample.
+        model: class of diffusers.
+        sha256: of weights and configuration (encoders/vaes.py).
+        moments: whether a latent is the mean of the posterior, stored with its log-variance.
+        flipped: whether the latents of the mirrored image are stored too.
+        mean: of every channel over the split, as the latents are used; never compared.
+        std: of every channel over the split, as the latents are used; never compared.
     """
 
     name: str
@@ -64,7 +67,7 @@ class VAE:
     std: tuple[float, ...] = ()
 
     def fits(self, found: VAE) -> bool:
-        """Whether latents of `found` are what this, of a recipe, asks for."""
+        """Return whether latents of `found` satisfy this VAE of a recipe."""
         if (self.name, self.scale, self.shift, tuple(self.shape)) != (
             found.name,
             found.scale,
@@ -81,7 +84,7 @@ class VAE:
         return all(asked is None or asked == there for asked, there in more)
 
     def __str__(self) -> str:
-        """In one line, without statistics."""
+        """Describe it in one line, without statistics."""
         known = [f"scale {self.scale:g}", f"shift {self.shift:g}", f"shape {tuple(self.shape)}"]
         known += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
         known += [
@@ -94,12 +97,14 @@ class VAE:
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """What makes features of text (data/text_encoders.py).
+    """The encoder that makes features of text (encoders/text_encoders.py).
 
-    name: words:N, a folder or a name on the Hugging Face hub. tokens: the most rows that a text may have.
-        channels: of a row. sha256: of weights and
-    vocabulary; None is unknown, and in a recipe not compared. empty: sha256 of the features of the empty
-    text, which lie beside the splits.
+    Args:
+        name: words:N, a folder, or a name on the Hugging Face hub.
+        tokens: largest number of rows of a text.
+        channels: of a row.
+        sha256: of weights and vocabulary; None is unknown in an index, and not compared in a recipe.
+        empty: sha256 of the features of the empty text, stored beside the splits.
     """
 
     name: str
@@ -112,17 +117,20 @@ class TextEncoding:
         """Raise UserError for sizes below 1."""
         for name in ("tokens", "channels"):
             if getattr(self, name) < 1:
-                raise UserError(f"text_encoder.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(
+                    f"text_encoder.{name}", f"{getattr(self, name)} is too small; it must be at least 1"
+                )
 
     def fits(self, found: TextEncoding) -> bool:
-        """Whether features of `found` are what this, of a recipe, asks for: of the same sha256 or, where
-        one is unknown, name.
+        """Return whether features of `found` satisfy this encoder of a recipe.
+
+        Their sha256 must agree or, where one is unknown, their names.
         """
         same = self.sha256 == found.sha256 if self.sha256 and found.sha256 else self.name == found.name
         return same and self.channels == found.channels and self.tokens >= found.tokens
 
     def __str__(self) -> str:
-        """In one line."""
+        """Describe it in one line."""
         return (
             f"{self.name} ({self.tokens} tokens of {self.channels} "
             f"channels{f', sha256 {self.sha256[:12]}' if self.sha256 else ''})"
@@ -131,9 +139,7 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class Clip:
-    """The size of video clips: frames, height and width in pixels, and rate in frames a second, the same
-    for all clips of a split.
-    """
+    """The size of all clips of a split: frames, height and width in pixels, rate in frames a second."""
 
     frames: int
     height: int
@@ -141,24 +147,30 @@ class Clip:
     rate: float
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no clip can be."""
+        """Raise ValueError for an impossible size or rate."""
         if min(self.frames, self.height, self.width) < 1 or not 0 < self.rate < 1e6:
             raise ValueError(f"clips of {self}")
 
     def __str__(self) -> str:
-        """In one line."""
+        """Describe it in one line."""
         return f"{self.frames} frames of {self.height}x{self.width} at {self.rate:g} a second"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All shards of one split, in order. A sample's global index is its shard's first index plus its position
-    in the shard.
+    """All shards of one split, in order.
 
-    classes: names by label. tokenizer, length: of tokens, its name and the tokens of a row. vae: of latents,
-        what made them.
-    clip: of clips, their size, and of video latents, that of the clips they were made of. text: of latents,
-        what made the features of their captions.
+    A sample's global index is the first index of its shard plus its position in the shard.
+
+    Args:
+        kind: of the samples, one of KINDS.
+        shards: in order.
+        classes: names by label.
+        tokenizer: name; of tokens.
+        vae: that made them; of latents.
+        length: tokens of a row; of tokens.
+        clip: size of the clips; of clips, and of the clips behind video latents.
+        text: encoder of the captions; of latents.
     """
 
     kind: str
@@ -182,20 +194,19 @@ class ShardIndex:
 
     @property
     def hash(self) -> str:
-        """sha256 over the lines `name sha256 samples`: equal hashes are equal data in equal order."""
+        """sha256 over the lines `name sha256 samples`; equal hashes mean equal data in equal order."""
         lines = (f"{shard.name} {shard.sha256} {shard.samples}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def first_index(self, shard: int) -> int:
-        """Global index of the first sample of shard number `shard` (of one past the last sample for shard
-        == len(shards)).
+        """Return the global index of the first sample of a shard.
+
+        For shard == len(shards), it is the number of samples.
         """
         return self.first_indices()[shard]
 
     def first_indices(self) -> list[int]:
-        """Global index of every shard's first sample, and the number of samples at the end: len(shards) +
-        1 integers.
-        """
+        """Return the global index of every shard's first sample, and the number of samples at the end."""
         return list(accumulate((shard.samples for shard in self.shards), initial=0))
 
 
@@ -226,10 +237,10 @@ def write_index(split_dir: str | Path, index: ShardIndex) -> None:
 
 
 def read_index(split: str | Path | Store) -> ShardIndex:
-    """Read and validate the index.json of a split: a folder, an address or an open store.
+    """Read and validate the index.json of a split.
 
-    Raises DataError when the file is missing, is no JSON, has another format, contradicts itself, or names a
-    shard by more than a plain file name.
+    split: a folder, an address or an open store. Raises DataError when the file is missing, is no JSON, has
+    another format, contradicts itself, or has a shard name that is no plain file name.
     """
     store = split if isinstance(split, Store) else open_store(split)
     address = store.address(INDEX_NAME)
@@ -238,55 +249,66 @@ def read_index(split: str | Path | Store) -> ShardIndex:
         folder = address.rpartition("/")[0]
         if next(Path(folder).glob("*.tar"), None) is not None:
             raise DataError(
-                f"{address} does not exist, and tar files are there: make it with 'mhla data index {folder}'"
+                address, f"the file is missing beside its tar files: make it with 'mhla data index {folder}'"
             )
         others = "text: mhla data tokenize, videos: mhla data clips"
         raise DataError(
-            f"{address} does not exist: make it with 'mhla data pack SOURCE --to "
-            f"{folder.rpartition('/')[0]}' ({others})"
+            address,
+            f"the file is missing: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' "
+            f"({others})",
         )
     if size > MAX_INDEX_BYTES:
-        raise DataError(f"{address} has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
+        raise DataError(address, f"it has {size} bytes; an index has at most {MAX_INDEX_BYTES}")
     return parse_index(store.read(INDEX_NAME, 0, size), address)
 
 
 def parse_index(text: bytes, address: str) -> ShardIndex:
-    """The index in the bytes of an index.json. Raises DataError like read_index."""
+    """Return the index in the bytes of an index.json. Raises DataError as read_index does."""
     content = _load(text, address)
     if content.get("format") != FORMAT:
         raise DataError(
-            f"{address} has format {content.get('format')!r}, but this version reads format "
-            f"{FORMAT}: pack the data again (mhla data pack)"
+            address,
+            f"its format is {content.get('format')!r}, but this version reads format {FORMAT}: pack the data "
+            "again (mhla data pack)",
         )
     if content.get("kind") not in KINDS:
-        raise DataError(f"{address} has kind {content.get('kind')!r}; valid: {', '.join(KINDS)}")
+        raise DataError(address, f"its kind is {content.get('kind')!r}; valid: {', '.join(KINDS)}")
     index = _build(address, content)
     _agrees(address, content, index)
     return index
 
 
 def offsets_path(split_dir: str | Path, shard: str) -> Path:
-    """Where the offsets of a shard lie: beside it, as NAME.offsets.npy."""
+    """Return the path of the offsets of a shard: NAME.offsets.npy beside it."""
     return Path(split_dir, f"{shard}.offsets.npy")
 
 
 def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np.ndarray:
-    """Byte offsets in the file `address`: int64 (samples + 1,), each sample's first tar header, then the end
-    of the last sample.
+    """Return the byte offsets of a shard's samples, int64 (samples + 1,).
 
-    Rows of tokens share their member's header, so there offsets repeat. Raises DataError when the array is
-    unreadable, of another type or length, or not growing inside the shard's size.
+    Each is the byte of a sample's first tar header; the last is the end of the last sample. Rows of tokens
+    share the header of their member, so their offsets repeat.
+
+    Args:
+        data: bytes of the offsets file.
+        entry: the shard.
+        kind: of the samples.
+        address: of the offsets file, for messages.
+
+    Raises DataError when the array is unreadable, has another type or length, or does not grow inside the
+    shard's size.
     """
     try:
         offsets = load_npy(data, "its array")
     except DataError as error:
         raise DataError(
-            f"{address} is unreadable ({error}): copy it again or run 'mhla data index'"
+            address, f"it is unreadable ({error.reason}): copy it again or run 'mhla data index'"
         ) from error
     if offsets.dtype != np.int64 or offsets.shape != (entry.samples + 1,):
         raise DataError(
-            f"{address} holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 "
-            f"({entry.samples + 1},): copy it again"
+            address,
+            f"it holds {offsets.dtype} {offsets.shape}, but {entry.name} needs int64 ({entry.samples + 1},): "
+            "copy it again",
         )
     if (
         offsets[0] < 0
@@ -294,8 +316,10 @@ def parse_offsets(data: bytes, entry: ShardEntry, kind: str, address: str) -> np
         or (np.diff(offsets) < (0 if kind == "tokens" else 1)).any()
     ):
         raise DataError(
-            f"{address} does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: "
-            "copy it again or pack the data again"
+            address,
+            f"it does not grow from 0 to at most the {entry.bytes} bytes of {entry.name}: copy it again or "
+            "pack "
+            "the data again",
         )
     return offsets
 
@@ -304,9 +328,9 @@ def _load(text: bytes, address: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{address} cannot be read as JSON ({error})") from error
+        raise DataError(address, f"it cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise DataError(f"{address} holds a JSON {type(content).__name__} where an object is expected")
+        raise DataError(address, f"it holds a JSON {type(content).__name__} where an object is expected")
     return content
 
 
@@ -335,9 +359,9 @@ def _build(path: str, content: dict[str, Any]) -> ShardIndex:
             text=text,
         )
     except KeyError as error:
-        raise DataError(f"{path} lacks the key {error}") from error
+        raise DataError(path, f"it lacks the key {error}") from error
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} has a value of the wrong type ({error})") from error
+        raise DataError(path, f"it has a value of the wrong type ({error})") from error
 
 
 def _plausible(shards: tuple[ShardEntry, ...]) -> None:
@@ -401,7 +425,7 @@ def _text(content: dict[str, Any]) -> TextEncoding | None:
 
 
 def _vae_content(vae: VAE) -> dict[str, Any]:
-    """What is unknown is left out: the index of latents from elsewhere is as it always was."""
+    """Return the known fields; so the index of latents from elsewhere has the old format."""
     return {key: value for key, value in asdict(vae).items() if value is not None and value != ()}
 
 
@@ -410,22 +434,22 @@ def _agrees(path: str, content: dict[str, Any], index: ShardIndex) -> None:
     for name in names:
         if not _is_plain(name):
             raise DataError(
-                f"{path} names the shard {name!r}; a shard is a plain file name ending in .tar, "
-                "beside its index"
+                path, f"it names the shard {name!r}; a shard is a plain file name with .tar, beside its index"
             )
     if len(set(names)) != len(names):
-        raise DataError(
-            f"{path} lists a shard twice: {sorted(name for name in set(names) if names.count(name) > 1)[0]}"
-        )
+        twice = min(name for name in names if names.count(name) > 1)
+        raise DataError(path, f"it lists a shard twice: {twice}")
     if content.get("samples") != index.samples:
         raise DataError(
-            f"{path} says {content.get('samples')!r} samples, but its shards hold {index.samples}: "
-            "it was edited or damaged"
+            path,
+            f"its number of samples is {content.get('samples')!r}, but its shards hold {index.samples}: it "
+            "was "
+            "edited or damaged",
         )
     if content.get("hash") != index.hash:
-        found = repr(content.get("hash")).strip("'")  # in one line, whatever it is
+        found = repr(content.get("hash")).strip("'")  # stays in one line
         raise DataError(
-            f"{path} says hash {found}, but its shards give {index.hash}: it was edited or damaged"
+            path, f"its hash is {found}, but its shards give {index.hash}: it was edited or damaged"
         )
 
 

@@ -1,12 +1,11 @@
-"""Several data sets as one endless sequence, in given proportions: a pure function of the position, like the
-order of one. numpy only.
+"""Several data sets as one endless sequence: a pure function of the position. numpy only.
 
 The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source,
 its weight's share, in a permuted order. A source that may run out (`drop`, `stop`) ends with a shorter block
-in the same proportions; the weights of those left are then scaled up.
+in the same proportions; then the weights of the other sources are scaled up.
 
-With groups (whole batches of one source: clips of one size, or of images), all of this holds of groups
-instead of samples.
+With groups (whole batches of one source, for example clips of one size), blocks consist of groups instead of
+samples.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ class Ingredient:
     """One source of a mixture.
 
     Args:
-        order: its samples' order; epochs and indices of the mixture come from it.
+        order: of its samples; gives the epochs and indices of the mixture.
         weight: its share of the samples, relative to the other weights.
-        replacement: draw each sample independently of the others, instead of epoch after epoch.
-        when_exhausted: after its first epoch: `repeat` goes on with the next, `drop` leaves its share to the
-            others, `stop` ends the sequence.
+        replacement: whether each sample is drawn independently, instead of epoch after epoch.
+        when_exhausted: policy after its first epoch. `repeat` begins the next, `drop` leaves its share to
+            the others, `stop` ends the sequence.
     """
 
     order: Order
@@ -42,14 +41,12 @@ class Ingredient:
 
     @property
     def supply(self) -> float:
-        """Samples that the source gives in all."""
+        """Samples that the source gives in total."""
         return float("inf") if self.replacement or self.when_exhausted == "repeat" else self.order.samples
 
 
 class Located(NamedTuple):
-    """Where positions lead: source number, that source's epoch, and the sample's index in the source,
-    three int64 (P,).
-    """
+    """The samples at P positions: source, epoch of the source, index in the source; int64 (P,) each."""
 
     sources: np.ndarray
     epochs: np.ndarray
@@ -58,10 +55,10 @@ class Located(NamedTuple):
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Blocks that are composed alike, counted in groups.
+    """Consecutive blocks with the same composition, counted in groups.
 
-    first: the group at which they begin. counts: groups of every source in a block. drawn: groups of every
-        source before. blocks: how many.
+    first: group at which they begin. counts: groups of every source in a block. drawn: groups of every source
+    before. blocks: number of blocks.
     """
 
     first: int
@@ -79,17 +76,16 @@ class _Stretch:
 
 
 class Mixture:
-    """Which sample of which source stands at which position.
+    """The sequence of a mixture: from a position to a sample of a source.
 
     Args:
         ingredients: the sources; their global indices follow one another in this order.
         seed: of the order inside the blocks.
-        group: positions [n * group, (n + 1) * group) are all of one source. What a source that may run out
-            has beyond whole groups is left out.
+        group: positions [n * group, (n + 1) * group) are all of one source. A source that may run out loses
+            the samples beyond its whole groups.
 
     Attributes:
-        length: positions until a source that is to `stop` has run out, or all have; inf when that never
-            happens.
+        length: positions until a source with `stop` has run out, or all have; inf when that never happens.
 
     Raises:
         ValueError: no source, a weight that is not positive or too small to be drawn once in 1,000 samples,
@@ -112,11 +108,12 @@ class Mixture:
         self._pattern: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def locate(self, positions: np.ndarray) -> Located:
-        """Source, epoch and index in the source of every position: int64 (P,). Raises IndexError at or
-        beyond `length`.
+        """Return the source, epoch and index of every position, int64 (P,).
+
+        Raises IndexError at or beyond `length`.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        if len(self.ingredients) == 1 and len(positions):  # what follows would find the same, in more time
+        if len(self.ingredients) == 1 and len(positions):  # faster, with the same result
             for position in (positions.min(), positions.max()):
                 self._block_of(int(position))  # refuses one outside
             return Located(np.zeros_like(positions), *self._locate_in(0, positions))
@@ -140,7 +137,7 @@ class Mixture:
         return Located(sources, epochs, indices)
 
     def counts(self, positions: int) -> list[int]:
-        """Samples of every source among the first `positions` positions."""
+        """Return the samples of every source among the first `positions` positions."""
         if positions == 0:
             return [0] * len(self.ingredients)
         stretch, block, start = self._block_of(positions - 1)
@@ -156,9 +153,7 @@ class Mixture:
         return counts.tolist()
 
     def _block_of(self, position: int) -> tuple[_Stretch, int, int]:
-        """The stretch and the number there of the block that a position lies in, and the block's first
-        group.
-        """
+        """Return the stretch of a position, the number of its block there, and the block's first group."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} lies outside a mixture of {self.length} samples")
         group = position // self.group
@@ -167,9 +162,7 @@ class Mixture:
         return stretch, block, stretch.first + block * stretch.size
 
     def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of every group in the block that begins at `start`: its source, and how many of that source
-        stand before it in the block.
-        """
+        """Return, for every group of the block at `start`, its source and its rank among that source."""
         if self._pattern[0] != start:
             sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[
                 permutation(stretch.size, self.seed, "mixture", start)
@@ -204,9 +197,7 @@ class Mixture:
             first, drawn = first + int(blocks) * int(counts.sum()), drawn + int(blocks) * counts
             left = np.where(bounded, supply - drawn, counts).astype(np.int64)
             scarcest = int(np.argmin(np.where(bounded, left / np.maximum(counts, 1), np.inf)))
-            if left[
-                scarcest
-            ]:  # a short block in the same proportions, with the last samples of the scarcest source
+            if left[scarcest]:  # a short block in the same proportions, with the last of the scarcest source
                 last = counts * left[scarcest] // counts[scarcest]
                 plan.append(_Stretch(first, last, drawn.copy(), 1.0))
                 first, drawn = first + int(last.sum()), drawn + last
@@ -219,8 +210,9 @@ class Mixture:
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    """Whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders). Raises
-    ValueError when one would be 0.
+    """Return whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders).
+
+    Raises ValueError when one would be 0.
     """
     exact = weights / weights.sum() * BLOCK
     counts = np.floor(exact).astype(np.int64)

@@ -1,17 +1,16 @@
-"""The order of training samples: a pure function of (seed, position), with nothing to remember and nothing to
-replay. numpy only.
+"""The order of training samples: a pure function of (seed, position), without state. numpy only.
 
-Training is one endless sequence of epochs; position p lies in epoch p // N, and every epoch is a permutation
-of all N samples:
+Training is one endless sequence of epochs. Position p is in epoch p // N, and every epoch is a permutation of
+all N samples:
 
 1. The shards are permuted and laid end to end; the result is rotated by a random number of samples.
 2. That line is cut into `lanes` equal pieces. The epoch takes one sample from each lane in turn, so
-  neighbours come from far apart.
+   neighbours are far apart.
 3. Inside a lane the samples are permuted within windows of about `window` samples, so that reading stays near
-  one place of one or two shards.
+   one position of one or two shards.
 
-Every random choice is a keyed draw from (seed, purpose, epoch, ...), so any position can be asked for at any
-time, in any process.
+Every random choice is a keyed draw from (seed, purpose, epoch, ...). So any process can compute any position
+at any time.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ WINDOW = 2048
 
 
 def draws(count: int, *key: int | str) -> np.ndarray:
-    """`count` random uint64 that depend on `key` alone."""
+    """Return `count` random uint64 that depend on `key` alone."""
     return philox(*key).random_raw(count)
 
 
 def permutation(size: int, *key: int | str) -> np.ndarray:
-    """A permutation of range(size), int64, that depends on `key` alone."""
+    """Return a permutation of range(size), int64, that depends on `key` alone."""
     return np.argsort(draws(size, *key), kind="stable")
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The line of shards of one epoch: the first global index of each, and where each ends on the line."""
+    """The line of shards of one epoch: first global index, size and end on the line of each."""
 
     firsts: np.ndarray
     sizes: np.ndarray
@@ -48,15 +47,15 @@ class _Epoch:
 
 
 class Order:
-    """Which sample stands at which position of the endless training sequence.
+    """The endless training sequence: from a position to a sample.
 
-    Holds O(shards) for the current epoch and a table of lanes x window small integers.
+    Memory: O(shards) for the current epoch, and a table of lanes x window small integers.
 
     Args:
         shard_sizes: samples of every shard, in the order of the index.
         seed: an integer, or a text that names the sequence.
         lanes: pieces of the line that are read side by side.
-        window: largest number of samples that are mixed inside a lane.
+        window: samples; the largest distance over which samples are mixed inside a lane.
 
     Raises:
         ValueError: no samples, or lanes or window below 1.
@@ -83,7 +82,7 @@ class Order:
         self._filled = np.full((lanes, 2), -1, dtype=np.int64)  # its epoch and its number
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and global sample index of every position: int64 (P,) -> two int64 (P,)."""
+        """Return the epoch and the global sample index of every position: int64 (P,) -> two int64 (P,)."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         indices = np.empty_like(places)
         for epoch in (
@@ -102,8 +101,9 @@ class Order:
         return line.firsts[shards] + on_line - (line.ends[shards] - line.sizes[shards])
 
     def _mixed(self, epoch: int, lanes: np.ndarray, spots: np.ndarray) -> np.ndarray:
-        """Where in its lane each sample is taken from. Windows of a lane differ by at most one in size: no
-        tail is left unmixed.
+        """Return the position in its lane of each sample.
+
+        Windows of a lane differ by at most one sample in size, so no unmixed tail remains.
         """
         lengths = self._short + (lanes < self._longer)
         windows = -(-lengths // self.window)

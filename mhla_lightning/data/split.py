@@ -1,4 +1,4 @@
-"""A split that can be read: its index, where its files are, and any of its samples by number."""
+"""A split that can be read: its index, its store, and any of its samples by number."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mhla_lightning.errors import DataError
 MAX_SAMPLE_BYTES = 2**30  # a sample that claims more is damage or an attack, not data
 _RUN_BYTES = 2**26  # neighbours are read together up to this size
 _NPY_HEAD_BYTES = 2**16  # more than the header of any npy file
-_SHARDS_KNOWN = 128  # offsets of so many shards are kept
+_SHARDS_KNOWN = 128  # shards whose offsets are kept
 
 
 class Split:
-    """Samples of one split by index in the split. Picklable; opens a shard when a sample of it is asked for.
+    """Samples of one split by their index. Picklable; opens a shard at its first use.
 
     Args:
-        index: what the split holds.
-        store: where its files are.
+        index: of the split.
+        store: of its files.
     """
 
     def __init__(self, index: ShardIndex, store: Store) -> None:
@@ -39,19 +39,19 @@ class Split:
         return self._firsts[-1]
 
     def place(self, sample: int) -> tuple[int, int]:
-        """Shard number of a sample, and its position there."""
+        """Return the number of the shard of a sample, and its position in the shard."""
         shard = bisect_right(self._firsts, sample) - 1
         return shard, sample - self._firsts[shard]
 
     def address(self, shard: int) -> str:
-        """What messages call a shard."""
+        """Return the address of a shard for messages."""
         return self._addresses[shard]
 
     def read(self, samples: Sequence[int]) -> list[RawSample]:
-        """Samples by index, in the order asked for; neighbours come with one request.
+        """Read samples by index, in the given order; neighbours share one request.
 
         Raises:
-            DataError: a shard or its offsets cannot be read, or are not what the index says.
+            DataError: a shard or its offsets cannot be read, or differ from the index.
         """
         places = sorted((*self.place(sample), number) for number, sample in enumerate(samples))
         runs: list[list[tuple[int, int, int]]] = []
@@ -84,14 +84,16 @@ class Split:
         start, stop = int(offsets[first]), int(offsets[run[-1][1] + 1])
         if stop - start > max(MAX_SAMPLE_BYTES, _RUN_BYTES):
             raise DataError(
-                f"{self.address(shard)}: sample {self._firsts[shard] + first} has {stop - start} "
-                f"bytes, more than {MAX_SAMPLE_BYTES}"
+                self.address(shard),
+                f"sample {self._firsts[shard] + first} has {stop - start} bytes, more than "
+                f"{MAX_SAMPLE_BYTES}",
             )
         return self.index.shards[shard].name, start, stop
 
     def offsets(self, shard: int) -> np.ndarray:
-        """Byte offsets of a shard's samples, int64 (samples + 1,): from the file beside it, or by one pass
-        over its headers where there is none.
+        """Return the byte offsets of a shard's samples, int64 (samples + 1,).
+
+        They come from the file beside the shard, or from one pass over its headers.
         """
         if shard in self._offsets:
             self._offsets.move_to_end(shard)
@@ -107,22 +109,22 @@ class Split:
         size = self.store.size(name)
         if size is not None and size > 8 * (entry.samples + 1) + _NPY_HEAD_BYTES:
             raise DataError(
-                f"{self.store.address(name)} has {size} bytes, too many for {entry.samples} samples: "
-                "copy it again"
+                self.store.address(name),
+                f"{size} bytes are too many for {entry.samples} samples: copy it again",
             )
         if size is not None:
             return parse_offsets(self.store.read(name, 0, size), entry, kind, self.store.address(name))
         if kind == "tokens":
             raise DataError(
-                f"{self.store.address(name)} is missing: token shards are read by it; copy it again "
-                "or run 'mhla data index'"
+                self.store.address(name),
+                "the file is missing, and token shards need it: copy it again or run 'mhla data index'",
             )
         with self.store.open(entry.name) as file:
             scan = scan_shard(file, self.address(shard))
         if len(scan.keys) != entry.samples:
             raise DataError(
-                f"{self.address(shard)} ends after {len(scan.keys)} of {entry.samples} samples: it "
-                "was cut; copy it again"
+                self.address(shard),
+                f"it ends after {len(scan.keys)} of {entry.samples} samples: it was cut; copy it again",
             )
         return scan.offsets
 

@@ -1,8 +1,7 @@
-"""Batches out of shards: an endless training stream and a one-pass validation stream. Both run inside
-DataLoader workers.
+"""Batches from shards: an endless training stream and a one-pass validation stream, for DataLoader workers.
 
-Rank and world size are given, never read from the environment: a spawned or forkserver worker sees no process
-group there, and every rank would read everything.
+Rank and world size are arguments, never read from the environment: a spawned or forkserver worker sees no
+process group there, and every rank would read everything.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from mhla_lightning.data.skips import JUDGED_AFTER, BadSample, SkipMeter
 from mhla_lightning.data.transport import LightBatch
 from mhla_lightning.errors import DataError
 
-# key: list[str]; index, epoch, source: int64 (B,), index -1 for padding; weight: float32 (B,), 0 for padding;
-# skipped: int64 (), the samples that this worker left out since its previous batch; and the tensors of the
-# kind, (B, ...) each.
+# key: list[str]. index, epoch, source: int64 (B,); index is -1 for padding. weight: float32 (B,); 0 for
+# padding. skipped: int64 (), samples that this worker skipped since its previous batch. And the tensors of
+# the kind, (B, ...) each.
 Batch = dict[str, Any]
 
 
@@ -44,8 +43,9 @@ class BatchRow:
 
 
 def collate(rows: Sequence[BatchRow], skipped: int, together: dict[str, Tensor] | None = None) -> Batch:
-    """Stack B rows into a batch. together: the tensors of all rows, (B, ...) each, when they were made at
-    once; the rows then hold none.
+    """Stack B rows into a batch.
+
+    together: the tensors of all rows, (B, ...) each, when they were made at once; the rows then hold none.
     """
     return LightBatch(
         key=[row.key for row in rows],
@@ -64,15 +64,19 @@ def _column(values: Sequence[float], dtype: type) -> Tensor:
 
 @dataclass
 class TrainStream(IterableDataset[Batch]):
-    """The batches of one rank, without end: micro batch t is read by worker t mod workers, and is the same
-    whoever reads it.
+    """The endless batches of one rank; worker t mod workers reads micro batch t.
 
-    A sample that cannot be decoded is counted, and its slot takes the next sample of the sequence that can:
-    so batches stay full, and the same for every number of ranks and workers. Raises DataError for shards that
-    cannot be read and for too many such samples.
+    A sample that cannot be decoded is counted, and its slot takes the next good sample of the sequence. So
+    batches stay full, and equal for every number of ranks and workers. Raises DataError for shards that
+    cannot be read and for too many bad samples.
 
-    kind: of all samples. kinds: one for every source instead, where every batch is of one source
-        (Mixture.group) and shapes may differ.
+    Args:
+        corpus: training data in its order.
+        kind: of all samples.
+        part: positions of this rank.
+        max_skipped_share: largest share of bad samples.
+        kinds: one for every source instead of `kind`, where every batch is of one source (Mixture.group) and
+            shapes may differ.
     """
 
     corpus: TrainCorpus
@@ -82,15 +86,13 @@ class TrainStream(IterableDataset[Batch]):
     kinds: Sequence[Kind] = ()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches for the worker that asks."""
+        """Yield the batches of this worker."""
         worker, workers = _this_worker()
         own_samples = -(-self.corpus.samples // (self.part.world_size * workers))
         meter = SkipMeter(self.max_skipped_share, min(JUDGED_AFTER, own_samples))
         for step in count(worker, workers):
             positions = self.part.positions(step)
-            if (
-                positions[-1] >= self.corpus.mixture.length
-            ):  # of a mixture that ends; asked for ahead of training
+            if positions[-1] >= self.corpus.mixture.length:  # prefetched beyond the end of a mixture
                 return
             yield self._batch(positions, meter)
 
@@ -140,32 +142,38 @@ class TrainStream(IterableDataset[Batch]):
 
     def _substitute(self, position: int, source: int, meter: SkipMeter) -> BatchRow:
         after = range(position + 1, int(min(position + 1 + JUDGED_AFTER, self.corpus.mixture.length)))
-        before = range(
-            position - 1, max(-1, position - 1 - JUDGED_AFTER), -1
-        )  # for the last sample of a mixture that ends
+        # For the last sample of a mixture that ends.
+        before = range(position - 1, max(-1, position - 1 - JUDGED_AFTER), -1)
         for place in self.corpus.locate(np.array([*after, *before], dtype=np.int64)):
             if self.kinds and place.source != source:  # of another shape
                 continue
             (sample,) = self.corpus.read(self._kind(place), [place.index])
             try:
                 return self._row(place, sample)
-            except BadSample:  # counted when its own turn comes
+            except BadSample:  # counted at its own position
                 continue
         meter.judge()
         raise DataError(
-            f"none of the samples around position {position} can be decoded: run 'mhla data verify'"
+            self.corpus.sources[source].path,
+            f"none of the samples around position {position} can be decoded: run 'mhla data verify'",
         )
 
 
 @dataclass
 class EvalStream(IterableDataset[Batch]):
-    """One pass over splits in order, in batches of exactly `batch_size`; every rank yields the same number of
-    them (see batching.eval_ranges).
+    """One pass over splits in order, with the same number of full batches on every rank.
 
     A slot without a sample, or with one that cannot be decoded, is padding: weight 0, index -1, and the
-    kind's padding. Raises DataError like TrainStream.
+    kind's padding. See batching.eval_ranges. Raises DataError as TrainStream does.
 
-    kind: of all samples. kinds: one for every split instead; no batch then holds samples of two splits.
+    Args:
+        corpus: splits to read.
+        kind: of all samples.
+        batch_size: samples of a batch of one rank.
+        rank: of the process.
+        world_size: number of ranks.
+        max_skipped_share: largest share of bad samples.
+        kinds: one for every split instead of `kind`; no batch then holds samples of two splits.
     """
 
     corpus: Corpus
@@ -184,7 +192,7 @@ class EvalStream(IterableDataset[Batch]):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches for the worker that asks."""
+        """Yield the batches of this worker."""
         meter = SkipMeter(self.max_skipped_share)
         ranges = grouped_eval_ranges(
             self._groups(), self.batch_size, self.rank, self.world_size, *_this_worker()
@@ -193,12 +201,12 @@ class EvalStream(IterableDataset[Batch]):
             kind = self.kinds[group] if self.kinds else self.kind
             rows = [self._row(kind, sample, meter) for sample in self.corpus.read(kind, range(start, stop))]
             rows += [self._padding(kind)] * (self.batch_size - len(rows))
-            if number == len(ranges):  # before the last batch: nobody asks a sized loader for more
+            if number == len(ranges):  # before the last batch, because a sized loader stops there
                 meter.judge()
             yield collate(rows, meter.take())
 
     def _groups(self) -> list[int]:
-        """Samples that may stand in one batch."""
+        """Return the sizes of the groups whose samples may share a batch."""
         return [split.samples for split in self.corpus.splits] if self.kinds else [self.corpus.samples]
 
     def _row(self, kind: Kind, sample: RawSample, meter: SkipMeter) -> BatchRow:

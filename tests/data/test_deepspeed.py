@@ -43,10 +43,16 @@ class Probe(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 plain = Augmentation(auto_augment=None, re_prob=0.0)
-data = ImageDataModule(sys.argv[1], batch_size=8, micro_batch_size=4, image_size=8, augmentation=plain, reading=ReadingConfig(num_workers=2))
+reading = ReadingConfig(num_workers=2)
+data = ImageDataModule(
+    sys.argv[1], batch_size=8, micro_batch_size=4, image_size=8, augmentation=plain, reading=reading
+)
 strategy = OnCPU(stage=2, process_group_backend="gloo")
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=10, accumulate_grad_batches=2, **quiet)
+names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+quiet = {name: False for name in names}
+trainer = pl.Trainer(
+    accelerator="cpu", devices=1, strategy=strategy, max_steps=10, accumulate_grad_batches=2, **quiet
+)
 model = Probe()
 trainer.fit(model, data)
 print(json.dumps({"steps": trainer.global_step, "indices": model.indices}))

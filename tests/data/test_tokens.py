@@ -471,8 +471,13 @@ def test_mqar_rows_ask_for_every_pair_once(
     module.prepare_data()
     module.check(1)
     assert module.facts() == {
-        "kind": "tokens", "length": length, "val_length": length + 20, "tokenizer": "mqar", "vocabulary": 128, "token_bytes": None
-    }  # fmt: skip
+        "kind": "tokens",
+        "length": length,
+        "val_length": length + 20,
+        "tokenizer": "mqar",
+        "vocabulary": 128,
+        "token_bytes": None,
+    }
     train, val = list(islice(module.train_dataloader(), 3)), list(module.val_dataloader())
     rows = [*np.concatenate([batch["tokens"].numpy() for batch in train]), *val[0]["tokens"].numpy()[:50]]
     assert len({row.tobytes() for row in rows}) > 340, "rows differ, and train and val too"

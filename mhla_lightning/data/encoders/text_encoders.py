@@ -1,6 +1,4 @@
-"""Text to features for cross-attention: `words:N`, which needs no download, and umT5 of transformers (SPEC
-6.2, 6.6).
-"""
+"""Text to features for cross-attention: `words:N`, without download, and umT5 (SPEC 6.2, 6.6)."""
 
 from __future__ import annotations
 
@@ -29,13 +27,14 @@ __all__ = ["TextEncoder", "TextEncoding", "clean", "load_text_encoder", "pad_row
 
 DEFAULT_TOKENS = 512  # of Wan2.1
 _WORDS = re.compile(r"words:(\d{1,5})")
-_EMPTY = " "  # no word is this: the row of a text without words
+_EMPTY = " "  # stands in for a word in a text without words; no word equals it
 _SHOWN = 80  # characters of a text in a message
 
 
 class TextEncoder(ABC):
-    """What turns texts into features. Every text is encoded by itself, so its features do not depend on what
-    else is encoded.
+    """An encoder from texts to features.
+
+    Every text is encoded alone, so its features do not depend on the other texts.
 
     Attributes:
         encoding: its description, with its sha256.
@@ -44,49 +43,51 @@ class TextEncoder(ABC):
     encoding: TextEncoding
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Features of each text, float32 (rows, channels) on the CPU, 1 <= rows <= tokens. Raises
-        UserError for a text that has more rows.
+        """Return the features of each text, float32 (rows, channels) on the CPU, 1 <= rows <= tokens.
+
+        Raises UserError for a text with more rows.
         """
         return [self.rows(clean(text)) for text in texts]
 
     @abstractmethod
     def rows(self, text: str) -> Tensor:
-        """Features of a text that was cleaned, float32 (rows, channels)."""
+        """Return the features of a cleaned text, float32 (rows, channels)."""
 
     def _demand_short(self, text: str, rows: int) -> None:
         if rows > self.encoding.tokens:
             shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
             limit = f"{self.encoding.name} takes at most {self.encoding.tokens}"
             raise UserError(
-                f"the text {shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text "
-                "encoder's tokens"
+                "texts",
+                f"{shown!r} has {rows} tokens, and {limit}: shorten it, or raise the text encoder's tokens",
             )
 
 
 class Words(TextEncoder):
-    """Each lower-cased word is a fixed vector of independent unit Gaussians; a text without words is one
-    row of its own. Needs no weights.
+    """A fixed vector of independent unit Gaussians for each lower-cased word, without weights.
+
+    A text without words has one row, with a vector of its own.
     """
 
     def __init__(self, encoding: TextEncoding) -> None:
         self.encoding = encoding
 
     def rows(self, text: str) -> Tensor:
-        """A row a word."""
+        """Return one row for each word."""
         words = re.findall(r"\w+", text.lower()) or [_EMPTY]
         self._demand_short(text, len(words))
         return torch.from_numpy(np.stack([_word_vector(word, self.encoding.channels) for word in words]))
 
 
 class UMT5(TextEncoder):
-    """The encoder of umT5, with its own tokenizer. A row a token, the end of the text among them."""
+    """The encoder of umT5 and its tokenizer: one row for each token, also for the end of the text."""
 
     def __init__(self, encoding: TextEncoding, model: nn.Module, tokenizer: Any) -> None:
         self.encoding, self.model, self.tokenizer = encoding, model, tokenizer
 
     @torch.no_grad()
     def rows(self, text: str) -> Tensor:
-        """The last hidden state of all tokens."""
+        """Return the last hidden state of all tokens."""
         tokens = self.tokenizer(text, add_special_tokens=True, return_tensors="pt").input_ids
         self._demand_short(text, tokens.shape[1])  # attention over a whole book would take all memory
         device = next(self.model.parameters()).device
@@ -99,15 +100,15 @@ def load_text_encoder(
     """Open a text encoder.
 
     Args:
-        encoding: what a recipe or an index says of it, or its name alone: `words:N` (N channels); a folder
-            with a UMT5EncoderModel and its tokenizer, both there or in text_encoder/ and tokenizer/; or a
-            name of such on the Hugging Face hub. A name alone takes texts up to 512 tokens.
-        device, dtype: of the weights. dtype None: bfloat16 on GPU, float32 elsewhere.
+        encoding: description in a recipe or an index, or the name alone. A name is `words:N` (N channels); a
+            folder with a UMT5EncoderModel and its tokenizer, directly or in text_encoder/ and tokenizer/; or
+            a name on the Hugging Face hub. A name alone allows texts of up to 512 tokens.
+        device: of the weights.
+        dtype: of the weights; None is bfloat16 on GPU, float32 elsewhere.
 
     Raises:
-        UserError: transformers is missing; nothing of this name; another model than umT5; weights that are
-            not safetensors or not those of the configuration; channels or a sha256 other than `encoding`
-            says.
+        UserError: transformers is missing; the name does not exist; the model is no umT5; the weights are no
+            safetensors or do not fit the configuration; channels or sha256 differ from `encoding`.
     """
     name = encoding if isinstance(encoding, str) else encoding.name
     tokens = DEFAULT_TOKENS if isinstance(encoding, str) else encoding.tokens
@@ -121,7 +122,7 @@ def load_text_encoder(
 
 
 def pad_rows(features: Sequence[Tensor], tokens: int) -> Tensor:
-    """Features (rows, channels) of n texts, zero-padded to float32 (n, tokens, channels)."""
+    """Pad features (rows, channels) of n texts with zeros to float32 (n, tokens, channels)."""
     padded = torch.zeros(len(features), tokens, features[0].shape[1] if features else 0)
     for row, feature in zip(padded, features, strict=True):
         row[: len(feature)] = feature
@@ -129,14 +130,15 @@ def pad_rows(features: Sequence[Tensor], tokens: int) -> Tensor:
 
 
 def clean(text: str) -> str:
-    """HTML entities resolved, and every stretch of white space one blank, as in Wan (which also lets ftfy
-    mend broken Unicode).
+    """Resolve HTML entities and reduce white space to single blanks, as Wan does.
+
+    Wan also repairs broken Unicode by ftfy.
     """
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
 def text_sha256(name: str) -> str:
-    """The identity of `words:N`: of its rule, the first of its kind."""
+    """Return the identity of `words:N`: its name and the version of its rule, 1."""
     return hashlib.sha256(f"{name} 1".encode()).hexdigest()
 
 
@@ -144,15 +146,16 @@ def _word_channels(name: str) -> int:
     found = _WORDS.fullmatch(name)
     if found is None or int(found[1]) < 1:
         raise UserError(
-            f"the text encoder {name} is unknown: words:N has N channels, from 1 to 99999, e.g. words:64"
+            "text_encoder", f"{name} is unknown; words:N has N channels, from 1 to 99999, e.g. words:64"
         )
     return int(found[1])
 
 
 @lru_cache(maxsize=65_536)
 def _word_vector(word: str, channels: int) -> np.ndarray:
-    """float32 (channels,), by Box and Muller from raw bits: numpy promises those, and not its normal
-    distribution, for ever.
+    """Return the vector of a word, float32 (channels,), by the method of Box and Muller.
+
+    numpy keeps its raw bits stable between versions, but not its normal distribution.
     """
     raw = philox("word", hashlib.sha256(word.encode()).hexdigest()).random_raw(2 * channels)
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53  # inside (0, 1)
@@ -163,14 +166,13 @@ def _word_vector(word: str, channels: int) -> np.ndarray:
 def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
     if wanted.channels != found.channels:
         raise UserError(
-            f"the text encoder {wanted.name} gives {found.channels} channels, and "
-            f"text_encoder.channels is {wanted.channels}"
+            "text_encoder.channels",
+            f"{wanted.channels} is wrong; {wanted.name} has {found.channels} channels",
         )
     if wanted.sha256 not in (None, found.sha256):
         shown = str(found.sha256)[:12]
         raise UserError(
-            f"the text encoder {wanted.name} has sha256 {shown}..., and text_encoder.sha256 is "
-            f"{wanted.sha256}: it is another"
+            "text_encoder.sha256", f"{wanted.sha256} is not the sha256 of {wanted.name}, which is {shown}..."
         )
 
 
@@ -178,12 +180,15 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(missing_extra("transformers", "diffusion", f"the text encoder {name}")) from error
+        raise UserError(
+            None, missing_extra("transformers", "diffusion", f"the text encoder {name}")
+        ) from error
     local = Path(name).expanduser().is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UserError(
-            f"there is no folder {name}: a text encoder is words:N, a folder written by "
-            "save_pretrained, or a name like google/umt5-xxl"
+            "text_encoder",
+            f"the folder {name} does not exist; give words:N, a folder written by save_pretrained, or a name "
+            "like google/umt5-xxl",
         )
     address = str(Path(name).expanduser()) if local else name
     config, place = _config(name, address)
@@ -195,7 +200,7 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
 
 
 def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
-    """The configuration and where the model lies: at the top or, in a pipeline, in text_encoder."""
+    """Return the configuration and the subfolder of the model: empty or, in a pipeline, text_encoder."""
     from transformers import UMT5Config
 
     reasons = []
@@ -212,12 +217,13 @@ def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
             return config, place
         if config.get("model_type"):
             raise UserError(
-                f"the text encoder {name} is a model of type {config['model_type']}; umt5 is what there is"
+                "text_encoder", f"{name} is a model of type {config['model_type']}; only umt5 is supported"
             )
         reasons.append("its config.json is of no text encoder")
     raise UserError(
-        f"the text encoder {name} is no folder of a UMT5EncoderModel here, and could not be fetched "
-        f"from the hub ({reasons[0]})"
+        "text_encoder",
+        f"{name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub "
+        f"({reasons[0]})",
     )
 
 
@@ -235,17 +241,16 @@ def _model(name: str, address: str, place: str) -> nn.Module:
                 dtype="auto",
             )
             model, info = opened
-    except Exception as error:  # noqa: BLE001
-        # of transformers, safetensors, the hub, and torch for sizes that do not fit
+    except Exception as error:  # noqa: BLE001  of four packages: transformers, safetensors, the hub, torch
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the weights of the text encoder {name} cannot be read from a safetensors file ({reason})"
+            "text_encoder", f"the weights of {name} cannot be read from a safetensors file ({reason})"
         ) from error
     wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
     if wrong:
         raise UserError(
-            f"the weights of the text encoder {name} are not those of its config.json: {len(wrong)} "
-            f"are missing, e.g. {wrong[0]}"
+            "text_encoder",
+            f"the weights of {name} do not fit its config.json: {len(wrong)} are missing, e.g. {wrong[0]}",
         )
     return model.eval().requires_grad_(False)
 
@@ -260,12 +265,12 @@ def _tokenizer(name: str, address: str, place: str) -> Any:
             )
     except Exception as error:  # noqa: BLE001  of transformers, tokenizers and the hub
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the text encoder {name} has no tokenizer that can be read ({reason})") from error
+        raise UserError("text_encoder", f"{name} has no tokenizer that can be read ({reason})") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar and warns of models that miss what is not used."""
+    """Silence the progress bar of transformers and its warnings about unused weights."""
     from transformers.utils import logging
 
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -282,8 +287,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _sha256(model: nn.Module, tokenizer: Any) -> str:
-    """Of what decides the features: sizes, vocabulary, and the weights as float32. The same for every
-    copy, device and dtype.
+    """Return the sha256 of sizes, vocabulary and weights (as float32), which decide the features.
+
+    It is the same for every copy, device and dtype.
     """
     config: Any = model.config
     sizes = [

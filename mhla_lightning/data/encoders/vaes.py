@@ -1,6 +1,4 @@
-"""Autoencoders of diffusers: images, or videos, to latents and back. Weights come from safetensors alone;
-nothing is unpickled.
-"""
+"""Autoencoders of diffusers: images or videos to latents and back. Weights are safetensors, no pickles."""
 
 from __future__ import annotations
 
@@ -21,14 +19,15 @@ from mhla_lightning.errors import UserError, missing_extra, unknown_name
 
 MODELS = ("AutoencoderKL", "AutoencoderDC")  # classes of diffusers
 VIDEO_MODELS = ("AutoencoderKLWan",)
-DECODED_AT_ONCE = 16  # images: a decoder takes hundreds of megabytes for each
+DECODED_AT_ONCE = 16  # images; a decoder needs hundreds of megabytes for each
 _CONFIG = "config.json"
 _CHUNK = 4  # frames that AutoencoderKLWan encodes at a time, after the first
 
 
 class Posterior(NamedTuple):
-    """What an encoder says of images, float32 (B, C, h, w). mean: the latent itself and logvar None where
-    the encoder is deterministic.
+    """The output of an encoder, float32 (B, C, h, w).
+
+    For a deterministic encoder, mean is the latent itself and logvar is None.
     """
 
     mean: Tensor
@@ -37,13 +36,14 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A VAE that is ready to be used. A latent z of the model is used as (z - shift) * scale.
+    """A VAE of images, ready to use. A latent z of the model is used as (z - shift) * scale.
 
     Attributes:
-        name: as load_vae was asked for it.
+        name: given to load_vae.
         model: of diffusers, frozen and in eval mode.
         sha256: of weights (as float32), class and configuration: the same for every copy, device and dtype.
-        scale, shift: of the configuration, unless load_vae was told others.
+        scale: of the configuration, unless given to load_vae.
+        shift: of the configuration, unless given to load_vae.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Autoencoder:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of what becomes one place of a latent."""
+        """Pixels a side for one position of a latent."""
         config: Any = self.model.config
         blocks = config.block_out_channels if self.has_posterior else config.encoder_block_out_channels
         return 2 ** (len(blocks) - 1)
@@ -75,19 +75,22 @@ class Autoencoder:
         return next(self.model.parameters()).device
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(C, h, w) of square images of `size` pixels. Raises UserError unless the factor divides the
-        size.
+        """Return the shape (C, h, w) of the latent of a square image of `size` pixels.
+
+        Raises UserError unless the factor divides the size.
         """
         if size < 1 or size % self.factor:
             nearest = max(1, round(size / self.factor)) * self.factor
             raise UserError(
-                f"--size is {size}; the VAE {self.name} needs a multiple of {self.factor}, e.g. {nearest}"
+                "size",
+                f"{size} does not fit the VAE {self.name}; it needs a multiple of {self.factor}, e.g. "
+                f"{nearest}",
             )
         return int(self.model.config.latent_channels), size // self.factor, size // self.factor  # type: ignore[union-attr, arg-type]
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Posterior:
-        """images: (B, 3, H, W) in [-1, 1]. Latents as the model gives them, neither shifted nor scaled."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents, neither shifted nor scaled."""
         model: Any = self.model
         found = model.encode(images.to(self.device, model.dtype))
         if self.has_posterior:
@@ -96,8 +99,9 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, h, w) as they are used, shifted and scaled. Images about in [-1, 1], float32 (B,
-        3, H, W).
+        """Decode latents (B, C, h, w), shifted and scaled, to images, float32 (B, 3, H, W).
+
+        Pixels are about in [-1, 1].
         """
         model: Any = self.model
         z = latents.to(self.device, torch.float32) / self.scale + self.shift
@@ -106,11 +110,10 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class VideoAutoencoder:
-    """A VAE of videos that is ready to be used. Latents are normalised channel by channel, as its
-    configuration says.
+    """A VAE of videos, ready to use. Latents are normalised channel by channel, by its configuration.
 
     Attributes:
-        name: as load_video_vae was asked for it.
+        name: given to load_video_vae.
         model: of diffusers, frozen and in eval mode.
         sha256: see Autoencoder.
     """
@@ -126,9 +129,7 @@ class VideoAutoencoder:
 
     @property
     def factors(self) -> tuple[int, int]:
-        """Frames, and pixels a side, of what becomes one place of a latent; the first frame is a place of
-        its own.
-        """
+        """Frames, and pixels a side, for one position of a latent; the first frame has its own position."""
         config: Any = self.model.config
         return 2 ** sum(config.temperal_downsample), 2 ** (len(config.dim_mult) - 1) * (
             config.patch_size or 1
@@ -140,30 +141,36 @@ class VideoAutoencoder:
         return next(self.model.parameters()).device
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of videos of this size: t = 1 + (frames - 1) / temporal factor. Raises UserError
-        with the nearest size that works.
+        """Return the shape (C, t, h, w) of the latent of a video: t = 1 + (frames - 1) / temporal factor.
+
+        Raises UserError with the nearest size that works.
         """
         temporal, spatial = self.factors
         nearest = (
             1 + max(0, round((frames - 1) / _CHUNK)) * _CHUNK,
             *(max(1, round(side / spatial)) * spatial for side in (height, width)),
         )
-        if nearest != (frames, height, width):
+        given = {"frames": frames, "height": height, "width": width}
+        wrong = [key for key, near in zip(given, nearest, strict=True) if near != given[key]]
+        if wrong:
             raise UserError(
-                f"videos of {frames} frames of {height}x{width} pixels do not fit the VAE "
-                f"{self.name}, which takes 1 + a multiple of {_CHUNK} frames"
-                f" and sides that {spatial} divides; the nearest: {nearest[0]} frames of "
-                f"{nearest[1]}x{nearest[2]}"
+                wrong[0],
+                f"{frames} frames of {height}x{width} pixels do not fit the VAE {self.name}, which takes 1 "
+                "+ a "
+                f"multiple of {_CHUNK} frames and sides that {spatial} divides; the nearest: {nearest[0]} "
+                "frames "
+                f"of {nearest[1]}x{nearest[2]}",
             )
         config: Any = self.model.config
         return int(config.z_dim), 1 + (frames - 1) // temporal, height // spatial, width // spatial
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> Tensor:
-        """videos: (B, 3, T, H, W) in [-1, 1]. The mean of the posterior, normalised, float32 (B, C, t, h,
-        w). SPEC 6.6. One video at a time.
+        """Encode videos (B, 3, T, H, W) in [-1, 1] to latents, float32 (B, C, t, h, w). SPEC 6.6.
+
+        A latent is the normalised mean of the posterior. Videos are encoded one at a time.
         """
-        self.latent_shape(*videos.shape[2:])  # diffusers leaves out frames that fill no place, without a word
+        self.latent_shape(*videos.shape[2:])  # diffusers silently drops frames that fill no position
         model: Any = self.model
         latents = [
             model.encode(video.to(self.device, model.dtype)).latent_dist.mean.float()
@@ -174,8 +181,9 @@ class VideoAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, t, h, w), normalised. Videos in [-1, 1], float32 (B, 3, T, H, W). One video at a
-        time.
+        """Decode normalised latents (B, C, t, h, w) to videos in [-1, 1], float32 (B, 3, T, H, W).
+
+        Videos are decoded one at a time.
         """
         model: Any = self.model
         mean, std = self._statistics()
@@ -187,7 +195,7 @@ class VideoAutoencoder:
         )
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel, float32 (C, 1, 1, 1)."""
+        """Return the mean and standard deviation of every channel, float32 (C, 1, 1, 1)."""
         config: Any = self.model.config
         return tuple(
             torch.tensor(values, device=self.device)[:, None, None, None]
@@ -207,34 +215,34 @@ def load_vae(
 
     Args:
         name: a folder written by save_pretrained, or a name on the Hugging Face hub.
-        subfolder: of the folder or name; None: itself, or `vae` where that is where one is (as in a
-            pipeline).
-        device, dtype: of the weights.
-        scale, shift: instead of the configuration's scaling_factor and shift_factor.
+        subfolder: of the folder or name; None is the folder itself or, in a pipeline, `vae`.
+        device: of the weights.
+        dtype: of the weights.
+        scale: replaces the configuration's scaling_factor; None keeps it.
+        shift: replaces the configuration's shift_factor; None keeps it.
 
     Raises:
-        UserError: diffusers is missing; nothing of this name here or on the hub; another class than MODELS;
-            weights that are not safetensors or are not those of the configuration; one that needs other
-            images than RGB, or normalises channels one by one.
+        UserError: diffusers is missing; the name exists neither here nor on the hub; the class is not in
+            MODELS; the weights are no safetensors or do not fit the configuration; it takes no RGB images,
+            or normalises each channel.
     """
     model, given = _open(name, subfolder, MODELS)
     config: Any = model.config
     if config.in_channels != 3:
         raise UserError(
-            f"the VAE {name} takes images of {config.in_channels} channels; RGB images, 3, are what there is"
+            "vae", f"{name} takes images of {config.in_channels} channels; only RGB images, 3, are supported"
         )
     if given.get("latents_mean") is not None and (scale is None or shift is None):
         raise UserError(
-            f"the VAE {name} normalises every channel by itself (latents_mean): give one --scale and "
-            "one --shift for all"
+            "vae",
+            f"{name} normalises each channel (latents_mean): give one `scale` and one `shift` for all",
         )
     own_shift = getattr(config, "shift_factor", None)
     found_scale = config.scaling_factor if scale is None else scale
     found_shift = (own_shift or 0.0) if shift is None else shift
     sha256 = _sha256(model)
-    moved = nn.Module.to(
-        model, device=device, dtype=dtype
-    )  # the model's own `to` logs a line about modules that it does not have
+    # The model's own `to` logs a line about modules that it does not have.
+    moved = nn.Module.to(model, device=device, dtype=dtype)
     return Autoencoder(name, moved, sha256, float(found_scale), float(found_shift))
 
 
@@ -244,31 +252,34 @@ def load_video_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoAutoencoder:
-    """Open an autoencoder of videos. Arguments and errors: see load_vae; its class is one of VIDEO_MODELS."""
+    """Open an autoencoder of videos, one of VIDEO_MODELS. Arguments and errors: see load_vae."""
     model, _ = _open(name, subfolder, VIDEO_MODELS)
     config: Any = model.config
     if config.in_channels != 3 * (config.patch_size or 1) ** 2:
         raise UserError(
-            f"the VAE {name} takes videos of {config.in_channels} channels; RGB videos, 3, are what there is"
+            "vae", f"{name} takes videos of {config.in_channels} channels; only RGB videos, 3, are supported"
         )
     if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
         found = (
             f"latents_mean for {len(config.latents_mean)} channels, latents_std for "
             f"{len(config.latents_std)}, and z_dim {config.z_dim}"
         )
-        raise UserError(f"the {_CONFIG} of the VAE {name} has {found}: they must agree")
+        raise UserError("vae", f"the {_CONFIG} of {name} has {found}: they must agree")
     if sum(config.temperal_downsample) > 2:
         raise UserError(
-            f"the VAE {name} makes one of {2 ** sum(config.temperal_downsample)} frames; diffusers "
-            f"encodes {_CHUNK} at a time"
+            "vae",
+            f"{name} merges {2 ** sum(config.temperal_downsample)} frames into one; diffusers encodes "
+            f"{_CHUNK} "
+            "at a time",
         )
     sha256 = _sha256(model)
     return VideoAutoencoder(name, nn.Module.to(model, device=device, dtype=dtype), sha256)
 
 
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w), shifted and scaled, to pixels uint8 (B, H, W, 3), on the VAE's device:
-    clamp(127.5 x + 128), SPEC 4.3.
+    """Decode latents (B, C, h, w), shifted and scaled, to pixels uint8 (B, H, W, 3).
+
+    Pixels are clamp(127.5 x + 128), on the VAE's device. SPEC 4.3.
     """
     parts = [
         (127.5 * vae.decode(part) + 128).clamp(0, 255).to(torch.uint8)
@@ -278,24 +289,25 @@ def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def decode_videos(vae: VideoAutoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, t, h, w), normalised, to pixels uint8 (B, T, H, W, 3), on the VAE's device:
-    clamp(127.5 x + 128).
+    """Decode normalised latents (B, C, t, h, w) to pixels uint8 (B, T, H, W, 3).
+
+    Pixels are clamp(127.5 x + 128), on the VAE's device.
     """
     parts = [(127.5 * vae.decode(part) + 128).clamp(0, 255).to(torch.uint8) for part in latents.split(1)]
     return torch.cat(parts).permute(0, 2, 3, 4, 1)
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on GPU, float32 elsewhere."""
+    """Return bfloat16 for a GPU, float32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def _open(name: str, subfolder: str | None, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of one of these classes of diffusers, and its configuration as written."""
+    """Open a model of one of these classes of diffusers; return it and its configuration."""
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(missing_extra("diffusers", "diffusion", f"the VAE {name}")) from error
+        raise UserError(None, missing_extra("diffusers", "diffusion", f"the VAE {name}")) from error
     kind, given, place = _config(name, subfolder, classes)
     return _load(getattr(diffusers, kind), name, place), given
 
@@ -303,14 +315,15 @@ def _open(name: str, subfolder: str | None, classes: Sequence[str]) -> tuple[nn.
 def _config(
     name: str, subfolder: str | None, classes: Sequence[str]
 ) -> tuple[str, dict[str, Any], str | None]:
-    """Class, configuration and subfolder of an autoencoder."""
+    """Return the class, configuration and subfolder of an autoencoder."""
     from diffusers import AutoencoderKL
 
     local = Path(name).expanduser().is_dir()
     if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise UserError(
-            f"there is no folder {name}: --vae takes a folder written by save_pretrained, or a name "
-            "like stabilityai/sd-vae-ft-ema"
+            "vae",
+            f"the folder {name} does not exist; give a folder written by save_pretrained, or a name like "
+            "stabilityai/sd-vae-ft-ema",
         )
     places = [subfolder] if subfolder is not None else [None, "vae"]
     reasons = []
@@ -324,25 +337,24 @@ def _config(
                 break
             continue
         if str(found.get("_class_name")) not in classes:
-            raise UserError(unknown_name("class", found.get("_class_name"), classes, of=f"the VAE {name}"))
+            raise UserError("vae", unknown_name("class", found.get("_class_name"), classes, of=name))
         return str(found["_class_name"]), found, place
     where = (
-        f"the folder {name} holds no VAE's {_CONFIG}"
+        f"the folder {name} holds no {_CONFIG} of a VAE"
         if local
-        else f"the VAE {name} is no folder here and could not be fetched from the hub"
+        else f"{name} is no folder here and could not be fetched from the hub"
     )
     raise UserError(
+        "vae",
         f"{where} ({reasons[0]}): give a folder written by save_pretrained, or a name like "
-        "stabilityai/sd-vae-ft-ema"
+        "stabilityai/sd-vae-ft-ema",
     )
 
 
 def _load(kind: Any, name: str, subfolder: str | None) -> nn.Module:
     try:
-        with (
-            _quiet(),
-            torch.random.fork_rng(devices=[]),
-        ):  # the model is first made with weights drawn at random
+        # The model is first made with random weights; the caller's random numbers must not change.
+        with _quiet(), torch.random.fork_rng(devices=[]):
             model, info = kind.from_pretrained(
                 _address(name),
                 subfolder=subfolder,
@@ -350,16 +362,16 @@ def _load(kind: Any, name: str, subfolder: str | None) -> nn.Module:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # noqa: BLE001
-        # of diffusers, safetensors, the hub, and torch for sizes that do not fit
+    except Exception as error:  # noqa: BLE001  of four packages: diffusers, safetensors, the hub, torch
         raise UserError(
-            f"the weights of the VAE {name} cannot be read from a safetensors file ({_reason(error)})"
+            "vae", f"the weights of {name} cannot be read from a safetensors file ({_reason(error)})"
         ) from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise UserError(
-            f"the weights of the VAE {name} are not those of its {_CONFIG}: {len(wrong)} are missing "
-            f"or misshaped, e.g. {wrong[0]}"
+            "vae",
+            f"the weights of {name} do not fit its {_CONFIG}: {len(wrong)} are missing or misshaped, e.g. "
+            f"{wrong[0]}",
         )
     return model.eval().requires_grad_(False)
 
@@ -374,15 +386,16 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers 0.42 hands huggingface_hub 2 an argument that it warns of."""
+    """Silence warnings: diffusers 0.42 passes a deprecated argument to huggingface_hub 2."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _sha256(model: nn.Module) -> str:
-    """The class, what of the configuration is not its default (so that another version of diffusers gives
-    the same), and the weights as float32.
+    """Return the sha256 of the class, the configuration and the weights as float32.
+
+    Defaults are left out of the configuration, so that another version of diffusers gives the same.
     """
     defaults = {
         name: parameter.default

@@ -1,4 +1,4 @@
-"""Video files by PyAV: opened without trust, frames as they are shown, clips as mp4. No torch."""
+"""Video files by PyAV: untrusted files, frames as a player shows them, clips as mp4. No torch."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".gif")
-# Play lists and image patterns are formats of FFmpeg too, which open other files and addresses.
+# FFmpeg also knows play lists and image patterns, which open other files and addresses.
 _OPEN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif", "protocol_whitelist": "file"}
 _X264 = {"crf": "14", "preset": "medium", "threads": "1"}  # other numbers of threads give other bytes
-_MOST_PIXELS = 2**26  # of a frame: more is damage or an attack
+_MOST_PIXELS = 2**26  # of a frame; more is damage or an attack
 
 
 def av_package(purpose: str) -> Any:
-    """PyAV. Raises UserError where it is not installed."""
+    """Return the package PyAV. Raises UserError where it is not installed."""
     try:
         import av
     except ImportError as error:
-        raise UserError(missing_extra("av", "video", purpose)) from error
+        raise UserError(None, missing_extra("av", "video", purpose)) from error
     return av
 
 
 @contextmanager
 def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A video file, or the bytes of an mp4 file, and its first video stream. name: what messages call it.
+    """Open a video file, or the bytes of an mp4 file, and its first video stream.
 
-    Raises DataError for what cannot be opened, has no pictures, or fails while the block reads from it.
+    Args:
+        source: file or bytes.
+        name: of the file, for messages.
+
+    Raises DataError for a file that cannot be opened, has no pictures, or fails while the block reads it.
     """
     av = av_package(f"reading {name}")
     try:
@@ -48,41 +52,43 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
             str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source), options=options
         ) as container:
             if not container.streams.video:
-                raise DataError(f"{name} holds no video")
+                raise DataError(name, "it holds no video")
             stream = container.streams.video[0]
             if stream.codec_context is None or not 0 < stream.width * stream.height <= _MOST_PIXELS:
                 raise DataError(
-                    f"{name} holds video of {stream.width}x{stream.height} pixels or of an unknown "
-                    "codec, which cannot be decoded"
+                    name,
+                    f"its video has {stream.width}x{stream.height} pixels or an unknown codec, and cannot be "
+                    "decoded",
                 )
             yield container, stream
     except (av.error.FFmpegError, av.error.PyAVCallbackError, UnicodeDecodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            f"{name} cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it "
-            "again or remove it"
+            name,
+            f"it cannot be decoded ({reason}): it is no video, or was cut or damaged; copy it again or "
+            "remove it",
         ) from error
 
 
 def pixels(frame: VideoFrame) -> np.ndarray:
-    """The picture of a frame, turned as its file says, uint8 (height, width, 3)."""
+    """Return the picture of a frame, rotated by its file's setting, uint8 (height, width, 3)."""
     picture = frame.to_ndarray(format="rgb24")
     quarters = round(frame.rotation / 90) % 4  # counterclockwise, as np.rot90
     return np.rot90(picture, quarters) if quarters else picture
 
 
 def shown_aspect(stream: VideoStream, rotation: int = 0) -> float:
-    """Width over height of the pictures as they are shown: with pixels that are no squares, and turned by
-    `rotation` degrees.
-    """
+    """Return width over height of the shown picture, with non-square pixels and `rotation` in degrees."""
     aspect = stream.width * float(stream.sample_aspect_ratio or 1) / stream.height
     return 1 / aspect if round(rotation / 90) % 2 else aspect
 
 
 def encode_mp4(clip: np.ndarray, rate: float) -> bytes:
-    """Frames as an H.264 mp4 file; the same frames give the same bytes.
+    """Encode frames as an H.264 mp4 file; the same frames give the same bytes.
 
-    clip: uint8 (frames, height, width, 3), height and width even. rate: frames a second.
+    Args:
+        clip: uint8 (frames, height, width, 3), height and width even.
+        rate: frames a second.
     """
     av = av_package("writing mp4")
     buffer = io.BytesIO()
@@ -98,12 +104,13 @@ def encode_mp4(clip: np.ndarray, rate: float) -> bytes:
 
 
 def decode_mp4(data: bytes, clip: Clip, name: str) -> np.ndarray:
-    """The frames of an mp4 file, uint8 (frames, height, width, 3). Raises DataError for damage, and for
-    other frames than `clip` says.
+    """Decode the frames of an mp4 file, uint8 (frames, height, width, 3).
+
+    Raises DataError for damage, and for another number or size of frames than in `clip`.
     """
     found = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
     with open_video(data, name) as (container, stream):
-        stream.codec_context.thread_count = 1  # a loader's workers are many already
+        stream.codec_context.thread_count = 1  # the workers of the loader already use all cores
         _demand(
             name,
             (stream.height, stream.width) == (clip.height, clip.width),
@@ -126,7 +133,7 @@ def decode_mp4(data: bytes, clip: Clip, name: str) -> np.ndarray:
 
 
 def measure_mp4(data: bytes, name: str) -> tuple[int, int, int, float | None]:
-    """Frames, height, width and frames a second of an mp4 file. Raises DataError."""
+    """Return frames, height, width and frames a second of an mp4 file. Raises DataError."""
     with open_video(data, name) as (container, stream):
         frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         return (
@@ -139,4 +146,4 @@ def measure_mp4(data: bytes, name: str) -> tuple[int, int, int, float | None]:
 
 def _demand(name: str, fine: bool, found: str, clip: Clip) -> None:
     if not fine:
-        raise DataError(f"{name} has {found}; the index says {clip}")
+        raise DataError(name, f"it has {found}; in the index it is {clip}")

@@ -14,8 +14,9 @@ __all__ = ["Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
 
 
 def kind_of(index: ShardIndex) -> Kind:
-    """The kind that an index describes, without augmentation: for tools. Raises DataError for a kind that
-    cannot be read yet.
+    """Return the kind that an index describes, without augmentation, for tools.
+
+    Raises DataError for a kind that this version cannot read.
     """
     if index.kind == "images":
         return Images(max(1, len(index.classes)))
@@ -27,5 +28,5 @@ def kind_of(index: ShardIndex) -> Kind:
     if index.kind == "clips" and index.clip:
         return Clips(index.clip)
     raise DataError(
-        f"{index.kind} shards cannot be read by this version, or their index lacks what describes them"
+        None, f"{index.kind} shards cannot be read by this version, or their index lacks their description"
     )

@@ -26,12 +26,14 @@ NPY, MP4, CAPTION = "clip.npy", "mp4", "txt"
 
 @dataclass
 class Clips(Kind):
-    """Clips as float32 (3, frames, height, width) in [-1, 1], and features of their captions as float32
-    (tokens, channels), zero-padded.
+    """Video clips and features of their captions.
+
+    Clips are float32 (3, frames, height, width) in [-1, 1]; features are float32 (tokens, channels),
+    zero-padded.
 
     Args:
-        clip: their size, as the index says.
-        text: what encodes captions; None for tools, which take them as they are.
+        clip: their size, from the index.
+        text: encoder of the captions; None for tools, which take captions as text.
         flip: probability of mirroring a training clip from left to right.
         seed: of the flips.
     """
@@ -42,20 +44,20 @@ class Clips(Kind):
     seed: int = 0
 
     def inspect(self, sample: RawSample) -> dict[str, np.ndarray | str]:
-        """clip: uint8 (frames, height, width, 3); caption."""
+        """Return clip, uint8 (frames, height, width, 3), and caption."""
         return {"clip": self._frames(sample), "caption": caption_of(sample)}
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """The clip, mirrored or not by (seed, epoch, index)."""
+        """Return the clip, mirrored or not by (seed, epoch, index)."""
         mirrored = generator(self.seed, "clip", epoch, sample["__index__"]).random() < self.flip
         return self._tensors(sample, mirrored)
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """The clip as it is."""
+        """Return the clip as it is."""
         return self._tensors(sample, mirrored=False)
 
     def padding(self) -> dict[str, Tensor]:
-        """A grey clip without text."""
+        """Return a grey clip without text."""
         text = (self.text.tokens, self.text.channels) if self.text else (1, 1)
         return {
             "clip": torch.zeros(3, self.clip.frames, self.clip.height, self.clip.width),
@@ -65,20 +67,20 @@ class Clips(Kind):
     def check(self, index: ShardIndex, address: str) -> None:
         """Refuse anything but clips."""
         if index.kind != "clips" or index.clip is None:
-            raise DataError(f"{address} holds {index.kind}; clips are needed (mhla data clips)")
+            raise DataError(address, f"it holds {index.kind}; clips are needed (mhla data clips)")
 
     def _frames(self, sample: RawSample) -> np.ndarray:
-        """uint8 (frames, height, width, 3)."""
+        """Return the frames, uint8 (frames, height, width, 3)."""
         extension, data = member(sample, NPY, MP4)
         if extension == MP4:
             try:
-                return decode_mp4(data, self.clip, "its mp4")
+                return decode_mp4(data, self.clip, MP4)
             except DataError as error:
                 raise BadSample(str(error)) from error
         clip = array_of(sample, NPY)
         wanted = (self.clip.frames, self.clip.height, self.clip.width, 3)
         if clip.shape != wanted or clip.dtype != np.uint8:
-            raise BadSample(f"{NPY} is {clip.dtype} {clip.shape}; the index says uint8 {wanted}")
+            raise BadSample(f"{NPY} is {clip.dtype} {clip.shape}; in the index it is uint8 {wanted}")
         return clip
 
     def _tensors(self, sample: RawSample, mirrored: bool) -> dict[str, Tensor]:
@@ -87,8 +89,9 @@ class Clips(Kind):
         return {"clip": (values.float() / 127.5 - 1).contiguous(), "text": self._features(sample, caption)}
 
     def _features(self, sample: RawSample, caption: str) -> Tensor:
-        """(tokens, channels). Raises DataError for a caption that is too long: to train without it would
-        be in silence.
+        """Return the features of a caption, (tokens, channels).
+
+        Raises DataError for a caption that is too long; skipping it would go unnoticed.
         """
         from mhla_lightning.data.encoders.text_encoders import pad_rows
 
@@ -96,11 +99,11 @@ class Clips(Kind):
         try:
             return pad_rows(_encoder(self.text).encode([caption]), self.text.tokens)[0]
         except UserError as error:
-            raise DataError(f"sample {sample['__key__']} of {sample['__url__']}: {error}") from error
+            raise DataError(sample["__url__"], f"sample {sample['__key__']}: {error.reason}") from error
 
 
 def caption_of(sample: RawSample) -> str:
-    """The member txt. Raises BadSample."""
+    """Return the member txt. Raises BadSample."""
     try:
         return member(sample, CAPTION)[1].decode()
     except UnicodeDecodeError as error:

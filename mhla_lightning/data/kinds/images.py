@@ -44,47 +44,43 @@ class Images(Kind):
         self._eval: Transform = eval_transform(self.size, self.augmentation)
 
     def inspect(self, sample: RawSample) -> tuple[Image.Image, int]:
-        """The RGB image and the label."""
+        """Return the RGB image and the label."""
         return decode_image(sample), label_of(sample, self.classes)
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """Augmented by random numbers of (seed, epoch, index)."""
+        """Augment by random numbers of (seed, epoch, index)."""
         image, label = self.inspect(sample)
         with sample_rng(self.seed, "augmentation", epoch, sample["__index__"]):
             return {"image": self._train(image), "label": torch.tensor(label)}
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """Resized and cropped."""
+        """Resize and crop."""
         image, label = self.inspect(sample)
         return {"image": self._eval(image), "label": torch.tensor(label)}
 
     def padding(self) -> dict[str, Tensor]:
-        """A black image of class 0."""
+        """Return a black image of class 0."""
         return {"image": torch.zeros(3, *self.size), "label": torch.tensor(0)}
 
     def check(self, index: ShardIndex, address: str) -> None:
         """Refuse anything but images with classes."""
         if index.kind != "images" or not index.classes:
             raise DataError(
-                f"{address} holds {index.kind} with {len(index.classes)} classes; images with "
-                "classes are needed"
+                address,
+                f"it holds {index.kind} with {len(index.classes)} classes; images with classes are needed",
             )
 
 
 def decode_image(sample: RawSample) -> Image.Image:
-    """The RGB image of a raw sample, through webdataset's decoder. Raises BadSample with the reason."""
+    """Decode the RGB image of a raw sample with webdataset. Raises BadSample with the reason."""
     extension, data = member(sample, *IMAGE_EXTENSIONS)
-    if (
-        image_extension(data) is None
-    ):  # PIL would try every format it knows, PostScript through an external program among them
+    # PIL would try every format, among them PostScript by an external program.
+    if image_extension(data) is None:
         raise BadSample(f"member {extension} is neither JPEG nor PNG")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", Image.DecompressionBombWarning
-            )  # PIL only warns of the smaller bombs
+            # PIL only warns about small decompression bombs.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _to_pil_rgb(extension, data)
-    except (
-        Exception
-    ) as error:  # PIL's plugins raise nearly anything on damaged bytes, decompression bombs included
+    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
         raise BadSample(f"image cannot be decoded: {error}") from error

@@ -1,8 +1,8 @@
-"""Latents of a VAE, of images or of videos: KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), of
-a text's own rows only.
+"""Latents of a VAE, of images or of videos, with labels or text features.
 
-`mhla data latents` writes more members beside them: KEY.logvar.npy (of the posterior, whose mean
-KEY.latent.npy then is), and KEY.flipped.npy and KEY.flipped_logvar.npy of the mirrored image.
+A sample has KEY.latent.npy, and KEY.cls or KEY.text.npy (rows, channels), without padding. `mhla data
+latents` can add KEY.logvar.npy of the posterior, whose mean KEY.latent.npy then is, and KEY.flipped.npy and
+KEY.flipped_logvar.npy of the mirrored image.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
 @dataclass
 class Latents(Kind):
-    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled; labels as int64 () where there are
-    classes, else text as float32 (L, D), rows of zeros after the text's own.
+    """Latents as float32 (C, h, w) or (C, t, h, w), shifted and scaled, and their condition.
+
+    The condition is a label, int64 (), where there are classes. Else it is text, float32 (L, D), with zeros
+    after the rows of the text.
 
     Args:
-        vae: what the latents were made by, as their index says.
-        classes: number of classes; 0 when samples come with text.
-        text: (L, D), the most rows that a text may have, and their channels; None takes any, which only tools
-            can use.
+        vae: that made the latents, from their index.
+        classes: number of classes; 0 when samples have text.
+        text: (L, D), the most rows of a text and their channels; None takes any, for tools.
         video: whether the latents have a time axis.
-        seed: of the flips and of the draws from the posterior.
-        wanted: what the recipe says of the VAE; None takes any.
+        seed: of the flips and of the posterior's random numbers.
+        wanted: VAE of the recipe; None accepts any.
     """
 
     vae: VAE
@@ -48,14 +49,15 @@ class Latents(Kind):
     wanted: VAE | None = None
 
     def inspect(self, sample: RawSample) -> dict[str, np.ndarray]:
-        """All arrays by their key in the batch or their member's name, as stored."""
+        """Return all arrays as stored, by their key in the batch or the name of their member."""
         names = [name for name in (LATENT, FLIPPED) if name == LATENT or self.vae.flipped]
         names += [LOGVAR[name] for name in names if self.vae.moments]
         return {name: self._array(sample, name) for name in names} | self._condition(sample)
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """The latent of the image or, every other time, of its mirror image, drawn from the posterior; by
-        (seed, epoch, index). SPEC D10.
+        """Draw a latent from the posterior of the image or, half of the time, of its mirror image.
+
+        Random numbers depend on (seed, epoch, index). SPEC D10.
         """
         rng = generator(self.seed, "latent", epoch, sample["__index__"])
         name = FLIPPED if rng.random() < 0.5 and self.vae.flipped else LATENT
@@ -65,11 +67,11 @@ class Latents(Kind):
         return self._tensors(latent, sample)
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """The latent of the image itself, of a posterior its mean: (z - shift) * scale; and the condition."""
+        """Return the latent of the image itself, the mean of a posterior, and the condition."""
         return self._tensors(self._array(sample, LATENT).astype(np.float32), sample)
 
     def padding(self) -> dict[str, Tensor]:
-        """Zeros."""
+        """Return zeros."""
         condition = {"label": torch.tensor(0)} if self.classes else {"text": torch.zeros(self.text or (1, 1))}
         return {"latent": torch.zeros(self.vae.shape)} | condition
 
@@ -77,18 +79,20 @@ class Latents(Kind):
         """Refuse latents of another VAE than the recipe's, and images where videos are needed."""
         wanted = "video_latents" if self.video else "latents"
         if index.kind != wanted or index.vae is None:
-            raise DataError(f"{address} holds {index.kind}; {wanted} are needed")
+            raise DataError(address, f"it holds {index.kind}; {wanted} are needed")
         if self.wanted is not None and not self.wanted.fits(index.vae):
             raise DataError(
-                f"{address} was made by {index.vae}, and the recipe says {self.wanted}: make the "
-                "latents again with that VAE"
+                address,
+                f"{index.vae} made it, and the VAE of the recipe is {self.wanted}: make the latents again "
+                "with "
+                "that VAE",
             )
 
     def _array(self, sample: RawSample, name: str) -> np.ndarray:
         array = array_of(sample, f"{name}.npy")
         if array.shape != self.vae.shape or array.dtype.kind != "f":
             raise BadSample(
-                f"{name}.npy is {array.dtype} {array.shape}; the index says floats {self.vae.shape}"
+                f"{name}.npy is {array.dtype} {array.shape}; in the index it is floats {self.vae.shape}"
             )
         if not np.isfinite(array).all():
             raise BadSample(f"{name}.npy holds NaN or infinite values")
@@ -106,7 +110,7 @@ class Latents(Kind):
         return {"text": text}
 
     def _tensors(self, latent: np.ndarray, sample: RawSample) -> dict[str, Tensor]:
-        """latent: float32, as the VAE gave it."""
+        """Return the tensors of a sample, from a float32 latent as the VAE made it."""
         condition = {
             key: torch.tensor(array) if key == "label" else self._padded(array)
             for key, array in self._condition(sample).items()
@@ -114,13 +118,13 @@ class Latents(Kind):
         return {"latent": (torch.from_numpy(latent) - self.vae.shift) * self.vae.scale} | condition
 
     def _padded(self, text: np.ndarray) -> Tensor:
-        """SPEC 6.2: what follows the text is zeros, which cross-attention sees."""
+        """Pad text features with zeros, which cross-attention sees. SPEC 6.2."""
         padded = torch.zeros(self.text or text.shape)
         padded[: len(text)] = torch.from_numpy(text.astype(np.float32))
         return padded
 
 
 def draw(mean: np.ndarray, logvar: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A sample of the Gaussian of these moments, float32 like `mean`."""
+    """Draw from the Gaussian of these moments, float32 like `mean`."""
     std = np.exp(0.5 * np.clip(logvar.astype(np.float32), *LOGVAR_RANGE))
     return mean + std * rng.standard_normal(mean.shape, np.float32)

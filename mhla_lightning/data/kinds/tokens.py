@@ -1,6 +1,4 @@
-"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row,
-read by its place in the shard.
-"""
+"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row."""
 
 from __future__ import annotations
 
@@ -24,8 +22,10 @@ _LAYOUTS_KNOWN = 2**16
 
 
 class _Rows(NamedTuple):
-    """A member pair: the row of the shard that is its first, and of either column the byte of the first
-    row, the bytes of a row, and their type.
+    """The rows of a pair of members: tokens and documents.
+
+    first: number of its first row in the shard. tokens, documents: byte of the first row, bytes of a row,
+    type.
     """
 
     first: int
@@ -35,11 +35,10 @@ class _Rows(NamedTuple):
 
 @dataclass
 class Tokens(Kind):
-    """Token ids as int64 (T,), and the number of the document that each belongs to within its row as int64
-    (T,), -1 for padding.
+    """Token ids and, for each, the number of its document in the row; both int64 (T,), padding is -1.
 
     Args:
-        length: T, tokens a row.
+        length: T, tokens of a row.
         vocabulary: number of token ids; None takes any.
     """
 
@@ -48,7 +47,7 @@ class Tokens(Kind):
     _layouts: dict[tuple[str, int], _Rows] = field(default_factory=dict, repr=False)
 
     def read(self, split: Split, samples: Sequence[int]) -> list[RawSample]:
-        """Two short reads a row, once the layout of its member is known."""
+        """Read each row by two short requests, once the layout of its member is known."""
         found: list[RawSample] = []
         requests, types = [], []
         for sample in samples:
@@ -68,24 +67,22 @@ class Tokens(Kind):
         return found
 
     def inspect(self, sample: RawSample) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents of a row, as stored: padding is document PADDING."""
+        """Return the tokens and documents of a row as stored; padding is document PADDING."""
         tokens, documents = sample["tokens"], sample["documents"]
         if self.vocabulary is not None and tokens.max() >= self.vocabulary:
             raise BadSample(f"token {tokens.max()} is outside the vocabulary of {self.vocabulary}")
         if (documents[1:] < documents[:-1]).any():
             raise BadSample("the document numbers of a row must not fall")
         if documents[-1] > PADDING:
-            raise BadSample(f"document number {documents[-1]} is above {PADDING}, which stands for padding")
+            raise BadSample(f"document number {documents[-1]} is above {PADDING}, the number of padding")
         return tokens, documents
 
     def train(self, sample: RawSample, epoch: int) -> dict[str, Tensor]:
-        """Without augmentation."""
+        """Return the row without augmentation."""
         return self.evaluate(sample)
 
     def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
-        """All rows in one array: checking and widening them one by one would take longer than reading
-        them.
-        """
+        """Return all rows in one array: checking them one by one would take longer than reading them."""
         tokens, documents = (
             np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1)
             for name in ("tokens", "documents")
@@ -97,31 +94,30 @@ class Tokens(Kind):
         last = documents[:, -1]
         if last.max() > PADDING:
             return None
-        both = np.stack([tokens, documents], dtype=np.int64)  # in one piece, which is how a worker sends it
+        both = np.stack([tokens, documents], dtype=np.int64)  # in one piece, as a worker sends it
         for row in np.flatnonzero(last == PADDING):  # padding is at the end of a row, as numbers do not fall
             both[1, row, np.searchsorted(documents[row], PADDING) :] = -1
         tensor = torch.from_numpy(both)
         return {"tokens": tensor[0], "documents": tensor[1]}
 
     def evaluate(self, sample: RawSample) -> dict[str, Tensor]:
-        """Both as int64, padding as document -1."""
+        """Return tokens and documents as int64, with padding as document -1."""
         tokens, documents = (array.astype(np.int64) for array in self.inspect(sample))
         documents[np.searchsorted(documents, PADDING) :] = -1
         return {"tokens": torch.from_numpy(tokens), "documents": torch.from_numpy(documents)}
 
     def padding(self) -> dict[str, Tensor]:
-        """Token 0, one document."""
+        """Return a row of token 0 in one document."""
         zeros = torch.zeros(self.length, dtype=torch.int64)
         return {"tokens": zeros, "documents": zeros}
 
     def check(self, index: ShardIndex, address: str) -> None:
         """Refuse anything but tokens in rows of `length`."""
         if index.kind != "tokens":
-            raise DataError(f"{address} holds {index.kind}; tokens are needed")
+            raise DataError(address, f"it holds {index.kind}; tokens are needed")
         if index.length != self.length:
             raise DataError(
-                f"{address} holds {index.kind} of length {index.length}; tokens of length "
-                f"{self.length} are needed"
+                address, f"its rows have length {index.length}; tokens of length {self.length} are needed"
             )
 
     def _rows(self, split: Split, shard: int, row: int) -> _Rows:
@@ -146,8 +142,9 @@ class Tokens(Kind):
         )
         if tokens.shape != (stop - first, self.length):
             raise DataError(
-                f"{address}: the tokens at byte {start} are {tokens.shape}; ({stop - first}, "
-                f"{self.length}) are needed: index it again"
+                address,
+                f"the tokens at byte {start} are {tokens.shape}; ({stop - first}, {self.length}) are needed: "
+                "index it again",
             )
         return _Rows(
             first, *((column.start, column.row_bytes, column.dtype) for column in (tokens, documents))

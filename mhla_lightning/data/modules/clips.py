@@ -12,7 +12,7 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import Clips
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.modules.options import ClipConfig, OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.options import CLIPS, ORDER, READING, ClipConfig, OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.text import TextConditioned
 from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
 from mhla_lightning.data.prepare.sources.films import NAME
@@ -46,10 +46,10 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         micro_batch_size: int | None = None,
         epochs: float | None = None,
         source: str | None = None,
-        clips: ClipConfig = ClipConfig(),
+        clips: ClipConfig = CLIPS,
         mix: list[DataSource] | None = None,
-        order: OrderConfig = OrderConfig(),
-        reading: ReadingConfig = ReadingConfig(),
+        order: OrderConfig = ORDER,
+        reading: ReadingConfig = READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
@@ -110,7 +110,8 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         if self.source is not None and self._clip != self._options.clips[0]:
             raise UserError(
                 "clips",
-                f"the clips of `data.source` are to be {self._options.clips[0]}, and those in {self.path} are "
+                f"the clips of `data.source` are to be {self._options.clips[0]}, and those in {self.path} "
+                "are "
                 f"{self._clip}: remove them, or set another `data.path`",
             )
 

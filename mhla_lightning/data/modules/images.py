@@ -12,9 +12,11 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
 from mhla_lightning.data.kinds import Images
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.options import ORDER, OrderConfig, ReadingConfig
 from mhla_lightning.data.transforms import Augmentation, image_hw
 from mhla_lightning.errors import DataError
+
+_READING = ReadingConfig(num_workers=4)
 
 
 class ImageDataModule(ShardDataModule):
@@ -38,8 +40,8 @@ class ImageDataModule(ShardDataModule):
         augmentation: Augmentation | None = None,
         source: str | None = None,
         mix: list[DataSource] | None = None,
-        order: OrderConfig = OrderConfig(),
-        reading: ReadingConfig = ReadingConfig(num_workers=4),
+        order: OrderConfig = ORDER,
+        reading: ReadingConfig = _READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)

@@ -13,7 +13,7 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import EMPTY_TEXT, INDEX_NAME, SPLITS, VAE, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds import Latents
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.options import ORDER, READING, OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.text import TextConditioned
 from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.split import Split
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 WAN_RATE = 16.0  # frames a second, where the index has none
 _EMPTY_BYTES = 2**28
-_REMEDY = "data sets that are used together need one VAE, and one shape of latents unless `data.order.mix_by` is batch"
+_REMEDY = (
+    "data sets that are used together need one VAE, and one shape of latents unless "
+    "`data.order.mix_by` is batch"
+)
 
 
 class LatentDataModule(TextConditioned, ShardDataModule):
@@ -55,8 +58,8 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         video: bool = False,
         text_encoder: TextEncoding | None = None,
         mix: list[DataSource] | None = None,
-        order: OrderConfig = OrderConfig(),
-        reading: ReadingConfig = ReadingConfig(),
+        order: OrderConfig = ORDER,
+        reading: ReadingConfig = READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)

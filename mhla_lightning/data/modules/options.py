@@ -123,3 +123,7 @@ def _demand_least(section: str, values: dict[str, tuple[int, int]]) -> None:
     for name, (value, least) in values.items():
         if value < least:
             raise UserError(f"{section}.{name}", f"{value} is too small; it must be at least {least}")
+
+
+# Defaults of the data modules.
+ORDER, READING, TEXT, CLIPS = OrderConfig(), ReadingConfig(), TextConfig(), ClipConfig()

@@ -10,11 +10,13 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
 from mhla_lightning.data.kinds import Tokens
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig, TextConfig
+from mhla_lightning.data.modules.options import ORDER, TEXT, OrderConfig, ReadingConfig, TextConfig
 from mhla_lightning.data.prepare.sources import mqar
 from mhla_lightning.data.prepare.text.tokenize import LENGTH, VAL, TextOptions
 from mhla_lightning.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer, same_tokenizer
 from mhla_lightning.errors import DataError, UserError, inside
+
+_READING = ReadingConfig(num_workers=1)
 
 
 class TokenDataModule(ShardDataModule):
@@ -37,10 +39,10 @@ class TokenDataModule(ShardDataModule):
         epochs: float | None = None,
         vocabulary: int | None = None,
         source: str | None = None,
-        text: TextConfig = TextConfig(),
+        text: TextConfig = TEXT,
         mix: list[DataSource] | None = None,
-        order: OrderConfig = OrderConfig(),
-        reading: ReadingConfig = ReadingConfig(num_workers=1),
+        order: OrderConfig = ORDER,
+        reading: ReadingConfig = _READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)

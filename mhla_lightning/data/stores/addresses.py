@@ -76,7 +76,8 @@ def check_name(name: str) -> str:
     if any(part in ("", ".", "..") for part in segments) or set(name) & set("\\:|\0\n\r\t"):
         raise UserError(
             repr(name),
-            "it is no plain relative file name: it may not be absolute, climb with '..' or hold any of \\ : |",
+            "it is no plain relative file name: it may not be absolute, climb with '..' or hold any of \\ "
+            ": |",
         )
     return name
 

@@ -23,28 +23,29 @@ from mhla_lightning.data.stores.retry import NoRanges
 from mhla_lightning.errors import DataError
 
 logger = logging.getLogger(__name__)
-DOWNLOADS = 3  # of a shard whose bytes come out wrong; other mishaps are the inner store's to retry
-_TOUCH_EVERY = (
-    10.0  # seconds; coarse enough to cost nothing, fine enough for the cache's "used in the last minute"
-)
-WAIT_BYTES = (
-    64 * 2**20
-)  # for a shard up to here a reader waits; a larger one is read in parts until it has come in the background
-_LATER = 60.0  # seconds before a shard that found no room, or a fetcher that did not finish, is tried again
+DOWNLOADS = 3  # of a shard with wrong bytes; the inner store retries other failures
+# Seconds; coarse enough to cost nothing, fine enough for the cache's "used in the last minute".
+_TOUCH_EVERY = 10.0
+# A reader waits for a shard up to this size. A larger one is read in parts while it is downloaded.
+WAIT_BYTES = 64 * 2**20
+_LATER = 60.0  # seconds until a shard is tried again that found no room or whose download did not end
 
 
 class CachedStore(Store):
-    """Another store whose shards are fetched whole, once a node, and compared with the index before anybody
-    reads them there.
+    """A store in front of another one: shards are downloaded whole, once a node, and checked before use.
 
-    A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until they have come
-    in the background: an epoch begins in dozens of shards at once, and training would wait for all of them.
+    A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until their download
+    ends: an epoch begins in dozens of shards at once, and training would wait for all of them. When the
+    folder cannot be written, is full, or is too small for a shard, one warning follows and `inner` is read
+    directly.
 
-    files: shard name -> (sha256 as 64 hex digits, bytes), from the index; other names go straight to `inner`.
-    folder: made when missing; shared by processes, runs and data sets. max_bytes: its bound.
-    patience: seconds to wait for another process that fetches a shard and shows no progress.
-    When the folder cannot be written, is full, or a shard is larger than it may become: one warning, then
-    `inner` is read directly.
+    Args:
+        inner: the store behind.
+        files: shard name -> (sha256 as 64 hex digits, bytes), from the index; other names are read from
+            `inner`.
+        folder: of the cache; made when missing; shared by processes, runs and data sets.
+        max_bytes: largest size of the folder.
+        patience: seconds to wait for another process that downloads a shard without progress.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class CachedStore(Store):
         for name, (sha256, _) in files.items():
             if not re.fullmatch("[0-9a-f]{64}", sha256):
                 raise DataError(
-                    f"the index gives {inner.address(name)} the sha256 {sha256!r}, which is not 64 "
-                    "hex digits: pack the data again"
+                    inner.address(name),
+                    f"its sha256 in the index is {sha256!r}, not 64 hex digits: pack the data again",
                 )
         self.url = inner.url
         self._inner = inner
@@ -70,18 +71,15 @@ class CachedStore(Store):
         self._warned_size = False
         self._patience, self._wait_bytes = patience, float(WAIT_BYTES)
         self._fetchers: dict[int, Fetcher] = {}  # by process id: threads do not survive a fork
-        self._not_before: dict[
-            str, float
-        ] = {}  # shard name -> time.monotonic() of the next attempt to cache it
+        # Shard name -> time.monotonic() of the next attempt to cache it.
+        self._not_before: dict[str, float] = {}
         self._touched: dict[str, float] = {}
 
     def address(self, name: str) -> str:
         return self._inner.address(name)
 
     def size(self, name: str) -> int | None:
-        """As Store.size, asked of the original: a shard in the cache does not show that its source is
-        whole.
-        """
+        """Return the size in the inner store: a cached shard does not prove that its source is complete."""
         return self._inner.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -116,23 +114,21 @@ class CachedStore(Store):
         return f"{self._files[name][0]}.tar"
 
     def _is_there(self, name: str) -> bool:
-        """Whether the shard lies in the cache with its size (it is left open then), and note that it is in
-        use.
-        """
+        """Return whether the shard is in the cache with its size; then keep it open and mark it as used."""
         if not self._local.hold(self._file(name), self._files[name][1]):
             return False
         now = time.monotonic()
         if now - self._touched.get(name, -_TOUCH_EVERY) >= _TOUCH_EVERY:
             self._touched[name] = now
-            with contextlib.suppress(
-                OSError
-            ):  # removed meanwhile, or a folder that may only be read: we have it open
+            # It may have been removed meanwhile, or the folder is read-only; the file is open here.
+            with contextlib.suppress(OSError):
                 os.utime(self._folder.folder / self._file(name))
         return True
 
     def _fetched(self, name: str) -> bool:
-        """Whether the shard is in the cache, fetching it when it is not. Raises DataError when it cannot
-        be had as the index says.
+        """Return whether the shard is in the cache, after an attempt to download it.
+
+        Raises DataError when its bytes differ from the index.
         """
         if name not in self._files:
             return False
@@ -167,9 +163,7 @@ class CachedStore(Store):
         return self._fetchers[process]
 
     def _fetch_now(self, name: str) -> bool:
-        """Fetch a shard, whatever its size; False: there is no room, or no cache any more. Raises
-        DataError.
-        """
+        """Download a shard of any size; return False without room or cache. Raises DataError."""
         try:
             self._folder.folder.mkdir(parents=True, exist_ok=True)
             fetched = self._fetch(name)
@@ -194,7 +188,7 @@ class CachedStore(Store):
         if size > bound and not self._warned_size:
             self._warned_size = True
             logger.warning(
-                "%s has %d bytes, more than data.remote.cache_bytes (%d): read directly",
+                "%s has %d bytes, more than data.reading.remote.cache_bytes (%d): read directly",
                 self.address(name),
                 size,
                 bound,
@@ -202,8 +196,9 @@ class CachedStore(Store):
         return size <= bound
 
     def _fetch(self, name: str) -> bool:
-        """Fetch a shard, or wait for the process that does; False: no room or no lock. Raises OSError (the
-        cache) and DataError (the source).
+        """Download a shard, or wait for the process that does; return False without room or lock.
+
+        Raises OSError for the cache, DataError for the source.
         """
         sha256, size = self._files[name]
         with self._folder.lock(sha256) as held:
@@ -231,20 +226,20 @@ class CachedStore(Store):
                     found[1],
                 )
         raise DataError(
-            f"{self.address(name)} has sha256 {found[0][:12]}... and {found[1]} bytes, but the index "
-            f"says {sha256[:12]}... and {size}, "
-            f"after {DOWNLOADS} downloads: its bytes changed; copy it again"
+            self.address(name),
+            f"after {DOWNLOADS} downloads, its sha256 is {found[0][:12]}... with {found[1]} bytes, but "
+            f"{sha256[:12]}... with {size} in the index: its bytes changed; copy it again",
         )
 
     def _download(self, name: str, temporary: Path) -> tuple[str, int]:
-        """Write a shard's bytes to `temporary` and to the disk; their sha256 and number."""
+        """Write a shard's bytes to `temporary` and to the disk; return their sha256 and number."""
         with _DownloadSink(temporary) as sink:
             self._inner.copy(name, self._files[name][1], sink)
             return sink.finish()
 
 
 class _DownloadSink:
-    """A base.Sink: a file over an existing one, hashed while it is written."""
+    """A base.Sink that overwrites an existing file and hashes the bytes."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -272,9 +267,7 @@ class _DownloadSink:
         self._written = 0
 
     def finish(self) -> tuple[str, int]:
-        """sha256 and number of the bytes written, which are on the disk now."""
-        os.ftruncate(
-            self._descriptor, self._written
-        )  # the file may have been longer: its size was a reservation
+        """Flush to the disk, and return the sha256 and the number of bytes written."""
+        os.ftruncate(self._descriptor, self._written)  # its size was a reservation and may be larger
         os.fsync(self._descriptor)
         return self._hash.hexdigest(), self._written

@@ -1,10 +1,10 @@
-"""A folder of whole shards that the processes of a node share: names, locks, room. Knows files and sizes,
-nothing of stores.
+"""A folder of whole shards that the processes of a node share: names, locks, room.
 
-<sha256>.tar         a shard, complete: it got this name after its bytes were compared with the index
-<sha256>.<uuid>.tmp  a shard on its way, as long as the shard will be, so that its room is taken
-<sha256>.lock        flocked by the one process that fetches this shard; never removed, for a lock on a
-removed file keeps nobody out room.lock            flocked while room is made
+<sha256>.tar         a complete shard: it gets this name after its bytes were compared with the index
+<sha256>.<uuid>.tmp  a shard during its download, at its full size, so that its room is reserved
+<sha256>.lock        locked by the process that downloads this shard; never removed, because a lock on a
+                     removed file excludes nobody
+room.lock            locked while room is made
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-_IN_USE = 60.0  # seconds: what was used more recently is removed last
+_IN_USE = 60.0  # seconds; shards that were used more recently are removed last
 _ABANDONED = 86_400.0  # seconds
 _POLL = 0.1  # seconds
 
 
 class CacheFolder:
-    """Shards by the sha256 of their content, in at most `max_bytes`. patience: seconds to wait for another
-    process that shows no progress.
+    """Shards by the sha256 of their content.
+
+    Args:
+        folder: shared by the processes of a node.
+        max_bytes: largest size of all shards.
+        patience: seconds to wait for another process without progress.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, patience: float) -> None:
@@ -36,8 +40,9 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[bool]:
-        """Hold NAME.lock. Yields False without it when whoever holds it wrote nothing for `patience`
-        seconds. Raises OSError.
+        """Hold NAME.lock, and yield True; yield False when its holder wrote nothing for `patience` seconds.
+
+        Raises OSError.
         """
         descriptor = os.open(self.folder / f"{name}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -45,19 +50,17 @@ class CacheFolder:
             try:
                 yield held
             finally:
-                # said aloud, because a child forked meanwhile holds the same lock through its copy of the
-                # descriptor
+                # Unlock explicitly: a child forked meanwhile holds the lock by its copy of the descriptor.
                 if held:
                     fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
     def reserve(self, sha256: str, size: int) -> Path | None:
-        """A new temporary file of `size` bytes (a hole, still unwritten) after making room for it; None when
-        there is no room to make.
+        """Make room for `size` bytes, and return a new sparse temporary file of that size; None without room.
 
-        The caller holds the shard's lock, so that any other temporary file of this shard is of a process that
-        is gone. Raises OSError.
+        The caller holds the shard's lock, so any other temporary file of this shard belongs to a process that
+        has ended. Raises OSError.
         """
         with self.lock("room") as held:
             if not held:
@@ -81,14 +84,14 @@ class CacheFolder:
             if (now := self._progress(name)) != seen:
                 seen, since = now, time.monotonic()
         logger.warning(
-            "%s: another process has held it for %.0f s without progress; going on without it",
+            "%s: another process has held it for %.0f s without progress; continuing without it",
             self.folder / name,
             self.patience,
         )
         return False
 
     def _progress(self, name: str) -> list[tuple[str, int]]:
-        """Whatever changes while somebody fetches `name`: its temporary files and when they were written."""
+        """Return the temporary files of `name` with their write times, which change during a download."""
         found = []
         for path in self.folder.glob(f"{name}.*.tmp"):
             with contextlib.suppress(FileNotFoundError):
@@ -96,8 +99,9 @@ class CacheFolder:
         return sorted(found)
 
     def _leftovers(self, own: str) -> Iterator[Path]:
-        """Temporary files of processes that are gone: of the shard whose lock the caller holds, of shards
-        nobody has locked, and very old ones.
+        """Yield temporary files of processes that have ended.
+
+        These are of the shard `own`, whose lock the caller holds, of shards without a lock, and very old.
         """
         for path in self.folder.glob("*.tmp"):
             sha256 = path.name.split(".")[0]
@@ -116,8 +120,9 @@ class CacheFolder:
             os.close(descriptor)
 
     def _make_room(self, size: int) -> bool:
-        """Remove shards, least recently used first, until `size` more bytes fit. Open files stay readable
-        for those who opened them.
+        """Remove shards, least recently used first, until `size` more bytes fit.
+
+        Processes that have a removed file open can still read it.
         """
         shards = []
         total = size
@@ -127,16 +132,15 @@ class CacheFolder:
                     status = path.stat()
                     total += status.st_size
                     shards += [(status.st_mtime, status.st_size, path)] if path.suffix == ".tar" else []
-        shards.sort(
-            key=lambda shard: shard[0]
-        )  # so those used in the last minute come last, and go only when nothing else is left
+        # Shards used in the last minute come last, and are removed only when nothing else is left.
+        shards.sort(key=lambda shard: shard[0])
         recent = time.time() - _IN_USE
         for used, bytes_, path in shards:
             if total <= self.max_bytes:
                 break
             if used > recent:
                 logger.info(
-                    "%s is removed although it was used in the last minute: data.remote.cache_bytes "
+                    "%s is removed although it was used in the last minute: data.reading.remote.cache_bytes "
                     "is small for this work",
                     path,
                 )

@@ -1,8 +1,8 @@
 """Single requests over HTTP by aiohttp, without retries; errors become a Failure.
 
-HTTP does not use fsspec. Its HTTP file system hides the status, so that a server that ignores Range is misread.
-It also reports every error of a size request as "file not found", lets aiohttp decompress bodies, and ignores
-the proxy variables of the environment.
+HTTP does not use fsspec. Its HTTP file system hides the status, so that a server that ignores Range is
+misread. It also reports every error of a size request as "file not found", lets aiohttp decompress bodies,
+and ignores the proxy variables of the environment.
 """
 
 from __future__ import annotations

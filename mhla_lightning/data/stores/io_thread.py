@@ -1,9 +1,9 @@
 """An event loop on its own thread, for one client in one process.
 
 fsspec's own loop is not used. A forked child inherits the loop's epoll descriptor, so closing an inherited
-session there takes the sockets out of the parent's poll set. fsspec closes sessions from finalizers, which run
-wherever garbage is collected. Here the process that made a connection closes it, on its own loop. Any other
-process keeps it, untouched, until it ends.
+session there takes the sockets out of the parent's poll set. fsspec closes sessions from finalizers, which
+run wherever garbage is collected. Here the process that made a connection closes it, on its own loop. Any
+other process keeps it, untouched, until it ends.
 
 A thread that has used OpenSSL takes a lock of OpenSSL when it ends. A process that forks at that moment gives
 its child a lock that is held forever, and the child hangs at its first TLS context. So close() returns only

@@ -19,8 +19,9 @@ OPEN_FILES = 64
 
 
 def _open_regular(path: str | Path) -> int:
-    """Open a file for reading; raises OSError for a pipe or a device, on which a plain open or read would
-    wait for somebody to write.
+    """Open a regular file for reading.
+
+    Raises OSError for a pipe or a device, where a plain open would wait for a writer.
     """
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -30,33 +31,32 @@ def _open_regular(path: str | Path) -> int:
 
 
 class _Descriptor:
-    """An open file: closed when the last one who reads from it lets go, so that a thread never reads from
-    a number that means another file.
+    """An open file, closed with its last reference.
+
+    So a thread never reads from a descriptor number that was given to another file.
     """
 
     def __init__(self, path: Path) -> None:
         self.number = _open_regular(path)
 
     def size(self) -> int:
-        # here, where `self` keeps it open: a number alone may be closed by another thread before fstat sees
-        # it
+        # `self` keeps the file open during fstat; another thread could close a bare number.
         return os.fstat(self.number).st_size
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # when the interpreter ends, `os` may be gone first
+    # A default argument, because `os` may be deleted first at the end of the interpreter.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "number"):
             close(self.number)
 
 
 class LocalStore(Store):
-    """A local folder, read with pread; the 64 files used last stay open."""
+    """A local folder, read with pread; the 64 most recently used files stay open."""
 
     def __init__(self, folder: str | Path) -> None:
         self.url = str(folder)
         self._folder = Path(folder)
-        # No lock guards this: single operations of an OrderedDict are atomic, and a lock held while the
-        # process forks would stay locked in the child.
+        # Without a lock: single operations of an OrderedDict are atomic, and a lock held during a fork would
+        # stay locked in the child.
         self._open_files: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,8 +79,7 @@ class LocalStore(Store):
         try:
             data = self._read(name, start, stop)
             if stop is not None and len(data) < stop - start:
-                # The descriptor may be of a file that has been replaced meanwhile: look at the name again
-                # before calling it cut.
+                # The file may have been replaced since it was opened: open it again before reporting a cut.
                 self._open_files.pop(name, None)
                 data = self._read(name, start, stop)
         except OSError as error:
@@ -88,15 +87,13 @@ class LocalStore(Store):
         if stop is not None and len(data) < stop - start:
             end = start + len(data) if data else min(start, self.size(name) or 0)
             raise DataError(
-                f"{self.address(name)} ends at byte {end}, before byte {stop}: it was cut; copy it again"
+                self.address(name), f"it ends at byte {end}, before byte {stop}: it was cut; copy it again"
             )
         return data
 
     def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """One system call a request; whatever does not come whole is left to `read`, which knows what to
-        say.
-        """
-        held: dict[str, _Descriptor] = {}  # looked up once; and nobody closes them meanwhile
+        """Read with one system call a request; `read` repeats and reports incomplete ones."""
+        held: dict[str, _Descriptor] = {}  # keeps each file open for all its requests
         found = []
         for name, start, stop in requests:
             try:
@@ -115,8 +112,9 @@ class LocalStore(Store):
             raise self._unreadable(name, error) from error
 
     def hold(self, name: str, size: int) -> bool:
-        """Whether the file is there with `size` bytes. It is left open: it can be read even when its name
-        is removed right after. Raises OSError.
+        """Return whether the file exists with `size` bytes, and keep it open.
+
+        So it can be read even when its name is removed afterwards. Raises OSError.
         """
         try:
             if self._descriptor(name).size() == size:
@@ -152,7 +150,6 @@ class LocalStore(Store):
 
     def _unreadable(self, name: str, error: OSError) -> DataError:
         if isinstance(error, FileNotFoundError):
-            return DataError(f"{self.address(name)} is missing: copy it again or pack the data again")
-        return DataError(
-            f"{self.address(name)} cannot be read ({error.strerror or error}): check the disk and the rights"
-        )
+            return DataError(self.address(name), "the file is missing: copy it again or pack the data again")
+        reason = f"it cannot be read ({error.strerror or error}): check the disk and the rights"
+        return DataError(self.address(name), reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -26,19 +28,24 @@ class ObjectClient:
         remote: whose timeout counts.
         fs: an asynchronous fsspec file system.
         errors: exceptions of its requests, beside OSError and those of aiohttp.
+        session: returns the open session of `fs`; raises RuntimeError before the first request.
     """
 
     def __init__(
-        self, address: Address, remote: Remote, fs: Any, errors: tuple[type[Exception], ...]
+        self,
+        address: Address,
+        remote: Remote,
+        fs: Any,
+        errors: tuple[type[Exception], ...],
+        session: Callable[[], Any],
     ) -> None:
         self._address = address
         self._timeout = remote.timeout
         self._fs = fs
-        self._connected = False
+        self._session = session
         self._errors: tuple[type[Exception], ...] = (OSError, ValueError, aiohttp.ClientError, *errors)
 
     async def size(self, name: str) -> int | None:
-        self._connected = True
         try:
             info = await self._fs._info(self._address.key(name))
         except FileNotFoundError:
@@ -49,7 +56,6 @@ class ObjectClient:
         return int(info["size"]) if info["type"] == "file" else None
 
     async def read(self, name: str, start: int, stop: int) -> bytes:
-        self._connected = True
         try:
             data: bytes = await self._fs._cat_file(self._address.key(name), start=start, end=stop)
         except self._errors as error:
@@ -59,8 +65,8 @@ class ObjectClient:
         return data
 
     async def close(self) -> None:
-        if self._connected:
-            await (await self._fs.set_session()).close()
+        with contextlib.suppress(RuntimeError):  # there was no request, so there is no session
+            await self._session().close()
 
 
 def s3_client(address: Address, remote: Remote) -> ObjectClient:
@@ -82,7 +88,7 @@ def s3_client(address: Address, remote: Remote) -> ObjectClient:
         skip_instance_cache=True,
     )
     fs.retries = 1
-    return ObjectClient(address, remote, fs, (BotoCoreError, ClientError))
+    return ObjectClient(address, remote, fs, (BotoCoreError, ClientError), lambda: fs.s3)
 
 
 def gs_client(address: Address, remote: Remote) -> ObjectClient:
@@ -106,7 +112,7 @@ def gs_client(address: Address, remote: Remote) -> ObjectClient:
         raise UserError(
             address.shown(), f"it cannot be read: no Google credentials ({plain(str(error))}); {_LOGIN}"
         ) from error
-    return ObjectClient(address, remote, fs, (ChecksumError, HttpError, GoogleAuthError))
+    return ObjectClient(address, remote, fs, (ChecksumError, HttpError, GoogleAuthError), lambda: fs.session)
 
 
 def _failure(error: Exception, timeout: float) -> Failure:

@@ -15,7 +15,10 @@ from mhla_lightning.errors import DataError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-ADVICE = "check the network and the server, or raise `data.reading.remote.retries` or `data.reading.remote.timeout`"
+ADVICE = (
+    "check the network and the server, or raise `data.reading.remote.retries` or "
+    "`data.reading.remote.timeout`"
+)
 
 
 class Failure(Exception):

@@ -1,4 +1,4 @@
-"""What every tokenizer gives, the one of bytes, and text that comes out while ids are still arriving."""
+"""The interface of tokenizers, the tokenizer of bytes, and text from a stream of ids."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
-        name: what an index says of it; names the content, too, where there is a file.
+        name: as in an index; with a file, it includes a hash of the content.
         vocabulary: number of ids.
-        end: the id that ends a document; None when there is none.
-        pieces: the UTF-8 bytes that each id stands for; none for special tokens.
-        files: what has to be kept to open it again, by file name.
+        end: id that ends a document; None when there is none.
+        pieces: UTF-8 bytes of each id; empty for special tokens.
+        files: content of the files that open it again, by file name.
     """
 
     name: str
@@ -34,33 +34,36 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens: what looks like one in the text is text."""
+        """Return the ids of a text; a special token in the text counts as text."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts."""
+        """Return the ids of several texts."""
         return [self.encode(text) for text in texts]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text as an array of integers, (tokens,)."""
+        """Return the ids of a text as an array of integers, (tokens,)."""
         return np.array(self.encode(text), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give none, bytes that are no UTF-8 the replacement character.
-        Raises UserError for an id that is none.
+        """Return the text of ids, without special tokens. Raises UserError for an unknown id.
+
+        Bytes that are no UTF-8 become the replacement character.
         """
         return self.bytes_of(ids).decode(errors="replace")
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ids, one after the other. Raises UserError for an id that is none."""
+        """Return the concatenated bytes of ids. Raises UserError for an unknown id."""
         numbers = [int(number) for number in ids]
         outside = next((number for number in numbers if not 0 <= number < self.vocabulary), None)
         if outside is not None:
-            raise UserError(f"token {outside} is outside the vocabulary of {self.vocabulary} of {self.name}")
+            raise UserError(
+                "ids", f"token {outside} is outside the vocabulary of {self.vocabulary} of {self.name}"
+            )
         return b"".join([self.pieces[number] for number in numbers])
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int64 (vocabulary,): 0 for special tokens."""
+        """Number of UTF-8 bytes of each id, int64 (vocabulary,); 0 for special tokens."""
         return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
     def save(self, folder: str | Path) -> None:
@@ -70,7 +73,7 @@ class Tokenizer(ABC):
                 Path(folder, name).write_bytes(content)
             except OSError as error:
                 raise UserError(
-                    f"{Path(folder, name)} cannot be written ({error.strerror or error})"
+                    str(Path(folder, name)), f"it cannot be written ({error.strerror or error})"
                 ) from error
 
 
@@ -83,19 +86,19 @@ class ByteTokenizer(Tokenizer):
         self.files = {}
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of a text."""
+        """Return the bytes of a text."""
         return list(text.encode())
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The bytes of a text, uint8 (bytes,)."""
+        """Return the bytes of a text, uint8 (bytes,)."""
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 class TextStream:
-    """Printable text as ids arrive: a character comes when its last byte has come, never half of it.
+    """Text from a stream of ids; each character appears whole, with its last byte.
 
-    The pieces together are `tokenizer.decode` of all ids, but for a space that sentencepiece puts before the
-    first word of a text: in the middle of a text, where a stream begins, it is a real one.
+    The pieces together equal `tokenizer.decode` of all ids, except for a space that sentencepiece puts before
+    the first word of a text. A stream begins in the middle of a text, where this space is real.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -103,13 +106,11 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, *ids: int) -> str:
-        """The text that these ids complete, perhaps none. Raises UserError for an id that is none."""
+        """Return the text that these ids complete, perhaps empty. Raises UserError for an unknown id."""
         return self._decoder.decode(self._tokenizer.bytes_of(ids))
 
     def finish(self) -> str:
-        """What is left: a replacement character for a character that never became whole. The stream may be
-        used anew.
-        """
+        """Return the rest: a replacement character for an incomplete character. Resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

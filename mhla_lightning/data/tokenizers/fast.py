@@ -1,6 +1,4 @@
-"""A tokenizer.json, read by the package tokenizers: byte-level BPE (GPT-2 and its kin), and what
-sentencepiece makes.
-"""
+"""Tokenizers from a tokenizer.json: byte-level BPE (GPT-2 and similar) and sentencepiece."""
 
 from __future__ import annotations
 
@@ -16,47 +14,42 @@ from mhla_lightning.data.tokenizers.base import Tokenizer
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
-END_TOKENS = (
-    "<|endoftext|>",
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<|im_end|>",
-    "[EOS]",
-)  # looked for in this order where no config names one
+# Candidates in this order, where no config names one.
+END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class FastTokenizer(Tokenizer):
-    """What a tokenizer.json describes.
+    """The tokenizer of a tokenizer.json, run by the package tokenizers.
 
     Args:
-        content: the bytes of tokenizer.json.
-        label: the first word of its name; its content's sha256 is the second.
-        address: what messages call the file.
-        config: the bytes of the tokenizer_config.json beside it, for its eos_token; None looks for the usual
-            ones.
+        content: bytes of tokenizer.json.
+        label: first word of its name; the sha256 of its content is the second.
+        address: of the file, for messages.
+        config: bytes of the tokenizer_config.json beside it, for its eos_token; None tries the usual tokens.
 
     Raises:
         UserError: the package tokenizers is not installed.
-        DataError: no tokenizer.json, or one whose ids do not stand for fixed bytes (WordPiece, for example).
+        DataError: no tokenizer.json, or one whose ids have no fixed bytes (WordPiece, for example).
     """
 
     def __init__(self, content: bytes, label: str, address: str, config: bytes | None = None) -> None:
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(missing_extra("tokenizers", "language", f"the tokenizer {address}")) from error
+            raise UserError(
+                None, missing_extra("tokenizers", "language", f"the tokenizer {address}")
+            ) from error
         try:
             described = json.loads(content)
             self._core = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001  the package raises bare Exceptions
             raise DataError(
-                f"{address} is no tokenizer.json that can be read ({' '.join(str(error).split())[:200]})"
+                address, f"it is no tokenizer.json that can be read ({' '.join(str(error).split())[:200]})"
             ) from error
         self._core.no_truncation()
         self._core.no_padding()
-        self._core.encode_special_tokens = True  # a document that quotes <|endoftext|> does not end there
+        self._core.encode_special_tokens = True  # <|endoftext|> inside a document is text
         self.name = f"{label} sha256:{hashlib.sha256(content).hexdigest()[:16]}"
         vocabulary = self._core.get_vocab(with_added_tokens=True)
         self.vocabulary = max(vocabulary.values(), default=-1) + 1
@@ -70,22 +63,21 @@ class FastTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         return list(self._core.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of several texts, on all cores."""
+        """Return the ids of several texts, computed on all cores."""
         return [found.ids for found in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text, int64 (tokens,)."""
-        (found,) = self._core.encode_batch_fast(
-            [text], add_special_tokens=False
-        )  # the one that keeps no offsets
+        """Return the ids of a text, int64 (tokens,)."""
+        # encode_batch_fast keeps no offsets.
+        (found,) = self._core.encode_batch_fast([text], add_special_tokens=False)
         return np.array(found.ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without the space that encoding put before it."""
+        """Return the text of ids, without the space that encoding put before it."""
         text = super().decode(ids)
         return text.removeprefix(" ") if self._adds_space else text
 
@@ -103,7 +95,7 @@ class FastTokenizer(Tokenizer):
 
 
 def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], bytes]:
-    """The function from a token of the model to its bytes."""
+    """Return the function from a token of the model to its bytes."""
     decoders = list(_steps(described.get("decoder")))
     if any(step["type"] == "ByteLevel" for step in (*decoders, *_steps(described.get("pre_tokenizer")))):
         return _spell_byte_level
@@ -116,8 +108,8 @@ def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], byte
     if not spaces or not isinstance(spaces[0], str):
         kinds = ", ".join(step["type"] for step in decoders) or "none"
         raise DataError(
-            f"{address} has the decoder {kinds}, by which an id stands for no fixed bytes; "
-            "byte-level BPE or sentencepiece is needed"
+            address,
+            f"its decoder {kinds} gives an id no fixed bytes; byte-level BPE or sentencepiece is needed",
         )
     space = spaces[0]
 
@@ -129,7 +121,7 @@ def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], byte
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder, or those of a sequence."""
+    """Yield a normalizer, pre-tokenizer or decoder, or those of a sequence."""
     if part is None:
         return
     if part["type"] != "Sequence":
@@ -155,13 +147,13 @@ def _end_token(vocabulary: Mapping[str, int], config: bytes | None, address: str
     try:
         named = json.loads(config).get("eos_token") if config is not None else None
     except (ValueError, AttributeError) as error:
-        raise DataError(f"the {CONFIG_NAME} beside {address} is no JSON object ({error})") from error
+        raise DataError(address, f"the {CONFIG_NAME} beside it is no JSON object ({error})") from error
     end = named.get("content") if isinstance(named, dict) else named
     return next((token for token in ((end,) if end is not None else END_TOKENS) if token in vocabulary), None)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    """Return GPT-2's characters for bytes: printable Latin-1 as it is, the others from U+0100 on."""
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in itself]
     return {chr(byte): byte for byte in itself} | {

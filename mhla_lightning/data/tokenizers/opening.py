@@ -1,4 +1,4 @@
-"""Tokenizers by what a user names, and by what an index says."""
+"""Tokenizers by the name that a user gives, or that an index holds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 def open_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer by `bytes`, by a tokenizer.json or a folder that holds one, or by a name on the Hugging
-    Face hub such as gpt2.
+    """Open a tokenizer, without unpickling and without running others' code.
 
-    Nothing is unpickled and no code of others is run: of a name, tokenizer.json and tokenizer_config.json are
-    fetched. Raises UserError.
+    spec: bytes, a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub such as gpt2. Of
+    a name, tokenizer.json and tokenizer_config.json are fetched. Raises UserError.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -40,22 +39,24 @@ def open_tokenizer(spec: str) -> Tokenizer:
         or spec.startswith(".")
     ):
         raise UserError(
-            f"there is no tokenizer {path}: name bytes, a tokenizer.json, a folder that holds one, "
-            "or a Hugging Face name such as gpt2"
+            "tokenizer",
+            f"{path} does not exist; give bytes, a tokenizer.json, a folder that holds one, or a Hugging "
+            "Face "
+            "name such as gpt2",
         )
     return _from_hub(spec)
 
 
 def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = None) -> Tokenizer:
-    """The tokenizer that made the shards below `folder`, a folder or an address that holds train/ and, but
-    for bytes, tokenizer.json.
+    """Open the tokenizer that made the shards below `folder`.
 
-    Raises DataError when the index names none, the file is not there, or it is another than the index says.
+    folder: folder or address that holds train/ and, except for bytes, tokenizer.json. Raises DataError when
+    the index names no tokenizer, the file is missing, or its content differs from the index.
     """
     if index.tokenizer is None:
         raise DataError(
-            f"the index of {folder} names no tokenizer: index it again with 'mhla data index "
-            "--tokenizer NAME'"
+            str(folder),
+            "its index names no tokenizer: index it again with 'mhla data index --tokenizer NAME'",
         )
     if index.tokenizer == "bytes":
         return ByteTokenizer()
@@ -68,21 +69,22 @@ def tokenizer_of(folder: str | Path, index: ShardIndex, remote: Remote | None = 
                 contents[name] = store.read(name, 0, size)
     if FILE_NAME not in contents:
         raise DataError(
-            f"{store.address(FILE_NAME)} is missing, and the tokens were made with "
-            f"{index.tokenizer}: put its tokenizer.json beside train/"
+            store.address(FILE_NAME),
+            f"the file is missing, and the tokens were made with {index.tokenizer}: put its tokenizer.json "
+            "beside train/",
         )
     label, _, identity = index.tokenizer.partition(" sha256:")
     found = FastTokenizer(contents[FILE_NAME], label, store.address(FILE_NAME), contents.get(CONFIG_NAME))
     if identity and found.name != index.tokenizer:
         raise DataError(
-            f"{store.address(FILE_NAME)} is {found.name}, and the tokens were made with "
-            f"{index.tokenizer}: put that one there"
+            store.address(FILE_NAME),
+            f"it is {found.name}, and the tokens were made with {index.tokenizer}: replace it by that one",
         )
     return found
 
 
 def find_tokenizer(folder: str | Path, index: ShardIndex, remote: Remote | None = None) -> Tokenizer | None:
-    """tokenizer_of, or None with a line in the log when it cannot be opened."""
+    """Do tokenizer_of, or return None and log the reason when it cannot be opened."""
     try:
         return tokenizer_of(folder, index, remote)
     except UserError as error:
@@ -91,9 +93,7 @@ def find_tokenizer(folder: str | Path, index: ShardIndex, remote: Remote | None 
 
 
 def same_tokenizer(one: str | None, other: str | None) -> bool:
-    """Whether two names in an index mean the same tokenizer: the same content, whatever its file was
-    called.
-    """
+    """Return whether two names in an index mean the same tokenizer, by its content."""
     return one == other or (
         one is not None
         and other is not None
@@ -106,26 +106,26 @@ def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(
-                f"{path} has {path.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}"
+                str(path), f"it has {path.stat().st_size} bytes; a tokenizer has at most {MAX_FILE_BYTES}"
             )
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise DataError(str(path), f"it cannot be read ({error.strerror})") from error
 
 
 def _from_hub(name: str) -> Tokenizer:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(missing_extra("tokenizers", "language", f"the tokenizer {name}")) from error
+        raise UserError(None, missing_extra("tokenizers", "language", f"the tokenizer {name}")) from error
     try:
         content = Path(huggingface_hub.hf_hub_download(name, FILE_NAME)).read_bytes()
     except Exception as error:  # noqa: BLE001  of three packages' errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the tokenizer {name} is no file here, and its tokenizer.json could not be fetched from "
-            f"the Hugging Face hub ({reason}):"
-            " name bytes or a file, or look at the name and the network"
+            "tokenizer",
+            f"{name} is no file here, and its tokenizer.json could not be fetched from the Hugging Face hub "
+            f"({reason}): give bytes or a file, or check the name and the network",
         ) from error
     try:
         config = Path(huggingface_hub.hf_hub_download(name, CONFIG_NAME)).read_bytes()
