@@ -90,7 +90,7 @@ def recipe_names() -> list[str]:
 
 
 def variants_file(name: str) -> Path:
-    """Find the rows of a comparison, by path or by their name in the package (`recipes/variants/`).
+    """Find the rows of a comparison, by path or by name (`recipes/variants/`).
 
     Raises:
         UserError: there is neither such a file nor such a name.
