@@ -27,8 +27,8 @@ _LOCAL = {"running": "LOCAL", "finished": "FINISHED", "failed": "FAILED", "preem
 def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]:
     """Return one row a run, in the order of `runs`; unknown values are None.
 
-    The keys are those of :func:`_row`. `job_time_left` is as SLURM writes it; `run_time_left` follows from the
-    speed so far.
+    The keys are those of :func:`_row`. `job_time_left` is as SLURM writes it; `run_time_left` follows from
+    the speed so far.
     """
     jobs = {run.run_id: current_job(run) for run in runs}
     known, trouble = _ask(slurm, [job for job in jobs.values() if job is not None])

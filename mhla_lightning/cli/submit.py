@@ -132,7 +132,7 @@ def job_of(name: str, runs: Path) -> str:
     """
     if re.fullmatch(r"\d+(_\d+)?", name):
         return name
-    job = current_job(find_run(name, runs))
+    job = current_job(find_run(name, runs, key="after"))
     if job is None:
         raise UserError("after", f"run {name} was never submitted, so there is no job to wait for")
     return job

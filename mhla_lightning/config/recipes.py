@@ -37,7 +37,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
+        r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?"
+        r"|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
     ),
     list("-+0123456789."),
 )

@@ -179,7 +179,8 @@ def _mistake(name: str, kind: type, value: Any, error: Exception) -> UserError:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """Return the keys in which two resolved recipes differ, as `key old -> new`.
 
-    The text is empty where they agree. Where a recipe runs makes no difference, nor do the strategy and what is saved.
+    The text is empty where they agree. Where a recipe runs makes no difference, nor do the strategy and the
+    checkpoints that are saved.
 
     Args:
         old, new: resolved recipes, with moved keys in their old or their new places.

@@ -1,7 +1,8 @@
 """Arguments of classes, read from their source files without importing them.
 
-Importing torch and Lightning takes seconds. Only plain source is understood: classes, `from x import y`, dataclasses, inheritance. Where a name or a
-signature cannot be read so, the answer is None, and the caller leaves the judgement to the imported class.
+Importing torch and Lightning takes seconds. Only plain source is understood: classes, `from x import y`,
+dataclasses, inheritance. Where a name or a signature cannot be read so, the answer is None, and the caller
+leaves the judgement to the imported class.
 """
 
 from __future__ import annotations

@@ -412,7 +412,7 @@ def _checkpoint(run: RunFolder, options: RunOptions) -> Path:
         return path
     if (path / "trainer.ckpt").is_file():
         raise UserError(str(path), f"the checkpoint is incomplete; take another of {path.parent}")
-    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs)).path)
+    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs), key="ckpt").path)
     if folder is None:
         raise UserError("ckpt", f"run {options.ckpt} has no complete checkpoint")
     return folder
