@@ -1,4 +1,4 @@
-"""The batch script of a recipe on a site, made by pure functions, and the calls of SLURM's commands."""
+"""The batch script of a recipe on a site, by pure functions; and SLURM's commands."""
 
 from __future__ import annotations
 

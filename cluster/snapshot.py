@@ -1,4 +1,4 @@
-"""The state at a submission that a job keeps: the code, its git commit and the installed versions."""
+"""A job's record of its submission: the code, its git commit, the installed versions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit, branch and changed files of the code; None outside a checkout or without git."""
+    """Return commit, branch and changed files of the code; None where git knows none."""
     folder = package_folder()
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:

@@ -1,4 +1,4 @@
-"""The rows of `mhla status`: SLURM's queue, the training's progress and the batch script's record."""
+"""The rows of `mhla status`: SLURM's queue, the run's progress, the script's record."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _LOCAL = {"running": "LOCAL", "finished": "FINISHED", "failed": "FAILED", "preem
 def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]:
     """Return one row a run, in the order of `runs`; unknown values are None.
 
-    The keys are run, job, state, reason, restarts, nodes, step, max_steps, loss, samples_per_second,
-    checkpoint, job_time_left (as SLURM writes it) and run_time_left (from the speed so far).
+    The keys are those of :func:`_row`. `job_time_left` is as SLURM writes it; `run_time_left` follows from
+    the speed so far.
     """
     jobs = {run.run_id: current_job(run) for run in runs}
     known, trouble = _ask(slurm, [job for job in jobs.values() if job is not None])
@@ -36,7 +36,7 @@ def status_rows(runs: Sequence[RunFolder], slurm: Slurm) -> list[dict[str, Any]]
 
 
 def _ask(slurm: Slurm, jobs: list[str]) -> tuple[dict[str, QueueState], str | None]:
-    """(states by job, the reason why SLURM does not answer): the rest of a row is useful without it."""
+    """(states by job, why SLURM does not answer): the other columns need no SLURM."""
     try:
         return ask(slurm, jobs), None
     except UserError as error:

@@ -1,4 +1,7 @@
-"""Queue runs: ask SLURM, write the run folders, submit. A refused submission leaves nothing behind."""
+"""Queue runs: ask SLURM, write the run folders, submit.
+
+A refused submission leaves nothing behind.
+"""
 
 from __future__ import annotations
 

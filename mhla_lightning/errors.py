@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Shards, an index or samples are damaged or missing; the key is the file, folder or address."""
+    """Damaged or missing shards, index or samples; the key is a file, folder or address."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The public name of the transformers integration, whose code is in `mhla_lightning.integrations`."""
+"""The public name of the transformers integration (`mhla_lightning.integrations`)."""
 
 from mhla_lightning.integrations.from_run import to_hf
 from mhla_lightning.integrations.transformers import (

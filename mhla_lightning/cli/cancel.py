@@ -47,5 +47,6 @@ def _cancel(one: RunFolder, slurm: Slurm) -> None:
         unmark_cancelled(one)  # the job still runs, and must be queued again after a preemption
         raise
     print(
-        f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} queues it"
+        f"cancelled job {job} of run {one.run_id}, which was {queue.state}; mhla resume {one.run_id} queues "
+        "it again"
     )

@@ -1,4 +1,4 @@
-"""Show the output of a run's job: the lines of the batch script and of rank 0, or of another rank.
+"""Show the output of a run's job: the batch script's lines, and those of a rank.
 
 RUN is a run id, a run folder or a SLURM job id. With -f new lines are shown until the job has ended.
 """

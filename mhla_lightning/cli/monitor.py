@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _linked(names: list[str], root: Path, links: Path) -> Path:
-    """Link runs into one folder for TensorBoard, whose own list of folders allows no comma or colon."""
+    """Link runs into one folder: TensorBoard's list of folders allows no comma or colon."""
     for name in names:
         for one in find_runs(name, root):
             (links / one.run_id).symlink_to(one.tensorboard, target_is_directory=True)

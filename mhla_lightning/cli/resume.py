@@ -1,6 +1,7 @@
-"""Queue a run again, from its newest checkpoint, with the code and recipe of its first submission.
+"""Queue a run again, from its newest checkpoint.
 
-RUN is a run id, a run folder or a SLURM job id. A local run can resume as a job, too: name a profile.
+The job runs the code and the recipe of the first submission. RUN is a run id, a run folder or a SLURM job id.
+A local run can resume as a job, too: name a profile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Train a recipe and validate it; the same command again resumes the run.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE:
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE.
+
   lightning run classification/deit_tiny_mhla_mnist_cpu --model.attention softmax --trainer.max_steps 200
 """
 

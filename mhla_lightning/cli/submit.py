@@ -1,8 +1,10 @@
 """Queue a recipe as a SLURM job: the same recipe, on a cluster.
 
-RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE:
+RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE.
+
   mhla submit classification/deit_tiny_mhla_mnist_cpu --profile cpu --nodes 2
   mhla submit RECIPE --profile my_site.yaml --nodes 4 --time 12:00:00 --array 0,1,2 --after 4711
+
 A profile holds the settings of a site; the packaged ones are examples of each style: venv, conda, modules,
 pyxis, apptainer, cpu. The job saves before its time is over or when it is preempted, queues itself again,
 and resumes with the next step.
@@ -130,7 +132,7 @@ def job_of(name: str, runs: Path) -> str:
     """
     if re.fullmatch(r"\d+(_\d+)?", name):
         return name
-    job = current_job(find_run(name, runs))
+    job = current_job(find_run(name, runs, key="after"))
     if job is None:
         raise UserError("after", f"run {name} was never submitted, so there is no job to wait for")
     return job

@@ -135,7 +135,7 @@ def moved(values: Mapping[str, Any], told: bool = False) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
-    """Return a recipe with every moved key back in its old place: the form that run ids are made from.
+    """Return a recipe with every moved key in its old place, as run ids see it.
 
     Args:
         values: a recipe, in the old form, the new one or a mixture.

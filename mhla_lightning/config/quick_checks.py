@@ -49,7 +49,7 @@ _PLACED = ("heads", "dim", "dim_k", "dim_v", "grid", "attention", "causal")  # g
 
 
 def check_names(values: Mapping[str, Any]) -> None:
-    """Refuse names in a recipe that nothing takes: sections, keys, classes, a strategy, an attention.
+    """Refuse unknown names: sections, keys, classes, a strategy, an attention.
 
     Raises:
         UserError: the first such name, with the nearest valid one.
@@ -138,7 +138,7 @@ def _check_value(value: Any, where: str) -> None:
 
 
 def _check_argument(value: Any, config: ClassSource | None, where: str) -> None:
-    """Check an argument that may be a configuration (a dataclass), a list of them, or hold classes."""
+    """Check an argument that may be a dataclass, a list of them, or hold classes."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             _check_argument(item, config, f"{where}.{number}")
@@ -153,7 +153,7 @@ def _check_argument(value: Any, config: ClassSource | None, where: str) -> None:
 
 
 def _find_ours(path: str, where: str) -> ClassSource | None:
-    """The source of a class of ours; None for other packages and where the source does not show it."""
+    """The source of a class of ours; None where it is not ours or cannot be read."""
     source = find_class(path) if path.startswith(_OURS) else None
     module, _, name = path.rpartition(".")
     if source is None and path.startswith(_OURS):
@@ -194,7 +194,7 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
 
 
 def _options(source: ClassSource | None) -> list[str] | None:
-    """The keys of an attention entry that a class takes: its arguments, or the fields of its options."""
+    """The keys of an attention entry that a class takes, also those in a dataclass."""
     names = parameters(source) if source is not None else None
     if source is None or names is None:
         return None

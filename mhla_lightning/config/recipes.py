@@ -37,7 +37,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
+        r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?"
+        r"|[-+]?\.\d+|[-+]?\.(inf|Inf)|\.(nan|NaN))$"
     ),
     list("-+0123456789."),
 )
@@ -90,7 +91,7 @@ def recipe_names() -> list[str]:
 
 
 def variants_file(name: str) -> Path:
-    """Find the rows of a comparison, by path or by their name in the package (`recipes/variants/`).
+    """Find the rows of a comparison, by path or by name (`recipes/variants/`).
 
     Raises:
         UserError: there is neither such a file nor such a name.

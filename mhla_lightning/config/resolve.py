@@ -1,4 +1,4 @@
-"""Build the objects of a recipe: Lightning's parser checks the types and fills in the defaults."""
+"""Build the objects of a recipe; Lightning's parser checks types and fills defaults."""
 
 from __future__ import annotations
 
@@ -181,9 +181,10 @@ def _mistake(name: str, kind: type, value: Any, error: Exception) -> UserError:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
-    """Return the keys in which two resolved recipes differ, as `key old -> new`; empty where they agree.
+    """Return the keys in which two resolved recipes differ, as `key old -> new`.
 
-    Where a recipe runs makes no difference, nor do the strategy and what is saved.
+    The text is empty where they agree. Where a recipe runs makes no difference, nor do the strategy and the
+    checkpoints that are saved.
 
     Args:
         old, new: resolved recipes, with moved keys in their old or their new places.
@@ -208,7 +209,7 @@ a run. The global batch may not.
 
 
 def _may_change(key: str) -> bool:
-    """Whether a run may be resumed with another value of a key, although it changes the default run id."""
+    """Whether a run may be resumed with another value of a key."""
     return key == "trainer.strategy" or key.startswith(("trainer.strategy.", "checkpoint."))
 
 

@@ -1,7 +1,8 @@
-"""Arguments of classes, read from their source files: importing torch and Lightning takes seconds.
+"""Arguments of classes, read from their source files without importing them.
 
-Only plain source is understood: classes, `from x import y`, dataclasses, inheritance. Where a name or a
-signature cannot be read so, the answer is None, and the caller leaves the judgement to the imported class.
+Importing torch and Lightning takes seconds. Only plain source is understood: classes, `from x import y`,
+dataclasses, inheritance. Where a name or a signature cannot be read so, the answer is None, and the caller
+leaves the judgement to the imported class.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def find_class(path: str) -> ClassSource | None:
 
 
 def class_names(module: str) -> list[str] | None:
-    """Return the public classes that a module offers; None where its source does not show them all."""
+    """Return the public classes of a module; None where its source leaves them open."""
     tree = _tree(module)
     if tree is None or not _is_plain(tree):
         return None
@@ -81,7 +82,7 @@ def config_of(source: ClassSource, annotation: ast.expr | None) -> ClassSource |
 
 
 def table_of_classes(module: str, table: str) -> dict[str, ClassSource] | None:
-    """Read a dict literal of names and classes, such as a registry; None where it is anything else."""
+    """Read a registry, a dict literal of names and classes; None where it is no such."""
     tree = _tree(module)
     for statement in tree.body if tree is not None else ():
         if isinstance(statement, ast.AnnAssign | ast.Assign) and isinstance(statement.value, ast.Dict):
@@ -110,7 +111,7 @@ def _find(module: str, name: str) -> ClassSource | None:
 
 @cache
 def _bindings(module: str) -> dict[str, ast.ClassDef | tuple[str, str]]:
-    """Names at the top of a module: classes defined there, and (module, name) of what it imports."""
+    """Names of a module: its classes, and (module, name) of everything imported."""
     tree = _tree(module)
     found: dict[str, ast.ClassDef | tuple[str, str]] = {}
     for statement in _top(tree.body) if tree is not None else ():

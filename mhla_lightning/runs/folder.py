@@ -96,20 +96,25 @@ class RunFolder:
         return self.summary.is_file() and progress is not None and progress.get("state") == "finished"
 
 
-def find_run(run: str, root: Path) -> RunFolder:
+def find_run(run: str, root: Path, key: str = "run") -> RunFolder:
     """Find a run by its id, its folder or its SLURM job id.
+
+    Args:
+        run: one of these.
+        root: folder of all runs.
+        key: of the error: the argument that holds `run`.
 
     Raises:
         UserError: no such run (the reason names some), or the job of an array, which has several runs.
     """
-    found = find_runs(run, root)
+    found = find_runs(run, root, key)
     if len(found) > 1:
         runs = ", ".join(one.run_id for one in found)
-        raise UserError("run", f"job {run} is an array of runs: {runs}; name one of them")
+        raise UserError(key, f"job {run} is an array of runs: {runs}; name one of them")
     return found[0]
 
 
-def find_runs(run: str, root: Path) -> list[RunFolder]:
+def find_runs(run: str, root: Path, key: str = "run") -> list[RunFolder]:
     """Find a run like :func:`find_run`, or all runs of a job array.
 
     Raises:
@@ -123,7 +128,7 @@ def find_runs(run: str, root: Path) -> list[RunFolder]:
         return of_job
     known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    raise UserError("run", f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
+    raise UserError(key, f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
 
 
 def _runs_of_job(job: str, root: Path) -> list[RunFolder]:

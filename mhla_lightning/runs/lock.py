@@ -1,7 +1,7 @@
 """The lock of a run folder: one process at a time trains there.
 
 Not `filelock`: the kernel's lock that it takes names no owner and cannot change hands. This one names host,
-process and SLURM job in a file. So a requeued job takes over the lock of its earlier start, and a process on
+process and SLURM job in a file. So a requeued job takes over the lock of its earlier start. And a process on
 a node that SLURM has given up sees that it has lost the run.
 """
 

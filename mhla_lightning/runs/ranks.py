@@ -1,7 +1,9 @@
-"""The ranks of a run on one machine: when one fails, the others end, and the command names it.
+"""The ranks of a run on one machine: when one fails, the others end.
 
-Rank 0 is the process that the user has started; it starts the others (strategies/launcher.py). Torchrun and
-srun watch the ranks that they start themselves. Standard library only.
+The command then names the rank that failed. Rank 0 is the process that the user has started; it starts the
+others (strategies/launcher.py). Torchrun and srun watch the ranks that they start themselves.
+
+Standard library only.
 """
 
 from __future__ import annotations

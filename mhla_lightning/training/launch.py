@@ -1,4 +1,4 @@
-"""The whole of a run, from a recipe to an exit code: its folder, its lock, its data and its ranks.
+"""The whole of a run, from a recipe to an exit code: folder, lock, data, ranks.
 
 Torch and Lightning are imported inside `launch`, after the names of the recipe are checked and the signal
 handlers are installed.
@@ -167,8 +167,8 @@ def launch(
         report: shows the progress; None logs it.
 
     Returns:
-        The exit code: 0 finished, 1 another rank crashed, 2 another rank found a mistake of the user, 75
-        stopped by a signal after saving, 130 interrupted.
+        The exit code: 0 finished; 1 another rank crashed; 2 another rank found a mistake of the user.
+        75 is a stop by a signal, after saving; 130 a stop by Ctrl-C.
 
     Raises:
         UserError: a mistake in the recipe, the data or the options.
@@ -241,7 +241,7 @@ def _choose_folder(recipe_name: str, resolved: Resolved, options: RunOptions) ->
 
 
 def _first_process() -> bool:
-    """Whether the environment that a launcher sets (Lightning, torchrun, srun) names this process rank 0."""
+    """Whether Lightning, torchrun or srun has started this process as rank 0."""
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
@@ -251,7 +251,7 @@ def _started_among_others() -> bool:
 
 
 def _changes(run: RunFolder, resolved: Resolved) -> str:
-    """The differences to the recipe whose checkpoints the folder holds; empty where there are none."""
+    """The differences to the recipe that the folder's checkpoints were trained with."""
     from mhla_lightning.config.resolve import differences
 
     if not run.recipe.is_file() or newest_checkpoint(run.path) is None:
@@ -331,7 +331,9 @@ def _report_start(session: Session, run: RunFolder, report: Report) -> None:
 
 
 def _failed(error: Exception, session: Session, run: RunFolder, report: Report) -> int:
-    """Handle the error of one rank of several; the last message is that of the rank that failed first.
+    """Handle the error of one rank of several.
+
+    The last message of the run must be that of the rank that failed first.
 
     Raises:
         Exception: the error, where it is this rank's own.
@@ -363,7 +365,7 @@ def _failed(error: Exception, session: Session, run: RunFolder, report: Report) 
 
 
 def _wait_for_ranks(session: Session, report: Report) -> int:
-    """Wait for the ranks that this one has started; return the exit code of the first that failed, else 0."""
+    """Wait for the ranks that this one has started; return the run's exit code."""
     from mhla_lightning.strategies.launcher import watch_of
 
     watch = watch_of(session.trainer)
@@ -410,7 +412,7 @@ def _checkpoint(run: RunFolder, options: RunOptions) -> Path:
         return path
     if (path / "trainer.ckpt").is_file():
         raise UserError(str(path), f"the checkpoint is incomplete; take another of {path.parent}")
-    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs)).path)
+    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs), key="ckpt").path)
     if folder is None:
         raise UserError("ckpt", f"run {options.ckpt} has no complete checkpoint")
     return folder

@@ -1,4 +1,4 @@
-"""One process of a run: the recipe, the run folder and Lightning's Trainer; fit, validate, test."""
+"""One process of a run: it joins the recipe, the run folder and Lightning's Trainer."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak of the GPU's allocated memory, or without a GPU of this process's resident memory."""
+    """Return the peak of the GPU's allocated memory, else of the resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -134,7 +134,7 @@ def test_one_of_two_processes_is_told_and_both_stop_at_the_same_step(recipe: Pat
             time.sleep(0.02)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "stopped by another process; the same command goes on from step-" in said
+    assert "stopped by another process; the same command resumes from step-" in said
     progress = json.loads((folder / "progress.json").read_text())
     (saved,) = complete_checkpoints(folder)
     assert (progress["state"], progress["last_checkpoint"]) == ("preempted", saved.name)

@@ -130,7 +130,7 @@ def test_variants_file(tmp_path: Path) -> None:
         ("", "no mapping"),
         ("[a, b]", "no mapping"),
         ("a: {", "no YAML"),
-        ("a: {x: 1}\nb: {x: 2}\na: {x: 3}", "key 'a' stands twice"),
+        ("a: {x: 1}\nb: {x: 2}\na: {x: 3}", "key 'a' is given twice"),
         ("a: linear", "row 'a' is 'linear'"),
     ],
 )

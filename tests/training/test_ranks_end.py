@@ -1,6 +1,4 @@
-"""A rank that dies ends the others soon, and the last words are its own: real processes, started by the
-ordinary command.
-"""
+"""A rank that dies ends the others soon, and the last message is its own; with real processes."""
 
 from __future__ import annotations
 
@@ -24,8 +22,12 @@ SOON = 60.0  # seconds from the fault to the end of the last process; on a quiet
 
 @dataclass
 class End:
-    """How a command ended: exit code, what it printed on both streams, and the seconds from the fault
-    until its last process was gone.
+    """How a command ended.
+
+    Attributes:
+        code: exit code.
+        said: its output on both streams.
+        seconds: from the fault to the end of the last process.
     """
 
     code: int
@@ -73,7 +75,7 @@ def arguments(recipe: Path, kind: str, rank: int, strategy: str) -> list[str]:
 
 
 def run(recipe: Path, kind: str, rank: int, strategy: str) -> End:
-    """The command in a session of its own, so that whoever stays behind is found."""
+    """Run the command in a session of its own, so that processes left behind are found."""
     command = [sys.executable, "-m", "mhla_lightning", *arguments(recipe, kind, rank, strategy)]
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
     with (recipe.parent / "output").open("wb") as output:
@@ -115,8 +117,8 @@ def test_an_exception_on_one_rank_is_shown_with_its_rank(recipe_file: Path, stra
     assert end.said.count("Traceback") == 1, end.said
     assert "gloo" not in end.said
     expected = (
-        "rank 1 of 2 ended with exit code 1, its error stands above; the others were stopped; the same "
-        "command goes on from step-00000002"
+        "rank 1 of 2 ended with exit code 1, see its error above; the others were stopped; the same "
+        "command resumes from step-00000002"
     )
     assert end.last_line == f"error: {expected}"
     assert end.seconds < SOON
@@ -129,8 +131,8 @@ def test_a_rank_that_is_killed_ends_the_others(recipe_file: Path, strategy: str)
     end = run(recipe_file, "kill", 1, strategy)
     assert end.code == 1
     assert end.last_line.startswith(
-        "error: rank 1 of 2 was ended by SIGKILL (for lack of memory, perhaps: dmesg says so); the "
-        "others were stopped"
+        "error: rank 1 of 2 was ended by SIGKILL (perhaps for lack of memory: see dmesg); the others were "
+        "stopped"
     )
     assert "Traceback" not in end.said
     assert end.seconds < SOON
@@ -155,8 +157,8 @@ def test_nobody_outlives_rank_zero(recipe_file: Path, strategy: str) -> None:
             "memory",
             1,
             2,
-            "error: rank 1 of 2: out of memory after step 2 with data.micro_batch_size 8 "
-            "(data.batch_size 16 = 2 ranks x 8 x 1",
+            "error: rank 1 of 2: out of memory after step 2 with `data.micro_batch_size` 8 "
+            "(`data.batch_size` 16 = 2 ranks x 8 x 1",
         ),
         ("memory", 0, 2, "error: out of memory after step 2 with"),
         ("layer", 1, 2, "error: the loss of step 3 is not finite, and 1 steps in a row were left out"),

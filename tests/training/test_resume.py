@@ -1,6 +1,4 @@
-"""A run that is killed anywhere goes on with the exact next sample, on any number of processes and
-workers.
-"""
+"""A killed run resumes with the exact next sample, on any number of processes and workers."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ TWO = ["--trainer.devices", "2"]
 
 
 def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
-    """(epoch, index, key) of every sample that the steps of a run took: in the order of the loader for one
-    process, sorted for several.
-    """
+    """(epoch, index, key) of every sample of every step; sorted where several processes took them."""
     steps: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     logs = sorted((run / "samples").glob("rank-*.jsonl"))
     for log in logs:
@@ -33,9 +29,7 @@ def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
 
 
 def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
-    """4 steps an epoch, a checkpoint every 3, 2 workers, augmentation and mixup: bit for bit the unbroken
-    run.
-    """
+    """Bit for bit the unbroken run: 4 steps an epoch, a checkpoint every 3, 2 workers, mixup."""
     extra = [
         *MIXED,
         "--data.num_workers",
@@ -59,9 +53,7 @@ def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path
 
 @pytest.mark.slow
 def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
-    """Another number of processes and workers, other micro batches: the same global batches, and the same
-    losses but for rounding.
-    """
+    """Other processes, workers and micro batches: the same global batches and nearly the same losses."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "5"]
     whole, elastic = tmp_path / "runs" / "whole", tmp_path / "runs" / "elastic"
     fit(nursery, recipe, whole, *extra, "--trainer.max_steps", "15")
@@ -82,13 +74,13 @@ def test_one_two_one_processes(nursery: Nursery, recipe: Path, tmp_path: Path) -
 def test_a_killed_run_goes_on_on_two_processes_without_being_asked(
     nursery: Nursery, recipe: Path, tmp_path: Path
 ) -> None:
-    """Devices and workers are where a run happens, not what it is: no --accept-changes."""
+    """Devices and workers may change without --accept-changes."""
     extra = [*MIXED, "--checkpoint.every_n_steps", "4", "--trainer.max_steps", "24"]
     whole, cut = tmp_path / "runs" / "whole", tmp_path / "runs" / "cut"
     fit(nursery, recipe, whole, *extra)
     assert fit_killed(nursery, recipe, cut, 9, *extra)
     before = complete_checkpoints(cut)[-1].name
-    assert f"going on from {before}" in fit(nursery, recipe, cut, *extra, *TWO)
+    assert f"resumed from {before}" in fit(nursery, recipe, cut, *extra, *TWO)
     assert {step: sorted(taken) for step, taken in samples(whole).items()} == samples(cut)
     losses = [dict(read_metrics(run / "metrics.jsonl")["train/loss"]) for run in (whole, cut)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -97,9 +89,7 @@ def test_a_killed_run_goes_on_on_two_processes_without_being_asked(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cpu_recipe_killed_at_twenty_random_steps(nursery: Nursery, tmp_path: Path) -> None:
-    """The packaged recipe with augmentation, mixup and 2 workers: sample keys and every metric equal the
-    unbroken run's, bit for bit.
-    """
+    """The packaged recipe: sample keys and every metric equal the unbroken run's, bit for bit."""
     recipe = "classification/deit_tiny_mhla_mnist_cpu"
     data = ["--data.path", str(tmp_path / "mnist"), "--data.source", "mnist", "--data.num_workers", "2"]
     steps = [

@@ -1,6 +1,4 @@
-"""`mhla run` on a user's mistakes: one sentence that names the key or file, exit code 2, before any
-training.
-"""
+"""`mhla run` on mistakes of the user: exit code 2 and one line with the key or file, before any training."""
 
 from __future__ import annotations
 
@@ -35,170 +33,153 @@ def damaged(shards: Path, tmp_path: Path, how: str) -> Path:
     return copy
 
 
-BAD_COMMANDS = [
-    ("unknown option of the verb's", ["--bogus", "1"], ["unknown key 'bogus'", "trainer"]),
-    ("section", ["--modle.attention", "mhla"], ["unknown key 'modle'", "did you mean 'model'"]),
-    ("trainer key", ["--trainer.max_step", "4"], ["'trainer.max_step'", "did you mean 'trainer.max_steps'"]),
-    ("task key", ["--model.atention", "mhla"], ["'model.atention'", "did you mean 'model.attention'"]),
-    (
-        "nested key",
-        ["--model.optimizer.learning_rate", "1"],
-        ["'model.optimizer.learning_rate'", "model.optimizer.lr"],
-    ),
-    ("data key", ["--data.batchsize", "4"], ["'data.batchsize'", "did you mean 'data.batch_size'"]),
-    ("augmentation key", ["--data.augmentation.flip", "1"], ["'data.augmentation.flip'", "hflip"]),
-    ("no value", ["--trainer.max_steps"], ["--trainer.max_steps has no value"]),
-    ("stray word", ["hello"], ["unexpected argument 'hello'"]),
-    ("type", ["--trainer.max_steps", "many"], ["trainer.max_steps: expected", "int", "many"]),
-    ("nested type", ["--model.optimizer.lr", "fast"], ["model.optimizer.lr: expected float, got fast"]),
-    (
-        "class",
-        ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"],
-        ["did you mean 'ClassificationTask'"],
-    ),
-    (
-        "backbone",
-        ["--model.backbone", "deit_tny"],
-        ["unknown backbone 'deit_tny'", "did you mean 'deit_tiny'"],
-    ),
-    ("backbone option", ["--model.backbone_options.dept", "4"], ["'dept'", "did you mean 'depth'"]),
-    ("attention", ["--model.attention", "mlha"], ["unknown attention 'mlha'", "did you mean 'mhla'"]),
-    (
-        "attention option",
-        ["--model.attention.block", "3"],
-        ["option 'block' of attention 'mhla'", "did you mean 'blocks'"],
-    ),
-    (
-        "blocks",
-        ["--model.attention.blocks", "3"],
-        ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"],
-    ),
-    (
-        "patch",
-        ["--model.backbone_options.patch_size", "3"],
-        ["img_size 8 is no multiple of patch_size 3", "use 6 or 9"],
-    ),
-    (
-        "mix key",
-        ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"],
-        ["'data.mix.0.weigth'", "did you mean 'data.mix.0.weight'"],
-    ),
-    ("mix and path", ["--data.mix", "[{path: a}]"], ["data.path or data.mix"]),
-    ("command as path", ["--data.path", "pipe:cat x"], ["'pipe:cat x/train' begins with 'pipe:'", "allowed"]),
-    (
-        "address to pack",
-        ["--data.path", "http://h/x", "--data.source", "mnist"],
-        ["data.source is packed into data.path", "folder of this machine"],
-    ),
-    ("remote", ["--data.remote.retries", "-1"], ["data.remote.retries", "-1", "from 0 on"]),
+BAD_COMMANDS: list[tuple[str, list[str], str]] = [  # mistake, arguments, key as it is printed (or a part)
+    ("unknown option of the verb", ["--bogus", "1"], "bogus: "),
+    ("section", ["--modle.attention", "mhla"], "modle: "),
+    ("trainer key", ["--trainer.max_step", "4"], "--trainer.max_step: "),
+    ("task key", ["--model.atention", "mhla"], "--model.atention: "),
+    ("nested key", ["--model.optimizer.learning_rate", "1"], "--model.optimizer.learning_rate: "),
+    ("data key", ["--data.batchsize", "4"], "--data.batchsize: "),
+    ("augmentation key", ["--data.augmentation.flip", "1"], "--data.augmentation.flip: "),
+    ("no value", ["--trainer.max_steps"], "--trainer.max_steps: "),
+    ("stray word", ["hello"], "unexpected argument 'hello'"),
+    ("type", ["--trainer.max_steps", "many"], "--trainer.max_steps: 'many' "),
+    ("nested type", ["--model.optimizer.lr", "fast"], "--model.optimizer.lr: 'fast' "),
+    ("type of a choice", ["--model.checkpoint_activations", "all"], "--model.checkpoint_activations: 'all' "),
+    ("missing argument", ["--data", "{class_path: mhla_lightning.data.LatentDataModule}"], "--data.vae: "),
+    ("class", ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"], "--model.class_path: "),
+    ("no task", ["--model", "{class_path: mhla_lightning.data.ImageDataModule}"], "--model: "),
+    ("callback", ["--trainer.callbacks", "[{class_path: torch.nn.Identity}]"], "--trainer.callbacks"),
+    ("backbone", ["--model.backbone", "deit_tny"], "deit_tny"),
+    ("backbone option", ["--model.backbone_options.dept", "4"], "dept"),
+    ("attention", ["--model.attention", "mlha"], "--model.attention: "),
+    ("attention option", ["--model.attention.block", "3"], "--model.attention.block: "),
+    ("blocks", ["--model.attention.blocks", "3"], "blocks"),
+    ("patch", ["--model.backbone_options.patch_size", "3"], "patch_size"),
+    ("mix key", ["--data.path", "null", "--data.mix", "[{path: a, weigth: 3}]"], "--data.mix.0.weigth: "),
+    ("mix and path", ["--data.mix", "[{path: a}]"], "data.path"),
+    ("command as path", ["--data.path", "pipe:cat x"], "pipe:cat x"),
+    ("address to pack", ["--data.path", "http://h/x", "--data.source", "mnist"], "data.source"),
+    ("remote", ["--data.remote.retries", "-1"], "retries"),
     (
         "tokens",
         ["--data", "{class_path: mhla_lightning.data.TokenDataModule, init_args: {path: SHARDS}}"],
-        ["holds images; tokens are needed"],
+        "tokens",
     ),
-    ("image size", ["--data.image_size", "16"], ["data.image_size is (16, 16)", "img_size (8, 8)"]),
-    ("class count", ["--model.num_classes", "10"], ["model.num_classes is 10 and the data has 4"]),
-    ("two lengths", ["--data.epochs", "2"], ["trainer.max_steps is 12 and data.epochs 2", "one length"]),
-    ("no length", ["--trainer.max_steps", "null"], ["no length", "trainer.max_steps or data.epochs"]),
-    (
-        "accumulation",
-        ["--trainer.accumulate_grad_batches", "2"],
-        ["trainer.accumulate_grad_batches cannot be set", "data.batch_size"],
-    ),
-    ("batch", ["--data.micro_batch_size", "5"], ["data.micro_batch_size", "5"]),
-    ("number", ["--model.optimizer.lr", "3e-3x"], ["model.optimizer.lr: expected float, got 3e-3x"]),
-    ("negative rate", ["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1", "above 0"]),
-    ("seed", ["--seed_everything", "-3"], ["seed_everything is -3"]),
-    (
-        "validation interval",
-        ["--trainer.val_check_interval", "0.5"],
-        ["trainer.val_check_interval is 0.5", "optimizer steps"],
-    ),
-    ("no steps", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0", "from 1"]),
-    ("save interval", ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
-    ("checkpoint to fit", ["--ckpt", "r"], ["--ckpt belongs to --mode validate or test"]),
-    ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], ["micro batch of 1 is odd"]),
-    ("no data", ["--data.path", "/nowhere"], ["/nowhere", "index.json"]),
-    ("precision", ["--trainer.precision", "bf8"], ["bf8"]),
-    ("run id", ["--run-id", "../x"], ["run id '../x'"]),
-    ("checkpoint", ["--mode", "validate", "--ckpt", "nothing"], ["no run 'nothing'"]),
-    ("nothing to validate", ["--mode", "validate"], ["has no checkpoint"]),
-    ("init_from", ["--model.init_from", "/no/file"], ["model.init_from: /no/file does not exist"]),
-    ("train_only", ["--model.train_only", "[nothing]"], ["model.train_only: 'nothing' matches no parameter"]),
+    ("image size", ["--data.image_size", "16"], "image_size"),
+    ("class count", ["--model.num_classes", "10"], "model.num_classes"),
+    ("two lengths", ["--data.epochs", "2"], "--trainer.max_steps: "),
+    ("no length", ["--trainer.max_steps", "null"], "--trainer.max_steps: "),
+    ("accumulation", ["--trainer.accumulate_grad_batches", "2"], "--trainer.accumulate_grad_batches: "),
+    ("batch", ["--data.micro_batch_size", "5"], "data.micro_batch_size"),
+    ("number", ["--model.optimizer.lr", "3e-3x"], "--model.optimizer.lr: "),
+    ("negative rate", ["--model.optimizer.lr", "-1"], "model.optimizer.lr"),
+    ("seed", ["--seed_everything", "-3"], "--seed_everything: "),
+    ("validation interval", ["--trainer.val_check_interval", "0.5"], "--trainer.val_check_interval: "),
+    ("no steps", ["--trainer.max_steps", "0"], "--trainer.max_steps: "),
+    ("save interval", ["--checkpoint.every_n_steps", "0"], "--checkpoint.every_n_steps: "),
+    ("checkpoint to fit", ["--ckpt", "r"], "--ckpt: "),
+    ("odd mixup", ["--model.mixup", "0.8", "--data.micro_batch_size", "1"], "odd"),
+    ("no data", ["--data.path", "/nowhere"], "/nowhere"),
+    ("precision", ["--trainer.precision", "bf8"], "--trainer.precision: 'bf8' "),
+    ("run id", ["--run-id", "../x"], "--run-id: "),
+    ("checkpoint", ["--mode", "validate", "--ckpt", "nothing"], "--ckpt: "),
+    ("nothing to validate", ["--mode", "validate"], "RUNS"),
+    ("init_from", ["--model.init_from", "/no/file"], "/no/file"),
+    ("train_only", ["--model.train_only", "[nothing]"], "model.train_only"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS]
+    ("arguments", "key"), [b[1:] for b in BAD_COMMANDS], ids=[b[0] for b in BAD_COMMANDS]
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(
+def test_a_mistake_is_one_line_and_exit_code_2(
     recipe: Path,
     shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    words: list[str],
+    key: str,
 ) -> None:
     assert (
         main(["run", str(recipe), *(argument.replace("SHARDS", str(shards)) for argument in arguments)]) == 2
     )
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
+    assert key.replace("RUNS", str(tmp_path / "runs")) in error
     assert "\n" not in error
-    for word in words:
-        assert word in error
     assert not list((tmp_path / "runs").glob("*/checkpoints/step-*"))
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "place"),
     [
-        ("missing", ["train", ".tar", "missing"]),
-        ("cut", [".tar", "bytes"]),
-        ("flipped", [".tar", "sha256"]),
-        ("empty", ["index.json"]),
-        ("format", ["format", "99", "1"]),
+        ("missing", ".tar"),
+        ("cut", ".tar"),
+        ("flipped", ".tar"),
+        ("empty", "train"),
+        ("format", "index.json"),
     ],
 )
 def test_damaged_data_is_refused_before_training(
-    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, words: list[str]
+    recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, place: str
 ) -> None:
-    assert main(["run", str(recipe), "--data.path", str(damaged(shards, tmp_path, how))]) == 2
+    folder = damaged(shards, tmp_path, how)
+    assert main(["run", str(recipe), "--data.path", str(folder)]) == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
-    for word in words:
-        assert word in error
+    assert str(folder) in error
+    assert place in error
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content",
     [
-        (b"trainer: {max_steps: 1, max_steps: 2}", "key 'max_steps' stands twice"),
-        (b"trainer: [", "is no YAML"),
-        (b"\x00\xff\xfe", "is no YAML"),
-        (b"- a list", "a recipe is a mapping"),
-        (b"trainer: {}", "it needs trainer, model and data"),
+        b"trainer: {max_steps: 1, max_steps: 2}",
+        b"trainer: [",
+        b"\x00\xff\xfe",
+        b"- a list",
     ],
+    ids=["key twice", "open bracket", "binary", "list"],
 )
 def test_a_file_that_is_no_recipe_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     assert main(["run", str(path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert words in error
+    assert error.startswith(f"error: {path}: ")
     assert "\n" not in error
+
+
+def test_a_recipe_without_a_section_or_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("trainer: {}")
+    assert main(["run", str(tmp_path / "mine.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: --model: ")
     assert main(["run", str(tmp_path / "absent.yaml")]) == 2
-    assert "absent.yaml does not exist" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: RECIPE: ")
+    assert "absent.yaml" in error
 
 
 @pytest.mark.parametrize("name", ["classification/deit_tiny_mhla_mnist_cp", "nothing"])
 def test_an_unknown_recipe_names_the_known_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", name]) == 2
     error = capsys.readouterr().err
-    assert f"unknown recipe '{name}'" in error
+    assert error.startswith("error: RECIPE: ")
+    assert name in error
     assert "classification/deit_tiny_mhla_mnist_cpu" in error
+
+
+def test_a_mistyped_key_gets_the_nearest_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The wording counts here: found, allowed, nearest."""
+    assert main(["run", str(recipe), "--model.atention", "mhla"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown key 'atention'; valid: attention, backbone" in error
+    assert error.endswith("did you mean 'attention'?\n")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +193,7 @@ def test_a_recipe_packs_its_source_into_its_own_path_alone(
     """A mistyped path must not become a folder of digits that trains well."""
     monkeypatch.chdir(tmp_path)
     assert main(["run", "classification/deit_tiny_mhla_mnist_cpu", *data]) == 2
-    assert "typo/train/index.json does not exist" in capsys.readouterr().err
+    assert "typo/train/index.json" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
 
 
