@@ -41,6 +41,31 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "activation_bytes", activations)
 
 
+_MEASURED: dict[tuple[str, int, str], int] = {}
+
+
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of one recipe, measured once for every setting; for tests that plan the same recipe."""
+    measure = planning.activation_bytes
+
+    def activations(task: Any, micro_batch: int, precision: Any) -> int:
+        key = (task.checkpoint_activations, micro_batch, precision.name)
+        if key not in _MEASURED:
+            _MEASURED[key] = measure(task, micro_batch, precision)
+        return _MEASURED[key]
+
+    monkeypatch.setattr(planning, "activation_bytes", activations)
+
+
+def test_the_average_of_the_recipe_takes_memory(no_measuring: None) -> None:
+    plain, averaged = (
+        plan_of(DIGITS, {"trainer.callbacks": callbacks}).stages["ddp"].state
+        for callbacks in ([], [{"class_path": "mhla_lightning.callbacks.EMA"}])
+    )
+    assert averaged.average > plain.average == 0
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -194,6 +219,7 @@ class TestPlan:
         ],
         ids=["fits", "another strategy", "a change", "a smaller change", "nothing"],
     )
+    @pytest.mark.usefixtures("measured_once")
     def test_what_would_fit_is_named(
         self, gib: float, chosen: str, fits: bool, advice: tuple[str, ...]
     ) -> None:
@@ -216,6 +242,7 @@ class TestPlan:
         assert (plan.strategy, plan.fits, plan.deepspeed) == (None, None, None)
         assert "the memory of this trainer.strategy is not known" in plan.notes[-1]
 
+    @pytest.mark.usefixtures("no_measuring")
     def test_changes_of_a_preset_count(self) -> None:
         changed = {"name": "zero3", "zero_optimization": {"stage3_param_persistence_threshold": 0}}
         plans = [
