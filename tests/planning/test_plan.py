@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ DIGITS = "classification/deit_tiny_mhla_mnist_cpu"
 
 
 def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
-    return resolve(apply_overrides(load_recipe(name).values, overrides or {}))
+    return _resolved(name, json.dumps(overrides or {}))
+
+
+@cache
+def _resolved(name: str, overrides: str) -> Resolved:
+    """Several tests plan one recipe: building a model of 24 layers to resolve it takes seconds."""
+    return resolve(apply_overrides(load_recipe(name).values, json.loads(overrides)))
 
 
 def plan_of(name: str, overrides: Mapping[str, Any] | None = None, **options: Any) -> Plan:
