@@ -3,48 +3,76 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
+SLOW := slow-attention slow-models slow-data slow-strategies slow-training slow-rest
 
-.PHONY: demo test slow gpu slurm chaos lint wheel clean
+.PHONY: demo test slow $(SLOW) gpu slurm chaos lint house wheel clean
 
 demo: $(VENV)/.demo-installed
+	@echo "make demo: trains $(RECIPE), two minutes on two cores"
 	$(BIN)/lightning run $(RECIPE)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
+	@echo "make test: the tests of CI in two processes, about 13 minutes on two cores"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 
-slow: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -m slow
+# Each part ends within 45 minutes on two cores.
+slow: $(SLOW)
 
-# A real SLURM of two nodes on this machine; needs root. Installs Debian's packages where there are none; 20 minutes on two cores.
+slow-attention: TESTS := tests/attention tests/backbones
+slow-models: TESTS := tests/diffusion tests/tasks tests/inference tests/evaluation tests/conversion tests/integrations
+slow-data: TESTS := tests/data
+slow-strategies: TESTS := tests/strategies
+slow-training: TESTS := tests/training tests/callbacks tests/checkpoints
+slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/planning
+
+$(SLOW): $(VENV)/.dev-installed
+	@echo "make $@: the slow tests of $(TESTS), at most 45 minutes on two cores"
+	$(PYTEST) -m "slow and not gpu and not slurm" $(TESTS)
+
+# A real SLURM of two nodes on this machine; needs root.
 slurm: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+	@echo "make slurm: a SLURM of two nodes on this machine (as root; installs Debian's packages where there are none), 20 minutes on two cores"
+	$(PYTEST) -m slurm tests/slurm
 
 gpu: $(VENV)/.dev-installed
+	@echo "make gpu: the tests that need a CUDA device"
 	$(BIN)/python -m pytest -m gpu
 
-# A hundred SIGKILLs over all tasks and strategies; about half an hour on two quiet cores.
+# SIGKILLs over all tasks and strategies.
 chaos: $(VENV)/.dev-installed
+	@echo "make chaos: a hundred killed runs, half an hour on two quiet cores"
 	$(BIN)/python -m tests.chaos
 
 lint: $(VENV)/.dev-installed
+	@echo "make lint: style and types, one minute"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy mhla_lightning tests
+
+house: $(VENV)/.dev-installed
+	@echo "make house: layers, names and prose of the package against their bounds, half a minute"
+	$(BIN)/python -m tests.house.report
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): a few minutes, most of them the download; then one minute of compiling"
 	$(PIP) -e '.[demo]'
+	$(BIN)/python .ci/compile.py
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): a few minutes, most of them the download; then one minute of compiling"
 	$(PIP) -e '.[demo,dev]'
+	$(BIN)/python .ci/compile.py pytest xdist moto.server s3fs lm_eval
 	@touch $@ $(VENV)/.demo-installed
 
 wheel: $(VENV)/.dev-installed
+	@echo "make wheel: builds dist/*.whl, a few seconds"
 	$(BIN)/python -m build --wheel
 
 clean:

@@ -4,7 +4,7 @@ task of a local file.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +155,21 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def folder(
+    tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
     """Of local_tasks, with a cache of its own. The harness reads its thousands of task files once for all
     tests.
     """
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(lm_harness, "TaskManager", read_once)
+    # the harness's own task files take 30 s to read: those tests are slow
+    manager = read_once if request.node.get_closest_marker("slow") else local_only
+    monkeypatch.setattr(lm_harness, "TaskManager", manager)
     return str(local_tasks(tasks_folder))
 
 
 read_once = lru_cache(TaskManager)
+local_only = partial(TaskManager, include_defaults=False)
 
 
 def test_local_tasks_of_the_harness(folder: str) -> None:
@@ -187,6 +192,7 @@ def test_local_tasks_of_the_harness(folder: str) -> None:
     assert evaluate(model, tasks, manager, limit=2)["local_choice"]["samples"] == 2
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_data_out_of_reach_are_one_sentence(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

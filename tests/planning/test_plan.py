@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ DIGITS = "classification/deit_tiny_mhla_mnist_cpu"
 
 
 def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
-    return resolve(apply_overrides(load_recipe(name).values, overrides or {}))
+    return _resolved(name, json.dumps(overrides or {}))
+
+
+@cache
+def _resolved(name: str, overrides: str) -> Resolved:
+    """Several tests plan one recipe: building a model of 24 layers to resolve it takes seconds."""
+    return resolve(apply_overrides(load_recipe(name).values, json.loads(overrides)))
 
 
 def plan_of(name: str, overrides: Mapping[str, Any] | None = None, **options: Any) -> Plan:
@@ -39,6 +46,31 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         return micro_batch * GIB // (1 if task.checkpoint_activations == "none" else 2)
 
     monkeypatch.setattr(planning, "activation_bytes", activations)
+
+
+_MEASURED: dict[tuple[str, int, str], int] = {}
+
+
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of one recipe, measured once for every setting; for tests that plan the same recipe."""
+    measure = planning.activation_bytes
+
+    def activations(task: Any, micro_batch: int, precision: Any) -> int:
+        key = (task.checkpoint_activations, micro_batch, precision.name)
+        if key not in _MEASURED:
+            _MEASURED[key] = measure(task, micro_batch, precision)
+        return _MEASURED[key]
+
+    monkeypatch.setattr(planning, "activation_bytes", activations)
+
+
+def test_the_average_of_the_recipe_takes_memory(no_measuring: None) -> None:
+    plain, averaged = (
+        plan_of(DIGITS, {"trainer.callbacks": callbacks}).stages["ddp"].state
+        for callbacks in ([], [{"class_path": "mhla_lightning.callbacks.EMA"}])
+    )
+    assert averaged.average > plain.average == 0
 
 
 @pytest.mark.parametrize(
@@ -194,6 +226,7 @@ class TestPlan:
         ],
         ids=["fits", "another strategy", "a change", "a smaller change", "nothing"],
     )
+    @pytest.mark.usefixtures("measured_once")
     def test_what_would_fit_is_named(
         self, gib: float, chosen: str, fits: bool, advice: tuple[str, ...]
     ) -> None:
@@ -216,6 +249,7 @@ class TestPlan:
         assert (plan.strategy, plan.fits, plan.deepspeed) == (None, None, None)
         assert "the memory of this trainer.strategy is not known" in plan.notes[-1]
 
+    @pytest.mark.usefixtures("no_measuring")
     def test_changes_of_a_preset_count(self) -> None:
         changed = {"name": "zero3", "zero_optimization": {"stage3_param_persistence_threshold": 0}}
         plans = [

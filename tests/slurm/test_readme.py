@@ -1,4 +1,4 @@
-"""The README's way from laptop to cluster, line by line; and the same recipe under ZeRO."""
+"""The way of docs/slurm.md from laptop to cluster, line by line; and the same recipe under ZeRO."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2700)]
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
 
 
-def readme_lines() -> list[str]:
-    text = (REPOSITORY / "README.md").read_text()
+def guide_lines() -> list[str]:
+    text = (REPOSITORY / "docs/slurm.md").read_text()
     block = re.search(r"## From laptop to cluster in six lines\n\n```\n(.*?)```", text, re.DOTALL)
     assert block is not None
     return block[1].splitlines()
@@ -25,7 +25,7 @@ def top1(cluster: Cluster, name: str) -> float:
 
 
 def test_six_lines(cluster: Cluster) -> None:
-    lines = readme_lines()
+    lines = guide_lines()
     assert len(lines) == 6
     said = [cluster.call("bash", "-c", line).stdout for line in lines]
     assert "50 steps" in said[0]

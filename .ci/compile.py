@@ -1,0 +1,41 @@
+"""Write the bytecode of everything that the package imports, once, at installation.
+
+    python .ci/compile.py [MODULE ...]
+
+Where Python may not write bytecode at run time (PYTHONDONTWRITEBYTECODE, a read-only environment), every
+process would compile its imports anew: `import lightning.pytorch` then takes 30 s instead of 11 s.
+Importing compiles only what is imported: 58 s of a core, where `compileall` of site-packages takes 130 s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import warnings
+
+LATER = (  # imported at first use
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.optim.adamw",
+    "deepspeed.runtime.engine",
+)
+
+
+def main() -> None:
+    """Import all modules of the package, and those that are named; a missing extra is left out."""
+    sys.dont_write_bytecode = False
+    warnings.simplefilter("ignore")
+    import mhla_lightning
+
+    ours = (m.name for m in pkgutil.walk_packages(mhla_lightning.__path__, "mhla_lightning."))
+    for name in (*ours, *LATER, *sys.argv[1:]):
+        if not name.endswith("__main__"):
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                print(f"  without {name}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The README and the guides: length, links, and the example in Python."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.house.source import ROOT, tracked
+
+GUIDES = [name for name in tracked("*.md") if name.startswith("docs/") or "/" not in name]
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_link_has_a_target(guide: str) -> None:
+    text = (ROOT / guide).read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, heading = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = (ROOT / guide).parent / name if name else ROOT / guide
+        assert target.exists(), f"{guide}: {link}"
+        if heading:
+            assert heading in headings(target), f"{guide}: {link}"
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a guide, as GitHub writes them."""
+    found = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    space: dict[str, object] = {}
+    exec(code, space)
+    assert tuple(space["y"].shape) == (8, 280, 192)  # type: ignore[attr-defined]
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"({name})" in text for name in tracked("docs/*.md"))
