@@ -42,8 +42,8 @@ class Decay:
     def between(self) -> Tensor:
         """Return the log decay from the end of chunk b to the start of chunk i > b.
 
-        It is (batch or 1, heads, M, M), at [i, b]. The sum begins at b. A difference of two sums from the row's start would carry the rounding of other
-        documents.
+        It is (batch or 1, heads, M, M), at [i, b]. The sum begins at b. A difference of two sums from the
+        row's start would carry the rounding of other documents.
         """
         count = self.total.shape[-1]
         after = torch.ones(count, count, dtype=torch.bool, device=self.total.device).tril(-1)

@@ -14,7 +14,7 @@ The absolute form drops far chunks, because the matrix has no weights for them. 
 all its last weight, and so keeps their sum as one summary. When a chunk begins, ring and far summaries are
 mixed once; every token of the chunk then reads two matrices:
 
-    mixed = sum_b m[9, b] S_b + m_last far                 once per chunk
+    mixed = sum_b m[9, b] S_b  (+ last weight x far)       once per chunk
     o_t   = q_t mixed + m[9, 9] q_t current                once per token
 """
 
