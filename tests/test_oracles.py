@@ -19,7 +19,10 @@ from torch import Tensor
 from mhla_lightning.attention import (
     MHLA,
     BlockGrid,
+    CausalFeatures,
+    CausalRule,
     CausalSelfAttention,
+    MixingInit,
     MixingMatrix,
     SelfAttention,
     causal_mhla,
@@ -71,7 +74,7 @@ def check_dense(case: Case) -> None:
         mixing = case.arrays[f"in.mix_{kind}"]
         for normalizer, key in (("block", f"out.norm_{kind}"), ("none", f"out.nonorm_{kind}")):
             dense = dense_mhla(
-                q, k, v, mixing, grid.block_of_token, normalizer=normalizer, scale=scale, causal=is_causal
+                q * scale, k, v, mixing, grid.block_of_token, normalizer=normalizer, causal=is_causal
             )
             assert_close(dense, case.arrays[key], 1e-10, 1e-12)
             if not is_causal:
@@ -97,50 +100,35 @@ def check_dense(case: Case) -> None:
                     normalizer=normalizer,
                     eps=0.0,
                 )
-                assert isinstance(causal, Tensor)
                 assert_close(causal, case.arrays[key], 1e-10, 1e-12)
-                assert_close(
-                    streamed(q, k, v, mixing, case.meta["block"][0], scale, normalizer),
-                    case.arrays[key],
-                    1e-10,
-                    1e-12,
+                rule = CausalRule(
+                    chunk_size=case.meta["block"][0], scale=scale, normalizer=normalizer, eps=0.0
                 )
+                assert_close(streamed(q, k, v, mixing, rule), case.arrays[key], 1e-10, 1e-12)
     init = "causal_uniform" if is_causal else "local_row"
     assert_close(initial_mixing(grid.distances(), init), case.arrays["in.mix_init"], 1e-10, 1e-12)
     if "out.A_rand" in case.arrays:
         identity = torch.eye(grid.tokens, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
         attention = dense_mhla(
-            q,
+            q * scale,
             k,
             identity,
             case.arrays["in.mix_rand"],
             grid.block_of_token,
             normalizer="none",
-            scale=scale,
             causal=is_causal,
         )
         assert_close(attention, case.arrays["out.A_rand"], 1e-10, 1e-12)
 
 
-def streamed(
-    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, chunk_size: int, scale: float, normalizer: str
-) -> Tensor:
+def streamed(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, rule: CausalRule) -> Tensor:
     """Causal MHLA token by token; (batch, heads, tokens, dim)."""
     batch, heads, tokens, dim_k = q.shape
     blocks, dim_v = mixing.shape[-1], v.shape[-1]
-    state = init_state(
-        batch,
-        heads=heads,
-        dim_k=dim_k,
-        dim_v=dim_v,
-        chunk_size=chunk_size,
-        blocks=blocks,
-        normalizer=normalizer,
-        dtype=q.dtype,
-    )
+    state = init_state(batch, heads=heads, dim_k=dim_k, dim_v=dim_v, blocks=blocks, rule=rule, dtype=q.dtype)
     return torch.stack(
         [
-            step_state(state, q[:, :, t] * scale, k[:, :, t], v[:, :, t], mixing, eps=0.0)
+            step_state(state, CausalFeatures(q[:, :, t], k[:, :, t], v[:, :, t]), mixing)
             for t in range(tokens)
         ],
         dim=2,
@@ -153,7 +141,7 @@ def check_language_operator(case: Case) -> None:
     """
     size = case.meta["constructor"]["chunk_size"]
     q, k, v = (case.arrays[f"in.{name}"].transpose(1, 2).requires_grad_() for name in "qkv")
-    scale = q.shape[-1] ** -0.5
+    rule = CausalRule(chunk_size=size, eps=0.0)
     for mixing_key, key in (
         ("in.mix", "out.chunk"),
         ("in.mix_init", "out.chunk_init"),
@@ -163,10 +151,9 @@ def check_language_operator(case: Case) -> None:
             continue
         mixing, expected = case.arrays[mixing_key].requires_grad_(), case.arrays[key].transpose(1, 2)
         out = causal_mhla(q, k, v, mixing, chunk_size=size)
-        assert isinstance(out, Tensor)
         assert_close(out, expected, 1e-4, 1e-5)
         with torch.no_grad():
-            assert_close(streamed(q, k, v, mixing, size, scale, "none"), expected, 1e-4, 1e-5)
+            assert_close(streamed(q, k, v, mixing, rule), expected, 1e-4, 1e-5)
         if "in.cotangent" in case.arrays:
             cotangent = case.arrays["in.cotangent"].transpose(1, 2)
             grads = torch.autograd.grad((out * cotangent).sum(), [q, k, v, mixing])
@@ -177,17 +164,15 @@ def check_language_operator(case: Case) -> None:
 
 def check_language_layer(case: Case) -> None:
     options = case.meta["constructor"]
-    preset = LANGUAGE_PRESETS["release"]["mhla"]
-    keys = CausalSelfAttention.layer_options()
-    operator = {key: value for key, value in preset.items() if key not in keys}
-    layer = {key: value for key, value in preset.items() if key in keys}
-    layer |= {
+    entry = {
+        "name": "mhla",
+        **LANGUAGE_PRESETS["release"]["mhla"],
         "heads": options["num_heads"],
         "expand_k": options["expand_k"],
         "expand_v": options["expand_v"],
         "gate": options["use_output_gate"],
     }
-    attention = CausalSelfAttention(options["hidden_size"], attention={"name": "mhla", **operator}, **layer)
+    attention = CausalSelfAttention(options["hidden_size"], attention=entry)
     prefix = "model.layers.0.attn."
     model = build_backbone("lm_tiny")
     assert isinstance(model, CausalLM)
@@ -232,9 +217,8 @@ def check_init(kind: str, counts: list[int], expected: Tensor) -> None:
     if option:
         key = f"{rule}_{option.rstrip('0123456789.')}"
         options[key] = float(kind.removeprefix(key))
-    actual = MixingMatrix(
-        counts, rule, exp_sigma=options.get("exp_sigma", 3.0), local_thres=options.get("local_thres", 1.5)
-    ).matrix()
+    given = MixingInit(exp_sigma=options.get("exp_sigma", 3.0), local_thres=options.get("local_thres", 1.5))
+    actual = MixingMatrix(counts, rule, init_options=given).matrix()
     if math.prod(counts) == 1:  # the release divides by zero there; ours is defined (SPEC P8)
         assert torch.equal(actual, torch.ones(1, 1))
         return
@@ -246,19 +230,18 @@ def release_layer(case: Case, pos_conv: str) -> SelfAttention:
     side = math.isqrt(options.get("embed_len", 196))
     block = math.isqrt(options.get("window_size") or options.get("block_size", 49))
     given = {key: float(options[key]) for key in ("exp_sigma", "local_thres") if key in options}
-    preset = dict(VISION_PRESETS["release"]["mhla"])
-    layer_keys = SelfAttention.layer_options()
-    layer = {key: value for key, value in preset.items() if key in layer_keys}
-    layer |= {
+    preset = {key: value for key, value in VISION_PRESETS["release"]["mhla"].items() if key != "blocks"}
+    entry = {
+        "name": "mhla",
+        **preset,
+        "block_size": block,
+        "mix_init": options.get("transform", "cos"),
+        "mix_init_options": given,
         "pos_conv": pos_conv,
         "qk_norm": options.get("qk_norm", False),
         "qkv_bias": options.get("qkv_bias", False),
     }
-    operator = {key: value for key, value in preset.items() if key not in (*layer_keys, "blocks")}
-    operator |= {"block_size": block, "mix_init": options.get("transform", "cos"), "mix_init_options": given}
-    attention = SelfAttention(
-        options["dim"], options["heads"], attention={"name": "mhla", **operator}, grid=(side, side), **layer
-    )
+    attention = SelfAttention(options["dim"], options["heads"], attention=entry, grid=(side, side))
     return attention.to(getattr(torch, case.meta["dtype"].removeprefix("torch."))).eval()
 
 

@@ -25,9 +25,8 @@ class Attention(nn.Module):
     """The operator of one layer.
 
     A subclass implements :meth:`attend` and :meth:`flops`. Its constructor takes ``heads, dim_k, dim_v,
-    grid`` by keyword, and its own options in one of two ways: as further keywords, or as one argument
-    ``options`` of the dataclass `options_type`. Either way they are the operator's keys in an attention
-    entry.
+    grid`` by keyword. Its own options are further keywords, or one argument ``options`` of the dataclass
+    `options_type`. Either way they are the operator's keys in an attention entry.
 
     Class attributes:
         causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
@@ -240,8 +239,8 @@ def demand_decay(log_decay: Tensor | None) -> Tensor:
     if log_decay is None:
         raise UserError(
             "log_decay",
-            "missing; `decay: token` needs (batch, tokens, heads), which CausalSelfAttention computes from the "
-            "tokens",
+            "missing; decay 'token' needs it, (batch, tokens, heads), and CausalSelfAttention computes it "
+            "from the tokens",
         )
     return log_decay
 

@@ -40,10 +40,10 @@ class Decay:
         return (self.until[..., :, None] - self.until[..., None, :]).masked_fill(later, -torch.inf).exp()
 
     def between(self) -> Tensor:
-        """Return (batch or 1, heads, M, M): log decay from the end of chunk b to the start of chunk i > b.
+        """Return the log decay from the end of chunk b to the start of chunk i > b.
 
-        The sum begins at b. A difference of two sums from the row's start would carry the rounding of other
-        documents.
+        It is (batch or 1, heads, M, M), at [i, b]. The sum begins at b. A difference of two sums from the
+        row's start would carry the rounding of other documents.
         """
         count = self.total.shape[-1]
         after = torch.ones(count, count, dtype=torch.bool, device=self.total.device).tril(-1)
@@ -81,7 +81,10 @@ class ChunkedTokens:
         return self.chunks.join(x.permute(0, 2, 3, 1, 4)).transpose(1, 2)
 
     def of_ones(self, q: Tensor, k: Tensor) -> ChunkedTokens:
-        """Return the same chunks with v = 1 and these features; it reads the normalizer, sum_s A[t, s]."""
+        """Return the same chunks with v = 1 and these features.
+
+        They read the normalizer, sum_s A[t, s].
+        """
         return replace(self, q=q, k=k, v=torch.ones_like(k[..., :1]))
 
     def summaries(self) -> Tensor:
@@ -162,7 +165,10 @@ def chunk_tokens(
 
 
 def split(x: Tensor, size: int, chunks: DocumentChunks | None) -> Tensor:
-    """Cut (batch, heads, tokens, dim) into (batch, heads, M, size, dim), with zeros at empty places."""
+    """Cut (batch, heads, tokens, dim) into (batch, heads, M, size, dim).
+
+    Empty places are zeros.
+    """
     if chunks is None:
         cut = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
     else:
@@ -183,7 +189,7 @@ def _decay(log_decay: Tensor, tokens: int, size: int, chunks: DocumentChunks | N
 
 
 def real_places(tokens: ChunkedTokens) -> Tensor:
-    """Return bool, broadcastable to (batch, heads, M, size, 1): True where a place holds a token."""
+    """Return which places hold a token: bool, broadcastable to (batch, heads, M, size, 1)."""
     if tokens.chunks is not None:
         return tokens.chunks.real[:, None, :, :, None]
     count, size = tokens.k.shape[2:4]
@@ -240,9 +246,9 @@ def check_reach(chunks: int, blocks: int, size: int, extrapolation: str | None) 
     if chunks > blocks and extrapolation is None:
         raise UserError(
             "extrapolation",
-            f"null serves at most {blocks} chunks of {size} = {blocks * size} tokens per document, prompt and "
-            "output together, and there are more; choose 'shift', a larger `max_chunks`, "
-            "mix_form 'relative', or less text",
+            f"null serves at most {blocks} chunks of {size} = {blocks * size} tokens a document, and there "
+            "are more (prompt and output count together); choose 'shift', a larger `max_chunks`, mix_form "
+            "'relative', or less text",
         )
 
 

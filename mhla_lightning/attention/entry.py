@@ -131,7 +131,7 @@ def build_operator(
     grid: Sequence[int] | None,
     causal: bool,
 ) -> Attention:
-    """Build the operator of a resolved entry; see :func:`build_attention` for the other arguments."""
+    """Build the operator of a resolved entry; see :func:`build_attention`."""
     kind = lookup_attention(spec.name, causal)
     options: dict[str, Any] = spec.operator
     if kind.options_type is not None:

@@ -20,8 +20,8 @@ from mhla_lightning.attention import (
     build_attention,
     register_attention,
 )
-from mhla_lightning.errors import UserError
 from tests.helpers.causal_reference import dense
+from tests.helpers.errors import refused
 from tests.helpers.language_models import CUDA_ONLY
 from tests.helpers.marks import every_nth
 
@@ -409,71 +409,61 @@ def test_the_merged_far_chunks_of_the_relative_form_are_all_still_read() -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"chunk_size": 0}, ["chunk_size is 0", "from 1 on"]),
-        ({"max_chunks": 2.5}, ["max_chunks is 2.5"]),
-        ({"extrapolation": "repeat"}, ["unknown extrapolation 'repeat'", "null, shift"]),
-        ({"mix_form": "relativ"}, ["unknown mix_form 'relativ'", "did you mean 'relative'"]),
-        (
-            {"mix_form": "relative", "mix_init": "local_row"},
-            ["mix_init 'local_row' of the relative form", "causal_exp"],
-        ),
-        ({"mix_form": "relative", "extrapolation": "shift"}, ["relative", "leave it out"]),
-        ({"intra": "soft"}, ["unknown intra 'soft'", "decay, plain, window"]),
-        ({"decay": "layer"}, ["unknown decay 'layer'"]),
-        ({"intra": "plain", "decay": "head"}, ["decay 'head' needs intra 'decay'"]),
-        ({"intra": "window", "decay": "head"}, ["decay_span 'sequence'"]),
-        ({"decay_span": "sequence"}, ["needs a decay"]),
-        ({"normalizer": "slot"}, ["unknown normalizer 'slot'", "block, none"]),
-        ({"blocks": 4}, ["option 'blocks' of attention 'mhla'", "chunk_size"]),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"max_chunks": 2.5}, "max_chunks"),
+        ({"extrapolation": "repeat"}, "extrapolation"),
+        ({"mix_form": "relativ"}, "mix_form"),
+        ({"mix_form": "relative", "mix_init": "local_row"}, "mix_init"),
+        ({"mix_form": "relative", "extrapolation": "shift"}, "extrapolation"),
+        ({"mix_clamp_at": "end"}, "mix_clamp_at"),
+        ({"intra": "soft"}, "intra"),
+        ({"decay": "layer"}, "decay"),
+        ({"intra": "plain", "decay": "head"}, "decay"),
+        ({"intra": "window", "decay": "head"}, "intra"),
+        ({"decay_span": "sequence"}, "decay_span"),
+        ({"normalizer": "slot"}, "normalizer"),
+        ({"blocks": 4}, "blocks"),
     ],
     ids=str,
 )
-def test_a_wrong_option_is_one_clear_sentence(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_a_wrong_option_is_refused_by_its_key(options: dict[str, Any], key: str) -> None:
+    with refused(key) as error:
         build_attention({"name": "mhla", **options}, heads=2, dim_k=4, dim_v=4, causal=True)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_text_beyond_the_matrix_is_refused_at_once_and_while_streaming() -> None:
     operator = build(MHLA)
     x = inputs(operator, 41)
-    with pytest.raises(
-        UserError,
-        match=(
-            r"5 chunks of 8 = 40 tokens a document, and there are more .*; give max_chunks, "
-            r"extrapolation: shift"
-        ),
-    ):
+    with refused("extrapolation"):
         operator(**x)
     assert (
         operator(**x, documents=torch.tensor([[0] * 20 + [1] * 21] * 2)).shape == x["v"].shape
     )  # each document alone fits
     with torch.no_grad():
         _, state = operator.prefill(**cut(x, 0, 40))
-        with pytest.raises(UserError, match="there are more"):
+        with refused("extrapolation"):
             operator.step(**cut(x, 40, 41), state=state)
 
 
-@pytest.mark.parametrize("entry", [MHLA, {"name": "linear", "chunk_size": 8}], ids=label)
+@pytest.mark.parametrize("entry", [MHLA, {"name": "linear", "chunk_size": 8}, {"name": "softmax"}], ids=label)
 def test_a_state_of_packed_documents_is_refused(entry: dict[str, Any]) -> None:
     operator = build(entry)
-    with pytest.raises(UserError, match="a state follows one document a row"):
+    with refused("documents"):
         operator.prefill(**inputs(operator, 6), packing=Packing(None, torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)))
 
 
 def test_a_gated_operator_names_what_it_needs() -> None:
     operator = build(MHLA | {"decay": "token"})
     x = inputs(operator, 5)
-    with pytest.raises(UserError, match="needs log_decay"):
+    with refused("log_decay"):
         operator(x["q"], x["k"], x["v"])
 
 
 def test_causal_and_bidirectional_names_do_not_mix() -> None:
-    with pytest.raises(UserError, match="already registered"):
+    with refused("name"):
         register_attention("mhla", CAUSAL_ATTENTION["mhla"])
-    with pytest.raises(UserError, match="unknown causal attention 'sofmax'"):
+    with refused("name"):
         build_attention("sofmax", heads=1, dim_k=4, dim_v=4, causal=True)

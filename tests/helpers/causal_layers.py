@@ -28,9 +28,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def build(name: str, **options: Any) -> CausalSelfAttention:
     torch.manual_seed(0)
-    return CausalSelfAttention(
-        DIM, attention={"name": name, **SMALL.get(name, {})}, heads=4, **options
-    ).double()
+    entry = {"name": name, **SMALL.get(name, {}), "heads": 4, **options}
+    return CausalSelfAttention(DIM, attention=entry).double()
 
 
 def tokens(batch: int = 2, count: int = TOKENS) -> Tensor:

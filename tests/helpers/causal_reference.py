@@ -84,11 +84,9 @@ def _linear(operator: CausalLinear, q: Tensor, k: Tensor, v: Tensor, log_decay: 
 
 
 def _mhla(operator: CausalMHLA, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    tokens, size = q.shape[2], operator.chunk_size
-    chunk = torch.arange(tokens) // size
-    mixing = full_mixing(
-        operator.mixing.weight, operator.mixing.form, operator.extrapolation, int(chunk[-1]) + 1
-    )
+    tokens, rule = q.shape[2], operator.rule
+    chunk = torch.arange(tokens) // rule.chunk_size
+    mixing = full_mixing(operator.mixing.weight, rule.form, rule.extrapolation, int(chunk[-1]) + 1)
     attention = (
         mixing[:, chunk[:, None], chunk] * (operator.phi(q) @ operator.phi(k).mT) / math.sqrt(q.shape[-1])
     )
@@ -96,12 +94,12 @@ def _mhla(operator: CausalMHLA, q: Tensor, k: Tensor, v: Tensor, log_decay: Tens
     same = chunk[:, None] == chunk
     if decay is not None:
         attention = attention * (
-            _decays(decay) if operator.decay_span == "sequence" else torch.where(same, _decays(decay), 1)
+            _decays(decay) if rule.decay_span == "sequence" else torch.where(same, _decays(decay), 1)
         )
     attention = (attention.masked_fill(same, 0) if operator.intra == "window" else attention).tril()
     out = attention @ v
-    if operator.normalizer == "block":
-        out = out / (attention.sum(-1, keepdim=True) + operator.eps)
+    if rule.normalizer == "block":
+        out = out / (attention.sum(-1, keepdim=True) + rule.eps)
     if operator.intra != "window":
         return out
     scores = q @ k.mT / math.sqrt(q.shape[-1])

@@ -31,20 +31,18 @@ def ours(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def release_layer(options: dict[str, Any], grid: list[int]) -> SelfAttention:
-    preset = VIDEO_PRESETS["release"]["mhla"]
-    keys = SelfAttention.layer_options()
-    layer = {key: value for key, value in preset.items() if key in keys}
-    layer |= {
+    entry = {
+        "name": "mhla",
+        **VIDEO_PRESETS["release"]["mhla"],
+        "blocks": options["block_layout"],
+        "mix_init": options["transform"],
+        "normalizer": "slot" if options["normalize_out"] else "none",
+        "eps": options["eps"],
         "gate": options["is_gated"],
         "pos_conv": "lepe3" if options["is_lepe"] else "none",
         "qk_norm": options["qk_norm"],
     }
-    operator = {key: value for key, value in preset.items() if key not in keys}
-    operator |= {"blocks": options["block_layout"], "mix_init": options["transform"]}
-    operator |= {"normalizer": "slot" if options["normalize_out"] else "none", "eps": options["eps"]}
-    return SelfAttention(
-        options["dim"], options["num_heads"], attention={"name": "mhla", **operator}, grid=grid, **layer
-    )
+    return SelfAttention(options["dim"], options["num_heads"], attention=entry, grid=grid)
 
 
 def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:

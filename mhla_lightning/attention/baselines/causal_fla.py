@@ -135,7 +135,8 @@ class FlashOperator(CausalAttention):
         if value is None:
             raise UserError(
                 gate,
-                f"missing; attention '{self.name}' needs it, and CausalSelfAttention computes it from the tokens",
+                f"missing; attention '{self.name}' needs it, and CausalSelfAttention computes it from the "
+                "tokens",
             )
         return value
 
@@ -171,7 +172,10 @@ class FlashOperator(CausalAttention):
 
 
 def _call(kernel: Kernel, given: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor | None]:
-    """Call a kernel with the decays as its fourth argument: their keyword differs between kernels."""
+    """Call a kernel with the decays as its fourth argument.
+
+    Their keyword differs between kernels.
+    """
     more = {key: x for key, x in given.items() if key == "beta"}
     return kernel(given["q"], given["k"], given["v"], given["gate"], **more, **options)
 
@@ -228,8 +232,8 @@ class GatedDeltaNet(FlashOperator):
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         """Count the products of the chunkwise form.
 
-        Each chunk adds to the shared ones k k^T, the inverse's products with k and v, and the reading of the
-        values that the state already holds.
+        To those of the other operators, each chunk adds k k^T and the inverse's products with k and v. It
+        also reads the values that the state already holds.
         """
         places = ceil_div(tokens, _CHUNK) * _CHUNK
         delta = 2 * heads * places * (dim_k * dim_v + _CHUNK * (2 * dim_k + dim_v))

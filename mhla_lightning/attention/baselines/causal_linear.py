@@ -55,8 +55,8 @@ class CausalLinear(base.CausalAttention):
         chunk_size: tokens computed at once; the result does not depend on it.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         normalizer: `none` where a norm per head follows (language), else `block`.
-        decay: None is g = 1; `head` is one learned g per head (RetNet, arXiv 2307.08621); `token` is one per
-            token and head, which the layer computes.
+        decay: `head` is one learned g per head (RetNet, arXiv 2307.08621). `token` is one g per token and
+            head, which the layer computes. None means g = 1.
         eps: added to the normalizer, and by `relu_eps` to the features.
 
     Raises:

@@ -56,7 +56,10 @@ class KeyValueCache:
         return replace(cache, lengths=[length + 1 for length in self.lengths])
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys, values and, where lengths differ, the mask (batch, 1, 1, places) of those in use."""
+        """Return the keys and values in use.
+
+        Where lengths differ, the third item is the mask (batch, 1, 1, places) of those in use, else None.
+        """
         longest = max(self.lengths)
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         if min(self.lengths) == longest:

@@ -208,7 +208,7 @@ class CausalSelfAttention(nn.Module):
 
     @classmethod
     def layer_options(cls) -> tuple[str, ...]:
-        """Return the keys of an attention entry that belong to this layer rather than to the operator."""
+        """Return the keys of an attention entry that belong to this layer, not to the operator."""
         return tuple(field.name for field in fields(CausalLayerOptions))
 
     def _project(self, x: Tensor) -> list[Tensor]:
@@ -275,8 +275,8 @@ def _head_dims(dim: int, options: CausalLayerOptions) -> tuple[int, int]:
     if options.rotary and dim_k % 2:
         raise UserError(
             "heads",
-            f"{heads} make heads of {dim_k} channels (dim {dim}, expand_k {options.expand_k}), and rotary turns "
-            "pairs of channels; choose a number that makes an even size",
+            f"{heads} make heads of {dim_k} channels (dim {dim}, expand_k {options.expand_k}), and rotary "
+            "turns pairs of channels; choose a number that makes an even size",
         )
     return dim_k, dim_v
 

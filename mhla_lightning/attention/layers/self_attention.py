@@ -19,7 +19,9 @@ POS_CONVS = ("none", "lepe3", "lepe5", "cpe3")
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution of raster tokens on their grid: (batch, tokens, channels) -> same shape.
+    """Depthwise convolution of raster tokens on their grid.
+
+    Tokens are (batch, tokens, channels), before and after.
 
     Args:
         channels: C.
@@ -143,7 +145,10 @@ class SelfAttention(nn.Module):
         return self.dropout(self.proj(out))
 
     def flops(self, grid: Sequence[int]) -> int:
-        """Return the matrix-product and convolution FLOPs of one sample's forward, 2 per multiply-add."""
+        """Return the FLOPs of one sample's forward, 2 per multiply-add.
+
+        Matrix products and convolutions count.
+        """
         tokens = math.prod(grid)
         projections = 4 + (self.gate is not None)
         conv = self.lepe.flops(tokens) if self.lepe is not None else 0
@@ -153,5 +158,5 @@ class SelfAttention(nn.Module):
 
     @classmethod
     def layer_options(cls) -> tuple[str, ...]:
-        """Return the keys of an attention entry that belong to this layer rather than to the operator."""
+        """Return the keys of an attention entry that belong to this layer, not to the operator."""
         return tuple(field.name for field in fields(LayerOptions))

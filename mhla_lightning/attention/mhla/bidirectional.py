@@ -1,4 +1,4 @@
-"""Bidirectional Multi-Head Linear Attention on tokens in block order (paper Eq. 4; SPEC section 1)."""
+"""Bidirectional MHLA on tokens in block order (paper Eq. 4; SPEC section 1)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mhla(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
 ) -> Tensor:
-    """Compute Multi-Head Linear Attention, Eq. 4: every block reads its own mixture of all summaries.
+    """Compute MHLA, Eq. 4: every block reads its own mixture of all summaries.
 
     Args:
         q, k: (batch, heads, blocks, tokens_per_block, dim_k), already through the feature map.

@@ -27,9 +27,10 @@ def causal_mhla(
     documents: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute causal MHLA as the paper has it; see :func:`attend_in_chunks` for everything beyond.
+    """Compute causal MHLA as in the paper.
 
-    A[t, s] = m[c(t), c(s)] q_t . k_s scale for s <= t, where c(t) is the chunk of token t in its document.
+    :func:`attend_in_chunks` has the options beyond it. A[t, s] = m[c(t), c(s)] q_t . k_s scale for s <= t,
+    where c(t) is the chunk of token t in its document.
 
     Args:
         q, k: (batch, heads, tokens, dim_k), already through the feature map; any number of tokens.

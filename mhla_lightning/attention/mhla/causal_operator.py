@@ -294,8 +294,8 @@ def _together(options: CausalMHLAOptions) -> None:
     if options.intra == "window" and (options.decay is not None) != across:
         raise UserError(
             "intra",
-            "with 'window' a decay acts across chunks only; give both a `decay` and decay_span 'sequence', or "
-            "neither",
+            "with 'window' a decay acts across chunks only; give both a `decay` and decay_span 'sequence', "
+            "or neither",
         )
     if options.decay is None and across:
         raise UserError("decay_span", "'sequence' needs a `decay`: 'head' or 'token'")

@@ -1,4 +1,4 @@
-"""Causal Multi-Head Linear Attention token by token, at constant cost (SPEC section 2; N2, N3).
+"""Causal MHLA token by token, at constant cost (SPEC section 2; N2, N3).
 
 A state keeps the summaries S_b = sum k v^T of finished chunks in a ring. Chunk b is in place b mod `kept`, so
 that each chunk that finishes takes the place of the one that has become too far. With `kept` = 4, while chunk
@@ -14,7 +14,7 @@ The absolute form drops far chunks, because the matrix has no weights for them. 
 all its last weight, and so keeps their sum as one summary. When a chunk begins, ring and far summaries are
 mixed once; every token of the chunk then reads two matrices:
 
-    mixed = sum_b m[9, b] S_b + m_last far                 once per chunk
+    mixed = sum_b m[9, b] S_b  (+ last weight x far)       once per chunk
     o_t   = q_t mixed + m[9, 9] q_t current                once per token
 """
 
@@ -123,7 +123,9 @@ class Summaries:
         self.mixed = mixed if every else self.mixed.index_copy(0, rows, mixed)
 
     def finish(self, rows: Tensor, place: Tensor, leaving: Tensor, gain: Tensor | None) -> None:
-        """Move the finished chunk of some sequences into the ring, and the chunk it replaces to the far ones.
+        """Move the finished chunk of some sequences into the ring.
+
+        The chunk that it replaces joins the far ones.
 
         Args:
             rows: (rows,) int64, the sequences.
@@ -165,8 +167,8 @@ class MHLAState:
         norms: sums of k for the normalizer, with dim_v = 1; None without normalizer.
         since_start: (batch, heads), log decay since the current chunk began; None unless the decay spans the
             sequence.
-        since_end: (batch, heads, places), log decay from the end of each chunk in the ring to the start of
-            the current one; None unless the decay spans the sequence.
+        since_end: (batch, heads, places), log decay between each chunk in the ring and the current one; None
+            unless the decay spans the sequence.
     """
 
     rule: CausalRule
@@ -342,7 +344,10 @@ def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
 
 
 def _make_room(state: MHLAState, finished: int) -> None:
-    """Extend the ring for this many finished chunks, at least to twice its size, at most to `Reach.kept`."""
+    """Extend the ring for this many finished chunks.
+
+    It grows at least to twice its size, and at most to `Reach.kept`.
+    """
     places = state.values.ring.shape[2]
     if places < min(finished, state.reach.kept):
         wanted = min(state.reach.kept, max(finished, 2 * places))

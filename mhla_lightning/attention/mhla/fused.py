@@ -1,8 +1,9 @@
-"""Multi-Head Linear Attention with a hand-written backward, slice by slice, so that temporaries stay in cache.
+"""Multi-Head Linear Attention with a hand-written backward, slice by slice.
 
-Plain autograd makes about thirty passes over token-sized tensors; on a CPU at 16,384 tokens these cost more
-than the matrix products. Here the backward computes the features again, and one slice of tokens is finished
-before the next one. The numbers equal those of `bidirectional.mhla` (a test).
+Temporaries of one slice stay in the processor's cache. Plain autograd makes about thirty passes over
+token-sized tensors; on a CPU at 16,384 tokens these cost more than the matrix products. Here the backward
+computes the features again, and one slice of tokens is finished before the next one. The numbers equal those
+of `bidirectional.mhla` (a test).
 
 A slice is some samples, with all heads, and some whole rows of blocks of their grid. Where one row of blocks
 of one sample exceeds the budget, a slice is some columns of it. A grid of 3 x 4 blocks, with two slices in
@@ -18,12 +19,12 @@ each case:
 
 The forward makes two passes over the slices, with the mixing of all blocks between them:
 
-    pass 1    k, v of a slice  ->  S_b, z_b of its blocks
-    mixing    S~ = m S, z~ = m z
-    pass 2    q of a slice, S~, z~ of its blocks  ->  q S~ / (q . z~ + eps)
+    pass 1 | k, v of a slice               | ->  S_b, z_b of its blocks
+    mixing | S, z of all blocks            | ->  S~ = m S, z~ = m z
+    pass 2 | q of a slice, S~, z~ of it    | ->  q S~ / (q . z~ + eps)
 
-The backward does the same with gradients: pass 1 over q, mixing by the transposed matrix, pass 2 over k and
-v.
+The backward does the same with gradients. Pass 1 is over q, the mixing uses the transposed matrix, and
+pass 2 is over k and v.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def fused_mhla(
     eps: float = 1e-6,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute relu features, summaries, mixing, reading and Eq. 4's normalizer as one differentiable step.
+    """Compute MHLA, Eq. 4, with relu features as one differentiable step.
 
     Args:
         q, k: (batch, tokens, heads, dim_k) in raster order, before the feature map relu(x) + offset.
@@ -219,11 +220,11 @@ class _Slice:
     grid: BlockGrid
 
     def blocks_of(self, x: Tensor) -> Tensor:
-        """Return this slice of (batch, blocks, heads, ...) as (samples x blocks x heads, ...): a view."""
+        """Return a view (samples x blocks x heads, ...) of x (batch, blocks, heads, ...)."""
         return x[self.samples, self.blocks].flatten(0, 2)
 
     def tokens_of(self, x: Tensor) -> Tensor:
-        """Return this slice of (batch, tokens, heads, dim), with one dimension per axis of the grid: a view.
+        """Return a view of x (batch, tokens, heads, dim), with one dimension per axis of the grid.
 
         Its shape is (samples, tokens of every axis..., heads, dim).
         """
@@ -245,7 +246,12 @@ class _Slice:
         return self.grid.split(tokens.flatten(1, axes), 1).permute(order)
 
     def store(self, x: Tensor, values: Tensor) -> None:
-        """Write (samples x blocks x heads, tokens_per_block, dim) to this slice of x (batch, tokens, heads, dim)."""
+        """Write values to this slice of x.
+
+        Args:
+            x: (batch, tokens, heads, dim).
+            values: (samples x blocks x heads, tokens_per_block, dim).
+        """
         if self.grid.even:
             arranged = self.arrange(x)
             arranged.copy_(values.view(arranged.shape))
@@ -305,7 +311,7 @@ def _columns(grid: BlockGrid, room: int) -> list[tuple[tuple[slice, ...], slice]
 
 @dataclass
 class _Memory:
-    """One piece of memory that grows to the largest tensor asked for, and is used again for the next one."""
+    """One piece of memory that is used again and grows to the largest tensor asked for."""
 
     dtype: torch.dtype
     device: torch.device
@@ -357,13 +363,20 @@ class _Workspace:
         self.queries, self.keys, self.values, self.outputs, self.gradients = slices
 
     def room_for_sums(self, q: Tensor, dim_v: int) -> tuple[Tensor, Tensor]:
-        """Return room for S (batch, blocks, heads, dim_k, dim_v) and z (batch, blocks, heads, dim_k)."""
+        """Return room for S and z.
+
+        They are (batch, blocks, heads, dim_k, dim_v) and (batch, blocks, heads, dim_k).
+        """
         batch, _, heads, dim_k = q.shape
         lead = (batch, self.settings.grid.num_blocks, heads)
         return self.summaries.room((*lead, dim_k, dim_v)), self.key_sums.room((*lead, dim_k))
 
     def in_blocks(self, memory: _Memory, x: Tensor, part: _Slice) -> Tensor:
-        """Copy a slice of x (batch, tokens, heads, dim) to (samples x blocks x heads, tokens_per_block, dim)."""
+        """Copy a slice of x (batch, tokens, heads, dim) to block order.
+
+        Returns:
+            (samples x blocks x heads, tokens_per_block, dim), in `memory`.
+        """
         view = part.arrange(x)
         return _flat(memory.room(view.shape).copy_(view), part)
 
@@ -391,7 +404,7 @@ def _flat(arranged: Tensor, part: _Slice) -> Tensor:
 def _mix(
     mixing: Tensor | None, summaries: Tensor, memory: _Memory | None = None, *, keep: bool = True
 ) -> Tensor:
-    """Return sum_b m[i, b] S_b over the block axis, with one product for all heads or one per head.
+    """Return sum_b m[i, b] S_b over the block axis.
 
     Args:
         mixing: m, (blocks, blocks) or (heads, blocks, blocks); None means all ones.
@@ -416,7 +429,7 @@ def _mix(
 
 
 def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
-    """Return the gradient of the mixing matrix, summed over samples and over heads that share it."""
+    """Return the gradient of the mixing matrix, summed over all that share it."""
     if mixing.dim() == 3:
         return (_head_first(d_mixed) @ _head_first(summaries).mT).sum(0)
     gradient = torch.zeros_like(mixing)
@@ -426,9 +439,13 @@ def _mix_backward(mixing: Tensor, d_mixed: Tensor, summaries: Tensor) -> Tensor:
 
 
 def _panels(summaries: Tensor) -> list[Tensor]:
-    """Cut (batch, blocks, heads, ...) into the matrices that a shared mixing matrix multiplies: views.
+    """Cut summaries into the matrices that a shared mixing matrix multiplies.
 
-    Each is (products, blocks, columns).
+    Args:
+        summaries: (batch, blocks, heads, ...).
+
+    Returns:
+        Views (products, blocks, columns).
     """
     flat = summaries.flatten(2)
     if flat.device.type != "cpu" or flat[0].numel() < PANELS_FROM:

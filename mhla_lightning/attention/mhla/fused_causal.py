@@ -36,9 +36,10 @@ def pays(q: Tensor, chunk_size: int) -> bool:
 def fused_causal(
     q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor, chunk_size: int
 ) -> Tensor:
-    """Compute causal MHLA: for tokens of chunk i, sum_{b<i} among[i, b] q S_b, plus the own chunk.
+    """Compute causal MHLA of feature-mapped tokens.
 
-    The own chunk gives diagonal[i] times the causal q k^T v.
+    A token of chunk i gets sum_{b<i} among[i, b] q S_b, plus diagonal[i] times the causal q k^T v of its own
+    chunk.
 
     Args:
         q, k: (batch, heads, tokens, dim_k), feature-mapped; any strides.
@@ -130,7 +131,10 @@ def _column(own: Tensor, part: slice) -> Tensor:
 
 
 def _mix(mixing: Tensor | None, summaries: Tensor) -> Tensor:
-    """Return mixing @ summaries, (M, dim_k, dim_v); without mixing, the sum over all earlier chunks."""
+    """Return mixing @ summaries, (M, dim_k, dim_v).
+
+    Without mixing, it is the sum over all earlier chunks.
+    """
     if mixing is None:
         return F.pad(summaries[:-1], (0, 0, 0, 0, 1, 0)).cumsum(0)
     return (mixing @ summaries.flatten(1)).view_as(summaries)

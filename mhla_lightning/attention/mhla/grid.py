@@ -88,13 +88,19 @@ class BlockGrid:
         return self.from_blocks(ids).squeeze(-1)
 
     def to_blocks(self, x: Tensor) -> Tensor:
-        """Reorder (..., tokens, channels) in raster order to (..., blocks, tokens_per_block, channels)."""
+        """Reorder raster order to block order.
+
+        (..., tokens, channels) -> (..., blocks, tokens_per_block, channels).
+        """
         lead = x.dim() - 2
         x = self.split(x, lead).permute(*self._blocks_first(lead))
         return x.reshape(*x.shape[:lead], self.num_blocks, self.tokens_per_block, x.shape[-1])
 
     def from_blocks(self, x: Tensor) -> Tensor:
-        """Reorder (..., blocks, tokens_per_block, channels) to (..., tokens, channels) in raster order."""
+        """Reorder block order to raster order.
+
+        (..., blocks, tokens_per_block, channels) -> (..., tokens, channels).
+        """
         lead = x.dim() - 3
         x = x.reshape(*x.shape[:lead], *self.blocks, *self.block_size, x.shape[-1])
         order = self._blocks_first(lead)

@@ -34,7 +34,10 @@ def _causal_uniform(distance: Tensor) -> Tensor:
 
 
 def _causal_local(distance: Tensor) -> Tensor:
-    """Apply the paper's locality rule to the blocks that row i sees; the farthest is i blocks away."""
+    """Apply the paper's locality rule to the blocks that row i sees.
+
+    The farthest is i blocks away.
+    """
     farthest = torch.arange(len(distance), dtype=distance.dtype, device=distance.device).clamp_min(1)[:, None]
     return _rows(_linear(distance, farthest).clamp_min(_LEAST_LOCAL).tril())
 
@@ -148,7 +151,7 @@ CLAMP_AT = ("step", "forward")
 
 @contextmanager
 def keys_of_an_entry() -> Iterator[None]:
-    """Prefix the keys of a mixing matrix's errors with `mix_`, as an attention entry spells them."""
+    """Prefix the keys of a mixing matrix's errors with `mix_`, as in an attention entry."""
     try:
         yield
     except UserError as error:
@@ -255,8 +258,8 @@ class MixingMatrix(nn.Module):
         if blocks > self.blocks or (blocks < self.blocks and not self.causal):
             raise UserError(
                 "blocks",
-                f"the tokens make {blocks} blocks, and the mixing matrix serves {self.blocks}; keep their number on "
-                "another grid by setting `blocks` instead of `block_size`",
+                f"the tokens make {blocks} blocks, and the mixing matrix serves {self.blocks}; give `blocks` "
+                "instead of `block_size`, so that every grid has as many",
             )
         weight = self.values()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight

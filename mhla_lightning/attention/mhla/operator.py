@@ -95,8 +95,8 @@ class MHLA(base.Attention):
         if mask is not None and self.normalizer == "slot":
             raise UserError(
                 "mask",
-                "found beside normalizer 'slot', which reads the queries of other blocks, padded ones too; use "
-                "'block' or 'none'",
+                "found beside normalizer 'slot', which reads the queries of other blocks, padded ones too; "
+                "use 'block' or 'none'",
             )
         blocks = self._blocks(context.grid)
         if q.shape[1] != blocks.tokens:
@@ -156,7 +156,7 @@ class MHLA(base.Attention):
         q, k = self.phi(q), self.phi(k)
         if mask is not None:
             k = k * mask[:, :, None, None].to(k.dtype)
-        # to_blocks fills short blocks with zeros after the feature map, so empty places count nowhere (SPEC 1.5).
+        # Short blocks are filled with zeros after the feature map, so empty places count nowhere (SPEC 1.5).
         q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
         apart = rotary is not None and self.normalizer != "none"  # the normalizer takes unturned features
         out = mhla(
@@ -186,5 +186,8 @@ class MHLA(base.Attention):
 
 
 def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:
-    """Reorder (batch, tokens, heads, dim) to (batch, heads, blocks, tokens_per_block, dim) in one copy."""
+    """Reorder raster order to block order in one copy.
+
+    (batch, tokens, heads, dim) -> (batch, heads, blocks, tokens_per_block, dim).
+    """
     return blocks.to_blocks(x.transpose(1, 2))

@@ -1,4 +1,7 @@
-"""The streaming state after a call in chunks: the same state that `decode` reaches token by token."""
+"""The streaming state after a call in chunks.
+
+It equals the state that `decode` reaches token by token.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +62,8 @@ class _Chosen:
             chunks are not read.
         current: (batch,) int64, the number of the chunk being filled.
         since_start: (batch, heads), log decay since it began; None without decay.
-        since_end: (batch, heads, places), log decay from the end of each kept chunk to the start of the
-            current one; None unless the decay spans the sequence.
+        since_end: (batch, heads, places), log decay between each kept chunk and the current one; None unless
+            the decay spans the sequence.
     """
 
     places: Tensor
@@ -99,7 +102,12 @@ class _Chosen:
         return cls(places, far, current, since_start, since_end)
 
     def summaries(self, tokens: ChunkedTokens, summaries: Tensor) -> Summaries:
-        """Return the chosen ones of `summaries` (batch, heads, M, dim_k, dim_v), and the current chunk."""
+        """Return the chosen summaries and the current chunk.
+
+        Args:
+            tokens: q, k and v in chunks.
+            summaries: of all chunks, (batch, heads, M, dim_k, dim_v).
+        """
         index = self.places.clamp_min(0)[:, None, :, None, None].expand(
             -1, summaries.shape[1], -1, *summaries.shape[3:]
         )

@@ -1,4 +1,4 @@
-"""Settings and inputs of causal Multi-Head Linear Attention, in chunks and token by token alike."""
+"""Settings and inputs of causal MHLA, in chunks and token by token alike."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Exact softmax over the own and the previous chunk, beside mixed summaries (beyond the paper).
+"""Exact softmax over the own and the previous chunk, beside mixed summaries.
 
-Its cost is linear in the tokens.
+It goes beyond the paper, and its cost is linear in the tokens.
 """
 
 from __future__ import annotations
