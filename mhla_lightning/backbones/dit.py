@@ -24,12 +24,13 @@ from mhla_lightning.backbones.layers import (
     LabelEmbedder,
     TimestepEmbedder,
     check_heads,
+    entry_keys,
     grid_sinusoid,
     mixing_weights,
     modulate,
 )
 from mhla_lightning.backbones.vit import vit_name
-from mhla_lightning.errors import UserError, inside
+from mhla_lightning.errors import UserError
 
 _PLAIN = {"qkv_bias": True}
 _LINEAR = {**_PLAIN, "feature_map": "relu_eps"}  # MHLA with one block
@@ -127,7 +128,7 @@ class DiT(nn.Module):
         self.patch_size, self.embed_dim = patch, dim
         self.in_channels, self.num_classes = options.in_channels, options.num_classes
         self.out_channels = options.in_channels * (2 if options.learn_sigma else 1)
-        with inside("attention"):
+        with entry_keys():
             layers = resolve_layers(attention, options.depth, DIT_PRESETS, SelfAttention.layer_options())
         self.x_embedder = PatchEmbed(self.input_size, patch, options.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -275,7 +276,7 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.grid = tuple(grid)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        with inside("attention"):
+        with entry_keys():
             self.attn = SelfAttention(
                 dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
             )

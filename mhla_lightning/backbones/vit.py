@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
-from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
-from mhla_lightning.errors import UserError, inside
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, entry_keys, mixing_weights
+from mhla_lightning.errors import UserError
 
 _LINEAR = {
     "feature_map": "relu",
@@ -110,7 +110,7 @@ class VisionTransformer(TimmVisionTransformer):
         size = (side, side) if isinstance(side, int) else tuple(side)
         grid = padded_grid(size, patch, options.token_multiple)
         check_heads(options.embed_dim, options.num_heads)
-        with inside("attention"):
+        with entry_keys():
             layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
         mask = _image_tokens(size, grid, patch) if options.mask_padding else None
         super().__init__(
@@ -221,7 +221,7 @@ class MixedBlock(Block):
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
-        with inside("attention"):
+        with entry_keys():
             self.attn = SelfAttention(
                 dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
             )
