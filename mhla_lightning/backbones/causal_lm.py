@@ -25,9 +25,9 @@ from mhla_lightning.attention import (
 )
 from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.backbones.layers import entry_keys, mixing_weights
+from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.backbones.rotary import Rotation, rotations
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 
 _LAYER = {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "gate": True, "out_norm": True}
 _LINEAR = {**_LAYER, "feature_map": "relu", "normalizer": "none", "chunk_size": 64}
@@ -142,10 +142,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         options = {"norm_eps": norm_eps, "dropout": dropout, **spec.layer}
         self.attn_norm = RMSNorm(dim, eps=norm_eps)
-        with entry_keys():
-            self.attn = CausalSelfAttention(
-                dim, attention={"name": spec.name, **spec.operator}, context=context, **options
-            )
+        self.attn = CausalSelfAttention(
+            dim, attention={"name": spec.name, **spec.operator}, context=context, **options
+        )
         self.mlp_norm = RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, hidden)
         self.dropout = nn.Dropout(dropout)
@@ -234,7 +233,7 @@ class CausalLM(nn.Module):
         if hidden is None:
             hidden = 256 * math.ceil(int(dim * 4 * 2 / 3) / 256)
         layer_options = CausalSelfAttention.layer_options()
-        with entry_keys():
+        with inside("attention"):
             specs = resolve_layers(attention, options.depth, presets_for(dim), layer_options, causal=True)
         self.embeddings = nn.Embedding(options.vocab_size, dim)
         self.layers = nn.ModuleList(

@@ -24,13 +24,12 @@ from mhla_lightning.backbones.layers import (
     LabelEmbedder,
     TimestepEmbedder,
     check_heads,
-    entry_keys,
     grid_sinusoid,
     mixing_weights,
     modulate,
 )
 from mhla_lightning.backbones.vit import vit_name
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 
 _PLAIN = {"qkv_bias": True}
 _LINEAR = {**_PLAIN, "feature_map": "relu_eps"}  # MHLA with one block
@@ -128,7 +127,7 @@ class DiT(nn.Module):
         self.patch_size, self.embed_dim = patch, dim
         self.in_channels, self.num_classes = options.in_channels, options.num_classes
         self.out_channels = options.in_channels * (2 if options.learn_sigma else 1)
-        with entry_keys():
+        with inside("attention"):
             layers = resolve_layers(attention, options.depth, DIT_PRESETS, SelfAttention.layer_options())
         self.x_embedder = PatchEmbed(self.input_size, patch, options.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
@@ -276,13 +275,13 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.grid = tuple(grid)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        with entry_keys():
-            self.attn = SelfAttention(
-                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(
+            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        gelu = partial(nn.GELU, approximate="tanh")
         # timm's annotation wants a class; timm only calls it
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=gelu)  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -211,20 +210,6 @@ def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu"
         shape[axis] = count
         by_axis.append(torch.polar(torch.ones_like(angle), angle).view(shape).expand(*grid, own))
     return torch.cat(by_axis, dim=-1).reshape(-1, 1, pairs)
-
-
-@contextmanager
-def entry_keys() -> Iterator[None]:
-    """Turn the keys of a self-attention layer's errors into keys of the model's `attention`.
-
-    The layer's own options (`gate`) are in the same entry as those of its operator (`attention.blocks`).
-    """
-    try:
-        yield
-    except UserError as error:
-        if error.key is not None and not error.key.startswith("attention."):
-            error.key = f"attention.{error.key}"
-        raise
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

@@ -29,12 +29,11 @@ from mhla_lightning.backbones.layers import (
     ConditionalPosition,
     CrossAttention,
     GridRotation,
-    entry_keys,
     mixing_weights,
     modulate,
     time_sinusoid,
 )
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.wan_names import from_wan
 
 AXES = ("frames", "height", "width")
@@ -148,7 +147,7 @@ class VideoDiT(nn.Module):
         self.in_channels = self.out_channels = channels
         self.embed_dim, self.freq_dim = dim, options.freq_dim
         self.text_dim, self.text_length = options.text_dim, options.text_length
-        with entry_keys():
+        with inside("attention"):
             layers = resolve_layers(
                 attention, options.depth, _presets(options.blocks), SelfAttention.layer_options()
             )
@@ -385,10 +384,9 @@ class VideoBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        with entry_keys():
-            self.attn = SelfAttention(
-                dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(
+            dim, heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.cross_attn = CrossAttention(dim, heads)
         self.ffn = nn.Sequential(
             nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
-from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, entry_keys, mixing_weights
-from mhla_lightning.errors import UserError
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
+from mhla_lightning.errors import UserError, inside
 
 _LINEAR = {
     "feature_map": "relu",
@@ -67,7 +67,7 @@ class ViTOptions:
     Args:
         img_size: pixels per side, or (height, width).
         patch_size: pixels per side of a patch; must divide img_size.
-        token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this
+        token_multiple: the tokens per axis are a multiple of this; the image is zero-padded on all sides
             (224 px -> 256 px as in the paper).
         mask_padding: mask tokens that hold padding only, in attention and in pooling (the paper lets them
             take part, SPEC C9).
@@ -110,7 +110,7 @@ class VisionTransformer(TimmVisionTransformer):
         size = (side, side) if isinstance(side, int) else tuple(side)
         grid = padded_grid(size, patch, options.token_multiple)
         check_heads(options.embed_dim, options.num_heads)
-        with entry_keys():
+        with inside("attention"):
             layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
         mask = _image_tokens(size, grid, patch) if options.mask_padding else None
         super().__init__(
@@ -221,10 +221,9 @@ class MixedBlock(Block):
         self.grid = grid
         self.token_mask: Tensor | None
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
-        with entry_keys():
-            self.attn = SelfAttention(
-                dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
-            )
+        self.attn = SelfAttention(
+            dim, num_heads, attention={"name": spec.name, **spec.operator}, grid=grid, **spec.layer
+        )
         self.register_buffer("token_mask", token_mask, persistent=False)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
