@@ -1,6 +1,6 @@
-"""The backbone registry, and the image classifiers under their names in timm (`deit_tiny_mhla`, ...).
+"""The backbone registry.
 
-Registering those names with timm is the one side effect of importing this module.
+Importing it also registers the image classifiers with timm (`deit_tiny_mhla`, ...): its one side effect.
 """
 
 from __future__ import annotations

@@ -277,8 +277,9 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(dim, heads, attention=spec.entry, grid=grid)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        gelu = partial(nn.GELU, approximate="tanh")
         # timm's annotation wants a class; timm only calls it
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=gelu)  # type: ignore[arg-type]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.cpe = ConditionalPosition(dim, len(grid)) if spec.layer.get("pos_conv") == "cpe3" else None
         self.dw_conv = BlockOrderConv(dim, _partition(spec, grid), math.prod(grid)) if dwconv else None

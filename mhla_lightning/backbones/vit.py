@@ -67,7 +67,7 @@ class ViTOptions:
     Args:
         img_size: pixels per side, or (height, width).
         patch_size: pixels per side of a patch; must divide img_size.
-        token_multiple: the image is zero-padded on all sides until the tokens per axis are a multiple of this
+        token_multiple: the tokens per axis are a multiple of this; the image is zero-padded on all sides
             (224 px -> 256 px as in the paper).
         mask_padding: mask tokens that hold padding only, in attention and in pooling (the paper lets them
             take part, SPEC C9).

@@ -1,5 +1,6 @@
-"""Noise processes, their losses and the samplers that undo them (SPEC 4.3, 6.6). Imports torch and numpy;
-diffusers where a sampler needs it.
+"""Noise processes, their losses and the samplers that undo them (SPEC 4.3, 6.6).
+
+Imports torch and numpy; diffusers only for the samplers that need it.
 """
 
 from __future__ import annotations
@@ -37,26 +38,33 @@ PROCESSES: dict[str, type[DDPM] | type[FlowMatching]] = {"ddpm": DDPM, "flow": F
 
 
 def build_process(entry: str | Mapping[str, Any]) -> Process:
-    """The noise process of a recipe: a name, or a mapping of `name` and the process's options.
+    """Return the noise process of a recipe.
+
+    Args:
+        entry: a name, or a mapping of `name` and the process's options.
 
     Raises:
-        UserError: no name, an unknown name or option, or a value that the process refuses.
+        UserError: no name, an unknown name or option, or a value that the process refuses. The key is `name`
+            or an option.
     """
     if not isinstance(entry, (str, Mapping)):
         raise UserError(
-            f"a noise process is a name or a mapping of 'name' and options, got {entry!r}; names: "
-            f"{', '.join(PROCESSES)}"
+            "name",
+            f"{entry!r} is no noise process; give a name or a mapping of `name` and options; names: "
+            f"{', '.join(PROCESSES)}",
         )
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name is None:
         raise UserError(
-            f"a noise process needs the key 'name' ({', '.join(PROCESSES)}), got {sorted(map(str, given))}"
+            "name", f"it is missing beside {sorted(map(str, given))}; give one of {', '.join(PROCESSES)}"
         )
     if not isinstance(name, str) or name not in PROCESSES:
-        raise UserError(unknown_name("noise process", name, PROCESSES))
+        raise UserError("name", unknown_name("noise process", name, PROCESSES))
     options = [option.name for option in dataclasses.fields(PROCESSES[name]) if option.init]
     for key in given:
         if key not in options:
-            raise UserError(unknown_name("option", key, ("name", *options), of=f"noise process '{name}'"))
+            raise UserError(
+                str(key), unknown_name("option", key, ("name", *options), of=f"noise process '{name}'")
+            )
     return PROCESSES[name](**given)

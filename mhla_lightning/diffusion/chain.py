@@ -1,8 +1,8 @@
-"""The chain of a discrete diffusion process and the steps back along it (arXiv 2006.11239, 2102.09672; SPEC
-4.3).
+"""The chain of a discrete diffusion process and the steps back along it.
 
-`t` is the index of a step on the chain, int64 (B,): 0 is the first, least noisy one. On a shortened chain the
-network is given `timestep_map[t]`, the same step's index on the chain of 1000 that it was trained on.
+arXiv 2006.11239, 2102.09672; SPEC 4.3. `t` is the index of a step on the chain, int64 (B,): 0 is the first,
+least noisy one. On a shortened chain the network gets `timestep_map[t]`, the same step's index on the chain
+of 1000 that it was trained on.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ STEPS = 1000
 
 
 def linear_betas() -> np.ndarray:
-    """The noise variances of the 1000 training steps: 1e-4 to 0.02, float64."""
+    """Return the noise variances of the 1000 training steps: 1e-4 to 0.02, float64."""
     return np.linspace(1e-4, 0.02, STEPS, dtype=np.float64)
 
 
 def respaced(respacing: str | int) -> tuple[np.ndarray, np.ndarray]:
-    """A short chain through some of the 1000 steps.
+    """Return a short chain through some of the 1000 steps.
 
     Args:
         respacing: "N" or N: N steps evenly spread from the first to the last, at round(i * 999 / (N - 1)),
             which the published FIDs use (250); one step is the last, because sampling begins in pure noise.
             "ddimN": every k-th step from the first on, as in the DDIM paper (arXiv 2010.02502); its last step
-            lies k before the end.
+            is k before the end.
 
     Returns:
         timestep_map: int64 (N,), the steps' indices on the chain of 1000, ascending.
@@ -52,7 +52,8 @@ def respaced(respacing: str | int) -> tuple[np.ndarray, np.ndarray]:
 def _count(text: str, given: str | int) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= STEPS:
         raise UserError(
-            f"respacing '{given}' is neither a number of steps from 1 to {STEPS} nor 'ddim' followed by one"
+            "respacing",
+            f"'{given}' is neither a number of steps from 1 to {STEPS} nor 'ddim' followed by one",
         )
     return int(text)
 
@@ -62,9 +63,8 @@ def _even(given: str | int) -> list[int]:
     if count == 1:
         return [STEPS - 1]
     stride = (STEPS - 1) / (count - 1)
-    return [
-        round(position) for position in accumulate([stride] * (count - 1), initial=0.0)
-    ]  # summed up, as the official code: 499.5 may fall short
+    # Summed up as in the official code: there a sum may fall just short of 499.5 and round down.
+    return [round(position) for position in accumulate([stride] * (count - 1), initial=0.0)]
 
 
 def _strided(given: str) -> range:
@@ -72,15 +72,21 @@ def _strided(given: str) -> range:
     steps = range(0, STEPS, -(-STEPS // count))
     if len(steps) != count:
         raise UserError(
-            f"respacing '{given}': no stride over {STEPS} steps keeps {count} of them; the nearest "
-            f"below is 'ddim{len(steps)}'"
+            "respacing",
+            f"'{given}': no stride over {STEPS} steps keeps {count} of them; the nearest below is "
+            f"'ddim{len(steps)}'",
         )
     return steps
 
 
 @dataclass(frozen=True)
 class Reverse:
-    """The network's p(x_{t-1} | x_t): mean and log variance, and the x0 it stands on; all (B, C, ...)."""
+    """The network's p(x_{t-1} | x_t); all tensors are (B, C, ...).
+
+    Attributes:
+        mean, log_variance: of the distribution.
+        x0: the estimate of the clean sample behind the mean.
+    """
 
     mean: Tensor
     log_variance: Tensor
@@ -88,11 +94,13 @@ class Reverse:
 
 
 class Chain:
-    """Tables of a noise chain in float64, and its formulas. Tables enter a formula in float32, as in the
-    official code.
+    """Tables of a noise chain in float64, and its formulas.
 
-    `prediction` is the noise epsilon (B, C, ...) or epsilon and variance channels v side by side (B, 2C,
-    ...). With v, log variance = f log(beta) + (1 - f) log(posterior variance), f = (v + 1) / 2; without, the posterior variance.
+    Tables enter a formula in float32, as in the official code.
+
+    `prediction` is the noise epsilon (B, C, ...), or epsilon and variance channels v side by side
+    (B, 2C, ...). With v, log variance = f log(beta) + (1 - f) log(posterior variance), f = (v + 1) / 2;
+    without v it is the posterior variance.
 
     Args:
         betas: float64 (steps,).
@@ -103,8 +111,8 @@ class Chain:
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         before = np.append(1.0, self.alphas_cumprod[:-1])
         variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
-        # the variance of the first step is 0 and takes the second's value; a chain of one step has no second,
-        # and never draws from it
+        # The variance of the first step is 0 and takes the second's value. A chain of one step has no second,
+        # and never uses the value.
         self.posterior_log_variance_clipped = np.log(
             np.append(variance[1], variance[1:]) if len(variance) > 1 else self.betas
         )
@@ -132,18 +140,24 @@ class Chain:
         return over_sample(self._on_device[key][t], x)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """sqrt(abar) x0 + sqrt(1 - abar) noise."""
+        """Return sqrt(abar) x0 + sqrt(1 - abar) noise."""
         return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x0)."""
+        """Return mean (B, C, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x0)."""
         mean = self._at("posterior_x0", t, x_t) * x0 + self._at("posterior_x_t", t, x_t) * x_t
         return mean, self._at("log_smallest", t, x_t)
 
     def p_mean_variance(
         self, prediction: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
     ) -> Reverse:
-        """The network's step back; `clip_denoised` clamps x0 to [-1, 1], which is wrong for latents.
+        """Return the network's step back.
+
+        Args:
+            prediction: see the class.
+            x_t: (B, C, ...).
+            t: (B,).
+            clip_denoised: clamp x0 to [-1, 1], which is wrong for latents.
 
         Raises:
             ValueError: the prediction has neither C nor 2C channels.
@@ -159,8 +173,13 @@ class Chain:
         return Reverse(mean, share * self._at("log_largest", t, x_t) + (1 - share) * smallest, x0)
 
     def ancestral_step(self, prediction: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """A draw from p(x_{t-1} | x_t) by standard normal `noise` (B, C, ...); None, or t = 0, gives the
-        mean.
+        """Return a sample of p(x_{t-1} | x_t).
+
+        Args:
+            prediction: see the class.
+            x_t: (B, C, ...).
+            t: (B,); 0 gives the mean.
+            noise: standard normal (B, C, ...); None gives the mean.
         """
         step = self.p_mean_variance(prediction, x_t, t)
         if noise is None:
@@ -170,16 +189,18 @@ class Chain:
         )
 
     def ddim_step(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The deterministic step of DDIM (eta 0): x_{t-1} from the x0 and the noise that the network sees
-        in x_t.
+        """Return x_{t-1} by the deterministic step of DDIM (eta 0).
+
+        It follows from the x0 and the noise that the network sees in x_t.
         """
         epsilon, _ = split(prediction, x_t)
         x0 = self._at("inverse_signal", t, x_t) * x_t - self._at("noise_to_signal", t, x_t) * epsilon
         return self._at("signal_before", t, x_t) * x0 + self._at("noise_before", t, x_t) * epsilon
 
     def vlb_term(self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """This step's term of the variational bound, in bits per value (B,): KL(q || p), and at t = 0 the
-        negative log likelihood of x0.
+        """Return this step's term of the variational bound, in bits per value (B,).
+
+        It is KL(q || p), and at t = 0 the negative log likelihood of x0.
         """
         step = self.p_mean_variance(prediction, x_t, t)
         mean, log_variance = self.posterior(x0, x_t, t)
@@ -191,7 +212,11 @@ class Chain:
 
 
 def split(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Noise and variance channels (None where there are none) of a prediction for `x` (B, C, ...).
+    """Return noise and variance channels of a prediction; None for no variance channels.
+
+    Args:
+        prediction: (B, C or 2C, ...).
+        x: the sample, (B, C, ...).
 
     Raises:
         ValueError: the prediction has neither C nor 2C channels.
@@ -207,10 +232,10 @@ def split(prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability (nats) of the bin of width 2/255 around `x` under a Gaussian; the outer bins of [-1, 1]
-    reach to infinity.
+    """Return the log probability (nats) of the bin of width 2/255 around `x` under a Gaussian.
 
-    By the tanh approximation of the normal distribution function, as in the official code.
+    The outer bins of [-1, 1] reach to infinity. The normal distribution function is the tanh approximation of
+    the official code.
     """
     centred, sharpness = x - mean, torch.exp(-log_scale)
     upper = _normal_cdf(sharpness * (centred + 1 / 255))

@@ -1,7 +1,7 @@
-"""Denoising diffusion with a learned variance, the process of DiT (arXiv 2212.09748; SPEC 4.3).
+"""Denoising diffusion with a learned variance, the process of DiT.
 
-Time `t` is the index of one of 1000 steps, 0 (least noise) to 999; it is at once the model time. Times may
-come as whole floats.
+arXiv 2212.09748; SPEC 4.3. Time `t` is the index of one of 1000 steps, 0 (least noise) to 999; it is at once
+the model time. Times may come as whole floats.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from mhla_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class DDPM(Process):
-    """1000 steps with linear betas; the network predicts the noise and, with `learn_variance`, the variance
-    of each step back.
+    """1000 steps with linear betas; the network predicts the noise.
 
     Args:
-        learn_variance: twice the channels, and the variational bound in the loss. Without it the variance is
-            the posterior's and the loss is the MSE.
+        learn_variance: the network also predicts the variance of each step back: twice the channels, and the
+            variational bound in the loss. Without it the variance is the posterior's and the loss is the MSE.
 
     Raises:
         UserError: learn_variance is not true or false.
@@ -36,12 +35,9 @@ class DDPM(Process):
 
     def __post_init__(self) -> None:
         if not isinstance(self.learn_variance, bool):
-            raise UserError(
-                f"learn_variance of process 'ddpm' is {self.learn_variance!r}; it is true or false"
-            )
-        object.__setattr__(
-            self, "chain", Chain(respaced(STEPS)[1])
-        )  # like the official code, to the last bit
+            raise UserError("learn_variance", f"{self.learn_variance!r} does not fit; give true or false")
+        # Respacing to all steps gives the betas of the official code, to the last bit.
+        object.__setattr__(self, "chain", Chain(respaced(STEPS)[1]))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -65,8 +61,9 @@ class DDPM(Process):
     def losses(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """ "mse" of the noise, "vb" in bits per value, and "loss", their sum. The bound trains the
-        variance alone: the noise is detached in it.
+        """Return "mse" of the noise, "vb" in bits per value, and "loss", their sum.
+
+        The bound trains the variance alone: the noise is detached in it.
         """
         require_channels(prediction, self.out_channels(x0.shape[1]))
         x0, noise, x_t, t = precise(x0), precise(noise), precise(x_t), t.long()
@@ -78,6 +75,6 @@ class DDPM(Process):
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def shortened(self, respacing: str | int) -> tuple[np.ndarray, Chain]:
-        """timestep_map, int64 (N,), and the chain of :func:`respaced`."""
+        """Return timestep_map, int64 (N,), and the chain of :func:`respaced`."""
         timestep_map, betas = respaced(respacing)
         return timestep_map, Chain(betas)

@@ -1,8 +1,8 @@
-"""Flow matching on the straight line from data to noise (arXiv 2210.02747, 2403.03206; SPEC 6.6).
+"""Flow matching on the straight line from data to noise.
 
-Time `t` is the share of noise, sigma: 0 is the data and 1 the noise; the model time is 1000 t. The shift acts
-    on the drawn time, before anything else
-sees it: all other methods take the shifted `t`.
+arXiv 2210.02747, 2403.03206; SPEC 6.6. Time `t` is the share of noise, sigma: 0 is the data and 1 the noise;
+the model time is 1000 t. The shift changes a time as soon as it is drawn; all other methods take the shifted
+`t`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mhla_lightning.diffusion.process import (
     precise,
     require_channels,
 )
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, unknown_name
 
 DRAWS = ("logit_normal", "uniform")
 Number = TypeVar("Number", float, np.ndarray, Tensor)
@@ -33,15 +33,16 @@ class FlowMatching(Process):
     """x_t = (1 - t) x0 + t noise; the network predicts the velocity, noise - x0.
 
     Args:
-        times: how training times are drawn: `logit_normal`, the sigmoid of a normal variable, or `uniform`.
+        times: distribution of training times: `logit_normal`, the sigmoid of a normal variable, or `uniform`.
         mean, std: of that normal variable.
         shift: moves times towards the noise, t -> shift t / (1 + (shift - 1) t); large samples need more
             (Wan: 3). 1 is none.
-        integer_times: training times on the release's grid of 1000, the model seeing whole numbers: its video
-            model was trained so, and sampled at fractional times all the same (SPEC V12). Samplers ignore it.
+        integer_times: training times on the release's grid of 1000, where the model sees whole numbers. The
+            release trained its video model so, yet sampled at fractional times (SPEC V12). Samplers ignore
+            it.
 
     Raises:
-        UserError: an unknown way to draw, a shift or std that is not a positive number, a mean that is no
+        UserError: an unknown distribution, a shift or std that is not a positive number, a mean that is no
             number.
     """
 
@@ -54,21 +55,18 @@ class FlowMatching(Process):
 
     def __post_init__(self) -> None:
         if self.times not in DRAWS:
-            raise UserError(f"times of process 'flow' is {self.times!r}; valid: {', '.join(DRAWS)}")
-        for option in ("mean", "std", "shift"):
-            value = getattr(self, option)
+            raise UserError("times", unknown_name("way to draw times", self.times, DRAWS))
+        for option, value in (("mean", self.mean), ("std", self.std), ("shift", self.shift)):
             if (
                 isinstance(value, bool)
                 or not isinstance(value, (int, float))
                 or not math.isfinite(value)
                 or (option != "mean" and value <= 0)
             ):
-                raise UserError(
-                    f"{option} of process 'flow' is {value!r}; it must be a "
-                    f"{'' if option == 'mean' else 'positive '}number"
-                )
+                kind = "number" if option == "mean" else "positive number"
+                raise UserError(option, f"{value!r} does not fit; it must be a {kind}")
         if not isinstance(self.integer_times, bool):
-            raise UserError(f"integer_times of process 'flow' is {self.integer_times!r}; it is true or false")
+            raise UserError("integer_times", f"{self.integer_times!r} does not fit; give true or false")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,14 +76,13 @@ class FlowMatching(Process):
         return in_channels
 
     def shifted(self, t: Number) -> Number:
-        """shift t / (1 + (shift - 1) t), of one time or of many."""
+        """Return shift t / (1 + (shift - 1) t), of one time or of many."""
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def grid_time(self, index: int) -> float:
-        """The shifted time of a point, 0 to 999, on the release's grid."""
-        return self.shifted(
-            float((1 - np.linspace(1, 1 / MODEL_TIMES, MODEL_TIMES))[index])
-        )  # its rounding decides floor(1000 t) at two points
+        """Return the shifted time of a point, 0 to 999, on the release's grid."""
+        # The rounding of linspace decides floor(1000 t) at two points.
+        return self.shifted(float((1 - np.linspace(1, 1 / MODEL_TIMES, MODEL_TIMES))[index]))
 
     def draw_time(self, rng: np.random.Generator) -> float:
         drawn = (
@@ -111,6 +108,6 @@ class FlowMatching(Process):
     def losses(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """ "loss": the MSE of the velocity."""
+        """Return "loss", the MSE of the velocity."""
         require_channels(prediction, self.out_channels(x0.shape[1]))
         return {"loss": mean_of_sample((precise(prediction) - (precise(noise) - precise(x0))) ** 2)}

@@ -1,5 +1,6 @@
-"""Classifier-free guidance (arXiv 2207.12598; SPEC 4.3, D8), optionally on a part of the time axis only
-(arXiv 2404.07724).
+"""Classifier-free guidance, optionally on a part of the time axis only.
+
+arXiv 2207.12598, 2404.07724; SPEC 4.3, D8.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far a prediction goes beyond the conditional one: u + scale (c - u).
+    """The distance by which a prediction exceeds the conditional one: u + scale (c - u).
 
     Args:
         scale: 1 is the plain conditional model, 0 the unconditional one.
-        channels: guide only the first so many channels: 3 is the original DiT's (SPEC D8). None is all of the
-            sample's.
+        channels: guide only this many first channels: 3 is the original DiT's (SPEC D8). None guides all of
+            the sample's.
         interval: from least to most noise, as parts of the time axis (model time / 1000), ends included;
-            outside it the conditional model alone.
+            outside it the conditional model runs alone.
 
     Raises:
         UserError: a scale that is no number or negative, channels below 1, an interval outside [0, 1] or out
-            of order.
+            of
+            order.
     """
 
     scale: float = 1.0
@@ -41,14 +43,14 @@ class Guidance:
     def __post_init__(self) -> None:
         if not _is_number(self.scale) or self.scale < 0:
             raise UserError(
-                f"the guidance scale is {self.scale!r}; it must be a number of at least 0 (1 is no guidance)"
+                "scale", f"{self.scale!r} does not fit; give a number of at least 0 (1 is no guidance)"
             )
         if self.channels is not None and (
             isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1
         ):
             raise UserError(
-                f"the guidance channels are {self.channels!r}; give a whole number of at least 1, or "
-                "null for all"
+                "channels",
+                f"{self.channels!r} does not fit; give a whole number of at least 1, or null for all",
             )
         ends = self.interval
         valid = (
@@ -59,8 +61,8 @@ class Guidance:
         )
         if not valid:
             raise UserError(
-                f"the guidance interval is {ends!r}; it must be two numbers from 0 (data) to 1 "
-                "(noise), the smaller first"
+                "interval",
+                f"{ends!r} does not fit; give two numbers from 0 (data) to 1 (noise), the smaller first",
             )
 
 
@@ -70,44 +72,46 @@ def guided(
     null: int | Tensor,
     guidance: Guidance,
 ) -> Denoiser:
-    """The denoiser under these conditions, labels (B,) or text features (B, L, D): one forward of 2B samples
-    a step, or of B where nothing is guided.
+    """Return the denoiser under these conditions.
 
-    Channels beyond the sample's (a learned variance) are the conditional prediction's, untouched.
+    It takes one forward of 2B samples a step, or of B where nothing is guided. Channels beyond the sample's
+    (a learned variance) are the conditional prediction's, unchanged.
 
     Args:
         model: (x, model time, condition) -> prediction.
-        null: what no condition is, of one sample.
+        condition: labels (B,) or text features (B, L, D).
+        null: the empty condition of one sample.
+        guidance: scale, channels and interval.
 
     Raises:
         UserError: guidance.channels exceeds the sample's channels (at the first call).
     """
-    nulls, everywhere = (
-        torch.as_tensor(null).to(condition).expand_as(condition),
-        tuple(guidance.interval) == (0, 1),
-    )
+    nulls = torch.as_tensor(null).to(condition).expand_as(condition)
+    everywhere = tuple(guidance.interval) == (0, 1)
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
         channels = x.shape[1] if guidance.channels is None else guidance.channels
         if channels > x.shape[1]:
-            raise UserError(f"the guidance channels are {channels} and a sample has {x.shape[1]}")
+            raise UserError(
+                "guidance.channels", f"{channels} channels are more than the {x.shape[1]} of a sample"
+            )
         if guidance.scale == 1:
             return model(x, time, condition)
-        inside = None if everywhere else _inside(time, guidance.interval)
-        if inside is not None and not inside.any():
+        within = None if everywhere else _within(time, guidance.interval)
+        if within is not None and not within.any():
             return model(x, time, condition)
         both = model(torch.cat([x, x]), torch.cat([time, time]), torch.cat([condition, nulls]))
         conditional, unconditional = both.chunk(2)
         c, u = conditional[:, :channels], unconditional[:, :channels]
         further = u + guidance.scale * (c - u)
-        if inside is not None:
-            further = torch.where(over_sample(inside, x), further, c)
+        if within is not None:
+            further = torch.where(over_sample(within, x), further, c)
         return torch.cat([further, conditional[:, channels:]], 1)
 
     return denoise
 
 
-def _inside(time: Tensor, interval: Sequence[float]) -> Tensor:
+def _within(time: Tensor, interval: Sequence[float]) -> Tensor:
     share = time.float() / MODEL_TIMES
     return (share >= interval[0]) & (share <= interval[1])
 

@@ -1,5 +1,6 @@
-"""What a noise process is: how noise is added to a sample, and what the network learns from it. Imports
-torch and numpy.
+"""The base of noise processes: adding noise to a sample, and learning from the result.
+
+Imports torch and numpy.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ MODEL_TIMES = 1000
 class Process(ABC):
     """A noise process.
 
-    Two clocks. A process counts time `t` in its own units (:class:`DDPM`: steps 0 to 999;
+    There are two clocks. A process counts time `t` in its own units (:class:`DDPM`: steps 0 to 999;
     :class:`FlowMatching`: the share of noise, 0 to 1); time 0 is the data. A backbone only ever sees the
     model time, :meth:`model_time`, which runs from 0 (data) to 1000 (noise) for every process, so that one
-    time embedding serves both. Samplers hand model times to the network, and a guidance interval is a part of
+    time embedding serves both. Samplers pass model times to the network, and a guidance interval is a part of
     that axis.
     """
 
@@ -34,54 +35,67 @@ class Process(ABC):
 
     @abstractmethod
     def out_channels(self, in_channels: int) -> int:
-        """How many channels the network must predict for samples of `in_channels`."""
+        """Return the channels that the network must predict for samples of `in_channels`."""
 
     @abstractmethod
     def draw_time(self, rng: np.random.Generator) -> float:
-        """The time of one training sample."""
+        """Return the time of one training sample."""
 
     @abstractmethod
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The noisy sample x_t. x0, noise: (B, C, ...); t: (B,)."""
+        """Return the noisy sample x_t.
+
+        Args:
+            x0, noise: (B, C, ...).
+            t: (B,).
+        """
 
     @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
-        """The times (B,) that the network is given for `t` (B,)."""
+        """Return the times (B,) that the network gets for `t` (B,)."""
 
     @abstractmethod
     def losses(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """Losses (B,), "loss" and its parts, in float32. prediction: (B, out_channels, ...); x0, noise,
-        x_t: (B, C, ...); t: (B,).
+        """Return losses (B,) by name, "loss" and its parts, in float32.
+
+        Args:
+            prediction: (B, out_channels, ...).
+            x0, noise, x_t: (B, C, ...).
+            t: (B,).
         """
 
     @abstractmethod
     def bins(self, t: Tensor, count: int) -> Tensor:
-        """Which of `count` equal parts of the time axis each time lies in: int64 (B,), 0 is the least
-        noise.
+        """Return the part of the time axis that holds each time, int64 (B,).
+
+        Args:
+            t: (B,).
+            count: number of equal parts; part 0 has the least noise.
         """
 
 
 def precise(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is so already: losses and steps are never computed in half
-    precision.
+    """Return `x` in float32, or in float64 where it is that already.
+
+    Losses and steps are never computed in half precision.
     """
     return x if x.dtype == torch.float64 else x.float()
 
 
 def over_sample(values: Tensor, x: Tensor) -> Tensor:
-    """Values (B,) shaped to multiply `x` (B, C, ...)."""
+    """Return values (B,) in a shape that multiplies `x` (B, C, ...)."""
     return values.view(-1, *(1,) * (x.ndim - 1))
 
 
 def mean_of_sample(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,)."""
+    """Return the mean of every sample: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
 
 
 def require_channels(prediction: Tensor, expected: int) -> None:
-    """Refuses a prediction of another width.
+    """Refuse a prediction of another width.
 
     Raises:
         ValueError: the network does not predict `expected` channels.

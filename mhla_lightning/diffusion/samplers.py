@@ -1,10 +1,11 @@
-"""From noise to samples: the chain that the published FIDs use, and the solvers of diffusers.
+"""From noise to samples: the chain of the published FIDs, and the solvers of diffusers.
 
-The network is called at model times (0 data to 1000 noise; see :class:`Process`): whole steps of the training
-    chain for `ddpm` processes, 1000 sigma,
-unrounded, for `flow`. Randomness is the caller's: the first noise, and `step_noise` for the one sampler that
-draws on the way. So a sample does not depend on what else is in its batch, and no global generator is
-touched. Samples are float32 between steps, whatever the network computes in.
+The network is called at model times (0 data to 1000 noise; see :class:`Process`): whole steps of the
+training chain for `ddpm` processes, 1000 sigma, unrounded, for `flow`.
+
+Randomness comes from the caller: the first noise, and `step_noise` for the one sampler that adds noise on
+the way. So a sample does not depend on the rest of its batch, and no global generator is used. Samples are
+float32 between steps, in any precision of the network.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ MAX_STEPS = STEPS
 
 
 class Solver(Protocol):
-    """One run of a sampler. `times`: the model times to call the network at, noisiest first."""
+    """One run of a sampler.
+
+    Attributes:
+        times: the model times to call the network at, noisiest first.
+    """
 
     times: Sequence[float]
 
@@ -42,8 +47,9 @@ class Solver(Protocol):
 
 @dataclass
 class Ancestral:
-    """Draws from p(x_{t-1} | x_t) along a short chain, learned variance included; x0 is not clipped (SPEC
-    4.3).
+    """Samples from p(x_{t-1} | x_t) along a short chain; x0 is not clipped (SPEC 4.3).
+
+    A learned variance is used.
     """
 
     chain: Chain
@@ -58,8 +64,9 @@ class Ancestral:
 
 @dataclass
 class Scheduled:
-    """A scheduler of diffusers, at times of our choice; none of those used here draws random numbers.
-    Variance channels are dropped.
+    """A scheduler of diffusers, at times of our choice.
+
+    None of those used here needs random numbers. Variance channels are dropped.
     """
 
     scheduler: Any
@@ -77,8 +84,10 @@ def _ancestral(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
 
 
 def _ddim(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
-    """On the betas of the short chain: with the full ones diffusers subtracts 1000 // steps from a time,
-    off the grid where that does not divide.
+    """Return the solver on the betas of the short chain.
+
+    With all betas diffusers subtracts 1000 // steps from a time, which leaves the grid where that does not
+    divide.
     """
     timestep_map, chain = process.shortened(steps)
     scheduler = _chain_scheduler("DDIMScheduler", chain, num_train_timesteps=steps, clip_sample=False)
@@ -87,11 +96,10 @@ def _ddim(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
 
 
 def _dpm_chain(process: DDPM, steps: int, step_noise: StepNoise) -> Solver:
-    """The grid leaves step 0 out and ends in a first-order step to no noise: from step 0 the one before would
-    be an extrapolation too far.
+    """Return the solver on a grid without step 0, which ends in a first-order step to no noise.
 
-    Measured on a mixture of three Gaussians, mean distance from 1000 steps of DDIM: 0.09 at 10 steps and 0.03
-    at 20, with step 0 0.36 and 0.18.
+    Going through step 0 would extrapolate too far. Measured on a mixture of three Gaussians, mean distance
+    from 1000 steps of DDIM: 0.09 at 10 steps and 0.03 at 20; with step 0 0.36 and 0.18.
     """
     times = np.linspace(STEPS - 1, 0, min(steps, STEPS - 1) + 1).round().astype(int)[:steps].tolist()
     scheduler = _chain_scheduler("DPMSolverMultistepScheduler", process.chain)
@@ -108,17 +116,15 @@ def _dpm_flow(process: FlowMatching, steps: int, step_noise: StepNoise) -> Solve
         flow_shift=process.shift,
     )
     _set_timesteps(scheduler, num_inference_steps=steps)
-    scheduler.set_begin_index(
-        0
-    )  # its timesteps are whole numbers and may repeat; it must not look steps up by them
+    # Its timesteps are whole numbers and may repeat, so it must count steps instead of looking them up.
+    scheduler.set_begin_index(0)
     return Scheduled(scheduler, [MODEL_TIMES * sigma for sigma in scheduler.sigmas[:-1].tolist()])
 
 
 def _euler(process: FlowMatching, steps: int, step_noise: StepNoise) -> Solver:
     scheduler = _scheduler("FlowMatchEulerDiscreteScheduler", shift=process.shift)
-    scheduler.set_timesteps(
-        sigmas=np.linspace(1, 1 / steps, steps).tolist()
-    )  # its own grid shifts the last time twice
+    # diffusers' own grid shifts the last time twice.
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
     scheduler.set_begin_index(0)
     return Scheduled(scheduler, scheduler.timesteps.tolist())
 
@@ -129,8 +135,9 @@ SAMPLERS: dict[str, dict[str, Callable[[Any, int, StepNoise], Solver]]] = {
     "dpm++": {"ddpm": _dpm_chain, "flow": _dpm_flow},
     "euler": {"flow": _euler},
 }
-"""sampler -> process it serves -> its solver: ancestral; DDIM (arXiv 2010.02502); DPM-Solver++ 2M (arXiv
-2211.01095); Euler.
+"""Sampler -> process it serves -> its solver.
+
+Ancestral; DDIM (arXiv 2010.02502); DPM-Solver++ 2M (arXiv 2211.01095); Euler.
 """
 OWN = ("ddpm",)
 
@@ -141,45 +148,42 @@ def _scheduler(name: str, **options: Any) -> Any:
 
 def _chain_scheduler(name: str, chain: Chain, **options: Any) -> Any:
     scheduler = _scheduler(name, trained_betas=chain.betas.tolist(), **options)
-    scheduler.alphas_cumprod = torch.from_numpy(
-        chain.alphas_cumprod
-    )  # its own are float32 products: off by 1e-4 where a beta is close to 1
+    # diffusers' own are float32 products, off by 1e-4 where a beta is close to 1.
+    scheduler.alphas_cumprod = torch.from_numpy(chain.alphas_cumprod)
     return scheduler
 
 
 def _set_timesteps(scheduler: Any, **grid: Any) -> None:
-    with (
-        warnings.catch_warnings()
-    ):  # diffusers 0.42 copies a tensor with np.array, which numpy 2.4 calls deprecated
+    # diffusers 0.42 copies a tensor with np.array, which numpy 2.4 calls deprecated.
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         scheduler.set_timesteps(**grid)
 
 
 def default_sampler(process: Process) -> str:
-    """The sampler of a process where none is named."""
+    """Return the sampler of a process where none is named."""
     return "ddpm" if process.name == "ddpm" else "euler"
 
 
-def check_sampler(name: str, process: Process, steps: int) -> None:
-    """Refuses a sampler before anything is built.
+def check_sampler(sampler: str, process: Process, steps: int) -> None:
+    """Refuse a sampler before anything is built.
 
     Raises:
         UserError: unknown sampler, or one for another process; a number of steps outside 1 to 1000; diffusers
             is missing for a sampler that needs it.
     """
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise UserError(unknown_name("sampler", name, SAMPLERS))
-    if process.name not in SAMPLERS[name]:
-        fitting = ", ".join(sampler for sampler, serves in SAMPLERS.items() if process.name in serves)
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise UserError("sampler", unknown_name("sampler", sampler, SAMPLERS))
+    if process.name not in SAMPLERS[sampler]:
+        fitting = ", ".join(name for name, serves in SAMPLERS.items() if process.name in serves)
         raise UserError(
-            f"sampler '{name}' does not serve the noise process '{process.name}'; valid: {fitting}"
+            "sampler",
+            f"'{sampler}' does not serve the noise process '{process.name}'; valid: {fitting}",
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise UserError(
-            f"the number of sampling steps is {steps!r}; it must be a whole number from 1 to {MAX_STEPS}"
-        )
-    if name not in OWN and find_spec("diffusers") is None:
-        raise UserError(missing_extra("diffusers", "diffusion", f"sampler '{name}'"))
+        raise UserError("steps", f"{steps!r} does not fit; give a whole number from 1 to {MAX_STEPS}")
+    if sampler not in OWN and find_spec("diffusers") is None:
+        raise UserError("sampler", missing_extra("diffusers", "diffusion", f"'{sampler}'"))
 
 
 @torch.no_grad()
@@ -193,15 +197,16 @@ def sample(
     step_noise: StepNoise,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples x0 (B, C, ...), float32.
+    """Return samples x0 (B, C, ...), float32.
 
     Args:
         denoise: (x, model time (B,)) -> prediction (B, out_channels, ...), for instance of :func:`guided`.
+        process: the noise process of training.
         sampler: a name of SAMPLERS.
         steps: calls of the network.
         noise: (B, C, ...), standard normal, x at the noisiest time.
         step_noise: called once for every step of `ddpm` but the last; never by the other samplers.
-        on_step: called after every step with its number, from 0, and x.
+        on_step: called after every step with its number, from 0, and x; None is off.
 
     Raises:
         UserError: see :func:`check_sampler`.

@@ -22,7 +22,7 @@ from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.weights.warm_start import freeze_except, start_from, weight_file
 
 log = logging.getLogger(__name__)
-# Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the averaged weights of callbacks.EMA.
+# Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the weights averaged by EMA.
 PREFIXES = ("val", "val_ema", "test", "test_ema")
 
 

@@ -146,7 +146,7 @@ class ClassificationTask(Task):
         if tuple(image_size) != self._image_size():
             raise UserError(
                 "backbone_options.img_size",
-                f"it is {self._image_size()} and `data.image_size` is {tuple(image_size)}; they must be equal",
+                f"it is {self._image_size()} and `data.image_size` {tuple(image_size)}; they must be equal",
             )
         self.check_batch(micro_batch)
 

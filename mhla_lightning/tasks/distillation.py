@@ -46,7 +46,9 @@ class Distillation:
     def __post_init__(self) -> None:
         for name, value in (("output", self.output), ("layers", self.layers)):
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"loss.distill.{name}", f"{value} does not fit; it must be a number of at least 0")
+                raise UserError(
+                    f"loss.distill.{name}", f"{value} does not fit; it must be a number of at least 0"
+                )
         if not self.output + self.layers:
             raise UserError(
                 "loss.distill",

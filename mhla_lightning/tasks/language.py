@@ -236,8 +236,8 @@ class LanguageTask(Task):
                 raise UserError(
                     "eval_lengths",
                     f"validation rows of {val_length} tokens do not divide into windows of {window}; "
-                    "`data.text.val_length` must be a multiple of `model.backbone_options.context` and of every "
-                    "length here",
+                    "`data.text.val_length` must be a multiple of `model.backbone_options.context` and of "
+                    "every length here",
                 )
         found = facts.get("token_bytes")
         self.token_bytes = None if found is None else torch.as_tensor(found)

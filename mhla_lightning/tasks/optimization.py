@@ -44,7 +44,9 @@ class OptimizerConfig:
             if value < 0:
                 raise UserError(f"optimizer.{name}", f"{value} is negative; it must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError("optimizer.betas", f"{self.betas} do not fit; both must be at least 0 and below 1")
+            raise UserError(
+                "optimizer.betas", f"{self.betas} do not fit; both must be at least 0 and below 1"
+            )
 
     def build(
         self, model: nn.Module, plan: nn.Module, no_decay: set[str], mixing: set[str]

@@ -105,8 +105,8 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
         # torch's unpickler gives a page of advice, or over a file that is no pickle an error of any kind.
         raise UserError(
             key,
-            f"{path} holds no plain tensors, or also holds objects other than tensors and plain values, which "
-            "are never unpickled",
+            f"{path} holds no plain tensors, or also holds objects other than tensors and plain values, "
+            "which are never unpickled",
         ) from error
     if not isinstance(state, Mapping):
         raise UserError(key, f"{path} holds no plain tensors (a {type(state).__name__})")
@@ -142,7 +142,8 @@ def refusal(path: Path) -> str:
     """Return why a checkpoint of DeepSpeed's is not read, and what to do."""
     return (
         f"{path} is a checkpoint that DeepSpeed itself wrote, and its pickles can run any code; if you trust "
-        f"its author, `mhla export {path} --to weights.safetensors --trust-checkpoint` makes a plain file of it"
+        f"its author, `mhla export {path} --to weights.safetensors --trust-checkpoint` makes a plain file of "
+        "it"
     )
 
 

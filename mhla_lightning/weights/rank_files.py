@@ -118,7 +118,7 @@ class RankFileReader:
             if [part.start for part in parts] != ends[:-1] or ends[-1] != math.prod(self.shapes[name]):
                 raise DataError(
                     str(folder),
-                    f"the rank files do not hold all of {name} {self.shapes[name]}: they hold (start, length) "
+                    f"its rank files do not hold all of {name} {self.shapes[name]}, only (start, length) "
                     f"{[(part.start, part.numel) for part in parts]}",
                 )
 
@@ -138,7 +138,7 @@ class RankFileReader:
             if lots != {len(own)} or numbers != [*range(len(own))]:
                 raise DataError(
                     str(self.folder),
-                    f"it holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has all of them",
+                    f"it holds files {numbers} of {sorted(lots)} of rank {rank}; a checkpoint has them all",
                 )
         return sorted(found)
 

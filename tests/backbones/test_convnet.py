@@ -12,6 +12,7 @@ from mhla_lightning import backbones
 from mhla_lightning.config.recipes import apply_overrides, load_recipe
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.errors import UserError
+from tests.helpers.errors import refused
 
 SIZES = pytest.mark.parametrize(
     ("img_size", "grid"), [(28, (7, 7)), (32, (8, 8)), ((30, 45), (8, 12)), (5, (2, 2))], ids=str
@@ -59,22 +60,22 @@ def test_every_parameter_learns_and_own_weights_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"img_size": 3}, "img_size 3 is below 4 pixels"),
-        ({"widths": [8, 16]}, r"widths is \[8, 16\]; a convnet has three stages"),
-        ({"widths": [8, 0, 16]}, "three stages of at least one channel"),
-        ({"depth": 4}, "unknown option 'depth' of backbone 'convnet_tiny'"),
+        ({"img_size": 3}, "img_size"),
+        ({"widths": [8, 16]}, "widths"),
+        ({"widths": [8, 0, 16]}, "widths"),
+        ({"depth": 4}, "depth"),
     ],
 )
-def test_sizes_that_do_not_fit(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_sizes_that_do_not_fit(options: dict[str, Any], key: str) -> None:
+    with refused(key):
         build(**options)
 
 
 @pytest.mark.parametrize("attention", ["mhla", "softmax", {"name": "mhla"}, ["mhla"]], ids=str)
 def test_an_attention_is_refused_and_not_ignored(attention: Any) -> None:
-    with pytest.raises(UserError, match="a convnet has no attention; write none"):
+    with refused("attention"):
         backbones.build_backbone("convnet_tiny", attention=attention)
 
 
@@ -82,9 +83,10 @@ def test_the_recipe_refuses_attention_checkpointing_and_another_flop_grid() -> N
     values = load_recipe("classification/convnet_mnist_cpu").values
     task = resolve(values).task
     assert task.parameter_count < 100_000
-    with pytest.raises(UserError, match="a convnet has no attention"):
+    with pytest.raises(UserError) as error:
         resolve(apply_overrides(values, {"model.attention": "mhla"}))
-    with pytest.raises(UserError, match="a convnet recomputes nothing"):
+    assert str(error.value.key).endswith("attention")
+    with refused("checkpoint_activations"):
         resolve(apply_overrides(values, {"model.checkpoint_activations": "blocks"})).task.configure_model()
-    with pytest.raises(UserError, match=r"a last stage of \(7, 7\), not \(8, 8\)"):
+    with refused("shape"):
         build().flops((8, 8))

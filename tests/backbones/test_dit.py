@@ -17,6 +17,7 @@ from mhla_lightning.backbones import IMAGE_DIFFUSION
 from mhla_lightning.backbones.layers import time_sinusoid
 from mhla_lightning.errors import UserError
 from tests.helpers.marks import every_nth
+from tests.helpers.errors import refused
 
 TINY: dict[str, Any] = {"input_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 RELEASE = {"name": "mhla", "preset": "release"}
@@ -299,36 +300,28 @@ def test_no_weight_decay_names_are_the_mixing_matrices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"input_size": 33}, ["input_size 33 is no multiple of patch_size 2", "use 32 or 34"]),
-        ({"input_size": (16, 1)}, ["input_size 1 is no multiple of patch_size 2", "use 2"]),
-        (
-            {"input_size": (16, 16, 16)},
-            ["input_size takes one whole number or [height, width]", "(16, 16, 16)"],
-        ),
-        ({"patch_size": 0}, ["patch_size is 0"]),
-        ({"embed_dim": 30}, ["embed_dim 30 is no multiple of 4"]),
-        ({"num_heads": 5}, ["5 heads do not divide 24 channels"]),
-        ({"num_classes": 0}, ["num_classes is 0"]),
-        (
-            {"attention": {"name": "mhla", "blocks": 5}},
-            ["blocks=5 does not fit an axis of 8 tokens", "use 4 or 8"],
-        ),
-        ({"attention": {"name": "mhla", "gated": True}}, ["unknown option 'gated'", "did you mean 'gate'"]),
-        ({"attention": {**RELEASE, "blocks": 3}}, ["normalizer 'slot' needs full blocks"]),
-        ({"attention": {"name": "mhla", "blocks": 3}, "dwconv": True}, ["dwconv needs full blocks", "cpe3"]),
-        ({"input_size": (16, 24), "dwconv": True}, ["96 is no square number", "cpe3"]),
-        ({"hidden_size": 24}, ["unknown option 'hidden_size' of backbone 'dit_s2'"]),
+        ({"input_size": 33}, "input_size"),
+        ({"input_size": (16, 1)}, "input_size"),
+        ({"input_size": (16, 16, 16)}, "input_size"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"embed_dim": 30}, "embed_dim"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"attention": {"name": "mhla", "blocks": 5}}, "attention.blocks"),
+        ({"attention": {"name": "mhla", "gated": True}}, "attention.gated"),
+        ({"attention": {**RELEASE, "blocks": 3}}, "attention.normalizer"),
+        ({"attention": {"name": "mhla", "blocks": 3}, "dwconv": True}, "dwconv"),
+        ({"input_size": (16, 24), "dwconv": True}, "dwconv"),
+        ({"hidden_size": 24}, "hidden_size"),
     ],
     ids=str,
 )
-def test_wrong_options_are_one_clear_sentence(options: dict, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_wrong_options_are_one_clear_sentence(options: dict, key: str) -> None:
+    with refused(key) as error:
         build(**options)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_short_last_blocks_are_allowed() -> None:
@@ -338,25 +331,20 @@ def test_short_last_blocks_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "key"),
     [
-        ({"x": torch.zeros(2, 3, 16, 16)}, ["(3, 16, 16)", "(channels, height, width) = (4, 16, 16)"]),
-        ({"x": torch.zeros(2, 4, 16, 32)}, ["(4, 16, 32)", "(4, 16, 16)"]),
-        ({"t": torch.tensor(7)}, ["times have the shape ()", "(2,)"]),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, ["labels have the shape (3,)", "(2,)"]),
-        (
-            {"y": torch.tensor([0, 6])},
-            ["class 6 is out of range", "classes are 0 to 4, and 5 is the null label"],
-        ),
-        ({"y": torch.tensor([-1, 0])}, ["class -1 is out of range"]),
+        ({"x": torch.zeros(2, 3, 16, 16)}, "x"),
+        ({"x": torch.zeros(2, 4, 16, 32)}, "x"),
+        ({"t": torch.tensor(7)}, "t"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, "y"),
+        ({"y": torch.tensor([0, 6])}, "y"),
+        ({"y": torch.tensor([-1, 0])}, "y"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_inputs_are_one_clear_sentence(change: dict[str, torch.Tensor], words: list[str]) -> None:
+def test_wrong_inputs_are_one_clear_sentence(change: dict[str, torch.Tensor], key: str) -> None:
     model = build()
     x, t, y = inputs(model)
-    with pytest.raises(UserError) as error:
+    with refused(key) as error:
         model(**{"x": x, "t": t, "y": y, **change})
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)

@@ -18,6 +18,7 @@ from mhla_lightning.attention import CAUSAL_ATTENTION, CausalSelfAttention, Mixi
 from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.language_models import CUDA_ONLY, OPERATORS_ON_CPU
 from tests.helpers.marks import every_nth
 from tests.helpers.oracles import ORACLES
@@ -353,36 +354,31 @@ def test_a_longer_forward_is_the_operators_decision() -> None:
     assert build("softmax")(long).shape == (1, 60, VOCAB)
     assert build(LINEAR)(long).shape == (1, 60, VOCAB)
     assert build(ENTRIES["shift"])(long).shape == (1, 60, VOCAB)
-    with pytest.raises(UserError, match="extrapolation"):
+    with pytest.raises(UserError):  # the key is the operator's
         build(MHLA)(long)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"attention": "mlha"}, ["unknown causal attention 'mlha'", "did you mean 'mhla'"]),
-        ({"attention": {"name": "mhla", "blocks": 4}}, ["unknown option 'blocks'", "chunk_size"]),
-        (
-            {"attention": {"name": "mhla", "preset": "papper"}},
-            ["unknown attention preset 'papper'", "best, paper, release"],
-        ),
-        ({"context": 0}, ["context is 0", "at least 1"]),
-        ({"attention": {"name": "softmax", "heads": 3}}, ["3 heads do not divide 128 channels"]),
-        ({"img_size": 32}, ["unknown option 'img_size' of backbone 'lm_tiny'", "context"]),
+        ({"attention": "mlha"}, "attention.name"),
+        ({"attention": {"name": "mhla", "blocks": 4}}, "attention.blocks"),
+        ({"attention": {"name": "mhla", "preset": "papper"}}, "attention.preset"),
+        ({"context": 0}, "context"),
+        ({"attention": {"name": "softmax", "heads": 3}}, "attention.heads"),
+        ({"img_size": 32}, "img_size"),
     ],
     ids=str,
 )
-def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], key: str) -> None:
+    with refused(key) as error:
         build_backbone("lm_tiny", **options)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_mask_and_documents_have_the_shape_of_the_tokens() -> None:
     model = build("softmax")
-    with pytest.raises(UserError, match=r"documents is \(2, 3\) and tokens are \(2, 37\)"):
+    with refused("documents"):
         model(text(), documents=torch.zeros(2, 3, dtype=torch.int64))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhla_lightning.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.video_models import ENTRIES, HYBRID, awake, build, inputs
 
 
@@ -86,11 +86,7 @@ def test_short_last_blocks_count_as_the_tokens_they_hold() -> None:
         ({"name": "mhla", "block_size": (2, 2, 2)}, (5, 8, 12), ["blocks (2, 2, 3): frames 5; use 4"]),
         ({"name": "mhla", "block_size": 2}, (4, 8, 6), ["blocks (2, 2, 3): width 6; use 10"]),
         ({"name": "mhla", "normalizer": "slot"}, (4, 8, 14), ["width 14; use 12 or 18"]),
-        (
-            "linear",
-            (4, 8),
-            ["latents takes three whole numbers from 1 on, [frames, height, width]", "(4, 8)"],
-        ),
+        ("linear", (4, 8), ["three whole numbers", "[frames, height, width]", "(4, 8)"]),
     ],
     ids=str,
 )
@@ -98,21 +94,22 @@ def test_a_size_that_does_not_fit_names_the_nearest(
     attention: Any, size: tuple[int, ...], words: list[str]
 ) -> None:
     model = build(attention=attention)
-    with pytest.raises(UserError) as error:
+    with refused("shape") as error:
         model.check_size(size)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
     if len(size) == 3:
-        with pytest.raises(UserError):
+        with refused("x"):
             model(*inputs(model, size))
 
 
 def test_a_size_has_to_suit_the_blocks_of_every_layer() -> None:
     model = build(attention=["mhla", {"name": "mhla", "blocks": (2, 2, 4)}], input_size=(4, 8, 14))
     assert model.check_size((4, 8, 20)) == (4, 4, 10)  # 4 + 4 + 2 and 3 + 3 + 3 + 1
-    with pytest.raises(UserError, match=r"blocks \(2, 2, 3\) and blocks \(2, 2, 4\): width 12; use 14"):
+    with refused("shape"):
         model.check_size((4, 8, 12))
+    assert model.nearest(2, 12) == (14,)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +133,7 @@ def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
                 assert model.check_size(size) == (size[0], size[1] // 2, size[2] // 2)
                 assert model(*inputs(model, tuple(size), batch=1)).isfinite().all()
             else:
-                with pytest.raises(UserError):
+                with refused("shape"):
                     model.check_size(size)
                 assert not [
                     other
@@ -147,50 +144,43 @@ def test_what_check_size_says_is_what_the_model_takes(attention: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"input_size": (4, 9, 12)}, ["height 9; use 8 or 10"]),
-        ({"input_size": 16}, ["input_size takes three whole numbers", "16"]),
-        ({"patch_size": (1, 2)}, ["patch_size takes three whole numbers", "(1, 2)"]),
-        ({"num_heads": 5}, ["5 heads do not divide 24 channels into even heads"]),
-        ({"num_heads": 8}, ["8 heads do not divide 24 channels into even heads"]),
-        ({"freq_dim": 15}, ["freq_dim is 15; it must be even"]),
-        ({"depth": 0}, ["depth is 0"]),
-        ({"text_length": 0}, ["text_length is 0"]),
-        (
-            {"attention": {"name": "mhla", "blocks": (2, 3, 3)}},
-            ["blocks=3 does not fit an axis of 4 tokens", "use 2 or 4"],
-        ),
-        ({"attention": {"name": "mhla", "is_gated": True}}, ["unknown option 'is_gated'", "gate"]),
-        ({"dim": 24}, ["unknown option 'dim' of backbone 'wan_1_3b'"]),
+        ({"input_size": (4, 9, 12)}, "input_size"),
+        ({"input_size": 16}, "input_size"),
+        ({"patch_size": (1, 2)}, "patch_size"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"num_heads": 8}, "num_heads"),
+        ({"freq_dim": 15}, "freq_dim"),
+        ({"depth": 0}, "depth"),
+        ({"text_length": 0}, "text_length"),
+        ({"attention": {"name": "mhla", "blocks": (2, 3, 3)}}, "attention.blocks"),
+        ({"attention": {"name": "mhla", "is_gated": True}}, "attention.is_gated"),
+        ({"dim": 24}, "dim"),
     ],
     ids=str,
 )
-def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_wrong_options_are_one_clear_sentence(options: dict[str, Any], key: str) -> None:
+    with refused(key) as error:
         build(**options)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "key"),
     [
-        ({"x": torch.zeros(2, 4, 4, 8, 12)}, ["(2, 4, 4, 8, 12)", "(batch, 3, frames, height, width)"]),
-        ({"x": torch.zeros(2, 3, 8, 12)}, ["(2, 3, 8, 12)"]),
-        ({"t": torch.tensor(7)}, ["times have the shape ()", "(2,)"]),
-        ({"text": torch.zeros(2, 7, 10)}, ["texts have the shape (2, 7, 10)", "(2, at most 6, 10)"]),
-        ({"text": torch.zeros(1, 6, 10)}, ["texts have the shape (1, 6, 10)"]),
-        ({"text": torch.zeros(2, 6, 9)}, ["texts have the shape (2, 6, 9)"]),
+        ({"x": torch.zeros(2, 4, 4, 8, 12)}, "x"),
+        ({"x": torch.zeros(2, 3, 8, 12)}, "x"),
+        ({"t": torch.tensor(7)}, "t"),
+        ({"text": torch.zeros(2, 7, 10)}, "text"),
+        ({"text": torch.zeros(1, 6, 10)}, "text"),
+        ({"text": torch.zeros(2, 6, 9)}, "text"),
     ],
     ids=lambda value: str(list(value)) if isinstance(value, Mapping) else "",
 )
-def test_wrong_inputs_are_one_clear_sentence(change: dict[str, torch.Tensor], words: list[str]) -> None:
+def test_wrong_inputs_are_one_clear_sentence(change: dict[str, torch.Tensor], key: str) -> None:
     model = build()
     x, t, text = inputs(model)
-    with pytest.raises(UserError) as error:
+    with refused(key) as error:
         model(**{"x": x, "t": t, "text": text, **change})
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mhla_lightning.diffusion import DDPM, PROCESSES, FlowMatching, Guidance, build_process, guided, respaced
 from mhla_lightning.diffusion.chain import Chain, discretized_log_likelihood, linear_betas
-from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import generator
+from tests.helpers.errors import refused
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 SHAPE = (6, 3, 4, 4)
@@ -43,19 +43,9 @@ def test_one_step_is_the_noisiest() -> None:
     assert respaced(1)[0].tolist() == [999]
 
 
-@pytest.mark.parametrize(
-    ("respacing", "sentence"),
-    [
-        ("0", "respacing '0' is neither"),
-        ("1001", "from 1 to 1000"),
-        ("-5", "respacing '-5' is neither"),
-        ("ten", "respacing 'ten' is neither"),
-        ("ddim", "respacing 'ddim' is neither"),
-        ("ddim300", "no stride over 1000 steps keeps 300 of them; the nearest below is 'ddim250'"),
-    ],
-)
-def test_wrong_respacing(respacing: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+@pytest.mark.parametrize("respacing", ["0", "1001", "-5", "ten", "ddim", "ddim300"])
+def test_wrong_respacing(respacing: str) -> None:
+    with refused("respacing"):
         respaced(respacing)
 
 
@@ -267,33 +257,24 @@ def test_processes_from_a_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "sentence"),
+    ("entry", "key"),
     [
-        ("dppm", "unknown noise process 'dppm'; valid: ddpm, flow; did you mean 'ddpm'"),
-        ({"learn_variance": False}, "needs the key 'name'"),
-        ({"name": ["ddpm"]}, "unknown noise process"),
-        (3, "is a name or a mapping"),
-        (
-            {"name": "ddpm", "shift": 3},
-            "unknown option 'shift' of noise process 'ddpm'; valid: learn_variance, name",
-        ),
-        ({"name": "ddpm", "chain": 3}, "unknown option 'chain'"),
-        (
-            {"name": "ddpm", "learn_variance": "no"},
-            "learn_variance of process 'ddpm' is 'no'; it is true or false",
-        ),
-        ({"name": "flow", "shift": 0}, "shift of process 'flow' is 0; it must be a positive number"),
-        ({"name": "flow", "std": float("nan")}, "std of process 'flow' is nan"),
-        ({"name": "flow", "mean": "0"}, "mean of process 'flow' is '0'; it must be a number"),
-        (
-            {"name": "flow", "times": "cosine"},
-            "times of process 'flow' is 'cosine'; valid: logit_normal, uniform",
-        ),
-        ({"name": "flow", "integer_times": 1}, "integer_times of process 'flow' is 1; it is true or false"),
+        ("dppm", "name"),
+        ({"learn_variance": False}, "name"),
+        ({"name": ["ddpm"]}, "name"),
+        (3, "name"),
+        ({"name": "ddpm", "shift": 3}, "shift"),
+        ({"name": "ddpm", "chain": 3}, "chain"),
+        ({"name": "ddpm", "learn_variance": "no"}, "learn_variance"),
+        ({"name": "flow", "shift": 0}, "shift"),
+        ({"name": "flow", "std": float("nan")}, "std"),
+        ({"name": "flow", "mean": "0"}, "mean"),
+        ({"name": "flow", "times": "cosine"}, "times"),
+        ({"name": "flow", "integer_times": 1}, "integer_times"),
     ],
 )
-def test_wrong_processes(entry: Any, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_wrong_processes(entry: Any, key: str) -> None:
+    with refused(key):
         build_process(entry)
 
 
@@ -356,28 +337,28 @@ def test_guidance_of_a_batch_of_several_times_is_each_samples_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "key"),
     [
-        ({"scale": -1}, "guidance scale is -1; it must be a number of at least 0"),
-        ({"scale": float("nan")}, "guidance scale is nan"),
-        ({"scale": "4"}, "guidance scale is '4'"),
-        ({"channels": 0}, "guidance channels are 0"),
-        ({"channels": True}, "guidance channels are True"),
-        ({"interval": (0.7, 0.3)}, r"guidance interval is \(0.7, 0.3\).*the smaller first"),
-        ({"interval": (0.5, 0.5)}, "the smaller first"),
-        ({"interval": (-0.1, 1)}, "two numbers from 0"),
-        ({"interval": (0, 1000)}, "two numbers from 0"),
-        ({"interval": [0.5]}, "two numbers from 0"),
-        ({"interval": "01"}, "two numbers from 0"),
+        ({"scale": -1}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"scale": "4"}, "scale"),
+        ({"channels": 0}, "channels"),
+        ({"channels": True}, "channels"),
+        ({"interval": (0.7, 0.3)}, "interval"),
+        ({"interval": (0.5, 0.5)}, "interval"),
+        ({"interval": (-0.1, 1)}, "interval"),
+        ({"interval": (0, 1000)}, "interval"),
+        ({"interval": [0.5]}, "interval"),
+        ({"interval": "01"}, "interval"),
     ],
 )
-def test_wrong_guidance(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_wrong_guidance(options: dict[str, Any], key: str) -> None:
+    with refused(key):
         Guidance(**options)
 
 
 def test_guidance_of_more_channels_than_a_sample_has() -> None:
-    with pytest.raises(UserError, match="guidance channels are 5 and a sample has 4"):
+    with refused("guidance.channels"):
         guided_call(Guidance(2.0, channels=5), torch.tensor([7, 7, 7]))
 
 

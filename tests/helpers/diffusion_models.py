@@ -22,8 +22,8 @@ OPTIONS: dict[str, Any] = {
 MHLA: dict[str, Any] = {"name": "mhla", "blocks": 2}
 RECIPE = """
 seed_everything: 0
-trainer: {accelerator: cpu, devices: 1, max_steps: 12, val_check_interval: 4, log_every_n_steps: 1, callbacks: [
-  {class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
+trainer: {accelerator: cpu, devices: 1, max_steps: 12, val_check_interval: 4, log_every_n_steps: 1,
+  callbacks: [{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
 model:
   class_path: mhla_lightning.tasks.ImageDiffusionTask
   init_args:

@@ -10,8 +10,8 @@ from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
 RECIPE = """
 seed_everything: 0
-trainer: {accelerator: cpu, devices: 1, max_steps: 10, val_check_interval: 5, log_every_n_steps: 1, callbacks: [
-  {class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
+trainer: {accelerator: cpu, devices: 1, max_steps: 10, val_check_interval: 5, log_every_n_steps: 1,
+  callbacks: [{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
 model:
   class_path: mhla_lightning.tasks.LanguageTask
   init_args:

@@ -18,19 +18,21 @@ FRAMES, SIDE, RATE = 8, 16, 8.0
 CAPTIONS = ("a bar moves right", "a bar moves down")
 RECIPE = """
 seed_everything: 0
-trainer: {accelerator: cpu, devices: 1, max_steps: 4, val_check_interval: 4, log_every_n_steps: 1, callbacks: [
-  {class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
+trainer: {accelerator: cpu, devices: 1, max_steps: 4, val_check_interval: 4, log_every_n_steps: 1,
+  callbacks: [{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
 model:
   class_path: mhla_lightning.tasks.VideoDiffusionTask
   init_args:
     backbone: wan_tiny
     attention: {name: mhla, blocks: [2, 2, 2]}
-    backbone_options: {input_size: [8, 16, 16], embed_dim: 32, ffn_dim: 48, depth: 2, num_heads: 2, freq_dim: 16, text_dim: 8, text_length: 6}
+    backbone_options: {input_size: [8, 16, 16], embed_dim: 32, ffn_dim: 48, depth: 2, num_heads: 2,
+      freq_dim: 16, text_dim: 8, text_length: 6}
     optimizer: {lr: 2.0e-3}
     schedule: {warmup_steps: 2}
 data:
   class_path: mhla_lightning.data.ClipDataModule
-  init_args: {path: PATH, batch_size: 4, num_workers: 0, text_encoder: {name: 'words:8', tokens: 6, channels: 8}}
+  init_args: {path: PATH, batch_size: 4, num_workers: 0,
+    text_encoder: {name: 'words:8', tokens: 6, channels: 8}}
 checkpoint: {every_n_steps: 2, keep_last: 2}
 """
 

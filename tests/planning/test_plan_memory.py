@@ -23,6 +23,7 @@ from mhla_lightning.planning.state_memory import ModelSize, partitioned, replica
 from mhla_lightning.planning.step_memory import activation_bytes, build, find_precision, training_step
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.tasks import (
+    ClassificationLossConfig,
     ClassificationTask,
     ImageDiffusionTask,
     LanguageTask,
