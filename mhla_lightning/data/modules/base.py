@@ -172,7 +172,12 @@ class ShardDataModule(LightningDataModule):
         return self._splits_read[name, source.path]
 
     def _store(self, source: DataSource, split: str) -> Store:
-        return open_store(f"{source.path.rstrip('/')}/{split}", self.remote)
+        try:
+            return open_store(f"{source.path.rstrip('/')}/{split}", self.remote)
+        except UserError as error:
+            if error.key is None:  # a missing package
+                raise
+            raise UserError("mix" if len(self.sources) > 1 else "path", str(error)) from error
 
     def splits(self, name: str) -> list[Split]:
         """Return the splits of this name of all sources that have one."""
