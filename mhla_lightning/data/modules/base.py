@@ -185,7 +185,10 @@ class ShardDataModule(LightningDataModule):
         return [split for split in found if split is not None]
 
     def index(self, split: str = "train") -> ShardIndex:
-        """Return the index of a split, of the first source that has it. Raises DataError without one."""
+        """Return the index of a split, from the first source that has it.
+
+        Raises DataError when no source has it.
+        """
         splits = self.splits(split)
         if not splits:
             found = [name for name in SPLITS if self.splits(name)]
