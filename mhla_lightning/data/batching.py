@@ -98,7 +98,7 @@ def eval_batches_per_rank(samples: int, batch_size: int, world_size: int) -> int
 def eval_ranges(
     samples: int, batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
 ) -> list[tuple[int, int]]:
-    """Return the batches of one worker in a validation pass, as ranges [start, stop) of sample indices.
+    """Return the batches of one worker in a validation pass, as ranges [start, stop).
 
     Batch number i of the split goes to rank i % world_size. A rank's batches go to its workers in turn, the
     order in which a DataLoader collects them. So a batch holds the same samples with any number of workers.
@@ -112,8 +112,9 @@ def eval_ranges(
 def grouped_eval_ranges(
     groups: Sequence[int], batch_size: int, rank: int, world_size: int, worker: int = 0, workers: int = 1
 ) -> list[tuple[int, int, int]]:
-    """Return ranges (group, start, stop) as eval_ranges does, where no batch holds samples of two groups.
+    """Return ranges (group, start, stop), where no batch holds samples of two groups.
 
+    Otherwise as eval_ranges.
     groups: samples of each group; groups follow one another. All ranks are in the same group at the same
     time, so that their batches, and their padding, have one shape.
     """

@@ -45,7 +45,7 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True)
 class SamplePlace:
-    """The sample at a position: number of its source, epoch of that source, index over all sources."""
+    """The sample at a position: source number, epoch of the source, index over all sources."""
 
     source: int
     epoch: int

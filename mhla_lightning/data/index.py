@@ -1,4 +1,4 @@
-"""`index.json` and `NAME.offsets.npy`, the description of a split (format: data/README.md). No torch."""
+"""`index.json` and `NAME.offsets.npy` of a split (format: data/README.md). No torch."""
 
 from __future__ import annotations
 
@@ -139,7 +139,10 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class Clip:
-    """The size of all clips of a split: frames, height and width in pixels, rate in frames a second."""
+    """The size of all clips of a split.
+
+    frames; height and width in pixels; rate in frames a second.
+    """
 
     frames: int
     height: int
@@ -206,7 +209,7 @@ class ShardIndex:
         return self.first_indices()[shard]
 
     def first_indices(self) -> list[int]:
-        """Return the global index of every shard's first sample, and the number of samples at the end."""
+        """Return the global index of the first sample of every shard, then the number of samples."""
         return list(accumulate((shard.samples for shard in self.shards), initial=0))
 
 
@@ -240,7 +243,7 @@ def read_index(split: str | Path | Store) -> ShardIndex:
     """Read and validate the index.json of a split.
 
     split: a folder, an address or an open store. Raises DataError when the file is missing, is no JSON, has
-    another format, contradicts itself, or has a shard name that is no plain file name.
+    another format, or contradicts itself. A shard must have a plain file name.
     """
     store = split if isinstance(split, Store) else open_store(split)
     address = store.address(INDEX_NAME)

@@ -1,4 +1,4 @@
-"""A webdataset WebLoader around one of our streams, with a length, short errors and steady workers.
+"""A WebLoader around one of our streams: sized, with short errors and steady workers.
 
 Signals to the whole job do not end the workers.
 """
@@ -101,16 +101,19 @@ def ignore_signals(worker: int) -> None:
 def _start_worker(worker: int) -> None:
     """Initialise a worker.
 
-    A spawned worker that ends in the middle of a stream sometimes aborts, as torch's sending thread outlives
-    the interpreter, and the main process reports a crash. So it leaves without closing the interpreter, as a
-    forked worker always does.
+    A spawned worker that ends in the middle of a stream sometimes aborts: torch's sending thread outlives
+    the interpreter. The main process then reports a crash. So the worker leaves without closing the
+    interpreter, as a forked worker always does.
     """
     ignore_signals(worker)
     atexit.register(os._exit, 0)
 
 
 class _WorkerProcesses:
-    """The first stage of a WebLoader: a DataLoader whose workers can be ended. Calling it iterates."""
+    """The first stage of a WebLoader: a DataLoader whose workers can be ended.
+
+    Calling it starts an iteration.
+    """
 
     _alive: weakref.WeakSet[_WorkerProcesses] = weakref.WeakSet()
 
@@ -153,7 +156,7 @@ atexit.register(_WorkerProcesses.shut_down_all)
 
 
 class _Loader(wds.WebLoader):
-    """A WebLoader that iterates over a given first stage, instead of building its own DataLoader."""
+    """A WebLoader over a given first stage, without a DataLoader of its own."""
 
     def __init__(self, processes: _WorkerProcesses) -> None:
         wds.DataPipeline.__init__(self, processes)

@@ -1,9 +1,9 @@
 """The members of tar shards, without extracting, decoding or unpickling.
 
 Samples are grouped by webdataset's rule: neighbouring members share the name up to the first dot of the file
-name. webdataset's own tar reader starts at the beginning of a shard, takes a cut between two members for the
-end, and silently skips links and devices. Training needs single samples by their position, and an error for
-each of those cases.
+name. webdataset's own tar reader starts at the beginning of a shard. It takes a cut between two members for
+the end, and silently skips links and devices. Training needs single samples by their position, and an error
+for each of those cases.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def parse_sample(data: bytes, address: str, index: int) -> RawSample:
     """Return the sample whose members fill `data`, a piece of the shard at `address`.
 
     Raises:
-        DataError: no tar members; a member that is cut, belongs to another sample, exists twice, is no
-            regular file, or has a path outside its folder.
+        DataError: no tar members. A member that is cut, exists twice, or belongs to another sample. A member
+            that is no regular file, or has a path outside its folder.
     """
     sample: RawSample = {"__key__": "", "__url__": address, "__index__": index}
     try:
@@ -126,7 +126,7 @@ def image_extension(data: bytes) -> str | None:
 
 
 class _Headers:
-    """A file for tarfile to read headers from, where a header that claims gigabytes takes no memory."""
+    """A file for tarfile, where a header that claims gigabytes takes no memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._read = file.seek, file.tell, file.read

@@ -2,7 +2,7 @@
 
 The sequence consists of blocks of 1,000 positions. A block holds a fixed number of samples of every source,
 its weight's share, in a permuted order. A source that may run out (`drop`, `stop`) ends with a shorter block
-in the same proportions; then the weights of the other sources are scaled up.
+in the same proportions. Then the weights of the other sources are scaled up.
 
 With groups (whole batches of one source, for example clips of one size), blocks consist of groups instead of
 samples.
@@ -46,7 +46,7 @@ class Ingredient:
 
 
 class Located(NamedTuple):
-    """The samples at P positions: source, epoch of the source, index in the source; int64 (P,) each."""
+    """The samples at P positions: source, epoch, index in the source; int64 (P,) each."""
 
     sources: np.ndarray
     epochs: np.ndarray
@@ -88,8 +88,8 @@ class Mixture:
         length: positions until a source with `stop` has run out, or all have; inf when that never happens.
 
     Raises:
-        ValueError: no source, a weight that is not positive or too small to be drawn once in 1,000 samples,
-            or a source that may run out and has less than a group.
+        ValueError: no source. A weight that is not positive, or below one in 1,000 samples. A source that may
+            run out and has less than a group.
     """
 
     def __init__(self, ingredients: Sequence[Ingredient], seed: int | str = 0, group: int = 1) -> None:
@@ -153,7 +153,7 @@ class Mixture:
         return counts.tolist()
 
     def _block_of(self, position: int) -> tuple[_Stretch, int, int]:
-        """Return the stretch of a position, the number of its block there, and the block's first group."""
+        """Return the stretch of a position, its block number there, and that block's first group."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} lies outside a mixture of {self.length} samples")
         group = position // self.group
@@ -162,7 +162,7 @@ class Mixture:
         return stretch, block, stretch.first + block * stretch.size
 
     def _pattern_of(self, stretch: _Stretch, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for every group of the block at `start`, its source and its rank among that source."""
+        """Return the source of every group of the block at `start`, and its rank in that source."""
         if self._pattern[0] != start:
             sources = np.repeat(np.arange(len(stretch.counts)), stretch.counts)[
                 permutation(stretch.size, self.seed, "mixture", start)
@@ -210,8 +210,9 @@ class Mixture:
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:
-    """Return whole numbers that sum to 1,000 in the proportions of `weights` (largest remainders).
+    """Return whole numbers in the proportions of `weights`, by largest remainders.
 
+    They sum to 1,000.
     Raises ValueError when one would be 0.
     """
     exact = weights / weights.sum() * BLOCK

@@ -1,4 +1,4 @@
-"""npy arrays from untrusted bytes: the header is checked before memory is taken. No pickles, no torch."""
+"""npy arrays from untrusted bytes: checked before memory is taken, never unpickled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mhla_lightning.errors import DataError
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and type of the array in an npy file, and leave the file where its data begins.
+    """Return shape and type of the array in an npy file, read up to the start of its data.
 
     Raises ValueError, in one line: no npy file of version 1 or 2, objects inside, column-major order, or a
     dimension that is no size.

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of (seed, position), without state. numpy only.
+"""The order of training samples: a pure function of (seed, position). numpy only.
 
 Training is one endless sequence of epochs. Position p is in epoch p // N, and every epoch is a permutation of
 all N samples:
@@ -82,7 +82,7 @@ class Order:
         self._filled = np.full((lanes, 2), -1, dtype=np.int64)  # its epoch and its number
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch and the global sample index of every position: int64 (P,) -> two int64 (P,)."""
+        """Return the epoch and the sample index of every position: int64 (P,) -> two int64 (P,)."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         indices = np.empty_like(places)
         for epoch in (

@@ -18,7 +18,9 @@ class BadSample(Exception):
 
 @dataclass
 class SkipMeter:
-    """The samples that one worker has read and skipped; ends the run above a share of bad samples.
+    """The samples that one worker has read and skipped.
+
+    It ends the run above a share of bad samples.
 
     Args:
         limit: largest share of skipped samples.

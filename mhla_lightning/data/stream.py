@@ -1,6 +1,7 @@
-"""Batches from shards: an endless training stream and a one-pass validation stream, for DataLoader workers.
+"""Batches from shards: an endless training stream and a one-pass validation stream.
 
-Rank and world size are arguments, never read from the environment: a spawned or forkserver worker sees no
+Both run in DataLoader workers.
+Rank and world size are arguments, never read from the environment. A spawned or forkserver worker sees no
 process group there, and every rank would read everything.
 """
 

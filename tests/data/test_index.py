@@ -15,7 +15,8 @@ from mhla_lightning.data.index import ShardEntry, ShardIndex, read_index, write_
 from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
+from tests.helpers.errors import refused
 
 
 @pytest.fixture(scope="module")
@@ -85,28 +86,25 @@ def _edit(split: Path, change: Callable) -> None:
 
 
 INDEX_EDITS = {
-    "another format": (lambda c: c.update(format=2), ["has format 2", "format 1"]),
-    "no format": (lambda c: c.pop("format"), ["has format None"]),
-    "another kind": (lambda c: c.update(kind="sounds"), ["'sounds'", "images, tokens"]),
-    "no shards": (lambda c: c.pop("shards"), ["lacks the key 'shards'"]),
-    "wrong type": (lambda c: c.update(shards=[3]), ["wrong type"]),
-    "samples": (lambda c: c.update(samples=21), ["21 samples", "hold 20"]),
-    "hash": (lambda c: c.update(hash="0"), ["says hash 0"]),
-    "pipe": (
-        lambda c: c["shards"][0].update(name="pipe:touch x.tar"),
-        ["'pipe:touch x.tar'", "plain file name"],
-    ),
-    "path": (lambda c: c["shards"][0].update(name="../x.tar"), ["'../x.tar'", "plain file name"]),
-    "twice": (lambda c: c["shards"].append(c["shards"][0]), ["lists a shard twice: train-000000.tar"]),
+    "another format": lambda c: c.update(format=2),
+    "no format": lambda c: c.pop("format"),
+    "another kind": lambda c: c.update(kind="sounds"),
+    "no shards": lambda c: c.pop("shards"),
+    "wrong type": lambda c: c.update(shards=[3]),
+    "samples": lambda c: c.update(samples=21),
+    "hash": lambda c: c.update(hash="0"),
+    "pipe": lambda c: c["shards"][0].update(name="pipe:touch x.tar"),
+    "path": lambda c: c["shards"][0].update(name="../x.tar"),
+    "twice": lambda c: c["shards"].append(c["shards"][0]),
 }
 
 
-@pytest.mark.parametrize(("change", "facts"), INDEX_EDITS.values(), ids=INDEX_EDITS)
-def test_bad_index_is_told_in_one_sentence(split: Path, change: Callable, facts: list[str]) -> None:
+@pytest.mark.parametrize("change", INDEX_EDITS.values(), ids=INDEX_EDITS)
+def test_a_bad_index_is_refused(split: Path, change: Callable) -> None:
     _edit(split, change)
-    with pytest.raises(DataError) as error:
+    with refused(str(split / "index.json"), DataError) as error:
         read_index(split)
-    _assert_sentence(error, [str(split / "index.json"), *facts])
+    assert "\n" not in str(error.value)
 
 
 def _truncate(path: Path, count: int) -> None:
@@ -125,63 +123,30 @@ def _write_offsets(path: Path, offsets: list[int]) -> None:
 
 SHARD, OFFSETS = "train-000001.tar", "train-000001.tar.offsets.npy"
 DAMAGES = {
-    "no index": (
-        lambda s: (s / "index.json").unlink(),
-        "auto",
-        "index.json",
-        ["does not exist", "mhla data index"],
-    ),
-    "no JSON": (
-        lambda s: (s / "index.json").write_text("{"),
-        "auto",
-        "index.json",
-        ["cannot be read as JSON"],
-    ),
-    "a JSON list": (lambda s: (s / "index.json").write_text("[]"), "auto", "index.json", ["list", "object"]),
-    "no samples": (
-        lambda s: write_index(s, ShardIndex("images", (), ("a",))),
-        "auto",
-        "index.json",
-        ["no samples"],
-    ),
-    "missing shard": (lambda s: (s / SHARD).unlink(), "size", SHARD, ["is missing"]),
-    "cut shard": (lambda s: _truncate(s / SHARD, 4096), "size", SHARD, ["4096 bytes", "says 20480"]),
-    "short offsets": (
-        lambda s: _write_offsets(s / OFFSETS, [0, 512]),
-        "size",
-        OFFSETS,
-        ["int64 (2,)", "int64 (6,)"],
-    ),
-    "pickled offsets": (
-        lambda s: np.save(s / OFFSETS, np.array([{}]), allow_pickle=True),
-        "size",
-        OFFSETS,
-        ["unreadable"],
-    ),
-    "falling offsets": (
-        lambda s: _write_offsets(s / OFFSETS, [0, 4, 3, 5, 6, 7]),
-        "size",
-        OFFSETS,
-        ["does not grow"],
-    ),
+    "no index": (lambda s: (s / "index.json").unlink(), "auto", "index.json"),
+    "no JSON": (lambda s: (s / "index.json").write_text("{"), "auto", "index.json"),
+    "a JSON list": (lambda s: (s / "index.json").write_text("[]"), "auto", "index.json"),
+    "no samples": (lambda s: write_index(s, ShardIndex("images", (), ("a",))), "auto", "index.json"),
+    "missing shard": (lambda s: (s / SHARD).unlink(), "size", SHARD),
+    "cut shard": (lambda s: _truncate(s / SHARD, 4096), "size", SHARD),
+    "short offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 512]), "size", OFFSETS),
+    "pickled offsets": (lambda s: np.save(s / OFFSETS, np.array([{}]), allow_pickle=True), "size", OFFSETS),
+    "falling offsets": (lambda s: _write_offsets(s / OFFSETS, [0, 4, 3, 5, 6, 7]), "size", OFFSETS),
     "shifted offsets": (
         lambda s: _write_offsets(s / OFFSETS, [512, 600, 700, 800, 900, 1000]),
         "size",
         SHARD,
-        ["no tar header at byte"],
     ),
-    "flipped byte": (lambda s: _flip(s / SHARD, 600), "auto", SHARD, ["sha256", "its bytes changed"]),
+    "flipped byte": (lambda s: _flip(s / SHARD, 600), "auto", SHARD),
 }
 
 
-@pytest.mark.parametrize(("damage", "verify", "file", "facts"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_told_in_one_sentence(
-    split: Path, damage: Callable, verify: Verify, file: str, facts: list[str]
-) -> None:
+@pytest.mark.parametrize(("damage", "verify", "file"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_refused(split: Path, damage: Callable, verify: Verify, file: str) -> None:
     damage(split)
-    with pytest.raises(DataError) as error:
+    with refused(str(split / file), DataError) as error:
         _check(split, verify)
-    _assert_sentence(error, [str(split / file), *facts])
+    assert "\n" not in str(error.value)
 
 
 def test_verify_decides_what_is_read(split: Path) -> None:
@@ -189,7 +154,7 @@ def test_verify_decides_what_is_read(split: Path) -> None:
     _check(split, "size")
     (split / SHARD).unlink()
     _check(split, "none")
-    with pytest.raises(UserError, match="unknown data.verify 'szie'.*did you mean 'size'"):
+    with refused("verify"):
         _check(split, "szie")  # type: ignore[arg-type]
 
 
@@ -207,9 +172,3 @@ def test_offsets_point_at_headers(split: Path) -> None:
         assert all(data[offset + 257 : offset + 262] == b"ustar" for offset in offsets[:-1])
         assert not any(data[offsets[-1] :])
         assert data[offsets[-1] - 512 : offsets[-1]].strip(b"\0")
-
-
-def _assert_sentence(error: pytest.ExceptionInfo, facts: list[str]) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(fact in message for fact in facts), message

@@ -19,7 +19,10 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.loader import Loading, ignore_signals
 from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.errors import DataError
 from tests.helpers.data_modules import build
+from tests.helpers.errors import refused
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
 
@@ -157,9 +160,7 @@ def test_the_state_is_the_position(packed: Path) -> None:
 def test_a_position_in_another_sequence_is_refused(packed: Path, key: str, value: object) -> None:
     data = _module(packed)
     data.load_state_dict(data.state_dict() | {key: value})
-    with pytest.raises(
-        UserError, match=f"the checkpoint's position belongs to data with {key} {value}, and here it is"
-    ):
+    with refused("data.path" if key == "data_hash" else f"data.order.{key}"):
         data.train_dataloader()
 
 
@@ -181,7 +182,7 @@ def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path
 @lightning_warnings
 def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
     data = _module(None, mix=[DataSource(str(packed), when_exhausted="stop")])
-    with pytest.raises(UserError, match=r"data\.mix runs out in step 5, before trainer\.max_steps 6"):
+    with refused("data.mix"):
         _trainer(max_steps=6, max_epochs=-1).fit(_Probe(), data)
     model = _Probe()
     _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(
@@ -192,7 +193,7 @@ def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
 
 @lightning_warnings
 def test_foreign_accumulation_is_refused(packed: Path) -> None:
-    with pytest.raises(UserError, match="trainer.accumulate_grad_batches is 3, but .* give 2"):
+    with refused("trainer.accumulate_grad_batches"):
         _trainer(max_steps=2, accumulate_grad_batches=3).fit(_Probe(), _module(packed, micro_batch_size=4))
 
 
@@ -204,12 +205,12 @@ def test_errors_in_workers_stay_one_sentence(source: Path, tmp_path: Path) -> No
     with pytest.raises(DataError) as error:
         _trainer(max_steps=2).fit(_Probe(), _module(tmp_path / "data", num_workers=2))
     assert "\n" not in str(error.value)
-    assert ".tar" in str(error.value)
+    assert error.value.key in {str(path) for path in (tmp_path / "data" / "train").glob("*.tar")}
 
 
 @lightning_warnings
 def test_test_split(source: Path, packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no test split; splits: train, val"):
+    with refused(str(packed), DataError):
         _module(packed).test_dataloader()
     for split in ("train", "val", "test"):
         (tmp_path / "folders" / split).parent.mkdir(exist_ok=True)
@@ -245,53 +246,53 @@ def test_seed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "key"),
     [
-        ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
-        ({"num_workers": -1}, "data.num_workers is -1"),
-        ({"window": 0}, "data.window is 0"),
-        ({"lanes": 0}, "data.lanes is 0"),
-        ({"mix": [DataSource("a")]}, "data.path or data.mix, one of the two"),
-        ({"epochs": 0.0}, "data.epochs is 0.0"),
-        ({"max_skipped_share": 1.5}, "data.max_skipped_share is 1.5"),
-        ({"image_size": 0}, "data.image_size is 0"),
-        ({"augmentation": Augmentation(auto_augment="x")}, "data.augmentation.auto_augment 'x'"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_workers": -1}, "reading.num_workers"),
+        ({"window": 0}, "order.window"),
+        ({"lanes": 0}, "order.lanes"),
+        ({"mix": [DataSource("a")]}, "path"),
+        ({"epochs": 0.0}, "epochs"),
+        ({"max_skipped_share": 1.5}, "reading.max_skipped_share"),
+        ({"image_size": 0}, "image_size"),
+        ({"augmentation": Augmentation(auto_augment="x")}, "augmentation.auto_augment"),
     ],
 )
-def test_bad_arguments(packed: Path, options: dict, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_bad_arguments(packed: Path, options: dict, key: str) -> None:
+    with refused(key):
         _module(packed, **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "world", "sentence"),
+    ("options", "world", "key"),
     [
-        ({"batch_size": 9}, 2, "data.batch_size 9 cannot be divided over 2 ranks"),
-        ({"micro_batch_size": 3}, 2, "data.micro_batch_size 3 must divide the 4 samples"),
-        ({"verify": "all"}, 1, "unknown data.verify 'all'"),
+        ({"batch_size": 9}, 2, "batch_size"),
+        ({"micro_batch_size": 3}, 2, "micro_batch_size"),
+        ({"verify": "all"}, 1, "reading.verify"),
     ],
 )
-def test_check_tells_before_training(packed: Path, options: dict, world: int, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_check_refuses_before_training(packed: Path, options: dict, world: int, key: str) -> None:
+    with refused(key):
         _module(packed, **options).check(world)
 
 
 @pytest.mark.parametrize(
-    ("mix", "sentence"),
+    ("mix", "key"),
     [
-        ([DataSource("a", 0.0)], "the weight of a is 0.0; it must be a number above 0"),
-        ([DataSource("a", float("nan"))], "the weight of a is nan"),
-        ([DataSource("x/a"), DataSource("y/a/")], "two sources are called a"),
-        ([], "one of the two"),
+        ([DataSource("a", 0.0)], "mix"),
+        ([DataSource("a", float("nan"))], "mix"),
+        ([DataSource("x/a"), DataSource("y/a/")], "mix"),
+        ([], "path"),
     ],
 )
-def test_bad_mixtures(mix: list[DataSource], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_bad_mixtures(mix: list[DataSource], key: str) -> None:
+    with refused(key):
         _module(None, mix=mix)
 
 
 def test_a_bad_loading_section() -> None:
-    with pytest.raises(UserError, match=r"data\.loading\.prefetch_factor is 0; it must be at least 1"):
+    with refused("reading.loading.prefetch_factor"):
         Loading(prefetch_factor=0)
 
 
@@ -302,9 +303,7 @@ def test_more_readers_than_shards(packed: Path) -> None:
 
 def test_check_needs_data(packed: Path, tmp_path: Path) -> None:
     _module(packed).check(4)
-    with pytest.raises(
-        DataError, match=f"index.json does not exist: make it with 'mhla data pack SOURCE --to {tmp_path}'"
-    ):
+    with refused(str(tmp_path / "train/index.json"), DataError):
         _module(tmp_path).check(1)
 
 

@@ -21,7 +21,7 @@ from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError
-from tests.helpers.damaged import BAD, SHARDS, DataSet, told
+from tests.helpers.damaged import BAD, SHARDS, DataSet, assert_error, refusal
 from tests.helpers.data_modules import build
 from tests.helpers.loopback import FORKS, FileServer, S3Bucket
 
@@ -90,8 +90,9 @@ def test_http(
 
 def test_http_without_ranges(remote_url: str, server: FileServer, local: list[Batch], tmp_path: Path) -> None:
     server.ranges = False
-    with pytest.raises(DataError, match=r"does not serve byte ranges; set data\.remote\.cache_dir"):
+    with pytest.raises(DataError) as error:
         _sequence(_module(remote_url, Remote(**PATIENT)))
+    assert str(error.value.key).startswith(remote_url)
     server.faults = list(FAULTS)
     _assert_equal(_sequence(_module(remote_url, Remote(cache_dir=str(tmp_path), **PATIENT))), local)
 
@@ -199,88 +200,83 @@ def _set(server: FileServer, path: str, change: Callable[[bytes], bytes]) -> Non
     server.files[path] = change(server.files[path])
 
 
-BROKEN: dict[str, tuple[Callable[[FileServer], object], str, list[str]]] = {
+BROKEN: dict[str, tuple[Callable[[FileServer], object], str, str]] = {
     "no index": (
         lambda s: s.files.pop("/images/train/index.json"),
         "check",
-        ["train/index.json does not exist"],
+        "train/index.json",
     ),
     "index always 500": (
         lambda s: s.faults.extend(["500"] * 99),
         "check",
-        ["index.json cannot be read: HTTP 500 after 3 tries"],
+        "train/index.json",
     ),
-    "index always 404": (lambda s: s.faults.extend(["404"] * 99), "check", ["does not exist"]),
+    "index always 404": (lambda s: s.faults.extend(["404"] * 99), "check", "train/index.json"),
     "index forbidden": (
         lambda s: s.faults.extend(["403"] * 99),
         "check",
-        ["index.json cannot be read: HTTP 403, access refused"],
+        "train/index.json",
     ),
     "index stalls": (
         lambda s: s.faults.extend(["stall"] * 99),
         "check",
-        ["timed out after 0.5 s after 3 tries"],
+        "train/index.json",
     ),
-    "index cut": (lambda s: s.faults.extend(["", "cut", "cut", "cut"]), "check", ["short answer"]),
+    "index cut": (lambda s: s.faults.extend(["", "cut", "cut", "cut"]), "check", "train/index.json"),
     "index reset": (
         lambda s: s.faults.extend(["reset"] * 99),
         "check",
-        ["the server closed the connection after 3 tries"],
+        "train/index.json",
     ),
     "index of other bytes": (
         lambda s: s.faults.extend(["", "wrong"]),
         "check",
-        ["index.json cannot be read as JSON"],
+        "train/index.json",
     ),
     "index is a page": (
         lambda s: _set(s, "/images/train/index.json", lambda _: b"<html>log in</html>"),
         "check",
-        ["cannot be read as JSON"],
+        "train/index.json",
     ),
     "no shard": (
         lambda s: s.files.pop(SHARD),
         "read",
-        ["001.tar cannot be read: HTTP 404, there is no such file"],
+        "train/001.tar",
     ),
     "shard cut": (
         lambda s: _set(s, SHARD, lambda data: data[:5000]),
         "read",
-        ["001.tar cannot be read: ", "of 2048 bytes|it ends before byte"],
+        "train/001.tar",
     ),
     "shard of other bytes": (
         lambda s: _set(s, SHARD, lambda data: bytes(255 - b for b in data)),
         "read",
-        ["001.tar has no tar header"],
+        "train/001.tar",
     ),
     "offsets of other bytes": (
         lambda s: _set(s, SHARD + ".offsets.npy", lambda data: data[::-1]),
         "read",
-        ["001.tar.offsets.npy is unreadable"],
+        "train/001.tar.offsets.npy",
     ),
     "no offsets, shard cut": (
         lambda s: [s.files.pop(SHARD + ".offsets.npy"), s.files.update({SHARD: s.files[SHARD][: 3 * 2048]})],
         "read",
-        ["001.tar ends after 3 of 8 samples"],
+        "train/001.tar",
     ),
 }
 
 
-@pytest.mark.parametrize(("change", "layer", "says"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_server_is_one_sentence(
+@pytest.mark.parametrize(("change", "layer", "file"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_server_is_refused(
     served: tuple[DataSet, str],
     server: FileServer,
     change: Callable[[FileServer], object],
     layer: str,
-    says: list[str],
+    file: str,
 ) -> None:
     data, url = served
     change(server)
-    found, message = told(data.module(path=url, remote=FAST))
-    assert found == layer, message
-    assert message.isprintable()
-    assert message.startswith(f"{url}/train/")
-    for words in says:
-        assert any(word in message for word in words.split("|")), message
+    assert_error(refusal(data.module(path=url, remote=FAST)), layer, f"{url}/{file}")
 
 
 @pytest.mark.parametrize("end", ["stops", "hangs", "loses a shard"])
@@ -298,13 +294,11 @@ def test_a_server_that_vanishes_while_training_reads(
             del server.files[SHARD]
         else:
             server.faults = ["reset" if end == "stops" else "stall"] * 9999
-        says = {
-            "stops": "the server closed the connection",
-            "hangs": r"timed out after 0\.5 s",
-            "loses a shard": "001.tar cannot be read: HTTP 404",
-        }
-        with pytest.raises(DataError, match=says[end]) as error:
+        with pytest.raises(DataError) as error:
             list(islice(batches, 99))
+        assert str(error.value.key).startswith(f"{url}/train/")
+        if end == "loses a shard":
+            assert str(error.value.key).endswith("001.tar")
         assert str(error.value).isprintable()
         assert time.monotonic() - began < 10
     finally:
@@ -330,8 +324,9 @@ def test_a_server_without_an_end_does_not_fill_the_disk(
         server.files[f"/images/train/{name}"] = served_as + bytes(
             2**25
         )  # a download of more than the index says
-    with pytest.raises(DataError, match=r"long answer: more than \d+ bytes after 2 tries"):
+    with pytest.raises(DataError) as error:
         list(islice(module.train_dataloader(), 4))
+    assert str(error.value.key).startswith(f"{url}/train/")
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) < 10**5
 
 
@@ -400,4 +395,4 @@ def test_a_changed_cached_shard_is_told_or_counted(served: tuple[DataSet, str], 
     assert sum(int(batch["skipped"]) for batch in batches) == 1
     assert {int(index) for batch in batches for index in batch["index"]} == set(range(32)) - {BAD}
     cached.write_bytes(bytes(len(whole)))
-    assert told(data.module(**options))[1].startswith(f"{url}/train/001.tar holds no members where sample")
+    assert_error(refusal(data.module(**options)), "read", f"{url}/train/001.tar")

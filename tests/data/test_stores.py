@@ -25,7 +25,9 @@ import pytest
 
 from mhla_lightning.data.stores import LocalStore, Remote, Store, open_store
 from mhla_lightning.data.stores.remote import BLOCK, RemoteStore
+from mhla_lightning.data.stores.retry import NoRanges
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.errors import refused
 from tests.helpers.loopback import BODY, FORKS, NAME, ONCE, FileServer, cached, entry, one_sentence
 
 # ---- addresses and settings
@@ -64,10 +66,10 @@ def test_refused_addresses(url: str) -> None:
 
 
 def test_the_refusal_lists_what_is_allowed() -> None:
-    with pytest.raises(
-        UserError, match=r"'ftp://'; allowed: a local folder, file://, http://, https://, s3:// and gs://"
-    ):
+    """The list of protocols is the point of this message, so its wording is asserted."""
+    with refused("ftp://host/x") as caught:
         open_store("ftp://host/x")
+    assert "a local folder, file://, http://, https://, s3:// and gs://" in caught.value.reason
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_the_refusal_lists_what_is_allowed() -> None:
 def test_refused_names(name: str, tmp_path: Path) -> None:
     for store in (LocalStore(tmp_path), RemoteStore("http://127.0.0.1:9/x", ONCE)):
         for use in (store.size, store.read, store.open):
-            with pytest.raises(UserError, match="no plain relative file name"):
+            with refused(repr(name)):
                 use(name)
 
 
@@ -98,7 +100,7 @@ def test_refused_names(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings_name_the_key(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"data\.remote\.{field} is .*; allowed: "):
+    with refused(f"reading.remote.{field}"):
         Remote(**{field: value})
 
 
@@ -115,17 +117,17 @@ def test_cache_sizes_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Remote().pause(0, 0.0) == 0.25
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     assert Remote(cache_dir="$SCRATCH/cache").cache_folder() == "/scratch/me/cache"
-    with pytest.raises(UserError, match=r"data\.remote\.cache_dir is '\$NOT_SET_HERE/x'"):
+    with refused("reading.remote.cache_dir"):
         Remote(cache_dir="$NOT_SET_HERE/x").cache_folder()
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for package, module, url in (("s3fs", "s3fs", "s3://b/x"), ("gcsfs", "gcsfs.core", "gs://b/x")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(
-            UserError, match=rf"needs the package '{package}': pip install 'mhla-lightning\[{url[:2]}\]'"
-        ):
+        with refused(None) as caught:
             open_store(url)
+        assert f"'{package}'" in caught.value.reason
+        assert f"mhla-lightning[{url[:2]}]" in caught.value.reason
 
 
 def test_stores_import_without_torch_and_local_ones_without_aiohttp() -> None:
@@ -157,9 +159,9 @@ def test_local_ranges(tmp_path: Path) -> None:
         with store.open(NAME) as file:
             assert file.seek(100) == 100
             assert file.read(3) == BODY[100:103]
-        with pytest.raises(DataError, match=rf"{NAME} ends at byte 10240, before byte 10241: it was cut"):
+        with refused(store.address(NAME), DataError):
             store.read(NAME, 10_000, 10_241)
-        with pytest.raises(DataError, match=r"x\.tar is missing"):
+        with refused(store.address("x.tar"), DataError):
             store.read("x.tar")
 
 
@@ -241,66 +243,48 @@ def test_what_passes_is_retried_and_logged(
     )
 
 
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [
-        ("503", r"HTTP 503 after 3 tries in \d+ s"),
-        ("cut", r"short answer: 400 of 800 bytes after 3 tries in \d+ s"),
-        ("stall", r"timed out after 0\.5 s after 3 tries"),
-        ("stall-body", r"timed out after 0\.5 s after 3 tries"),
-    ],
-)
-def test_what_does_not_pass_is_one_sentence(
-    fault: str, says: str, server: FileServer, opened: Callable[..., Store]
-) -> None:
+@pytest.mark.parametrize("fault", ["503", "cut", "stall", "stall-body"])
+def test_a_lasting_failure_is_refused(fault: str, server: FileServer, opened: Callable[..., Store]) -> None:
     store = opened(f"{server.url}/data")
     server.faults = [fault] * 3
     began = time.monotonic()
-    with pytest.raises(DataError, match=says) as caught:
+    with refused(f"{server.url}/data/{NAME}", DataError) as caught:
         store.read(NAME, 100, 900)
-    assert one_sentence(caught.value).startswith(f"{server.url}/data/{NAME} cannot be read: ")
-    assert "raise data.remote.retries" in str(caught.value)
+    assert "`data.reading.remote.retries`" in one_sentence(caught.value)
     assert time.monotonic() - began < 4
 
 
-@pytest.mark.parametrize(
-    ("status", "says"),
-    [
-        ("404", "there is no such file"),
-        ("403", "access refused"),
-        ("401", "access refused"),
-        ("400", "HTTP 400"),
-    ],
-)
-def test_what_is_permanent_is_asked_once(
-    status: str, says: str, server: FileServer, opened: Callable[..., Store]
+@pytest.mark.parametrize("status", ["404", "403", "401", "400"])
+def test_a_permanent_failure_is_not_retried(
+    status: str, server: FileServer, opened: Callable[..., Store]
 ) -> None:
     store = opened(f"{server.url}/data")
     server.faults = [status]
-    with pytest.raises(DataError, match=f"HTTP {status}") as caught:
+    with refused(f"{server.url}/data/{NAME}", DataError) as caught:
         store.read(NAME, 0, 10)
-    assert says in one_sentence(caught.value)
+    assert f"HTTP {status}" in one_sentence(caught.value)
     assert server.bodies() == 1
 
 
 def test_refused_connections_and_unknown_hosts(opened: Callable[..., Store]) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        with pytest.raises(DataError, match=r"connection refused after 3 tries"):
-            opened(f"http://127.0.0.1:{unused.getsockname()[1]}").read("x.tar", 0, 5)
-    with pytest.raises(DataError, match=r"(unknown host|timed out after 0\.6 s) after 1 try"):
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with refused(f"{nobody}/x.tar", DataError):
+            opened(nobody).read("x.tar", 0, 5)
+    with refused("http://no-such-host.invalid/x.tar", DataError):
         opened("http://no-such-host.invalid", ONCE).size("x.tar")
 
 
 def test_a_cut_file_and_a_vanishing_one(server: FileServer, opened: Callable[..., Store]) -> None:
     store = opened(f"{server.url}/data")
-    with pytest.raises(DataError, match="it ends before byte 20001; it was cut or replaced"):
+    with refused(store.address(NAME), DataError):
         store.read(NAME, 20_000, 20_001)
-    with pytest.raises(DataError, match="short answer: 240 of 1000 bytes"):
+    with refused(store.address(NAME), DataError):
         store.read(NAME, 10_000, 11_000)
     with store.open(NAME) as file:
         del server.files[f"/data/{NAME}"]
-        with pytest.raises(DataError, match="HTTP 404, there is no such file"):
+        with refused(store.address(NAME), DataError):
             file.read(10)
 
 
@@ -312,7 +296,7 @@ def test_sizes_when_head_is_refused(server: FileServer, opened: Callable[..., St
     server.faults = ["503"]
     assert store.size(NAME) == len(BODY)
     server.faults = ["403", "403"]
-    with pytest.raises(DataError, match="HTTP 403"):
+    with refused(store.address(NAME), DataError):
         store.size(NAME)
 
 
@@ -333,13 +317,7 @@ def test_a_server_without_ranges_is_not_misread(tmp_path: Path, opened: Callable
         assert store.read("index.json") == b"{}"
         assert store.size(NAME) == len(BODY)
         for start, stop in ((0, 512), (512, 1024)):
-            with pytest.raises(
-                DataError,
-                match=(
-                    r"does not serve byte ranges; set data\.remote\.cache_dir so that shards are "
-                    r"downloaded whole"
-                ),
-            ) as caught:
+            with refused(store.address(NAME), NoRanges) as caught:
                 store.read(NAME, start, stop)
             one_sentence(caught.value)
         assert cached(store, tmp_path / "cache").read(NAME, 512, 1024) == BODY[512:1024]

@@ -13,7 +13,7 @@ import torch
 
 from mhla_lightning.data.encoders.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
 from mhla_lightning.data.modules.text import TextConditioned
-from mhla_lightning.errors import UserError
+from tests.helpers.errors import refused
 from tests.helpers.vaes import save_kl, save_umt5
 
 WORDS = TextEncoding("words:64", 12, 64)
@@ -72,7 +72,7 @@ def test_a_text_without_words_is_one_row_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["words:0", "words:", "words:x", "words:123456"])
 def test_words_need_a_number_of_channels(name: str) -> None:
-    with pytest.raises(UserError, match=r"words:N has N channels"):
+    with refused("text_encoder"):
         load_text_encoder(name)
 
 
@@ -115,7 +115,7 @@ def test_the_identity_is_of_weights_and_vocabulary(umt5: str, tmp_path: Path) ->
     assert (
         load_text_encoder(save_umt5(tmp_path / "heads", num_heads=2, d_kv=12)).encoding.sha256 != known.sha256
     )
-    with pytest.raises(UserError, match="sha256 .* it is another"):
+    with refused("text_encoder.sha256"):
         load_text_encoder(TextEncoding(umt5, 8, 24, "ab" * 32))
     assert load_text_encoder("words:64").encoding.sha256 != load_text_encoder("words:65").encoding.sha256
 
@@ -135,46 +135,47 @@ def test_a_text_that_is_too_long_is_told(umt5: str, name: str) -> None:
     encoder = load_text_encoder(encoding)
     longest = "a b c d e" if name == "words:8" else "abcd"
     assert len(encoder.encode([longest])[0]) == 5
-    with pytest.raises(UserError, match=rf"the text '{longest} x' has [67] tokens, .* at most 5"):
+    with refused("texts"):
         encoder.encode([f"{longest} x"])
-    with pytest.raises(UserError, match=r"^the text 'zz zz.{60,80}\.\.\.' has") as told:
+    with refused("texts") as error:
         encoder.encode(["zz " * 1000])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300, "a long text is cut"
 
 
 def test_other_models_and_damage_are_told(umt5: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"there is no folder {tmp_path}/none: "):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is no folder of a UMT5EncoderModel"):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "empty"))
     shutil.copytree(umt5, tmp_path / "bert")
     config = json.loads((tmp_path / "bert" / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(UserError, match="is a model of type bert; umt5"):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "bert"))
     shutil.copytree(umt5, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be read from a safetensors file"):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "pickled"))
     shutil.copytree(umt5, tmp_path / "deeper")
     (tmp_path / "deeper" / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
-    with pytest.raises(UserError, match="not those of its config.json"):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "deeper"))
     shutil.copytree(umt5, tmp_path / "mute")
     (tmp_path / "mute" / "tokenizer.json").unlink()
     (tmp_path / "mute" / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="has no tokenizer that can be read"):
+    with refused("text_encoder"):
         load_text_encoder(str(tmp_path / "mute"))
-    with pytest.raises(UserError, match="no folder of a UMT5EncoderModel"):
+    with refused("text_encoder"):
         load_text_encoder(save_kl(tmp_path / "kl"))
-    with pytest.raises(UserError, match="gives 24 channels, and text_encoder.channels is 25"):
+    with refused("text_encoder.channels"):
         load_text_encoder(TextEncoding(umt5, 8, 25))
 
 
 @pytest.mark.parametrize(("tokens", "channels"), [(0, 4), (4, 0), (-1, 4)])
 def test_sizes_are_positive(tokens: int, channels: int) -> None:
-    with pytest.raises(UserError, match="must be at least 1"):
+    with refused("text_encoder.tokens" if tokens < 1 else "text_encoder.channels"):
         TextEncoding("words:4", tokens, channels)
 
 
@@ -212,5 +213,5 @@ def test_prompts_are_encoded_once(umt5: str, tmp_path: Path) -> None:
 
 
 def test_without_an_encoder_there_are_no_prompts() -> None:
-    with pytest.raises(UserError, match=r"data\.text_encoder is not set"):
+    with refused("text_encoder"):
         Prompts(None).encode_text(["a"])

@@ -18,7 +18,8 @@ from mhla_lightning.data.prepare.text.train import END, train_tokenizer
 from mhla_lightning.data.stores import Remote
 from mhla_lightning.data.tokenizers import TextStream, Tokenizer, open_tokenizer, same_tokenizer, tokenizer_of
 from mhla_lightning.data.tokenizers.base import ByteTokenizer
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
+from tests.helpers.errors import refused
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -127,9 +128,9 @@ def test_the_bytes_tokenizer() -> None:
     assert (found.name, found.vocabulary, found.end, found.files) == ("bytes", 257, 256, {})
     assert found.encode("aé") == [97, 195, 169]
     assert found.decode([97, 195, 256, 98]) == "a\N{REPLACEMENT CHARACTER}b"
-    with pytest.raises(UserError, match="token 257 is outside the vocabulary of 257 of bytes"):
+    with refused("ids"):
         found.decode([257])
-    with pytest.raises(UserError, match="token -1 is outside"):
+    with refused("ids"):
         found.decode([-1])
 
 
@@ -223,28 +224,22 @@ def test_the_end_that_a_config_names(bpe: Path, tmp_path: Path) -> None:
     found.save(saved)
     assert open_tokenizer(str(saved)).end == found.end
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config.json beside .* is no JSON object"):
+    with refused(str(tmp_path / "tokenizer.json"), DataError):
         open_tokenizer(str(tmp_path))
 
 
 def test_the_tokenizer_of_a_data_folder(bpe: Path, tmp_path: Path) -> None:
     found = open_tokenizer(str(bpe))
     index = ShardIndex("tokens", (), tokenizer=found.name, length=8)
-    with pytest.raises(
-        DataError,
-        match=(
-            r"tokenizer.json is missing, and the tokens were made with tokenizer.json sha256:.*beside "
-            r"train/"
-        ),
-    ):
+    with refused(str(tmp_path / "tokenizer.json"), DataError):
         tokenizer_of(tmp_path, index)
     found.save(tmp_path)
     again = tokenizer_of(tmp_path, index)
     assert (again.name, again.vocabulary, again.end) == (found.name, found.vocabulary, found.end)
-    with pytest.raises(DataError, match=r"and the tokens were made with gpt2 sha256:0: put that one there"):
+    with refused(str(tmp_path / "tokenizer.json"), DataError):
         tokenizer_of(tmp_path, ShardIndex("tokens", (), tokenizer="gpt2 sha256:0", length=8))
     assert tokenizer_of(tmp_path, ShardIndex("tokens", (), tokenizer="bytes", length=8)).name == "bytes"
-    with pytest.raises(DataError, match="names no tokenizer"):
+    with refused(str(tmp_path), DataError):
         tokenizer_of(tmp_path, ShardIndex("tokens", (), length=8))
 
 
@@ -258,17 +253,17 @@ def test_the_tokenizer_of_a_remote_folder(bpe: Path, tmp_path: Path, server: Any
     assert again.encode(TEXTS[4]) == found.encode(TEXTS[4])
 
 
-BROKEN: dict[str, tuple[str, str]] = {
-    "no JSON": ("{", "is no tokenizer.json that can be read"),
-    "another JSON": ('{"a": 1}', "is no tokenizer.json that can be read"),
-    "a list": ("[]", "is no tokenizer.json that can be read"),
-    "WordPiece": ("wordpiece", "has the decoder WordPiece, by which an id stands for no fixed bytes"),
-    "no decoder": ("none", "has the decoder none"),
+BROKEN = {
+    "no JSON": "{",
+    "another JSON": '{"a": 1}',
+    "a list": "[]",
+    "WordPiece": "wordpiece",
+    "no decoder": "none",
 }
 
 
-@pytest.mark.parametrize(("content", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_files_that_cannot_be_used(tmp_path: Path, content: str, sentence: str) -> None:
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_files_that_cannot_be_used(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     if content in ("wordpiece", "none"):
         core = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
@@ -277,16 +272,15 @@ def test_files_that_cannot_be_used(tmp_path: Path, content: str, sentence: str) 
         core.save(str(path))
     else:
         path.write_text(content)
-    with pytest.raises(DataError, match=sentence) as error:
+    with refused(str(path), DataError) as error:
         open_tokenizer(str(path))
     assert "\n" not in str(error.value)
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["missing.json", "../nothing", "/no/where", "a b", "a/b/c", ""])
 def test_names_that_are_none(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"there is no tokenizer .*: name bytes, a tokenizer.json"):
+    with refused("tokenizer"):
         open_tokenizer(spec)
 
 
@@ -300,19 +294,14 @@ def test_names_of_the_hub(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert open_tokenizer("gpt2").name == open_tokenizer(str(bpe)).name.replace("tokenizer.json", "gpt2")
-    with pytest.raises(
-        UserError,
-        match=r"the tokenizer org/name is no file here, and .* \(nothing called org/name/tokenizer.json\)",
-    ) as error:
+    with refused("tokenizer") as error:
         open_tokenizer("org/name")
     assert "\n" not in str(error.value)
 
 
 def test_without_the_package(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(
-        UserError, match=r"needs the package 'tokenizers': pip install 'mhla-lightning\[language\]'"
-    ):
+    with refused(None):
         open_tokenizer(str(bpe))
     assert open_tokenizer("bytes").encode("a") == [97]
 
@@ -350,26 +339,20 @@ def test_training_is_the_same_in_every_process(bpe: Path, tmp_path: Path) -> Non
 
 
 BAD_TRAINING = {
-    "few ids": (
-        ["TEXT", "--to", "x.json", "--vocabulary", "256"],
-        "--vocabulary is 256; it must be from 257",
-    ),
-    "no json": (["TEXT", "--to", "x", "--vocabulary", "300"], "must name a file that ends in .json"),
-    "in use": (
-        ["TEXT", "--to", "TEXT.json", "--vocabulary", "300"],
-        "exists: choose another file, or pass --overwrite",
-    ),
-    "no folder": (["TEXT", "--to", "no/x.json", "--vocabulary", "300"], "there is no folder"),
-    "no text": (["EMPTY", "--to", "x.json", "--vocabulary", "300"], "no text was found"),
-    "no input": (["nothing", "--to", "x.json", "--vocabulary", "300"], "the input nothing does not exist"),
-    "no workers": (["TEXT", "--to", "x.json", "--vocabulary", "300", "--workers", "0"], "--workers is 0"),
+    "few ids": (["TEXT", "--to", "x.json", "--vocabulary", "256"], "--vocabulary"),
+    "no json": (["TEXT", "--to", "x", "--vocabulary", "300"], "--to"),
+    "in use": (["TEXT", "--to", "TEXT.json", "--vocabulary", "300"], "--to"),
+    "no folder": (["TEXT", "--to", "no/x.json", "--vocabulary", "300"], "--to"),
+    "no text": (["EMPTY", "--to", "x.json", "--vocabulary", "300"], "empty.txt"),
+    "no input": (["nothing", "--to", "x.json", "--vocabulary", "300"], "nothing"),
+    "no workers": (["TEXT", "--to", "x.json", "--vocabulary", "300", "--workers", "0"], "--workers"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), BAD_TRAINING.values(), ids=BAD_TRAINING)
+@pytest.mark.parametrize(("arguments", "named"), BAD_TRAINING.values(), ids=BAD_TRAINING)
 def test_bad_training(
     arguments: list[str],
-    sentence: str,
+    named: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -380,6 +363,6 @@ def test_bad_training(
     words = [word.replace("TEXT", "text.txt").replace("EMPTY", "empty.txt") for word in arguments]
     assert main(["data", "train-tokenizer", *words]) == 2
     error = capsys.readouterr().err
-    assert sentence in error
+    assert named in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "text.txt", "text.txt.json"]

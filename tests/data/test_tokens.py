@@ -29,8 +29,9 @@ from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import open_store
 from mhla_lightning.data.stream import Batch, TrainStream
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
 from tests.helpers.data_modules import build
+from tests.helpers.errors import refused
 
 LENGTH = 16
 MEMBERS = [[5, 1, 7], [4], [3, 2]]  # rows of every member of every shard
@@ -180,7 +181,7 @@ def test_a_bad_row_is_skipped_and_counted(
 
 def test_no_row_within_the_vocabulary_ends_the_run(tmp_path: Path) -> None:
     index = _write(tmp_path / "train", *_arrays())
-    with pytest.raises(DataError, match=r"\(100.0%\) cannot be decoded.*outside the vocabulary of 1\)"):
+    with refused(str(tmp_path / "train" / "000.tar"), DataError):
         next(iter(_stream(tmp_path / "train", index, Tokens(LENGTH, 1), 1.0)))
 
 
@@ -190,47 +191,38 @@ def _replace(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(old, new, 1)
 
 
-DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "floats": (_replace(b"<u2", b"<f2"), "member 0000.tokens.npy is float16"),
-    "signed": (_replace(b"<u2", b"<i2"), "member 0000.tokens.npy is int16"),
-    "big endian": (_replace(b"<u2", b">u2"), "member 0000.tokens.npy is >u2"),
-    "objects": (_replace(b"<u2", b"|O "), "member 0000.tokens.npy is"),
-    "columns first": (_replace(b"False", b"True "), "member 0000.tokens.npy is "),
-    "other shape": (_replace(b"(5, 16)", b"(16, 5)"), "needs tokens.npy and documents.npy of equal shape"),
-    "other size": (
-        _replace(b"(5, 16)", b"(6, 16)"),
-        r"member 0000.tokens.npy is uint16 \(6, 16\) in 288 bytes",
-    ),
-    "one axis": (_replace(b"(5, 16)", b"( 80, )"), r"member 0000.tokens.npy is uint16 \(80,\)"),
-    "no npy": (_replace(b"\x93NUMPY", b"\x93PANDA"), "member 0000.tokens.npy is no npy array"),
-    "other names": (
-        lambda data: data.replace(b"documents.npy", b"documents.txt"),
-        "has no tar header|and has tokens.npy",
-    ),
-    "foreign bytes": (lambda data: b"\x1f" * len(data), "has no tar header at byte 0"),
-    "cut inside a member": (lambda data: data[:700], "ends at byte 700"),
-    "cut between members": (lambda data: data[:1024], "ends at byte 1024"),
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "floats": _replace(b"<u2", b"<f2"),
+    "signed": _replace(b"<u2", b"<i2"),
+    "big endian": _replace(b"<u2", b">u2"),
+    "objects": _replace(b"<u2", b"|O "),
+    "columns first": _replace(b"False", b"True "),
+    "other shape": _replace(b"(5, 16)", b"(16, 5)"),
+    "other size": _replace(b"(5, 16)", b"(6, 16)"),
+    "one axis": _replace(b"(5, 16)", b"( 80, )"),
+    "no npy": _replace(b"\x93NUMPY", b"\x93PANDA"),
+    "other names": lambda data: data.replace(b"documents.npy", b"documents.txt"),
+    "foreign bytes": lambda data: b"\x1f" * len(data),
+    "cut inside a member": lambda data: data[:700],
+    "cut between members": lambda data: data[:1024],
 }
 
 
-@pytest.mark.parametrize(("damage", "reason"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_told_in_one_sentence(
-    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
-) -> None:
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     index = _write(tmp_path / "train", *_arrays())
     path = tmp_path / "train" / "000.tar"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=reason) as error:
+    with refused(str(path), DataError) as error:
         Tokens(LENGTH).read(_split(tmp_path / "train", index), [0])
     assert "\n" not in str(error.value)
-    assert "000.tar" in str(error.value)
 
 
 def test_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     split = _split(tmp_path / "train", _write(tmp_path / "train", *_arrays()))
-    with pytest.raises(DataError, match=r"000\.tar: the tokens at byte 0 are \(5, 16\); \(5, 8\) are needed"):
+    with refused(str(tmp_path / "train" / "000.tar"), DataError):
         Tokens(8).read(split, [0])
-    with pytest.raises(DataError, match="holds tokens of length 16; tokens of length 8 are needed"):
+    with refused("x", DataError):
         Tokens(8).check(split.index, "x")
 
 
@@ -307,7 +299,7 @@ def test_train_rows_of_a_mixture_have_one_length(tmp_path: Path) -> None:
     for name, length in (("a", 16), ("b", 8)):
         for split in ("train", "val"):
             _write(tmp_path / name / split, *_arrays(length=length))
-    with pytest.raises(DataError, match="holds tokens of length 8; tokens of length 16 are needed"):
+    with refused(str(tmp_path / "b" / "train" / "index.json"), DataError):
         TokenDataModule(
             None, 4, mix=[DataSource(str(tmp_path / "a")), DataSource(str(tmp_path / "b"))]
         ).check(1)
@@ -345,7 +337,7 @@ def test_document_numbers_above_padding_are_refused(tmp_path: Path) -> None:
     kind, split = Tokens(LENGTH), _split(tmp_path / "train", _write(tmp_path / "train", tokens, documents))
     samples = kind.read(split, [4, 5])
     assert kind.train_batch(samples, [0, 0]) is None, "row by row the bad one is found"
-    with pytest.raises(BadSample, match="document number 65536 is above 65535, which stands for padding"):
+    with pytest.raises(BadSample, match="document number 65536 is above 65535"):
         kind.inspect(samples[0])
 
 
@@ -390,24 +382,18 @@ def test_a_source_of_text_is_tokenized_once(tmp_path: Path) -> None:
     again.check(1)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "to").rglob("*")} == times
     assert again.data_hash == first.data_hash
-    for options, sentence in (
-        (
-            {"length": 128},
-            "data.length is 128, and the shards in .* were made with 64: remove them, or set another "
-            "data.path",
-        ),
-        ({"length": None}, "data.length is 2048"),
-        ({"val_length": None}, "data.val_length is 64"),
-        ({"tokenizer": "gpt2"}, "data.tokenizer is gpt2, and the shards in .* were made with bytes"),
+    for options, key in (
+        ({"length": 128}, "text.length"),
+        ({"length": None}, "text.length"),
+        ({"val_length": None}, "text.val_length"),
+        ({"tokenizer": "gpt2"}, "text.tokenizer"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with refused(key):
             module(**options).check(1)
     for tokenizer in (None, "bytes"):
         # without a source the index decides
         TokenDataModule(str(tmp_path / "to"), 4, text=TextConfig(tokenizer, 999)).check(1)
-    with pytest.raises(
-        UserError, match="data.tokenizer is gpt2, and the shards in .* were made with bytes: leave it out"
-    ):
+    with refused("text.tokenizer"):
         TokenDataModule(str(tmp_path / "to"), 4, text=TextConfig("gpt2")).check(1)
 
 
@@ -430,24 +416,21 @@ def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "key"),
     [
-        ({"packing": "first-fit"}, "unknown packing 'first-fit'"),
-        ({"length": 1}, "--length is 1"),
-        ({"source": "mqar:65"}, r"mqar:65 is not of the form mqar\[:PAIRS\] with 1 to 64 pairs"),
-        ({"source": "mqar:x"}, "is not of the form"),
-        (
-            {"source": "mqar", "length": 63},
-            "rows of 63 tokens do not hold 16 pairs twice: mqar needs at least 64",
-        ),
-        ({"source": "mqar", "val": 0.5}, "is a number of rows from 1 on; got 0.5"),
-        ({"path": None, "mix": [DataSource("x")]}, "data.source is packed into data.path"),
-        ({"path": "s3://bucket/x"}, "data.source is packed into data.path"),
+        ({"packing": "first-fit"}, "text.packing"),
+        ({"length": 1}, "text.length"),
+        ({"source": "mqar:65"}, "source"),
+        ({"source": "mqar:x"}, "source"),
+        ({"source": "mqar", "length": 63}, "text.length"),
+        ({"source": "mqar", "val": 0.5}, "text.val"),
+        ({"path": None, "mix": [DataSource("x")]}, "source"),
+        ({"path": "s3://bucket/x"}, "source"),
     ],
     ids=str,
 )
-def test_options_of_a_source_are_checked_at_once(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_options_of_a_source_are_checked_at_once(options: dict[str, Any], key: str) -> None:
+    with refused(key):
         build(TokenDataModule, **{"path": "x", "source": "stdlib", **options})
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mhla_lightning.data.kinds import Images
 from mhla_lightning.data.transforms import Augmentation, _augment_ops, eval_transform, train_transform
-from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import sample_rng
+from tests.helpers.errors import refused
 
 
 def _draw() -> tuple[float, float, float]:
@@ -80,25 +80,25 @@ def test_train_transform_draws_only_from_the_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    "options",
     [
-        ({"hflip": 1.5}, "data.augmentation.hflip is 1.5"),
-        ({"scale": (0.5, 0.1)}, r"data.augmentation.scale is \(0.5, 0.1\)"),
-        ({"ratio": (0.0, 1.0)}, "data.augmentation.ratio"),
-        ({"crop_pct": 0.0}, "data.augmentation.crop_pct is 0.0"),
-        ({"std": (1.0, 0.0, 1.0)}, "data.augmentation.std"),
-        ({"mean": (0.1,)}, "data.augmentation.mean"),
-        ({"re_count": 0}, "data.augmentation.re_count"),
-        ({"auto_augment": "rnd-m9"}, "data.augmentation.auto_augment 'rnd-m9'"),
+        {"hflip": 1.5},
+        {"scale": (0.5, 0.1)},
+        {"ratio": (0.0, 1.0)},
+        {"crop_pct": 0.0},
+        {"std": (1.0, 0.0, 1.0)},
+        {"mean": (0.1,)},
+        {"re_count": 0},
+        {"auto_augment": "rnd-m9"},
     ],
 )
-def test_bad_values(options: dict, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_bad_values(options: dict) -> None:
+    with refused(f"augmentation.{next(iter(options))}"):
         train_transform(32, Augmentation(**options))
 
 
 def test_bad_size() -> None:
-    with pytest.raises(UserError, match=r"data.image_size is \(0, 5\)"):
+    with refused("image_size"):
         eval_transform((0, 5), Augmentation())
 
 

@@ -1,4 +1,4 @@
-"""Text to features for cross-attention: `words:N`, without download, and umT5 (SPEC 6.2, 6.6)."""
+"""Text to features for cross-attention: `words:N` and umT5 (SPEC 6.2, 6.6)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class TextEncoder(ABC):
     encoding: TextEncoding
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Return the features of each text, float32 (rows, channels) on the CPU, 1 <= rows <= tokens.
+        """Return the features of each text, float32 (rows, channels), 1 <= rows <= tokens.
 
+        They are on the CPU.
         Raises UserError for a text with more rows.
         """
         return [self.rows(clean(text)) for text in texts]
@@ -80,7 +81,7 @@ class Words(TextEncoder):
 
 
 class UMT5(TextEncoder):
-    """The encoder of umT5 and its tokenizer: one row for each token, also for the end of the text."""
+    """The encoder of umT5 with its tokenizer; each token, also the end of the text, is a row."""
 
     def __init__(self, encoding: TextEncoding, model: nn.Module, tokenizer: Any) -> None:
         self.encoding, self.model, self.tokenizer = encoding, model, tokenizer
@@ -100,15 +101,15 @@ def load_text_encoder(
     """Open a text encoder.
 
     Args:
-        encoding: description in a recipe or an index, or the name alone. A name is `words:N` (N channels); a
-            folder with a UMT5EncoderModel and its tokenizer, directly or in text_encoder/ and tokenizer/; or
-            a name on the Hugging Face hub. A name alone allows texts of up to 512 tokens.
+        encoding: description in a recipe or an index, or the name alone. A name is `words:N` (N channels), a
+            folder, or a name on the Hugging Face hub. A folder holds a UMT5EncoderModel and its tokenizer,
+            or both in text_encoder/ and tokenizer/. A name alone allows texts of up to 512 tokens.
         device: of the weights.
         dtype: of the weights; None is bfloat16 on GPU, float32 elsewhere.
 
     Raises:
-        UserError: transformers is missing; the name does not exist; the model is no umT5; the weights are no
-            safetensors or do not fit the configuration; channels or sha256 differ from `encoding`.
+        UserError: transformers is missing. The name does not exist. The model is no umT5. The weights are no
+            safetensors or do not fit the configuration. Channels or sha256 differ from `encoding`.
     """
     name = encoding if isinstance(encoding, str) else encoding.name
     tokens = DEFAULT_TOKENS if isinstance(encoding, str) else encoding.tokens
@@ -200,7 +201,10 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
 
 
 def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
-    """Return the configuration and the subfolder of the model: empty or, in a pipeline, text_encoder."""
+    """Return the configuration and the subfolder of the model.
+
+    The subfolder is empty or, in a pipeline, text_encoder.
+    """
     from transformers import UMT5Config
 
     reasons = []
@@ -287,8 +291,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _sha256(model: nn.Module, tokenizer: Any) -> str:
-    """Return the sha256 of sizes, vocabulary and weights (as float32), which decide the features.
+    """Return the sha256 of everything that decides the features.
 
+    These are sizes, vocabulary and weights (as float32).
     It is the same for every copy, device and dtype.
     """
     config: Any = model.config

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: images or videos to latents and back. Weights are safetensors, no pickles."""
+"""Autoencoders of diffusers: images or videos to latents and back, from safetensors only."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class VideoAutoencoder:
-    """A VAE of videos, ready to use. Latents are normalised channel by channel, by its configuration.
+    """A VAE of videos, ready to use; its configuration normalises each channel of latents.
 
     Attributes:
         name: given to load_video_vae.
@@ -129,7 +129,10 @@ class VideoAutoencoder:
 
     @property
     def factors(self) -> tuple[int, int]:
-        """Frames, and pixels a side, for one position of a latent; the first frame has its own position."""
+        """Frames, and pixels a side, for one position of a latent.
+
+        The first frame has its own position.
+        """
         config: Any = self.model.config
         return 2 ** sum(config.temperal_downsample), 2 ** (len(config.dim_mult) - 1) * (
             config.patch_size or 1
@@ -141,8 +144,9 @@ class VideoAutoencoder:
         return next(self.model.parameters()).device
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the shape (C, t, h, w) of the latent of a video: t = 1 + (frames - 1) / temporal factor.
+        """Return the shape (C, t, h, w) of the latent of a video.
 
+        t = 1 + (frames - 1) / temporal factor.
         Raises UserError with the nearest size that works.
         """
         temporal, spatial = self.factors
@@ -222,8 +226,8 @@ def load_vae(
         shift: replaces the configuration's shift_factor; None keeps it.
 
     Raises:
-        UserError: diffusers is missing; the name exists neither here nor on the hub; the class is not in
-            MODELS; the weights are no safetensors or do not fit the configuration; it takes no RGB images,
+        UserError: diffusers is missing. The name exists neither here nor on the hub. The class is not in
+            MODELS. The weights are no safetensors or do not fit the configuration. It takes no RGB images,
             or normalises each channel.
     """
     model, given = _open(name, subfolder, MODELS)

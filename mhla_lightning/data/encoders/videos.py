@@ -1,4 +1,4 @@
-"""Video files by PyAV: untrusted files, frames as a player shows them, clips as mp4. No torch."""
+"""Untrusted video files by PyAV: frames as a player shows them, clips as mp4. No torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def pixels(frame: VideoFrame) -> np.ndarray:
 
 
 def shown_aspect(stream: VideoStream, rotation: int = 0) -> float:
-    """Return width over height of the shown picture, with non-square pixels and `rotation` in degrees."""
+    """Return width over height of the shown picture.
+
+    Pixels may be no squares; rotation: in degrees.
+    """
     aspect = stream.width * float(stream.sample_aspect_ratio or 1) / stream.height
     return 1 / aspect if round(rotation / 90) % 2 else aspect
 

@@ -1,4 +1,4 @@
-"""The interface of kinds of samples: from a sample to tensors, and the reasons that make it unusable."""
+"""The interface of kinds of samples: from a sample to tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video clips: KEY.clip.npy, uint8 (frames, height, width, 3), or KEY.mp4, and KEY.txt, their caption."""
+"""Video clips: KEY.clip.npy, uint8 (frames, height, width, 3), or KEY.mp4; captions KEY.txt."""
 
 from __future__ import annotations
 

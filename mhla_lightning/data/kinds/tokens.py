@@ -1,4 +1,7 @@
-"""Packed token sequences: KEY.tokens.npy and KEY.documents.npy, (rows, length) each; a sample is a row."""
+"""Packed token sequences; a sample is a row.
+
+A member pair is KEY.tokens.npy and KEY.documents.npy, (rows, length) each.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ class _Rows(NamedTuple):
 
 @dataclass
 class Tokens(Kind):
-    """Token ids and, for each, the number of its document in the row; both int64 (T,), padding is -1.
+    """Token ids and the document number of each in its row, int64 (T,) each.
+
+    The document number of padding is -1.
 
     Args:
         length: T, tokens of a row.
@@ -82,7 +87,7 @@ class Tokens(Kind):
         return self.evaluate(sample)
 
     def train_batch(self, samples: Sequence[RawSample], epochs: Sequence[int]) -> dict[str, Tensor] | None:
-        """Return all rows in one array: checking them one by one would take longer than reading them."""
+        """Return all rows in one array; checking them one by one would be slower."""
         tokens, documents = (
             np.concatenate([sample[name] for sample in samples]).reshape(len(samples), -1)
             for name in ("tokens", "documents")

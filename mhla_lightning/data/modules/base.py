@@ -172,7 +172,12 @@ class ShardDataModule(LightningDataModule):
         return self._splits_read[name, source.path]
 
     def _store(self, source: DataSource, split: str) -> Store:
-        return open_store(f"{source.path.rstrip('/')}/{split}", self.remote)
+        try:
+            return open_store(f"{source.path.rstrip('/')}/{split}", self.remote)
+        except UserError as error:
+            if error.key is None:  # a missing package
+                raise
+            raise UserError("mix" if len(self.sources) > 1 else "path", str(error)) from error
 
     def splits(self, name: str) -> list[Split]:
         """Return the splits of this name of all sources that have one."""
@@ -180,7 +185,10 @@ class ShardDataModule(LightningDataModule):
         return [split for split in found if split is not None]
 
     def index(self, split: str = "train") -> ShardIndex:
-        """Return the index of a split, of the first source that has it. Raises DataError without one."""
+        """Return the index of a split, from the first source that has it.
+
+        Raises DataError when no source has it.
+        """
         splits = self.splits(split)
         if not splits:
             found = [name for name in SPLITS if self.splits(name)]

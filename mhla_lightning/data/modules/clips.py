@@ -24,7 +24,7 @@ _GIVEN_WITH_SOURCE = ("frames", "size", "rate", "stride")
 
 
 class ClipDataModule(TextConditioned, ShardDataModule):
-    """Video clips in pixels and the features of their captions, encoded while they are loaded, from shards.
+    """Video clips in pixels, and features of their captions, encoded while loading.
 
     Batches hold `clip`, float32 (B, 3, frames, height, width) in [-1, 1], and `text`, float32 (B, tokens,
     channels), zero-padded.
@@ -84,7 +84,7 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         return Clips(index.clip or self._options.clips[0], self.text_encoder, self.clips.flip, self.seed)
 
     def check(self, world_size: int) -> None:
-        """Check also that clips of one batch have one size, and that they match the options of `source`."""
+        """Check also that clips of one batch have one size and match `source`."""
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 

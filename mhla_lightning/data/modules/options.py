@@ -21,8 +21,8 @@ class OrderConfig:
 
     Args:
         seed: of the order and of the augmentation; None takes the run's seed (PL_GLOBAL_SEED), else 0.
-        lanes: parts of the data set that are read side by side; with a multiple of the number of ranks,
-            every rank reads shards of its own.
+        lanes: parts of the data set that are read side by side. With a multiple of the number of ranks,
+            every rank reads its own shards.
         window: samples; the largest distance over which samples are mixed inside a lane.
         mix_by: with several sources, whether each `sample` or each `batch` of an optimizer step is drawn
             from one source. With `batch`, the sources may differ in the shape of their samples.

@@ -48,10 +48,10 @@ class TokenDataModule(ShardDataModule):
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
         self._take_source(source, path)
         self.vocabulary, self.text = vocabulary, text
-        with inside("text"):
-            if source is not None and mqar.is_mqar(source):
-                self._recall(source)
-            elif source is not None:
+        if source is not None and mqar.is_mqar(source):
+            self._recall(source)
+        elif source is not None:
+            with inside("text"):
                 self._options = TextOptions(
                     text.tokenizer or "bytes",
                     text.length or LENGTH,
@@ -63,7 +63,11 @@ class TokenDataModule(ShardDataModule):
     def _recall(self, source: str) -> Any:
         text = self.text
         held_out: Any = {} if text.val is None else {"val": text.val}  # open_mqar refuses a share
-        return mqar.open_mqar(source, text.length or mqar.LENGTH, text.val_length, **held_out)
+        try:
+            return mqar.open_mqar(source, text.length or mqar.LENGTH, text.val_length, **held_out)
+        except UserError as error:
+            key = error.key if error.key in (None, "source") else f"text.{error.key}"
+            raise UserError(key, error.reason) from error
 
     def _pack(self, source: str, folder: Path) -> None:
         from mhla_lightning.data.prepare.pack import pack

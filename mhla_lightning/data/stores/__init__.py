@@ -1,4 +1,4 @@
-"""Folders of shards: local, http(s)://, s3:// or gs://, with or without a cache here. No torch."""
+"""Folders of shards, local or remote, with or without a cache. No torch."""
 
 from __future__ import annotations
 

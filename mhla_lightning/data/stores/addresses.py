@@ -1,4 +1,4 @@
-"""Checks of addresses, so that only plain folders are ever opened, and secrets are never printed."""
+"""Checks of addresses: only plain folders are opened, and secrets are never printed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def parse(url: str) -> Address:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if it is a plain relative name such as train/index.json; else raise UserError."""
+    """Return `name` if it is a plain relative name such as train/index.json.
+
+    Raises UserError for any other name.
+    """
     segments = name.split("/")
     if any(part in ("", ".", "..") for part in segments) or set(name) & set("\\:|\0\n\r\t"):
         raise UserError(

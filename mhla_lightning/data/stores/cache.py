@@ -32,8 +32,9 @@ _LATER = 60.0  # seconds until a shard is tried again that found no room or whos
 
 
 class CachedStore(Store):
-    """A store in front of another one: shards are downloaded whole, once a node, and checked before use.
+    """A store in front of another one, which downloads whole shards once a node.
 
+    Shards are compared with the index before use.
     A reader waits for shards of up to 64 MiB. Larger ones are read from `inner` in parts until their download
     ends: an epoch begins in dozens of shards at once, and training would wait for all of them. When the
     folder cannot be written, is full, or is too small for a shard, one warning follows and `inner` is read
@@ -79,7 +80,7 @@ class CachedStore(Store):
         return self._inner.address(name)
 
     def size(self, name: str) -> int | None:
-        """Return the size in the inner store: a cached shard does not prove that its source is complete."""
+        """Return the size in the inner store; a cached shard does not prove its source."""
         return self._inner.size(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -114,7 +115,10 @@ class CachedStore(Store):
         return f"{self._files[name][0]}.tar"
 
     def _is_there(self, name: str) -> bool:
-        """Return whether the shard is in the cache with its size; then keep it open and mark it as used."""
+        """Return whether the shard is cached with its size; if so, keep it open.
+
+        A cached shard is marked as used.
+        """
         if not self._local.hold(self._file(name), self._files[name][1]):
             return False
         now = time.monotonic()

@@ -1,10 +1,13 @@
 """A folder of whole shards that the processes of a node share: names, locks, room.
 
-<sha256>.tar         a complete shard: it gets this name after its bytes were compared with the index
-<sha256>.<uuid>.tmp  a shard during its download, at its full size, so that its room is reserved
-<sha256>.lock        locked by the process that downloads this shard; never removed, because a lock on a
-                     removed file excludes nobody
-room.lock            locked while room is made
+<sha256>.tar: a complete shard. It gets this name after its bytes were compared with the index.
+
+<sha256>.<uuid>.tmp: a shard during its download, at its full size, so that its room is reserved.
+
+<sha256>.lock: locked by the process that downloads this shard. It is never removed, because a lock on a
+removed file excludes nobody.
+
+room.lock: locked while room is made.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[bool]:
-        """Hold NAME.lock, and yield True; yield False when its holder wrote nothing for `patience` seconds.
+        """Hold NAME.lock, and yield True; yield False without the lock.
 
+        That happens when its holder wrote nothing for `patience` seconds.
         Raises OSError.
         """
         descriptor = os.open(self.folder / f"{name}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -57,8 +61,9 @@ class CacheFolder:
             os.close(descriptor)
 
     def reserve(self, sha256: str, size: int) -> Path | None:
-        """Make room for `size` bytes, and return a new sparse temporary file of that size; None without room.
+        """Return a new sparse temporary file of `size` bytes; None without room.
 
+        Other shards are removed to make room.
         The caller holds the shard's lock, so any other temporary file of this shard belongs to a process that
         has ended. Raises OSError.
         """
@@ -91,7 +96,7 @@ class CacheFolder:
         return False
 
     def _progress(self, name: str) -> list[tuple[str, int]]:
-        """Return the temporary files of `name` with their write times, which change during a download."""
+        """Return the temporary files of `name` and their write times: its progress."""
         found = []
         for path in self.folder.glob(f"{name}.*.tmp"):
             with contextlib.suppress(FileNotFoundError):

@@ -30,7 +30,7 @@ CLIENTS: dict[str, Callable[[Address, Remote], RemoteClient]] = {
 
 
 class RemoteStore(Store):
-    """A remote folder; every process makes its own connection at its first request, also after a fork."""
+    """A remote folder, with one connection for each process, also after a fork."""
 
     def __init__(self, url: str, options: Remote) -> None:
         self._address = parse(url)
@@ -105,7 +105,10 @@ class RemoteStore(Store):
             sink.write(data)
 
     def _whole(self, name: str) -> Iterator[bytes]:
-        """Yield a file's bytes by one request, where no pause may exceed the timeout. Raises Failure."""
+        """Yield a file's bytes by one request. Raises Failure.
+
+        No pause may exceed the timeout.
+        """
         client = cast(HttpClient, self._client())
         answer = self._run(client.begin(name))
         try:

@@ -42,8 +42,9 @@ class NoRanges(DataError):
 
 
 def retrying(attempt: Callable[[], T], address: str, remote: Remote) -> T:
-    """Return the result of `attempt`, repeated up to remote.retries times after a Failure that may pass.
+    """Return the result of `attempt`, repeated after a Failure that may pass.
 
+    There are at most remote.retries repetitions.
     Raises DataError for `address`, with the last problem, the number of tries, their time, and a remedy.
     """
     began = time.monotonic()

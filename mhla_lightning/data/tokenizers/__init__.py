@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a tokenizer.json, or a name on the Hugging Face hub. No torch."""
+"""Text to token ids and back: bytes, tokenizer.json, Hugging Face hub. No torch."""
 
 from __future__ import annotations
 

@@ -78,7 +78,10 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as they are, 0 to 255, and 256 at the end of a document. Needs no package and no file."""
+    """UTF-8 bytes as ids 0 to 255, and 256 at the end of a document.
+
+    Needs no package and no file.
+    """
 
     def __init__(self) -> None:
         self.name, self.vocabulary, self.end = "bytes", END_OF_DOCUMENT + 1, END_OF_DOCUMENT
@@ -106,7 +109,10 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, *ids: int) -> str:
-        """Return the text that these ids complete, perhaps empty. Raises UserError for an unknown id."""
+        """Return the text that these ids complete, perhaps empty.
+
+        Raises UserError for an unknown id.
+        """
         return self._decoder.decode(self._tokenizer.bytes_of(ids))
 
     def finish(self) -> str:

@@ -153,7 +153,10 @@ def _end_token(vocabulary: Mapping[str, int], config: bytes | None, address: str
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's characters for bytes: printable Latin-1 as it is, the others from U+0100 on."""
+    """Return GPT-2's characters for bytes.
+
+    Printable Latin-1 stays as it is; the other bytes follow from U+0100 on.
+    """
     itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in itself]
     return {chr(byte): byte for byte in itself} | {
