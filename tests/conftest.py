@@ -61,7 +61,7 @@ def write_images(root: Path) -> Path:
     """64 training and 20 validation images of 4 classes in 8 and 4 real tar shards; 8 x 8 pixels, class
     shown by brightness.
     """
-    from mhla_lightning.data.prepare.pack import pack
+    from mhla_lightning.data.prepare.pack import PackOptions, pack
 
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):
@@ -71,7 +71,7 @@ def write_images(root: Path) -> Path:
             for n in range(count):
                 pixels = np.clip(60 * label + rng.normal(30, 12, (8, 8, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{n:03d}.png")
-    pack(str(root / "source"), root / "shards", shards=8)
+    pack(str(root / "source"), root / "shards", PackOptions(shards=8))
     return root / "shards"
 
 

@@ -38,7 +38,7 @@ data.batch_size: 8
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 shapes of two classes as shards: squares left or right."""
-    from mhla_lightning.data.prepare.pack import pack
+    from mhla_lightning.data.prepare.pack import PackOptions, pack
 
     root = tmp_path_factory.mktemp("digits")
     for index in range(64):
@@ -48,7 +48,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / "images" / "ab"[label]
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
-    pack(str(root / "images"), str(root / "shards"), val=16, shards=2)
+    pack(str(root / "images"), str(root / "shards"), PackOptions(val=16, shards=2))
     return root / "shards"
 
 

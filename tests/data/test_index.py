@@ -12,7 +12,7 @@ from PIL import Image
 
 from mhla_lightning.data.check import Verify, check_split
 from mhla_lightning.data.index import ShardEntry, ShardIndex, read_index, write_index
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
@@ -26,7 +26,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     target = tmp_path_factory.mktemp("packed") / "data"
-    pack(folder, target, val=4, shards=4)
+    pack(folder, target, PackOptions(val=4, shards=4))
     return target
 
 

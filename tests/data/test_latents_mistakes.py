@@ -20,7 +20,7 @@ from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
 from mhla_lightning.data.index import Clip, ShardIndex, read_index, write_index
 from mhla_lightning.data.prepare.latents.devices import find_devices
 from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.verify import verify
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_kl(root / "kl")
     save_dc(root / "dc")
     save_images(root / "source", train=12, val=4)
-    pack(root / "source", root / "packed", shards=3)
+    pack(root / "source", root / "packed", PackOptions(shards=3))
     return root
 
 
@@ -120,7 +120,7 @@ def test_devices() -> None:
 
 def _without_classes(root: Path) -> Path:
     save_images(root / "images")
-    pack(root / "images", root / "packed", shards=1)
+    pack(root / "images", root / "packed", PackOptions(shards=1))
     for split in ("train", "val"):
         index = read_index(root / "packed" / split)
         write_index(root / "packed" / split, ShardIndex("images", index.shards))
@@ -203,7 +203,7 @@ def test_what_another_command_began_is_not_thrown_away(root: Path, tmp_path: Pat
         make_latents(root / "packed", tmp_path / "out", options(root, batch_size=3, dtype="bf16"))
     assert list((tmp_path / ".out.packing" / "entries" / "train").iterdir()) == entries
     notes: list[str] = []
-    make_latents(root / "packed", tmp_path / "out", options(root, threads=2), on_note=notes.append)
+    make_latents(root / "packed", tmp_path / "out", options(root, workers=2), on_note=notes.append)
     assert notes == [f"{len(entries)} of {12 + 4} shards were finished before and are kept"]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from mhla_lightning.data import Augmentation, ImageDataModule
 from mhla_lightning.data.corpus import Source
 from mhla_lightning.data.loader import Loading, ignore_signals
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.errors import DataError, UserError
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("packed") / "data"
-    pack(source, target, val=12, shards=4)  # 32 training and 12 validation samples
+    pack(source, target, PackOptions(val=12, shards=4))  # 32 training and 12 validation samples
     return target
 
 
@@ -163,7 +163,7 @@ def test_a_position_in_another_sequence_is_refused(packed: Path, key: str, value
 
 
 def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path) -> None:
-    pack(source, tmp_path / "more", val=4, shards=2)  # 40 training and 4 validation samples
+    pack(source, tmp_path / "more", PackOptions(val=4, shards=2))  # 40 training and 4 validation samples
     mix = [Source(str(packed), 3.0, "old"), Source(str(tmp_path / "more"), 1.0)]
     data = _module(None, mix=mix)
     data.check(1)
@@ -197,7 +197,7 @@ def test_foreign_accumulation_is_refused(packed: Path) -> None:
 
 @lightning_warnings
 def test_errors_in_workers_stay_one_sentence(source: Path, tmp_path: Path) -> None:
-    pack(source, tmp_path / "data", val=12, shards=2)
+    pack(source, tmp_path / "data", PackOptions(val=12, shards=2))
     for shard in (tmp_path / "data" / "train").glob("*.tar"):
         shard.write_bytes(shard.read_bytes()[:4096])
     with pytest.raises(DataError) as error:

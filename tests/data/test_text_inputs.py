@@ -12,7 +12,7 @@ import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.data.prepare.text import chunks, inputs
-from mhla_lightning.data.prepare.text.tokenize import Report, TextOptions, tokenize
+from mhla_lightning.data.prepare.text.tokenize import TextOptions, TokenizeReport, tokenize
 from mhla_lightning.errors import DataError
 from tests.helpers.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
 
@@ -36,7 +36,7 @@ def _write(path: Path, texts: list[str]) -> None:
         path.write_bytes(lines)
 
 
-OPTIONS = TextOptions(length=64, val=5, column=COLUMN)
+OPTIONS = TextOptions(length=64, val=5, text_column=COLUMN)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def texts_and_hashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str
     return texts, _hashes(report)
 
 
-def _hashes(report: Report) -> dict[str, str]:
+def _hashes(report: TokenizeReport) -> dict[str, str]:
     return {name: index.hash for name, index in report.indices.items()}
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.runs.lock import hold
 
@@ -260,7 +260,7 @@ def test_validate_and_test_a_checkpoint(
 
 
 def test_a_mixture_shows_how_much_of_each_source_it_took(recipe: Path, shards: Path, tmp_path: Path) -> None:
-    pack(str(shards.parent / "source"), tmp_path / "again", shards=3, seed=1)
+    pack(str(shards.parent / "source"), tmp_path / "again", PackOptions(shards=3, seed=1))
     mix = (
         f"[{{path: {shards}, weight: 3}}, {{path: {tmp_path / 'again'}, name: other, when_exhausted: drop}}]"
     )
@@ -381,7 +381,7 @@ def test_other_data_under_the_same_run_is_refused(
     assert fit(recipe, "--trainer.max_steps", "4") == 0
     if not finished:
         (run_folder(tmp_path) / "summary.json").unlink()
-    pack(str(shards.parent / "source"), tmp_path / "packed-again", shards=6)
+    pack(str(shards.parent / "source"), tmp_path / "packed-again", PackOptions(shards=6))
     capsys.readouterr()
     assert fit(recipe, "--trainer.max_steps", "4", "--data.path", str(tmp_path / "packed-again")) == 2
     assert "run r was trained on data" in capsys.readouterr().err

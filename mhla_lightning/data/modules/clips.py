@@ -214,7 +214,7 @@ def _options(
             given if given is not None else default
             for given, default in zip((frames, rate), _DEFAULTS[::2], strict=True)
         ]
-        clip = make_clip(int(chosen[0]), *image_hw(_DEFAULTS[1] if size is None else size), chosen[1])
+        clip = make_clip(int(chosen[0]), image_hw(_DEFAULTS[1] if size is None else size), chosen[1])
         return ClipOptions((clip,), stride, shots, val=val, val_by="time")
     except UserError as error:
         raise UserError(str(error).replace("--", "data.").replace("image_size", "size")) from error
