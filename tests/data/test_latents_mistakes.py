@@ -307,7 +307,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "safetensors"),
     "cut weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50), "safetensors"),
     "a weight is missing": (_less, "encoder.conv_in.weight"),
-    "other sizes": (lambda folder: _config(folder, latent_channels=6), "config.json"),
+    "other sizes": (lambda folder: _config(folder, latent_channels=6), "weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "another class": (lambda folder: _config(folder, _class_name="UNet2DModel"), "AutoencoderDC, Au"),
