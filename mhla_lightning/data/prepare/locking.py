@@ -43,9 +43,9 @@ def hold_folder(folder: Path, target: Path, wait: bool) -> Iterator[None]:
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Lock a file until the lock is released or the process ends; None while another process holds it.
+    """Lock a file until the lock is released or the process ends.
 
-    Raises OSError where the file system knows no locks.
+    Returns None while another process holds the lock. Raises OSError where the file system knows no locks.
     """
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:

@@ -145,9 +145,9 @@ def fill(
     on_progress: Progress,
     on_note: Note,
 ) -> dict[str, ShardIndex]:
-    """Write the planned splits of `source` and the files beside them, and return the index of every split.
+    """Write the planned splits of `source` and the files beside them.
 
-    Shards that an earlier call finished are kept.
+    Shards that an earlier call finished are kept. Returns the index of every split.
     """
     indices = {}
     entries = _write(building, source.header, splits, workers, on_progress, on_note)
@@ -244,7 +244,10 @@ def _fingerprint(spec: str | Path | SampleSource, source: SampleSource, options:
 
 
 def fingerprint_of(*facts: object) -> str:
-    """Return a sha256 of the facts that decide which bytes are written, and of the writers' versions."""
+    """Return a sha256 of the facts that decide which bytes are written.
+
+    The versions of the packages that write them count too.
+    """
     versions = [__version__, *(importlib.metadata.version(package) for package in _WRITERS)]
     return hashlib.sha256(json.dumps([*facts, versions]).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """Jobs in several processes, whose results come as they are ready.
 
-`concurrent.futures` runs them. It lacks two promises of ours, which the watching thread of each worker keeps:
-the workers end at once when the caller stops early, and when the calling process is killed.
+`concurrent.futures` runs them. A thread in each worker adds two promises that it does not make: the workers
+end at once when the caller stops early, and when the calling process is killed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Generat
 
 
 def _context(module: str) -> multiprocessing.context.BaseContext:
-    """Return a way to start processes without a fork: torch and the progress bar run threads here."""
+    """Return a way to start processes without a fork.
+
+    Torch and the progress bar run threads in this process, and a fork would copy their locks.
+    """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":

@@ -89,7 +89,7 @@ def preview(
 
 
 def _tokenizer(path: str, index: ShardIndex) -> Tokenizer | None:
-    """Return the tokenizer of a data set, or of the one that a split belongs to; None without one."""
+    """Return the tokenizer of a data set, or of a split's data set; None without one."""
     for folder in (
         path,
         f"{path.rstrip('/')}/.." if "://" not in path else path.rstrip("/").rpartition("/")[0],
@@ -153,9 +153,9 @@ def preview_sheet(tiles: Sequence[tuple[Sequence[Image.Image], str]]) -> Image.I
 
 
 def latent_pictures(latent: np.ndarray) -> list[Image.Image]:
-    """Draw a latent: its first three channels as colours, of a video the first, middle and last frame.
+    """Draw the first three channels of a latent as colours, of a video three frames.
 
-    Each channel is scaled from its 1st to its 99th percentile.
+    They are its first, middle and last frame. Each channel is scaled from its 1st to its 99th percentile.
 
     Args:
         latent: floats (C, h, w) or (C, t, h, w).

@@ -1,6 +1,7 @@
-"""Folders that appear whole or not at all, and whose making can be interrupted and continued.
+"""Folders that appear whole or not at all; an interrupted making can be continued.
 
-The folder `.TARGET.packing` beside TARGET holds the work:
+The folder `.TARGET.packing` beside TARGET holds the work.
+
     lock, holder.json  the lock, and the process that holds it
     plan.json          the fingerprint of what is being built
     parts/             shards being written
@@ -246,7 +247,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
 
 
 def is_bucket(name: str) -> bool:
-    """Return whether a folder of this name holds the splits of videos of one size (FRAMESxHEIGHTxWIDTH)."""
+    """Return whether a folder of this name, FRAMESxHEIGHTxWIDTH, holds videos of one size."""
     return _BUCKET.fullmatch(name) is not None
 
 

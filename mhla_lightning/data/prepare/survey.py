@@ -22,7 +22,14 @@ LATENT_KINDS = {3: "latents", 4: "video_latents"}
 
 
 class ClipFacts(NamedTuple):
-    """The size of clips, and their rate in frames a second; None where the shard does not give a rate."""
+    """The size of clips, and their rate.
+
+    Args:
+        frames: of a clip.
+        height: in pixels.
+        width: in pixels.
+        rate: frames a second; None where the shard does not hold it.
+    """
 
     frames: int
     height: int

@@ -1,4 +1,4 @@
-"""A search for all that is wrong with shards: files, tar structure, offsets and every sample."""
+"""The search for all that is wrong with shards."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def verify(
 ) -> VerifyReport:
     """Check everything in the splits at `path`.
 
-    These are the index, presence, size, sha256, tar structure, number of samples, offsets against a real
-    scan, keys that occur twice, and whether every sample decodes.
+    The check covers the index; presence, size, sha256 and tar structure of shards; their number of samples
+    and their offsets. It also covers keys that occur twice, and whether every sample decodes.
 
     Args:
         path: see places.find_splits.
@@ -91,7 +91,10 @@ def verify(
 
 
 def _index(name: str, store: Store, report: VerifyReport) -> ShardIndex | None:
-    """Return the index. One with wrong sums is reported and used all the same, to check its shards."""
+    """Return the index of a split.
+
+    One with wrong sums is reported and used all the same, so that its shards are checked.
+    """
     address = store.address(INDEX_NAME)
     try:
         index = read_index(store)

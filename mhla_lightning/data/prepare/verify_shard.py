@@ -163,7 +163,10 @@ def _local_copy(job: VerifyJob, folder: Path, findings: Findings) -> Path | None
 
 
 def _download(job: VerifyJob, size: int, path: Path) -> str:
-    """Copy a shard and return its sha256. Raises UserError when there is no room on this machine."""
+    """Copy a shard and return its sha256.
+
+    Raises UserError when there is no room on this machine.
+    """
     try:
         with open(path, "wb") as copy:
             sink = _HashingSink(copy)
@@ -253,5 +256,8 @@ def _hashes(scan: Scan) -> np.ndarray:
 
 
 def reason_for(error: Exception, address: str) -> str:
-    """Return the text of an error; the file's name is left out, since a report has a column for it."""
+    """Return the text of an error without the file's name.
+
+    A report has a column for the name.
+    """
     return error.reason if isinstance(error, UserError) and error.key == address else str(error)

@@ -57,14 +57,15 @@ def read_clips(path: Path, starts: Sequence[float], clip: Clip, last: float) -> 
 
 
 def shown_frames(path: Path, begin: float, last: float) -> Iterator[tuple[VideoFrame, float, float]]:
-    """Yield frames from the one that is shown at `begin` on: (frame, width over height, end of its time).
-
-    The last frame has no end (infinity).
+    """Yield the frames of a video from the one that is shown at `begin` on.
 
     Args:
         path: of the video.
         begin: in seconds.
         last: time of the last frame, in seconds.
+
+    Yields:
+        The frame, the picture's width over height, and the end of its time (infinity for the last frame).
 
     Raises:
         DataError: the video is damaged, or ends before `last`.

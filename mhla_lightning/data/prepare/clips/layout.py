@@ -42,9 +42,10 @@ def fits(stretches: Sequence[Stretch], clip: Clip) -> bool:
 
 
 def nearest(aspect: float, stretches: Sequence[Stretch], clips: Sequence[Clip]) -> int | None:
-    """Return the number of the clip size that suits a video best; None where none fits into its stretches.
+    """Return the number of the clip size that suits a video best.
 
-    It is the nearest in aspect ratio, and the longest of equally near ones.
+    It is the nearest in aspect ratio, and the longest of equally near ones. None means that no size fits
+    into the stretches.
     """
     fitting = [number for number, clip in enumerate(clips) if fits(stretches, clip)]
     return min(

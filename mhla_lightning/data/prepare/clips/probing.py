@@ -120,7 +120,7 @@ def find_cuts(path: Path, times: np.ndarray, cut: float) -> list[int]:
     """Return the frames that begin a shot, but for the first.
 
     A frame begins a shot when it differs from the frame before by more than `cut` of the range of values. The
-    difference is the mean absolute one over all colours of both frames, reduced to 32x32 pixels: a flash is
+    difference is the mean absolute one over all colours of both frames, reduced to 32x32 pixels. A flash is
     found, a slow fade is not.
 
     Args:

@@ -1,4 +1,4 @@
-"""Features of captions: computed once for each text and kept beside the shards in the making."""
+"""Features of captions, computed once for each text and kept beside the shards."""
 
 from __future__ import annotations
 

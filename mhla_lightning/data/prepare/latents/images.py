@@ -1,4 +1,7 @@
-"""The images to encode: packed shards or a source of `mhla data pack`, cropped as ADM and DiT do."""
+"""The images to encode: packed shards, or a source of `mhla data pack`.
+
+They are cropped as ADM and DiT do.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +93,11 @@ class ShardPart:
 
 
 def open_images(source: str | Path, options: PackOptions, sample_bytes: int) -> LabelledImages:
-    """Open labelled images: packed shards, whose splits and order are kept, or a source of `mhla data pack`.
+    """Open labelled images.
 
     Args:
-        source: folder, address or name of a source.
+        source: folder or address of packed shards, whose splits and order are kept; or a source of
+            `mhla data pack`.
         options: val and seed are for a source that is not packed.
         sample_bytes: expected bytes of a sample in the new shards.
 

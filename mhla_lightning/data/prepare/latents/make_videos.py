@@ -257,7 +257,7 @@ def _headers(clips: Sequence[ClipSplit], options: VideoOptions, dtype: str) -> l
         try:
             shapes.append(vae.latent_shape(split.clip.frames, split.clip.height, split.clip.width))
         except UserError as error:
-            raise UserError(split.address, str(error)) from error
+            raise UserError(split.address, error.reason) from error
     name = options.text_encoder
     channels = load_text_encoder(name, dtype=DTYPES[dtype]).encoding
     text = TextEncoding(name, options.tokens, channels.channels, channels.sha256)

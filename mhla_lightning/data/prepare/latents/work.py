@@ -180,7 +180,7 @@ def settings_of(facts: dict[str, Any], dtype: str, device: str, packages: Sequen
 def demand_target(
     target: Path, headers: Mapping[str, ShardIndex], settings: dict[str, Any], overwrite: bool
 ) -> None:
-    """Raise UserError when the target holds other latents, is being made of others, or holds anything at all.
+    """Raise UserError when the target holds anything, or other latents are being made there.
 
     Args:
         target: the folder to make.

@@ -34,11 +34,11 @@ def open_mqar(
     val: int = ROWS["val"],
     seed: int = 0,
 ) -> SampleSource:
-    """Open rows of tokens: distinct keys, each followed by a value, then the same pairs once more.
+    """Open rows of tokens in which pairs of keys and values occur twice.
 
-    The second time the pairs come in another order and at random places, with random values between them.
-    So a key that comes a second time is a query, and the token after it the answer. A row depends on the
-    seed, the split and its number alone.
+    First comes each distinct key with its value. The same pairs follow in another order and at random places,
+    with random values between them. So a key that comes a second time is a query, and the token after it the
+    answer. A row depends on the seed, the split and its number alone.
 
     Args:
         source: mqar[:PAIRS].

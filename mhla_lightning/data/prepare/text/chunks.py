@@ -1,9 +1,10 @@
-"""Documents to tokens, in chunks that several processes make and that are kept when the work is interrupted.
+"""Documents to tokens, in chunks that several processes make.
 
-FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,): documents one after another, each with
-                              its end
-FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
-FOLDER/000007.json            facts about the chunk; written last
+Finished chunks are kept when the work is interrupted. The files of a chunk, the last one written last:
+
+    FOLDER/000007.npy             token ids, uint16 or uint32 (tokens,): documents with their ends
+    FOLDER/000007.documents.npy   int64 (documents, 2): tokens with the end, and UTF-8 bytes of each
+    FOLDER/000007.json            facts about the chunk
 """
 
 from __future__ import annotations

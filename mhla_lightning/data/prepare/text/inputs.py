@@ -1,4 +1,7 @@
-"""Sources of text: files, folders, JSON lines, parquet, the hub and Python's standard library."""
+"""Sources of text.
+
+They are files, folders, JSON lines, parquet, the Hugging Face hub and Python's standard library.
+"""
 
 from __future__ import annotations
 
@@ -285,7 +288,7 @@ def _hub(spec: str, text_column: str) -> Input:
 
 
 def _hub_name(spec: str) -> tuple[str, str | None, str]:
-    """Return name, configuration and split of hf:NAME[:CONFIG][:SPLIT]; the default split is train."""
+    """Return name, configuration and split (default: train) of hf:NAME[:CONFIG][:SPLIT]."""
     parts = spec.split(":")[1:]
     if len(parts) > 3 or not parts[0]:
         raise UserError(

@@ -26,7 +26,12 @@ def write_layout(folder: Path, split: str, layout: Layout) -> None:
 
 
 def write_firsts(folder: Path, tokens: Sequence[int]) -> None:
-    """Keep the first token of each chunk in the corpus, given the number of tokens of every chunk."""
+    """Keep the first token of each chunk in the corpus.
+
+    Args:
+        folder: of the chunks.
+        tokens: number of tokens of every chunk.
+    """
     np.save(folder / _FIRSTS, np.concatenate(([0], np.cumsum(tokens, dtype=np.int64))), allow_pickle=False)
 
 
