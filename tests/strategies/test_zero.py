@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mhla_lightning.checkpoints.source import Source, open_source
+from mhla_lightning.checkpoints.source import CheckpointSource, open_source
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.weights.rank_files import WEIGHT, ShardReader
 from tests.conftest import TINY_RECIPE
@@ -108,7 +108,7 @@ def assert_close_curves(got: Path, expected: Path, tolerance: float) -> None:
         ), tag
 
 
-def end_of(run: Path) -> Source:
+def end_of(run: Path) -> CheckpointSource:
     return open_source(complete_checkpoints(run)[-1] / "trainer.ckpt")
 
 
