@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -41,7 +41,7 @@ def first_layer(
 
 def _loss(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> Tensor:
     output = sharding_of(trainer.strategy).run_forward(lambda: pl_module.training_step(batch, number))
-    return output if isinstance(output, Tensor) else output["loss"]
+    return cast(Mapping[str, Tensor], output)["loss"] if not isinstance(output, Tensor) else output
 
 
 class _Search:

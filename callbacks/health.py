@@ -140,8 +140,8 @@ class Health(StepGuard):
                 None,
                 f"{reason}, and {self.row} steps in a row were left out (`health.max_skipped` is "
                 f"{self.max_skipped}); {layer}{self._checkpoint(self._step - self.row)}; {folder} names the "
-                f"samples ({_some(_of_all_ranks(trainer, keys))}): look at them (mhla data preview), or lower "
-                "`model.optimizer.lr` or set `trainer.gradient_clip_val`, and resume",
+                f"samples ({_some(_of_all_ranks(trainer, keys))}): look at them (mhla data preview), or "
+                "lower `model.optimizer.lr` or set `trainer.gradient_clip_val`, and resume",
             )
         if trainer.is_global_zero:
             log.warning(f"step {self._step} is left out: {reason}; {folder} names its samples")

@@ -87,8 +87,8 @@ def copied(values: Any) -> Any:
 class Writer:
     """Writes one checkpoint in a thread beside the training.
 
-    The ranks' threads tell each other by files that they have written. A collective in a thread could meet one
-    of the training.
+    The ranks' threads tell each other by files that they have written: a collective in a thread could meet
+    one of the training.
 
     Args:
         parts: the files of this rank.

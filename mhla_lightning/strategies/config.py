@@ -52,8 +52,19 @@ _FOLLOWS = {
     "activation_checkpointing": "it is `model.checkpoint_activations`",
     "checkpoint": "the run command saves checkpoints",
 }
-_FREE = ("zero_optimization", "aio", "fp16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "dump_state",
-         "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")  # fmt: skip
+_FREE = (
+    "zero_optimization",
+    "aio",
+    "fp16",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "dump_state",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+)
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 _ALIASES = {"32": "32-true", 32: "32-true", "bf16": "bf16-mixed", "16": "16-mixed", 16: "16-mixed"}
 

@@ -30,15 +30,17 @@ _SPLIT = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses
 class Sharding(Protocol):
     """How a strategy holds the weights and takes its steps.
 
-    A strategy of another package that splits the weights implements these five members. Then averages,
+    A strategy of another package that splits the weights implements these members. Then averages,
     projections, checkpoints and health work with it.
-
-    Attributes:
-        guards_steps: whether the strategy itself leaves out steps whose gradients are not finite. Then the
-            parameters' `grad` is None in every hook.
     """
 
-    guards_steps: bool
+    @property
+    def guards_steps(self) -> bool:
+        """Whether the strategy itself leaves out steps whose gradients are not finite.
+
+        Then the parameters' `grad` is None in every hook.
+        """
+        ...
 
     @property
     def local_weights(self) -> LocalWeights:

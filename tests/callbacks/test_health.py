@@ -211,15 +211,11 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_layer(
     assert errors[0] == errors[1]
     (said,) = errors[0]
     assert "step 7 is " in said
-    assert "not finite, and 3 steps in a row were left out (health.max_skipped is 2)" in said
-    following = "backbone.blocks.1.mlp.act"  # the first that the infinite gradient goes through
-    layer = (
-        f"the first layer whose output is not finite is {LAYER} (rank 1)"
-        if kind == "layer"
-        else f"whose gradients are not is {following} (rank 1)"
-    )
-    assert layer in said
-    assert "step-00000004, holds the very weights that fail, and step-00000002, before it, is good" in said
+    assert "3 steps in a row were left out (--health.max_skipped is 2)" in said
+    # An infinite gradient first passes the layer that follows.
+    layer = LAYER if kind == "layer" else "backbone.blocks.1.mlp.act"
+    assert f" {layer} (rank 1)" in said
+    assert said.index("step-00000004") < said.index("step-00000002"), "the last checkpoint, then a good one"
     run = place / "runs" / name
     assert [path.name for path in complete_checkpoints(run)] == ["step-00000002", "step-00000004"]
     reported = json.loads((run / "not_finite" / "step-00000007-rank-1.json").read_text())["batches"][0][
@@ -233,7 +229,7 @@ def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.
     assert main(arguments(place, "none", [fault("layer", [2], 0)], "--health.max_skipped", "0")) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"the first layer whose output is not finite is {LAYER}; there is no checkpoint yet" in said
+    assert f" {LAYER}; there is no checkpoint yet" in said
     assert (
         main(
             arguments(
@@ -252,7 +248,7 @@ def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.
     assert main(arguments(place, "leapt", [fault("leap", [22], 0)], *more)) == 2
     leapt = capsys.readouterr().err
     assert "the loss of step 22 is " in leapt, "not that of step 3: the median is of 20 steps"
-    assert "times the median before it (health.spike_factor is 5.0), and 1 steps in a row" in leapt
+    assert "--health.spike_factor is 5.0" in leapt
 
 
 def test_a_resumed_run_counts_on_and_judges_alike(place: Path) -> None:

@@ -65,22 +65,22 @@ def test_training_does_not_notice(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "named"),
     [
-        ({"sheets": 0}, "SampleClips.sheets is 0"),
-        ({"prompts": []}, "SampleClips.prompts is empty"),
-        ({"sampler": "ddpm"}, "does not serve"),
+        ({"sheets": 0}, "sheets: "),
+        ({"prompts": []}, "prompts: "),
+        ({"sampler": "ddpm"}, "ddpm"),
         ({"guidance": -1}, "-1"),
-        ({"prompts": ["one two three four five six seven"]}, "has 7 tokens"),
+        ({"prompts": ["one two three four five six seven"]}, "prompts: "),
     ],
 )
 def test_wrong_options_are_refused_before_training(
-    recipe: Path, tmp_path: Path, options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, options: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = json.dumps([clips(**options)])
     assert (
         main(["run", str(recipe), "--run-id", "bad", "--runs", str(tmp_path), "--trainer.callbacks", chosen])
         == 2
     )
-    assert says in capsys.readouterr().err
+    assert named in capsys.readouterr().err
     assert not list(tmp_path.rglob("trainer.ckpt"))

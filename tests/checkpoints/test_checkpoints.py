@@ -15,7 +15,6 @@ from mhla_lightning.checkpoints.atomic import Keep, best_checkpoints, commit
 from mhla_lightning.checkpoints.saving import Parts, Writer, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.cli.main import main
-from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks import ClassificationTask
 from mhla_lightning.weights.disk_errors import lack_of_room
@@ -164,24 +163,23 @@ def test_an_error_before_the_numbers_are_written_leaves_no_hole(
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "named"),
     [
-        (["--checkpoint.keep_best", "2"], "keep_best is 2 and checkpoint.monitor None: give both"),
-        (["--checkpoint.monitor", "val/loss"], "give both"),
+        (["--checkpoint.keep_best", "2"], ["checkpoint.keep_best", "checkpoint.monitor"]),
+        (["--checkpoint.monitor", "val/loss"], ["checkpoint.keep_best", "checkpoint.monitor"]),
         (
             ["--checkpoint.keep_best", "1", "--checkpoint.monitor", "val/lost"],
-            "'val/lost', which this run does not measure; its tags: .*val/loss",
+            ["--checkpoint.monitor: ", "'val/lost'", "val/loss"],
         ),
     ],
 )
-def test_a_monitor_that_is_none(
-    recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+def test_a_wrong_monitor_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], named: list[str]
 ) -> None:
     assert main(["run", str(recipe), *OPTIONS, *options]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    with pytest.raises(UserError, match=sentence):
-        raise UserError(error)
+    assert all(text in error for text in named)
 
 
 def test_of_equal_checkpoints_the_newest_is_best(tmp_path: Path) -> None:
@@ -276,7 +274,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     error = capsys.readouterr().err
     last = complete_checkpoints(root / "full")[-1]
     assert "MiB are free" in error
-    assert f"the last checkpoint, {last.name}, is intact" in error
+    assert f"{root / 'full' / 'checkpoints'}: " in error
+    assert last.name in error
     assert "Traceback" not in error
     assert open_source(last / "trainer.ckpt").names()
     assert not list((root / "full" / "checkpoints").glob(".tmp-*"))
@@ -303,5 +302,6 @@ def test_a_disk_that_cannot_be_written(
             ["umount", "-l", str(run / "checkpoints")], check=True
         )  # the checkpoint that was resumed is mapped
     error = capsys.readouterr().err
-    assert "cannot be written (Read-only file system); the last checkpoint, step-00000008, is intact" in error
+    assert str(run / "checkpoints") in error
+    assert "step-00000008" in error
     assert steps(run)[-1] == 8

@@ -32,7 +32,7 @@ COMBINATIONS: dict[
     "conda-zero3": (GPU, "conda", "zero3", {"nodes": 2, "after": ("4711",)}),
     "modules-zero2": (GPU, "modules", "zero2", {"nodes": 8, "time": "1-12"}),
     "pyxis-zero3": (GPU, "pyxis", "zero3", {"nodes": 16}),
-    "apptainer-fsdp": (GPU, "apptainer", "fsdp", {"nodes": 2, "devices": 2}),
+    "apptainer-zero2": (GPU, "apptainer", "zero2", {"nodes": 2, "devices": 2}),
     "apptainer-cpu-ddp": (CPU, "apptainer", "ddp", {"devices": 4}),
 }
 

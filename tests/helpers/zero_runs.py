@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mhla_lightning.checkpoints.source import Source, open_source
+from mhla_lightning.checkpoints.source import CheckpointSource, open_source
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from tests.helpers.ranks import Nursery
 
@@ -80,7 +80,7 @@ def assert_close_curves(got: Path, expected: Path, tolerance: float) -> None:
         ), tag
 
 
-def end_of(run: Path) -> Source:
+def end_of(run: Path) -> CheckpointSource:
     return open_source(complete_checkpoints(run)[-1] / "trainer.ckpt")
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mhla_lightning.cli.main import main
-from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import complete_checkpoints
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.strategies.zero.nvme import disk
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
 from tests.helpers.images import TINY_RECIPE
+from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
+from tests.helpers.errors import refused
 from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import STRATEGIES, Runs, assert_close_curves, curves, end_of, nvme
 
@@ -174,10 +175,9 @@ def test_copies_are_written_beside_the_training_and_validated(runs: Runs, traine
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [("buffer_size", 1000, "the largest weight has 589824 elements"), ("max_in_cpu", 9, "it can be 0")],
+    ("key", "value", "says"), [("buffer_size", 1000, "589824"), ("max_in_cpu", 9, "only 0 is allowed")]
 )
-def test_what_deepspeed_cannot_do_is_named(runs: Runs, key: str, value: int, says: str) -> None:
+def test_limits_of_deepspeed_are_named(runs: Runs, key: str, value: int, says: str) -> None:
     place = [
         "--runs",
         str(runs.root),
@@ -188,7 +188,9 @@ def test_what_deepspeed_cannot_do_is_named(runs: Runs, key: str, value: int, say
     ]
     ranks = runs.nursery.start(1, ["run", str(runs.recipe), *place], runs.root)
     assert ranks.wait() == [2]
-    assert f"offload_param.{key} is {value}; {says}" in ranks.output()
+    output = ranks.output()
+    assert f"offload_param.{key}: {value} is set" in output
+    assert says in output
 
 
 def _zero(path: Path) -> dict[str, Any]:
@@ -200,27 +202,23 @@ def _zero(path: Path) -> dict[str, Any]:
 
 def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_disk(zero_config("zero3_offload")["zero_optimization"])
-    with pytest.raises(
-        UserError,
-        match=(
-            r"zero_optimization\.offload_optimizer\.nvme_path is .*nowhere, and there is no such folder "
-            r"on this machine"
-        ),
-    ):
+    key = "trainer.strategy.zero_optimization.offload_optimizer.nvme_path"
+    with refused(key):
         check_disk(_zero(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"nvme_path is /proc/self, which cannot be written"):
+    with refused(key):
         check_disk(_zero(Path("/proc/self")))
-    with pytest.raises(UserError, match=r"offload_optimizer\.nvme_path is not set"):
+    with refused(key):
         check_disk({"offload_optimizer": {"device": "nvme"}})
     monkeypatch.setattr(disk, "_reads_and_writes", lambda: False)
-    with pytest.raises(UserError, match=r"needs libaio's headers on this machine \(Debian: libaio-dev"):
+    with refused("trainer.strategy"):
         check_disk(_zero(tmp_path))
 
 
 def test_mhla_run_says_so_before_anything_is_built(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(recipe), "--trainer.strategy", "zero3_nvme"]) == 2
     error = capsys.readouterr().err
-    assert "nvme_path is /local_nvme, and there is no such folder" in error
+    assert "--trainer.strategy.zero_optimization.offload_optimizer.nvme_path: " in error
+    assert "/local_nvme" in error
     assert error.count("\n") == 1
 
 

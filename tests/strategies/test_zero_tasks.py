@@ -15,9 +15,10 @@ from tests.helpers.zero_runs import STRATEGIES, ZERO3
 
 LOSSES = ("train/loss", "val/loss", "val_ema/loss")
 GRIDS = "init_args: {grids: 2, first: 2, classes: [0], per_class: 1, sampler: ddpm, steps: 2}"
-SAMPLES = {  # what draws while it trains must draw on all ranks, or stage 3 waits for ever
+CLIPS = "init_args: {sheets: 2, first: 2, steps: 2}"
+SAMPLES = {  # every rank must draw during training, or stage 3 waits without end
     "image_dit": f"{{class_path: mhla_lightning.callbacks.SampleGrids, {GRIDS}}}",
-    "video_dit": "{class_path: mhla_lightning.callbacks.SampleClips, init_args: {sheets: 2, first: 2, steps: 2}}",
+    "video_dit": f"{{class_path: mhla_lightning.callbacks.SampleClips, {CLIPS}}}",
 }
 EMA = "{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}"
 

@@ -1,7 +1,7 @@
 """Every change to DeepSpeed and every private name of DeepSpeed that the strategies use.
 
-Each entry names its reason. All are for DeepSpeed 0.19 (tested with 0.19.8); tests/private_api/test_deepspeed.py
-fails at once when an upgrade moves one of them.
+Each entry names its reason. All are for DeepSpeed 0.19 (tested with 0.19.8). When an upgrade moves one of
+them, tests/private_api/test_deepspeed.py fails at once.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         if parameters.setdefault("buffer_size", needed) < needed:
             raise UserError(
                 f"{key}.buffer_size",
-                f"{parameters['buffer_size']} is set, and the largest weight has {needed} elements on a rank; "
-                "leave the key out",
+                f"{parameters['buffer_size']} is set, and the largest weight has {needed} elements on a "
+                "rank; leave the key out",
             )
         # DeepSpeed reads weights that it keeps in memory straight to their places, aligned or not
         # (patches.AlignedReads).

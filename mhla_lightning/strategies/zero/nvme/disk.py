@@ -41,8 +41,8 @@ def check_disk(zero: Mapping[str, Any]) -> None:
     if on_disk(zero) and not _reads_and_writes():
         raise UserError(
             "trainer.strategy",
-            "device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a C++ "
-            "compiler",
+            "device nvme needs libaio's headers on this machine (Debian: libaio-dev; conda: libaio) and a "
+            "C++ compiler",
         )
 
 
