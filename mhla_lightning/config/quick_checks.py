@@ -42,10 +42,12 @@ _KNOWN = (_OURS, "lightning.", "torch.")  # other packages may register operator
 _CAUSAL_TASKS = ("LanguageTask", "RecallTask")
 _ENTRY = "mhla_lightning.attention.entry"
 _LAYERS = {
-    False: "mhla_lightning.attention.layers.self_attention.SelfAttention",
-    True: "mhla_lightning.attention.layers.causal_self_attention.CausalSelfAttention",
+    False: ("self_attention.LayerOptions", "self_attention.SelfAttention"),
+    True: ("causal_self_attention.CausalLayerOptions", "causal_self_attention.CausalSelfAttention"),
 }
-_PLACED = ("heads", "dim", "dim_k", "dim_v", "grid", "attention", "causal")  # given by the backbone
+"""causal -> the class with the options of the layer around an operator: a dataclass, or the layer itself."""
+_OPERATOR = ("heads", "dim_k", "dim_v", "grid")  # arguments that are no keys of an entry
+_LAYER = {False: ("dim", "heads", "attention", "grid"), True: ("dim", "attention", "context")}
 
 
 def check_names(values: Mapping[str, Any]) -> None:
@@ -184,7 +186,9 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
         return
     if name not in table:
         raise UserError(key, unknown_name("causal attention" if causal else "attention", name, table))
-    options = [_options(source) for source in (table[name], find_class(_LAYERS[causal]))]
+    layers = (find_class(f"mhla_lightning.attention.layers.{path}") for path in _LAYERS[causal])
+    layer = next((source for source in layers if source is not None), None)
+    options = [_options(table[name], _OPERATOR), _options(layer, _LAYER[causal])]
     if isinstance(entry, Mapping) and None not in options:
         valid = ["name", "preset", *(name for names in options if names is not None for name in names)]
         for option in entry:
@@ -193,16 +197,18 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
                 raise UserError(f"{key}.{option}", reason)
 
 
-def _options(source: ClassSource | None) -> list[str] | None:
+def _options(source: ClassSource | None, placed: Iterable[str]) -> list[str] | None:
     """The keys of an attention entry that a class takes, also those in a dataclass."""
     names = parameters(source) if source is not None else None
     if source is None or names is None:
         return None
+    if source.is_dataclass:
+        return list(names)
     found: list[str] = []
-    for name, annotation in names.items():
-        config = config_of(source, annotation)
+    for name in names.keys() - set(placed):
+        config = config_of(source, names[name])
         fields = parameters(config) if config is not None else {name: None}
         if fields is None:
             return None
-        found += [field for field in fields if field not in _PLACED]
+        found += fields
     return found
