@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from mhla_lightning.config.checks import argument_hints, check_argument
-from mhla_lightning.config.mistakes import find_mistake
 from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.errors import UserError, unknown_name
 
@@ -224,6 +221,10 @@ def profile_from(values: Mapping[str, Any], name: str) -> Profile:
     Raises:
         UserError: a key that is missing, unknown or of another type; keys begin with `profile.`.
     """
+    from jsonargparse import ArgumentParser  # not at the top: status and logs read no profile
+
+    from mhla_lightning.config.mistakes import find_mistake
+
     hints = argument_hints(Profile)
     given = {key: _text(value, hints.get(key)) for key, value in values.items() if value is not None}
     given["name"] = name

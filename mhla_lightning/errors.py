@@ -47,8 +47,23 @@ def inside(section: str) -> Iterator[None]:
         raise
     except UserError as error:
         if error.key is not None:
-            error.key = f"{section}.{error.key}"
+            error.key = below(section, error.key)
         raise
+
+
+def below(section: str, key: str) -> str:
+    """Return a key in its place below a section; parts that both have are written once.
+
+    >>> below("model.optimizer", "optimizer.lr")
+    'model.optimizer.lr'
+
+    Args:
+        section: dotted place of the argument that was built.
+        key: dotted key of the error that building it raised.
+    """
+    outer, inner = section.split("."), key.split(".")
+    shared = next((n for n in range(len(inner), 0, -1) if outer[-n:] == inner[:n]), 0)
+    return ".".join([*outer, *inner[shared:]])
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") -> str:

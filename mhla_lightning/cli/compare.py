@@ -36,6 +36,7 @@ from mhla_lightning.compare.variants import (
     rows_from_file,
     rows_over,
 )
+from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS, RequestedEvaluation, requested_evaluation
@@ -172,7 +173,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     seeds = parse_seeds(
         args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0))
     )
-    name = f"compare-{identity(recipe.values, rows, seeds, common)}"
+    name = f"compare-{identity(flat(recipe.values, filled=False), rows, seeds, common)}"
     evaluations = [requested_evaluation(text, args.runs) for text in args.eval]
     for number, wanted in enumerate(evaluations):
         if wanted.name in [other.name for other in evaluations[:number]]:

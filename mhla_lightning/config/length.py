@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.batching import steps_for_epochs
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 
 
 def length(recipe: Resolved) -> int:
@@ -23,4 +23,5 @@ def length(recipe: Resolved) -> int:
         return int(steps)
     if epochs is None:
         raise UserError("trainer.max_steps", "the recipe has no length: set this or `data.epochs`")
-    return steps_for_epochs(epochs, recipe.data.samples, recipe.data.batch_size)
+    with inside("data"):
+        return steps_for_epochs(epochs, recipe.data.samples, recipe.data.batch_size)

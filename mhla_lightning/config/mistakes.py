@@ -16,7 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mhla_lightning.config.checks import argument_hints, dataclass_in, import_class
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError, UserError, below
 
 _NAMES = {
     float: "a number",
@@ -66,7 +66,7 @@ def placed(error: UserError, section: str) -> UserError:
     """Return an error with its key below `section`, as `errors.inside` does."""
     if isinstance(error, DataError) or error.key is None:
         return error
-    return UserError(f"{section}.{error.key}", error.reason)
+    return UserError(below(section, error.key), error.reason)
 
 
 def _refusal(value: Any, hint: Any) -> Exception | None:

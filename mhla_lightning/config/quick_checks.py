@@ -6,6 +6,7 @@ judges it against the imported class.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,14 +39,16 @@ _EXAMPLES = {
     "data": "mhla_lightning.data.ImageDataModule",
 }
 _OURS = "mhla_lightning."
-_KNOWN = (_OURS, "lightning.", "torch.")  # other packages may register operators when they are imported
+_KNOWN = (_OURS, "lightning.", "torch.")
 _CAUSAL_TASKS = ("LanguageTask", "RecallTask")
 _ENTRY = "mhla_lightning.attention.entry"
 _LAYERS = {
-    False: "mhla_lightning.attention.layers.self_attention.SelfAttention",
-    True: "mhla_lightning.attention.layers.causal_self_attention.CausalSelfAttention",
+    False: ("self_attention.LayerOptions", "self_attention.SelfAttention"),
+    True: ("causal_self_attention.CausalLayerOptions", "causal_self_attention.CausalSelfAttention"),
 }
-_PLACED = ("heads", "dim", "dim_k", "dim_v", "grid", "attention", "causal")  # given by the backbone
+"""causal -> the class with the options of the layer around an operator: a dataclass, or the layer itself."""
+_OPERATOR = ("heads", "dim_k", "dim_v", "grid")  # arguments that are no keys of an entry
+_LAYER = {False: ("dim", "heads", "attention", "grid"), True: ("dim", "attention", "context")}
 
 
 def check_names(values: Mapping[str, Any]) -> None:
@@ -59,7 +62,9 @@ def check_names(values: Mapping[str, Any]) -> None:
     for section in _CLASSES:
         _check_value(values[section], section)
     arguments = values["model"].get("init_args") or {}
-    if all(path.startswith(_KNOWN) for path in _class_paths(values)) and "attention" in arguments:
+    # Other packages and a Python program may have registered operators that no source file of ours shows.
+    ours_alone = _ENTRY not in sys.modules and all(path.startswith(_KNOWN) for path in _class_paths(values))
+    if ours_alone and "attention" in arguments:
         causal = values["model"]["class_path"].rpartition(".")[2] in _CAUSAL_TASKS
         entries = arguments["attention"]
         for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
@@ -184,7 +189,9 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
         return
     if name not in table:
         raise UserError(key, unknown_name("causal attention" if causal else "attention", name, table))
-    options = [_options(source) for source in (table[name], find_class(_LAYERS[causal]))]
+    layers = (find_class(f"mhla_lightning.attention.layers.{path}") for path in _LAYERS[causal])
+    layer = next((source for source in layers if source is not None), None)
+    options = [_options(table[name], _OPERATOR), _options(layer, _LAYER[causal])]
     if isinstance(entry, Mapping) and None not in options:
         valid = ["name", "preset", *(name for names in options if names is not None for name in names)]
         for option in entry:
@@ -193,16 +200,18 @@ def _check_attention(entry: Any, causal: bool, key: str) -> None:
                 raise UserError(f"{key}.{option}", reason)
 
 
-def _options(source: ClassSource | None) -> list[str] | None:
+def _options(source: ClassSource | None, placed: Iterable[str]) -> list[str] | None:
     """The keys of an attention entry that a class takes, also those in a dataclass."""
     names = parameters(source) if source is not None else None
     if source is None or names is None:
         return None
+    if source.is_dataclass:
+        return list(names)
     found: list[str] = []
-    for name, annotation in names.items():
-        config = config_of(source, annotation)
+    for name in names.keys() - set(placed):
+        config = config_of(source, names[name])
         fields = parameters(config) if config is not None else {name: None}
         if fields is None:
             return None
-        found += [field for field in fields if field not in _PLACED]
+        found += fields
     return found

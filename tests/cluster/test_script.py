@@ -1,6 +1,4 @@
-"""The batch script: its text for the styles of sites, what user text can do in it, and what it decides
-when training ends.
-"""
+"""The batch script: its text for each style of site, its quoting, its decisions when training ends."""
 
 from __future__ import annotations
 
@@ -16,16 +14,15 @@ import pytest
 import yaml
 
 from mhla_lightning.cluster.profile import Profile, load_profile, profile_from
-from mhla_lightning.cluster.slurm import Options, prepare
-from mhla_lightning.config.recipes import Recipe, load_recipe, parse_overrides
-from mhla_lightning.errors import UserError
+from mhla_lightning.cluster.slurm import SubmitOptions, prepare
+from mhla_lightning.config.recipes import Recipe, argument, load_recipe, parse_overrides
 from tests.helpers.cluster_stubs import Stub, calls
+from tests.helpers.errors import refused
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch"
 CPU, GPU = "classification/deit_tiny_mhla_mnist_cpu", "language/lm_340m_mhla_fineweb_edu"
-COMBINATIONS: dict[
-    str, tuple[str, str, str, dict[str, Any]]
-] = {  # golden file: recipe, profile, strategy, options
+# golden file: recipe, profile, strategy, options
+COMBINATIONS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "cpu-ddp": (CPU, "cpu", "ddp", {"nodes": 2}),
     "cpu-zero2-seeds": (CPU, "cpu", "zero2", {"nodes": 2, "devices": 2, "seeds": (0, 1, 2), "time": "5"}),
     "venv-ddp": (GPU, "venv", "ddp", {"nodes": 4}),
@@ -37,14 +34,14 @@ COMBINATIONS: dict[
 }
 
 
-def options(**given: Any) -> Options:
+def options(**given: Any) -> SubmitOptions:
     place = {
         "run_id": "mine",
         "runs": Path("/shared/runs"),
         "cwd": Path("/home/me/project"),
         "python": Path("/shared/envs/mhla/bin/python"),
     }
-    return Options(**{**place, **given})
+    return SubmitOptions(**{**place, **given})
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -99,7 +96,7 @@ def test_workers_and_threads_come_from_the_allocation(
     profile: str, recipe: str, overrides: dict[str, Any], workers: int, threads: int
 ) -> None:
     made = prepare(load_recipe(recipe), load_profile(profile), overrides, options())
-    assert made.recipes["mine"]["data"]["init_args"]["num_workers"] == workers
+    assert argument(made.recipes["mine"], "data.num_workers") == workers
     assert f"export OMP_NUM_THREADS={threads}\n" in made.script
 
 
@@ -109,26 +106,25 @@ MISTAKES = [
         "cpu",
         {"trainer.accelerator": "gpu"},
         {},
-        ["trainer.accelerator is gpu", "gpus_per_node 0"],
+        "trainer.accelerator",
     ),
-    ("too many devices", "venv", {"trainer.accelerator": "gpu"}, {"devices": 9}, ["9 devices", "have 8"]),
-    ("list of devices", "cpu", {"trainer.devices": [0, 1]}, {}, ["trainer.devices is [0, 1]", "from 1"]),
-    ("no node", "cpu", {}, {"nodes": 0}, ["--nodes is 0"]),
-    ("seed twice given", "cpu", {"seed_everything": 3}, {"seeds": (1, 2)}, ["seed_everything", "--array"]),
-    ("newline in a path", "cpu", {}, {"cwd": Path("/a\nb")}, ["'/a\\nb'", "another folder"]),
-    ("colon in a path", "cpu", {}, {"runs": Path("/a:b")}, ["'/a:b'", "another folder"]),
+    ("too many devices", "venv", {"trainer.accelerator": "gpu"}, {"devices": 9}, "devices"),
+    ("list of devices", "cpu", {"trainer.devices": [0, 1]}, {}, "trainer.devices"),
+    ("no node", "cpu", {}, {"nodes": 0}, "nodes"),
+    ("seed twice given", "cpu", {"seed_everything": 3}, {"seeds": (1, 2)}, "seed_everything"),
+    ("newline in a path", "cpu", {}, {"cwd": Path("/a\nb")}, "cwd"),
+    ("colon in a path", "cpu", {}, {"runs": Path("/a:b")}, "runs"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("profile", "overrides", "given", "told"),
+    ("profile", "overrides", "given", "key"),
     [case[1:] for case in MISTAKES],
     ids=[case[0] for case in MISTAKES],
 )
-def test_mistakes(profile: str, overrides: dict[str, Any], given: dict[str, Any], told: list[str]) -> None:
-    with pytest.raises(UserError) as error:
+def test_mistakes(profile: str, overrides: dict[str, Any], given: dict[str, Any], key: str) -> None:
+    with refused(key):
         prepare(load_recipe(CPU), load_profile(profile), overrides, options(**given))
-    assert all(words in str(error.value) for words in told), error.value
 
 
 # Below the script itself runs, with stand-ins for SLURM's commands.
@@ -160,9 +156,7 @@ def run_script(script: str, runs: Path, **env: str) -> subprocess.CompletedProce
 
 
 def test_user_text_stays_data(tmp_path: Path, stub: Stub) -> None:
-    """Blanks, quotes, newlines and $() in paths, variables and overrides reach training as they were
-    typed; nothing of them is executed.
-    """
+    """Blanks, quotes, newlines and $() of a user reach training as typed; nothing is executed."""
     odd = tmp_path / 'it\'s "$(touch pwned)" `touch pwned`; $HOME'
     (odd / "mine" / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")
@@ -287,7 +281,7 @@ def test_what_the_script_does_when_training_ends(
 
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
 def test_a_warning_to_the_batch_shell_reaches_training(number: str, tmp_path: Path, stub: Stub) -> None:
-    """srun passes SIGUSR1 on; the shell waits for it however often it is warned, and keeps its exit code."""
+    """The shell waits for srun however often it is warned, and keeps the exit code of srun."""
     run = tmp_path / "runs" / "mine"
     (run / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")
@@ -306,7 +300,7 @@ def test_a_warning_to_the_batch_shell_reaches_training(number: str, tmp_path: Pa
 
 
 def test_a_port_that_is_taken_is_left_alone(tmp_path: Path, stub: Stub) -> None:
-    """Job ids repeat modulo 16,000, and others listen, too; this shell runs on the node whose port it is."""
+    """Job ids repeat modulo 16,000, and other programs listen, too."""
     (tmp_path / "runs" / "mine" / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")
     stub("srun", f"echo $MASTER_PORT >{tmp_path}/port")
@@ -322,9 +316,7 @@ def test_a_port_that_is_taken_is_left_alone(tmp_path: Path, stub: Stub) -> None:
 
 
 def test_an_array_task_speaks_of_itself_only(tmp_path: Path, stub: Stub) -> None:
-    """The last task of an array has the array's own number: squeue and scontrol would take that for all of
-    them.
-    """
+    """The last task has the number of the array: squeue and scontrol would take it for all tasks."""
     run = tmp_path / "runs" / "mine-seed2"
     (run / "slurm").mkdir(parents=True)
     stub("squeue", "echo RUNNING")

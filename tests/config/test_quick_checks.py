@@ -19,6 +19,12 @@ from tests.helpers.errors import refused
 IMAGES, TEXT = "classification/deit_tiny_mhla_mnist_cpu", "language/lm_340m_mhla_fineweb_edu"
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks take operators from their source as long as nobody has imported, and extended, them."""
+    monkeypatch.delitem(sys.modules, "mhla_lightning.attention.entry", raising=False)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_pass(name: str) -> None:
     check_names(load_recipe(name).values)

@@ -31,7 +31,7 @@ import time
 import lightning.pytorch as pl
 
 class Trouble(pl.Callback):
-    """crash raises at that step; hang sleeps there for ever; pause is a rest of so many seconds before every step."""
+    """crash raises at that step; hang sleeps there for ever; pause sleeps for seconds before every step."""
     def __init__(self, crash: int = -1, hang: int = -1, pause: float = 0.0):
         self.crash, self.hang, self.pause = crash, hang, pause
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,6 +1,4 @@
-"""What SLURM, the disk or the site would refuse: one sentence, before anything is queued, and no run
-folder left.
-"""
+"""Mistakes that SLURM, the disk or the site refuses: nothing is queued, and no run folder stays."""
 
 from __future__ import annotations
 
@@ -18,51 +16,30 @@ pytestmark = pytest.mark.slurm
 SITE = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
 
 MISTAKES: list[tuple[str, dict[str, object], list[str], list[str]]] = [
-    (
-        "wrong partition",
-        {**SITE, "partition": "nope"},
-        [],
-        ["SLURM does not take the job: invalid partition specified: nope", "partition nope"],
-    ),
-    (
-        "too many nodes",
-        SITE,
-        ["--nodes", "9"],
-        ["SLURM does not take the job: More processors requested", "nodes 9"],
-    ),
-    ("too many CPUs", {**SITE, "cpus_per_task": 99}, [], ["SLURM does not take the job", "cpus-per-task 99"]),
-    (
-        "over-long time",
-        SITE,
-        ["--time", "5-00:00:00"],
-        ["Requested time limit is invalid", "time 5-00:00:00"],
-    ),
-    (
-        "no such feature",
-        {**SITE, "constraint": "bigmem"},
-        [],
-        ["Invalid feature specification", "constraint bigmem"],
-    ),
-    ("time that is none", SITE, ["--time", "soon"], ["--time is 'soon'", "HOURS:MINUTES:SECONDS"]),
-    ("missing key", {"cpus_per_task": 1, "time": "10"}, [], ["has no key 'gpus_per_node'", "a whole number"]),
+    ("wrong partition", {**SITE, "partition": "nope"}, [], ["partition nope"]),
+    ("too many nodes", SITE, ["--nodes", "9"], ["nodes 9"]),
+    ("too many CPUs", {**SITE, "cpus_per_task": 99}, [], ["cpus-per-task 99"]),
+    ("over-long time", SITE, ["--time", "5-00:00:00"], ["time 5-00:00:00"]),
+    ("no such feature", {**SITE, "constraint": "bigmem"}, [], ["constraint bigmem"]),
+    ("time that is none", SITE, ["--time", "soon"], ["error: --time: "]),
+    ("missing key", {"cpus_per_task": 1, "time": "10"}, [], ["error: --profile.gpus_per_node: "]),
     (
         "missing image",
         {**SITE, "container": {"kind": "apptainer", "image": "/no/such.sif"}},
         [],
-        ["container.image", "there is no /no/such.sif"],
+        ["error: --profile.container.image: ", "/no/such.sif"],
     ),
-    ("missing venv", {**SITE, "venv": "/no/env"}, [], ["venv of profile bad", "/no/env/bin/activate"]),
-    ("unknown run to wait for", SITE, ["--after", "nothing"], ["no run 'nothing'"]),
-    ("recipe", SITE, ["--model.atention", "mhla"], []),
+    ("missing venv", {**SITE, "venv": "/no/env"}, [], ["error: --profile.venv: ", "/no/env/bin/activate"]),
+    ("unknown run to wait for", SITE, ["--after", "nothing"], ["error: --after: "]),
 ]
 
 
 @pytest.mark.parametrize(
     ("profile", "words", "told"),
-    [case[1:] for case in MISTAKES[:-1]],
-    ids=[case[0] for case in MISTAKES[:-1]],
+    [case[1:] for case in MISTAKES],
+    ids=[case[0] for case in MISTAKES],
 )
-def test_one_sentence_and_nothing_queued(
+def test_one_line_and_nothing_queued(
     profile: dict[str, object], words: list[str], told: list[str], cluster: Cluster
 ) -> None:
     (cluster.work / "bad.yaml").write_text(json.dumps(profile))
@@ -83,10 +60,10 @@ def nothing_of(cluster: Cluster, name: str) -> bool:
     )
 
 
-def test_a_bad_recipe_is_told_before(cluster: Cluster) -> None:
-    """And a batch that does not divide over nodes x processes: the check that --no-check skips."""
+def test_a_bad_recipe_is_refused_before_queueing(cluster: Cluster) -> None:
+    """The checks that --no-check skips: names, and a batch that nodes x processes do not divide."""
     for words, told in (
-        (["--model.atention", "mhla"], "did you mean 'model.attention'"),
+        (["--model.atention", "mhla"], "error: --model.atention: "),
         (["--nodes", "2", "--data.batch_size", "15"], "15"),
     ):
         done = cluster.mhla(
@@ -135,13 +112,13 @@ def test_full_disk(full_disk: Path, cluster: Cluster) -> None:
 
 
 def test_without_slurm(cluster: Cluster, tmp_path: Path) -> None:
-    """On a laptop: a sentence, and --dry-run works."""
+    """On a laptop submit is refused, and --dry-run works."""
     (tmp_path / "python3").symlink_to("/usr/bin/env")
     bare = {"PATH": str(tmp_path)}
     submit = ["submit", "tiny.yaml", "--profile", "site.yaml", "--run-id", "bad", "--no-check"]
     done = cluster.mhla(*submit, check=False, env=bare)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "there is no sbatch on this machine" in done.stderr
+    assert done.stderr.startswith("error: sbatch: ")
     assert nothing_of(cluster, "bad")
     assert cluster.mhla(*submit, "--dry-run", env=bare).stdout.startswith("#!/bin/bash\n")
     assert os.listdir(tmp_path) == ["python3"]

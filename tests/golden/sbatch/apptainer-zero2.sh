@@ -1,5 +1,5 @@
 #!/bin/bash
-# Written by `mhla submit`, yours to edit. To queue it as it stands: cd into the folder of all runs; sbatch mine/slurm/train.sbatch
+# Written by `mhla submit`; you may edit it. To queue it by hand: cd into the folder of all runs; sbatch mine/slurm/train.sbatch
 #SBATCH --job-name=mine
 #SBATCH --partition=gpu
 #SBATCH --nodes=2
@@ -11,9 +11,9 @@
 #SBATCH --output=mine/slurm/job.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# shellcheck disable=SC1091 # files of the site are not there to look into
+# shellcheck disable=SC1091 # the files of a site exist only there
 
-# Where things are. Everything a user typed stands in quotes here, or as YAML in the run's slurm/recipe.yaml.
+# Paths. All text of a user is in quotes here, or in YAML in the run's slurm/recipe.yaml.
 RUNS=/shared/runs
 RUN_ID=mine
 RUN=$RUNS/$RUN_ID
@@ -23,15 +23,15 @@ cd /home/me/project || exit 2
 # The site's software
 module load apptainer
 
-# The environment of every process. The code is the copy made at submission, whatever happens to the checkout since.
+# The environment of every process. The code is the copy made at submission, so later edits change nothing.
 export PYTHONPATH="$RUN/slurm/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=2
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 16000))  # below the ports that the kernel hands out
-while (: >"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done  # somebody listens there
+while (: >"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done  # while the port is taken
 export MASTER_PORT
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not inherit it
 MHLA_JOB_END=$(date -d "$(squeue -h -j "$JOB" -o %e)" +%s 2>/dev/null)
-export MHLA_JOB_END  # training saves in time before it
+export MHLA_JOB_END  # training saves before this time
 
 say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$JOB" "$*"; }
 progress() { sed -n "s/^  \"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$RUN/progress.json" 2>/dev/null; }
@@ -44,7 +44,7 @@ newest_step() {
   echo "$newest"
 }
 
-# Train: srun alone starts every process (DDP, DeepSpeed and hybrids alike). A warning to this shell goes on to all of them: they save and end with 75.
+# Train: srun alone starts every process, under every strategy. A warning to this shell is passed to all processes: they save and end with 75.
 begun=$(newest_step)
 before=$(cat "$RUN/progress.json" 2>/dev/null)
 record started - -
@@ -55,7 +55,7 @@ srun --kill-on-bad-exit=1 --output="${RUN//%/%%}/slurm/rank-%t.log" --open-mode=
 step=$!
 signalled='' warned=''
 trap 'signalled=yes warned=yes; say "warned: training saves and stops"; kill -USR1 "$step"' USR1 TERM
-while true; do # a trap ends `wait` early, with no exit code of srun's
+while true; do # a trap ends `wait` early, without the exit code of srun
   signalled=''
   wait "$step"
   code=$?
@@ -63,7 +63,7 @@ while true; do # a trap ends `wait` early, with no exit code of srun's
 done
 trap '' USR1 TERM
 
-# What now? The exit code of srun is that of some rank; progress.json, when this attempt wrote it, is what training said itself.
+# Decide what comes next. The exit code of srun is that of some rank; progress.json, when this attempt wrote it, is training's own report.
 reached=$begun state=''
 if [ "$(cat "$RUN/progress.json" 2>/dev/null)" != "$before" ]; then
   reached=$(progress step) state=$(progress state)
@@ -90,7 +90,7 @@ case $verdict in
     if [ "$idle" -lt 3 ]; then again=yes; else why="$why; not queued again: three attempts made no step"; fi ;;
   failed)
     if [ "$made" -lt 10 ]; then
-      why="$why; not queued again: it made $made steps, and would die there again"
+      why="$why; not queued again: it made $made steps, and would fail there again"
     elif [ "$(count failed)" -gt 5 ]; then
       why="$why; not queued again after 5 restarts"
     else
@@ -98,8 +98,8 @@ case $verdict in
     fi ;;
 esac
 say "$why${again:+; queued again}"
-# Where SLURM has taken the job back already (scontrol requeue, a lost node), it queues it again by itself.
+# After scontrol requeue or a lost node SLURM queues the job again by itself.
 if [ -n "$again" ] && { [ "$queue" = RUNNING ] || [ "$queue" = TIMEOUT ]; }; then
-  scontrol requeue "$JOB" || say "SLURM refuses to queue it again; mhla resume $RUN_ID does"
+  scontrol requeue "$JOB" || say "SLURM refuses to queue it again; use mhla resume $RUN_ID"
 fi
 exit "$code"
