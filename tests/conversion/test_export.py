@@ -56,7 +56,7 @@ def hybrid(tmp_path: Path) -> Path:
 
 
 def random_model(attention: Any, **options: Any) -> Any:
-    """Build a model with random weights; a fresh model's output is zero and agrees with anything."""
+    """Build a model with random weights; a fresh model's output is zero."""
     torch.manual_seed(0)
     model = build_backbone("wan_1_3b", attention=attention, **{**ALL_OPTIONS, **options}).eval()
     for parameter in model.parameters():
@@ -211,7 +211,7 @@ def test_a_layout_must_fit_our_own_export(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_weights_without_config_are_imported_whole(tmp_path: Path) -> None:
-    """The file has our names, as ema/weights.safetensors of a run, and no description of the layers."""
+    """The file has our names and no description of the layers, as ema/weights.safetensors."""
     ours = random_model(CONVOLVED)
     save_file(ours.state_dict(), tmp_path / "weights.safetensors")
     status, report = again(tmp_path / "weights.safetensors", "--backbone-options", json.dumps(OPTIONS))

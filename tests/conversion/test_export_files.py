@@ -1,4 +1,4 @@
-"""The streamed .safetensors file, the memory of an export, and checkpoints of DeepSpeed's own."""
+"""The streamed .safetensors file, the memory of an export, and DeepSpeed's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mhla export` of runs that one process, DDP and ZeRO trained, and other readers of their weights."""
+"""`mhla export` of runs trained by one process, DDP and ZeRO, and other readers of weights."""
 
 from __future__ import annotations
 
@@ -155,9 +155,7 @@ def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: s
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_the_export_equals_the_files_of_the_ranks_bit_for_bit(
-    runs: Runs, strategy: str, weights: str
-) -> None:
+def test_the_export_equals_the_rank_files_bit_for_bit(runs: Runs, strategy: str, weights: str) -> None:
     found = exported(runs, strategy, *WEIGHTS[weights])
     held, split = joined(checkpoint_of(runs(strategy)) / ("ema" if weights == "averaged" else "shards"))
     assert split > 0

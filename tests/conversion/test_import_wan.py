@@ -1,4 +1,4 @@
-"""`mhla import wan`: checkpoints of Wan2.1 and of the MHLA authors, every tensor accounted for."""
+"""`mhla import wan`: checkpoints of Wan2.1 and of the MHLA authors, with every tensor."""
 
 from __future__ import annotations
 

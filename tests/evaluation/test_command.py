@@ -46,7 +46,7 @@ DRAW = ["--n", "20", "--steps", "3", "--batch-size", "8", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs `classifier`, `other` (a classifier with attention) and `diffusion`."""
+    """The folder of the runs `classifier`, `other` (with attention) and `diffusion`."""
     root = tmp_path_factory.mktemp("eval")
     options = [f"--{line.replace(': ', '=')}" for line in CLASSIFIER.strip().splitlines()]
     with pytest.MonkeyPatch.context() as patch:
@@ -275,7 +275,7 @@ def test_inception_without_weights_or_package_is_refused(
     assert "needs the package 'torch-fidelity': pip install 'mhla-lightning[eval]'" in capsys.readouterr().err
 
 
-def test_inception_features_have_the_layout_of_adms_graph(
+def test_inception_features_are_laid_out_as_in_adms_graph(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With random weights: checks the layers, their sizes and their order."""

@@ -43,7 +43,12 @@ WORDS = [
 RECIPE = """
 seed_everything: 0
 trainer:
-  {accelerator: cpu, devices: 1, max_steps: 8, val_check_interval: 8, log_every_n_steps: 4, callbacks: CALLBACKS}
+  accelerator: cpu
+  devices: 1
+  max_steps: 8
+  val_check_interval: 8
+  log_every_n_steps: 4
+  callbacks: CALLBACKS
 model:
   class_path: mhla_lightning.tasks.LanguageTask
   init_args:
@@ -333,7 +338,7 @@ def test_runs_that_cannot_generate(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Runs of images, without checkpoint or tokenizer, or with a tokenizer or weights that do not fit."""
+    """Runs of images, without checkpoint or tokenizer, or whose parts do not fit."""
     monkeypatch.setenv("MHLA_RUNS", str(tmp_path / "runs"))
     assert main(["run", str(recipe), "--run-id", "images", "--trainer.max_steps", "4"]) == 0
     for name in ("young", "mute", "other"):

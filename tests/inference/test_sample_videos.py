@@ -1,4 +1,4 @@
-"""`mhla sample` of videos: readable files, equal bits by any number of processes, wrong input."""
+"""`mhla sample` of videos: readable files, equal bits by any processes, wrong input."""
 
 from __future__ import annotations
 
