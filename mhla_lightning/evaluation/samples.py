@@ -90,7 +90,7 @@ def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any
     try:
         found = find_classifier(options.classifier, runs)
     except UserError as error:
-        raise UserError("classifier", str(error)) from error
+        raise UserError("classifier", error.reason if error.key == "run" else str(error)) from error
     return {"classifier": str(found.run.path)}, {"classifier": found.sha256}
 
 

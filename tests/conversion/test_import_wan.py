@@ -270,32 +270,32 @@ def changed(name: str, *shape: int) -> dict[str, Tensor]:
 
 
 MISTAKES: dict[str, tuple[dict[str, Tensor], list[str], list[str]]] = {
-    "105 blocks": (hybrid_wan(105), [], ["mixes 105 blocks in layer 1", "give --layout 7 3 5"]),
+    "105 blocks": (hybrid_wan(105), [], ["--layout: ", "105 blocks in layer 1", "7 3 5"]),
     "another layout": (
         hybrid_wan(),
         ["--layout", "2", "2", "2"],
-        ["--layout 2 x 2 x 2 is 8 blocks", "layer 1", "mixes 12"],
+        ["--layout: 2 x 2 x 2 is 8 blocks", "layer 1", "mixes 12"],
     ),
     "layout without mhla": (
         plain_wan(),
         ["--heads", "2", "--layout", "2", "2", "3"],
-        ["--layout is the blocks of MHLA layers"],
+        ["--layout: ", "--attention"],
     ),
-    "unknown heads": (plain_wan(), [], ["does not tell its number of attention heads; give --heads N"]),
+    "unknown heads": (plain_wan(), [], ["--heads: "]),
     "other heads": (
         hybrid_wan(),
         ["--heads", "3", "--layout", "2", "2", "3"],
-        ["--heads 3", "the norms in", "are of 2 heads"],
+        ["--heads: 3", "the norms of", "2 heads"],
     ),
     "another size": (
         plain_wan(),
         ["--backbone", "wan_1_3b"],
-        ["of another size", "patch_embedding", "(24,", "needs (1536,"],
+        ["another size", "patch_embedding", "(24,", "needs (1536,"],
     ),
     "missing": (
         without("blocks.2.norm3.bias"),
         ["--layout", "2", "2", "3"],
-        ["of another size", "it has no blocks.2.norm3.bias"],
+        ["another size", "it has no blocks.2.norm3.bias"],
     ),
     "missing part": (
         without("blocks.0.self_attn.k.weight"),
