@@ -154,9 +154,9 @@ def _find(args: argparse.Namespace) -> TrainedModel:
 
 
 def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any]]:
-    """Return the task without weights, and what some formats add.
+    """Return the task without weights, and the fields that some formats add.
 
-    This is the tokenizer of a language model, or the preprocessing of a classifier's images.
+    These are the tokenizer of a language model, or the preprocessing of a classifier's images.
     """
     from mhla_lightning.data import ImageDataModule
     from mhla_lightning.inference.loading import find_task, keeps_tokenizer, kept_tokenizer

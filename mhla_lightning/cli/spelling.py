@@ -40,6 +40,19 @@ class VerbParser(argparse.ArgumentParser):
         self._verbs = super().add_subparsers(**options)
         return self._verbs
 
+    def add_argument_group(self, *args: Any, **options: Any) -> Any:
+        """Return a group whose options are remembered too."""
+        group = super().add_argument_group(*args, **options)
+        add = group.add_argument
+
+        def remember(*names: Any, **settings: Any) -> argparse.Action:
+            action = add(*names, **settings)
+            self._written.setdefault(action.dest, action.option_strings[-1])
+            return action
+
+        group.add_argument = remember  # type: ignore[method-assign]
+        return group
+
     def written(self) -> dict[str, str]:
         """Return every argument's name in Python -> as it is typed, also those of sub-verbs."""
         below = self._verbs.choices.values() if self._verbs is not None else ()

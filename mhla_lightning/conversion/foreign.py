@@ -1,4 +1,7 @@
-"""Convert checkpoints of other projects to weights of our backbones, and account for every tensor."""
+"""Convert checkpoints of other projects to weights of our backbones.
+
+Every tensor is accounted for: copied, new, or left over.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Read sizes, gate, convolution, hybrid pattern and blocks from a checkpoint of Wan (SPEC 6.8).
+"""Read the architecture of a Wan checkpoint from its tensors and config (SPEC 6.8).
 
-These are checkpoints of Wan2.1 or of the MHLA authors' Wan.
+This covers sizes, gate, convolution, hybrid pattern and blocks, for checkpoints of Wan2.1 and of the MHLA
+authors' Wan.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _NEEDED = (
 def wan_target(state: State, wish: Wish) -> ImportTarget:
     """Choose the backbone of a checkpoint whose tensors have our names.
 
-    What the request names takes precedence over what the checkpoint shows.
+    Values of the request take precedence over those of the checkpoint.
 
     Raises:
         UserError: no text-to-video Wan, a backbone of another family, or heads or blocks that are unknown or
@@ -93,7 +94,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def cycle(entries: Sequence[Entry]) -> Entry:
-    """Return the shortest attention entry for these layers: one entry, or a list that repeats over them."""
+    """Return the shortest attention entry for these layers.
+
+    It is one entry, or a list that repeats over the layers.
+    """
     for length in range(1, len(entries)):
         if all(entry == entries[number % length] for number, entry in enumerate(entries)):
             return entries[0] if length == 1 else list(entries[:length])
@@ -131,10 +135,10 @@ def _check_backbone(key: str, backbone: str | None) -> None:
 
 
 def _check_heads(state: State, wish: Wish) -> None:
-    """Check the requested heads against the norms, config.json, the width and the backbone's options.
+    """Check the number of heads that was requested.
 
     Raises:
-        UserError: one of them contradicts the request.
+        UserError: it contradicts the norms, config.json, the width or the backbone's options.
     """
     if wish.heads is None:
         return
@@ -203,7 +207,13 @@ def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> di
 
 
 def _heads(state: State, wish: Wish) -> int:
-    """Return the requested heads, or those of a norm per head, of config.json, or of the public model."""
+    """Return the number of heads.
+
+    It is the requested number, or that of a norm per head, of config.json, or of the public model.
+
+    Raises:
+        UserError: none of them gives a number.
+    """
     told = _told_heads(state, wish)
     heads = wish.heads or (_public(state)[1] if told is None else told[0])
     if not isinstance(heads, int):
@@ -216,7 +226,7 @@ def _public(state: State) -> tuple[str, int | None]:
 
 
 def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
-    """Return the tensors of every layer's self-attention by their names in it, and `cpe.*` of its block.
+    """Return the self-attention tensors of every layer, and `cpe.*` of its block.
 
     Raises:
         UserError: a block is missing.
@@ -239,7 +249,10 @@ def _layers(state: State, source: str) -> list[dict[str, Tensor]]:
 
 
 def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
-    """Return the attention entry that a layer was trained with; training leaves mixing free (SPEC V8)."""
+    """Return the attention entry that a layer was trained with.
+
+    Training leaves the mixing values free (SPEC V8).
+    """
     mixing = layer.get(_MIXING)
     convolutions = (f"{kind}{layer[name].shape[-1]}" for kind, name in _CONVOLUTIONS.items() if name in layer)
     found: dict[str, Any] = {"qk_norm": "q_norm.weight" in layer, "qkv_bias": "qkv.bias" in layer}

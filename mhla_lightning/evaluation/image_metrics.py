@@ -73,15 +73,17 @@ class Gaussian:
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Return |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, Eq. 6).
+    """Return the Frechet distance of two Gaussians (Heusel et al. 2017, Eq. 6).
+
+        |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2))
 
     With sigma = F F^T, the trace of the root is the sum of the singular values of F1^T F2. These keep their
     digits where a covariance is singular (fewer images than features). The eigenvalues of sigma1 sigma2 would
     lose them in the square root.
 
     Args:
-        mu1, mu2: (D,).
-        sigma1, sigma2: (D, D), symmetric and positive semi-definite.
+        mu1: (D,); so is `mu2`.
+        sigma1: (D, D), symmetric and positive semi-definite; so is `sigma2`.
 
     Raises:
         UserError: shapes that do not fit, or numbers that are not finite.
@@ -133,9 +135,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Return precision and recall of generated images (Kynkaanniemi et al. 2019).
 
-    Precision is the share of fake images inside the manifold of the real ones, recall the share of real
-    images inside that of the fake ones. A manifold is the union of balls around its features that reach to
-    their k-th neighbour. Distances are exact: equal images have distance 0.
+    Precision is the share of fake images inside the manifold of the real ones. Recall is the share of real
+    images inside the manifold of the fake ones. A manifold is the union of balls around its features that
+    reach to their k-th neighbour. Distances are exact: equal images have distance 0.
 
     Args:
         features_real: (N, D).

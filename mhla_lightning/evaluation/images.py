@@ -69,10 +69,11 @@ def _checked(images: np.ndarray, path: str) -> np.ndarray:
 
 
 def read_reference(path: str, network: FeatureNetwork, size: tuple[int, int]) -> Reference:
-    """Read statistics of real images from a reference file of ADM, an npz file of images, or shards.
+    """Read statistics of real images.
 
     Args:
-        path: REF.npz, or a folder or address of shards (the val split if there are several).
+        path: a reference file of ADM, an npz file of images, or a folder or address of shards (the val
+            split if there are several).
         network: computes the features.
         size: (height, width) of the samples, to which images of shards are resized and cropped.
 
@@ -130,7 +131,7 @@ def read_shards(path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
 
 
 def validation_images(data: ImageDataModule) -> np.ndarray:
-    """Read the val split of a data module, resized and cropped as for validation: uint8 (N, H, W, 3).
+    """Read the val split of a data module, processed as for validation: uint8 (N, H, W, 3).
 
     Raises:
         UserError: there is no val split.

@@ -144,10 +144,11 @@ def find_classifier(run: str, runs: str | None = None) -> ClassifierRun:
 
 
 class OwnFeatures:
-    """A classifier run of ours: the input of its last layer, its last feature map, its probabilities.
+    """A classifier run of ours as a feature network.
 
-    Images of any size are resized, cropped and normalised as in the run's validation. The registry's image
-    classifiers have timm's methods `forward_features` and `forward_head`.
+    Its features are the input of its last layer, its last feature map and its probabilities. Images of any
+    size are resized, cropped and normalised as in the run's validation. The registry's image classifiers
+    have timm's methods `forward_features` and `forward_head`.
 
     Raises:
         UserError: the weights belong to another model.

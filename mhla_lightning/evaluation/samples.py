@@ -1,4 +1,4 @@
-"""The evaluation `samples`: a classifier of ours judges guided samples of an image diffusion run.
+"""The evaluation `samples`: a classifier judges guided samples of an image diffusion run.
 
 Importing this module imports no torch.
 """
@@ -87,7 +87,10 @@ def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any
     """
     from mhla_lightning.evaluation.networks import find_classifier
 
-    found = find_classifier(options.classifier, runs)
+    try:
+        found = find_classifier(options.classifier, runs)
+    except UserError as error:
+        raise UserError("classifier", error.reason if error.key == "run" else str(error)) from error
     return {"classifier": str(found.run.path)}, {"classifier": found.sha256}
 
 
@@ -137,7 +140,7 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
 
 
 def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
-    """Draw samples of all classes and compare them with real images by the classifier's features.
+    """Draw samples of all classes and compare them with real images.
 
     Returns:
         agreement: share of samples whose likeliest class is the requested one.

@@ -137,7 +137,11 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
 
 
 def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
-    """Return the run's own tokenizer, or the named one if it agrees with the run's or the run names none."""
+    """Return the run's own tokenizer, or the named one.
+
+    Raises:
+        UserError: no tokenizer, or the named one differs from the run's own.
+    """
     if named is None:
         return kept_tokenizer(folder)
     found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")

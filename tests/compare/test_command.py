@@ -246,7 +246,7 @@ def test_an_evaluation_is_run_once_on_every_finished_run(
         ),
         (
             ["--over", "model.attention=[linear]", "--eval", "samples: {classifier: a}"],
-            ["evaluation 'samples': no run 'a'"],
+            ["--eval.samples.classifier"],
         ),
         (["--over", "model.attention=[linear]", "more"], ["unexpected argument 'more'"]),
     ],

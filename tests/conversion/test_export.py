@@ -1,4 +1,4 @@
-"""`mhla export`: weights of runs and of imports as folders that diffusers and Wan2.1's own code open."""
+"""`mhla export`: folders that diffusers and Wan2.1's own code open."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.cli.main import main
 from mhla_lightning.config.recipes import read_yaml
-from mhla_lightning.conversion.export import Trained, plan, write
-from mhla_lightning.errors import UserError
+from mhla_lightning.conversion.export import TrainedModel, plan_export, write
 from mhla_lightning.weights.wan_names import added, from_wan, to_diffusers, to_wan
+from tests.helpers.errors import refused
 from tests.helpers.wan_checkpoints import (
     ALL_OPTIONS,
     CHANNELS,
@@ -36,7 +36,7 @@ MHLA = {"name": "mhla", "blocks": list(LAYOUT), "gate": True}
 
 @pytest.fixture
 def hybrid(tmp_path: Path) -> Path:
-    """What `mhla import wan` makes of a checkpoint with every key."""
+    """Import a checkpoint with every key by `mhla import wan`."""
     save_file(hybrid_wan(), tmp_path / "wan.safetensors")
     layout = ["--layout", *map(str, LAYOUT), "--backbone-options", json.dumps(OPTIONS)]
     assert (
@@ -56,7 +56,7 @@ def hybrid(tmp_path: Path) -> Path:
 
 
 def random_model(attention: Any, **options: Any) -> Any:
-    """Every weight random: a fresh model's output is zero, and would agree with anything."""
+    """Build a model with random weights; a fresh model's output is zero."""
     torch.manual_seed(0)
     model = build_backbone("wan_1_3b", attention=attention, **{**ALL_OPTIONS, **options}).eval()
     for parameter in model.parameters():
@@ -64,8 +64,10 @@ def random_model(attention: Any, **options: Any) -> Any:
     return model
 
 
-def trained(model: torch.nn.Module, attention: Any, **options: Any) -> Trained:
-    return Trained(model.state_dict(), "wan_1_3b", attention, {**ALL_OPTIONS, **options}, "a test's model")
+def trained(model: torch.nn.Module, attention: Any, **options: Any) -> TrainedModel:
+    return TrainedModel(
+        model.state_dict(), "wan_1_3b", attention, {**ALL_OPTIONS, **options}, "a test's model"
+    )
 
 
 def some_input() -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +76,7 @@ def some_input() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_diffusers_computes_what_ours_does(tmp_path: Path) -> None:
     ours = random_model("softmax")
-    export = plan(trained(ours, "softmax"))
+    export = plan_export(trained(ours, "softmax"))
     write(export, tmp_path / "out")
     theirs = opened(tmp_path / "out", strict=True)
     x, t, text = some_input()
@@ -102,7 +104,7 @@ def test_import_and_export_are_bit_equal(hybrid: Path, format: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_folder_says_what_it_holds(hybrid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_describes_its_content(hybrid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report = hybrid.parent / "out", hybrid.parent / "report.json"
     assert main(["export", str(hybrid), "--to", str(out), "--json", str(report)]) == 0
     facts = json.loads((out / "config.json").read_text())["_mhla_lightning"]
@@ -120,9 +122,7 @@ def test_the_folder_says_what_it_holds(hybrid: Path, capsys: pytest.CaptureFixtu
     )
     assert "layers 1, 2 are no softmax attention" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", FILE]
-    assert (
-        len({path.stat().st_mode for path in out.iterdir()}) == 1
-    )  # whoever may read the one may read the other
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # both have the same permissions
 
 
 def test_diffusers_opens_a_hybrid_by_its_shared_layers(hybrid: Path) -> None:
@@ -146,12 +146,12 @@ def test_wans_own_config(hybrid: Path) -> None:
     assert found == ["WanModel", 24, HEADS, DEPTH, CHANNELS, 6]
 
 
-def test_what_wan_has_not_is_written_beside_it(tmp_path: Path) -> None:
-    """Linear attention, a position convolution after the block, one mixing matrix a head."""
+def test_tensors_that_wan_lacks_are_written_beside_its_own(tmp_path: Path) -> None:
+    """Linear attention, a position convolution after the block, one mixing matrix per head."""
     entries = ["linear", {**MHLA, "pos_conv": "cpe3", "mix_per_head": True}, "softmax"]
     ours = random_model(entries)
     for format in ("wan", "diffusers"):
-        export = plan(trained(ours, entries), format)
+        export = plan_export(trained(ours, entries), format)
         write(export, tmp_path / format)
         back = from_wan(load_file(tmp_path / format / FILE))
         assert back.keys() == ours.state_dict().keys()
@@ -167,7 +167,7 @@ CONVOLVED: list[Any] = [
 
 
 def again(source: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Status and report of `mhla import wan` with --layout 2 2 3."""
+    """Return status and report of `mhla import wan` with --layout 2 2 3."""
     report = source.parent / "again.json"
     out = ["--out", str(source.parent / "again.safetensors"), "--json", str(report)]
     status = main(["import", "wan", str(source), *out, "--layout", *map(str, LAYOUT), *arguments])
@@ -176,9 +176,9 @@ def again(source: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("format", ["wan", "diffusers"])
 def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, format: str) -> None:
-    """12 blocks may lie 4 x 1 x 3 or 2 x 2 x 3: no weight and no other option is another one."""
+    """12 blocks can be 4 x 1 x 3 or 2 x 2 x 3; the weights and all other options stay the same."""
     ours = random_model(CONVOLVED)
-    write(plan(trained(ours, CONVOLVED), format), tmp_path / "out")
+    write(plan_export(trained(ours, CONVOLVED), format), tmp_path / "out")
     status, report = again(tmp_path / "out")
     assert (status, report["created"], report["left"]) == (0, [], [])
     assert report["model"]["attention"] == [{**CONVOLVED[0], "blocks": list(LAYOUT)}, *CONVOLVED[1:]]
@@ -190,10 +190,10 @@ def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, form
 @pytest.mark.parametrize(
     "entry", ["mhla", {"name": "mhla", "block_size": [1, 2, 1]}], ids=["a name", "block_size"]
 )
-def test_a_layout_goes_before_other_ways_to_say_blocks(tmp_path: Path, entry: Any) -> None:
+def test_a_layout_replaces_other_options_for_blocks(tmp_path: Path, entry: Any) -> None:
     options = {"blocks": [4, 1, 3]}
     ours = random_model(entry, **options)
-    write(plan(trained(ours, entry, **options)), tmp_path / "out")
+    write(plan_export(trained(ours, entry, **options)), tmp_path / "out")
     assert len(ours.state_dict()["blocks.0.attn.attention.mixing.weight"]) == 12
     status, report = again(tmp_path / "out")
     assert (status, report["created"], report["left"]) == (0, [], [])
@@ -202,16 +202,16 @@ def test_a_layout_goes_before_other_ways_to_say_blocks(tmp_path: Path, entry: An
 
 def test_a_layout_must_fit_our_own_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in {"other": {**MHLA, "blocks": [2, 2, 2]}, "none": "softmax"}.items():
-        write(plan(trained(random_model(entry), entry)), tmp_path / name)
+        write(plan_export(trained(random_model(entry), entry)), tmp_path / name)
         assert again(tmp_path / name)[0] == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "--layout 2 x 2 x 3 is 12 blocks, and layer 0 of" in first
+    assert "--layout: 2 x 2 x 3 is 12 blocks" in first
     assert "mixes 8" in first
-    assert "--layout is the blocks of MHLA layers" in second
+    assert "--layout: " in second
 
 
 def test_weights_without_config_are_imported_whole(tmp_path: Path) -> None:
-    """As ema/weights.safetensors of a run: our names, and nothing that says what the layers are."""
+    """The file has our names and no description of the layers, as ema/weights.safetensors."""
     ours = random_model(CONVOLVED)
     save_file(ours.state_dict(), tmp_path / "weights.safetensors")
     status, report = again(tmp_path / "weights.safetensors", "--backbone-options", json.dumps(OPTIONS))
@@ -224,19 +224,18 @@ def test_weights_without_config_are_imported_whole(tmp_path: Path) -> None:
 def test_heads_of_our_own_export_are_not_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], heads: str
 ) -> None:
-    write(plan(trained(random_model("softmax"), "softmax")), tmp_path / "out")
+    write(plan_export(trained(random_model("softmax"), "softmax")), tmp_path / "out")
     arguments = ["import", "wan", str(tmp_path / "out"), "--out", str(tmp_path / "again.safetensors")]
     assert main([*arguments, "--heads", heads]) == 2
-    assert (
-        f"--heads {heads}: by its config.json the weights in {tmp_path / 'out'} are of {HEADS} heads"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert f"--heads: {heads} " in error
+    assert f"config.json of {tmp_path / 'out'}, with {HEADS} heads" in error
     assert main([*arguments, "--heads", str(HEADS)]) == 0
 
 
 def test_the_tensors_may_be_smaller(tmp_path: Path) -> None:
     ours = random_model("softmax")
-    write(plan(trained(ours, "softmax"), "wan"), tmp_path / "out", torch.bfloat16)
+    write(plan_export(trained(ours, "softmax"), "wan"), tmp_path / "out", torch.bfloat16)
     written, whole = load_file(tmp_path / "out" / FILE), to_wan(ours.state_dict())
     assert all(torch.equal(value, whole[name].bfloat16()) for name, value in written.items())
 
@@ -250,7 +249,7 @@ def finished(recipe: Path) -> Path:
 def test_a_run_of_another_family_is_written_under_our_names(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its averaged weights, or on demand those as trained; a recipe starts from the folder."""
+    """Averaged or raw weights of a classifier run; a recipe starts from the folder."""
     run = finished(recipe)
     for name, arguments in {"averaged": [], "raw": ["--no-ema"], "earlier": ["--ckpt", "8"]}.items():
         assert main(["export", run.name, "--to", name, *arguments]) == 0
@@ -287,48 +286,46 @@ def test_a_run_of_another_family_is_written_under_our_names(
     )
     capsys.readouterr()
     assert main(["export", run.name, "--to", "wan", "--format", "diffusers"]) == 2
-    assert "--format diffusers is for video models" in capsys.readouterr().err
+    assert "--format: diffusers" in capsys.readouterr().err
     assert not Path("wan").exists()
 
 
 def test_weights_of_another_backbone_are_refused() -> None:
     ours = random_model("softmax")
-    with pytest.raises(
-        UserError, match=r"a test's model does not fit wan_1_3b: .*blocks\.0\.attn\.gate\.bias"
-    ):
-        plan(trained(ours, MHLA))
+    with refused("a test's model") as error:
+        plan_export(trained(ours, MHLA))
+    assert "blocks.0.attn.gate.bias" in str(error.value)
 
 
-def test_what_wan_needs_must_be_there() -> None:
+def test_a_model_without_tensors_of_wan_is_refused() -> None:
     entry = {"name": "softmax", "qk_norm": False}
-    with pytest.raises(
-        UserError, match=r"Wan2\.1 has blocks\.0\.attn\.q_norm\.weight, and a test's model has none"
-    ):
-        plan(trained(random_model(entry), entry))
-    assert plan(trained(random_model(entry), entry), "plain").file == "model.safetensors"
+    with refused("a test's model") as error:
+        plan_export(trained(random_model(entry), entry))
+    assert "blocks.0.attn.q_norm.weight" in str(error.value)
+    assert plan_export(trained(random_model(entry), entry), "plain").file == "model.safetensors"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gone"], "no run 'gone'"),
-        (["notes.txt"], "is no run and no .safetensors file"),
-        (["foreign.safetensors"], "was not written by mhla import"),
-        (["torn.safetensors"], "was not written by mhla import"),
-        (["empty"], "must hold one .safetensors file"),
+        (["gone"], "gone"),
+        (["notes.txt"], "notes.txt: "),
+        (["foreign.safetensors"], "foreign.safetensors: "),
+        (["torn.safetensors"], "torn.safetensors: "),
+        (["empty"], "empty"),
         (
             ["ours.safetensors", "--ckpt", "3"],
-            "--ckpt, --ema and --no-ema choose between the weights of a run",
+            "RUN: ours.safetensors is no run, and --ckpt, --ema and --no-ema",
         ),
         (["ours.safetensors", "--format", "wann"], "did you mean 'wan'"),
-        (["ours.safetensors", "--to", "full"], "--to full holds something already"),
-        (["ours.safetensors", "--to", "notes.txt"], "--to notes.txt holds something already"),
-        (["ours.safetensors", "--to", "nowhere/out"], "there is no folder"),
-        (["ours.safetensors", "--json", "nowhere/report.json"], "there is no folder"),
+        (["ours.safetensors", "--to", "full"], "--to: full"),
+        (["ours.safetensors", "--to", "notes.txt"], "--to: notes.txt"),
+        (["ours.safetensors", "--to", "nowhere/out"], "--to: nowhere/out"),
+        (["ours.safetensors", "--json", "nowhere/report.json"], "--json"),
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(
+def test_mistakes_give_one_line(
     hybrid: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

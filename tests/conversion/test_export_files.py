@@ -1,4 +1,4 @@
-"""The streamed .safetensors file, the memory that an export takes, and checkpoints of DeepSpeed's own."""
+"""The streamed .safetensors file, the memory of an export, and DeepSpeed's checkpoints."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_one_tensor_is_read_at_a_time_and_a_file_is_never_replaced(tmp_path: Pat
     assert read == ["count", "double", "turned"]  # the largest types first
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out.safetensors").write_text("other")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError):
         write_safetensors(tmp_path / "out.safetensors", parts_of(as_stored(MIXED)), {})
     assert (tmp_path / "out.safetensors").read_text() == "other"
 
 
 def deepspeeds(folder: Path) -> Path:
-    """What looks like a checkpoint of DeepSpeed's, and creates a file when it is unpickled."""
+    """Write a folder like a checkpoint of DeepSpeed's; unpickling it creates a file."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -113,22 +113,21 @@ def test_pickles_of_deepspeed_wait_for_trust(
     monkeypatch.chdir(tmp_path)
     before = sorted(deepspeeds(tmp_path / "theirs").parent.rglob("*"))
     assert main(arguments) == 2
-    assert (
-        "theirs is a checkpoint of DeepSpeed's own, whose pickles can run any code" in capsys.readouterr().err
-    )
-    with pytest.raises(
-        UserError, match=r"^model\.init_from: .* `mhla export .*--trust-checkpoint` makes a plain file of it$"
-    ):
+    error = capsys.readouterr().err
+    assert "theirs" in error
+    assert "--trust-checkpoint" in error
+    with pytest.raises(UserError, match=r"`mhla export .*--trust-checkpoint`"):  # the way out is the point
         read_weights("theirs")
     assert sorted(tmp_path.rglob("*")) == before
     assert main([*arguments, "--trust-checkpoint"]) == 2
     sentence = capsys.readouterr().err
-    assert "theirs cannot be read by DeepSpeed" in sentence
+    assert "theirs" in sentence
+    assert "--trust-checkpoint" not in sentence
     assert sentence.count("\n") == 1
     if arguments[0] == "export":
         for more, words in (
-            (["--no-ema"], "is no run"),
-            (["--format", "timm"], "does not say what model it is of"),
+            (["--no-ema"], "RUN: theirs"),
+            (["--format", "timm"], "RUN: theirs"),
         ):
             assert main([*arguments, *more]) == 2
             assert words in capsys.readouterr().err
@@ -138,10 +137,12 @@ _TRAIN = """
 import sys, torch, deepspeed
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
-config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": int(sys.argv[1]), "stage3_param_persistence_threshold": 0},
+zero = {"stage": int(sys.argv[1]), "stage3_param_persistence_threshold": 0}
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero,
           "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1), config=config, dist_init_required=True)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=True)
 engine.backward(engine(torch.ones(1, 5)).square().sum())
 engine.step()
 engine.save_checkpoint("theirs")
@@ -182,8 +183,9 @@ BIG = {"vocab_size": 32000, "embed_dim": 1024, "depth": 42, "context": 2048}
 
 
 def big_run(folder: Path, sharded: bool) -> list[str]:
-    """A run folder with a checkpoint of 2 GB of weights, each tensor full of its place in the list of
-    names that is returned.
+    """Write a run folder with 2 GB of weights; return it and the names of the tensors.
+
+    Each tensor is filled with its place in the list of names.
     """
     model = {"backbone": "lm_340m", "attention": "mhla", "backbone_options": BIG}
     recipe = {
@@ -211,7 +213,7 @@ def big_run(folder: Path, sharded: bool) -> list[str]:
 
 
 def half(name: str, value: Tensor, rank: int) -> Stretch:
-    """What the first or the second of two ranks holds."""
+    """Return the part of a tensor that the first or the second of two ranks holds."""
     parts = value.view(-1).tensor_split(2)
     return Stretch(name, tuple(value.shape), rank * len(parts[0]), {"weight": parts[rank].clone()})
 
@@ -224,17 +226,17 @@ def test_a_rank_may_write_several_files_and_all_of_them_are_needed(tmp_path: Pat
     reader = RankFileReader(tmp_path)
     assert all(torch.equal(reader.whole(name), value) for name, value in tensors.items())
     (tmp_path / file_name(1, 2, 1, 2)).unlink()
-    with pytest.raises(
-        UserError, match=r"holds files \[0\] of \[2\] of rank 1; a checkpoint has all of them"
-    ):
+    with pytest.raises(UserError) as error:
         RankFileReader(tmp_path)
+    assert str(tmp_path) in str(error.value)
     (tmp_path / file_name(1, 2, 0, 2)).unlink()
-    with pytest.raises(UserError, match=r"files of ranks \[0\] of \[2\]; a checkpoint has one of every rank"):
+    with pytest.raises(UserError) as error:
         RankFileReader(tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def peak_anonymous_bytes(process: subprocess.Popen[bytes]) -> int:
-    """The most that a process holds of memory that no file stands behind, until it ends."""
+    """Return the peak of a process's anonymous memory, measured until the process ends."""
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()

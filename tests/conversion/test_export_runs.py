@@ -1,4 +1,4 @@
-"""`mhla export` of runs that one process, DDP and ZeRO trained, and whatever else reads their weights."""
+"""`mhla export` of runs trained by one process, DDP and ZeRO, and other readers of weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ model:
     optimizer: {lr: 1.0e-2}
 data:
   class_path: mhla_lightning.data.TokenDataModule
-  init_args: {path: data, source: texts, tokenizer: bytes, length: 64, batch_size: 8, num_workers: 0, val: 0.2}
+  init_args:
+    {path: data, source: texts, tokenizer: bytes, length: 64, batch_size: 8, num_workers: 0, val: 0.2}
 checkpoint: {every_n_steps: 3, keep_last: 1}
 """
 SHORT = ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--checkpoint.every_n_steps", "3"]
@@ -55,8 +56,9 @@ WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
 
 
 class Runs:
-    """Runs of three steps, each trained when it is first asked for: `single` on one process, all others on
-    two.
+    """Runs of three steps, each trained when it is first requested.
+
+    `single` trains on one process, all others on two.
 
     Args:
         folder: holds the recipes tiny.yaml and language.yaml.
@@ -99,7 +101,7 @@ def trained(nursery: Nursery, shards: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def runs(trained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """The runs, for commands given in another folder."""
+    """The runs, for commands in another folder."""
     monkeypatch.setenv("MHLA_RUNS", str(trained.root))
     monkeypatch.chdir(tmp_path)
     return trained
@@ -112,7 +114,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def exported(runs: Runs, name: str, *arguments: str) -> dict[str, Tensor]:
-    """The tensors of `mhla export RUN --to FILE`, which is done once."""
+    """The tensors of `mhla export RUN --to FILE`, which runs once."""
     file = runs.folder / f"{name}{''.join(arguments)}.safetensors"
     if not file.exists():
         assert main(["export", runs(name).name, "--to", str(file), *arguments]) == 0
@@ -120,8 +122,10 @@ def exported(runs: Runs, name: str, *arguments: str) -> dict[str, Tensor]:
 
 
 def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
-    """What the ranks' files hold, put together without our reader: flat weights by name; and how many were
-    split.
+    """Join the ranks' files without our reader.
+
+    Returns:
+        flat weights by name, and the number of tensors that were split.
     """
     parts: dict[str, dict[int, np.ndarray]] = {}
     for file in sorted(folder.glob("rank-*")):
@@ -151,7 +155,7 @@ def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: s
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_the_export_is_bit_for_bit_what_the_ranks_wrote(runs: Runs, strategy: str, weights: str) -> None:
+def test_the_export_equals_the_rank_files_bit_for_bit(runs: Runs, strategy: str, weights: str) -> None:
     found = exported(runs, strategy, *WEIGHTS[weights])
     held, split = joined(checkpoint_of(runs(strategy)) / ("ema" if weights == "averaged" else "shards"))
     assert split > 0
@@ -207,7 +211,7 @@ def test_transformers_loads_a_language_model(runs: Runs) -> None:
     assert theirs.config.eos_token_id == 256
 
 
-def test_generate_and_validate_read_what_the_ranks_wrote(runs: Runs) -> None:
+def test_generate_and_validate_read_the_files_of_the_ranks(runs: Runs) -> None:
     assert (
         main(["generate", runs("language").name, "--prompt", "abc", "--greedy", "--max-new-tokens", "5"]) == 0
     )
@@ -223,7 +227,7 @@ def test_generate_and_validate_read_what_the_ranks_wrote(runs: Runs) -> None:
     )
 
 
-def test_a_warm_start_takes_what_the_ranks_wrote(runs: Runs) -> None:
+def test_a_warm_start_reads_the_files_of_the_ranks(runs: Runs) -> None:
     checkpoint, averaged, raw = (
         checkpoint_of(runs("zero3")),
         exported(runs, "zero3"),
@@ -241,7 +245,7 @@ def test_a_warm_start_takes_what_the_ranks_wrote(runs: Runs) -> None:
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_checkpoint_folder_stands_for_its_run_and_types_change(runs: Runs) -> None:
+def test_a_checkpoint_folder_counts_as_its_run_and_types_change(runs: Runs) -> None:
     whole = exported(runs, "zero2", "--no-ema")
     assert (
         main(
@@ -288,21 +292,21 @@ def empty(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "arguments", "words"),
     [
-        (cut, ["--no-ema"], "is damaged or no shard of a checkpoint"),
-        (lose, ["--no-ema"], "a checkpoint has one of every rank"),
-        (garble, ["--no-ema"], "trainer.ckpt is damaged"),
-        (empty, ["--no-ema"], "holds no weights, and there is no folder shards"),
-        (without_average, ["--ema"], "holds no average (callbacks.EMA); leave out --ema"),
-        (None, ["--ckpt", "7"], "--ckpt 7 is no complete checkpoint; steps of run copy: 3"),
-        (None, ["--format", "hf"], "--format hf is for language models"),
-        (None, ["--format", "wan"], "--format wan is for video models"),
-        (None, ["--format", "timm"], "--format timm writes a folder"),
-        (None, ["--to", "here.safetensors"], "--to here.safetensors exists already"),
-        (None, ["--to", "no/where.safetensors"], "there is no folder"),
+        (cut, ["--no-ema"], "rank-0000"),
+        (lose, ["--no-ema"], "shards"),
+        (garble, ["--no-ema"], "trainer.ckpt"),
+        (empty, ["--no-ema"], "shards"),
+        (without_average, ["--ema"], "leave out --ema"),
+        (None, ["--ckpt", "7"], "--ckpt: 7"),
+        (None, ["--format", "hf"], "--format: hf"),
+        (None, ["--format", "wan"], "--format: wan"),
+        (None, ["--format", "timm"], "--format: timm"),
+        (None, ["--to", "here.safetensors"], "--to: here.safetensors"),
+        (None, ["--to", "no/where.safetensors"], "--to: no/where.safetensors"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_mistakes_are_one_sentence(
+def test_mistakes_give_one_line(
     runs: Runs,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -334,5 +338,5 @@ def test_a_full_disk_leaves_nothing(
         assert main(["export", "zero2", "--to", target]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(r"^error: the disk of .* is full\n$", capsys.readouterr().err)
+    assert re.search(r"^error: .*is full\n$", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []

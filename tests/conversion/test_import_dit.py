@@ -1,4 +1,4 @@
-"""`mhla import dit`: other people's DiT checkpoints become ours, with every tensor accounted for."""
+"""`mhla import dit`: DiT checkpoints of other projects, with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class PublicHead(nn.Module):
 
 
 class PublicDiT(nn.Module):
-    """The public DiT out of timm's parts, with its names: independent of ours."""
+    """The public DiT built from timm's parts with its names, independent of ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,8 +108,9 @@ def public() -> PublicDiT:
 
 
 def training_checkpoint(model: nn.Module, path: Path) -> Path:
-    """As the public DiT's train.py writes one: the raw weights differ from the average, and the arguments
-    are a Namespace.
+    """Write a checkpoint like the public DiT's train.py.
+
+    The raw weights differ from the average, and the arguments are a Namespace.
     """
     raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     content = {
@@ -195,7 +196,7 @@ def test_every_tensor_is_accounted_for(public: PublicDiT, tmp_path: Path) -> Non
     )
 
 
-def test_what_mhla_adds_keeps_its_initialisation(public: PublicDiT, tmp_path: Path) -> None:
+def test_tensors_of_mhla_keep_their_initialisation(public: PublicDiT, tmp_path: Path) -> None:
     torch.save(public.state_dict(), tmp_path / "public.pt")
     for name in ("a", "b"):
         assert (
@@ -225,7 +226,7 @@ def test_what_mhla_adds_keeps_its_initialisation(public: PublicDiT, tmp_path: Pa
 
 
 def release_state(public: PublicDiT, dwconv: bool) -> dict[str, Tensor]:
-    """The MHLA authors' names and shapes (SPEC 4.2)."""
+    """Return tensors with the names and shapes of the MHLA authors (SPEC 4.2)."""
     generator = torch.Generator().manual_seed(2)
     state = {}
     for name, value in public.state_dict().items():
@@ -247,7 +248,7 @@ def release_state(public: PublicDiT, dwconv: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dwconv", [False, True])
-def test_the_authors_checkpoint_says_itself_what_it_is(
+def test_the_attention_of_the_authors_checkpoint_is_found(
     public: PublicDiT, tmp_path: Path, dwconv: bool
 ) -> None:
     state = release_state(public, dwconv)
@@ -269,8 +270,8 @@ def test_the_authors_checkpoint_says_itself_what_it_is(
         assert torch.equal(model.blocks[2].dw_conv.conv.weight, state["blocks.2.dw_conv.weight"])
 
 
-def test_what_the_target_cannot_take_is_listed_as_left_over(public: PublicDiT, tmp_path: Path) -> None:
-    """MHLA weights in a softmax model: the mixing matrices have no place there, and the table says so."""
+def test_tensors_that_the_target_lacks_are_listed_as_left_over(public: PublicDiT, tmp_path: Path) -> None:
+    """MHLA weights in a softmax model: the table lists the mixing matrices as left over."""
     torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
     report = tmp_path / "report.json"
     assert (
@@ -290,7 +291,7 @@ def test_what_the_target_cannot_take_is_listed_as_left_over(public: PublicDiT, t
 
 
 def test_another_resolution_takes_its_own_positions(public: PublicDiT, tmp_path: Path) -> None:
-    """They are a formula: a 256 px checkpoint starts a 512 px model."""
+    """Positions are a formula: a 256 px checkpoint starts a 512 px model."""
     torch.save(public.state_dict(), tmp_path / "public.pt")
     larger = {**OPTIONS, "input_size": 16}
     assert (
@@ -321,7 +322,7 @@ def test_another_resolution_takes_its_own_positions(public: PublicDiT, tmp_path:
     ],
     ids=str,
 )
-def test_a_checkpoint_of_another_size_is_one_sentence(
+def test_a_checkpoint_of_another_size_is_refused(
     public: PublicDiT,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -333,13 +334,13 @@ def test_a_checkpoint_of_another_size_is_one_sentence(
         run_import(tmp_path / "public.pt", tmp_path / "ours.safetensors", options={**OPTIONS, **options}) == 2
     )
     sentence = capsys.readouterr().err
-    assert "of another size: " in sentence
+    assert "public.pt: " in sentence
     for word in words:
         assert word in sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["public.pt"]
 
 
-def test_a_mixing_matrix_of_other_blocks_is_one_sentence(
+def test_a_mixing_matrix_of_other_blocks_is_refused(
     public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
@@ -354,18 +355,18 @@ def test_a_mixing_matrix_of_other_blocks_is_one_sentence(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"source": "gone.pt"}, "gone.pt is no file"),
-        ({"out": "ours.pt"}, "the name ends like that"),
-        ({"out": "nowhere/ours.safetensors"}, "there is no folder"),
-        ({"more": ["--attention", "[softmax"]}, "this is no YAML"),
+        ({"source": "gone.pt"}, "PATH: gone.pt"),
+        ({"out": "ours.pt"}, "--out: ours.pt"),
+        ({"out": "nowhere/ours.safetensors"}, "--out: nowhere/ours.safetensors"),
+        ({"more": ["--attention", "[softmax"]}, "--attention: [softmax"),
         ({"more": ["--attention", "sofmax"]}, "did you mean 'softmax'"),
-        ({"more": ["--backbone", "dit_s3"]}, "unknown backbone 'dit_s3'"),
-        ({"more": ["--backbone-options", "8"]}, "a mapping is wanted"),
-        ({"more": ["--json", "nowhere/report.json"]}, "there is no folder"),
+        ({"more": ["--backbone", "dit_s3"]}, "'dit_s3'"),
+        ({"more": ["--backbone-options", "8"]}, "--backbone-options: 8"),
+        ({"more": ["--json", "nowhere/report.json"]}, "--json"),
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(
+def test_mistakes_are_refused(
     public: PublicDiT,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -388,7 +389,7 @@ def test_the_file_that_is_read_is_never_written(
     save_file(public.state_dict(), path)
     before = path.read_bytes()
     assert run_import(path, path) == 2
-    assert "is the file that is read" in capsys.readouterr().err
+    assert f"--out: {path}" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 
@@ -403,8 +404,9 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("text.pt").write_text("no checkpoint")
     torch.save([1, 2], "list.pt")
     for name in ("bad.pt", "text.pt", "list.pt"):
-        with pytest.raises(UserError, match="holds no plain tensors"):
-            read_tensors(Path(name), "PATH")
+        with pytest.raises(UserError) as error:
+            read_tensors(Path(name), "path")
+        assert name in str(error.value)
     assert not Path("unpickled").exists()
 
 
@@ -421,12 +423,11 @@ def test_init_from_takes_the_written_file_and_the_foreign_one(public: PublicDiT,
 
 
 def test_init_from_refuses_weights_of_another_width(public: PublicDiT) -> None:
-    """Without this, the few tensors that do not depend on the width would be copied and the rest left over
-    without a word.
-    """
+    """Otherwise a few tensors would be copied and the rest ignored without a word."""
     model: Any = build_backbone("dit_s2", attention="softmax", **{**OPTIONS, "embed_dim": 48})
-    with pytest.raises(UserError, match=r"x_embedder.proj.bias is \(24,\), and this DiT needs \(48,\)"):
+    with pytest.raises(UserError) as error:
         model.adapt_state_dict(public.state_dict())
+    assert "x_embedder.proj.bias" in str(error.value)
 
 
 def test_the_command_knows_every_family() -> None:

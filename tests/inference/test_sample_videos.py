@@ -1,6 +1,4 @@
-"""Drawing videos from a run: files that can be read, the same bits by any number of processes, killed and
-gone on, wrong input.
-"""
+"""`mhla sample` of videos: readable files, equal bits by any processes, wrong input."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache, read_prompts
 from mhla_lightning.inference.diffusion.video_files import (
     animated_gif,
-    contact_sheet,
+    prompt_slug,
     read_frames,
-    slug,
     thumbnails,
+    video_sheet,
     write_mp4,
 )
 from mhla_lightning.inference.diffusion.videos import (
@@ -131,7 +129,7 @@ def test_two_processes_draw_the_same_bits(trained: Path, prompts: Path, tmp_path
     assert (tmp_path / "1" / "sheet.png").read_bytes() == (tmp_path / "2" / "sheet.png").read_bytes()
 
 
-def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> None:
+def test_a_video_is_the_same_in_any_batch_and_follows_its_prompt(trained: Path) -> None:
     found = find_video_run(str(trained))
     task, drawing = (
         load_video_task(found, "cpu"),
@@ -152,7 +150,7 @@ def test_a_video_is_its_own_in_any_batch_and_hears_its_prompt(trained: Path) -> 
     assert np.abs(one - other).max() > 10, "another prompt on the same noise"
 
 
-def test_killed_and_gone_on(trained: Path, prompts: Path, tmp_path: Path, nursery: Nursery) -> None:
+def test_a_killed_job_continues(trained: Path, prompts: Path, tmp_path: Path, nursery: Nursery) -> None:
     slow = ["--steps", "40", "--n", "3"]
     started = nursery.start(1, command(trained, prompts, tmp_path / "cut", *slow), tmp_path)
     started.kill_when(lambda: len(list((tmp_path / "cut").glob("parts/0*.npy"))) >= 2)
@@ -192,7 +190,7 @@ def test_kept_features_are_read_without_their_encoder(tmp_path: Path) -> None:
     assert kept.shape == (2, 6, 8)
     assert (kept[0, :3] != 0).all()
     assert not kept[0, 3:].any()
-    with pytest.raises(UserError, match="/nowhere/umt5"):
+    with pytest.raises(UserError, match="/nowhere/umt5"):  # the encoder that is not there
         gone.encode([Prompt("a blue ball", "--prompt")], torch.device("cpu"))
 
 
@@ -210,23 +208,23 @@ def test_other_lengths_and_sizes_than_those_of_training(
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["--frames", "7"], "cannot draw 7 frames of 16x16"),
+        (["--frames", "7"], "7 frames of 16x16"),
         (["--frames", "7"], "--frames 6 --size 16x16"),
         (["--size", "18x21"], "--frames 8 --size 16x20"),
-        (["--size", "16"], "--size 16 is no size"),
-        (["--size", "0x16"], "--size 0x16 is no size"),
-        (["--frames", "0"], "--frames is 0"),
-        (["--n", "0"], "--n is 0"),
-        (["--rate", "0"], "--rate is 0"),
-        (["--size", "40000x40000"], "cannot draw 8 frames of 40000x40000: they take at least"),
+        (["--size", "16"], "--size: 16 "),
+        (["--size", "0x16"], "--size: 0x16 "),
+        (["--frames", "0"], "--frames: 0"),
+        (["--n", "0"], "--n: 0"),
+        (["--rate", "0"], "--rate: 0"),
+        (["--size", "40000x40000"], "8 frames of 40000x40000: they take at least"),
         (["--frames", "400000000", "--batch-size", "2"], "frames of 16x16, 2 at once: they take at least"),
-        (["--sampler", "ddpm"], "valid: dpm++, euler"),
+        (["--sampler", "ddpm"], "dpm++, euler"),
         (["--steps", "1001"], "1001"),
         (["--guidance", "-1"], "-1"),
-        (["--ckpt", "3"], "steps of run one: 2, 4"),
-        (["--classes", "0"], "--classes is for runs that draw images"),
-        (["--guidance-channels", "3"], "--guidance-channels is for runs that draw images"),
-        (["--prompt", "one two three four five six seven"], "--prompt: the text"),
+        (["--ckpt", "3"], "--ckpt: 3"),
+        (["--classes", "0"], "--classes: "),
+        (["--guidance-channels", "3"], "--guidance-channels: "),
+        (["--prompt", "one two three four five six seven"], "--prompt: "),
     ],
 )
 def test_wrong_input(
@@ -244,7 +242,7 @@ def test_wrong_input(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_nearest_that_works_works(trained: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_suggested_size_works(trained: Path, prompts: Path, tmp_path: Path) -> None:
     assert main(command(trained, prompts, tmp_path / "out", "--frames", "6", "--size", "16x20")) == 0
 
 
@@ -262,7 +260,9 @@ def test_prompts_of_an_image_run_are_refused(
         "4",
     )
     assert main(command(tmp_path / "runs" / "pictures", prompts, tmp_path / "out")) == 2
-    assert "--prompts is for runs that draw videos, and run pictures draws images" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--prompts: " in error
+    assert "pictures" in error
 
 
 def test_a_folder_of_other_videos_is_kept(
@@ -271,13 +271,17 @@ def test_a_folder_of_other_videos_is_kept(
     assert main(command(trained, prompts, tmp_path / "out")) == 0
     before = contents(tmp_path / "out")
     assert main(command(trained, prompts, tmp_path / "out", "--prompt", "another")) == 2
-    assert "drawn otherwise (prompts)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: " in error
+    assert "(prompts)" in error
     assert contents(tmp_path / "out") == before
 
 
 def test_no_prompt(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(trained)]) == 2
-    assert "--prompts FILE" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--prompts: " in error
+    assert "--prompt;" in error or error.endswith("--prompt\n")
 
 
 def test_prompts_of_both_kinds_of_file(tmp_path: Path) -> None:
@@ -294,13 +298,13 @@ def test_prompts_of_both_kinds_of_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no text"),
-        ("p.jsonl", b"a ball\n", "line 1 is no JSON"),
-        ("p.jsonl", b"[1]\n", "line 1 has no text"),
-        ("p.txt", b"\n \n", "holds no prompt"),
-        ("p.txt", b"\xff\xfe\x00", "is not UTF-8"),
-        ("p.txt", None, "cannot be read"),
-        ("p.txt", b"short\none two three four five six seven\n", "p.txt, line 2: the text"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "p.jsonl, line 2: "),
+        ("p.jsonl", b"a ball\n", "p.jsonl, line 1: "),
+        ("p.jsonl", b"[1]\n", "p.jsonl, line 1: "),
+        ("p.txt", b"\n \n", "p.txt: "),
+        ("p.txt", b"\xff\xfe\x00", "p.txt: "),
+        ("p.txt", None, "p.txt: "),
+        ("p.txt", b"short\none two three four five six seven\n", "p.txt, line 2: "),
     ],
 )
 def test_wrong_prompt_files(
@@ -344,9 +348,9 @@ def test_thumbnails_are_spread_over_time() -> None:
     assert len(thumbnails(frames[:3])) == 3
 
 
-def test_contact_sheet_shows_frames_beside_each_other_under_their_caption() -> None:
+def test_a_contact_sheet_shows_frames_side_by_side_under_their_caption() -> None:
     rows = [thumbnails(moving(8, 16, 16)), thumbnails(moving(8, 16, 16)[::-1])]
-    sheet = np.asarray(contact_sheet(rows, ["a ball", "many words " * 100]))
+    sheet = np.asarray(video_sheet(rows, ["a ball", "many words " * 100]))
     side = rows[0].shape[1]
     places = [
         (y, x)
@@ -370,9 +374,9 @@ def test_animated_gif_has_all_frames(tmp_path: Path) -> None:
 
 
 def test_slugs() -> None:
-    assert slug("A Café — über/../etc") == "a-cafe-uber-etc"
-    assert slug("玉") == "empty"
-    assert len(slug("word " * 40)) <= 40
+    assert prompt_slug("A Café — über/../etc") == "a-cafe-uber-etc"
+    assert prompt_slug("玉") == "empty"
+    assert len(prompt_slug("word " * 40)) <= 40
 
 
 def test_training_size_of_pixels(trained: Path) -> None:

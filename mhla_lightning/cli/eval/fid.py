@@ -1,4 +1,4 @@
-"""Compares generated images with real ones: FID, sFID, inception score, precision and recall.
+"""Compares generated images with real ones: FID, sFID, IS, precision and recall.
 
 The numbers are those of ADM's evaluator. SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla
 sample` writes them. REF is a reference file of ADM, an npz file of images, or a folder of image shards (its

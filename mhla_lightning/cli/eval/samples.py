@@ -1,9 +1,10 @@
-"""Draws guided samples of all classes of an image diffusion run and lets a classifier run judge them.
+"""Draws guided samples of an image diffusion run and lets a classifier run judge them.
 
 Agreement is the share of samples whose likeliest class is the requested one. FD is the Frechet distance on
 the classifier's features to the validation images of the run's data. It compares runs on one data set by
 one classifier and is no FID.
   mhla eval samples RUN --classifier convnet_mnist --n 500 --guidance 3 --steps 50
+
 The numbers are kept in the run folder, and the same command reads them.
 """
 

@@ -1,7 +1,7 @@
-"""Prepares the videos that VBench expects, named PROMPT-INDEX.mp4, and calls VBench if it is installed.
+"""Prepares videos as VBench expects them, and calls VBench if it is installed.
 
-From a RUN, 5 videos of each of VBench's prompts (or of --prompts FILE) are drawn; a stopped job continues.
-A FOLDER of `mhla sample` is used as it is:
+The videos are named PROMPT-INDEX.mp4. From a RUN, 5 videos of each of VBench's prompts (or of --prompts FILE)
+are drawn; a stopped job continues. A FOLDER of `mhla sample` is used as it is:
   mhla eval vbench RUN --frames 81 --size 480x800 --python ~/vbench/bin/python
   mhla eval vbench FOLDER --prepare
 VBench needs numpy below 2: install it in an environment of its own and name its interpreter with --python.

@@ -47,7 +47,7 @@ class TrainedModel:
         return as_stored(self.weights)
 
     def facts(self) -> dict[str, Any]:
-        """Return what `mhla import` and backbones.build_backbone need to rebuild the model."""
+        """Return the entries from which `mhla import` and build_backbone rebuild the model."""
         model = {
             "backbone": self.backbone,
             "attention": self.attention,

@@ -13,9 +13,9 @@ from mhla_lightning.weights.streaming import parts_of
 
 
 def hf(trained: TrainedModel, model: nn.Module) -> Export:
-    """Plan a folder that AutoModelForCausalLM.from_pretrained opens after `import mhla_lightning.hf`.
+    """Plan a folder that AutoModelForCausalLM.from_pretrained opens.
 
-    It holds the tokenizer's files, if there are any.
+    Its reader imports mhla_lightning.hf first. The folder holds the tokenizer's files, if there are any.
 
     Raises:
         UserError: transformers is not installed.

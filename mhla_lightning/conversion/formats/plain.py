@@ -9,6 +9,6 @@ from mhla_lightning.weights.streaming import parts_of
 
 
 def plain(trained: TrainedModel, model: nn.Module) -> Export:
-    """Plan a folder of weights and of what rebuilds the model."""
+    """Plan a folder with the weights and the model's name and options."""
     parts = parts_of(trained.stored())
     return Export("model.safetensors", parts, FOR_TORCH, trained.facts(), shapes(parts))

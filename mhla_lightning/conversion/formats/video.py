@@ -17,7 +17,9 @@ from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
 
 
 def diffusers(trained: TrainedModel, model: nn.Module) -> Export:
-    """Plan a folder with the names and config of diffusers' WanTransformer3DModel, and MHLA's tensors.
+    """Plan a folder with the names and config of diffusers' WanTransformer3DModel.
+
+    The tensors that MHLA adds are in the same file.
 
     Raises:
         UserError: see :func:`_export`.

@@ -37,7 +37,7 @@ def part_file(folder: Path, batch: range) -> Path:
 
 
 def job_name(checkpoint: Path, settings: dict[str, Any]) -> str:
-    """Return `step-00001200-<8 hex of the settings>`, so that the same command finds the same folder."""
+    """Return `step-00001200-<8 hex of the settings>`: equal settings give equal folders."""
     return (
         f"{checkpoint.name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
     )

@@ -89,12 +89,15 @@ class TextCache:
     def encode(
         self, prompts: Sequence[Prompt], device: torch.device, on_prompt: Callable[[], Any] = lambda: None
     ) -> dict[str, np.ndarray]:
-        """Encode the prompts that are not kept yet: features (rows, channels) by text, for :meth:`keep`.
+        """Encode the prompts that are not kept yet, for :meth:`keep`.
 
         Args:
             prompts: texts and their origins.
             device: where the encoder runs.
             on_prompt: called after each prompt.
+
+        Returns:
+            features (rows, channels) by text.
 
         Raises:
             UserError: the encoder cannot be opened, or a prompt is too long; the key is the prompt's origin.

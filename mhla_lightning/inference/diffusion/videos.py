@@ -75,7 +75,10 @@ class VideoDrawing:
 
 
 def video_sampler(process: Process) -> str:
-    """Return the default sampler of videos: DPM-Solver++ for flow matching, as in the release (SPEC 6.6)."""
+    """Return the default sampler of videos.
+
+    For flow matching it is DPM-Solver++, as in the release (SPEC 6.6).
+    """
     return "dpm++" if process.name == "flow" else default_sampler(process)
 
 
@@ -108,7 +111,9 @@ def load_video_task(found: VideoRun, device: torch.device | str) -> VideoDiffusi
 
 
 def training_size(found: VideoRun) -> Size:
-    """Return the frames, height and width that give the task's sample_shape, through the data's VAE if any.
+    """Return the frames, height and width of a video whose sample has the task's shape.
+
+    A VAE of the data is taken into account.
 
     Raises:
         UserError: no size of video gives this shape.
@@ -141,9 +146,9 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
     """Check that `videos` videos can be drawn at once on `device`.
 
     Raises:
-        UserError: an unknown sampler; more guided channels than the samples have; frames, height or width
-            that the VAE, the patches or the blocks of a layer cannot take, with the nearest that they can;
-            videos that need more memory than the device has.
+        UserError: an unknown sampler, or more guided channels than the samples have; a size that the VAE, the
+            patches or the blocks of a layer cannot take, with the nearest that works; videos that need more
+            memory than the device has.
     """
     check_sampler(drawing.sampler, found.task.process, drawing.steps)
     check_guided_channels(found.run, drawing.guidance, found.task.sample_shape[0])
@@ -184,8 +189,8 @@ def check_video(found: VideoRun, drawing: VideoDrawing, videos: int, device: tor
 def _least_bytes(size: Size, tokens: int, channels: int) -> int:
     """Return the bytes that one video needs with any method.
 
-    This is the larger of two: the residual stream in float32 with q, k and v in bf16, or the frames in
-    float32 and as bytes.
+    Either the model needs more, with the residual stream in float32 and q, k and v in bf16. Or the frames
+    do, in float32 and as bytes.
     """
     return max((4 + 3 * 2) * tokens * channels, (4 + 1) * 3 * math.prod(size))
 

@@ -1,4 +1,4 @@
-"""Generate tokens from a language model in batches; needs torch, but no Lightning and no tokenizer.
+"""Generate tokens from a language model in batches, with torch alone.
 
 A prompt gets the same continuation in any batch. Texts are in `continuation`.
 """
