@@ -117,7 +117,8 @@ class Feed:
         session.task.trainer = trainer
         bare = BareLoop(task, trainer, trainer.strategy.root_device)
         self.clock.watch_optimizer(trainer.optimizers[0])
-        self.clock.watch(trainer._logger_connector, "update_train_step_metrics", LOGGING)
+        for logger in trainer.loggers:
+            self.clock.watch(logger, "log_metrics", LOGGING)
         _keep_losses(session.task, self.losses)
         self.clock.take()
         return bare

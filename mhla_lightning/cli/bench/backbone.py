@@ -12,7 +12,7 @@ from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summ
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.bench.backbone_speed import Family, Size
+    from mhla_lightning.bench.backbone_speed import BackboneFamily, Size
     from mhla_lightning.bench.timing import Case
 
 Entry = dict[str, Any] | list[dict[str, Any]]
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _what(args: argparse.Namespace, family: Family) -> str:
+def _what(args: argparse.Namespace, family: BackboneFamily) -> str:
     """What is measured, in a line."""
     layers = "" if args.layers is None else f" with {args.layers} layers"
     steps = "forward and backward" + (" with recomputation of every block" if args.checkpointing else "")
@@ -151,7 +151,7 @@ def _precision(args: argparse.Namespace) -> str:
     return "bf16 autocast" if args.bf16 else "float32"
 
 
-def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
+def _sizes(args: argparse.Namespace, family: BackboneFamily) -> list[Size]:
     """What is measured, in growing order."""
     given = {"res": args.res, "video": args.video}
     other = "res" if family.key == "video" else "video"
@@ -174,11 +174,11 @@ def _clip(text: str) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def _pos_conv(args: argparse.Namespace, family: Family) -> str | None:
+def _pos_conv(args: argparse.Namespace, family: BackboneFamily) -> str | None:
     return family.pos_conv if args.pos_conv is None else args.pos_conv
 
 
-def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
+def _entries(args: argparse.Namespace, family: BackboneFamily) -> dict[str, Entry]:
     """Label -> entry, with what all entries share; an operator that stands there twice is told apart by
     its options.
     """
@@ -230,7 +230,7 @@ def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -
 
 
 def _plan(
-    args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]
+    args: argparse.Namespace, family: BackboneFamily, sizes: list[Size], entries: dict[str, Entry]
 ) -> dict[Size, dict[str, Entry]]:
     """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without
     weights, so that mistakes come first.
@@ -269,7 +269,7 @@ def _options(args: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(
     args: argparse.Namespace,
-    family: Family,
+    family: BackboneFamily,
     size: Size,
     entries: dict[str, Entry],
     device: Any,
@@ -291,7 +291,7 @@ def _measure(
     return group, sorted(rates)[len(rates) // 2]
 
 
-def _row(args: argparse.Namespace, family: Family, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
+def _row(args: argparse.Namespace, family: BackboneFamily, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
     from mhla_lightning.bench.backbone_speed import layers_of
     from mhla_lightning.bench.timing import SLOW
 
@@ -308,7 +308,7 @@ def _name(size: Size) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
-def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
+def _ratios(family: BackboneFamily, size: Size, group: list[Case]) -> dict[str, float]:
     from mhla_lightning.bench.timing import ratio
 
     at = {case.operator: case for case in group}
@@ -323,7 +323,7 @@ def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
     }
 
 
-def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
+def _table(family: BackboneFamily, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     times = ("forward", "step") if family.by_layer else (f"{family.unit}/s", "ms")
@@ -346,7 +346,7 @@ def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _numbers(family: Family, row: dict[str, Any]) -> Iterator[str]:
+def _numbers(family: BackboneFamily, row: dict[str, Any]) -> Iterator[str]:
     if family.by_layer:
         yield from (f"{row[f'{kind}_seconds_per_layer'] * 1e3:,.1f}" for kind in ("forward", "step"))
     else:
