@@ -63,7 +63,7 @@ class BackboneFamily:
 def _latent_options(pixels: int) -> dict[str, Any]:
     if pixels < VAE_STRIDE or pixels % VAE_STRIDE:
         near = max(1, round(pixels / VAE_STRIDE)) * VAE_STRIDE
-        raise UserError(f"--res {pixels} is no multiple of {VAE_STRIDE}, the VAE's stride; use {near}")
+        raise UserError("res", f"{pixels} is no multiple of {VAE_STRIDE}, the VAE's stride; use {near}")
     return {"input_size": pixels // VAE_STRIDE}
 
 
@@ -78,8 +78,9 @@ def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
     near += [16 * max(1, round(side / 16)) for side in (height, width)]  # the VAE's 8 times the patch's 2
     if list(clip) != near:
         raise UserError(
-            f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of "
-            f"16; use {video_name(near)}"
+            "video",
+            f"{video_name(clip)} does not fit: Wan2.1 takes 4 n + 1 frames, height and width in steps "
+            f"of 16; use {video_name(near)}",
         )
     return {
         "input_size": ((frames - 1) // WAN_STRIDE[0] + 1, height // WAN_STRIDE[1], width // WAN_STRIDE[2])
@@ -165,7 +166,7 @@ FAMILIES: dict[str, BackboneFamily] = {
 def family_of(backbone: str) -> BackboneFamily:
     """The family of a backbone; UserError for one that has none."""
     if backbone not in FAMILIES:
-        raise UserError(unknown_name("backbone", backbone, FAMILIES, of="bench backbone"))
+        raise UserError("backbone", unknown_name("backbone", backbone, FAMILIES, of="bench backbone"))
     return FAMILIES[backbone]
 
 

@@ -17,7 +17,8 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
     On CUDA torch's own statistics count. The CPU's allocator keeps none, so every new tensor is counted.
 
     Args:
-        work: called once, without arguments. Tensors that exist before the call do not count.
+        work: called once, without arguments. On a CPU a tensor that exists before the call counts once an
+            operation returns a view of it or changes it in place.
         device: where the tensors are.
     """
     if device.type == "cuda":
@@ -48,12 +49,10 @@ class _Storages(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = {id(x.untyped_storage()) for x in tensors_in((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
-            storage = tensor.untyped_storage()
-            if tensor.device.type == self.kind and id(storage) not in given:
-                self._add(storage)
+            if tensor.device.type == self.kind:
+                self._add(tensor.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:

@@ -156,7 +156,7 @@ def _sizes(args: argparse.Namespace, family: BackboneFamily) -> list[Size]:
     given = {"res": args.res, "video": args.video}
     other = "res" if family.key == "video" else "video"
     if given[other] is not None:
-        raise UserError(f"--{other} does not go with {args.backbone}, which takes --{family.key}")
+        raise UserError(other, f"it does not go with {args.backbone}, which takes `{family.key}`")
     asked = given[family.key]
     sizes = (
         list(family.sizes)
@@ -169,7 +169,7 @@ def _sizes(args: argparse.Namespace, family: BackboneFamily) -> list[Size]:
 def _clip(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--video {text}: a clip is FRAMESxHEIGHTxWIDTH in pixels, such as 29x256x256")
+        raise UserError("video", f"'{text}' is no clip: FRAMESxHEIGHTxWIDTH in pixels, such as 29x256x256")
     frames, height, width = map(int, parts)
     return frames, height, width
 
@@ -188,7 +188,7 @@ def _entries(args: argparse.Namespace, family: BackboneFamily) -> dict[str, Entr
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--attention {text}: this is no YAML ({str(error).splitlines()[0]})") from error
+        raise UserError("attention", f"'{text}' is no YAML ({str(error).splitlines()[0]})") from error
     pos_conv = _pos_conv(args, family)
     shared = {"gate": args.gate} if pos_conv is None else {"pos_conv": pos_conv, "gate": args.gate}
     entries: dict[str, Entry] = {}
@@ -196,11 +196,11 @@ def _entries(args: argparse.Namespace, family: BackboneFamily) -> dict[str, Entr
         parts = [_mapping(part) for part in (entry if isinstance(entry, list) else [entry])]
         label = _label(parts, isinstance(entry, list), entries)
         if label in entries:
-            raise UserError(f"--attention has {label} twice")
+            raise UserError("attention", f"{label} is given twice")
         full = [{**shared, **part} for part in parts]
         entries[label] = full if isinstance(entry, list) else full[0]
     if not entries:
-        raise UserError("--attention is an empty list; give at least one entry")
+        raise UserError("attention", "the list is empty; give at least one entry")
     return entries
 
 
@@ -208,17 +208,16 @@ def _mapping(entry: Any) -> dict[str, Any]:
     mapping = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
         raise UserError(
-            f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: "
-            f"mhla, gate: true}}]', got {entry}"
+            "attention",
+            f"{entry} is neither a name nor a mapping with a name; write for example "
+            "'[softmax, {name: mhla, gate: true}]'",
         )
     return dict(mapping)
 
 
 def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -> str:
     if not parts:
-        raise UserError(
-            "--attention has an empty list among its entries; a hybrid names at least one operator"
-        )
+        raise UserError("attention", "an entry is an empty list; a hybrid names at least one operator")
     name = "hybrid" if hybrid else parts[0]["name"]
     if name not in taken:
         return name
@@ -291,7 +290,9 @@ def _measure(
     return group, sorted(rates)[len(rates) // 2]
 
 
-def _row(args: argparse.Namespace, family: BackboneFamily, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
+def _row(
+    args: argparse.Namespace, family: BackboneFamily, size: Size, case: Case, entry: Entry
+) -> dict[str, Any]:
     from mhla_lightning.bench.backbone_speed import layers_of
     from mhla_lightning.bench.timing import SLOW
 
