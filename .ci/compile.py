@@ -34,7 +34,7 @@ def main() -> None:
             try:
                 importlib.import_module(name)
             except ImportError as error:
-                print(f"  without {name}: {error}")
+                sys.stderr.write(f"  without {name}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Forward and backward of whole backbones at several sizes, as cases of analysis.timing. A family says how
+"""Forward and backward of whole backbones at several sizes, as cases of bench.timing. A family says how
 a size becomes options and inputs.
 """
 
@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import IMAGE_DIFFUSION, VIDEO_DIFFUSION, Backbone, DiT, VideoDiT, build_backbone
 from mhla_lightning.bench.timing import Case
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.planning.memory import peak_bytes
+from mhla_lightning.planning.torch_modes import FakeTensorMode
 
 VAE_STRIDE = 8  # pixels a side of one latent pixel of Stable Diffusion's VAE
 WAN_STRIDE = (
@@ -33,7 +33,7 @@ Size = int | tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Family:
+class BackboneFamily:
     """Backbones that are measured alike.
 
     Attributes:
@@ -63,7 +63,7 @@ class Family:
 def _latent_options(pixels: int) -> dict[str, Any]:
     if pixels < VAE_STRIDE or pixels % VAE_STRIDE:
         near = max(1, round(pixels / VAE_STRIDE)) * VAE_STRIDE
-        raise UserError(f"--res {pixels} is no multiple of {VAE_STRIDE}, the VAE's stride; use {near}")
+        raise UserError("res", f"{pixels} is no multiple of {VAE_STRIDE}, the VAE's stride; use {near}")
     return {"input_size": pixels // VAE_STRIDE}
 
 
@@ -78,8 +78,9 @@ def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
     near += [16 * max(1, round(side / 16)) for side in (height, width)]  # the VAE's 8 times the patch's 2
     if list(clip) != near:
         raise UserError(
-            f"--video {video_name(clip)}: Wan2.1 takes 4 n + 1 frames, height and width in steps of "
-            f"16; use {video_name(near)}"
+            "video",
+            f"{video_name(clip)} does not fit: Wan2.1 takes 4 n + 1 frames, height and width in steps "
+            f"of 16; use {video_name(near)}",
         )
     return {
         "input_size": ((frames - 1) // WAN_STRIDE[0] + 1, height // WAN_STRIDE[1], width // WAN_STRIDE[2])
@@ -132,7 +133,7 @@ def layout_for(grid: tuple[int, ...]) -> tuple[int, ...]:
     return max((layout for layout in layouts if 2 * math.prod(layout) >= most), key=worth)
 
 
-IMAGES = Family(
+IMAGES = BackboneFamily(
     "res",
     "images",
     (256, 512, 1024, 2048),
@@ -142,7 +143,7 @@ IMAGES = Family(
     _latent_inputs,
     blocks_for,
 )
-WAN = Family(
+WAN = BackboneFamily(
     key="video",
     unit="clips",
     sizes=((29, 256, 256), (29, 512, 512), (81, 480, 800)),  # 2,048, 8,192 and the paper's 31,500 tokens
@@ -154,7 +155,7 @@ WAN = Family(
     by_layer=True,
 )
 VIDEO_PIXELS = replace(WAN, sizes=((16, 64, 64),), options=_pixel_options)
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, BackboneFamily] = {
     **dict.fromkeys(IMAGE_DIFFUSION, IMAGES),
     **dict.fromkeys(VIDEO_DIFFUSION, WAN),
     "wan_tiny": VIDEO_PIXELS,
@@ -162,10 +163,10 @@ FAMILIES: dict[str, Family] = {
 """Backbone -> family."""
 
 
-def family_of(backbone: str) -> Family:
+def family_of(backbone: str) -> BackboneFamily:
     """The family of a backbone; UserError for one that has none."""
     if backbone not in FAMILIES:
-        raise UserError(unknown_name("backbone", backbone, FAMILIES, of="bench backbone"))
+        raise UserError("backbone", unknown_name("backbone", backbone, FAMILIES, of="bench backbone"))
     return FAMILIES[backbone]
 
 

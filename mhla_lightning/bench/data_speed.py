@@ -46,7 +46,7 @@ WARM_UP = 2  # batches of every worker that are not timed at the beginning of a 
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoaderPlan:
     """How much is read, and by how many. batches: of one worker in a turn. turns: that are timed; one more
     comes first and warms up.
     """
@@ -80,7 +80,7 @@ class DataCase:
 
     subject: str
     name: str
-    plan: Plan
+    plan: LoaderPlan
     loader: wds.WebLoader
     rates: list[float] = field(default_factory=list)
     read: int = 0
@@ -115,7 +115,7 @@ class _Turns(IterableDataset[Batch]):
         yield from islice(self._running, self.batches)
 
 
-def make_case(subject: str, name: str, plan: Plan, stream: Iterable[Batch]) -> DataCase:
+def make_case(subject: str, name: str, plan: LoaderPlan, stream: Iterable[Batch]) -> DataCase:
     """A case that reads `stream`, whose iterator runs without end in each of the plan's workers."""
     return DataCase(subject, name, plan, build_loader(_Turns(stream, plan.batches), plan.workers))
 
@@ -150,12 +150,12 @@ def _samples_per_second(case: DataCase) -> float:
 # The streams to compare
 
 
-def own_stream(corpus: TrainCorpus, kind: Kind, plan: Plan) -> TrainStream:
+def own_stream(corpus: TrainCorpus, kind: Kind, plan: LoaderPlan) -> TrainStream:
     """As training reads."""
     return TrainStream(corpus, kind, plan.part)
 
 
-def _places(corpus: TrainCorpus, plan: Plan) -> list[list[SamplePlace]]:
+def _places(corpus: TrainCorpus, plan: LoaderPlan) -> list[list[SamplePlace]]:
     """The samples of every batch of all turns."""
     return [corpus.locate(plan.part.positions(step)) for step in range(plan.steps * (plan.turns + 1))]
 
@@ -173,7 +173,7 @@ class DecoderLoop:
             yield collate([_decoded(self.kind, self.samples[place.index], place) for place in places], 0)
 
 
-def decoder_loop(corpus: TrainCorpus, kind: Kind, plan: Plan) -> DecoderLoop:
+def decoder_loop(corpus: TrainCorpus, kind: Kind, plan: LoaderPlan) -> DecoderLoop:
     """The batches of the stream, from memory: all samples of the turns are read into it first."""
     places = _places(corpus, plan)
     indices = sorted({place.index for batch in places for place in batch})
@@ -185,13 +185,13 @@ def _decoded(kind: Kind, sample: RawSample, place: SamplePlace) -> BatchRow:
         tensors = kind.train(sample | {"__index__": place.index}, place.epoch)
     except BadSample as reason:
         raise DataError(
-            f"sample {sample['__key__']} of {sample['__url__']} cannot be decoded ({reason}): "
-            "measure on data without such"
+            sample["__url__"],
+            f"sample {sample['__key__']} cannot be decoded ({reason}); measure on data without damage",
         ) from reason
     return BatchRow(sample["__key__"], place.index, place.epoch, place.source, 1.0, tensors)
 
 
-def webdataset_pipeline(folder: Path, shards: Sequence[str], kind: Kind, plan: Plan) -> Iterable[Batch]:
+def webdataset_pipeline(folder: Path, shards: Sequence[str], kind: Kind, plan: LoaderPlan) -> Iterable[Batch]:
     """webdataset's own pipeline over the tar files of a local folder."""
     urls = [str(folder / name) for name in shards]
     samples = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(SHUFFLE_BUFFER).map(_Decode(kind)).repeat()
@@ -229,7 +229,7 @@ class MemmapLoop:
             }
 
 
-def memmap_loop(corpus: TrainCorpus, plan: Plan, files: TokenFiles) -> MemmapLoop:
+def memmap_loop(corpus: TrainCorpus, plan: LoaderPlan, files: TokenFiles) -> MemmapLoop:
     """The rows of the stream, in its order."""
     return MemmapLoop(files, _places(corpus, plan))
 

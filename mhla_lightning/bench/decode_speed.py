@@ -17,7 +17,7 @@ from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
 
 
 @dataclass
-class Place:
+class DecodePoint:
     """One model at one position.
 
     seconds: per token, of every turn. state_bytes: of the state at the end, as allocated.
@@ -58,11 +58,11 @@ def decode_at(
     tokens: int,
     turns: int,
     on_progress: Callable[[], None] = lambda: None,
-) -> list[Place]:
+) -> list[DecodePoint]:
     """Prefills to every position, then `turns` times `tokens` more tokens, one at every position in turn."""
     device = model.head_weight.device
     generator = torch.Generator().manual_seed(0)
-    places, states = [Place(operator, position) for position in positions], []
+    places, states = [DecodePoint(operator, position) for position in positions], []
     for position in positions:
         prompt = torch.randint(model.vocab_size, (batch, position), generator=generator).to(device)
         states.append(model.prefill(prompt)[1])

@@ -117,13 +117,14 @@ class Feed:
         session.task.trainer = trainer
         bare = BareLoop(task, trainer, trainer.strategy.root_device)
         self.clock.watch_optimizer(trainer.optimizers[0])
-        self.clock.watch(trainer._logger_connector, "update_train_step_metrics", LOGGING)
+        for logger in trainer.loggers:
+            self.clock.watch(logger, "log_metrics", LOGGING)
         _keep_losses(session.task, self.losses)
         self.clock.take()
         return bare
 
     def _end(self) -> None:
-        """Leaves no checkpoint: nobody goes on from here."""
+        """End the training without a checkpoint: this run is not resumed."""
         trainer: Any = self.session.trainer
         trainer.callbacks = [
             callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)
@@ -270,12 +271,13 @@ def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> 
     given = recipe.trainer
     if given.get("strategy", "auto") != "auto":
         raise UserError(
-            f"trainer.strategy is {given['strategy']}: a bare loop has one process and no sharding; "
-            "leave the strategy out"
+            "trainer.strategy",
+            f"{given['strategy']} cannot be compared: a bare loop has one process and no sharding; "
+            "leave the strategy out",
         )
     if (precision := given.get("precision", PRECISIONS[0])) not in PRECISIONS:
         raise UserError(
-            f"trainer.precision is {precision}, which the bare loop lacks; use {' or '.join(PRECISIONS)}"
+            "trainer.precision", f"the bare loop lacks {precision}; use {' or '.join(PRECISIONS)}"
         )
     ready = recipe.data.is_ready()
     data = recipe.data if ready else SyntheticData(recipe.task, recipe.data)
@@ -314,8 +316,9 @@ def equal_losses(lightning: Sequence[Tensor], bare: Sequence[Tensor], tolerance:
     for number, (a, b) in enumerate(pairs):
         if not math.isclose(a, b, rel_tol=tolerance, abs_tol=0.0):
             raise UserError(
+                None,
                 f"the loss of micro batch {number} is {a!r} under Lightning and {b!r} in the bare "
                 "loop: they do not do the same work, and their times"
-                " cannot be compared"
+                " cannot be compared",
             )
     return pairs[-1][0]

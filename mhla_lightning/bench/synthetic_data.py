@@ -71,7 +71,7 @@ class SyntheticData(ShardDataModule):
 
     def kind(self, index: ShardIndex) -> Kind:
         """There are no shards to read."""
-        raise UserError("synthetic batches are not read from shards")
+        raise UserError("data", "synthetic batches are not read from shards")
 
     def facts(self) -> dict[str, Any]:
         """What the task wants to hear."""
@@ -140,6 +140,7 @@ def _of(task: Task) -> tuple[dict[str, Any], Tensors]:
         facts = {"kind": "video_latents", "shapes": [task.sample_shape], "text": task.text_shape}
         return facts, {"latent": (task.sample_shape, None), "text": (task.text_shape, None)}
     raise UserError(
-        "the recipe's data is not there, and nothing is known of the batches of "
-        f"{type(task).__name__}: pack its data first"
+        "data.path",
+        "the recipe's data is not there, and the batches of "
+        f"{type(task).__name__} cannot be made up; pack its data first",
     )

@@ -25,16 +25,17 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mhla_lightning.cli.output import check_json, demand_at_least
 from mhla_lightning.compare.child import ChildRun, train_in_children
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
 from mhla_lightning.compare.variants import (
-    Row,
+    VariantRow,
     arguments,
     identity,
     merged,
-    parse_seeds,
     rows_from_file,
     rows_over,
+    seed_list,
 )
 from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
@@ -58,7 +59,7 @@ _WIDE = 240  # columns where no terminal limits them
 
 
 @dataclass(frozen=True)
-class Plan:
+class Comparison:
     """What to train.
 
     Args:
@@ -71,20 +72,20 @@ class Plan:
     """
 
     recipe: Recipe
-    rows: list[Row]
+    rows: list[VariantRow]
     seeds: list[int]
     common: dict[str, Any]
     folder: Path
     jobs: int
     evaluations: list[RequestedEvaluation]
 
-    def runs(self) -> list[tuple[Row, int, RunFolder]]:
+    def runs(self) -> list[tuple[VariantRow, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
 
-    def run(self, row: Row, seed: int) -> RunFolder:
+    def run(self, row: VariantRow, seed: int) -> RunFolder:
         return RunFolder(self.folder / check_run_id(row.run_id(seed)))
 
-    def values(self, row: Row) -> dict[str, Any]:
+    def values(self, row: VariantRow) -> dict[str, Any]:
         return merged(self.common, row.overrides)
 
 
@@ -152,36 +153,33 @@ def run(args: argparse.Namespace) -> int:
             return _INTERRUPTED
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
+def _plan(args: argparse.Namespace) -> Comparison:
+    check_json(args.json)
+    demand_at_least(args, jobs=1)
     recipe = load_recipe(args.recipe)
     common = parse_overrides(args.overrides)
     if bool(args.over) == (args.variants is not None):
         raise UserError(
-            "compare needs its rows in exactly one way: --over KEY=YAML-LIST (may be given several "
-            "times) or --variants FILE"
+            "over" if args.over else None,
+            "compare needs its rows in exactly one way: `over` KEY=YAML-LIST (once or several times) "
+            "or `variants` FILE",
         )
     rows = rows_over(args.over) if args.over else rows_from_file(variants_file(args.variants))
     if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
         raise UserError(
-            "seed_everything cannot be an override here: every row is trained with each of --seeds, "
-            "for example --seeds 0,1,2"
+            "seed_everything",
+            "the seed is no override here; every row is trained with each of `seeds`, for example 0,1,2",
         )
-    seeds = parse_seeds(
-        args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0))
-    )
+    seeds = seed_list(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
     name = f"compare-{identity(flat(recipe.values, filled=False), rows, seeds, common)}"
     evaluations = [requested_evaluation(text, args.runs) for text in args.eval]
     for number, wanted in enumerate(evaluations):
         if wanted.name in [other.name for other in evaluations[:number]]:
-            raise UserError(f"--eval {wanted.name} is given twice; the table has one place for its numbers")
-    return Plan(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs, evaluations)
+            raise UserError("eval", f"{wanted.name} is given twice; the table has one column for its numbers")
+    return Comparison(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs, evaluations)
 
 
-def _check_rows(plan: Plan) -> None:
+def _check_rows(plan: Comparison) -> None:
     """A typo in the last row shows before the first row has trained for hours."""
     from mhla_lightning.config.resolve import resolve
 
@@ -191,7 +189,7 @@ def _check_rows(plan: Plan) -> None:
             for wanted in plan.evaluations:
                 wanted.check(resolved.task, resolved.data)
         except UserError as error:
-            raise UserError(f"row '{row.name}': {error}") from error
+            raise UserError(error.key, f"row '{row.name}': {error.reason}") from error
 
 
 def _make(folder: Path) -> None:
@@ -199,11 +197,11 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write {folder}: {error.strerror}; choose another place with --runs or $MHLA_RUNS"
+            str(folder), f"cannot write: {error.strerror}; choose another place with `runs` or $MHLA_RUNS"
         ) from error
 
 
-def _train(plan: Plan, console: Console) -> int:
+def _train(plan: Comparison, console: Console) -> int:
     """Every run that is not finished; the exit code of the first that fails, else 0."""
     runs = plan.runs()
     names = {folder.path: (row, seed) for row, seed, folder in runs}
@@ -231,7 +229,7 @@ def _train(plan: Plan, console: Console) -> int:
     return code or int(not all(folder.finished() for _, _, folder in runs))
 
 
-def _child(plan: Plan, row: Row, seed: int, folder: RunFolder) -> ChildRun:
+def _child(plan: Comparison, row: VariantRow, seed: int, folder: RunFolder) -> ChildRun:
     words = arguments({"seed_everything": seed, **plan.values(row)})
     return ChildRun(str(plan.recipe.path), folder, words, plan.folder / f"{folder.run_id}.log")
 
@@ -248,7 +246,7 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]
         yield progress, progress.add_task("", total=total)
 
 
-def _say_failed(row: Row, seed: int, log: Path, code: int) -> None:
+def _say_failed(row: VariantRow, seed: int, log: Path, code: int) -> None:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
     print(*lines, sep="\n", file=sys.stderr)
     print(
@@ -258,7 +256,7 @@ def _say_failed(row: Row, seed: int, log: Path, code: int) -> None:
     )
 
 
-def _finished_line(row: Row, seed: int, folder: RunFolder, reused: bool) -> str:
+def _finished_line(row: VariantRow, seed: int, folder: RunFolder, reused: bool) -> str:
     summary = read_json(folder.summary)
     tag = headline(summary["last"])
     value = f"{tag} {summary['last'][tag]:.4f}, " if tag else ""
@@ -276,7 +274,7 @@ Measured = dict[int, dict[str, dict[str, float]]]
 """seed -> name of an evaluation -> numbers"""
 
 
-def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
+def _measure(plan: Comparison, console: Console) -> dict[str, Measured]:
     """What the evaluations say of every run, by the row's name; what was measured before is read."""
     measured: dict[str, Measured] = {row.name: {seed: {} for seed in plan.seeds} for row in plan.rows}
     for wanted in plan.evaluations:
@@ -285,7 +283,7 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
             try:
                 found = kept if kept is not None else wanted.measure(folder)
             except UserError as error:
-                raise UserError(f"row '{row.name}', seed {seed}: {error}") from error
+                raise UserError(error.key, f"row '{row.name}', seed {seed}: {error.reason}") from error
             shown = ", ".join(f"{number} {value:.4g}" for number, value in found.items())
             _say(
                 console,
@@ -296,7 +294,7 @@ def _measure(plan: Plan, console: Console) -> dict[str, Measured]:
     return measured
 
 
-def _report(plan: Plan, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
+def _report(plan: Comparison, console: Console, json_file: str | None, measured: dict[str, Measured]) -> int:
     from mhla_lightning.compare.curves import write_curves
 
     summaries = {

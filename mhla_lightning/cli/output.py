@@ -1,11 +1,11 @@
-"""What all subjects of `mhla bench` check and show alike."""
+"""Tables, JSON files and progress bars of the verbs, and the checks of their arguments."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -16,25 +16,31 @@ from mhla_lightning.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+OnProgress = Callable[[str, int, int], None]  # split, done, in all
+
 
 def demand_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Raises UserError for an argument below its least value."""
+    """Raise UserError for an argument below its least value."""
     for name, value in least.items():
         if getattr(args, name) < value:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {value}"
-            )
+            raise UserError(name, f"{getattr(args, name)} is too small; it must be at least {value}")
 
 
 def load() -> str:
-    """Processes that want a core now, over the last minute."""
+    """Return the processes that want a core, averaged over the last minute, as text."""
     return f"load {os.getloadavg()[0]:.1f}"
 
 
 @contextmanager
 def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of so many measurements on a terminal; what it gives is called with the name of each as it
-    begins.
+    """Show a bar of measurements on a terminal.
+
+    Args:
+        console: the terminal.
+        total: number of measurements.
+
+    Yields:
+        a function to call with the name of each measurement when it begins.
     """
     from rich.progress import Progress
 
@@ -43,8 +49,31 @@ def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str], None
         yield lambda name: progress.update(bar, description=f"measuring {name}", completed=next(done))
 
 
+@contextmanager
+def progress_bars(console: Console) -> Iterator[OnProgress]:
+    """Show a bar for each split; the block gets the function that moves them."""
+    from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
+
+    bars: dict[str, TaskID] = {}
+    progress = Progress(
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+    def advance(split: str, done: int, total: int) -> None:
+        progress.start()  # not before: it would leave an empty line above the sentence about a mistake
+        if split not in bars:
+            bars[split] = progress.add_task(split, total=total)
+        progress.update(bars[split], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bars:
+            progress.stop()
+
+
 def summary_table(title: str, summary: dict[str, float], digits: int = 2) -> Any:
-    """A rich table of ratios."""
+    """Return a table of ratios."""
     from rich.table import Table
 
     table = Table(title=title)
@@ -56,12 +85,28 @@ def summary_table(title: str, summary: dict[str, float], digits: int = 2) -> Any
 
 
 def check_json(path: str | None) -> None:
-    """Raises UserError, before anything is measured, for a --json whose folder does not exist."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json {path}: there is no folder {Path(path).absolute().parent}")
+    """Refuse, before any work, a --json file that could not be written."""
+    check_writable("json", path)
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
-    """Writes the result where --json asks for it."""
+def check_writable(key: str, file: str | None) -> None:
+    """Refuse, before any work, a file that could not be written.
+
+    Raises:
+        UserError: its folder does not exist, or it is a folder; `key` is the error's.
+    """
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise UserError(key, f"{file} has no folder {Path(file).absolute().parent} to be in")
+    if file is not None and Path(file).is_dir():
+        raise UserError(key, f"{file} is a folder; name a file")
+
+
+def write_json(path: str | None, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON.
+
+    Args:
+        path: of the file; None writes nothing.
+        result: plain values.
+    """
     if path is not None:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ _PATHS = ("data.path", "data.source", "data.init_args.path", "data.init_args.sou
 
 
 @dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One line of the table.
 
     Args:
@@ -40,7 +40,7 @@ class Row:
         return f"{self.slug}-seed{seed}"
 
 
-def rows_over(given: Sequence[str]) -> list[Row]:
+def rows_over(given: Sequence[str]) -> list[VariantRow]:
     """Rows of `--over KEY=YAML-LIST` options; several multiply, the first changes slowest.
 
     Raises:
@@ -50,7 +50,7 @@ def rows_over(given: Sequence[str]) -> list[Row]:
     for text in given:
         key, values = _axis(text)
         if key in axes:
-            raise UserError(f"--over {key} is given twice; write all its values in one list")
+            raise UserError("over", f"{key} is given twice; write all its values in one list")
         axes[key] = values
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return _rows(
@@ -63,26 +63,27 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     key, equals, values = text.removeprefix("--").partition("=")
     if not key or not equals:
         raise UserError(
-            f"--over '{text}' is not KEY=YAML-LIST; write for example --over 'model.attention=[linear, mhla]'"
+            "over", f"'{text}' is not KEY=YAML-LIST; write for example 'model.attention=[linear, mhla]'"
         )
     try:
         found = parse_yaml(values)
     except yaml.YAMLError as error:
-        raise UserError(f"the list of --over {key} is no YAML: {values}") from error
+        raise UserError("over", f"the list of {key} is no YAML: {values}") from error
     if not isinstance(found, list) or not found:
         raise UserError(
-            f"--over {key} needs a YAML list with at least one value, not {values or 'nothing'}; "
-            f"write --over '{key}=[A, B]'"
+            "over",
+            f"{key} needs a YAML list with at least one value, not {values or 'nothing'}; "
+            f"write '{key}=[A, B]'",
         )
     for index, value in enumerate(found):
         if value in found[:index] and _as_json(value) in map(
             _as_json, found[:index]
         ):  # 1 == True, as JSON they differ
-            raise UserError(f"--over {key} lists {describe(key, value)} twice")
+            raise UserError("over", f"{key} lists {describe(key, value)} twice")
     return key, found
 
 
-def rows_from_file(path: Path) -> list[Row]:
+def rows_from_file(path: Path) -> list[VariantRow]:
     """Rows of a variants file: a YAML mapping from row name to dotted overrides (empty: the recipe as it is).
 
     Raises:
@@ -91,14 +92,16 @@ def rows_from_file(path: Path) -> list[Row]:
     table = read_yaml(path)
     if not isinstance(table, dict) or not table:
         raise UserError(
-            f"{path} is no mapping from row names to dotted overrides; write for example 'small lr: "
-            f"{{model.optimizer.lr: 1e-4}}'"
+            str(path),
+            "the file is no mapping from row names to dotted overrides; write for example "
+            "'small lr: {model.optimizer.lr: 1e-4}'",
         )
     for name, overrides in table.items():
         if not isinstance(overrides, dict | None):
             raise UserError(
-                f"{path}: row '{name}' is {overrides!r}, not a mapping of dotted overrides such as "
-                f"{{model.attention: linear}}"
+                str(path),
+                f"row '{name}' is {overrides!r}, not a mapping of dotted overrides such as "
+                "{model.attention: linear}",
             )
     return _rows(
         (str(name), {str(key): value for key, value in (overrides or {}).items()})
@@ -106,12 +109,12 @@ def rows_from_file(path: Path) -> list[Row]:
     )
 
 
-def _rows(named: Iterable[tuple[str, dict[str, Any]]]) -> list[Row]:
+def _rows(named: Iterable[tuple[str, dict[str, Any]]]) -> list[VariantRow]:
     """Makes names and slugs unique by a number."""
-    rows: list[Row] = []
+    rows: list[VariantRow] = []
     for name, overrides in named:
         unique = _unused(name, [row.name for row in rows], " ({})")
-        rows.append(Row(unique, _unused(slug(unique), [row.slug for row in rows], "-{}"), overrides))
+        rows.append(VariantRow(unique, _unused(slug(unique), [row.slug for row in rows], "-{}"), overrides))
     return rows
 
 
@@ -156,7 +159,7 @@ def slug(name: str) -> str:
     return words.strip("-._") or "row"
 
 
-def parse_seeds(text: str) -> list[int]:
+def seed_list(text: str) -> list[int]:
     """`0,1,2` as numbers.
 
     Raises:
@@ -164,10 +167,10 @@ def parse_seeds(text: str) -> list[int]:
     """
     words = text.replace(" ", "").split(",")
     if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
-        raise UserError(f"--seeds '{text}' is no list of whole numbers; write for example --seeds 0,1,2")
+        raise UserError("seeds", f"'{text}' is no list of whole numbers; write for example 0,1,2")
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds '{text}' names a seed twice")
+        raise UserError("seeds", f"'{text}' names a seed twice")
     return seeds
 
 
@@ -184,7 +187,7 @@ def arguments(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def identity(
-    recipe: Mapping[str, Any], rows: Sequence[Row], seeds: Sequence[int], common: Mapping[str, Any]
+    recipe: Mapping[str, Any], rows: Sequence[VariantRow], seeds: Sequence[int], common: Mapping[str, Any]
 ) -> str:
     """Eight hex digits: the same for the same comparison, wherever its data lies."""
     data = recipe.get("data")

@@ -20,7 +20,7 @@ class GPU:
     """A kind of GPU.
 
     Attributes:
-        name: as --gpu takes it.
+        name: key of GPUS.
         memory: bytes that a process sees.
         bf16: dense peak of bf16 matrix products, FLOP/s; None where the hardware has none.
         fp32: the same of float32, without TF32, as PyTorch computes by default.
@@ -65,17 +65,21 @@ GPUS = {
 
 
 def find_gpu(name: str | None, memory: str | None = None) -> GPU | None:
-    """The GPU of --gpu, with the memory of --gpu-memory where that is given; None where neither is.
+    """Return a GPU by name, by its memory, or by both.
+
+    Args:
+        name: key of GPUS; None takes a GPU of which only the memory is known.
+        memory: as `40GiB`; None takes that of the name. None for both returns None.
 
     Raises:
         UserError: an unknown name, or a memory that is no size.
     """
     if name is not None and name not in GPUS:
-        raise UserError(f"{unknown_name('--gpu', name, GPUS)}; or give --gpu-memory, for example 40GiB")
+        raise UserError("gpu", f"{unknown_name('GPU', name, GPUS)}; or give `gpu_memory`, for example 40GiB")
     if memory is None:
         return None if name is None else GPUS[name]
     known = GPUS[name] if name is not None else GPU(memory, 0)
-    return GPU(known.name, parse_size(memory, "--gpu-memory"), known.bf16, known.fp32)
+    return GPU(known.name, parse_bytes(memory, "gpu_memory"), known.bf16, known.fp32)
 
 
 _UNITS = {
@@ -92,8 +96,12 @@ _UNITS = {
 }
 
 
-def parse_size(text: str, key: str) -> int:
-    """Bytes of `40GiB`, `80 GB` or a number. Raises UserError, which names the key."""
+def parse_bytes(text: str, key: str) -> int:
+    """Return the bytes of `40GiB`, `80 GB` or a number.
+
+    Raises:
+        UserError: another text; `key` is the error's.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     size = (
         math.nan
@@ -101,5 +109,5 @@ def parse_size(text: str, key: str) -> int:
         else float(match[1]) * _UNITS[match[2].upper()]
     )
     if not size > 0:
-        raise UserError(f"{key} is '{text}'; it is a size above 0 such as 40GiB or 80GB")
+        raise UserError(key, f"'{text}' is no size above 0; write for example 40GiB or 80GB")
     return int(size)

@@ -177,10 +177,11 @@ def make_plan(
             known.
     """
     if min(nodes, gpus_per_node) < 1:
-        raise UserError(f"a cluster of {nodes} nodes with {gpus_per_node} GPUs; both are at least 1")
+        key, count = min((("nodes", nodes), ("gpus_per_node", gpus_per_node)), key=lambda item: item[1])
+        raise UserError(key, f"{count} is too small; a cluster has at least 1")
     if not 0 < utilisation <= 1:
         raise UserError(
-            f"the utilisation is {utilisation}; it is a share of the GPU's peak, above 0 and at most 1"
+            "utilisation", f"{utilisation} is no share of the GPU's peak; it is above 0 and at most 1"
         )
     precision = find_precision(recipe.trainer.get("precision", "32-true"))
     ranks = nodes * gpus_per_node

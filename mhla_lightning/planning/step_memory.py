@@ -11,12 +11,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mhla_lightning.backbones import default_options
 from mhla_lightning.planning.memory import peak_bytes
+from mhla_lightning.planning.torch_modes import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tensors_in,
+    unset_fake_temporarily,
+)
 from mhla_lightning.strategies.config import known_precision
 from mhla_lightning.tasks import Task
 
@@ -115,16 +119,17 @@ def build(task: Task, precision: Precision) -> None:
 
 
 def _convert(task: Task, dtype: torch.dtype) -> None:
-    """What Lightning's module.to(dtype) does, which tensors without data refuse."""
+    """Change the dtype of weights and buffers as Lightning's module.to(dtype) does.
+
+    Tensors without data refuse `.to(dtype)` on a module.
+    """
     for module in task.modules():
-        held: Any
-        for held in (module._parameters, module._buffers):
-            for name, x in held.items():
-                if x is not None and x.is_floating_point() and x.dtype != dtype:
-                    changed = x.detach().to(dtype)
-                    held[name] = (
-                        nn.Parameter(changed, x.requires_grad) if held is module._parameters else changed
-                    )
+        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, x in held:
+            if x.is_floating_point() and x.dtype != dtype:
+                changed = x.detach().to(dtype)
+                is_weight = isinstance(x, nn.Parameter)
+                setattr(module, name, nn.Parameter(changed, x.requires_grad) if is_weight else changed)
 
 
 def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:
@@ -170,7 +175,7 @@ class _Known(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(tensors_in((args, kwargs or {})))
         known = (tensors or func in _VALUES) and not any(isinstance(x, FakeTensor) for x in tensors)
         if known and _elements(tensors) <= _LARGEST:
             with unset_fake_temporarily():

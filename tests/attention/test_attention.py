@@ -29,8 +29,8 @@ from mhla_lightning.attention.context import ContextKeywords
 from mhla_lightning.attention.layers.self_attention import POS_CONVS
 from mhla_lightning.attention.mhla import fused
 from mhla_lightning.errors import UserError
-from tests.helpers.marks import every_nth
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 
 HEADS, DIM_K, DIM_V = 3, 4, 5
 GRIDS = [(1,), (5,), (22,), (4, 4), (7, 10), (3, 5, 4)]

@@ -15,9 +15,8 @@ from mhla_lightning import backbones
 from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import IMAGE_DIFFUSION
 from mhla_lightning.backbones.layers import time_sinusoid
-from mhla_lightning.errors import UserError
-from tests.helpers.marks import every_nth
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 
 TINY: dict[str, Any] = {"input_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 RELEASE = {"name": "mhla", "preset": "release"}

@@ -18,8 +18,8 @@ from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import VIDEO_DIFFUSION
 from mhla_lightning.backbones.layers import GridRotation, time_sinusoid
 from mhla_lightning.weights.wan_names import to_diffusers, to_wan
-from tests.helpers.marks import every_nth
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 from tests.helpers.video_models import ENTRIES, FULL, HYBRID, awake, build, inputs
 
 

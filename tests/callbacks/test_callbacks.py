@@ -23,7 +23,6 @@ from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, rng_state
 from mhla_lightning.data import ImageDataModule
 from mhla_lightning.data.modules.options import ReadingConfig
-from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, newest_checkpoint
 from mhla_lightning.runs.logger import keep_until
 from mhla_lightning.tasks import ClassificationTask, OptimizerConfig

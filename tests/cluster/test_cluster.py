@@ -20,8 +20,8 @@ from mhla_lightning.cluster.queue import parse_sacct, parse_squeue
 from mhla_lightning.runs.folder import RunFolder, find_run, find_runs
 from mhla_lightning.runs.lock import check_held, hold
 from tests.helpers.cluster_stubs import Stub, calls
-from tests.helpers.images import TINY_RECIPE
 from tests.helpers.errors import refused
+from tests.helpers.images import TINY_RECIPE
 
 LEAST: dict[str, Any] = {"gpus_per_node": 0, "cpus_per_task": 1, "time": "10"}
 

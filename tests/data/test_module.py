@@ -18,8 +18,6 @@ from mhla_lightning.data import Augmentation, ImageDataModule
 from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.loader import Loading, ignore_signals
 from mhla_lightning.data.prepare.pack import PackOptions, pack
-from mhla_lightning.errors import DataError, UserError
-from mhla_lightning.data.prepare.pack import pack
 from mhla_lightning.errors import DataError
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused

@@ -25,8 +25,8 @@ from mhla_lightning.evaluation.images import read_reference, read_shards, valida
 from mhla_lightning.evaluation.networks import Inception, OwnFeatures, find_classifier, open_network
 from mhla_lightning.inference.diffusion.images import Drawing, find_image_run, load_task, sample_images
 from tests.helpers.diffusion_models import train, write_recipe
-from tests.helpers.images import TINY_RECIPE
 from tests.helpers.errors import refused
+from tests.helpers.images import TINY_RECIPE
 
 CLASSIFIER = """
 model.num_classes: 4

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from mhla_lightning.cli.main import main
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.inference.text import Sampling, generate
-from tests.helpers.lm_tasks import local_tasks
 from tests.helpers.errors import refused
+from tests.helpers.lm_tasks import local_tasks
 
 WORDS = [
     "the",

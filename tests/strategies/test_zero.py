@@ -15,9 +15,6 @@ from safetensors.torch import load_file
 from mhla_lightning.runs.folder import complete_checkpoints
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
 from tests.helpers.images import TINY_RECIPE
-from mhla_lightning.checkpoints.source import CheckpointSource, open_source
-from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
-from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
 from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import CURVES, STRATEGIES, ZERO3, Runs, assert_close_curves, curves, end_of
 

@@ -17,9 +17,8 @@ from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.strategies.zero.nvme import disk
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, remove_swapped, swap_folder
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
-from tests.helpers.images import TINY_RECIPE
-from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
 from tests.helpers.errors import refused
+from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import STRATEGIES, Runs, assert_close_curves, curves, end_of, nvme
 

@@ -19,8 +19,8 @@ from mhla_lightning.cli.main import main
 from mhla_lightning.runs.folder import complete_checkpoints, newest_checkpoint, read_metrics
 from mhla_lightning.tasks import ImageDiffusionLossConfig, ImageDiffusionTask
 from tests.helpers.diffusion_models import MHLA, OPTIONS, make_batch, make_task, train, write_recipe
-from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.errors import refused
+from tests.helpers.killed_runs import exact_metrics, fit, fit_killed
 from tests.helpers.ranks import Nursery
 
 FACTS: dict[str, Any] = {"kind": "images", "classes": 4, "image_size": (8, 8)}

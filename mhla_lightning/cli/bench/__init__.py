@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     subject = SUBJECTS[args.subject]
     if args.overrides and not getattr(subject, "TAKES_OVERRIDES", False):
-        raise UserError(f"bench {args.subject}: unrecognized arguments: {' '.join(args.overrides)}")
+        raise UserError(None, f"bench {args.subject}: unrecognized arguments: {' '.join(args.overrides)}")
     return subject.run(args)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here; use cpu")
+        raise UserError("device", "there is no CUDA device here; use cpu")
     device = torch.device(
         "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
     )
@@ -121,8 +121,9 @@ def _take_grid(args: argparse.Namespace) -> None:
 
     if args.causal or args.slope_to is not None:
         raise UserError(
-            "--grid is one size without an order of tokens; it does not go with "
-            f"{'--causal' if args.causal else '--slope-to'}"
+            "grid",
+            "a grid is one size without an order of tokens; it does not go with "
+            f"`{'causal' if args.causal else 'slope_to'}`",
         )
     BlockGrid(args.grid, block_size=1)  # refuses what is no grid
     args.tokens, args.slope_to = [math.prod(args.grid)], 0
@@ -173,7 +174,7 @@ def _entries(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _blocks(args: argparse.Namespace) -> int | list[int]:
-    """One number for all axes stands for itself."""
+    """Return the blocks as an option: one number where all axes have as many."""
     blocks = args.blocks or [128]
     return blocks[0] if len(blocks) == 1 else blocks
 

@@ -12,7 +12,7 @@ from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summ
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.bench.backbone_speed import Family, Size
+    from mhla_lightning.bench.backbone_speed import BackboneFamily, Size
     from mhla_lightning.bench.timing import Case
 
 Entry = dict[str, Any] | list[dict[str, Any]]
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _what(args: argparse.Namespace, family: Family) -> str:
+def _what(args: argparse.Namespace, family: BackboneFamily) -> str:
     """What is measured, in a line."""
     layers = "" if args.layers is None else f" with {args.layers} layers"
     steps = "forward and backward" + (" with recomputation of every block" if args.checkpointing else "")
@@ -151,12 +151,12 @@ def _precision(args: argparse.Namespace) -> str:
     return "bf16 autocast" if args.bf16 else "float32"
 
 
-def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
+def _sizes(args: argparse.Namespace, family: BackboneFamily) -> list[Size]:
     """What is measured, in growing order."""
     given = {"res": args.res, "video": args.video}
     other = "res" if family.key == "video" else "video"
     if given[other] is not None:
-        raise UserError(f"--{other} does not go with {args.backbone}, which takes --{family.key}")
+        raise UserError(other, f"it does not go with {args.backbone}, which takes `{family.key}`")
     asked = given[family.key]
     sizes = (
         list(family.sizes)
@@ -169,16 +169,16 @@ def _sizes(args: argparse.Namespace, family: Family) -> list[Size]:
 def _clip(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"--video {text}: a clip is FRAMESxHEIGHTxWIDTH in pixels, such as 29x256x256")
+        raise UserError("video", f"'{text}' is no clip: FRAMESxHEIGHTxWIDTH in pixels, such as 29x256x256")
     frames, height, width = map(int, parts)
     return frames, height, width
 
 
-def _pos_conv(args: argparse.Namespace, family: Family) -> str | None:
+def _pos_conv(args: argparse.Namespace, family: BackboneFamily) -> str | None:
     return family.pos_conv if args.pos_conv is None else args.pos_conv
 
 
-def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
+def _entries(args: argparse.Namespace, family: BackboneFamily) -> dict[str, Entry]:
     """Label -> entry, with what all entries share; an operator that stands there twice is told apart by
     its options.
     """
@@ -188,7 +188,7 @@ def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
     try:
         given = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--attention {text}: this is no YAML ({str(error).splitlines()[0]})") from error
+        raise UserError("attention", f"'{text}' is no YAML ({str(error).splitlines()[0]})") from error
     pos_conv = _pos_conv(args, family)
     shared = {"gate": args.gate} if pos_conv is None else {"pos_conv": pos_conv, "gate": args.gate}
     entries: dict[str, Entry] = {}
@@ -196,11 +196,11 @@ def _entries(args: argparse.Namespace, family: Family) -> dict[str, Entry]:
         parts = [_mapping(part) for part in (entry if isinstance(entry, list) else [entry])]
         label = _label(parts, isinstance(entry, list), entries)
         if label in entries:
-            raise UserError(f"--attention has {label} twice")
+            raise UserError("attention", f"{label} is given twice")
         full = [{**shared, **part} for part in parts]
         entries[label] = full if isinstance(entry, list) else full[0]
     if not entries:
-        raise UserError("--attention is an empty list; give at least one entry")
+        raise UserError("attention", "the list is empty; give at least one entry")
     return entries
 
 
@@ -208,17 +208,16 @@ def _mapping(entry: Any) -> dict[str, Any]:
     mapping = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
         raise UserError(
-            f"--attention takes a list of names or mappings with a name, such as '[softmax, {{name: "
-            f"mhla, gate: true}}]', got {entry}"
+            "attention",
+            f"{entry} is neither a name nor a mapping with a name; write for example "
+            "'[softmax, {name: mhla, gate: true}]'",
         )
     return dict(mapping)
 
 
 def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -> str:
     if not parts:
-        raise UserError(
-            "--attention has an empty list among its entries; a hybrid names at least one operator"
-        )
+        raise UserError("attention", "an entry is an empty list; a hybrid names at least one operator")
     name = "hybrid" if hybrid else parts[0]["name"]
     if name not in taken:
         return name
@@ -230,7 +229,7 @@ def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -
 
 
 def _plan(
-    args: argparse.Namespace, family: Family, sizes: list[Size], entries: dict[str, Entry]
+    args: argparse.Namespace, family: BackboneFamily, sizes: list[Size], entries: dict[str, Entry]
 ) -> dict[Size, dict[str, Entry]]:
     """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without
     weights, so that mistakes come first.
@@ -269,7 +268,7 @@ def _options(args: argparse.Namespace, size: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(
     args: argparse.Namespace,
-    family: Family,
+    family: BackboneFamily,
     size: Size,
     entries: dict[str, Entry],
     device: Any,
@@ -291,7 +290,9 @@ def _measure(
     return group, sorted(rates)[len(rates) // 2]
 
 
-def _row(args: argparse.Namespace, family: Family, size: Size, case: Case, entry: Entry) -> dict[str, Any]:
+def _row(
+    args: argparse.Namespace, family: BackboneFamily, size: Size, case: Case, entry: Entry
+) -> dict[str, Any]:
     from mhla_lightning.bench.backbone_speed import layers_of
     from mhla_lightning.bench.timing import SLOW
 
@@ -308,7 +309,7 @@ def _name(size: Size) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
-def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
+def _ratios(family: BackboneFamily, size: Size, group: list[Case]) -> dict[str, float]:
     from mhla_lightning.bench.timing import ratio
 
     at = {case.operator: case for case in group}
@@ -323,7 +324,7 @@ def _ratios(family: Family, size: Size, group: list[Case]) -> dict[str, float]:
     }
 
 
-def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
+def _table(family: BackboneFamily, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     times = ("forward", "step") if family.by_layer else (f"{family.unit}/s", "ms")
@@ -346,7 +347,7 @@ def _table(family: Family, rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _numbers(family: Family, row: dict[str, Any]) -> Iterator[str]:
+def _numbers(family: BackboneFamily, row: dict[str, Any]) -> Iterator[str]:
     if family.by_layer:
         yield from (f"{row[f'{kind}_seconds_per_layer'] * 1e3:,.1f}" for kind in ("forward", "step"))
     else:

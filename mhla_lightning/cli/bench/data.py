@@ -15,7 +15,7 @@ from mhla_lightning.cli.output import demand_at_least, load, summary_table, writ
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.bench.data_speed import DataCase, Plan
+    from mhla_lightning.bench.data_speed import DataCase, LoaderPlan
     from mhla_lightning.data.modules.base import ShardDataModule
 
 HELP = "the training stream beside the bare decoder, webdataset and numpy's memmap"
@@ -119,7 +119,7 @@ def _groups(args: argparse.Namespace, folder: Path) -> Iterator[list[DataCase]]:
     ]
 
 
-def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: Plan) -> list[DataCase]:
+def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: LoaderPlan) -> list[DataCase]:
     from mhla_lightning.bench.data_speed import decoder_loop, make_case, own_stream, webdataset_pipeline
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.options import OrderConfig
@@ -132,8 +132,9 @@ def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: P
     kind.check(index, str(path))
     if len(index.shards) < plan.workers:
         raise UserError(
-            f"--workers is {plan.workers}, but {path} has {len(index.shards)} training shards: "
-            "webdataset needs one for every worker"
+            "workers",
+            f"{plan.workers} are too many: {path} has {len(index.shards)} training shards, and "
+            "webdataset needs one for every worker",
         )
     return [
         make_case(subject, "stream", plan, own_stream(module.corpus, kind, plan)),
@@ -147,18 +148,18 @@ def _image_cases(path: Path, subject: str, augmentation: Any, size: int, plan: P
     ]
 
 
-def _plan(args: argparse.Namespace, name: str) -> Plan:
-    from mhla_lightning.bench.data_speed import WARM_UP, Plan
+def _plan(args: argparse.Namespace, name: str) -> LoaderPlan:
+    from mhla_lightning.bench.data_speed import WARM_UP, LoaderPlan
 
     workers = max(1, args.workers)
     demand_at_least(args, **{name: 2 * WARM_UP * args.batch * workers})
-    return Plan(args.batch, getattr(args, name) // (args.batch * workers), args.workers, args.turns)
+    return LoaderPlan(args.batch, getattr(args, name) // (args.batch * workers), args.workers, args.turns)
 
 
 def _image_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--path {path} is no folder of this machine")
+        raise UserError("path", f"{path} is no folder of this machine")
     return folder
 
 

@@ -11,7 +11,7 @@ from mhla_lightning.cli.output import demand_at_least, load, summary_table, writ
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhla_lightning.bench.decode_speed import Place
+    from mhla_lightning.bench.decode_speed import DecodePoint
 
 HELP = "time and state of one more token, by position"
 
@@ -57,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
     demand_at_least(args, tokens=1, max_chunks=1, layers=1, embed_dim=64, batch=1, turns=5)
     if len(set(args.positions)) < 2 or min(args.positions) < 1:
         raise UserError(
-            f"--positions {' '.join(map(str, args.positions))}: at least two different positions "
-            "from 1 on are compared"
+            "positions",
+            f"{' '.join(map(str, args.positions))} cannot be compared; give at least two different "
+            "positions from 1 on",
         )
     import torch
     from rich.console import Console
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device here; use cpu")
+        raise UserError("device", "there is no CUDA device here; use cpu")
     device = torch.device(
         "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
     )
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(args: argparse.Namespace, device: Any) -> list[Place]:
+def _measure(args: argparse.Namespace, device: Any) -> list[DecodePoint]:
     from rich.progress import Progress
 
     from mhla_lightning.bench.decode_speed import build_model, decode_at
@@ -112,7 +113,7 @@ def _measure(args: argparse.Namespace, device: Any) -> list[Place]:
     return places
 
 
-def _summary(places: list[Place], near: int, far: int) -> dict[str, float]:
+def _summary(places: list[DecodePoint], near: int, far: int) -> dict[str, float]:
     from mhla_lightning.bench.timing import ratio
 
     at = {(place.operator, place.position): place for place in places}

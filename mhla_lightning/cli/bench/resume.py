@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     demand_at_least(args, shards=1, samples=1, workers=0, turns=1)
     if not 0 <= args.at < 1:
-        raise UserError(f"--at is {args.at}; it must be from 0 to below 1")
+        raise UserError("at", f"{args.at} is no share of an epoch; it is from 0 to below 1")
     from rich.console import Console
     from rich.filesize import decimal
     from rich.progress import Progress

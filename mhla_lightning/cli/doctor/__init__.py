@@ -1,18 +1,18 @@
-"""Checks this machine: versions, devices, commands, write access, processes. Exit code 0 when nothing
-failed, 1 otherwise.
+"""Check this machine: versions, devices, commands, write access, processes.
+
+Exit code 0 when nothing failed, 1 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from mhla_lightning.cli.doctor import devices, installation, processes
 from mhla_lightning.cli.doctor.finding import Finding, Status
+from mhla_lightning.cli.output import check_json, write_json
 
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": installation.python,
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
+    check_json(args.json)
     findings = _run_checks()
     _print_table(findings)
     if args.json is not None:
@@ -44,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
             {"check": name, "status": finding.status, "detail": finding.detail}
             for name, finding in findings.items()
         ]
-        Path(args.json).write_text(
-            json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(args.json, {"rows": rows})
     return int(any(finding.status == "fail" for finding in findings.values()))
 
 
