@@ -21,9 +21,7 @@ class UserError(Exception):
         reason: the value that was found and the values that are allowed, in plain words, without the key.
     """
 
-    def __init__(self, key: str | None, reason: str | None = None) -> None:
-        if reason is None:  # TODO(house): until every call names its key
-            key, reason = None, str(key)
+    def __init__(self, key: str | None, reason: str) -> None:
         super().__init__(key, reason)
         self.key, self.reason = key, reason
 

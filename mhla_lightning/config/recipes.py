@@ -18,7 +18,7 @@ _VARIANTS = "variants"
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """A safe loader that reads 1e-4 as a number and refuses a key that is given twice.
 
     YAML 1.1 takes 1e-4 for text, and PyYAML keeps the last of two equal keys silently.
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+_YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
         r"^(?:[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)|[-+]?\d+\.\d*([eE][-+]?\d+)?"
@@ -61,7 +61,7 @@ class Recipe:
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML without tags that run code; 1e-4 is a number."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:

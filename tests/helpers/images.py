@@ -28,8 +28,8 @@ def write_images(root: Path) -> Path:
 
 TINY_RECIPE = """
 seed_everything: 0
-trainer: {accelerator: cpu, devices: 1, max_steps: 12, val_check_interval: 4, log_every_n_steps: 1, callbacks: [
-  {class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
+trainer: {accelerator: cpu, devices: 1, max_steps: 12, val_check_interval: 4, log_every_n_steps: 1,
+  callbacks: [{class_path: mhla_lightning.callbacks.EMA, init_args: {decay: 0.9}}]}
 model:
   class_path: mhla_lightning.tasks.ClassificationTask
   init_args:
@@ -41,6 +41,7 @@ model:
     schedule: {warmup_steps: 2}
 data:
   class_path: mhla_lightning.data.ImageDataModule
-  init_args: {path: PATH, image_size: 8, batch_size: 16, num_workers: 0, augmentation: {scale: [0.6, 1.0], auto_augment: null, crop_pct: 1.0}}
+  init_args: {path: PATH, image_size: 8, batch_size: 16, num_workers: 0,
+    augmentation: {scale: [0.6, 1.0], auto_augment: null, crop_pct: 1.0}}
 checkpoint: {every_n_steps: 4, keep_last: 2}
 """

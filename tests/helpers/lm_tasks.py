@@ -15,7 +15,9 @@ test_split: test
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
 doc_to_choice: "{{choices}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: acc_norm, aggregation: mean, higher_is_better: true}]
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
 
 

@@ -1,4 +1,4 @@
-"""Runs that were begun before the package got its present layout and recipe keys are resumed by the same command."""
+"""Runs of an earlier layout of the package and its recipe keys resume by the same command."""
 
 from __future__ import annotations
 
