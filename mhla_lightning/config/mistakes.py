@@ -51,7 +51,19 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
     own = user_error(refusal)
     if own is not None:
         return placed(own, key)
+    if isinstance(value, Mapping) and "class_path" in value:
+        cause = _cause(refusal)
+        if isinstance(cause, TypeError):  # raised by the class itself
+            return UserError(key, f"{value['class_path']} cannot be built: {' '.join(str(cause).split())}")
+        return UserError(key, f"{value['class_path']} does not fit; it must be {_described(hint)}")
     return UserError(key, f"{value!r} does not fit; it must be {_described(hint)}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a chain."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
 
 
 def user_error(error: BaseException) -> UserError | None:
