@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mhla_lightning.config.moved_keys import moved
 from mhla_lightning.config.recipes import read_yaml
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.errors import UserError
@@ -39,7 +40,7 @@ def rebuild(
     Raises:
         UserError: the task has another class, or the data module is not ours.
     """
-    values = read_yaml(folder.recipe)
+    values = moved(read_yaml(folder.recipe))  # an earlier version may have written it
     model, data = values["model"], data or values["data"]
     task = _class(str(model["class_path"]))
     if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
