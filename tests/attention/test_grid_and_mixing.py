@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mhla_lightning.attention import BlockGrid, MixingMatrix, initial_mixing
+from mhla_lightning.attention import BlockGrid, MixingInit, MixingMatrix, initial_mixing
 from tests.helpers.errors import refused
 
 GRIDS = [
@@ -73,7 +73,8 @@ def test_a_count_that_does_not_fit_names_the_nearest(tokens: int, blocks: int, n
 
 def test_causal_initialisations_are_what_the_design_says() -> None:
     local, decaying = (
-        MixingMatrix(4, init, causal=True, exp_sigma=0.5).matrix() for init in ("causal_local", "causal_exp")
+        MixingMatrix(4, init, causal=True, init_options=MixingInit(exp_sigma=0.5)).matrix()
+        for init in ("causal_local", "causal_exp")
     )
     rows = [
         [1.0],

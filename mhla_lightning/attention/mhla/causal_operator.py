@@ -182,7 +182,7 @@ class CausalMHLA(base.CausalAttention):
             q_far, k_far = _turned(q_norm, k_norm, context.rotary)
             features = CausalFeatures(
                 *(x.transpose(1, 2) for x in (q_far, k_far, v, q_norm, k_norm)),
-                log_decay=self._log_decay(q, context.log_decay),
+                self._log_decay(q, context.log_decay),
             )
             if keep:
                 out, state = prefill_in_chunks(features, self._mixing(q), self.rule, packing)
@@ -211,7 +211,7 @@ class CausalMHLA(base.CausalAttention):
                 log_decay = log_decay.expand(len(q), -1) if log_decay.dim() == 1 else log_decay[..., 0]
             memory = state.far if isinstance(state, WindowedState) else state
             assert isinstance(memory, MHLAState)
-            token = CausalFeatures(*(x[:, 0] for x in (q_far, k_far, v, q_norm, k_norm)), log_decay=log_decay)
+            token = CausalFeatures(*(x[:, 0] for x in (q_far, k_far, v, q_norm, k_norm)), log_decay)
             out = step_state(memory, token, self._mixing(q))
             if isinstance(state, WindowedState):
                 assert self.near_scale is not None
