@@ -71,12 +71,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def _module(path: Path, **options: object) -> LatentDataModule:
-    return LatentDataModule(
-        **(
-            {"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0, "lanes": 4, "window": 4}
-            | options
-        )
-    )  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"vae": ASKED, "path": str(path), "batch_size": 8, "num_workers": 0}
+    return LatentDataModule(**chosen | {"lanes": 4, "window": 4} | options)
 
 
 def _batches(module: LatentDataModule, count: int) -> list[Batch]:
