@@ -45,9 +45,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, vae: str = "kl", **others: object) -> LatentOptions:
-    return LatentOptions(
-        **({"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"} | others)
-    )  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"vae": str(root / vae), "size": SIZE, "batch_size": 4, "device": "cpu"}
+    return LatentOptions(**chosen | others)
 
 
 def samples(split: Path) -> list[RawSample]:
@@ -132,9 +131,8 @@ def adm_center_crop(pil_image: Image.Image, image_size: int) -> np.ndarray:
     while min(*pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.Resampling.BOX)  # type: ignore[arg-type]
     scale = image_size / min(*pil_image.size)
-    pil_image = pil_image.resize(
-        tuple(round(x * scale) for x in pil_image.size), resample=Image.Resampling.BICUBIC
-    )  # type: ignore[arg-type]
+    width, height = (round(x * scale) for x in pil_image.size)
+    pil_image = pil_image.resize((width, height), resample=Image.Resampling.BICUBIC)
     arr = np.array(pil_image)
     crop_y = (arr.shape[0] - image_size) // 2
     crop_x = (arr.shape[1] - image_size) // 2

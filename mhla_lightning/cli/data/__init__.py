@@ -1,4 +1,4 @@
-"""Make shards of images, latents, video clips or text, check them, index them and look at them."""
+"""Make shards of images, latents, video clips or text; check, index and show them."""
 
 from __future__ import annotations
 

@@ -100,7 +100,12 @@ def workers(args: argparse.Namespace) -> int:
 
 
 def check_writable(key: str, file: str | None) -> None:
-    """Raise UserError, before any work, for a file that could not be written; `key` is its argument."""
+    """Raise UserError for a file that could not be written.
+
+    Args:
+        key: name of the argument.
+        file: its value; None passes.
+    """
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise UserError(key, f"there is no folder {Path(file).absolute().parent}")
     if file is not None and Path(file).is_dir():

@@ -1,4 +1,4 @@
-"""Check shards for all that can be wrong: files, tar structure, offsets, keys and every sample.
+"""Check shards: files, tar structure, offsets, keys and every sample.
 
 The exit code is 2 when there is a problem.
 """

@@ -1,6 +1,6 @@
 """Jobs in several processes, whose results come as they are ready.
 
-`concurrent.futures` runs them. A thread in each worker adds two promises that it does not make: the workers
+`concurrent.futures` runs them. A thread in each worker adds two promises that it does not make. The workers
 end at once when the caller stops early, and when the calling process is killed.
 """
 
