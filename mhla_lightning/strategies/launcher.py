@@ -8,7 +8,7 @@ torch's elastic agent (torch.distributed.launcher) does not replace this file ei
 - It is one more process that imports torch. Rank 0 becomes its child, so the process that a user starts has
   neither the progress bar nor the lock of the run folder.
 - After a SIGTERM it kills ranks that have not ended in 30 s, even in the middle of a checkpoint.
-- Its TORCHELASTIC variables make Lightning and DeepSpeed believe in a cluster.
+- Its TORCHELASTIC variables make Lightning choose the environment of a cluster.
 """
 
 from __future__ import annotations
