@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.report import PACKAGE, ROOT, module_of, package_files, private_uses, tree_of
+from tests.house.layers import module_of
+from tests.house.names import private_uses
+from tests.house.source import PACKAGE, ROOT, package_files, tree_of
 
 
 def listed() -> set[str]:
