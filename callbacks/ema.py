@@ -161,7 +161,10 @@ class EMA(AfterStep):
 
 
 def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:
-    """Return the backbone. Averages have its names, so that their file loads into a bare backbone."""
+    """Return the backbone, whose names averages have.
+
+    So their file loads into a bare backbone.
+    """
     backbone = pl_module.backbone
     assert isinstance(backbone, torch.nn.Module), "configure_model has not run"
     return backbone

@@ -18,7 +18,7 @@ from mhla_lightning.strategies.sharding import sharding_of
 def first_layer(
     trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Sequence[tuple[Any, int]]
 ) -> str:
-    """Run batches again, forward and backward, and return a clause that names the first such layer.
+    """Run batches again, forward and backward, and return a clause that names the layer.
 
     Every rank calls it with the same number of batches. A failure of one rank is returned, not raised.
     Gradients stay in the parameters. Dropout draws new masks, so the search may find nothing.

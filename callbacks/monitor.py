@@ -1,4 +1,4 @@
-"""Curves and pictures of every run in TensorBoard: loss, speed, learning rate, mixing matrices."""
+"""Curves and images of every run in TensorBoard: loss, speed, mixing matrices."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def _consumed(trainer: pl.Trainer) -> dict[str, float]:
 
 
 class MixingHeatmaps(pl.Callback):
-    """Draws every layer's mixing matrix (row = query block) after each validation, as the image `mixing`."""
+    """Draws every layer's mixing matrix after each validation, as the image `mixing`.
+
+    Rows are query blocks.
+    """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         modules = {

@@ -143,8 +143,8 @@ def leave_signals_alone(trainer: pl.Trainer) -> None:
     """Keep Lightning from installing signal handlers.
 
     Its SIGTERM handler does a broadcast wherever the signal arrives (Lightning 2.6). An environment with
-    `auto_requeue=False` (training.session) switches off the SIGUSR1 handler only. Handlers installed again in
-    on_train_start would come too late: `_signal_connector` installs its own before the data loaders start,
-    which takes seconds to minutes, and a SIGTERM of one rank would hang all of them in that time.
+    `auto_requeue=False` (training.session) switches off the SIGUSR1 handler only. Our handlers, installed
+    again in on_train_start, would come too late. Lightning's `_signal_connector` installs its own before the
+    data loaders start, which takes seconds to minutes. A SIGTERM to one rank would hang all ranks then.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

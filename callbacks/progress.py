@@ -120,5 +120,8 @@ class StepBar(RichProgressBar):
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, else None: JSON has no NaN, and a step that was left out may have it."""
+    """Return a finite number, else None.
+
+    A step that was left out may have NaN, which JSON does not know.
+    """
     return None if value is None or not math.isfinite(value) else float(value)

@@ -28,8 +28,8 @@ class SampleClips(DrawSamples):
     """Draws clips from the same noise several times while a video diffusion model trains.
 
     They are two images in TensorBoard. `samples/sheet` is a contact sheet: a row per clip, with its frames
-    over time. `samples/clips` is an animated GIF of all clips side by side, in the order of the rows; torch's
-    add_video writes such an image too, but needs moviepy. The frames are about 160 pixels wide.
+    over time. `samples/clips` is an animated GIF of all clips side by side, in the order of the rows. The
+    add_video of torch writes such an image too, but needs moviepy. The frames are about 160 pixels wide.
 
     The averaged weights are used where the run has callbacks.EMA. One clip is drawn at a time. Training is
     not changed by it.

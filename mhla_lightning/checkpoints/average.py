@@ -1,4 +1,4 @@
-"""The averaged weights of a checkpoint folder (callbacks.EMA): one file, or one file per rank."""
+"""The averaged weights of a checkpoint folder: one file, or one file per rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that this rank writes, at once or in a thread beside the training."""
+"""The files of a checkpoint that this rank writes, at once or in a thread."""
 
 from __future__ import annotations
 

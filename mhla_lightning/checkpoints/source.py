@@ -1,4 +1,7 @@
-"""A checkpoint folder's weights and optimizer state by name, whole or in stretches, of any strategy."""
+"""Weights and optimizer state of a checkpoint by name, whole or in stretches.
+
+All strategies write checkpoints that are read here.
+"""
 
 from __future__ import annotations
 

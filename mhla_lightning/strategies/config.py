@@ -134,7 +134,10 @@ def _refuse(name: str) -> None:
 
 
 def _check_class(path: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a class by its path; sharding_of judges those of other packages once they are built."""
+    """Refuse a class by its path.
+
+    sharding_of judges classes of other packages once they are built.
+    """
     name, package = _class_name(path), path.split(".")[0]
     if name in _SPLIT_CLASSES or (package in _LIGHTNING and name not in _WHOLE_CLASSES):
         raise UserError(_STRATEGY, allowed_instead(path))

@@ -1,12 +1,14 @@
 """How rank 0 starts the other ranks of its machine, and watches them.
 
-Lightning's launcher starts the ranks where nothing else does. It kills all ranks within 5 s after one has
-failed, this process too, and prints no reason; when this process is killed the others stay.
+Lightning's launcher would start the ranks, too. But it kills all of them, this process included, within 5 s
+after one has failed, and prints no reason. When this process is killed, the others stay.
 
-torch's elastic agent (torch.distributed.launcher) does not replace this file either (torch 2.14). It is one
-more process that imports torch, and rank 0 becomes a child of it without the terminal and the lock of the run
-folder. It answers SIGTERM with SIGKILL to the ranks after 30 s, in the middle of a checkpoint, and passes no
-SIGUSR1 on.
+torch's elastic agent (torch.distributed.launcher) does not replace this file either (torch 2.14):
+
+- It is one more process that imports torch. Rank 0 becomes its child, so the process that a user starts has
+  neither the progress bar nor the lock of the run folder.
+- After a SIGTERM it kills ranks that have not ended in 30 s, even in the middle of a checkpoint.
+- Its TORCHELASTIC variables make Lightning choose the environment of a cluster.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def _same_command() -> list[str]:
 
 
 def watch_of(trainer: pl.Trainer) -> Watch | None:
-    """Return the watch over the ranks that this process has started; None where it has started none."""
+    """Return the watch over the ranks that this process has started; None without any."""
     strategy = trainer.strategy
     environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
     return environment.watch if isinstance(environment, RankEnvironment) else None

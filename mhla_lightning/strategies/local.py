@@ -132,7 +132,7 @@ class WholeWeights(LocalWeights):
 
 
 def floating_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the floating tensors of a module's state by name: the parameters themselves, no copies."""
+    """Return the floating tensors of a module's state by name, without copying them."""
     return {
         name: tensor
         for name, tensor in module.state_dict(keep_vars=True).items()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of weights and optimizer: how it is collected, and how it is restored."""
+"""Collection and restoring of weights and optimizer state for checkpoints."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_steps_are_left_out_on_one_device(place: Path, capsys: pytest.CaptureFix
     check_left_out(run, 1)
     assert "step 4 is left out: the loss of step 4 is not finite" in out
     assert "step 6 is left out: the loss of step 6 is finite, but a gradient is not finite" in out
-    assert "times the median before it (health.spike_factor is 5.0)" in out
+    assert "times the median before it" in out
     assert {path.name for path in (run / "not_finite").iterdir()} == {
         "step-00000004-rank-0.json",
         "step-00000006-rank-0.json",

@@ -18,16 +18,6 @@ SYMBOLS: dict[str, tuple[str, str, str]] = {
         r"^\s+self\._signal_connector = _SignalConnector\(self\)",
         "callbacks/preemption.py: its SIGTERM handler broadcasts",
     ),
-    "_logger_connector": (
-        "lightning/pytorch/trainer/trainer.py",
-        r"^\s+self\._logger_connector = ",
-        "bench/step_speed.py",
-    ),
-    "_ProcessedTracker": (
-        "lightning/pytorch/loops/progress.py",
-        r"^class _ProcessedTracker",
-        "data/modules/base.py: the position of a resumed epoch",
-    ),
     "_format_config": (
         "lightning/pytorch/strategies/deepspeed.py",
         r"^    def _format_config\(self\)",

@@ -1,4 +1,4 @@
-"""The private names of fsspec, s3fs and lm_eval in use: an upgrade that moves one fails here."""
+"""The private names of fsspec and lm_eval in use: an upgrade that moves one fails here."""
 
 from __future__ import annotations
 
@@ -17,16 +17,6 @@ SYMBOLS: dict[str, tuple[str, str, str]] = {
         "fsspec/asyn.py",
         r"async def _cat_file\(",
         "data/stores/objects.py",
-    ),
-    "_s3": (
-        "s3fs/core.py",
-        r"self\._s3 = ",
-        "data/stores/objects.py: its session must be closed",
-    ),
-    "_session": (
-        "fsspec/implementations/http.py",
-        r"self\._session = ",
-        "data/stores/objects.py: its session must be closed",
     ),
     "_loglikelihood_tokens": (
         "lm_eval/api/model.py",

@@ -35,7 +35,7 @@ def leave_out_shared_memory() -> None:
 def patch_training(optimizer: Any, stage: int) -> None:
     """Change the optimizer of a training engine (DeepSpeed 0.19).
 
-    Stages 1 and 2 look for NaN in float32 gradients only when told to; stage 3 always does. The other
+    Stages 1 and 2 look for NaN in float32 gradients only when asked to; stage 3 always does. The other
     changes: see :func:`norm_of_partitions` and :class:`AlignedReads`.
 
     Args:
@@ -52,7 +52,7 @@ def patch_training(optimizer: Any, stage: int) -> None:
 def norm_of_partitions(
     optimizer: Any, gradients: Iterable[Tensor], params: Any, norm_type: float = 2
 ) -> Tensor:
-    """Return the norm of the gradients of all ranks; -1 where it is not finite, as DeepSpeed does.
+    """Return the norm of the gradients of all ranks; -1 where it is not finite.
 
     Stages 1 and 2 of DeepSpeed 0.19 round every rank's sum of squares to float32 before they add them; stage
     3 does not. After 20 clipped steps such a rounding shows in the fourth digit of a language model's loss.

@@ -239,7 +239,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         return Zero12Weights(self._engine_optimizer(), self.global_rank) if self._fitting else WholeWeights()
 
     def run_forward(self, function: Callable[[], Result]) -> Result:
-        """Run a function as the forward of the engine, where weights are gathered and autocast is on."""
+        """Run a function as the engine's forward: weights are gathered and autocast is on."""
         module = self._module
         own = module.forward
 
@@ -295,7 +295,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill weights, and in training the optimizer, from a checkpoint of any strategy and rank count."""
+        """Fill weights, and in training the optimizer, from a checkpoint of any strategy."""
         source = open_source(Path(checkpoint_path))
         optimizer = self._engine_optimizer() if self._fitting else None
         restore(self.local_weights, self._module, source, optimizer)

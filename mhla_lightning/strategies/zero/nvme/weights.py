@@ -1,4 +1,4 @@
-"""The part of a model's weights that a rank holds under ZeRO-3 with a local disk (experimental)."""
+"""The weights that a rank holds under ZeRO-3 with a local disk (experimental)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DiskWeights(Zero3Weights):
         return swapper is not None and bool(swapper.is_swappable_tensor(None, numel=numel))
 
     def lots(self, fragments: Sequence[Fragment]) -> list[list[Fragment]]:
-        """Group fragments: all that is in memory, each optimizer group on the disk, each frozen weight."""
+        """Group fragments: those in memory, each optimizer group on the disk, each frozen weight."""
         found: dict[Any, list[Fragment]] = {}
         for fragment in fragments:
             frozen = fragment.flat is None and fragment.parameter is not None and _away(fragment.parameter)
