@@ -47,8 +47,9 @@ WARM_UP = 2  # batches of every worker that are not timed at the beginning of a 
 
 @dataclass(frozen=True)
 class LoaderPlan:
-    """How much is read, and by how many. batches: of one worker in a turn. turns: that are timed; one more
-    comes first and warms up.
+    """How much is read, and by how many workers.
+
+    Batches are of one worker in a turn. Turns are those that are timed; one more warms up.
     """
 
     batch_size: int
@@ -74,8 +75,9 @@ class LoaderPlan:
 
 @dataclass
 class DataCase:
-    """One way to read. rates: samples/s of every turn. read: samples that arrived in all turns, the
-    warm-up included.
+    """One way to read.
+
+    Rates are samples/s of every turn. Read counts the samples of all turns, the warm-up included.
     """
 
     subject: str
@@ -101,8 +103,9 @@ class DataCase:
 
 @dataclass
 class _Turns(IterableDataset[Batch]):
-    """An endless stream in passes of `batches` batches, each going on where the last one ended: so nobody
-    works ahead in the turn of another case.
+    """An endless stream in passes of `batches` batches, each after the last.
+
+    So nothing works ahead in the turn of another case.
     """
 
     stream: Iterable[Batch]
@@ -121,9 +124,7 @@ def make_case(subject: str, name: str, plan: LoaderPlan, stream: Iterable[Batch]
 
 
 def take_turns(cases: Sequence[DataCase], on_turn: Callable[[], None]) -> None:
-    """Times all cases in turn, forwards and backwards, as often as their plan says after a warm-up; ends
-    their workers.
-    """
+    """Time all cases in turn, forwards and backwards, after a warm-up; then end their workers."""
     try:
         for turn in range(cases[0].plan.turns + 1):
             for case in cases if turn % 2 else reversed(cases):

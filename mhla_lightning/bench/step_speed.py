@@ -180,8 +180,10 @@ class StepTimes:
         }
 
     def summary(self) -> dict[str, float]:
-        """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but
-        SAME) over bare steps.
+        """Return the ratios of Lightning's steps to bare ones.
+
+        By the clock and by CPU time for whole steps, and for Lightning's own part (all but SAME). A run
+        sees the first. Other programs on the machine disturb it, the other two hardly.
 
         The first is what a run sees. Beside other programs it is uncertain by what they take; the other two
         are not.
@@ -197,8 +199,9 @@ class StepTimes:
 
     @property
     def ratios(self) -> list[float]:
-        """Of every turn, steps of Lightning over bare ones: how far they are apart says what their median
-        is worth.
+        """Return the ratio of Lightning's steps to bare ones, of every turn.
+
+        Their spread shows how reliable the median is.
         """
         return [sum(a.values()) / sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)]
 
@@ -210,8 +213,9 @@ class StepTimes:
         )
 
     def breakdown(self) -> list[dict[str, Any]]:
-        """A row a source, seconds a step, medians of the turns: first the same calls of both sides, then
-        Lightning's own, the dearest first.
+        """Return a row a source: seconds a step, medians of the turns.
+
+        The same calls of both sides come first, then Lightning's own, the most expensive first.
 
         In every turn the sources add up to the step; their medians do nearly.
         """
@@ -265,8 +269,9 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
 
 
 def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> Resolved:
-    """The recipe as it is measured: in one process, steps alone. Drawings come a few times in a run, a
-    progress bar on a terminal only.
+    """Return the recipe as it is measured: in one process, steps alone.
+
+    Drawings come a few times in a run, a progress bar on a terminal only.
     """
     given = recipe.trainer
     if given.get("strategy", "auto") != "auto":

@@ -274,7 +274,7 @@ Measured = dict[int, dict[str, dict[str, float]]]
 
 
 def _measure(plan: Comparison, console: Console) -> dict[str, Measured]:
-    """What the evaluations say of every run, by the row's name; what was measured before is read."""
+    """Return the evaluations of every run by the row's name; earlier ones are read."""
     measured: dict[str, Measured] = {row.name: {seed: {} for seed in plan.seeds} for row in plan.rows}
     for wanted in plan.evaluations:
         for row, seed, folder in plan.runs():
@@ -323,7 +323,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
 
 
 def print_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One line a row; scores and costs in a table each where the terminal is too narrow for both."""
+    """Print one line a row; a narrow terminal gets scores and costs in a table each."""
     scores, costs = score_tags(rows), list(COSTS)
     whole = rich_table(title, rows, scores, costs)
     if Measurement.get(console, console.options.update(width=_WIDE), whole).maximum <= console.width:

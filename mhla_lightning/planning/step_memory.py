@@ -1,5 +1,6 @@
-"""Memory of a training step beside weights, gradients and optimizer: measured on tensors without data, for
-a model of any size.
+"""Memory of a training step beside weights, gradients and optimizer.
+
+Measured on tensors without data, for a model of any size.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def find_precision(name: str | int) -> Precision:
 
 
 def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extrapolate: bool = True) -> int:
-    """Bytes that forward and backward of a micro batch hold at once, at most, beside weights, gradients and
-    the batch itself.
+    """Return the peak bytes of forward and backward of a micro batch.
+
+    Weights, gradients and the batch itself do not count.
 
     The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker.
     All layers of a model alike, the
@@ -165,8 +167,9 @@ def _elements(tensors: Sequence[Tensor]) -> int:
 
 
 class _Known(TorchDispatchMode):
-    """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times)
-    is computed and can be asked for.
+    """Compute operations whose tensors all have data, inside a FakeTensorMode.
+
+    These are keys, labels, documents and times: their values can then be read.
     """
 
     def __torch_dispatch__(
