@@ -1,18 +1,17 @@
-"""The data pipeline beside what it stands on: the bare decoder, webdataset's own pipeline, numpy's memmap.
-Cases take turns, as in timing.py.
+"""The data pipeline beside its parts: decoder, webdataset's own pipeline, numpy's memmap.
 
-Every case is a loader with the same number of workers and the same prefetch, and makes the same batches from
-bytes that the page cache holds:
+Cases take turns, as in timing.py.
+Every case is a loader with the same number of workers and the same prefetch.
+All make the same batches from bytes that the page cache holds:
 
 - stream: TrainStream, as training reads.
-- decoder: the same samples in the same order lie in memory, undecoded; a loop decodes, augments (with the
+- decoder: the same samples in the same order are in memory, undecoded. A loop decodes, augments (with the
   sample's random numbers) and collates them.
 - webdataset: wds.WebDataset over the same tar files, shuffled shards and a shuffle buffer, then the same
   decoding, augmentation and collation.
-- memmap: tokens and documents are an np.memmap of uint16 each; for the same rows in the same order
-  torch.from_numpy(array[row].astype(np.int64)),
-  then torch.stack: these two tensors alone. Nothing is checked, and there are no keys, indices, epochs and
-      weights.
+- memmap: tokens and documents are an np.memmap of uint16 each. For the same rows in the same order,
+  torch.from_numpy(array[row].astype(np.int64)) and torch.stack make these two tensors alone.
+  Nothing is checked, and there are no keys, indices, epochs and weights.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop, step by step in turn,
-and where the difference goes.
+"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop.
 
-Lightning trains as `lightning run` does, in one call of fit. Its data loader is ours: before or after each of
-Lightning's steps the bare loop takes the same step with the same batches, on a copy of the model that was
-made before the first. Lightning's step lasts from the moment it is given the step's first batch to the moment
-it asks for the next step's, so that all it does once a step is in it. Reading the data is in neither. What
-goes by the clock (progress.json every 10 s) comes twice as often for a step of Lightning's as in a run, whose
-time is all Lightning's.
+Lightning trains as `lightning run` does, in one call of fit, and reads from a data loader of this module.
+The bare loop trains a copy of the model, made before the first step, on the same batches.
+Its step comes before or after each of Lightning's in turn.
+
+A step of Lightning lasts from its first batch to the request for the next step's first batch.
+So everything that Lightning does once a step counts; reading the data counts for neither side.
+What runs by the clock (progress.json every 10 s) comes twice as often for a step of Lightning as in a run.
 """
 
 from __future__ import annotations

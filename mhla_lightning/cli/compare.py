@@ -1,10 +1,9 @@
-"""Trains variants of a recipe side by side: one table, one plot.
+"""Train variants of a recipe side by side: one table, one plot.
 
-Rows come from --over (several multiply) or from a file of named variants; each row and seed is an ordinary
-run, reused when it is finished:
-  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name:
-  mhla, mix_init: uniform}]' --seeds 0,1,2 mhla compare RECIPE --variants variants.yaml        #
-      variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
+Rows come from --over (several multiply) or from a file of named variants.
+Each row and seed is an ordinary run; a finished one is reused.
+  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
+  mhla compare RECIPE --variants variants.yaml      # with a line such as  small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
@@ -146,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             return code or _report(plan, console, args.json, _measure(plan, console))
         except KeyboardInterrupt:
             print(
-                "interrupted; finished runs and checkpoints are kept: the same command goes on from here",
+                "interrupted; finished runs and checkpoints are kept: the same command continues",
                 file=sys.stderr,
             )
             return _INTERRUPTED
@@ -250,7 +249,7 @@ def _say_failed(row: VariantRow, seed: int, log: Path, code: int) -> None:
     print(*lines, sep="\n", file=sys.stderr)
     print(
         f"error: row '{row.name}', seed {seed} stopped with exit code {code}; all it said is in {log} "
-        "(finished runs are kept: the same command goes on from here)",
+        "(finished runs are kept: the same command continues)",
         file=sys.stderr,
     )
 

@@ -65,12 +65,12 @@ def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extr
 
     Weights, gradients and the batch itself do not count.
 
-    The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker.
-    All layers of a model alike, the
-    bytes are linear in their number: a deep one is measured with few layers, twice.
+    The task's own training step runs on tensors without data, and its allocations are added up.
+    Where all layers of a model are alike, the bytes are linear in their number.
+    A deep model is therefore measured twice, with few layers.
 
-    Attention is torch's fused kernel, as on a GPU: no tokens x tokens matrix, except where documents are kept
-    apart under softmax, whose mask is one.
+    Attention is torch's fused kernel, as on a GPU, without a matrix of tokens x tokens.
+    Softmax that keeps documents apart is the exception: its mask is such a matrix.
 
     Args:
         task: without weights; it is not changed.
