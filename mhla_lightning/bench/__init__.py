@@ -1,3 +1,1 @@
-"""What models cost and how runs differ: tables and figures from numbers. `variants` and `comparison` need
-no torch.
-"""
+"""Measurements of speed and memory."""

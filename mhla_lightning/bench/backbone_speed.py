@@ -1,5 +1,6 @@
-"""Forward and backward of whole backbones at several sizes, as cases of bench.timing. A family says how
-a size becomes options and inputs.
+"""Forward and backward of whole backbones at several sizes.
+
+A family of backbones turns a size into options and inputs; a case of bench.timing measures it.
 """
 
 from __future__ import annotations
@@ -102,8 +103,10 @@ def video_name(clip: Sequence[int]) -> str:
 
 
 def blocks_for(grid: tuple[int, ...]) -> int:
-    """Blocks per axis, the same on every axis, so that M^2 <= N: the most that every axis takes, full ones
-    if those are at least half as many.
+    """Return blocks per axis, the same on every axis, so that M^2 <= N.
+
+    The result is the largest count that every axis takes. Full blocks win where they are at least half as
+    many.
     """
     tokens, axes = torch.Size(grid).numel(), len(grid)
     fitting = [
@@ -118,9 +121,11 @@ def _takes(grid: tuple[int, ...], count: int) -> bool:
 
 
 def layout_for(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Blocks per axis so that M^2 <= N, for axes as unlike as a clip's: of the layouts with at least half as
-    many blocks as can be, those without short blocks, of these the nearest to cubes, of these the most
-    blocks. 21 x 30 x 50 tokens get the paper's (3, 5, 10)."""
+    """Return blocks per axis so that M^2 <= N, for axes of unlike length.
+
+    Candidates have at least half of the largest number of blocks. Among them layouts without short blocks
+    win, then the nearest to cubes, then the most blocks. 21 x 30 x 50 tokens get the paper's (3, 5, 10).
+    """
     tokens = math.prod(grid)
     counts = [[count for count in range(1, n + 1) if -(-n // -(-n // count)) == count] for n in grid]
     layouts = [layout for layout in product(*counts) if math.prod(layout) ** 2 <= tokens]
@@ -199,9 +204,7 @@ def make_case(
     bf16: bool = False,
     checkpointing: bool = False,
 ) -> Case:
-    """A training step of a backbone, forward and backward, on random inputs; float32, or under bf16
-    autocast.
-    """
+    """Return a training step of a backbone on random inputs, float32 or under bf16 autocast."""
     family = family_of(backbone)
 
     def make() -> tuple[nn.Module, Callable[[], Any], Callable[[], None]]:
@@ -257,8 +260,9 @@ def _work(
 
 @torch.no_grad()
 def _wake(model: nn.Module) -> None:
-    """What starts at zero (adaLN-zero) gets small values: a trained model's branches carry numbers, not
-    zeros.
+    """Give small values to parameters that are zero at the start (adaLN-zero).
+
+    The branches of a trained model carry numbers; zeros would take another time.
     """
     for parameter in model.parameters():
         if not parameter.any():

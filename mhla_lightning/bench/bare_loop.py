@@ -1,6 +1,4 @@
-"""The training loop that somebody would write without Lightning, doing what a recipe's training does to
-its model.
-"""
+"""A training loop without Lightning that does the same to the model."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ from mhla_lightning.tasks import Task
 
 
 class BareLoop:
-    """Forward, backward, clipping, AdamW, schedule, projection and average, each timed; nothing is logged,
-    watched or saved.
+    """Forward, backward, clipping, AdamW, schedule, projection and average, each timed.
+
+    Nothing is logged, watched or saved.
 
     It clips by the norm that training clips by, which is not torch's own to the last bit: both must come to
     the same losses.
@@ -61,7 +60,10 @@ class BareLoop:
         self._rng = _rng_state(device)
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step over its micro batches; leaves the process's random generators as they were."""
+        """Take one optimizer step over its micro batches.
+
+        The random generators of the process keep their state.
+        """
         others = _rng_state(self._device)
         _set_rng_state(self._device, self._rng)
         self.clock.resume()

@@ -25,8 +25,9 @@ _CHECKSUM = slice(148, 156)
 
 
 def make_many(folder: Path, shards: int, samples: int, on_shard: Callable[[], object]) -> None:
-    """`shards` tar files of `samples` images of 8 x 8 pixels each as folder/train: one is written by
-    webdataset, the others differ in their keys.
+    """Write `shards` tar files of `samples` images of 8 x 8 pixels each to folder/train.
+
+    webdataset writes one; the others differ in their keys.
     """
     split = folder / "train"
     split.mkdir(parents=True)
@@ -42,8 +43,9 @@ def make_many(folder: Path, shards: int, samples: int, on_shard: Callable[[], ob
 
 
 def measure_resume(folder: Path, position: int, workers: int) -> dict[str, Any]:
-    """Seconds from a constructed data module, set to `position`, to its first batch, and the anonymous
-    memory of this process and of its workers.
+    """Measure the time from a data module at `position` to its first batch, and the memory.
+
+    Time is in seconds; memory is the anonymous memory of this process and of its workers.
     """
     plain = Augmentation(auto_augment=None, re_prob=0.0, color_jitter=None)
     reading = ReadingConfig(num_workers=workers)
@@ -97,7 +99,7 @@ def _template(samples: int) -> tuple[bytes, np.ndarray]:
 
 
 def _renamed(template: bytes, offsets: np.ndarray, shard: int) -> bytes:
-    """The template with another shard's number in every key, and the headers' checksums to match."""
+    """Return the template with another shard's number in every key and matching checksums."""
     data = np.frombuffer(template, np.uint8).copy()
     starts = np.concatenate([offsets[:-1], offsets[:-1] + 1024])  # a sample is two members of one block each
     digits = np.frombuffer(f"{shard:08d}".encode(), np.uint8)

@@ -31,8 +31,9 @@ class TokenFiles(NamedTuple):
 
 
 def write_images(folder: Path, samples: int, side: int) -> Path:
-    """A data folder whose training split holds `samples` JPEG images of side x side pixels, in about 16
-    shards.
+    """Write a data folder with `samples` JPEG training images in about 16 shards.
+
+    Images have side x side pixels.
     """
     header, rng = ShardIndex("images", (), _CLASSES), np.random.default_rng(0)
     images = (image_sample(header, f"{n}", _jpeg(rng, side), n % len(_CLASSES)) for n in range(samples))
@@ -45,8 +46,9 @@ def write_images(folder: Path, samples: int, side: int) -> Path:
 
 
 def _jpeg(rng: np.random.Generator, side: int) -> bytes:
-    """Noise of two scales, blown up: neither flat nor noise, which would be unlike photographs in decoding
-    time.
+    """Return a JPEG of enlarged noise of two scales.
+
+    Flat images and plain noise decode at another speed than photographs.
     """
     image = np.zeros((side, side, 3))
     for cells, strength in ((6, 90.0), (side // 4, 30.0)):
@@ -60,8 +62,9 @@ def _jpeg(rng: np.random.Generator, side: int) -> bytes:
 
 
 def write_tokens(folder: Path, rows: int, length: int) -> TokenFiles:
-    """`rows` rows of `length` random tokens, each of a few documents, in about 16 shards and in two flat
-    files.
+    """Write `rows` rows of `length` random tokens in about 16 shards and in two flat files.
+
+    Each row holds a few documents.
     """
     header = ShardIndex("tokens", (), tokenizer="random", length=length)
     files = TokenFiles(folder / "train", folder / "tokens.u16", folder / "documents.u16", length)

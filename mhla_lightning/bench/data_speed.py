@@ -1,18 +1,17 @@
-"""The data pipeline beside what it stands on: the bare decoder, webdataset's own pipeline, numpy's memmap.
-Cases take turns, as in timing.py.
+"""The data pipeline beside its parts: decoder, webdataset's own pipeline, numpy's memmap.
 
-Every case is a loader with the same number of workers and the same prefetch, and makes the same batches from
-bytes that the page cache holds:
+Cases take turns, as in timing.py.
+Every case is a loader with the same number of workers and the same prefetch.
+All make the same batches from bytes that the page cache holds:
 
 - stream: TrainStream, as training reads.
-- decoder: the same samples in the same order lie in memory, undecoded; a loop decodes, augments (with the
+- decoder: the same samples in the same order are in memory, undecoded. A loop decodes, augments (with the
   sample's random numbers) and collates them.
 - webdataset: wds.WebDataset over the same tar files, shuffled shards and a shuffle buffer, then the same
   decoding, augmentation and collation.
-- memmap: tokens and documents are an np.memmap of uint16 each; for the same rows in the same order
-  torch.from_numpy(array[row].astype(np.int64)),
-  then torch.stack: these two tensors alone. Nothing is checked, and there are no keys, indices, epochs and
-      weights.
+- memmap: tokens and documents are an np.memmap of uint16 each. For the same rows in the same order,
+  torch.from_numpy(array[row].astype(np.int64)) and torch.stack make these two tensors alone.
+  Nothing is checked, and there are no keys, indices, epochs and weights.
 """
 
 from __future__ import annotations
@@ -47,8 +46,9 @@ WARM_UP = 2  # batches of every worker that are not timed at the beginning of a 
 
 @dataclass(frozen=True)
 class LoaderPlan:
-    """How much is read, and by how many. batches: of one worker in a turn. turns: that are timed; one more
-    comes first and warms up.
+    """How much is read, and by how many workers.
+
+    Batches are of one worker in a turn. Turns are those that are timed; one more warms up.
     """
 
     batch_size: int
@@ -74,8 +74,9 @@ class LoaderPlan:
 
 @dataclass
 class DataCase:
-    """One way to read. rates: samples/s of every turn. read: samples that arrived in all turns, the
-    warm-up included.
+    """One way to read.
+
+    Rates are samples/s of every turn. Read counts the samples of all turns, the warm-up included.
     """
 
     subject: str
@@ -101,8 +102,9 @@ class DataCase:
 
 @dataclass
 class _Turns(IterableDataset[Batch]):
-    """An endless stream in passes of `batches` batches, each going on where the last one ended: so nobody
-    works ahead in the turn of another case.
+    """An endless stream in passes of `batches` batches, each after the last.
+
+    So nothing works ahead in the turn of another case.
     """
 
     stream: Iterable[Batch]
@@ -121,9 +123,7 @@ def make_case(subject: str, name: str, plan: LoaderPlan, stream: Iterable[Batch]
 
 
 def take_turns(cases: Sequence[DataCase], on_turn: Callable[[], None]) -> None:
-    """Times all cases in turn, forwards and backwards, as often as their plan says after a warm-up; ends
-    their workers.
-    """
+    """Time all cases in turn, forwards and backwards, after a warm-up; then end their workers."""
     try:
         for turn in range(cases[0].plan.turns + 1):
             for case in cases if turn % 2 else reversed(cases):

@@ -1,5 +1,6 @@
-"""Time of one more token at different positions. The positions take turns token by token, so that a
-drifting machine cancels.
+"""Time of one more token at different positions.
+
+The positions take turns token by token, so that a drifting machine cancels.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def decode_at(
     turns: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[DecodePoint]:
-    """Prefills to every position, then `turns` times `tokens` more tokens, one at every position in turn."""
+    """Prefill to every position, then time more tokens, one at every position in turn.
+
+    Each of `turns` rounds takes `tokens` tokens.
+    """
     device = model.head_weight.device
     generator = torch.Generator().manual_seed(0)
     places, states = [DecodePoint(operator, position) for position in positions], []

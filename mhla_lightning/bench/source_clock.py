@@ -1,5 +1,6 @@
-"""Where the time of a step goes: a clock whose hands move from one source to the next, so that the
-sources' times add up to the whole.
+"""A clock that splits the time of a step by source.
+
+Each moment belongs to one source, so the times add up to the whole.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ _OURS = (*SAME, SCHEDULE, PROJECTION, AVERAGE, DATA, LOGGING)  # actions that ar
 
 
 def source_of(action: str) -> str:
-    """The row of the breakdown that a timed action belongs to; a callback's hooks belong to its class."""
+    """Return the row of the breakdown that a timed action belongs to.
+
+    The hooks of a callback belong to its class.
+    """
     match = _ACTION.fullmatch(action)
     if match is None:
         return action if action in _OURS else LOOPS
@@ -133,8 +137,9 @@ class SourceClock(Profiler):
         return timed
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Times the optimizer's own arithmetic; Lightning runs forward and backward inside its step, and
-        those are actions of their own.
+        """Time the optimizer's own arithmetic.
+
+        Lightning runs forward and backward inside its step; those are actions of their own.
         """
         optimizer.register_step_pre_hook(lambda *_: self.start(ADAMW))
         optimizer.register_step_post_hook(lambda *_: self.stop(ADAMW))

@@ -1,12 +1,12 @@
-"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop, step by step in turn,
-and where the difference goes.
+"""A recipe's training step under Lightning beside the same step in a bare PyTorch loop.
 
-Lightning trains as `lightning run` does, in one call of fit. Its data loader is ours: before or after each of
-Lightning's steps the bare loop takes the same step with the same batches, on a copy of the model that was
-made before the first. Lightning's step lasts from the moment it is given the step's first batch to the moment
-it asks for the next step's, so that all it does once a step is in it. Reading the data is in neither. What
-goes by the clock (progress.json every 10 s) comes twice as often for a step of Lightning's as in a run, whose
-time is all Lightning's.
+Lightning trains as `lightning run` does, in one call of fit, and reads from a data loader of this module.
+The bare loop trains a copy of the model, made before the first step, on the same batches.
+Its step comes before or after each of Lightning's in turn.
+
+A step of Lightning lasts from its first batch to the request for the next step's first batch.
+So everything that Lightning does once a step counts; reading the data counts for neither side.
+What runs by the clock (progress.json every 10 s) comes twice as often for a step of Lightning as in a run.
 """
 
 from __future__ import annotations
@@ -180,8 +180,10 @@ class StepTimes:
         }
 
     def summary(self) -> dict[str, float]:
-        """Whole steps of Lightning over bare ones, by the clock and by CPU time; and Lightning's own (all but
-        SAME) over bare steps.
+        """Return the ratios of Lightning's steps to bare ones.
+
+        By the clock and by CPU time for whole steps, and for Lightning's own part (all but SAME). A run
+        sees the first. Other programs on the machine disturb it, the other two hardly.
 
         The first is what a run sees. Beside other programs it is uncertain by what they take; the other two
         are not.
@@ -197,8 +199,9 @@ class StepTimes:
 
     @property
     def ratios(self) -> list[float]:
-        """Of every turn, steps of Lightning over bare ones: how far they are apart says what their median
-        is worth.
+        """Return the ratio of Lightning's steps to bare ones, of every turn.
+
+        Their spread shows how reliable the median is.
         """
         return [sum(a.values()) / sum(b.values()) for a, b in zip(self.lightning, self.bare, strict=True)]
 
@@ -210,8 +213,9 @@ class StepTimes:
         )
 
     def breakdown(self) -> list[dict[str, Any]]:
-        """A row a source, seconds a step, medians of the turns: first the same calls of both sides, then
-        Lightning's own, the dearest first.
+        """Return a row a source: seconds a step, medians of the turns.
+
+        The same calls of both sides come first, then Lightning's own, the most expensive first.
 
         In every turn the sources add up to the step; their medians do nearly.
         """
@@ -265,8 +269,9 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
 
 
 def _for_steps(recipe: Resolved, steps: int, turns: int, clock: SourceClock) -> Resolved:
-    """The recipe as it is measured: in one process, steps alone. Drawings come a few times in a run, a
-    progress bar on a terminal only.
+    """Return the recipe as it is measured: in one process, steps alone.
+
+    Drawings come a few times in a run, a progress bar on a terminal only.
     """
     given = recipe.trainer
     if given.get("strategy", "auto") != "auto":

@@ -82,7 +82,10 @@ class SyntheticData(ShardDataModule):
         return torch.zeros(self._facts["text"])
 
     def train_dataloader(self) -> Iterator[Batch]:
-        """Micro batches without end; the samples of each are numbered on, so that noise and mixup differ."""
+        """Yield micro batches without end.
+
+        Samples are numbered on, so that noise and mixup differ.
+        """
         size, _ = self.micro_batch(1)
         rng, first = torch.Generator().manual_seed(0), 0
         while True:

@@ -1,5 +1,6 @@
-"""Times that can be compared: the cases take turns, and ratios are taken within a turn, so that a drifting
-machine cancels.
+"""Times that can be compared.
+
+The cases take turns, and ratios are taken within a turn, so that a drifting machine cancels.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def make_case(
     causal: bool = False,
     grid: Sequence[int] | None = None,
 ) -> Case:
-    """An operator with inputs (batch, tokens, heads, dim) in float32, raster order, on `grid`, else on one
-    axis.
+    """Return an operator with inputs (batch, tokens, heads, dim) in float32.
+
+    Tokens are in raster order on `grid`, else on one axis.
     """
     operator = build_attention(
         entry, heads=heads, dim_k=dim, dim_v=dim, grid=(tokens,) if grid is None else grid, causal=causal
@@ -110,8 +112,9 @@ def _forward(operator: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 def take_turns(
     cases: Sequence[Case], turns: int, device: torch.device, on_case: Callable[[Case], None]
 ) -> list[float]:
-    """Times all cases in turn, `turns` times after a warm-up; returns the GEMM rate of every turn in FLOP/s.
-    Slow cases run once, without warm-up.
+    """Time all cases in turn; return the GEMM rate of every turn in FLOP/s.
+
+    `turns` turns follow a warm-up. Slow cases run once, without warm-up.
 
     on_case: called before a case has its turn, len(cases) x (turns + 1) times in all, also for slow ones that
         are passed over.

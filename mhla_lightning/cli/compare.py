@@ -1,10 +1,9 @@
-"""Trains variants of a recipe side by side: one table, one plot.
+"""Train variants of a recipe side by side: one table, one plot.
 
-Rows come from --over (several multiply) or from a file of named variants; each row and seed is an ordinary
-run, reused when it is finished:
-  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, softmax, mhla, {name:
-  mhla, mix_init: uniform}]' --seeds 0,1,2 mhla compare RECIPE --variants variants.yaml        #
-      variants.yaml:  small lr: {model.optimizer.lr: 1e-4}
+Rows come from --over (several multiply) or from a file of named variants.
+Each row and seed is an ordinary run; a finished one is reused.
+  mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
+  mhla compare RECIPE --variants variants.yaml      # with a line such as  small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
@@ -147,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
             return code or _report(plan, console, args.json, _measure(plan, console))
         except KeyboardInterrupt:
             print(
-                "interrupted; finished runs and checkpoints are kept: the same command goes on from here",
+                "interrupted; finished runs and checkpoints are kept: the same command continues",
                 file=sys.stderr,
             )
             return _INTERRUPTED
@@ -251,7 +250,7 @@ def _say_failed(row: VariantRow, seed: int, log: Path, code: int) -> None:
     print(*lines, sep="\n", file=sys.stderr)
     print(
         f"error: row '{row.name}', seed {seed} stopped with exit code {code}; all it said is in {log} "
-        "(finished runs are kept: the same command goes on from here)",
+        "(finished runs are kept: the same command continues)",
         file=sys.stderr,
     )
 
@@ -275,7 +274,7 @@ Measured = dict[int, dict[str, dict[str, float]]]
 
 
 def _measure(plan: Comparison, console: Console) -> dict[str, Measured]:
-    """What the evaluations say of every run, by the row's name; what was measured before is read."""
+    """Return the evaluations of every run by the row's name; earlier ones are read."""
     measured: dict[str, Measured] = {row.name: {seed: {} for seed in plan.seeds} for row in plan.rows}
     for wanted in plan.evaluations:
         for row, seed, folder in plan.runs():
@@ -324,7 +323,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
 
 
 def print_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One line a row; scores and costs in a table each where the terminal is too narrow for both."""
+    """Print one line a row; a narrow terminal gets scores and costs in a table each."""
     scores, costs = score_tags(rows), list(COSTS)
     whole = rich_table(title, rows, scores, costs)
     if Measurement.get(console, console.options.update(width=_WIDE), whole).maximum <= console.width:

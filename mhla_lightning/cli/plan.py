@@ -1,5 +1,6 @@
-"""Says what a recipe takes on a cluster: batches, parameters, FLOPs, length, memory on every GPU under every
-strategy. Needs no GPU.
+"""Work out what a recipe takes on a cluster, without a GPU.
+
+Prints batches, parameters, FLOPs, length, and the memory on every GPU under every strategy.
 
 RECIPE is a name of `mhla recipes list` or the path of a YAML file. Overrides follow as --dotted.key VALUE,
 for example

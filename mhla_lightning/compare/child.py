@@ -49,8 +49,9 @@ def train_in_children(
     on_progress: Callable[[float], None],
     on_end: Callable[[ChildRun, int], None],
 ) -> int:
-    """Trains `runs` in their order, `jobs` at once, which then share the cores. After one has failed no other
-    is started.
+    """Train `runs` in their order, `jobs` at once.
+
+    Jobs share the cores. After a failure no other run is started.
 
     Args:
         on_progress: called about twice a second with how many runs are done, parts of runs included.
@@ -85,7 +86,7 @@ def share_done(run: RunFolder) -> float:
 
 @contextmanager
 def _end_with_us(children: Mapping[subprocess.Popen[bytes], ChildRun]) -> Iterator[None]:
-    """Passes SIGTERM on, so that the children can save; after an interrupt nothing of ours stays behind."""
+    """Pass SIGTERM on, so that the children can save; end them after an interrupt."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:

@@ -70,15 +70,19 @@ def _tagged(evaluations: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None for fewer than two values, nan where one is not finite."""
+    """Return the sample standard deviation (n - 1).
+
+    None for fewer than two values, nan where one is not finite.
+    """
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(math.isfinite(value) for value in values) else math.nan
 
 
 def validation_tags(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`val/` tags of any row, then those of other validations: `val_512/` (at another length), `val_ema/`
-    (averaged weights).
+    """Return the `val/` tags of any row, then those of other validations.
+
+    Others are `val_512/` (at another length) and `val_ema/` (averaged weights).
     """
     tags = {tag for row in rows for tag in row["mean"] if tag.startswith("val")}
 
@@ -98,8 +102,9 @@ def score_tags(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def headline(tags: Iterable[str]) -> str | None:
-    """The tag that stands for a run in one line: accuracy, else bits per byte, else the loss, else the
-    first of validation.
+    """Return the tag that sums up a run in one line.
+
+    Accuracy, else bits per byte, else the loss, else the first tag of validation.
     """
     found = [tag for tag in tags if tag.startswith("val/")]
     return next(
@@ -113,7 +118,10 @@ def headline(tags: Iterable[str]) -> str | None:
 
 
 def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of the rows with the best mean of a tag; empty where there is nothing to be better than."""
+    """Return the names of the rows with the best mean of a tag.
+
+    Empty where there is no other row to compare with.
+    """
     means = {row["name"]: row["mean"][tag] for row in rows if math.isfinite(row["mean"].get(tag, math.nan))}
     if len(means) < 2:
         return set()
@@ -122,8 +130,9 @@ def best_rows(tag: str, rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def score(mean: float | None, deviation: float | None) -> str:
-    """A mean with its spread, as many decimals for both: `0.9312 ±0.0021`, which narrow tables break
-    before the sign; a dash for no value.
+    """Return a mean with its spread, as many decimals for both: `0.9312 ±0.0021`.
+
+    Narrow tables break it before the sign. A dash is no value.
     """
     if mean is None:
         return "-"

@@ -1,5 +1,6 @@
-"""curves.png of a comparison: training loss and validation over steps. No torch, and matplotlib without
-pyplot (no global state, no display).
+"""curves.png of a comparison: training loss and validation over steps.
+
+Needs no torch. matplotlib is used without pyplot: no global state, no display.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ def smoothing_width(runs: Runs) -> int:
 
 
 def smooth(curve: Curve, width: int) -> Curve:
-    """Centred running mean over `width` points, shorter at the ends so that first and last point stay what
-    they are.
+    """Return the centred running mean over `width` points.
+
+    It is shorter at the ends, so that the first and the last point keep their values.
     """
     reach = width // 2
     result = []
@@ -124,8 +126,9 @@ def smooth(curve: Curve, width: int) -> Curve:
 
 
 def finite(curve: Curve) -> Curve:
-    """Without inf and nan, one value a step (a resumed run may validate a step twice; the last counts), in
-    order of steps.
+    """Return the points without inf and nan, one a step, in order of steps.
+
+    A resumed run may validate a step twice; the last value counts.
     """
     return sorted({step: value for step, value in curve if math.isfinite(value)}.items())
 
@@ -154,6 +157,9 @@ def _with_unit(tag: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A legend entry; matplotlib leaves out labels that begin with '_' and reads '$' as mathematics."""
+    """Return a legend entry.
+
+    matplotlib leaves out labels that begin with '_' and reads '$' as mathematics.
+    """
     text = name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}…"
     return text.replace("$", r"\$").removeprefix("_")

@@ -1,4 +1,5 @@
-"""The rows of a comparison: which overrides each one has, what it is called, what its runs are called.
+"""The rows of a comparison: their overrides, names and run ids.
+
 Imports no torch.
 """
 
@@ -84,7 +85,10 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
 
 def rows_from_file(path: Path) -> list[VariantRow]:
-    """Rows of a variants file: a YAML mapping from row name to dotted overrides (empty: the recipe as it is).
+    """Return the rows of a variants file.
+
+    The file is a YAML mapping from row name to dotted overrides; empty overrides are the recipe
+    unchanged.
 
     Raises:
         UserError: no such file, no YAML, another form, a name given twice.
@@ -125,8 +129,9 @@ def _unused(name: str, taken: Sequence[str], suffix: str) -> str:
 
 
 def describe(key: str, value: Any) -> str:
-    """A value in a few readable words: `mhla mix_init=uniform`; a bare number or switch gets the last word
-    of its key: `lr=0.001`.
+    """Return a value in a few readable words: `mhla mix_init=uniform`.
+
+    A bare number or switch gets the last word of its key: `lr=0.001`.
     """
     if isinstance(value, str) and value:
         return value
@@ -175,14 +180,18 @@ def seed_list(text: str) -> list[int]:
 
 
 def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's overrides over those of all rows. A key comes after the keys above it: `model.attention`
-    first, then `model.attention.mix_init`.
+    """Return a row's overrides over those of all rows.
+
+    A key comes after the keys above it: `model.attention`, then `model.attention.mix_init`.
     """
     return dict(sorted({**common, **own}.items(), key=lambda item: item[0].count(".")))
 
 
 def arguments(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides as words of a command line; JSON is YAML, and keeps text that looks like a number text."""
+    """Return overrides as words of a command line.
+
+    JSON is YAML, and keeps text that looks like a number text.
+    """
     return [f"--{key}={_as_json(value)}" for key, value in overrides.items()]
 
 

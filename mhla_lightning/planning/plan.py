@@ -1,5 +1,6 @@
-"""What a recipe takes on a cluster: batches, parameters, FLOPs, length and memory, known before a GPU is
-asked for.
+"""What a recipe takes on a cluster: batches, parameters, FLOPs, length and memory.
+
+Known before a GPU is requested.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ class Plan:
 
     @property
     def training_flops(self) -> int | None:
-        """Of the whole run: three forwards a sample, without what checkpoint_activations computes anew."""
+        """FLOPs of the whole run: three forwards a sample.
+
+        The recomputation of checkpoint_activations does not count.
+        """
         return (
             None
             if self.length.steps is None
@@ -233,8 +237,9 @@ def _planned_name(entry: Any) -> str | None:
 
 
 def _length(recipe: Resolved, batches: Batches) -> tuple[Length, tuple[str, ...]]:
-    """Of the run, and what is not known of it. Raises UserError: see training.length; data that does not
-    fit the model.
+    """Return the length of a run, and notes on what is unknown of it.
+
+    Raises UserError as config.length does, and for data that does not fit the model.
     """
     data, steps = recipe.data, recipe.trainer.get("max_steps", -1)
     if data.epochs is None or steps > 0:
@@ -319,8 +324,9 @@ class _Cases:
         return Stage(state, total, None if total is None or self.gpu is None else total <= self.gpu.usable)
 
     def advice(self, stages: Mapping[str, Stage], chosen: str) -> tuple[str, ...]:
-        """What fits instead of the chosen strategy: another one, else a change of the recipe, perhaps with
-        another strategy.
+        """Return what fits instead of the chosen strategy.
+
+        Another strategy, else a change of the recipe, perhaps with another strategy.
         """
         fitting = [name for name, stage in stages.items() if stage.fits]
         if fitting:
@@ -339,8 +345,9 @@ class _Cases:
         return tuple(found)
 
     def _by_size(self, task: Task) -> Iterator[tuple[int, dict[str, Stage]]]:
-        """Stages with every micro batch that the task takes, the largest first: activations are linear in
-        its size.
+        """Yield the stages with every micro batch that the task takes, the largest first.
+
+        Activations are linear in its size.
         """
         few, many = self._sizes[0], self._sizes[-1]
         least, most = (activation_bytes(task, size, self.precision) for size in (few, many))

@@ -1,5 +1,6 @@
-"""Memory of weights, gradients, optimizer and averages on one GPU under every strategy: pure functions of
-shapes and of DeepSpeed's configuration.
+"""Memory of weights, gradients, optimizer and averages on one GPU, by strategy.
+
+Pure functions of shapes and of DeepSpeed's configuration.
 """
 
 from __future__ import annotations
@@ -200,8 +201,10 @@ def _split_tensors(shapes: Sequence[Shape], ranks: int) -> int:
 
 
 def _offloaded(state: StateMemory, weights: int, width: int, config: Mapping[str, Any]) -> StateMemory:
-    """Moves what the configuration moves: optimizer, masters, gradients and average with `offload_optimizer`,
-    split weights with `offload_param`.
+    """Move to host or disk what the configuration moves.
+
+    `offload_optimizer` moves optimizer, masters, gradients and average; `offload_param` moves split
+    weights.
 
     weights: bytes of the split weights. width: bytes of a weight.
     """

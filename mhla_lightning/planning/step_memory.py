@@ -1,5 +1,6 @@
-"""Memory of a training step beside weights, gradients and optimizer: measured on tensors without data, for
-a model of any size.
+"""Memory of a training step beside weights, gradients and optimizer.
+
+Measured on tensors without data, for a model of any size.
 """
 
 from __future__ import annotations
@@ -59,15 +60,16 @@ def find_precision(name: str | int) -> Precision:
 
 
 def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extrapolate: bool = True) -> int:
-    """Bytes that forward and backward of a micro batch hold at once, at most, beside weights, gradients and
-    the batch itself.
+    """Return the peak bytes of forward and backward of a micro batch.
 
-    The task's own training step runs on tensors without data, its allocations added up by torch's MemTracker.
-    All layers of a model alike, the
-    bytes are linear in their number: a deep one is measured with few layers, twice.
+    Weights, gradients and the batch itself do not count.
 
-    Attention is torch's fused kernel, as on a GPU: no tokens x tokens matrix, except where documents are kept
-    apart under softmax, whose mask is one.
+    The task's own training step runs on tensors without data, and its allocations are added up.
+    Where all layers of a model are alike, the bytes are linear in their number.
+    A deep model is therefore measured twice, with few layers.
+
+    Attention is torch's fused kernel, as on a GPU, without a matrix of tokens x tokens.
+    Softmax that keeps documents apart is the exception: its mask is such a matrix.
 
     Args:
         task: without weights; it is not changed.
@@ -164,8 +166,9 @@ def _elements(tensors: Sequence[Tensor]) -> int:
 
 
 class _Known(TorchDispatchMode):
-    """Inside a FakeTensorMode: what follows from tensors with data alone (keys, labels, documents, times)
-    is computed and can be asked for.
+    """Compute operations whose tensors all have data, inside a FakeTensorMode.
+
+    These are keys, labels, documents and times: their values can then be read.
     """
 
     def __torch_dispatch__(

@@ -15,7 +15,7 @@ __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode", "tensors_in", "u
 
 
 def tensors_in(values: object) -> Iterator[Tensor]:
-    """Yield the tensors in arguments or results of an operation, nested sequences and mappings included."""
+    """Yield the tensors in arguments or results of an operation, nested ones included."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):

@@ -266,7 +266,7 @@ def test_a_slow_case_is_measured_once_and_others_go_on(monkeypatch: pytest.Monke
         ),
         (["wan_1_3b", "--video", "81x480x808"], "--video"),
         (["wan_1_3b", "--video", "81x480"], "--video"),
-        (["wan_tiny", "--video", "3x16x16"], "input_size"),
+        (["wan_tiny", "--video", "3x16x16"], "frames"),
         (["wan_tiny", "--attention", "[[]]"], "--attention"),
         (["wan_tiny", "--attention", "[[softmax, mlha]]"], "did you mean 'mhla'"),
     ],

@@ -1,5 +1,6 @@
-"""Measures speed ratios in one run. Times are medians over turns that the cases take one after another;
-ratios are taken within a turn.
+"""Measure speed ratios in one run.
+
+Times are medians over turns that the cases take one after another; ratios are taken within a turn.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Measures softmax (SDPA), linear and multi-head linear attention over token counts; --causal the forms of
-language models.
+"""Measure softmax (SDPA), linear and multi-head linear attention over token counts.
+
+--causal measures the forms of language models.
 """
 
 from __future__ import annotations
@@ -180,8 +181,9 @@ def _blocks(args: argparse.Namespace) -> int | list[int]:
 
 
 def _causal_entries(args: argparse.Namespace) -> dict[str, Any]:
-    """The mixing matrix has a row for every chunk of the longest text, so that no summary is dropped at
-    any length.
+    """Return the entries with a row of the mixing matrix for every chunk of the longest text.
+
+    So no summary is dropped at any length.
     """
     chunks = -(-max(*args.tokens, args.slope_to) // args.chunk_size)
     chunked = {"chunk_size": args.chunk_size}

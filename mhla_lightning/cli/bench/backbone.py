@@ -1,5 +1,6 @@
-"""Measures a backbone's training step (forward and backward) over image or clip sizes, with several
-operators and the same positional convolution.
+"""Measure a backbone's training step over image or clip sizes.
+
+Several operators have the same positional convolution.
 """
 
 from __future__ import annotations
@@ -179,8 +180,9 @@ def _pos_conv(args: argparse.Namespace, family: BackboneFamily) -> str | None:
 
 
 def _entries(args: argparse.Namespace, family: BackboneFamily) -> dict[str, Entry]:
-    """Label -> entry, with what all entries share; an operator that stands there twice is told apart by
-    its options.
+    """Return label -> entry, with the options that all entries share.
+
+    Options tell apart an operator that is given twice.
     """
     import yaml
 
@@ -231,8 +233,9 @@ def _label(parts: list[dict[str, Any]], hybrid: bool, taken: dict[str, Entry]) -
 def _plan(
     args: argparse.Namespace, family: BackboneFamily, sizes: list[Size], entries: dict[str, Entry]
 ) -> dict[Size, dict[str, Entry]]:
-    """Size -> label -> entry, with mhla's blocks for that many tokens; every model is built once without
-    weights, so that mistakes come first.
+    """Return size -> label -> entry, with mhla's blocks for that many tokens.
+
+    Every model is built once without weights, so that mistakes come first.
     """
     import torch
 

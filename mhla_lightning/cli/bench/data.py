@@ -1,4 +1,4 @@
-"""Measures the data pipeline beside the bare decoder, webdataset's own pipeline and numpy's memmap."""
+"""Measure the data pipeline beside the decoder alone, webdataset and a numpy memmap."""
 
 from __future__ import annotations
 

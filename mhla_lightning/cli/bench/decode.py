@@ -1,5 +1,6 @@
-"""Measures what one more token costs at different positions, and the bytes of the state, for mhla and for
-softmax with a key-value cache.
+"""Measure the cost of one more token at different positions, and the bytes of the state.
+
+Rows are mhla and softmax with a key-value cache.
 """
 
 from __future__ import annotations

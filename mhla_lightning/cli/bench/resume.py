@@ -1,4 +1,4 @@
-"""Measures how long training waits for its first batch when it resumes deep inside a large data set."""
+"""Measure the time to the first batch of a resume deep inside a large data set."""
 
 from __future__ import annotations
 

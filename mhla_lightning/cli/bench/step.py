@@ -1,5 +1,4 @@
-"""Measures a recipe's training step under Lightning, as `lightning run` trains it, beside the same step in a
-bare PyTorch loop.
+"""Measure a recipe's training step under Lightning beside a bare PyTorch loop.
 
 RECIPE and overrides are those of `lightning run`. Both sides take the same batches in turn, step by step, and
 must come to the same losses.

@@ -57,8 +57,9 @@ def packages() -> Finding:
 
 
 def compare_versions(wanted: Iterable[str]) -> Finding:
-    """Requirement lines against what is installed: missing fails, another version than asked for warns.
-    Optional ones do not count.
+    """Compare requirement lines with the installed packages.
+
+    A missing package fails, another version warns. Optional ones do not count.
     """
     from packaging.requirements import Requirement
 
@@ -126,8 +127,9 @@ def command_here(name: str, found: str | None, folders: Iterable[Path]) -> Findi
 
 
 def lightning_command() -> Finding:
-    """`lightning` on PATH is ours: the last installed of the packages that bring a script of this name
-    owns it.
+    """Check that `lightning` on PATH is ours.
+
+    The last installed of the packages that bring a script of this name owns it.
     """
     found = shutil.which("lightning")
     here = command_here("lightning", found, _script_folders())
