@@ -37,15 +37,16 @@ class DataError(UserError):
 def inside(section: str) -> Iterator[None]:
     """Prefixes the keys of errors raised in the block: `blocks` becomes `attention.blocks`.
 
-    Errors about files (:class:`DataError`) and errors without a key pass unchanged.
+    Errors about files (:class:`DataError`, or a key with a slash) and errors without a key pass unchanged.
     """
     try:
         yield
     except DataError:
         raise
     except UserError as error:
-        if error.key is not None:
+        if error.key is not None and "/" not in error.key:
             error.key = below(section, error.key)
+            error.args = (error.key, error.reason)  # another process rebuilds the error from them
         raise
 
 

@@ -230,19 +230,23 @@ def test_flops_are_what_torch_counts(preset: str, name: str, backbone: str, toke
     assert counter.get_total_flops() == model.flops((tokens,))
 
 
+def first_layer(model: Any) -> Any:
+    return model.layers[0].attn
+
+
 def test_presets_are_the_papers() -> None:
     with torch.device("meta"):
         layers = [
-            build_backbone("lm_340m", attention=name, depth=1).layers[0].attn
+            first_layer(build_backbone("lm_340m", attention=name, depth=1))
             for name in ("mhla", "softmax", "linear")
-        ]  # type: ignore[index, union-attr]
+        ]
     sizes = [(layer.heads, layer.dim_k, layer.dim_v, layer.g_proj is not None) for layer in layers]
     assert sizes == [(4, 128, 256, True), (16, 64, 64, False), (4, 128, 256, True)]
     assert (layers[0].attention.mixing.blocks, layers[0].attention.chunk_size) == (32, 64)
     heads = {
-        dim: build_backbone("lm_tiny", attention="softmax", embed_dim=dim, depth=1).layers[0].attn.heads
+        dim: first_layer(build_backbone("lm_tiny", attention="softmax", embed_dim=dim, depth=1)).heads
         for dim in (32, 128, 192)
-    }  # type: ignore[index, union-attr]
+    }
     assert heads == {32: 1, 128: 2, 192: 3}
 
 

@@ -31,7 +31,7 @@ class Source(LocalStore):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         self.reads += 1
         if not self.ranges:
-            raise NoRanges("whole files only")
+            raise NoRanges(name, "whole files only")
         return super().read(name, start, stop)
 
     def copy(self, name: str, size: int, sink: Sink) -> None:
