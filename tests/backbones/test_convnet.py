@@ -85,7 +85,7 @@ def test_the_recipe_refuses_attention_checkpointing_and_another_flop_grid() -> N
     assert task.parameter_count < 100_000
     with pytest.raises(UserError) as error:
         resolve(apply_overrides(values, {"model.attention": "mhla"}))
-    assert str(error.value.key).endswith("attention")
+    assert "attention" in str(error.value)
     with refused("checkpoint_activations"):
         resolve(apply_overrides(values, {"model.checkpoint_activations": "blocks"})).task.configure_model()
     with refused("shape"):
