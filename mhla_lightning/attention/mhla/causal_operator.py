@@ -181,7 +181,11 @@ class CausalMHLA(base.CausalAttention):
             q_norm, k_norm = self.phi(q), self.phi(k)
             q_far, k_far = _turned(q_norm, k_norm, context.rotary)
             features = CausalFeatures(
-                *(x.transpose(1, 2) for x in (q_far, k_far, v, q_norm, k_norm)),
+                q_far.transpose(1, 2),
+                k_far.transpose(1, 2),
+                v.transpose(1, 2),
+                q_norm.transpose(1, 2),
+                k_norm.transpose(1, 2),
                 self._log_decay(q, context.log_decay),
             )
             if keep:
@@ -211,7 +215,7 @@ class CausalMHLA(base.CausalAttention):
                 log_decay = log_decay.expand(len(q), -1) if log_decay.dim() == 1 else log_decay[..., 0]
             memory = state.far if isinstance(state, WindowedState) else state
             assert isinstance(memory, MHLAState)
-            token = CausalFeatures(*(x[:, 0] for x in (q_far, k_far, v, q_norm, k_norm)), log_decay)
+            token = CausalFeatures(q_far[:, 0], k_far[:, 0], v[:, 0], q_norm[:, 0], k_norm[:, 0], log_decay)
             out = step_state(memory, token, self._mixing(q))
             if isinstance(state, WindowedState):
                 assert self.near_scale is not None
