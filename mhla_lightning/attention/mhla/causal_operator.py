@@ -180,9 +180,13 @@ class CausalMHLA(base.CausalAttention):
             q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
             q_norm, k_norm = self.phi(q), self.phi(k)
             q_far, k_far = _turned(q_norm, k_norm, context.rotary)
-            parts = [x.transpose(1, 2) for x in (q_far, k_far, v, q_norm, k_norm)]
             features = CausalFeatures(
-                parts[0], parts[1], parts[2], parts[3], parts[4], self._log_decay(q, context.log_decay)
+                q_far.transpose(1, 2),
+                k_far.transpose(1, 2),
+                v.transpose(1, 2),
+                q_norm.transpose(1, 2),
+                k_norm.transpose(1, 2),
+                self._log_decay(q, context.log_decay),
             )
             if keep:
                 out, state = prefill_in_chunks(features, self._mixing(q), self.rule, packing)
