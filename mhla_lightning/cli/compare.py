@@ -3,7 +3,7 @@
 Rows come from --over (several multiply) or from a file of named variants.
 Each row and seed is an ordinary run; a finished one is reused.
   mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
-  mhla compare RECIPE --variants variants.yaml      # with a line such as  small lr: {model.optimizer.lr: 1e-4}
+  mhla compare RECIPE --variants variants.yaml   # lines such as  small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
