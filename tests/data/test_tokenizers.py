@@ -341,7 +341,7 @@ def test_training_is_the_same_in_every_process(bpe: Path, tmp_path: Path) -> Non
 BAD_TRAINING = {
     "few ids": (["TEXT", "--to", "x.json", "--vocabulary", "256"], "--vocabulary"),
     "no json": (["TEXT", "--to", "x", "--vocabulary", "300"], "--to"),
-    "in use": (["TEXT", "--to", "TEXT.json", "--vocabulary", "300"], "--to"),
+    "in use": (["TEXT", "--to", "TEXT.json", "--vocabulary", "300"], "text.txt.json"),
     "no folder": (["TEXT", "--to", "no/x.json", "--vocabulary", "300"], "--to"),
     "no text": (["EMPTY", "--to", "x.json", "--vocabulary", "300"], "empty.txt"),
     "no input": (["nothing", "--to", "x.json", "--vocabulary", "300"], "nothing"),

@@ -181,7 +181,7 @@ def test_a_bad_row_is_skipped_and_counted(
 
 def test_no_row_within_the_vocabulary_ends_the_run(tmp_path: Path) -> None:
     index = _write(tmp_path / "train", *_arrays())
-    with refused(str(tmp_path / "train" / "000.tar"), DataError):
+    with refused(str(tmp_path / "train" / "001.tar"), DataError):
         next(iter(_stream(tmp_path / "train", index, Tokens(LENGTH, 1), 1.0)))
 
 

@@ -88,8 +88,7 @@ class ClipDataModule(TextConditioned, ShardDataModule):
         super().check(world_size)
         from mhla_lightning.data.encoders.text_encoders import load_text_encoder
 
-        with inside("text_encoder"):  # refuse another encoder than the recipe's now, not in a worker
-            load_text_encoder(self._encoding())
+        load_text_encoder(self._encoding())  # refuse another encoder than the recipe's now, not in a worker
         for source in self.sources:
             found = [
                 (split, clip)
