@@ -3,7 +3,7 @@
 Rows come from --over (several multiply) or from a file of named variants.
 Each row and seed is an ordinary run; a finished one is reused.
   mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
-  mhla compare RECIPE --variants variants.yaml   # lines such as  small lr: {model.optimizer.lr: 1e-4}
+  mhla compare RECIPE --variants variants.yaml   # a line of it: small lr: {model.optimizer.lr: 1e-4}
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
@@ -36,9 +36,10 @@ from mhla_lightning.compare.variants import (
     rows_over,
     seed_list,
 )
+from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
 from mhla_lightning.errors import UserError
-from mhla_lightning.evaluation import EVALUATIONS, Wanted, wanted_evaluation
+from mhla_lightning.evaluation import EVALUATIONS, RequestedEvaluation, requested_evaluation
 from mhla_lightning.runs.folder import (
     FORMAT,
     RunFolder,
@@ -75,7 +76,7 @@ class Comparison:
     common: dict[str, Any]
     folder: Path
     jobs: int
-    evaluations: list[Wanted]
+    evaluations: list[RequestedEvaluation]
 
     def runs(self) -> list[tuple[VariantRow, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
@@ -169,8 +170,8 @@ def _plan(args: argparse.Namespace) -> Comparison:
             "the seed is no override here; every row is trained with each of `seeds`, for example 0,1,2",
         )
     seeds = seed_list(args.seeds if args.seeds is not None else str(recipe.values.get("seed_everything", 0)))
-    name = f"compare-{identity(recipe.values, rows, seeds, common)}"
-    evaluations = [wanted_evaluation(text, args.runs) for text in args.eval]
+    name = f"compare-{identity(flat(recipe.values, filled=False), rows, seeds, common)}"
+    evaluations = [requested_evaluation(text, args.runs) for text in args.eval]
     for number, wanted in enumerate(evaluations):
         if wanted.name in [other.name for other in evaluations[:number]]:
             raise UserError("eval", f"{wanted.name} is given twice; the table has one column for its numbers")

@@ -227,10 +227,10 @@ class Nursery:
             elif target == subprocess.DEVNULL:
                 ends.append(os.open(os.devnull, os.O_WRONLY))
                 theirs.append(ends[-1])
-            elif target is None:
-                theirs.append(place + 1)
+            elif target is None or isinstance(target, int):
+                theirs.append(place + 1 if target is None else target)
             else:
-                theirs.append(target if isinstance(target, int) else target.fileno())
+                theirs.append(target.fileno())
         call = {
             "arguments": list(arguments),
             "cwd": str(cwd or Path.cwd()),

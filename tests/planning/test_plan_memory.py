@@ -23,6 +23,7 @@ from mhla_lightning.planning.state_memory import ModelSize, partitioned, replica
 from mhla_lightning.planning.step_memory import activation_bytes, build, find_precision, training_step
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.tasks import (
+    ClassificationLossConfig,
     ClassificationTask,
     ImageDiffusionTask,
     LanguageTask,
@@ -53,15 +54,15 @@ def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Ta
             attention,
             {"img_size": 64, "patch_size": 8, "depth": depth},
             num_classes=10,
-            mixup=0.8,
+            loss=ClassificationLossConfig(mixup=0.8),
             **options,
         )
     if family == "language":
         sizes: dict[str, Any] = {"vocab_size": 300, "context": 128, "embed_dim": 64, "depth": depth}
         return LanguageTask("lm_tiny", attention, sizes, **options)
     if family == "image_dit":
-        sizes = {"input_size": 16, "embed_dim": 64, "num_heads": 4, "depth": depth}
-        return ImageDiffusionTask("dit_s2", attention, sizes, num_classes=10, **options)
+        sizes = {"input_size": 16, "embed_dim": 64, "num_heads": 4, "depth": depth, "num_classes": 10}
+        return ImageDiffusionTask("dit_s2", attention, sizes, **options)
     return VideoDiffusionTask("wan_tiny", attention, {"input_size": [4, 32, 32], "depth": depth}, **options)
 
 
@@ -130,8 +131,9 @@ def test_weights_gradients_and_optimizer_are_exact(family: str) -> None:
         assert state.gradients == sum(p.grad.nbytes for p in task.parameters() if p.grad is not None)
         assert state.optimizer == state_bytes(optimizer)
         assert task.backbone is not None
-        held = task.backbone.state_dict().values()
-        assert state.average == sum(4 * x.numel() for x in held if x.is_floating_point())
+        assert state.average == sum(
+            4 * x.numel() for x in task.backbone.state_dict().values() if x.is_floating_point()
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
