@@ -1,7 +1,7 @@
 """Random numbers that follow from a key, not from the state of a process.
 
 A key names a use: (seed, purpose, epoch, sample). The same sample gets the same numbers on any rank, in any
-worker and after a resume, so a step is the same function of the global batch however the batch is split.
+worker and after a resume. So a step is the same function of the global batch however the batch is split.
 
 Code of ours asks for a generator by key: :func:`philox` where the numbers are stored or promised,
 :func:`generator` elsewhere. Libraries that use global generators (timm's augmentation) run inside

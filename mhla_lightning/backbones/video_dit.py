@@ -253,9 +253,8 @@ class VideoDiT(nn.Module):
             shape: (frames, height, width).
 
         Raises:
-            UserError: a size that the patch does not divide, or that the layers' blocks do not cut into as
-                many
-                blocks as the mixing matrix has; names the nearest sizes that work.
+            UserError: a size that the patch does not divide, or that gives another number of blocks than the
+                mixing matrix has; the reason names the nearest sizes that work.
         """
         return self._tokens("shape", _three("shape", shape))
 

@@ -3,8 +3,8 @@
 Images: samples.npz (in ADM's layout) and a grid. Videos: mp4 files and a contact sheet.
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
-The same command continues a stopped job. The seed and the number of an image or video determine it:
-any batch size and number of processes give the same pixels to 1/255, the same batch size the same bits.
+The same command continues a stopped job. The seed and the number of an image or video determine it.
+Any batch size and number of processes give the same pixels to 1/255; one batch size gives the same bits.
 """
 
 from __future__ import annotations

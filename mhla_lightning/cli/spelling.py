@@ -23,7 +23,7 @@ class VerbParser(argparse.ArgumentParser):
         return self._note(super().add_argument(*args, **options))
 
     def add_mutually_exclusive_group(self, **options: Any) -> Any:
-        """Return a group whose arguments are noted too; of two for one value, the first gives the name."""
+        """Return a group whose arguments are noted too; of two options, the first gives the name."""
         group = super().add_mutually_exclusive_group(**options)
         add = group.add_argument
         group.add_argument = lambda *args, **options: self._note(add(*args, **options))  # type: ignore[method-assign]

@@ -39,9 +39,9 @@ def table_row(
         measured: seed -> name of an evaluation -> its numbers.
 
     Returns:
-        name, overrides, seeds (each run's summary, and `eval` where it was measured), and by tag or key the
-        mean over seeds and the sample standard deviation (None with one seed). The numbers of an evaluation
-        have the tags `NAME/number`.
+        name, overrides and seeds (each run's summary, and `eval` where it was measured). Also, by tag or
+        key, the mean over seeds and the sample standard deviation (None with one seed). The numbers of an
+        evaluation have the tags `NAME/number`.
     """
     evaluated = {seed: {"eval": found} for seed, found in (measured or {}).items() if found}
     numbers = [

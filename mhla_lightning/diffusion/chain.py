@@ -30,8 +30,8 @@ def respaced(respacing: str | int) -> tuple[np.ndarray, np.ndarray]:
     """Return a short chain through some of the 1000 steps.
 
     Args:
-        respacing: "N" or N: N steps evenly spread from the first to the last, at round(i * 999 / (N - 1)),
-            which the published FIDs use (250); one step is the last, because sampling begins in pure noise.
+        respacing: "N" or N: N steps evenly spread from the first to the last, at round(i * 999 / (N - 1)).
+            The published FIDs use 250. One step is the last, because sampling begins in pure noise.
             "ddimN": every k-th step from the first on, as in the DDIM paper (arXiv 2010.02502); its last step
             is k before the end.
 
@@ -99,8 +99,9 @@ class Chain:
     Tables enter a formula in float32, as in the official code.
 
     `prediction` is the noise epsilon (B, C, ...), or epsilon and variance channels v side by side
-    (B, 2C, ...). With v, log variance = f log(beta) + (1 - f) log(posterior variance), f = (v + 1) / 2;
-    without v it is the posterior variance.
+    (B, 2C, ...). Without v the variance is the posterior variance. With v, and f = (v + 1) / 2:
+
+        log variance = f log(beta) + (1 - f) log(posterior variance)
 
     Args:
         betas: float64 (steps,).

@@ -19,11 +19,11 @@ MODEL_TIMES = 1000
 class Process(ABC):
     """A noise process.
 
-    There are two clocks. A process counts time `t` in its own units (:class:`DDPM`: steps 0 to 999;
-    :class:`FlowMatching`: the share of noise, 0 to 1); time 0 is the data. A backbone only ever sees the
-    model time, :meth:`model_time`, which runs from 0 (data) to 1000 (noise) for every process, so that one
-    time embedding serves both. Samplers pass model times to the network, and a guidance interval is a part of
-    that axis.
+    There are two clocks. A process counts time `t` in its own units, and time 0 is the data. :class:`DDPM`
+    has steps 0 to 999, :class:`FlowMatching` the share of noise, 0 to 1. A backbone only ever sees the model
+    time, :meth:`model_time`. It runs from 0 (data) to 1000 (noise) for every process, so that one time
+    embedding serves both. Samplers pass model times to the network, and a guidance interval is a part of that
+    axis.
     """
 
     name: ClassVar[str]

@@ -1,7 +1,7 @@
 """From noise to samples: the chain of the published FIDs, and the solvers of diffusers.
 
-The network is called at model times (0 data to 1000 noise; see :class:`Process`): whole steps of the
-training chain for `ddpm` processes, 1000 sigma, unrounded, for `flow`.
+The network is called at model times (0 data to 1000 noise; see :class:`Process`). For `ddpm` processes these
+are whole steps of the training chain, for `flow` 1000 sigma, unrounded.
 
 Randomness comes from the caller: the first noise, and `step_noise` for the one sampler that adds noise on
 the way. So a sample does not depend on the rest of its batch, and no global generator is used. Samples are

@@ -201,7 +201,7 @@ class Task(pl.LightningModule):
 
 @contextmanager
 def backbone_keys() -> Iterator[None]:
-    """Turn the keys of build_backbone's errors into a task's: `depth` into `backbone_options.depth`."""
+    """Turn build_backbone's error keys into a task's: `depth` into `backbone_options.depth`."""
     try:
         yield
     except UserError as error:

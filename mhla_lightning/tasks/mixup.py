@@ -73,8 +73,8 @@ class PairMix:
         """Return the mixture of one pair.
 
         Returns:
-            weight of the own pixels outside the box, share of the own label, top, bottom, left and right of
-            the box, which holds the neighbour's pixels.
+            Weight of the own pixels outside the box, share of the own label, and the box: top, bottom, left,
+            right. The box holds the neighbour's pixels.
         """
         rng = generator(seed, "mixup", epoch, index)
         if rng.random() >= self.prob:

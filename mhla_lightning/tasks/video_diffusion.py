@@ -66,8 +66,8 @@ class VideoDiffusionLossConfig:
 class VideoDiffusionTask(DiffusionTask):
     """Learns to remove noise from videos that a text describes (SPEC 6.6).
 
-    It learns by flow matching with shifted logit-normal times. Videos of other lengths and sizes than the
-    backbone's input_size are taken as they come, images as videos of one frame: a batch has one shape.
+    It learns by flow matching with shifted logit-normal times. A video may have another length and size than
+    the backbone's input_size, and an image is a video of one frame. All samples of a batch have one shape.
 
     Args:
         backbone, attention, backbone_options, diffusion, optimizer, schedule, init_from, train_only,
@@ -173,8 +173,8 @@ class VideoDiffusionTask(DiffusionTask):
         """Refuse data that this model cannot take, before training.
 
         Raises:
-            UserError: neither clips nor video latents, another number of channels, a size that the patch or a
-                layer's blocks cannot take, text features that are too many or of another width.
+            UserError: neither clips nor video latents; another number of channels; a size that the patch or a
+                layer's blocks cannot take; too many text features, or features of another width.
         """
         if facts["kind"] not in ("clips", "video_latents"):
             raise UserError(

@@ -1,7 +1,7 @@
 """Rank files: tensors that several ranks hold in parts, in one .safetensors file a rank.
 
 They are read back whole or in any other parts. A file holds flat stretches `KIND/NAME`. Its header gives
-each tensor's shape and where its stretch begins, so a reader needs neither the number of ranks nor the
+each tensor's shape and where its stretch begins. So a reader needs neither the number of ranks nor the
 strategy of the run. DeepSpeed's own checkpoints are pickles and bound to the number of ranks.
 """
 

@@ -76,12 +76,12 @@ def from_wan(state: State) -> dict[str, Tensor]:
     """Return tensors of Wan2.1 under our names; our own state stays as it is.
 
     Args:
-        state: by Wan's, the MHLA authors' or diffusers' names, with or without `module.`, `model.`,
-            `_orig_mod.`; a mixing matrix as (M, M) or (M, M, 1, 1, ...).
+        state: by the names of Wan, of the MHLA authors or of diffusers; prefixes `module.`, `model.` and
+            `_orig_mod.` are allowed. A mixing matrix is (M, M) or (M, M, 1, 1, ...).
 
     Returns:
-        Every tensor: q, k and v of a self-attention layer joined, (3 dim, dim) and (3 dim,); all others the
-        same objects, a mixing matrix as (M, M).
+        Every tensor. q, k and v of a self-attention layer are joined, (3 dim, dim) and (3 dim,). A mixing
+        matrix is (M, M). All others are the same objects.
 
     Raises:
         UserError: a name that occurs twice, or a layer with some of q, k, v only.

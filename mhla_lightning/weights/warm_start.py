@@ -86,8 +86,8 @@ def read_weights(source: str, key: str = "init_from") -> tuple[Path, dict[str, T
     """Return a source's path and its tensors.
 
     Args:
-        source: a .safetensors or torch file, a folder that holds one, or a run, of which the newest
-            checkpoint is taken (its average when it has one).
+        source: a .safetensors or torch file, a folder that holds one, or a run. Of a run the newest
+            checkpoint is read, its average when it has one.
         key: the argument that names the source, for errors.
 
     Raises:

@@ -401,18 +401,23 @@ def test_another_path_leaves_out_what_made_the_recipe_s_own() -> None:
     recipe = {
         "data": {
             "class_path": "mhla_lightning.data.TokenDataModule",
-            "init_args": {"path": "a", "source": "stdlib", "tokenizer": "bytes", "length": 8},
+            "init_args": {
+                "path": "a",
+                "source": "stdlib",
+                "text": {"tokenizer": "bytes", "length": 8},
+            },
         }
     }
+    text = {"tokenizer": None, "length": 8}
     assert apply_overrides(recipe, {"data.path": "b"})["data"]["init_args"] == {
         "path": "b",
         "source": None,
-        "tokenizer": None,
-        "length": 8,
+        "text": text,
     }
-    named = apply_overrides(recipe, {"data.path": "b", "data.tokenizer": "x.json"})["data"]["init_args"]
-    assert named == {"path": "b", "source": None, "tokenizer": "x.json", "length": 8}
-    assert apply_overrides(recipe, {"data.length": 9})["data"]["init_args"]["tokenizer"] == "bytes"
+    named = apply_overrides(recipe, {"data.path": "b", "data.text.tokenizer": "x.json"})
+    assert named["data"]["init_args"]["text"] == {**text, "tokenizer": "x.json"}
+    longer = apply_overrides(recipe, {"data.text.length": 9})["data"]["init_args"]
+    assert longer["text"] == {"tokenizer": "bytes", "length": 9}
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,21 @@ def headings(trees: Trees | None = None) -> list[Finding]:
 
 
 def long_sentences(trees: Trees | None = None) -> list[Finding]:
-    """Return the sentences of docstrings with more than 25 words."""
+    """Return the sentences of docstrings with more than 25 words.
+
+    Commands and drawings, which are indented in a module's docstring, are no sentences. Entries of Args,
+    Returns and Raises are lists: a semicolon ends an item.
+    """
     found = []
     for path, line, text in docstrings(trees):
+        if line == 1:
+            text = re.sub(r"(?m)^  .*$", "", text)
         for paragraph in re.split(r"\n\s*\n|\n(?=\s*[\w`*., ]{1,40}: )", text):
             if ">>>" in paragraph or "|" in paragraph:
                 continue
-            for sentence in re.split(r"(?<=[.?!])\s+", " ".join(paragraph.split())):
+            entry = paragraph.startswith((" ", "Args:", "Returns:", "Raises:"))
+            ends = ".?!;" if entry else ".?!"
+            for sentence in re.split(rf"(?<=[{ends}])\s+", " ".join(paragraph.split())):
                 if len(sentence.split()) > WORDS:
                     found.append(Finding(path, line, sentence[:90]))
     return found

@@ -3,7 +3,7 @@
 The numbers are those of ADM's evaluator. SAMPLES.npz holds uint8 images (N, H, W, 3) as arr_0, as `mhla
 sample` writes them. REF is a reference file of ADM, an npz file of images, or a folder of image shards (its
 val split). Features come from Inception (extra eval), or from a classifier run of yours. The distance of a
-classifier is called FD, not FID, and compares only with distances on the same features:
+classifier is called FD, not FID. It compares only with distances on the same features.
   mhla eval fid SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz
   mhla eval fid SAMPLES.npz --reference data/mnist --features my_classifier
 """
