@@ -25,7 +25,7 @@ slow-models: TESTS := tests/diffusion tests/tasks tests/inference tests/evaluati
 slow-data: TESTS := tests/data
 slow-strategies: TESTS := tests/strategies
 slow-training: TESTS := tests/training tests/callbacks tests/checkpoints
-slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/planning
+slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/config tests/house tests/planning tests/private_api tests/runs
 
 $(SLOW): $(VENV)/.dev-installed
 	@echo "make $@: the slow tests of $(TESTS), at most 45 minutes on two cores"
