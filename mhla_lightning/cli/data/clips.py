@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cut and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     sizes = _sizes(args)
     from mhla_lightning.data.prepare.clips.make import make_clips
     from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(key, error.reason) from error
         raise
     console = Console()
-    with output.progress_bars(console) as on_progress:
+    with progress_bars(console) as on_progress:
         report = make_clips(
             args.source,
             args.to,

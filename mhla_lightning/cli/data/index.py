@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 from mhla_lightning.errors import UserError
 
 HELP = "index shards that others made"
@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Index and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     given, classes = output.vae_options(args), _classes(args.classes)
     from mhla_lightning.data.index import VAE
     from mhla_lightning.data.prepare.indexing import Facts, index_shards
 
     facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer, args.rate)
     console = Console()
-    with output.vae_arguments(), output.progress_bars(console) as on_progress:
+    with output.vae_arguments(), progress_bars(console) as on_progress:
         indices = index_shards(args.path, facts, args.overwrite, output.workers(args), on_progress)
     rows = [output.index_row(split, index) for split, index in indices.items()]
     console.print(output.index_table(args.path, rows))

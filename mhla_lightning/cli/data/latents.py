@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import OnProgress, check_writable, progress_bars, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     out = _out(args)
     _demand_fitting(args)
     console = Console()
-    with output.progress_bars(console) as on_progress:
+    with progress_bars(console) as on_progress:
         report = _make(args, out, on_progress, lambda text: console.print(text, markup=False, soft_wrap=True))
     rows = [output.index_row(split, index) for split, index in report.indices.items()]
     console.print(output.index_table(out, rows))
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(
-    args: argparse.Namespace, out: str, on_progress: output.OnProgress, on_note: Callable[[str], None]
+    args: argparse.Namespace, out: str, on_progress: OnProgress, on_note: Callable[[str], None]
 ) -> LatentReport:
     """Encode as the arguments ask."""
     from mhla_lightning.data.prepare.latents.make import LatentOptions, make_latents

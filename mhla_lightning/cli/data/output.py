@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
 from mhla_lightning.errors import UserError
@@ -19,7 +16,6 @@ from mhla_lightning.errors import UserError
 if TYPE_CHECKING:
     from mhla_lightning.data.index import ShardIndex
 
-OnProgress = Callable[[str, int, int], None]  # split, done, in all
 SPLITS = ("train", "val", "test")  # as in data.index, which imports numpy
 VAE_ARGUMENTS = ("vae_name", "vae_scale", "vae_shift")
 
@@ -99,19 +95,6 @@ def workers(args: argparse.Namespace) -> int:
     return default_workers() if args.workers is None else args.workers
 
 
-def check_writable(key: str, file: str | None) -> None:
-    """Raise UserError for a file that could not be written.
-
-    Args:
-        key: name of the argument.
-        file: its value; None passes.
-    """
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise UserError(key, f"there is no folder {Path(file).absolute().parent}")
-    if file is not None and Path(file).is_dir():
-        raise UserError(key, f"{file} is a folder; name a file")
-
-
 @contextmanager
 def vae_arguments() -> Iterator[None]:
     """Name add_vae's arguments in an error about the library's one argument `vae`."""
@@ -122,27 +105,6 @@ def vae_arguments() -> Iterator[None]:
             raise
         options = ", ".join(f"`{name}`" for name in VAE_ARGUMENTS)
         raise UserError(VAE_ARGUMENTS[0], f"{error.reason} ({options})") from error
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[OnProgress]:
-    """Give the block a function that moves a bar for each split."""
-    bars: dict[str, TaskID] = {}
-    progress = Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-
-    def advance(split: str, done: int, total: int) -> None:
-        progress.start()  # not earlier: it would print an empty line above an error
-        if split not in bars:
-            bars[split] = progress.add_task(split, total=total)
-        progress.update(bars[split], completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bars:
-            progress.stop()
 
 
 def index_row(split: str, index: ShardIndex) -> dict[str, str | int]:

@@ -10,7 +10,7 @@ import argparse
 from rich.console import Console
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 
 HELP = "write images or latents as shards"
 EPILOG = """examples:
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     given = output.vae_options(args)
     from mhla_lightning.data.index import VAE
     from mhla_lightning.data.prepare.pack import PackOptions, pack
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     vae = given and VAE(*given, shape=())
     options = PackOptions(args.val, args.shards, args.seed, args.kind, vae)
     console = Console()
-    with output.vae_arguments(), output.progress_bars(console) as on_progress:
+    with output.vae_arguments(), progress_bars(console) as on_progress:
         indices = pack(
             args.source,
             args.to,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mhla_lightning.cli.data import output
+from mhla_lightning.cli.output import check_writable
 from mhla_lightning.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show samples and return 0. Raises UserError."""
-    output.check_writable("to", args.to)
+    check_writable("to", args.to)
     from mhla_lightning.data.prepare.preview import preview
 
     found = preview(args.path, args.split, args.count, args.seed)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 
 if TYPE_CHECKING:
     from mhla_lightning.data.prepare.text.tokenize import TokenizeReport
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tokenize and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     from mhla_lightning.data.prepare.text.tokenize import TextOptions, tokenize
 
     options = TextOptions(
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         args.shards,
     )
     console = Console()
-    with output.progress_bars(console) as on_progress:
+    with progress_bars(console) as on_progress:
         report = tokenize(
             args.inputs,
             args.to,

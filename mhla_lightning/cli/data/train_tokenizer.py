@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 from mhla_lightning.errors import UserError
 
 HELP = "learn a tokenizer from text"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and return 0. Raises UserError."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     if output.workers(args) < 1:
         raise UserError("workers", f"got {output.workers(args)}; it must be at least 1")
     # The package tokenizers reads it when it starts its threads.
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from mhla_lightning.data.prepare.text.train import train_tokenizer
 
     console = Console()
-    with output.progress_bars(console) as on_progress:
+    with progress_bars(console) as on_progress:
         found = train_tokenizer(
             args.inputs,
             args.to,

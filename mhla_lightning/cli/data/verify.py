@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mhla_lightning.cli.data import output
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 
 if TYPE_CHECKING:
     from mhla_lightning.data.prepare.verify import VerifyReport
@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify and return 0 when clean, else 2. Raises UserError when there is nothing to check."""
-    output.check_writable("json", args.json)
+    check_writable("json", args.json)
     from mhla_lightning.data.prepare.verify import verify
 
     console = Console()
-    with output.progress_bars(console) as on_progress:
+    with progress_bars(console) as on_progress:
         report = verify(args.path, args.split, output.workers(args), on_progress)
     rows = [problem._asdict() for problem in report.problems]
     summary = {
