@@ -70,7 +70,9 @@ class SampleGrids(DrawSamples):
         self._labels = self.classes if self.classes is not None else list(range(min(8, classes)))
         unknown = [label for label in self._labels if not 0 <= label < classes]
         if unknown:
-            raise UserError("classes", f"{unknown[0]} is no class of the model; it has 0 to {classes - 1}")
+            raise UserError(
+                "SampleGrids.classes", f"{unknown[0]} is no class of the model; it has 0 to {classes - 1}"
+            )
 
     def draw(self, trainer: pl.Trainer, task: Any) -> Tensor:
         """Return images uint8 (rows * columns, H, W, 3), row by row."""

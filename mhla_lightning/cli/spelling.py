@@ -78,5 +78,6 @@ def spelled(error: UserError, parser: VerbParser | None = None, takes_overrides:
     reason = re.sub(r"`([a-z_][\w.]*)`", lambda match: spell(match[1]), error.reason)
     if not error.key:
         return reason
-    is_place = isinstance(error, DataError) or "/" in error.key  # `model.safetensors` is no key of a recipe
+    # `model.safetensors` is a file, no key of a recipe; some DataErrors blame an argument, such as `val`
+    is_place = error.key not in names and (isinstance(error, DataError) or "/" in error.key)
     return f"{error.key if is_place else spell(error.key)}: {reason}"

@@ -18,7 +18,7 @@ from mhla_lightning.backbones.layers import CrossAttention
 from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.planning.gpus import GPU
 from mhla_lightning.planning.state_memory import ModelSize, StateMemory, partitioned, replicated
 from mhla_lightning.planning.step_memory import Precision, activation_bytes, find_precision
@@ -189,7 +189,8 @@ def make_plan(
         )
     precision = find_precision(recipe.trainer.get("precision", "32-true"))
     ranks = nodes * gpus_per_node
-    batches = Batches(recipe.data.batch_size, ranks, *recipe.data.micro_batch(ranks))
+    with inside("data"):
+        batches = Batches(recipe.data.batch_size, ranks, *recipe.data.micro_batch(ranks))
     recipe.task.check_batch(batches.micro)
     run_length, notes = _length(recipe, batches)
     entry = recipe.trainer.get("strategy", "auto") if strategy is None else strategy

@@ -237,7 +237,7 @@ def test_buckets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "too short for four frames"
     )
     assert read_index(out / "1x32x16/train").clip == Clip(1, 32, 16, 5.0)
-    assert "9x30x31: no clips, other buckets were nearer to every video" in capsys.readouterr().out
+    assert "9x30x31: no clips, since other buckets are nearer to every video" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
     assert (
         nearest(1.0, [(0.0, 9.0)], [Clip(4, 16, 32, 5.0), Clip(4, 32, 30, 5.0), Clip(8, 32, 30, 5.0)]) == 2

@@ -306,7 +306,11 @@ def test_steps_of_the_grids() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"sampler": "euler"}, "euler"), ({"classes": [0, 4]}, "classes holds 4"), ({"grids": 0}, "grids is 0")],
+    [
+        ({"sampler": "euler"}, "euler"),
+        ({"classes": [0, 4]}, "SampleGrids.classes: 4"),
+        ({"grids": 0}, "grids: 0"),
+    ],
 )
 def test_wrong_grids_are_refused_before_training(
     diffusion_recipe: Path, options: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
