@@ -13,7 +13,7 @@ from tests.house.source import package_files, package_trees, tracked, tree_of
 # folder -> the libraries that it may import; fla is asked for by name where its operators are built
 ALONE: dict[str, Collection[str]] = {
     "mhla_lightning/attention/": {"torch", "fla"},
-    "cluster/": {"jinja2", "yaml"},
+    "cluster/": {"jinja2", "jsonargparse", "yaml"},
 }
 # folder -> libraries that it must not import
 WITHOUT: dict[str, Collection[str]] = {

@@ -284,7 +284,7 @@ def test_print_config_turns_epochs_into_steps(recipe: Path, capsys: pytest.Captu
     assert main(arguments) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["trainer"]["max_steps"] == 10  # 2.5 x 64 / 16
-    assert shown["model"]["init_args"]["label_smoothing"] == 0.1  # defaults are filled in
+    assert shown["model"]["init_args"]["checkpoint_activations"] == "none"  # defaults are filled in
     assert shown["checkpoint"] == {
         "every_n_steps": 4,
         "keep_last": 2,
@@ -343,7 +343,7 @@ def test_undecodable_samples_are_skipped_counted_and_limited(
     assert fit(recipe, *many, "--data.max_skipped_share", "0.5", name="many") == 2
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
-    assert "data.max_skipped_share" in error
+    assert "--data.reading.max_skipped_share" in error
 
 
 def test_a_run_folder_is_held_by_one_process(
