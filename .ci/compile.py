@@ -27,13 +27,14 @@ def main() -> None:
     sys.dont_write_bytecode = False
     warnings.simplefilter("ignore")
     import mhla_lightning
+    from mhla_lightning.errors import UserError
 
     ours = (m.name for m in pkgutil.walk_packages(mhla_lightning.__path__, "mhla_lightning."))
     for name in (*ours, *LATER, *sys.argv[1:]):
         if not name.endswith("__main__"):
             try:
                 importlib.import_module(name)
-            except ImportError as error:
+            except (ImportError, UserError) as error:  # ours names the extra that is missing
                 sys.stderr.write(f"  without {name}: {error}\n")
 
 
