@@ -24,6 +24,10 @@ from mhla_lightning.strategies.config import check_strategy
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "health")
 _CLASSES = ("trainer", "model", "data")
+_CONFIGS = {
+    "checkpoint": "mhla_lightning.config.resolve.CheckpointConfig",
+    "health": "mhla_lightning.config.resolve.HealthConfig",
+}
 _RESERVED = {
     "logger": "the run folder has its own logger",
     "default_root_dir": "the files of a run go into its run folder",
@@ -86,6 +90,10 @@ def check_sections(values: Mapping[str, Any], trainer_names: Iterable[str]) -> N
     for section in _CLASSES:
         if not isinstance(values.get(section), Mapping):
             raise UserError(section, "the section is missing; a recipe has mappings trainer, model and data")
+    for section, path in _CONFIGS.items():
+        source = find_class(path)
+        if source is not None and isinstance(values.get(section), Mapping):
+            check_known(values[section], parameters(source) or (), f"{section}.")
     trainer = values["trainer"]
     for key, reason in _RESERVED.items():
         if trainer.get(key) is not None:

@@ -232,10 +232,13 @@ def test_an_evaluation_is_run_once_on_every_finished_run(
         ),
         (["--over", "model.attention=[linear]", "--variants", "v.yaml"], ["exactly one way"]),
         ([], ["exactly one way"]),
-        (["--over", "model.attention=[linear]", "--seeds", "a"], ["--seeds 'a'"]),
-        (["--over", "seed_everything=[0, 1]"], ["--seeds 0,1,2"]),
-        (["--over", "model.attention=[linear]", "--seed_everything", "3"], ["--seeds 0,1,2"]),
-        (["--over", "model.attention=[linear]", "--json", "nowhere/t.json"], ["there is no folder"]),
+        (["--over", "model.attention=[linear]", "--seeds", "a"], ["--seeds: "]),
+        (["--over", "seed_everything=[0, 1]"], ["--seed_everything: ", "--seeds"]),
+        (
+            ["--over", "model.attention=[linear]", "--seed_everything", "3"],
+            ["--seed_everything: ", "--seeds"],
+        ),
+        (["--over", "model.attention=[linear]", "--json", "nowhere/t.json"], ["--json: nowhere/t.json"]),
         (
             ["--over", "model.attention=[linear]", "--eval", "sampels"],
             ["unknown evaluation 'sampels'", "did you mean 'samples'"],

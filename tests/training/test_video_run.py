@@ -153,7 +153,7 @@ def test_a_run_is_the_teacher_of_the_next(video_recipe: Path, tmp_path: Path) ->
 
 def test_a_teacher_that_is_not_there_is_named(video_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(video_recipe), "--run-id", "lost", "--model.distill.teacher", "nowhere"]) == 2
-    assert "model.distill.teacher: nowhere does not exist" in capsys.readouterr().err
+    assert "--model.loss.distill.teacher: nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow
