@@ -41,7 +41,7 @@ model:
     schedule: {warmup_steps: 2}
 data:
   class_path: mhla_lightning.data.ImageDataModule
-  init_args: {path: PATH, image_size: 8, batch_size: 16, num_workers: 0,
+  init_args: {path: PATH, image_size: 8, batch_size: 16, reading: {num_workers: 0},
     augmentation: {scale: [0.6, 1.0], auto_augment: null, crop_pct: 1.0}}
 checkpoint: {every_n_steps: 4, keep_last: 2}
 """

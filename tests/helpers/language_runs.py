@@ -23,7 +23,7 @@ model:
     schedule: {warmup_steps: 2, min_lr: 2.0e-4}
 data:
   class_path: mhla_lightning.data.TokenDataModule
-  init_args: {path: PATH, batch_size: 8, num_workers: 0}
+  init_args: {path: PATH, batch_size: 8, reading: {num_workers: 0}}
 checkpoint: {every_n_steps: 5, keep_last: 1}
 """
 

@@ -31,7 +31,7 @@ model:
     schedule: {warmup_steps: 2}
 data:
   class_path: mhla_lightning.data.ClipDataModule
-  init_args: {path: PATH, batch_size: 4, num_workers: 0,
+  init_args: {path: PATH, batch_size: 4, reading: {num_workers: 0},
     text_encoder: {name: 'words:8', tokens: 6, channels: 8}}
 checkpoint: {every_n_steps: 2, keep_last: 2}
 """
