@@ -14,10 +14,10 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/lightning run $(RECIPE)
 
 test: lint
-	@echo "make test: the tests of CI in two processes, about 13 minutes on two cores"
+	@echo "make test: the tests of CI in two processes; the goal is 13 minutes on two cores"
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 
-# Each part ends within 45 minutes on two cores.
+# Each part is to end within 45 minutes on two cores.
 slow: $(SLOW)
 
 slow-attention: TESTS := tests/attention tests/backbones
@@ -28,7 +28,7 @@ slow-training: TESTS := tests/training tests/callbacks tests/checkpoints
 slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/config tests/house tests/planning tests/private_api tests/runs
 
 $(SLOW): $(VENV)/.dev-installed
-	@echo "make $@: the slow tests of $(TESTS), at most 45 minutes on two cores"
+	@echo "make $@: the slow tests of $(TESTS); the goal is 45 minutes on two cores"
 	$(PYTEST) -m "slow and not gpu and not slurm" $(TESTS)
 
 # A real SLURM of two nodes on this machine; needs root.
