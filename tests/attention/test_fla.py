@@ -30,7 +30,6 @@ from mhla_lightning.inference.text import Sampling, generate
 from tests.helpers import causal_layers as layer_contract
 from tests.helpers.errors import refused
 from tests.helpers.language_models import CUDA_ONLY, prompts, tiny_model
-from tests.helpers.marks import every_nth
 
 KERNELS = {
     "gla": "gla",
@@ -291,7 +290,8 @@ def test_low_precision_stays_near_float64(name: str, autocast: bool) -> None:
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # dynamo looks at it, and hides the warning otherwise
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("name", every_nth(KERNELS, 3))
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.slow
 def test_a_language_model_generates_and_compiles(name: str) -> None:
     torch.compiler.reset()
     model = tiny_model(name)
@@ -312,6 +312,7 @@ def test_a_language_model_generates_and_compiles(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.slow
 def test_batches_may_be_forgotten_while_a_layer_compiles() -> None:
     """Dynamo walks what a layer looks at, and fails where the collector takes something out meanwhile: no
     layer may look at all batches there are.

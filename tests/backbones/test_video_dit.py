@@ -315,7 +315,7 @@ def test_parameters_of_any_dtype(attention: Any, dtype: torch.dtype) -> None:
     ) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("attention", every_nth(ENTRIES, 3), ids=str)
+@pytest.mark.parametrize("attention", every_nth(ENTRIES, 9), ids=str)
 def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
     model = awake(build(attention=attention, depth=1))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

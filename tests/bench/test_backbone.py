@@ -124,6 +124,7 @@ def test_every_layout_fits_and_pays(grid: tuple[int, ...]) -> None:
 VIDEO = ["bench", "backbone", "wan_tiny", "--layers", "3", "--video"]
 
 
+@pytest.mark.slow
 def test_clips_are_measured_by_layer_with_a_hybrid(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     assert main([*VIDEO, "4x16x16", "2X8x16", "--json", str(target)]) == 0

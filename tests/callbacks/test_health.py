@@ -46,7 +46,7 @@ STRATEGIES = {
         "bf16-true",
     ],
 }
-IN_CI = ("ddp", "zero2")
+IN_CI = ("zero2",)
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +182,9 @@ def test_steps_are_left_out_alike_on_all_ranks(nursery: Nursery, place: Path, st
         assert norms == pytest.approx(others, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))]
-)
-@pytest.mark.parametrize("kind", ["layer", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["zero3", "ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("kind", ["layer", "gradient"])
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_name_the_layer(
     nursery: Nursery, place: Path, strategy: str, kind: str
 ) -> None:
@@ -251,6 +250,7 @@ def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.
     assert "--health.spike_factor is 5.0" in leapt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_on_and_judges_alike(place: Path) -> None:
     """The median's losses and the count are in the checkpoint."""
     extra = ["--health.spike_factor", "5", "--checkpoint.every_n_steps", "12"]

@@ -55,6 +55,7 @@ def test_a_sheet_and_a_gif_at_the_steps_asked_for(recipe: Path, tmp_path: Path) 
     assert not np.array_equal(np.asarray(sheets[0]), np.asarray(sheets[1])), "the model has moved on"
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(recipe: Path, tmp_path: Path) -> None:
     for name, callbacks in (("without", [EMA]), ("with", [EMA, clips()])):
         train(recipe, name, "--runs", str(tmp_path), "--trainer.callbacks", json.dumps(callbacks))

@@ -34,7 +34,7 @@ def steps(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in complete_checkpoints(run)]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_last_and_the_best_are_kept(recipe: Path, tmp_path: Path, asynchronous: bool) -> None:
     keep = ["--checkpoint.keep_last", "1", "--checkpoint.keep_best", "2", "--checkpoint.monitor", "val/loss"]
     rising = [
@@ -54,6 +54,7 @@ def test_the_last_and_the_best_are_kept(recipe: Path, tmp_path: Path, asynchrono
     assert state["metrics"]["val/loss"] == losses[16]
 
 
+@pytest.mark.slow
 def test_writing_beside_the_training_changes_no_number(recipe: Path, tmp_path: Path) -> None:
     """The copies are those of the step, although training goes on while they are written."""
     for name in ("true", "false"):
@@ -85,7 +86,7 @@ def test_writing_beside_the_training_changes_no_number(recipe: Path, tmp_path: P
         assert (one / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_checkpoint_is_complete_once_the_numbers_of_its_step_are_written(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: str
 ) -> None:

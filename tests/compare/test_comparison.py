@@ -140,10 +140,11 @@ def test_variants_file_refuses(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        pytest.param("language_quality", "language/lm_tiny_mhla_stdlib_cpu", marks=pytest.mark.slow),
+        ("language_quality", "language/lm_tiny_mhla_stdlib_cpu"),
         ("language_recall", "language/lm_tiny_mhla_mqar_cpu"),
     ],
 )
+@pytest.mark.slow
 def test_packaged_rows_fit_their_recipe(name: str, recipe: str) -> None:
     rows = rows_from_file(variants_file(name))
     assert len(rows) == 24

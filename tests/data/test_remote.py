@@ -117,6 +117,7 @@ def test_s3(bucket: S3Bucket, shards: Path, local: list[Batch], tmp_path: Path, 
     assert len(list(tmp_path.glob("*.tar"))) == (12 if folder else 0)
 
 
+@pytest.mark.slow
 def test_s3_with_faults(server: FileServer, s3_env: None, shards: Path, local: list[Batch]) -> None:
     """The FileServer speaks enough of S3 for reading: GET and HEAD of /BUCKET/KEY."""
     server.serve_folder(shards)
@@ -129,6 +130,7 @@ def test_s3_with_faults(server: FileServer, s3_env: None, shards: Path, local: l
     assert len(server.log) > 2 * len(QUICK)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_local_and_remote(
     remote_url: str, server: FileServer, bucket: S3Bucket, shards: Path
 ) -> None:

@@ -198,7 +198,8 @@ def _images_of(batches: Iterable[Batch]) -> dict[tuple[int, int], torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+@pytest.mark.slow
 def test_started_workers_read_their_part(
     split: tuple[Path, ShardIndex], monkeypatch: pytest.MonkeyPatch, start: StartMethod
 ) -> None:

@@ -266,6 +266,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_bytes(large: Path, bpe: Path, tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     options = TextOptions(str(bpe), length=128, shards=50)

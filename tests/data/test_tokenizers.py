@@ -306,6 +306,7 @@ def test_without_the_package(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert open_tokenizer("bytes").encode("a") == [97]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_in_every_process(bpe: Path, tmp_path: Path) -> None:
     for threads in (1, 2):
         command = [

@@ -377,6 +377,7 @@ def test_a_new_index_keeps_facts_that_shards_do_not_hold(data: Callable) -> None
         assert len(list((path / "train").glob("*.npy"))) == len(old.shards) - 1
 
 
+@pytest.mark.slow
 def test_classes_are_counted_over_all_splits(data: Callable) -> None:
     path = data("images")
     _put(path / "val", 0, "cls", b"4")

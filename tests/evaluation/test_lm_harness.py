@@ -214,6 +214,7 @@ def test_unknown_tasks_and_data_out_of_reach_give_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_paper_means_nine_tasks_of_the_harness(folder: str) -> None:
     assert len(PAPER_TASKS) == 9
     assert set(PAPER_TASKS) <= set(read_once(include_path=folder).all_tasks)

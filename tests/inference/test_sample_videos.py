@@ -150,6 +150,7 @@ def test_a_video_is_the_same_in_any_batch_and_follows_its_prompt(trained: Path) 
     assert np.abs(one - other).max() > 10, "another prompt on the same noise"
 
 
+@pytest.mark.slow
 def test_a_killed_job_continues(trained: Path, prompts: Path, tmp_path: Path, nursery: Nursery) -> None:
     slow = ["--steps", "40", "--n", "3"]
     started = nursery.start(1, command(trained, prompts, tmp_path / "cut", *slow), tmp_path)

@@ -189,6 +189,7 @@ def test_assisted_generation_is_refused_by_transformers() -> None:
         model.generate(torch.tensor(prompts(4)), assistant_model=wrapped("linear"), max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_without_transformers_the_import_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\ntry:\n    import mhla_lightning.hf\nexcept "

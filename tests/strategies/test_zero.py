@@ -19,7 +19,7 @@ from tests.helpers.ranks import Nursery
 from tests.helpers.zero_runs import CURVES, STRATEGIES, ZERO3, Runs, assert_close_curves, curves, end_of
 
 SPLIT = [name for name in STRATEGIES if name != "ddp"]
-RARE = ("zero3_small_whole", "zero2_offload")
+RARE = ("zero1", "zero3_small_whole", "zero2_offload")
 
 
 def often_first(names: Sequence[str]) -> list[Any]:
@@ -69,6 +69,7 @@ def test_stages_1_and_2_are_ddp_bit_for_bit(runs: Runs) -> None:
     assert curves(runs.of("zero1")) == curves(runs.of("zero2")) == ddp
 
 
+@pytest.mark.slow
 def test_split_weights_start_as_those_of_one_process(runs: Runs) -> None:
     """DeepSpeed would round what is computed on the way to them: the locality of a mixing matrix is
     float64.
@@ -170,7 +171,8 @@ def test_twenty_more_steps_with_one_rank_and_with_four(runs: Runs, name: str) ->
         assert_close_curves(runs.train(again, STRATEGIES[name], ranks, *long), unbroken, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.slow
 def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, name: str) -> None:
     """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have
     no master.
@@ -195,11 +197,12 @@ def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, nam
 
 BF16 = [
     ("zero3", "bf16-mixed"),
-    pytest.param("zero2", "bf16-true", marks=pytest.mark.slow),
-    pytest.param("zero1", "bf16-true", marks=pytest.mark.slow),
+    ("zero2", "bf16-true"),
+    ("zero1", "bf16-true"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "precision"), BF16)
 def test_bf16_follows_ddp(runs: Runs, strategy: str, precision: str) -> None:
     shared = ["--trainer.precision", precision]
@@ -218,7 +221,8 @@ def test_bf16_follows_ddp(runs: Runs, strategy: str, precision: str) -> None:
     assert all(0 <= values.min() <= values.max() <= 1 for values in mixing)
 
 
-@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.slow
 def test_accumulation_and_recomputation_change_nothing(runs: Runs, name: str) -> None:
     """Four micro batches of 2 a rank and step, and every block computed again in the backward."""
     split = ["--data.micro_batch_size", "2", "--model.checkpoint_activations", "blocks"]

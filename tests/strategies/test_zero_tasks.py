@@ -8,7 +8,6 @@ import pytest
 
 from mhla_lightning.config.recipes import RECIPES
 from mhla_lightning.runs.folder import read_metrics
-from tests.helpers.marks import every_nth
 from tests.helpers.ranks import Nursery
 from tests.helpers.tiny_tasks import write_recipes
 from tests.helpers.zero_runs import STRATEGIES, ZERO3
@@ -40,7 +39,8 @@ def losses(
     return {tag: [value for _, value in series[tag]] for tag in LOSSES if tag in series}
 
 
-@pytest.mark.parametrize("task", every_nth(["language", "image_dit", "video_dit"], 3))
+@pytest.mark.parametrize("task", ["language", "image_dit", "video_dit"])
+@pytest.mark.slow
 def test_stage_3_follows_ddp(nursery: Nursery, task: str, tmp_path: Path) -> None:
     recipe = str(write_recipes(tmp_path, [task])[task])
     short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4"]

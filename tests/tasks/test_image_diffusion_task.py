@@ -206,6 +206,7 @@ def test_a_run_learns_and_shows_what_it_draws(diffusion_recipe: Path, tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_grids_change_nothing_in_training(diffusion_recipe: Path, tmp_path: Path) -> None:
     train(diffusion_recipe, "with", "--trainer.callbacks", ALL)
     train(diffusion_recipe, "without")
@@ -215,6 +216,7 @@ def test_grids_change_nothing_in_training(diffusion_recipe: Path, tmp_path: Path
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_accumulation_and_ranks_take_the_same_step(
     nursery: Nursery, diffusion_recipe: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,8 @@ def _of_session(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param(ZERO3, marks=pytest.mark.slow, id="zero3")])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param(ZERO3, id="zero3")])
+@pytest.mark.slow
 def test_an_exception_on_one_rank_is_shown_with_its_rank(recipe_file: Path, strategy: str) -> None:
     end = run(recipe_file, "exception", 1, strategy)
     assert end.code == 1

@@ -28,6 +28,7 @@ def samples(run: Path) -> dict[int, list[tuple[int, int, str]]]:
     return {step: sorted(taken) if len(logs) > 1 else taken for step, taken in steps.items()}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_epochs(nursery: Nursery, recipe: Path, tmp_path: Path) -> None:
     """Bit for bit the unbroken run: 4 steps an epoch, a checkpoint every 3, 2 workers, mixup."""
     extra = [

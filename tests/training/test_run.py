@@ -259,6 +259,7 @@ def test_validate_and_test_a_checkpoint(
     assert "test_ema/top1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_mixture_shows_how_much_of_each_source_it_took(recipe: Path, shards: Path, tmp_path: Path) -> None:
     pack(str(shards.parent / "source"), tmp_path / "again", PackOptions(shards=3, seed=1))
     mix = (
@@ -316,7 +317,7 @@ def spoiled(shards: Path, tmp_path: Path, samples: int) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_undecodable_samples_are_skipped_counted_and_limited(
     recipe: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
 ) -> None:

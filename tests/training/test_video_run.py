@@ -45,6 +45,7 @@ def video_recipe(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) 
     return write_recipe(tmp_path / "tiny.yaml", shards)
 
 
+@pytest.mark.slow
 def test_a_run_learns(video_recipe: Path, tmp_path: Path) -> None:
     learn = ["--model.optimizer.lr", "1e-2", "--model.backbone_options.patch_size", "[2, 2, 2]"]
     train(
@@ -126,6 +127,7 @@ def test_accumulation_and_ranks_take_the_same_step(
         ), tag
 
 
+@pytest.mark.slow
 def test_a_run_is_the_teacher_of_the_next(video_recipe: Path, tmp_path: Path) -> None:
     train(video_recipe, "teacher", "--model.attention", "softmax")
     told = ["--model.distill.teacher", str(tmp_path / "runs" / "teacher"), "--model.distill.output", "0.5"]
