@@ -273,7 +273,11 @@ def _cuts(
         options: how videos become clips.
     """
     found = ((member, place(getattr(member, stretches), clip, options.stride_of(clip))) for member in members)
-    return [Cut(videos[member.number], tuple(starts), member.last) for member, starts in found if starts]
+    return [
+        Cut(videos[member.number], tuple(starts), member.last, member.seekable)
+        for member, starts in found
+        if starts
+    ]
 
 
 def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -> list[int]:
