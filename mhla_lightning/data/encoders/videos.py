@@ -98,6 +98,7 @@ class FilmDecoder:
         """Start at the next packet."""
         self._stream, self._name = stream, name
         self._invalid: type[Exception] = av_package(f"reading {name}").error.InvalidDataError
+        self._guess = _TimeGuess()
         self._time: float | None = None  # of the frame before
         self._shift = 0.0
         self.steady = True  # all times were those of the file
@@ -121,8 +122,9 @@ class FilmDecoder:
 
     def _date(self, frame: VideoFrame) -> float:
         """Return the time of a frame, in seconds. It is never before that of the frame before."""
-        base, before = self._stream.time_base, self._time
-        time = None if frame.pts is None or base is None else float(frame.pts * base) + self._shift
+        ticks, base, before = self._guess(frame.pts, frame.dts), self._stream.time_base, self._time
+        self.steady &= ticks == frame.pts
+        time = None if ticks is None or base is None else float(ticks * base) + self._shift
         if time is None:
             time = 0.0 if before is None else before + self._step(frame)
             self.steady = False
@@ -143,6 +145,31 @@ class FilmDecoder:
         """Return width over height of the shown picture; the pixels of a film need not be squares."""
         aspect = frame.width * float(self._stream.sample_aspect_ratio or 1) / frame.height
         return 1 / aspect if orientation(frame, self._name)[0] else aspect
+
+
+class _TimeGuess:
+    """FFmpeg's choice between the two times of a frame (best_effort_timestamp): that with fewer faults.
+
+    Packed B-frames, for instance, have the times of the packets that they share.
+    """
+
+    def __init__(self) -> None:
+        """Start without a fault."""
+        self._last: tuple[int | None, int | None] = None, None
+        self._pts_faults = self._dts_faults = 0
+
+    def __call__(self, pts: int | None, dts: int | None) -> int | None:
+        """Return the time of the next frame, in ticks; None where it has none.
+
+        Args:
+            pts: when it is to be shown.
+            dts: of the packet on which the decoder gave it away.
+        """
+        last_pts, last_dts = self._last
+        self._pts_faults += pts is not None and last_pts is not None and pts <= last_pts
+        self._dts_faults += dts is not None and last_dts is not None and dts <= last_dts
+        self._last = dts if pts is None else pts, pts if dts is None else dts
+        return pts if dts is None or (pts is not None and self._pts_faults <= self._dts_faults) else dts
 
 
 def shown(container: InputContainer, stream: VideoStream, name: str) -> Iterator[Shown]:
@@ -179,10 +206,15 @@ def orientation(frame: VideoFrame, name: str) -> tuple[bool, bool, bool]:
 def upright(frame: VideoFrame, name: str) -> np.ndarray:
     """Return the picture of a frame as FFmpeg shows it, uint8 (height, width, 3); alpha is dropped."""
     transposed, mirrored, flipped = orientation(frame, name)
-    picture = frame.to_ndarray(format="rgb24")
+    picture = _rgb(frame, name)
     picture = picture.transpose(1, 0, 2) if transposed else picture
     picture = picture[:, ::-1] if mirrored else picture
     return picture[::-1] if flipped else picture
+
+
+def thumbnail(frame: VideoFrame, side: int, name: str) -> np.ndarray:
+    """Return a frame as it was decoded, reduced to uint8 (side, side, 3)."""
+    return _rgb(frame, name, width=side, height=side, interpolation="AREA")
 
 
 def encode_mp4(clip: np.ndarray, rate: float) -> bytes:
@@ -288,10 +320,25 @@ def _moving(source: Path | bytes, best: Stream | None) -> set[int]:
     return moving
 
 
+def _rgb(frame: VideoFrame, name: str, **change: Any) -> np.ndarray:
+    """Return a frame by its own colour space and range, uint8 (height, width, 3)."""
+    try:
+        return frame.to_ndarray(format="rgb24", **change)
+    except av_package("reading videos").error.FFmpegError as error:
+        raise DataError(
+            name, f"FFmpeg cannot convert its colours (color_space {frame.colorspace}); write it anew in bt709"
+        ) from error
+
+
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
     """Return a, b, c and d of a frame's display matrix; None where it has none."""
-    sides: Any = frame.side_data
-    side = sides.get("DISPLAYMATRIX")
+    sides: Any
+    try:
+        sides = frame.side_data
+        side = sides.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV 18 knows no EXIF (mjpeg), and refuses all side data beside it but the rotation
+        turn = round(frame.rotation / 90) % 4  # counterclockwise
+        return ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[turn]
     if side is None:
         return None
     a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(side), np.int32))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhla_lightning.data.encoders.videos import FilmDecoder, Shown, av_package, open_video
+from mhla_lightning.data.encoders.videos import FilmDecoder, Shown, av_package, open_video, thumbnail
 from mhla_lightning.data.index import Clip
 from mhla_lightning.data.prepare.clips.endings import lacks_bytes
 from mhla_lightning.data.prepare.clips.layout import Stretch, nearest, shots, split_in_time
@@ -22,6 +22,7 @@ CUT = 0.12  # of 1: the mean difference between neighbouring frames above which 
 _THUMBNAIL = 32  # pixels a side
 # Seconds, and share of the length that the header promises: a file that ends so much earlier was cut.
 _MISSING = (0.1, 0.01)
+_ROUNDED = 0.01  # seconds; where bytes are missing as well, less is enough
 _HIDDEN = 2  # packets that may follow the last frame that is shown
 
 
@@ -119,7 +120,7 @@ def watch(path: Path, cut: float | None = None) -> Film:
     """
     reached = 0.0
     with open_video(path, str(path)) as (container, stream):
-        viewing = _Viewing(FilmDecoder(stream, str(path)), stream.time_base or Fraction(0), cut)
+        viewing = _Viewing(str(path), FilmDecoder(stream, str(path)), stream.time_base or Fraction(0), cut)
         for packet in container.demux():
             reached = max(reached, _end(packet))
             if packet.stream is stream:
@@ -127,8 +128,10 @@ def watch(path: Path, cut: float | None = None) -> Film:
         viewing.take(None)
         promised = float((stream.duration or 0) * viewing.base)
         whole, begin = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
-        kind = container.format.name
-    film = viewing.film(str(path), kind != "gif")  # a gif has no list of key frames
+        kind, sound = container.format.name, bool(container.streams.audio)
+    film = viewing.film(kind != "gif")  # a gif has no list of key frames
+    if sound and len(film.times) == 1:
+        raise DataError(str(path), "holds sound and one picture but no film; remove it from the videos")
     found = (film.end - float(film.times[0]), promised) if promised else (reached - begin, whole)
     _demand_whole(path, kind, *found)
     return film
@@ -139,6 +142,7 @@ class _Viewing:
     """What was seen of a film until now.
 
     Args:
+        name: of the file, for messages.
         decoder: of the film.
         base: seconds of a tick.
         cut: see watch.
@@ -150,6 +154,7 @@ class _Viewing:
         before: the thumbnail of the last frame.
     """
 
+    name: str
     decoder: FilmDecoder
     base: Fraction
     cut: float | None
@@ -180,20 +185,19 @@ class _Viewing:
         if not self.times or shown.time > self.times[-1]:
             self.times.append(shown.time)
         if self.cut is not None:
-            small = shown.frame.reformat(_THUMBNAIL, _THUMBNAIL, "rgb24", interpolation="AREA").to_ndarray()
-            small = small.astype(np.int16)
+            small = thumbnail(shown.frame, _THUMBNAIL, self.name).astype(np.int16)
             if self.before is not None and np.abs(small - self.before).mean() > self.cut * 255:
                 self.cuts.add(len(self.times) - 1)
             self.before = small
 
-    def film(self, name: str, seekable: bool) -> Film:
+    def film(self, seekable: bool) -> Film:
         """Return the facts. Raises DataError where no frame was shown, or none at the end."""
         if not self.times:
-            raise DataError(name, "holds no frame that can be decoded; copy it again or remove it")
+            raise DataError(self.name, "holds no frame that can be decoded; copy it again or remove it")
         rest = sorted(time for time in self.packets if time > self.times[-1]) if self.decoder.steady else []
         if self.intact and len(rest) > max(_HIDDEN, _MISSING[1] * len(self.packets)):
             raise DataError(
-                name,
+                self.name,
                 f"gives no frame after {self.times[-1]:.2f} of {rest[-1]:.2f} s; it was cut or damaged, so "
                 "copy it again or remove it",
             )
@@ -225,7 +229,8 @@ def _demand_whole(path: Path, kind: str, seconds: float, promised: float) -> Non
         promised: seconds by the header; 0 where it gives none.
     """
     lacking = lacks_bytes(path, kind)
-    short = seconds + _MISSING[0] + _MISSING[1] * promised < promised
+    allowed = _ROUNDED if lacking else _MISSING[0] + _MISSING[1] * promised
+    short = seconds + allowed < promised
     if lacking if kind == "gif" or not promised else short and lacking is not False:
         more = f" of {promised:.2f} s" if promised > seconds else ""
         raise DataError(
