@@ -326,7 +326,8 @@ def _rgb(frame: VideoFrame, name: str, **change: Any) -> np.ndarray:
         return frame.to_ndarray(format="rgb24", **change)
     except av_package("reading videos").error.FFmpegError as error:
         raise DataError(
-            name, f"FFmpeg cannot convert its colours (color_space {frame.colorspace}); write it anew in bt709"
+            name,
+            f"FFmpeg cannot convert its colours (color_space {frame.colorspace}); write it anew in bt709",
         ) from error
 
 
