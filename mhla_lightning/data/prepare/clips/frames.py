@@ -112,16 +112,21 @@ def fit(picture: np.ndarray, aspect: float, height: int, width: int) -> np.ndarr
 
 
 def _sought(path: Path, begin: float) -> tuple[Shown | None, Iterator[Shown]]:
-    """Return the first frame from the key frame before `begin` on, and those after it.
+    """Return the key frame before `begin`, and the frames after it.
 
-    The frame is None where the container's list of key frames is wrong or missing.
+    It is None where the container's list of key frames is wrong or missing. It is so, too, where that list
+    names a frame that refers to earlier ones, as in films that are refreshed bit by bit.
     """
     frames = _decoded(path, begin)
     try:
-        first = next(frames, None)
+        for found in frames:
+            if found.time > begin + SLACK:
+                break
+            if found.frame.key_frame:
+                return found, frames
     except DataError:
-        return None, frames
-    return (first if first is not None and first.time <= begin + SLACK else None), frames
+        pass  # whether it is damage is seen when the film is read from its begin
+    return None, frames
 
 
 def _decoded(path: Path, begin: float | None) -> Iterator[Shown]:
