@@ -325,10 +325,8 @@ def _rgb(frame: VideoFrame, name: str, **change: Any) -> np.ndarray:
     try:
         return frame.to_ndarray(format="rgb24", **change)
     except av_package("reading videos").error.FFmpegError as error:
-        raise DataError(
-            name,
-            f"FFmpeg cannot convert its colours (color_space {frame.colorspace}); write it anew in bt709",
-        ) from error
+        reason = f"its colours cannot be converted (colour space {frame.colorspace}); write it anew in bt709"
+        raise DataError(name, reason) from error
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
