@@ -55,10 +55,10 @@ class Shown(NamedTuple):
 
 @contextmanager
 def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a video file, or the bytes of an mp4 file, and the video stream that FFmpeg would choose.
+    """Open a video and the stream that FFmpeg would choose.
 
     Args:
-        source: file or bytes.
+        source: a file, or the bytes of an mp4 file.
         name: of the file, for messages.
 
     Raises DataError for a file that cannot be opened, has no film, or fails while the block reads it.
@@ -104,7 +104,9 @@ class FilmDecoder:
         self.steady = True  # all times were those of the file
 
     def feed(self, packet: Packet[Any] | None) -> list[Shown]:
-        """Return the frames that a packet completes; None returns those that the decoder still holds.
+        """Return the frames that a packet completes.
+
+        None returns those that the decoder still holds.
 
         Raises FFmpeg's errors for damage.
         """
@@ -148,9 +150,9 @@ class FilmDecoder:
 
 
 class _TimeGuess:
-    """FFmpeg's choice between the two times of a frame (best_effort_timestamp): that with fewer faults.
+    """FFmpeg's choice between the two times of a frame: that with fewer faults.
 
-    Packed B-frames, for instance, have the times of the packets that they share.
+    FFmpeg calls it best_effort_timestamp. Packed B-frames, for instance, have the times of the packets that they share.
     """
 
     def __init__(self) -> None:
@@ -181,9 +183,9 @@ def shown(container: InputContainer, stream: VideoStream, name: str) -> Iterator
 
 
 def orientation(frame: VideoFrame, name: str) -> tuple[bool, bool, bool]:
-    """Return how FFmpeg turns a frame by its display matrix: transposed, then mirrored, then flipped.
+    """Return how FFmpeg turns a frame: transposed, then mirrored, then flipped.
 
-    Mirrored exchanges left and right, flipped exchanges top and bottom.
+    The frame's display matrix decides. Mirrored exchanges left and right, flipped exchanges top and bottom.
 
     Raises DataError for an angle that is no multiple of 90 degrees.
     """
@@ -204,7 +206,10 @@ def orientation(frame: VideoFrame, name: str) -> tuple[bool, bool, bool]:
 
 
 def upright(frame: VideoFrame, name: str) -> np.ndarray:
-    """Return the picture of a frame as FFmpeg shows it, uint8 (height, width, 3); alpha is dropped."""
+    """Return the picture of a frame as FFmpeg shows it, without alpha.
+
+    It is uint8 (height, width, 3).
+    """
     transposed, mirrored, flipped = orientation(frame, name)
     picture = _rgb(frame, name)
     picture = picture.transpose(1, 0, 2) if transposed else picture
@@ -309,7 +314,10 @@ def _film(container: InputContainer, source: Path | bytes, name: str) -> VideoSt
 
 
 def _moving(source: Path | bytes, best: Stream | None) -> set[int]:
-    """Return the numbers of video streams that have a second packet; the best one alone is enough."""
+    """Return the numbers of video streams with a second packet.
+
+    The search ends when the best one is among them.
+    """
     seen, moving = set[int](), set[int]()
     with _opened(source) as container:
         for packet in container.demux(list(container.streams.video)):

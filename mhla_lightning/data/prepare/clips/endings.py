@@ -1,4 +1,7 @@
-"""Whether the end of a video file is missing: by boxes of mp4, elements of Matroska, blocks of GIF."""
+"""Whether a video file lacks its end.
+
+The boxes of mp4, the elements of Matroska and the blocks of GIF tell it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,10 @@ def _matroska(file: BinaryIO, size: int) -> bool | None:
 
 
 def _number(file: BinaryIO, keep_marker: bool = False) -> int | None:
-    """Read a number of Matroska's variable length; None is an unknown length or the end of the file."""
+    """Read a number of Matroska's variable length.
+
+    None is an unknown length or the end of the file.
+    """
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -70,7 +76,7 @@ def _number(file: BinaryIO, keep_marker: bool = False) -> int | None:
 
 
 def _gif(file: BinaryIO) -> bool:
-    """Return whether a GIF ends inside a block. The trailer may be missing, as FFmpeg does not need it."""
+    """Return whether a GIF ends inside a block. FFmpeg needs no trailer."""
     header = file.read(13)
     if len(header) < 13:
         return True

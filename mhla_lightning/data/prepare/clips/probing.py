@@ -1,4 +1,4 @@
-"""Facts about a video, which is played once: times of its frames, cuts, and whether it is complete."""
+"""Facts about a video that is played once: times, cuts, and whether it is complete."""
 
 from __future__ import annotations
 
