@@ -152,7 +152,8 @@ class FilmDecoder:
 class _TimeGuess:
     """FFmpeg's choice between the two times of a frame: that with fewer faults.
 
-    FFmpeg calls it best_effort_timestamp. Packed B-frames, for instance, have the times of the packets that they share.
+    FFmpeg calls it best_effort_timestamp. Packed B-frames, for instance, have the times of the packets that
+    they share.
     """
 
     def __init__(self) -> None:
