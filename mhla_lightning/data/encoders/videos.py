@@ -287,7 +287,10 @@ def _opened(source: Path | bytes) -> InputContainer:
     av = av_package("reading videos")
     options = _OPEN if isinstance(source, Path) else {"format_whitelist": _OPEN["format_whitelist"]}
     file = str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source)
-    container: InputContainer = av.open(file, options=options, metadata_errors="replace")
+    try:
+        container: InputContainer = av.open(file, options=options)
+    except UnicodeDecodeError:  # titles in other letters; PyAV 19 reads them, and has no such argument
+        container = av.open(file, options=options, metadata_errors="replace")
     return container
 
 

@@ -33,6 +33,7 @@ from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4}  # so that small sets can still be dealt over ranks x workers
 _MP4_SHRINKS = 40  # roughly, for H.264 at the quality used here
+_READING = 2  # how films are read; work that was begun in another way is begun anew
 SPLITS = ("train", "val")
 
 
@@ -145,6 +146,7 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
         digest.update(f"{facts!r}\n".encode(errors="surrogateescape"))
     return fingerprint_of(
         "clips",
+        _READING,
         digest.hexdigest(),
         repr(replace(options, max_skipped_share=0.0)),
         importlib.metadata.version("av"),
