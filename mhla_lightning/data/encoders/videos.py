@@ -283,14 +283,20 @@ def measure_mp4(data: bytes, name: str) -> tuple[int, int, int, float | None]:
         return frames, high, wide, float(stream.average_rate) if stream.average_rate else None
 
 
-def _opened(source: Path | bytes) -> InputContainer:
+def _opened(source: Path | bytes, **letters: str) -> InputContainer:
+    """Open a container.
+
+    Args:
+        source: a file or its bytes.
+        letters: how PyAV below 19 reads titles that are no UTF-8; it raises where nothing is given.
+    """
     av = av_package("reading videos")
     options = _OPEN if isinstance(source, Path) else {"format_whitelist": _OPEN["format_whitelist"]}
     file = str(source.absolute()) if isinstance(source, Path) else io.BytesIO(source)
     try:
-        container: InputContainer = av.open(file, options=options)
-    except UnicodeDecodeError:  # titles in other letters; PyAV 19 reads them, and has no such argument
-        container = av.open(file, options=options, metadata_errors="replace")
+        container: InputContainer = av.open(file, options=options, **letters)
+    except UnicodeDecodeError:
+        return _opened(source, metadata_errors="replace")
     return container
 
 
