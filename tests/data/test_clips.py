@@ -22,7 +22,7 @@ from mhla_lightning.data.prepare.clips.frames import fit, read_clips
 from mhla_lightning.data.prepare.clips.layout import nearest, place, split_in_time
 from mhla_lightning.data.prepare.clips.make import make_clips
 from mhla_lightning.data.prepare.clips.options import ClipOptions
-from mhla_lightning.data.prepare.clips.probing import frame_times
+from mhla_lightning.data.prepare.clips.probing import watch
 from mhla_lightning.data.prepare.verify import verify
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import LocalStore
@@ -80,7 +80,8 @@ def test_variable_rates_are_followed_by_time(tmp_path: Path, suffix: str) -> Non
     rng = np.random.default_rng(0)
     times = np.cumsum([0.0, *rng.choice([0.04, 0.1, 0.25, 0.5], 29)]).round(2).tolist()
     path = write_video(tmp_path / f"film{suffix}", greys(30), times=times)
-    found, end, _ = frame_times(path)
+    film = watch(path)
+    found, end = film.times, film.end
     np.testing.assert_allclose(found - found[0], times, atol=1e-3)
     clip = Clip(8, 16, 16, 12.5)
     starts = place([(float(found[0]), end)], clip, 0.3)
@@ -92,7 +93,8 @@ def test_variable_rates_are_followed_by_time(tmp_path: Path, suffix: str) -> Non
 
 def test_far_in_a_video_is_what_is_read_from_its_begin(tmp_path: Path) -> None:
     path = write_video(tmp_path / "film.mp4", greys(36), rate=2, key_every=8)
-    times, end, _ = frame_times(path)
+    film = watch(path)
+    times, end = film.times, film.end
     clip = Clip(3, 16, 16, 2.0)
     starts = place([(0.0, end)], clip, 0.5)
     whole = list(read_clips(path, starts, clip, float(times[-1])))
@@ -112,9 +114,9 @@ def test_phones_turn_their_pictures(tmp_path: Path) -> None:
         ">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 2**30
     )  # shown turned clockwise: what is left goes up
     path.write_bytes(data)
-    times, _, aspect = frame_times(path)
-    assert aspect == 0.5
-    (clip,) = read_clips(path, [0.0], Clip(2, 40, 20, 5.0), float(times[-1]))
+    film = watch(path)
+    assert film.aspect == 0.5
+    (clip,) = read_clips(path, [0.0], Clip(2, 40, 20, 5.0), float(film.times[-1]))
     assert clip[0, :15].min() > 240
     assert clip[0, 25:].max() < 15
 

@@ -106,10 +106,6 @@ def _play_list(folder: Path) -> None:
     )
 
 
-def _same_times(folder: Path) -> None:
-    write_video(folder / "film.mkv", greys(8), times=[0, 0.1, 0.2, 0.2001, 0.3, 0.4, 0.5, 0.6])
-
-
 def _short(folder: Path) -> None:
     write_video(folder / "film.mp4", greys(5))
 
@@ -126,7 +122,6 @@ VIDEOS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "cut gif": (_cut_gif, "film.gif", " s"),
     "text": (_text, "film.mp4", ""),
     "play list": (_play_list, "film.mp4", ""),
-    "same times": (_same_times, "film.mkv", "0.2 s"),
     "short": (_short, "source", "0.50 s"),
     "empty": (_empty, "", ".mp4"),
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,6 +16,8 @@ _CODECS = {
     ".webm": ("libvpx", "yuv420p"),
     ".gif": ("gif", "gray"),
 }
+_OPTIONS = {"libx264": {"crf": "4"}, "libvpx": {"b": "4M"}}
+Parcel = tuple[bytes, int, bool]  # the content of a packet, its time in ticks, whether it is a key frame
 STEP = 6  # levels of grey between neighbouring frames of `greys`
 
 
@@ -38,24 +41,27 @@ def write_video(
     times: Sequence[float] | None = None,
     faststart: bool = False,
     key_every: int = 10,
+    codec: tuple[str, str, dict[str, str]] | None = None,
+    container: dict[str, str] | None = None,
+    prepare: Callable[[Any], None] = lambda stream: None,
 ) -> Path:
     """A video of frames, uint8 (height, width, 3) each. times: in seconds, of every frame; None is at
-    `rate`. faststart: the header comes first.
+    `rate`. faststart: the header comes first. codec: its name, the pixel format and options. container: its
+    options. prepare: called with the stream before it is opened.
     """
-    codec, pixels = _CODECS[path.suffix]
+    coder, pixels = _CODECS[path.suffix] if codec is None else codec[:2]
     path.parent.mkdir(parents=True, exist_ok=True)
-    container_options = {"movflags": "+faststart"} if faststart else {}
-    with av.open(str(path), "w", options=container_options) as container:
-        stream = container.add_stream(codec, rate=rate)
+    container_options = {"movflags": "+faststart"} if faststart else container or {}
+    with av.open(str(path), "w", options=container_options) as file:
+        stream = file.add_stream(coder, rate=rate)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         stream.codec_context.time_base = stream.time_base = Fraction(
             1, 100 if path.suffix == ".gif" else 1000
         )
         stream.codec_context.gop_size = key_every
-        stream.codec_context.options = (
-            {"crf": "4"} if codec == "libx264" else {"b": "4M"} if codec == "libvpx" else {}
-        )
+        stream.codec_context.options = _OPTIONS.get(coder, {}) if codec is None else codec[2]
+        prepare(stream)
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
                 format=pixels
@@ -65,9 +71,22 @@ def write_video(
                 round(time / stream.codec_context.time_base),
                 stream.codec_context.time_base,
             )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
     return path
+
+
+def repack(source: Path, target: Path, packets: Callable[[list[av.Packet]], Iterable[Parcel]]) -> Path:
+    """The video of `source`, in the packets that a function makes of its packets."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = old.streams.video[0]
+        out = new.add_stream_from_template(stream, opaque=True)
+        for data, time, key in packets([packet for packet in old.demux(stream) if packet.size]):
+            packet = av.Packet(data)
+            packet.pts = packet.dts = time
+            packet.time_base, packet.is_keyframe, packet.stream = stream.time_base, key, out
+            new.mux(packet)
+    return target
 
 
 def save_videos(

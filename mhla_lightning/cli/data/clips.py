@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shots",
         action="store_true",
-        help="let no clip cross a cut; videos are decoded once more to find cuts",
+        help="let no clip cross a cut between two shots",
     )
     parser.add_argument(
         "--cut",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from mhla_lightning.data.encoders.videos import open_video, shown, upright
 from mhla_lightning.errors import UserError, missing_extra
 
 COLUMNS = 8  # frames of a contact sheet's row
@@ -153,10 +154,8 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
     Raises:
         UserError: PyAV is missing.
+        DataError: the file is damaged.
     """
-    require_av()
-    import av
-
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+    with open_video(path, str(path)) as (container, stream):
+        for frame, _, _ in shown(container, stream, str(path)):
+            yield upright(frame, str(path))

@@ -33,6 +33,7 @@ from mhla_lightning.errors import DataError, UserError
 
 _FEWEST_SHARDS = {"train": 16, "val": 4}  # so that small sets can still be dealt over ranks x workers
 _MP4_SHRINKS = 40  # roughly, for H.264 at the quality used here
+_READING = 2  # how films are read; work that was begun in another way is begun anew
 SPLITS = ("train", "val")
 
 
@@ -145,6 +146,7 @@ def _fingerprint(videos: Sequence[Video], options: ClipOptions) -> str:
         digest.update(f"{facts!r}\n".encode(errors="surrogateescape"))
     return fingerprint_of(
         "clips",
+        _READING,
         digest.hexdigest(),
         repr(replace(options, max_skipped_share=0.0)),
         importlib.metadata.version("av"),
@@ -273,7 +275,11 @@ def _cuts(
         options: how videos become clips.
     """
     found = ((member, place(getattr(member, stretches), clip, options.stride_of(clip))) for member in members)
-    return [Cut(videos[member.number], tuple(starts), member.last) for member, starts in found if starts]
+    return [
+        Cut(videos[member.number], tuple(starts), member.last, member.seekable)
+        for member, starts in found
+        if starts
+    ]
 
 
 def _bounds(split: str, clip: Clip, cuts: Sequence[Cut], options: ClipOptions) -> list[int]:

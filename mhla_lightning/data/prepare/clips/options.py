@@ -25,7 +25,7 @@ class ClipOptions:
         stride: frames from the begin of a clip to that of the next, also parts of a frame; None is the
             length of the clip.
         shots: no clip crosses a cut.
-        cut: see probing.find_cuts.
+        cut: see probing.watch.
         val: videos (int) or share of them (float below 1) held out; with `val_by` time, the share of every
             video.
         val_by: hold out whole videos (video), or the end of each (time).

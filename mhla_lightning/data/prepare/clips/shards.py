@@ -33,11 +33,13 @@ class Cut:
         video: to cut.
         starts: of the clips, in seconds of the video's clock, growing.
         last: time of the video's last frame.
+        seekable: see probing.Film.
     """
 
     video: Video
     starts: tuple[float, ...]
     last: float
+    seekable: bool = True
 
 
 class ClipJob(NamedTuple):
@@ -111,7 +113,7 @@ def _samples(job: ClipJob, tally: ClipTally) -> Iterator[Sample]:
     for cut in job.cuts:
         done = 0
         try:
-            for clip in read_clips(cut.video.path, cut.starts, job.header.clip, cut.last):
+            for clip in read_clips(cut.video.path, cut.starts, job.header.clip, cut.last, cut.seekable):
                 yield clip_sample(job.header, _name(cut, done), clip, cut.video.caption, job.store)
                 done += 1
         except DataError as error:
