@@ -11,6 +11,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -292,8 +293,20 @@ def _lines(plain: IO[bytes], encoding: str) -> Iterator[bytes]:
     if encoding == "utf-8":
         yield from iter(plain.readline, b"")  # iterating over a file forbids tell()
     else:
-        for line in io.TextIOWrapper(plain, stream_encoding(encoding), "replace", newline="\n"):
-            yield line.encode()
+        with _as_text(plain, encoding) as text:
+            for line in text:
+                yield line.encode()
+
+
+@contextmanager
+def _as_text(plain: IO[bytes], encoding: str) -> Iterator[IO[str]]:
+    """Give the block a stream as text with its line ends; bytes that are no UTF-8 become lone surrogates."""
+    errors = "surrogateescape" if encoding == "utf-8" else "replace"
+    text = io.TextIOWrapper(plain, stream_encoding(encoding), errors, newline="")
+    try:
+        yield text
+    finally:
+        text.detach()  # or it would close the stream when it is collected
 
 
 def _rows(path: Path, form: Format, text_column: str) -> Input:
@@ -309,9 +322,7 @@ def _rows(path: Path, form: Format, text_column: str) -> Input:
                 yield BadRow(str(path), f"{place} {reason}") if reason else found
 
     def groups(wanted: int) -> Iterator[Group]:
-        with opened(path) as (raw, plain):
-            errors = "surrogateescape" if form.encoding == "utf-8" else "replace"
-            text = io.TextIOWrapper(plain, stream_encoding(form.encoding), errors, newline="")
+        with opened(path) as (raw, plain), _as_text(plain, form.encoding) as text:
             yield from _in_memory(documents(text), wanted, raw.tell)
 
     return Input(str(path), _stat(path).st_size, _fingerprint(form.kind, [path], text_column), groups)
