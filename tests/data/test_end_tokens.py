@@ -37,12 +37,7 @@ def _sentencepiece(model: str, prepend: bool) -> dict[str, Any]:
             tokenizers.models.Unigram(list(zip(pieces, scores, strict=True)), 0, byte_fallback=True)
         )
     else:
-        vocabulary = {piece: number for number, piece in enumerate(pieces)} | {
-            "a": 264,
-            "b": 265,
-            "<": 266,
-            "/": 267,
-        }
+        pieces += ["a", "b", "<", "/"]
         core = tokenizers.Tokenizer(
             tokenizers.models.BPE(
                 vocab={piece: number for number, piece in enumerate(pieces)},
