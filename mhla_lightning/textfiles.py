@@ -64,8 +64,9 @@ def decode(data: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Return the lines of a text, at line ends of Unix and Windows alone, without marks that begin a line.
+    """Return the lines of a text, without byte order marks that begin a line.
 
+    Lines end as in files of Unix and Windows.
     Characters such as U+2028, at which str.splitlines cuts, may stand inside a JSON string.
     """
     return [line.removeprefix(MARK) for line in _LINE_END.split(text)]

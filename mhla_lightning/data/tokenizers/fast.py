@@ -104,7 +104,7 @@ class FastTokenizer(Tokenizer):
         return pieces
 
     def _as_text(self, ids: list[int]) -> list[int]:
-        """Return ids without special tokens: where the model made one of a text, the ids of its letters.
+        """Return ids without special tokens, which are replaced by the ids of their letters.
 
         Unigram models know </s> as a word, and so do BPE models that look up whole words.
         """

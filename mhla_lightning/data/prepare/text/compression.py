@@ -1,4 +1,7 @@
-"""Files of text as they are, or compressed by gzip, zstd, xz or bzip2. Their first bytes decide."""
+"""Files of text as they are, or compressed by gzip, zstd, xz or bzip2.
+
+Their first bytes decide.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def _plain(path: Path, raw: IO[bytes], compression: str | None) -> Iterator[IO[b
     elif compression == "zstd":
         decompressor = zstandard(path).ZstdDecompressor(max_window_size=_WINDOW)
         with decompressor.stream_reader(raw, read_across_frames=True) as stream:
-            yield io.BufferedReader(stream, 2**20)  # type: ignore[type-var]
+            yield io.BufferedReader(stream, 2**20)
     else:
         yield raw
 

@@ -101,7 +101,7 @@ class Files:
     size: int
 
     def texts(self) -> Iterator[Document]:
-        """Yield the content of every file, with its line ends as they are, without a byte order mark."""
+        """Yield the content of every file, without a byte order mark; line ends stay as they are."""
         for path in self.paths:
             try:
                 yield decode(_content(path))

@@ -300,7 +300,10 @@ def _lines(plain: IO[bytes], encoding: str) -> Iterator[bytes]:
 
 @contextmanager
 def _as_text(plain: IO[bytes], encoding: str) -> Iterator[IO[str]]:
-    """Give the block a stream as text with its line ends; bytes that are no UTF-8 become lone surrogates."""
+    """Give the block a stream as text, with its line ends.
+
+    Bytes that are no UTF-8 become lone surrogates.
+    """
     errors = "surrogateescape" if encoding == "utf-8" else "replace"
     text = io.TextIOWrapper(plain, stream_encoding(encoding), errors, newline="")
     try:
@@ -310,7 +313,10 @@ def _as_text(plain: IO[bytes], encoding: str) -> Iterator[IO[str]]:
 
 
 def _rows(path: Path, form: Format, text_column: str) -> Input:
-    """Open JSON of several lines a row, CSV or TSV; this process reads it, since rows have no ends."""
+    """Open JSON of several lines a row, CSV or TSV.
+
+    This process reads it, since a worker could not find where its rows begin.
+    """
 
     def documents(text: IO[str]) -> Iterator[Document]:
         if form.kind == "JSON":
