@@ -10,7 +10,6 @@ The same seed continues a prompt in the same way, alone or among others.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mhla_lightning.cli.language_run import add_run_arguments, demand_at_least_one, find, load
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.errors import UserError
+from mhla_lightning.textfiles import NotText, is_json, json_rows, read_text, split_lines
 
 if TYPE_CHECKING:
     from mhla_lightning.inference.loading import LanguageRun
@@ -130,25 +130,23 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _read(path: Path) -> list[str]:
+    text = read_text(path, "prompts")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError("prompts", f"{path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError("prompts", f"{path} is no UTF-8 text (byte {error.start})") from error
-    if not lines:
+        rows = list(json_rows(text)) if is_json(path) else []
+    except NotText as error:
+        raise UserError("prompts", f"{path}: {error}") from error
+    found = [_prompt_of(row, path, number) for number, (_, row) in enumerate(rows, 1)]
+    if not is_json(path):
+        found = [line for line in split_lines(text) if line.strip()]
+    if not found:
         raise UserError("prompts", f"{path} holds no prompt; write one per line")
-    return (
-        [_prompt_of(line, path, number) for number, line in enumerate(lines, 1)]
-        if path.suffix == ".jsonl"
-        else lines
-    )
+    return found
 
 
-def _prompt_of(line: str, path: Path, number: int) -> str:
+def _prompt_of(row: Any, path: Path, number: int) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
+        prompt = row["prompt"]
+    except (KeyError, TypeError) as error:
         raise UserError(
             "prompts", f"prompt {number} of {path} is no JSON object with the key 'prompt'"
         ) from error

@@ -13,6 +13,7 @@ import yaml
 
 from mhla_lightning.config.moved_keys import moved, moved_name
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.textfiles import read_text
 
 _VARIANTS = "variants"
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -71,13 +72,11 @@ def read_yaml(path: Path) -> Any:
         UserError: the file cannot be read or is not YAML; the reason gives the line.
     """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(str(path), f"the file cannot be read: {error.strerror}") from error
+        return parse_yaml(read_text(path))
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(str(path), f"the file is not YAML: {line}{error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UserError(str(path), f"the file is not YAML: {' '.join(str(error).split())}") from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mhla_lightning.data.npy import load_npy
 from mhla_lightning.data.stores import Store, open_store
+from mhla_lightning.data.stores.addresses import plain_key_advice
 from mhla_lightning.errors import DataError, UserError
 
 FORMAT = 1
@@ -257,8 +258,8 @@ def read_index(split: str | Path | Store) -> ShardIndex:
         others = "text: mhla data tokenize, videos: mhla data clips"
         raise DataError(
             address,
-            f"the file is missing: make it with 'mhla data pack SOURCE --to {folder.rpartition('/')[0]}' "
-            f"({others})",
+            f"the file is missing{plain_key_advice(folder)}: make it with 'mhla data pack SOURCE --to "
+            f"{folder.rpartition('/')[0]}' ({others})",
         )
     if size > MAX_INDEX_BYTES:
         raise DataError(address, f"it has {size} bytes; an index has at most {MAX_INDEX_BYTES}")

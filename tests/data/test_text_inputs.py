@@ -123,8 +123,8 @@ def test_a_data_set_of_the_hub(
 
 
 def test_the_standard_library_is_read_in_order_and_without_tests() -> None:
-    (found,) = inputs.open_inputs(["stdlib"])
-    (again,) = inputs.open_inputs(["stdlib"])
+    (found,) = inputs.open_inputs(["stdlib"]).sources
+    (again,) = inputs.open_inputs(["stdlib"]).sources
     paths = [path for group in found.groups(10**6) for path in group.paths]  # type: ignore[attr-defined]
     assert found.fingerprint == again.fingerprint
     assert found.size > 5_000_000
@@ -163,7 +163,7 @@ def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
         for split in ("train", "val")
         for piece in documents_of(*read_rows(tmp_path / "out", split, 64))
     ]
-    assert sorted(pieces) == sorted(texts)
+    assert sorted(pieces) == sorted(text.removeprefix("\ufeff") for text in texts)
 
 
 def test_half_a_character_in_json_becomes_a_replacement(tmp_path: Path) -> None:
@@ -358,7 +358,10 @@ def test_an_error_in_a_worker_reads_the_same(tmp_path: Path, capsys: pytest.Capt
     line = json.dumps({"text": "x" * 1000})
     (tmp_path / "a.jsonl").write_text("\n".join([line] * 2500 + ["{"]))
     assert (
-        main(["data", "tokenize", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "out"), "--workers", "2"])
+        main(
+            ["data", "tokenize", str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "out"), "--workers", "2"]
+            + ["--max-skipped-share", "0"]
+        )
         == 2
     )
     assert_one_line(capsys.readouterr().err.replace("\r", ""), str(tmp_path / "a.jsonl"), "line 2501 ")

@@ -24,9 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "checkpoints"),
     ("weights",),
     ("attention", "data", "diffusion", "runs"),
-    ("errors", "randomness"),
+    ("errors", "randomness", "textfiles"),
 )
-PERMITTED = {("bench", "training")}  # edges inside a layer
+PERMITTED = {("bench", "training"), ("textfiles", "errors")}  # edges inside a layer
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the order and of the held-out videos (default: 0)"
     )
-    parser.add_argument(
-        "--max-skipped-share",
-        type=float,
-        default=0.01,
-        metavar="P",
-        help="allowed share of videos and clips that cannot be read (default: 0.01)",
-    )
+    output.add_skipped_share(parser, "videos and clips")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that OUT already holds")
     output.add_workers(parser)
     output.add_json(parser)

@@ -6,13 +6,13 @@ The tar files are read, not changed.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 from mhla_lightning.cli.data import output
 from mhla_lightning.cli.output import check_writable, progress_bars, write_json
 from mhla_lightning.errors import UserError
+from mhla_lightning.textfiles import read_text, split_lines
 
 HELP = "index shards that others made"
 EPILOG = """A sample has one of these groups of members:
@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def _classes(file: str | None) -> tuple[str, ...] | None:
     if file is None:
         return None
-    try:
-        names = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError("classes", f"{file} cannot be read ({error})") from error
+    names = split_lines(read_text(file, "classes"))
     while names and not names[-1].strip():
         names.pop()
     if not names or not all(name.strip() for name in names):

@@ -15,8 +15,10 @@ from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.data.index import ShardIndex
+    from mhla_lightning.data.prepare.text.documents import RowTally
 
 SPLITS = ("train", "val", "test")  # as in data.index, which imports numpy
+_SHOWN = 5
 VAE_ARGUMENTS = ("vae_name", "vae_scale", "vae_shift")
 
 
@@ -41,8 +43,54 @@ def add_column(parser: argparse.ArgumentParser) -> None:
         "--text-column",
         default="text",
         metavar="NAME",
-        help="key of JSON lines, column of parquet and hf data sets (default: text)",
+        help="key of JSON, column of CSV, parquet and hf data sets; a.b for b inside a (default: text)",
     )
+
+
+def add_skipped_share(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --max-skipped-share.
+
+    Args:
+        parser: of the verb.
+        what: may be left out.
+    """
+    parser.add_argument(
+        "--max-skipped-share",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help=f"allowed share of {what} that cannot be read (default: 0.01)",
+    )
+
+
+def counted(count: int, what: str) -> str:
+    """Return a count with its noun, such as `2 files`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def read_files(taken: Mapping[str, int], left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """Return lines that say what files of text were taken for, and which were left out.
+
+    Args:
+        taken: number of files by what they were taken for.
+        left_out: (file, reason).
+    """
+    read = ", ".join(f"{counted(number, 'file')} as {kind}" for kind, number in taken.items())
+    lines = [f"read: {read}"] if read else []
+    reasons: dict[str, list[str]] = {}
+    for file, reason in left_out:
+        reasons.setdefault(reason, []).append(file.rpartition("/")[2])
+    for reason, files in reasons.items():
+        more = f" and {len(files) - _SHOWN:,} more" if len(files) > _SHOWN else ""
+        lines.append(f"left out: {', '.join(files[:_SHOWN])}{more} ({reason})")
+    return lines
+
+
+def bad_rows(skipped: RowTally) -> list[str]:
+    """Return a line about rows that cannot be read; none where there are none."""
+    if skipped.first is None:
+        return []
+    return [f"left out: {counted(skipped.bad, 'row')}; {skipped.first.source}: {skipped.first.reason}"]
 
 
 def count_or_share(text: str) -> int | float:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 HELP = "write text as token shards"
 EPILOG = """INPUT is one of these:
-  a file: text (one document), .jsonl, .jsonl.gz, .jsonl.zst or .parquet
+  a file: text (one document), JSON lines, JSON (objects or one array), CSV or TSV with a header, or parquet;
+    the content decides, and all but parquet may be compressed by gzip, zstd, xz or bzip2
   a folder of such files; text:FOLDER where its name is also that of another input
   stdlib, the sources of Python's standard library
   hf:NAME[:CONFIG][:SPLIT], a data set of the Hugging Face hub
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the order and of the held-out documents (default: 0)"
     )
+    output.add_skipped_share(parser, "rows")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that DIR already holds")
     output.add_workers(parser)
     output.add_json(parser)
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         args.text_column,
         args.seed,
         args.shards,
+        args.max_skipped_share,
     )
     console = Console()
     with progress_bars(console) as on_progress:
@@ -112,12 +115,19 @@ def run(args: argparse.Namespace) -> int:
     rows = _rows(report)
     console.print(_table(args.to, rows))
     for line in _remarks(report):
-        console.print(line, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     write_json(
         args.json,
         {
             "rows": rows,
-            "summary": {"binary": report.binary, "empty": report.empty, "seconds": report.seconds},
+            "summary": {
+                "binary": report.binary,
+                "empty": report.empty,
+                "skipped": report.skipped.bad,
+                "taken": report.taken,
+                "left_out": [{"file": file, "reason": reason} for file, reason in report.left_out],
+                "seconds": report.seconds,
+            },
         },
     )
     return 0
@@ -157,18 +167,18 @@ def _table(title: str, rows: list[dict[str, object]]) -> Table:
 
 def _remarks(report: TokenizeReport) -> list[str]:
     left_out = [
-        _counted(count, what)
+        output.counted(count, what)
         for what, count in (("binary file", report.binary), ("empty document", report.empty))
         if count
     ]
     dropped = [
-        f"{_counted(found.dropped, 'token')} of {name}"
+        f"{output.counted(found.dropped, 'token')} of {name}"
         for name, found in report.splits.items()
         if found.dropped
     ]
     remarks = {"left out": left_out, "dropped, since they fill no row": dropped}
-    return [f"{what}: {', '.join(counts)}" for what, counts in remarks.items() if counts]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+    return [
+        *output.read_files(report.taken, report.left_out),
+        *output.bad_rows(report.skipped),
+        *(f"{what}: {', '.join(counts)}" for what, counts in remarks.items() if counts),
+    ]

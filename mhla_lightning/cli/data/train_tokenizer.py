@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of ids, at least 257: all bytes and <|endoftext|>",
     )
     output.add_column(parser)
+    output.add_skipped_share(parser, "rows")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads (default: the number of cores, at most 8)"
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
             args.vocabulary,
             args.text_column,
             args.overwrite,
+            args.max_skipped_share,
             lambda done, total: on_progress("read", done, total),
         )
     row = {
@@ -75,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(heading, overflow="fold")
     table.add_row(*(str(value) for value in row.values()))
     console.print(table)
+    for line in (*output.read_files(found.taken, found.left_out), *output.bad_rows(found.skipped)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if found.tokenizer.vocabulary < args.vocabulary:
         console.print(f"the text has no more than {found.tokenizer.vocabulary} ids", soft_wrap=True)
     write_json(args.json, {"rows": [row]})

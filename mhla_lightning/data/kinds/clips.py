@@ -17,6 +17,7 @@ from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.errors import DataError, UserError
 from mhla_lightning.randomness import generator
+from mhla_lightning.textfiles import NotText, decode
 
 if TYPE_CHECKING:
     from mhla_lightning.data.encoders.text_encoders import TextEncoder
@@ -105,9 +106,9 @@ class Clips(Kind):
 def caption_of(sample: RawSample) -> str:
     """Return the member txt. Raises BadSample."""
     try:
-        return member(sample, CAPTION)[1].decode()
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{CAPTION} is no UTF-8 ({error.reason} at byte {error.start})") from error
+        return decode(member(sample, CAPTION)[1])
+    except NotText as error:
+        raise BadSample(f"{CAPTION}: {error}") from error
 
 
 @lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mhla_lightning.data.index import INDEX_NAME, SPLITS
 from mhla_lightning.data.stores import LocalStore, Store, open_store
+from mhla_lightning.data.stores.addresses import plain_key_advice
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 
@@ -46,8 +47,8 @@ def find_splits(path: str, split: Sequence[str] | None = None) -> dict[str, Stor
     if missing or not found:
         raise DataError(
             whole.url,
-            f"holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}; `mhla data "
-            "pack` and `mhla data index` make them",
+            f"holds no {' or '.join(missing or SPLITS)} split with an {INDEX_NAME}{plain_key_advice(path)}; "
+            "`mhla data pack` and `mhla data index` make them",
         )
     return found
 

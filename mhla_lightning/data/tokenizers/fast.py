@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,13 @@ class FastTokenizer(Tokenizer):
             ) from error
         try:
             described = json.loads(content)
-            self._core = tokenizers.Tokenizer.from_buffer(content)
+            self._core = tokenizers.Tokenizer.from_buffer(content.removeprefix(codecs.BOM_UTF8))
+            vocabulary = self._core.get_vocab(with_added_tokens=True)
+            end = _end_token(vocabulary, config, address)
+            if _makes_plain(described, end):
+                self._core = tokenizers.Tokenizer.from_buffer(json.dumps(described).encode())
+        except DataError:
+            raise
         except Exception as error:  # noqa: BLE001  the package raises bare Exceptions
             raise DataError(
                 address, f"it is no tokenizer.json that can be read ({' '.join(str(error).split())[:200]})"
@@ -51,12 +59,17 @@ class FastTokenizer(Tokenizer):
         self._core.no_padding()
         self._core.encode_special_tokens = True  # <|endoftext|> inside a document is text
         self.name = f"{label} sha256:{hashlib.sha256(content).hexdigest()[:16]}"
-        vocabulary = self._core.get_vocab(with_added_tokens=True)
         self.vocabulary = max(vocabulary.values(), default=-1) + 1
-        end = _end_token(vocabulary, config, address)
         self.end = None if end is None else vocabulary[end]
         self._adds_space = _adds_space(described)
-        self.pieces = self._pieces(vocabulary, described, address)
+        self._spell = _speller(described, address)
+        self._added = self._core.get_added_tokens_decoder()
+        unknown = _unknown(described, vocabulary)
+        silent = {number for number, token in self._added.items() if token.special} | {self.end}
+        self._silent = {number for number in silent if number is not None and number != unknown}
+        self._texts = {number: token for token, number in vocabulary.items() if number in self._silent}
+        self._spelled: dict[int, list[int]] = {}
+        self.pieces = self._pieces(vocabulary)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         self.files = {FILE_NAME: content} | (
             {} if end is None else {CONFIG_NAME: f"{json.dumps(settings)}\n".encode()}
@@ -64,34 +77,98 @@ class FastTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+        return self._as_text(self._core.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the ids of several texts, computed on all cores."""
-        return [found.ids for found in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        batch = self._core.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._as_text(found.ids) for found in batch]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Return the ids of a text, int64 (tokens,)."""
         # encode_batch_fast keeps no offsets.
         (found,) = self._core.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(found.ids, dtype=np.int64)
+        return np.array(self._as_text(found.ids), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, without the space that encoding put before it."""
         text = super().decode(ids)
         return text.removeprefix(" ") if self._adds_space else text
 
-    def _pieces(
-        self, vocabulary: Mapping[str, int], described: Mapping[str, Any], address: str
-    ) -> list[bytes]:
-        spell = _speller(described, address)
-        added = self._core.get_added_tokens_decoder()
+    def _pieces(self, vocabulary: Mapping[str, int]) -> list[bytes]:
         pieces = [b""] * self.vocabulary
         for token, number in vocabulary.items():
-            if number == self.end or (number in added and added[number].special):
+            if number == self.end or (number in self._added and self._added[number].special):
                 continue
-            pieces[number] = token.encode() if number in added else spell(token)
+            pieces[number] = token.encode() if number in self._added else self._spell(token)
         return pieces
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """Return ids without special tokens, which are replaced by the ids of their letters.
+
+        Unigram models know </s> as a word, and so do BPE models that look up whole words.
+        """
+        if self._silent.isdisjoint(ids):
+            return ids
+        return [part for number in ids for part in self._letters(number)]
+
+    def _letters(self, number: int) -> list[int]:
+        if number not in self._silent:
+            return [number]
+        if number not in self._spelled:
+            text = self._texts[number]
+            found = _cover(self._spell(text), self._plain_pieces)
+            if found is None:
+                raise UserError(
+                    "tokenizer",
+                    f"{self.name} can write the text '{text}' by its special token alone, which would end a "
+                    "document or vanish; choose another eos_token in tokenizer_config.json",
+                )
+            self._spelled[number] = found
+        return self._spelled[number]
+
+    @cached_property
+    def _plain_pieces(self) -> dict[bytes, int]:
+        found: dict[bytes, int] = {}
+        for number, piece in enumerate(self.pieces):
+            if piece and number not in self._added:
+                found.setdefault(piece, number)
+        return found
+
+
+def _makes_plain(described: dict[str, Any], end: str | None) -> bool:
+    """Change a description so that no text vanishes; return whether anything changed.
+
+    An end token that is listed as not special would be read out of a text. Added tokens with lstrip or rstrip
+    swallow the blanks beside them.
+    """
+    changed = False
+    for token in described.get("added_tokens") or ():
+        wanted = {"special": True} if token["content"] == end else {"lstrip": False, "rstrip": False}
+        if not token.get("special") and any(token.get(name) != value for name, value in wanted.items()):
+            token.update(wanted)
+            changed = True
+    return changed
+
+
+def _unknown(described: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int | None:
+    """Return the id of what the model does not know, which is no text of its own."""
+    model = described["model"]
+    named = model.get("unk_token")
+    return model.get("unk_id") if named is None else vocabulary.get(named)
+
+
+def _cover(wanted: bytes, pieces: Mapping[bytes, int]) -> list[int] | None:
+    """Return the fewest pieces whose bytes are the wanted ones; None where there are none."""
+    best: list[list[int] | None] = [[]]
+    for stop in range(1, len(wanted) + 1):
+        found = [
+            [*before, pieces[wanted[start:stop]]]
+            for start, before in enumerate(best)
+            if before is not None and wanted[start:stop] in pieces
+        ]
+        best.append(min(found, key=len, default=None))
+    return best[-1]
 
 
 def _speller(described: Mapping[str, Any], address: str) -> Callable[[str], bytes]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.diffusion.parts import write_npy
+from mhla_lightning.textfiles import NotText, is_json, json_rows, read_text, split_lines
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,34 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read one prompt per line; empty lines are skipped.
 
-    A line of a .jsonl file is an object with the text under the key `prompt`.
+    A file named .jsonl, .ndjson, .jl or .json holds objects with the text under the key `prompt`.
 
     Raises:
-        UserError: no such file, no UTF-8, no prompt in it, or a .jsonl line without a prompt.
+        UserError: no such file, no text, no prompt in it, or an object without a prompt.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(str(path), f"this file cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(str(path), f"this file is not UTF-8 text (byte {error.start})") from error
-    places = [
-        (line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-    found = [
-        Prompt(_of_json(line, where) if path.suffix == ".jsonl" else line, where) for line, where in places
-    ]
+    text = read_text(path)
+    if is_json(path):
+        found = _of_json(path, text)
+    else:
+        lines = ((line.strip(), number) for number, line in enumerate(split_lines(text), 1))
+        found = [Prompt(line, f"{path}, line {number}") for line, number in lines if line]
     if not found:
         raise UserError(str(path), "this file holds no prompt; write one per line")
     return found
 
 
-def _of_json(line: str, where: str) -> str:
+def _of_json(path: Path, text: str) -> list[Prompt]:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        rows = [(f"{path}, {place}", row) for place, row in json_rows(text)]
+    except NotText as error:
         raise UserError(
-            where, f'not JSON ({error.msg}); a line is an object like {{"prompt": "a red ball falls"}}'
+            str(path), f'{error}; a line is an object like {{"prompt": "a red ball falls"}}'
         ) from error
+    return [Prompt(_text_of(row, where), where) for where, row in rows]
+
+
+def _text_of(value: Any, where: str) -> str:
     text = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise UserError(where, 'no text under the key "prompt"')

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mhla_lightning.data.encoders.videos import SUFFIXES
 from mhla_lightning.data.prepare.sources.films import NAME, open_films
 from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.textfiles import NotText, json_rows, read_text
 
 _LONGEST_CAPTION = 2**20  # bytes
 
@@ -73,7 +75,7 @@ def _caption(path: Path, root: Path, named: dict[str, str] | None, source: str |
         missing = f"has no caption in {source}"
     else:
         beside = path.with_suffix(".txt")
-        caption = _text(beside).strip() if beside.is_file() else None
+        caption = _read(beside, _LONGEST_CAPTION).strip() if beside.is_file() else None
         missing = f"has no caption: there is no {beside.name} beside it"
     if caption == "":
         missing = "has an empty caption"
@@ -88,32 +90,28 @@ def _caption(path: Path, root: Path, named: dict[str, str] | None, source: str |
 
 def _read_captions(path: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
-    for number, line in enumerate(_text(path, 2**34).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for place, row in _rows(path):
         try:
-            row = json.loads(line)
             file, caption = row["file"], row["caption"]
             if not isinstance(file, str) or not isinstance(caption, str):
                 raise TypeError("text is needed")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (TypeError, KeyError) as error:
             raise DataError(
                 str(path),
-                f'line {number} is not {{"file": "NAME.mp4", "caption": "..."}} '
-                f"({type(error).__name__}: {error})",
+                f'{place} is not {{"file": "NAME.mp4", "caption": "..."}} ({type(error).__name__}: {error})',
             ) from error
         name = os.path.normpath(file)
         if captions.setdefault(name, caption.strip()) != caption.strip():
-            raise DataError(str(path), f"line {number} has a second caption for {file}")
+            raise DataError(str(path), f"{place} has a second caption for {file}")
     return captions
 
 
-def _text(path: Path, most: int = _LONGEST_CAPTION) -> str:
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        if path.stat().st_size > most:
-            raise DataError(str(path), f"has {path.stat().st_size} bytes, too many for captions")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), f"is no UTF-8 text ({error.reason} at byte {error.start})") from error
+        yield from json_rows(_read(path, 2**34))
+    except NotText as error:
+        raise DataError(str(path), str(error)) from error
+
+
+def _read(path: Path, most: int) -> str:
+    return read_text(path, most=most, kind=DataError)

@@ -20,6 +20,7 @@ from mhla_lightning.data.prepare.places import find_splits
 from mhla_lightning.data.prepare.replacing import is_bucket
 from mhla_lightning.data.split import Split
 from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.textfiles import NotText, decode
 
 _AT_ONCE = 2**26  # bytes of clips that are read at once
 _LONGEST = 2**20  # bytes of a caption
@@ -84,12 +85,9 @@ class ClipSplit:
                 f"{self.name} sample {name}", f"its caption has {info.size} bytes, more than any text"
             )
         try:
-            return file.read().decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.name} sample {name}",
-                f"its caption is no UTF-8 ({error.reason} at byte {error.start})",
-            ) from error
+            return decode(file.read())
+        except NotText as error:
+            raise DataError(f"{self.name} sample {name}", f"its caption: {error}") from error
 
 
 def open_clips(source: str | Path) -> list[ClipSplit]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,7 +22,7 @@ import numpy as np
 
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Note, sync
-from mhla_lightning.data.prepare.text.documents import Group
+from mhla_lightning.data.prepare.text.documents import BadRow, Group, RowTally
 from mhla_lightning.data.prepare.text.inputs import Input
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 
@@ -42,6 +42,8 @@ class Chunk:
         binary: number of files that are no text.
         empty: number of documents without text.
         size: bytes of input.
+        bad: number of rows that cannot be read.
+        first_bad: source of the first of them, and the reason.
     """
 
     number: int
@@ -50,6 +52,8 @@ class Chunk:
     binary: int
     empty: int
     size: int
+    bad: int = 0
+    first_bad: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,22 @@ def tokenize_chunks(
         for chunk in results:
             found[chunk.number] = chunk
             made += chunk.tokens
+            if chunk.bad:
+                tally_of(found.values()).demand_any()
             on_progress(min(total, sum(known.size for known in found.values())), total)
     on_progress(total, total)
     return TokenizedCorpus([found[number] for number in sorted(found)], made, time.perf_counter() - start)
+
+
+def tally_of(chunks: Iterable[Chunk]) -> RowTally:
+    """Count the rows of chunks, and those that cannot be read."""
+    tally = RowTally()
+    for chunk in sorted(chunks, key=lambda chunk: chunk.number):
+        tally.rows += chunk.documents + chunk.empty + chunk.bad
+        tally.bad += chunk.bad
+        if chunk.bad and tally.first is None:
+            tally.first = BadRow(*chunk.first_bad)
+    return tally
 
 
 def chunk_path(folder: Path, number: int) -> Path:
@@ -163,7 +180,11 @@ def _tokenize(job: ChunkJob) -> Chunk:
     tokenizer = _opened(job.tokenizer, job.identity)
     dtype, end = token_type(tokenizer.vocabulary), np.array([tokenizer.end])
     arrays, sizes, binary, empty = [], [], 0, 0
+    bad: list[BadRow] = []
     for text in job.group.texts():
+        if isinstance(text, BadRow):
+            bad.append(text)
+            continue
         if not text:
             binary, empty = binary + (text is None), empty + (text is not None)
             continue
@@ -171,7 +192,8 @@ def _tokenize(job: ChunkJob) -> Chunk:
         arrays += [part.astype(dtype) for part in parts]
         sizes.append((sum(map(len, parts)), len(text.encode())))
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-    chunk = Chunk(job.number, len(sizes), len(tokens), binary, empty, job.group.size)
+    first = (bad[0].source, bad[0].reason) if bad else ()
+    chunk = Chunk(job.number, len(sizes), len(tokens), binary, empty, job.group.size, len(bad), first)
     _write(job.folder, chunk, tokens, np.array(sizes, dtype=np.int64).reshape(-1, 2))
     return chunk
 

@@ -4,14 +4,80 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mhla_lightning.data.prepare.text.compression import HEAD_BYTES, compression_of, opened
 from mhla_lightning.errors import DataError, UserError, missing_extra
+from mhla_lightning.textfiles import MARK, NotText, decode
 
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+JUDGED_AFTER = 100  # rows
+MAX_SKIPPED_SHARE = 0.01
+_SURROGATES = re.compile("[\ud800-\udfff]")
+# Integers become floats, which may have any number of digits; only texts are taken from a row.
+JSON = json.JSONDecoder(parse_int=float)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read.
+
+    Args:
+        source: file or input of the row.
+        reason: names the row and what is wrong.
+    """
+
+    source: str
+    reason: str
+
+
+@dataclass
+class RowTally:
+    """The rows that were read, and those that cannot be read.
+
+    Args:
+        rows: number of all.
+        bad: number of those that cannot be read.
+        first: of them.
+    """
+
+    rows: int = 0
+    bad: int = 0
+    first: BadRow | None = None
+
+    def add(self, document: Document) -> None:
+        """Count a document; a file that is no text is no row."""
+        self.rows += document is not None
+        if isinstance(document, BadRow):
+            self.bad += 1
+            self.first = self.first or document
+
+    def demand_any(self) -> None:
+        """Raise DataError when none of many rows can be read."""
+        if self.first is not None and self.bad == self.rows >= JUDGED_AFTER:
+            self._refuse(f"none of the first {self.rows} rows can be read")
+
+    def judge(self, share: float) -> None:
+        """Raise DataError when more than this share of the rows cannot be read, or no row can."""
+        if self.first is not None and (self.bad > share * self.rows or self.bad == self.rows):
+            found = f"{self.bad} of {self.rows} rows cannot be read"
+            self._refuse(f"{found}, more than `max_skipped_share` {share:g} allows")
+
+    def _refuse(self, found: str) -> None:
+        assert self.first is not None
+        raise DataError(self.first.source, f"{self.first.reason}; {found}")
+
+
+Document = str | BadRow | None
+"""A text, perhaps empty; a row that cannot be read; None for a file that is no text"""
+
+
+def check_share(share: float) -> None:
+    """Raise UserError for a share of rows that is none."""
+    if not 0 <= share <= 1:
+        raise UserError("max_skipped_share", f"got {share}; it must be from 0 to 1")
 
 
 class Group(Protocol):
@@ -23,31 +89,36 @@ class Group(Protocol):
     @property
     def size(self) -> int: ...
 
-    def texts(self) -> Iterator[str | None]:
-        """Yield the documents, and None for a file that is no text.
-
-        Raises DataError, with the file as its key.
-        """
+    def texts(self) -> Iterator[Document]:
+        """Yield the documents. Raises DataError, with the file as its key."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Whole files, each a document in UTF-8."""
+    """Whole files, each a document."""
 
     paths: list[Path]
     size: int
 
-    def texts(self) -> Iterator[str | None]:
-        """Yield the content of every file, with its line ends as they are."""
+    def texts(self) -> Iterator[Document]:
+        """Yield the content of every file, without a byte order mark; line ends stay as they are."""
         for path in self.paths:
             try:
-                yield path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
+                yield decode(_content(path))
+            except NotText:
                 yield None
-            except OSError as error:
-                raise DataError(
-                    str(path), f"cannot be read ({error.strerror}); repair or remove it"
-                ) from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+            if compression_of(head) is None:
+                return head + file.read()
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror}); repair or remove it") from error
+    with opened(path) as found:
+        return found.plain.read()
 
 
 @dataclass(frozen=True)
@@ -57,7 +128,7 @@ class Lines:
     Args:
         path: of the file.
         first: number of the first line in the file, from 1 on.
-        lines: their content.
+        lines: their content, UTF-8.
         text_column: key of the text.
         size: bytes of input.
     """
@@ -68,38 +139,18 @@ class Lines:
     text_column: str
     size: int
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         """Yield a document for each line that is not empty."""
         for number, line in enumerate(self.lines, start=self.first):
             if line.strip():
-                yield self._text(number, line)
+                yield self._text(f"line {number}", line)
 
-    def _text(self, number: int, line: bytes) -> str:
+    def _text(self, place: str, line: bytes) -> Document:
         try:
-            content: Any = json.loads(line)
+            row = JSON.decode(line.decode("utf-8", "surrogatepass").removeprefix(MARK))
         except (ValueError, RecursionError) as error:
-            raise DataError(str(self.path), f"line {number} is no JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise DataError(
-                str(self.path),
-                f"line {number} is a JSON {type(content).__name__}; an object with the key "
-                f"'{self.text_column}' is needed",
-            )
-        if self.text_column not in content:
-            raise DataError(
-                str(self.path),
-                f"line {number} has no key '{self.text_column}'; it has "
-                f"{', '.join(map(repr, content)) or 'none'}: choose `text_column`",
-            )
-        text = content[self.text_column]
-        if not isinstance(text, str):
-            raise DataError(
-                str(self.path),
-                f"line {number}: the key '{self.text_column}' holds a JSON {type(text).__name__}, no "
-                "text: choose `text_column`",
-            )
-        # JSON can spell half a character, UTF-8 cannot.
-        return _LONE_SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
+            return BadRow(str(self.path), f"{place} is no JSON ({error})")
+        return text_of(row, self.text_column, str(self.path), place)
 
 
 @dataclass(frozen=True)
@@ -118,31 +169,101 @@ class RowGroup:
     text_column: str
     size: int
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         """Yield a document for each row; a missing value is an empty document."""
         with open_parquet(self.path) as file:
+            first = 1
             try:
                 for batch in file.iter_batches(
                     batch_size=1024, row_groups=[self.number], columns=[self.text_column]
                 ):
-                    for text in batch.column(0).to_pylist():
-                        yield text or ""
+                    column = batch.column(0)
+                    for name in self.text_column.split(".")[1:] if column.type.num_fields else ():
+                        column = column.field(name)
+                    yield from self._texts(column, first)
+                    first += len(column)
             except (OSError, ValueError) as error:  # pyarrow's own errors are one of the two
                 raise DataError(
                     str(self.path), f"row group {self.number} cannot be read ({_line(error)}); copy it again"
                 ) from error
+
+    def _texts(self, column: Any, first: int) -> list[Document]:
+        try:
+            return [text or "" for text in column.to_pylist()]
+        except UnicodeDecodeError:  # of one value or more
+            return [self._value(value, first + place) for place, value in enumerate(column)]
+
+    def _value(self, value: Any, row: int) -> Document:
+        try:
+            return value.as_py() or ""
+        except UnicodeDecodeError as error:
+            place = f"row {row} of row group {self.number}"
+            return BadRow(str(self.path), f"{place} is no UTF-8 ({error.reason} at byte {error.start})")
 
 
 @dataclass(frozen=True)
 class Texts:
     """Documents in memory."""
 
-    found: list[str]
+    found: list[Document]
     size: int
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         """Yield the documents."""
         yield from self.found
+
+
+def lookup(row: Mapping[str, Any], column: str) -> Any:
+    """Return the value under a key; `a.b` also means the key b inside a. Raises KeyError."""
+    if column in row:
+        return row[column]
+    outer, _, inner = column.partition(".")
+    found = row[outer]
+    if not inner or not isinstance(found, Mapping):
+        raise KeyError(column)
+    return lookup(found, inner)
+
+
+def text_of(row: Any, column: str, source: str, place: str) -> Document:
+    """Return the text of a row of JSON; null is an empty document.
+
+    Args:
+        row: the parsed value.
+        column: key of the text.
+        source: file or input of the row.
+        place: of the row in it, such as `line 3`.
+    """
+    if not isinstance(row, Mapping):
+        return BadRow(
+            source, f"{place} is a JSON {_json_type(row)}; an object with the key '{column}' is needed"
+        )
+    try:
+        text = lookup(row, column)
+    except KeyError:
+        return BadRow(source, f"{place} has no key '{column}'; it has {names(row)}: choose `text_column`")
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        return BadRow(
+            source,
+            f"{place}: the key '{column}' holds a JSON {_json_type(text)}, no text: choose `text_column`",
+        )
+    # JSON can spell half a character, UTF-8 cannot.
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def names(row: Mapping[str, Any]) -> str:
+    """Return the keys of a row for a message, with those one level deeper."""
+    found = []
+    for name, value in row.items():
+        found.append(name)
+        found += [f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) else []
+    return ", ".join(map(repr, found)) or "none"
+
+
+def _json_type(value: Any) -> str:
+    kinds = {bool: "bool", float: "number", list: "list", str: "string", dict: "object", type(None): "null"}
+    return kinds.get(type(value), type(value).__name__)
 
 
 def open_parquet(path: Path) -> Any:

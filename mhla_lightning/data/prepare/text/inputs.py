@@ -5,12 +5,11 @@ They are files, folders, JSON lines, parquet, the Hugging Face hub and Python's 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
 import sysconfig
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +17,29 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
-from mhla_lightning.data.prepare.text.documents import Files, Group, Lines, RowGroup, Texts, open_parquet
+from mhla_lightning.data.prepare.text.compression import opened
+from mhla_lightning.data.prepare.text.documents import (
+    BadRow,
+    Document,
+    Files,
+    Group,
+    Lines,
+    RowGroup,
+    Texts,
+    open_parquet,
+    text_of,
+)
+from mhla_lightning.data.prepare.text.formats import (
+    Format,
+    is_companion,
+    json_values,
+    recognise,
+    table_rows,
+)
 from mhla_lightning.errors import DataError, UserError, missing_extra
+from mhla_lightning.textfiles import stream_encoding
 
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = (".parquet",)
-_MOST_FILES = 2**12  # in a group
+_MOST_FILES, _MOST_ROWS = 2**12, 2**16  # in a group
 # Parts of the standard library that are left out: other packages, tests (half of them is data), and
 # pydoc_data (one file with a twentieth of all text).
 _LEFT_OUT = (
@@ -57,12 +73,55 @@ class Input:
     groups: Callable[[int], Iterator[Group]] = field(repr=False)
 
 
-def open_inputs(inputs: Sequence[str], text_column: str = "text") -> list[Input]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a user's inputs hold.
+
+    Args:
+        sources: of the documents, in their order.
+        taken: number of files by what they were taken for, such as JSON lines.
+        left_out: (file, reason).
+    """
+
+    sources: list[Input]
+    taken: dict[str, int]
+    left_out: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file of an input.
+
+    Args:
+        place: the folder whose files belong together.
+        named: whether the user named the file itself.
+        path: of the file.
+        format: what it holds.
+    """
+
+    place: str
+    named: bool
+    path: Path
+    format: Format
+
+    @property
+    def is_data(self) -> bool:
+        """Whether the file has rows with the wanted key."""
+        return self.format.kind != "plain text" and self.format.has_column
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the file is a document of its own."""
+        form = self.format
+        return form.kind == "plain text" and not form.unreadable and not is_companion(self.path)
+
+
+def open_inputs(inputs: Sequence[str], text_column: str = "text") -> Inputs:
     """Open the inputs that a user names.
 
     Args:
         inputs: files, folders, text:FOLDER, stdlib or hf:NAME[:CONFIG][:SPLIT].
-        text_column: of JSON lines, parquet and hf.
+        text_column: of JSON, CSV, parquet and hf; `a.b` is the key b inside a.
 
     Raises:
         UserError: an input that does not exist.
@@ -70,7 +129,39 @@ def open_inputs(inputs: Sequence[str], text_column: str = "text") -> list[Input]
     """
     if not inputs:
         raise UserError("inputs", "none is given; name files, folders, stdlib or hf:NAME")
-    return [found for spec in inputs for found in _open(str(spec), text_column)]
+    found: list[Input | list[_Member]] = []
+    left_out: list[tuple[str, str]] = []
+    taken: Counter[str] = Counter()
+    for spec in map(str, inputs):
+        if spec == "stdlib":
+            files = _standard_library()
+            found.append(_text_files(spec, files))
+            taken["plain text"] += len(files)
+        elif spec.startswith("hf:"):
+            found.append(_hub(spec, text_column))
+        else:
+            members, hidden = _members(spec, text_column)
+            found.append(members)
+            left_out += [(str(path), "hidden") for path in hidden]
+    members = [member for one in found if isinstance(one, list) for member in one]
+    with_data = {member.place for member in members if member.is_data}
+    with_text = {member.place for member in members if member.is_text}
+    sources: list[Input] = []
+    for one in found:
+        if isinstance(one, Input):
+            sources.append(one)
+            continue
+        kept = []
+        for member in one:
+            kind, reason = _judge(member, member.place in with_data, member.place in with_text, text_column)
+            if reason:
+                left_out.append((str(member.path), reason))
+            else:
+                kept.append((kind, member))
+                taken[kind] += 1
+        for kind, same in groupby(kept, key=lambda pair: pair[0]):
+            sources += _sources(kind, [member for _, member in same], text_column)
+    return Inputs(sources, dict(taken), left_out)
 
 
 def folder_of(spec: str) -> Path | None:
@@ -79,37 +170,61 @@ def folder_of(spec: str) -> Path | None:
     return path if spec != "stdlib" and path.is_dir() else None
 
 
-def _open(spec: str, text_column: str) -> list[Input]:
-    if spec == "stdlib":
-        return [_text_files(spec, _standard_library())]
-    if spec.startswith("hf:"):
-        return [_hub(spec, text_column)]
+def _members(spec: str, text_column: str) -> tuple[list[_Member], list[str]]:
+    """Return the files of an input, and the names of those that are hidden."""
     path = Path(spec.removeprefix("text:")).expanduser()
+    hidden: list[str] = []
+
+    def shown(name: str) -> bool:
+        if name.startswith("."):
+            hidden.append(name)
+        return not name.startswith(".")
+
     if path.is_dir():
-        files = list(_walk(path, lambda name: not name.startswith(".")))
+        files = list(_walk(path, shown))
         if not files:
             raise DataError(spec, "holds no files")
-        grouped = groupby(files, _type)
-        return [found for kind, members in grouped for found in _files(kind, list(members), text_column)]
+        return [_Member(spec, False, file, recognise(file, text_column)) for file in files], hidden
     if path.is_file():
-        return _files(_type(path), [path], text_column)
+        return [_Member(str(path.parent), True, path, recognise(path, text_column))], []
     raise UserError(
         "inputs",
         f"{spec} does not exist; name a file, a folder, stdlib, text:FOLDER or hf:NAME[:CONFIG][:SPLIT]",
     )
 
 
-def _type(path: Path) -> str:
-    name = path.name.lower()
-    return "lines" if name.endswith(LINES) else "parquet" if name.endswith(PARQUET) else "text"
+def _judge(member: _Member, beside_data: bool, beside_text: bool, text_column: str) -> tuple[str, str]:
+    """Return what a file is taken for, and why it is left out where it is.
+
+    Raises DataError for a file that has rows, but not the column, and nothing to train on beside it.
+    """
+    form = member.format
+    if form.unreadable:
+        if member.named:
+            raise DataError(str(member.path), f"is {form.unreadable}")
+        return form.kind, form.unreadable
+    if form.has_column:
+        alone = form.kind != "plain text" or not (beside_data and is_companion(member.path))
+        return form.kind, "" if alone else "it describes the data beside it"
+    missing = f"has no key '{text_column}'; it has {form.keys}"
+    if not beside_data and (member.named or not beside_text):
+        raise DataError(
+            str(member.path),
+            f"is {form.kind} and {missing}: choose `text_column`, or give it a name in .txt to train on it "
+            "as it is",
+        )
+    return ("plain text", "") if form.one_document and not beside_data else (form.kind, missing)
 
 
-def _files(kind: str, paths: list[Path], text_column: str) -> list[Input]:
-    if kind == "text":
+def _sources(kind: str, members: list[_Member], text_column: str) -> list[Input]:
+    paths = [member.path for member in members]
+    if kind == "plain text":
         return [_text_files(str(paths[0]), paths)]
-    return [
-        _json_lines(path, text_column) if kind == "lines" else _parquet(path, text_column) for path in paths
-    ]
+    if kind == "parquet":
+        return [_parquet(path, text_column) for path in paths]
+    if kind == "JSON lines":
+        return [_json_lines(member.path, member.format.encoding, text_column) for member in members]
+    return [_rows(member.path, member.format, text_column) for member in members]
 
 
 def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
@@ -156,12 +271,12 @@ def _text_files(name: str, paths: list[Path]) -> Input:
     return Input(name, sum(sizes), _fingerprint("text", paths), groups)
 
 
-def _json_lines(path: Path, text_column: str) -> Input:
+def _json_lines(path: Path, encoding: str, text_column: str) -> Input:
     def groups(wanted: int) -> Iterator[Group]:
         lines: list[bytes] = []
         first, size, before = 1, 0, 0
-        with _opened(path) as (raw, plain):
-            for line in _readable(path, plain):
+        with opened(path) as (raw, plain):
+            for line in _lines(plain, encoding):
                 lines.append(line)
                 size += len(line)
                 if size >= wanted:
@@ -171,68 +286,102 @@ def _json_lines(path: Path, text_column: str) -> Input:
             if lines:
                 yield Lines(path, first, lines, text_column, raw.tell() - before)
 
-    if path.name.lower().endswith(".zst"):
-        _zstandard(path)  # a missing package is reported now, not in the middle
     return Input(str(path), _stat(path).st_size, _fingerprint("lines", [path], text_column), groups)
 
 
+def _lines(plain: IO[bytes], encoding: str) -> Iterator[bytes]:
+    if encoding == "utf-8":
+        yield from iter(plain.readline, b"")  # iterating over a file forbids tell()
+    else:
+        with _as_text(plain, encoding) as text:
+            for line in text:
+                yield line.encode()
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterable[bytes]]]:
-    """Give the block a file as it is on the disk, and its lines."""
+def _as_text(plain: IO[bytes], encoding: str) -> Iterator[IO[str]]:
+    """Give the block a stream as text, with its line ends.
+
+    Bytes that are no UTF-8 become lone surrogates.
+    """
+    errors = "surrogateescape" if encoding == "utf-8" else "replace"
+    text = io.TextIOWrapper(plain, stream_encoding(encoding), errors, newline="")
     try:
-        raw = open(path, "rb")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})") from error
-    name = path.name.lower()
-    with raw:
-        if name.endswith(".gz"):
-            with gzip.open(raw) as plain:
-                yield raw, plain
-        elif name.endswith(".zst"):
-            with _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield raw, io.BufferedReader(stream, 2**20)
+        yield text
+    finally:
+        text.detach()  # or it would close the stream when it is collected
+
+
+def _rows(path: Path, form: Format, text_column: str) -> Input:
+    """Open JSON of several lines a row, CSV or TSV.
+
+    This process reads it, since a worker could not find where its rows begin.
+    """
+
+    def documents(text: IO[str]) -> Iterator[Document]:
+        if form.kind == "JSON":
+            for place, row, reason in json_values(text):
+                bad = BadRow(str(path), f"{place} {reason}")
+                yield bad if reason else text_of(row, text_column, str(path), place)
         else:
-            yield raw, iter(raw.readline, b"")  # iterating over a file forbids tell()
+            for place, found, reason in table_rows(text, form.delimiter, text_column):
+                yield BadRow(str(path), f"{place} {reason}") if reason else found
+
+    def groups(wanted: int) -> Iterator[Group]:
+        with opened(path) as (raw, plain), _as_text(plain, form.encoding) as text:
+            yield from _in_memory(documents(text), wanted, raw.tell)
+
+    return Input(str(path), _stat(path).st_size, _fingerprint(form.kind, [path], text_column), groups)
 
 
-def _readable(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-    if path.name.lower().endswith(".zst"):
-        errors += (_zstandard(path).ZstdError,)
-    try:
-        yield from lines
-    except errors as error:
-        raise DataError(
-            str(path), f"cannot be read to its end ({error}); it was cut or damaged, so copy it again"
-        ) from error
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(str(path), missing_extra("zstandard", "language", "reading it")) from error
-    return zstandard
+def _in_memory(documents: Iterable[Document], wanted: int, tell: Callable[[], int]) -> Iterator[Group]:
+    """Yield groups of documents; `tell` returns the bytes of the input that were read so far."""
+    found: list[Document] = []
+    size, before = 0, 0
+    for document in documents:
+        found.append(document)
+        size += len(document.encode()) if isinstance(document, str) else 1
+        if size >= wanted or len(found) == _MOST_ROWS:
+            at = tell()
+            yield Texts(found, at - before)
+            found, size, before = [], 0, at
+    if found:
+        yield Texts(found, tell() - before)
 
 
 def _parquet(path: Path, text_column: str) -> Input:
     with open_parquet(path) as file:
         schema, counts = file.schema_arrow, range(file.num_row_groups)
         sizes = [file.metadata.row_group(number).total_byte_size for number in counts]
-    if text_column not in schema.names:
+    kind = _column_type(schema, text_column)
+    if kind is None:
+        columns = [name for name, _ in _columns(schema)]
         raise DataError(
             str(path),
-            f"has no column '{text_column}'; it has "
-            f"{', '.join(map(repr, schema.names)) or 'none'}: choose `text_column`",
+            f"has no column '{text_column}'; it has {', '.join(map(repr, columns)) or 'none'}: choose "
+            "`text_column`",
         )
-    kind = str(schema.field(text_column).type)
-    if kind not in ("string", "large_string", "string_view"):
+    value = getattr(kind, "value_type", None) if str(kind).startswith("dictionary<") else kind
+    if str(value) not in ("string", "large_string", "string_view", "null"):
         raise DataError(str(path), f"the column '{text_column}' holds {kind}, no text: choose `text_column`")
 
     def groups(wanted: int) -> Iterator[Group]:
         return (RowGroup(path, number, text_column, size) for number, size in enumerate(sizes))
 
     return Input(str(path), sum(sizes), _fingerprint("parquet", [path], text_column), groups)
+
+
+def _columns(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and type of the columns, and of those one level deeper: `a.b`."""
+    for column in schema:
+        yield column.name, column.type
+        if str(column.type).startswith("struct<"):
+            for inner in column.type:
+                yield f"{column.name}.{inner.name}", inner.type
+
+
+def _column_type(schema: Any, name: str) -> Any:
+    return next((kind for column, kind in _columns(schema) if column == name), None)
 
 
 def _hub(spec: str, text_column: str) -> Input:
@@ -251,20 +400,21 @@ def _hub(spec: str, text_column: str) -> Input:
             f"has no column '{text_column}'; it has {', '.join(map(repr, found.column_names))}: "
             "choose `text_column`",
         )
+    kind = str(getattr(found.features[text_column], "dtype", "string"))
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise DataError(spec, f"the column '{text_column}' holds {kind}, no text: choose `text_column`")
     column_only = found.select_columns([text_column])
 
+    def documents() -> Iterator[Document]:
+        for number, row in enumerate(column_only, start=1):
+            yield text_of(row, text_column, spec, f"row {number}")
+
     def groups(wanted: int) -> Iterator[Group]:
-        texts: list[str] = []
+        texts: list[Document] = []
         size = 0
-        for row in column_only:
-            if not isinstance(row[text_column], str | None):
-                raise DataError(
-                    spec,
-                    f"the column '{text_column}' holds {type(row[text_column]).__name__}, no text: choose "
-                    "`text_column`",
-                )
-            texts.append(row[text_column] or "")
-            size += len(texts[-1].encode())
+        for text in documents():
+            texts.append(text)
+            size += len(text.encode()) if isinstance(text, str) else 1
             if size >= wanted:
                 yield Texts(texts, size)
                 texts, size = [], 0

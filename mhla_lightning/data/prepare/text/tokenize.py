@@ -7,17 +7,18 @@ interrupted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mhla_lightning.data.index import MAX_LENGTH, ShardIndex
 from mhla_lightning.data.prepare.pack import PackOptions, Progress, check_target, fill, fingerprint_of, plan
-from mhla_lightning.data.prepare.parallel import check_workers
+from mhla_lightning.data.prepare.parallel import Interrupted, check_workers
 from mhla_lightning.data.prepare.replacing import Note, build, demand_free
 from mhla_lightning.data.prepare.sources.base import SampleSource
-from mhla_lightning.data.prepare.text.chunks import TokenizedCorpus, documents_path, tokenize_chunks
+from mhla_lightning.data.prepare.text.chunks import TokenizedCorpus, documents_path, tally_of, tokenize_chunks
+from mhla_lightning.data.prepare.text.documents import MAX_SKIPPED_SHARE, RowTally, check_share
 from mhla_lightning.data.prepare.text.inputs import Input, folder_of, open_inputs
 from mhla_lightning.data.prepare.text.layout import check_packing, held_out, lay_out
 from mhla_lightning.data.prepare.text.rows import Rows, write_firsts, write_layout
@@ -38,9 +39,10 @@ class TextOptions:
         val_length: tokens a row of the val split; None is the same.
         packing: best-fit or concatenate.
         val: documents (int) or share of them (float below 1) held out.
-        text_column: of JSON lines, parquet and hf.
+        text_column: of JSON, CSV, parquet and hf; `a.b` is the key b inside a.
         seed: of the order of rows and of the documents held out.
         shards: number of training shards; None takes enough for 512 MB each, at least 16.
+        max_skipped_share: of rows that cannot be read; more of them end the work.
     """
 
     tokenizer: str = "bytes"
@@ -51,6 +53,7 @@ class TextOptions:
     text_column: str = "text"
     seed: int = 0
     shards: int | None = None
+    max_skipped_share: float = MAX_SKIPPED_SHARE
 
     def __post_init__(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -62,6 +65,7 @@ class TextOptions:
             raise UserError(
                 "val", f"got {self.val}; it must be a number of documents, or a share above 0 and below 1"
             )
+        check_share(self.max_skipped_share)
         PackOptions(shards=self.shards)
 
     def length_of(self, split: str) -> int:
@@ -97,6 +101,9 @@ class TokenizeReport:
         splits: by name.
         binary: number of files that are no text and were left out.
         empty: number of documents without text, which were left out.
+        skipped: the rows that cannot be read, which were left out.
+        taken: number of files by what they were taken for.
+        left_out: (file, reason) of the others.
         made: number of tokens that this call made; others may exist from an earlier one.
         seconds: that this took.
     """
@@ -105,6 +112,9 @@ class TokenizeReport:
     splits: dict[str, SplitReport]
     binary: int
     empty: int
+    skipped: RowTally
+    taken: dict[str, int]
+    left_out: list[tuple[str, str]]
     made: int
     seconds: float
 
@@ -149,9 +159,13 @@ def tokenize(
             f"{options.tokenizer} names no token that ends a document; give it an eos_token in "
             "tokenizer_config.json",
         )
-    sources = open_inputs(inputs, options.text_column)
+    opened = open_inputs(inputs, options.text_column)
+    sources = opened.sources
     fingerprint = fingerprint_of(
-        [source.fingerprint for source in sources], tokenizer.name, tokenizer.end, repr(options)
+        [source.fingerprint for source in sources],
+        tokenizer.name,
+        tokenizer.end,
+        repr(replace(options, max_skipped_share=0.0)),  # a larger share goes on with the same chunks
     )
     progress, note = on_progress or (lambda *_: None), on_note or (lambda _: None)
     with build(target, fingerprint, SPLITS, overwrite, wait, note) as building:
@@ -159,6 +173,8 @@ def tokenize(
         chunks = tokenize_chunks(
             sources, folder, tokenizer, workers, lambda done, total: progress("tokenize", done, total), note
         )
+        skipped = tally_of(chunks.found)
+        _judge(skipped, options.max_skipped_share, len(chunks.found))
         source, reports = _lay_out(folder, chunks, tokenizer, options, sources)
         indices = fill(
             building,
@@ -169,7 +185,26 @@ def tokenize(
             note,
         )
     binary, empty = (sum(getattr(chunk, name) for chunk in chunks.found) for name in ("binary", "empty"))
-    return TokenizeReport(indices, reports, binary, empty, chunks.made, chunks.seconds)
+    return TokenizeReport(
+        indices,
+        reports,
+        binary,
+        empty,
+        skipped,
+        opened.taken,
+        opened.left_out,
+        chunks.made,
+        chunks.seconds,
+    )
+
+
+def _judge(rows: RowTally, share: float, chunks: int) -> None:
+    try:
+        rows.judge(share)
+    except DataError as error:
+        if chunks > 1:  # hours of work; the same command with a larger share goes on with them
+            raise Interrupted(error.key, error.reason) from error
+        raise
 
 
 def _target(inputs: Sequence[str], to: str | Path) -> Path:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from mhla_lightning.data.prepare.text.chunks import MOST_BYTES
+from mhla_lightning.data.prepare.text.documents import MAX_SKIPPED_SHARE, RowTally, check_share
 from mhla_lightning.data.prepare.text.inputs import open_inputs
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mhla_lightning.errors import DataError, UserError, missing_extra
@@ -27,12 +28,18 @@ class TrainedTokenizer:
         documents: number of documents.
         bytes: of the text in UTF-8.
         bytes_per_token: on the first documents.
+        skipped: the rows that cannot be read, which were left out.
+        taken: number of files by what they were taken for.
+        left_out: (file, reason) of the others.
     """
 
     tokenizer: Tokenizer
     documents: int
     bytes: int
     bytes_per_token: float
+    skipped: RowTally
+    taken: dict[str, int]
+    left_out: list[tuple[str, str]]
 
 
 def train_tokenizer(
@@ -41,6 +48,7 @@ def train_tokenizer(
     vocabulary: int,
     text_column: str = "text",
     overwrite: bool = False,
+    max_skipped_share: float = MAX_SKIPPED_SHARE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainedTokenizer:
     """Learn a tokenizer.json from text and write it to the file `to`.
@@ -51,8 +59,9 @@ def train_tokenizer(
         inputs: see inputs.open_inputs.
         to: the file.
         vocabulary: number of ids.
-        text_column: of JSON lines, parquet and hf.
+        text_column: of JSON, CSV, parquet and hf; `a.b` is the key b inside a.
         overwrite: replace the file.
+        max_skipped_share: of rows that cannot be read; more of them end the work.
         on_progress: called with the input bytes read, and of all.
 
     Raises:
@@ -61,23 +70,29 @@ def train_tokenizer(
     """
     target = Path(to).expanduser()
     _check(target, vocabulary, overwrite)
+    check_share(max_skipped_share)
     try:
         from tokenizers import Tokenizer as Core
         from tokenizers import decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise UserError("inputs", missing_extra("tokenizers", "language", "training a tokenizer")) from error
-    sources = open_inputs(inputs, text_column)
+    opened, rows = open_inputs(inputs, text_column), RowTally()
+    sources = opened.sources
     total, counts = sum(source.size for source in sources), {"documents": 0, "bytes": 0}
     progress = on_progress or (lambda *_: None)
 
     def texts() -> Iterator[str]:
         done = 0
         for group in (group for source in sources for group in source.groups(MOST_BYTES // 8)):
-            for text in filter(None, group.texts()):
+            for text in group.texts():
+                rows.add(text)
+                if not isinstance(text, str) or not text:
+                    continue
                 counts["documents"] += 1
                 counts["bytes"] += len(text.encode())
                 yield text
             done += group.size
+            rows.demand_any()
             progress(min(done, total), total)
 
     core = Core(models.BPE())
@@ -88,18 +103,27 @@ def train_tokenizer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
     )
     core.train_from_iterator(texts(), trainer)
+    rows.judge(max_skipped_share)
     if not counts["documents"]:
         raise DataError(", ".join(map(str, inputs)), "no text was found")
     _write(target, core.to_str(pretty=True))
     tokenizer = open_tokenizer(str(target))
     probe = list(
         islice(
-            (text for source in sources for group in source.groups(1) for text in group.texts() if text),
+            (
+                text
+                for source in sources
+                for group in source.groups(1)
+                for text in group.texts()
+                if text and isinstance(text, str)
+            ),
             _PROBED,
         )
     )
     rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
-    return TrainedTokenizer(tokenizer, counts["documents"], counts["bytes"], rate)
+    return TrainedTokenizer(
+        tokenizer, counts["documents"], counts["bytes"], rate, rows, opened.taken, opened.left_out
+    )
 
 
 def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
