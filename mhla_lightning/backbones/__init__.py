@@ -8,18 +8,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import timm
 from torch import Tensor, nn
 
 from mhla_lightning.attention import ATTENTION
+from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT, DiTOptions
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.weights.adapted import Adapted, WeightState
+from mhla_lightning.weights.facts import facts_of
 
 __all__ = [
     "BACKBONES",
@@ -51,7 +56,7 @@ class Backbone(Protocol):
 
     def no_weight_decay(self) -> set[str]: ...
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted: ...
 
 
 @dataclass(frozen=True)
@@ -204,15 +209,24 @@ def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Mo
             model.pretrained_cfg = model.default_cfg = facts
         if pretrained:
             channels = model.patch_embed.proj.weight.shape[1]
-            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=_adapted)
+            source = partial(_adapted, file=Path(str(facts["file"])))
+            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=source)
         return model
 
     entry.__name__ = name
     return entry
 
 
-def _adapted(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return cast(Backbone, model).adapt_state_dict(state)
+def _adapted(state: Mapping[str, Tensor], model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Return weights of a file of timm under our names.
+
+    Raises:
+        UserError: positions of an unknown grid: timm loads no model without them.
+    """
+    adapted = cast(Backbone, model).adapt_state_dict(WeightState(state, facts=facts_of(file)))
+    for name, reason in adapted.omitted.items():
+        raise UserError("pretrained", f"{file} does not fit: {name}: {reason}")
+    return adapted
 
 
 _register_with_timm()

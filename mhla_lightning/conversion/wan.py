@@ -19,6 +19,7 @@ from torch import Tensor
 from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
+from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS
 
 CONFIG = "_mhla_lightning"
 """Key of our facts in an exported config.json; diffusers ignores keys that begin with an underscore."""
@@ -29,7 +30,6 @@ _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, head
 _MIXING = "attention.mixing.weight"
 # pos_conv -> tensor of a layer, by the names of _layers
 _CONVOLUTIONS = {"lepe": "lepe.conv.weight", "cpe": "cpe.depthwise.conv.weight"}
-_LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
 _NEEDED = (
     "patch_embedding.weight",
     "text_embedding.0.weight",
@@ -271,7 +271,7 @@ def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
 
 def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
     """Return the blocks per axis: those requested, or the release's."""
-    layout = wish.layout or _LAYOUTS.get(blocks)
+    layout = wish.layout or RELEASE_LAYOUTS.get(blocks)
     if layout is None:
         hint = "7 3 5" if blocks == 105 else "T H W"
         raise UserError(
