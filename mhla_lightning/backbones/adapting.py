@@ -6,27 +6,25 @@ Their rows belong to places of a grid, so rows of another grid are resampled, ne
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import MHLA, BlockGrid
 from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
 from mhla_lightning.errors import UserError
+from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.adapted import (
     Adapted,
+    DoubtfulWeights,
     Geometry,
-    ModelFacts,
-    UnknownGrid,
     WeightState,
     by,
-    check_finite,
     note_geometry,
     noted_geometry,
 )
@@ -59,7 +57,7 @@ def source_geometry(state: Mapping[str, Tensor], grid: Grid = None) -> Geometry:
     """Return all that is known of the geometry of the model that a state belongs to.
 
     Args:
-        state: the tensors, with the notes of their file where they are a :class:`WeightState`.
+        state: the tensors; a :class:`WeightState` may name the geometry.
         grid: what the caller tells; it takes precedence.
 
     Raises:
@@ -68,47 +66,15 @@ def source_geometry(state: Mapping[str, Tensor], grid: Grid = None) -> Geometry:
     if isinstance(grid, Geometry):
         return grid
     found = noted_geometry(state) or Geometry()
-    if isinstance(state, WeightState):
-        told = state.geometry or (_geometry_of(state.facts, state) if state.facts is not None else None)
-        found = found if told is None else told
+    if isinstance(state, WeightState) and state.geometry is not None:
+        found = state.geometry
     if found.grid is None and any(".piece_attn." in name for name in state):
         found = _of_the_release(state)
     if grid is None:
         return found
     if not all(isinstance(count, int) and count > 0 for count in grid) or not 1 <= len(grid) <= 3:
         raise UserError("grid", f"{grid} is no token grid; give the tokens per axis, such as [14, 14]")
-    return replace(found, grid=tuple(grid))
-
-
-def _geometry_of(facts: ModelFacts, state: Mapping[str, Tensor]) -> Geometry | None:
-    """Return the geometry of the model that files tell of; None where they do not suffice."""
-    from mhla_lightning.backbones import BACKBONES, build_backbone
-
-    if facts.backbone in BACKBONES:
-        try:
-            with torch.device("meta"):
-                model: Any = build_backbone(
-                    facts.backbone, attention=facts.attention, **cast(Any, dict(facts.options))
-                )
-        except (UserError, TypeError):  # of another version, or a file that only looks like ours
-            return None
-        return getattr(model, "geometry", None)
-    image, patch = facts.image or _size_by_name(facts.timm), state.get("patch_embed.proj.weight")
-    if image is None or patch is None or patch.dim() != 4:
-        return None
-    return Geometry((image[0] // patch.shape[2], image[1] // patch.shape[3]))
-
-
-def _size_by_name(name: str) -> tuple[int, int] | None:
-    """Return the image size of a model of timm, by its name or a file named after it."""
-    from timm.models import get_pretrained_cfg
-
-    architecture = re.split(r"[-.]", name.rpartition("/")[2])[0] if name else ""
-    try:
-        config = get_pretrained_cfg(architecture) if architecture else None
-    except (RuntimeError, ValueError, KeyError):
-        return None
-    return None if config is None else tuple(config.input_size[-2:])  # type: ignore[return-value]
+    return replace(found, grid=tuple(grid), told=True)
 
 
 def _of_the_release(state: Mapping[str, Tensor]) -> Geometry:
@@ -153,37 +119,47 @@ def adapted_to(
     prefix = sum(tensors[name].shape[-2] for name in _PREFIXES if name in tensors and tensors[name].dim() > 1)
     for name in positions:
         if name in tensors and tensors[name].dim() == 3:
-            _place_positions(adapted, name, source.grid, own.grid or (), prefix)
+            _place_positions(adapted, name, source, own.grid or (), prefix)
     for name, target in own.blocks.items():
         if name in tensors:
             _place_mixing(adapted, name, source.blocks.get(name), target)
-    outline = model.state_dict(keep_vars=True)
     if patches is not None:
-        _omit_other_patches(adapted, outline[patches[0]].shape, *patches)
-    for name, value in list(adapted.items()):
-        if name in outline and outline[name].is_floating_point() and not value.is_floating_point():
+        _omit_other_patches(adapted, *patches, model)
+    needed = {
+        name: (value, own_tensor)
+        for name, value in adapted.items()
+        if (own_tensor := _own(model, name)) is not None
+    }
+    for name, (value, place) in needed.items():
+        if place.is_floating_point() and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             adapted.omit(name, f"its numbers are {kind}, as of quantised weights")
-    check_finite({name: value for name, value in adapted.items() if name in outline}, "state")
+    check_finite({name: value for name, (value, _) in needed.items()}, "state")
     for text in adapted.warnings():
-        warnings.warn(text, UnknownGrid, stacklevel=3)
+        warnings.warn(text, DoubtfulWeights, stacklevel=3)
     return adapted
 
 
 def _place_positions(
-    adapted: Adapted, name: str, grid: Sequence[int] | None, target: Sequence[int], prefix: int
+    adapted: Adapted, name: str, source: Geometry, target: Sequence[int], prefix: int
 ) -> None:
     """Resample one table of positions; class tokens come before the grid.
 
     Args:
         adapted: holds it.
         name: of the table.
-        grid: of the source; None where it is unknown.
+        source: whose grid it is.
         target: of the model.
         prefix: number of class, distillation and register tokens that the source has.
     """
-    table = adapted[name]
+    table, grid = adapted[name], source.grid
     rows = table.shape[1]
+    if grid is not None and (len(grid) != len(target) or rows - math.prod(grid) not in {0, 1, 2, prefix}):
+        if source.told:
+            raise UserError(
+                "grid", f"{by(grid)} tokens do not make the {rows} rows of {name} (class tokens included)"
+            )
+        grid = None
     if grid is None:
         square = len(set(target)) == 1
         if rows - prefix == math.prod(target) and square:
@@ -202,11 +178,7 @@ def _place_positions(
             )
         return
     before = rows - math.prod(grid)
-    if len(grid) != len(target) or before not in {0, 1, 2, prefix}:
-        raise UserError(
-            "grid", f"{by(grid)} tokens do not make the {rows} rows of {name} (class tokens included)"
-        )
-    adapted[name] = table[:, before:]
+    adapted[name] = table[:, before:] if before else table
     if tuple(grid) != tuple(target):
         adapted[name] = resampled_positions(adapted[name], grid, target)
         adapted.resampled[name] = f"{by(grid)} to {by(target)} tokens"
@@ -252,7 +224,7 @@ def _place_mixing(adapted: Adapted, name: str, source: BlockGrid | None, target:
 
 
 def resampled_mixing(mixing: Tensor, source: BlockGrid, target: BlockGrid) -> Tensor:
-    """Resample a mixing matrix linearly between the centres of blocks, for queries and keys alike.
+    """Resample a mixing matrix linearly between the centres of blocks, rows and columns.
 
     A weight between two places of the image stays: block summaries are sums over tokens, so that no other
     scale is needed.
@@ -276,7 +248,10 @@ def _centres(blocks: BlockGrid, axis: int) -> Tensor:
 
 
 def _between(known: Tensor, wanted: Tensor) -> Tensor:
-    """Return the weights of linear interpolation, (wanted, known); beyond the ends the nearest counts."""
+    """Return the weights of linear interpolation, (wanted, known).
+
+    Beyond the ends the nearest counts.
+    """
     if len(known) == 1:
         return torch.ones(len(wanted), 1, dtype=torch.float64)
     right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
@@ -287,14 +262,25 @@ def _between(known: Tensor, wanted: Tensor) -> Tensor:
     return weights
 
 
-def _omit_other_patches(adapted: Adapted, own: Sequence[int], patches: str, heads: Sequence[str]) -> None:
+def _own(model: nn.Module, name: str) -> Tensor | None:
+    """Return a model's tensor by its name; None where it has none."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(path), leaf, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def _omit_other_patches(adapted: Adapted, patches: str, heads: Sequence[str], model: nn.Module) -> None:
     """Leave out the output layer of a model whose patches have another size.
 
     4 x 4 pixels of 4 channels are as many numbers as 2 x 2 of 16.
     """
-    if patches not in adapted or tuple(adapted[patches].shape) == tuple(own):
+    place = _own(model, patches)
+    if patches not in adapted or place is None or adapted[patches].shape == place.shape:
         return
-    theirs = tuple(adapted[patches].shape)
+    theirs, own = tuple(adapted[patches].shape), tuple(place.shape)
     for name in heads:
         if name in adapted:
             adapted.omit(name, f"its patches are {by(theirs[1:])}, and here {by(own[1:])}")

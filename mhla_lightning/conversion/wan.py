@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.adapted import Geometry
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS
 
@@ -74,6 +76,19 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
     return ImportTarget(
         backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
     )
+
+
+def wan_geometry(state: State, wish: Wish) -> Geometry | None:
+    """Return the blocks of a checkpoint's mixing matrices, by tensors of our names.
+
+    They are those that the user tells, or the published ones. None where neither is known.
+    """
+    blocks = {}
+    for name, value in state.items():
+        layout = wish.layout or RELEASE_LAYOUTS.get(value.shape[-1]) if name.endswith(_MIXING) else None
+        if layout is not None:
+            blocks[name] = BlockGrid(layout, block_size=1)
+    return Geometry(blocks=blocks) if blocks and not wish.config.get(CONFIG) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

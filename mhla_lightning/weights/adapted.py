@@ -10,17 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhla_lightning.attention import BlockGrid
-from mhla_lightning.errors import UserError
 
 _KEY = "mhla_geometry"
 
 
-class UnknownGrid(UserWarning):
-    """Positions were left out, or taken as they are, because nothing tells the token grid of their model."""
+class DoubtfulWeights(UserWarning):
+    """Weights were left out, or taken as they are although their grid is unknown."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,12 @@ class Geometry:
     Attributes:
         grid: tokens per axis; None where it is unknown.
         blocks: the partition that each mixing matrix mixes, by the matrix's name; of a causal model one axis.
+        told: whether the caller has given the grid, so that positions that contradict it are a mistake.
     """
 
     grid: tuple[int, ...] | None = None
     blocks: Mapping[str, BlockGrid] = field(default_factory=dict)
+    told: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return lists and numbers alone, which every file of weights can hold."""
@@ -58,7 +58,7 @@ def note_geometry(module: Any, state: Any, prefix: str, metadata: dict[str, Any]
 def noted_geometry(state: object) -> Geometry | None:
     """Return the geometry that a state dict was written with; None where it has none.
 
-    torch keeps the metadata in `_metadata`, for which it has no public name (2.13).
+    torch keeps the metadata in `_metadata`, for which it has no public name (2.14).
     """
     for metadata in getattr(state, "_metadata", {}).values():
         if isinstance(metadata, Mapping) and _KEY in metadata:
@@ -146,37 +146,3 @@ class Adapted(dict[str, Tensor]):
 def by(counts: Sequence[int]) -> str:
     """Return counts per axis in words: `8 x 16`."""
     return " x ".join(map(str, counts))
-
-
-def not_finite(value: Tensor) -> str:
-    """Return `NaN` or `an infinite number` where a tensor holds one, else an empty text."""
-    if not value.is_floating_point() or value.is_meta:
-        return ""
-    wide = value if value.dtype in _TESTED else value.float()
-    if bool(torch.isfinite(wide).all()):
-        return ""
-    return "NaN" if bool(torch.isnan(wide).any()) else "an infinite number"
-
-
-_TESTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_finite(tensors: Mapping[str, Tensor], key: str, where: str = "") -> None:
-    """Refuse weights that are not numbers.
-
-    Args:
-        tensors: by name.
-        key: the argument or file that they come from, for the error.
-        where: before the tensor's name in the error; empty or with a blank at its end.
-
-    Raises:
-        UserError: a tensor holds NaN or an infinite number.
-    """
-    for name, value in tensors.items():
-        found = not_finite(value)
-        if found:
-            raise UserError(
-                key,
-                f"{where}{name} holds {found}, so every result would be NaN; take an earlier checkpoint or "
-                "other weights",
-            )

@@ -17,8 +17,8 @@ _INNER = ("ema", "shards", "transformer")
 """Folders of weights whose model is told in the folder around them."""
 
 
-def facts_of(path: Path) -> ModelFacts | None:
-    """Return what is told of the model behind a file or folder of weights; None where it is nothing.
+def facts_of(path: Path) -> ModelFacts:
+    """Return what is told of the model behind a file or folder of weights.
 
     Args:
         path: a file of weights, or the folder of several.
@@ -93,7 +93,10 @@ def _ours(told: Mapping[str, Any]) -> ModelFacts | None:
 
 
 def _sides(size: object) -> tuple[int, int] | None:
-    """Return (height, width) of a size of timm: a number, (height, width) or (channels, height, width)."""
+    """Return (height, width) of a size of timm.
+
+    It is a number, (height, width) or (channels, height, width).
+    """
     sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else []
     if len(sides) < 2 or not all(isinstance(side, int) for side in sides):
         return None

@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "checkpoints"),
     ("weights",),
     ("attention", "data", "diffusion", "runs"),
-    ("errors", "randomness"),
+    ("finite", "randomness"),
+    ("errors",),
 )
 PERMITTED = {("bench", "training")}  # edges inside a layer
 
