@@ -44,6 +44,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = sorted(case for folder in folders for case in folder.glob("*.npz"))
         if not cases:
             raise pytest.UsageError(f"no oracle cases (*.npz) in {', '.join(map(str, folders))}")
+        halves = {
+            half.name
+            for folder in folders
+            for suffix, other in ((".npz", ".json"), (".json", ".npz"))
+            for half in folder.glob(f"*{suffix}")
+            if not half.with_suffix(other).is_file()
+        }
+        if halves:
+            raise pytest.UsageError(f"an oracle case is NAME.npz and NAME.json; alone: {sorted(halves)}")
         metafunc.parametrize("oracle", cases, ids=[case.stem for case in cases])
 
 

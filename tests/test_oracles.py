@@ -1,5 +1,5 @@
 """Agreement with tensors of the authors' modules and of an independent float64 reference. A case's kind is
-read off its name.
+read off its contents: its name is free.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from mhla_lightning.backbones.rotary import rotations
 from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, ViTOptions, vit_name
 from mhla_lightning.diffusion import Guidance, guided
 from tests.helpers.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
+from tests.helpers.oracles import ORACLES
 from tests.helpers.video_oracles import check_rope_tables, check_video_layer, check_wan
 
 
@@ -173,6 +174,7 @@ def check_language_layer(case: Case) -> None:
         "gate": options["use_output_gate"],
     }
     attention = CausalSelfAttention(options["hidden_size"], attention=entry)
+    attention = attention.to(next(iter(case.group("in.x_").values())).dtype)
     prefix = "model.layers.0.attn."
     model = build_backbone("lm_tiny")
     assert isinstance(model, CausalLM)
@@ -225,29 +227,58 @@ def check_init(kind: str, counts: list[int], expected: Tensor) -> None:
     assert_close(actual, expected.float(), 1e-5, 1e-7)
 
 
+LAYER_KEYS = {
+    *("dim", "heads", "dim_head", "dropout", "window_size", "block_size", "embed_len", "transform"),
+    *("qk_norm", "qkv_bias", "exp_sigma", "local_thres", "eps", "fixed_weight_value"),
+}
+"""Arguments of the release's attention that the check below serves."""
+
+
+def side_of(count: int) -> int:
+    """The side of a square of this many tokens: the release knows no others."""
+    side = math.isqrt(count)
+    assert side**2 == count, f"{count} is no square number"
+    return side
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    dtype = getattr(torch, case.meta["dtype"].split()[0].removeprefix("torch."))
+    assert dtype in TOLERANCES, f"no tolerance is known for {dtype}"
+    return dtype
+
+
+TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 1e-6), torch.float16: (1e-2, 1e-2)}
+"""(rtol, atol) of an attention case, oracles/README.md; halves as coarse as their step."""
+
+
 def release_layer(case: Case, pos_conv: str) -> SelfAttention:
     options = case.meta["constructor"]
-    side = math.isqrt(options.get("embed_len", 196))
-    block = math.isqrt(options.get("window_size") or options.get("block_size", 49))
+    assert options.keys() <= LAYER_KEYS, f"unknown arguments {sorted(options.keys() - LAYER_KEYS)}"
+    side = side_of(options.get("embed_len", 196))
+    block = side_of(options.get("window_size") or options.get("block_size", 49))
     given = {key: float(options[key]) for key in ("exp_sigma", "local_thres") if key in options}
+    transform, constant = options.get("transform", "cos"), options.get("fixed_weight_value")
+    if constant is not None:
+        transform, given = "const", {"value": constant}
     preset = {key: value for key, value in VISION_PRESETS["release"]["mhla"].items() if key != "blocks"}
     entry = {
         "name": "mhla",
         **preset,
         "block_size": block,
-        "mix_init": options.get("transform", "cos"),
+        "mix_init": transform,
         "mix_init_options": given,
         "pos_conv": pos_conv,
+        "eps": options.get("eps", 1e-6),
         "qk_norm": options.get("qk_norm", False),
         "qkv_bias": options.get("qkv_bias", False),
     }
     attention = SelfAttention(options["dim"], options["heads"], attention=entry, grid=(side, side))
-    return attention.to(getattr(torch, case.meta["dtype"].removeprefix("torch."))).eval()
+    return attention.to(dtype_of(case)).eval()
 
 
 def check_release_attention(case: Case) -> None:
-    kernel = case.arrays["param.lepe.weight"].shape[-1]
-    layer = release_layer(case, pos_conv=f"lepe{kernel}")
+    kernel = case.arrays.get("param.lepe.weight")
+    layer = release_layer(case, pos_conv="none" if kernel is None else f"lepe{kernel.shape[-1]}")
     operator = layer.attention
     assert isinstance(operator, MHLA)
     state = {
@@ -258,12 +289,13 @@ def check_release_attention(case: Case) -> None:
     if case.meta["mixing"] == "init":
         assert_close(operator.mixing.weight.float(), state["attention.mixing.weight"].float(), 1e-5, 1e-7)
     layer.load_state_dict(state)
-    tolerance = (1e-10, 1e-12) if operator.mixing.weight.dtype == torch.float64 else (1e-5, 1e-6)
+    tolerance = TOLERANCES[operator.mixing.weight.dtype]
 
     x = case.arrays["in.x"].requires_grad_()
     y = operator.grid.to_blocks(layer(operator.grid.from_blocks(x)))
     assert_close(y, case.arrays["out.y"], *tolerance)
-    check_intermediates(case, layer, operator, tolerance)
+    if "mid.q" in case.arrays:
+        check_intermediates(case, layer, operator, tolerance)
     if "in.cotangent" in case.arrays:
         parameters = dict(layer.named_parameters())
         grads = torch.autograd.grad((y * case.arrays["in.cotangent"]).sum(), [x, *parameters.values()])
@@ -298,14 +330,15 @@ def check_intermediates(
         eps=operator.eps,
     )
     assert_close(operator.grid.to_blocks(dense), slot, *tolerance)
-    assert layer.lepe is not None
+    if layer.lepe is None:
+        return
     raster_v = operator.grid.from_blocks(v).transpose(1, 2).flatten(2)
     assert_close(operator.grid.to_blocks(layer.lepe(raster_v, operator.grid.grid)), mid["lepe"], *tolerance)
 
 
 def check_vit(case: Case) -> None:
     options, attn = case.meta["constructor"], case.meta["attn"]
-    block = math.isqrt(attn["window_size"])
+    block = side_of(attn["window_size"])
     image = case.arrays["in.img"]
     entry = {
         "name": "mhla",
@@ -339,13 +372,19 @@ def check_vit(case: Case) -> None:
 def check_dit(case: Case) -> None:
     """The repaired release (SPEC D1), with and without its dwconv, and its guided output."""
     options, attn = case.meta["constructor"], case.meta["block_kwargs"]
-    entry = {"name": "mhla", "preset": "release", "block_size": math.isqrt(attn["block_size"])}
+    assert attn.keys() <= {"block_size", "dwconv", "transform", "exp_sigma", "local_thres", "qk_norm"}
+    entry = {
+        "name": "mhla",
+        "preset": "release",
+        "block_size": side_of(attn["block_size"]),
+        "qk_norm": attn.get("qk_norm", False),
+    }
     sizes = DiTOptions(
         embed_dim=options["hidden_size"],
         dwconv=attn.get("dwconv", False),
         **{key: value for key, value in options.items() if key != "hidden_size"},
     )
-    model = DiT(entry, sizes).eval()
+    model = DiT(entry, sizes).eval().to(case.arrays["in.x"].dtype)
     parameters = model.adapt_state_dict(case.group("param."))
     assert_close(model.pos_embed, parameters["pos_embed"], 0, 1e-7)
     model.load_state_dict(parameters)
@@ -371,33 +410,165 @@ def check_dit(case: Case) -> None:
     assert_close(unconditional[:, model.in_channels :], expected[len(x) :, model.in_channels :], 1e-4, 1e-5)
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
-    "dense_locality": check_locality,
-    "dense_": check_dense,
-    "init2d": check_init2d,
-    "init3d": check_init3d,
-    "cls_": check_release_attention,
-    "dit_linear": check_release_attention,
-    "vit_full": check_vit,
-    "dit_full": check_dit,
-    "dit_diffusion": lambda case: check_ddpm(case.meta, case.arrays),
-    "video_flow": lambda case: check_flow(case.meta, case.arrays),
-    "video_dpm": lambda case: check_dpm_sampler(case.meta, case.arrays),
-    "video_rope": lambda case: check_rope_tables(case.meta, case.arrays),
-    "video_": lambda case: check_video_layer(
-        case.meta, case.arrays
-    ),  # after the kinds above it, which begin alike
-    "wan_full": lambda case: check_wan(case.meta, case.arrays),
-    "nlp_ops": check_language_operator,
-    "nlp_layer": check_language_layer,
+@dataclass(frozen=True)
+class Kind:
+    """A kind of case: how its contents look, and what is checked.
+
+    Attributes:
+        meta: keys that its json has; a dotted one lies inside a section.
+        arrays: patterns, each of which some array's name matches in full.
+        check: raises where our numbers differ.
+        only: whether every array's name matches one of the patterns.
+    """
+
+    meta: tuple[str, ...]
+    arrays: tuple[str, ...]
+    check: Callable[[Case], None]
+    only: bool = False
+
+    def fits(self, case: Case) -> bool:
+        inside = case.meta | {
+            f"{section}.{key}": value
+            for section in ("constructor", "attn", "block_kwargs")
+            for key, value in case.meta.get(section, {}).items()
+        }
+        found = [[bool(re.fullmatch(pattern, name)) for name in case.arrays] for pattern in self.arrays]
+        every = all(any(column) for column in zip(*found, strict=True)) if self.only else True
+        return set(self.meta) <= inside.keys() and all(any(row) for row in found) and every
+
+
+_RULES = "linear|cos|exp|gaussian|local|uniform|const"
+_OPTION = r"(_(sigma|thres)[0-9.]+)?"
+
+KINDS: dict[str, Kind] = {
+    "dense": Kind(("grid", "block", "layout", "causal", "scale"), (r"in\.mix_rand",), check_dense),
+    "locality": Kind((), (r"([123]d|causal_uniform)\.\d+(x\d+)*",), check_locality, only=True),
+    "init2d": Kind((), (rf"({_RULES}){_OPTION}\.side\d+\.group\d+\w*",), check_init2d, only=True),
+    "init3d": Kind((), (rf"({_RULES}){_OPTION}\.\d+x\d+x\d+",), check_init3d, only=True),
+    "attention": Kind(
+        ("constructor.dim", "constructor.heads", "mixing"),
+        (r"in\.x", r"out\.y", r"param\.to_qkv\.weight", r"param\.piece_attn\.conv\.weight"),
+        check_release_attention,
+    ),
+    "vit": Kind(("constructor", "attn.window_size"), (r"in\.img", r"out\.logits"), check_vit),
+    "dit": Kind(
+        ("constructor.hidden_size", "block_kwargs"), (r"in\.x", r"in\.t", r"in\.y", r"out\.y"), check_dit
+    ),
+    "ddpm": Kind(
+        (),
+        ("betas", "alphas_cumprod", r"in\.model_out"),
+        lambda case: check_ddpm(case.meta, case.arrays),
+    ),
+    "flow": Kind((), ("sigmas", r"in\.model_out"), lambda case: check_flow(case.meta, case.arrays)),
+    "dpm": Kind(
+        ("constructor.flow_shift",),
+        (r"in\.z", r"out\.dpmpp2m_steps\d+"),
+        lambda case: check_dpm_sampler(case.meta, case.arrays),
+    ),
+    "rope": Kind(
+        (), (r"freqs_re_d\d+", r"freqs_im_d\d+"), lambda case: check_rope_tables(case.meta, case.arrays)
+    ),
+    "video": Kind(
+        ("constructor.block_layout", "constructor.is_gated", "grid"),
+        (r"in\.x", r"out\.y"),
+        lambda case: check_video_layer(case.meta, case.arrays),
+    ),
+    "wan": Kind(
+        ("constructor.linear_attn_idx",),
+        (r"in\.latents", r"in\.ctx0", r"out\.y"),
+        lambda case: check_wan(case.meta, case.arrays),
+    ),
+    "language_operator": Kind(
+        ("constructor.chunk_size",),
+        (r"in\.q", r"in\.k", r"in\.v", r"out\.chunk(_init|_rand)?"),
+        check_language_operator,
+    ),
+    "language_layer": Kind(
+        ("constructor.hidden_size", "constructor.num_heads"),
+        (r"in\.x_.*", r"out\.y_.*"),
+        check_language_layer,
+    ),
 }
 
 
+def kind_of(case: Case) -> str:
+    """The kind of a case by its contents; AssertionError where none or several fit."""
+    found = [name for name, kind in KINDS.items() if kind.fits(case)]
+    assert len(found) == 1, (
+        f"the case fits {found or 'no kind'} of {', '.join(KINDS)}; its json has {', '.join(case.meta)}, its "
+        f"arrays are {', '.join(list(case.arrays)[:8])}"
+    )
+    return found[0]
+
+
 def test_oracle(oracle: Path) -> None:
-    check = next((check for prefix, check in CHECKS.items() if oracle.stem.startswith(prefix)), None)
-    if check is None:
-        pytest.skip(
-            f"kind of '{oracle.stem}' belongs to a model family that is not built yet; kinds here: "
-            f"{', '.join(CHECKS)}"
-        )
-    check(load(oracle))
+    case = load(oracle)
+    KINDS[kind_of(case)].check(case)
+
+
+def written(folder: Path, name: str, meta: dict, arrays: dict[str, Tensor]) -> Path:
+    """A case of our own making."""
+    np.savez(folder / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
+    (folder / f"{name}.json").write_text(json.dumps(meta))
+    return folder / f"{name}.npz"
+
+
+@pytest.mark.parametrize(
+    ("transform", "dtype", "tokens", "window", "qk_norm", "key"),
+    [
+        ("exp", "float64", 64, 4, False, "block_size"),
+        ("exp", "float32", 64, 16, True, "block_size"),
+        ("linear", "float32", 256, 16, False, "block_size"),
+        ("gaussian", "float64", 144, 9, True, "window_size"),
+        ("local", "float64", 256, 16, False, "window_size"),
+    ],
+)
+def test_a_layer_of_the_release_is_checked_under_any_name(
+    tmp_path: Path, transform: str, dtype: str, tokens: int, window: int, qk_norm: bool, key: str
+) -> None:
+    """The output comes from the dense form, token by token; a wrong number in it is found."""
+    options = {"dim": 16, "heads": 2, key: window, "embed_len": tokens, "transform": transform}
+    options |= {"qk_norm": qk_norm, "qkv_bias": True}
+    meta = {"constructor": options, "dtype": f"torch.{dtype}", "mixing": "init"}
+    torch.manual_seed(1)
+    layer = release_layer(Case(meta, {}), "lepe3")
+    operator = layer.attention
+    assert isinstance(operator, MHLA)
+    assert layer.lepe is not None
+    blocks = operator.grid
+    x = torch.randn(2, blocks.num_blocks, blocks.tokens_per_block, 16, dtype=getattr(torch, dtype))
+    raster = blocks.from_blocks(x)
+    q, k, v = layer.qkv(layer.norm(raster)).chunk(3, -1)
+    heads = [t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (layer.q_norm(q), layer.k_norm(k), v)]
+    heads = [operator.phi(heads[0]), operator.phi(heads[1]), heads[2]]
+    dense = dense_mhla(*heads, operator.mixing.matrix(), blocks.block_of_token, normalizer="slot", eps=1e-6)
+    y = layer.proj(dense.transpose(1, 2).flatten(2) + layer.lepe(v, blocks.grid))
+    names = {"qkv": "to_qkv", "proj": "to_out.0", "attention.mixing": "piece_attn.conv", "lepe.conv": "lepe"}
+    arrays = {"in.x": x, "out.y": blocks.to_blocks(y)}
+    for name, value in layer.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        square = value[..., None, None] if module == "attention.mixing" else value
+        arrays[f"param.{names.get(module, module)}.{leaf}"] = square
+    path = written(tmp_path, "of_no_known_name", meta, arrays)
+    test_oracle(path)
+    arrays["out.y"] = arrays["out.y"] + 1e-3
+    with pytest.raises(AssertionError):
+        test_oracle(written(tmp_path, "wrong", meta, arrays))
+
+
+@pytest.mark.parametrize("name", ["dense_2d", "cls_exp_lepe_f64", "video_flow", "init3d", "vit_full_tiny"])
+def test_a_case_of_another_name_is_the_same_kind(tmp_path: Path, name: str) -> None:
+    for suffix in (".npz", ".json"):
+        (tmp_path / f"dit_real_grid_x{suffix}").symlink_to(ORACLES / f"{name}{suffix}")
+    test_oracle(tmp_path / "dit_real_grid_x.npz")
+
+
+def test_a_case_that_nothing_checks_fails(tmp_path: Path) -> None:
+    path = written(tmp_path, "dense_9d", {"source": "elsewhere"}, {"in.x": torch.ones(2)})
+    with pytest.raises(AssertionError, match="no kind"):
+        test_oracle(path)
+    options = {"dim": 16, "heads": 2, "block_size": 4, "embed_len": 128}
+    for wrong, word in (({}, "no square"), ({"is_conv": True, "embed_len": 64}, "is_conv")):
+        meta = {"constructor": options | wrong, "dtype": "torch.float32", "mixing": "init"}
+        with pytest.raises(AssertionError, match=word):
+            release_layer(Case(meta, {}), "none")

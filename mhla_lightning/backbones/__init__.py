@@ -6,20 +6,27 @@ Importing it also registers the image classifiers with timm (`deit_tiny_mhla`, .
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention import ATTENTION
+from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT, DiTOptions
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.weights.adapted import Adapted, Geometry, WeightState
+from mhla_lightning.weights.facts import facts_of
 
 __all__ = [
     "BACKBONES",
@@ -38,6 +45,7 @@ __all__ = [
     "VisionTransformer",
     "build_backbone",
     "default_options",
+    "known_geometry",
     "register_backbone",
 ]
 
@@ -51,7 +59,7 @@ class Backbone(Protocol):
 
     def no_weight_decay(self) -> set[str]: ...
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted: ...
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,40 @@ def build_backbone(
     return BACKBONES[name](attention=attention, **options)
 
 
+def known_geometry(state: WeightState) -> Geometry | None:
+    """Return the geometry of the model that weights come from; None where nothing tells it.
+
+    Args:
+        state: weights as they were read. Its own geometry takes precedence over a recipe or header, and these
+            over timm's name for a model.
+    """
+    facts = state.facts
+    if state.geometry is not None or facts is None:
+        return state.geometry
+    if facts.backbone in BACKBONES:
+        try:
+            with torch.device("meta"):
+                model: Any = build_backbone(
+                    facts.backbone, attention=facts.attention, **cast(Any, dict(facts.options))
+                )
+        except (UserError, TypeError):  # of another version, or a file that only looks like ours
+            return None
+        return getattr(model, "geometry", None)
+    image, patch = facts.image or _size_by_name(facts.timm), state.get("patch_embed.proj.weight")
+    if image is None or patch is None or patch.dim() != 4:
+        return None
+    return Geometry((image[0] // patch.shape[2], image[1] // patch.shape[3]))
+
+
+def _size_by_name(name: str) -> tuple[int, int] | None:
+    """Return the image size of a model of timm, by its name or that of a file named after it."""
+    architecture = re.split(r"[-.]", name.rpartition("/")[2])[0]
+    if not timm.is_model(architecture):
+        return None
+    config = timm.models.get_pretrained_cfg(architecture)
+    return None if config is None else cast(tuple[int, int], tuple(config.input_size[-2:]))
+
+
 def _register_with_timm() -> None:
     """Give every classifier a name in timm for each operator: `<backbone>_<attention>`."""
     for backbone in IMAGE_CLASSIFIERS:
@@ -204,15 +246,25 @@ def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Mo
             model.pretrained_cfg = model.default_cfg = facts
         if pretrained:
             channels = model.patch_embed.proj.weight.shape[1]
-            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=_adapted)
+            source = partial(_adapted, file=Path(str(facts["file"])))
+            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=source)
         return model
 
     entry.__name__ = name
     return entry
 
 
-def _adapted(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return cast(Backbone, model).adapt_state_dict(state)
+def _adapted(state: Mapping[str, Tensor], model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Return weights of a file of timm under our names.
+
+    Raises:
+        UserError: positions of an unknown grid: timm loads no model without them.
+    """
+    geometry = known_geometry(WeightState(state, facts=facts_of(file)))
+    adapted = cast(Backbone, model).adapt_state_dict(state, geometry)
+    for name, reason in adapted.omitted.items():
+        raise UserError("pretrained", f"{file} does not fit: {name}: {reason}")
+    return adapted
 
 
 _register_with_timm()

@@ -25,9 +25,11 @@ from mhla_lightning.attention import (
 )
 from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
+from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.backbones.rotary import Rotation, rotations
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.weights.adapted import Adapted
 
 _LAYER = {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "gate": True, "out_norm": True}
 _LINEAR = {**_LAYER, "feature_map": "relu", "normalizer": "none", "chunk_size": 64}
@@ -242,6 +244,7 @@ class CausalLM(nn.Module):
         self.rotary_dims = tuple(sorted({layer.attn.dim_k for layer in self._layers() if layer.attn.rotary}))
         self.checkpointing = False
         self.apply(_initialise)
+        remember_geometry(self)
         if options.compile:
             self.compile_layers()
 
@@ -341,15 +344,27 @@ class CausalLM(nn.Module):
         for layer in self._layers():
             layer.compile(backend=backend)
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of other libraries under our names.
 
-        Known are the MHLA authors', flash-linear-attention's and those of Hugging Face's Llama family.
+        Known are the MHLA authors', flash-linear-attention's and those of Hugging Face's Llama family. Mixing
+        matrices over chunks of another size are left out.
+
+        Args:
+            state: the tensors.
+            grid: geometry of the model that they come from; None takes what the state tells.
+
+        Raises:
+            UserError: a tensor that is not finite.
         """
-        adapted = {language_name(name): value for name, value in state.items()}
-        if self.lm_head is None:
-            adapted.pop("lm_head.weight", None)
-        return {name: _our_shape(name, value) for name, value in adapted.items()}
+        source = source_geometry(state, grid)
+        renamed = {language_name(name): value for name, value in state.items()}
+        adapted = Adapted((name, _our_shape(name, value)) for name, value in renamed.items())
+        head, own = adapted.get("lm_head.weight"), adapted.get("embeddings.weight")
+        if self.lm_head is None and head is not None:
+            same = own is not None and own.shape == head.shape and (own is head or torch.equal(own, head))
+            adapted.omit("lm_head.weight", "here the output uses the embeddings", doubt=not same)
+        return adapted_to(self, adapted, source)
 
     def _layers(self) -> list[DecoderLayer]:
         return [cast(DecoderLayer, layer) for layer in self.layers]

@@ -9,7 +9,9 @@ from typing import Any
 from timm.layers import ClassifierHead, ConvNormAct
 from torch import Tensor, nn
 
+from mhla_lightning.backbones.adapting import Grid, adapted_to
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.adapted import Adapted, Geometry
 
 _STRIDE = 4  # pixels of a side for each position of the last stage
 
@@ -116,9 +118,17 @@ class ConvNet(nn.Module):
             total += 2 * rows * columns * layer.conv.weight.numel()
         return total + 2 * self.head.fc.weight.numel()
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights as they are: only our own names are known."""
-        return dict(state)
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
+        """Return the weights as they are: only our own names are known.
+
+        Args:
+            state: the tensors.
+            grid: ignored; no weight has a place.
+
+        Raises:
+            UserError: a tensor that is not finite.
+        """
+        return adapted_to(self, state, Geometry())
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Refuse: the network is too small to gain from recomputing."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import BlockGrid, LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.layers import (
     BlockOrderConv,
     ConditionalPosition,
@@ -30,6 +31,7 @@ from mhla_lightning.backbones.layers import (
 )
 from mhla_lightning.backbones.vit import vit_name
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.weights.adapted import Adapted
 
 _PLAIN = {"qkv_bias": True}
 _LINEAR = {**_PLAIN, "feature_map": "relu_eps"}  # MHLA with one block
@@ -141,6 +143,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(dim, patch**2 * self.out_channels)
         self.checkpointing = False
         self._initialise()
+        remember_geometry(self)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the prediction, (batch, out_channels, H, W) in the parameters' dtype.
@@ -236,15 +239,21 @@ class DiT(nn.Module):
         """Recompute every block in the backward to save memory."""
         self.checkpointing = enable
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of the public DiT or of the MHLA authors under our names.
 
         The public DiT is facebookresearch's. Positions of another grid are left out: ours follow from a
-        formula.
+        formula. Mixing matrices of other blocks are resampled.
+
+        Args:
+            state: the tensors.
+            grid: tokens per axis of the model that they come from, or its geometry; None takes what the
+                state tells.
 
         Raises:
-            UserError: weights of another width.
+            UserError: weights of another width, or a tensor that is not finite.
         """
+        source = source_geometry(state, grid)
         adapted = {dit_name(name): value for name, value in state.items()}
         width = adapted.get("x_embedder.proj.bias")
         if width is not None and tuple(width.shape) != (self.embed_dim,):
@@ -254,9 +263,11 @@ class DiT(nn.Module):
                 f"these are weights of another size: x_embedder.proj.bias is {tuple(width.shape)}, "
                 f"and this DiT needs {needed}",
             )
-        if "pos_embed" in adapted and adapted["pos_embed"].shape != self.pos_embed.shape:
-            del adapted["pos_embed"]
-        return {name: _our_shape(name, value) for name, value in adapted.items()}
+        found = Adapted((name, _our_shape(name, value)) for name, value in adapted.items())
+        if "pos_embed" in found and not _same_positions(found["pos_embed"], self.grid, self.embed_dim):
+            found.omit("pos_embed", "here positions follow from a formula", doubt=False)
+        heads = ("final_layer.linear.weight", "final_layer.linear.bias")
+        return adapted_to(self, found, source, patches=("x_embedder.proj.weight", heads))
 
 
 class DiTBlock(nn.Module):
@@ -353,6 +364,14 @@ def token_grid(input_size: Sequence[int], patch_size: int) -> tuple[int, int]:
 def dit_name(name: str) -> str:
     """Return our name of a parameter of the public DiT or of the MHLA authors; other names stay."""
     return re.sub(r"\.dw_conv\.(weight|bias)$", r".dw_conv.conv.\1", vit_name(name))
+
+
+def _same_positions(table: Tensor, grid: Sequence[int], dim: int) -> bool:
+    """Return whether a table holds the positions of this grid, as exactly as 16 bits can."""
+    own = grid_sinusoid(grid, dim)[None]
+    return table.shape == own.shape and (
+        table.is_meta or torch.allclose(table.detach().float().cpu(), own, rtol=0, atol=1e-2)
+    )
 
 
 def _our_shape(name: str, value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from mhla_lightning.attention import (
     resolve_layers,
 )
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
+from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.layers import (
     ConditionalPosition,
     CrossAttention,
@@ -34,7 +35,8 @@ from mhla_lightning.backbones.layers import (
     time_sinusoid,
 )
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.weights.wan_names import from_wan
+from mhla_lightning.weights.adapted import Adapted, Geometry
+from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS, from_wan
 
 AXES = ("frames", "height", "width")
 
@@ -164,6 +166,7 @@ class VideoDiT(nn.Module):
         self._layouts = _layouts(layers, self.grid)
         self.checkpointing = False
         self._initialise()
+        remember_geometry(self)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Return the velocity of the latents, (batch, C, frames, height, width).
@@ -348,13 +351,23 @@ class VideoDiT(nn.Module):
         """Recompute every block in the backward to save memory."""
         self.checkpointing = enable
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of Wan2.1, of the MHLA authors or of diffusers under our names.
 
+        Mixing matrices of other blocks are resampled.
+
+        Args:
+            state: the tensors.
+            grid: tokens per axis of the model that they come from, or its geometry; None takes what the
+                state tells.
+
         Raises:
-            UserError: weights of another width.
+            UserError: weights of another width, or a tensor that is not finite.
         """
+        source = source_geometry(state, grid)
         adapted = from_wan(state)
+        if not source.blocks and any(".block_attn." in name for name in state):
+            source = _of_the_release(adapted)
         width = adapted.get("patch_embedding.bias")
         if width is not None and tuple(width.shape) != (self.embed_dim,):
             needed = (self.embed_dim,)
@@ -363,7 +376,8 @@ class VideoDiT(nn.Module):
                 f"these are weights of another size: patch_embedding.bias is {tuple(width.shape)}, "
                 f"and this model needs {needed}",
             )
-        return adapted
+        heads = ("head.head.weight", "head.head.bias")
+        return adapted_to(self, adapted, source, patches=("patch_embedding.weight", heads))
 
 
 class VideoBlock(nn.Module):
@@ -510,6 +524,16 @@ def _presets(blocks: Sequence[int]) -> dict[str, dict[str, dict[str, Any]]]:
         }
         for preset, entries in VIDEO_PRESETS.items()
     }
+
+
+def _of_the_release(state: Mapping[str, Tensor]) -> Geometry:
+    """Return the blocks of the mixing matrices whose layout the MHLA authors have published."""
+    found = {
+        name: RELEASE_LAYOUTS[value.shape[-1]]
+        for name, value in state.items()
+        if name.endswith(".mixing.weight") and value.shape[-1] in RELEASE_LAYOUTS
+    }
+    return Geometry(blocks={name: BlockGrid(layout, block_size=1) for name, layout in found.items()})
 
 
 def _three(key: str, size: Sequence[int]) -> tuple[int, int, int]:

@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.weights.adapted import Adapted
 
 _LINEAR = {
     "feature_map": "relu",
@@ -132,6 +133,7 @@ class VisionTransformer(TimmVisionTransformer):
         self.img_size, self.grid = size, grid
         self.token_mask: Tensor | None
         self.register_buffer("token_mask", mask, persistent=False)
+        remember_geometry(self)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return (batch, tokens, embed_dim) in raster order of images (batch, C, H, W)."""
@@ -171,11 +173,21 @@ class VisionTransformer(TimmVisionTransformer):
             + 2 * dim * self.num_classes
         )
 
-    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of timm's ViTs or of the MHLA authors under our names.
 
-        The position embedding is resampled to this grid.
+        Positions and mixing matrices of a known grid are resampled to this one. Positions of an unknown grid
+        are left out, and a warning says so.
+
+        Args:
+            state: the tensors.
+            grid: tokens per axis of the model that they come from, or its geometry; None takes what the
+                state tells.
+
+        Raises:
+            UserError: another grid than that of the positions, or a tensor that is not finite.
         """
+        source = source_geometry(state, grid)
         adapted = {vit_name(name): value for name, value in state.items()}
         adapted = {
             name: value.flatten(2).squeeze(-1)
@@ -183,14 +195,7 @@ class VisionTransformer(TimmVisionTransformer):
             else value
             for name, value in adapted.items()
         }
-        position = adapted.get("pos_embed")
-        if position is not None and position.shape[1] != math.prod(self.grid):
-            # Class and distillation tokens come before a square grid.
-            prefix = position.shape[1] - math.isqrt(position.shape[1]) ** 2
-            adapted["pos_embed"] = resample_abs_pos_embed(
-                position[:, prefix:], list(self.grid), num_prefix_tokens=0
-            )
-        return adapted
+        return adapted_to(self, adapted, source, positions=("pos_embed",))
 
 
 class MixedBlock(Block):

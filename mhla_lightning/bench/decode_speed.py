@@ -1,6 +1,8 @@
 """Time of one more token at different positions.
 
-The positions take turns token by token, so that a drifting machine cancels.
+The positions take turns token by token, so that a drifting machine cancels. A state reaches its position by
+setting counters and sizes: the time of a step does not depend on the numbers in it. The mean over a stretch
+of tokens takes some of each kind of token, and jumps over the others.
 """
 
 from __future__ import annotations
@@ -8,13 +10,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from mhla_lightning.attention.baselines.causal_softmax import GROWTH, KeyValueCache
+from mhla_lightning.attention.mhla.decode import MHLAState, make_room
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
+
+_PROMPT = 128  # tokens that a model really sees before a position, at least; a multiple of the chunks
+_TIMED = 6  # tokens of the common kind that a measurement times
 
 
 @dataclass
@@ -60,34 +70,132 @@ def decode_at(
     turns: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[DecodePoint]:
-    """Prefill to every position, then time more tokens, one at every position in turn.
+    """Bring a state to every position, then time more tokens, one at every position in turn.
 
-    Each of `turns` rounds takes `tokens` tokens.
+    Each of `turns` rounds moves on by `tokens` tokens. Of tokens that do the same work, see :func:`kinds`,
+    some are timed and stand for all of them.
     """
     device = model.head_weight.device
     generator = torch.Generator().manual_seed(0)
     places, states = [DecodePoint(operator, position) for position in positions], []
     for position in positions:
-        prompt = torch.randint(model.vocab_size, (batch, position), generator=generator).to(device)
-        states.append(model.prefill(prompt)[1])
+        states.append(state_at(model, position, batch, generator))
         on_progress()
-    following = torch.randint(model.vocab_size, (turns * tokens, batch), generator=generator).to(device)
+    following = torch.randint(model.vocab_size, (turns, tokens, batch), generator=generator).to(device)
     for turn in range(turns):
-        spent = [0.0] * len(positions)
-        for token in following[turn * tokens : (turn + 1) * tokens]:
-            for number in range(len(positions)):
-                seconds, states[number] = _timed_step(model, token, states[number], device)
-                spent[number] += seconds
-        for place, seconds in zip(places, spent, strict=True):
-            place.seconds.append(seconds / tokens)
+        spent, at = [0.0] * len(positions), [0] * len(positions)
+        plans = [timed(kinds(state, tokens)) for state in states]
+        for steps in zip_longest(*plans):
+            for number, step in enumerate(steps):
+                if step is not None:
+                    offset, weight = step
+                    state = skipped(states[number], offset - at[number])
+                    seconds, states[number] = _timed_step(model, following[turn, offset], state, device)
+                    spent[number] += weight * seconds
+                    at[number] = offset + 1
+        for number, place in enumerate(places):
+            states[number] = skipped(states[number], tokens - at[number])
+            place.seconds.append(spent[number] / tokens)
         on_progress()
     for place, state in zip(places, states, strict=True):
         place.state_bytes = state.bytes
     return places
 
 
+def state_at(model: CausalLM, position: int, batch: int, generator: torch.Generator) -> ModelState:
+    """Return a state of the size that it has after `position` tokens.
+
+    The model sees only the last of them, so that no time goes into a long prompt.
+    """
+    seen = position if position < 2 * _PROMPT else _PROMPT + position % _PROMPT
+    prompt = torch.randint(model.vocab_size, (batch, seen), generator=generator)
+    _, state = model.prefill(prompt.to(model.head_weight.device))
+    return skipped(state, position - seen, prompt=True)
+
+
+def skipped(state: ModelState, tokens: int, prompt: bool = False) -> ModelState:
+    """Return a state as if more tokens had passed: counters and sizes are theirs, the sums are not.
+
+    Args:
+        state: may change in place.
+        tokens: number of tokens.
+        prompt: a cache takes as much room as after a prompt, instead of growing step by step.
+
+    Raises:
+        TypeError: a state that cannot jump.
+    """
+    if not tokens:
+        return state
+    layers = tuple(
+        replace(layer, operator=_skipped(layer.operator, tokens, prompt)) for layer in state.layers
+    )
+    return ModelState(layers, state.positions + tokens)
+
+
+def _skipped(state: object, tokens: int, prompt: bool) -> Any:
+    if isinstance(state, MHLAState):
+        size = state.rule.chunk_size
+        total, before = [filled + tokens for filled in state.filled], max(state.finished)
+        state.finished = [done + n // size for done, n in zip(state.finished, total, strict=True)]
+        state.filled = [n % size for n in total]
+        for finished in [max(state.finished)] if prompt else range(before + 1, max(state.finished) + 1):
+            make_room(state, finished)
+        return state
+    if isinstance(state, KeyValueCache):
+        lengths = [length + tokens for length in state.lengths]
+        missing = max(0, max(lengths) - state.keys.shape[2])
+        room = missing if prompt else -(-missing // GROWTH) * GROWTH
+        keys, values = (F.pad(x, (0, 0, 0, room)) if room else x for x in (state.keys, state.values))
+        return KeyValueCache(keys, values, lengths)
+    raise TypeError(f"a {type(state).__name__} cannot jump over tokens")
+
+
+def kinds(state: ModelState, tokens: int) -> list[str]:
+    """Return the work that each of the next tokens does beside that of every token.
+
+    A token may begin a chunk, end it, or find no room in the state, which then grows.
+    """
+    operator: object = state.layers[0].operator
+    if isinstance(operator, KeyValueCache):
+        free = operator.keys.shape[2] - max(operator.lengths)
+        return ["grows" if n >= free and (n - free) % GROWTH == 0 else "" for n in range(tokens)]
+    assert isinstance(operator, MHLAState)
+    size, places, found = operator.rule.chunk_size, operator.values.ring.shape[2], []
+    for n in range(tokens):
+        finished, filled = divmod(operator.finished[0] * size + operator.filled[0] + n, size)
+        grows = filled == size - 1 and places < min(finished + 1, operator.reach.kept)
+        if grows:
+            places = min(operator.reach.kept, max(finished + 1, 2 * places))
+        found.append(
+            " ".join(
+                word
+                for word, true in (("begins", filled == 0), ("ends", filled == size - 1), ("grows", grows))
+                if true
+            )
+        )
+    return found
+
+
+def timed(kinds: Sequence[str]) -> list[tuple[int, float]]:
+    """Return the tokens of a stretch that are timed, and how many tokens each stands for.
+
+    Args:
+        kinds: of every token of the stretch, see :func:`kinds`.
+
+    Returns:
+        (number of the token, weight); the weights add up to the tokens.
+    """
+    chosen = []
+    for kind in dict.fromkeys(kinds):
+        members = [number for number, own in enumerate(kinds) if own == kind]
+        count = min(len(members), _TIMED if kind == "" else 1)
+        picked = [members[part * len(members) // count] for part in range(count)]
+        chosen += [(number, len(members) / count) for number in picked]
+    return sorted(chosen)
+
+
 def _timed_step(
-    model: CausalLM, token: torch.Tensor, state: ModelState, device: torch.device
+    model: CausalLM, token: Tensor, state: ModelState, device: torch.device
 ) -> tuple[float, ModelState]:
     start = time.perf_counter()
     _, state = model.step(token, state)

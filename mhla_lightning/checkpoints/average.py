@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader, holds_rank_files
 
 FOLDER = "ema"
@@ -29,7 +30,7 @@ def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str
         model: the backbone's state, of which the floating tensors are averaged.
 
     Raises:
-        UserError: damaged files.
+        UserError: damaged files; from the reader, an average that is not finite.
     """
     wanted = {name for name, tensor in model.items() if tensor.is_floating_point()}
     folder = checkpoint / FOLDER
@@ -37,12 +38,20 @@ def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str
         opened = safe_open(folder / WHOLE, "pt")
         if set(opened.keys()) != wanted:
             return None
-        return lambda name, start, numel: opened.get_tensor(name).reshape(-1)[start : start + numel]
+        return lambda name, start, numel: _finite(
+            folder, name, opened.get_tensor(name).reshape(-1)[start : start + numel]
+        )
     if not folder.is_dir():
         return None
     reader = RankFileReader(folder)
     return (
         None
         if set(reader.names()) != wanted
-        else lambda name, start, numel: reader.read(name, WEIGHT, start, numel)
+        else lambda name, start, numel: _finite(folder, name, reader.read(name, WEIGHT, start, numel))
     )
+
+
+def _finite(folder: Path, name: str, value: Tensor) -> Tensor:
+    """Return an averaged tensor; UserError where it is not finite."""
+    check_finite({name: value}, str(folder))
+    return value

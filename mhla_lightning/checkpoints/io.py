@@ -39,6 +39,11 @@ class RunCheckpointIO(TorchCheckpointIO):
         map_location: Any | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Return the file's content, with weights and optimizer of all rank files put together."""
+        """Return the file's content, with weights and optimizer of all rank files put together.
+
+        Raises:
+            UserError: a damaged file, or weights that are not finite.
+        """
         source = open_source(Path(path))
+        source.check()
         return source.as_whole() if isinstance(source, ShardedSource) else dict(source.checkpoint)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.finite import not_finite
 from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, RankFileReader
 from mhla_lightning.weights.stored import Stored, as_stored
 
@@ -67,6 +68,29 @@ class CheckpointSource(ABC):
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Return a flat stretch of a tensor."""
         return self.whole(name, kind).reshape(-1)[start : start + numel]
+
+    def restored(self, name: str, kind: str = WEIGHT, start: int = 0, numel: int | None = None) -> Tensor:
+        """Return a tensor, or a flat stretch of it, that training goes on with.
+
+        Raises:
+            UserError: a weight that is not finite, or NaN in the optimizer's state.
+        """
+        value = self.whole(name, kind) if numel is None else self.read(name, kind, start, numel)
+        found = not_finite(value)
+        if found and (kind == WEIGHT or found == "NaN"):
+            of = "" if kind == WEIGHT else f"{kind} of "
+            raise UserError(
+                str(self.path),
+                f"{of}{name} holds {found}, so every further step would be NaN; take an earlier checkpoint",
+            )
+        return value
+
+    def check(self) -> None:
+        """Check every tensor that training goes on with. Raises UserError as :meth:`restored` does."""
+        for name in self.names():
+            self.restored(name)
+            for kind in self.kinds(name):
+                self.restored(name, kind)
 
 
 class WholeSource(CheckpointSource):

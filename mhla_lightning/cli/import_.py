@@ -36,7 +36,7 @@ _KINDS = {
 }
 _DEFAULT = {"dit": "dit_xl2", "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint"}
 _OPTIONS = {"dit": "{input_size: 64}", "wan": "{input_size: [21, 60, 100]}"}
-_STATES = {"copied": "copied", "created": "new", "left": "left over"}
+_STATES = {"copied": "copied", "resampled": "resampled", "created": "new", "left": "left over"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="YAML",
             default="{}",
             help=f"such as '{_OPTIONS[name]}' (default: %(default)s)",
+        )
+        added.add_argument(
+            "--weights",
+            metavar="KEY",
+            help=(
+                "key of a training checkpoint that holds the weights, such as model or model_ema "
+                "(default: an average where there is one)"
+            ),
         )
         added.add_argument("--seed", type=int, default=0, help="of new weights (default: %(default)s)")
         added.add_argument(
@@ -110,14 +118,15 @@ def run(args: argparse.Namespace) -> int:
 
     from mhla_lightning.conversion.foreign import FAMILIES, save_weights
     from mhla_lightning.conversion.wan import read_config
+    from mhla_lightning.weights.adapted import WeightState
     from mhla_lightning.weights.deepspeed_folder import read_deepspeed
     from mhla_lightning.weights.files import is_deepspeed, read_tensors
     from mhla_lightning.weights.target import Wish
 
     state = (
-        dict(read_deepspeed(source, args.trust_checkpoint, "path"))
+        WeightState(read_deepspeed(source, args.trust_checkpoint, "path"))
         if is_deepspeed(source)
-        else read_tensors(source, "path")
+        else read_tensors(source, "path", args.weights)
     )
     config = read_config(source) if args.kind == "wan" else {}
     wish = Wish(
@@ -131,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
     )
     imported, target = FAMILIES[args.kind].convert(state, wish, args.seed)
     save_weights(out, imported, target, source.name)
+    if state.taken:
+        imported.notes.insert(0, f"these are {state.taken}")
     _show(imported, target, out)
     write_json(args.json, {**imported.as_dict(), "model": _model(target, out)})
     return 0
@@ -199,13 +210,19 @@ def _show(imported: Imported, target: ImportTarget, out: Path) -> None:
     counts = (
         f"{len(imported.copied)} tensors copied, {len(imported.created)} new in ours, "
         f"{len(imported.left)} left over"
+        + (f", {len(imported.resampled)} resampled to other blocks" if imported.resampled else "")
     )
     recipe = yaml.safe_dump(
         json.loads(json.dumps({"model": {"init_args": _model(target, out)}})),
         sort_keys=False,
         default_flow_style=None,
     )
-    for text in (f"{out}: {counts}; start from it with", recipe.rstrip(), *_mixing_range(imported)):
+    for text in (
+        *imported.notes,
+        f"{out}: {counts}; start from it with",
+        recipe.rstrip(),
+        *_mixing_range(imported),
+    ):
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 

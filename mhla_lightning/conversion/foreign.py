@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mhla_lightning.backbones import Backbone, build_backbone
-from mhla_lightning.conversion.wan import wan_target
+from mhla_lightning.backbones import Backbone, build_backbone, known_geometry
+from mhla_lightning.backbones.adapting import source_geometry
+from mhla_lightning.conversion.wan import wan_geometry, wan_target
 from mhla_lightning.errors import UserError
+from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT
+from mhla_lightning.weights.adapted import Adapted, DoubtfulWeights, Geometry, WeightState
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish, file_header
 from mhla_lightning.weights.wan_names import from_wan
 
 Shapes = list[tuple[str, tuple[int, ...]]]
+
+
+STATES = ("copied", "resampled", "created", "left")
+"""Fates of a tensor in an import."""
 
 
 @dataclass
@@ -34,22 +42,26 @@ class Imported:
     Attributes:
         weights: all tensors of the target, by our names.
         copied: (name, shape) of tensors from the file.
+        resampled: of tensors from the file that were resampled to another grid.
         created: of tensors with the target's own initialisation.
         left: of tensors of the file that the target does not use.
+        notes: what else to know, in words.
     """
 
     weights: dict[str, Tensor]
     copied: Shapes = field(default_factory=list)
+    resampled: Shapes = field(default_factory=list)
     created: Shapes = field(default_factory=list)
     left: Shapes = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of a table: see :func:`table_rows`."""
-        return table_rows({"copied": self.copied, "created": self.created, "left": self.left})
+        return table_rows({state: getattr(self, state) for state in STATES})
 
     def as_dict(self) -> dict[str, Any]:
         """Return every name and the rows, for a JSON file."""
-        names = {state: [name for name, _ in getattr(self, state)] for state in ("copied", "created", "left")}
+        names = {state: [name for name, _ in getattr(self, state)] for state in STATES}
         return {"format": FORMAT, **names, "rows": self.rows()}
 
 
@@ -79,7 +91,13 @@ def table_rows(parts: Mapping[str, Shapes]) -> list[dict[str, Any]]:
     ]
 
 
-def convert(state: State, target: ImportTarget, seed: int = 0, source: str = "the checkpoint") -> Imported:
+def convert(
+    state: State,
+    target: ImportTarget,
+    seed: int = 0,
+    source: str = "the checkpoint",
+    geometry: Geometry | None = None,
+) -> Imported:
     """Convert the tensors of a foreign checkpoint to weights of `target`.
 
     Tensors that the checkpoint cannot have (mixing, gate, convolutions) keep their initialisation.
@@ -89,26 +107,33 @@ def convert(state: State, target: ImportTarget, seed: int = 0, source: str = "th
         target: the backbone.
         seed: of the initialisation, so that the same command writes the same file.
         source: the checkpoint's path, the key of errors.
+        geometry: of the checkpoint's model; None takes what the state tells.
 
     Raises:
-        UserError: a tensor with another shape, one that is missing, one too many, or one that is there twice.
+        UserError: a tensor that is not finite or has another shape, one that is missing, one too many, or one
+            that is there twice.
     """
     with torch.device("meta"):
         model = _build(target)
     own = model.state_dict()
     try:
-        found, left = _renamed(state, cast(Backbone, model))
+        found, left = _renamed(state, cast(Backbone, model), geometry or source_geometry(state))
     except UserError as error:
-        raise UserError(source, str(error)) from error
+        raise UserError(source, error.reason if error.key == "state" else str(error)) from error
     left += _without_place(found, own, target, source)
     created = [name for name in own if name not in found]
     weights = _fresh(target, seed, created) if created else {}
     weights |= {name: value.to(own[name].dtype).contiguous() for name, value in found.items() if name in own}
+    check_finite(weights, source)  # also what has become infinite in our precision
     return Imported(
         {name: weights[name] for name in own},
-        copied=_shapes((name, value) for name, value in own.items() if name in found),
+        copied=_shapes(
+            (name, value) for name, value in own.items() if name in found and name not in found.resampled
+        ),
+        resampled=_shapes((name, own[name]) for name in found.resampled if name in own),
         created=_shapes((name, own[name]) for name in created),
         left=left,
+        notes=found.warnings(),
     )
 
 
@@ -151,21 +176,25 @@ def _without_place(found: State, own: State, target: ImportTarget, source: str) 
     return left
 
 
-def _renamed(state: State, model: Backbone) -> tuple[dict[str, Tensor], Shapes]:
+def _renamed(state: State, model: Backbone, geometry: Geometry) -> tuple[Adapted, Shapes]:
     """Rename the file's tensors one at a time, and list those that the backbone ignores.
 
     Raises:
         UserError: two tensors with the same name of ours.
     """
-    found: dict[str, Tensor] = {}
+    found = Adapted()
     left: Shapes = []
     for name, value in state.items():
-        ours = model.adapt_state_dict({name: value})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DoubtfulWeights)  # the notes of the import say it
+            ours = model.adapt_state_dict({name: value}, geometry)
         for renamed in ours.keys() & found.keys():
             raise UserError(
                 renamed, f"the checkpoint holds two tensors for this name; the second is called {name}"
             )
-        found |= ours
+        found.update(ours)
+        found.resampled |= ours.resampled
+        found.doubts |= ours.doubts
         if not ours:
             left.append((name, tuple(value.shape)))
     return found, left
@@ -196,10 +225,12 @@ class CheckpointFamily:
     Attributes:
         target: chooses the backbone from the tensors (by our names if `rename` is given) and the request.
         rename: maps the file's names to ours where this takes the whole file, such as for joined tensors.
+        geometry: of the file's model, by tensors of our names; None where only the file tells it.
     """
 
     target: Callable[[State, Wish], ImportTarget]
     rename: Callable[[State], dict[str, Tensor]] = dict
+    geometry: Callable[[State, Wish], Geometry | None] = lambda state, wish: None
 
     def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, ImportTarget]:
         """Convert a checkpoint; return the weights and their backbone.
@@ -207,12 +238,14 @@ class CheckpointFamily:
         Raises:
             UserError: see :func:`convert`.
         """
+        told = source_geometry(state, known_geometry(state) if isinstance(state, WeightState) else None)
         try:
             state = self.rename(state)
         except UserError as error:
             raise UserError(wish.source, str(error)) from error
         target = self.target(state, wish)
-        return convert(state, target, seed, wish.source), target
+        geometry = self.geometry(state, wish) or told
+        return convert(state, target, seed, wish.source, geometry), target
 
 
 def _dit_target(state: State, wish: Wish) -> ImportTarget:
@@ -237,5 +270,5 @@ def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
 
 FAMILIES: dict[str, CheckpointFamily] = {
     "dit": CheckpointFamily(_dit_target),
-    "wan": CheckpointFamily(wan_target, from_wan),
+    "wan": CheckpointFamily(wan_target, from_wan, wan_geometry),
 }

@@ -16,9 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.adapted import Geometry
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
+from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS
 
 CONFIG = "_mhla_lightning"
 """Key of our facts in an exported config.json; diffusers ignores keys that begin with an underscore."""
@@ -29,7 +32,6 @@ _PUBLIC = {1536: ("wan_1_3b", 12), 5120: ("wan_14b", 40)}  # width -> name, head
 _MIXING = "attention.mixing.weight"
 # pos_conv -> tensor of a layer, by the names of _layers
 _CONVOLUTIONS = {"lepe": "lepe.conv.weight", "cpe": "cpe.depthwise.conv.weight"}
-_LAYOUTS = {150: (3, 5, 10)}  # the release's; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ...
 _NEEDED = (
     "patch_embedding.weight",
     "text_embedding.0.weight",
@@ -74,6 +76,19 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
     return ImportTarget(
         backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
     )
+
+
+def wan_geometry(state: State, wish: Wish) -> Geometry | None:
+    """Return the blocks of a checkpoint's mixing matrices, by tensors of our names.
+
+    They are those that the user tells, or the published ones. None where neither is known.
+    """
+    blocks = {}
+    for name, value in state.items():
+        layout = wish.layout or RELEASE_LAYOUTS.get(value.shape[-1]) if name.endswith(_MIXING) else None
+        if layout is not None:
+            blocks[name] = BlockGrid(layout, block_size=1)
+    return Geometry(blocks=blocks) if blocks and not wish.config.get(CONFIG) else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -271,7 +286,7 @@ def _entry(layer: Mapping[str, Tensor], number: int, wish: Wish) -> Entry:
 
 def _layout(blocks: int, number: int, wish: Wish) -> list[int]:
     """Return the blocks per axis: those requested, or the release's."""
-    layout = wish.layout or _LAYOUTS.get(blocks)
+    layout = wish.layout or RELEASE_LAYOUTS.get(blocks)
     if layout is None:
         hint = "7 3 5" if blocks == 105 else "T H W"
         raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.source import FILE, open_source
 from mhla_lightning.errors import UserError
+from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
 from mhla_lightning.weights.rank_files import FOLDER, RankFileReader, holds_rank_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
@@ -68,9 +69,11 @@ class Weights:
         """Load the weights into a backbone.
 
         Raises:
-            UserError: the weights belong to another model.
+            UserError: the weights belong to another model, or are not finite.
         """
-        missing, unexpected = backbone.load_state_dict(self.read(), strict=False)
+        state = self.read()
+        check_finite(state, str(self.path))
+        missing, unexpected = backbone.load_state_dict(state, strict=False)
         own = backbone.state_dict()
         # An average holds floating-point tensors only.
         missing = [name for name in missing if own[name].is_floating_point()]

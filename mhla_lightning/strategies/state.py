@@ -101,19 +101,19 @@ def restore(local: LocalWeights, module: nn.Module, source: CheckpointSource, op
         optimizer: DeepSpeed's; None leaves it as it is.
 
     Raises:
-        UserError: a checkpoint of another model.
+        UserError: a checkpoint of another model, or weights that are not finite.
     """
     _check(module, source)
     if not local.sharded:
         for name, tensor in module.state_dict(keep_vars=True).items():
-            tensor.copy_(source.whole(name))
+            tensor.copy_(source.restored(name))
         return
     for name, value in _whole_numbers(module).items():
         value.copy_(source.whole(name))
     for lot in local.lots(local.fragments(module)):
         with local.loaded(lot, changed=True) as fragments:
             for fragment in fragments:
-                fragment.values.copy_(source.read(fragment.name, WEIGHT, fragment.start, fragment.size))
+                fragment.values.copy_(source.restored(fragment.name, WEIGHT, fragment.start, fragment.size))
                 if optimizer is not None:
                     _restore_optimizer(fragment, source, optimizer.optimizer)
     local.publish(module)
@@ -143,7 +143,7 @@ def _restore_optimizer(fragment: Fragment, source: CheckpointSource, optimizer: 
         if kind not in state:
             state[kind] = torch.zeros_like(fragment.flat)
         state[kind].narrow(0, fragment.offset, fragment.size).copy_(
-            source.read(fragment.name, kind, fragment.start, fragment.size)
+            source.restored(fragment.name, kind, fragment.start, fragment.size)
         )
     for key, value in source.scalars(fragment.name).items():
         state[key] = (

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from mhla_lightning.backbones import Backbone, build_backbone
+from mhla_lightning.backbones import Backbone, build_backbone, known_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.weights.warm_start import freeze_except, start_from, weight_file
+from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
 
 log = logging.getLogger(__name__)
 # Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the weights averaged by EMA.
@@ -37,7 +37,8 @@ class Task(pl.LightningModule):
         attention: attention entry: name, mapping, or a list of these cycled over the layers.
         backbone_options: the backbone's own options.
         optimizer, schedule: see their classes; None takes their defaults.
-        init_from: weights to start from: a file, a folder or a run; None starts from random weights.
+        init_from: weights to start from: a file, a folder or a run; None starts from random weights. An
+            :class:`InitFrom` also says which weights of it, and of which token grid.
         train_only: regular expressions; parameters that none finds are frozen. None trains all.
         checkpoint_activations: `blocks` recomputes every block in the backward to save memory.
 
@@ -58,7 +59,7 @@ class Task(pl.LightningModule):
         backbone_options: Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
+        init_from: str | InitFrom | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:
@@ -99,7 +100,7 @@ class Task(pl.LightningModule):
         if self.checkpoint_activations == "blocks":
             cast(Any, self.backbone).set_grad_checkpointing()
         if self.init_from:
-            report = start_from(self.backbone, self.init_from, "init_from")
+            report = start_from(self.backbone, self.init_from, "init_from", known_geometry)
             rank_zero_only(log.info)(str(report))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)

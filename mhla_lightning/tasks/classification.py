@@ -17,6 +17,7 @@ from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Task, keys
 from mhla_lightning.tasks.mixup import PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.weights.warm_start import InitFrom
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ClassificationTask(Task):
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
         loss: ClassificationLossConfig | None = None,
-        init_from: str | None = None,
+        init_from: str | InitFrom | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:

@@ -21,6 +21,7 @@ from mhla_lightning.randomness import generator, run_seed
 from mhla_lightning.tasks.base import PREFIXES, Task
 from mhla_lightning.tasks.distillation import Distillation, Teacher
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.weights.warm_start import InitFrom
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class DiffusionTask(Task):
         loss: DiffusionLoss,
         optimizer: OptimizerConfig | None,
         schedule: ScheduleConfig | None,
-        init_from: str | None,
+        init_from: str | InitFrom | None,
         train_only: list[str] | None,
         checkpoint_activations: Literal["none", "blocks"],
     ) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention import attention_outputs
-from mhla_lightning.backbones import build_backbone
+from mhla_lightning.backbones import build_backbone, known_geometry
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.weights.warm_start import start_from, weight_file
+from mhla_lightning.weights.warm_start import InitFrom, start_from, weight_file
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Distillation:
     The release's weights are both 0, and it names no others (SPEC 6.7).
 
     Args:
-        teacher: its weights: a file, a folder or a run.
+        teacher: its weights: a file, a folder or a run, or an :class:`InitFrom`.
         attention: its attention entry.
         output: weight of the mean squared error between the two predictions.
         layers: weight of the error between the outputs of the attention layers, a mean over layers.
@@ -38,7 +38,7 @@ class Distillation:
             a recipe's parser builds this object before the task is there to name it.
     """
 
-    teacher: str
+    teacher: str | InitFrom
     attention: str | dict[str, Any] | list[Any] = "softmax"
     output: float = 1.0
     layers: float = 1.0
@@ -127,7 +127,7 @@ class Teacher:
             with torch.random.fork_rng(devices=[]):  # the student's dropout must not depend on the teacher
                 model = self._build()
             with inside("loss.distill"):
-                report = start_from(model, self.config.teacher, "teacher")
+                report = start_from(model, self.config.teacher, "teacher", known_geometry)
             missing = [name for name in report.fresh if model.state_dict()[name].is_floating_point()]
             if missing:
                 raise UserError(

@@ -19,6 +19,7 @@ from mhla_lightning.tasks.base import keys
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.weights.warm_start import InitFrom
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ class ImageDiffusionTask(DiffusionTask):
         loss: ImageDiffusionLossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        init_from: str | None = None,
+        init_from: str | InitFrom | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:

@@ -16,6 +16,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.base import PREFIXES, Task, keys
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
+from mhla_lightning.weights.warm_start import InitFrom
 
 
 class Perplexity(MeanMetric):
@@ -95,7 +96,7 @@ class LanguageTask(Task):
         schedule: ScheduleConfig | None = None,
         loss: LanguageLossConfig | None = None,
         eval_lengths: list[int] | None = None,
-        init_from: str | None = None,
+        init_from: str | InitFrom | None = None,
         train_only: list[str] | None = None,
         checkpoint_activations: Literal["none", "blocks"] = "none",
     ) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,16 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.adapted import WeightState, noted_geometry
+from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.rank_files import RankFileReader, holds_rank_files
 
-_INSIDE = ("ema", "state_dict", "model", "state_dict_ema")
+_AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
+_INSIDE = (*_AVERAGES, "state_dict", "model", "model_state_dict", "module", "net", "params")
 """Keys under which a training checkpoint may keep its weights; the first one found is taken.
 
-`ema` is the average of the public DiT, which its own sampler uses.
+An average comes first, as for our own runs: the samplers and tests of others use it, too.
 """
 
 
-def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, key: str, choice: str | None = None) -> WeightState:
     """Return the tensors of a file or folder by name, without the prefixes of wrappers.
 
     Args:
@@ -34,20 +38,33 @@ def read_tensors(path: Path, key: str) -> dict[str, Tensor]:
             with one .safetensors file, with the files that one *.safetensors.index.json names, or with the
             rank files of a split run.
         key: the argument that names the path, for errors.
+        choice: key of a training checkpoint under which its weights are; None takes an average where there is
+            one.
+
+    Returns:
+        the tensors, and all that the files tell of their model.
 
     Raises:
         UserError: a file that is not plain tensors; a folder without weights, with several models, or with a
-            missing file.
+            missing file; a choice that is not there, or weights that need one.
     """
     if is_deepspeed(path):
         raise UserError(key, refusal(path))
+    state = _tensors_of(path, key, choice)
+    state.facts = facts_of(path)
+    return state
+
+
+def _tensors_of(path: Path, key: str, choice: str | None) -> WeightState:
     if not path.is_dir():
-        return _read(path, key)
+        return _read(path, key, choice)
+    if choice is not None:
+        raise UserError("weights", f"{path} holds one model, and no '{choice}' to choose; leave it out")
     if holds_rank_files(path):
-        return _named(RankFileReader(path).weights(), path, key)
-    state: dict[str, Tensor] = {}
+        return WeightState(_named(RankFileReader(path).weights(), path, key))
+    state = WeightState()
     for part in weight_files(path, key):
-        for name, value in _read(part, key).items():
+        for name, value in _read(part, key, None).items():
             if name in state:
                 raise UserError(key, f"{path} holds {name} twice: in {part.name} and in another file")
             state[name] = value
@@ -95,7 +112,7 @@ def _indexed(index: Path, key: str) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor]:
+def _read(path: Path, key: str, choice: str | None) -> WeightState:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load(path)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
@@ -110,11 +127,49 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping):
         raise UserError(key, f"{path} holds no plain tensors (a {type(state).__name__})")
-    for place in _INSIDE:
-        if isinstance(state.get(place), Mapping):
-            state = state[place]
-            break
-    return _named(state, path, key)
+    taken, others = _chosen(state, path, key, choice)
+    if taken is not None:
+        state = state[taken]
+    words = f"the weights under '{taken}'" if taken is not None else ""
+    if others:
+        words += f", not {' or '.join(map(repr, others))} (`weights` chooses)"
+    return WeightState(_named(state, path, key), noted_geometry(state), taken=words)
+
+
+def _chosen(
+    state: Mapping[str, Any], path: Path, key: str, choice: str | None
+) -> tuple[str | None, list[str]]:
+    """Return the key of the weights in a training checkpoint, and those of other weights.
+
+    The key is None where the file holds bare weights.
+
+    Raises:
+        UserError: a choice that is not there, or weights under keys of which none comes first.
+    """
+    found = [name for name, value in state.items() if _holds_weights(value)]
+    bare = any(isinstance(value, Tensor) and value.dim() for value in state.values())
+    if choice is not None:
+        if choice not in found:
+            there = ", ".join(found) or "one model"
+            raise UserError("weights", f"{path} holds no weights under '{choice}'; it holds {there}")
+        return choice, [name for name in found if name != choice]
+    taken = next((name for name in _INSIDE if name in found), None)
+    if taken is None and not bare and len(found) > 1:
+        raise UserError(
+            key,
+            f"{path} holds several models, {', '.join(found)}; name one with `weights`, such as {found[0]}",
+        )
+    if taken is None and not bare and found:
+        taken = found[0]
+    return taken, [name for name in found if name != taken]
+
+
+def _holds_weights(value: object) -> bool:
+    """Return whether a value of a checkpoint maps names to weights; an optimizer's does not."""
+    return isinstance(value, Mapping) and any(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim()
+        for name, tensor in value.items()
+    )
 
 
 def _named(state: Mapping[str, object], path: Path, key: str) -> dict[str, Tensor]:
@@ -149,7 +204,8 @@ def refusal(path: Path) -> str:
 
 def strip_wrappers(name: str) -> str:
     """Return a backbone's name of a parameter without the prefixes that wrappers add."""
-    return re.sub(r"^((module|_orig_mod|backbone|model)\.)+", "", name)
+    name = re.sub(r"(^|\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1", name)
+    return re.sub(r"^((module|backbone|model)\.)+", "", name)
 
 
 def _load(path: Path) -> object:

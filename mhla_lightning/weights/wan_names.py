@@ -27,6 +27,9 @@ State = Mapping[str, Tensor]
 
 _QKV = ("q", "k", "v")
 
+RELEASE_LAYOUTS = {150: (3, 5, 10)}
+"""Blocks of a mixing matrix -> their layout; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ..."""
+
 # ours -> (Wan, diffusers); attn.q, attn.k and attn.v are the three parts of our attn.qkv
 _BLOCK = {
     "modulation": ("modulation", "scale_shift_table"),

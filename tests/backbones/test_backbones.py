@@ -143,7 +143,7 @@ def test_weights_of_a_plain_timm_vit_fit_a_softmax_backbone() -> None:
     options = dict(TINY)
     theirs = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg").eval()
     ours = VisionTransformer("softmax", ViTOptions(token_multiple=1, **options)).eval()
-    ours.load_state_dict(ours.adapt_state_dict(theirs.state_dict()))
+    ours.load_state_dict(ours.adapt_state_dict(theirs.state_dict(), grid=ours.grid))
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(image), theirs(image))
 
@@ -153,7 +153,7 @@ def test_position_embeddings_are_resampled_and_class_tokens_dropped() -> None:
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5
     )
     ours = build_backbone("deit_tiny", attention="softmax", **TINY)
-    adapted = ours.adapt_state_dict(small.state_dict())
+    adapted = ours.adapt_state_dict(small.state_dict(), grid=(4, 4))
     assert adapted["pos_embed"].shape == ours.pos_embed.shape
     corner = small.pos_embed[:, 1:].mean(1)
     torch.testing.assert_close(adapted["pos_embed"].mean(1), corner, rtol=0.2, atol=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,9 @@ def check_ddpm(meta: Meta, arrays: Arrays) -> None:
 
 def check_flow(meta: Meta, arrays: Arrays) -> None:
     """The release's grid of times to the last bit, what the model is told, x_t and the loss."""
-    process = FlowMatching(shift=3.0, integer_times=True)
+    told = re.search(r"shift ([0-9.]*[0-9])", meta.get("source", ""))
+    assert told, f"no shift is named in {meta.get('source')}"
+    process = FlowMatching(shift=float(told[1]), integer_times=True)
     grid = torch.tensor([process.grid_time(index) for index in range(1000)], dtype=torch.float64)
     assert torch.equal(grid, arrays["sigmas"])
     assert torch.equal(process.model_time(grid), arrays["timestep_map"].floor())

@@ -54,9 +54,9 @@ def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
     state = ours(arrays, "param.")
     if meta["mixing"] == "init":
         torch.testing.assert_close(
-            operator.mixing.weight, state["attention.mixing.weight"], rtol=1e-5, atol=1e-7
+            operator.mixing.weight, state["attention.mixing.weight"].float(), rtol=1e-5, atol=1e-7
         )
-    layer.load_state_dict(state)
+    layer.to(arrays["in.x"].dtype).load_state_dict(state)
     rotary = GridRotation(grid, layer.dim // layer.heads, torch.device("cpu"))
     x = arrays["in.x"].requires_grad_()
     y = layer(x, rotary=rotary)
@@ -74,7 +74,7 @@ def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
         q, k, v = (
             t.unflatten(-1, (layer.heads, -1)) for t in (layer.q_norm(raw[0]), layer.k_norm(raw[1]), raw[2])
         )
-        assert_close(operator(q, k, v, rotary=rotary), dense.float())
+        assert_close(operator(q, k, v, rotary=rotary), dense.to(x.dtype))
     if "in.cotangent" in arrays:
         parameters = dict(layer.named_parameters())
         grads = torch.autograd.grad((y * arrays["in.cotangent"]).sum(), [x, *parameters.values()])
@@ -87,7 +87,7 @@ def check_video_layer(meta: dict[str, Any], arrays: Arrays) -> None:
 
 def check_rope_tables(meta: dict[str, Any], arrays: Arrays) -> None:
     """Every axis alone: 64 positions along it, and its own columns of the table; then the time's sinusoid."""
-    for dim in (12, 128):
+    for dim in (int(name.rpartition("_d")[2]) for name in arrays if name.startswith("freqs_re_d")):
         table = torch.complex(arrays[f"freqs_re_d{dim}"], arrays[f"freqs_im_d{dim}"])
         pairs = dim // 2
         edges = [0, pairs - 2 * (pairs // 3), pairs - pairs // 3, pairs]
@@ -127,9 +127,9 @@ def check_wan(meta: dict[str, Any], arrays: Arrays) -> None:
         in_channels=options["in_dim"],
         **{key: options[key] for key in ("patch_size", "ffn_dim", "freq_dim", "text_dim", "num_heads")},
     )
-    model = VideoDiT(attention, sizes).eval()
+    model = VideoDiT(attention, sizes).eval().to(latents.dtype)
     model.load_state_dict(model.adapt_state_dict(group(arrays, "param.")))
-    texts = torch.zeros(len(latents), options["text_len"], options["text_dim"])
+    texts = torch.zeros(len(latents), options["text_len"], options["text_dim"], dtype=latents.dtype)
     for row, text in zip(texts, [arrays[f"in.ctx{i}"] for i in range(len(latents))], strict=True):
         row[: len(text)] = text
     expected = arrays["out.y"]

@@ -24,9 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "checkpoints"),
     ("weights",),
     ("attention", "data", "diffusion", "runs"),
-    ("errors", "randomness", "textfiles"),
+    ("finite", "randomness", "textfiles"),
+    ("errors",),
 )
-PERMITTED = {("bench", "training"), ("textfiles", "errors")}  # edges inside a layer
+PERMITTED = {("bench", "training")}  # edges inside a layer
 
 
 @dataclass(frozen=True)

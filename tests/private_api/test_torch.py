@@ -23,6 +23,11 @@ SYMBOLS: dict[str, tuple[str, str, str]] = {
         r"^class TorchDispatchMode",
         "planning/torch_modes.py: counts operations",
     ),
+    "_metadata": (
+        "torch/nn/modules/module.py",
+        r"destination\._metadata = OrderedDict\(\)",
+        "weights/adapted.py: the token grid that a state dict was written with",
+    ),
     "_shutdown_workers": (
         "torch/utils/data/dataloader.py",
         r"^    def _shutdown_workers\(self\)",

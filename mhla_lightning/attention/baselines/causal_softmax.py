@@ -13,7 +13,7 @@ from mhla_lightning.attention.base import CausalAttention, State
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.packing import Packing
 
-_GROWTH = 256  # tokens per growth of the cache: fewer copies than one by one, less waste than doubling
+GROWTH = 256  # tokens per growth of the cache: fewer copies than one by one, less waste than doubling
 
 
 @dataclass
@@ -46,7 +46,7 @@ class KeyValueCache:
         cache = self
         if max(self.lengths) == self.keys.shape[2]:
             cache = replace(
-                self, keys=F.pad(self.keys, (0, 0, 0, _GROWTH)), values=F.pad(self.values, (0, 0, 0, _GROWTH))
+                self, keys=F.pad(self.keys, (0, 0, 0, GROWTH)), values=F.pad(self.values, (0, 0, 0, GROWTH))
             )
         if k.requires_grad or self.keys.requires_grad:  # the backward still needs the old contents
             cache = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())

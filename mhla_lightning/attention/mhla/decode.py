@@ -323,7 +323,7 @@ def _own_weights(state: MHLAState, mixing: Tensor) -> Tensor:
 def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
     """Move the full chunks of the sequences `rows` into the ring."""
     current = state.values.current
-    _make_room(state, max(state.finished[b] for b in rows) + 1)
+    make_room(state, max(state.finished[b] for b in rows) + 1)
     index = torch.tensor(rows, device=current.device)
     place = torch.tensor([state.reach.place(state.finished[b]) for b in rows], device=current.device)
     gain, leaving = None, current.new_ones(len(rows), current.shape[1])
@@ -343,7 +343,7 @@ def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
         state.filled[b], state.finished[b] = 0, state.finished[b] + 1
 
 
-def _make_room(state: MHLAState, finished: int) -> None:
+def make_room(state: MHLAState, finished: int) -> None:
     """Extend the ring for this many finished chunks.
 
     It grows at least to twice its size, and at most to `Reach.kept`.

@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         default=256,
-        help="consecutive tokens whose mean is a measurement (default: %(default)s)",
+        help=(
+            "consecutive tokens whose mean is a measurement; of tokens that do the same work some are timed "
+            "(default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--max-chunks",

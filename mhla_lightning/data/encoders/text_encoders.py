@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mhla_lightning.data.encoders.vaes import default_dtype
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError, missing_extra
+from mhla_lightning.finite import check_finite
 from mhla_lightning.randomness import philox
 
 __all__ = ["TextEncoder", "TextEncoding", "clean", "load_text_encoder", "pad_rows", "text_sha256"]
@@ -256,6 +257,7 @@ def _model(name: str, address: str, place: str) -> nn.Module:
             "text_encoder",
             f"the weights of {name} do not fit its config.json: {len(wrong)} are missing, e.g. {wrong[0]}",
         )
+    check_finite(model.state_dict(), "text_encoder", f"{name}: ")
     return model.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError, missing_extra, unknown_name
+from mhla_lightning.finite import check_finite
 
 MODELS = ("AutoencoderKL", "AutoencoderDC")  # classes of diffusers
 VIDEO_MODELS = ("AutoencoderKLWan",)
@@ -377,6 +378,7 @@ def _load(kind: Any, name: str, subfolder: str | None) -> nn.Module:
             f"the weights of {name} do not fit its {_CONFIG}: {len(wrong)} are missing or misshaped, e.g. "
             f"{wrong[0]}",
         )
+    check_finite(model.state_dict(), "vae", f"{name}: ")
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,286 @@
+"""Bring others' weights into the places of a backbone: positions and mixing matrices.
+
+Their rows belong to places of a grid, so rows of another grid are resampled, never copied row by row.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mhla_lightning.attention import MHLA, BlockGrid
+from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
+from mhla_lightning.errors import UserError
+from mhla_lightning.finite import check_finite
+from mhla_lightning.weights.adapted import (
+    Adapted,
+    DoubtfulWeights,
+    Geometry,
+    WeightState,
+    by,
+    note_geometry,
+    noted_geometry,
+)
+
+Grid = Sequence[int] | Geometry | None
+"""What a caller tells of the source: its token grid, all of its geometry, or nothing."""
+
+_TELL = "name it with `grid`, such as"
+_PREFIXES = ("cls_token", "dist_token", "reg_token")
+
+
+def remember_geometry(model: Any) -> None:
+    """Keep a model's geometry, and write it into the metadata of every state dict.
+
+    Args:
+        model: a backbone with `grid`.
+    """
+    blocks: dict[str, BlockGrid] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MHLA):
+            blocks[f"{name}.mixing.weight"] = module.grid
+        elif isinstance(module, CausalMHLA):
+            size = module.rule.chunk_size
+            blocks[f"{name}.mixing.weight"] = BlockGrid((size * module.mixing.blocks,), block_size=size)
+    model.geometry = Geometry(tuple(model.grid), blocks)
+    model.register_state_dict_post_hook(note_geometry)
+
+
+def source_geometry(state: Mapping[str, Tensor], grid: Grid = None) -> Geometry:
+    """Return all that is known of the geometry of the model that a state belongs to.
+
+    Args:
+        state: the tensors; a :class:`WeightState` may name the geometry.
+        grid: what the caller tells; it takes precedence.
+
+    Raises:
+        UserError: a grid that is none.
+    """
+    if isinstance(grid, Geometry):
+        return grid
+    found = noted_geometry(state) or Geometry()
+    if isinstance(state, WeightState) and state.geometry is not None:
+        found = state.geometry
+    if found.grid is None and any(".piece_attn." in name for name in state):
+        found = _of_the_release(state)
+    if grid is None:
+        return found
+    if not all(isinstance(count, int) and count > 0 for count in grid) or not 1 <= len(grid) <= 3:
+        raise UserError("grid", f"{grid} is no token grid; give the tokens per axis, such as [14, 14]")
+    return replace(found, grid=tuple(grid), told=True)
+
+
+def _of_the_release(state: Mapping[str, Tensor]) -> Geometry:
+    """Return the geometry of weights of the MHLA authors' images: all their grids are square."""
+    blocks: dict[str, BlockGrid] = {}
+    for name, value in state.items():
+        side = math.isqrt(len(value)) if value.dim() else 0
+        if ".piece_attn.conv." in name and side**2 == len(value):
+            ours = name.replace(".piece_attn.conv.", ".attention.mixing.")
+            blocks[ours] = BlockGrid((side, side), block_size=1)
+    position = state.get("pos_embed")
+    side = 0 if position is None else math.isqrt(position.shape[1])
+    square = position is not None and side**2 == position.shape[1]
+    return Geometry((side, side) if square else None, blocks)
+
+
+def adapted_to(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    source: Geometry,
+    positions: Collection[str] = (),
+    patches: tuple[str, Sequence[str]] | None = None,
+) -> Adapted:
+    """Return tensors in the places of a model.
+
+    Positions and mixing matrices of another grid are resampled where the source's grid is known; else they
+    are left out. A warning names what was left out or taken for granted.
+
+    Args:
+        model: a backbone with `geometry`, or one without positions.
+        tensors: by the model's names; an :class:`Adapted` is changed and returned.
+        source: the geometry of their model.
+        positions: names of learned positions, (1, tokens, channels).
+        patches: name of the patch embedding's weight, and those of the output layer, whose rows are the
+            numbers of a patch; None where no output is one.
+
+    Raises:
+        UserError: a grid that is not that of the positions; a tensor of the model that is not finite.
+    """
+    adapted = tensors if isinstance(tensors, Adapted) else Adapted(tensors)
+    own: Geometry = getattr(model, "geometry", Geometry())
+    prefix = sum(tensors[name].shape[-2] for name in _PREFIXES if name in tensors and tensors[name].dim() > 1)
+    for name in positions:
+        if name in tensors and tensors[name].dim() == 3:
+            _place_positions(adapted, name, source, own.grid or (), prefix)
+    for name, target in own.blocks.items():
+        if name in tensors:
+            _place_mixing(adapted, name, source.blocks.get(name), target)
+    if patches is not None:
+        _omit_other_patches(adapted, *patches, model)
+    needed = {
+        name: (value, own_tensor)
+        for name, value in adapted.items()
+        if (own_tensor := _own(model, name)) is not None
+    }
+    for name, (value, place) in needed.items():
+        if place.is_floating_point() and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            adapted.omit(name, f"its numbers are {kind}, as of quantised weights")
+    check_finite({name: value for name, (value, _) in needed.items()}, "state")
+    for text in adapted.warnings():
+        warnings.warn(text, DoubtfulWeights, stacklevel=3)
+    return adapted
+
+
+def _place_positions(
+    adapted: Adapted, name: str, source: Geometry, target: Sequence[int], prefix: int
+) -> None:
+    """Resample one table of positions; class tokens come before the grid.
+
+    Args:
+        adapted: holds it.
+        name: of the table.
+        source: whose grid it is.
+        target: of the model.
+        prefix: number of class, distillation and register tokens that the source has.
+    """
+    table, grid = adapted[name], source.grid
+    rows = table.shape[1]
+    if grid is not None and (len(grid) != len(target) or rows - math.prod(grid) not in {0, 1, 2, prefix}):
+        if source.told:
+            raise UserError(
+                "grid", f"{by(grid)} tokens do not make the {rows} rows of {name} (class tokens included)"
+            )
+        grid = None
+    if grid is None:
+        square = len(set(target)) == 1
+        if rows - prefix == math.prod(target) and square:
+            adapted[name] = table[:, prefix:]
+            adapted.doubts[name] = (
+                f"nothing tells its token grid, and its {rows - prefix} tokens are taken as the "
+                f"{by(target)} of this model; {_TELL} {list(target)}"
+            )
+        else:
+            side = math.isqrt(rows - prefix)
+            example = [side, side] if side**2 == rows - prefix else list(target)
+            adapted.omit(
+                name,
+                f"nothing tells the token grid of its {rows} rows, so the {by(target)} positions here are "
+                f"new; {_TELL} {example}",
+            )
+        return
+    before = rows - math.prod(grid)
+    adapted[name] = table[:, before:] if before else table
+    if tuple(grid) != tuple(target):
+        adapted[name] = resampled_positions(adapted[name], grid, target)
+        adapted.resampled[name] = f"{by(grid)} to {by(target)} tokens"
+
+
+def resampled_positions(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Resample positions of one grid of two axes to another: bicubic, antialiased, as timm does.
+
+    timm's own function takes equal counts of another shape as they are.
+
+    Args:
+        table: (1, rows x columns, channels), of `grid`.
+        grid, target: (rows, columns).
+    """
+    image = table.float().unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=tuple(target), mode="bicubic", antialias=True)
+    return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def _place_mixing(adapted: Adapted, name: str, source: BlockGrid | None, target: BlockGrid) -> None:
+    """Resample one mixing matrix to other blocks, or leave it out."""
+    value = adapted[name]
+    if source is not None and source.num_blocks != value.shape[-1]:
+        source = None
+    if source is None:
+        if len(target.blocks) > 1 and value.shape[-1] == target.num_blocks > 1:
+            adapted.doubts[name] = (
+                f"nothing tells the layout of its {target.num_blocks} blocks, which are taken as the "
+                f"{by(target.blocks)} of this model"
+            )
+    elif len(source.blocks) != len(target.blocks):
+        adapted.omit(
+            name, f"it mixes blocks on {len(source.blocks)} axes, and this model has {len(target.blocks)}"
+        )
+    elif len(target.blocks) == 1:  # of a causal model, whose chunks are counted from the first token
+        if source.block_size != target.block_size:
+            adapted.omit(
+                name, f"its chunks are {by(source.block_size)} tokens, and here {by(target.block_size)}"
+            )
+    elif source.blocks != target.blocks and value.dim() in (2, 3):
+        adapted[name] = resampled_mixing(value, source, target)
+        adapted.resampled[name] = f"{by(source.blocks)} to {by(target.blocks)} blocks"
+
+
+def resampled_mixing(mixing: Tensor, source: BlockGrid, target: BlockGrid) -> Tensor:
+    """Resample a mixing matrix linearly between the centres of blocks, rows and columns.
+
+    A weight between two places of the image stays: block summaries are sums over tokens, so that no other
+    scale is needed.
+
+    Args:
+        mixing: (..., blocks, blocks), row = query block.
+        source, target: the partitions, of as many axes.
+    """
+    weights = torch.ones(1, 1, dtype=torch.float64)
+    for axis in range(len(target.blocks)):
+        weights = torch.kron(weights, _between(_centres(source, axis), _centres(target, axis)))
+    weights = weights.to(mixing.device)
+    return (weights @ mixing.double() @ weights.T).to(mixing.dtype)
+
+
+def _centres(blocks: BlockGrid, axis: int) -> Tensor:
+    """Return the centre of each block along an axis, as a share of the axis."""
+    tokens, width = blocks.grid[axis], blocks.block_size[axis]
+    first = torch.arange(blocks.blocks[axis], dtype=torch.float64) * width
+    return (first + (first + width).clamp_max(tokens)) / 2 / tokens
+
+
+def _between(known: Tensor, wanted: Tensor) -> Tensor:
+    """Return the weights of linear interpolation, (wanted, known).
+
+    Beyond the ends the nearest counts.
+    """
+    if len(known) == 1:
+        return torch.ones(len(wanted), 1, dtype=torch.float64)
+    right = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    share = ((wanted - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+    weights = torch.zeros(len(wanted), len(known), dtype=torch.float64)
+    rows = torch.arange(len(wanted))
+    weights[rows, right - 1], weights[rows, right] = 1 - share, share
+    return weights
+
+
+def _own(model: nn.Module, name: str) -> Tensor | None:
+    """Return a model's tensor by its name; None where it has none."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(path), leaf, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def _omit_other_patches(adapted: Adapted, patches: str, heads: Sequence[str], model: nn.Module) -> None:
+    """Leave out the output layer of a model whose patches have another size.
+
+    4 x 4 pixels of 4 channels are as many numbers as 2 x 2 of 16.
+    """
+    place = _own(model, patches)
+    if patches not in adapted or place is None or adapted[patches].shape == place.shape:
+        return
+    theirs, own = tuple(adapted[patches].shape), tuple(place.shape)
+    for name in heads:
+        if name in adapted:
+            adapted.omit(name, f"its patches are {by(theirs[1:])}, and here {by(own[1:])}")

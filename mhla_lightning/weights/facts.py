@@ -1,0 +1,103 @@
+"""What the files beside weights tell of their model: a header, config.json or recipe.yaml."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from mhla_lightning.runs.folder import read_json
+from mhla_lightning.weights.adapted import ModelFacts
+
+_INNER = ("ema", "shards", "transformer")
+"""Folders of weights whose model is told in the folder around them."""
+
+
+def facts_of(path: Path) -> ModelFacts:
+    """Return what is told of the model behind a file or folder of weights.
+
+    Args:
+        path: a file of weights, or the folder of several.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))[:1]
+    folder = path if path.is_dir() else path.parent
+    folders = [folder, folder.parent] if folder.name in _INNER else [folder]
+    found = [_header(file) for file in files]
+    for place in folders:
+        found += [_recipe(place), _config(place)]
+    name = path.stem if path.is_file() and path.stem not in ("model", "pytorch_model") else folder.name
+    return next((facts for facts in found if facts is not None), ModelFacts(timm=name))
+
+
+def _header(file: Path) -> ModelFacts | None:
+    """Read the header of a file of `mhla import` or `mhla export`."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+        return _ours(
+            {
+                "backbone": header["backbone"],
+                "attention": json.loads(header["attention"]),
+                "backbone_options": json.loads(header["backbone_options"]),
+            }
+        )
+    except (KeyError, ValueError, OSError, SafetensorError):
+        return None
+
+
+def _recipe(folder: Path) -> ModelFacts | None:
+    """Read the recipe of a checkpoint folder. A recipe elsewhere may belong to other weights."""
+    if not (folder / "COMPLETE").is_file():
+        return None
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return _ours(recipe["model"]["init_args"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _config(folder: Path) -> ModelFacts | None:
+    """Read config.json of an export of ours or of a model of timm."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, Mapping):
+        return None
+    for told in (config, config.get("_mhla_lightning")):
+        if isinstance(told, Mapping) and "backbone" in told:
+            return _ours(told)
+    if config.get("model_type") == "mhla_language":
+        options = {"context": config.get("context", 2048), "embed_dim": config.get("embed_dim", 1024)}
+        options["depth"] = config.get("depth", 24)
+        return ModelFacts("lm_340m", config.get("attention", "mhla"), options)
+    name = str(config.get("architecture", ""))
+    arguments = config.get("model_args")
+    if isinstance(arguments, Mapping) and "attention" in arguments:  # an export of ours for timm
+        backbone = name.rpartition("_")[0]
+        options = {key: value for key, value in arguments.items() if key != "attention"}
+        return ModelFacts(backbone, arguments["attention"], options)
+    size = (config.get("pretrained_cfg") or {}).get("input_size")
+    size = arguments.get("img_size", size) if isinstance(arguments, Mapping) else size
+    return ModelFacts(image=_sides(size), timm=name) if name else None
+
+
+def _ours(told: Mapping[str, Any]) -> ModelFacts | None:
+    options = told.get("backbone_options") or {}
+    if not isinstance(told["backbone"], str) or not isinstance(options, Mapping):
+        return None
+    return ModelFacts(told["backbone"], told.get("attention", "mhla"), options)
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    """Return (height, width) of a size of timm.
+
+    It is a number, (height, width) or (channels, height, width).
+    """
+    sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (list, tuple)) else []
+    if len(sides) < 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[-2], sides[-1]
