@@ -26,6 +26,7 @@ _ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _NAMES = {"utf-8": "UTF-8", "utf-16-le": "UTF-16", "utf-16-be": "UTF-16"}
+_ARRAY = re.compile(r"\s*\[\s*[{\]]")
 _LINE_END = re.compile("\r\n|\r|\n")
 
 
@@ -116,11 +117,11 @@ def is_json(path: str | Path) -> bool:
 
 
 def json_rows(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of every row of JSON lines, or of one JSON array.
+    """Yield the place and the value of every row of JSON lines, or of one JSON array of objects.
 
     Raises NotText for a row that is no JSON.
     """
-    if text.lstrip().startswith("["):
+    if _ARRAY.match(text):
         yield from ((f"item {number}", row) for number, row in enumerate(_json(text, "it"), start=1))
         return
     for number, line in enumerate(split_lines(text), start=1):

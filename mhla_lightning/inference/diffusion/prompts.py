@@ -54,8 +54,9 @@ def _of_json(path: Path, text: str) -> list[Prompt]:
     try:
         rows = [(f"{path}, {place}", row) for place, row in json_rows(text)]
     except NotText as error:
+        place, _, reason = str(error).partition(" is no JSON ")
         raise UserError(
-            str(path), f'{error}; a line is an object like {{"prompt": "a red ball falls"}}'
+            f"{path}, {place}", f'no JSON {reason}; a line is an object like {{"prompt": "a red ball falls"}}'
         ) from error
     return [Prompt(_text_of(row, where), where) for where, row in rows]
 
