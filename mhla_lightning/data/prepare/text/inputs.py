@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mhla_lightning.data.prepare.text.documents import Files, Group, Lines, RowGroup, Texts, open_parquet
+from mhla_lightning.data.prepare.walking import files_below
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -86,7 +87,7 @@ def _open(spec: str, text_column: str) -> list[Input]:
         return [_hub(spec, text_column)]
     path = Path(spec.removeprefix("text:")).expanduser()
     if path.is_dir():
-        files = list(_walk(path, lambda name: not name.startswith(".")))
+        files = files_below(path)
         if not files:
             raise DataError(spec, "holds no files")
         grouped = groupby(files, _type)
@@ -112,25 +113,12 @@ def _files(kind: str, paths: list[Path], text_column: str) -> list[Input]:
     ]
 
 
-def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """List the files below a folder, sorted.
-
-    The names of files, and of their folders, must be wanted. Links to folders are not followed.
-    """
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if wanted(name)]
-        found += [Path(parent, name) for name in names if wanted(name)]
-    # A dangling link stays in the list, so that reading it fails; a socket is no text.
-    return (path for path in sorted(found) if path.is_file() or not path.exists())
-
-
 def _standard_library() -> list[Path]:
     def wanted(name: str) -> bool:
         return name not in _LEFT_OUT and not name.startswith((".", "config-", *_OF_THE_MACHINE))
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in _walk(root, wanted) if path.suffix == ".py"]
+    files = files_below(root, lambda name: wanted(name) and name.endswith(".py"), wanted)
     if not files:
         raise DataError(
             str(root), "holds no sources of the standard library of this Python; name a folder of text"
