@@ -1,4 +1,4 @@
-"""Encoded images to upright 8-bit pixels, alike for packing, checks, training and evaluation.
+"""Encoded images to upright 8-bit pixels: alike in packing, checks, training, evaluation.
 
 Values of 16 bits keep their upper 8. Transparent pixels are laid on white. The orientation in EXIF or XMP is
 applied. Of several frames or pages, the first is taken. Colour profiles are not applied. An image whose
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Decoded(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def decode(data: bytes, formats: Sequence[str] = SHARD_FORMATS) -> Decoded:
+def decode(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> Decoded:
     """Decode the first frame of an encoded image.
 
     Args:
@@ -78,13 +78,13 @@ def decode(data: bytes, formats: Sequence[str] = SHARD_FORMATS) -> Decoded:
         return Decoded(plain, (SEVERAL, *remarks) if several else remarks)
 
 
-def check_header(data: bytes, formats: Sequence[str] = SHARD_FORMATS) -> None:
+def check_header(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> None:
     """Raise BadImage for what the header of an image shows: format, pixels, range of values."""
     with _opened(data, formats) as image:
         _demand_range(image.mode, _bits(image))
 
 
-def check_sums(data: bytes, formats: Sequence[str] = SHARD_FORMATS) -> None:
+def check_sums(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> None:
     """Raise BadImage for checksums (of PNG) that do not fit; decoding does not read all of them."""
     with _opened(data, formats) as image:
         image.verify()
@@ -127,7 +127,7 @@ def _plain(image: Image.Image, bits: int | None) -> Decoded:
 
 
 @contextmanager
-def _opened(data: bytes, formats: Sequence[str]) -> Iterator[Image.Image]:
+def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """Give the block an image of an acceptable size; whatever Pillow raises becomes BadImage."""
     try:
         with warnings.catch_warnings():
@@ -181,7 +181,10 @@ def _demand_range(mode: str, bits: int | None) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn or mirror an image by its Orientation; Pillow has done so for TIFF and removed the tag."""
+    """Turn or mirror an image by its Orientation.
+
+    Pillow does so itself when it loads TIFF, and removes the tag.
+    """
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001  damaged attributes leave the pixels usable

@@ -1,4 +1,4 @@
-"""Images of every mode and format, with means that are computed without Pillow's conversions."""
+"""Images of every mode and format; the right means are computed without Pillow."""
 
 from __future__ import annotations
 
@@ -377,7 +377,7 @@ def test_an_orientation_is_applied_once(tmp_path: Path, kind: str, by: str) -> N
         data = _saved(Image.fromarray(pixels), kind, **LOSSLESS[kind], **_told(number, kind, by))
         (folder / f"{number}.{kind.lower()}").write_bytes(data)
         (folder / f"{number}b.{kind.lower()}").write_bytes(data)
-    pack(tmp_path / "source", tmp_path / "out", PackOptions(val=2))
+    pack(tmp_path / "source", tmp_path / "out", PackOptions(val=2, shards=1))
     classes = read_index(tmp_path / "out" / "train").classes
     samples = [*_samples(tmp_path / "out" / "train"), *_samples(tmp_path / "out" / "val")]
     assert len(samples) == 16
@@ -390,7 +390,7 @@ def test_an_orientation_is_applied_once(tmp_path: Path, kind: str, by: str) -> N
 
 
 def test_one_limit_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing refuses what training would skip; index, verify and preview agree, just above and far above."""
+    """Packing refuses what training would skip; index, verify and preview agree with it."""
     size = (300, 200)
     source = _source(tmp_path, {"large.png": _saved(Image.new("L", size, 7), "PNG")})
     pack(source, tmp_path / "out", PackOptions(val=2))
@@ -426,7 +426,7 @@ def test_the_first_frame_is_taken_and_the_others_are_counted(
         "a.tif": _saved(frames[0], "TIFF", **moving),
     }
     with caplog.at_level(logging.INFO):
-        pack(_source(tmp_path, files), tmp_path / "out", PackOptions(val=2))
+        pack(_source(tmp_path, files), tmp_path / "out", PackOptions(val=2, shards=1))
     assert f"8 images {SEVERAL}" in caplog.messages
     means = [
         np.asarray(decode_image(sample)).mean((0, 1)).round().tolist()

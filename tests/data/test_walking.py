@@ -1,4 +1,4 @@
-"""The walk through users' folders: links, loops, broken links, and split folders by other names."""
+"""The walk through users' folders: links, loops, broken links, splits by other names."""
 
 from __future__ import annotations
 

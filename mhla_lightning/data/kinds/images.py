@@ -68,7 +68,10 @@ class Images(Kind):
 
 
 def decode_image(sample: RawSample) -> Image.Image:
-    """Decode the image of a raw sample to upright RGB (see pixels.py). Raises BadSample with the reason."""
+    """Decode the image of a raw sample to upright RGB (see pixels.py).
+
+    Raises BadSample with the reason.
+    """
     extension, data = member(sample, *IMAGE_EXTENSIONS)
     if image_extension(data) is None:
         raise BadSample(f"member {extension} is neither JPEG, PNG nor WebP")

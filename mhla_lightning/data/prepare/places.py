@@ -35,7 +35,7 @@ def split_word(name: str) -> tuple[str, str] | None:
 
 
 def folder_split(name: str) -> str | None:
-    """Return the split that a folder's whole name means, such as val for Validation; None for others."""
+    """Return the split that the name of a folder means, such as val for Validation, or None."""
     return _WORDS.get(name.lower())
 
 

@@ -1,4 +1,4 @@
-"""The files below a folder: the one walk of all that takes folders of a user.
+"""The files below a folder: the one walk through folders of a user.
 
 Linked folders are followed. A folder is read once, under the first of its names, so that a loop of links ends
 and no file is taken twice.
@@ -109,8 +109,12 @@ def walk(root: Path, files: Wanted = visible, folders: Wanted = visible) -> Walk
 
 
 def _visit(root: Path, seen: set[tuple[int, int]], found: Walk, files: Wanted, folders: Wanted) -> list[Path]:
-    """Add the files of a folder and of all that is really below it; return the links to other folders."""
-    waiting, links = [root], []
+    """Add the files of a folder and of all that is really below it.
+
+    Returns the links to other folders.
+    """
+    waiting = [root]
+    links: list[Path] = []
     while waiting:
         folder = waiting.pop()
         identity = _identity(folder)

@@ -54,9 +54,9 @@ class SampleSource:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode upright pixels of 8 bits as PNG: grayscale stays grayscale, everything else becomes RGB.
+    """Encode upright pixels of 8 bits as PNG.
 
-    Raises BadImage (see pixels.eight_bits).
+    Grayscale stays grayscale, everything else becomes RGB. Raises BadImage (see pixels.eight_bits).
     """
     buffer = io.BytesIO()
     eight_bits(image).image.save(buffer, format="PNG")

@@ -36,7 +36,10 @@ def _sample(header: ShardIndex, path: Path, label: int) -> Sample:
 
 
 def _read(path: Path) -> tuple[bytes, tuple[str, ...]]:
-    """Return an encoded image, and how it will be read. Raises DataError unless training can use it."""
+    """Return an encoded image, and remarks on how it is read.
+
+    Raises DataError for an image that training could not use.
+    """
     try:
         data = path.read_bytes()
         found = decode(data, FILE_FORMATS)  # all of it, so that a cut image is found now and not in training

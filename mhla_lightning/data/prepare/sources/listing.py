@@ -68,8 +68,8 @@ def list_classes(folder: Path, example: str) -> Listing:
         example: the name of a file, for messages.
 
     Raises:
-        DataError: no classes, a class without files, a file outside a class, a class that train lacks, or
-            folders that look like splits and have other names.
+        DataError: no classes, a class without files, a file outside a class, a class that train lacks.
+            Folders that look like splits and have other names.
     """
     roots = _split_folders(folder)
     classes = tuple(path.name for path in _entries(roots["train"]) if path.is_dir())
@@ -103,7 +103,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _are_all_splits(found: list[Path], named: dict[Path, str]) -> bool:
-    """Return whether a folder holds splits with class folders, rather than classes with such names."""
+    """Return whether folders are splits of classes, rather than classes with such names."""
     return (
         len(named) == len(found)
         and "train" in named.values()
