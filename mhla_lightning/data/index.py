@@ -175,6 +175,7 @@ class ShardIndex:
         length: tokens of a row; of tokens.
         clip: size of the clips; of clips, and of the clips behind video latents.
         text: encoder of the captions; of latents.
+        keys_per_shard: whether keys begin anew in each shard, in shards that others made.
     """
 
     kind: str
@@ -185,6 +186,7 @@ class ShardIndex:
     length: int | None = None
     clip: Clip | None = None
     text: TextEncoding | None = None
+    keys_per_shard: bool = False
 
     @property
     def samples(self) -> int:
@@ -234,6 +236,7 @@ def write_index(split_dir: str | Path, index: ShardIndex) -> None:
         if index.text is not None
         else {}
     )
+    content |= {"keys_per_shard": True} if index.keys_per_shard else {}
     content |= {"hash": index.hash}
     Path(split_dir, INDEX_NAME).write_text(
         json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -349,6 +352,7 @@ def _build(path: str, content: dict[str, Any]) -> ShardIndex:
         _typed(content, "classes", list)
         _typed(content, "tokenizer", str)
         _typed(content, "length", int)
+        _typed(content, "keys_per_shard", bool)
         if not 0 <= (content.get("length") or 0) <= MAX_LENGTH:
             raise ValueError(f"rows of {content['length']} tokens")
         clip, text = _clip(content), _text(content)
@@ -361,6 +365,7 @@ def _build(path: str, content: dict[str, Any]) -> ShardIndex:
             content.get("length"),
             clip=clip,
             text=text,
+            keys_per_shard=bool(content.get("keys_per_shard")),
         )
     except KeyError as error:
         raise DataError(path, f"it lacks the key {error}") from error

@@ -28,7 +28,9 @@ _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_HEADER = 2**16  # bytes; names and attributes are far shorter
 # tarfile raises these for bytes that are no tar file.
 _NO_TAR = (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _IMAGE_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class Scan(NamedTuple):
@@ -91,7 +93,7 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
     end = 0
     try:
         _demand_uncompressed(file, address)
-        with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:", encoding="utf-8") as tar:
             for info in tar:
                 named = _named(info, address)
                 if named is None:
@@ -108,7 +110,7 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
                 extensions.add(extension)
                 end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
-            _demand_end(file, tar.offset)
+            _demand_end(file, tar.offset, address)
     except (*_NO_TAR, OSError) as error:
         raise DataError(
             address,
@@ -121,7 +123,9 @@ def scan_shard(file: BinaryIO, address: str) -> Scan:
 
 
 def image_extension(data: bytes) -> str | None:
-    """Return 'jpg' or 'png' by the first bytes, None for anything else."""
+    """Return 'jpg', 'png' or 'webp' by the first bytes, None for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
     return next((extension for magic, extension in _IMAGE_MAGIC.items() if data.startswith(magic)), None)
 
 
@@ -138,23 +142,44 @@ class _Headers:
 
 
 def _demand_uncompressed(file: BinaryIO, address: str) -> None:
-    compressed = file.read(2) == b"\x1f\x8b"
+    start = file.read(8)
     file.seek(0)
-    if compressed:
+    by = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+    if by is not None:
         raise DataError(
-            address, "it is compressed by gzip, so single samples cannot be read from it: decompress it first"
+            address,
+            f"it is compressed by {by}, so single samples cannot be read from it: decompress it first",
         )
 
 
-def _demand_end(file: BinaryIO, offset: int) -> None:
-    """Raise ReadError unless only zeros follow.
+def _demand_end(file: BinaryIO, offset: int, address: str) -> None:
+    """Raise unless only zeros follow.
 
     tarfile takes a damaged or zeroed header for the end of the archive.
     """
     file.seek(offset)
+    end = offset
     while block := file.read(_LONGEST_HEADER):
-        if block.count(0) != len(block):
-            raise tarfile.ReadError(f"no tar header at byte {offset}, and more data after it")
+        if block.count(0) == len(block):
+            end += len(block)
+            continue
+        place = end + (len(block) - len(block.lstrip(b"\0"))) // _BLOCK * _BLOCK
+        if place >= offset + 2 * _BLOCK and _is_header(file, place):
+            raise DataError(
+                address,
+                f"it is several tar files joined by cat, and another one begins at byte {place}: cut it "
+                f"there (head -c {place} FILE > FIRST.tar; tail -c +{place + 1} FILE > REST.tar)",
+            )
+        raise tarfile.ReadError(f"no tar header at byte {offset}, and more data after it")
+
+
+def _is_header(file: BinaryIO, place: int) -> bool:
+    file.seek(place)
+    try:
+        tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _demand_together(keys: list[str], address: str) -> None:
@@ -179,7 +204,8 @@ def _headers(data: bytes) -> Iterator[tarfile.TarInfo]:
     while offset + _BLOCK <= len(data) and any(data[offset : offset + _BLOCK]):
         info = tarfile.TarInfo.frombuf(data[offset : offset + _BLOCK], "utf-8", "surrogateescape")
         if info.type in _EXTENDED:
-            with tarfile.open(fileobj=cast(BinaryIO, _Headers(io.BytesIO(data))), mode="r:") as tar:
+            piece = cast(BinaryIO, _Headers(io.BytesIO(data)))
+            with tarfile.open(fileobj=piece, mode="r:", encoding="utf-8") as tar:
                 yield from tar
             return
         _demand_size(info)

@@ -144,19 +144,19 @@ def _objects() -> bytes:
 ZIP_BOMB = _png_of(8, 8, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 * 10**8))))
 UNUSABLE: dict[str, tuple[DataKind, Callable[[Sample], object], str]] = {
     "image cut": ("images", _image(png(0)[:40]), "image cannot be decoded"),
-    "image of no bytes": ("images", _image(b""), "neither JPEG nor PNG"),
+    "image of no bytes": ("images", _image(b""), "neither JPEG, PNG nor WebP"),
     "PostScript": (
         "images",
         _image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"),
-        "neither JPEG nor PNG",
+        "neither JPEG, PNG nor WebP",
     ),
     "flipped bit in the image": (
         "images",
         _image(png(0)[:50] + bytes([png(0)[50] ^ 1]) + png(0)[51:]),
         "image cannot be decoded",
     ),
-    "bomb of 100 megapixels": ("images", _image(_png_of(10_000, 10_000)), "decompression bomb"),
-    "bomb of 4 gigapixels": ("images", _image(_png_of(65_535, 65_535)), "decompression bomb"),
+    "bomb of 100 megapixels": ("images", _image(_png_of(10_000, 10_000)), "at most 89,478,485 are read"),
+    "bomb of 4 gigapixels": ("images", _image(_png_of(65_535, 65_535)), "at most 89,478,485 are read"),
     "bomb in a text chunk": ("images", _image(ZIP_BOMB), "image cannot be decoded"),
     "no image": ("images", lambda sample: sample.pop(0), "no member jpg or jpeg or png"),
     "image under another name": ("images", _rename(f"{KEY}.gif"), "no member jpg"),

@@ -16,7 +16,7 @@ from mhla_lightning.textfiles import read_text, split_lines
 
 HELP = "index shards that others made"
 EPILOG = """A sample has one of these groups of members:
-  images         KEY.jpg or KEY.png, and KEY.cls (the class number)
+  images         KEY.jpg, KEY.png or KEY.webp, and KEY.cls (the class number)
   tokens         KEY.tokens.npy and KEY.documents.npy
   latents        KEY.latent.npy, and KEY.cls or KEY.text.npy
   clips          KEY.clip.npy or KEY.mp4, and KEY.txt (the caption)
@@ -65,7 +65,14 @@ def run(args: argparse.Namespace) -> int:
     facts = Facts(args.kind, classes, given and VAE(*given, shape=()), args.tokenizer, args.rate)
     console = Console()
     with output.vae_arguments(), progress_bars(console) as on_progress:
-        indices = index_shards(args.path, facts, args.overwrite, output.workers(args), on_progress)
+        indices = index_shards(
+            args.path,
+            facts,
+            args.overwrite,
+            output.workers(args),
+            on_progress,
+            on_note=lambda text: console.print(text, markup=False, soft_wrap=True),
+        )
     rows = [output.index_row(split, index) for split, index in indices.items()]
     console.print(output.index_table(args.path, rows))
     write_json(args.json, {"rows": rows})

@@ -1,25 +1,21 @@
-"""Labelled images: KEY.jpg or KEY.png, and KEY.cls."""
+"""Labelled images: KEY.jpg, KEY.png or KEY.webp, and KEY.cls."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
-from webdataset.autodecode import imagehandler
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds.base import Kind, label_of, member
-from mhla_lightning.data.members import RawSample, image_extension
+from mhla_lightning.data.members import IMAGE_EXTENSIONS, RawSample, image_extension
+from mhla_lightning.data.pixels import BadImage, decode
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.transforms import Augmentation, Transform, eval_transform, train_transform
 from mhla_lightning.errors import DataError
 from mhla_lightning.randomness import sample_rng
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
-_to_pil_rgb = imagehandler("pilrgb", IMAGE_EXTENSIONS)
 
 
 @dataclass
@@ -72,15 +68,15 @@ class Images(Kind):
 
 
 def decode_image(sample: RawSample) -> Image.Image:
-    """Decode the RGB image of a raw sample with webdataset. Raises BadSample with the reason."""
+    """Decode the image of a raw sample to upright RGB (see pixels.py).
+
+    Raises BadSample with the reason.
+    """
     extension, data = member(sample, *IMAGE_EXTENSIONS)
-    # PIL would try every format, among them PostScript by an external program.
     if image_extension(data) is None:
-        raise BadSample(f"member {extension} is neither JPEG nor PNG")
+        raise BadSample(f"member {extension} is neither JPEG, PNG nor WebP")
     try:
-        with warnings.catch_warnings():
-            # PIL only warns about small decompression bombs.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _to_pil_rgb(extension, data)
-    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
-        raise BadSample(f"image cannot be decoded: {error}") from error
+        image = decode(data).image
+    except BadImage as reason:
+        raise BadSample(f"image cannot be decoded: {reason}") from reason
+    return image if image.mode == "RGB" else image.convert("RGB")

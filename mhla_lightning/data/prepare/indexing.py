@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -21,12 +22,21 @@ from mhla_lightning.data.index import (
     write_index,
 )
 from mhla_lightning.data.prepare.parallel import run_jobs
-from mhla_lightning.data.prepare.places import find_splits, tar_files
+from mhla_lightning.data.prepare.places import find_splits, folder_split, split_word, tar_files
+from mhla_lightning.data.prepare.replacing import Note
 from mhla_lightning.data.prepare.survey import Survey, SurveyJob, survey_shard
+from mhla_lightning.data.prepare.walking import visible
 from mhla_lightning.data.stores import LocalStore, open_store
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 OnProgress = Callable[[str, int, int], None]  # split, shards done, shards in all
+_COMPRESSED = {
+    (".tar.gz", ".tgz"): "gunzip",
+    (".tar.bz2", ".tbz2"): "bunzip2",
+    (".tar.xz", ".txz"): "unxz",
+    (".tar.zst", ".tzst"): "unzstd",
+}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ def index_shards(
     overwrite: bool = False,
     workers: int = 1,
     on_progress: OnProgress | None = None,
+    on_note: Note | None = None,
 ) -> dict[str, ShardIndex]:
     """Write index.json and offsets for tar files, and return the indices by split.
 
@@ -76,6 +87,7 @@ def index_shards(
         overwrite: replace an index.
         workers: processes.
         on_progress: called with a split, its shards done and its shards in all.
+        on_note: called with remarks for the user; None logs them.
 
     Raises:
         UserError: a path or facts that do not fit.
@@ -95,7 +107,20 @@ def index_shards(
             read_index(work[name])  # refuses, for instance, names of shards that training would refuse
         for name, folder in folders.items():
             _publish(work[name], folder)
+    for name, index in indices.items():
+        _remark(name, index, surveys[name], on_note or _log.info)
     return indices
+
+
+def _remark(name: str, index: ShardIndex, surveys: Sequence[Survey], on_note: Note) -> None:
+    if index.keys_per_shard:
+        on_note(f"{name}: keys begin anew in each shard, so a sample is named by its shard and its key")
+    bad = [survey for survey in surveys if survey.unusable]
+    if bad:
+        on_note(
+            f"{name}: {sum(survey.unusable for survey in bad)} of {index.samples} images cannot be used, and "
+            f"training skips them; the first is {bad[0].reason}"
+        )
 
 
 def _folders(path: str, overwrite: bool) -> dict[str, Path]:
@@ -107,17 +132,12 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
             "index.json and the offsets with them",
         )
     root = Path(store.address(".")).absolute()
-    packed = sorted(
-        file for pattern in ("*.tar.gz", "*.tgz", "*/*.tar.gz", "*/*.tgz") for file in root.glob(pattern)
-    )
-    if packed:
-        raise UserError(
-            str(packed[0]),
-            "is compressed, so single samples cannot be read from it; decompress it first "
-            f"(gunzip {packed[0].name})",
-        )
-    if not root.is_dir() or not (tar_files(root) or any(tar_files(root / name) for name in SPLITS)):
+    places = [root, *(root / name for name in SPLITS)]
+    for place in places:
+        _demand_plain_names(place)
+    if not any(tar_files(place) for place in places):
         raise DataError(path, "holds no tar files, neither itself nor in train/, val/ or test/")
+    _demand_split_folders(root)
     folders = {name: Path(found.address(".")).absolute() for name, found in find_splits(path).items()}
     for folder in folders.values():
         if (folder / INDEX_NAME).exists() and not overwrite:
@@ -125,6 +145,59 @@ def _folders(path: str, overwrite: bool) -> dict[str, Path]:
         if not tar_files(folder):
             raise DataError(str(folder), "holds no tar files")
     return folders
+
+
+def _demand_plain_names(folder: Path) -> None:
+    """Refuse tar files that would be passed over: compressed ones, and others than *.tar."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.name.lower()
+        tool = next((tool for suffixes, tool in _COMPRESSED.items() if name.endswith(suffixes)), None)
+        if tool is not None and visible(name):
+            raise UserError(
+                str(path),
+                "is compressed, so single samples cannot be read from it; decompress it first "
+                f"({tool} {path.name})",
+            )
+        if name.endswith(".tar") and not path.name.endswith(".tar"):
+            raise UserError(str(path), f"is not called *.tar; rename it to {path.name[:-4]}.tar")
+
+
+def _demand_split_folders(root: Path) -> None:
+    """Refuse shards of several splits in one folder, and splits whose folders have other names."""
+    if root.name in SPLITS:
+        return
+    files = tar_files(root)
+    below = [path for path in sorted(root.iterdir()) if path.is_dir() and tar_files(path)]
+    beside = next((path.name for path in below if path.name in SPLITS), None)
+    if files and beside is not None:
+        raise UserError(
+            str(files[0]), f"is beside the split {beside}; move it into a folder train, val or test"
+        )
+    for path in below:
+        split = folder_split(path.name)
+        if split not in (None, path.name):
+            raise UserError(
+                str(path), f"looks like a split; splits are folders train, val and test: rename it to {split}"
+            )
+    _demand_one_split(root, files)
+
+
+def _demand_one_split(root: Path, files: Sequence[Path]) -> None:
+    """Refuse files whose names tell that they are of several splits."""
+    found: dict[str, tuple[str, str]] = {}  # split and a file by word
+    for file in files:
+        meant = split_word(file.name)
+        if meant is not None:
+            found.setdefault(meant[0], (meant[1], file.name))
+    splits = [name for name in SPLITS if name in {split for split, _ in found.values()}]
+    if len(splits) > 1:
+        moves = " && ".join(f"mv *{word}*.tar {split}/" for word, (split, _) in found.items())
+        raise UserError(
+            str(root),
+            f"holds shards of {' and '.join(splits)} by their names "
+            f"({', '.join(name for _, name in found.values())}), and would become one split; give each a "
+            f"folder (mkdir {' '.join(splits)} && {moves}), or move all into train/ if they are one split",
+        )
 
 
 @contextmanager
@@ -163,7 +236,6 @@ def _survey(
 
 
 def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
-    owners: dict[str, str] = {}
     first = surveys[0]
     for survey in surveys:
         if survey.clip != first.clip:
@@ -182,14 +254,37 @@ def _demand_alike(folder: Path, surveys: Sequence[Survey]) -> None:
                 str(folder / survey.entry.name),
                 f"holds {what}, unlike {first.entry.name}; all samples of a split must be alike",
             )
-        for key in survey.keys:
-            if key in owners:
-                raise DataError(
-                    str(folder / survey.entry.name),
-                    f"holds sample {key}, which is in {owners[key]} too; every sample of a split needs a "
-                    "name of its own",
-                )
-            owners[key] = survey.entry.name
+
+
+def _keys_per_shard(folder: Path, surveys: Sequence[Survey]) -> bool:
+    """Return whether keys begin anew in each shard.
+
+    Raises:
+        DataError: two shards share few keys, as by mistake, or samples that are equal, as copies are.
+    """
+    owners: dict[str, tuple[Survey, int]] = {}
+    anew = False
+    for survey in surveys:
+        twice = [place for place, key in enumerate(survey.keys) if key in owners]
+        few = 2 * len(twice) < min(len(survey.keys), len(surveys[0].keys))
+        if twice and (
+            few or all(_content(survey, place) == _content(*owners[survey.keys[place]]) for place in twice)
+        ):
+            key = survey.keys[twice[0]]
+            raise DataError(
+                str(folder / survey.entry.name),
+                f"holds sample {key}, which is in {owners[key][0].entry.name} too ({len(twice)} such samples "
+                "in all); remove them, or give them other names",
+            )
+        anew = anew or bool(twice)
+        for place, key in enumerate(survey.keys):
+            owners.setdefault(key, (survey, place))
+    return anew
+
+
+def _content(survey: Survey, place: int) -> bytes | str:
+    """Return what tells a sample from others, or its shard where samples were not read."""
+    return survey.contents[place] if survey.contents else survey.entry.sha256
 
 
 def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -> ShardIndex:
@@ -222,7 +317,16 @@ def _index(folder: Path, surveys: Sequence[Survey], facts: Facts, labels: int) -
     tokenizer = facts.tokenizer or old.tokenizer if first.length else None
     vae = replace(vae, shape=first.shape) if vae is not None and first.shape else None
     entries, clip = tuple(survey.entry for survey in surveys), _clip(folder, first, facts, old)
-    return ShardIndex(first.kind, entries, names if labels else (), tokenizer, vae, first.length, clip=clip)
+    return ShardIndex(
+        first.kind,
+        entries,
+        names if labels else (),
+        tokenizer,
+        vae,
+        first.length,
+        clip=clip,
+        keys_per_shard=_keys_per_shard(folder, surveys),
+    )
 
 
 def _clip(folder: Path, first: Survey, facts: Facts, old: ShardIndex) -> Clip | None:

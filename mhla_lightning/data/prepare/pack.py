@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mhla_lightning import __version__
@@ -23,6 +25,7 @@ from mhla_lightning.data.prepare.replacing import Building, Note, build, demand_
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.data.prepare.shards import SHARD_BYTES, shard_name
 from mhla_lightning.data.prepare.sources import SampleSource, SourcePart, open_sample_source
+from mhla_lightning.data.prepare.tallies import Done, finished_shard, write_tallied
 from mhla_lightning.data.stores.addresses import parse
 from mhla_lightning.errors import DataError, UserError
 
@@ -32,6 +35,7 @@ DEFAULT_VAL = 0.2  # share held out when the source has no val part and none is 
 _FEWEST_SHARDS = {"train": 16, "val": 4, "test": 4}
 _PROBED = 64  # samples read to estimate the size of a split
 _WRITERS = ("numpy", "pillow", "webdataset")  # another version of one of them may write other bytes
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,20 @@ class PackJob:
     first: int
 
 
+@dataclass
+class PackTally:
+    """Samples of a shard by their remarks."""
+
+    remarks: dict[str, int] = field(default_factory=dict)
+
+    def counted(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """Pass samples on and count their remarks."""
+        for sample in samples:
+            for remark in sample.remarks:
+                self.remarks[remark] = self.remarks.get(remark, 0) + 1
+            yield sample
+
+
 def pack(
     source: str | Path | SampleSource,
     to: str | Path,
@@ -113,7 +131,7 @@ def pack(
         workers: processes, each of which writes whole shards; 1 is this process.
         wait: wait for another process that packs into `to`; False refuses.
         on_progress: called with a split, its samples done and its samples in all.
-        on_note: called with remarks for the user, such as that finished shards are kept.
+        on_note: called with remarks for the user, such as that finished shards are kept; None logs them.
 
     Returns:
         The index of every split.
@@ -130,7 +148,7 @@ def pack(
         source if isinstance(source, SampleSource) else open_sample_source(source, options.kind, options.vae)
     )
     splits = plan(opened, options)
-    note = on_note or (lambda _: None)
+    note = on_note or _log.info
     with build(
         target, _fingerprint(source, opened, options), [split.name for split in splits], overwrite, wait, note
     ) as building:
@@ -262,23 +280,31 @@ def _write(
 ) -> dict[tuple[str, str], ShardEntry]:
     """Write the shards that are not finished yet, and return all entries by split and file name."""
     names = [(split.name, shard_name(split.name, shard)) for split in splits for shard in range(split.shards)]
-    entries = {name: entry for name in names if (entry := building.finished(*name)) is not None}
-    if entries:
-        on_note(f"{len(entries)} of {len(names)} shards were finished before and are kept")
+    finished = {
+        name: shard for name in names if (shard := finished_shard(building, *name, PackTally)) is not None
+    }
+    if finished:
+        on_note(f"{len(finished)} of {len(names)} shards were finished before and are kept")
     totals = {split.name: len(split.order) for split in splits}
     done = {
-        name: sum(entry.samples for (split, _), entry in entries.items() if split == name) for name in totals
+        name: sum(shard.entry.samples for shard in finished.values() if shard.split == name)
+        for name in totals
     }
     for name, total in totals.items():
         on_progress(name, done[name], total)
     with closing(
-        run_jobs(_write_shard, _jobs(building, header.kind, splits, set(entries)), workers)
+        run_jobs(_write_shard, _jobs(building, header.kind, splits, set(finished)), workers)
     ) as results:
-        for name, entry in results:
-            entries[name, entry.name] = entry
-            done[name] += entry.samples
-            on_progress(name, done[name], totals[name])
-    return entries
+        for shard in results:
+            finished[shard.split, shard.entry.name] = shard
+            done[shard.split] += shard.entry.samples
+            on_progress(shard.split, done[shard.split], totals[shard.split])
+    remarks: Counter[str] = Counter()
+    for shard in finished.values():
+        remarks.update(shard.tally.remarks)
+    for remark, count in sorted(remarks.items()):
+        on_note(f"{count} {'image' if count == 1 else 'images'} {remark}")
+    return {name: shard.entry for name, shard in finished.items()}
 
 
 def _jobs(
@@ -292,5 +318,7 @@ def _jobs(
                 yield PackJob(building, split.name, shard_name(split.name, shard), kind, samples, start)
 
 
-def _write_shard(job: PackJob) -> tuple[str, ShardEntry]:
-    return job.split, job.building.write(job.split, job.name, job.kind, job.samples, job.first)
+def _write_shard(job: PackJob) -> Done[PackTally]:
+    tally = PackTally()
+    samples = tally.counted(job.samples)
+    return write_tallied(job.building, job.split, job.name, job.kind, samples, tally, job.first)

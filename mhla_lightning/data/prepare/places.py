@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,34 @@ from mhla_lightning.data.index import INDEX_NAME, SPLITS
 from mhla_lightning.data.stores import LocalStore, Store, open_store
 from mhla_lightning.data.stores.addresses import plain_key_advice
 from mhla_lightning.errors import DataError, UserError, unknown_name
+
+# The words that people use for a split, and its name here.
+_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def split_word(name: str) -> tuple[str, str] | None:
+    """Return the last word in a file's name that means a split, and the split.
+
+    >>> split_word("imagenet1k-validation-07.tar")
+    ('validation', 'val')
+    """
+    words = [word for word in re.findall("[A-Za-z]+", name) if word.lower() in _WORDS]
+    return (words[-1], _WORDS[words[-1].lower()]) if words else None
+
+
+def folder_split(name: str) -> str | None:
+    """Return the split that the name of a folder means, such as val for Validation, or None."""
+    return _WORDS.get(name.lower())
 
 
 def find_splits(path: str, split: Sequence[str] | None = None) -> dict[str, Store]:

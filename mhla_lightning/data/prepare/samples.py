@@ -27,11 +27,13 @@ class Sample:
         name: where the sample came from; part of its key.
         members: bytes by extension, in the order of writing.
         rows: number of samples that it counts for.
+        remarks: what training will do to it that a user may not expect; counted while shards are written.
     """
 
     name: str
     members: dict[str, bytes]
     rows: int = 1
+    remarks: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -40,7 +42,7 @@ class Sample:
 
 
 def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sample:
-    """Make a sample of a JPEG or PNG file and its class number.
+    """Make a sample of a JPEG, PNG or WebP file and its class number.
 
     Args:
         header: an index of images; its classes bound the label.
@@ -49,11 +51,11 @@ def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sam
         label: class number.
 
     Raises:
-        DataError: neither JPEG nor PNG, or a label that is no class.
+        DataError: another format, or a label that is no class.
     """
     extension = image_extension(image)
     if extension is None:
-        raise DataError(name, "it is neither JPEG nor PNG")
+        raise DataError(name, "it is neither JPEG, PNG nor WebP")
     return Sample(name, {"cls": _label(header, name, label), extension: image})
 
 

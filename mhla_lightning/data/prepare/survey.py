@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -12,12 +12,20 @@ import numpy as np
 from mhla_lightning.data.check import sha256_of
 from mhla_lightning.data.encoders.videos import measure_mp4
 from mhla_lightning.data.index import ShardEntry, offsets_path
-from mhla_lightning.data.members import RawSample, Scan, image_extension, parse_sample, scan_shard
+from mhla_lightning.data.members import (
+    IMAGE_EXTENSIONS,
+    RawSample,
+    Scan,
+    image_extension,
+    parse_sample,
+    scan_shard,
+)
 from mhla_lightning.data.npy import load_npy
+from mhla_lightning.data.pixels import BadImage, check_header
 from mhla_lightning.data.prepare.shards import row_offsets, token_members
 from mhla_lightning.errors import DataError
 
-IMAGES = ("jpg", "jpeg", "png")
+_UNPACK = "unpack the shards into FOLDER/CLASS/* and run `mhla data pack`"
 LATENT_KINDS = {3: "latents", 4: "video_latents"}
 
 
@@ -64,6 +72,9 @@ class Survey:
         length: tokens a row; None for other kinds.
         shape: of a latent; empty for other kinds.
         clip: size and rate of clips; None for other kinds.
+        unusable: images that training will skip, as far as their headers show.
+        reason: the first of these, and why.
+        contents: a hash of each sample's members; empty where samples are not read.
     """
 
     entry: ShardEntry
@@ -73,6 +84,9 @@ class Survey:
     length: int | None = None
     shape: tuple[int, ...] = ()
     clip: ClipFacts | None = None
+    unusable: int = 0
+    reason: str = ""
+    contents: list[bytes] = field(default_factory=list, repr=False)
 
 
 def survey_shard(job: SurveyJob) -> Survey:
@@ -97,13 +111,25 @@ def survey_shard(job: SurveyJob) -> Survey:
                 )
             members = token_members(file, scan, address) if kind == "tokens" else None
             offsets = row_offsets(scan, members) if members else scan.offsets
-            labels = 0 if members or clip or "cls" not in first else 1 + max(_labels(file, scan, address))
+            labelled = not members and clip is None and "cls" in first
+            looked = _look(file, scan, kind, address) if labelled else Looked()
             file.seek(0)
             entry = ShardEntry(job.path.name, len(offsets) - 1, job.path.stat().st_size, sha256_of(file))
     except OSError as error:
         raise DataError(address, f"cannot be read ({error.strerror or error})") from error
     np.save(offsets_path(job.to, entry.name), offsets, allow_pickle=False)
-    return Survey(entry, kind, scan.keys, labels, members.length if members else None, shape, clip)
+    return Survey(
+        entry,
+        kind,
+        scan.keys,
+        looked.labels,
+        members.length if members else None,
+        shape,
+        clip,
+        len(looked.bad),
+        looked.bad[0] if looked.bad else "",
+        looked.contents,
+    )
 
 
 def _sample(file: BinaryIO, scan: Scan, number: int, address: str) -> RawSample:
@@ -128,16 +154,21 @@ def _kind(sample: RawSample, address: str) -> tuple[str, tuple[int, ...]]:
     if "clip.npy" in members or "mp4" in members:
         _demand(address, what, members, "txt")
         return "clips", ()
-    image = next((name for name in IMAGES if name in members), None)
+    image = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if image is not None and image_extension(sample[image]) is not None:
         _demand(address, what, members, "cls")
         return "images", ()
     found = ", ".join(sorted(members))
+    if image is not None:
+        raise DataError(
+            address,
+            f"{what} has the members {found}, but {image} holds neither JPEG, PNG nor WebP: {_UNPACK}",
+        )
     known = (
-        "jpg or png with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, clip.npy "
-        "or mp4 with txt"
+        "jpg, jpeg, png or webp with cls, tokens.npy with documents.npy, latent.npy with cls or text.npy, "
+        "clip.npy or mp4 with txt"
     )
-    raise DataError(address, f"{what} has the members {found}; known are {known}")
+    raise DataError(address, f"{what} has the members {found}; known are {known}; {_UNPACK}")
 
 
 def _clip(sample: RawSample, address: str) -> ClipFacts:
@@ -152,25 +183,52 @@ def _clip(sample: RawSample, address: str) -> ClipFacts:
 
 def _demand(address: str, what: str, members: set[str], *wanted: str) -> None:
     if not members & set(wanted):
-        hint = (
-            "; labels in KEY.json are not read: write the class number as KEY.cls"
-            if "cls" in wanted and "json" in members
-            else ""
-        )
+        others = [name for name in ("json", "txt") if name in members]
+        read = f"; labels in {' or '.join(f'KEY.{name}' for name in others)} are not read" if others else ""
         raise DataError(
             address,
-            f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}{hint}",
+            f"{what} has the members {', '.join(sorted(members))} and lacks {' or '.join(wanted)}"
+            + (f"{read}: write the class number as KEY.cls, or {_UNPACK}" if "cls" in wanted else ""),
         )
 
 
-def _labels(file: BinaryIO, scan: Scan, address: str) -> Iterator[int]:
+@dataclass
+class Looked:
+    """What one pass over labelled samples shows.
+
+    Args:
+        labels: 1 + the largest class number.
+        bad: images that training will skip, each with the reason.
+        contents: a hash of each sample's members.
+    """
+
+    labels: int = 0
+    bad: list[str] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+
+
+def _look(file: BinaryIO, scan: Scan, kind: str, address: str) -> Looked:
+    looked = Looked()
     for number in range(len(scan.keys)):
         sample = _sample(file, scan, number, address)
-        text = sample.get("cls", b"").strip()
+        members = {name: data for name, data in sample.items() if not name.startswith("__")}
+        what = f"sample {sample['__key__']}"
+        _demand(address, what, set(members), "cls")
+        text = members["cls"].strip()
         if not text.isdigit() or len(text) > 9:
             raise DataError(
                 address,
-                f"sample {sample['__key__']} has cls {text[:20]!r}; the class number is needed, an "
-                "integer from 0 on",
+                f"{what} has cls {text[:20]!r}; the class number is needed, an integer from 0 on: write it, "
+                f"or {_UNPACK}",
             )
-        yield int(text)
+        looked.labels = max(looked.labels, 1 + int(text))
+        digest = hashlib.blake2b(digest_size=8)
+        for name, data in sorted(members.items()):
+            digest.update(f"{name} {len(data)} ".encode(errors="surrogateescape") + data)
+        looked.contents.append(digest.digest())
+        try:
+            if kind == "images":
+                check_header(next((members[name] for name in IMAGE_EXTENSIONS if name in members), b""))
+        except BadImage as reason:
+            looked.bad.append(f"{sample['__key__']} of {address} ({reason})")
+    return looked

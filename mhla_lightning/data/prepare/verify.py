@@ -147,7 +147,18 @@ def _verify_split(
     found.sort(key=lambda findings: findings.first)  # workers finish in any order
     for findings in found:
         report.add(findings.problems, findings.found)
-    _same_keys(name, store, found, report)
+    if index.keys_per_shard:
+        _same_shards(name, index, report)
+    else:
+        _same_keys(name, store, found, report)
+
+
+def _same_shards(name: str, index: ShardIndex, report: VerifyReport) -> None:
+    first: dict[str, str] = {}
+    for entry in index.shards:
+        copied = first.setdefault(entry.sha256, entry.name)
+        if copied != entry.name:
+            report.add([Problem(f"{name}/{entry.name}", "", f"is a copy of {name}/{copied}; remove one")])
 
 
 def _same_keys(name: str, store: Store, found: list[Findings], report: VerifyReport) -> None:

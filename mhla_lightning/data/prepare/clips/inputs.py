@@ -10,6 +10,7 @@ from typing import Any
 
 from mhla_lightning.data.encoders.videos import SUFFIXES
 from mhla_lightning.data.prepare.sources.films import NAME, open_films
+from mhla_lightning.data.prepare.walking import files_below, visible
 from mhla_lightning.errors import DataError, UserError
 from mhla_lightning.textfiles import NotText, json_rows, read_text
 
@@ -56,15 +57,7 @@ def open_videos(
 def _files_below(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError("source", f"{root} does not exist; name a folder of videos, a video, or {NAME}")
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
+    return files_below(root, lambda name: visible(name) and Path(name).suffix.lower() in SUFFIXES)
 
 
 def _caption(path: Path, root: Path, named: dict[str, str] | None, source: str | Path | None) -> str:

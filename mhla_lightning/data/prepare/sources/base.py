@@ -12,6 +12,7 @@ from typing import Protocol
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.pixels import eight_bits
 from mhla_lightning.data.prepare.samples import Sample
 from mhla_lightning.errors import DataError
 
@@ -53,9 +54,12 @@ class SampleSource:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """Encode an image as PNG: grayscale stays grayscale, everything else becomes RGB."""
+    """Encode upright pixels of 8 bits as PNG.
+
+    Grayscale stays grayscale, everything else becomes RGB. Raises BadImage (see pixels.eight_bits).
+    """
     buffer = io.BytesIO()
-    image.convert("L" if image.mode in ("1", "L") else "RGB").save(buffer, format="PNG")
+    eight_bits(image).image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
+from dataclasses import replace
 from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.members import image_extension
+from mhla_lightning.data.pixels import FILE_FORMATS, BadImage, check_sums, decode
 from mhla_lightning.data.prepare.samples import Sample, image_sample
 from mhla_lightning.data.prepare.sources.base import SampleSource, png_bytes
 from mhla_lightning.data.prepare.sources.listing import LabelledFiles, list_classes
 from mhla_lightning.errors import DataError
 
-# The formats that PIL decodes by itself: its PostScript plugin would start a program.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_KEPT = ("jpg", "png")
 
 
 def open_folder(folder: Path) -> SampleSource:
@@ -33,19 +31,25 @@ def open_folder(folder: Path) -> SampleSource:
 
 
 def _sample(header: ShardIndex, path: Path, label: int) -> Sample:
-    return image_sample(header, f"{path.parent.name}-{path.stem}", _read(path), label)
+    data, remarks = _read(path)
+    return replace(image_sample(header, f"{path.parent.name}-{path.stem}", data, label), remarks=remarks)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, tuple[str, ...]]:
+    """Return an encoded image, and remarks on how it is read.
+
+    Raises DataError for an image that training could not use.
+    """
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image_extension(data) is None:
-                return png_bytes(image)
-            image.verify()
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            image.load()  # all of it, so that a cut image is found now and not in training
-    except Exception as error:  # PIL's plugins raise nearly anything on damaged bytes
-        reason = "no JPEG, PNG or other known format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(str(path), f"is no image that can be read ({reason}); repair or remove it") from error
-    return data
+        found = decode(data, FILE_FORMATS)  # all of it, so that a cut image is found now and not in training
+        if image_extension(data) not in _KEPT:
+            return png_bytes(found.image), found.remarks
+        check_sums(data)
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error.strerror}); repair or remove it") from error
+    except BadImage as reason:
+        raise DataError(
+            str(path), f"is no image that can be used ({reason}); repair or remove it"
+        ) from reason
+    return data, found.remarks

@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 
 from mhla_lightning.data.index import ShardIndex
+from mhla_lightning.data.pixels import BadImage
 from mhla_lightning.data.prepare.samples import Sample, image_sample
 from mhla_lightning.data.prepare.sources.base import SampleSource, files_fingerprint, png_bytes
+from mhla_lightning.data.prepare.walking import walk
 from mhla_lightning.errors import DataError, UserError, unknown_name
 
 DEFAULT_ROOT = Path("~/.cache/torchvision")
@@ -45,11 +47,15 @@ def open_torchvision(name: str, root: str | None = None) -> SampleSource:
     for part in parts.values():
         _demand_labelled(name, part)
     header = ShardIndex("images", (), _class_names(parts))
-    listed = files_fingerprint(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    listed = files_fingerprint(folder, walk(folder, _every, _every).files)
     places = {
         split: _Places(header, name, str(folder), split, range(len(part))) for split, part in parts.items()
     }
     return SampleSource(header, {**places}, f"torchvision {torchvision.__version__} {listed}")
+
+
+def _every(name: str) -> bool:
+    return True
 
 
 def _parameters(dataset: Any) -> set[str]:
@@ -133,7 +139,11 @@ class _Places:
         part = _opened(self.name, self.split, self.root)
         for position in self.positions:
             image, label = part[position]
-            yield image_sample(self.header, f"{self.name}-{position}", png_bytes(image), int(label))
+            try:
+                encoded = png_bytes(image)
+            except BadImage as reason:
+                raise DataError(self.root, f"image {position} of {self.split}: {reason}") from reason
+            yield image_sample(self.header, f"{self.name}-{position}", encoded, int(label))
 
     def take(self, positions: Sequence[int]) -> _Places:
         return _Places(

@@ -36,6 +36,7 @@ from mhla_lightning.data.prepare.text.formats import (
     recognise,
     table_rows,
 )
+from mhla_lightning.data.prepare.walking import files_below
 from mhla_lightning.errors import DataError, UserError, missing_extra
 from mhla_lightning.textfiles import stream_encoding
 
@@ -181,7 +182,7 @@ def _members(spec: str, text_column: str) -> tuple[list[_Member], list[str]]:
         return not name.startswith(".")
 
     if path.is_dir():
-        files = list(_walk(path, shown))
+        files = files_below(path, files=shown, folders=shown)
         if not files:
             raise DataError(spec, "holds no files")
         return [_Member(spec, False, file, recognise(file, text_column)) for file in files], hidden
@@ -227,25 +228,12 @@ def _sources(kind: str, members: list[_Member], text_column: str) -> list[Input]
     return [_rows(member.path, member.format, text_column) for member in members]
 
 
-def _walk(root: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """List the files below a folder, sorted.
-
-    The names of files, and of their folders, must be wanted. Links to folders are not followed.
-    """
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if wanted(name)]
-        found += [Path(parent, name) for name in names if wanted(name)]
-    # A dangling link stays in the list, so that reading it fails; a socket is no text.
-    return (path for path in sorted(found) if path.is_file() or not path.exists())
-
-
 def _standard_library() -> list[Path]:
     def wanted(name: str) -> bool:
         return name not in _LEFT_OUT and not name.startswith((".", "config-", *_OF_THE_MACHINE))
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in _walk(root, wanted) if path.suffix == ".py"]
+    files = files_below(root, lambda name: wanted(name) and name.endswith(".py"), wanted)
     if not files:
         raise DataError(
             str(root), "holds no sources of the standard library of this Python; name a folder of text"
