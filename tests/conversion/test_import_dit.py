@@ -340,18 +340,6 @@ def test_a_checkpoint_of_another_size_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["public.pt"]
 
 
-def test_a_mixing_matrix_of_other_blocks_is_refused(
-    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
-    entry = "{name: mhla, preset: release, blocks: 4}"
-    assert run_import(tmp_path / "release.pt", tmp_path / "ours.safetensors", "--attention", entry) == 2
-    assert (
-        "blocks.0.attn.attention.mixing.weight is (4, 4), and dit_s2 needs (16, 16)"
-        in capsys.readouterr().err
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
