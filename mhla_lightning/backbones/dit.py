@@ -264,7 +264,10 @@ class DiT(nn.Module):
                 f"and this DiT needs {needed}",
             )
         found = Adapted((name, _our_shape(name, value)) for name, value in adapted.items())
-        if "pos_embed" in found and not _same_positions(found["pos_embed"], self.grid, self.embed_dim):
+        known = source.grid in (None, self.grid)
+        if "pos_embed" in found and not (
+            known and _of_this_grid(found["pos_embed"], self.grid, self.embed_dim)
+        ):
             found.omit("pos_embed", "here positions follow from a formula", doubt=False)
         heads = ("final_layer.linear.weight", "final_layer.linear.bias")
         return adapted_to(self, found, source, patches=("x_embedder.proj.weight", heads))
@@ -366,11 +369,20 @@ def dit_name(name: str) -> str:
     return re.sub(r"\.dw_conv\.(weight|bias)$", r".dw_conv.conv.\1", vit_name(name))
 
 
-def _same_positions(table: Tensor, grid: Sequence[int], dim: int) -> bool:
-    """Return whether a table holds the positions of this grid, as exactly as 16 bits can."""
-    own = grid_sinusoid(grid, dim)[None]
-    return table.shape == own.shape and (
-        table.is_meta or torch.allclose(table.detach().float().cpu(), own, rtol=0, atol=1e-2)
+def _of_this_grid(table: Tensor, grid: Sequence[int], dim: int) -> bool:
+    """Return whether a table may hold the positions of this grid.
+
+    It may not where its shape differs, or where its numbers are those of another grid of as many tokens.
+    """
+    rows = math.prod(grid)
+    if tuple(table.shape) != (1, rows, dim):
+        return False
+    if table.is_meta:
+        return True
+    given = table.detach().float().cpu()
+    others = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0 and (n, rows // n) != tuple(grid)]
+    return not any(
+        torch.allclose(given, grid_sinusoid(other, dim)[None], rtol=0, atol=1e-2) for other in others
     )
 
 

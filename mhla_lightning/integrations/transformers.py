@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.errors import UserError, missing_extra
+from mhla_lightning.finite import check_finite
 
 try:
     from transformers import (
@@ -127,6 +128,21 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             for module in self.model.modules():
                 cast(Any, module)._is_hf_initialized = True
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Open a folder or hub model as transformers does, and check its weights.
+
+        Args:
+            arguments, options: as of transformers' own method.
+
+        Raises:
+            UserError: a weight that is not finite.
+        """
+        opened = super().from_pretrained(*arguments, **options)
+        model = opened[0] if isinstance(opened, tuple) else opened
+        check_finite(dict(model.named_parameters()), str(arguments[0] if arguments else cls.__name__))
+        return opened
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -340,18 +340,6 @@ def test_a_checkpoint_of_another_size_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["public.pt"]
 
 
-def test_a_mixing_matrix_of_other_blocks_is_refused(
-    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save(release_state(public, dwconv=False), tmp_path / "release.pt")
-    entry = "{name: mhla, preset: release, blocks: 4}"
-    assert run_import(tmp_path / "release.pt", tmp_path / "ours.safetensors", "--attention", entry) == 2
-    assert (
-        "blocks.0.attn.attention.mixing.weight is (4, 4), and dit_s2 needs (16, 16)"
-        in capsys.readouterr().err
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -408,6 +396,50 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             read_tensors(Path(name), "path")
         assert name in str(error.value)
     assert not Path("unpickled").exists()
+
+
+def test_a_mixing_matrix_of_other_blocks_is_resampled(public: PublicDiT, tmp_path: Path) -> None:
+    """The release's blocks are a square: 2 x 2 of them become 4 x 1."""
+    state = release_state(public, dwconv=False)
+    torch.save(state, tmp_path / "release.pt")
+    out, report = tmp_path / "ours.safetensors", tmp_path / "report.json"
+    attention = "{name: mhla, preset: release, block_size: null, blocks: [4, 1]}"
+    assert run_import(tmp_path / "release.pt", out, "--attention", attention, "--json", str(report)) == 0
+    name = "blocks.1.attn.attention.mixing.weight"
+    told = json.loads(report.read_text())
+    assert name in told["resampled"]
+    assert name not in told["copied"]
+    # Rows at 1/8, 3/8, 5/8 and 7/8 between those at 1/4 and 3/4; the one column between the two.
+    line = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    weights = torch.kron(line, torch.tensor([[0.5, 0.5]]))
+    mixing = state["blocks.1.attn.piece_attn.conv.weight"][:, :, 0, 0]
+    torch.testing.assert_close(load_file(out)[name], weights @ mixing @ weights.T)
+
+
+def test_the_weights_of_a_training_checkpoint_can_be_chosen(
+    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = training_checkpoint(public, tmp_path / "training.pt"), tmp_path / "ours.safetensors"
+    name = "final_layer.linear.bias"
+    assert run_import(path, out) == 0
+    assert "'ema', not 'model'" in capsys.readouterr().out
+    assert torch.equal(load_file(out)[name], public.state_dict()[name])
+    assert run_import(path, out, "--weights", "model") == 0
+    assert not load_file(out)[name].any()
+    assert run_import(path, out, "--weights", "opt") == 2
+    assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_not_imported(
+    public: PublicDiT, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    state = {name: tensor.clone() for name, tensor in public.state_dict().items()}
+    state["blocks.1.mlp.fc1.weight"][0, 0] = value
+    torch.save(state, tmp_path / "public.pt")
+    assert run_import(tmp_path / "public.pt", tmp_path / "ours.safetensors") == 2
+    assert "blocks.1.mlp.fc1.weight" in capsys.readouterr().err
+    assert not (tmp_path / "ours.safetensors").exists()
 
 
 def test_init_from_takes_the_written_file_and_the_foreign_one(public: PublicDiT, tmp_path: Path) -> None:
