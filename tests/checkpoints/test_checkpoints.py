@@ -15,9 +15,9 @@ from mhla_lightning.checkpoints.atomic import Keep, best_checkpoints, commit
 from mhla_lightning.checkpoints.saving import Parts, Writer, copied, tensor_bytes
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.cli.main import main
+from mhla_lightning.runs.disk_errors import lack_of_room
 from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.tasks import ClassificationTask
-from mhla_lightning.weights.disk_errors import lack_of_room
 from tests.helpers.killed_runs import exact_metrics
 
 OPTIONS = [
