@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _report_files(error)
+    except MemoryError as error:
+        print(f"error: this needs more memory than there is ({error or 'no size is known'})", file=sys.stderr)
+        return 2
 
 
 def _print_any_text() -> None:

@@ -66,12 +66,10 @@ class Building:
         try:
             entry = ShardEntry(**json.loads(self._entry(split, name).read_text()))
             path = self.folder / "data" / split / name
-            return (
-                entry
-                if path.stat().st_size == entry.bytes and offsets_path(path.parent, name).is_file()
-                else None
-            )
-        except (OSError, ValueError, TypeError):
+            offsets = np.load(offsets_path(path.parent, name), allow_pickle=False)
+            whole = path.stat().st_size == entry.bytes and offsets.shape == (entry.samples + 1,)
+            return entry if whole else None
+        except (OSError, ValueError, TypeError, EOFError):
             return None
 
     def write(
@@ -235,7 +233,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
     plan = hidden / "plan.json"
     content = json.dumps({"format": FORMAT, "fingerprint": fingerprint})
     if plan.is_file():
-        if plan.read_text() == content:
+        if plan.read_bytes() == content.encode():
             return
         on_note(f"{hidden} was left by a command with another source or other options; starting anew")
     for path in hidden.iterdir():
@@ -243,6 +241,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     new = hidden / "plan.json.new"
     new.write_text(content)
+    sync(new)  # without its plan the work of hours would begin anew
     new.rename(plan)
 
 
