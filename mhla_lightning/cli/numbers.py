@@ -8,7 +8,7 @@ import re
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import shortened
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _DIGITS = 9
 
 

@@ -23,7 +23,7 @@ from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.runs.folder import shortened
 
-_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _MOST_CLASSES = 100_000
 _MOST = {"n": 10_000_000, "batch_size": 1_000_000, "processes": 1024, "frames": 100_000}
 _GRID = 100  # images of the grid at most

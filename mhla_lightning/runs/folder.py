@@ -212,7 +212,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = json.loads(line.strip(b"\0"))  # a power cut may leave zeros behind a whole line
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

@@ -45,6 +45,7 @@ WRITTEN: tuple[Written, ...] = (
     Written(rf"{_RUN}/summary\.json", ("status", "run")),
     Written(rf"{_RUN}/samples/rank-\d+\.jsonl", ("run",)),
     Written(rf"{_RUN}/tensorboard/events\..+", ("run",)),
+    Written(rf"{_RUN}/tensorboard/hparams\.yaml", ("run",)),
     Written(rf"{_RUN}/(not_finite|spikes)/step-\d+-rank-\d+\.json"),
     Written(rf"{_RUN}/\.rank-\d+-error", ("run",)),
     Written(rf"{_RUN}/tokenizer_name\.json", ("run", "generate"), ("generate",)),
@@ -60,6 +61,7 @@ WRITTEN: tuple[Written, ...] = (
     Written(rf"{_STEP}/(shards|ema)/rank-[\w-]+\.safetensors", ()),  # tests/strategies/test_zero.py
     Written(rf"{_STEP}/rng/rank-\d+\.safetensors", ("run", "generate")),
     Written(rf"{_STEP}/COMPLETE", ("status", "run", "generate")),
+    Written(rf"{_RUN}/checkpoints/damaged-step-\d+/.+"),
     # Jobs of SLURM
     Written(rf"{_RUN}/job\.json", ("status",)),
     Written(rf"{_RUN}/slurm/attempts", ("status",)),
