@@ -33,9 +33,10 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def newest_whole(run: Path, on_damage: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint of a run that is not damaged; None where the run has none at all.
+    """Return the newest checkpoint of a run that is not damaged.
 
-    Where every one is damaged, it is the newest, whose reader then says what is wrong.
+    Where every one is damaged, it is the newest, whose reader then says what is wrong. None where the run has
+    no checkpoint at all.
 
     Args:
         run: the run folder.

@@ -42,7 +42,7 @@ def lack_of_room(folder: Path, needed: int, what: str = "a checkpoint") -> str |
 
 
 def disk_problem(error: BaseException, folder: Path) -> str | None:
-    """Return the full or failing disk behind an error, in words; None where it has another cause.
+    """Return the full or failing disk behind an error, in words; None for another cause.
 
     Args:
         error: a library may have wrapped the disk's own error.

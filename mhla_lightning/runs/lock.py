@@ -116,7 +116,7 @@ def _write_exclusively(lock: Path, owner: dict[str, object]) -> None:
 
 
 def _holder(lock: Path) -> dict[str, object]:
-    """The process that a lock names; empty where the lock stays damaged while its writer could finish it."""
+    """The process that a lock names; empty where the lock stays damaged."""
     deadline = time.monotonic() + _WRITING
     while not (held := read_object(lock)) and lock.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

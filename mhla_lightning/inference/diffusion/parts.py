@@ -192,7 +192,10 @@ def write_npy(file: Path, array: np.ndarray, beside: Sequence[Path] = ()) -> Non
 
 
 def read_npy(file: Path) -> np.ndarray | None:
-    """Read an array of :func:`write_npy`; None where it or a file beside it is missing or damaged."""
+    """Read an array of :func:`write_npy`.
+
+    None where it or a file beside it is missing or damaged.
+    """
     try:
         content = file.read_bytes()
         start = content.rfind(b"\n", 0, len(content) - 1)
