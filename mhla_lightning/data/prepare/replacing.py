@@ -36,7 +36,7 @@ from mhla_lightning.data.index import (
 )
 from mhla_lightning.data.prepare.locking import LOCK_FILES, hold_folder
 from mhla_lightning.data.prepare.parallel import Interrupted
-from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
 from mhla_lightning.data.prepare.shards import describe_shard, write_shard
 from mhla_lightning.errors import UserError
 
@@ -66,8 +66,14 @@ class Building:
         try:
             entry = ShardEntry(**json.loads(self._entry(split, name).read_text()))
             path = self.folder / "data" / split / name
-            offsets = np.load(offsets_path(path.parent, name), allow_pickle=False)
-            whole = path.stat().st_size == entry.bytes and offsets.shape == (entry.samples + 1,)
+            beside = offsets_path(path.parent, name)
+            offsets = np.load(beside, allow_pickle=False)
+            whole = (
+                path.stat().st_size == entry.bytes
+                and beside.stat().st_size == len(npy_bytes(offsets))
+                and offsets.shape == (entry.samples + 1,)
+                and bool((np.diff(offsets) >= 0).all())
+            )
             return entry if whole else None
         except (OSError, ValueError, TypeError, EOFError):
             return None
