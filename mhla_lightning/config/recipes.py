@@ -94,13 +94,10 @@ def read_run_recipe(run: RunFolder, first: Path | None = None) -> dict[str, Any]
     """
     copies = [path / run.recipe.name for path in reversed(complete_checkpoints(run.path))]
     files = [path for path in (first, run.recipe, *copies) if path is not None and path.is_file()]
-    texts = {path: path.read_bytes() for path in files}
-    for path, text in texts.items():
-        cut = not text.endswith(b"\n") or any(
-            other != text and other.startswith(text) for other in texts.values()
-        )
-        if not cut and (values := _sections(path)):
-            return values
+    whole = {path: text for path in files if (text := path.read_bytes()).endswith(b"\n") and _sections(path)}
+    for path, text in whole.items():
+        if not any(other != text and other.startswith(text) for other in whole.values()):
+            return _sections(path)
     # A person may have edited the file, and left out the end of its last line.
     if values := _sections(run.recipe):
         return values
