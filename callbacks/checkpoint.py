@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from mhla_lightning.callbacks.checkpoint_files import files_of
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.steps import was_skipped
-from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune
+from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune, sync
 from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer
 from mhla_lightning.checkpoints.source import GROUPS
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json
+from mhla_lightning.runs.disk_errors import complaint, disk_error, lack_of_room
+from mhla_lightning.runs.folder import FORMAT, RunFolder, read_object
 from mhla_lightning.runs.lock import check_held
 from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
-from mhla_lightning.weights.disk_errors import complaint, lack_of_room
 
 _GRACE = 60.0  # seconds that a failed run waits for the checkpoint that it was writing
 
@@ -55,7 +55,7 @@ class Checkpoint(LightningCheckpoint):
             included.
 
     Raises:
-        UserError: from the training, a disk that is full or cannot be written. Earlier checkpoints stay as
+        DiskError: from the training, a disk that is full or cannot be written. Earlier checkpoints stay as
             they are.
     """
 
@@ -76,7 +76,7 @@ class Checkpoint(LightningCheckpoint):
         self.asynchronous = asynchronous
         self._step, self._saved, self._due, self._asked = 0, 0, False, False
         self.save_seconds = (
-            float((read_json(resume / "state.json") or {}).get("save_seconds", 0.0)) if resume else 0.0
+            float(read_object(resume / "state.json").get("save_seconds", 0.0)) if resume else 0.0
         )
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._writer: Writer | None = None
@@ -173,7 +173,7 @@ class Checkpoint(LightningCheckpoint):
                 next step's start.
 
         Raises:
-            UserError: a disk that is full or cannot be written.
+            DiskError: a disk that is full or cannot be written.
         """
         self.finish_writing(trainer)
         step, began = trainer.global_step, time.monotonic()
@@ -193,6 +193,8 @@ class Checkpoint(LightningCheckpoint):
             self.save_seconds = max(self.save_seconds, round(time.monotonic() - began, 3))
 
         def complete() -> None:
+            if self.run.metrics.exists():  # no power cut may take numbers of steps that are not run again
+                sync(self.run.metrics)
             commit(parts.folder, step, {**state, "save_seconds": self.save_seconds})
             prune(self.run.path, self.keep)
 
@@ -243,7 +245,7 @@ class Checkpoint(LightningCheckpoint):
             self._agree(trainer, writer.wait() if writer is not None else None)
 
     def _agree(self, trainer: pl.Trainer, error: str | None) -> None:
-        """Stop all ranks where one could not write. Raises UserError."""
+        """Stop all ranks where one could not write. Raises DiskError."""
         if not trainer.strategy.reduce(
             torch.tensor(float(error is not None), device=trainer.strategy.root_device), reduce_op="sum"
         ):
@@ -254,14 +256,8 @@ class Checkpoint(LightningCheckpoint):
             torch.distributed.all_gather_object(errors, error)
         if trainer.is_global_zero:
             discard(self.run.checkpoints)
-        last = newest_checkpoint(self.run.path)
-        where = f"the last checkpoint, {last.name}, is intact" if last else "there is no earlier checkpoint"
         problem = next(text for text in errors if text is not None)
-        raise UserError(
-            str(self.run.checkpoints),
-            f"{problem}; {where}: make room, or name another place with `runs`, and give the same command "
-            "again",
-        )
+        raise disk_error(self.run.path, problem, self.run.checkpoints)
 
     def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
         at, metrics = self._measured

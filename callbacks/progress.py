@@ -11,7 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
+from mhla_lightning.runs.disk_errors import disk_problem
+from mhla_lightning.runs.folder import (
+    FORMAT,
+    RunFolder,
+    newest_checkpoint,
+    overwrite_json,
+    read_object,
+    write_json,
+)
 from mhla_lightning.runs.lock import check_held
 from mhla_lightning.runs.stopping import Preempted
 
@@ -40,7 +48,7 @@ class ProgressFile(pl.Callback):
         self.validated_at: int | None = None
         self._training, self._first_step = False, 0
         # of earlier attempts of this run
-        self._before = float((read_json(run.progress) or {}).get("seconds", 0.0))
+        self._before = float(read_object(run.progress).get("seconds", 0.0))
         self._began = self._written = time.monotonic()
 
     @property
@@ -75,8 +83,15 @@ class ProgressFile(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self._training:  # validating a checkpoint changes nothing in its run
-            self.write(trainer, "preempted" if isinstance(exception, Preempted) else "failed")
+        if not self._training:  # validating a checkpoint changes nothing in its run
+            return
+        stopped = isinstance(exception, Preempted) or disk_problem(exception, self.run.path) is not None
+        state = "preempted" if stopped else "failed"
+        try:
+            self.write(trainer, state)
+        except OSError:  # its own error is on its way
+            if trainer.is_global_zero:
+                overwrite_json(self.run.progress, self._content(trainer, state))
 
     def write(self, trainer: pl.Trainer, state: str) -> None:
         """Write the file now, in the main process only.
@@ -89,23 +104,22 @@ class ProgressFile(pl.Callback):
             return
         self._written = time.monotonic()
         check_held(self.run.path)
+        write_json(self.run.progress, self._content(trainer, state), durable=state != "running")
+
+    def _content(self, trainer: pl.Trainer, state: str) -> dict[str, Any]:
         step, metrics = trainer.global_step, trainer.callback_metrics
         newest, position = newest_checkpoint(self.run.path), self.position()
-        write_json(
-            self.run.progress,
-            {
-                "format": FORMAT,
-                "state": state,
-                "step": step,
-                "max_steps": trainer.max_steps,
-                **{key: position[key] for key in ("epoch", "consumed")},
-                "loss": _number(metrics.get("train/loss")),
-                "samples_per_second": _number(metrics.get("train/samples_per_second")),
-                "last_checkpoint": newest.name if newest else None,
-                "seconds": round(self.seconds, 3),
-            },
-            durable=state != "running",
-        )
+        return {
+            "format": FORMAT,
+            "state": state,
+            "step": step,
+            "max_steps": trainer.max_steps,
+            **{key: position[key] for key in ("epoch", "consumed")},
+            "loss": _number(metrics.get("train/loss")),
+            "samples_per_second": _number(metrics.get("train/samples_per_second")),
+            "last_checkpoint": newest.name if newest else None,
+            "seconds": round(self.seconds, 3),
+        }
 
 
 class StepBar(RichProgressBar):

@@ -8,6 +8,8 @@ from typing import IO, Any
 
 import lightning.pytorch as pl
 
+from mhla_lightning.runs.folder import read_lines, write_text
+
 FOLDER = "samples"
 
 
@@ -52,9 +54,5 @@ class SampleLog(pl.Callback):
 
 def forget_after(path: Path, step: int) -> None:
     """Keep the lines of the steps before `step`; a last line cut short by a kill is removed too."""
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] < step
-    ]
-    path.write_text("".join(kept), encoding="utf-8")
+    kept = [row for row in read_lines(path) if isinstance(row.get("step"), int) and row["step"] < step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

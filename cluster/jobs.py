@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import FORMAT, RunFolder, read_json, write_json, write_text
+from mhla_lightning.runs.folder import FORMAT, RunFolder, read_object, write_json, write_text
 
 ATTEMPTS, CANCELLED = "slurm/attempts", "slurm/cancelled"
+_KINDS = ("started", "finished", "preempted", "failed", "mistake", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Attempt:
 
 
 def read_job(run: RunFolder) -> dict[str, Any] | None:
-    """Read the job.json of a run; None when the run was never submitted.
+    """Read the job.json of a run; None when the run was never submitted, or the file is damaged.
 
     Raises:
         UserError: another version wrote it.
     """
-    facts: dict[str, Any] | None = read_json(run.job)
+    facts = read_object(run.job) or None
     if facts is not None and facts.get("format") != FORMAT:
         raise UserError(
             str(run.job),
@@ -64,12 +65,17 @@ def current_job(run: RunFolder) -> str | None:
 def attempts(run: RunFolder) -> list[Attempt]:
     """Return the attempts that the batch script has recorded, oldest first."""
     path = run.path / ATTEMPTS
-    rows = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
-    whole = [row for row in rows if len(row) == 7]  # a full disk or a lost node may cut the last one
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    rows = [line.split() for line in text.split("\n")]
+    whole = [row for row in rows if _is_attempt(row)]  # a full disk or a lost node may cut the last one
     return [
         Attempt(job, int(n), kind, _number(code), _number(begun), _number(at), int(when))
         for job, n, kind, code, begun, at, when in whole
     ]
+
+
+def _is_attempt(row: list[str]) -> bool:
+    return len(row) == 7 and row[2] in _KINDS and row[1].isdecimal() and row[6].isdecimal()
 
 
 def mark_cancelled(run: RunFolder, job: str) -> None:
@@ -85,7 +91,7 @@ def unmark_cancelled(run: RunFolder) -> None:
 def is_marked_cancelled(run: RunFolder, job: str) -> bool:
     """Return whether `mhla cancel` has ended this job."""
     path = run.path / CANCELLED
-    return path.is_file() and path.read_text().strip() == job
+    return path.is_file() and path.read_text(errors="replace").strip() == job
 
 
 def code_folder(run: RunFolder) -> Path:
@@ -94,4 +100,4 @@ def code_folder(run: RunFolder) -> Path:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None

@@ -10,7 +10,8 @@ from mhla_lightning.cluster.jobs import attempts, current_job, is_marked_cancell
 from mhla_lightning.cluster.queue import QueueState, ask
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_json
+from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_object
+from mhla_lightning.runs.lock import is_held
 
 # SLURM's words for the ends that the batch script records, for jobs that SLURM has forgotten.
 _ENDED = {
@@ -46,13 +47,13 @@ def _ask(slurm: Slurm, jobs: list[str]) -> tuple[dict[str, QueueState], str | No
 def _row(
     run: RunFolder, job: str | None, known: dict[str, QueueState], trouble: str | None
 ) -> dict[str, Any]:
-    progress = read_json(run.progress) or {}
+    progress = read_object(run.progress)
     queue = known.get(job) if job is not None else None
     if queue is None:
         queue = (
             _remembered(run, job, progress, trouble)
             if job is not None
-            else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
+            else QueueState(_local_state(run, progress))
         )
     restarts = queue.restarts
     if restarts is None and job is not None:
@@ -73,6 +74,13 @@ def _row(
         "run_time_left": _time_left(progress) if queue.state not in _ENDED.values() else None,
         "checkpoint": newest.name if newest else None,
     }
+
+
+def _local_state(run: RunFolder, progress: dict[str, Any]) -> str:
+    state = progress.get("state", "")
+    if state == "running" and not is_held(run.path):
+        state = "preempted"  # killed, before it could say so
+    return _LOCAL.get(state, "NEW")
 
 
 def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str | None) -> QueueState:

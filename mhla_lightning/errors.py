@@ -33,6 +33,10 @@ class DataError(UserError):
     """Damaged or missing shards, index or samples; the key is a file, folder or address."""
 
 
+class DiskError(UserError):
+    """A full or failing disk: once it has room, the same command goes on; the exit code is 75."""
+
+
 @contextmanager
 def inside(section: str) -> Iterator[None]:
     """Prefixes the keys of errors raised in the block: `blocks` becomes `attention.blocks`.

@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.runs.folder import complete_checkpoints, read_json, step_folder, write_json
+from mhla_lightning.runs.folder import complete_checkpoints, read_object, step_folder, write_json
 
 MARKER = "COMPLETE"
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """Make an empty folder to write step `step` into, and remove what killed saves left behind."""
+    """Make an empty folder to write step `step` into, and remove what killed saves left behind.
+
+    Later checkpoints get names that no reader knows: training went on from an earlier one, since they are
+    damaged.
+    """
     discard(checkpoints)
+    for later in complete_checkpoints(checkpoints.parent):
+        if int(later.name.removeprefix("step-")) > step:
+            set_aside(later)
     folder = checkpoints / f".tmp-{step_folder(step)}"
     folder.mkdir()
     return folder
@@ -30,6 +37,13 @@ def discard(checkpoints: Path) -> None:
     """Remove checkpoints that were not written to the end."""
     for left in checkpoints.glob(".tmp-step-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name that is no checkpoint's; return it."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def commit(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -90,7 +104,7 @@ def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
     if not keep.best or keep.monitor is None:
         return []
     values = {
-        path: (read_json(path / "state.json") or {}).get("metrics", {}).get(keep.monitor)
+        path: (read_object(path / "state.json").get("metrics") or {}).get(keep.monitor)
         for path in reversed(checkpoints)
     }
     measured = [path for path, value in values.items() if value is not None and math.isfinite(value)]

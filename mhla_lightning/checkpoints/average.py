@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader, holds_rank_files
+from mhla_lightning.weights.stored import open_safetensors
 
 FOLDER = "ema"
 WHOLE = "weights.safetensors"
@@ -35,11 +35,11 @@ def open_average(checkpoint: Path, model: Mapping[str, Tensor]) -> Callable[[str
     wanted = {name for name, tensor in model.items() if tensor.is_floating_point()}
     folder = checkpoint / FOLDER
     if (folder / WHOLE).is_file():
-        opened = safe_open(folder / WHOLE, "pt")
-        if set(opened.keys()) != wanted:
+        opened = open_safetensors(folder / WHOLE, str(folder / WHOLE))
+        if set(opened) != wanted:
             return None
         return lambda name, start, numel: _finite(
-            folder, name, opened.get_tensor(name).reshape(-1)[start : start + numel]
+            folder, name, opened[name].reshape(-1)[start : start + numel]
         )
     if not folder.is_dir():
         return None

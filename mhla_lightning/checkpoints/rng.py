@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from mhla_lightning.errors import DataError
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -28,8 +31,15 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def load_rng(path: Path) -> None:
-    """Restore a :func:`rng_state` that was written to a file."""
-    tensors = load_file(path)
+    """Restore a :func:`rng_state` that was written to a file.
+
+    Raises:
+        DataError: a damaged file.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(str(path), f"the random generators' states are damaged ({error})") from error
     gauss = float(tensors["python_gauss"])
     random.setstate((3, tuple(tensors["python"].tolist()), None if math.isnan(gauss) else gauss))
     *keys, position, has_gauss = tensors["numpy"].tolist()

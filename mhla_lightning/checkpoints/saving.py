@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mhla_lightning.checkpoints.atomic import sync
-from mhla_lightning.weights.disk_errors import complaint
+from mhla_lightning.runs.disk_errors import complaint
 
 _POLL = 0.05  # seconds
 

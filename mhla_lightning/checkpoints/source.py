@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -173,8 +174,10 @@ def open_source(path: Path) -> CheckpointSource:
         UserError: a damaged file.
     """
     try:
+        if path.is_file() and not is_zipfile(path):
+            raise EOFError("its end is missing")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(str(path), f"the checkpoint is damaged: {why}") from error
     except UnpicklingError as error:  # its message is a page

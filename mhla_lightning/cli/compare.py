@@ -44,8 +44,8 @@ from mhla_lightning.runs.folder import (
     FORMAT,
     RunFolder,
     check_run_id,
-    read_json,
     read_metrics,
+    read_object,
     runs_root,
     write_json,
 )
@@ -256,7 +256,7 @@ def _say_failed(row: VariantRow, seed: int, log: Path, code: int) -> None:
 
 
 def _finished_line(row: VariantRow, seed: int, folder: RunFolder, reused: bool) -> str:
-    summary = read_json(folder.summary)
+    summary = read_object(folder.summary)
     tag = headline(summary["last"])
     value = f"{tag} {summary['last'][tag]:.4f}, " if tag else ""
     return f"{row.name}, seed {seed}: {value}{summary['seconds']:.1f} s" + (
@@ -297,7 +297,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
     from mhla_lightning.compare.curves import write_curves
 
     summaries = {
-        row.name: {seed: read_json(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
+        row.name: {seed: read_object(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
     }
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
     evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
+import io
 import keyword
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mhla_lightning import __version__
 from mhla_lightning.cli.spelling import VerbParser, spelled
-from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.errors import DiskError, UserError, unknown_name
+from mhla_lightning.runs.disk_errors import disk_problem
+from mhla_lightning.runs.folder import shortened
 
 VERBS = {
     "run": "train a recipe; the same command again resumes it",
@@ -38,13 +43,17 @@ VERBS = {
 EPILOG = (
     "mhla VERB --help explains a verb. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
     "recipe or data,\n"
-    "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, 130 by Ctrl-C."
+    "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, or by a full disk, 130 by Ctrl-C."
 )
+_STOPPED = 75
+_ABOUT_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Numbers of the errors of a path that a user gave."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mhla` or `python -m mhla_lightning`; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_any_text()
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -54,8 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader (head, less) closed early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        return _report_files(error)
+    except MemoryError as error:
+        print(f"error: this needs more memory than there is ({error or 'no size is known'})", file=sys.stderr)
+        return 2
+
+
+def _print_any_text() -> None:
+    """Let a terminal or pipe that is not UTF-8 show what it cannot encode as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_files(error: OSError) -> int:
+    """Report a full disk, or a path that cannot be used; return the exit code.
+
+    Raises:
+        OSError: an error of another kind.
+    """
+    problem = disk_problem(error, Path.cwd())
+    if problem is not None:
+        if error.filename is None:  # it may be standard output that is written to a full disk
+            _drop_output()
+        print(f"error: {problem}; make room, and give the same command again", file=sys.stderr)
+        return _STOPPED
+    if error.errno not in _ABOUT_PATHS or error.filename is None:
+        raise error
+    print(f"error: {shortened(os.fsdecode(error.filename), 200)}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 def lightning() -> int:
@@ -120,4 +163,4 @@ def _dispatch(arguments: list[str]) -> int:
         return int(verb.run(args))
     except UserError as error:
         print(f"error: {spelled(error, sub, takes_overrides)}", file=sys.stderr)
-        return 2
+        return _STOPPED if isinstance(error, DiskError) else 2

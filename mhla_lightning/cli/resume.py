@@ -18,7 +18,7 @@ from mhla_lightning.cluster.queue import ask
 from mhla_lightning.cluster.slurm import RECIPE_FILE, Slurm, SubmitOptions, prepare
 from mhla_lightning.cluster.submission import queue_again
 from mhla_lightning.config.moved_keys import moved
-from mhla_lightning.config.recipes import Recipe, read_yaml
+from mhla_lightning.config.recipes import Recipe, read_run_recipe
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, find_run, runs_root
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         minutes(args.time)
     profile, options = _profile(args, one, before), _options(args, one, before)
     own = one.path / RECIPE_FILE
-    values = moved(read_yaml(own if own.is_file() else one.recipe))
+    values = moved(read_run_recipe(one, own))
     recipe = Recipe(before.get("recipe", one.run_id), own, values)
     submission = prepare(recipe, profile, {}, options)
     if args.dry_run:

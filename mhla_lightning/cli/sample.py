@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mhla_lightning.cli.numbers import demand_at_most, parse_ranges
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cli.trained import add_trained_arguments
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.runs.folder import shortened
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-_SIZE = re.compile(r"(\d+)x(\d+)")
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+_MOST_CLASSES = 100_000
+_MOST = {"n": 10_000_000, "batch_size": 1_000_000, "processes": 1024, "frames": 100_000}
 _GRID = 100  # images of the grid at most
 _FASTEST = 240  # frames per second
 _DEFAULTS = {
@@ -159,6 +162,7 @@ def check_common(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(name, f"{value} is too small; it must be at least 1")
+    demand_at_most(args, **_MOST)
     if args.rate is not None and not 0 < args.rate <= _FASTEST:
         raise UserError("rate", f"{args.rate:g} is not above 0 and at most {_FASTEST}")
     if not 0 <= args.seed < 2**32:
@@ -312,15 +316,7 @@ def parse_classes(text: str) -> list[int]:
     Raises:
         UserError: neither classes nor ranges.
     """
-    found: list[int] = []
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(
-                "classes", f"'{part}' in {text} is no class and no range; write 3 or 0-9, separated by commas"
-            )
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+    return parse_ranges("classes", text, "classes", _MOST_CLASSES)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -331,7 +327,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not int(match[1]) or not int(match[2]):
-        raise UserError("size", f"{text} is no size; write height and width in pixels, e.g. 480x800")
+        raise UserError(
+            "size", f"{shortened(text)} is no size; write height and width in pixels, e.g. 480x800"
+        )
     return int(match[1]), int(match[2])
 
 

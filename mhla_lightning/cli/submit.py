@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mhla_lightning.cli.numbers import parse_ranges
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cluster.jobs import current_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes
@@ -26,10 +27,10 @@ from mhla_lightning.cluster.submission import new_run_id, queue_new
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import check_run_id, find_run, runs_root
+from mhla_lightning.runs.folder import check_run_id, find_run, runs_root, shortened
 
 TAKES_OVERRIDES = True
-_SEEDS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_MOST_SEEDS = 10_000  # each has a folder, and a copy of the code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,14 +114,9 @@ def parse_seeds(text: str | None) -> tuple[int, ...]:
     """
     if text is None:
         return ()
-    if not _SEEDS.fullmatch(text):
-        raise UserError("array", f"'{text}' is no list of seeds such as 0,1,2 or 0-2")
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        seeds += range(int(first), int(last or first) + 1)
-    if len(set(seeds)) < len(seeds) or not seeds:
-        raise UserError("array", f"'{text}' must give every seed once, and ranges from low to high")
+    seeds = parse_ranges("array", text, "seeds", _MOST_SEEDS)
+    if len(set(seeds)) < len(seeds):
+        raise UserError("array", f"'{shortened(text, 80)}' must give every seed once")
     return tuple(seeds)
 
 

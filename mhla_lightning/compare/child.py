@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from mhla_lightning.runs.folder import RunFolder, read_json
+from mhla_lightning.runs.folder import RunFolder, read_object
 
 _POLL = 0.5  # seconds
 _GRACE = 60.0  # seconds a run has to end after an interrupt
@@ -80,7 +80,7 @@ def train_in_children(
 
 def share_done(run: RunFolder) -> float:
     """Share of a run's steps that its progress.json reports."""
-    progress = read_json(run.progress) or {}
+    progress = read_object(run.progress)
     return min(1.0, progress.get("step", 0) / max(1, progress.get("max_steps", 1)))
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from mhla_lightning.config.moved_keys import moved, moved_name
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.runs.folder import RunFolder, complete_checkpoints
 from mhla_lightning.textfiles import read_text
 
 _VARIANTS = "variants"
@@ -78,6 +79,41 @@ def read_yaml(path: Path) -> Any:
         raise UserError(str(path), f"the file is not YAML: {line}{error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(str(path), f"the file is not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_run_recipe(run: RunFolder, first: Path | None = None) -> dict[str, Any]:
+    """Read the resolved recipe of a run; where its file is damaged, the copy in a checkpoint.
+
+    Args:
+        run: the run folder.
+        first: another file of the same recipe, read before the others.
+
+    Raises:
+        UserError: the file is damaged, and no checkpoint holds a copy.
+    """
+    copies = [path / run.recipe.name for path in reversed(complete_checkpoints(run.path))]
+    files = [path for path in (first, run.recipe, *copies) if path is not None and path.is_file()]
+    whole = {path: text for path in files if (text := path.read_bytes()).endswith(b"\n") and _sections(path)}
+    for path, text in whole.items():
+        if not any(other != text and other.startswith(text) for other in whole.values()):
+            return _sections(path)
+    # A person may have edited the file, and left out the end of its last line.
+    if values := _sections(run.recipe):
+        return values
+    read_yaml(run.recipe)  # raises with the line that is no YAML
+    raise UserError(
+        str(run.recipe), "the file is damaged, and no checkpoint holds a copy; write the recipe there again"
+    )
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """The recipe in a file; empty where it lacks a section."""
+    try:
+        values = read_yaml(path)
+    except UserError:
+        return {}
+    whole = isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in ("model", "data"))
+    return values if whole and "class_path" in values["model"] else {}
 
 
 def recipe_names() -> list[str]:

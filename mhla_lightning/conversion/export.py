@@ -24,7 +24,7 @@ from mhla_lightning.conversion.formats.language import hf
 from mhla_lightning.conversion.formats.plain import plain
 from mhla_lightning.conversion.formats.video import diffusers, wan
 from mhla_lightning.errors import UserError, unknown_name
-from mhla_lightning.weights.disk_errors import complaint
+from mhla_lightning.runs.disk_errors import complaint
 from mhla_lightning.weights.files import weight_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
 from mhla_lightning.weights.streaming import parts_of, write_safetensors

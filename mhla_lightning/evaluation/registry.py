@@ -18,7 +18,7 @@ import yaml
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError, inside, unknown_name
 from mhla_lightning.evaluation.samples import SampleOptions, check_samples, fix_samples, measure_samples
-from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_json, write_json
+from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_object, write_json
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ class RequestedEvaluation:
 
     def kept(self, run: RunFolder) -> dict[str, float] | None:
         """Return the numbers of an earlier measurement; None if there is none."""
-        found = read_json(self.file(run))
-        return dict(found["values"]) if isinstance(found, Mapping) and found.get("format") == FORMAT else None
+        found = read_object(self.file(run))
+        values = found.get("values")
+        return dict(values) if found.get("format") == FORMAT and isinstance(values, Mapping) else None
 
     def measure(self, run: RunFolder) -> dict[str, float]:
         """Measure a run and store the numbers in its folder.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mhla_lightning.inference.diffusion.images import ImageRun
 
 _LAST_SEED = 2**32 - 1
+_MOST = 10_000_000  # images
 _NEIGHBOURS = 3  # of precision and recall, which need more images than that
 
 
@@ -125,6 +126,8 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
             f"{options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they "
             "must be equal",
         )
+    if options.n > _MOST:
+        raise UserError("n", f"{options.n} is too large; it must be at most {_MOST:,}")
     if options.n % classes:
         raise UserError(
             "n",

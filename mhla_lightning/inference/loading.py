@@ -17,7 +17,7 @@ from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer, same_token
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.rebuilding import rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights
-from mhla_lightning.runs.folder import FORMAT, RunFolder, find_run, read_json, runs_root, write_json
+from mhla_lightning.runs.folder import FORMAT, RunFolder, find_run, read_object, runs_root, write_json
 from mhla_lightning.tasks.language import LanguageTask
 
 _NAME = "tokenizer_name.json"
@@ -113,9 +113,7 @@ def keep_tokenizer(data: TokenDataModule, folder: Path) -> None:
 
 def keeps_tokenizer(run: RunFolder) -> bool:
     """Return whether :func:`kept_tokenizer` finds a tokenizer in this run folder."""
-    return (read_json(run.path / _NAME) or {}).get("name") == "bytes" or (
-        run.path / "tokenizer.json"
-    ).is_file()
+    return read_object(run.path / _NAME).get("name") == "bytes" or (run.path / "tokenizer.json").is_file()
 
 
 def kept_tokenizer(run: RunFolder) -> Tokenizer:
@@ -124,7 +122,7 @@ def kept_tokenizer(run: RunFolder) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
-    name = (read_json(run.path / _NAME) or {}).get("name")
+    name = read_object(run.path / _NAME).get("name")
     if name == "bytes":
         return open_tokenizer(name)
     if (run.path / "tokenizer.json").is_file():
@@ -144,7 +142,7 @@ def _tokenizer(folder: RunFolder, named: str | None) -> Tokenizer:
     """
     if named is None:
         return kept_tokenizer(folder)
-    found, own = open_tokenizer(named), (read_json(folder.path / _NAME) or {}).get("name")
+    found, own = open_tokenizer(named), read_object(folder.path / _NAME).get("name")
     if own is not None and not same_tokenizer(found.name, own):
         raise UserError(
             "tokenizer",

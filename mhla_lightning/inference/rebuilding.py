@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from mhla_lightning.config.moved_keys import moved
-from mhla_lightning.config.recipes import read_yaml
+from mhla_lightning.config.recipes import read_run_recipe
 from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.weights import Weights
@@ -40,7 +40,7 @@ def rebuild(
     Raises:
         UserError: the task has another class, or the data module is not ours.
     """
-    values = moved(read_yaml(folder.recipe))  # an earlier version may have written it
+    values = moved(read_run_recipe(folder))  # an earlier version may have written it
     model, data = values["model"], data or values["data"]
     task = _class(str(model["class_path"]))
     if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
@@ -59,7 +59,7 @@ def rebuild(
 
 def trains(folder: RunFolder, kind: type[Task]) -> bool:
     """Return whether a run's task is of this class."""
-    task = _class(str(read_yaml(folder.recipe)["model"]["class_path"]))
+    task = _class(str(read_run_recipe(folder)["model"]["class_path"]))
     return task is not None and issubclass(task, kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from mhla_lightning.checkpoints import average
 from mhla_lightning.checkpoints.source import FILE, open_source
+from mhla_lightning.checkpoints.whole import newest_whole
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
 from mhla_lightning.weights.rank_files import FOLDER, RankFileReader, holds_rank_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,10 @@ def _checkpoint(folder: RunFolder, ckpt: str | None) -> Path:
     if ckpt is None:
         if (folder.path / "COMPLETE").is_file():  # a checkpoint folder holds a recipe and counts as a run
             return folder.path
-        if not found:
+        newest = newest_whole(folder.path, log.warning)
+        if newest is None:
             raise UserError(folder.run_id, "has no checkpoint yet")
-        return found[-1]
+        return newest
     path = folder.checkpoints / step_folder(int(ckpt)) if ckpt.isdecimal() else Path(ckpt)
     if not (path / "COMPLETE").is_file():
         steps = ", ".join(str(int(checkpoint.name.removeprefix("step-"))) for checkpoint in found) or "none"

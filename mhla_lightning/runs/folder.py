@@ -5,6 +5,7 @@ Standard library only, so that `status` and `compare` answer at once.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,12 @@ from typing import Any
 from mhla_lightning.errors import UserError
 
 FORMAT = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a full disk."""
 _STEP = re.compile(r"step-(\d{8,})")
 _JOB = re.compile(r"\d+(_\d+)?")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST = 200  # bytes of a run id; a file system takes 255, and names of files and copies add to it
 
 
 def runs_root(given: str | None = None) -> Path:
@@ -32,9 +36,21 @@ def check_run_id(run_id: str) -> str:
     Raises:
         UserError: a text that could lead out of the root.
     """
+    if len(run_id) > _LONGEST:
+        raise UserError(
+            "run_id", f"'{shortened(run_id)}' has {len(run_id)} characters; a name has at most {_LONGEST}"
+        )
     if not _RUN_ID.fullmatch(run_id) or ".." in run_id:
-        raise UserError("run_id", f"'{run_id}' is no plain name; use letters, digits, '.', '_' and '-'")
+        raise UserError(
+            "run_id",
+            f"'{run_id}' is no plain name; use letters, digits, '.', '_' and '-', a letter or digit first",
+        )
     return run_id
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """Return a text for a message: one that is longer than `length` loses its middle."""
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
 
 
 def default_run_id(recipe_name: str, resolved: Mapping[str, Any]) -> str:
@@ -44,7 +60,8 @@ def default_run_id(recipe_name: str, resolved: Mapping[str, Any]) -> str:
         recipe_name: its folders are left out.
         resolved: the resolved recipe; the first 8 hex digits of its sha256 are taken.
     """
-    return f"{Path(recipe_name).stem}-{recipe_hash(resolved)[:8]}"
+    stem = os.fsdecode(os.fsencode(Path(recipe_name).stem)[: _LONGEST - 9])
+    return f"{stem}-{recipe_hash(resolved)[:8]}"
 
 
 def recipe_hash(resolved: Mapping[str, Any]) -> str:
@@ -79,11 +96,14 @@ class RunFolder:
 
         Raises:
             UserError: it cannot be written.
+            OSError: the disk is full.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.tensorboard.mkdir(exist_ok=True)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             raise UserError(
                 str(self.path),
                 f"the run folder cannot be written: {error.strerror}; choose another place with `runs` or "
@@ -91,9 +111,8 @@ class RunFolder:
             ) from error
 
     def finished(self) -> bool:
-        """Return whether training has reached its end."""
-        progress = read_json(self.progress)
-        return self.summary.is_file() and progress is not None and progress.get("state") == "finished"
+        """Return whether training has reached its end, and its numbers can be read."""
+        return read_object(self.progress).get("state") == "finished" and "last" in read_object(self.summary)
 
 
 def find_run(run: str, root: Path, key: str = "run") -> RunFolder:
@@ -121,21 +140,29 @@ def find_runs(run: str, root: Path, key: str = "run") -> list[RunFolder]:
         UserError: no such run; the reason names some.
     """
     for path in (root / run, Path(run)):
-        if (path / "recipe.yaml").is_file():
+        if is_run(path):
             return [RunFolder(path.resolve())]
     of_job = _runs_of_job(run, root) if _JOB.fullmatch(run) else []
     if of_job:
         return of_job
     known = sorted(p.parent.name for p in root.glob("*/recipe.yaml"))
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    raise UserError(key, f"no run '{run}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}")
+    raise UserError(
+        key, f"no run '{shortened(run, 200)}' in {root}; runs there: {', '.join(known[:10]) or 'none'}{more}"
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    try:
+        return (folder / "recipe.yaml").is_file()
+    except OSError:  # a name that is too long, or no right to look
+        return False
 
 
 def _runs_of_job(job: str, root: Path) -> list[RunFolder]:
     """The runs that were queued as this job, or as tasks of this array."""
-    jobs = {
-        path.parent: (read_json(path) or {}).get("jobs") or [] for path in sorted(root.glob("*/job.json"))
-    }
+    jobs = {path.parent: read_object(path).get("jobs") or [] for path in sorted(root.glob("*/job.json"))}
     return [
         RunFolder(folder)
         for folder, ids in jobs.items()
@@ -164,20 +191,47 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read metrics.jsonl as tag -> [(step, value), ...], in the order written."""
+    """Read metrics.jsonl as tag -> [(step, value), ...], in the order written.
+
+    Lines that a kill, a power cut or a full disk has cut are left out.
+    """
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        series.setdefault(row["tag"], []).append((row["step"], row["value"]))
+    for row in read_lines(path):
+        tag, step, value = row.get("tag"), row.get("step"), row.get("value")
+        if isinstance(tag, str) and isinstance(step, int) and isinstance(value, int | float):
+            series.setdefault(tag, []).append((step, value))
     return series
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a .jsonl file; lines that are cut or damaged are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line.strip(b"\0"))  # a power cut may leave zeros behind a whole line
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; None where it is missing or not JSON."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read the object of a JSON file; empty where the file is missing, cut or damaged."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -195,7 +249,7 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
     """
     temporary = path.parent / f".{path.name}-{os.getpid()}"
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             if durable:
                 file.flush()
@@ -204,3 +258,16 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def overwrite_json(path: Path, value: Any) -> None:
+    """Write over an existing JSON file, for a full disk, which has no room for a second one.
+
+    A power cut in between leaves it damaged. Nothing happens where the file is missing or the disk fails.
+    """
+    try:
+        with path.open("r+b") as file:
+            file.write(json.dumps(value, indent=2).encode() + b"\n")
+            file.truncate()
+    except OSError:
+        pass

@@ -10,24 +10,28 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import read_json
+from mhla_lightning.runs.folder import read_object
 
 _held: dict[Path, dict[str, object]] = {}  # by this process
+_WRITING = 1.0  # seconds in which another process may still be writing its lock
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Hold a run folder, and take over a lock whose process is gone.
 
-    A process is gone when it was killed on this host, or was an earlier start of the same SLURM job.
+    A process is gone when it was killed on this host, or was an earlier start of the same SLURM job. A lock
+    that is empty or damaged names no process: a full disk or a power cut has left it.
 
     Raises:
         UserError: another process holds the folder.
+        OSError: the lock cannot be written; nothing is left then.
     """
     lock = folder / "lock"
     owner = {
@@ -38,12 +42,11 @@ def hold(folder: Path) -> Iterator[None]:
     }
     for _ in range(2):
         try:
-            with open(lock, "x") as file:
-                json.dump(owner, file)
+            _write_new(lock, owner)
             break
         except FileExistsError:
-            held = read_json(lock) or {}
-            if _alive(held, owner):
+            held = _holder(lock)
+            if held and _alive(held, owner):
                 job = f", job {held['job']}" if held.get("job") else ""
                 raise UserError(
                     str(folder),
@@ -58,8 +61,14 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         del _held[folder]
-        if read_json(lock) == owner:
+        if read_object(lock) in ({}, owner):
             lock.unlink(missing_ok=True)
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process trains in a run folder; one on another host counts."""
+    held = read_object(folder / "lock")
+    return bool(held) and _alive(held, {"host": socket.gethostname(), "job": None})
 
 
 def check_held(folder: Path) -> None:
@@ -71,11 +80,47 @@ def check_held(folder: Path) -> None:
     Raises:
         UserError: this process held the folder, and another one does now.
     """
-    owner = _held.get(folder)
-    if owner is not None and read_json(folder / "lock") != owner:
+    owner, lock = _held.get(folder), folder / "lock"
+    if owner is None:
+        return
+    found = read_object(lock)
+    if found != owner and (found or not lock.exists()):
         raise UserError(
             str(folder), "another process (a later start of its job) has taken over the run; this one stops"
         )
+
+
+def _write_new(lock: Path, owner: dict[str, object]) -> None:
+    """Write a lock that appears whole or not at all. Raises FileExistsError where there is one."""
+    temporary = lock.with_name(f".lock-{socket.gethostname()[:100]}-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(owner))
+        try:
+            os.link(temporary, lock)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            _write_exclusively(lock, owner)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_exclusively(lock: Path, owner: dict[str, object]) -> None:
+    with lock.open("x") as file:
+        try:
+            json.dump(owner, file)
+            file.flush()
+        except OSError:
+            lock.unlink(missing_ok=True)
+            raise
+
+
+def _holder(lock: Path) -> dict[str, object]:
+    """The process that a lock names; empty where the lock stays damaged."""
+    deadline = time.monotonic() + _WRITING
+    while not (held := read_object(lock)) and lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
 
 
 def _alive(held: dict[str, object], owner: dict[str, object]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from mhla_lightning.runs.folder import RunFolder, write_text
+from mhla_lightning.runs.folder import RunFolder, read_lines, write_text
 
 
 class RunLogger(TensorBoardLogger):
@@ -50,11 +50,19 @@ class RunLogger(TensorBoardLogger):
         if self.optimizer_steps is not None:  # Lightning counts one less in validation than in training
             step = self.optimizer_steps()
         super().log_metrics(metrics, step)
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"step": step, "tag": tag, "value": float(value)}) + "\n"
                 for tag, value in metrics.items()
             )
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        try:
+            super().finalize(status)
+        except OSError:  # a full disk
+            if status == "success":
+                raise  # after a failure its own error is on its way
 
 
 def keep_until(metrics: Path, step: int) -> None:
@@ -66,14 +74,5 @@ def keep_until(metrics: Path, step: int) -> None:
     """
     if not metrics.is_file():
         return
-    lines = metrics.read_text().splitlines()
-    kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
-    write_text(metrics, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a line; None where the line is cut."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    kept = [row for row in read_lines(metrics) if isinstance(row.get("step"), int) and row["step"] <= step]
+    write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))

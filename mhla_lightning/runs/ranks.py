@@ -152,7 +152,7 @@ def tell_rank_zero(run: Path, rank: int, message: str) -> None:
 
 def _told(run: Path, rank: int) -> str:
     note = _note(run, rank)
-    return note.read_text() if note.is_file() else ""
+    return note.read_text(errors="replace") if note.is_file() else ""
 
 
 def remove_errors(run: Path) -> None:

@@ -23,7 +23,10 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 
+from mhla_lightning.errors import UserError
 from mhla_lightning.runs.ranks import RANK_ZERO, Watch
+
+_MOST_RANKS = 1024  # that one machine starts
 
 
 class RankEnvironment(LightningEnvironment):
@@ -50,6 +53,10 @@ class RankEnvironment(LightningEnvironment):
         super().validate_settings(num_devices=num_devices, num_nodes=num_nodes)
         if self.creates_processes_externally:
             return
+        if num_devices > _MOST_RANKS:
+            raise UserError(
+                "trainer.devices", f"{num_devices} is too large; a machine has at most {_MOST_RANKS} ranks"
+            )
         os.environ |= {
             RANK_ZERO: str(os.getpid()),
             "MASTER_ADDR": self.main_address,

@@ -13,15 +13,16 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mhla_lightning.config.quick_checks import check_names
-from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, read_yaml
+from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, read_run_recipe
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.disk_errors import disk_errors
 from mhla_lightning.runs.folder import (
     FORMAT,
     RunFolder,
@@ -29,7 +30,7 @@ from mhla_lightning.runs.folder import (
     default_run_id,
     find_run,
     newest_checkpoint,
-    read_json,
+    read_object,
     recipe_hash,
     runs_root,
     write_json,
@@ -172,6 +173,7 @@ def launch(
 
     Raises:
         UserError: a mistake in the recipe, the data or the options.
+        DiskError: the disk is full or fails.
         Exception: an error of this rank's own.
     """
     # Three trainings on two cores: OpenMP's default spinning makes a step 20 times slower, this value 3
@@ -195,6 +197,13 @@ def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSi
     run = _choose_folder(recipe.name, resolved, options)
     if options.mode != "fit":
         return _evaluate(resolved, run, options, report)
+    with disk_errors(run.path):
+        return _train(resolved, run, options, report, signals)
+
+
+def _train(
+    resolved: Resolved, run: RunFolder, options: RunOptions, report: Report, signals: StopSignals
+) -> int:
     changed = _changes(run, resolved)
     if changed and _first_process() and not options.accept_changes:
         raise UserError(
@@ -216,7 +225,7 @@ def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSi
                 _record(resolved, run)
             _prepare_data(resolved, report)
             return _fit(resolved, run, signals, report)
-    except UserError:
+    except (UserError, OSError):
         begun = run.metrics.exists() or newest_checkpoint(run.path) is not None
         if new and _first_process() and not begun:  # every verb would take the empty folder for a run
             shutil.rmtree(run.path, ignore_errors=True)
@@ -256,7 +265,7 @@ def _changes(run: RunFolder, resolved: Resolved) -> str:
 
     if not run.recipe.is_file() or newest_checkpoint(run.path) is None:
         return ""
-    return differences(read_yaml(run.recipe), resolved.values)
+    return differences(read_run_recipe(run), resolved.values)
 
 
 def _record(resolved: Resolved, run: RunFolder) -> None:
@@ -295,9 +304,10 @@ def _prepare_data(resolved: Resolved, report: Report) -> None:
 
 
 def _fit(resolved: Resolved, run: RunFolder, signals: StopSignals, report: Report) -> int:
+    from mhla_lightning.checkpoints.whole import newest_whole
     from mhla_lightning.training.session import Session
 
-    session = Session(resolved, run, resume=newest_checkpoint(run.path), signals=signals)
+    session = Session(resolved, run, resume=newest_whole(run.path, _once(report)), signals=signals)
     first = session.trainer.is_global_zero
     if first:
         _report_start(session, run, report)
@@ -318,6 +328,11 @@ def _fit(resolved: Resolved, run: RunFolder, signals: StopSignals, report: Repor
     if first:
         _report_summary(run, report)
     return _wait_for_ranks(session, report)
+
+
+def _once(report: Report) -> Callable[[str], None]:
+    """The report's lines in the first process; nothing in the others, which would repeat them."""
+    return report.line if _first_process() else lambda _: None
 
 
 def _report_start(session: Session, run: RunFolder, report: Report) -> None:
@@ -391,7 +406,7 @@ def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: R
     """Validate or test a checkpoint; write nothing."""
     from mhla_lightning.training.session import Session
 
-    checkpoint = _checkpoint(run, options)
+    checkpoint = _checkpoint(run, options, report)
     _prepare_data(resolved, report)
     session = Session(resolved, run, resume=None)
     metrics = session.evaluate(options.mode, checkpoint)
@@ -400,10 +415,12 @@ def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: R
     return 0
 
 
-def _checkpoint(run: RunFolder, options: RunOptions) -> Path:
+def _checkpoint(run: RunFolder, options: RunOptions, report: Report) -> Path:
     """The checkpoint to evaluate."""
+    from mhla_lightning.checkpoints.whole import newest_whole
+
     if options.ckpt is None:
-        folder = newest_checkpoint(run.path)
+        folder = newest_whole(run.path, _once(report))
         if folder is None:
             raise UserError(str(run.path), "the run has no checkpoint; name one with `ckpt`")
         return folder
@@ -412,7 +429,7 @@ def _checkpoint(run: RunFolder, options: RunOptions) -> Path:
         return path
     if (path / "trainer.ckpt").is_file():
         raise UserError(str(path), f"the checkpoint is incomplete; take another of {path.parent}")
-    folder = newest_checkpoint(find_run(options.ckpt, runs_root(options.runs), key="ckpt").path)
+    folder = newest_whole(find_run(options.ckpt, runs_root(options.runs), key="ckpt").path, _once(report))
     if folder is None:
         raise UserError("ckpt", f"run {options.ckpt} has no complete checkpoint")
     return folder
@@ -432,7 +449,7 @@ def _report_finished(resolved: Resolved, run: RunFolder, report: Report) -> int:
 
 
 def _report_summary(run: RunFolder, report: Report) -> None:
-    summary = read_json(run.summary)
+    summary = read_object(run.summary)
     title = f"{run.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s"
     report.metrics(title, summary["last"], summary["best"])
     report.line(f"run folder: {run.path}\ntensorboard --logdir {run.tensorboard}")

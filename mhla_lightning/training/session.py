@@ -32,7 +32,7 @@ from mhla_lightning.callbacks import (
     StepBar,
 )
 from mhla_lightning.callbacks.preemption import leave_signals_alone
-from mhla_lightning.checkpoints.atomic import Keep
+from mhla_lightning.checkpoints.atomic import Keep, sync
 from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
@@ -41,12 +41,13 @@ from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.inference.loading import keep_tokenizer
+from mhla_lightning.runs.disk_errors import disk_errors
 from mhla_lightning.runs.folder import (
     FORMAT,
     RunFolder,
     newest_checkpoint,
-    read_json,
     read_metrics,
+    read_object,
     recipe_hash,
     write_json,
 )
@@ -89,7 +90,7 @@ class Session:
         self._check()
 
     def _resumed_state(self) -> dict[str, Any]:
-        state = read_json(self.resume / "state.json") if self.resume else {}
+        state = read_object(self.resume / "state.json") if self.resume else {}
         if state and state.get("format") != FORMAT:
             raise UserError(
                 str(self.resume),
@@ -100,7 +101,7 @@ class Session:
             check_same_data(self.resume, self.data)
             with inside("data"):
                 self.data.check_state(state)
-        return state or {}
+        return state
 
     def _trainer(self) -> pl.Trainer:
         arguments = dict(self.recipe.trainer)
@@ -198,9 +199,11 @@ class Session:
 
         Raises:
             UserError: memory ran out; see also Health, Checkpoint and the data.
+            DiskError: the disk is full or fails.
         """
         try:
-            self._fit()
+            with disk_errors(self.run.path):
+                self._fit()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -231,6 +234,8 @@ class Session:
                 average.start_from(newest_checkpoint(self.run.path))
             self.trainer.validate(self.task, datamodule=self.data, verbose=False)
         if self.trainer.is_global_zero:
+            if self.run.metrics.exists():
+                sync(self.run.metrics)  # before the summary, which says that all is written
             write_json(self.run.summary, self._summary())
             self.progress.write(self.trainer, "finished")
 
@@ -318,8 +323,9 @@ def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
     Raises:
         UserError: the checkpoint was trained on other data.
     """
-    seen = (read_json(checkpoint / "state.json") or {}).get("data_hash")
-    if seen != data.data_hash:
+    state = read_object(checkpoint / "state.json")
+    seen = state.get("data_hash")
+    if state and seen != data.data_hash:
         raise UserError(
             str(checkpoint.parent.parent),
             f"the run was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]}; take "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.disk_errors import complaint, lack_of_room
+from mhla_lightning.runs.disk_errors import complaint, lack_of_room
 from mhla_lightning.weights.stored import DTYPES, Stored
 
 Rename = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]

@@ -11,7 +11,8 @@ from tests.house.source import PACKAGE, Finding, package_trees
 
 PARAMETERS = 10
 _PUBLIC = ("_", "_asdict", "_exit", "_fields", "_replace", "_typeshed")  # documented by Python
-_SETTINGS = ("torch.backends.", "torch._dynamo.config.", "sys.", "os.")  # meant to be set
+_SETTINGS = ("torch.backends.", "torch._dynamo.config.", "sys.", "os.", "threading.excepthook")
+"""Names that their libraries mean to be set."""
 _OBJECTS = re.compile(r"strategy|trainer|task\b|module\b|callback\b|operator\b|backbone\b|teacher\b")
 
 Trees = Mapping[str, ast.Module]
@@ -123,7 +124,12 @@ def _patched(path: str, node: ast.stmt, libraries: Mapping[str, str]) -> list[Fi
         if isinstance(target, ast.Attribute) and _is_foreign(target.value, libraries):
             first, _, rest = ast.unparse(target).partition(".")
             name = f"{libraries[first]}.{rest}"
-            if not name.startswith(_SETTINGS) or name.split(".")[0] not in ("sys", "os", "torch"):
+            if not name.startswith(_SETTINGS) or name.split(".")[0] not in (
+                "sys",
+                "os",
+                "torch",
+                "threading",
+            ):
                 found.append(Finding(path, node.lineno, f"sets {name}"))
     return found
 

@@ -24,6 +24,7 @@ from mhla_lightning.errors import UserError
 
 J = TypeVar("J")
 R = TypeVar("R")
+_MOST_AT_ALL = 1024
 MOST_WORKERS = 8  # by default: more processes seldom help, since they share the disk
 
 
@@ -38,9 +39,9 @@ def default_workers() -> int:
 
 
 def check_workers(workers: int) -> None:
-    """Raise UserError for fewer than one process."""
-    if workers < 1:
-        raise UserError("workers", f"is {workers}; it must be at least 1")
+    """Raise UserError for fewer than one process, or for more than a machine can start."""
+    if not 1 <= workers <= _MOST_AT_ALL:
+        raise UserError("workers", f"is {workers}; it must be at least 1 and at most {_MOST_AT_ALL}")
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Generator[R, None, None]:

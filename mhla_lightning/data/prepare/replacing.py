@@ -36,7 +36,7 @@ from mhla_lightning.data.index import (
 )
 from mhla_lightning.data.prepare.locking import LOCK_FILES, hold_folder
 from mhla_lightning.data.prepare.parallel import Interrupted
-from mhla_lightning.data.prepare.samples import Sample
+from mhla_lightning.data.prepare.samples import Sample, npy_bytes
 from mhla_lightning.data.prepare.shards import describe_shard, write_shard
 from mhla_lightning.errors import UserError
 
@@ -66,12 +66,16 @@ class Building:
         try:
             entry = ShardEntry(**json.loads(self._entry(split, name).read_text()))
             path = self.folder / "data" / split / name
-            return (
-                entry
-                if path.stat().st_size == entry.bytes and offsets_path(path.parent, name).is_file()
-                else None
+            beside = offsets_path(path.parent, name)
+            offsets = np.load(beside, allow_pickle=False)
+            whole = (
+                path.stat().st_size == entry.bytes
+                and beside.stat().st_size == len(npy_bytes(offsets))
+                and offsets.shape == (entry.samples + 1,)
+                and bool((np.diff(offsets) >= 0).all())
             )
-        except (OSError, ValueError, TypeError):
+            return entry if whole else None
+        except (OSError, ValueError, TypeError, EOFError):
             return None
 
     def write(
@@ -235,7 +239,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
     plan = hidden / "plan.json"
     content = json.dumps({"format": FORMAT, "fingerprint": fingerprint})
     if plan.is_file():
-        if plan.read_text() == content:
+        if plan.read_bytes() == content.encode():
             return
         on_note(f"{hidden} was left by a command with another source or other options; starting anew")
     for path in hidden.iterdir():
@@ -243,6 +247,7 @@ def _continue_or_clear(hidden: Path, fingerprint: str, on_note: Note) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     new = hidden / "plan.json.new"
     new.write_text(content)
+    sync(new)  # without its plan the work of hours would begin anew
     new.rename(plan)
 
 

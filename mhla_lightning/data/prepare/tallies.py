@@ -60,7 +60,7 @@ def finished_shard(building: Building, split: str, name: str, tally: type[T]) ->
     if entry is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(_path(building, split, name).read_text())
+        found: dict[str, Any] = json.loads(_path(building, split, name).read_bytes())
         return Done(split, entry, tally(**found))
     except (OSError, ValueError, TypeError):
         return None

@@ -21,7 +21,16 @@ from mhla_lightning.inference.diffusion.images import (
     find_image_run,
     load_task,
 )
-from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
+from mhla_lightning.inference.diffusion.parts import (
+    Draw,
+    batches,
+    claim,
+    draw_parts,
+    drawn_part,
+    part_file,
+    read_npy,
+    write_npy,
+)
 
 IMAGES = "samples.npz"
 
@@ -80,7 +89,7 @@ def draw_images(
     check_drawing(job.found, job.labels, job.drawing)
     claim(folder, job.settings(), "images")
     parts = {images: part_file(folder, images) for images in batches(len(job.labels), job.batch_size)}
-    missing = [images for images, file in parts.items() if not file.is_file()]
+    missing = [images for images, file in parts.items() if read_npy(file) is None]
     on_batch(len(job.labels) - sum(map(len, missing)))
     make = partial(
         _open,
@@ -92,7 +101,7 @@ def draw_images(
         folder,
     )
     draw_parts(make, missing, processes, device, on_batch)
-    images = np.concatenate([np.load(file, allow_pickle=False) for file in parts.values()])
+    images = np.concatenate([drawn_part(file) for file in parts.values()])
     temporary = folder / f".{IMAGES}"
     with temporary.open("wb") as out:
         np.savez(out, arr_0=images, arr_1=np.array(job.labels, np.int64))

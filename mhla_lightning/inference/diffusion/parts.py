@@ -6,9 +6,12 @@ A job that was stopped continues with the batches that are missing.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import re
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -17,10 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhla_lightning.errors import UserError
-from mhla_lightning.runs.folder import read_json, write_json
+from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.runs.folder import read_object, write_json
 
-SETTINGS, PARTS = "settings.json", "parts"
+SETTINGS, PARTS, TEXT = "settings.json", "parts", "text"
+_BEGUN = re.compile(rf"{PARTS}|{TEXT}|\.{re.escape(SETTINGS)}-\d+")
+_SAMPLES = re.compile(
+    rf"{_BEGUN.pattern}|{re.escape(SETTINGS)}|samples\.(npz|json)|(grid|sheet)\.png|\d{{4,}}-[a-z0-9-]+\.mp4|\..+-\d+"
+)
+"""Names in a folder of samples: before its settings are written, and after."""
 
 Draw = Callable[[range], None]
 """Draws the samples of these numbers and stores the batch, either completely or not at all."""
@@ -54,12 +62,10 @@ def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
     Raises:
         UserError: the folder holds other samples or files, or cannot be written.
     """
-    held = read_json(folder / SETTINGS)
-    if held is None and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            str(folder), "this folder holds other files than samples; name an empty or a new folder"
-        )
-    if held is not None and held != settings:
+    held = read_object(folder / SETTINGS)
+    if not held and folder.is_dir():
+        _begin_anew(folder)
+    if held and held != settings:
         changed = ", ".join(key for key in {**settings, **held} if held.get(key) != settings.get(key))
         raise UserError(
             str(folder),
@@ -72,6 +78,21 @@ def claim(folder: Path, settings: dict[str, Any], kind: str) -> None:
         raise UserError(
             str(folder), f"this folder cannot be written ({error.strerror}); choose another"
         ) from error
+
+
+def _begin_anew(folder: Path) -> None:
+    """Remove the parts of a folder whose settings are damaged or were never written.
+
+    Raises:
+        UserError: the folder is not one of samples.
+    """
+    own = _SAMPLES if (folder / SETTINGS).is_file() else _BEGUN
+    if not all(own.fullmatch(path.name) for path in folder.iterdir()):
+        raise UserError(
+            str(folder), "this folder holds other files than samples; name an empty or a new folder"
+        )
+    for part in (folder / PARTS).glob("[0-9]*.npy"):
+        part.unlink()
 
 
 def draw_parts(
@@ -143,9 +164,60 @@ def _draw(batch: range) -> None:
     _worker["draw"](batch)
 
 
-def write_npy(file: Path, array: np.ndarray) -> None:
-    """Write an array completely or not at all; other processes may write the same file."""
+def write_npy(file: Path, array: np.ndarray, beside: Sequence[Path] = ()) -> None:
+    """Write an array completely or not at all; other processes may write the same file.
+
+    Behind the array, where numpy reads nothing, a line of JSON holds checksums for :func:`read_npy`.
+
+    Args:
+        file: of the array.
+        array: any numbers.
+        beside: files in other places that belong to the array; they are written already.
+    """
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    sums = {str(os.path.relpath(path, file.parent)): zlib.crc32(path.read_bytes()) for path in beside}
+    end = json.dumps({"crc32": zlib.crc32(content.getbuffer()), "beside": sums})
+    content.write(f"\n{end}\n".encode())
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    with temporary.open("wb") as out:
-        np.save(out, array)
-    os.replace(temporary, file)
+    try:
+        with temporary.open("wb") as out:
+            out.write(content.getbuffer())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_npy(file: Path) -> np.ndarray | None:
+    """Read an array of :func:`write_npy`.
+
+    None where it or a file beside it is missing or damaged.
+    """
+    try:
+        content = file.read_bytes()
+        start = content.rfind(b"\n", 0, len(content) - 1)
+        end = json.loads(content[start:])
+        files = [(file.parent / name, crc32) for name, crc32 in end["beside"].items()]
+        whole = zlib.crc32(content[:start]) == end["crc32"] and all(
+            zlib.crc32(path.read_bytes()) == crc32 for path, crc32 in files
+        )
+        return np.load(io.BytesIO(content), allow_pickle=False) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        return None
+
+
+def drawn_part(file: Path) -> np.ndarray:
+    """Return the array of a batch that was drawn.
+
+    Raises:
+        DataError: it is damaged meanwhile.
+    """
+    found = read_npy(file)
+    if found is None:
+        raise DataError(
+            str(file), "this part was damaged while others were drawn; give the same command again"
+        )
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.parts import write_npy
+from mhla_lightning.inference.diffusion.parts import drawn_part, read_npy, write_npy
 from mhla_lightning.textfiles import NotText, is_json, json_rows, read_text, split_lines
 
 
@@ -104,7 +104,7 @@ class TextCache:
         """
         # Reversed, so that an error names the first origin of a text that is given twice.
         missing = {
-            prompt.text: prompt for prompt in reversed(prompts) if not self.file(prompt.text).is_file()
+            prompt.text: prompt for prompt in reversed(prompts) if read_npy(self.file(prompt.text)) is None
         }
         if not missing:
             return {}
@@ -130,6 +130,6 @@ class TextCache:
         """Read kept features, zero-padded: float32 (texts, tokens, channels)."""
         padded = torch.zeros(len(texts), self.encoding.tokens, self.encoding.channels)
         for row, text in zip(padded, texts, strict=True):
-            kept = np.load(self.file(text), allow_pickle=False)
+            kept = drawn_part(self.file(text))
             row[: len(kept)] = torch.from_numpy(kept)
         return padded

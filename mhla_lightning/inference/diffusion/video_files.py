@@ -69,6 +69,8 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
             )
         container.mux(stream.encode())
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -13,7 +13,17 @@ import numpy as np
 import torch
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.parts import Draw, batches, claim, draw_parts, part_file, write_npy
+from mhla_lightning.inference.diffusion.parts import (
+    TEXT,
+    Draw,
+    batches,
+    claim,
+    draw_parts,
+    drawn_part,
+    part_file,
+    read_npy,
+    write_npy,
+)
 from mhla_lightning.inference.diffusion.prompts import Prompt, TextCache
 from mhla_lightning.inference.diffusion.video_files import (
     file_name,
@@ -32,7 +42,7 @@ from mhla_lightning.inference.diffusion.videos import (
 )
 from mhla_lightning.runs.folder import FORMAT, write_json
 
-SHEET, LIST, TEXT = "sheet.png", "samples.json", "text"
+SHEET, LIST = "sheet.png", "samples.json"
 _EMPTY = Prompt("", "the empty prompt")
 _SHEET_ROWS = 64  # videos on the contact sheet at most
 
@@ -140,11 +150,7 @@ def draw_videos(
     cache.keep(features)
     files = [folder / file_name(number, text) for number, text in enumerate(job.texts)]
     work = batches(len(files), job.batch_size)
-    missing = [
-        videos
-        for videos in work
-        if not all(file.is_file() for file in (part_file(folder, videos), *(files[n] for n in videos)))
-    ]
+    missing = [videos for videos in work if read_npy(part_file(folder, videos)) is None]
     on_batch(len(files) - sum(map(len, missing)))
     run = (str(job.found.run.path), str(job.found.checkpoint), job.found.averaged)
     draw_parts(
@@ -174,7 +180,11 @@ def _open(
         for video, frames in zip(videos, drawn, strict=True):
             write_mp4(folder / file_name(video, texts[video]), frames, rate)
         # Written last, because this file marks the batch as done.
-        write_npy(part_file(folder, videos), np.stack([thumbnails(frames) for frames in drawn]))
+        write_npy(
+            part_file(folder, videos),
+            np.stack([thumbnails(frames) for frames in drawn]),
+            [folder / file_name(video, texts[video]) for video in videos],
+        )
 
     return draw
 
@@ -183,7 +193,7 @@ def _finish(job: VideoJob, folder: Path, files: Sequence[Path], work: Sequence[r
     rows: list[np.ndarray] = []
     for videos in work:
         if len(rows) < _SHEET_ROWS:
-            rows += list(np.load(part_file(folder, videos), allow_pickle=False))
+            rows += list(drawn_part(part_file(folder, videos)))
     shown = rows[:_SHEET_ROWS]
     video_sheet(shown, [text or "(empty prompt)" for text in job.texts[: len(shown)]]).save(folder / SHEET)
     videos_made = [

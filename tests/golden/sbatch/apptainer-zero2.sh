@@ -67,8 +67,9 @@ trap '' USR1 TERM
 reached=$begun state=''
 if [ "$(cat "$RUN/progress.json" 2>/dev/null)" != "$before" ]; then
   reached=$(progress step) state=$(progress state)
+  reached=${reached:-$begun} # a power cut or a full disk may damage the file
 fi
-made=$((reached - begun))
+made=$((reached - begun)) recorded=''
 queue=$(squeue -h -j "$JOB" -o %T 2>/dev/null)
 if [ "$code" = 0 ]; then
   verdict=finished why="training is finished"
@@ -81,13 +82,14 @@ elif [ "$code" = 75 ] || [ "$state" = preempted ] || [ -n "$warned" ]; then
 else
   verdict=failed why="failed with exit code $code at step $reached"
 fi
-record "$verdict" "$code" "$reached"
+record "$verdict" "$code" "$reached" && recorded=yes
 count() { grep -c "^$JOB [0-9]* $1 " "$RUN/slurm/attempts"; }
-idle=$(awk -v job="$JOB" '$1 == job && $3 == "preempted" { idle = $6 > $5 ? 0 : idle + 1 } END { print idle + 0 }' "$RUN/slurm/attempts")
+idle=$(awk -v job="$JOB" -v last=-1 '$1 == job && $3 == "preempted" && NF == 7 { idle = $6 > $5 && $5 > last ? 0 : idle + 1; last = $5 } END { print idle + 0 }' "$RUN/slurm/attempts")
+[ -n "$recorded" ] || idle=${SLURM_RESTART_COUNT:-0} # the disk is full
 again=''
 case $verdict in
   preempted)
-    if [ "$idle" -lt 3 ]; then again=yes; else why="$why; not queued again: three attempts made no step"; fi ;;
+    if [ "$idle" -lt 3 ]; then again=yes; else why="$why; not queued again: three attempts saved no new step"; fi ;;
   failed)
     if [ "$made" -lt 10 ]; then
       why="$why; not queued again: it made $made steps, and would fail there again"

@@ -188,13 +188,13 @@ def _probe(
 
 def _read_probes(path: Path) -> dict[int, Probe]:
     found = {}
-    try:
-        for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
             result = Probe(**json.loads(line))
             train, val = (tuple((start, stop) for start, stop in part) for part in (result.train, result.val))
             found[result.number] = replace(result, train=train, val=val)  # JSON made lists of the tuples
-    except (OSError, ValueError, TypeError):
-        pass  # a killed process left the last line unfinished
+        except (ValueError, TypeError):
+            continue  # a killed process or a power cut left the line unfinished
     path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in found.values()))
     return found
 

@@ -39,6 +39,14 @@ class CaptionFeatures:
         digest = hashlib.sha256(caption.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.npy"
 
+    def holds(self, caption: str) -> bool:
+        """Return whether a caption was encoded; a damaged file counts as none."""
+        try:
+            self.read(caption)
+        except (OSError, ValueError, EOFError):
+            return False
+        return True
+
     def read(self, caption: str) -> np.ndarray:
         """Return the features of a caption that was encoded."""
         return np.load(self.path(caption), allow_pickle=False)
@@ -95,7 +103,7 @@ def encode_captions(
         DataError: a text that is too long; the key names the sample.
     """
     features = CaptionFeatures(building.folder / "features")
-    missing = [(sample, text) for text, sample in captions.items() if not features.path(text).is_file()]
+    missing = [(sample, text) for text, sample in captions.items() if not features.holds(text)]
     done = len(captions) - len(missing)
 
     def jobs() -> Iterator[CaptionJob]:

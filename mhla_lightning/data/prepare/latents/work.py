@@ -202,8 +202,9 @@ def demand_target(
                 "`overwrite`",
             )
     demand_free(target, overwrite)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AssertionError):
         begun = json.loads((target.parent / f".{target.name}.packing" / SETTINGS).read_text())
+        assert isinstance(begun, dict)
         other = [
             f"{name} {begun.get(name)} instead of {value}"
             for name, value in settings.items()

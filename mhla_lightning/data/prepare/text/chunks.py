@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 
 LEAST_BYTES, MOST_BYTES = 2**20, 2**24  # of a chunk's text
 CHUNKS = 64  # of a small corpus
+_PIECE = 2**20  # bytes read at once
 _STRETCH = 2**22  # characters encoded at once; the package tokenizers takes a hundred bytes for each
 
 
@@ -44,6 +46,7 @@ class Chunk:
         size: bytes of input.
         bad: number of rows that cannot be read.
         first_bad: source of the first of them, and the reason.
+        crc32: checksum of the files of tokens and of documents.
     """
 
     number: int
@@ -54,6 +57,7 @@ class Chunk:
     size: int
     bad: int = 0
     first_bad: Sequence[str] = ()
+    crc32: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,9 +175,20 @@ def documents_path(folder: Path, number: int) -> Path:
 
 def _finished(folder: Path, number: int) -> Chunk | None:
     try:
-        return Chunk(**json.loads((folder / f"{number:06d}.json").read_text()))
+        chunk = Chunk(**json.loads((folder / f"{number:06d}.json").read_bytes()))
+        found = _crc32([chunk_path(folder, number), documents_path(folder, number)])
+        return chunk if found == chunk.crc32 else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _crc32(files: Sequence[Path]) -> int:
+    value = 0
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(_PIECE):
+                value = zlib.crc32(part, value)
+    return value
 
 
 def _tokenize(job: ChunkJob) -> Chunk:
@@ -209,7 +224,7 @@ def _write(folder: Path, chunk: Chunk, tokens: np.ndarray, documents: np.ndarray
         for part, array in zip(parts, (tokens, documents), strict=False):
             with open(part, "wb") as file:
                 np.save(file, array, allow_pickle=False)
-        parts[-1].write_text(json.dumps(asdict(chunk)))
+        parts[-1].write_text(json.dumps(asdict(replace(chunk, crc32=_crc32(parts[:-1])))))
         for part, path in zip(parts, paths, strict=True):
             sync(part)
             part.rename(path)
