@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -508,7 +509,8 @@ def test_oracle(oracle: Path) -> None:
 
 def written(folder: Path, name: str, meta: dict, arrays: dict[str, Tensor]) -> Path:
     """A case of our own making."""
-    np.savez(folder / f"{name}.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
+    content: dict[str, Any] = {key: value.detach().numpy() for key, value in arrays.items()}
+    np.savez(folder / f"{name}.npz", **content)
     (folder / f"{name}.json").write_text(json.dumps(meta))
     return folder / f"{name}.npz"
 
@@ -540,8 +542,9 @@ def test_a_layer_of_the_release_is_checked_under_any_name(
     raster = blocks.from_blocks(x)
     q, k, v = layer.qkv(layer.norm(raster)).chunk(3, -1)
     heads = [t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (layer.q_norm(q), layer.k_norm(k), v)]
-    heads = [operator.phi(heads[0]), operator.phi(heads[1]), heads[2]]
-    dense = dense_mhla(*heads, operator.mixing.matrix(), blocks.block_of_token, normalizer="slot", eps=1e-6)
+    mixing, block = operator.mixing.matrix(), blocks.block_of_token
+    q, k = operator.phi(heads[0]), operator.phi(heads[1])
+    dense = dense_mhla(q, k, heads[2], mixing, block, normalizer="slot", eps=1e-6)
     y = layer.proj(dense.transpose(1, 2).flatten(2) + layer.lepe(v, blocks.grid))
     names = {"qkv": "to_qkv", "proj": "to_out.0", "attention.mixing": "piece_attn.conv", "lepe.conv": "lepe"}
     arrays = {"in.x": x, "out.y": blocks.to_blocks(y)}

@@ -362,8 +362,8 @@ class CausalLM(nn.Module):
         adapted = Adapted((name, _our_shape(name, value)) for name, value in renamed.items())
         head, own = adapted.get("lm_head.weight"), adapted.get("embeddings.weight")
         if self.lm_head is None and head is not None:
-            same = own is not None and own.shape == head.shape and (own is head or torch.equal(own, head))
-            adapted.omit("lm_head.weight", "here the output uses the embeddings", doubt=not same)
+            other = own is not None and not (own.shape == head.shape and torch.equal(own, head))
+            adapted.omit("lm_head.weight", "here the output uses the embeddings", doubt=other)
         return adapted_to(self, adapted, source)
 
     def _layers(self) -> list[DecoderLayer]:

@@ -114,7 +114,7 @@ def state_at(model: CausalLM, position: int, batch: int, generator: torch.Genera
 
 
 def skipped(state: ModelState, tokens: int, prompt: bool = False) -> ModelState:
-    """Return a state as if more tokens had passed: counters and sizes are theirs, the sums are not.
+    """Return a state of the size that it has after more tokens; the sums in it are not theirs.
 
     Args:
         state: may change in place.

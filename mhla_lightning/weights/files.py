@@ -165,7 +165,7 @@ def _chosen(
 
 
 def _holds_weights(value: object) -> bool:
-    """Return whether a value of a checkpoint maps names to weights; an optimizer's does not."""
+    """Return whether a value of a checkpoint maps names to weights."""
     return isinstance(value, Mapping) and any(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dim()
         for name, tensor in value.items()

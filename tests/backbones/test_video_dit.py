@@ -63,7 +63,7 @@ def test_it_is_wan_as_diffusers_has_it(patch_size: tuple[int, int, int]) -> None
 @pytest.mark.parametrize("names", [to_wan, to_diffusers], ids=["wan", "diffusers"])
 def test_weights_by_other_peoples_names_are_taken(names: Any) -> None:
     model = awake(build(attention=[FULL, "softmax"]))
-    adapted = model.adapt_state_dict(names(model.state_dict()))
+    adapted = model.adapt_state_dict(names(model.state_dict()), model.geometry)
     assert adapted.keys() == model.state_dict().keys()
     assert all(torch.equal(adapted[name], value) for name, value in model.state_dict().items())
 

@@ -122,7 +122,7 @@ def test_decoding_takes_the_same_tokens_at_every_place() -> None:
     assert [len(place.seconds) for place in places] == [5, 5]
 
 
-ENTRIES = {
+ENTRIES: dict[str, dict[str, Any]] = {
     "capped": {"name": "mhla", "max_chunks": 3, "extrapolation": "shift"},
     "uncapped": {"name": "mhla", "max_chunks": 16},
     "gated": {"name": "mhla", "preset": "best", "max_chunks": 4},

@@ -283,5 +283,5 @@ def test_a_recipe_may_say_more_of_its_weights(
     with caplog.at_level(logging.INFO):
         task.configure_model()
     assert task.backbone is not None
-    assert torch.equal(task.backbone.head.weight, state["head.weight"])
+    assert torch.equal(task.backbone.get_parameter("head.weight"), state["head.weight"])
     assert "'model', not 'model_ema'" in caplog.text
