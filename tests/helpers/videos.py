@@ -76,11 +76,12 @@ def write_video(
     return path
 
 
-def repack(source: Path, target: Path, packets: Callable[[list[av.Packet]], Iterable[Parcel]]) -> Path:
+def repack(source: Path, target: Path, packets: Callable[[list[Any]], Iterable[Parcel]]) -> Path:
     """The video of `source`, in the packets that a function makes of its packets."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = old.streams.video[0]
         out = new.add_stream_from_template(stream, opaque=True)
+        assert stream.time_base is not None
         for data, time, key in packets([packet for packet in old.demux(stream) if packet.size]):
             packet = av.Packet(data)
             packet.pts = packet.dts = time

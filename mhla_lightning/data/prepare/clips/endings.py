@@ -48,12 +48,13 @@ def _mp4(file: BinaryIO, size: int) -> bool | None:
 
 def _matroska(file: BinaryIO, size: int) -> bool | None:
     """Return whether the first segment reaches beyond the end; None where it has no size."""
+    length = 0
     for wanted in (_EBML, _SEGMENT):
-        name, length = _number(file, keep_marker=True), _number(file)
-        if name != wanted or length is None:
+        file.seek(length, os.SEEK_CUR)
+        name, found = _number(file, keep_marker=True), _number(file)
+        if name != wanted or found is None:
             return None
-        if wanted == _EBML:
-            file.seek(length, os.SEEK_CUR)
+        length = found
     return file.tell() + length > size
 
 
