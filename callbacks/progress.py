@@ -75,15 +75,20 @@ class ProgressFile(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self._training:  # validating a checkpoint changes nothing in its run
-            self.write(trainer, "preempted" if isinstance(exception, Preempted) else "failed")
+        if not self._training:  # validating a checkpoint changes nothing in its run
+            return
+        if isinstance(exception, Preempted):
+            self.write(trainer, "preempted", exception.by)
+        else:
+            self.write(trainer, "failed")
 
-    def write(self, trainer: pl.Trainer, state: str) -> None:
+    def write(self, trainer: pl.Trainer, state: str, reason: str | None = None) -> None:
         """Write the file now, in the main process only.
 
         Args:
             trainer: of the run.
-            state: running, finished, failed or preempted.
+            state: running, finished, failed or preempted, which is every stop that the same command resumes.
+            reason: why training ended before its last step, in words.
         """
         if not trainer.is_global_zero:
             return
@@ -96,6 +101,7 @@ class ProgressFile(pl.Callback):
             {
                 "format": FORMAT,
                 "state": state,
+                "reason": reason,
                 "step": step,
                 "max_steps": trainer.max_steps,
                 **{key: position[key] for key in ("epoch", "consumed")},

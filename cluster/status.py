@@ -52,7 +52,7 @@ def _row(
         queue = (
             _remembered(run, job, progress, trouble)
             if job is not None
-            else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"))
+            else QueueState(_LOCAL.get(progress.get("state", ""), "NEW"), progress.get("reason"))
         )
     restarts = queue.restarts
     if restarts is None and job is not None:
@@ -78,7 +78,7 @@ def _row(
 def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str | None) -> QueueState:
     """The state of a job that SLURM has forgotten, from the run's own files."""
     if progress.get("state") == "finished":
-        return QueueState("COMPLETED", trouble)
+        return QueueState("COMPLETED", trouble or progress.get("reason"))
     if is_marked_cancelled(run, job):
         return QueueState("CANCELLED", trouble)
     of_job = [attempt for attempt in attempts(run) if attempt.job == job]
@@ -88,9 +88,9 @@ def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str
             trouble or "SLURM has forgotten the job, and its script recorded no end; mhla resume queues it",
         )
     last = of_job[-1]
-    return QueueState(
-        _ENDED[last.kind], trouble or (f"exit code {last.code}" if last.code else None), last.restart
-    )
+    reason = progress.get("reason") if last.kind == "preempted" else None
+    code = f"exit code {last.code}" if last.code else None
+    return QueueState(_ENDED[last.kind], trouble or reason or code, last.restart)
 
 
 def _time_left(progress: dict[str, Any]) -> str | None:

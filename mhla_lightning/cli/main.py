@@ -38,7 +38,7 @@ VERBS = {
 EPILOG = (
     "mhla VERB --help explains a verb. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
     "recipe or data,\n"
-    "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, 130 by Ctrl-C."
+    "75 stopped before the last step, after saving (SIGTERM, SIGUSR1, trainer.max_time), 130 by Ctrl-C."
 )
 
 
