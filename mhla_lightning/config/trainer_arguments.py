@@ -170,7 +170,7 @@ ARGUMENTS: dict[str, Rule] = {
     "deterministic": Rule("works", "as in Lightning"),
     "benchmark": Rule("works", "as in Lightning"),
     "inference_mode": Rule("works", "as in Lightning"),
-    "use_distributed_sampler": Rule("ours", "the data module splits the shards", unset=(True, False)),
+    "use_distributed_sampler": Rule("works", "it has no effect: the data module splits the shards"),
     "profiler": Rule("works", "simple, advanced, pytorch or a class; files go into the run's `tensorboard/`"),
     "detect_anomaly": Rule(
         "works", "a gradient that is not finite ends the run instead of leaving out the step"
