@@ -16,13 +16,25 @@ STOPPED = "trainer.should_stop, which a callback or the task has set"
 class EarlyEnd(pl.Callback):
     """Says whether Lightning's EarlyStopping has ended training, and why; it acts before that callback.
 
-    Lightning's EarlyStopping alone answers a metric that nothing measures with a traceback. It keeps the
-    reason of an earlier end, which a checkpoint brings back.
+    Lightning's EarlyStopping alone answers a metric that nothing measures with a traceback. A checkpoint
+    brings back its old patience and the reason of an earlier end. Here the recipe's patience counts, and a run
+    that was killed between this end and its summary ends there again.
     """
 
+    def __init__(self) -> None:
+        self._patience: list[int] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._patience = [callback.patience for callback in _early_stopping(trainer)]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for callback in _early_stopping(trainer):
-            callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        for callback, patience in zip(_early_stopping(trainer), self._patience, strict=True):
+            callback.patience = patience
+            over = callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+            if over and callback.wait_count >= patience:
+                trainer.should_stop = True
+            else:
+                callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a metric that this run does not measure."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mhla_lightning.callbacks.early_end import early_end
+from mhla_lightning.callbacks.early_end import EarlyEnd, early_end
 from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.status import status_rows
 from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, read_metrics
@@ -178,6 +178,26 @@ def test_early_stopping_on_a_metric_that_is_not_finite_is_no_finished_run() -> N
     with refused(None) as error:
         early_end(trainer)
     assert "step 4" in error.value.reason
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(3, True), (4, False)], ids=["same", "longer"])
+def test_the_recipe_gives_the_patience_of_a_resumed_run(patience: int, ends: bool) -> None:
+    """A checkpoint from the end of a run with patience 3: only a longer one trains on."""
+    from types import SimpleNamespace
+
+    from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+    old = EarlyStopping("val/loss", patience=3)
+    old.wait_count, old.stopping_reason = 3, EarlyStoppingReason.PATIENCE_EXHAUSTED
+    callback = EarlyStopping("val/loss", patience=patience)
+    trainer: Any = SimpleNamespace(callbacks=[callback], should_stop=False)
+    watch: Any = EarlyEnd()
+    watch.setup(trainer, None, "fit")
+    callback.load_state_dict(old.state_dict())
+    watch.on_train_start(trainer, None)
+    assert (callback.patience, trainer.should_stop) == (patience, ends)
+    assert (early_end(trainer) is not None) is ends
 
 
 def test_a_run_is_not_shorter_than_its_least_steps(recipe: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mhla_lightning.runs.folder import RunFolder, read_metrics
@@ -59,6 +61,14 @@ HARMLESS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def indeterminate() -> Iterator[None]:
+    """Torch's global settings are as before after the test."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("indeterminate")
 @pytest.mark.filterwarnings("ignore:.*detect_anomaly.*", "ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_is_trained_stays(

@@ -343,7 +343,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(
                 "trainer.accumulate_grad_batches",
                 f"{self.trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
-                "`data.batch_size` and `data.micro_batch_size`: leave it out",
+                f"`data.batch_size` and `data.micro_batch_size`: set it to {accumulation}",
             )
         steps = self.trainer.max_steps - self._start_step
         if self._start + steps * self.batch_size > self.corpus.mixture.length:
