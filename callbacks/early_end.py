@@ -17,8 +17,8 @@ class EarlyEnd(pl.Callback):
     """Says whether Lightning's EarlyStopping has ended training, and why; it acts before that callback.
 
     Lightning's EarlyStopping alone answers a metric that nothing measures with a traceback. A checkpoint
-    brings back its old patience and the reason of an earlier end. Here the recipe's patience counts, and a run
-    that was killed between this end and its summary ends there again.
+    brings back its old patience and the reason of an earlier end. Here the recipe's patience counts, and a
+    run that was killed between this end and its summary ends there again.
     """
 
     def __init__(self) -> None:
