@@ -80,7 +80,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "callbacks",
         {"max_steps": 6, "callbacks": [GradientAccumulationScheduler({0: 2})]},
     ),
-    "average by epochs": ("callbacks", {"max_steps": 6, "callbacks": [StochasticWeightAveraging(0.1)]}),
+    "average by epochs": (
+        "callbacks",
+        {"max_steps": 6, "callbacks": [StochasticWeightAveraging(0.1, swa_epoch_start=1)]},
+    ),
     "batch size": ("callbacks", {"max_steps": 6, "callbacks": [BatchSizeFinder()]}),
 }
 
