@@ -19,7 +19,7 @@ from mhla_lightning.data.index import FORMAT, INDEX_NAME, SPLITS, ShardIndex, re
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
-from mhla_lightning.data.modules.trainer_limits import check_trainer
+from mhla_lightning.data.modules.trainer_limits import check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
@@ -293,6 +293,11 @@ class ShardDataModule(LightningDataModule):
                     f"{own[key]}: samples would be dropped and repeated; set it back, or start anew with "
                     "`fresh`",
                 )
+
+    def setup(self, stage: str) -> None:
+        """Refuse callbacks of the trainer that would change the batch or never act. Raises UserError."""
+        if self.trainer is not None and stage == "fit":
+            check_callbacks(self.trainer)
 
     def train_dataloader(self) -> wds.WebLoader:
         """Return the sequence of training batches from the current position on.

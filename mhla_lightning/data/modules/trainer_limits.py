@@ -18,6 +18,27 @@ from mhla_lightning.errors import UserError
 _BY_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler, ModelPruning, StochasticWeightAveraging)
 
 
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that act by epochs or change the batch; before BatchSizeFinder begins its trials.
+
+    Args:
+        trainer: that trains.
+
+    Raises:
+        UserError: the first such callback.
+    """
+    for callback in cast(Any, trainer).callbacks:  # an attribute that Lightning's connector sets
+        if isinstance(callback, BatchSizeFinder):
+            raise UserError(
+                "trainer.callbacks", "BatchSizeFinder would change `data.batch_size`, the batch of a step"
+            )
+        if isinstance(callback, _BY_EPOCHS):
+            raise UserError(
+                "trainer.callbacks",
+                f"{type(callback).__name__} acts by epochs, and the training data is one endless epoch",
+            )
+
+
 def check_trainer(trainer: pl.Trainer, batches: int | None, samples: int, batch_size: int) -> None:
     """Refuse a trainer that would train on other samples than its steps say, or never end.
 
@@ -33,16 +54,6 @@ def check_trainer(trainer: pl.Trainer, batches: int | None, samples: int, batch_
     Raises:
         UserError: the first argument that does not fit.
     """
-    for callback in cast(Any, trainer).callbacks:  # an attribute that Lightning's connector sets
-        if isinstance(callback, BatchSizeFinder):
-            raise UserError(
-                "trainer.callbacks", "BatchSizeFinder would change `data.batch_size`, the batch of a step"
-            )
-        if isinstance(callback, _BY_EPOCHS):
-            raise UserError(
-                "trainer.callbacks",
-                f"{type(callback).__name__} acts by epochs, and the training data is one endless epoch",
-            )
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few batches, and nothing after them
         return
     if trainer.overfit_batches:  # type: ignore[attr-defined]
