@@ -51,7 +51,7 @@ class Preemption(AfterStep):
     def __init__(self, checkpoint: Checkpoint, signals: StopSignals, max_time: float = float("inf")) -> None:
         super().__init__()
         self.checkpoint, self.signals, self.max_time = checkpoint, signals, max_time
-        self._began = time.monotonic()
+        self._deadline = float("inf")
         self.stopping = False
         self.clock = JobClock(float(os.environ.get(JOB_END) or "inf"))
         self._group: Any = None
@@ -62,10 +62,10 @@ class Preemption(AfterStep):
         super().on_train_start(trainer, pl_module)
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
-        self._began = time.monotonic()
         self._begin_vote()
         if self._agreed():  # a signal came during the start: there is nothing new to save
             self._stop(trainer)
+        self._deadline = time.monotonic() + self.max_time  # from here on: every start takes a step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -92,7 +92,7 @@ class Preemption(AfterStep):
             return self.signals.received
         if self.clock.is_over(self.checkpoint.save_seconds):
             return "the job's time limit"
-        over = time.monotonic() - self._began >= self.max_time
+        over = time.monotonic() >= self._deadline
         return f"trainer.max_time, {self.max_time:g} s of one start" if over else None
 
     def _agreed(self) -> bool:

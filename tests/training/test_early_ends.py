@@ -73,7 +73,9 @@ def stop_at(step: int) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("micro", [16, 8], ids=["whole batches", "accumulated"])
+@pytest.mark.parametrize(
+    "micro", [16, pytest.param(8, marks=pytest.mark.slow)], ids=["whole batches", "accumulated"]
+)
 def test_max_time_stops_after_a_step_and_the_same_command_resumes(
     recipe: Path, whole: Curves, micro: int
 ) -> None:
