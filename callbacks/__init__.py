@@ -5,6 +5,7 @@ others itself.
 """
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
+from mhla_lightning.callbacks.early_end import EarlyEnd
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.health import Health
 from mhla_lightning.callbacks.monitor import MixingHeatmaps, Monitor
@@ -18,6 +19,7 @@ from mhla_lightning.callbacks.sample_log import SampleLog
 __all__ = [
     "EMA",
     "Checkpoint",
+    "EarlyEnd",
     "Health",
     "MixingHeatmaps",
     "Monitor",

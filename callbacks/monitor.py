@@ -15,6 +15,7 @@ from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.strategies.sharding import sharding_of
+from mhla_lightning.tasks.base import draws_point
 
 
 class Monitor(pl.Callback):
@@ -42,8 +43,6 @@ class Monitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        # set by its logger connector
-        self._every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._restart(time.perf_counter())
 
     def _restart(self, now: float) -> None:
@@ -66,7 +65,7 @@ class Monitor(pl.Callback):
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
-        if self._step % self._every == 0:
+        if draws_point(trainer):
             self._log(trainer, pl_module)
             self._restart(self._ended)
         self._losses.clear()

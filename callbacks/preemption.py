@@ -21,7 +21,8 @@ _RESERVE = 15.0  # seconds
 class Preemption(AfterStep):
     """Saves and stops all ranks at the same step.
 
-    The reason is SIGUSR1 or SIGTERM to one of the ranks, or the end of the job's time.
+    The reason is SIGUSR1 or SIGTERM to one of the ranks, or the end of the job's time or of
+    `trainer.max_time`.
 
     Lightning's own handlers save or broadcast inside the signal handler. With 20 ms between the ranks'
     signals they meet different collectives (Lightning issue 21406), so they are switched off
@@ -32,9 +33,13 @@ class Preemption(AfterStep):
     A step that was left out is not saved; the next one that is taken is then the last. The checkpoint is
     written by the usual callback: after a validation that is due, and with metrics logged as in any step.
 
+    Lightning's Timer, which `max_time` is elsewhere, stops in the middle of an accumulation and adds a
+    validation. It counts the time of earlier starts, so that a resumed run would stop at once.
+
     Args:
         checkpoint: the callback that saves.
         signals: the signals that have arrived in this process.
+        max_time: seconds of training in this start; the first step after them is the last.
 
     Attributes:
         stopping: whether this step is the last.
@@ -43,9 +48,10 @@ class Preemption(AfterStep):
         Preempted: from the training, in every rank, when everything is saved.
     """
 
-    def __init__(self, checkpoint: Checkpoint, signals: StopSignals) -> None:
+    def __init__(self, checkpoint: Checkpoint, signals: StopSignals, max_time: float = float("inf")) -> None:
         super().__init__()
-        self.checkpoint, self.signals = checkpoint, signals
+        self.checkpoint, self.signals, self.max_time = checkpoint, signals, max_time
+        self._deadline = float("inf")
         self.stopping = False
         self.clock = JobClock(float(os.environ.get(JOB_END) or "inf"))
         self._group: Any = None
@@ -59,6 +65,7 @@ class Preemption(AfterStep):
         self._begin_vote()
         if self._agreed():  # a signal came during the start: there is nothing new to save
             self._stop(trainer)
+        self._deadline = time.monotonic() + self.max_time  # from here on: every start takes a step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -75,10 +82,18 @@ class Preemption(AfterStep):
             self.checkpoint.save_after_this_step()
 
     def _begin_vote(self) -> None:
-        wanted = self.signals.received is not None or self.clock.is_over(self.checkpoint.save_seconds)
-        self._vote = torch.tensor([int(wanted)])
+        self._vote = torch.tensor([int(self._reason() is not None)])
         if self._group is not None:
             self._work = dist.all_reduce(self._vote, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _reason(self) -> str | None:
+        """Why this rank wants to stop; None where it does not."""
+        if self.signals.received is not None:
+            return self.signals.received
+        if self.clock.is_over(self.checkpoint.save_seconds):
+            return "the job's time limit"
+        over = time.monotonic() >= self._deadline
+        return f"trainer.max_time, {self.max_time:g} s of one start" if over else None
 
     def _agreed(self) -> bool:
         """Whether any rank wants to stop; the same answer on all ranks."""
@@ -93,14 +108,7 @@ class Preemption(AfterStep):
         # On all ranks, before the first of them ends: srun then kills the others.
         self.checkpoint.finish_writing(trainer)
         self.signals.ignore()  # until exit: a second signal would kill a rank that is shutting down
-        raise Preempted(
-            self.signals.received
-            or (
-                "the job's time limit"
-                if self.clock.is_over(self.checkpoint.save_seconds)
-                else "another process"
-            )
-        )
+        raise Preempted(self._reason() or "another process")
 
 
 class JobClock:

@@ -87,31 +87,34 @@ class ProgressFile(pl.Callback):
             return
         stopped = isinstance(exception, Preempted) or disk_problem(exception, self.run.path) is not None
         state = "preempted" if stopped else "failed"
+        reason = exception.by if isinstance(exception, Preempted) else None
         try:
-            self.write(trainer, state)
+            self.write(trainer, state, reason)
         except OSError:  # its own error is on its way
             if trainer.is_global_zero:
-                overwrite_json(self.run.progress, self._content(trainer, state))
+                overwrite_json(self.run.progress, self._content(trainer, state, reason))
 
-    def write(self, trainer: pl.Trainer, state: str) -> None:
+    def write(self, trainer: pl.Trainer, state: str, reason: str | None = None) -> None:
         """Write the file now, in the main process only.
 
         Args:
             trainer: of the run.
-            state: running, finished, failed or preempted.
+            state: running, finished, failed or preempted, which is every stop that the same command resumes.
+            reason: why training ended before its last step, in words.
         """
         if not trainer.is_global_zero:
             return
         self._written = time.monotonic()
         check_held(self.run.path)
-        write_json(self.run.progress, self._content(trainer, state), durable=state != "running")
+        write_json(self.run.progress, self._content(trainer, state, reason), durable=state != "running")
 
-    def _content(self, trainer: pl.Trainer, state: str) -> dict[str, Any]:
+    def _content(self, trainer: pl.Trainer, state: str, reason: str | None) -> dict[str, Any]:
         step, metrics = trainer.global_step, trainer.callback_metrics
         newest, position = newest_checkpoint(self.run.path), self.position()
         return {
             "format": FORMAT,
             "state": state,
+            "reason": reason,
             "step": step,
             "max_steps": trainer.max_steps,
             **{key: position[key] for key in ("epoch", "consumed")},

@@ -53,7 +53,7 @@ def _row(
         queue = (
             _remembered(run, job, progress, trouble)
             if job is not None
-            else QueueState(_local_state(run, progress))
+            else QueueState(_local_state(run, progress), progress.get("reason"))
         )
     restarts = queue.restarts
     if restarts is None and job is not None:
@@ -86,7 +86,7 @@ def _local_state(run: RunFolder, progress: dict[str, Any]) -> str:
 def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str | None) -> QueueState:
     """The state of a job that SLURM has forgotten, from the run's own files."""
     if progress.get("state") == "finished":
-        return QueueState("COMPLETED", trouble)
+        return QueueState("COMPLETED", trouble or progress.get("reason"))
     if is_marked_cancelled(run, job):
         return QueueState("CANCELLED", trouble)
     of_job = [attempt for attempt in attempts(run) if attempt.job == job]
@@ -96,9 +96,9 @@ def _remembered(run: RunFolder, job: str, progress: dict[str, Any], trouble: str
             trouble or "SLURM has forgotten the job, and its script recorded no end; mhla resume queues it",
         )
     last = of_job[-1]
-    return QueueState(
-        _ENDED[last.kind], trouble or (f"exit code {last.code}" if last.code else None), last.restart
-    )
+    reason = progress.get("reason") if last.kind == "preempted" else None
+    code = f"exit code {last.code}" if last.code else None
+    return QueueState(_ENDED[last.kind], trouble or reason or code, last.restart)
 
 
 def _time_left(progress: dict[str, Any]) -> str | None:

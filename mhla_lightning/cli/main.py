@@ -43,7 +43,8 @@ VERBS = {
 EPILOG = (
     "mhla VERB --help explains a verb. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
     "recipe or data,\n"
-    "75 stopped by SIGTERM or SIGUSR1 (preempted) after saving, or by a full disk, 130 by Ctrl-C."
+    "75 stopped before the last step, after saving (SIGTERM, SIGUSR1, trainer.max_time) or by a full disk,\n"
+    "130 by Ctrl-C."
 )
 _STOPPED = 75
 _ABOUT_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)

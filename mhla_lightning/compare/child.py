@@ -79,8 +79,10 @@ def train_in_children(
 
 
 def share_done(run: RunFolder) -> float:
-    """Share of a run's steps that its progress.json reports."""
+    """Share of a run's steps that its progress.json reports; all of it where the run has ended early."""
     progress = read_object(run.progress)
+    if progress.get("state") == "finished":
+        return 1.0
     return min(1.0, progress.get("step", 0) / max(1, progress.get("max_steps", 1)))
 
 

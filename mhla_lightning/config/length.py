@@ -11,8 +11,17 @@ def length(recipe: Resolved) -> int:
     """Return the optimizer steps of a run, from `trainer.max_steps` or `data.epochs`.
 
     Raises:
-        UserError: both or neither are set.
+        UserError: both or neither are set, or the run would end before `trainer.min_steps`.
     """
+    steps, least = _steps(recipe), recipe.trainer.get("min_steps") or 0
+    if least > steps:
+        raise UserError(
+            "trainer.min_steps", f"it is {least}, and the run has {steps} steps: lower it, or train longer"
+        )
+    return steps
+
+
+def _steps(recipe: Resolved) -> int:
     steps, epochs = recipe.trainer.get("max_steps", -1), recipe.data.epochs
     if steps > 0 and epochs is not None:
         raise UserError(

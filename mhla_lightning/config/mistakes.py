@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning.config.checks import argument_hints, dataclass_in, import_class
 from mhla_lightning.errors import DataError, UserError, below
@@ -53,7 +54,7 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
         return placed(own, key)
     if isinstance(value, Mapping) and "class_path" in value:
         cause = _cause(refusal)
-        if isinstance(cause, TypeError):  # raised by the class itself
+        if isinstance(cause, TypeError | MisconfigurationException):  # raised by the class itself
             return UserError(key, f"{value['class_path']} cannot be built: {' '.join(str(cause).split())}")
         return UserError(key, f"{value['class_path']} does not fit; it must be {_described(hint)}")
     return UserError(key, f"{value!r} does not fit; it must be {_described(hint)}")
@@ -90,7 +91,7 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
         return None
     try:
         parser.instantiate(parser.parse_object({"value": value}))
-    except (argparse.ArgumentError, TypeError, ValueError, UserError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
         return error
     return None
 

@@ -19,6 +19,7 @@ from mhla_lightning.config.signatures import (
     source_file,
     table_of_classes,
 )
+from mhla_lightning.config.trainer_arguments import check_arguments
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.strategies.config import check_strategy
 
@@ -28,16 +29,6 @@ _CONFIGS = {
     "checkpoint": "mhla_lightning.config.resolve.CheckpointConfig",
     "health": "mhla_lightning.config.resolve.HealthConfig",
 }
-_RESERVED = {
-    "logger": "the run folder has its own logger",
-    "default_root_dir": "the files of a run go into its run folder",
-    "accumulate_grad_batches": "it follows from `data.batch_size` and `data.micro_batch_size`",
-    "max_epochs": "`trainer.max_steps` or `data.epochs` gives the length",
-    "enable_checkpointing": "the run command saves checkpoints (`checkpoint.every_n_steps`)",
-    "use_distributed_sampler": "the data module splits the shards",
-    "reload_dataloaders_every_n_epochs": "training is one endless epoch",
-}
-"""Arguments of Lightning's Trainer that the run command sets itself."""
 _EXAMPLES = {
     "model": "mhla_lightning.tasks.ClassificationTask",
     "data": "mhla_lightning.data.ImageDataModule",
@@ -95,17 +86,9 @@ def check_sections(values: Mapping[str, Any], trainer_names: Iterable[str]) -> N
         if source is not None and isinstance(values.get(section), Mapping):
             check_known(values[section], parameters(source) or (), f"{section}.")
     trainer = values["trainer"]
-    for key, reason in _RESERVED.items():
-        if trainer.get(key) is not None:
-            raise UserError(f"trainer.{key}", f"it cannot be set: {reason}")
+    check_arguments(trainer)
     check_known(trainer, trainer_names, "trainer.")
     check_strategy(trainer)
-    for key, least in (("val_check_interval", 1), ("max_steps", -1)):
-        value = trainer.get(key)
-        if isinstance(value, float) or (isinstance(value, int) and (value < least or value == 0)):
-            raise UserError(
-                f"trainer.{key}", f"{value} is not allowed; it counts optimizer steps: a whole number from 1"
-            )
     for section, example in _EXAMPLES.items():
         if "class_path" not in values[section]:
             raise UserError(f"{section}.class_path", f"it is missing; give the class, for example {example}")

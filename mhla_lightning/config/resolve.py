@@ -13,10 +13,12 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning.config.checks import argument_hints, check_keys
 from mhla_lightning.config.mistakes import find_mistake, placed, user_error
 from mhla_lightning.config.moved_keys import flat, moved
+from mhla_lightning.config.trainer_arguments import check_built
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import is_zero
@@ -142,6 +144,7 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         path = values["data"]["class_path"]
         raise UserError("data.class_path", f"{path} is no data module of mhla_lightning.data")
     trainer = {key: value for key, value in vars(built["trainer"]).items() if value is not None}
+    check_built(trainer.get("callbacks"))
     if isinstance(trainer.get("strategy"), Strategy):
         sharding_of(trainer["strategy"])  # refuses a class that callbacks cannot read
     if is_zero(strategy):
@@ -162,7 +165,7 @@ def _section(name: str, kind: type, value: Any) -> tuple[Any, Any]:
         config = parser.parse_object({} if value is None else {name: deepcopy(value)})
         dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
         return dumped[name], parser.instantiate(config)[name]
-    except (argparse.ArgumentError, TypeError, ValueError, UserError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
         raise _mistake(name, kind, value, error) from error
 
 
@@ -183,8 +186,8 @@ def _mistake(name: str, kind: type, value: Any, error: Exception) -> UserError:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """Return the keys in which two resolved recipes differ, as `key old -> new`.
 
-    The text is empty where they agree. Where a recipe runs makes no difference, nor do the strategy and the
-    checkpoints that are saved.
+    The text is empty where they agree. Where a recipe runs makes no difference, nor do the strategy, the
+    time of one start and the checkpoints that are saved.
 
     Args:
         old, new: resolved recipes, with moved keys in their old or their new places.
@@ -210,7 +213,10 @@ a run. The global batch may not.
 
 def _may_change(key: str) -> bool:
     """Whether a run may be resumed with another value of a key."""
-    return key == "trainer.strategy" or key.startswith(("trainer.strategy.", "checkpoint."))
+    return key.startswith(("trainer.strategy.", "trainer.max_time.", "checkpoint.")) or key in (
+        "trainer.strategy",
+        "trainer.max_time",
+    )
 
 
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:

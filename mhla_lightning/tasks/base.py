@@ -119,9 +119,10 @@ class Task(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as Lightning does, without a second pass over gradients of a known norm."""
-        by_norm = gradient_clip_val and gradient_clip_algorithm in (None, "norm")
-        if self._gradient_norm is not None and gradient_clip_val and by_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        limit = gradient_clip_val or 0.0  # 0 and less do not clip; less would turn the gradients round
+        if self._gradient_norm is not None and limit > 0 and by_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters(), limit, self._gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -198,6 +199,15 @@ class Task(pl.LightningModule):
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
         schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def draws_point(trainer: pl.Trainer) -> bool:
+    """Return whether the curves of training have a point at the last optimizer step.
+
+    `trainer.log_every_n_steps` 0 draws none.
+    """
+    every = int(cast(Any, trainer).log_every_n_steps)  # an attribute that Lightning's connector sets
+    return every > 0 and trainer.global_step % every == 0
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, Metric
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.randomness import generator, run_seed
-from mhla_lightning.tasks.base import PREFIXES, Task
+from mhla_lightning.tasks.base import PREFIXES, Task, draws_point
 from mhla_lightning.tasks.distillation import Distillation, Teacher
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.weights.warm_start import InitFrom
@@ -248,7 +248,7 @@ class DiffusionTask(Task):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         accumulating = step == self._counted_step
-        if accumulating or step % cast(Any, self.trainer).log_every_n_steps:
+        if accumulating or not draws_point(self.trainer):
             return
         self._counted_step = step
         means = self._means_by_time("train")
@@ -270,7 +270,7 @@ class DiffusionTask(Task):
         A run that resumes between two points then draws the same curve.
         """
         # At other steps the counts are logged before anything more is counted.
-        if self.trainer.global_step % cast(Any, self.trainer).log_every_n_steps:
+        if not draws_point(self.trainer):
             checkpoint["loss_by_time"] = self._counted("train")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

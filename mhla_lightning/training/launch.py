@@ -169,7 +169,8 @@ def launch(
 
     Returns:
         The exit code: 0 finished; 1 another rank crashed; 2 another rank found a mistake of the user.
-        75 is a stop by a signal, after saving; 130 a stop by Ctrl-C.
+        75 is a stop before the last step, after saving: by a signal, `trainer.max_time` or a callback. 130
+        is a stop by Ctrl-C.
 
     Raises:
         UserError: a mistake in the recipe, the data or the options.
@@ -452,4 +453,6 @@ def _report_summary(run: RunFolder, report: Report) -> None:
     summary = read_object(run.summary)
     title = f"{run.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s"
     report.metrics(title, summary["last"], summary["best"])
+    if summary.get("ended_early"):
+        report.line(f"ended early: {summary['ended_early']}")
     report.line(f"run folder: {run.path}\ntensorboard --logdir {run.tensorboard}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import resource
@@ -23,6 +24,7 @@ from mhla_lightning import __version__
 from mhla_lightning.callbacks import (
     EMA,
     Checkpoint,
+    EarlyEnd,
     Health,
     MixingHeatmaps,
     Monitor,
@@ -31,11 +33,13 @@ from mhla_lightning.callbacks import (
     ProjectMixing,
     StepBar,
 )
+from mhla_lightning.callbacks.early_end import STOPPED, early_end
 from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep, sync
 from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.config.length import length
 from mhla_lightning.config.resolve import Resolved
+from mhla_lightning.config.trainer_arguments import seconds_of
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError, inside
@@ -52,7 +56,7 @@ from mhla_lightning.runs.folder import (
     write_json,
 )
 from mhla_lightning.runs.logger import RunLogger
-from mhla_lightning.runs.stopping import StopSignals
+from mhla_lightning.runs.stopping import Preempted, StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
 from mhla_lightning.strategies.launcher import RankEnvironment
 from mhla_lightning.strategies.sharding import sharding_of
@@ -107,19 +111,25 @@ class Session:
         arguments = dict(self.recipe.trainer)
         callbacks = arguments.pop("callbacks", [])
         given = callbacks if isinstance(callbacks, list) else [callbacks]
+        if isinstance(arguments.get("val_check_interval"), int):
+            # Lightning's EarlyStopping takes an interval of 1 for 1.0, the end of an epoch, otherwise.
+            arguments["check_val_every_n_epoch"] = None
         arguments |= {
             "max_steps": self.max_steps,
             "max_epochs": -1,
+            "min_epochs": 0,  # with `min_steps` Lightning sets 1, and no callback could end the one epoch
+            "max_time": None,  # Preemption stops the run
             "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0),
             "default_root_dir": self.run.path,
             "logger": self.logger,
             "use_distributed_sampler": False,
             "callbacks": self._callbacks(given, arguments),
-            "plugins": [*_environment(arguments.get("plugins"), self.run), RunCheckpointIO()],
+            "plugins": [*_environment(self.run), RunCheckpointIO()],
         }
+        check_float16(arguments)
         arguments |= strategy_arguments(arguments)
         try:
-            trainer = pl.Trainer(**arguments)
+            trainer = pl.Trainer(**(_defaults() | arguments))
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError("trainer", " ".join(str(error).split())) from error
         sharding_of(trainer.strategy)  # refuses a strategy that callbacks cannot read
@@ -149,17 +159,19 @@ class Session:
             checkpoint,
         ]
         if self.signals is not None:
-            own.append(Preemption(checkpoint, self.signals))
-        if (
-            arguments.get("enable_progress_bar", True)
-            and sys.stdout.isatty()
-            and not any(isinstance(c, ProgressBar) for c in given)
-        ):
-            own.append(StepBar())
+            limit = arguments.get("max_time")
+            own.append(
+                Preemption(checkpoint, self.signals, float("inf") if limit is None else seconds_of(limit))
+            )
+        if any(isinstance(callback, ProgressBar) for callback in given):
+            pass
         elif not sys.stdout.isatty():  # ProgressFile prints a line a validation instead
             arguments.setdefault("enable_progress_bar", False)
+        elif arguments.get("enable_progress_bar", True):
+            own.append(StepBar())
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
-        return [Health(self.run, health.max_skipped, health.spike_factor), ProjectMixing(), *given, *own]
+        guard = Health(self.run, health.max_skipped, health.spike_factor)
+        return [guard, ProjectMixing(), EarlyEnd(), *given, *own]
 
     def _checkpoint(self) -> Checkpoint:
         save = self.recipe.checkpoint
@@ -200,6 +212,7 @@ class Session:
         Raises:
             UserError: memory ran out; see also Health, Checkpoint and the data.
             DiskError: the disk is full or fails.
+            Preempted: training was stopped before its last step, and everything is saved.
         """
         try:
             with disk_errors(self.run.path):
@@ -229,6 +242,11 @@ class Session:
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.signals is not None:
             self.signals.act_at_once()  # all is saved; what is left is a validation
+        unfinished = self.trainer.global_step < self.max_steps
+        reason = early_end(self.trainer) if unfinished else None
+        if unfinished and reason is None:
+            self.progress.write(self.trainer, "preempted", STOPPED)
+            raise Preempted(STOPPED)
         if self.progress.validated_at != self.trainer.global_step:
             for average in self._averages:  # outside of training weights are split differently or not at all
                 average.start_from(newest_checkpoint(self.run.path))
@@ -236,8 +254,8 @@ class Session:
         if self.trainer.is_global_zero:
             if self.run.metrics.exists():
                 sync(self.run.metrics)  # before the summary, which says that all is written
-            write_json(self.run.summary, self._summary())
-            self.progress.write(self.trainer, "finished")
+            write_json(self.run.summary, {**self._summary(), "ended_early": reason})
+            self.progress.write(self.trainer, "finished", reason)
 
     def evaluate(self, mode: str, checkpoint: Path) -> dict[str, float]:
         """Evaluate a checkpoint folder; return the metrics by tag.
@@ -303,18 +321,45 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     entry = arguments.get("strategy")
     if not is_zero(entry):
         return {}
-    on_cpu = (
-        not torch.cuda.is_available()
-        if arguments.get("accelerator", "auto") == "auto"
-        else arguments["accelerator"] == "cpu"
-    )
-    precision = arguments.get("precision", "32-true")
+    on_cpu, precision = _on_cpu(arguments), arguments.get("precision", "32-true")
     accelerator = "cpu" if on_cpu else arguments.get("accelerator", "auto")
     return {
         "strategy": ZeroStrategy(entry, precision, on_cpu),
         "precision": lightning_precision(precision),
         "accelerator": accelerator,
     }
+
+
+def check_float16(arguments: Mapping[str, Any]) -> None:
+    """Refuse float16 on a CPU, where Lightning takes bfloat16 instead.
+
+    Args:
+        arguments: of the recipe's trainer.
+
+    Raises:
+        UserError: see above.
+    """
+    precision = str(arguments.get("precision", "32-true"))
+    if precision.startswith("16") and _on_cpu(arguments):
+        raise UserError(
+            "trainer.precision",
+            f"{precision} needs a GPU: a CPU has no float16; take bf16-mixed, bf16-true or 32-true",
+        )
+
+
+def _on_cpu(arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a trainer choose a CPU here."""
+    accelerator = arguments.get("accelerator", "auto")
+    return not torch.cuda.is_available() if accelerator == "auto" else accelerator == "cpu"
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of every argument of Lightning's Trainer.
+
+    Arguments that are passed are not taken from the environment (PL_TRAINER_LIMIT_TRAIN_BATCHES and so on),
+    where no recipe shows them.
+    """
+    return {name: argument.default for name, argument in inspect.signature(pl.Trainer).parameters.items()}
 
 
 def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
@@ -354,14 +399,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _environment(plugins: Any, run: RunFolder) -> list[Any]:
-    """The recipe's plugins and the cluster environment.
+def _environment(run: RunFolder) -> list[Any]:
+    """The cluster environment, where it is not torchrun's.
 
     Lightning takes every process inside a SLURM allocation for an srun task; only one in a job step is one.
     Preemption is handled by our callback, so Lightning must not queue the job again.
     """
-    given = plugins if isinstance(plugins, list) else [plugins] if plugins is not None else []
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return given
+        return []
     in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-    return [*given, SLURMEnvironment(auto_requeue=False) if in_step else RankEnvironment(run.path)]
+    return [SLURMEnvironment(auto_requeue=False) if in_step else RankEnvironment(run.path)]

@@ -19,6 +19,7 @@ from mhla_lightning.data.index import FORMAT, INDEX_NAME, SPLITS, ShardIndex, re
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.trainer_limits import check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
@@ -293,10 +294,17 @@ class ShardDataModule(LightningDataModule):
                     "`fresh`",
                 )
 
+    def setup(self, stage: str) -> None:
+        """Refuse callbacks of the trainer that would change the batch or never act. Raises UserError."""
+        if self.trainer is not None and stage == "fit":
+            check_callbacks(self.trainer)
+
     def train_dataloader(self) -> wds.WebLoader:
         """Return the sequence of training batches from the current position on.
 
         It has as many batches as trainer.max_steps needs, and no length when max_steps is -1.
+
+        Raises UserError for arguments of the trainer that would change which samples come.
         """
         place = self._rank()
         with inside("data"):
@@ -311,7 +319,10 @@ class ShardDataModule(LightningDataModule):
         stream = TrainStream(
             self.corpus, self.kind(self.index()), part, self.reading.max_skipped_share, self._kinds("train")
         )
-        return self._loader(stream, self.reading.num_workers, self._train_batches(accumulation))
+        batches = self._train_batches(accumulation)
+        if self.trainer is not None:
+            check_trainer(self.trainer, batches, self.samples, self.batch_size)
+        return self._loader(stream, self.reading.num_workers, batches)
 
     def _align_progress(self, accumulation: int) -> None:
         """Restate Lightning's count of micro batches for this number of accumulation steps.
@@ -337,7 +348,7 @@ class ShardDataModule(LightningDataModule):
             raise UserError(
                 "trainer.accumulate_grad_batches",
                 f"{self.trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
-                "`data.batch_size` and `data.micro_batch_size`: leave it out",
+                f"`data.batch_size` and `data.micro_batch_size`: set it to {accumulation}",
             )
         steps = self.trainer.max_steps - self._start_step
         if self._start + steps * self.batch_size > self.corpus.mixture.length:
