@@ -14,10 +14,12 @@ from mhla_lightning.callbacks.projection import ProjectMixing
 from mhla_lightning.callbacks.sample_clips import SampleClips
 from mhla_lightning.callbacks.sample_grids import SampleGrids
 from mhla_lightning.callbacks.sample_log import SampleLog
+from mhla_lightning.callbacks.steps import FirstStep
 
 __all__ = [
     "EMA",
     "Checkpoint",
+    "FirstStep",
     "Health",
     "MixingHeatmaps",
     "Monitor",
