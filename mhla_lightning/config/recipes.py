@@ -24,7 +24,7 @@ class _YamlLoader(yaml.SafeLoader):
     YAML 1.1 takes 1e-4 for text, and PyYAML keeps the last of two equal keys silently.
     """
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)  # as written; construction adds keys that `<<` merges
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -77,7 +77,8 @@ class RunLogger(TensorBoardLogger):
 
         Lightning asks for it before anything is checked, and the writer makes a file at once.
         """
-        held = not self._started and rank_zero_only.rank == 0
+        # the rank is an attribute that Lightning sets on the function
+        held = not self._started and cast(Any, rank_zero_only).rank == 0
         return self._held if held else super().experiment
 
     @rank_zero_only

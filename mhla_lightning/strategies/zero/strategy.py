@@ -300,7 +300,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         source = open_source(Path(checkpoint_path))
         optimizer = self._engine_optimizer() if self._fitting else None
         restore(self.local_weights, self._module, source, optimizer)
-        if self._fitting:
+        if optimizer is not None:
             tell_new(self._names, [group["names"] for group in source.groups])
             carry_over(optimizer.optimizer, optimizer.optimizer.param_groups, self._names, source.groups)
             self._restore_counters(source.step)
