@@ -15,11 +15,13 @@ from mhla_lightning.callbacks.projection import ProjectMixing
 from mhla_lightning.callbacks.sample_clips import SampleClips
 from mhla_lightning.callbacks.sample_grids import SampleGrids
 from mhla_lightning.callbacks.sample_log import SampleLog
+from mhla_lightning.callbacks.steps import FirstStep
 
 __all__ = [
     "EMA",
     "Checkpoint",
     "EarlyEnd",
+    "FirstStep",
     "Health",
     "MixingHeatmaps",
     "Monitor",

@@ -18,12 +18,12 @@ from mhla_lightning.callbacks.steps import was_skipped
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune, sync
 from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer
-from mhla_lightning.checkpoints.source import GROUPS
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.disk_errors import complaint, disk_error, lack_of_room
 from mhla_lightning.runs.folder import FORMAT, RunFolder, read_object
 from mhla_lightning.runs.lock import check_held
 from mhla_lightning.strategies.state import LOSS_SCALE, loss_scale, optimizer_groups
+from mhla_lightning.weights.moments import GROUPS
 
 _GRACE = 60.0  # seconds that a failed run waits for the checkpoint that it was writing
 

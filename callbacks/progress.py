@@ -28,7 +28,7 @@ _FIRST_STEPS = 10  # a job that ends before counts as one that died at its start
 
 
 class ProgressFile(pl.Callback):
-    """Rewrites progress.json every `seconds` and after the first ten steps.
+    """Rewrites progress.json every `seconds`, and after the first and the tenth step.
 
     It also logs a line after each validation.
 
@@ -57,14 +57,19 @@ class ProgressFile(pl.Callback):
         return self._before + time.monotonic() - self._began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._training, self._first_step = time.monotonic(), True, trainer.global_step
-        self.write(trainer, "running")
+        self._began, self._first_step = time.monotonic(), trainer.global_step
+        if not self.run.progress.exists():  # an earlier attempt's file stays until a step is taken
+            self._training = True
+            self.write(trainer, "running")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (
-            time.monotonic() - self._written >= self.interval
+        first = not self._training and trainer.global_step > self._first_step
+        self._training = self._training or first
+        if self._training and (
+            first
+            or time.monotonic() - self._written >= self.interval
             or trainer.global_step == self._first_step + _FIRST_STEPS
         ):
             self.write(trainer, "running")

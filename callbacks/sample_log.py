@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 
@@ -23,13 +23,16 @@ class SampleLog(pl.Callback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        # of the first step: an attempt that fails before its end writes nothing
+        self._early: list[str] = []
+        self._first = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _open(self, trainer: pl.Trainer, step: int) -> None:
         folder = Path(trainer.default_root_dir, FOLDER)
         if trainer.is_global_zero:
             folder.mkdir(exist_ok=True)
             for path in folder.glob("rank-*.jsonl"):  # also of ranks that this attempt does not have
-                forget_after(path, trainer.global_step)
+                forget_after(path, step)
         trainer.strategy.barrier()
         # closed in teardown
         self._file = open(folder / f"rank-{trainer.global_rank}.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -37,14 +40,25 @@ class SampleLog(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._file is not None
         line = {
             "step": trainer.global_step,
             "epoch": batch["epoch"].tolist(),
             "index": batch["index"].tolist(),
             "key": batch["key"],
         }
-        self._file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if self._file is not None:
+            self._file.write(text)
+        else:
+            self._early.append(text)
+            self._first = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._file is None and trainer.global_step > self._first:
+            self._open(trainer, self._first)
+            cast(IO[str], self._file).writelines(self._early)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._file is not None:

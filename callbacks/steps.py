@@ -6,6 +6,7 @@ Several batches may add up to one step, and a step may be left out.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -37,6 +38,29 @@ def was_skipped(trainer: pl.Trainer) -> bool:
     """Whether the last optimizer step was left out."""
     guard = step_guard(trainer)
     return guard is not None and guard.skipped
+
+
+class FirstStep(pl.Callback):
+    """Calls a function once an optimizer step of this attempt is taken; every rank calls it.
+
+    As the first callback of a trainer it acts before any other sees the end of the step.
+
+    Args:
+        begin: called after every batch from then on; only its first call acts.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._step:
+            self.begin()
 
 
 class AfterStep(pl.Callback):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import not_finite
+from mhla_lightning.weights.moments import GROUPS
 from mhla_lightning.weights.rank_files import FOLDER, WEIGHT, RankFileReader
 from mhla_lightning.weights.stored import Stored, as_stored
 
-GROUPS = "optimizer_groups"
 FILE = "trainer.ckpt"
 
 

@@ -26,14 +26,15 @@ class _YamlLoader(yaml.SafeLoader):
     YAML 1.1 takes 1e-4 for text, and PyYAML keeps the last of two equal keys silently.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # as written; construction adds keys that `<<` merges
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key '{twice}' is given twice", node.start_mark
             )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _YamlLoader.add_implicit_resolver(

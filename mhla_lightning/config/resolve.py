@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mhla_lightning.config.checks import argument_hints, check_keys
 from mhla_lightning.config.mistakes import find_mistake, placed, user_error
 from mhla_lightning.config.moved_keys import flat, moved
+from mhla_lightning.config.recipes import argument
 from mhla_lightning.config.trainer_arguments import check_built
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
@@ -193,15 +194,49 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) 
         old, new: resolved recipes, with moved keys in their old or their new places.
         limit: keys that are written out.
     """
-    before, after = (
-        {key: value for key, value in _dotted(_without_place(values)).items() if not _may_change(key)}
-        for values in (old, new)
-    )
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    before, after = (_compared(values) for values in (old, new))
+    keys = changed_keys(old, new)
     shown = ", ".join(
         f"{key.replace('.init_args.', '.')} {before.get(key)} -> {after.get(key)}" for key in keys[:limit]
     )
     return shown + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys in which two resolved recipes differ.
+
+    Where data is makes no difference, see :func:`differences`.
+    """
+    before, after = _compared(old), _compared(new)
+    left_out: set[str] = set()
+    if None in (argument(old, "data.source"), argument(new, "data.source")):
+        left_out = {f"data.init_args.{key}" for key in _MAKING_OF_DATA}
+    return [
+        key
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and key not in left_out and not _checked_with_data(key, after)
+    ]
+
+
+def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _dotted(_without_place(values)).items() if not _may_change(key)}
+
+
+_MAKING_OF_DATA = (
+    *("length", "val_length", "packing", "val"),
+    *("frames", "size", "rate", "stride", "shots"),
+)
+"""How `data.source` is packed. It says nothing about shards that a recipe names by their place alone; the
+hashes in a checkpoint identify those.
+"""
+_CHECKED_WITH_DATA = ("tokenizer", "vae.name", "vae.sha256", "text_encoder.name", "text_encoder.sha256")
+"""Names, often folders, of what has made the shards. The data module compares the content with the shards."""
+
+
+def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
+    name = key.removeprefix("data.init_args.")
+    encoded_in_training = name.startswith("text_encoder.") and "data.init_args.vae.name" not in values
+    return name in _CHECKED_WITH_DATA and name != key and not encoded_in_training
 
 
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")

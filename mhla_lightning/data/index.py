@@ -68,13 +68,13 @@ class VAE:
     std: tuple[float, ...] = ()
 
     def fits(self, found: VAE) -> bool:
-        """Return whether latents of `found` satisfy this VAE of a recipe."""
-        if (self.name, self.scale, self.shift, tuple(self.shape)) != (
-            found.name,
-            found.scale,
-            found.shift,
-            found.shape,
-        ):
+        """Return whether latents of `found` satisfy this VAE of a recipe.
+
+        Their sha256 must agree or, where one is unknown, their names: a VAE may be moved.
+        """
+        same = self.sha256 == found.sha256 if self.sha256 and found.sha256 else self.name == found.name
+        wanted = (self.scale, self.shift, tuple(self.shape))
+        if not same or wanted != (found.scale, found.shift, found.shape):
             return False
         more = (
             (self.model, found.model),

@@ -5,11 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from mhla_lightning.runs.folder import RunFolder, read_lines, write_text
+
+
+class HeldExperiment:
+    """Keeps the calls of TensorBoard's writer until there is one.
+
+    Attributes:
+        calls: names of methods, with their arguments.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
 class RunLogger(TensorBoardLogger):
@@ -36,12 +51,35 @@ class RunLogger(TensorBoardLogger):
         )
         self._file = run.metrics
         self._resume_step = resume_step
+        self._started = False
+        self._early: list[tuple[Mapping[str, float], int | None]] = []
+        self._held = HeldExperiment()
         self.optimizer_steps: Callable[[], int] | None = None
 
     @rank_zero_only
     def start(self) -> None:
-        """Drop the lines that an earlier attempt logged after the checkpoint (`resume_step`)."""
+        """Drop the lines that an earlier attempt logged after the checkpoint (`resume_step`).
+
+        Nothing is written before: an attempt that fails at its start leaves the folder as it was.
+        """
+        if self._started:
+            return
+        self._started = True
         keep_until(self._file, self._resume_step)
+        for metrics, step in self._early:
+            self._write(metrics, step)
+        for name, args, kwargs in self._held.calls:
+            getattr(self.experiment, name)(*args, **kwargs)
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; until the run has started, a stand-in that keeps its calls.
+
+        Lightning asks for it before anything is checked, and the writer makes a file at once.
+        """
+        # the rank is an attribute that Lightning sets on the function
+        held = not self._started and cast(Any, rank_zero_only).rank == 0
+        return self._held if held else super().experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -49,20 +87,35 @@ class RunLogger(TensorBoardLogger):
         metrics = {tag: value for tag, value in metrics.items() if tag != "epoch"}
         if self.optimizer_steps is not None:  # Lightning counts one less in validation than in training
             step = self.optimizer_steps()
+        if self._started:
+            self._write(metrics, step)
+        else:
+            self._early.append((metrics, step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what TensorBoard holds back, once the run has started."""
+        if self._started:
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the event file, if there is one."""
+        if not self._started:
+            return
+        try:
+            super().finalize(status)
+        except OSError:  # a full disk
+            if status == "success":
+                raise  # after a failure its own error is on its way
+
+    def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         super().log_metrics(metrics, step)
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"step": step, "tag": tag, "value": float(value)}) + "\n"
                 for tag, value in metrics.items()
             )
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        try:
-            super().finalize(status)
-        except OSError:  # a full disk
-            if status == "success":
-                raise  # after a failure its own error is on its way
 
 
 def keep_until(metrics: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from mhla_lightning.checkpoints.source import CheckpointSource
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.local import Fragment, LocalWeights
 from mhla_lightning.strategies.sharding import sharding_of
+from mhla_lightning.weights.moments import OPTIMIZER, keeps_moments
 from mhla_lightning.weights.rank_files import WEIGHT, Stretch
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -92,7 +93,7 @@ def _optimizer_state(fragment: Fragment, optimizer: Any) -> tuple[dict[str, Tens
 
 @torch.no_grad()
 def restore(local: LocalWeights, module: nn.Module, source: CheckpointSource, optimizer: Any) -> None:
-    """Fill the weights of this rank, and its optimizer state.
+    """Fill the weights of this rank and the moments of its optimizer; settings stay.
 
     Args:
         local: the weights as this rank holds them.
@@ -110,16 +111,15 @@ def restore(local: LocalWeights, module: nn.Module, source: CheckpointSource, op
         return
     for name, value in _whole_numbers(module).items():
         value.copy_(source.whole(name))
+    kept = optimizer is not None and keeps_moments(optimizer.optimizer, source.checkpoint.get(OPTIMIZER))
     for lot in local.lots(local.fragments(module)):
         with local.loaded(lot, changed=True) as fragments:
             for fragment in fragments:
                 fragment.values.copy_(source.restored(fragment.name, WEIGHT, fragment.start, fragment.size))
-                if optimizer is not None:
+                if kept:
                     _restore_optimizer(fragment, source, optimizer.optimizer)
     local.publish(module)
     if optimizer is not None:
-        for group, saved in zip(optimizer.optimizer.param_groups, source.groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key != "names"})
         _restore_scale(optimizer, source.checkpoint.get(LOSS_SCALE))
 
 

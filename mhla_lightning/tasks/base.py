@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from mhla_lightning.backbones import Backbone, build_backbone, known_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
 from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Task(pl.LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.backbone: nn.Module | None = None
         self._gradient_norm: Tensor | None = None
+        self._optimizer_facts: dict[str, Any] = {}
         plan = self._weightless()
         if self.init_from:
             weight_file(self.init_from)
@@ -87,6 +90,10 @@ class Task(pl.LightningModule):
         if self.train_only:
             freeze_except(plan, self.train_only)
         return plan
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the backbone's tensors by name, without building its weights."""
+        return {name: tuple(tensor.shape) for name, tensor in self._weightless().state_dict().items()}
 
     def _build(self) -> nn.Module:
         with backbone_keys():
@@ -198,7 +205,29 @@ class Task(pl.LightningModule):
         # (Lightning issue 20550).
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
         schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
+        self._resume_by_name(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _resume_by_name(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer take moments from a checkpoint, by parameter name, and no settings."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        self._optimizer_facts = {
+            OPTIMIZER: optimizer_class(optimizer),
+            GROUPS: [{"names": members} for members in groups],
+        }
+        optimizer.register_load_state_dict_pre_hook(partial(fitted, names=groups))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer's class and its parameters.
+
+        A run's own callback has written the groups already, with their settings.
+        """
+        for key, value in self._optimizer_facts.items():
+            checkpoint.setdefault(key, value)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        label(checkpoint)
 
 
 def draws_point(trainer: pl.Trainer) -> bool:

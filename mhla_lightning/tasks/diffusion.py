@@ -269,11 +269,13 @@ class DiffusionTask(Task):
 
         A run that resumes between two points then draws the same curve.
         """
+        super().on_save_checkpoint(checkpoint)
         # At other steps the counts are logged before anything more is counted.
         if not draws_point(self.trainer):
             checkpoint["loss_by_time"] = self._counted("train")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         waiting = checkpoint.get("loss_by_time")
         if waiting is not None and self.trainer.is_global_zero:
             self._by_time["train"].copy_(waiting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -70,6 +70,23 @@ class OptimizerConfig:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
+class RecipeSchedule(LambdaLR):
+    """LambdaLR that takes only its position from a checkpoint.
+
+    torch's also takes the rates that the factors multiply. A resumed run would then follow neither its recipe
+    nor the earlier one, and its first step the earlier one.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the saved position, and set the learning rates of this schedule there."""
+        step = state_dict["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        own = {"lr_lambdas": [None] * len(rates), "_last_lr": rates}
+        super().load_state_dict(own | {"last_epoch": step, "_step_count": state_dict["_step_count"]})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate per optimizer step: linear warm-up, then cosine or constant.
@@ -128,4 +145,4 @@ class ScheduleConfig:
                 f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} "
                 "steps: the learning rate never reaches its peak"
             )
-        return LambdaLR(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)
+        return RecipeSchedule(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)

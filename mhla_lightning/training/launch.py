@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -205,6 +206,8 @@ def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSi
 def _train(
     resolved: Resolved, run: RunFolder, options: RunOptions, report: Report, signals: StopSignals
 ) -> int:
+    from mhla_lightning.checkpoints.whole import newest_whole
+
     changed = _changes(run, resolved)
     if changed and _first_process() and not options.accept_changes:
         raise UserError(
@@ -213,8 +216,8 @@ def _train(
             "`accept_changes`",
         )
     if run.finished() and not changed:
-        return _report_finished(resolved, run, report)
-    new = not run.path.exists()
+        return _report_finished(resolved, run, options, report)
+    new, recorded = not run.path.exists(), run.recipe.is_file()
     run.create()
     try:
         with ExitStack() as stack:
@@ -223,9 +226,12 @@ def _train(
                 remove_errors(run.path)
                 os.environ[_FOLDER] = str(run.path)
                 stack.callback(os.environ.pop, _FOLDER, None)
-                _record(resolved, run)
+                if not recorded:  # other verbs show a run that starts
+                    _record(resolved, run)
             _prepare_data(resolved, report)
-            return _fit(resolved, run, signals, report)
+            resume = newest_whole(run.path, _once(report))
+            _check_data(resolved, run, options, resume)
+            return _fit(resolved, run, signals, report, changed, resume)
     except (UserError, OSError):
         begun = run.metrics.exists() or newest_checkpoint(run.path) is not None
         if new and _first_process() and not begun:  # every verb would take the empty folder for a run
@@ -264,7 +270,7 @@ def _changes(run: RunFolder, resolved: Resolved) -> str:
     """The differences to the recipe that the folder's checkpoints were trained with."""
     from mhla_lightning.config.resolve import differences
 
-    if not run.recipe.is_file() or newest_checkpoint(run.path) is None:
+    if not run.recipe.is_file() or (newest_checkpoint(run.path) is None and not run.finished()):
         return ""
     return differences(read_run_recipe(run), resolved.values)
 
@@ -273,7 +279,7 @@ def _record(resolved: Resolved, run: RunFolder) -> None:
     """Write recipe.yaml and environment.json."""
     from mhla_lightning.training.session import versions
 
-    # Before the recipe: another rank that looks now must not take the run for finished.
+    # Before the recipe: no one must take the run for finished with this recipe.
     run.summary.unlink(missing_ok=True)
     write_text(run.recipe, resolved.to_yaml())
     facts = {
@@ -304,11 +310,44 @@ def _prepare_data(resolved: Resolved, report: Report) -> None:
         waited += 0.5
 
 
-def _fit(resolved: Resolved, run: RunFolder, signals: StopSignals, report: Report) -> int:
-    from mhla_lightning.checkpoints.whole import newest_whole
+def _check_data(resolved: Resolved, run: RunFolder, options: RunOptions, resume: Path | None) -> None:
+    """Refuse other data than before; other validation data may be accepted. Raises UserError."""
+    from mhla_lightning.training.session import check_same_data
+
+    if resume is None:
+        return
+    check_same_data(resume, resolved.data)
+    seen = read_object(resume / "state.json").get("val_hash")
+    if seen not in (None, resolved.data.val_hash) and not options.accept_changes:
+        raise UserError(
+            str(run.path),
+            f"the run was validated on other data than the val split of {resolved.data.path}; take the old "
+            "data, `fresh`, another `run_id`, or `accept_changes`",
+        )
+
+
+def _fit(
+    resolved: Resolved,
+    run: RunFolder,
+    signals: StopSignals,
+    report: Report,
+    changed: str,
+    resume: Path | None,
+) -> int:
+    """Train on, or from the start.
+
+    The run folder keeps its content until the first step is taken.
+    """
     from mhla_lightning.training.session import Session
 
-    session = Session(resolved, run, resume=newest_whole(run.path, _once(report)), signals=signals)
+    session = Session(
+        resolved,
+        run,
+        resume=resume,
+        signals=signals,
+        record=partial(_record, resolved, run),
+        changed=changed,
+    )
     first = session.trainer.is_global_zero
     if first:
         _report_start(session, run, report)
@@ -436,13 +475,9 @@ def _checkpoint(run: RunFolder, options: RunOptions, report: Report) -> Path:
     return folder
 
 
-def _report_finished(resolved: Resolved, run: RunFolder, report: Report) -> int:
-    from mhla_lightning.training.session import check_same_data
-
+def _report_finished(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> int:
     _prepare_data(resolved, report)
-    newest = newest_checkpoint(run.path)
-    if newest is not None:
-        check_same_data(newest, resolved.data)
+    _check_data(resolved, run, options)
     report.line(f"run {run.run_id} is finished; `fresh` trains the recipe anew, in another folder")
     if _first_process():
         _report_summary(run, report)

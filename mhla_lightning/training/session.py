@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mhla_lightning.callbacks import (
     EMA,
     Checkpoint,
     EarlyEnd,
+    FirstStep,
     Health,
     MixingHeatmaps,
     Monitor,
@@ -37,8 +38,11 @@ from mhla_lightning.callbacks.early_end import STOPPED, early_end
 from mhla_lightning.callbacks.preemption import leave_signals_alone
 from mhla_lightning.checkpoints.atomic import Keep, sync
 from mhla_lightning.checkpoints.io import RunCheckpointIO
+from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.config.length import length
-from mhla_lightning.config.resolve import Resolved
+from mhla_lightning.config.moved_keys import moved_name
+from mhla_lightning.config.recipes import read_run_recipe
+from mhla_lightning.config.resolve import Resolved, changed_keys
 from mhla_lightning.config.trainer_arguments import seconds_of
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
@@ -63,6 +67,7 @@ from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
+_GIVE_SHAPES = ("model.backbone", "model.attention", "model.class_path", "model.num_classes")
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
 
 
@@ -74,16 +79,25 @@ class Session:
         run: the run folder.
         resume: the checkpoint folder to resume from; None starts at step 0.
         signals: of this process, which ask it to save and stop; None leaves signals as they are.
+        record: writes the recipe into the run folder, once the first step is taken; None writes nothing.
+        changed: differences of the recipe to that of `resume`; empty where they agree.
 
     Raises:
         UserError: data, batch or length that does not fit, a strategy or precision that Lightning refuses, a
-            checkpoint of other data.
+            checkpoint of other data or of another model.
     """
 
     def __init__(
-        self, recipe: Resolved, run: RunFolder, resume: Path | None, signals: StopSignals | None = None
+        self,
+        recipe: Resolved,
+        run: RunFolder,
+        resume: Path | None,
+        signals: StopSignals | None = None,
+        record: Callable[[], None] | None = None,
+        changed: str = "",
     ) -> None:
         self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
+        self.record, self.changed, self._begun = record, changed, False
         self.task, self.data = recipe.task, recipe.data
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
@@ -105,7 +119,21 @@ class Session:
             check_same_data(self.resume, self.data)
             with inside("data"):
                 self.data.check_state(state)
+            self._check_length(int(state.get("step", 0)))
+            check_same_model(self.resume, self.recipe)
         return state
+
+    def _check_length(self, done: int) -> None:
+        """Refuse a length that leaves nothing to train.
+
+        A run stopped before its last validation may end.
+        """
+        if done > self.max_steps or (done == self.max_steps and self.changed):
+            raise UserError(
+                "data.epochs" if self.data.epochs is not None else "trainer.max_steps",
+                f"it makes {self.max_steps} steps, and the run has taken {done}: nothing is left to train "
+                "with the changed recipe; set it higher, or take `fresh` or another `run_id`",
+            )
 
     def _trainer(self) -> pl.Trainer:
         arguments = dict(self.recipe.trainer)
@@ -171,7 +199,19 @@ class Session:
             own.append(StepBar())
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         guard = Health(self.run, health.max_skipped, health.spike_factor)
-        return [guard, ProjectMixing(), EarlyEnd(), *given, *own]
+        return [FirstStep(self._begin), guard, ProjectMixing(), EarlyEnd(), *given, *own]
+
+    def _begin(self) -> None:
+        """Let the run folder show this attempt, once."""
+        if self._begun:
+            return
+        self._begun = True
+        if self.trainer.is_global_zero:
+            if self.record is not None:
+                self.record()
+            if isinstance(self.data, TokenDataModule):
+                keep_tokenizer(self.data, self.run.path)
+        self.logger.start()
 
     def _checkpoint(self) -> Checkpoint:
         save = self.recipe.checkpoint
@@ -184,7 +224,7 @@ class Session:
         return Checkpoint(
             self.run,
             self._facts(),
-            self.data.state_dict,
+            lambda: {**self.data.state_dict(), "val_hash": self.data.val_hash},
             save.every_n_steps,
             keep,
             self.resume,
@@ -224,9 +264,6 @@ class Session:
             raise UserError(None, out_of_memory(self.recipe, step, world, nodes, error)) from error
 
     def _fit(self) -> None:
-        self.logger.start()
-        if self.trainer.is_global_zero and isinstance(self.data, TokenDataModule):
-            keep_tokenizer(self.data, self.run.path)
         checkpoint = None
         if self.resume is not None:
             checkpoint = self.resume / "trainer.ckpt"
@@ -242,6 +279,7 @@ class Session:
             self.trainer.fit(self.task, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         if self.signals is not None:
             self.signals.act_at_once()  # all is saved; what is left is a validation
+        self._begin()  # where no step was left to take
         unfinished = self.trainer.global_step < self.max_steps
         reason = early_end(self.trainer) if unfinished else None
         if unfinished and reason is None:
@@ -376,6 +414,32 @@ def check_same_data(checkpoint: Path, data: ShardDataModule) -> None:
             f"the run was trained on data {str(seen)[:12]}, and {data.path} is {data.data_hash[:12]}; take "
             "`fresh`, another `run_id`, or the old data",
         )
+
+
+def check_same_model(checkpoint: Path, recipe: Resolved) -> None:
+    """Refuse to resume a model of other tensors.
+
+    Raises:
+        UserError: names or shapes differ; the key is the recipe's key that has changed.
+    """
+    outline = open_source(checkpoint / "trainer.ckpt").weights().within("backbone.").outline
+    saved = {name: tuple(tensor.shape) for name, tensor in outline.items()}
+    own = recipe.task.shapes()
+    if saved == own:
+        return
+    both = saved.keys() & own.keys()
+    other = sorted(name for name in both if saved[name] != own[name])
+    example = f" ({other[0]} {saved[other[0]]} -> {own[other[0]]})" if other else ""
+    before = checkpoint / "recipe.yaml"
+    changed = changed_keys(read_run_recipe(RunFolder(checkpoint.parent.parent), before), recipe.values)
+    keys = [key.replace(".init_args.", ".") for key in changed]
+    keys = [moved_name(key, recipe.values) for key in keys if key.startswith(_GIVE_SHAPES)]
+    raise UserError(
+        keys[0] if keys else str(checkpoint),
+        f"it makes another model than {checkpoint.name} of the run holds: {len(own.keys() - both)} tensors "
+        f"new, {len(saved.keys() - both)} left over, {len(other)} of another shape{example}; set it back, or "
+        "start a run with `fresh` or another `run_id`, from these weights by `model.init_from`",
+    )
 
 
 def best(tag: str, values: Iterable[float]) -> float:

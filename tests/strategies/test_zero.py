@@ -4,6 +4,7 @@ numbers of ranks and other strategies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mhla_lightning.runs.folder import complete_checkpoints
+from mhla_lightning.runs.folder import complete_checkpoints, read_metrics
 from mhla_lightning.weights.rank_files import WEIGHT, RankFileReader
 from tests.helpers.images import TINY_RECIPE
 from tests.helpers.ranks import Nursery
@@ -134,6 +135,32 @@ def test_a_run_broken_off_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
         for t in first.names()
         for kind in (WEIGHT, *first.kinds(t))
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zero2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ddp", "zero1", "zero3", "zero2_offload"))],
+)
+def test_a_changed_resume_is_that_of_one_process(runs: Runs, name: str) -> None:
+    """Rates by a formula written down here, decay by group, and moments: the curves are the same."""
+    changes = ["--model.optimizer.lr", "1e-2", "--model.optimizer.weight_decay", "0.5", "--accept-changes"]
+    changes += ["--model.optimizer.betas", "[0.8, 0.9]", "--model.schedule.warmup_steps", "6"]
+    changes += ["--model.schedule.min_lr", "1e-3", "--trainer.max_steps", "10"]
+    one, run = runs.root / "one-changed", runs.root / f"{name}-changed"
+    if not one.exists():
+        runs.broken_off(runs.of("one"), one.name)
+        runs.train(one.name, "auto", 1, *changes)
+    runs.broken_off(runs.of(name), run.name)
+    runs.train(run.name, STRATEGIES[name], 2, *changes)
+    rising = [(5, 1e-6 + (1e-2 - 1e-6) * 5 / 6)]
+    cosine = [(step, 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 6) / 4)) / 2) for step in range(6, 11)]
+    got = [point for point in read_metrics(run / "metrics.jsonl")["train/lr"] if point[0] > 4]
+    assert got == [(step, pytest.approx(value)) for step, value in rising + cosine]
+    assert_close_curves(run, one, tolerance=1e-5)
+    groups = end_of(run).groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.5]
+    assert [(*group["betas"], group["initial_lr"]) for group in groups] == [(0.8, 0.9, 1e-2)] * 2
+    assert [group["names"] for group in groups] == [group["names"] for group in end_of(one).groups]
 
 
 CHANGES: list[Any] = [("zero2", "ddp", 2), ("ddp", "zero3", 2)]

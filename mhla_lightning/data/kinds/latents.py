@@ -84,8 +84,7 @@ class Latents(Kind):
             raise DataError(
                 address,
                 f"{index.vae} made it, and the VAE of the recipe is {self.wanted}: make the latents again "
-                "with "
-                "that VAE",
+                f"with that VAE{_moved(self.wanted, index.vae)}",
             )
 
     def _array(self, sample: RawSample, name: str) -> np.ndarray:
@@ -122,6 +121,13 @@ class Latents(Kind):
         padded = torch.zeros(self.text or text.shape)
         padded[: len(text)] = torch.from_numpy(text.astype(np.float32))
         return padded
+
+
+def _moved(wanted: VAE, found: VAE) -> str:
+    """Return the way out where the VAE may only have another place."""
+    if wanted.name == found.name or wanted.sha256 is not None or found.sha256 is None:
+        return ""
+    return f", or set `data.vae.sha256` to {found.sha256} where it is the same VAE at another place"
 
 
 def draw(mean: np.ndarray, logvar: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from abc import abstractmethod
@@ -215,6 +216,12 @@ class ShardDataModule(LightningDataModule):
     def data_hash(self) -> str:
         """Identity of the training data (64 hex digits)."""
         return self.corpus.hash
+
+    @property
+    def val_hash(self) -> str | None:
+        """Identity of the validation data; None where there is none."""
+        hashes = [split.index.hash for split in self.splits("val")]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else None
 
     @property
     def seed(self) -> int:

@@ -25,6 +25,7 @@ from mhla_lightning.strategies.state import restore
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, on_disk, remove_swapped, swap_folder
 from mhla_lightning.strategies.zero.patches import leave_out_shared_memory, patch_training
 from mhla_lightning.strategies.zero.weights import Zero3Weights, Zero12Weights
+from mhla_lightning.weights.moments import carry_over, tell_new
 
 Result = TypeVar("Result")
 
@@ -299,7 +300,9 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         source = open_source(Path(checkpoint_path))
         optimizer = self._engine_optimizer() if self._fitting else None
         restore(self.local_weights, self._module, source, optimizer)
-        if self._fitting:
+        if optimizer is not None:
+            tell_new(self._names, [group["names"] for group in source.groups])
+            carry_over(optimizer.optimizer, optimizer.optimizer.param_groups, self._names, source.groups)
             self._restore_counters(source.step)
         return dict(source.checkpoint)
 
