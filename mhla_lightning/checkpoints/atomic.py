@@ -103,12 +103,12 @@ def best_checkpoints(checkpoints: Sequence[Path], keep: Keep) -> list[Path]:
     """
     if not keep.best or keep.monitor is None:
         return []
-    values = {
-        path: (read_object(path / "state.json").get("metrics") or {}).get(keep.monitor)
-        for path in reversed(checkpoints)
-    }
-    measured = [path for path, value in values.items() if value is not None and math.isfinite(value)]
-    return sorted(measured, key=lambda path: -values[path] if keep.highest else values[path])[: keep.best]
+    values: dict[Path, float] = {}
+    for path in reversed(checkpoints):
+        value = (read_object(path / "state.json").get("metrics") or {}).get(keep.monitor)
+        if value is not None and math.isfinite(value):
+            values[path] = -value if keep.highest else value
+    return sorted(values, key=lambda path: values[path])[: keep.best]
 
 
 def sync(path: Path) -> None:

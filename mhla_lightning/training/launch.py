@@ -476,8 +476,10 @@ def _checkpoint(run: RunFolder, options: RunOptions, report: Report) -> Path:
 
 
 def _report_finished(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> int:
+    from mhla_lightning.checkpoints.whole import newest_whole
+
     _prepare_data(resolved, report)
-    _check_data(resolved, run, options)
+    _check_data(resolved, run, options, newest_whole(run.path, _once(report)))
     report.line(f"run {run.run_id} is finished; `fresh` trains the recipe anew, in another folder")
     if _first_process():
         _report_summary(run, report)

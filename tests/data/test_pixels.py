@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -348,10 +349,15 @@ XMP = (
     '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/>'
     "</rdf:RDF></x:xmpmeta>"
 )
-LOSSLESS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+}
 
 
-def _told(number: int, kind: str, by: str) -> dict[str, object]:
+def _told(number: int, kind: str, by: str) -> dict[str, Any]:
     """Options of Image.save that write an orientation."""
     if by == "exif":
         exif = Image.Exif()

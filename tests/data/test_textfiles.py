@@ -90,7 +90,7 @@ def test_every_door_reads_every_encoding(
     assert door(tmp_path / "file.txt", "\r\n".join(wanted), encoding) == wanted
 
 
-KEYS = {prompts_of_text: "prompts", classes: "classes"}
+KEYS: dict[Callable[[Path, str, str], list[str]], str] = {prompts_of_text: "prompts", classes: "classes"}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_linked_folders_of_text_and_films_are_read(tmp_path: Path) -> None:
     _files(tmp_path / "in", "a.txt", "b.mp4")
     _files(tmp_path / "else" / "deep", "c.txt", "d.mp4", "e.MP4")
     (tmp_path / "in" / "more").symlink_to(tmp_path / "else")
-    groups = [group for found in open_inputs([str(tmp_path / "in")]) for group in found.groups(2**20)]
+    groups = [group for found in open_inputs([str(tmp_path / "in")]).sources for group in found.groups(2**20)]
     texts = [path for group in groups if isinstance(group, Files) for path in group.paths]
     names = ["a.txt", "b.mp4", "more/deep/c.txt", "more/deep/d.mp4", "more/deep/e.MP4"]
     assert _names(texts, tmp_path / "in") == names

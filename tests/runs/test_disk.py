@@ -104,10 +104,10 @@ def test_an_error_of_the_disk_is_found_behind_others(tmp_path: Path) -> None:
     try:
         try:
             raise FULL
-        except OSError as error:
-            raise ValueError("you tried to log 1.0, which is not supported") from error
-    except ValueError as error:
-        wrapped = error
+        except OSError as cause:
+            raise ValueError("you tried to log 1.0, which is not supported") from cause
+    except ValueError as found:
+        wrapped = found
     assert disk_problem(wrapped, tmp_path) == f"the disk of {tmp_path} is full"
     assert disk_problem(OSError(2, "No such file", "x"), tmp_path) is None
     with (
