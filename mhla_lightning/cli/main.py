@@ -11,6 +11,7 @@ import keyword
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mhla_lightning import __version__
@@ -77,7 +78,8 @@ def _print_any_text() -> None:
     """Let a terminal or pipe that is not UTF-8 show what it cannot encode as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # Python takes a pipe that replaced a file for a file, and seeks in it
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:

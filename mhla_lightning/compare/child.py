@@ -79,7 +79,7 @@ def train_in_children(
 
 
 def share_done(run: RunFolder) -> float:
-    """Share of a run's steps that its progress.json reports; all of it where the run has ended early."""
+    """Return the share of a run's steps that its progress.json reports; 1 where it ended early."""
     progress = read_object(run.progress)
     if progress.get("state") == "finished":
         return 1.0

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning.config.checks import argument_hints, dataclass_in, import_class
 from mhla_lightning.errors import DataError, UserError, below
@@ -54,7 +54,7 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
         return placed(own, key)
     if isinstance(value, Mapping) and "class_path" in value:
         cause = _cause(refusal)
-        if isinstance(cause, TypeError | MisconfigurationException):  # raised by the class itself
+        if isinstance(cause, (TypeError, *_lightnings_errors())):  # raised by the class itself
             return UserError(key, f"{value['class_path']} cannot be built: {' '.join(str(cause).split())}")
         return UserError(key, f"{value['class_path']} does not fit; it must be {_described(hint)}")
     return UserError(key, f"{value!r} does not fit; it must be {_described(hint)}")
@@ -82,6 +82,12 @@ def placed(error: UserError, section: str) -> UserError:
     return UserError(below(section, error.key), error.reason)
 
 
+def _lightnings_errors() -> tuple[type[Exception], ...]:
+    """Return Lightning's own error where Lightning is imported: `submit` checks profiles without it."""
+    module = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return (module.MisconfigurationException,) if module is not None else ()
+
+
 def _refusal(value: Any, hint: Any) -> Exception | None:
     """The error of a parser with this one argument."""
     parser = ArgumentParser(exit_on_error=False)
@@ -91,7 +97,7 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
         return None
     try:
         parser.instantiate(parser.parse_object({"value": value}))
-    except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, UserError, *_lightnings_errors()) as error:
         return error
     return None
 

@@ -1,4 +1,4 @@
-"""What a run does with each argument of Lightning's Trainer and with each callback of Lightning.
+"""The treatment of each argument of Lightning's Trainer and of each of its callbacks.
 
 One table: the checks of recipes read it, and docs/trainer-arguments.md shows it. Imports no torch.
 """

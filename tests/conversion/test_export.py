@@ -176,7 +176,7 @@ def again(source: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("format", ["wan", "diffusers"])
 def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, format: str) -> None:
-    """12 blocks can be 4 x 1 x 3 or 2 x 2 x 3; the weights and all other options stay the same."""
+    """12 blocks can be 4 x 1 x 3 or 2 x 2 x 3: mixing matrices are resampled, all else stays the same."""
     ours = random_model(CONVOLVED)
     write(plan_export(trained(ours, CONVOLVED), format), tmp_path / "out")
     status, report = again(tmp_path / "out")
@@ -184,7 +184,10 @@ def test_another_layout_keeps_the_rest_of_our_own_attention(tmp_path: Path, form
     assert report["model"]["attention"] == [{**CONVOLVED[0], "blocks": list(LAYOUT)}, *CONVOLVED[1:]]
     written = load_file(tmp_path / "again.safetensors")
     assert written.keys() == ours.state_dict().keys()
-    assert all(torch.equal(written[name], value) for name, value in ours.state_dict().items())
+    resampled = set(report["resampled"])
+    assert resampled == {name for name in written if name.endswith("mixing.weight")}
+    for name, value in ours.state_dict().items():
+        assert torch.equal(written[name], value) == (name not in resampled), name
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_a_caption_that_is_too_long_ends_the_run(root: Path) -> None:
 DAMAGED: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no clip": ({"clip.npy": None}, "no member clip.npy or mp4"),
     "no caption": ({"txt": None}, "no member txt"),
-    "caption": ({"txt": b"\xff\xfe"}, "txt is no UTF-8"),
+    "caption": ({"txt": b"\xff\xfa"}, "is no UTF-8"),
     "array": ({"clip.npy": b"\x93NUMPY"}, "clip.npy: it is no npy array that can be read"),
     "mp4": ({"clip.npy": None, "mp4": b"\0" * 500}, "mp4: it cannot be decoded"),
 }

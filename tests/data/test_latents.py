@@ -188,7 +188,7 @@ def test_validation_batches(data: Path) -> None:
 
 
 DIFFERENT = {
-    "name": {"name": "other"},
+    "name": {"name": "other", "sha256": ""},
     "scale": {"scale": 0.6},
     "shift": {"shift": 0.0},
     "shape": {"shape": (4, 2, 3)},

@@ -410,7 +410,7 @@ def test_bad_clips_are_refused(root: Path, tmp_path: Path, damage: str) -> None:
     else:
         source.mkdir()
         clip = npy_bytes(np.zeros((9, 16, 24, 3), np.uint8))
-        members = {"clip.npy": clip} if damage == "no caption" else {"clip.npy": clip, "txt": b"\xff\xfe"}
+        members = {"clip.npy": clip} if damage == "no caption" else {"clip.npy": clip, "txt": b"\xff\xfa"}
         write_split(
             source / "train",
             ShardIndex("clips", (), clip=CLIP),

@@ -402,10 +402,15 @@ def test_a_packing_killed_while_replacing_gives_the_old_data_back(tmp_path: Path
 
 def test_a_full_disk_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _images(tmp_path / "source")
+    sync = os.fsync
+
+    def full(number: int) -> None:
+        if "plan.json" in os.readlink(f"/proc/self/fd/{number}"):
+            return sync(number)
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-        )
+        patch.setattr(os, "fsync", full)
         with refused(str(tmp_path / ".to.packing"), Interrupted) as error:
             pack(source, tmp_path / "to")
     assert "No space left on device" in str(error.value)

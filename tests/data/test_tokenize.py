@@ -366,7 +366,7 @@ def test_long_documents_are_encoded_in_stretches(
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = text_folder(tmp_path / "in", texts_of_all_lengths(30, 150))
-    (source / "picture.png").write_bytes(b"\xff\xfe")
+    (source / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
     table = tmp_path / "table.json"
     words = [
         "--length",

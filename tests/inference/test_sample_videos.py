@@ -218,7 +218,11 @@ def test_other_lengths_and_sizes_than_those_of_training(
         (["--n", "0"], "--n: 0"),
         (["--rate", "0"], "--rate: 0"),
         (["--size", "40000x40000"], "8 frames of 40000x40000: they take at least"),
-        (["--frames", "400000000", "--batch-size", "2"], "frames of 16x16, 2 at once: they take at least"),
+        (
+            ["--size", "40000x40000", "--batch-size", "2"],
+            "8 frames of 40000x40000, 2 at once: they take at least",
+        ),
+        (["--frames", "400000000"], "--frames: 400000000"),
         (["--sampler", "ddpm"], "dpm++, euler"),
         (["--steps", "1001"], "1001"),
         (["--guidance", "-1"], "-1"),

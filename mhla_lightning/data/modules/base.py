@@ -302,7 +302,7 @@ class ShardDataModule(LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks of the trainer that would change the batch or never act. Raises UserError."""
+        """Refuse callbacks that would change the batch or never act. Raises UserError."""
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
 

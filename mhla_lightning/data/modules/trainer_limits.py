@@ -19,7 +19,9 @@ _BY_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler, ModelPruning, Stoch
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that act by epochs or change the batch; before BatchSizeFinder begins its trials.
+    """Refuse callbacks that act by epochs or change the batch.
+
+    It is called before BatchSizeFinder begins its trials.
 
     Args:
         trainer: that trains.
