@@ -83,13 +83,13 @@ def test_max_time_stops_after_a_step_and_the_same_command_resumes(
     words = ["run", str(recipe), "--data.micro_batch_size", str(micro), "--trainer.max_steps", "3"]
     timed = [*words, "--run-id", "timed", "--trainer.max_time", "{microseconds: 1}"]
     for step in (1, 2, 3):
-        done = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "mhla_lightning", *timed],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )
-        said, _ = done.communicate(timeout=240)
+        ) as done:
+            said, _ = done.communicate(timeout=240)
         assert done.returncode == (0 if step == 3 else 75), said
         found = progress("timed")
         assert (found["step"], found["consumed"]) == (step, 16 * step)
