@@ -14,7 +14,9 @@ STOPPED = "trainer.should_stop, which a callback or the task has set"
 
 
 class EarlyEnd(pl.Callback):
-    """Says whether Lightning's EarlyStopping has ended training, and why; it acts before that callback.
+    """Report whether Lightning's EarlyStopping has ended training, and why.
+
+    It acts before that callback.
 
     Lightning's EarlyStopping alone answers a metric that nothing measures with a traceback. A checkpoint
     brings back its old patience and the reason of an earlier end. Here the recipe's patience counts, and a

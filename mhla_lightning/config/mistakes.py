@@ -83,7 +83,10 @@ def placed(error: UserError, section: str) -> UserError:
 
 
 def _lightnings_errors() -> tuple[type[Exception], ...]:
-    """Return Lightning's own error where Lightning is imported: `submit` checks profiles without it."""
+    """Return Lightning's own error, where Lightning is imported.
+
+    `submit` checks profiles without it.
+    """
     module = sys.modules.get("lightning.pytorch.utilities.exceptions")
     return (module.MisconfigurationException,) if module is not None else ()
 

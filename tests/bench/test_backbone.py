@@ -175,6 +175,7 @@ def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
     assert "2x8x16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hybrid_flops_lie_between_those_of_its_operators(tmp_path: Path) -> None:
     target = tmp_path / "bench.json"
     attention = "[softmax, mhla, [softmax, mhla, mhla], [mhla, softmax, {name: linear, gate: true}]]"

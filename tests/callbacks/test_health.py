@@ -224,6 +224,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_layer(
     assert "Traceback" not in ranks.output()
 
 
+@pytest.mark.slow
 def test_the_first_stops_where_none_may_be_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(place, "none", [fault("layer", [2], 0)], "--health.max_skipped", "0")) == 2
     said = capsys.readouterr().err

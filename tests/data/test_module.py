@@ -329,6 +329,7 @@ def test_workers_ignore_the_jobs_signals() -> None:
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_program_with_an_open_loader_exits(packed: Path) -> None:
     """Workers ignore SIGTERM, by which Python ends its children at exit: without our own end it waits for
     ever.

@@ -230,6 +230,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0]["hash"][:12] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_second_packer_is_refused_or_waits(tmp_path: Path) -> None:
     source, target = _images(tmp_path / "source"), tmp_path / "to"
     waiting: list[subprocess.Popen[str]] = []
@@ -306,9 +307,10 @@ def _stop_half_way(source: Path, target: Path, number: signal.Signals) -> tuple[
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130)],
     ids=["killed", "Ctrl-C"],
 )
+@pytest.mark.slow
 def test_an_interrupted_packing_is_continued_to_the_same_bytes(
     slow_source: Path, packed_alone: dict[str, bytes], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

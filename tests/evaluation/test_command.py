@@ -70,7 +70,8 @@ def pictures(count: int, size: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", [pytest.param("classifier", marks=pytest.mark.slow), "other"])
+@pytest.mark.parametrize("name", ["classifier", "other"])
+@pytest.mark.slow
 def test_own_features_are_those_of_validation(name: str, here: Path, shards: Path) -> None:
     """Images as uint8 give the probabilities of the run's own validation batches."""
     found = find_classifier(name)

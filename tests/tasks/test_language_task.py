@@ -342,6 +342,7 @@ def test_golden_losses(language_recipe: Path, tmp_path: Path) -> None:
     assert samples
 
 
+@pytest.mark.slow
 def test_recall_trains_on_its_own_rows(tmp_path: Path, language_recipe: Path) -> None:
     pack(open_mqar("mqar:4", length=32, val=20), tmp_path / "recall")
     arguments = [

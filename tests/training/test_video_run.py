@@ -67,6 +67,7 @@ def test_a_run_learns(video_recipe: Path, tmp_path: Path) -> None:
     assert series["val/loss"][-1][1] < 0.6 * series["train/loss"][0][1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_bit_for_bit(nursery: Nursery, video_recipe: Path, tmp_path: Path) -> None:
     extra = [
         "--trainer.callbacks",
