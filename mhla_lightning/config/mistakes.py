@@ -100,8 +100,12 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
         return None
     try:
         parser.instantiate(parser.parse_object({"value": value}))
-    except (argparse.ArgumentError, TypeError, ValueError, UserError, *_lightnings_errors()) as error:
-        return error
+    except Exception as error:
+        if isinstance(
+            error, (argparse.ArgumentError, TypeError, ValueError, UserError, *_lightnings_errors())
+        ):
+            return error
+        raise
     return None
 
 
