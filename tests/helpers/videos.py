@@ -60,6 +60,7 @@ def write_video(
             1, 100 if path.suffix == ".gif" else 1000
         )
         stream.codec_context.gop_size = key_every
+        stream.codec_context.thread_count = 1  # a forked loader would wait for ever for the encoder's threads
         stream.codec_context.options = _OPTIONS.get(coder, {}) if codec is None else codec[2]
         prepare(stream)
         for number, picture in enumerate(frames):

@@ -73,6 +73,8 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
                     f"its video has {stream.width}x{stream.height} pixels or an unknown codec, and cannot be "
                     "decoded",
                 )
+            # Processes already use all cores. A forked one would wait for ever for threads it has not got.
+            stream.codec_context.thread_count = 1
             yield container, stream
     except (av.error.FFmpegError, av.error.PyAVCallbackError, UnicodeDecodeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -250,7 +252,6 @@ def decode_mp4(data: bytes, clip: Clip, name: str) -> np.ndarray:
     """
     found = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
     with open_video(data, name) as (container, stream):
-        stream.codec_context.thread_count = 1  # the workers of the loader already use all cores
         size = sorted((stream.height, stream.width))  # a picture may be turned
         _demand(
             name, size == sorted((clip.height, clip.width)), f"{stream.height}x{stream.width} pixels", clip
