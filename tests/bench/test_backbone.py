@@ -153,6 +153,7 @@ def test_clips_are_measured_by_layer_with_a_hybrid(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_keeps_the_sizes_it_has_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_clipping_takes_the_norm_that_is_known_already(place: Path, monkeypatch:
 @pytest.mark.parametrize(
     "strategy", [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in STRATEGIES]
 )
+@pytest.mark.slow
 def test_steps_are_left_out_alike_on_all_ranks(nursery: Nursery, place: Path, strategy: str) -> None:
     """Two processes, two micro batches a step, each fault in one micro batch of one rank."""
     extra = ["--trainer.devices", "2", "--data.micro_batch_size", "4", *STRATEGIES[strategy]]

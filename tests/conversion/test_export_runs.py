@@ -143,6 +143,7 @@ def joined(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), *SHARDED])
+@pytest.mark.slow
 def test_the_export_is_that_of_one_process(runs: Runs, strategy: str, weights: str) -> None:
     single, found = exported(runs, "single", *WEIGHTS[weights]), exported(runs, strategy, *WEIGHTS[weights])
     assert found.keys() == single.keys()

@@ -118,7 +118,7 @@ def test_batches_hold_the_pixels_and_the_text(root: Path) -> None:
     assert data.null_text().abs().sum() > 0
 
 
-@pytest.mark.parametrize("store", ["npy", "mp4"])
+@pytest.mark.parametrize("store", ["npy", pytest.param("mp4", marks=pytest.mark.slow)])
 def test_workers_do_not_change_the_batches(root: Path, store: str) -> None:
     alone, together = (batches(module(root / store, flip=0.5, num_workers=workers), 6) for workers in (0, 2))
     for one, other in zip(alone, together, strict=True):

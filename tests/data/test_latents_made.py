@@ -264,6 +264,7 @@ def test_two_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "two"]
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_bytes(root: Path, tmp_path: Path, nursery: Nursery) -> None:
     save_images(tmp_path / "many", train=60, val=4, size=(160, 160))
     make_latents(tmp_path / "many", tmp_path / "alone", options(root, shards=20))

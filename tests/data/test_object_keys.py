@@ -88,6 +88,7 @@ def test_urls_remain_urls(server: FileServer, tmp_path: Path) -> None:
             assert open_store(url).read("x") == name.encode()
 
 
+@pytest.mark.slow
 def test_training_verify_and_cache_read_a_folder_whose_name_needs_quoting(
     bucket: S3Bucket,
     shards: Path,

@@ -40,7 +40,7 @@ def test_s3(
 
 
 @pytest.mark.filterwarnings(FORKS)
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_s3_workers_read_after_the_parent_did(
     method: str, bucket: S3Bucket, opened: Callable[..., Store]
 ) -> None:

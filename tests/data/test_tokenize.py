@@ -289,6 +289,7 @@ def test_two_workers_write_the_same_bytes(large: Path, bpe: Path, tmp_path: Path
     [("tokens/0*.json", 2), pytest.param("entries/train/*.json", 3, marks=pytest.mark.slow)],
     ids=["tokenizing", "writing shards"],
 )
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_bytes(
     large: Path, bpe: Path, tmp_path: Path, nursery: Nursery, finished: str, many: int
 ) -> None:
@@ -313,6 +314,7 @@ def test_killed_and_continued_gives_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
 
 
+@pytest.mark.slow
 def test_other_options_are_not_continued(large: Path, bpe: Path, tmp_path: Path) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what == "train":

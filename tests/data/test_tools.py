@@ -292,6 +292,7 @@ def test_damage_is_found(
     assert (report.found, report.unusable) == (len(problems), unusable)
 
 
+@pytest.mark.slow
 def test_one_problem_does_not_hide_the_others(data: Callable) -> None:
     path = data("images")
     _edit_index(path / "train", lambda c: c.update(hash="0"))

@@ -108,6 +108,7 @@ def test_mixing_stays_in_its_range_and_the_average_is_that_of_one_process(runs: 
         torch.testing.assert_close(average.whole(tensor), values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stages_split_what_they_should(runs: Runs) -> None:
     """Every rank writes about half of the weights, none of them twice."""
     for name in ("zero1", "zero2", "zero3"):

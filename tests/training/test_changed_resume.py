@@ -163,6 +163,7 @@ def test_moments_follow_their_parameters_into_other_groups(
         assert len(trained) == 4  # two mixing matrices, weight and bias of the head
 
 
+@pytest.mark.slow
 def test_parameters_that_were_frozen_start_without_moments_and_are_named(
     stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -159,6 +159,7 @@ def test_early_stopping_ends_a_run_for_good(recipe: Path, whole: Curves, interva
     assert folder("early").metrics.read_bytes() == before, "the same command trains no more"
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_over_a_stop(recipe: Path, whole: Curves) -> None:
     """Two validations before the stop and one after it."""
     early = early_stopping(mode="max", patience=2)

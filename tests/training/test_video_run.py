@@ -222,6 +222,7 @@ def test_images_and_videos_in_one_run(video_recipe: Path, shards: Path, tmp_path
     assert FRAMES > 1
 
 
+@pytest.mark.slow
 def test_data_that_the_layout_cannot_take_is_named_before_training(
     video_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
