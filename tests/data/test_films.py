@@ -6,6 +6,7 @@ What is right comes from FFmpeg's own filters and decoders, or from the levels t
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mhla_lightning.data import ClipDataModule
-from mhla_lightning.data.encoders.videos import decode_mp4, measure_mp4, open_video, shown, upright
+from mhla_lightning.data.encoders.videos import decode_mp4, measure_mp4, open_video, shown, thumbnail, upright
 from mhla_lightning.data.index import Clip, TextEncoding, read_index
 from mhla_lightning.data.modules.options import ClipConfig
 from mhla_lightning.data.prepare.clips.frames import read_clips
@@ -656,3 +657,21 @@ def test_the_data_module_cuts_what_the_command_cuts(tmp_path: Path) -> None:
         found = next(content for (_, content), place in by_film.items() if place == index)
         assert np.array_equal(clip.numpy(), np.load(io.BytesIO(found)))
     data.teardown("fit")
+
+
+def test_no_threads_are_left_behind_a_frame(tmp_path: Path) -> None:
+    """A loader's worker may be forked while frames are held; it would wait for their threads for ever."""
+    film = write_video(tmp_path / "film.mp4", greys(4), 10)
+    before = threads()
+    with open_video(film, "film.mp4") as (container, stream):
+        held = [
+            (frame, upright(frame, "film.mp4"), thumbnail(frame, 8, "film.mp4"))
+            for frame, *_ in shown(container, stream, "film.mp4")
+        ]
+        assert len(held) == 4
+        assert threads() == before
+
+
+def threads() -> int:
+    """The threads of this process."""
+    return len(os.listdir("/proc/self/task"))

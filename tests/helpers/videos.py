@@ -60,12 +60,13 @@ def write_video(
             1, 100 if path.suffix == ".gif" else 1000
         )
         stream.codec_context.gop_size = key_every
-        stream.codec_context.thread_count = 1  # a forked loader would wait for ever for the encoder's threads
+        stream.codec_context.thread_count = 1
         stream.codec_context.options = _OPTIONS.get(coder, {}) if codec is None else codec[2]
         prepare(stream)
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
-                format=pixels
+                format=pixels,
+                threads=1,
             )
             time = number / rate if times is None else times[number]
             frame.pts, frame.time_base = (

@@ -32,6 +32,9 @@ WIDE = TINY_RECIPE.replace("embed_dim: 12", "embed_dim: 384").replace(
 def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Runs:
     if not disk._reads_and_writes():
         pytest.skip("libaio-dev is not installed")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    AsyncIOBuilder().load()  # compiles for up to 10 minutes on 2 cores, once a machine; ranks get 4
     folder = tmp_path_factory.mktemp("disk")
     (folder / "swap").mkdir()
     recipe = folder / "wide.yaml"

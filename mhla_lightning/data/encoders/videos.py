@@ -73,7 +73,7 @@ def open_video(source: Path | bytes, name: str) -> Iterator[tuple[InputContainer
                     f"its video has {stream.width}x{stream.height} pixels or an unknown codec, and cannot be "
                     "decoded",
                 )
-            # Processes already use all cores. A forked one would wait for ever for threads it has not got.
+            # processes already use all cores
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.error.FFmpegError, av.error.PyAVCallbackError, UnicodeDecodeError, OverflowError) as error:
@@ -340,9 +340,13 @@ def _moving(source: Path | bytes, best: Stream | None) -> set[int]:
 
 
 def _rgb(frame: VideoFrame, name: str, **change: Any) -> np.ndarray:
-    """Return a frame by its own colour space and range, uint8 (height, width, 3)."""
+    """Return a frame by its own colour space and range, uint8 (height, width, 3).
+
+    One thread converts it. A frame keeps the converter and its threads, and a forked worker of a loader that
+    frees a frame of its parent would wait for ever for threads that the fork has not copied.
+    """
     try:
-        return frame.to_ndarray(format="rgb24", **change)
+        return frame.to_ndarray(format="rgb24", threads=1, **change)
     except av_package("reading videos").error.FFmpegError as error:
         reason = f"its colours cannot be converted (colour space {frame.colorspace}); write it anew in bt709"
         raise DataError(name, reason) from error
