@@ -25,7 +25,7 @@ from mhla_lightning.backbones.dit import DiT, DiTOptions
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
-from mhla_lightning.weights.adapted import Adapted, Geometry, WeightState
+from mhla_lightning.weights.adapted import Adapted, Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "VisionTransformer",
     "build_backbone",
     "default_options",
+    "described_geometry",
     "known_geometry",
     "register_backbone",
+    "timm_geometry",
 ]
 
 
@@ -182,18 +184,39 @@ def known_geometry(state: WeightState) -> Geometry | None:
         state: weights as they were read. Its own geometry takes precedence over a recipe or header, and these
             over timm's name for a model.
     """
+    return state.geometry or described_geometry(state.facts) or timm_geometry(state)
+
+
+def described_geometry(facts: ModelFacts | None) -> Geometry | None:
+    """Return the geometry of the model that a recipe or header describes, if one does.
+
+    It builds that model without weights. A strategy may split all that is built while it builds the task's
+    model (ZeRO-3), so this must not run inside `configure_model`.
+
+    Args:
+        facts: what the files of the weights tell.
+    """
+    if facts is None or facts.backbone not in BACKBONES:
+        return None
+    try:
+        with torch.device("meta"):
+            model: Any = build_backbone(
+                facts.backbone, attention=facts.attention, **cast(Any, dict(facts.options))
+            )
+    except (UserError, TypeError):  # of another version, or a file that only looks like ours
+        return None
+    return getattr(model, "geometry", None)
+
+
+def timm_geometry(state: WeightState) -> Geometry | None:
+    """Return the geometry of a model of timm, by the image size that its file tells or its name implies.
+
+    Args:
+        state: weights as they were read.
+    """
     facts = state.facts
-    if state.geometry is not None or facts is None:
-        return state.geometry
-    if facts.backbone in BACKBONES:
-        try:
-            with torch.device("meta"):
-                model: Any = build_backbone(
-                    facts.backbone, attention=facts.attention, **cast(Any, dict(facts.options))
-                )
-        except (UserError, TypeError):  # of another version, or a file that only looks like ours
-            return None
-        return getattr(model, "geometry", None)
+    if facts is None or facts.backbone in BACKBONES:
+        return None
     image, patch = facts.image or _size_by_name(facts.timm), state.get("patch_embed.proj.weight")
     if image is None or patch is None or patch.dim() != 4:
         return None

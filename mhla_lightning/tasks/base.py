@@ -16,10 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from mhla_lightning.backbones import Backbone, build_backbone, known_geometry
+from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.weights.adapted import Geometry, WeightState
+from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
 from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
 
@@ -75,9 +77,10 @@ class Task(pl.LightningModule):
         self.backbone: nn.Module | None = None
         self._gradient_norm: Tensor | None = None
         self._optimizer_facts: dict[str, Any] = {}
+        self._source_geometry: Geometry | None = None
         plan = self._weightless()
         if self.init_from:
-            weight_file(self.init_from)
+            self._source_geometry = described_geometry(facts_of(weight_file(self.init_from)))
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
@@ -107,10 +110,13 @@ class Task(pl.LightningModule):
         if self.checkpoint_activations == "blocks":
             cast(Any, self.backbone).set_grad_checkpointing()
         if self.init_from:
-            report = start_from(self.backbone, self.init_from, "init_from", known_geometry)
+            report = start_from(self.backbone, self.init_from, "init_from", self._geometry_of)
             rank_zero_only(log.info)(str(report))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
+
+    def _geometry_of(self, state: WeightState) -> Geometry | None:
+        return state.geometry or self._source_geometry or timm_geometry(state)
 
     def clip_by(self, norm: Tensor) -> None:
         """Take the gradient norm of the coming step from a callback that has measured it.

@@ -201,8 +201,7 @@ def test_twenty_more_steps_with_one_rank_and_with_four(runs: Runs, name: str) ->
         assert_close_curves(runs.train(again, STRATEGIES[name], ranks, *long), unbroken, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, name: str) -> None:
     """At stage 3 a file is copied into weights that are split while they are built, and frozen ones have
     no master.

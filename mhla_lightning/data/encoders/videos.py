@@ -342,8 +342,8 @@ def _moving(source: Path | bytes, best: Stream | None) -> set[int]:
 def _rgb(frame: VideoFrame, name: str, **change: Any) -> np.ndarray:
     """Return a frame by its own colour space and range, uint8 (height, width, 3).
 
-    One thread converts it. A frame keeps the converter and its threads, and a forked worker of a loader that
-    frees a frame of its parent would wait for ever for threads that the fork has not copied.
+    One thread converts it, because a frame keeps the converter and its threads. A fork copies no threads: a
+    loader's worker that frees a frame of its parent would wait for them for ever.
     """
     try:
         return frame.to_ndarray(format="rgb24", threads=1, **change)
