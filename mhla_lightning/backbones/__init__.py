@@ -209,7 +209,7 @@ def described_geometry(facts: ModelFacts | None) -> Geometry | None:
 
 
 def timm_geometry(state: WeightState) -> Geometry | None:
-    """Return the geometry of a model of timm, by the image size that its file tells or its name implies.
+    """Return the geometry of a model of timm, by its image size or the name of its file.
 
     Args:
         state: weights as they were read.
