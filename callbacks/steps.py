@@ -40,34 +40,8 @@ def was_skipped(trainer: pl.Trainer) -> bool:
     return guard is not None and guard.skipped
 
 
-class FirstStep(pl.Callback):
-    """Calls a function once an optimizer step of this attempt is taken; every rank calls it.
-
-    As the first callback of a trainer it acts before any other sees the end of the step.
-
-    Args:
-        begin: called after every batch from then on; only its first call acts.
-    """
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self.begin = begin
-        self._step = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._step:
-            self.begin()
-
-
-class AfterStep(pl.Callback):
-    """A callback that acts after every optimizer step that was taken.
-
-    Lightning's own hooks come before the step, or after every batch.
-    """
+class _CountsSteps(pl.Callback):
+    """Knows after every batch whether it has ended an optimizer step; Lightning has no hook for that."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -78,9 +52,39 @@ class AfterStep(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # still accumulating
-            return
-        self._step = trainer.global_step
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.step_ended(trainer, pl_module)
+
+    @abstractmethod
+    def step_ended(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act after a step, which trainer.global_step counts already."""
+
+
+class FirstStep(_CountsSteps):
+    """Calls a function once an optimizer step of this attempt is taken; every rank calls it.
+
+    As the first callback of a trainer it acts before any other sees the end of the step.
+
+    Args:
+        begin: called after every step; only its first call acts.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        super().__init__()
+        self.begin = begin
+
+    def step_ended(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begin()
+
+
+class AfterStep(_CountsSteps):
+    """A callback that acts after every optimizer step that was taken.
+
+    Lightning's own hooks come before the step, or after every batch.
+    """
+
+    def step_ended(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not was_skipped(trainer):
             self.after_step(trainer, pl_module)
 

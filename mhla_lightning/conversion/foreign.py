@@ -6,7 +6,6 @@ Every tensor is accounted for: copied, new, or left over.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +22,7 @@ from mhla_lightning.backbones.adapting import source_geometry
 from mhla_lightning.conversion.wan import wan_geometry, wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
-from mhla_lightning.runs.folder import FORMAT
+from mhla_lightning.runs.folder import FORMAT, replacing
 from mhla_lightning.weights.adapted import Adapted, DoubtfulWeights, Geometry, WeightState
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish, file_header
 from mhla_lightning.weights.wan_names import from_wan
@@ -210,12 +209,8 @@ def save_weights(path: Path, imported: Imported, target: ImportTarget, source: s
     The header names the backbone of the weights and their origin.
     """
     header = file_header(target.backbone, target.attention, target.options, source)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file(imported.weights, temporary, metadata=header)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -239,25 +240,36 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n", durable)
 
 
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replace a text file at once: a reader sees the old text or the new, never a part.
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Replace a file at once: a reader sees the old content or the new, never a part.
+
+    The block writes the new content to the file that it is given. A block that fails changes nothing.
 
     Args:
         path: the file.
-        text: its new content.
-        durable: wait for the disk, so that the text outlives a power cut; this takes milliseconds.
+        durable: wait for the disk, so that the content outlives a power cut; this takes milliseconds.
     """
-    temporary = path.parent / f".{path.name}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            if durable:
-                file.flush()
+        yield temporary
+        if durable:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replace a text file at once.
+
+    Args:
+        path, durable: see :func:`replacing`.
+        text: its new content.
+    """
+    with replacing(path, durable) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def overwrite_json(path: Path, value: Any) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
@@ -21,6 +20,7 @@ from mhla_lightning.data.prepare.pack import PackOptions, pack
 from mhla_lightning.errors import DataError
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused
+from tests.helpers.probe import Probe
 
 PLAIN = Augmentation(auto_augment=None, re_prob=0.0)
 
@@ -47,29 +47,6 @@ def _module(path: Path | None, **options: Any) -> ImageDataModule:
     return build(ImageDataModule, path=None if path is None else str(path), **(defaults | options))
 
 
-class _Probe(pl.LightningModule):
-    """Learns nothing much and remembers what it was given."""
-
-    def __init__(self, pixels: int = 3 * 8 * 8) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(pixels, 3)
-        self.indices: list[int] = []
-        self.weight = 0.0
-
-    def training_step(self, batch: dict, batch_number: int) -> torch.Tensor:
-        self.indices += batch["index"].tolist()
-        return torch.nn.functional.cross_entropy(self.layer(batch["image"].flatten(1)), batch["label"])
-
-    def validation_step(self, batch: dict, batch_number: int) -> None:
-        self.weight += batch["weight"].sum().item()
-
-    def test_step(self, batch: dict, batch_number: int) -> None:
-        self.weight += batch["weight"].sum().item()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 def _trainer(**options: Any) -> pl.Trainer:
     quiet = {
         "logger": False,
@@ -89,7 +66,7 @@ lightning_warnings = pytest.mark.filterwarnings(
 @lightning_warnings
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fit_with_accumulation(packed: Path, workers: int) -> None:
-    data, model = _module(packed, micro_batch_size=4, num_workers=workers), _Probe()
+    data, model = _module(packed, micro_batch_size=4, num_workers=workers), Probe()
     trainer = _trainer(
         max_steps=2,
         max_epochs=-1,
@@ -106,7 +83,7 @@ def test_fit_with_accumulation(packed: Path, workers: int) -> None:
 
 @lightning_warnings
 def test_fit_goes_beyond_an_epoch(packed: Path) -> None:
-    model = _Probe()
+    model = Probe()
     _trainer(max_steps=8, max_epochs=-1, limit_val_batches=0).fit(model, _module(packed))
     assert sorted(model.indices[:32]) == sorted(model.indices[32:]) == list(range(32))
     assert model.indices[:32] != model.indices[32:]
@@ -118,7 +95,7 @@ def test_a_fit_goes_on_with_the_next_sample(packed: Path, tmp_path: Path, worker
     """Lightning alone, from its own checkpoint, in the middle of an epoch: the module's state is all that
     is needed.
     """
-    whole, first, second = _Probe(), _Probe(), _Probe()
+    whole, first, second = Probe(), Probe(), Probe()
     _trainer(max_steps=11, max_epochs=-1, limit_val_batches=0).fit(whole, _module(packed))
     trainer = _trainer(max_steps=6, max_epochs=-1, limit_val_batches=0)
     trainer.fit(first, _module(packed, num_workers=workers))
@@ -181,8 +158,8 @@ def test_a_mixture_counts_its_sources(packed: Path, source: Path, tmp_path: Path
 def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
     data = _module(None, mix=[DataSource(str(packed), when_exhausted="stop")])
     with refused("data.mix"):
-        _trainer(max_steps=6, max_epochs=-1).fit(_Probe(), data)
-    model = _Probe()
+        _trainer(max_steps=6, max_epochs=-1).fit(Probe(), data)
+    model = Probe()
     _trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(
         model, _module(None, mix=[DataSource(str(packed), when_exhausted="stop")])
     )
@@ -192,7 +169,7 @@ def test_a_mixture_that_runs_out_is_told_before_training(packed: Path) -> None:
 @lightning_warnings
 def test_foreign_accumulation_is_refused(packed: Path) -> None:
     with refused("trainer.accumulate_grad_batches"):
-        _trainer(max_steps=2, accumulate_grad_batches=3).fit(_Probe(), _module(packed, micro_batch_size=4))
+        _trainer(max_steps=2, accumulate_grad_batches=3).fit(Probe(), _module(packed, micro_batch_size=4))
 
 
 @lightning_warnings
@@ -201,7 +178,7 @@ def test_errors_in_workers_stay_one_sentence(source: Path, tmp_path: Path) -> No
     for shard in (tmp_path / "data" / "train").glob("*.tar"):
         shard.write_bytes(shard.read_bytes()[:4096])
     with pytest.raises(DataError) as error:
-        _trainer(max_steps=2).fit(_Probe(), _module(tmp_path / "data", num_workers=2))
+        _trainer(max_steps=2).fit(Probe(), _module(tmp_path / "data", num_workers=2))
     assert "\n" not in str(error.value)
     assert error.value.key in {str(path) for path in (tmp_path / "data" / "train").glob("*.tar")}
 
@@ -214,7 +191,7 @@ def test_test_split(source: Path, packed: Path, tmp_path: Path) -> None:
         (tmp_path / "folders" / split).parent.mkdir(exist_ok=True)
         (tmp_path / "folders" / split).symlink_to(source)
     data = _module(tmp_path / "data", source=str(tmp_path / "folders"))
-    model = _Probe()
+    model = Probe()
     _trainer().test(model, data, verbose=False)
     assert model.weight == 44
 

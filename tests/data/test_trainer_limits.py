@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -17,31 +16,12 @@ from lightning.pytorch.callbacks import (
 from mhla_lightning.data import Augmentation, ImageDataModule
 from tests.helpers.data_modules import build
 from tests.helpers.errors import refused
+from tests.helpers.probe import Probe
 
 # Lightning 2.6.6 with torch 2.14: its own use of a deprecated pytree test, and advice.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:.*max_epochs.* was not set"
 )
-
-
-class Probe(pl.LightningModule):
-    """Remembers the samples that it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(3 * 8 * 8, 4)
-        self.indices: list[int] = []
-        self.validations = 0
-
-    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
-        self.indices += batch["index"].tolist()
-        return torch.nn.functional.cross_entropy(self.layer(batch["image"].flatten(1)), batch["label"])
-
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
-        self.validations += 1
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def fit(shards: Path, callbacks: Any = None, **options: Any) -> tuple[Probe, ImageDataModule]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from mhla_lightning.inference.diffusion.parts import (
     read_npy,
     write_npy,
 )
+from mhla_lightning.runs.folder import replacing
 
 IMAGES = "samples.npz"
 
@@ -102,10 +102,8 @@ def draw_images(
     )
     draw_parts(make, missing, processes, device, on_batch)
     images = np.concatenate([drawn_part(file) for file in parts.values()])
-    temporary = folder / f".{IMAGES}"
-    with temporary.open("wb") as out:
+    with replacing(folder / IMAGES) as temporary, temporary.open("wb") as out:
         np.savez(out, arr_0=images, arr_1=np.array(job.labels, np.int64))
-    os.replace(temporary, folder / IMAGES)
     return images
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mhla_lightning.errors import DataError, UserError
-from mhla_lightning.runs.folder import read_object, write_json
+from mhla_lightning.runs.folder import read_object, replacing, write_json
 
 SETTINGS, PARTS, TEXT = "settings.json", "parts", "text"
 _BEGUN = re.compile(rf"{PARTS}|{TEXT}|\.{re.escape(SETTINGS)}-\d+")
@@ -179,16 +179,8 @@ def write_npy(file: Path, array: np.ndarray, beside: Sequence[Path] = ()) -> Non
     sums = {str(os.path.relpath(path, file.parent)): zlib.crc32(path.read_bytes()) for path in beside}
     end = json.dumps({"crc32": zlib.crc32(content.getbuffer()), "beside": sums})
     content.write(f"\n{end}\n".encode())
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as out:
-            out.write(content.getbuffer())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(file) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_npy(file: Path) -> np.ndarray | None:

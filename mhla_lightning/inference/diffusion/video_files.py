@@ -6,7 +6,6 @@ Frames are uint8 (F, H, W, 3).
 from __future__ import annotations
 
 import io
-import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mhla_lightning.data.encoders.videos import open_video, shown, upright
 from mhla_lightning.errors import UserError, missing_extra
+from mhla_lightning.runs.folder import replacing
 
 COLUMNS = 8  # frames of a contact sheet's row
 _SIDE = 160  # the longer side of its pictures, about
@@ -57,8 +57,8 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
     import av
 
     even = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    fast = {"movflags": "faststart"}
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4", options=fast) as container:
         stream: Any = container.add_stream(
             "libx264", rate=Fraction(rate).limit_denominator(1001), options=_X264
         )
@@ -69,9 +69,6 @@ def write_mp4(path: Path, frames: np.ndarray, rate: float) -> None:
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
             )
         container.mux(stream.encode())
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def file_name(number: int, prompt: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mhla_lightning.data.prepare.text.chunks import MOST_BYTES
 from mhla_lightning.data.prepare.text.documents import MAX_SKIPPED_SHARE, RowTally, check_share
-from mhla_lightning.data.prepare.text.inputs import open_inputs
+from mhla_lightning.data.prepare.text.inputs import Input, open_inputs
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
@@ -71,11 +71,7 @@ def train_tokenizer(
     target = Path(to).expanduser()
     _check(target, vocabulary, overwrite)
     check_share(max_skipped_share)
-    try:
-        from tokenizers import Tokenizer as Core
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise UserError("inputs", missing_extra("tokenizers", "language", "training a tokenizer")) from error
+    _demand_tokenizers()
     opened, rows = open_inputs(inputs, text_column), RowTally()
     sources = opened.sources
     total, counts = sum(source.size for source in sources), {"documents": 0, "bytes": 0}
@@ -95,35 +91,47 @@ def train_tokenizer(
             rows.demand_any()
             progress(min(done, total), total)
 
-    core = Core(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    core.train_from_iterator(texts(), trainer)
+    content = _learn(texts(), vocabulary)
     rows.judge(max_skipped_share)
     if not counts["documents"]:
         raise DataError(", ".join(map(str, inputs)), "no text was found")
-    _write(target, core.to_str(pretty=True))
+    _write(target, content)
     tokenizer = open_tokenizer(str(target))
-    probe = list(
-        islice(
-            (
-                text
-                for source in sources
-                for group in source.groups(1)
-                for text in group.texts()
-                if text and isinstance(text, str)
-            ),
-            _PROBED,
-        )
-    )
-    rate = sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
+    rate = _bytes_per_token(sources, tokenizer)
     return TrainedTokenizer(
         tokenizer, counts["documents"], counts["bytes"], rate, rows, opened.taken, opened.left_out
     )
+
+
+def _demand_tokenizers() -> None:
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise UserError("inputs", missing_extra("tokenizers", "language", "training a tokenizer")) from error
+
+
+def _learn(texts: Iterator[str], vocabulary: int) -> str:
+    """Return the content of the tokenizer.json of a byte-level BPE, learnt from texts."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    core = Core(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return core.to_str(pretty=True)
+
+
+def _bytes_per_token(sources: Sequence[Input], tokenizer: Tokenizer) -> float:
+    """Return how many bytes of the first texts a token stands for, on average."""
+    groups = (group for source in sources for group in source.groups(1))
+    texts = (text for group in groups for text in group.texts())
+    probe = list(islice((text for text in texts if text and isinstance(text, str)), _PROBED))
+    return sum(len(text.encode()) for text in probe) / sum(map(len, tokenizer.encode_many(probe)))
 
 
 def _check(target: Path, vocabulary: int, overwrite: bool) -> None:
