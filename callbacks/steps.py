@@ -41,7 +41,7 @@ def was_skipped(trainer: pl.Trainer) -> bool:
 
 
 class _CountsSteps(pl.Callback):
-    """Knows after every batch whether it has ended an optimizer step; Lightning has no hook for that."""
+    """Knows which batch has ended an optimizer step; Lightning has no hook for that."""
 
     def __init__(self) -> None:
         self._step = 0

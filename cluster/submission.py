@@ -17,7 +17,8 @@ import yaml
 
 from mhla_lightning.cluster.jobs import code_folder, read_job, write_job
 from mhla_lightning.cluster.profile import Profile
-from mhla_lightning.cluster.slurm import RECIPE_FILE, SCRIPT, Slurm, Submission, SubmitOptions
+from mhla_lightning.cluster.script import RECIPE_FILE, SCRIPT, Submission, SubmitOptions
+from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.snapshot import copy_code, environment, git_state
 from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.errors import UserError

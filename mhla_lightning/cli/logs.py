@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mhla_lightning.cluster.jobs import attempts, current_job
 from mhla_lightning.cluster.queue import ask
-from mhla_lightning.cluster.slurm import JOB_LOG, Slurm
+from mhla_lightning.cluster.script import JOB_LOG
+from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, find_run, runs_root
 

@@ -15,7 +15,8 @@ from mhla_lightning.cli.submit import say_queued
 from mhla_lightning.cluster.jobs import current_job, read_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes, profile_from
 from mhla_lightning.cluster.queue import ask
-from mhla_lightning.cluster.slurm import RECIPE_FILE, Slurm, SubmitOptions, prepare
+from mhla_lightning.cluster.script import RECIPE_FILE, SubmitOptions, prepare
+from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.submission import queue_again
 from mhla_lightning.config.moved_keys import moved
 from mhla_lightning.config.recipes import Recipe, read_run_recipe

@@ -22,7 +22,8 @@ from mhla_lightning.cli.numbers import parse_ranges
 from mhla_lightning.cli.output import check_json, write_json
 from mhla_lightning.cluster.jobs import current_job
 from mhla_lightning.cluster.profile import Profile, load_profile, minutes
-from mhla_lightning.cluster.slurm import Slurm, Submission, SubmitOptions, prepare
+from mhla_lightning.cluster.script import Submission, SubmitOptions, prepare
+from mhla_lightning.cluster.slurm import Slurm
 from mhla_lightning.cluster.submission import new_run_id, queue_new
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides

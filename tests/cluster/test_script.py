@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mhla_lightning.cluster.profile import Profile, load_profile, profile_from
-from mhla_lightning.cluster.slurm import SubmitOptions, prepare
+from mhla_lightning.cluster.script import SubmitOptions, prepare
 from mhla_lightning.config.recipes import Recipe, argument, load_recipe, parse_overrides
 from tests.helpers.cluster_stubs import Stub, calls
 from tests.helpers.errors import refused
