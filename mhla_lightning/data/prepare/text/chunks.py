@@ -24,7 +24,7 @@ import numpy as np
 from mhla_lightning.data.prepare.parallel import Interrupted, run_jobs
 from mhla_lightning.data.prepare.replacing import Note, sync
 from mhla_lightning.data.prepare.text.documents import BadRow, Group, RowTally
-from mhla_lightning.data.prepare.text.inputs import Input
+from mhla_lightning.data.prepare.text.readers import Input
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 
 LEAST_BYTES, MOST_BYTES = 2**20, 2**24  # of a chunk's text

@@ -19,8 +19,9 @@ from mhla_lightning.data.prepare.replacing import Note, build, demand_free
 from mhla_lightning.data.prepare.sources.base import SampleSource
 from mhla_lightning.data.prepare.text.chunks import TokenizedCorpus, documents_path, tally_of, tokenize_chunks
 from mhla_lightning.data.prepare.text.documents import MAX_SKIPPED_SHARE, RowTally, check_share
-from mhla_lightning.data.prepare.text.inputs import Input, folder_of, open_inputs
+from mhla_lightning.data.prepare.text.inputs import folder_of, open_inputs
 from mhla_lightning.data.prepare.text.layout import check_packing, held_out, lay_out
+from mhla_lightning.data.prepare.text.readers import Input
 from mhla_lightning.data.prepare.text.rows import Rows, write_firsts, write_layout
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mhla_lightning.errors import DataError, UserError

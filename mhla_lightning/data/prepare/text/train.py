@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mhla_lightning.data.prepare.text.chunks import MOST_BYTES
 from mhla_lightning.data.prepare.text.documents import MAX_SKIPPED_SHARE, RowTally, check_share
-from mhla_lightning.data.prepare.text.inputs import Input, open_inputs
+from mhla_lightning.data.prepare.text.inputs import open_inputs
+from mhla_lightning.data.prepare.text.readers import Input
 from mhla_lightning.data.tokenizers import Tokenizer, open_tokenizer
 from mhla_lightning.errors import DataError, UserError, missing_extra
 
