@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mhla_lightning.errors import UserError, missing_extra, unknown_name
-from mhla_lightning.finite import check_finite
+from mhla_lightning.data.encoders.diffusers_models import CONFIG, content_hash, open_model
+from mhla_lightning.errors import UserError
 
 MODELS = ("AutoencoderKL", "AutoencoderDC")  # classes of diffusers
 VIDEO_MODELS = ("AutoencoderKLWan",)
 DECODED_AT_ONCE = 16  # images; a decoder needs hundreds of megabytes for each
-_CONFIG = "config.json"
 _CHUNK = 4  # frames that AutoencoderKLWan encodes at a time, after the first
 
 
@@ -231,7 +223,7 @@ def load_vae(
             MODELS. The weights are no safetensors or do not fit the configuration. It takes no RGB images,
             or normalises each channel.
     """
-    model, given = _open(name, subfolder, MODELS)
+    model, given = open_model(name, subfolder, MODELS)
     config: Any = model.config
     if config.in_channels != 3:
         raise UserError(
@@ -245,7 +237,7 @@ def load_vae(
     own_shift = getattr(config, "shift_factor", None)
     found_scale = config.scaling_factor if scale is None else scale
     found_shift = (own_shift or 0.0) if shift is None else shift
-    sha256 = _sha256(model)
+    sha256 = content_hash(model)
     # The model's own `to` logs a line about modules that it does not have.
     moved = nn.Module.to(model, device=device, dtype=dtype)
     return Autoencoder(name, moved, sha256, float(found_scale), float(found_shift))
@@ -258,7 +250,7 @@ def load_video_vae(
     dtype: torch.dtype = torch.float32,
 ) -> VideoAutoencoder:
     """Open an autoencoder of videos, one of VIDEO_MODELS. Arguments and errors: see load_vae."""
-    model, _ = _open(name, subfolder, VIDEO_MODELS)
+    model, _ = open_model(name, subfolder, VIDEO_MODELS)
     config: Any = model.config
     if config.in_channels != 3 * (config.patch_size or 1) ** 2:
         raise UserError(
@@ -269,7 +261,7 @@ def load_video_vae(
             f"latents_mean for {len(config.latents_mean)} channels, latents_std for "
             f"{len(config.latents_std)}, and z_dim {config.z_dim}"
         )
-        raise UserError("vae", f"the {_CONFIG} of {name} has {found}: they must agree")
+        raise UserError("vae", f"the {CONFIG} of {name} has {found}: they must agree")
     if sum(config.temperal_downsample) > 2:
         raise UserError(
             "vae",
@@ -277,7 +269,7 @@ def load_video_vae(
             f"{_CHUNK} "
             "at a time",
         )
-    sha256 = _sha256(model)
+    sha256 = content_hash(model)
     return VideoAutoencoder(name, nn.Module.to(model, device=device, dtype=dtype), sha256)
 
 
@@ -305,117 +297,3 @@ def decode_videos(vae: VideoAutoencoder, latents: Tensor) -> Tensor:
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """Return bfloat16 for a GPU, float32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-
-
-def _open(name: str, subfolder: str | None, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Open a model of one of these classes of diffusers; return it and its configuration."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UserError(None, missing_extra("diffusers", "diffusion", f"the VAE {name}")) from error
-    kind, given, place = _config(name, subfolder, classes)
-    return _load(getattr(diffusers, kind), name, place), given
-
-
-def _config(
-    name: str, subfolder: str | None, classes: Sequence[str]
-) -> tuple[str, dict[str, Any], str | None]:
-    """Return the class, configuration and subfolder of an autoencoder."""
-    from diffusers import AutoencoderKL
-
-    local = Path(name).expanduser().is_dir()
-    if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(
-            "vae",
-            f"the folder {name} does not exist; give a folder written by save_pretrained, or a name like "
-            "stabilityai/sd-vae-ft-ema",
-        )
-    places = [subfolder] if subfolder is not None else [None, "vae"]
-    reasons = []
-    for place in places:
-        try:
-            with _quiet():
-                found = AutoencoderKL.load_config(_address(name), subfolder=place)
-        except (OSError, ValueError, RuntimeError) as error:  # of diffusers and of the hub
-            reasons.append(_reason(error))
-            if "connect" in str(error).lower() or "offline" in str(error).lower():
-                break
-            continue
-        if str(found.get("_class_name")) not in classes:
-            raise UserError("vae", unknown_name("class", found.get("_class_name"), classes, of=name))
-        return str(found["_class_name"]), found, place
-    where = (
-        f"the folder {name} holds no {_CONFIG} of a VAE"
-        if local
-        else f"{name} is no folder here and could not be fetched from the hub"
-    )
-    raise UserError(
-        "vae",
-        f"{where} ({reasons[0]}): give a folder written by save_pretrained, or a name like "
-        "stabilityai/sd-vae-ft-ema",
-    )
-
-
-def _load(kind: Any, name: str, subfolder: str | None) -> nn.Module:
-    try:
-        # The model is first made with random weights; the caller's random numbers must not change.
-        with _quiet(), torch.random.fork_rng(devices=[]):
-            model, info = kind.from_pretrained(
-                _address(name),
-                subfolder=subfolder,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # noqa: BLE001  of four packages: diffusers, safetensors, the hub, torch
-        raise UserError(
-            "vae", f"the weights of {name} cannot be read from a safetensors file ({_reason(error)})"
-        ) from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise UserError(
-            "vae",
-            f"the weights of {name} do not fit its {_CONFIG}: {len(wrong)} are missing or misshaped, e.g. "
-            f"{wrong[0]}",
-        )
-    check_finite(model.state_dict(), "vae", f"{name}: ")
-    return model.eval().requires_grad_(False)
-
-
-def _address(name: str) -> str:
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings: diffusers 0.42 passes a deprecated argument to huggingface_hub 2."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _sha256(model: nn.Module) -> str:
-    """Return the sha256 of the class, the configuration and the weights as float32.
-
-    Defaults are left out of the configuration, so that another version of diffusers gives the same.
-    """
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(model).__init__).parameters.items()
-    }
-    config: Any = model.config
-    said = {
-        key: json.dumps(value, default=str)
-        for key, value in sorted(config.items())
-        if not key.startswith("_")
-    }
-    own = {key: text for key, text in said.items() if text != json.dumps(defaults.get(key), default=str)}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, own]).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().float().contiguous().numpy())
-    return digest.hexdigest()
