@@ -56,8 +56,12 @@ def run(args: argparse.Namespace) -> int:
         return _print_config(args.recipe, overrides)
     options = RunOptions(args.runs, args.run_id, args.fresh, args.accept_changes, args.mode, args.ckpt)
     logger = logging.getLogger("mhla_lightning")
+    before = logger.handlers, logger.level
     logger.handlers, logger.level = [logging.StreamHandler(sys.stdout)], logging.INFO
-    return launch(args.recipe, overrides, options, _Terminal())
+    try:
+        return launch(args.recipe, overrides, options, _Terminal())
+    finally:  # a later command of this process may have another stdout
+        logger.handlers, logger.level = before
 
 
 class _Terminal:

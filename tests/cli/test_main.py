@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -48,3 +49,12 @@ def test_the_lightning_command_is_ours_for_run_alone() -> None:
     assert (run.returncode, "unknown recipe 'no-such-recipe'" in run.stderr) == (2, True)
     other = subprocess.run([*command, "login"], capture_output=True, text=True, check=False)
     assert (other.returncode, "belongs to lightning-sdk, which is not installed" in other.stderr) == (2, True)
+
+
+def test_a_run_leaves_no_log_handler_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    """A later command of the same process would log to the earlier one's stdout, which may be closed."""
+    logger = logging.getLogger("mhla_lightning")
+    before = list(logger.handlers), logger.level
+    assert main(["run", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert (list(logger.handlers), logger.level) == before
