@@ -29,6 +29,25 @@ HANGS = 40.0  # seconds that a rank of several has to end after an error
 _SHOWN = 4  # samples named in the message
 
 
+class Verdict:
+    """A flag on its way from a GPU to the host, which reads it when it is needed.
+
+    Args:
+        flag: bool, a scalar on a GPU; the host waits for the work before it alone, not for what came later.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        self._host.copy_(flag, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def read(self) -> bool:
+        """Wait until the flag has arrived; return it."""
+        self._arrived.synchronize()
+        return bool(self._host)
+
+
 class Health(StepGuard):
     """Leaves out a step whose loss or gradients are not finite, or whose loss leaps.
 
@@ -38,8 +57,9 @@ class Health(StepGuard):
 
     A rank's bad loss makes its gradients NaN, and so those of all ranks. All ranks see the same norm and
     decide alike, without communication. DeepSpeed checks the gradients and leaves out the step itself. Under
-    other strategies the gradients are removed, and the optimizer finds nothing to do. On a GPU the host then
-    waits for the backward once per step, as with a loss scaler.
+    other strategies the gradients are removed, and the optimizer finds nothing to do. A fused optimizer gets
+    the verdict on the device instead: its step is then queued before the host waits for the backward, once
+    per step.
 
     Args:
         run: the run folder.
@@ -60,6 +80,7 @@ class Health(StepGuard):
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._batches: list[tuple[list[str], Tensor]] = []
         self._kept: list[tuple[Any, int]] = []
+        self._verdict: Verdict | None = None
         self._searching = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,10 +123,15 @@ class Health(StepGuard):
         self.gradient_norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         if isinstance(pl_module, Task):
             pl_module.clip_by(self.gradient_norm)
-        self.skipped = not self.gradient_norm.isfinite()
-        if self.skipped:
-            for parameter in parameters:
-                parameter.grad = None
+        bad = ~self.gradient_norm.isfinite()
+        if self._scaled or not all(group.get("fused") for group in optimizer.param_groups):
+            self.skipped = bool(bad)
+            if self.skipped:
+                for parameter in parameters:
+                    parameter.grad = None
+        else:
+            cast(Any, optimizer).found_inf = bad.float()  # a fused optimizer of torch then changes nothing
+            self._verdict = Verdict(bad)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -119,6 +145,8 @@ class Health(StepGuard):
         sharding = sharding_of(trainer.strategy)
         if sharding.guards_steps:
             self.skipped = sharding.skipped_step()
+        elif self._verdict is not None:
+            self.skipped, self._verdict = self._verdict.read(), None
         if self.skipped:
             self._leave_out(trainer, pl_module)
         else:

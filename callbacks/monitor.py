@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks.base import draws_point
 
@@ -22,7 +23,10 @@ class Monitor(pl.Callback):
     """Logs loss, learning rate, gradient norm and speed every `log_every_n_steps` steps.
 
     The tags are `train/` loss, lr, grad_norm, samples_per_second, tokens_per_second, time_data, time_compute,
-    skipped and skipped_steps. A mixture of sources also has train/consumed/SOURCE.
+    skipped and skipped_steps. A mixture of sources also has train/consumed/SOURCE. On a GPU there are also
+    tokens_per_second_per_gpu, mfu, memory_allocated_gib and memory_reserved_gib. The last two are the peaks
+    so far of what tensors took, and of what torch took for them. mfu (model FLOPs utilisation) is the model's
+    FLOPs a second over the GPU's peak; recomputed activations do not count.
 
     The loss is the mean over all micro batches and ranks of the last step; self.log would show one rank's
     last micro batch. A step that was left out may have NaN, so the curves have a hole there. Times are
@@ -34,10 +38,14 @@ class Monitor(pl.Callback):
     Args:
         batch_size: samples of one optimizer step over all processes.
         tokens: tokens of one sample.
+        flops: of one sample in training, forward and backward.
+        precision: `trainer.precision` of the recipe; ZeRO shows Lightning another.
     """
 
-    def __init__(self, batch_size: int, tokens: int) -> None:
-        self.batch_size, self.tokens = batch_size, tokens
+    def __init__(
+        self, batch_size: int, tokens: int, flops: int = 0, precision: str | int = "32-true"
+    ) -> None:
+        self.batch_size, self.tokens, self.flops, self.precision = batch_size, tokens, flops, str(precision)
         self._skipped = 0
         self._losses: list[torch.Tensor] = []
 
@@ -90,7 +98,20 @@ class Monitor(pl.Callback):
         )
         values["skipped"] = float(skipped)
         values |= _consumed(trainer)
+        if pl_module.device.type == "cuda":
+            values |= self.on_gpu(speed / trainer.world_size)
         pl_module.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    def on_gpu(self, speed: float) -> dict[str, float]:
+        """Return the values of one GPU that trains `speed` samples a second."""
+        values = {
+            "tokens_per_second_per_gpu": speed * self.tokens,
+            "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        }
+        products = torch.get_float32_matmul_precision()
+        peak = peak_of_device(torch.cuda.get_device_name(), self.precision, products)
+        return values if peak is None else values | {"mfu": speed * self.flops / peak}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ended = time.perf_counter()  # validation is neither data nor compute of a training step

@@ -88,6 +88,8 @@ class Packing:
     Args:
         mask: (batch, tokens) bool, True = real token; None means all tokens are real.
         documents: (batch, tokens) int; None means one document per row.
+        lengths: of :func:`document_lengths`, on the host; the chunks are then cut without waiting for the
+            device. None asks the device.
 
     Attributes:
         real: (batch, tokens) bool, True = real token.
@@ -98,11 +100,11 @@ class Packing:
         UserError: neither mask nor documents.
     """
 
-    def __init__(self, mask: Tensor | None, documents: Tensor | None) -> None:
+    def __init__(self, mask: Tensor | None, documents: Tensor | None, lengths: Tensor | None = None) -> None:
         either = mask if mask is not None else documents
         if either is None:
             raise UserError("mask", "found neither a mask nor `documents`; a packing needs one of them")
-        self.mask, self.documents = mask, documents
+        self.mask, self.documents, self.lengths = mask, documents, lengths
         self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask.bool()
         starts = torch.zeros_like(self.real)
         starts[:, 0] = True
@@ -116,9 +118,11 @@ class Packing:
         self._sequences: Sequences | None = None
 
     @classmethod
-    def of(cls, mask: Tensor | None, documents: Tensor | None) -> Packing | None:
+    def of(
+        cls, mask: Tensor | None, documents: Tensor | None, lengths: Tensor | None = None
+    ) -> Packing | None:
         """Return a packing; None where every token is real and a row is one document."""
-        return None if mask is None and documents is None else cls(mask, documents)
+        return None if mask is None and documents is None else cls(mask, documents, lengths)
 
     def allowed(self) -> Tensor:
         """Return (batch, 1, tokens, tokens) bool: which keys each query sees.
@@ -155,10 +159,12 @@ class Packing:
         first = self.real & (within == 0)
         chunk = first.long().cumsum(1) - 1
         numbers = self.positions // size
-        count, longest = (
-            int(n)
-            for n in torch.stack([chunk.max() + 1, torch.where(self.real, numbers, 0).max() + 1]).tolist()
-        )
+        if self.lengths is None:
+            largest = torch.stack([chunk.max() + 1, torch.where(self.real, numbers, 0).max() + 1])
+            count, longest = (int(n) for n in largest.tolist())
+        else:
+            cut = -(-self.lengths // size)
+            count, longest = int(cut.sum(1).max()), max(1, int(cut.max()))
         count = max(1, count)
         places = count * size + 1
         rows = torch.arange(batch, device=chunk.device)[:, None] * places
@@ -179,6 +185,23 @@ class Packing:
             document,
             real.view(batch, places)[:, :-1].view(batch, count, size),
         )
+
+
+def document_lengths(mask: Tensor | None, documents: Tensor | None) -> Tensor:
+    """Return the number of real tokens of every document, (batch, documents) int64.
+
+    A row of fewer documents ends with zeros.
+
+    Args:
+        mask, documents: see :class:`Packing`, on the host.
+
+    Raises:
+        UserError: neither mask nor documents.
+    """
+    packing = Packing(mask, documents)
+    numbers = packing.run - 1
+    lengths = torch.zeros(len(numbers), int(numbers.max()) + 1, dtype=torch.int64)
+    return lengths.scatter_add_(1, numbers, packing.real.long())
 
 
 def one_document_per_row(packing: Packing | None) -> None:

@@ -253,7 +253,13 @@ class CausalLM(nn.Module):
         """Weights of the output, (vocab_size, embed_dim)."""
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
-    def features(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Return the inputs of the output layer, (batch, tokens, embed_dim).
 
         Args:
@@ -261,8 +267,9 @@ class CausalLM(nn.Module):
             mask: (batch, tokens) bool, True = real token; padding is on the left or on the right.
             documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
                 document.
+            lengths: of :func:`document_lengths`, on the host, so that nothing waits for the device.
         """
-        packing, turn = self._places(tokens, mask, documents)
+        packing, turn = self._places(tokens, mask, documents, lengths)
         x = self.embeddings(tokens)
         for layer in self._layers():
             rotary = turn.get(layer.attn.dim_k)
@@ -370,7 +377,11 @@ class CausalLM(nn.Module):
         return [cast(DecoderLayer, layer) for layer in self.layers]
 
     def _places(
-        self, tokens: Tensor, mask: Tensor | None, documents: Tensor | None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        lengths: Tensor | None = None,
     ) -> tuple[Packing | None, dict[int, Rotation]]:
         """Return the packing of a batch and the rotations of its positions, shared by all layers."""
         for name, given in (("mask", mask), ("documents", documents)):
@@ -379,7 +390,7 @@ class CausalLM(nn.Module):
                     name,
                     f"its shape {tuple(given.shape)} is not that of `tokens`, {tuple(tokens.shape)}",
                 )
-        packing = Packing.of(mask, documents)
+        packing = Packing.of(mask, documents, lengths)
         positions = (
             torch.arange(tokens.shape[1], device=tokens.device)[None]
             if packing is None

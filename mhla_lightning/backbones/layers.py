@@ -175,6 +175,9 @@ class GridRotation:
     which is float32 at least, as in diffusers. Turning in float64 changes the last bit only and takes seven
     times as long on a CPU.
 
+    A pair is turned by one complex product. Under torch.compile it is turned by real products of the same
+    bits, because Inductor generates no code for complex numbers.
+
     Args:
         grid: (frames, rows, columns) of tokens.
         dim: channels of a head, even.
@@ -182,23 +185,34 @@ class GridRotation:
     """
 
     def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
-        self.turns = {torch.float64: grid_turns(grid, dim, device)}
+        self.angles = grid_angles(grid, dim, device)
+        self.turns: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads, dim) in raster order -> same shape and dtype"""
         wide = torch.promote_types(x.dtype, torch.float32)
+        if torch.compiler.is_compiling():
+            return self._real(x.to(wide)).to(x.dtype)
         if wide not in self.turns:
-            self.turns[wide] = self.turns[torch.float64].to(torch.complex64)
+            turns = torch.polar(torch.ones_like(self.angles), self.angles)
+            self.turns[wide] = turns if wide == torch.float64 else turns.to(torch.complex64)
         pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * self.turns[wide]).flatten(-2).to(x.dtype)
 
+    def _real(self, x: Tensor) -> Tensor:
+        cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+
 
 def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the factors e^(i angle) of :class:`GridRotation`.
+    """Return the factors e^(i angle) of :class:`GridRotation`, (tokens, 1, dim / 2) complex128."""
+    angles = grid_angles(grid, dim, device)
+    return torch.polar(torch.ones_like(angles), angles)
 
-    Returns:
-        (tokens, 1, dim / 2) complex128 in raster order.
-    """
+
+def grid_angles(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the angles of :class:`GridRotation`, (tokens, 1, dim / 2) float64 in raster order."""
     pairs = dim // 2
     by_axis = []
     for axis, (count, own) in enumerate(
@@ -208,7 +222,7 @@ def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu"
         angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequency
         shape = [1, 1, 1, own]
         shape[axis] = count
-        by_axis.append(torch.polar(torch.ones_like(angle), angle).view(shape).expand(*grid, own))
+        by_axis.append(angle.view(shape).expand(*grid, own))
     return torch.cat(by_axis, dim=-1).reshape(-1, 1, pairs)
 
 

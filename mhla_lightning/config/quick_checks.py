@@ -19,7 +19,7 @@ from mhla_lightning.config.signatures import (
     source_file,
     table_of_classes,
 )
-from mhla_lightning.config.trainer_arguments import check_arguments
+from mhla_lightning.config.trainer_arguments import ADDED, check_arguments
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.strategies.config import check_strategy
 
@@ -72,7 +72,7 @@ def check_sections(values: Mapping[str, Any], trainer_names: Iterable[str]) -> N
 
     Args:
         values: a recipe.
-        trainer_names: the arguments of Lightning's Trainer.
+        trainer_names: the arguments of Lightning's Trainer, without ours.
 
     Raises:
         UserError: an unknown or missing section, or an argument that the trainer cannot have.
@@ -87,7 +87,7 @@ def check_sections(values: Mapping[str, Any], trainer_names: Iterable[str]) -> N
             check_known(values[section], parameters(source) or (), f"{section}.")
     trainer = values["trainer"]
     check_arguments(trainer)
-    check_known(trainer, trainer_names, "trainer.")
+    check_known(trainer, [*trainer_names, *ADDED], "trainer.")
     check_strategy(trainer)
     for section, example in _EXAMPLES.items():
         if "class_path" not in values[section]:

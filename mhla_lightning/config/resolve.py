@@ -19,7 +19,7 @@ from mhla_lightning.config.checks import argument_hints, check_keys
 from mhla_lightning.config.mistakes import find_mistake, placed, user_error
 from mhla_lightning.config.moved_keys import flat, moved
 from mhla_lightning.config.recipes import argument
-from mhla_lightning.config.trainer_arguments import check_built
+from mhla_lightning.config.trainer_arguments import ADDED, check_built
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.strategies.config import is_zero
@@ -91,6 +91,7 @@ class Resolved:
         trainer: arguments of Lightning's Trainer, callbacks built.
         checkpoint, health: how the run saves, and what it does about bad steps.
         seed: of everything random.
+        matmul_precision: of float32 matrix products on a GPU; None leaves torch's.
     """
 
     values: dict[str, Any]
@@ -100,6 +101,7 @@ class Resolved:
     checkpoint: CheckpointConfig
     health: HealthConfig
     seed: int
+    matmul_precision: str | None = None
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML."""
@@ -125,7 +127,7 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
     values = moved(values)
     check_keys(values)
     given = dict(values["trainer"])
-    strategy = given.get("strategy")
+    strategy, own = given.get("strategy"), {name: given.pop(name) for name in ADDED if name in given}
     if is_zero(strategy):  # Lightning's parser knows its own strategies only
         given["strategy"] = "auto"
     seed = values.get("seed_everything", 0)
@@ -150,8 +152,9 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         sharding_of(trainer["strategy"])  # refuses a class that callbacks cannot read
     if is_zero(strategy):
         trainer["strategy"] = dumped["trainer"]["strategy"] = deepcopy(strategy)
+    dumped["trainer"] |= {name: value for name, value in own.items() if value is not None}
     return Resolved(
-        dumped, built["model"], built["data"], trainer, built["checkpoint"], built["health"], seed
+        dumped, built["model"], built["data"], trainer, built["checkpoint"], built["health"], seed, **own
     )
 
 
@@ -240,9 +243,9 @@ def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
 
 
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
-_PLACE_OF_TRAINER = ("devices", "num_nodes")
-"""Where data is, how it is fetched and on how many devices it is trained may change between two attempts of
-a run. The global batch may not.
+_PLACE_OF_TRAINER = ("devices", "num_nodes", "matmul_precision")
+"""Where data is, how it is fetched, the devices and the precision of their products may change between two
+attempts of a run. The global batch may not.
 """
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mhla_lightning.data.ahead import Draw
 from mhla_lightning.data.batching import RankPart, eval_batches_per_rank, grouped_eval_ranges
 from mhla_lightning.data.corpus import Corpus, SamplePlace, TrainCorpus
 from mhla_lightning.data.kinds import Kind
@@ -78,6 +79,7 @@ class TrainStream(IterableDataset[Batch]):
         max_skipped_share: largest share of bad samples.
         kinds: one for every source instead of `kind`, where every batch is of one source (Mixture.group) and
             shapes may differ.
+        draw: adds random numbers to every batch; None adds none.
     """
 
     corpus: TrainCorpus
@@ -85,6 +87,7 @@ class TrainStream(IterableDataset[Batch]):
     part: RankPart
     max_skipped_share: float = 0.01
     kinds: Sequence[Kind] = ()
+    draw: Draw | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of this worker."""
@@ -95,7 +98,7 @@ class TrainStream(IterableDataset[Batch]):
             positions = self.part.positions(step)
             if positions[-1] >= self.corpus.mixture.length:  # prefetched beyond the end of a mixture
                 return
-            yield self._batch(positions, meter)
+            yield _with_draws(self._batch(positions, meter), self.draw)
 
     def _batch(self, positions: np.ndarray, meter: SkipMeter) -> Batch:
         places = self.corpus.locate(positions)
@@ -175,6 +178,7 @@ class EvalStream(IterableDataset[Batch]):
         world_size: number of ranks.
         max_skipped_share: largest share of bad samples.
         kinds: one for every split instead of `kind`; no batch then holds samples of two splits.
+        draw: adds random numbers to every batch; None adds none.
     """
 
     corpus: Corpus
@@ -184,6 +188,7 @@ class EvalStream(IterableDataset[Batch]):
     world_size: int = 1
     max_skipped_share: float = 0.01
     kinds: Sequence[Kind] = ()
+    draw: Draw | None = None
 
     @property
     def batches(self) -> int:
@@ -204,7 +209,7 @@ class EvalStream(IterableDataset[Batch]):
             rows += [self._padding(kind)] * (self.batch_size - len(rows))
             if number == len(ranges):  # before the last batch, because a sized loader stops there
                 meter.judge()
-            yield collate(rows, meter.take())
+            yield _with_draws(collate(rows, meter.take()), self.draw)
 
     def _groups(self) -> list[int]:
         """Return the sizes of the groups whose samples may share a batch."""
@@ -224,6 +229,12 @@ class EvalStream(IterableDataset[Batch]):
 
     def _padding(self, kind: Kind) -> BatchRow:
         return BatchRow("", -1, 0, 0, 0.0, kind.padding())
+
+
+def _with_draws(batch: Batch, draw: Draw | None) -> Batch:
+    if draw is not None:
+        batch.update(draw(batch))
+    return batch
 
 
 def _this_worker() -> tuple[int, int]:

@@ -64,6 +64,40 @@ GPUS = {
 """name -> GPU."""
 
 
+_DEVICES = (
+    (r"A100.*80GB", "a100-80g"),
+    (r"A100", "a100-40g"),
+    (r"A10G", "a10g-24g"),
+    (r"RTX A6000", "a6000-48g"),
+    (r"B200", "b200-180g"),
+    (r"H100 (80GB HBM3|SXM)", "h100-80g"),
+    (r"H200", "h200-141g"),
+    (r"L40S", "l40s-48g"),
+    (r"L4$", "l4-24g"),
+    (r"RTX 3090$", "rtx3090-24g"),
+    (r"RTX 4090$", "rtx4090-24g"),
+    (r"T4$", "t4-16g"),
+    (r"V100", "v100-16g"),
+)
+
+
+def peak_of_device(device: str, precision: str, products: str) -> float | None:
+    """Return the dense peak of a GPU's matrix products in FLOP/s; None for an unknown GPU.
+
+    Args:
+        device: as torch.cuda.get_device_name gives it.
+        precision: of Lightning's trainer.
+        products: of torch.get_float32_matmul_precision. TF32 has half the peak of bf16.
+    """
+    name = next((name for pattern, name in _DEVICES if re.search(pattern, device)), None)
+    if name is None:
+        return None
+    gpu = GPUS[name]
+    if precision.startswith(("bf16", "16")):
+        return gpu.bf16
+    return gpu.fp32 if products == "highest" or gpu.bf16 is None else max(gpu.fp32 or 0.0, gpu.bf16 / 2)
+
+
 def find_gpu(name: str | None, memory: str | None = None) -> GPU | None:
     """Return a GPU by name, by its memory, or by both.
 

@@ -302,7 +302,7 @@ class _Cases:
 
     def stages(self, activations: int | None) -> dict[str, Stage]:
         """Every strategy's memory with these activations."""
-        states = [replicated(self.size, self.precision, self.batches.ranks, self.average)]
+        states = [replicated(self.size, self.precision, self.average)]
         states += [self._zero(self.entry if strategy_name(self.entry) == name else name) for name in ZERO]
         return {state.strategy: self._stage(state, activations) for state in states}
 

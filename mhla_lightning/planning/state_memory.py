@@ -103,8 +103,11 @@ def elements(shapes: Iterable[Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def replicated(model: ModelSize, precision: Precision, ranks: int, average: bool) -> StateMemory:
-    """One GPU, or DDP: every rank holds everything. AdamW's moments have the weights' dtype."""
+def replicated(model: ModelSize, precision: Precision, average: bool) -> StateMemory:
+    """One GPU, or DDP, whose buckets are the gradients: every rank holds everything.
+
+    AdamW's moments have the weights' dtype, and its fused step takes no memory.
+    """
     width, trained = precision.weights.itemsize, model.trained_elements
     return StateMemory(
         "ddp",
@@ -112,9 +115,8 @@ def replicated(model: ModelSize, precision: Precision, ranks: int, average: bool
         gradients=trained * width,
         optimizer=2 * trained * width + _COUNTER * sum(map(len, model.trained)),
         average=_FLOAT * (model.elements + model.floats) if average else 0,
-        buffers=trained * width if ranks > 1 else 0,  # DDP's buckets
-        step=trained
-        * width,  # square roots of all second moments: torch updates all tensors at once on a GPU
+        buffers=0,
+        step=0,
     )
 
 

@@ -24,6 +24,7 @@ from mhla_lightning.planning.torch_modes import (
 )
 from mhla_lightning.strategies.config import known_precision
 from mhla_lightning.tasks import Task
+from mhla_lightning.tasks.token_loss import chunks_as_on_gpu
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,7 @@ def _cycle(attention: str | Mapping[str, Any] | Sequence[Any]) -> int:
 
 def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
     example = task.example_batch(micro_batch)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Known():
+    with chunks_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), _Known():
         build(task, precision)
         samples = {
             name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta

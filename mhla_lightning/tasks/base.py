@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, fuse
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -28,6 +29,7 @@ from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_fro
 log = logging.getLogger(__name__)
 # Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the weights averaged by EMA.
 PREFIXES = ("val", "val_ema", "test", "test_ema")
+Drawing = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 
 
 class Task(pl.LightningModule):
@@ -135,9 +137,26 @@ class Task(pl.LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         limit = gradient_clip_val or 0.0  # 0 and less do not clip; less would turn the gradients round
         if self._gradient_norm is not None and limit > 0 and by_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters(), limit, self._gradient_norm)
+            norm = self._gradient_norm
+            # On a GPU a coefficient in float64 takes a kernel for each gradient, and in float32 one for all.
+            norm = norm.float() if norm.device.type == "cuda" else norm
+            nn.utils.clip_grads_with_norm_(self.parameters(), limit, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def draws_ahead(self, training: bool) -> Drawing | None:
+        """Return what draws the random numbers of a batch on the host; None needs none.
+
+        Our data modules call it, for training in the loader's workers. A step draws what its batch lacks.
+
+        Args:
+            training: whether the batches are to train, not to validate or test.
+        """
+        return None
+
+    def kept_on_host(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further entries of the moved batch that the step reads on the host."""
+        return {}
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -207,6 +226,8 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.build_optimizer()
+        if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):  # DeepSpeed has its own
+            fuse(optimizer)
         # trainer.estimated_stepping_batches would make Lightning forget the restored position in the data
         # (Lightning issue 20550).
         max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0

@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import PREFIXES, Task, keys
-from mhla_lightning.tasks.mixup import PairMix
+from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, keys
+from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.weights.warm_start import InitFrom
 
@@ -90,12 +90,18 @@ class ClassificationTask(Task):
         assert self.backbone is not None, "configure_model has not run"
         return self.backbone(images)
 
+    def draws_ahead(self, training: bool) -> Drawing | None:
+        return PairDraws(self.mixup, run_seed()) if training and self.mixup is not None else None
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch["image"], batch["label"]
         if self.mixup is None:
             loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
         else:
-            images, targets = self.mixup(images, labels, batch["epoch"], batch["index"], run_seed())
+            if MIXUP in batch:
+                images, targets = self.mixup.mix(images, labels, batch[MIXUP].view(torch.float32))
+            else:
+                images, targets = self.mixup(images, labels, batch["epoch"], batch["index"], run_seed())
             loss = F.cross_entropy(self(images), targets)
         return loss
 

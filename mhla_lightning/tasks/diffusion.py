@@ -8,17 +8,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from mhla_lightning.diffusion import build_process
+from mhla_lightning.diffusion.draws import BatchDraws, Draws, drawn
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.randomness import generator, run_seed
-from mhla_lightning.tasks.base import PREFIXES, Task, draws_point
+from mhla_lightning.randomness import run_seed
+from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, draws_point
 from mhla_lightning.tasks.distillation import Distillation, Teacher
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.weights.warm_start import InitFrom
@@ -74,7 +74,12 @@ class DiffusionTask(Task):
 
     Raises:
         UserError: see :class:`Task`; an unknown process or option, a teacher that does not exist.
+
+    Attributes:
+        samples: keys of a batch that may hold the samples; the first that it has counts.
     """
+
+    samples: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -116,9 +121,9 @@ class DiffusionTask(Task):
         # "disable" shows NaN instead of leaving it out.
         return {name: MeanMetric(nan_strategy="disable") for name in ("loss", *self.process.parts)}
 
-    @abstractmethod
     def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the samples without noise, (batch, C, ...)."""
+        """Return the samples without noise, (batch, C, ...), by the first key of `samples` there."""
+        return next(batch[name] for name in self.samples if name in batch)
 
     @abstractmethod
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
@@ -175,37 +180,22 @@ class DiffusionTask(Task):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return losses (batch,) by name, and the times (batch,)."""
         clean = self.clean(batch)
-        noise, times, dropped = self._draw(
-            tuple(clean.shape[1:]), epochs, batch["index"].tolist(), purpose, dropout
+        found = drawn(batch) or self._draws(purpose, dropout)(
+            clean.shape[1:], epochs, batch["index"].tolist()
         )
+        noise, times, dropped = found
         noise, times, dropped = noise.to(clean), times.to(clean.device), dropped.to(clean.device)
         noisy = self.process.add_noise(clean, noise, times)
         prediction = self(noisy, self.process.model_time(times), self.condition(batch, dropped))
         return self.process.losses(prediction.float(), clean, noise, noisy, times), times
 
-    def _draw(
-        self,
-        shape: tuple[int, ...],
-        epochs: Sequence[int],
-        indices: Sequence[int],
-        purpose: str,
-        dropout: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noise (batch, *shape), times (batch,) and dropped conditions (batch,) bool.
+    def _draws(self, purpose: str, dropout: float) -> Draws:
+        return Draws(self.process, run_seed(), purpose, dropout)
 
-        Each sample's random numbers follow from its own key.
-        """
-        count = len(indices)
-        noise, times, dropped = (
-            np.empty((count, *shape), np.float32),
-            np.empty(count, np.float32),
-            np.empty(count, bool),
-        )
-        for row, key in enumerate(zip(epochs, indices, strict=True)):
-            rng = generator(run_seed(), purpose, *key)
-            times[row], dropped[row] = self.process.draw_time(rng), rng.random() < dropout
-            noise[row] = rng.standard_normal(shape, np.float32)
-        return torch.from_numpy(noise), torch.from_numpy(times), torch.from_numpy(dropped)
+    def draws_ahead(self, training: bool) -> Drawing:
+        if training:
+            return BatchDraws(self._draws("diffusion", self.dropout), self.samples)
+        return BatchDraws(self._draws("validation", 0.0), self.samples, by_epoch=False)
 
     @torch.no_grad()
     def _count(self, prefix: str, losses: Tensor, times: Tensor) -> None:

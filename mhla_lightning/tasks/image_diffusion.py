@@ -74,6 +74,8 @@ class ImageDiffusionTask(DiffusionTask):
         UserError: see :class:`DiffusionTask`.
     """
 
+    samples = ("latent", "image")
+
     def __init__(
         self,
         backbone: str,
@@ -116,10 +118,6 @@ class ImageDiffusionTask(DiffusionTask):
     def null_label(self) -> int:
         """The label of no class."""
         return self.num_classes
-
-    def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return (batch, C, H, W): latents, or pixels where the data holds no latents."""
-        return batch["latent"] if "latent" in batch else batch["image"]
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
         """Return labels (batch,), the null label where the class is dropped."""

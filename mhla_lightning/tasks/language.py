@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.base import PREFIXES, Task, keys
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 from mhla_lightning.weights.warm_start import InitFrom
+
+HOST_DOCUMENTS = "host_documents"
+"""Key of a batch whose `documents` are on the host too."""
 
 
 class Perplexity(MeanMetric):
@@ -36,7 +40,11 @@ class LanguageBackbone(Protocol):
     def head_weight(self) -> Tensor: ...
 
     def features(
-        self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -157,7 +165,7 @@ class LanguageTask(Task):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         tokens, documents = batch["tokens"], batch["documents"]
-        features = self._features(tokens, documents)
+        features = self._features(tokens, documents, batch.get(HOST_DOCUMENTS, documents))
         return token_loss(
             features, self._model().head_weight, self.targets(tokens, documents), z_loss=self.z_loss
         )
@@ -168,13 +176,14 @@ class LanguageTask(Task):
         Rows of weight 0 do not count.
         """
         row = batch["tokens"].shape[1]
+        host = batch.get(HOST_DOCUMENTS, batch["documents"])
         for length in (self.context, *self.eval_lengths):
             tokens, documents = (batch[name].reshape(-1, length) for name in ("tokens", "documents"))
             real = (batch["weight"] > 0).repeat_interleave(row // length)
             targets = self.targets(tokens, documents).masked_fill(~real[:, None], IGNORE)
             tag = self._tag(prefix, length)
             metrics = cast("dict[str, MeanMetric]", self.metrics[tag])
-            self.measure(metrics, self._features(tokens, documents), targets)
+            self.measure(metrics, self._features(tokens, documents, host.reshape(-1, length)), targets)
             for name, metric in metrics.items():
                 if name != "bits_per_byte" or self.token_bytes is not None:
                     self.log(
@@ -246,17 +255,26 @@ class LanguageTask(Task):
     def _model(self) -> LanguageBackbone:
         return cast(LanguageBackbone, self.backbone)
 
-    def _features(self, tokens: Tensor, documents: Tensor) -> Tensor:
+    def kept_on_host(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a copy of the documents, whose layout decides what the device computes."""
+        return {HOST_DOCUMENTS: batch["documents"]} if "documents" in batch else {}
+
+    def _features(self, tokens: Tensor, documents: Tensor, host: Tensor) -> Tensor:
         """Return the features, with mask and documents only where they change a number.
 
         No token sees padding on its right, and one document a row needs no isolation.
+
+        Args:
+            tokens, documents: (batch, tokens).
+            host: the documents on the host, so that nothing waits for the device.
         """
-        padded = documents < 0
-        borders = (documents[:, 1:] != documents[:, :-1]) & ~padded[:, 1:] & ~padded[:, :-1]
-        several, left = torch.stack([borders.any(), padded[:, 0].any()]).tolist()
-        isolate = self.isolate_documents and several
-        mask = ~padded if left or isolate else None
-        return self._model().features(tokens, mask, documents if isolate else None)
+        padded = host < 0
+        borders = (host[:, 1:] != host[:, :-1]) & ~padded[:, 1:] & ~padded[:, :-1]
+        isolate = self.isolate_documents and bool(borders.any())
+        if not isolate and not padded[:, 0].any():
+            return self._model().features(tokens)
+        lengths = document_lengths(~padded, host if isolate else None)
+        return self._model().features(tokens, documents >= 0, documents if isolate else None, lengths)
 
     def _tag(self, prefix: str, length: int) -> str:
         """Return the prefix of a length's metrics: `val` of the trained one, `val_1024` of another."""

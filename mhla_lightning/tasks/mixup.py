@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 
 from mhla_lightning.randomness import generator
+
+MIXUP = "mixup"
+"""Key of a batch whose mixtures are drawn already."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,23 @@ class PairMix:
             epochs, indices: int64 (B,) of the samples; the first sample of a pair keys its random numbers.
             seed: the run's.
         """
+        table = self.table(images.shape[-2:], epochs, indices, seed)
+        return self.mix(images, labels, table.to(images.device))
+
+    def table(self, size: Sequence[int], epochs: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """Return the mixtures of all pairs, float32 (B / 2, 6) on the host.
+
+        Args:
+            size: height and width of the images.
+            epochs, indices, seed: see :meth:`__call__`.
+        """
+        height, width = size
+        pairs = zip(epochs[::2].tolist(), indices[::2].tolist(), strict=True)
+        return torch.tensor([self._draw(height, width, seed, *key) for key in pairs], dtype=torch.float32)
+
+    def mix(self, images: Tensor, labels: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mixed images and soft targets as :meth:`__call__` does, from a :meth:`table`."""
         height, width = images.shape[-2:]
-        drawn = [
-            self._draw(height, width, seed, *key)
-            for key in zip(epochs[::2].tolist(), indices[::2].tolist(), strict=True)
-        ]
-        table = torch.tensor(drawn, dtype=torch.float32, device=images.device)
         blend, keep, top, bottom, left, right = table[:, :, None, None, None].unbind(1)
         rows = torch.arange(height, device=images.device)[:, None]
         columns = torch.arange(width, device=images.device)
@@ -91,3 +107,22 @@ class PairMix:
 def _cut(length: int, side: float, centre: int) -> tuple[int, int]:
     half = int(length * side) // 2
     return max(0, centre - half), min(length, centre + half)
+
+
+@dataclass(frozen=True)
+class PairDraws:
+    """Draws the mixtures of a batch's pairs on the host, as the entry `mixup` of the batch.
+
+    Args:
+        pairs: draws.
+        seed: the run's.
+    """
+
+    pairs: PairMix
+    seed: int
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors to add to a batch."""
+        table = self.pairs.table(batch["image"].shape[-2:], batch["epoch"], batch["index"], self.seed)
+        # As bits: a precision of bf16-true rounds every float of a batch.
+        return {MIXUP: table.view(torch.int32)}

@@ -70,6 +70,20 @@ class OptimizerConfig:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Let AdamW over weights on CUDA take its fused step.
+
+    One kernel then serves many weights, without temporary memory. A loss scaler and Lightning's clipping go
+    on as before: the optimizer is built without `fused`, which would tell them that it unscales gradients
+    itself. Other optimizers and devices stay as they are.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if type(optimizer) is not torch.optim.AdamW or any(p.device.type != "cuda" for p in parameters):
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
 class RecipeSchedule(LambdaLR):
     """LambdaLR that takes only its position from a checkpoint.
 

@@ -5,6 +5,10 @@ They would have batch x tokens x vocabulary elements.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +18,23 @@ from mhla_lightning.attention.base import accumulation_dtype
 
 IGNORE = -100  # a target that does not count
 _LOGITS = 2**25  # logits held at once: 128 MiB in float32
+# On a GPU, 512 MiB: under autocast every chunk casts the output's weights, and adds to their gradient, anew.
+_LOGITS_ON_GPU = 2**27
+_as_on_gpu: ContextVar[bool] = ContextVar("as_on_gpu", default=False)
+
+
+@contextmanager
+def chunks_as_on_gpu() -> Iterator[None]:
+    """Hold as many logits at once in the block as on a GPU, to count its memory on a CPU."""
+    token = _as_on_gpu.set(True)
+    try:
+        yield
+    finally:
+        _as_on_gpu.reset(token)
+
+
+def _held(device: torch.device) -> int:
+    return _LOGITS_ON_GPU if device.type == "cuda" or _as_on_gpu.get() else _LOGITS
 
 
 def token_loss(
@@ -36,10 +57,10 @@ def token_loss(
         z_loss: coefficient of logsumexp^2, which keeps logits near 0 (PaLM, arXiv 2204.02311, section 5:
             1e-4).
         total: return the sum over counted targets instead of their mean.
-        chunk: targets whose logits are held at once; None holds 2^25 logits.
+        chunk: targets whose logits are held at once; None holds 2^25 logits, and 2^27 on a GPU.
     """
     features, targets = features.flatten(0, -2), targets.flatten()
-    chunk = max(1, _LOGITS // len(weight)) if chunk is None else chunk
+    chunk = max(1, _held(features.device) // len(weight)) if chunk is None else chunk
     if z_loss == 0 and _torch_has_it(features):
         options = torch.nn.LinearCrossEntropyOptions(
             chunking_method=None, batch_chunk_size=min(chunk, len(targets))

@@ -86,6 +86,8 @@ class VideoDiffusionTask(DiffusionTask):
             predict.
     """
 
+    samples = ("latent", "clip")
+
     def __init__(
         self,
         backbone: str,
@@ -144,10 +146,6 @@ class VideoDiffusionTask(DiffusionTask):
             UserError: names the nearest sizes that work.
         """
         self._plan().check_size(size)
-
-    def clean(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return (batch, C, T, H, W): latents, or pixels where the data holds no latents."""
-        return batch["latent"] if "latent" in batch else batch["clip"]
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
         """Return text features (batch, tokens, channels), the empty prompt's where dropped."""

@@ -62,12 +62,14 @@ from mhla_lightning.runs.folder import (
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import Preempted, StopSignals
 from mhla_lightning.strategies.config import is_zero, lightning_precision
+from mhla_lightning.strategies.ddp import bucket_views
 from mhla_lightning.strategies.launcher import RankEnvironment
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
 _GIVE_SHAPES = ("model.backbone", "model.attention", "model.class_path", "model.num_classes")
+ON_GPU = ("tokens_per_second_per_gpu", "mfu", "memory_allocated_gib", "memory_reserved_gib")
 PACKAGES = ("lightning", "torch", "torchvision", "torchmetrics", "timm", "webdataset", "deepspeed")
 
 
@@ -157,11 +159,14 @@ class Session:
         check_float16(arguments)
         arguments |= strategy_arguments(arguments)
         try:
-            trainer = pl.Trainer(**(_defaults() | arguments))
+            with bucket_views():
+                trainer = pl.Trainer(**(_defaults() | arguments))
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise UserError("trainer", " ".join(str(error).split())) from error
         sharding_of(trainer.strategy)  # refuses a strategy that callbacks cannot read
         leave_signals_alone(trainer)
+        if self.recipe.matmul_precision is not None and trainer.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision(self.recipe.matmul_precision)
         with inside("data"):
             micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(arguments.get("strategy"), ZeroStrategy):
@@ -181,7 +186,12 @@ class Session:
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
         own: list[Callback] = [
-            Monitor(self.data.batch_size, math.prod(self.task.grid)),
+            Monitor(
+                self.data.batch_size,
+                math.prod(self.task.grid),
+                self.task.flops_per_batch(1),
+                self.recipe.trainer.get("precision", "32-true"),
+            ),
             MixingHeatmaps(),
             self.progress,
             checkpoint,
@@ -342,9 +352,19 @@ class Session:
             "parameters": self.task.parameter_count,
             "flops_per_sample": self.task.flops_per_sample,
             "peak_memory_bytes": peak_memory_bytes(),
+            **_medians(series, ON_GPU),
             "steps": self.trainer.global_step,
             "seconds": round(self.progress.seconds, 3),
         }
+
+
+def _medians(series: Mapping[str, list[tuple[int, float]]], names: Iterable[str]) -> dict[str, float]:
+    """Return the medians of the `train/` curves that a run has of these."""
+    return {
+        name: statistics.median(value for _, value in series[f"train/{name}"])
+        for name in names
+        if series.get(f"train/{name}")
+    }
 
 
 def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

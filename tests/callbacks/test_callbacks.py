@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks import EMA, ProjectMixing
-from mhla_lightning.callbacks.monitor import mixing_figure
+from mhla_lightning.callbacks.monitor import Monitor, mixing_figure
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, rng_state
 from mhla_lightning.data import ImageDataModule
@@ -257,3 +257,20 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     keep_until(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:3]
     keep_until(tmp_path / "absent.jsonl", 3)
+
+
+def test_the_curves_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 samples a second of 4.94e12 FLOPs each are half of an H100's peak in bf16."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monitor = Monitor(16, tokens=256, flops=4_945_000_000_000, precision="bf16-mixed")
+    expected = {
+        "tokens_per_second_per_gpu": 25600.0,
+        "memory_allocated_gib": 3.0,
+        "memory_reserved_gib": 4.0,
+        "mfu": 0.5,
+    }
+    assert monitor.on_gpu(100.0) == pytest.approx(expected)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert "mfu" not in monitor.on_gpu(100.0)

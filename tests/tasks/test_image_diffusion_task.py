@@ -58,9 +58,9 @@ def test_a_sample_has_its_own_randomness(diffusion: str) -> None:
 
 def test_labels_are_dropped_in_the_share_asked_for() -> None:
     task = make_task(label_dropout=0.25)
-    dropped = task._draw((1,), [0] * 4000, range(4000), "diffusion", 0.25)[2]
+    dropped = task._draws("diffusion", 0.25)((1,), [0] * 4000, range(4000))[2]
     assert abs(dropped.float().mean().item() - 0.25) < 0.025  # 3.6 standard deviations
-    assert not task._draw((1,), [0] * 100, range(100), "diffusion", 0.0)[2].any()
+    assert not task._draws("diffusion", 0.0)((1,), [0] * 100, range(100))[2].any()
 
 
 def test_a_dropped_label_is_the_null_label() -> None:
@@ -108,7 +108,7 @@ def test_a_part_of_the_time_axis_that_no_sample_meets_is_not_logged() -> None:
     validation begins anew.
     """
     task, batch = make_task(time_bins=40), make_batch(6) | {"weight": torch.tensor([1.0, 1, 1, 1, 0, 0])}
-    bins = task.process.bins(task._draw((1,), [0] * 6, range(6), "validation", 0.0)[1], 40)
+    bins = task.process.bins(task._draws("validation", 0.0)((1,), [0] * 6, range(6))[1], 40)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -324,7 +324,7 @@ def test_wrong_grids_are_refused_before_training(
 
 def test_noise_is_standard_normal_and_times_cover_the_axis() -> None:
     task = make_task()
-    noise, times, _ = task._draw((3, 8, 8), [0] * 500, range(500), "diffusion", 0.0)
+    noise, times, _ = task._draws("diffusion", 0.0)((3, 8, 8), [0] * 500, range(500))
     assert abs(float(noise.mean())) < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
     assert np.histogram(times.numpy(), 4, (0, 1000))[0].min() > 90

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import webdataset as wds
 from lightning.pytorch import LightningDataModule
 
+from mhla_lightning.data.ahead import ON_HOST, Draw, WorksAhead
 from mhla_lightning.data.batching import RankPart, split_batch
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.corpus import Corpus, DataSource, TrainCorpus
@@ -324,12 +326,21 @@ class ShardDataModule(LightningDataModule):
         self._restored = None
         part = RankPart(place.rank, place.world_size, self.batch_size, micro, self._start)
         stream = TrainStream(
-            self.corpus, self.kind(self.index()), part, self.reading.max_skipped_share, self._kinds("train")
+            self.corpus,
+            self.kind(self.index()),
+            part,
+            self.reading.max_skipped_share,
+            self._kinds("train"),
+            self._draw(training=True),
         )
         batches = self._train_batches(accumulation)
         if self.trainer is not None:
             check_trainer(self.trainer, batches, self.samples, self.batch_size)
         return self._loader(stream, self.reading.num_workers, batches)
+
+    def _draw(self, training: bool) -> Draw | None:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return module.draws_ahead(training) if isinstance(module, WorksAhead) else None
 
     def _align_progress(self, accumulation: int) -> None:
         """Restate Lightning's count of micro batches for this number of accumulation steps.
@@ -390,6 +401,7 @@ class ShardDataModule(LightningDataModule):
             place.world_size,
             self.reading.max_skipped_share,
             self._kinds(name),
+            self._draw(training=False),
         )
         return self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
 
@@ -404,6 +416,14 @@ class ShardDataModule(LightningDataModule):
         loader = build_loader(stream, workers, self.loading, on_gpu, batches)
         self._loaders.append(loader)
         return loader
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch without waiting, and keep on the host what only the host reads."""
+        kept = {name: batch[name] for name in ON_HOST if name in batch}
+        module = None if self.trainer is None else self.trainer.lightning_module
+        added = module.kept_on_host(batch) if isinstance(module, WorksAhead) else {}
+        moved = {name: value for name, value in batch.items() if name not in kept}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept, **added}
 
     def _rank(self) -> _Rank:
         trainer = self.trainer
