@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -13,6 +14,21 @@ from mhla_lightning.errors import UserError
 
 Rotary = Callable[[Tensor], Tensor]
 """(batch, tokens, heads, dim) -> same shape. The backbone makes it and owns base, pairing and dtype."""
+
+
+class PairRotary(ABC):
+    """A rotary that turns neighbouring channels, alike in every sample.
+
+    Triton kernels turn them inside.
+    """
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn (batch, tokens, heads, dim)."""
+
+    @abstractmethod
+    def turn_table(self) -> Tensor:
+        """Return cosines and sines by token and pair, (tokens, dim / 2, 2) float32."""
 
 
 @dataclass(frozen=True, eq=False)

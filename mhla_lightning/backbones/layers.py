@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import BlockGrid, DepthwiseConv, MixingMatrix
+from mhla_lightning.attention.context import PairRotary
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError
 
@@ -164,7 +165,7 @@ class CrossAttention(nn.Module):
         return 4 * (tokens + rows) * weight + 4 * tokens * rows * len(self.q.weight)
 
 
-class GridRotation:
+class GridRotation(PairRotary):
     """Rotary positions on a grid of three axes (SPEC 6.3).
 
     Neighbouring channels form a pair, and each axis turns some of the pairs. Of c pairs a head,
@@ -193,11 +194,19 @@ class GridRotation:
         wide = torch.promote_types(x.dtype, torch.float32)
         if torch.compiler.is_compiling():
             return self._real(x.to(wide)).to(x.dtype)
+        pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self._rounded(wide)).flatten(-2).to(x.dtype)
+
+    def turn_table(self) -> Tensor:
+        """Return cosines and sines by token and pair, (tokens, dim / 2, 2) float32."""
+        return torch.view_as_real(self._rounded(torch.float32)).squeeze(1)
+
+    def _rounded(self, wide: torch.dtype) -> Tensor:
+        """Return the factors in the precision of float32 or float64."""
         if wide not in self.turns:
             turns = torch.polar(torch.ones_like(self.angles), self.angles)
             self.turns[wide] = turns if wide == torch.float64 else turns.to(torch.complex64)
-        pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.turns[wide]).flatten(-2).to(x.dtype)
+        return self.turns[wide]
 
     def _real(self, x: Tensor) -> Tensor:
         cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)

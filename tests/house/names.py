@@ -13,6 +13,8 @@ PARAMETERS = 10
 _PUBLIC = ("_", "_asdict", "_exit", "_fields", "_replace", "_typeshed")  # documented by Python
 _SETTINGS = ("torch.backends.", "torch._dynamo.config.", "sys.", "os.", "threading.excepthook")
 """Names that their libraries mean to be set."""
+_FLAT = ("triton.jit",)
+"""Decorators of functions whose parameters cannot be gathered in a dataclass."""
 _OBJECTS = re.compile(r"strategy|trainer|task\b|module\b|callback\b|operator\b|backbone\b|teacher\b")
 
 Trees = Mapping[str, ast.Module]
@@ -173,11 +175,16 @@ def parameters(trees: Trees | None = None) -> list[Finding]:
 
 
 def parameter_counts(trees: Trees | None = None) -> list[Finding]:
-    """Return every function with its number of parameters, the number first."""
+    """Return every function with its number of parameters, the number first.
+
+    Triton kernels are passed over: they take tensors, strides and plain numbers only.
+    """
     found = []
     for path, tree in (package_trees() if trees is None else trees).items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                if any(ast.unparse(decorator) in _FLAT for decorator in node.decorator_list):
+                    continue
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 count = sum(a.arg not in ("self", "cls") for a in arguments)
                 found.append(Finding(path, node.lineno, f"{count} parameters: {node.name}"))

@@ -10,9 +10,10 @@ import pytest
 from tests.house.layers import LAYERS, Import, foreign_imports, imports, rings, room_of, upward
 from tests.house.source import package_files, package_trees, tracked, tree_of
 
-# folder -> the libraries that it may import; fla is asked for by name where its operators are built
+# folder -> the libraries that it may import; fla is asked for by name where its operators are built, and the
+# kernels' folder is imported where a call takes them
 ALONE: dict[str, Collection[str]] = {
-    "mhla_lightning/attention/": {"torch", "fla"},
+    "mhla_lightning/attention/": {"torch", "fla", "triton"},
     "cluster/": {"jinja2", "jsonargparse", "yaml"},
 }
 # folder -> libraries that it must not import

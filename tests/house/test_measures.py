@@ -88,6 +88,7 @@ def test_too_many_parameters_are_found() -> None:
     assert not found(names.parameters, f"class A:\n    def f(self, {ten}): ...")
     assert found(names.parameters, f"class A:\n    def f(self, {ten}, *, y): ...")
     assert found(names.parameters, f"async def f({ten}, y): ...")
+    assert not found(names.parameters, f"@triton.jit\ndef f({ten}, y): ...")
 
 
 def test_two_classes_of_one_name_are_found() -> None:

@@ -15,8 +15,10 @@ from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.mhla.triton import choice
 
 _PART = 512  # most tokens that are summed up at once
+_KERNEL_PART = 1024  # the same for one program of a Triton kernel
 
 
 class Linear(base.Attention):
@@ -25,9 +27,10 @@ class Linear(base.Attention):
     Args:
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has `relu`.
         eps: added to the normalizer, and by `relu_eps` to the features.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
 
     Raises:
-        UserError: unknown feature map.
+        UserError: unknown feature map or kernel.
     """
 
     def __init__(
@@ -39,15 +42,25 @@ class Linear(base.Attention):
         grid: Sequence[int] | None = None,
         feature_map: str = "relu",
         eps: float = 1e-6,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernel = eps, choice.kernel_setting(kernel)
         self.phi = base.feature_map(feature_map, eps)
         self.fused_offset = base.relu_offset(feature_map, eps)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         base.no_documents(context.documents)
         rotary, mask = context.rotary, context.mask
+        q, k, v = choice.operands(self.kernel, q, k, v)
+        unfit = "it takes the feature maps 'relu' and 'relu_eps'" if self.fused_offset is None else None
+        if choice.takes_triton(self.kernel, q, k, v, context, unfit):
+            from mhla_lightning.attention.mhla.triton.ops import triton_mhla
+
+            assert self.fused_offset is not None
+            parts = BlockGrid((q.shape[1],), ceil_div(q.shape[1], _KERNEL_PART))
+            table = choice.turn_table(rotary)
+            return triton_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, table=table)
         # A compiler fuses the plain form itself. The fused form takes neither rotary nor masks.
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):

@@ -14,6 +14,7 @@ from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
+from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.errors import UserError
 
 
@@ -31,6 +32,8 @@ class MHLAOptions:
         mix_per_head: one mixing matrix per head instead of one per layer (beyond the paper, SPEC P6).
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer, and by `relu_eps` to the features.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
+        float32_summaries: keep the Triton kernels' summaries in float32; torch always does.
     """
 
     blocks: int | Sequence[int] | None = None
@@ -43,6 +46,8 @@ class MHLAOptions:
     mix_per_head: bool = False
     feature_map: str = "relu_eps"
     eps: float = 1e-6
+    kernel: str = "auto"
+    float32_summaries: bool = False
 
 
 class MHLA(base.Attention):
@@ -79,6 +84,7 @@ class MHLA(base.Attention):
         self.phi = base.feature_map(options.feature_map, options.eps)
         offset = base.relu_offset(options.feature_map, options.eps)
         self.fused_offset = None if options.normalizer == "slot" else offset
+        self.kernel, self.float32_summaries = choice.kernel_setting(options.kernel), options.float32_summaries
         with keys_of_an_entry():
             self.mixing = MixingMatrix(
                 self.grid,
@@ -104,6 +110,22 @@ class MHLA(base.Attention):
                 "grid", f"{q.shape[1]} tokens do not fill {blocks.grid}, which has {blocks.tokens}"
             )
         mixing = self._matrix(blocks)
+        q, k, v = choice.operands(self.kernel, q, k, v)
+        if choice.takes_triton(self.kernel, q, k, v, context, self._unfit()):
+            from mhla_lightning.attention.mhla.triton.ops import triton_mhla
+
+            assert self.fused_offset is not None
+            return triton_mhla(
+                q,
+                k,
+                v,
+                mixing,
+                blocks,
+                offset=self.fused_offset,
+                eps=self.eps if self.normalizer == "block" else None,
+                table=choice.turn_table(rotary),
+                float32_summaries=self.float32_summaries,
+            )
         # A compiler fuses the plain form itself. The fused form takes neither rotary nor masks.
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
@@ -120,6 +142,12 @@ class MHLA(base.Attention):
                 eps=self.eps,
                 dtype=base.accumulation_dtype(q),
             )
+
+    def _unfit(self) -> str | None:
+        """Return what of this operator Triton kernels cannot do."""
+        if self.fused_offset is not None:
+            return None
+        return "it takes the feature maps 'relu' and 'relu_eps', and no normalizer 'slot'"
 
     def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
         """Return the blocks of a grid; None means the grid given at construction."""

@@ -1,0 +1,184 @@
+"""Choice between Triton and torch, and between the two forms of MHLA, in one place.
+
+Nothing here imports Triton: a machine without it reads this file alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.attention.base import known
+from mhla_lightning.attention.context import Context, PairRotary, Rotary
+from mhla_lightning.errors import UserError, unknown_name
+
+KERNELS = ("auto", "triton", "torch")
+VARIABLE = "MHLA_KERNEL"
+LEAST_CAPABILITY = 8  # Ampere: tensor cores for bf16
+INSTALLED = find_spec("triton") is not None
+INTERPRETING = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's interpreter runs kernels on the CPU, for tests
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_DIM = 128  # channels a head; a summary of more leaves no registers for tokens
+
+
+def kernel_setting(option: str) -> str:
+    """Return the implementation that an operator is built for.
+
+    The environment variable MHLA_KERNEL wins over the option.
+
+    Args:
+        option: `auto` takes Triton on CUDA for bf16 and fp16 where it can serve the call. `triton` demands
+            it, `torch` never takes it.
+
+    Raises:
+        UserError: unknown name.
+    """
+    known("kernel", option, KERNELS)
+    forced = os.environ.get(VARIABLE)
+    if not forced:
+        return option
+    if forced not in KERNELS:
+        raise UserError(VARIABLE, unknown_name("name", forced, KERNELS))
+    return forced
+
+
+def takes_triton(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, context: Context, unfit: str | None = None
+) -> bool:
+    """Return whether a bidirectional call runs on Triton kernels.
+
+    Args:
+        kernel: of :func:`kernel_setting`.
+        q, k, v: of the call.
+        context: of the call.
+        unfit: what of the operator itself the kernels cannot do; None means nothing.
+
+    Raises:
+        UserError: `triton` was demanded and cannot serve the call.
+    """
+    if kernel == "torch" or (kernel == "auto" and not (q.is_cuda and q.dtype.itemsize == 2)):
+        return False
+    reason = unfit or machine_obstacle(q) or _obstacle(q, k, v, context)
+    if kernel == "triton" and reason is not None:
+        raise UserError("kernel", f"'triton' cannot serve this call: {reason}; use 'auto' or 'torch'")
+    return reason is None
+
+
+def machine_obstacle(q: Tensor) -> str | None:
+    """Return what keeps Triton kernels from running where q is; None means nothing."""
+    if q.dtype not in DTYPES:
+        return f"it takes bf16, fp16 and float32, and q is {q.dtype}"
+    if not q.is_cuda and not (q.device.type == "cpu" and INTERPRETING):
+        return f"it needs a CUDA device, and q is on {q.device.type}"
+    if q.is_cuda and torch.cuda.get_device_properties(q.device).major < LEAST_CAPABILITY:
+        return "it needs compute capability 8.0 (A100) or newer"
+    return None if INSTALLED else "Triton is not installed"
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
+    if context.mask is not None:
+        return "it takes no mask"
+    if context.rotary is not None and not isinstance(context.rotary, PairRotary):
+        return "it takes rotary positions of a grid only"
+    if context.rotary is not None and q.shape[3] % 2:
+        return "rotary positions need an even number of channels"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > LARGEST_DIM:
+        return f"it takes up to {LARGEST_DIM} channels a head"
+    return None
+
+
+def turn_table(rotary: Rotary | None) -> Tensor | None:
+    """Return the table of a rotary that :func:`takes_triton` let pass."""
+    if rotary is None:
+        return None
+    assert isinstance(rotary, PairRotary)
+    return rotary.turn_table()
+
+
+def operands(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v as the kernels take them: under autocast in its dtype, as SDPA does."""
+    kind = q.device.type
+    if kernel == "torch" or kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    if kernel == "auto" and kind == "cpu":
+        return q, k, v
+    lower = torch.get_autocast_dtype(kind)
+    return q.to(lower), k.to(lower), v.to(lower)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Constants of the choice between the forms; ratios matter, not the chip.
+
+    Attributes:
+        flops: of matrix products a second that short kernels reach with bf16 operands.
+        bytes: to and from memory a second.
+        launch: seconds that a kernel costs at least.
+    """
+
+    flops: float = 550e12
+    bytes: float = 3.0e12
+    launch: float = 4e-6
+
+
+COSTS = Costs()
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """Sizes of one call.
+
+    Attributes:
+        rows: batch x heads.
+        tokens, blocks: of one row.
+        dim_k, dim_v: channels a head.
+    """
+
+    rows: int
+    tokens: int
+    blocks: int
+    dim_k: int
+    dim_v: int
+
+
+def dense_seconds(problem: CallSizes, costs: Costs = COSTS) -> float:
+    """Return the model's time of forward and backward with the N x N form.
+
+    Two products forward; five backward, or seven where a row needs two kernels. Every launch reads and
+    writes tokens once.
+    """
+    whole = problem.tokens <= WHOLE_ROW
+    pairs = problem.rows * problem.tokens**2
+    products = 2 * pairs * (problem.dim_k + problem.dim_v)
+    flops = products * (1 + (2.5 if whole else 3.5))
+    passes = problem.rows * problem.tokens * (problem.dim_k + problem.dim_v) * (6 if whole else 8)
+    return max(flops / costs.flops, 2 * passes / costs.bytes) + (2 if whole else 3) * costs.launch
+
+
+def block_seconds(problem: CallSizes, costs: Costs = COSTS) -> float:
+    """Return the model's time of forward and backward with summaries of blocks.
+
+    Summaries cross memory four times forward and seven times backward.
+    """
+    summary = problem.dim_k * problem.dim_v
+    flops = 6 * problem.rows * (2 * problem.tokens * summary + problem.blocks**2 * summary)
+    passes = 6 * problem.rows * problem.tokens * (problem.dim_k + problem.dim_v)
+    passes += 11 * problem.rows * problem.blocks * summary
+    return max(flops / costs.flops, 2 * passes / costs.bytes) + 10 * costs.launch
+
+
+WHOLE_ROW = 256
+"""Tokens of the longest row whose gradients one program finishes; see `tiles.py`."""
+
+
+def dense_is_cheaper(problem: CallSizes) -> bool:
+    """Return whether the N x N form is expected to be the faster one."""
+    return dense_seconds(problem) <= block_seconds(problem)

@@ -1,0 +1,144 @@
+"""Functions that all kernels share, and constants that every launch passes.
+
+Names inside kernels: B0 to B2 are the tokens of a block per axis, G0 to G2 those of the grid. NB1 and NB2 are
+blocks per axis. One and two axes are padded with ones in front. D and DV are channels a head; DP and DVP are
+the same, rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhla_lightning.attention.mhla.grid import BlockGrid
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels of this process run on Triton's interpreter."""
+
+
+@triton.jit
+def product(a: Any, b: Any, UP: tl.constexpr, PREC: tl.constexpr) -> Any:
+    """Matrix product with a float32 result.
+
+    Triton 3.8's interpreter multiplies the bit patterns of bf16, so UP casts operands to float32 there.
+    """
+    if UP:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PREC)
+
+
+@triton.jit
+def place_of(
+    block: Any,
+    t: Any,
+    M: Any,
+    NB1: Any,
+    NB2: Any,
+    G0: Any,
+    G1: Any,
+    G2: Any,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+) -> Any:
+    """Raster place of token t of a block, and whether there is such a token."""
+    r2 = (block % NB2) * B2 + t % B2
+    r1 = (block // NB2 % NB1) * B1 + t // B2 % B1
+    r0 = block // (NB2 * NB1) * B0 + t // (B2 * B1)
+    there = (t < B0 * B1 * B2) & (block < M) & (r0 < G0) & (r1 < G1) & (r2 < G2)
+    return tl.where(there, (r0 * G1 + r1) * G2 + r2, 0), there
+
+
+@triton.jit
+def rows_of_tile(
+    tile: Any,
+    M: Any,
+    NB1: Any,
+    NB2: Any,
+    G0: Any,
+    G1: Any,
+    G2: Any,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    W: tl.constexpr,
+    TP: tl.constexpr,
+) -> Any:
+    """Places of a tile's W rows, which of them are tokens, and the tile's first block.
+
+    Tiles are in block order. A tile holds W / TP whole blocks of TP padded rows, or W of the rows of one block
+    where TP is larger.
+    """
+    row = tl.arange(0, W)
+    if TP <= W:
+        first = tile * (W // TP)
+        place, there = place_of(first + row // TP, row % TP, M, NB1, NB2, G0, G1, G2, B0, B1, B2)
+    else:
+        first = tile // (TP // W)
+        t = tile % (TP // W) * W + row
+        place, there = place_of(first + t * 0, t, M, NB1, NB2, G0, G1, G2, B0, B1, B2)
+    return place, there, first
+
+
+@triton.jit
+def rows(base: Any, place: Any, there: Any, stride: Any, D: tl.constexpr, DP: tl.constexpr) -> Any:
+    """Load (rows, DP) of a token tensor; absent rows and channels are 0."""
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    return tl.load(base + place[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def keep(
+    base: Any, place: Any, there: Any, stride: Any, values: Any, D: tl.constexpr, DP: tl.constexpr
+) -> Any:
+    """Store (rows, DP) to a token tensor."""
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    tl.store(base + place[:, None] * stride + d[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def features(raw: Any, there: Any, offset: Any, D: tl.constexpr, DP: tl.constexpr) -> Any:
+    """relu(x) + offset in float32; 0 at absent rows and channels."""
+    phi = tl.maximum(raw.to(tl.float32), 0.0) + offset
+    inside = there[:, None] & (tl.arange(0, DP) < D)[None, :]
+    return tl.where(inside, phi, 0.0)
+
+
+def geometry(grid: BlockGrid) -> dict[str, int]:
+    """Return the kernels' arguments for a grid; the block's sides are constants."""
+    three = [(1,) * (3 - len(x)) + tuple(x) for x in (grid.blocks, grid.grid, grid.block_size)]
+    (_, nb1, nb2), (g0, g1, g2), (b0, b1, b2) = three
+    return {
+        "M": grid.num_blocks,
+        "NB1": nb1,
+        "NB2": nb2,
+        "G0": g0,
+        "G1": g1,
+        "G2": g2,
+        "B0": b0,
+        "B1": b1,
+        "B2": b2,
+    }
+
+
+def strides(names: str, x: Tensor) -> dict[str, int]:
+    """Return the strides over batch, tokens and heads as `s` + name + b, n and h."""
+    return {f"s{names}{axis}": x.stride(i) for i, axis in enumerate("bnh")}
+
+
+def contiguous_channels(x: Tensor) -> Tensor:
+    """Return x, copied only where its channels are apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how products of a dtype run: float32 on tensor cores only where torch allows TF32."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not INTERPRETED
+    return "tf32" if tf32 else "ieee"
