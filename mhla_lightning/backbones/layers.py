@@ -188,6 +188,7 @@ class GridRotation(PairRotary):
     def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
         self.angles = grid_angles(grid, dim, device)
         self.turns: dict[torch.dtype, Tensor] = {}
+        self.table: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads, dim) in raster order -> same shape and dtype"""
@@ -199,7 +200,9 @@ class GridRotation(PairRotary):
 
     def turn_table(self) -> Tensor:
         """Return cosines and sines by token and pair, (tokens, dim / 2, 2) float32."""
-        return torch.view_as_real(self._rounded(torch.float32)).squeeze(1)
+        if self.table is None:
+            self.table = torch.stack((self.angles.cos(), self.angles.sin()), -1).float().squeeze(1)
+        return self.table
 
     def _rounded(self, wide: torch.dtype) -> Tensor:
         """Return the factors in the precision of float32 or float64."""
