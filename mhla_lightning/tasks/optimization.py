@@ -86,7 +86,7 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scale gradients of a known norm so that it is at most `limit`, without waiting for the device."""
+    """Scale gradients of a known norm to at most `limit`, without waiting for the device."""
     # On a GPU a coefficient in float64 takes a kernel for each gradient, and in float32 one for all.
     norm = norm.float() if norm.device.type == "cuda" else norm
     nn.utils.clip_grads_with_norm_(parameters, limit, norm)
