@@ -170,7 +170,9 @@ def split(x: Tensor, size: int, chunks: DocumentChunks | None) -> Tensor:
     Empty places are zeros.
     """
     if chunks is None:
-        cut = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
+        # Padding by nothing would copy, and torch.compile takes the copy's strides for those of true padding.
+        missing = -x.shape[2] % size
+        cut = (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, size))
     else:
         cut = chunks.split(x.transpose(1, 2)).permute(0, 3, 1, 2, 4)
     return cut.contiguous()  # one copy here, or every product that reads it makes its own

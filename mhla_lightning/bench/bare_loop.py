@@ -17,6 +17,7 @@ from mhla_lightning.callbacks import EMA
 from mhla_lightning.data.stream import Batch
 from mhla_lightning.strategies.norm import total_norm
 from mhla_lightning.tasks import Task
+from mhla_lightning.tasks.optimization import clip_by_norm
 
 
 class BareLoop:
@@ -29,7 +30,7 @@ class BareLoop:
 
     Args:
         task: a copy of the model; it is trained.
-        trainer: whose length, precision and clipping count.
+        trainer: whose length, precision, clipping and data module count.
         device: of the model.
 
     Attributes:
@@ -40,6 +41,7 @@ class BareLoop:
     def __init__(self, task: Task, trainer: pl.Trainer, device: torch.device) -> None:
         self.task, self.clock, self.losses = task, SourceClock(), list[Tensor]()
         self.clock.device = device
+        self._data = cast(Any, trainer).datamodule
         self._device, self._mixed = device, trainer.precision == "bf16-mixed"
         self._clip, self._by_value = (
             trainer.gradient_clip_val or 0.0,
@@ -76,10 +78,7 @@ class BareLoop:
         timed = self.clock.profile
         for number, batch in enumerate(batches):
             with timed(sources.DATA):
-                batch = {
-                    name: value.to(self._device) if isinstance(value, Tensor) else value
-                    for name, value in batch.items()
-                }
+                batch = self._data.transfer_batch_to_device(batch, self._device, 0)
             with timed(sources.FORWARD), self._autocast():
                 loss = cast(Tensor, self.task.training_step(batch, number))
             if number == 0:
@@ -109,7 +108,7 @@ class BareLoop:
             torch.nn.utils.clip_grad_value_(self._parameters, self._clip)
         elif self._clip > 0:
             norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+            clip_by_norm(self._parameters, self._clip, norm)
 
 
 class Average:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, fuse
+from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -137,10 +137,7 @@ class Task(pl.LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         limit = gradient_clip_val or 0.0  # 0 and less do not clip; less would turn the gradients round
         if self._gradient_norm is not None and limit > 0 and by_norm:
-            norm = self._gradient_norm
-            # On a GPU a coefficient in float64 takes a kernel for each gradient, and in float32 one for all.
-            norm = norm.float() if norm.device.type == "cuda" else norm
-            nn.utils.clip_grads_with_norm_(self.parameters(), limit, norm)
+            clip_by_norm(self.parameters(), limit, self._gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

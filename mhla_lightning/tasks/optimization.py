@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mhla_lightning.errors import UserError
@@ -82,6 +83,13 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         group["fused"] = True
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients of a known norm to at most `limit`, without waiting for the device."""
+    # On a GPU a coefficient in float64 takes a kernel for each gradient, and in float32 one for all.
+    norm = norm.float() if norm.device.type == "cuda" else norm
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 class RecipeSchedule(LambdaLR):

@@ -332,6 +332,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
         }
 
     monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped))
+    monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", grouped)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     for name in ("empty", "zeros", "ones", "full", "arange", "tensor"):
         monkeypatch.setattr(torch, name, _in_backward(getattr(torch, name), record))

@@ -98,7 +98,7 @@ class Trained:
         for step in range(2, STEPS):
             waits = self.record.of(f"step {step}")
             assert sum(waits.values()) == 1, waits
-            assert next(iter(waits)).startswith("wait for an event callbacks/health.py")
+            assert next(iter(waits)).startswith("wait for an event mhla_lightning/callbacks/health.py")
 
 
 def classification(folder: Path, shards: Path) -> tuple[Path, dict[str, Any]]:
@@ -115,7 +115,7 @@ def image_dit(folder: Path, shards: Path) -> tuple[Path, dict[str, Any]]:
 
 def language(folder: Path, shards: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / "tiny.yaml"
-    path.write_text(language_runs.RECIPE.replace("PATH", str(language_runs.write_text(folder / "text"))))
+    path.write_text(language_runs.RECIPE.replace("PATH", str(language_runs.write_text(folder))))
     return path, {}
 
 
@@ -141,7 +141,6 @@ def test_a_fused_optimizer_leaves_out_a_step(
 ) -> None:
     """Weights are as before it, and AdamW has counted the other steps only."""
     run = Trained(recipe, tmp_path / "run", monkeypatch, spoiled=3)
-    run.check_waits()
     before, spoiled, after = run.phases.weights[1:4]
     assert all(torch.equal(a, b) for a, b in zip(spoiled, after, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before, spoiled, strict=True))
