@@ -173,8 +173,8 @@ def torch_work(case: OperatorCase) -> tuple[list[Work], list[Work]]:
     if case.blocks is not None:
         norm = "block" if case.normalize else "none"
         entry = {"name": "mhla", "kernel": "torch", "blocks": list(case.blocks), "normalizer": norm}
-    dims = {"heads": case.heads, "dim_k": case.dim, "dim_v": case.dim}
-    operator = build_attention(entry, **dims, grid=case.grid).to("meta")
+    heads, dim = case.heads, case.dim
+    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=case.grid).to("meta")
     q, k, v = (x.requires_grad_() for x in case.tokens(3))
     rotary = _MetaRotary(q.shape[1], case.dim) if case.rotary else None
     with _Operations() as forward:

@@ -81,7 +81,8 @@ def test_what_kernels_cannot_do_is_refused_or_left_to_torch(
     with pytest.raises(UserError, match=reason):
         choice.takes_triton("triton", q, k, v, context, unfit)
     assert not choice.takes_triton("auto", q, k, v, context, unfit)
-    assert choice.takes_triton("triton", *tokens(), Context())
+    q, k, v = tokens()
+    assert choice.takes_triton("triton", q, k, v, Context())
 
 
 def test_feature_maps_and_slot_are_left_to_torch() -> None:

@@ -20,16 +20,17 @@ TOLERANCES = {torch.float32: 3e-7, FP16: 1e-3, BF16: 1.5e-2}  # of the largest v
 GRADIENTS = 2  # times as much: those of a normalizer are differences of larger terms
 
 CASES = [
-    KernelCase("dense", (5, 7), (2, 3), 8, 8),
-    KernelCase("dense", (3, 4, 3), (2, 3, 2), 72, 24, heads=1, normalize=False),
+    KernelCase("dense", (5, 7), (2, 3), 8, 8, whole=True),
+    KernelCase("dense", (4, 8), (2, 2), 16, 16, heads=1),
+    KernelCase("dense", (3, 4, 3), (2, 3, 2), 72, 24, heads=1, normalize=False, whole=True),
     KernelCase("dense", (20,), (3,), 24, 40, per_head=True),
-    KernelCase("dense", (11,), (11,), 8, 8, heads=1, linear=True),
+    KernelCase("dense", (11,), (11,), 8, 8, heads=1, linear=True, whole=True),
     KernelCase("dense", (20,), (7,), 16, 16, dtype=FP16),
     KernelCase("dense", (20,), (7,), 16, 16, dtype=BF16),
     KernelCase("blocks", (3, 4), (2, 3), 24, 8, per_head=True),
     KernelCase("blocks", (3, 4, 3), (2, 3, 2), 72, 40, heads=1, normalize=False, rotary=True),
     KernelCase("blocks", (2, 3, 3), (2, 2, 3), 8, 8, heads=1, rotary=True),
-    KernelCase("blocks", (44,), (40,), 8, 16, heads=1),
+    KernelCase("blocks", (44,), (40,), 8, 16, heads=1, normalize=False),
     KernelCase("blocks", (20,), (7,), 8, 8, heads=1, linear=True),
     KernelCase("blocks", (9,), (5,), 16, 16, dtype=FP16),
     KernelCase("blocks", (9,), (5,), 16, 16, dtype=BF16),
@@ -58,7 +59,8 @@ def test_forward_and_all_gradients_equal_the_reference(
 ) -> None:
     found = interpreted.submit(errors, case).result()
     assert len(found) == 5 - case.linear
-    limits = {name: TOLERANCES[case.dtype] * (1 if name == "out" else GRADIENTS) for name in found}
+    rounded = GRADIENTS if case.rotary else 1  # a rotary's table is rounded to float32
+    limits = {name: TOLERANCES[case.dtype] * (rounded if name == "out" else GRADIENTS) for name in found}
     assert all(found[name] < limits[name] for name in found), found
 
 

@@ -25,6 +25,7 @@ class KernelCase:
         dim, dim_v: channels a head.
         heads: one for what is long.
         normalize, per_head, rotary, linear, float32_summaries: as in `triton_mhla`.
+        whole: whether the dense backward is one kernel, as for a short row of a large batch.
         dtype: of the tokens.
     """
 
@@ -39,13 +40,16 @@ class KernelCase:
     rotary: bool = False
     linear: bool = False
     float32_summaries: bool = False
+    whole: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
     def label(self) -> str:
         """The name of the case in a test's id."""
         flags = [
-            name for name in ("per_head", "rotary", "linear", "float32_summaries") if getattr(self, name)
+            name
+            for name in ("per_head", "rotary", "linear", "float32_summaries", "whole")
+            if getattr(self, name)
         ]
         norm = "norm" if self.normalize else "none"
         dtype = str(self.dtype).removeprefix("torch.")
@@ -56,8 +60,10 @@ class KernelCase:
 
 def errors(case: KernelCase) -> dict[str, float]:
     """Return the error of the output and of every gradient, relative to the reference's largest value."""
+    from mhla_lightning.attention.mhla.triton import tiles
     from mhla_lightning.attention.mhla.triton.ops import triton_mhla
 
+    tiles.WHOLE_ROWS = 1 if case.whole else 2**31
     torch.manual_seed(0)
     grid = BlockGrid(case.grid, block_size=case.size)
     width = 2 * case.dim + case.dim_v
@@ -137,10 +143,10 @@ def check_operators() -> dict[str, str]:
         checked.append((ops.dense_backward, (grad, *plain, m, saved, (4,), (2,), EPS)))
         saved = [x.detach() for x in ops.blocks(*blocks)]
         checked.append((ops.blocks_backward, (grad, plain, m, table, saved, (4,), (2,), EPS, EPS, False)))
-    found = {}
+    found: dict[str, str] = {}
     for number, (operator, args) in enumerate(checked):
         results = torch.library.opcheck(operator, args, raise_exception=False)
-        found |= {f"{number}.{test}": said for test, said in results.items()}
+        found |= {f"{number}.{test}": str(said) for test, said in results.items()}
     return found
 
 

@@ -20,10 +20,9 @@ KERNELS = ("auto", "triton", "torch")
 VARIABLE = "MHLA_KERNEL"
 LEAST_CAPABILITY = 8  # Ampere: tensor cores for bf16
 INSTALLED = find_spec("triton") is not None
-INTERPRETING = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # Triton's interpreter runs kernels on the CPU, for tests
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_BATCH = 65535  # programs along one axis
 LARGEST_DIM = 128  # channels a head; a summary of more leaves no registers for tokens
 
 
@@ -92,6 +91,10 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
         return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[3], v.shape[3]) > LARGEST_DIM:
         return f"it takes up to {LARGEST_DIM} channels a head"
+    if q.numel() == 0 or q.shape[0] > LARGEST_BATCH:
+        return f"it takes 1 to {LARGEST_BATCH:,} samples"
+    if q.shape[1] * max(x.stride(1) for x in (q, k, v)) >= 2**31:
+        return "it takes samples of up to 2^31 elements"
     return None
 
 
@@ -111,7 +114,8 @@ def operands(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if kernel == "auto" and kind == "cpu":
         return q, k, v
     lower = torch.get_autocast_dtype(kind)
-    return q.to(lower), k.to(lower), v.to(lower)
+    q, k, v = (x.to(lower) if x.dtype == torch.float32 else x for x in (q, k, v))
+    return q, k, v
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ class CallSizes:
 def dense_seconds(sizes: CallSizes, costs: Costs = COSTS) -> float:
     """Return the model's time of forward and backward with the N x N form.
 
-    Two products forward and seven backward. Every launch reads and writes tokens once; long rows have two
-    backward.
+    The forward has two products and the backward seven. Every launch reads and writes tokens once, and a
+    long row has two launches backward.
     """
     whole = sizes.padded <= WHOLE_ROW
     pairs = sizes.rows * sizes.padded**2

@@ -68,10 +68,11 @@ def loaded(
     D: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ) -> tl.tuple:
     """Load rows of D channels as P0 and P1 of them; without P1 the second part is unused."""
-    first = rows(base, place, there, stride, D, P0)
-    second = rows(base + P0, place, there, stride, D - P0, P1) if P1 else first
+    first = rows(base, place, there, stride, D, P0, EVICT)
+    second = rows(base + P0, place, there, stride, D - P0, P1, EVICT) if P1 else first
     return first, second
 
 
@@ -290,6 +291,7 @@ def queries_backward(
         acc0 += product(da, k0, UP, PREC)
         if D1:
             acc1 += product(da, k1, UP, PREC)
+    raw0, raw1 = loaded(q, place, there, sqn, D, D0, D1, "evict_first")  # again, to free registers above
     acc0 = tl.where(raw0 > 0, acc0, 0.0)
     if D1:
         acc1 = tl.where(raw1 > 0, acc1, 0.0)
@@ -371,6 +373,7 @@ def keys_backward(
         if D1:
             dk1 += product(da, q1, UP, PREC)
     stored(dv, place, there, sen, dv0, dv1, DV, V0, V1)
+    raw0, raw1 = loaded(k, place, there, skn, D, D0, D1, "evict_first")  # again, to free registers above
     dk0 = tl.where(raw0 > 0, dk0, 0.0)
     if D1:
         dk1 = tl.where(raw1 > 0, dk1, 0.0)
@@ -667,4 +670,4 @@ def backward(
             d_mixing = d_mixing.unflatten(axis, (grid.num_blocks, -1)).sum(axis)
         else:
             d_mixing = d_mixing.narrow(axis, 0, grid.num_blocks)
-    return dq, dk, dv, d_mixing.to(mixing.dtype)
+    return dq, dk, dv, d_mixing.to(mixing.dtype).contiguous()

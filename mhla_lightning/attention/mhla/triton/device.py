@@ -88,12 +88,19 @@ def rows_of_tile(
 
 @triton.jit
 def rows(
-    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ) -> tl.tensor:
     """Load (rows, DP) of a token tensor; absent rows and channels are 0."""
     d = tl.arange(0, DP)
     inside = there[:, None] if D == DP else there[:, None] & (d < D)[None, :]
-    return tl.load(base + place[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    places = base + place[:, None] * stride + d[None, :]
+    return tl.load(places, mask=inside, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
