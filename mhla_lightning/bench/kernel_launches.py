@@ -1,7 +1,8 @@
-"""What one layer's operator starts on a GPU, counted on tensors without data, and its modelled time.
+"""What one layer's operator starts on a GPU, and its modelled time.
 
-The launches of Triton kernels are those of a real call: the same functions choose tiles and build arguments.
-The operations of torch are those that the dispatcher sees. Times are a roofline, never measured.
+All is counted on tensors without data. The launches of Triton kernels are those of a real call: the same
+functions choose tiles and build arguments. The operations of torch are those that the dispatcher sees. Times
+are a roofline, never measured.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def _recorded_call(case: OperatorCase, major: int) -> list[tuple[list[Launch], l
 
 
 def flash_seconds(case: OperatorCase, gpu: Gpu) -> float:
-    """Return FlashAttention's modelled time, forward and backward, at least that of its own bytes."""
+    """Return FlashAttention's modelled time, forward and backward."""
     tokens = case.partition.tokens
     size = 2 * case.batch * case.heads * tokens * case.dim
     flops = 4 * case.batch * case.heads * tokens**2 * case.dim

@@ -1,6 +1,7 @@
-"""Model the time of MHLA's Triton kernels on a GPU, from their launches; nothing is measured.
+"""Model the time of MHLA's Triton kernels on a GPU from their launches.
 
-The table stands beside the torch path and FlashAttention. --code compiles the kernels ahead of time.
+Nothing is measured. The table stands beside the torch path and FlashAttention. --code compiles the kernels
+ahead of time.
 """
 
 from __future__ import annotations

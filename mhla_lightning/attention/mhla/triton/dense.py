@@ -253,9 +253,10 @@ def queries_backward(
     UP: tl.constexpr,
     PREC: tl.constexpr,
 ) -> None:
-    """Gradients of one tile of queries, and this tile's part of m's; all pointers are at one head.
+    """Gradients of one tile of queries, and this tile's part of m's.
 
-    d_mixing is (rows, COLUMNS), a sum for every pair of blocks or of parts of blocks.
+    All pointers are at one head. d_mixing is (rows, COLUMNS), a sum for every pair of blocks or of their
+    parts.
     """
     place, there, qa = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP, EVEN)
     raw0, raw1 = loaded(q, place, there, sqn, D, D0, D1)
@@ -442,7 +443,7 @@ def dense_backward_kernel(
     WHOLE: tl.constexpr,
     QUERIES: tl.constexpr,
 ) -> None:
-    """Gradients of one tile of queries or of keys, or of a WHOLE row: of its queries, then of its keys.
+    """Gradients of one tile of queries or of keys, or of a WHOLE row.
 
     dq, dk and dv are contiguous, and d_mixing is (batch, heads, ROWS, COLUMNS).
     """
