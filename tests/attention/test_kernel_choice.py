@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import subprocess
 import sys
 
@@ -98,10 +97,8 @@ def test_autocast_casts_tokens_as_for_sdpa() -> None:
     assert {x.dtype for x in choice.operands("triton", *tokens())} == {torch.float32}
 
 
-def test_operators_can_be_copied_and_pickled() -> None:
-    operator = built("mhla", kernel="torch")
-    for twin in (copy.deepcopy(operator), pickle.loads(pickle.dumps(operator))):
-        assert twin.kernel == "torch"
+def test_a_copy_keeps_its_kernel() -> None:
+    assert copy.deepcopy(built("mhla", kernel="torch")).kernel == "torch"
 
 
 def test_importing_the_package_imports_no_triton() -> None:

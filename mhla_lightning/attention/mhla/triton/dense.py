@@ -35,7 +35,7 @@ from mhla_lightning.attention.mhla.triton.device import (
     rows_of_tile,
     strides,
 )
-from mhla_lightning.attention.mhla.triton.launch import Launch, start
+from mhla_lightning.attention.mhla.triton.launch import Launch, capability_of, start
 
 
 @triton.jit
@@ -265,12 +265,9 @@ def queries_backward(
     if NORM:
         one_over = tl.load(inverse + place, mask=there, other=0.0)
         o0, o1 = loaded(out, place, there, son, DV, V0, V1)
-        d_sum = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
-        g0 = (g0.to(tl.float32) * one_over[:, None]).to(raw0.dtype)
+        d_sum = -tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
         if V1:
-            d_sum += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-            g1 = (g1.to(tl.float32) * one_over[:, None]).to(raw0.dtype)
-        d_sum *= -one_over
+            d_sum -= tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
         tl.store(d_total + place, d_sum, mask=there)
     NA: tl.constexpr = BQ // TP if TP <= BQ else 1
     NB: tl.constexpr = BK // TP if TP <= BK else 1
@@ -284,7 +281,7 @@ def queries_backward(
         v0, v1 = loaded(v, at, is_key, svn, DV, V0, V1)
         da = inner(g0, g1, v0, v1, V1, UP, PREC)
         if NORM:
-            da += d_sum[:, None]
+            da = (da + d_sum[:, None]) * one_over[:, None]
         p = inner(q0, q1, k0, k1, D1, UP, PREC) * da
         sums = tl.sum(tl.sum(tl.reshape(p, (NA, BQ // NA, NB, BK // NB)), 3), 1)
         tl.store(d_mixing + j * NB + cells, sums)
@@ -356,12 +353,9 @@ def keys_backward(
         raw_q0, raw_q1 = loaded(q, at, is_query, sqn, D, D0, D1)
         q0, q1 = mapped(raw_q0, raw_q1, is_query, offset, D, D0, D1)
         g0, g1 = loaded(grad, at, is_query, sgn, DV, V0, V1)
-        if NORM:
-            one_over = tl.load(inverse + at, mask=is_query, other=0.0)[:, None]
-            g0 = (g0.to(tl.float32) * one_over).to(raw0.dtype)
-            if V1:
-                g1 = (g1.to(tl.float32) * one_over).to(raw0.dtype)
         m = mixing_tile(mixing, ka, qa, M, 1, M, BK, BQ, TP)
+        if NORM:
+            m *= tl.load(inverse + at, mask=is_query, other=0.0)[None, :]
         a = (inner(k0, k1, q0, q1, D1, UP, PREC) * m).to(raw0.dtype)
         dv0 += product(a, g0, UP, PREC)
         if V1:
@@ -636,7 +630,7 @@ def backward(
     constants = _constants(q, v, mixing, grid)
     channels, padded = _channels(constants), grid.num_blocks * constants["TP"]
     whole = padded <= choice.WHOLE_ROW and batch * heads >= tiles.WHOLE_ROWS
-    tile = tiles.dense_backward(max(channels), padded, q.element_size())
+    tile = tiles.dense_backward(max(channels), padded, q.element_size(), capability_of(q))
     down, across = _tiles_of(grid, tile.queries), _tiles_of(grid, tile.keys)
     rows_, columns = (
         count * max(1, width // constants["TP"])

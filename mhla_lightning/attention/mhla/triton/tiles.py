@@ -77,10 +77,14 @@ def dense_forward(dim: int, rows: int, itemsize: int) -> Tile:
     return Tile(queries, keys, 4, 2)
 
 
-def dense_backward(dim: int, rows: int, itemsize: int) -> Tile:
-    """Return the tile of the dense backward; see :func:`dense_forward`."""
-    side = min(32 if itemsize == 4 else 64, power_of_two(rows))
-    return Tile(side, side, 4 if dim <= 64 else 8, 1)
+def dense_backward(dim: int, rows: int, itemsize: int, major: int) -> Tile:
+    """Return the tile of the dense backward; see :func:`dense_forward`.
+
+    Before Hopper, operands of products are in registers, which 64 rows overflow.
+    """
+    small = itemsize == 4 or major < 9
+    side = min(32 if small else 64, power_of_two(rows))
+    return Tile(side, side, 8 if dim > 64 and not small else 4, 1)
 
 
 def block_tile(kernel: str, dim: int, tokens_per_block: int, itemsize: int, major: int) -> Tile:
