@@ -110,15 +110,13 @@ class MHLA(base.Attention):
                 "grid", f"{q.shape[1]} tokens do not fill {blocks.grid}, which has {blocks.tokens}"
             )
         mixing = self._matrix(blocks)
-        q, k, v = choice.operands(self.kernel, q, k, v)
-        if choice.takes_triton(self.kernel, q, k, v, context, self._unfit()):
+        lowered = choice.operands(self.kernel, q, k, v)
+        if choice.takes_triton(self.kernel, *lowered, context, self._unfit()):
             from mhla_lightning.attention.mhla.triton.ops import triton_mhla
 
             assert self.fused_offset is not None
             return triton_mhla(
-                q,
-                k,
-                v,
+                *lowered,
                 mixing,
                 blocks,
                 offset=self.fused_offset,
