@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,8 +50,24 @@ class DocumentChunks:
 
     def earlier(self) -> Tensor:
         """Return (batch, M, M) bool: chunk b precedes chunk i in the same document, at [i, b]."""
-        same = self.document[:, :, None] == self.document[:, None, :]
-        return same & (self.number[:, None, :] < self.number[:, :, None])
+        return self._same() & (self.number[:, None, :] < self.number[:, :, None])
+
+    def _same(self) -> Tensor:
+        return self.document[:, :, None] == self.document[:, None, :]
+
+    @cached_property
+    def token(self) -> Tensor:
+        """(batch, M, size) int32, the token at each place, -1 where there is none."""
+        batch, places = len(self.number), self.count * self.size + 1
+        tokens = torch.arange(len(self.slot) // batch, dtype=torch.int32, device=self.slot.device)
+        found = tokens.new_full((batch * places,), -1).index_copy(0, self.slot, tokens.repeat(batch))
+        return found.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size)).contiguous()
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(batch, M, 2) int32, the first chunk of each chunk's document, and one past its last."""
+        first = torch.arange(self.count, device=self.number.device) - self.number
+        return torch.stack([first, first + self._same().sum(2)], 2).int()
 
 
 @dataclass(frozen=True)
