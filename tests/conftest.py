@@ -17,7 +17,7 @@ from tests.helpers.oracles import ORACLES
 from tests.helpers.ranks import Nursery
 
 pytest.register_assert_rewrite("tests.helpers.causal_layers", "tests.helpers.zero_runs")
-pytest_plugins = ["tests.helpers.cluster_stubs", "tests.helpers.loopback"]
+pytest_plugins = ["tests.helpers.cluster_stubs", "tests.helpers.interpreter", "tests.helpers.loopback"]
 SPARE_BYTES = 3 * 2**29  # address space that a test of `little_memory` may take on top of what is in use
 
 

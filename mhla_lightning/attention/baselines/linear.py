@@ -58,8 +58,7 @@ class Linear(base.Attention):
             from mhla_lightning.attention.mhla.triton.ops import triton_mhla
 
             assert self.fused_offset is not None
-            parts = BlockGrid((q.shape[1],), ceil_div(q.shape[1], _KERNEL_PART))
-            table = choice.turn_table(rotary)
+            parts, table = self.parts(q.shape[1]), choice.turn_table(rotary)
             return triton_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, table=table)
         # A compiler fuses the plain form itself. The fused form takes neither rotary nor masks.
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
@@ -69,6 +68,11 @@ class Linear(base.Attention):
             parts = BlockGrid((q.shape[1],), ceil_div(q.shape[1], _PART))
             dtype = base.accumulation_dtype(q)
             return fused_mhla(q, k, v, None, parts, offset=self.fused_offset, eps=self.eps, dtype=dtype)
+
+    @staticmethod
+    def parts(tokens: int) -> BlockGrid:
+        """Return the parts of a row that one program of a Triton kernel sums up each."""
+        return BlockGrid((tokens,), ceil_div(tokens, _KERNEL_PART))
 
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None, mask: Tensor | None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from mhla_lightning.cli.bench import attention, backbone, data, decode, resume, step
+from mhla_lightning.cli.bench import attention, backbone, data, decode, kernels, resume, step
 from mhla_lightning.cli.output import check_json
 from mhla_lightning.errors import UserError
 
@@ -15,6 +15,7 @@ SUBJECTS = {
     "attention": attention,
     "backbone": backbone,
     "decode": decode,
+    "kernels": kernels,
     "data": data,
     "resume": resume,
     "step": step,

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.mhla.triton import tiles
-from mhla_lightning.attention.mhla.triton.dense import mixing_tile
 from mhla_lightning.attention.mhla.triton.device import (
     INTERPRETED,
     contiguous_channels,
@@ -76,6 +75,30 @@ def chunk_rows(
 def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stride: tl.tensor) -> tl.tensor:
     """Load a log decay of every row."""
     return tl.load(base + chunk * stride + t, mask=there, other=0.0)
+
+
+@triton.jit
+def weight_tile(
+    weights: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    M: tl.tensor,
+    sa: tl.tensor,
+    sb: tl.tensor,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    TP: tl.constexpr,
+) -> tl.tensor:
+    """Return w[a + i // TP, b + j // TP] of a W x V tile.
+
+    M is no constant, unlike in `dense.py`: packed batches differ in their number of chunks.
+    """
+    NA: tl.constexpr = W // TP if TP <= W else 1
+    NB: tl.constexpr = V // TP if TP <= V else 1
+    row, column = a + tl.arange(0, NA), b + tl.arange(0, NB)
+    there = (row < M)[:, None] & (column < M)[None, :]
+    w = tl.load(weights + row[:, None] * sa + column[None, :] * sb, mask=there, other=0.0)
+    return tl.reshape(tl.broadcast_to(w[:, None, :, None], (NA, W // NA, NB, V // NB)), (W, V))
 
 
 @triton.jit
@@ -292,7 +315,7 @@ def causal_forward_kernel(
         same = chunk[:, None] == key_chunk[None, :]
         fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
         a = product(queries, tl.trans(keys), UP, PREC)
-        a *= mixing_tile(weights, qa, ka, M, M, 1, BQ, BK, TP) * fade
+        a *= weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP) * fade
         if NORM:
             total += tl.sum(a, 1)
         acc += product(a.to(values.dtype), values, UP, PREC)
@@ -428,7 +451,7 @@ def causal_queries_kernel(
         before = rank[:, None] >= (j * BK + tl.arange(0, BK))[None, :]
         same = chunk[:, None] == key_chunk[None, :]
         fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
-        m = mixing_tile(weights, qa, ka, M, M, 1, BQ, BK, TP)
+        m = weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP)
         da = (product(g, tl.trans(values), UP, PREC) + d_sum[:, None]) * fade
         p = product(queries, tl.trans(keys), UP, PREC) * da
         sums = tl.sum(tl.sum(tl.reshape(p, (NA, BQ // NA, NB, BK // NB)), 3), 1)
@@ -569,7 +592,7 @@ def causal_keys_kernel(
         before = (i * BQ + tl.arange(0, BQ))[None, :] >= rank[:, None]
         same = query_chunk[None, :] == chunk[:, None]
         fade = fading(before, same, until_query[None, :], until_key[:, None], after_key[:, None], DECAY)
-        m = mixing_tile(weights, ka, qa, M, 1, M, BK, BQ, TP) * fade
+        m = weight_tile(weights, ka, qa, M, 1, M, BK, BQ, TP) * fade
         a = product(keys, tl.trans(queries), UP, PREC) * m
         d_values += product(a.to(raw.dtype), g, UP, PREC)
         da = product(values, tl.trans(g), UP, PREC)

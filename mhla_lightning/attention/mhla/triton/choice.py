@@ -139,49 +139,51 @@ class CallSizes:
     Attributes:
         rows: batch x heads.
         tokens, blocks: of one row.
+        padded: rows that its tokens take in tiles of the dense form.
         dim_k, dim_v: channels a head.
     """
 
     rows: int
     tokens: int
     blocks: int
+    padded: int
     dim_k: int
     dim_v: int
 
 
-def dense_seconds(problem: CallSizes, costs: Costs = COSTS) -> float:
+def dense_seconds(sizes: CallSizes, costs: Costs = COSTS) -> float:
     """Return the model's time of forward and backward with the N x N form.
 
-    Two products forward; five backward, or seven where a row needs two kernels. Every launch reads and
-    writes tokens once.
+    Two products forward and seven backward. Every launch reads and writes tokens once; long rows have two
+    backward.
     """
-    whole = problem.tokens <= WHOLE_ROW
-    pairs = problem.rows * problem.tokens**2
-    products = 2 * pairs * (problem.dim_k + problem.dim_v)
-    flops = products * (1 + (2.5 if whole else 3.5))
-    passes = problem.rows * problem.tokens * (problem.dim_k + problem.dim_v) * (6 if whole else 8)
+    whole = sizes.padded <= WHOLE_ROW
+    pairs = sizes.rows * sizes.padded**2
+    products = 2 * pairs * (sizes.dim_k + sizes.dim_v)
+    flops = 4.5 * products
+    passes = sizes.rows * sizes.tokens * (sizes.dim_k + sizes.dim_v) * (6 if whole else 8)
     return max(flops / costs.flops, 2 * passes / costs.bytes) + (2 if whole else 3) * costs.launch
 
 
-def block_seconds(problem: CallSizes, costs: Costs = COSTS) -> float:
+def block_seconds(sizes: CallSizes, costs: Costs = COSTS) -> float:
     """Return the model's time of forward and backward with summaries of blocks.
 
     Summaries cross memory four times forward and seven times backward.
     """
-    summary = problem.dim_k * problem.dim_v
-    flops = 6 * problem.rows * (2 * problem.tokens * summary + problem.blocks**2 * summary)
-    passes = 6 * problem.rows * problem.tokens * (problem.dim_k + problem.dim_v)
-    passes += 11 * problem.rows * problem.blocks * summary
+    summary = sizes.dim_k * sizes.dim_v
+    flops = 6 * sizes.rows * (2 * sizes.tokens * summary + sizes.blocks**2 * summary)
+    passes = 6 * sizes.rows * sizes.tokens * (sizes.dim_k + sizes.dim_v)
+    passes += 11 * sizes.rows * sizes.blocks * summary
     return max(flops / costs.flops, 2 * passes / costs.bytes) + 10 * costs.launch
 
 
 WHOLE_ROW = 256
-"""Tokens of the longest row whose gradients one program finishes; see `tiles.py`."""
+"""Padded tokens of the longest row whose gradients one program finishes; see `tiles.py`."""
 
 
-def dense_is_cheaper(problem: CallSizes) -> bool:
+def dense_is_cheaper(sizes: CallSizes) -> bool:
     """Return whether the N x N form is expected to be the faster one."""
-    return dense_seconds(problem) <= block_seconds(problem)
+    return dense_seconds(sizes) <= block_seconds(sizes)
 
 
 LARGEST_VALUE = 256  # channels of v a head in the causal kernels

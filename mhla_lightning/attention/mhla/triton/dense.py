@@ -5,8 +5,9 @@ A[i, j] = m[b(i), b(j)] phi(q_i) . phi(k_j) and o_i = sum_j A[i, j] v_j / (sum_j
 Tiles hold tokens in block order, each block padded to a power of two. So a tile of A needs few entries of m,
 and the gradient of m is a sum over whole rectangles of a tile. Tokens are read and written in raster order.
 
-The backward of a row that fits one tile is one kernel: every token's gradient is finished in one program.
-Longer rows take two kernels, one over queries and one over keys. Nothing is added atomically.
+The backward finishes all queries and all keys of a short row in one program, so tokens cross memory once.
+Longer rows take two kernels, one over queries and one over keys. Nothing is added atomically, and both ways
+give the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.mhla.triton import tiles
+from mhla_lightning.attention.mhla.triton import choice, tiles
 from mhla_lightning.attention.mhla.triton.device import (
     INTERPRETED,
     contiguous_channels,
@@ -39,8 +40,16 @@ from mhla_lightning.attention.mhla.triton.launch import Launch, start
 
 @triton.jit
 def mixing_tile(
-    mixing: Any, a: Any, b: Any, M: Any, sa: Any, sb: Any, W: tl.constexpr, V: tl.constexpr, TP: tl.constexpr
-) -> Any:
+    mixing: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    M: tl.constexpr,
+    sa: tl.tensor,
+    sb: tl.tensor,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    TP: tl.constexpr,
+) -> tl.tensor:
     """Return m[a + i // TP, b + j // TP] of a W x V tile; the strides may transpose m."""
     NA: tl.constexpr = W // TP if TP <= W else 1
     NB: tl.constexpr = V // TP if TP <= V else 1
@@ -51,45 +60,116 @@ def mixing_tile(
 
 
 @triton.jit
+def loaded(
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+) -> tl.tuple:
+    """Load rows of D channels as P0 and P1 of them; without P1 the second part is unused."""
+    first = rows(base, place, there, stride, D, P0)
+    second = rows(base + P0, place, there, stride, D - P0, P1) if P1 else first
+    return first, second
+
+
+@triton.jit
+def mapped(
+    raw0: tl.tensor,
+    raw1: tl.tensor,
+    there: tl.tensor,
+    offset: tl.tensor,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+) -> tl.tuple:
+    """Features of both parts, in the tokens' dtype."""
+    first = features(raw0, there, offset, D, P0).to(raw0.dtype)
+    second = features(raw1, there, offset, D - P0, P1).to(raw0.dtype) if P1 else first
+    return first, second
+
+
+@triton.jit
+def inner(
+    a0: tl.tensor,
+    a1: tl.tensor,
+    b0: tl.tensor,
+    b1: tl.tensor,
+    P1: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> tl.tensor:
+    """Inner products of all rows of a with all rows of b."""
+    sums = product(a0, tl.trans(b0), UP, PREC)
+    if P1:
+        sums += product(a1, tl.trans(b1), UP, PREC)
+    return sums
+
+
+@triton.jit
+def stored(
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    x0: tl.tensor,
+    x1: tl.tensor,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+) -> None:
+    """Store both parts of rows."""
+    keep(base, place, there, stride, x0, D, P0)
+    if P1:
+        keep(base + P0, place, there, stride, x1, D - P0, P1)
+
+
+@triton.jit
 def dense_forward_kernel(
-    q: Any,
-    k: Any,
-    v: Any,
-    mixing: Any,
-    out: Any,
-    inverse: Any,
-    sqb: Any,
-    sqn: Any,
-    sqh: Any,
-    skb: Any,
-    skn: Any,
-    skh: Any,
-    svb: Any,
-    svn: Any,
-    svh: Any,
-    sob: Any,
-    son: Any,
-    soh: Any,
-    smh: Any,
-    H: Any,
-    N: Any,
-    TILES: Any,
-    M: Any,
-    NB1: Any,
-    NB2: Any,
-    G0: Any,
-    G1: Any,
-    G2: Any,
-    offset: Any,
-    eps: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    mixing: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sob: tl.tensor,
+    son: tl.tensor,
+    soh: tl.tensor,
+    smh: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    QUERY_TILES: tl.tensor,
+    KEY_TILES: tl.tensor,
+    M: tl.constexpr,
+    NB1: tl.constexpr,
+    NB2: tl.constexpr,
+    G0: tl.constexpr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    offset: tl.tensor,
+    eps: tl.tensor,
     B0: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    DP: tl.constexpr,
-    DVP: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     TP: tl.constexpr,
+    EVEN: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     NORM: tl.constexpr,
@@ -100,203 +180,375 @@ def dense_forward_kernel(
     h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     k += b * skb + h * skh
     v += b * svb + h * svh
-    place, there, qa = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
-    queries = features(raw, there, offset, D, DP).to(raw.dtype)
-    acc = tl.zeros((BQ, DVP), tl.float32)
+    place, there, qa = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP, EVEN)
+    raw0, raw1 = loaded(q + b * sqb + h * sqh, place, there, sqn, D, D0, D1)
+    q0, q1 = mapped(raw0, raw1, there, offset, D, D0, D1)
+    acc0 = tl.zeros((BQ, V0), tl.float32)
+    acc1 = tl.zeros((BQ, V1), tl.float32) if V1 else acc0
     total = tl.zeros((BQ,), tl.float32)
-    for j in range(TILES):
-        at, is_key, ka = rows_of_tile(j, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
-        values = rows(v, at, is_key, svn, DV, DVP)
-        a = product(queries, tl.trans(keys), UP, PREC)
+    for j in range(KEY_TILES):
+        at, is_key, ka = rows_of_tile(j, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP, EVEN)
+        raw_k0, raw_k1 = loaded(k, at, is_key, skn, D, D0, D1)
+        k0, k1 = mapped(raw_k0, raw_k1, is_key, offset, D, D0, D1)
+        v0, v1 = loaded(v, at, is_key, svn, DV, V0, V1)
+        a = inner(q0, q1, k0, k1, D1, UP, PREC)
         a *= mixing_tile(mixing + h * smh, qa, ka, M, M, 1, BQ, BK, TP)
         total += tl.sum(a, 1)
-        acc += product(a.to(values.dtype), values, UP, PREC)
+        a = a.to(v0.dtype)
+        acc0 += product(a, v0, UP, PREC)
+        if V1:
+            acc1 += product(a, v1, UP, PREC)
     if NORM:
         one_over = 1.0 / (total + eps)
-        acc *= one_over[:, None]
+        acc0 *= one_over[:, None]
+        if V1:
+            acc1 *= one_over[:, None]
         tl.store(inverse + (b * H + h) * N + place, one_over, mask=there)
-    keep(out + b * sob + h * soh, place, there, son, acc, DV, DVP)
+    stored(out + b * sob + h * soh, place, there, son, acc0, acc1, DV, V0, V1)
+
+
+@triton.jit
+def queries_backward(
+    tile: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    mixing: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    grad: tl.tensor,
+    dq: tl.tensor,
+    d_total: tl.tensor,
+    d_mixing: tl.tensor,
+    sqn: tl.tensor,
+    skn: tl.tensor,
+    svn: tl.tensor,
+    son: tl.tensor,
+    sgn: tl.tensor,
+    sdn: tl.tensor,
+    KEY_TILES: tl.tensor,
+    COLUMNS: tl.tensor,
+    M: tl.constexpr,
+    NB1: tl.constexpr,
+    NB2: tl.constexpr,
+    G0: tl.constexpr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    offset: tl.tensor,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    TP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Gradients of one tile of queries, and this tile's part of m's; all pointers are at one head.
+
+    d_mixing is (rows, COLUMNS), a sum for every pair of blocks or of parts of blocks.
+    """
+    place, there, qa = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP, EVEN)
+    raw0, raw1 = loaded(q, place, there, sqn, D, D0, D1)
+    q0, q1 = mapped(raw0, raw1, there, offset, D, D0, D1)
+    g0, g1 = loaded(grad, place, there, sgn, DV, V0, V1)
+    if NORM:
+        one_over = tl.load(inverse + place, mask=there, other=0.0)
+        o0, o1 = loaded(out, place, there, son, DV, V0, V1)
+        d_sum = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
+        g0 = (g0.to(tl.float32) * one_over[:, None]).to(raw0.dtype)
+        if V1:
+            d_sum += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
+            g1 = (g1.to(tl.float32) * one_over[:, None]).to(raw0.dtype)
+        d_sum *= -one_over
+        tl.store(d_total + place, d_sum, mask=there)
+    NA: tl.constexpr = BQ // TP if TP <= BQ else 1
+    NB: tl.constexpr = BK // TP if TP <= BK else 1
+    cells = (tile * NA + tl.arange(0, NA))[:, None] * COLUMNS + tl.arange(0, NB)[None, :]
+    acc0 = tl.zeros((BQ, D0), tl.float32)
+    acc1 = tl.zeros((BQ, D1), tl.float32) if D1 else acc0
+    for j in range(KEY_TILES):
+        at, is_key, ka = rows_of_tile(j, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP, EVEN)
+        raw_k0, raw_k1 = loaded(k, at, is_key, skn, D, D0, D1)
+        k0, k1 = mapped(raw_k0, raw_k1, is_key, offset, D, D0, D1)
+        v0, v1 = loaded(v, at, is_key, svn, DV, V0, V1)
+        da = inner(g0, g1, v0, v1, V1, UP, PREC)
+        if NORM:
+            da += d_sum[:, None]
+        p = inner(q0, q1, k0, k1, D1, UP, PREC) * da
+        sums = tl.sum(tl.sum(tl.reshape(p, (NA, BQ // NA, NB, BK // NB)), 3), 1)
+        tl.store(d_mixing + j * NB + cells, sums)
+        da = (da * mixing_tile(mixing, qa, ka, M, M, 1, BQ, BK, TP)).to(raw0.dtype)
+        acc0 += product(da, k0, UP, PREC)
+        if D1:
+            acc1 += product(da, k1, UP, PREC)
+    acc0 = tl.where(raw0 > 0, acc0, 0.0)
+    if D1:
+        acc1 = tl.where(raw1 > 0, acc1, 0.0)
+    stored(dq, place, there, sdn, acc0, acc1, D, D0, D1)
+
+
+@triton.jit
+def keys_backward(
+    tile: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    mixing: tl.tensor,
+    inverse: tl.tensor,
+    grad: tl.tensor,
+    d_total: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    sqn: tl.tensor,
+    skn: tl.tensor,
+    svn: tl.tensor,
+    sgn: tl.tensor,
+    sdn: tl.tensor,
+    sen: tl.tensor,
+    QUERY_TILES: tl.tensor,
+    M: tl.constexpr,
+    NB1: tl.constexpr,
+    NB2: tl.constexpr,
+    G0: tl.constexpr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    offset: tl.tensor,
+    B0: tl.constexpr,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    TP: tl.constexpr,
+    EVEN: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Gradients of one tile of keys and values; all pointers are at one head."""
+    place, there, ka = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP, EVEN)
+    raw0, raw1 = loaded(k, place, there, skn, D, D0, D1)
+    k0, k1 = mapped(raw0, raw1, there, offset, D, D0, D1)
+    v0, v1 = loaded(v, place, there, svn, DV, V0, V1)
+    dk0 = tl.zeros((BK, D0), tl.float32)
+    dk1 = tl.zeros((BK, D1), tl.float32) if D1 else dk0
+    dv0 = tl.zeros((BK, V0), tl.float32)
+    dv1 = tl.zeros((BK, V1), tl.float32) if V1 else dv0
+    for i in range(QUERY_TILES):
+        at, is_query, qa = rows_of_tile(i, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP, EVEN)
+        raw_q0, raw_q1 = loaded(q, at, is_query, sqn, D, D0, D1)
+        q0, q1 = mapped(raw_q0, raw_q1, is_query, offset, D, D0, D1)
+        g0, g1 = loaded(grad, at, is_query, sgn, DV, V0, V1)
+        if NORM:
+            one_over = tl.load(inverse + at, mask=is_query, other=0.0)[:, None]
+            g0 = (g0.to(tl.float32) * one_over).to(raw0.dtype)
+            if V1:
+                g1 = (g1.to(tl.float32) * one_over).to(raw0.dtype)
+        m = mixing_tile(mixing, ka, qa, M, 1, M, BK, BQ, TP)
+        a = (inner(k0, k1, q0, q1, D1, UP, PREC) * m).to(raw0.dtype)
+        dv0 += product(a, g0, UP, PREC)
+        if V1:
+            dv1 += product(a, g1, UP, PREC)
+        da = inner(v0, v1, g0, g1, V1, UP, PREC)
+        if NORM:
+            da += tl.load(d_total + at, mask=is_query, other=0.0)[None, :]
+        da = (da * m).to(raw0.dtype)
+        dk0 += product(da, q0, UP, PREC)
+        if D1:
+            dk1 += product(da, q1, UP, PREC)
+    stored(dv, place, there, sen, dv0, dv1, DV, V0, V1)
+    dk0 = tl.where(raw0 > 0, dk0, 0.0)
+    if D1:
+        dk1 = tl.where(raw1 > 0, dk1, 0.0)
+    stored(dk, place, there, sdn, dk0, dk1, D, D0, D1)
 
 
 @triton.jit
 def dense_backward_kernel(
-    q: Any,
-    k: Any,
-    v: Any,
-    mixing: Any,
-    out: Any,
-    inverse: Any,
-    grad: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    d_total: Any,
-    d_mixing: Any,
-    sqb: Any,
-    sqn: Any,
-    sqh: Any,
-    skb: Any,
-    skn: Any,
-    skh: Any,
-    svb: Any,
-    svn: Any,
-    svh: Any,
-    sob: Any,
-    son: Any,
-    soh: Any,
-    sgb: Any,
-    sgn: Any,
-    sgh: Any,
-    smh: Any,
-    H: Any,
-    N: Any,
-    TILES: Any,
-    ROWS: Any,
-    COLUMNS: Any,
-    M: Any,
-    NB1: Any,
-    NB2: Any,
-    G0: Any,
-    G1: Any,
-    G2: Any,
-    offset: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    mixing: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    grad: tl.tensor,
+    dq: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    d_total: tl.tensor,
+    d_mixing: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sob: tl.tensor,
+    son: tl.tensor,
+    soh: tl.tensor,
+    sgb: tl.tensor,
+    sgn: tl.tensor,
+    sgh: tl.tensor,
+    smh: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    QUERY_TILES: tl.tensor,
+    KEY_TILES: tl.tensor,
+    ROWS: tl.tensor,
+    COLUMNS: tl.tensor,
+    M: tl.constexpr,
+    NB1: tl.constexpr,
+    NB2: tl.constexpr,
+    G0: tl.constexpr,
+    G1: tl.constexpr,
+    G2: tl.constexpr,
+    offset: tl.tensor,
     B0: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    DP: tl.constexpr,
-    DVP: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     TP: tl.constexpr,
+    EVEN: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     NORM: tl.constexpr,
-    WHOLE: tl.constexpr,
     UP: tl.constexpr,
     PREC: tl.constexpr,
+    WHOLE: tl.constexpr,
+    QUERIES: tl.constexpr,
 ) -> None:
-    """Gradients of one tile of queries, and of all keys too where the tile holds the row.
+    """Gradients of one tile of queries or of keys, or of a WHOLE row: of its queries, then of its keys.
 
-    dq, dk and dv are contiguous. d_mixing is (batch, heads, ROWS, COLUMNS), a sum for every pair of blocks or
-    of parts of blocks.
+    dq, dk and dv are contiguous, and d_mixing is (batch, heads, ROWS, COLUMNS).
     """
     h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = b * H + h
+    q += b * sqb + h * sqh
     k += b * skb + h * skh
     v += b * svb + h * svh
-    place, there, qa = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
-    queries = features(raw, there, offset, D, DP).to(raw.dtype)
-    g = rows(grad + b * sgb + h * sgh, place, there, sgn, DV, DVP).to(tl.float32)
-    d_sum = tl.zeros((BQ,), tl.float32)
-    if NORM:
-        g *= tl.load(inverse + (b * H + h) * N + place, mask=there, other=0.0)[:, None]
-        o = rows(out + b * sob + h * soh, place, there, son, DV, DVP).to(tl.float32)
-        d_sum = -tl.sum(g * o, 1)
-        if not WHOLE:
-            tl.store(d_total + (b * H + h) * N + place, d_sum, mask=there)
-    g = g.to(raw.dtype)
-    NA: tl.constexpr = BQ // TP if TP <= BQ else 1
-    NB: tl.constexpr = BK // TP if TP <= BK else 1
-    d_mixing += (b * H + h) * ROWS * COLUMNS + tile * NA * COLUMNS
-    cells = tl.arange(0, NA)[:, None] * COLUMNS + tl.arange(0, NB)[None, :]
-    acc = tl.zeros((BQ, DP), tl.float32)
-    for j in range(TILES):
-        at, is_key, ka = rows_of_tile(j, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP)
-        raw_keys = rows(k, at, is_key, skn, D, DP)
-        keys = features(raw_keys, is_key, offset, D, DP).to(raw.dtype)
-        values = rows(v, at, is_key, svn, DV, DVP)
-        p = product(queries, tl.trans(keys), UP, PREC)
-        da = product(g, tl.trans(values), UP, PREC) + d_sum[:, None]
-        sums = tl.sum(tl.sum(tl.reshape(p * da, (NA, BQ // NA, NB, BK // NB)), 3), 1)
-        tl.store(d_mixing + j * NB + cells, sums)
-        m = mixing_tile(mixing + h * smh, qa, ka, M, M, 1, BQ, BK, TP)
-        dp = (da * m).to(raw.dtype)
-        acc += product(dp, keys, UP, PREC)
-        if WHOLE:
-            a = (p * m).to(raw.dtype)
-            d_values = product(tl.trans(a), g, UP, PREC)
-            keep(dv + (b * N * H + h) * DV, at, is_key, H * DV, d_values, DV, DVP)
-            d_keys = product(tl.trans(dp), queries, UP, PREC)
-            keep(dk + (b * N * H + h) * D, at, is_key, H * D, tl.where(raw_keys > 0, d_keys, 0.0), D, DP)
-    keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(raw > 0, acc, 0.0), D, DP)
-
-
-@triton.jit
-def dense_keys_kernel(
-    q: Any,
-    k: Any,
-    v: Any,
-    mixing: Any,
-    inverse: Any,
-    grad: Any,
-    d_total: Any,
-    dk: Any,
-    dv: Any,
-    sqb: Any,
-    sqn: Any,
-    sqh: Any,
-    skb: Any,
-    skn: Any,
-    skh: Any,
-    svb: Any,
-    svn: Any,
-    svh: Any,
-    sgb: Any,
-    sgn: Any,
-    sgh: Any,
-    smh: Any,
-    H: Any,
-    N: Any,
-    TILES: Any,
-    M: Any,
-    NB1: Any,
-    NB2: Any,
-    G0: Any,
-    G1: Any,
-    G2: Any,
-    offset: Any,
-    B0: tl.constexpr,
-    B1: tl.constexpr,
-    B2: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    DP: tl.constexpr,
-    DVP: tl.constexpr,
-    TP: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    NORM: tl.constexpr,
-    UP: tl.constexpr,
-    PREC: tl.constexpr,
-) -> None:
-    """Gradients of one tile of keys and values."""
-    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += b * sqb + h * sqh
+    out += b * sob + h * soh
     grad += b * sgb + h * sgh
-    place, there, ka = rows_of_tile(tile, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BK, TP)
-    raw = rows(k + b * skb + h * skh, place, there, skn, D, DP)
-    keys = features(raw, there, offset, D, DP).to(raw.dtype)
-    values = rows(v + b * svb + h * svh, place, there, svn, DV, DVP)
-    d_keys = tl.zeros((BK, DP), tl.float32)
-    d_values = tl.zeros((BK, DVP), tl.float32)
-    for i in range(TILES):
-        at, is_query, qa = rows_of_tile(i, M, NB1, NB2, G0, G1, G2, B0, B1, B2, BQ, TP)
-        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP).to(raw.dtype)
-        g = rows(grad, at, is_query, sgn, DV, DVP)
-        if NORM:
-            one_over = tl.load(inverse + (b * H + h) * N + at, mask=is_query, other=0.0)
-            g = (g.to(tl.float32) * one_over[:, None]).to(raw.dtype)
-        m = mixing_tile(mixing + h * smh, ka, qa, M, 1, M, BK, BQ, TP)
-        a = (product(keys, tl.trans(queries), UP, PREC) * m).to(raw.dtype)
-        d_values += product(a, g, UP, PREC)
-        da = product(values, tl.trans(g), UP, PREC)
-        if NORM:
-            da += tl.load(d_total + (b * H + h) * N + at, mask=is_query, other=0.0)[None, :]
-        d_keys += product((da * m).to(raw.dtype), queries, UP, PREC)
-    keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
-    keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(raw > 0, d_keys, 0.0), D, DP)
+    mixing += h * smh
+    inverse += row * N
+    d_total += row * N
+    d_mixing += row * ROWS * COLUMNS
+    dq += (b * N * H + h) * D
+    dk += (b * N * H + h) * D
+    dv += (b * N * H + h) * DV
+    if WHOLE or QUERIES:
+        for i in range(tile, QUERY_TILES if WHOLE else tile + 1):
+            queries_backward(
+                i,
+                q,
+                k,
+                v,
+                mixing,
+                out,
+                inverse,
+                grad,
+                dq,
+                d_total,
+                d_mixing,
+                sqn,
+                skn,
+                svn,
+                son,
+                sgn,
+                H * D,
+                KEY_TILES,
+                COLUMNS,
+                M,
+                NB1,
+                NB2,
+                G0,
+                G1,
+                G2,
+                offset,
+                B0,
+                B1,
+                B2,
+                D,
+                DV,
+                D0,
+                D1,
+                V0,
+                V1,
+                TP,
+                EVEN,
+                BQ,
+                BK,
+                NORM,
+                UP,
+                PREC,
+            )
+    if WHOLE:
+        tl.debug_barrier()  # keys read d_total, which other threads have stored
+    if WHOLE or not QUERIES:
+        for j in range(tile, KEY_TILES if WHOLE else tile + 1):
+            keys_backward(
+                j,
+                q,
+                k,
+                v,
+                mixing,
+                inverse,
+                grad,
+                d_total,
+                dk,
+                dv,
+                sqn,
+                skn,
+                svn,
+                sgn,
+                H * D,
+                H * DV,
+                QUERY_TILES,
+                M,
+                NB1,
+                NB2,
+                G0,
+                G1,
+                G2,
+                offset,
+                B0,
+                B1,
+                B2,
+                D,
+                DV,
+                D0,
+                D1,
+                V0,
+                V1,
+                TP,
+                EVEN,
+                BQ,
+                BK,
+                NORM,
+                UP,
+                PREC,
+            )
 
 
 def _constants(q: Tensor, v: Tensor, mixing: Tensor, grid: BlockGrid) -> dict[str, Any]:
@@ -309,8 +561,9 @@ def _constants(q: Tensor, v: Tensor, mixing: Tensor, grid: BlockGrid) -> dict[st
         "N": grid.tokens,
         "D": d,
         "DV": dv,
-        "DP": tiles.power_of_two(d),
-        "DVP": tiles.power_of_two(dv),
+        **dict(
+            zip(("D0", "D1", "V0", "V1"), (*tiles.channel_parts(d), *tiles.channel_parts(dv)), strict=True)
+        ),
         "TP": tiles.padded_block(grid.tokens_per_block),
         "UP": INTERPRETED,
         "PREC": precision(q.dtype),
@@ -325,8 +578,16 @@ def _tiles_of(grid: BlockGrid, rows_of_a_tile: int) -> int:
     return grid.num_blocks * (padded // rows_of_a_tile)
 
 
-def _wide(constants: dict[str, Any]) -> int:
-    return max(constants["DP"], constants["DVP"])
+def _even(grid: BlockGrid, tile: tiles.Tile) -> bool:
+    """Return whether every row of every tile is a token."""
+    padded = tiles.padded_block(grid.tokens_per_block)
+    full = grid.even and padded == grid.tokens_per_block
+    return full and grid.tokens % tile.queries == 0 and grid.tokens % tile.keys == 0
+
+
+def _channels(constants: dict[str, Any]) -> tuple[int, int]:
+    """Return the channels of q and of v that a tile holds, padding included."""
+    return constants["D0"] + constants["D1"], constants["V0"] + constants["V1"]
 
 
 def forward(
@@ -337,45 +598,20 @@ def forward(
     mixing = mixing.contiguous()
     batch, _, heads, _ = q.shape
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    inverse = torch.empty(
-        (batch, heads, grid.tokens if eps is not None else 0), dtype=torch.float32, device=q.device
-    )
+    shape = (batch, heads, grid.tokens if eps is not None else 0)
+    inverse = torch.empty(shape, dtype=torch.float32, device=q.device)
     constants = _constants(q, v, mixing, grid)
-    padded = grid.num_blocks * constants["TP"]
-    tile = tiles.dense_forward(_wide(constants), padded, q.element_size())
+    channels = _channels(constants)
+    tile = tiles.dense_forward(max(channels), grid.num_blocks * constants["TP"], q.element_size())
     across, down = _tiles_of(grid, tile.keys), _tiles_of(grid, tile.queries)
-    arguments = {
-        **constants,
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **strides("o", out),
-        "q": q,
-        "k": k,
-        "v": v,
-        "mixing": mixing,
-        "out": out,
-        "inverse": inverse,
-        "TILES": across,
-        "offset": offset,
-        "eps": 0.0 if eps is None else eps,
-        "BQ": tile.queries,
-        "BK": tile.keys,
-        "NORM": eps is not None,
-    }
-    pairs = batch * heads * down * across * tile.queries * tile.keys
-    start(
-        Launch(
-            dense_forward_kernel,
-            (heads, down, batch),
-            arguments,
-            tile.warps,
-            tile.stages,
-            flops=2 * pairs * (constants["DP"] + constants["DVP"]),
-            reads=("q", "k", "v", "mixing"),
-            writes=("out", "inverse"),
-        )
-    )
+    arguments = {**constants, **strides("q", q), **strides("k", k), **strides("v", v), **strides("o", out)}
+    arguments |= {"q": q, "k": k, "v": v, "mixing": mixing, "out": out, "inverse": inverse}
+    arguments |= {"QUERY_TILES": down, "KEY_TILES": across, "offset": offset, "eps": eps or 0.0}
+    arguments |= {"BQ": tile.queries, "BK": tile.keys, "NORM": eps is not None, "EVEN": _even(grid, tile)}
+    flops = 2 * batch * heads * down * across * tile.queries * tile.keys * sum(channels)
+    reads, writes = ("q", "k", "v", "mixing"), ("out", "inverse")
+    programs = (heads, down, batch)
+    start(Launch(dense_forward_kernel, programs, arguments, tile.warps, tile.stages, flops, reads, writes))
     return out, inverse
 
 
@@ -392,83 +628,39 @@ def backward(
     out, inverse = saved
     mixing = mixing.contiguous()
     batch, _, heads, _ = q.shape
-    normalize = inverse.shape[2] > 0
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     constants = _constants(q, v, mixing, grid)
-    whole = tiles.whole_row(grid.num_blocks, grid.tokens_per_block)
-    tile = (
-        tiles.dense_backward(_wide(constants), q.element_size())
-        if whole is None
-        else tiles.dense_whole_row(_wide(constants), whole, q.element_size())
-    )
+    channels, padded = _channels(constants), grid.num_blocks * constants["TP"]
+    whole = padded <= choice.WHOLE_ROW and batch * heads >= tiles.WHOLE_ROWS
+    tile = tiles.dense_backward(max(channels), padded, q.element_size())
     down, across = _tiles_of(grid, tile.queries), _tiles_of(grid, tile.keys)
     rows_, columns = (
         count * max(1, width // constants["TP"])
         for count, width in ((down, tile.queries), (across, tile.keys))
     )
-    d_total = torch.empty(
-        (batch, heads, grid.tokens if normalize and whole is None else 0),
-        dtype=torch.float32,
-        device=q.device,
-    )
     parts = torch.empty((batch, heads, rows_, columns), dtype=torch.float32, device=q.device)
-    arguments = {
-        **constants,
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **strides("g", grad),
-        "q": q,
-        "k": k,
-        "v": v,
-        "mixing": mixing,
-        "inverse": inverse,
-        "grad": grad,
-        "dk": dk,
-        "dv": dv,
-        "d_total": d_total,
-        "offset": offset,
-        "NORM": normalize,
-        "BQ": tile.queries,
-        "BK": tile.keys,
-    }
-    pairs = batch * heads * down * across * tile.queries * tile.keys
-    by_k, by_v = 2 * pairs * constants["DP"], 2 * pairs * constants["DVP"]
-    start(
-        Launch(
-            dense_backward_kernel,
-            (heads, down, batch),
-            {
-                **arguments,
-                **strides("o", out),
-                "out": out,
-                "dq": dq,
-                "d_mixing": parts,
-                "TILES": across,
-                "ROWS": rows_,
-                "COLUMNS": columns,
-                "WHOLE": whole is not None,
-            },
-            tile.warps,
-            tile.stages,
-            flops=(3 * by_k + 2 * by_v) if whole is not None else (2 * by_k + by_v),
-            reads=("q", "k", "v", "mixing", "out", "inverse", "grad"),
-            writes=("dq", "d_mixing", "dk", "dv") if whole is not None else ("dq", "d_mixing", "d_total"),
-        )
-    )
-    if whole is None:
-        start(
-            Launch(
-                dense_keys_kernel,
-                (heads, across, batch),
-                {**arguments, "TILES": down},
-                tile.warps,
-                tile.stages,
-                flops=2 * by_k + 2 * by_v,
-                reads=("q", "k", "v", "mixing", "inverse", "grad", "d_total"),
-                writes=("dk", "dv"),
-            )
-        )
+    arguments = {**constants, **strides("q", q), **strides("k", k), **strides("v", v)}
+    arguments |= {**strides("o", out), **strides("g", grad), "offset": offset, "NORM": inverse.numel() > 0}
+    arguments |= {"q": q, "k": k, "v": v, "mixing": mixing, "out": out, "inverse": inverse, "grad": grad}
+    arguments |= {"dq": dq, "dk": dk, "dv": dv, "d_total": torch.empty_like(inverse), "d_mixing": parts}
+    arguments |= {"QUERY_TILES": down, "KEY_TILES": across, "ROWS": rows_, "COLUMNS": columns}
+    arguments |= {"BQ": tile.queries, "BK": tile.keys, "WHOLE": whole, "EVEN": _even(grid, tile)}
+    pairs = 2 * batch * heads * down * across * tile.queries * tile.keys
+    query_flops, key_flops = pairs * (2 * channels[0] + channels[1]), pairs * 2 * sum(channels)
+    reads: tuple[str, ...] = ("q", "k", "v", "mixing", "inverse", "grad")
+    query_reads = (*reads, "out") if inverse.numel() else reads
+
+    def go(queries: bool, programs: int, flops: int, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
+        own = {**arguments, "QUERIES": queries}
+        shape = (heads, programs, batch)
+        start(Launch(dense_backward_kernel, shape, own, tile.warps, tile.stages, flops, reads, writes))
+
+    if whole:
+        writes = ("dq", "dk", "dv", "d_total", "d_mixing")
+        go(True, 1, query_flops + key_flops, query_reads, writes)
+    else:
+        go(True, down, query_flops, query_reads, ("dq", "d_total", "d_mixing"))
+        go(False, across, key_flops, (*reads, "d_total"), ("dk", "dv"))
     d_mixing = parts.sum((0, 1) if mixing.dim() == 2 else 0)
     for axis, width in ((-2, tile.queries), (-1, tile.keys)):
         if constants["TP"] > width:  # a block has several tiles

@@ -7,8 +7,6 @@ the same, rounded up to a power of two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def product(a: Any, b: Any, UP: tl.constexpr, PREC: tl.constexpr) -> Any:
+def product(a: tl.tensor, b: tl.tensor, UP: tl.constexpr, PREC: tl.constexpr) -> tl.tensor:
     """Matrix product with a float32 result.
 
     Triton 3.8's interpreter multiplies the bit patterns of bf16, so UP casts operands to float32 there.
@@ -34,18 +32,18 @@ def product(a: Any, b: Any, UP: tl.constexpr, PREC: tl.constexpr) -> Any:
 
 @triton.jit
 def place_of(
-    block: Any,
-    t: Any,
-    M: Any,
-    NB1: Any,
-    NB2: Any,
-    G0: Any,
-    G1: Any,
-    G2: Any,
+    block: tl.tensor,
+    t: tl.tensor,
+    M: tl.tensor,
+    NB1: tl.tensor,
+    NB2: tl.tensor,
+    G0: tl.tensor,
+    G1: tl.tensor,
+    G2: tl.tensor,
     B0: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
-) -> Any:
+) -> tl.tuple:
     """Raster place of token t of a block, and whether there is such a token."""
     r2 = (block % NB2) * B2 + t % B2
     r1 = (block // NB2 % NB1) * B1 + t // B2 % B1
@@ -56,23 +54,24 @@ def place_of(
 
 @triton.jit
 def rows_of_tile(
-    tile: Any,
-    M: Any,
-    NB1: Any,
-    NB2: Any,
-    G0: Any,
-    G1: Any,
-    G2: Any,
+    tile: tl.tensor,
+    M: tl.tensor,
+    NB1: tl.tensor,
+    NB2: tl.tensor,
+    G0: tl.tensor,
+    G1: tl.tensor,
+    G2: tl.tensor,
     B0: tl.constexpr,
     B1: tl.constexpr,
     B2: tl.constexpr,
     W: tl.constexpr,
     TP: tl.constexpr,
-) -> Any:
+    EVEN: tl.constexpr,
+) -> tl.tuple:
     """Places of a tile's W rows, which of them are tokens, and the tile's first block.
 
-    Tiles are in block order. A tile holds W / TP whole blocks of TP padded rows, or W of the rows of one block
-    where TP is larger.
+    Tiles are in block order. A tile holds W / TP whole blocks of TP padded rows, or W of the rows of one
+    block where TP is larger. EVEN says that every row of every tile is a token, so that no load has a mask.
     """
     row = tl.arange(0, W)
     if TP <= W:
@@ -82,32 +81,44 @@ def rows_of_tile(
         first = tile // (TP // W)
         t = tile % (TP // W) * W + row
         place, there = place_of(first + t * 0, t, M, NB1, NB2, G0, G1, G2, B0, B1, B2)
+    if EVEN:
+        there = tl.full((W,), 1, tl.int1)
     return place, there, first
 
 
 @triton.jit
-def rows(base: Any, place: Any, there: Any, stride: Any, D: tl.constexpr, DP: tl.constexpr) -> Any:
+def rows(
+    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+) -> tl.tensor:
     """Load (rows, DP) of a token tensor; absent rows and channels are 0."""
     d = tl.arange(0, DP)
-    inside = there[:, None] & (d < D)[None, :]
+    inside = there[:, None] if D == DP else there[:, None] & (d < D)[None, :]
     return tl.load(base + place[:, None] * stride + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def keep(
-    base: Any, place: Any, there: Any, stride: Any, values: Any, D: tl.constexpr, DP: tl.constexpr
-) -> Any:
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    values: tl.tensor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+) -> tl.tensor:
     """Store (rows, DP) to a token tensor."""
     d = tl.arange(0, DP)
-    inside = there[:, None] & (d < D)[None, :]
+    inside = there[:, None] if D == DP else there[:, None] & (d < D)[None, :]
     tl.store(base + place[:, None] * stride + d[None, :], values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def features(raw: Any, there: Any, offset: Any, D: tl.constexpr, DP: tl.constexpr) -> Any:
+def features(
+    raw: tl.tensor, there: tl.tensor, offset: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+) -> tl.tensor:
     """relu(x) + offset in float32; 0 at absent rows and channels."""
     phi = tl.maximum(raw.to(tl.float32), 0.0) + offset
-    inside = there[:, None] & (tl.arange(0, DP) < D)[None, :]
+    inside = there[:, None] if D == DP else there[:, None] & (tl.arange(0, DP) < D)[None, :]
     return tl.where(inside, phi, 0.0)
 
 

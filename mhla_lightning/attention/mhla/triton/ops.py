@@ -17,7 +17,8 @@ from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.triton import blocks as block_form
 from mhla_lightning.attention.mhla.triton import dense as dense_form
-from mhla_lightning.attention.mhla.triton.choice import CallSizes, dense_is_cheaper
+from mhla_lightning.attention.mhla.triton.choice import dense_is_cheaper
+from mhla_lightning.attention.mhla.triton.tiles import call_sizes
 
 FORMS = ("dense", "blocks")
 
@@ -53,9 +54,8 @@ def triton_mhla(
     """
     batch, tokens, heads, dim = q.shape
     if form is None:
-        count = 1 if mixing is None else grid.num_blocks
-        problem = CallSizes(batch * heads, tokens, count, dim, v.shape[3])
-        form = "dense" if table is None and dense_is_cheaper(problem) else "blocks"
+        sizes = call_sizes(batch * heads, grid, dim, v.shape[3], mixed=mixing is not None)
+        form = "dense" if table is None and dense_is_cheaper(sizes) else "blocks"
     if form == "blocks":
         return blocks(q, k, v, mixing, table, grid.grid, grid.block_size, offset, eps, float32_summaries)[0]
     if mixing is None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mhla_lightning.attention.mhla.triton.choice import WHOLE_ROW
+from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.mhla.triton.choice import CallSizes
+
+WHOLE_ROWS = 128
+"""Rows of a call from which on one program a row fills a GPU."""
 
 LEAST = 16  # rows and channels of the smallest matrix product
 
@@ -38,38 +42,45 @@ def padded_block(tokens_per_block: int) -> int:
     return 1 << (tokens_per_block - 1).bit_length()
 
 
-def whole_row(blocks: int, tokens_per_block: int) -> int | None:
-    """Return the rows of a tile that holds all tokens; None where there are too many."""
-    padded = blocks * padded_block(tokens_per_block)
-    return power_of_two(padded) if padded <= WHOLE_ROW else None
+def call_sizes(rows: int, grid: BlockGrid, dim_k: int, dim_v: int, mixed: bool = True) -> CallSizes:
+    """Return the sizes that the choice between the forms reads.
+
+    Args:
+        rows: batch x heads.
+        grid: the blocks.
+        dim_k, dim_v: channels a head.
+        mixed: False means linear attention, which is one block.
+    """
+    blocks = grid.num_blocks if mixed else 1
+    padded = blocks * padded_block(grid.tokens_per_block if mixed else grid.tokens)
+    return CallSizes(rows, grid.tokens, blocks, padded, dim_k, dim_v)
+
+
+def channel_parts(dim: int) -> tuple[int, int]:
+    """Return powers of two whose sum holds the channels: 72 is 64 + 16, and 64 is 64 + 0."""
+    whole = power_of_two(dim)
+    most, rest = whole // 2, power_of_two(dim - whole // 2)
+    return (most, rest) if most >= LEAST and most + rest < whole else (whole, 0)
 
 
 def dense_forward(dim: int, rows: int, itemsize: int) -> Tile:
     """Return the tile of the dense forward.
 
     Args:
-        dim: padded channels, the larger of q's and v's.
-        rows: padded tokens of a row.
+        dim: channels with their padding, the larger of q's and v's.
+        rows: tokens of a row with the padding of blocks.
         itemsize: bytes of an operand.
     """
     if itemsize == 4:
         return Tile(min(64, power_of_two(rows)), min(32, power_of_two(rows)), 4, 1)
-    queries, keys = min(128, power_of_two(rows)), min(64, power_of_two(rows))
-    return Tile(queries, keys, 8 if dim > 64 and queries > 64 else 4, 2)
+    queries, keys = min(128 if dim <= 64 else 64, power_of_two(rows)), min(64, power_of_two(rows))
+    return Tile(queries, keys, 4, 2)
 
 
-def dense_whole_row(dim: int, rows: int, itemsize: int) -> Tile:
-    """Return the tile of the backward that finishes a row of padded tokens at once."""
-    if itemsize == 4:
-        return Tile(rows, LEAST, 8, 1)
-    return Tile(rows, min(32, rows), 4 if rows <= 64 else 8 if dim <= 64 else 16, 1)
-
-
-def dense_backward(dim: int, itemsize: int) -> Tile:
-    """Return the tile of the two kernels that share a longer row's backward."""
-    if itemsize == 4:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4 if dim <= 64 else 8, 1)
+def dense_backward(dim: int, rows: int, itemsize: int) -> Tile:
+    """Return the tile of the dense backward; see :func:`dense_forward`."""
+    side = min(32 if itemsize == 4 else 64, power_of_two(rows))
+    return Tile(side, side, 4 if dim <= 64 else 8, 1)
 
 
 def block_tile(kernel: str, dim: int, tokens_per_block: int, itemsize: int, major: int) -> Tile:

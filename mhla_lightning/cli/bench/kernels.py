@@ -1,0 +1,88 @@
+"""Model the time of MHLA's Triton kernels on a GPU, from their launches; nothing is measured.
+
+The table stands beside the torch path and FlashAttention. --code compiles the kernels ahead of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from mhla_lightning.cli.output import write_json
+
+HELP = "modelled times, bytes and machine code of the Triton kernels; needs no GPU"
+CAPABILITIES = (80, 90)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `mhla bench kernels`."""
+    parser.add_argument(
+        "--code",
+        action="store_true",
+        help="compile every kernel for sm_80 and sm_90 and show registers and spills (minutes)",
+    )
+    parser.add_argument(
+        "--case", metavar="TEXT", default="", help="only cases whose name contains this (default: all)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries out the verb."""
+    from rich.console import Console
+
+    from mhla_lightning.bench.kernel_launches import CASES, GPUS, operator_times
+
+    console = Console()
+    cases = [case for case in CASES if args.case in case.name]
+    rows = [times.row() for gpu in GPUS for times in operator_times(cases, gpu)]
+    console.print(_times(rows))
+    result: dict[str, Any] = {"modelled": rows}
+    if args.code:
+        result["code"] = _code(cases)
+        console.print(_code_table(result["code"]))
+    write_json(args.json, result)
+    return 0
+
+
+def _times(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="modelled, not measured: forward and backward of one layer's operator, bf16")
+    headings = ("case", "GPU", "form", "kernels torch", "Triton", "GB torch", "Triton")
+    for heading in (*headings, "ms torch", "ms Triton", "ms FlashAttention"):
+        table.add_column(heading, justify="left" if heading in ("case", "GPU", "form") else "right")
+    for row in rows:
+        counts = ("+".join(map(str, row[f"{path}_kernels"])) for path in ("torch", "triton"))
+        gigabytes = (f"{row[f'{path}_gigabytes']:.2f}" for path in ("torch", "triton"))
+        times = (f"{row[f'{path}_ms']:.2f}" for path in ("torch", "triton", "flash"))
+        table.add_row(row["case"], row["gpu"], row["form"], *counts, *gigabytes, *times)
+    return table
+
+
+def _code(cases: list[Any]) -> list[dict[str, Any]]:
+    from mhla_lightning.bench.kernel_code import compile_launch
+    from mhla_lightning.bench.kernel_launches import kernel_launches
+
+    return [
+        {"case": case.name, **asdict(compile_launch(launch, capability))}
+        for case in cases
+        for capability in CAPABILITIES
+        for both in kernel_launches(case, capability // 10)
+        for launch in both
+    ]
+
+
+def _code_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="compiled ahead of time, bf16 operands")
+    for heading in ("case", "kernel"):
+        table.add_column(heading)
+    keys = ("capability", "warps", "registers", "shared", "spilled", "tensor_core", "warp_group")
+    for heading in ("sm", "warps", "registers", "shared bytes", "spilled", "tensor core", "of Hopper"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        name = row["name"].removesuffix("_kernel").replace("_", " ")
+        table.add_row(row["case"], name, *(f"{row[key]:,}" for key in keys))
+    return table
