@@ -56,18 +56,19 @@ class DocumentChunks:
         return self.document[:, :, None] == self.document[:, None, :]
 
     @cached_property
-    def token(self) -> Tensor:
-        """(batch, M, size) int32, the token at each place, -1 where there is none."""
-        batch, places = len(self.number), self.count * self.size + 1
-        tokens = torch.arange(len(self.slot) // batch, dtype=torch.int32, device=self.slot.device)
-        found = tokens.new_full((batch * places,), -1).index_copy(0, self.slot, tokens.repeat(batch))
-        return found.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size)).contiguous()
+    def layout(self) -> Tensor:
+        """The chunks as kernels read them, (batch, M, size + 2) int32.
 
-    @cached_property
-    def bounds(self) -> Tensor:
-        """(batch, M, 2) int32, the first chunk of each chunk's document, and one past its last."""
+        These are the token at each place of a chunk, -1 where there is none. Then come the first chunk of the
+        chunk's document, and one past its last.
+        """
+        batch, places = len(self.number), self.count * self.size + 1
+        tokens = torch.arange(len(self.slot) // batch, device=self.slot.device)
+        token = tokens.new_full((batch * places,), -1).index_copy(0, self.slot, tokens.repeat(batch))
+        token = token.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size))
         first = torch.arange(self.count, device=self.number.device) - self.number
-        return torch.stack([first, first + self._same().sum(2)], 2).int()
+        bounds = torch.stack([first, first + self._same().sum(2)], 2)
+        return torch.cat([token, bounds], 2).int()
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,8 @@ def check_causal_operators() -> dict[str, str]:
     q, k, v = (torch.randn(1, 4, 1, 8, requires_grad=True) for _ in range(3))
     weights = torch.rand(1, 1, 2, 2, requires_grad=True)
     until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
-    numbers = (2, EPS, EPS, True)
-    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None, None)
+    numbers = (2, True, [EPS, EPS])
+    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None)
     found = {}
     results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
     found |= {f"causal.{test}": said for test, said in results.items()}

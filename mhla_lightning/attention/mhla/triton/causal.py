@@ -7,7 +7,7 @@ the mixing, the scale, the documents and the decay between chunks; `terms.py` ma
 fade(t, s) is exp(until_t - until_s) inside a chunk. Where the decay spans the sequence, it is
 exp(until_t + after_s) between chunks.
 
-Tiles hold whole chunks, each padded to a power of two, or a part of one chunk. `token` gives the place of
+Tiles hold whole chunks, each padded to a power of two, or a part of one chunk. `layout` gives the place of
 every row of a chunk in a packed batch. The dense form (FAR = 0) reads all chunks of a tile's documents. The
 form in chunks (FAR = 1) reads the own chunk, and earlier ones through mixed means of phi(k) v^T. Both take
 the same three kernels. Nothing is added atomically.
@@ -43,7 +43,7 @@ from mhla_lightning.attention.mhla.triton.terms import CausalTerms
 @triton.jit
 def chunk_rows(
     tile: tl.tensor,
-    token: tl.tensor,
+    layout: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     T: tl.constexpr,
@@ -64,7 +64,7 @@ def chunk_rows(
     there = (t < T) & (chunk < M)
     place = chunk * T + t
     if PACKED:
-        place = tl.load(token + place, mask=there, other=-1)
+        place = tl.load(layout + chunk * (T + 2) + t, mask=there, other=-1)
         there = there & (place >= 0)
     else:
         there = there & (place < N)
@@ -125,7 +125,7 @@ def fading(
 def chunk_sum_kernel(
     x: tl.tensor,
     y: tl.tensor,
-    token: tl.tensor,
+    layout: tl.tensor,
     fade: tl.tensor,
     out: tl.tensor,
     inverse: tl.tensor,
@@ -173,7 +173,7 @@ def chunk_sum_kernel(
     y += b * syb + h * syh
     out += b * sob + h * soh
     fade += b * sfb + h * sfh + chunk * sfc
-    token += b * M * T
+    layout += b * M * (T + 2)
     acc = tl.zeros((BD, DVP), tl.float32)
     total = tl.zeros((BD,), tl.float32)
     for t0 in range(0, T, BT):
@@ -181,7 +181,7 @@ def chunk_sum_kernel(
         there = t < T
         place = chunk * T + t
         if PACKED:
-            place = tl.load(token + place, mask=there, other=-1)
+            place = tl.load(layout + chunk * (T + 2) + t, mask=there, other=-1)
             there = there & (place >= 0)
         else:
             there = there & (place < N)
@@ -218,8 +218,7 @@ def causal_forward_kernel(
     k: tl.tensor,
     v: tl.tensor,
     weights: tl.tensor,
-    token: tl.tensor,
-    bounds: tl.tensor,
+    layout: tl.tensor,
     until: tl.tensor,
     after: tl.tensor,
     mixed: tl.tensor,
@@ -274,8 +273,8 @@ def causal_forward_kernel(
     weights += b * swb + h * swh
     until += b * sub + h * suh
     after += b * sab + h * sah
-    token += b * M * T
-    place, there, chunk, t, qa = chunk_rows(tile, token, M, N, T, BQ, TP, PACKED)
+    layout += b * M * (T + 2)
+    place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
     raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
     queries = phi.to(raw.dtype)
@@ -299,10 +298,10 @@ def causal_forward_kernel(
     if FAR:
         begin = qa * TP // BK
     elif PACKED:
-        begin = tl.load(bounds + (b * M + qa) * 2) * TP // BK
+        begin = tl.load(layout + qa * (T + 2) + T) * TP // BK
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
-        at, is_key, key_chunk, s_, ka = chunk_rows(j, token, M, N, T, BK, TP, PACKED)
+        at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
         keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
@@ -332,8 +331,7 @@ def causal_queries_kernel(
     k: tl.tensor,
     v: tl.tensor,
     weights: tl.tensor,
-    token: tl.tensor,
-    bounds: tl.tensor,
+    layout: tl.tensor,
     until: tl.tensor,
     after: tl.tensor,
     mixed: tl.tensor,
@@ -397,8 +395,8 @@ def causal_queries_kernel(
     weights += b * swb + h * swh
     until += b * sub + h * suh
     after += b * sab + h * sah
-    token += b * M * T
-    place, there, chunk, t, qa = chunk_rows(tile, token, M, N, T, BQ, TP, PACKED)
+    layout += b * M * (T + 2)
+    place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
     raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
     queries = phi.to(raw.dtype)
@@ -431,7 +429,7 @@ def causal_queries_kernel(
     if FAR:
         begin = qa * TP // BK
     elif PACKED:
-        begin = tl.load(bounds + (b * M + qa) * 2) * TP // BK
+        begin = tl.load(layout + qa * (T + 2) + T) * TP // BK
     NA: tl.constexpr = BQ // TP if TP <= BQ else 1
     NB: tl.constexpr = BK // TP if TP <= BK else 1
     d_weights += (b * H + h) * ROWS * COLUMNS + tile * NA * COLUMNS
@@ -439,7 +437,7 @@ def causal_queries_kernel(
     own = tl.zeros((NA, NB), tl.float32)
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
-        at, is_key, key_chunk, s_, ka = chunk_rows(j, token, M, N, T, BK, TP, PACKED)
+        at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
         keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
@@ -482,8 +480,7 @@ def causal_keys_kernel(
     k: tl.tensor,
     v: tl.tensor,
     weights: tl.tensor,
-    token: tl.tensor,
-    bounds: tl.tensor,
+    layout: tl.tensor,
     until: tl.tensor,
     after: tl.tensor,
     d_summary: tl.tensor,
@@ -543,8 +540,8 @@ def causal_keys_kernel(
     weights += b * swb + h * swh
     until += b * sub + h * suh
     after += b * sab + h * sah
-    token += b * M * T
-    place, there, chunk, t, ka = chunk_rows(tile, token, M, N, T, BK, TP, PACKED)
+    layout += b * M * (T + 2)
+    place, there, chunk, t, ka = chunk_rows(tile, layout, M, N, T, BK, TP, PACKED)
     raw = rows(k + b * skb + h * skh, place, there, skn, D, DP)
     phi = features(raw, there, offset, D, DP)
     keys = phi.to(raw.dtype)
@@ -577,10 +574,10 @@ def causal_keys_kernel(
         end = ((ka + 1) * TP + BQ - 1) // BQ
     elif PACKED:
         last = tl.minimum(ka + (BK // TP if TP <= BK else 1), M) - 1
-        end = (tl.load(bounds + (b * M + last) * 2 + 1) * TP + BQ - 1) // BQ
+        end = (tl.load(layout + last * (T + 2) + T + 1) * TP + BQ - 1) // BQ
     rank = tile * BK + tl.arange(0, BK)
     for i in range(tile * BK // BQ, end):
-        at, is_query, query_chunk, t_, qa = chunk_rows(i, token, M, N, T, BQ, TP, PACKED)
+        at, is_query, query_chunk, t_, qa = chunk_rows(i, layout, M, N, T, BQ, TP, PACKED)
         queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP).to(raw.dtype)
         g = rows(grad, at, is_query, sgn, DV, DVP)
         if NORM:
@@ -618,15 +615,15 @@ class CausalPlan:
 
     Attributes:
         size: tokens per chunk.
+        far: whether chunks are summed up; else every key is read.
         offset: added by the feature map.
         eps: added to the normalizer; None means no normalizer.
-        far: whether chunks are summed up; else every key is read.
     """
 
     size: int
-    offset: float
-    eps: float | None
     far: bool
+    offset: float
+    eps: float | None = None
 
     @property
     def padded(self) -> int:
@@ -650,7 +647,7 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
     """Return the arguments that all kernels of a call share."""
     d, dv = q.shape[3], v.shape[3]
     return {
-        "token": q if terms.token is None else terms.token,
+        "layout": q if terms.layout is None else terms.layout,
         "offset": plan.offset,
         "H": q.shape[2],
         "N": q.shape[1],
@@ -660,7 +657,7 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
         "DV": dv,
         "DVP": tiles.power_of_two(dv),
         "NORM": plan.eps is not None,
-        "PACKED": terms.token is not None,
+        "PACKED": terms.layout is not None,
         "UP": INTERPRETED,
         "PREC": precision(q.dtype),
     }
@@ -678,7 +675,6 @@ def _pair_constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) 
         "suc": until.stride(2),
         "sac": after.stride(2),
         "weights": terms.weights,
-        "bounds": q if terms.bounds is None else terms.bounds,
         "until": until,
         "after": after,
         "back": float(plan.size),
@@ -825,7 +821,7 @@ _TRAFFIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def _room(x: Tensor, terms: CausalTerms) -> Tensor:
     """Return room for a token tensor; 0 where padding is not written."""
-    make = torch.empty if terms.token is None else torch.zeros
+    make = torch.empty if terms.layout is None else torch.zeros
     return make(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -45,9 +45,9 @@ def triton_causal_mhla(
     if form is None:
         sizes = CausalSizes(q.shape[0] * q.shape[2], terms.chunks, size, q.shape[3], v.shape[3])
         form = "dense" if causal_dense_is_cheaper(sizes) else "chunks"
-    numbers = (size, offset, eps, form == "chunks")
-    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.token, terms.bounds)
-    return causal(*inputs, *numbers)[0]
+    numbers = [offset] if eps is None else [offset, eps]
+    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.layout)
+    return causal(*inputs, size, form == "chunks", numbers)[0]
 
 
 @torch.library.custom_op("mhla::causal", mutates_args=())
@@ -58,17 +58,23 @@ def causal(
     weights: Tensor,
     until: Tensor | None,
     after: Tensor | None,
-    token: Tensor | None,
-    bounds: Tensor | None,
+    layout: Tensor | None,
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, 1 / normalizer, mixed means and sums, means and sums of chunks."""
-    terms = CausalTerms(weights, token, bounds, until, after)
+    """Return the output, 1 / normalizer, mixed means and sums, means and sums of chunks.
+
+    Args:
+        q, k, v: see :func:`triton_causal_mhla`.
+        weights, until, after, layout: see :class:`CausalTerms`.
+        size: tokens per chunk.
+        far: whether the form in chunks is taken.
+        numbers: the offset of the feature map, and eps where there is a normalizer.
+    """
+    terms = CausalTerms(weights, layout, until, after)
     with full_precision(q):
-        return form.forward(q, k, v, terms, form.CausalPlan(size, offset, eps, far))
+        return form.forward(q, k, v, terms, form.CausalPlan(size, far, *numbers))
 
 
 @causal.register_fake
@@ -79,18 +85,17 @@ def _(
     weights: Tensor,
     until: Tensor | None,
     after: Tensor | None,
-    token: Tensor | None,
-    bounds: Tensor | None,
+    layout: Tensor | None,
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     lead = (batch, heads, weights.shape[-1], dim)
-    inverse = q.new_empty((batch, heads, 0 if eps is None else tokens), dtype=torch.float32)
+    normalize = len(numbers) > 1
+    inverse = q.new_empty((batch, heads, tokens if normalize else 0), dtype=torch.float32)
     summary = q.new_empty((*lead, v.shape[3]) if far else (0,) * 5)
-    z = inverse.new_empty(lead if far and eps is not None else (0,) * 4)
+    z = inverse.new_empty(lead if far and normalize else (0,) * 4)
     room = (torch.empty_like(x) for x in (summary, z))
     return v.new_empty(v.shape), inverse, *room, summary, z
 
@@ -102,18 +107,16 @@ def causal_backward(
     weights: Tensor,
     until: Tensor | None,
     after: Tensor | None,
-    token: Tensor | None,
-    bounds: Tensor | None,
+    layout: Tensor | None,
     saved: Sequence[Tensor],
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, weights, `until` and `after`; absent ones are empty."""
-    terms = CausalTerms(weights, token, bounds, until, after)
+    terms = CausalTerms(weights, layout, until, after)
     with full_precision(grad):
-        return form.backward(grad, tokens, terms, saved, form.CausalPlan(size, offset, eps, far))
+        return form.backward(grad, tokens, terms, saved, form.CausalPlan(size, far, *numbers))
 
 
 @causal_backward.register_fake
@@ -123,13 +126,11 @@ def _(
     weights: Tensor,
     until: Tensor | None,
     after: Tensor | None,
-    token: Tensor | None,
-    bounds: Tensor | None,
+    layout: Tensor | None,
     saved: Sequence[Tensor],
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in tokens)
     d_until, d_after = (weights.new_empty((0,) * 4 if x is None else x.shape) for x in (until, after))
@@ -137,20 +138,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.size, ctx.offset, ctx.eps, ctx.far = inputs
+    *tensors, ctx.size, ctx.far, ctx.numbers = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    q, k, v, weights, until, after, token, bounds, *saved = ctx.saved_tensors
-    terms = (weights, until, after, token, bounds)
-    numbers = (ctx.size, ctx.offset, ctx.eps, ctx.far)
+        return (None,) * 10
+    q, k, v, weights, until, after, layout, *saved = ctx.saved_tensors
+    terms = (weights, until, after, layout)
+    numbers = (ctx.size, ctx.far, ctx.numbers)
     *gradients, d_until, d_after = causal_backward(grad, [q, k, v], *terms, saved, *numbers)
     decays = (None if x is None else d for x, d in ((until, d_until), (after, d_after)))
-    return (*gradients, *decays, *(None,) * 6)
+    return (*gradients, *decays, *(None,) * 4)
 
 
 causal.register_autograd(_differentiate, setup_context=_save)
@@ -176,11 +177,8 @@ def _causal_flops(
     weights: Shape,
     until: Shape | None,
     after: Shape | None,
-    token: Shape | None,
-    bounds: Shape | None,
+    layout: Shape | None,
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
     *_: Any,
     **__: Any,
@@ -195,12 +193,9 @@ def _causal_backward_flops(
     weights: Shape,
     until: Shape | None,
     after: Shape | None,
-    token: Shape | None,
-    bounds: Shape | None,
+    layout: Shape | None,
     saved: Sequence[Shape],
     size: int,
-    offset: float,
-    eps: float | None,
     far: bool,
     *_: Any,
     **__: Any,

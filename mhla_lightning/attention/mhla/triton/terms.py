@@ -20,10 +20,7 @@ class CausalTerms:
     Attributes:
         weights: (batch or 1, heads or 1, M, M) float32, row = query chunk: mixing, scale, documents and the
             decay between chunks. Entries above the diagonal are not read.
-        token: (batch, M, size) int32, the token at each place of a chunk, -1 where there is none; None means
-            chunks in order.
-        bounds: (batch, M, 2) int32, the first chunk of each chunk's document, and one past its last; None
-            where `token` is.
+        layout: (batch, M, size + 2) int32, see :attr:`DocumentChunks.layout`; None means chunks in order.
         until: (batch, heads, M, size) float32, log decay from the chunk's first token to each, both
             included; None means no decay.
         after: (batch, heads, M, size) float32, log decay from each token to the chunk's end; None unless the
@@ -31,8 +28,7 @@ class CausalTerms:
     """
 
     weights: Tensor
-    token: Tensor | None = None
-    bounds: Tensor | None = None
+    layout: Tensor | None = None
     until: Tensor | None = None
     after: Tensor | None = None
 
@@ -68,13 +64,13 @@ def causal_terms(
     earlier = one.tril(-1) if chunks is None else chunks.earlier().unsqueeze(1)
     if chunks is not None:
         among = among * (earlier | (one.tril() & one.triu()))
-    token, bounds = (None, None) if chunks is None else (chunks.token, chunks.bounds)
+    layout = None if chunks is None else chunks.layout
     if log_decay is None:
-        return CausalTerms(among, token, bounds)
+        return CausalTerms(among, layout)
     decay = decays(log_decay.float(), tokens, size, chunks, rule.decay_span)
     lead = (batch, heads, count, size)
     until = decay.until.expand(lead)
     if rule.decay_span == "chunk":
-        return CausalTerms(among, token, bounds, until)
+        return CausalTerms(among, layout, until)
     among = among * decay.between().masked_fill(~earlier, 0).exp()
-    return CausalTerms(among, token, bounds, until, (decay.total[..., None] - decay.until).expand(lead))
+    return CausalTerms(among, layout, until, (decay.total[..., None] - decay.until).expand(lead))
