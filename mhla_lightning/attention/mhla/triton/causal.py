@@ -1,4 +1,4 @@
-"""Causal MHLA: short rows as one N x N kernel, long rows in chunks, with decays and packed documents.
+"""Causal MHLA, dense for short rows and in chunks for long ones; decays and documents.
 
 A[t, s] = w[c(t), c(s)] fade(t, s) phi(q_t) . phi(k_s) for s <= t, and o_t = sum_s A[t, s] v_s, divided by
 sum_s A[t, s] + eps where there is a normalizer. c(t) is the chunk of token t in its row. The weights w hold
@@ -51,7 +51,10 @@ def chunk_rows(
     TP: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> tl.tuple:
-    """Places of a tile's W rows, which are tokens, their chunks and places there, and the first chunk."""
+    """Places of a tile's W rows, and which are tokens.
+
+    Then come their chunks, their places there, and the tile's first chunk.
+    """
     row = tl.arange(0, W)
     if TP <= W:
         first = tile * (W // TP)
@@ -828,9 +831,9 @@ def _room(x: Tensor, terms: CausalTerms) -> Tensor:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, 1 / normalizer, mixed means and sums, means and sums; see `causal_ops.causal`.
+    """Return the output, 1 / normalizer, mixed means and sums, means and sums of chunks.
 
-    The last four are empty in the dense form.
+    The last four are empty in the dense form. See `causal_ops.causal`.
     """
     q, k, v = (contiguous_channels(x) for x in (q, k, v))
     batch, tokens, heads, _ = q.shape

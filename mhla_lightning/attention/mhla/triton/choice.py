@@ -192,7 +192,9 @@ LARGEST_VALUE = 256  # channels of v a head in the causal kernels
 def takes_causal(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, context: Context, unfit: str | None = None
 ) -> bool:
-    """Return whether a causal call over whole rows runs on Triton kernels; see :func:`takes_triton`.
+    """Return whether a causal call over whole rows runs on Triton kernels.
+
+    The arguments are those of :func:`takes_triton`.
 
     Raises:
         UserError: `triton` was demanded and cannot serve the call.
@@ -234,7 +236,10 @@ class CausalSizes:
 
 
 def causal_dense_seconds(sizes: CausalSizes, costs: Costs = COSTS) -> float:
-    """Return the model's time of forward and backward with every earlier key read; half of N x N pairs."""
+    """Return the model's time of forward and backward with every earlier key read.
+
+    These are half of all N x N pairs.
+    """
     tokens = sizes.chunks * sizes.size
     pairs = sizes.rows * tokens * (tokens + sizes.size) / 2
     flops = 2 * pairs * (6 * sizes.dim_k + 4 * sizes.dim_v)

@@ -116,6 +116,9 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
 
 
 def slices_of(dim_k: int, dim_v: int) -> tuple[int, int]:
-    """Return the channels of k that one program of `chunk_sum_kernel` takes, and the programs of a chunk."""
+    """Return the channels of k that a program of `chunk_sum_kernel` takes.
+
+    The second number is the programs of a chunk.
+    """
     width = min(dim_k, 128 * 128 // dim_v)
     return width, dim_k // width
