@@ -81,6 +81,21 @@ def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stri
 
 
 @triton.jit
+def positive(
+    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+) -> tl.tensor:
+    """Which of (rows, DP) of a token tensor are above 0.
+
+    A second load costs less than registers through a whole loop. Its policy differs from the first one's, or
+    the compiler would merge the two.
+    """
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    at = base + place[:, None] * stride + d[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first") > 0
+
+
+@triton.jit
 def weight_tile(
     weights: tl.tensor,
     a: tl.tensor,
@@ -474,7 +489,8 @@ def causal_queries_kernel(
         tl.store(d_weights + cells, own)
     if DECAY > 0:
         tl.store(d_until + ((b * H + h) * M + chunk) * T + t, d_log, mask=there)
-    keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(raw > 0, acc, 0.0), D, DP)
+    kept = positive(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(kept, acc, 0.0), D, DP)
 
 
 @triton.jit
@@ -609,7 +625,8 @@ def causal_keys_kernel(
     if DECAY == 2:
         tl.store(d_after + slot, d_end, mask=there)
     keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
-    keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(raw > 0, d_keys, 0.0), D, DP)
+    kept = positive(k + b * skb + h * skh, place, there, skn, D, DP)
+    keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)
 
 
 @dataclass(frozen=True)
@@ -904,9 +921,9 @@ def backward(
         transposed = terms.weights.tril(-1).mT
         d_summary = mix_earlier(transposed, d_mixed)
         d_z = d_z_mixed if plan.eps is None else mix_earlier(transposed, d_z_mixed)
-    tile = _tile("backward", q, v, plan, count)
-    own = plan.padded // min(plan.padded, tile.queries)  # tiles of one chunk
-    shape = (batch, heads, count * own, 1 if plan.far else count * own)
+    tile, keys_tile = (_tile(name, q, v, plan, count) for name in ("queries", "keys"))
+    down, across = (max(1, plan.padded // width) for width in (tile.queries, tile.keys))  # tiles of a chunk
+    shape = (batch, heads, count * down, 1 if plan.far else count * across)
     make = torch.empty if plan.far else torch.zeros  # the dense form passes over pairs without a weight
     parts = make(shape, dtype=torch.float32, device=device)
     arguments = {
@@ -942,7 +959,7 @@ def backward(
     )
     _launch_pairs(
         causal_keys_kernel,
-        tile,
+        keys_tile,
         {
             **arguments,
             "d_summary": d_summary,
@@ -950,7 +967,7 @@ def backward(
             "dk": dk,
             "dv": dv,
             "d_after": d_after,
-            "TILES": plan.tiles_of(count, tile.queries),
+            "TILES": plan.tiles_of(count, keys_tile.queries),
         },
         (2, 2),
         batch,
@@ -959,9 +976,9 @@ def backward(
         d_weights = _products(d_mixed, summary) * plan.size**2
         if plan.eps is not None:
             d_weights += _products(d_z_mixed, z)
-        d_weights = d_weights.tril(-1) + torch.diag_embed(parts.unflatten(2, (count, own)).sum((3, 4)))
-    elif own > 1:
-        d_weights = parts.unflatten(3, (count, own)).sum(4).unflatten(2, (count, own)).sum(3)
+        d_weights = d_weights.tril(-1) + torch.diag_embed(parts.unflatten(2, (count, down)).sum((3, 4)))
+    elif down * across > 1:
+        d_weights = parts.unflatten(3, (count, across)).sum(4).unflatten(2, (count, down)).sum(3)
     else:
         d_weights = parts
     shared = [axis for axis in (0, 1) if terms.weights.shape[axis] == 1]

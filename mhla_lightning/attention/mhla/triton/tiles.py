@@ -104,15 +104,19 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
     """Return the tile of a causal kernel.
 
     Args:
-        kernel: `sum`, `forward` or `backward`.
+        kernel: `sum`, `forward`, `queries` or `keys`.
         dim: padded channels, the larger of q's and v's.
         rows: padded tokens of a chunk, or of a row in the dense form.
         itemsize: bytes of an operand.
         major: compute capability.
     """
-    most = 64 if itemsize == 2 else 32
-    size = min(most, power_of_two(rows))
-    return Tile(size, size, 8 if dim > 64 else 4, 1)
+    most, least = (64, 32) if itemsize == 2 else (32, 32)
+    queries = keys = min(most, power_of_two(rows))
+    if dim > 64 and kernel in ("queries", "keys"):  # their sums leave few registers
+        small = min(least, power_of_two(rows))
+        queries = small if kernel == "keys" or major < 9 else queries
+        keys = small if kernel == "queries" or major < 9 else keys
+    return Tile(queries, keys, 8 if dim > 64 else 4, 1)
 
 
 def slices_of(dim_k: int, dim_v: int) -> tuple[int, int]:
