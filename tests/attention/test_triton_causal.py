@@ -44,8 +44,8 @@ def cases(form: str) -> list[CausalKernelCase]:
             8,
             {"chunk_size": 4, "max_chunks": 2, "extrapolation": "shift", "decay": "token"},
         ),
-        CausalKernelCase(form, ((9, 7),), 16, 16, {"chunk_size": 5, **SEQUENCE}, heads=1, dtype=FP16),
-        CausalKernelCase(form, ((9, 7),), 16, 16, {"chunk_size": 5, **SEQUENCE}, heads=1, dtype=BF16),
+        CausalKernelCase(form, ((9, 7), (5, 11)), 16, 16, {"chunk_size": 5, **SEQUENCE}, dtype=FP16),
+        CausalKernelCase(form, ((9, 7), (5, 11)), 16, 16, {"chunk_size": 5, **SEQUENCE}, dtype=BF16),
     ]
 
 
@@ -73,11 +73,12 @@ def test_forward_and_all_gradients_equal_the_full_matrix(
 ) -> None:
     found = interpreted.submit(causal_errors, case).result()
     assert len(found) >= 5
-    # The gradient of a weight under a normalizer is a small difference of large sums, on torch too.
-    tolerance = TOLERANCES[case.dtype]
-    worst = {name: error for name, (error, torchs) in found.items() if not error < max(tolerance, torchs)}
-    assert not worst, found
-    assert all(torchs < 10 * tolerance for _, torchs in found.values()), found
+    for name, (error, torchs) in found.items():
+        # Gradients of weights and decays are small differences of large sums; torch's error is as large.
+        tolerance = TOLERANCES[case.dtype]
+        tolerance = tolerance if name in ("out", "q", "k", "v") else max(2 * tolerance, 1e-6)
+        assert error < tolerance, (name, found)
+        assert torchs < max(tolerance, 1e-6), (name, found)
 
 
 def test_torch_finds_no_fault_in_the_operators(interpreted: ProcessPoolExecutor) -> None:

@@ -114,8 +114,9 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
     queries = keys = min(most, power_of_two(rows))
     if dim > 64 and kernel in ("queries", "keys"):  # their sums leave few registers
         small = min(least, power_of_two(rows))
-        queries = small if kernel == "keys" or major < 9 else queries
-        keys = small if kernel == "queries" or major < 9 else keys
+        wide = dim > 128 or major < 9
+        queries = small if kernel == "keys" or wide else queries
+        keys = small if kernel == "queries" or wide else keys
     return Tile(queries, keys, 8 if dim > 64 else 4, 1)
 
 
