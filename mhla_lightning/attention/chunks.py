@@ -160,7 +160,7 @@ def chunk_tokens(
     """
     chunks = None if packing is None else packing.chunks(chunk_size)
     q, k, tokens = split(q, chunk_size, chunks), split(k, chunk_size, chunks), v.shape[2]
-    decay = None if log_decay is None else _decay(log_decay, tokens, chunk_size, chunks, decay_span)
+    decay = None if log_decay is None else decays(log_decay, tokens, chunk_size, chunks, decay_span)
     return ChunkedTokens(q, k, split(v, chunk_size, chunks), tokens, chunks, decay)
 
 
@@ -178,7 +178,7 @@ def split(x: Tensor, size: int, chunks: DocumentChunks | None) -> Tensor:
     return cut.contiguous()  # one copy here, or every product that reads it makes its own
 
 
-def _decay(log_decay: Tensor, tokens: int, size: int, chunks: DocumentChunks | None, span: str) -> Decay:
+def decays(log_decay: Tensor, tokens: int, size: int, chunks: DocumentChunks | None, span: str) -> Decay:
     """Return the decays of (batch, heads, tokens), or of (heads,) where all tokens decay alike."""
     if log_decay.dim() == 1:
         # Only full chunks are read from later ones, so the total of a short chunk may include empty places.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,8 +50,25 @@ class DocumentChunks:
 
     def earlier(self) -> Tensor:
         """Return (batch, M, M) bool: chunk b precedes chunk i in the same document, at [i, b]."""
-        same = self.document[:, :, None] == self.document[:, None, :]
-        return same & (self.number[:, None, :] < self.number[:, :, None])
+        return self._same() & (self.number[:, None, :] < self.number[:, :, None])
+
+    def _same(self) -> Tensor:
+        return self.document[:, :, None] == self.document[:, None, :]
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """The chunks as kernels read them, (batch, M, size + 2) int32.
+
+        These are the token at each place of a chunk, -1 where there is none. Then come the first chunk of the
+        chunk's document, and one past its last.
+        """
+        batch, places = len(self.number), self.count * self.size + 1
+        tokens = torch.arange(len(self.slot) // batch, device=self.slot.device)
+        token = tokens.new_full((batch * places,), -1).index_copy(0, self.slot, tokens.repeat(batch))
+        token = token.unflatten(0, (batch, places))[:, :-1].unflatten(1, (self.count, self.size))
+        first = torch.arange(self.count, device=self.number.device) - self.number
+        bounds = torch.stack([first, first + self._same().sum(2)], 2)
+        return torch.cat([token, bounds], 2).int()
 
 
 @dataclass(frozen=True)

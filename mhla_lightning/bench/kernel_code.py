@@ -24,7 +24,7 @@ from mhla_lightning.attention.mhla.triton.launch import Launch
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program may take, by compute capability."""
 
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 

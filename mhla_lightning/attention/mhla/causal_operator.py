@@ -18,6 +18,7 @@ from mhla_lightning.attention.mhla.causal import attend_in_chunks, prefill_in_ch
 from mhla_lightning.attention.mhla.decode import MHLAState, init_state, step_state
 from mhla_lightning.attention.mhla.mixing import FORMS, MixingInit, MixingMatrix, keys_of_an_entry
 from mhla_lightning.attention.mhla.rule import CAUSAL_NORMALIZERS, CausalFeatures, CausalRule
+from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.attention.mhla.window import Window, window_after, window_attention
 from mhla_lightning.errors import UserError
 
@@ -69,6 +70,8 @@ class CausalMHLAOptions:
         decay_span: `chunk` keeps summaries undecayed; `sequence` also decays across chunks.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer, and by `relu_eps` to the features.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows. Prefill
+            and single tokens always run on torch.
     """
 
     chunk_size: int = 64
@@ -87,6 +90,7 @@ class CausalMHLAOptions:
     decay_span: str = "chunk"
     feature_map: str = "relu"
     eps: float = 1e-6
+    kernel: str = "auto"
 
     def checked(self) -> CausalMHLAOptions:
         """Return the options with the defaults of `intra` and `decay` filled in.
@@ -140,6 +144,8 @@ class CausalMHLA(base.CausalAttention):
             own_chunk=options.intra != "window",
         )
         self.phi = base.feature_map(options.feature_map, options.eps)
+        self.offset = base.relu_offset(options.feature_map, options.eps)
+        self.kernel = choice.kernel_setting(options.kernel)
         per_head = self.rule.merges if options.mix_per_head is None else options.mix_per_head
         init_options = MixingInit.of(options.mix_init_options)
         with keys_of_an_entry():
@@ -164,12 +170,34 @@ class CausalMHLA(base.CausalAttention):
         return self.rule.chunk_size
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        lower = choice.operands(self.kernel, q, k, v)
+        if choice.takes_causal(self.kernel, *lower, context, self._unfit()):
+            return self._on_triton(*lower, context)
         return self._in_chunks(q, k, v, context, keep=False)[0]
 
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, base.State]:
         out, state = self._in_chunks(q, k, v, context, keep=True)
         assert state is not None
         return out, state
+
+    def _unfit(self) -> str | None:
+        """Return what of this operator Triton kernels cannot do."""
+        if self.offset is None:
+            return "it takes the feature maps 'relu' and 'relu_eps'"
+        return "it takes no intra 'window'" if self.intra == "window" else None
+
+    def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
+        from mhla_lightning.attention.mhla.triton.terms import causal_terms
+
+        assert self.offset is not None
+        rule = self.rule
+        with base.full_precision(q):
+            wide = torch.empty(0, device=q.device)  # mixing and decay are computed in float32
+            log_decay = self._log_decay(wide, context.log_decay)
+            terms = causal_terms(q, self._mixing(wide), rule, context.packed(), log_decay)
+        eps = rule.eps if rule.normalizer == "block" else None
+        return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
 
     def _in_chunks(
         self, q: Tensor, k: Tensor, v: Tensor, context: Context, *, keep: bool

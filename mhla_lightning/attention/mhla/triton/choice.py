@@ -188,3 +188,82 @@ WHOLE_ROW = 256
 def dense_is_cheaper(sizes: CallSizes) -> bool:
     """Return whether the N x N form is expected to be the faster one."""
     return dense_seconds(sizes) <= block_seconds(sizes)
+
+
+LARGEST_VALUE = 256  # channels of v a head in the causal kernels
+
+
+def takes_causal(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, context: Context, unfit: str | None = None
+) -> bool:
+    """Return whether a causal call over whole rows runs on Triton kernels.
+
+    The arguments are those of :func:`takes_triton`.
+
+    Raises:
+        UserError: `triton` was demanded and cannot serve the call.
+    """
+    if kernel == "torch" or (kernel == "auto" and not (q.is_cuda and q.dtype.itemsize == 2)):
+        return False
+    reason = unfit or machine_obstacle(q) or _causal_obstacle(q, k, v, context)
+    if kernel == "triton" and reason is not None:
+        raise UserError("kernel", f"'triton' cannot serve this call: {reason}; use 'auto' or 'torch'")
+    return reason is None
+
+
+def _causal_obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
+    if context.rotary is not None:
+        return "it takes no rotary positions in a causal model"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
+        return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
+    return None
+
+
+@dataclass(frozen=True)
+class CausalSizes:
+    """Sizes of one causal call.
+
+    Attributes:
+        rows: batch x heads.
+        chunks: of one row.
+        size: tokens per chunk.
+        dim_k, dim_v: channels a head.
+    """
+
+    rows: int
+    chunks: int
+    size: int
+    dim_k: int
+    dim_v: int
+
+
+def causal_dense_seconds(sizes: CausalSizes, costs: Costs = COSTS) -> float:
+    """Return the model's time of forward and backward with every earlier key read.
+
+    These are half of all N x N pairs.
+    """
+    tokens = sizes.chunks * sizes.size
+    pairs = sizes.rows * tokens * (tokens + sizes.size) / 2
+    flops = 2 * pairs * (6 * sizes.dim_k + 4 * sizes.dim_v)
+    passes = 8 * sizes.rows * tokens * (sizes.dim_k + sizes.dim_v)
+    return max(flops / costs.flops, 2 * passes / costs.bytes) + 3 * costs.launch
+
+
+def causal_chunk_seconds(sizes: CausalSizes, costs: Costs = COSTS) -> float:
+    """Return the model's time of forward and backward with means of chunks.
+
+    The pairs inside chunks are added, and means cross memory ten times.
+    """
+    tokens, summary = sizes.chunks * sizes.size, sizes.dim_k * sizes.dim_v
+    pairs = sizes.rows * tokens * sizes.size / 2
+    flops = 2 * pairs * (6 * sizes.dim_k + 4 * sizes.dim_v)
+    flops += 6 * sizes.rows * summary * (2 * tokens + sizes.chunks**2)
+    passes = 11 * sizes.rows * tokens * (sizes.dim_k + sizes.dim_v) + 10 * sizes.rows * sizes.chunks * summary
+    return max(flops / costs.flops, 2 * passes / costs.bytes) + 12 * costs.launch
+
+
+def causal_dense_is_cheaper(sizes: CausalSizes) -> bool:
+    """Return whether reading every earlier key is expected to be the faster form."""
+    return causal_dense_seconds(sizes) <= causal_chunk_seconds(sizes)

@@ -102,3 +102,32 @@ def block_tile(kernel: str, dim: int, tokens_per_block: int, itemsize: int, majo
         most //= 2
     tokens = min(most, power_of_two(tokens_per_block))
     return Tile(tokens, dim, 8 if dim > 64 else 4, 2 if tokens_per_block > tokens else 1)
+
+
+def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> Tile:
+    """Return the tile of a causal kernel.
+
+    Args:
+        kernel: `sum`, `forward`, `queries` or `keys`.
+        dim: padded channels, the larger of q's and v's.
+        rows: padded tokens of a chunk, or of a row in the dense form.
+        itemsize: bytes of an operand.
+        major: compute capability.
+    """
+    most, least = (64, 32) if itemsize == 2 else (32, 32)
+    queries = keys = min(most, power_of_two(rows))
+    if dim > 64 and kernel in ("queries", "keys"):  # their sums leave few registers
+        small = min(least, power_of_two(rows))
+        wide = dim > 128 or major < 9
+        queries = small if kernel == "keys" or wide else queries
+        keys = small if kernel == "queries" or wide else keys
+    return Tile(queries, keys, 8 if dim > 64 else 4, 1)
+
+
+def slices_of(dim_k: int, dim_v: int) -> tuple[int, int]:
+    """Return the channels of k that a program of `chunk_sum_kernel` takes.
+
+    The second number is the programs of a chunk.
+    """
+    width = min(dim_k, 128 * 128 // dim_v)
+    return width, dim_k // width

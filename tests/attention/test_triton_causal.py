@@ -1,0 +1,104 @@
+"""The causal Triton kernels against their full matrix in float64, in Triton's interpreter, at tiny sizes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from mhla_lightning.attention import build_attention
+from mhla_lightning.errors import UserError
+from tests.helpers.causal_kernel_cases import CausalKernelCase, causal_errors, check_causal_operators
+
+BF16, FP16 = torch.bfloat16, torch.float16
+TOLERANCES = {torch.float32: 3e-7, FP16: 1e-3, BF16: 1.5e-2}  # of the largest value of the reference
+SEQUENCE = {"decay_span": "sequence", "normalizer": "block", "decay": "token"}
+
+
+def cases(form: str) -> list[CausalKernelCase]:
+    """Return the cases of one form; every option occurs."""
+    return [
+        CausalKernelCase(form, ((11,),), 8, 24, {"chunk_size": 4}),
+        CausalKernelCase(form, ((3, 1, 7), (5, 6)), 8, 8, {"chunk_size": 3, "mix_per_head": True}),
+        CausalKernelCase(form, ((3, 8),), 8, 8, {"chunk_size": 5, **SEQUENCE}),
+        CausalKernelCase(
+            form,
+            ((9,), (9,)),
+            8,
+            8,
+            {
+                "chunk_size": 4,
+                "decay": "head",
+                "mix_form": "relative",
+                "max_chunks": 2,
+                "normalizer": "block",
+            },
+            padding=2,
+        ),
+        CausalKernelCase(
+            form,
+            ((13,),),
+            8,
+            8,
+            {"chunk_size": 4, "max_chunks": 2, "extrapolation": "shift", "decay": "token"},
+        ),
+        CausalKernelCase(form, ((9, 7), (5, 11)), 16, 16, {"chunk_size": 5, **SEQUENCE}, dtype=FP16),
+        CausalKernelCase(form, ((9, 7), (5, 11)), 16, 16, {"chunk_size": 5, **SEQUENCE}, dtype=BF16),
+    ]
+
+
+LONG = [
+    CausalKernelCase("dense", ((90,),), 72, 24, {"chunk_size": 70, **SEQUENCE}, heads=1),
+    CausalKernelCase("chunks", ((90,),), 72, 24, {"chunk_size": 70, **SEQUENCE}, heads=1),
+    CausalKernelCase("dense", ((50, 27, 61),), 24, 40, {"chunk_size": 20, **SEQUENCE}),
+    CausalKernelCase("chunks", ((50, 27, 61),), 128, 136, {"chunk_size": 20, "decay": "head"}, heads=1),
+    CausalKernelCase("dense", ((40,),), 128, 256, {"chunk_size": 16}, heads=1, dtype=FP16),
+    CausalKernelCase("chunks", ((40,),), 128, 256, {"chunk_size": 16}, heads=1, dtype=FP16),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *cases("dense"),
+        *cases("chunks"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in LONG),
+    ],
+    ids=lambda case: case.label,
+)
+def test_forward_and_all_gradients_equal_the_full_matrix(
+    interpreted: ProcessPoolExecutor, case: CausalKernelCase
+) -> None:
+    found = interpreted.submit(causal_errors, case).result()
+    assert len(found) >= 5
+    for name, (error, torchs) in found.items():
+        # Gradients of weights and decays are small differences of large sums; torch's error is as large.
+        tolerance = TOLERANCES[case.dtype]
+        tolerance = tolerance if name in ("out", "q", "k", "v") else max(2 * tolerance, 1e-6)
+        assert error < tolerance, (name, found)
+        assert torchs < max(tolerance, 1e-6), (name, found)
+
+
+def test_torch_finds_no_fault_in_the_operators(interpreted: ProcessPoolExecutor) -> None:
+    found = interpreted.submit(check_causal_operators).result()
+    assert len(found) > 4
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"feature_map": "elu"}, "feature maps 'relu' and 'relu_eps'"),
+        ({"intra": "window"}, "intra 'window'"),
+        ({}, "needs a CUDA device"),
+    ],
+    ids=["elu", "window", "cpu"],
+)
+def test_triton_refuses_what_it_cannot_do(options: dict[str, Any], said: str) -> None:
+    entry = {"name": "mhla", "kernel": "triton", **options}
+    operator = build_attention(entry, heads=1, dim_k=4, dim_v=4, causal=True)
+    x = torch.randn(1, 3, 1, 4)
+    with pytest.raises(UserError, match=said):
+        operator(x, x, x)

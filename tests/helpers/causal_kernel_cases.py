@@ -1,0 +1,158 @@
+"""Calls of the causal Triton kernels with their references, for the process of `interpreter.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.attention import Context
+from mhla_lightning.attention.mhla import CausalMHLA
+from mhla_lightning.attention.mhla.causal_operator import CausalMHLAOptions
+from tests.helpers.causal_reference import dense
+
+EPS = 1e-3  # of features and normalizer; large enough to matter
+
+
+@dataclass(frozen=True)
+class CausalKernelCase:
+    """One call of the causal operator on kernels.
+
+    Attributes:
+        form: `dense` or `chunks`.
+        documents: tokens of the documents of each row; one document a row is not packed.
+        padding: tokens of padding left of the first row and right of the others.
+        dim, dim_v: channels a head.
+        heads: one for what is long.
+        options: of :class:`CausalMHLAOptions`.
+        dtype: of the tokens.
+    """
+
+    form: str
+    documents: tuple[tuple[int, ...], ...]
+    dim: int
+    dim_v: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    heads: int = 2
+    padding: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def label(self) -> str:
+        """The name of the case in a test's id."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        said = [f"{key}={value}" for key, value in self.options.items()]
+        rows = "+".join("_".join(map(str, row)) for row in self.documents)
+        padding = [f"pad{self.padding}"] if self.padding else []
+        return "-".join([self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said])
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Return row, begin and end of every document."""
+        found = []
+        for row, lengths in enumerate(self.documents):
+            begin = 0 if row else self.padding
+            for length in lengths:
+                found.append((row, begin, begin + length))
+                begin += length
+        return found
+
+    def context(self, log_decay: Tensor | None) -> Context:
+        """Return mask, documents and decays of the call."""
+        shape = (len(self.documents), sum(self.documents[0]) + self.padding)
+        real, documents = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)
+        for number, (row, begin, end) in enumerate(self.spans()):
+            real[row, begin:end], documents[row, begin:end] = True, number
+        packed = any(len(row) > 1 for row in self.documents)
+        return Context(
+            mask=real if self.padding else None,
+            documents=documents if packed else None,
+            log_decay=log_decay,
+        )
+
+
+def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
+    """Return the errors of the kernels and of the torch path in float32, of output and gradients.
+
+    Both are relative to the largest value of the reference, the full matrix of every document in float64.
+    """
+    from mhla_lightning.attention.mhla.triton import causal_ops
+
+    torch.manual_seed(0)
+    operators = [_operator(case, kernel) for kernel in ("triton", "torch", "torch")]
+    with torch.no_grad():
+        operators[0].mixing.weight.uniform_(0.1, 1)
+    for other in operators[1:]:
+        other.load_state_dict(operators[0].state_dict())
+    kernels, plain, reference = operators[0], operators[1], operators[2].double()
+    batch, count = len(case.documents), sum(case.documents[0]) + case.padding
+    joint = torch.randn(batch, count, case.heads, 2 * case.dim + case.dim_v).to(case.dtype)
+    inputs = [x.detach() for x in joint.split([case.dim, case.dim, case.dim_v], -1)]
+    if kernels.token_decay:
+        inputs.append(-0.5 * torch.rand(batch, count, case.heads))
+    grad = torch.randn(batch, count, case.heads, case.dim_v).to(case.dtype)
+    with mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"):
+        got = _all(kernels, case, inputs, grad)
+    want = _all(reference, case, [x.double() for x in inputs], grad.double(), by_document=True)
+    beside = _all(plain, case, [x.float() for x in inputs], grad.float())
+    return {name: (_relative(got[name], want[name]), _relative(beside[name], want[name])) for name in want}
+
+
+def _operator(case: CausalKernelCase, kernel: str) -> CausalMHLA:
+    chunks = max(-(-length // case.options["chunk_size"]) for row in case.documents for length in row)
+    options = {"max_chunks": chunks, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel} | case.options
+    built = CausalMHLAOptions(**options)
+    return CausalMHLA(heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, grid=None, options=built)
+
+
+def _all(
+    operator: CausalMHLA,
+    case: CausalKernelCase,
+    inputs: Sequence[Tensor],
+    grad: Tensor,
+    by_document: bool = False,
+) -> dict[str, Tensor]:
+    """Return the output and all gradients by name."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    q, k, v, log_decay = (*leaves, None)[:4]
+    if by_document:
+        out = torch.zeros_like(grad)
+        for row, begin, end in case.spans():
+            parts = (None if x is None else x[row : row + 1, begin:end] for x in (q, k, v, log_decay))
+            at = torch.arange(begin, end)
+            out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
+    else:
+        out = operator(q, k, v, case.context(log_decay))
+    parameters = dict(operator.named_parameters())
+    gradients = torch.autograd.grad(out, [*leaves, *parameters.values()], grad)
+    names = ["q", "k", "v", "log_decay"][: len(leaves)] + list(parameters)
+    return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+def check_causal_operators() -> dict[str, str]:
+    """Run torch.library.opcheck on both operators; return what each of its tests says."""
+    from mhla_lightning.attention.mhla.triton import causal_ops
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 1, 8, requires_grad=True) for _ in range(3))
+    weights = torch.rand(1, 1, 2, 2, requires_grad=True)
+    until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
+    numbers = (2, True, [EPS, EPS])
+    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None)
+    found = {}
+    results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
+    found |= {f"causal.{test}": said for test, said in results.items()}
+    with torch.no_grad():
+        plain = [x.detach() for x in (q, k, v)]
+        terms = tuple(x.detach() if isinstance(x, Tensor) else x for x in terms)
+        saved = [x.detach() for x in causal_ops.causal(*plain, *terms, *numbers)]
+        args = (torch.ones(1, 4, 1, 8), plain, *terms, saved, *numbers)
+        results = torch.library.opcheck(causal_ops.causal_backward, args, raise_exception=False)
+    return found | {f"backward.{test}": said for test, said in results.items()}
