@@ -420,7 +420,7 @@ def test_registering_a_taken_name_is_refused() -> None:
 
 
 def test_attention_needs_torch_alone() -> None:
-    others = {"lightning", "deepspeed", "timm", "webdataset", "torchvision"}
+    others = {"lightning", "deepspeed", "timm", "webdataset", "torchvision", "triton"}
     code = (
         f"import sys, mhla_lightning.attention; print(sorted({{m.partition('.')[0] for m in "
         f"sys.modules}} & {others}))"
