@@ -103,7 +103,7 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
 
 def _operator(case: CausalKernelCase, kernel: str) -> CausalMHLA:
     chunks = max(-(-length // case.options["chunk_size"]) for row in case.documents for length in row)
-    options = {"max_chunks": chunks, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel} | case.options
+    options = {"max_chunks": chunks, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel, **case.options}
     built = CausalMHLAOptions(**options)
     return CausalMHLA(heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, grid=None, options=built)
 
@@ -121,7 +121,7 @@ def _all(
     if by_document:
         out = torch.zeros_like(grad)
         for row, begin, end in case.spans():
-            parts = (None if x is None else x[row : row + 1, begin:end] for x in (q, k, v, log_decay))
+            parts = [x[row : row + 1, begin:end] for x in leaves]
             at = torch.arange(begin, end)
             out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
     else:
@@ -146,13 +146,13 @@ def check_causal_operators() -> dict[str, str]:
     until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
     numbers = (2, True, [EPS, EPS])
     terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None)
-    found = {}
+    found: dict[str, str] = {}
     results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
     found |= {f"causal.{test}": said for test, said in results.items()}
     with torch.no_grad():
         plain = [x.detach() for x in (q, k, v)]
-        terms = tuple(x.detach() if isinstance(x, Tensor) else x for x in terms)
-        saved = [x.detach() for x in causal_ops.causal(*plain, *terms, *numbers)]
-        args = (torch.ones(1, 4, 1, 8), plain, *terms, saved, *numbers)
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in terms]
+        saved = [x.detach() for x in causal_ops.causal(*plain, *detached, *numbers)]
+        args = (torch.ones(1, 4, 1, 8), plain, *detached, saved, *numbers)
         results = torch.library.opcheck(causal_ops.causal_backward, args, raise_exception=False)
     return found | {f"backward.{test}": said for test, said in results.items()}

@@ -435,8 +435,19 @@ def causal_queries_kernel(
     if FAR:
         d = tl.arange(0, DP)
         row = (b * H + h) * M + qa
-        s = rows(mixed + row * D * DV, d, d < D, DV, DV, DVP)
-        acc = product(g.to(s.dtype), tl.trans(s), UP, PREC) * back
+        VS: tl.constexpr = (
+            128 if DVP > 128 else DVP
+        )  # all channels of v at once would take too many registers
+        for v0 in range(0, DVP, VS):
+            channel = v0 + tl.arange(0, VS)
+            at_s = mixed + row * D * DV + d[:, None] * DV + channel[None, :]
+            s = tl.load(at_s, mask=(d < D)[:, None] & (channel < DV)[None, :], other=0.0)
+            at_g = grad + b * sgb + h * sgh + place[:, None] * sgn + channel[None, :]
+            part = tl.load(at_g, mask=there[:, None] & (channel < DV)[None, :], other=0.0)
+            if NORM:
+                part = (part.to(tl.float32) * one_over[:, None]).to(raw.dtype)
+            acc += product(part.to(s.dtype), tl.trans(s), UP, PREC)
+        acc *= back
         if NORM:
             z = tl.load(z_mixed + row * D + d, mask=d < D, other=0.0)
             acc += d_sum[:, None] * z[None, :]

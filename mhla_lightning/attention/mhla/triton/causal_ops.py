@@ -96,8 +96,8 @@ def _(
     inverse = q.new_empty((batch, heads, tokens if normalize else 0), dtype=torch.float32)
     summary = q.new_empty((*lead, v.shape[3]) if far else (0,) * 5)
     z = inverse.new_empty(lead if far and normalize else (0,) * 4)
-    room = (torch.empty_like(x) for x in (summary, z))
-    return v.new_empty(v.shape), inverse, *room, summary, z
+    mixed, z_mixed = torch.empty_like(summary), torch.empty_like(z)
+    return v.new_empty(v.shape), inverse, mixed, z_mixed, summary, z
 
 
 @torch.library.custom_op("mhla::causal_backward", mutates_args=())
