@@ -6,6 +6,7 @@ Nothing here imports Triton: a machine without it reads this file alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -61,9 +62,13 @@ def takes_triton(
     Raises:
         UserError: `triton` was demanded and cannot serve the call.
     """
+    return _decide(kernel, q, lambda: unfit or machine_obstacle(q) or _obstacle(q, k, v, context))
+
+
+def _decide(kernel: str, q: Tensor, obstacle: Callable[[], str | None]) -> bool:
     if kernel == "torch" or (kernel == "auto" and not (q.is_cuda and q.dtype.itemsize == 2)):
         return False
-    reason = unfit or machine_obstacle(q) or _obstacle(q, k, v, context)
+    reason = obstacle()
     if kernel == "triton" and reason is not None:
         raise UserError("kernel", f"'triton' cannot serve this call: {reason}; use 'auto' or 'torch'")
     return reason is None
@@ -87,13 +92,17 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
         return "it takes rotary positions of a grid only"
     if context.rotary is not None and q.shape[3] % 2:
         return "rotary positions need an even number of channels"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[3], v.shape[3]) > LARGEST_DIM:
         return f"it takes up to {LARGEST_DIM} channels a head"
+    return _operand_obstacle(q, k, v)
+
+
+def _operand_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
     if q.numel() == 0 or q.shape[0] > LARGEST_BATCH:
         return f"it takes 1 to {LARGEST_BATCH:,} samples"
-    if q.shape[1] * max(x.stride(1) for x in (q, k, v)) >= 2**31:
+    if q.shape[1] * max(x.stride(1) for x in (q, k, v)) >= 2**31:  # places are 32-bit numbers
         return "it takes samples of up to 2^31 elements"
     return None
 
@@ -203,22 +212,15 @@ def takes_causal(
     Raises:
         UserError: `triton` was demanded and cannot serve the call.
     """
-    if kernel == "torch" or (kernel == "auto" and not (q.is_cuda and q.dtype.itemsize == 2)):
-        return False
-    reason = unfit or machine_obstacle(q) or _causal_obstacle(q, k, v, context)
-    if kernel == "triton" and reason is not None:
-        raise UserError("kernel", f"'triton' cannot serve this call: {reason}; use 'auto' or 'torch'")
-    return reason is None
+    return _decide(kernel, q, lambda: unfit or machine_obstacle(q) or _causal_obstacle(q, k, v, context))
 
 
 def _causal_obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
     if context.rotary is not None:
         return "it takes no rotary positions in a causal model"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
         return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
-    return None
+    return _operand_obstacle(q, k, v)
 
 
 @dataclass(frozen=True)
