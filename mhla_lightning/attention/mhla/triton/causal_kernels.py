@@ -1,0 +1,626 @@
+"""Causal MHLA, dense for short rows and in chunks for long ones; decays and documents.
+
+A[t, s] = w[c(t), c(s)] fade(t, s) phi(q_t) . phi(k_s) for s <= t, and o_t = sum_s A[t, s] v_s, divided by
+sum_s A[t, s] + eps where there is a normalizer. c(t) is the chunk of token t in its row. The weights w hold
+the mixing, the scale, the documents and the decay between chunks; `terms.py` makes them.
+
+fade(t, s) is exp(until_t - until_s) inside a chunk. Where the decay spans the sequence, it is
+exp(until_t + after_s) between chunks.
+
+Tiles hold whole chunks, each padded to a power of two, or a part of one chunk. `layout` gives the place of
+every row of a chunk in a packed batch. The dense form (FAR = 0) reads all chunks of a tile's documents. The
+form in chunks (FAR = 1) reads the own chunk, and earlier ones through mixed means of phi(k) v^T. Both take
+the same three kernels. Nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mhla_lightning.attention.mhla.triton.device import (
+    features,
+    keep,
+    product,
+    rows,
+)
+
+
+@triton.jit
+def chunk_rows(
+    tile: tl.tensor,
+    layout: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    TP: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> tl.tuple:
+    """Places of a tile's W rows, and which are tokens.
+
+    Then come their chunks, their places there, and the tile's first chunk.
+    """
+    row = tl.arange(0, W)
+    if TP <= W:
+        first = tile * (W // TP)
+        chunk = first + row // TP
+        t = row % TP
+    else:
+        first = tile // (TP // W)
+        chunk = first + row * 0
+        t = tile % (TP // W) * W + row
+    there = (t < T) & (chunk < M)
+    place = chunk * T + t
+    if PACKED:
+        place = tl.load(layout + chunk * (T + 2) + t, mask=there, other=-1)
+        there = there & (place >= 0)
+    else:
+        there = there & (place < N)
+    return tl.where(there, place, 0), there, chunk, t, first
+
+
+@triton.jit
+def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stride: tl.tensor) -> tl.tensor:
+    """Load a log decay of every row."""
+    return tl.load(base + chunk * stride + t, mask=there, other=0.0)
+
+
+@triton.jit
+def positive(
+    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+) -> tl.tensor:
+    """Which of (rows, DP) of a token tensor are above 0.
+
+    A second load costs less than registers through a whole loop. Its policy differs from the first one's, or
+    the compiler would merge the two.
+    """
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    at = base + place[:, None] * stride + d[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first") > 0
+
+
+@triton.jit
+def weight_tile(
+    weights: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    M: tl.tensor,
+    sa: tl.tensor,
+    sb: tl.tensor,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    TP: tl.constexpr,
+) -> tl.tensor:
+    """Return w[a + i // TP, b + j // TP] of a W x V tile.
+
+    M is no constant, unlike in `dense.py`: packed batches differ in their number of chunks.
+    """
+    NA: tl.constexpr = W // TP if TP <= W else 1
+    NB: tl.constexpr = V // TP if TP <= V else 1
+    row, column = a + tl.arange(0, NA), b + tl.arange(0, NB)
+    there = (row < M)[:, None] & (column < M)[None, :]
+    w = tl.load(weights + row[:, None] * sa + column[None, :] * sb, mask=there, other=0.0)
+    return tl.reshape(tl.broadcast_to(w[:, None, :, None], (NA, W // NA, NB, V // NB)), (W, V))
+
+
+@triton.jit
+def fading(
+    before: tl.tensor,
+    same: tl.tensor,
+    until_query: tl.tensor,
+    until_key: tl.tensor,
+    after_key: tl.tensor,
+    DECAY: tl.constexpr,
+) -> tl.tensor:
+    """fade(t, s) of a tile; 0 where the key is later."""
+    if DECAY == 0:
+        fade = tl.where(before, 1.0, 0.0)
+    else:
+        exponent = tl.where(same, until_query - until_key, 0.0)
+        if DECAY == 2:
+            exponent = tl.where(same, exponent, until_query + after_key)
+        fade = tl.where(before, tl.exp(tl.where(before, exponent, 0.0)), 0.0)
+    return fade
+
+
+@triton.jit
+def chunk_sum_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    layout: tl.tensor,
+    fade: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    sums: tl.tensor,
+    z: tl.tensor,
+    sxb: tl.tensor,
+    sxn: tl.tensor,
+    sxh: tl.tensor,
+    syb: tl.tensor,
+    syn: tl.tensor,
+    syh: tl.tensor,
+    sob: tl.tensor,
+    son: tl.tensor,
+    soh: tl.tensor,
+    sfb: tl.tensor,
+    sfh: tl.tensor,
+    sfc: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    scale: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    DVP: tl.constexpr,
+    BT: tl.constexpr,
+    SLICES: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    FADES: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Mean of phi(x) y^T over one chunk, for a slice of x's channels.
+
+    A gradient y is divided by the normalizer.
+    """
+    h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(1) // SLICES
+    d = tl.program_id(1) % SLICES * BD + tl.arange(0, BD)
+    x += b * sxb + h * sxh
+    y += b * syb + h * syh
+    out += b * sob + h * soh
+    fade += b * sfb + h * sfh + chunk * sfc
+    layout += b * M * (T + 2)
+    acc = tl.zeros((BD, DVP), tl.float32)
+    total = tl.zeros((BD,), tl.float32)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        there = t < T
+        place = chunk * T + t
+        if PACKED:
+            place = tl.load(layout + chunk * (T + 2) + t, mask=there, other=-1)
+            there = there & (place >= 0)
+        else:
+            there = there & (place < N)
+        place = tl.where(there, place, 0)
+        inside = there[:, None] & (d < D)[None, :]
+        raw = tl.load(x + place[:, None] * sxn + d[None, :], mask=inside, other=0.0)
+        phi = tl.where(inside, tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        if FADES:
+            phi *= tl.exp(tl.load(fade + t, mask=there, other=0.0))[:, None]
+        values = rows(y, place, there, syn, DV, DVP)
+        if GRADIENT:
+            if NORM:
+                g = (
+                    values.to(tl.float32)
+                    * tl.load(inverse + (b * H + h) * N + place, mask=there, other=0.0)[:, None]
+                )
+                o = rows(out, place, there, son, DV, DVP).to(tl.float32)
+                total -= tl.sum(phi * tl.sum(g * o, 1)[:, None], 0)
+                values = g.to(raw.dtype)
+        elif NORM:
+            total += tl.sum(phi, 0)
+        acc += product(tl.trans(phi.to(values.dtype)), values, UP, PREC)
+    row = (b * H + h) * M + chunk
+    dv = tl.arange(0, DVP)
+    sums += row * D * DV + d[:, None] * DV + dv[None, :]
+    tl.store(sums, (acc * scale).to(sums.dtype.element_ty), mask=(d < D)[:, None] & (dv < DV)[None, :])
+    if NORM:
+        tl.store(z + row * D + d, total, mask=d < D)
+
+
+@triton.jit
+def causal_forward_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    weights: tl.tensor,
+    layout: tl.tensor,
+    until: tl.tensor,
+    after: tl.tensor,
+    mixed: tl.tensor,
+    z_mixed: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sob: tl.tensor,
+    son: tl.tensor,
+    soh: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    sub: tl.tensor,
+    suh: tl.tensor,
+    suc: tl.tensor,
+    sab: tl.tensor,
+    sah: tl.tensor,
+    sac: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    back: tl.tensor,
+    eps: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    TP: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    DECAY: tl.constexpr,
+    FAR: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Output of one tile of queries."""
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k += b * skb + h * skh
+    v += b * svb + h * svh
+    weights += b * swb + h * swh
+    until += b * sub + h * suh
+    after += b * sab + h * sah
+    layout += b * M * (T + 2)
+    place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
+    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    phi = features(raw, there, offset, D, DP)
+    queries = phi.to(raw.dtype)
+    until_query = tl.zeros((BQ,), tl.float32)
+    if DECAY > 0:
+        until_query = logs(until, chunk, t, there, suc)
+    acc = tl.zeros((BQ, DVP), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    if FAR:
+        d = tl.arange(0, DP)
+        row = (b * H + h) * M + qa
+        s = rows(mixed + row * D * DV, d, d < D, DV, DV, DVP)
+        acc = product(phi.to(s.dtype), s, UP, PREC) * back
+        if NORM:
+            z = tl.load(z_mixed + row * D + d, mask=d < D, other=0.0)
+            total = tl.sum(phi * z[None, :], 1)
+        if DECAY == 2:
+            acc *= tl.exp(until_query)[:, None]
+            total *= tl.exp(until_query)
+    begin = 0
+    if FAR:
+        begin = qa * TP // BK
+    elif PACKED:
+        begin = tl.load(layout + qa * (T + 2) + T) * TP // BK
+    rank = tile * BQ + tl.arange(0, BQ)
+    for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
+        at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        values = rows(v, at, is_key, svn, DV, DVP)
+        until_key = tl.zeros((BK,), tl.float32)
+        after_key = until_key
+        if DECAY > 0:
+            until_key = logs(until, key_chunk, s_, is_key, suc)
+        if DECAY == 2:
+            after_key = logs(after, key_chunk, s_, is_key, sac)
+        before = rank[:, None] >= (j * BK + tl.arange(0, BK))[None, :]
+        same = chunk[:, None] == key_chunk[None, :]
+        fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
+        a = product(queries, tl.trans(keys), UP, PREC)
+        a *= weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP) * fade
+        if NORM:
+            total += tl.sum(a, 1)
+        acc += product(a.to(values.dtype), values, UP, PREC)
+    if NORM:
+        one_over = 1.0 / (total + eps)
+        acc *= one_over[:, None]
+        tl.store(inverse + (b * H + h) * N + place, one_over, mask=there)
+    keep(out + b * sob + h * soh, place, there, son, acc, DV, DVP)
+
+
+@triton.jit
+def causal_queries_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    weights: tl.tensor,
+    layout: tl.tensor,
+    until: tl.tensor,
+    after: tl.tensor,
+    mixed: tl.tensor,
+    z_mixed: tl.tensor,
+    out: tl.tensor,
+    inverse: tl.tensor,
+    grad: tl.tensor,
+    dq: tl.tensor,
+    d_total: tl.tensor,
+    d_weights: tl.tensor,
+    d_until: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sob: tl.tensor,
+    son: tl.tensor,
+    soh: tl.tensor,
+    sgb: tl.tensor,
+    sgn: tl.tensor,
+    sgh: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    sub: tl.tensor,
+    suh: tl.tensor,
+    suc: tl.tensor,
+    sab: tl.tensor,
+    sah: tl.tensor,
+    sac: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    back: tl.tensor,
+    ROWS: tl.tensor,
+    COLUMNS: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    TP: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    DECAY: tl.constexpr,
+    FAR: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Gradients of one tile of queries and of its weights."""
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k += b * skb + h * skh
+    v += b * svb + h * svh
+    weights += b * swb + h * swh
+    until += b * sub + h * suh
+    after += b * sab + h * sah
+    layout += b * M * (T + 2)
+    place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
+    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    phi = features(raw, there, offset, D, DP)
+    queries = phi.to(raw.dtype)
+    until_query = tl.zeros((BQ,), tl.float32)
+    if DECAY > 0:
+        until_query = logs(until, chunk, t, there, suc)
+    g = rows(grad + b * sgb + h * sgh, place, there, sgn, DV, DVP)
+    d_sum = tl.zeros((BQ,), tl.float32)
+    if NORM:
+        one_over = tl.load(inverse + (b * H + h) * N + place, mask=there, other=0.0)
+        scaled = g.to(tl.float32) * one_over[:, None]
+        o = rows(out + b * sob + h * soh, place, there, son, DV, DVP).to(tl.float32)
+        d_sum = -tl.sum(scaled * o, 1)
+        tl.store(d_total + (b * H + h) * N + place, d_sum, mask=there)
+        g = scaled.to(raw.dtype)
+    acc = tl.zeros((BQ, DP), tl.float32)
+    d_log = tl.zeros((BQ,), tl.float32)
+    if FAR:
+        d = tl.arange(0, DP)
+        row = (b * H + h) * M + qa
+        VS: tl.constexpr = (
+            128 if DVP > 128 else DVP
+        )  # all channels of v at once would take too many registers
+        for v0 in range(0, DVP, VS):
+            channel = v0 + tl.arange(0, VS)
+            at_s = mixed + row * D * DV + d[:, None] * DV + channel[None, :]
+            s = tl.load(at_s, mask=(d < D)[:, None] & (channel < DV)[None, :], other=0.0)
+            at_g = grad + b * sgb + h * sgh + place[:, None] * sgn + channel[None, :]
+            part = tl.load(at_g, mask=there[:, None] & (channel < DV)[None, :], other=0.0)
+            if NORM:
+                part = (part.to(tl.float32) * one_over[:, None]).to(raw.dtype)
+            acc += product(part.to(s.dtype), tl.trans(s), UP, PREC)
+        acc *= back
+        if NORM:
+            z = tl.load(z_mixed + row * D + d, mask=d < D, other=0.0)
+            acc += d_sum[:, None] * z[None, :]
+        if DECAY == 2:
+            acc *= tl.exp(until_query)[:, None]
+            d_log = tl.sum(acc * phi, 1)
+    begin = 0
+    if FAR:
+        begin = qa * TP // BK
+    elif PACKED:
+        begin = tl.load(layout + qa * (T + 2) + T) * TP // BK
+    NA: tl.constexpr = BQ // TP if TP <= BQ else 1
+    NB: tl.constexpr = BK // TP if TP <= BK else 1
+    d_weights += (b * H + h) * ROWS * COLUMNS + tile * NA * COLUMNS
+    cells = tl.arange(0, NA)[:, None] * COLUMNS + tl.arange(0, NB)[None, :]
+    own = tl.zeros((NA, NB), tl.float32)
+    rank = tile * BQ + tl.arange(0, BQ)
+    for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
+        at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        values = rows(v, at, is_key, svn, DV, DVP)
+        until_key = tl.zeros((BK,), tl.float32)
+        after_key = until_key
+        if DECAY > 0:
+            until_key = logs(until, key_chunk, s_, is_key, suc)
+        if DECAY == 2:
+            after_key = logs(after, key_chunk, s_, is_key, sac)
+        before = rank[:, None] >= (j * BK + tl.arange(0, BK))[None, :]
+        same = chunk[:, None] == key_chunk[None, :]
+        fade = fading(before, same, until_query[:, None], until_key[None, :], after_key[None, :], DECAY)
+        m = weight_tile(weights, qa, ka, M, M, 1, BQ, BK, TP)
+        da = (product(g, tl.trans(values), UP, PREC) + d_sum[:, None]) * fade
+        p = product(queries, tl.trans(keys), UP, PREC) * da
+        sums = tl.sum(tl.sum(tl.reshape(p, (NA, BQ // NA, NB, BK // NB)), 3), 1)
+        if FAR:
+            own += sums
+        else:
+            tl.store(
+                d_weights + j * NB + cells,
+                sums,
+                mask=(qa + tl.arange(0, NA)[:, None] < M) & (ka + tl.arange(0, NB)[None, :] < M),
+            )
+        da *= m
+        if DECAY == 1:
+            d_log += tl.sum(tl.where(same, p * m, 0.0), 1)
+        if DECAY == 2:
+            d_log += tl.sum(p * m, 1)
+        acc += product(da.to(raw.dtype), keys, UP, PREC)
+    if FAR:
+        tl.store(d_weights + cells, own)
+    if DECAY > 0:
+        tl.store(d_until + ((b * H + h) * M + chunk) * T + t, d_log, mask=there)
+    kept = positive(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(kept, acc, 0.0), D, DP)
+
+
+@triton.jit
+def causal_keys_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    weights: tl.tensor,
+    layout: tl.tensor,
+    until: tl.tensor,
+    after: tl.tensor,
+    d_summary: tl.tensor,
+    d_z: tl.tensor,
+    inverse: tl.tensor,
+    grad: tl.tensor,
+    d_total: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    d_until: tl.tensor,
+    d_after: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sgb: tl.tensor,
+    sgn: tl.tensor,
+    sgh: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    sub: tl.tensor,
+    suh: tl.tensor,
+    suc: tl.tensor,
+    sab: tl.tensor,
+    sah: tl.tensor,
+    sac: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    back: tl.tensor,
+    TILES: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    TP: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    NORM: tl.constexpr,
+    PACKED: tl.constexpr,
+    DECAY: tl.constexpr,
+    FAR: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Gradients of one tile of keys and values."""
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q += b * sqb + h * sqh
+    grad += b * sgb + h * sgh
+    weights += b * swb + h * swh
+    until += b * sub + h * suh
+    after += b * sab + h * sah
+    layout += b * M * (T + 2)
+    place, there, chunk, t, ka = chunk_rows(tile, layout, M, N, T, BK, TP, PACKED)
+    raw = rows(k + b * skb + h * skh, place, there, skn, D, DP)
+    phi = features(raw, there, offset, D, DP)
+    keys = phi.to(raw.dtype)
+    values = rows(v + b * svb + h * svh, place, there, svn, DV, DVP)
+    until_key = tl.zeros((BK,), tl.float32)
+    after_key = until_key
+    if DECAY > 0:
+        until_key = logs(until, chunk, t, there, suc)
+    if DECAY == 2:
+        after_key = logs(after, chunk, t, there, sac)
+    d_keys = tl.zeros((BK, DP), tl.float32)
+    d_values = tl.zeros((BK, DVP), tl.float32)
+    d_log = tl.zeros((BK,), tl.float32)
+    d_end = tl.zeros((BK,), tl.float32)
+    if FAR:
+        d = tl.arange(0, DP)
+        row = (b * H + h) * M + ka
+        ds = rows(d_summary + row * D * DV, d, d < D, DV, DV, DVP)
+        d_values = product(phi.to(ds.dtype), ds, UP, PREC) * back
+        d_keys = product(values.to(ds.dtype), tl.trans(ds), UP, PREC) * back
+        if NORM:
+            dz = tl.load(d_z + row * D + d, mask=d < D, other=0.0)
+            d_keys += dz[None, :]
+        if DECAY == 2:
+            d_values *= tl.exp(after_key)[:, None]
+            d_keys *= tl.exp(after_key)[:, None]
+            d_end = tl.sum(d_keys * phi, 1)
+    end = TILES
+    if FAR:
+        end = ((ka + 1) * TP + BQ - 1) // BQ
+    elif PACKED:
+        last = tl.minimum(ka + (BK // TP if TP <= BK else 1), M) - 1
+        end = (tl.load(layout + last * (T + 2) + T + 1) * TP + BQ - 1) // BQ
+    rank = tile * BK + tl.arange(0, BK)
+    for i in range(tile * BK // BQ, end):
+        at, is_query, query_chunk, t_, qa = chunk_rows(i, layout, M, N, T, BQ, TP, PACKED)
+        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP).to(raw.dtype)
+        g = rows(grad, at, is_query, sgn, DV, DVP)
+        if NORM:
+            one_over = tl.load(inverse + (b * H + h) * N + at, mask=is_query, other=0.0)
+            g = (g.to(tl.float32) * one_over[:, None]).to(raw.dtype)
+        until_query = tl.zeros((BQ,), tl.float32)
+        if DECAY > 0:
+            until_query = logs(until, query_chunk, t_, is_query, suc)
+        before = (i * BQ + tl.arange(0, BQ))[None, :] >= rank[:, None]
+        same = query_chunk[None, :] == chunk[:, None]
+        fade = fading(before, same, until_query[None, :], until_key[:, None], after_key[:, None], DECAY)
+        m = weight_tile(weights, ka, qa, M, 1, M, BK, BQ, TP) * fade
+        a = product(keys, tl.trans(queries), UP, PREC) * m
+        d_values += product(a.to(raw.dtype), g, UP, PREC)
+        da = product(values, tl.trans(g), UP, PREC)
+        if NORM:
+            da += tl.load(d_total + (b * H + h) * N + at, mask=is_query, other=0.0)[None, :]
+        if DECAY > 0:
+            d_log -= tl.sum(tl.where(same, a * da, 0.0), 1)
+        if DECAY == 2:
+            d_end += tl.sum(tl.where(same, 0.0, a * da), 1)
+        d_keys += product((da * m).to(raw.dtype), queries, UP, PREC)
+    slot = ((b * H + h) * M + chunk) * T + t
+    if DECAY > 0:
+        tl.store(d_until + slot, tl.load(d_until + slot, mask=there, other=0.0) + d_log, mask=there)
+    if DECAY == 2:
+        tl.store(d_after + slot, d_end, mask=there)
+    keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
+    kept = positive(k + b * skb + h * skh, place, there, skn, D, DP)
+    keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)
