@@ -599,8 +599,8 @@ def forward(
     shape = (batch, heads, grid.tokens if eps is not None else 0)
     inverse = torch.empty(shape, dtype=torch.float32, device=q.device)
     constants = _constants(q, v, mixing, grid)
-    channels = _channels(constants)
-    tile = tiles.dense_forward(max(channels), grid.num_blocks * constants["TP"], q.element_size())
+    channels, padded = _channels(constants), grid.num_blocks * constants["TP"]
+    tile = tiles.dense_forward(max(channels), padded, q.element_size(), capability_of(q))
     across, down = _tiles_of(grid, tile.keys), _tiles_of(grid, tile.queries)
     arguments = {**constants, **strides("q", q), **strides("k", k), **strides("v", v), **strides("o", out)}
     arguments |= {"q": q, "k": k, "v": v, "mixing": mixing, "out": out, "inverse": inverse}

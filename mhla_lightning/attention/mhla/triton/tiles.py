@@ -63,17 +63,21 @@ def channel_parts(dim: int) -> tuple[int, int]:
     return (most, rest) if most >= LEAST and most + rest < whole else (whole, 0)
 
 
-def dense_forward(dim: int, rows: int, itemsize: int) -> Tile:
+def dense_forward(dim: int, rows: int, itemsize: int, major: int) -> Tile:
     """Return the tile of the dense forward.
 
     Args:
         dim: channels with their padding, the larger of q's and v's.
         rows: tokens of a row with the padding of blocks.
         itemsize: bytes of an operand.
+        major: compute capability.
     """
     if itemsize == 4:
         return Tile(min(64, power_of_two(rows)), min(32, power_of_two(rows)), 4, 1)
-    queries, keys = min(128 if dim <= 64 else 64, power_of_two(rows)), min(64, power_of_two(rows))
+    queries, keys = (
+        min(128 if dim <= 64 and major >= 9 else 64, power_of_two(rows)),
+        min(64, power_of_two(rows)),
+    )
     return Tile(queries, keys, 4, 2)
 
 
