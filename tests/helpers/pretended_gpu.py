@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class GpuTensor(torch.Tensor):
     """A tensor whose values are on the CPU and whose `device` is the pretended GPU."""
 
     held: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls: type[GpuTensor], held: Tensor) -> GpuTensor:
@@ -99,11 +99,12 @@ class GpuTensor(torch.Tensor):
         return self.held.data_ptr()
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return GpuTensor(self.held)
 
     @data.setter
-    def data(self, value: GpuTensor) -> None:
+    def data(self, value: Tensor) -> None:
+        assert isinstance(value, GpuTensor)
         self.held = value.held
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GpuTensor:
@@ -121,7 +122,7 @@ class GpuTensor(torch.Tensor):
         return f"GpuTensor({self.held})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -199,7 +200,7 @@ class PretendedGpu(TorchFunctionMode):
             return x if same else Tensor.to(x, dtype or x.dtype, **options)
         if on_gpu:
             self.record.wait("copy to the host")
-            return x.held.to(dtype or x.dtype, copy=True)
+            return cast(GpuTensor, x).held.to(dtype or x.dtype, copy=True)
         if not (no_wait and getattr(x, _PINNED, False)) and x.numel():
             self.record.wait("blocking copy to the device")
         new = GpuTensor(x.detach().to(dtype or x.dtype, copy=True))
@@ -222,7 +223,8 @@ def _parsed(
     x, *rest = args
     if func is not Tensor.to:
         return x, GPU if func is Tensor.cuda else CPU, None, kwargs.get("non_blocking", False), {}
-    target, dtype, flags = kwargs.get("device"), kwargs.get("dtype"), []
+    dtype: torch.dtype | None = kwargs.get("dtype")
+    target, flags = kwargs.get("device"), []
     for value in [*rest, kwargs.get("other")]:
         if isinstance(value, Tensor):
             target, dtype = value.device, value.dtype
@@ -233,10 +235,10 @@ def _parsed(
         elif value is not None:
             target = value
     no_wait = kwargs.get("non_blocking", flags[0] if flags else False)
-    options = {name: kwargs[name] for name in ("copy", "memory_format") if name in kwargs}
+    options: dict[str, Any] = {name: kwargs[name] for name in ("copy", "memory_format") if name in kwargs}
     if len(flags) > 1:
         options["copy"] = flags[1]
-    return x, None if target is None else torch.device(target), dtype, no_wait, options
+    return x, None if target is None else torch.device(target), dtype, bool(no_wait), options
 
 
 def _check(name: str, arguments: Any) -> None:

@@ -421,7 +421,7 @@ class ShardDataModule(LightningDataModule):
         """Move a batch without waiting, and keep on the host what only the host reads."""
         kept = {name: batch[name] for name in ON_HOST if name in batch}
         module = None if self.trainer is None else self.trainer.lightning_module
-        added = module.kept_on_host(batch) if isinstance(module, WorksAhead) else {}
+        added: dict[str, Any] = module.kept_on_host(batch) if isinstance(module, WorksAhead) else {}
         moved = {name: value for name, value in batch.items() if name not in kept}
         return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept, **added}
 
