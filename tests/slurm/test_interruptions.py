@@ -112,7 +112,7 @@ def test_ten_interruptions(cluster: Cluster) -> None:
             cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
         interrupt_attempt(cluster, job, number, interrupt)
         if interrupt is kill_node:  # which would have hit both
-            whole = cluster.submit(WHOLE, *RECIPE)
+            whole = cluster.submit(WHOLE, *RECIPE, "--time", "60")  # no limit of its own may end it
     cluster.call(
         "scontrol", "update", f"JobId={job}", "TimeLimit=60"
     )  # enough of short attempts: the rest at one go
