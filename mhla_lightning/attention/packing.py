@@ -218,7 +218,7 @@ def document_lengths(mask: Tensor | None, documents: Tensor | None) -> Tensor:
     """
     packing = Packing(mask, documents)
     numbers = packing.run - 1
-    lengths = torch.zeros(len(numbers), int(numbers.max()) + 1, dtype=torch.int64)
+    lengths = numbers.new_zeros(len(numbers), int(numbers.max()) + 1)
     return lengths.scatter_add_(1, numbers, packing.real.long())
 
 
