@@ -14,7 +14,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/lightning run $(RECIPE)
 
 test: lint
-	@echo "make test: the tests of CI in two processes; the goal is 13 minutes on two cores"
+	@echo "make test: the tests of CI in two processes, 16 to 20 minutes on two cores"
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 
 # Each part is to end within 45 minutes on two cores.
