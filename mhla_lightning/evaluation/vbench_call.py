@@ -6,8 +6,6 @@ Uses the standard library, torch and vbench alone, and runs on Python 3.8.
 import json
 import sys
 
-sys.path.pop(0)  # the folder of this file, which holds another vbench.py
-
 
 def main():  # type: ignore[no-untyped-def]  # noqa: ANN201  Python 3.8 reads this
     """Measure videos; VBench writes OUTPUT/NAME_eval_results.json.
@@ -29,4 +27,5 @@ def main():  # type: ignore[no-untyped-def]  # noqa: ANN201  Python 3.8 reads th
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file, which holds another vbench.py
     main()

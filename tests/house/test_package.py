@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -70,3 +71,36 @@ def test_compromised_lightning_releases_are_excluded() -> None:
         assert "!=2.6.2" in line
         assert "!=2.6.3" in line
         assert ">=2.6.6" in line
+
+
+def process_wide(tree: ast.Module) -> list[int]:
+    """Return the lines that change, on import, what belongs to the whole process."""
+    owners = {"sys", "os", "warnings", "torch", "multiprocessing", "logging", "signal", "random", "locale"}
+    lines = []
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            changed: list[ast.expr] = [node.value.func]
+        elif isinstance(node, ast.Assign):
+            changed = [target for target in node.targets if not isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AugAssign | ast.Delete):
+            changed = node.targets if isinstance(node, ast.Delete) else [node.target]
+        else:
+            continue
+        if any(ast.unparse(target).split(".")[0].split("[")[0] in owners for target in changed):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_an_import_changes_nothing_of_the_process() -> None:
+    """`import` in a user's script leaves the module path, the environment and the random state alone."""
+    planted = (
+        "import os, sys\nsys.path.pop(0)\nos.environ['A'] = '1'\ndel sys.modules['a']\nx = os.getcwd()\n"
+    )
+    assert process_wide(ast.parse(planted)) == [2, 3, 4]
+    found = [
+        f"{file}:{line}"
+        for file in tracked()
+        if file.suffix == ".py" and file.name != "__main__.py"
+        for line in process_wide(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    ]
+    assert found == []
