@@ -83,7 +83,7 @@ class _Search:
 @contextmanager
 def _watching(pl_module: nn.Module) -> Iterator[_Search]:
     search = _Search()
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
         for name, module in pl_module.named_modules():
             if name:
                 handle = module.register_forward_hook(partial(search.after_forward, name), with_kwargs=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention.context import Context, ContextKeywords, Rotary, context_from
-from mhla_lightning.attention.packing import one_document_per_row
+from mhla_lightning.attention.packing import Packing, one_document_per_row
 from mhla_lightning.errors import UserError, unknown_name
 
 __all__ = ["Attention", "CausalAttention", "Context", "Rotary", "State"]
@@ -168,6 +168,9 @@ class CausalAttention(Attention):
         dtype: torch.dtype,
     ) -> State:
         """Return the state before the first token; `heads` counts those of k and v."""
+
+    def prepare(self, packing: Packing) -> None:
+        """Compute what :meth:`attend` reads of a packing, before compiled code runs; it is kept there."""
 
     @abstractmethod
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State]:

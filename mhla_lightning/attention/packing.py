@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.errors import UserError
 
 
@@ -108,6 +109,8 @@ class Packing:
         documents: (batch, tokens) int; None means one document per row.
         lengths: of :func:`document_lengths`, on the host; the chunks are then cut without waiting for the
             device. None asks the device.
+        few_layouts: fill the chunks of a row up to one of few numbers, so that compiled code serves many
+            batches.
 
     Attributes:
         real: (batch, tokens) bool, True = real token.
@@ -118,11 +121,19 @@ class Packing:
         UserError: neither mask nor documents.
     """
 
-    def __init__(self, mask: Tensor | None, documents: Tensor | None, lengths: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        lengths: Tensor | None = None,
+        *,
+        few_layouts: bool = False,
+    ) -> None:
         either = mask if mask is not None else documents
         if either is None:
             raise UserError("mask", "found neither a mask nor `documents`; a packing needs one of them")
         self.mask, self.documents, self.lengths = mask, documents, lengths
+        self.few_layouts = few_layouts
         self.real = torch.ones_like(either, dtype=torch.bool) if mask is None else mask.bool()
         starts = torch.zeros_like(self.real)
         starts[:, 0] = True
@@ -137,10 +148,17 @@ class Packing:
 
     @classmethod
     def of(
-        cls, mask: Tensor | None, documents: Tensor | None, lengths: Tensor | None = None
+        cls,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        lengths: Tensor | None = None,
+        *,
+        few_layouts: bool = False,
     ) -> Packing | None:
         """Return a packing; None where every token is real and a row is one document."""
-        return None if mask is None and documents is None else cls(mask, documents, lengths)
+        if mask is None and documents is None:
+            return None
+        return cls(mask, documents, lengths, few_layouts=few_layouts)
 
     def allowed(self) -> Tensor:
         """Return (batch, 1, tokens, tokens) bool: which keys each query sees.
@@ -184,6 +202,9 @@ class Packing:
             cut = -(-self.lengths // size)
             count, longest = int(cut.sum(1).max()), max(1, int(cut.max()))
         count = max(1, count)
+        if self.few_layouts:
+            step = ceil_div(ceil_div(tokens, size), 4)
+            count = step * ceil_div(count, step)
         places = count * size + 1
         rows = torch.arange(batch, device=chunk.device)[:, None] * places
         slot = (rows + torch.where(self.real, chunk * size + within, places - 1)).flatten()

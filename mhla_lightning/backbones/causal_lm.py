@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import (
     CausalSelfAttention,
@@ -25,7 +24,9 @@ from mhla_lightning.attention import (
 )
 from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
+from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
+from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.backbones.rotary import Rotation, rotations
 from mhla_lightning.errors import UserError, inside
@@ -174,6 +175,23 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+class DecoderStack(KeptActivations, nn.ModuleList):
+    """The layers of a model, run one after another."""
+
+    def forward(self, x: Tensor, turn: Mapping[int, Rotation], packing: Packing | None) -> Tensor:
+        """Return a tensor of the shape of x, (batch, tokens, dim).
+
+        Args:
+            x: (batch, tokens, dim).
+            turn: rotations by head dimension.
+            packing: of a padded or packed batch; None means one document per row.
+        """
+        with self.offloaded():
+            for layer in self:
+                x = self.run(layer, x, rotary=turn.get(cast(DecoderLayer, layer).attn.dim_k), packing=packing)
+        return x
+
+
 @dataclass(frozen=True)
 class CausalLMOptions:
     """Sizes of a :class:`CausalLM`.
@@ -188,7 +206,6 @@ class CausalLMOptions:
         rope_base: the longest rotary wave is 2 pi times this.
         norm_eps: of all RMSNorms.
         dropout: after attention and MLP; an attention entry's own takes precedence.
-        compile: torch.compile every layer in place (names of weights stay).
     """
 
     vocab_size: int = 32000
@@ -200,7 +217,6 @@ class CausalLMOptions:
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
     dropout: float = 0.0
-    compile: bool = False
 
 
 class CausalLM(nn.Module):
@@ -236,17 +252,15 @@ class CausalLM(nn.Module):
         with inside("attention"):
             specs = resolve_layers(attention, options.depth, presets_for(dim), layer_options, causal=True)
         self.embeddings = nn.Embedding(options.vocab_size, dim)
-        self.layers = nn.ModuleList(
+        self.layers = DecoderStack(
             DecoderLayer(dim, hidden, spec, options.context, eps, options.dropout) for spec in specs
         )
         self.norm = RMSNorm(dim, eps=eps)
         self.lm_head = None if options.tie_embeddings else nn.Linear(dim, options.vocab_size, bias=False)
         self.rotary_dims = tuple(sorted({layer.attn.dim_k for layer in self._layers() if layer.attn.rotary}))
-        self.checkpointing = False
+        self._few_layouts = False
         self.apply(_initialise)
         remember_geometry(self)
-        if options.compile:
-            self.compile_layers()
 
     @property
     def head_weight(self) -> Tensor:
@@ -270,14 +284,7 @@ class CausalLM(nn.Module):
             lengths: of :func:`document_lengths`, on the host, so that nothing waits for the device.
         """
         packing, turn = self._places(tokens, mask, documents, lengths)
-        x = self.embeddings(tokens)
-        for layer in self._layers():
-            rotary = turn.get(layer.attn.dim_k)
-            if self.checkpointing and self.training:
-                x = checkpoint(layer, x, rotary=rotary, packing=packing, use_reentrant=False)
-            else:
-                x = layer(x, rotary=rotary, packing=packing)
-        return self.norm(x)
+        return self.norm(self.layers(self.embeddings(tokens), turn, packing))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Return logits (batch, tokens, vocab_size); arguments as in `features`."""
@@ -342,14 +349,22 @@ class CausalLM(nn.Module):
         """Return the names of the mixing matrices; norms and biases are never decayed (SPEC 1.4)."""
         return mixing_weights(self)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every layer in the backward to save memory."""
-        self.checkpointing = enable
+    def keep_activations(self, how: Activations) -> None:
+        """Choose what the backward recomputes or fetches, see :data:`Activations`."""
+        self.layers.keep_activations(how)
 
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile every layer in place by torch.compile."""
-        for layer in self._layers():
-            layer.compile(backend=backend)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every layer in the backward to save memory; timm's name."""
+        self.keep_activations("blocks" if enable else "none")
+
+    def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
+        """Compile the stack of layers, or each layer.
+
+        The layout of packed rows is computed outside, with one of few numbers of chunks.
+        """
+        self._few_layouts = True
+        for part in [self.layers] if what == "whole" else self.layers:
+            compile_module(part)
 
     def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of other libraries under our names.
@@ -390,7 +405,10 @@ class CausalLM(nn.Module):
                     name,
                     f"its shape {tuple(given.shape)} is not that of `tokens`, {tuple(tokens.shape)}",
                 )
-        packing = Packing.of(mask, documents, lengths)
+        packing = Packing.of(mask, documents, lengths, few_layouts=self._few_layouts)
+        if packing is not None:
+            for layer in self._layers():
+                layer.attn.attention.prepare(packing)
         positions = (
             torch.arange(tokens.shape[1], device=tokens.device)[None]
             if packing is None

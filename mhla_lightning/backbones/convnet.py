@@ -10,6 +10,7 @@ from timm.layers import ClassifierHead, ConvNormAct
 from torch import Tensor, nn
 
 from mhla_lightning.backbones.adapting import Grid, adapted_to
+from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Adapted, Geometry
 
@@ -129,6 +130,11 @@ class ConvNet(nn.Module):
             UserError: a tensor that is not finite.
         """
         return adapted_to(self, state, Geometry())
+
+    def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
+        """Compile the model, or each of its stages."""
+        for part in [self] if what == "whole" else self.stages:
+            compile_module(part)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Refuse: the network is too small to gain from recomputing."""

@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import BlockGrid, LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.backbones.activations import KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
+from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import (
     BlockOrderConv,
     ConditionalPosition,
@@ -95,7 +96,7 @@ class DiTOptions:
     dwconv: bool = False
 
 
-class DiT(nn.Module):
+class DiT(KeptActivations, nn.Module):
     """Predicts the noise of latents or pixels, and its variance, given a time and a class.
 
     Args:
@@ -141,7 +142,6 @@ class DiT(nn.Module):
             for spec in layers
         )
         self.final_layer = FinalLayer(dim, patch**2 * self.out_channels)
-        self.checkpointing = False
         self._initialise()
         remember_geometry(self)
 
@@ -160,11 +160,9 @@ class DiT(nn.Module):
         self._check(x, t, y)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks:
-            if self.checkpointing and self.training:
-                tokens = cast(Tensor, checkpoint(block, tokens, condition, use_reentrant=False))
-            else:
-                tokens = block(tokens, condition)
+        with self.offloaded():
+            for block in self.blocks:
+                tokens = self.run(block, tokens, condition)
         return self._to_image(self.final_layer(tokens, condition))
 
     def _to_image(self, tokens: Tensor) -> Tensor:
@@ -235,9 +233,10 @@ class DiT(nn.Module):
         """Return the names of the mixing matrices; norms and biases are never decayed (SPEC 1.4)."""
         return mixing_weights(self)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward to save memory."""
-        self.checkpointing = enable
+    def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
+        """Compile the model, or each of its blocks."""
+        for part in [self] if what == "whole" else self.blocks:
+            compile_module(part)
 
     def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of the public DiT or of the MHLA authors under our names.

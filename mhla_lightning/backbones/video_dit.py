@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention import (
     BlockGrid,
@@ -25,7 +24,9 @@ from mhla_lightning.attention import (
     resolve_layers,
 )
 from mhla_lightning.attention.base import accumulation_dtype, full_precision, positive
+from mhla_lightning.backbones.activations import KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
+from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import (
     ConditionalPosition,
     CrossAttention,
@@ -106,7 +107,7 @@ _COUNTS = (
 )
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(KeptActivations, nn.Module):
     """Predicts the velocity (noise - clip) of latents or pixels, given a time and a text.
 
     Clips may have any length and size; an image is one frame.
@@ -164,7 +165,6 @@ class VideoDiT(nn.Module):
         )
         self.head = Head(dim, math.prod(self.patch_size) * channels)
         self._layouts = _layouts(layers, self.grid)
-        self.checkpointing = False
         self._initialise()
         remember_geometry(self)
 
@@ -190,13 +190,9 @@ class VideoDiT(nn.Module):
         text = self.text_embedding(F.pad(text.to(weight.dtype), (0, 0, 0, self.text_length - text.shape[1])))
         time, modulation = self._embed_time(t)
         rotary = GridRotation(grid, self.embed_dim // cast(VideoBlock, self.blocks[0]).attn.heads, x.device)
-        for block in self.blocks:
-            if self.checkpointing and self.training:
-                tokens = cast(
-                    Tensor, checkpoint(block, tokens, modulation, text, rotary, grid, use_reentrant=False)
-                )
-            else:
-                tokens = block(tokens, modulation, text, rotary, grid)
+        with self.offloaded():
+            for block in self.blocks:
+                tokens = self.run(block, tokens, modulation, text, rotary, grid)
         return self._to_video(self.head(tokens, time), grid)
 
     def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,9 +343,10 @@ class VideoDiT(nn.Module):
             if isinstance(module, (VideoBlock, Head))
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward to save memory."""
-        self.checkpointing = enable
+    def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
+        """Compile the model, or each of its blocks."""
+        for part in [self] if what == "whole" else self.blocks:
+            compile_module(part)
 
     def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Grid = None) -> Adapted:
         """Return weights of Wan2.1, of the MHLA authors or of diffusers under our names.

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
+from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted
@@ -89,7 +91,7 @@ class ViTOptions:
     drop_path_rate: float = 0.0
 
 
-class VisionTransformer(TimmVisionTransformer):
+class VisionTransformer(KeptActivations, TimmVisionTransformer):
     """A vision transformer, average-pooled, whose layers hold any operator of the registry.
 
     It has no class token. timm's own lacks an operator that knows the token grid, another operator in every
@@ -137,7 +139,18 @@ class VisionTransformer(TimmVisionTransformer):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return (batch, tokens, embed_dim) in raster order of images (batch, C, H, W)."""
-        return super().forward_features(self._pad(x))
+        with self.offloaded():
+            return super().forward_features(self._pad(x))
+
+    def keep_activations(self, how: Activations) -> None:
+        """Choose what the backward recomputes or fetches, see :data:`Activations`."""
+        super().keep_activations(how)
+        self.grad_checkpointing = how == "blocks"  # timm's forward reads it
+
+    def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
+        """Compile the model, or each of its blocks."""
+        for part in [self] if what == "whole" else self.blocks:
+            compile_module(part)
 
     def _pad(self, x: Tensor) -> Tensor:
         full = self.patch_embed.img_size

@@ -107,6 +107,13 @@ MOVED: dict[str, dict[str, tuple[MovedKey, ...]]] = {
 """Section of a recipe -> name of the class in it -> its arguments that have moved."""
 
 
+ADDED: dict[str, dict[str, Any]] = {"model": {"compile": None}}
+"""Section of a recipe -> arguments that earlier versions lacked, and their defaults.
+
+The flat form leaves them out where they have their default.
+"""
+
+
 def moved(values: Mapping[str, Any], told: bool = False) -> dict[str, Any]:
     """Return a recipe with every old key in its new place; the recipe itself stays as it is.
 
@@ -118,6 +125,7 @@ def moved(values: Mapping[str, Any], told: bool = False) -> dict[str, Any]:
         UserError: a key is given in its old and in its new place.
     """
     result = deepcopy(dict(values))
+    _move_compile(result)
     for section, arguments, key in _entries(result):
         if key.old not in arguments:
             continue
@@ -155,6 +163,11 @@ def flat(values: Mapping[str, Any], filled: bool = True) -> dict[str, Any]:
         groups.append((arguments, key.group))
         if not (key.added and value == key.default):
             arguments[key.old] = value
+    for section, added in ADDED.items():
+        arguments = (result.get(section) or {}).get("init_args") or {}
+        for name in added:
+            if name in arguments and arguments[name] == added[name]:
+                del arguments[name]
     for arguments, name in groups:
         if name in arguments and not arguments[name]:
             if name == "backbone_options":
@@ -182,6 +195,17 @@ def moved_name(name: str, values: Mapping[str, Any], told: bool = False) -> str:
                 _tell(f"{section}.{key.old}", f"{section}.{key.new}")
             return new
     return name
+
+
+def _move_compile(values: dict[str, Any]) -> None:
+    """Turn the language model's old option `backbone_options.compile` into the task's `compile`."""
+    arguments = (values.get("model") or {}).get("init_args") or {}
+    options = arguments.get("backbone_options")
+    if isinstance(options, Mapping) and "compile" in options:
+        compiled = options["compile"]
+        arguments["backbone_options"] = {name: x for name, x in options.items() if name != "compile"}
+        if compiled:
+            arguments.setdefault("compile", "blocks")
 
 
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], MovedKey]]:

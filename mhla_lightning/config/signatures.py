@@ -52,15 +52,19 @@ def class_names(module: str) -> list[str] | None:
 def parameters(source: ClassSource) -> dict[str, ast.expr | None] | None:
     """Return the arguments of a class and their annotations; None where they cannot be read.
 
-    A class that takes `**kwargs` cannot be read.
+    `**kwargs` that go to `super().__init__` are the base's arguments; any others cannot be read.
     """
     init = _method(source.node, "__init__")
     if init is not None:
         given = init.args
-        if given.kwarg is not None or given.vararg is not None:
+        if given.vararg is not None:
             return None
         every = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-        return {argument.arg: argument.annotation for argument in every[1:]}
+        own = {argument.arg: argument.annotation for argument in every[1:]}
+        if given.kwarg is None:
+            return own
+        passed = _passed_on(source, init, given.kwarg.arg)
+        return None if passed is None else own | passed
     inherited: dict[str, ast.expr | None] = {}
     for base in _bases(source):
         found = parameters(base) if base is not None else None
@@ -74,11 +78,21 @@ def parameters(source: ClassSource) -> dict[str, ast.expr | None] | None:
 
 def config_of(source: ClassSource, annotation: ast.expr | None) -> ClassSource | None:
     """Return the dataclass in an annotation `Config`, `Config | None` or `list[Config] | None`."""
-    for node in ast.walk(annotation) if annotation is not None else ():
-        found = _find(source.module, node.id) if isinstance(node, ast.Name) else None
-        if found is not None and found.is_dataclass:
-            return found
+    nodes = ast.walk(annotation) if annotation is not None else ()
+    for name in [node.id for node in nodes if isinstance(node, ast.Name)]:
+        for module in _modules(source):
+            found = _find(module, name)
+            if found is not None and found.is_dataclass:
+                return found
     return None
+
+
+def _modules(source: ClassSource) -> Iterator[str]:
+    """Yield the modules of a class and of its bases, where inherited annotations stand."""
+    yield source.module
+    for base in _bases(source):
+        if base is not None:
+            yield from _modules(base)
 
 
 def table_of_classes(module: str, table: str) -> dict[str, ClassSource] | None:
@@ -160,6 +174,21 @@ def _fields(node: ast.ClassDef) -> dict[str, ast.expr | None]:
         and isinstance(statement.target, ast.Name)
         and not ast.unparse(statement.annotation).startswith("ClassVar")
     }
+
+
+def _passed_on(source: ClassSource, init: ast.FunctionDef, kwargs: str) -> dict[str, ast.expr | None] | None:
+    """Return the arguments of the base that `super().__init__(a, b=c, **kwargs)` leaves to the caller."""
+    (base, *others) = _bases(source)
+    theirs = parameters(base) if base is not None and not others else None
+    for node in ast.walk(init):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__"):
+            continue
+        named = {keyword.arg for keyword in node.keywords}
+        passes = any(k.arg is None and ast.unparse(k.value) == kwargs for k in node.keywords)
+        if theirs is not None and passes:
+            left = list(theirs.items())[len(node.args) :]
+            return {name: annotation for name, annotation in left if name not in named}
+    return None
 
 
 def _bases(source: ClassSource) -> list[ClassSource | None]:

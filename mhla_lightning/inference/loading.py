@@ -195,9 +195,6 @@ def find_task(folder: RunFolder, extrapolation: str | None = None) -> LanguageTa
     """
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
-        if (arguments.get("backbone_options") or {}).get("compile"):
-            # With compilation on, every new length would compile again.
-            arguments["backbone_options"] = {**arguments["backbone_options"], "compile": False}
         if extrapolation is not None:
             arguments["attention"] = extrapolated(arguments.get("attention", "mhla"), extrapolation)
         return arguments

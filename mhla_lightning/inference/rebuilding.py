@@ -49,6 +49,8 @@ def rebuild(
         )
     # The run's own weights replace those of other files, which may not exist any more.
     arguments = dict(model["init_args"])
+    if "compile" in arguments:  # every new length and size would compile again
+        arguments["compile"] = None
     if "init_from" in arguments:
         arguments["init_from"] = None
     if isinstance(arguments.get("loss"), Mapping) and "distill" in arguments["loss"]:

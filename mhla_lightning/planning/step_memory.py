@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.backbones import default_options
+from mhla_lightning.backbones.activations import offloading_as_on_gpu
 from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.planning.torch_modes import (
     FakeTensor,
@@ -100,7 +101,7 @@ def _cycle(attention: str | Mapping[str, Any] | Sequence[Any]) -> int:
 
 def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
     example = task.example_batch(micro_batch)
-    with chunks_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), _Known():
+    with chunks_as_on_gpu(), offloading_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), _Known():
         build(task, precision)
         samples = {
             name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta

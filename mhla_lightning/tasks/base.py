@@ -18,8 +18,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
+from mhla_lightning.backbones.activations import Activations, KeepsActivations
+from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
@@ -46,7 +48,10 @@ class Task(pl.LightningModule):
         init_from: weights to start from: a file, a folder or a run; None starts from random weights. An
             :class:`InitFrom` also says which weights of it, and of which token grid.
         train_only: regular expressions; parameters that none finds are frozen. None trains all.
-        checkpoint_activations: `blocks` recomputes every block in the backward to save memory.
+        checkpoint_activations: what the backward recomputes or fetches to save memory, see
+            :data:`Activations`.
+        compile: `blocks` or `whole` compiles the backbone for training and validation, and a
+            :class:`Compilation` also takes torch.compile's arguments; None does not.
 
     Attributes:
         parameter_count: parameters of the backbone.
@@ -67,7 +72,8 @@ class Task(pl.LightningModule):
         schedule: ScheduleConfig | None = None,
         init_from: str | InitFrom | None = None,
         train_only: list[str] | None = None,
-        checkpoint_activations: Literal["none", "blocks"] = "none",
+        checkpoint_activations: Activations = "none",
+        compile: Literal["blocks", "whole"] | Compilation | None = None,
     ) -> None:
         super().__init__()
         self.backbone_name, self.attention = backbone, attention
@@ -76,11 +82,13 @@ class Task(pl.LightningModule):
         self.schedule_config = schedule or ScheduleConfig()
         self.init_from, self.train_only = init_from, list(train_only or [])
         self.checkpoint_activations = checkpoint_activations
+        self.compilation = Compilation(compile) if isinstance(compile, str) else compile
         self.backbone: nn.Module | None = None
         self._gradient_norm: Tensor | None = None
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
         plan = self._weightless()
+        self._check_execution(plan)
         if self.init_from:
             self._source_geometry = described_geometry(facts_of(weight_file(self.init_from)))
         self.parameter_count = sum(p.numel() for p in plan.parameters())
@@ -109,13 +117,32 @@ class Task(pl.LightningModule):
         if self.backbone is not None:
             return
         self.backbone = self._build()
-        if self.checkpoint_activations == "blocks":
-            cast(Any, self.backbone).set_grad_checkpointing()
+        if isinstance(self.backbone, KeepsActivations):
+            self.backbone.keep_activations(self.checkpoint_activations)
         if self.init_from:
             report = start_from(self.backbone, self.init_from, "init_from", self._geometry_of)
             rank_zero_only(log.info)(str(report))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
+        if self.compilation is not None:
+            self.compilation.apply(self.backbone)
+
+    def _check_execution(self, plan: nn.Module) -> None:
+        """Refuse what cannot be compiled or recomputed. Raises UserError."""
+        if self.checkpoint_activations != "none" and not isinstance(plan, KeepsActivations):
+            raise UserError(
+                "checkpoint_activations", f"'{self.backbone_name}' recomputes nothing; write none"
+            )
+        if self.compilation is None:
+            return
+        with inside("compile"):
+            self.compilation.check(plan)
+        if self.compilation.what == "whole" and self.checkpoint_activations == "offload":
+            raise UserError(
+                "compile",
+                "`whole` leaves no block whose activations `checkpoint_activations` offload could move; take "
+                "`blocks`, or another `checkpoint_activations`",
+            )
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:
         return state.geometry or self._source_geometry or timm_geometry(state)
@@ -205,7 +232,7 @@ class Task(pl.LightningModule):
             depth: number of layers; None keeps it.
         """
         twin = copy.deepcopy(self)
-        twin.init_from = None
+        twin.init_from, twin.compilation = None, None
         if depth is not None:
             twin.backbone_options["depth"] = depth
         return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, keys
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.weights.warm_start import InitFrom
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,10 @@ class ClassificationTask(Task):
     """Classifies images, with mixup and cutmix; logs the loss, top-1 and top-5.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`Task`.
+        backbone, attention, backbone_options: see :class:`Task`.
         num_classes: classes of the data.
         loss: None takes the defaults.
+        task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Raises:
         UserError: see :class:`Task`.
@@ -58,17 +56,11 @@ class ClassificationTask(Task):
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
         backbone_options: Mapping[str, Any] | None = None,
         num_classes: int = 1000,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
         loss: ClassificationLossConfig | None = None,
-        init_from: str | InitFrom | None = None,
-        train_only: list[str] | None = None,
-        checkpoint_activations: Literal["none", "blocks"] = "none",
+        **task: Any,
     ) -> None:
         options = {**(backbone_options or {}), "num_classes": num_classes}
-        super().__init__(
-            backbone, attention, options, optimizer, schedule, init_from, train_only, checkpoint_activations
-        )
+        super().__init__(backbone, attention, options, **task)
         if num_classes < 2:
             raise UserError("num_classes", f"{num_classes} is too few; a classifier needs at least 2")
         loss = loss or ClassificationLossConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from mhla_lightning.errors import UserError, inside
 from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, draws_point
 from mhla_lightning.tasks.distillation import Distillation, Teacher
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.weights.warm_start import InitFrom
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ class DiffusionTask(Task):
     any number of ranks.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`Task`.
+        backbone, attention, backbone_options: see :class:`Task`.
         diffusion: noise process: `ddpm`, `flow`, or a mapping of `name` and its options.
         loss: see :class:`DiffusionLoss`.
+        task: further arguments of :class:`Task`.
 
     Raises:
         UserError: see :class:`Task`; an unknown process or option, a teacher that does not exist.
@@ -88,27 +86,20 @@ class DiffusionTask(Task):
         backbone_options: Mapping[str, Any] | None,
         diffusion: str | Mapping[str, Any],
         loss: DiffusionLoss,
-        optimizer: OptimizerConfig | None,
-        schedule: ScheduleConfig | None,
-        init_from: str | InitFrom | None,
-        train_only: list[str] | None,
-        checkpoint_activations: Literal["none", "blocks"],
+        **task: Any,
     ) -> None:
         with inside("diffusion"):
             process = build_process(diffusion)
-        super().__init__(
-            backbone,
-            attention,
-            backbone_options,
-            optimizer,
-            schedule,
-            init_from,
-            train_only,
-            checkpoint_activations,
-        )
+        super().__init__(backbone, attention, backbone_options, **task)
         self.process, self.dropout, self.time_bins = process, loss.dropout, loss.time_bins
         self.teacher: Teacher | None = None
         if loss.distill is not None:
+            if self.compilation is not None:
+                raise UserError(
+                    "compile",
+                    "`loss.distill` reads the outputs of single layers, and a compiled model shows none; "
+                    "choose one of the two",
+                )
             with inside("loss.distill"):
                 self.teacher = Teacher(loss.distill, backbone, self.backbone_options)
         self.metrics = nn.ModuleDict({prefix: nn.ModuleDict(self._metrics()) for prefix in PREFIXES})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.base import keys
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.weights.warm_start import InitFrom
 
 
 @runtime_checkable
@@ -62,9 +60,9 @@ class ImageDiffusionTask(DiffusionTask):
     process.
 
     Args:
-        backbone, attention, backbone_options, diffusion, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`DiffusionTask`.
+        backbone, attention, backbone_options, diffusion: see :class:`DiffusionTask`.
         loss: None takes the defaults.
+        task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Attributes:
         num_classes: classes without the null label.
@@ -83,11 +81,7 @@ class ImageDiffusionTask(DiffusionTask):
         backbone_options: Mapping[str, Any] | None = None,
         diffusion: str | Mapping[str, Any] = "ddpm",
         loss: ImageDiffusionLossConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | InitFrom | None = None,
-        train_only: list[str] | None = None,
-        checkpoint_activations: Literal["none", "blocks"] = "none",
+        **task: Any,
     ) -> None:
         if backbone in BACKBONES and "learn_sigma" not in default_options(backbone):
             raise _not_for_images(backbone)
@@ -101,11 +95,7 @@ class ImageDiffusionTask(DiffusionTask):
             options,
             diffusion,
             DiffusionLoss(loss.label_dropout, loss.time_bins, loss.distill),
-            optimizer,
-            schedule,
-            init_from,
-            train_only,
-            checkpoint_activations,
+            **task,
         )
         with torch.device("meta"):
             plan = self._build()

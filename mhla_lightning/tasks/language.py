@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torchmetrics import MeanMetric
 from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.base import PREFIXES, Task, keys
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
-from mhla_lightning.weights.warm_start import InitFrom
 
 HOST_DOCUMENTS = "host_documents"
 """Key of a batch whose `documents` are on the host too."""
@@ -78,11 +76,11 @@ class LanguageTask(Task):
     targets. Metrics are exact over all.
 
     Args:
-        backbone, attention, backbone_options, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`Task`.
+        backbone, attention, backbone_options: see :class:`Task`.
         loss: None takes the defaults.
         eval_lengths: context lengths besides the trained one at which validation rows are evaluated, cut into
             windows: `val_1024/loss` and so on. None adds none.
+        task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Raises:
         UserError: see :class:`Task`; a backbone that is no language model, a length that the operators
@@ -100,24 +98,11 @@ class LanguageTask(Task):
         backbone: str,
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
         backbone_options: Mapping[str, Any] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
         loss: LanguageLossConfig | None = None,
         eval_lengths: list[int] | None = None,
-        init_from: str | InitFrom | None = None,
-        train_only: list[str] | None = None,
-        checkpoint_activations: Literal["none", "blocks"] = "none",
+        **task: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            attention,
-            backbone_options,
-            optimizer,
-            schedule,
-            init_from,
-            train_only,
-            checkpoint_activations,
-        )
+        super().__init__(backbone, attention, backbone_options, **task)
         loss = loss or LanguageLossConfig()
         self.context = math.prod(self.grid)
         self.isolate_documents, self.z_loss = loss.isolate_documents, loss.z_loss

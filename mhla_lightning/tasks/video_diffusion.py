@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.base import keys
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.weights.warm_start import InitFrom
 
 
 @runtime_checkable
@@ -71,9 +69,9 @@ class VideoDiffusionTask(DiffusionTask):
     the backbone's input_size, and an image is a video of one frame. All samples of a batch have one shape.
 
     Args:
-        backbone, attention, backbone_options, diffusion, optimizer, schedule, init_from, train_only,
-        checkpoint_activations: see :class:`DiffusionTask`.
+        backbone, attention, backbone_options, diffusion: see :class:`DiffusionTask`.
         loss: None takes the defaults.
+        task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
     Attributes:
         sample_shape: (C, T, H, W) of backbone_options.input_size.
@@ -95,11 +93,7 @@ class VideoDiffusionTask(DiffusionTask):
         backbone_options: Mapping[str, Any] | None = None,
         diffusion: str | Mapping[str, Any] = "flow",
         loss: VideoDiffusionLossConfig | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
-        init_from: str | InitFrom | None = None,
-        train_only: list[str] | None = None,
-        checkpoint_activations: Literal["none", "blocks"] = "none",
+        **task: Any,
     ) -> None:
         with inside("diffusion"):
             process = build_process(diffusion)
@@ -115,11 +109,7 @@ class VideoDiffusionTask(DiffusionTask):
             backbone_options,
             diffusion,
             DiffusionLoss(loss.text_dropout, loss.time_bins, loss.distill),
-            optimizer,
-            schedule,
-            init_from,
-            train_only,
-            checkpoint_activations,
+            **task,
         )
         plan = self._plan()
         self.sample_shape = (plan.in_channels, *plan.input_size)

@@ -26,6 +26,7 @@ from mhla_lightning.attention.baselines import causal_fla as fla
 from mhla_lightning.attention.baselines.causal_linear import CausalLinear
 from mhla_lightning.backbones import CausalLM, build_backbone
 from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
+from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.inference.text import Sampling, generate
 from tests.helpers import causal_layers as layer_contract
 from tests.helpers.errors import refused
@@ -306,7 +307,7 @@ def test_a_language_model_generates_and_compiles(name: str) -> None:
     assert chosen == expected[9:]
     tokens, documents = torch.tensor([row]), torch.tensor([[0] * 4 + [1] * 5])
     before = model(tokens, documents=documents)
-    model.compile_layers(backend="aot_eager")
+    Compilation(backend="aot_eager").apply(model)
     assert_close(model(tokens, documents=documents), before)
 
 
@@ -327,7 +328,7 @@ def test_batches_may_be_forgotten_while_a_layer_compiles() -> None:
         del batches[-1:]
 
     model = tiny_model("mamba2")
-    model.compile_layers(backend="eager")
+    Compilation(backend="eager").apply(model)
     gc.callbacks.append(forget)
     try:
         model(tokens, documents=documents)

@@ -20,7 +20,6 @@ from mhla_lightning.backbones.causal_lm import LANGUAGE_PRESETS
 from mhla_lightning.errors import UserError
 from tests.helpers.errors import refused
 from tests.helpers.language_models import CUDA_ONLY, OPERATORS_ON_CPU
-from tests.helpers.marks import every_nth
 from tests.helpers.oracles import ORACLES
 
 MHLA: dict[str, Any] = {"name": "mhla", "chunk_size": 8, "max_chunks": 6}
@@ -168,31 +167,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(entry: Any) -> None:
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # dynamo looks at it, and hides the warning otherwise
-@pytest.mark.parametrize("entry", every_nth([ENTRIES["hybrid"], "softmax", LINEAR, MHLA], 4), ids=str)
-def test_compiled_layers_equal_eager_ones_and_keep_their_names(entry: Any) -> None:
-    eager, compiled = build(entry), build(entry)
-    compiled.compile_layers(backend="aot_eager")
-    assert list(compiled.state_dict()) == list(eager.state_dict())
-    assert all(layer._compiled_call_impl is not None for layer in compiled.layers)
-    out, expected = compiled(text()), eager(text())
-    assert_close(out, expected)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    for (name, a), b in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None and b.grad is not None:
-            assert_close(a.grad, b.grad)
-
-
-def test_the_option_compile_compiles() -> None:
-    model = build_backbone("lm_tiny", attention=LINEAR, compile=True)
-    assert all(layer._compiled_call_impl is not None for layer in model.layers)  # type: ignore[union-attr]
-    assert not any("_orig_mod" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import CausalAttention, State, accumulation_dtype
 from mhla_lightning.attention.baselines.causal_linear import LinearState
 from mhla_lightning.attention.context import Context
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, missing_extra
 
 _CHUNK = 64  # tokens that the kernels compute at once
@@ -84,6 +85,9 @@ class FlashOperator(CausalAttention):
 
     def _scale(self, dim_k: int) -> float:
         return dim_k**-0.5
+
+    def prepare(self, packing: Packing) -> None:
+        packing.sequences()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         return self._by_kernel(q, k, v, context, keep=False)[0]

@@ -18,6 +18,7 @@ from mhla_lightning.attention.chunks import ChunkedTokens, chunk_tokens, real_pl
 from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
+from mhla_lightning.attention.packing import Packing
 
 NORMALIZERS = ("none", "block")
 DECAYS = ("head", "token")
@@ -84,6 +85,9 @@ class CausalLinear(base.CausalAttention):
         self.phi = base.feature_map(feature_map, eps)
         self.token_decay = decay == "token"
         self.decay = nn.Parameter(spread_logits(heads)) if decay == "head" else None
+
+    def prepare(self, packing: Packing) -> None:
+        packing.chunks(self.chunk_size)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         with base.full_precision(q):

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention.base import CausalAttention, State, accumulation_dtype
 from mhla_lightning.attention.baselines.causal_conv import ShortConvolution
@@ -134,6 +135,7 @@ class CausalSelfAttention(nn.Module):
         self.g_proj = nn.Linear(dim, heads * self.dim_v, bias=False) if options.gate else None
         self.o_proj = nn.Linear(heads * self.dim_v, dim, bias=False)
         self.dropout = nn.Dropout(options.dropout)
+        self.recompute = False
         self.reset_decay()
 
     @torch.no_grad()
@@ -158,8 +160,13 @@ class CausalSelfAttention(nn.Module):
             rotary: turns q and k by position; None means no positions.
             packing: of a padded or packed batch; None means one document per row.
         """
-        q, k, v = self._heads(self._convolve(self._project(x), packing))
-        return self._output(x, self.attention(q, k, v, self._context(x, rotary, packing)))
+        heads = self._heads(self._convolve(self._project(x), packing))
+        context = self._context(x, rotary, packing)
+        if self.recompute and self.training:
+            out = checkpoint(self.attention, *heads, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self.attention(*heads, context)
+        return self._output(x, out)
 
     def prefill(
         self, x: Tensor, *, rotary: Rotary | None = None, packing: Packing | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.context import Context, Rotary
@@ -114,6 +115,7 @@ class SelfAttention(nn.Module):
         self.gate = nn.Linear(dim, dim) if options.gate else None
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(options.dropout)
+        self.recompute = False
 
     def forward(
         self,
@@ -135,7 +137,11 @@ class SelfAttention(nn.Module):
         x = self.norm(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attention(*(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)), context)
+        heads = [t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)]
+        if self.recompute and self.training:
+            out = checkpoint(self.attention, *heads, context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self.attention(*heads, context)
         out = self.out_norm(out).flatten(2)
         if self.gate is not None:
             out = out * F.silu(self.gate(x))

@@ -20,6 +20,7 @@ from mhla_lightning.attention.mhla.mixing import FORMS, MixingInit, MixingMatrix
 from mhla_lightning.attention.mhla.rule import CAUSAL_NORMALIZERS, CausalFeatures, CausalRule
 from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.attention.mhla.window import Window, window_after, window_attention
+from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError
 
 INTRAS = ("plain", "decay", "window")
@@ -185,6 +186,11 @@ class CausalMHLA(base.CausalAttention):
         if self.offset is None:
             return "it takes the feature maps 'relu' and 'relu_eps'"
         return "it takes no intra 'window'" if self.intra == "window" else None
+
+    def prepare(self, packing: Packing) -> None:
+        chunks = packing.chunks(self.chunk_size)
+        if self.kernel != "torch" and chunks.slot.is_cuda:
+            _ = chunks.layout  # kept there, for the kernels
 
     def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
