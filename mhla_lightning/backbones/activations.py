@@ -73,7 +73,7 @@ class Offload(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module) -> None:
         weights = list(model.parameters())
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights if weight.is_cuda}
         # Under autocast a product saves a copy of the weight, which has its shape, or turned by a quarter.
         self._shapes = {frozenset(weight.shape) for weight in weights if weight.dim() == 2}
         super().__init__(self._pack, self._unpack)

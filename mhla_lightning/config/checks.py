@@ -11,10 +11,11 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhla_lightning.config.quick_checks import check_known, check_sections
+from mhla_lightning.config.signatures import find_class, parameters
 from mhla_lightning.errors import UserError, unknown_name
 
 
@@ -47,9 +48,12 @@ def _check_value(value: Any, where: str) -> None:
     check_known(value, ("class_path", "init_args"), f"{where}.")
     arguments = value.get("init_args") or {}
     target = import_class(str(value["class_path"]), where)
-    parameters = inspect.signature(target).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        check_known(arguments, parameters, f"{where}.")
+    source = find_class(str(value["class_path"]))
+    known = parameters(source) if source is not None else None
+    if known is None and not _takes_anything(target):
+        known = dict.fromkeys(inspect.signature(target).parameters)
+    if known is not None:
+        check_known(arguments, known, f"{where}.")
     hints = argument_hints(target)
     for key, item in arguments.items():
         check_argument(item, dataclass_in(hints.get(key)), f"{where}.{key}")
@@ -81,8 +85,18 @@ def check_argument(value: Any, config: type | None, where: str) -> None:
 
 def argument_hints(target: type) -> dict[str, Any]:
     """Return the annotations of the arguments that a class takes."""
-    hints = typing.get_type_hints(inspect.getattr_static(target, "__init__"))
+    hints: dict[str, Any] = {}
+    for base in inspect.getmro(target):
+        init = base.__dict__.get("__init__")
+        if inspect.isfunction(init):
+            hints = {**typing.get_type_hints(init), **hints}
+            if not _takes_anything(init):  # it gives its base what the base needs
+                break
     return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def _takes_anything(target: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
 
 
 def import_class(path: str, where: str) -> type:

@@ -177,7 +177,7 @@ def _fields(node: ast.ClassDef) -> dict[str, ast.expr | None]:
 
 
 def _passed_on(source: ClassSource, init: ast.FunctionDef, kwargs: str) -> dict[str, ast.expr | None] | None:
-    """Return the arguments of the base that `super().__init__(a, b=c, **kwargs)` leaves to the caller."""
+    """Return the arguments of the base that `super().__init__` gets by `**kwargs`."""
     (base, *others) = _bases(source)
     theirs = parameters(base) if base is not None and not others else None
     for node in ast.walk(init):

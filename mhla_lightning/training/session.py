@@ -61,11 +61,12 @@ from mhla_lightning.runs.folder import (
 )
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.stopping import Preempted, StopSignals
-from mhla_lightning.strategies.config import is_zero, lightning_precision
+from mhla_lightning.strategies.config import is_zero, lightning_precision, strategy_name, zero_config
 from mhla_lightning.strategies.ddp import bucket_views
 from mhla_lightning.strategies.launcher import RankEnvironment
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
+from mhla_lightning.tasks import Task
 from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
 
 _GIVE_SHAPES = ("model.backbone", "model.attention", "model.class_path", "model.num_classes")
@@ -255,6 +256,7 @@ class Session:
             facts = self.data.facts()
         with inside("model"):
             self.task.check_data(facts, micro)
+            check_offload(self.task, self.recipe.trainer.get("strategy"))
 
     def fit(self) -> None:
         """Train from the newest checkpoint to the end, validate, write summary.json.
@@ -386,6 +388,24 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "precision": lightning_precision(precision),
         "accelerator": accelerator,
     }
+
+
+def check_offload(task: Task, strategy: Any) -> None:
+    """Refuse to offload activations where weights are split.
+
+    Autograd keeps what a product read, and the kept weights would stay gathered until the backward.
+
+    Raises:
+        UserError: ZeRO stage 3.
+    """
+    if task.checkpoint_activations != "offload" or not is_zero(strategy):
+        return
+    if zero_config(strategy)["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            "checkpoint_activations",
+            f"offload would keep the gathered weights of `trainer.strategy` {strategy_name(strategy)}; take "
+            "blocks or attention, or zero2",
+        )
 
 
 def check_float16(arguments: Mapping[str, Any]) -> None:

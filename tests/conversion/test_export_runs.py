@@ -247,12 +247,12 @@ def test_a_warm_start_reads_the_files_of_the_ranks(runs: Runs) -> None:
 
 
 def test_a_checkpoint_folder_counts_as_its_run_and_types_change(runs: Runs) -> None:
-    whole = exported(runs, "zero2", "--no-ema")
+    whole = exported(runs, "zero3", "--no-ema")
     assert (
         main(
             [
                 "export",
-                str(checkpoint_of(runs("zero2"))),
+                str(checkpoint_of(runs("zero3"))),
                 "--no-ema",
                 "--to",
                 "half.safetensors",

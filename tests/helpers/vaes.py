@@ -128,7 +128,7 @@ def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: obj
             "num_heads": 4,
             "vocab_size": len(vocabulary),
         }
-        model: Any = UMT5EncoderModel(UMT5Config(**(sizes | config)))  # type: ignore[arg-type]
+        model: Any = UMT5EncoderModel(UMT5Config(**(sizes | config)))
     model.save_pretrained(folder / "text_encoder" if pipeline else folder)
     tokenizer.save_pretrained(folder / "tokenizer" if pipeline else folder)
     return str(folder)

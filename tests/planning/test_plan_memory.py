@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from mhla_lightning.backbones.activations import offloading_as_on_gpu
 from mhla_lightning.config.recipes import load_recipe
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.planning.state_memory import ModelSize, partitioned, replicated
-from mhla_lightning.planning.step_memory import activation_bytes, build, find_precision, training_step
+from mhla_lightning.planning.step_memory import (
+    Precision,
+    activation_bytes,
+    build,
+    find_precision,
+    training_step,
+)
 from mhla_lightning.strategies.config import zero_config
 from mhla_lightning.tasks import (
     ClassificationLossConfig,
@@ -66,19 +74,24 @@ def make_task(family: str, attention: Any, depth: int = 4, **options: Any) -> Ta
     return VideoDiffusionTask("wan_tiny", attention, {"input_size": [4, 32, 32], "depth": depth}, **options)
 
 
-def check_activations(task: Task, precision_name: str, samples: int = 4) -> None:
-    """A real step on the CPU, whose tensors hold numbers, against the estimate, which knows fewer layers
-    and no numbers.
-    """
-    precision = find_precision(precision_name)
-    estimate = activation_bytes(task, samples, precision)
+def measured_bytes(task: Task, precision: Precision, samples: int) -> int:
+    """Return the bytes of a real step."""
     real = task.rehearsal()
     build(real, precision)
     batch = {
         name: torch.randn(x.shape, dtype=precision.weights) if x.is_meta else x
         for name, x in real.example_batch(samples).items()
     }
-    measured = peak_bytes(training_step(real, batch, precision), CPU)
+    return peak_bytes(training_step(real, batch, precision), CPU)
+
+
+def check_activations(task: Task, precision_name: str, samples: int = 4) -> None:
+    """A real step on the CPU, whose tensors hold numbers, against the estimate, which knows fewer layers
+    and no numbers.
+    """
+    precision = find_precision(precision_name)
+    estimate = activation_bytes(task, samples, precision)
+    measured = measured_bytes(task, precision, samples)
     assert estimate == pytest.approx(measured, rel=0.15)
     assert estimate == pytest.approx(measured, rel=0.01)  # it is nearer than the 15 % of the issue
 
@@ -91,6 +104,53 @@ def test_activations_are_those_of_a_real_step(
     family: str, attention: str, precision: str, checkpoint: Any
 ) -> None:
     check_activations(make_task(family, attention, checkpoint_activations=checkpoint), precision)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["video_dit", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "video_dit")],
+)
+@pytest.mark.parametrize("attention", ["mhla", pytest.param("softmax", marks=pytest.mark.slow)])
+def test_recomputed_operators_take_less(family: str, attention: str) -> None:
+    task = make_task(family, attention, checkpoint_activations="attention")
+    check_activations(task, "32-true")
+    kept, least = (
+        activation_bytes(
+            make_task(family, attention, checkpoint_activations=how), 4, find_precision("32-true")
+        )
+        for how in ("none", "blocks")
+    )
+    estimate = activation_bytes(task, 4, find_precision("32-true"))
+    assert least < estimate <= kept
+    assert estimate < kept or attention == "softmax"  # which keeps next to nothing
+
+
+class HostCopy:
+    """What `Offload` keeps of a tensor on a GPU, in memory that this test does not count."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host = tensor.float().numpy().copy()
+        self.dtype = tensor.dtype
+
+    def back(self) -> Tensor:
+        return torch.tensor(self.host, dtype=self.dtype)
+
+
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    ["image_dit", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "image_dit")],
+)
+def test_activations_on_the_host_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, family: str, precision: str
+) -> None:
+    """A real step really moves its tensors out of what is counted."""
+    plain, task = (make_task(family, "mhla", checkpoint_activations=how) for how in ("none", "offload"))
+    estimates = [activation_bytes(made, 16, find_precision(precision)) for made in (plain, task)]
+    assert estimates[1] < 0.5 * estimates[0]
+    monkeypatch.setattr("mhla_lightning.backbones.activations._Away", HostCopy)
+    with offloading_as_on_gpu():
+        assert estimates[1] == pytest.approx(measured_bytes(task, find_precision(precision), 16), rel=0.02)
 
 
 @pytest.mark.slow

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.tasks import ClassificationTask
+from mhla_lightning.training.session import check_offload
+from tests.helpers.errors import refused
 
 
 def damaged(shards: Path, tmp_path: Path, how: str) -> Path:
@@ -46,6 +50,9 @@ BAD_COMMANDS: list[tuple[str, list[str], str]] = [  # mistake, arguments, key as
     ("type", ["--trainer.max_steps", "many"], "--trainer.max_steps: 'many' "),
     ("nested type", ["--model.optimizer.lr", "fast"], "--model.optimizer.lr: 'fast' "),
     ("type of a choice", ["--model.checkpoint_activations", "all"], "--model.checkpoint_activations: 'all' "),
+    ("compiled part", ["--model.compile", "layers"], "--model.compile: 'layers' "),
+    ("compiler", ["--model.compile.backend", "fast"], "--model.compile.backend: "),
+    ("compiler's key", ["--model.compile.level", "3"], "--model.compile.level: "),
     ("missing argument", ["--data", "{class_path: mhla_lightning.data.LatentDataModule}"], "--data.vae: "),
     ("class", ["--model.class_path", "mhla_lightning.tasks.ClassificationTsk"], "--model.class_path: "),
     ("no task", ["--model", "{class_path: mhla_lightning.data.ImageDataModule}"], "--model: "),
@@ -208,3 +215,12 @@ def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(
     assert main(refused) == 2
     assert (tmp_path / "runs" / "r" / "mine.txt").read_text() == "kept"
     assert "micro_batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", {"name": "zero3"}], ids=str)
+def test_activations_are_not_offloaded_where_weights_are_split(strategy: Any) -> None:
+    task = ClassificationTask("deit_tiny", checkpoint_activations="offload")
+    with refused("checkpoint_activations"):
+        check_offload(task, strategy)
+    for other in ("zero2", "ddp", "auto", None):
+        check_offload(task, other)

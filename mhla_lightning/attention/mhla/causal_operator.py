@@ -291,7 +291,7 @@ class CausalMHLA(base.CausalAttention):
         return WindowedState(far, Window(keys, values, [0] * batch))
 
     def _mixing(self, like: Tensor) -> Tensor:
-        return self.mixing.values().to(like.dtype)
+        return self.mixing().to(like.dtype)
 
     def _log_decay(self, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
         """Return (heads,), or (batch, heads, tokens) where tokens differ; None without decay."""

@@ -178,6 +178,7 @@ class MixingMatrix(nn.Module):
         init_options: options of the initialization.
 
     Attributes:
+        blocks: rows of the matrix, or distances of the relative form.
         weight: (blocks, blocks) or (heads, blocks, blocks), row = query block; relative: (heads or 1,
             distances).
 
@@ -223,16 +224,13 @@ class MixingMatrix(nn.Module):
             weight = weight if heads is None else weight.expand(heads, -1, -1).clone()
         self.causal, self.form, self.clamp_at = causal, form, clamp_at
         self.clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
+        self.blocks: int = weight.shape[-1]
         self.weight = nn.Parameter(weight, requires_grad=learnable)
 
-    @property
-    def blocks(self) -> int:
-        """Rows of the matrix, or distances of the relative form."""
-        return self.weight.shape[-1]
+    def forward(self) -> Tensor:
+        """Return the weight as an operator uses it.
 
-    def values(self) -> Tensor:
-        """Return the weight as a forward uses it.
-
+        It is a call of the module, so that ZeRO-3 gathers the weight, inside compiled code too.
         A clamp here leaves the gradient unchanged, as the release's in-place clamp does.
         """
         if self.clamp is None or self.clamp_at == "step":
@@ -253,15 +251,16 @@ class MixingMatrix(nn.Module):
         """
         blocks = self.blocks if blocks is None else blocks
         if self.form == "relative":
-            number = torch.arange(blocks, device=self.weight.device)
-            return self.values()[:, (number[:, None] - number).clamp(0, self.blocks - 1)].tril()
+            weight = self()
+            number = torch.arange(blocks, device=weight.device)
+            return weight[:, (number[:, None] - number).clamp(0, self.blocks - 1)].tril()
         if blocks > self.blocks or (blocks < self.blocks and not self.causal):
             raise UserError(
                 "blocks",
                 f"the tokens make {blocks} blocks, and the mixing matrix serves {self.blocks}; give `blocks` "
                 "instead of `block_size`, so that every grid has as many",
             )
-        weight = self.values()[..., :blocks, :blocks]
+        weight = self()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight
 
     @torch.no_grad()
