@@ -227,6 +227,7 @@ def test_a_warm_start_with_frozen_weights_is_that_of_one_process(runs: Runs, nam
 
 BF16 = [
     ("zero3", "bf16-mixed"),
+    ("zero3", "bf16-true"),
     ("zero2", "bf16-true"),
     ("zero1", "bf16-true"),
 ]

@@ -59,6 +59,23 @@ class InitialiseSplit(TorchFunctionMode):
                 weight.partition(has_been_updated=True)
 
 
+def round_split(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the parts of split weights that have another dtype.
+
+    DeepSpeed's engine converts the model as if it was whole, and the parts keep the dtype that they were made
+    with.
+
+    Args:
+        model: built under :class:`InitialiseSplit`.
+        dtype: of the weights in training.
+    """
+    for weight in model.parameters():
+        if _is_split(weight) and weight.is_floating_point():
+            part = weight.ds_tensor
+            part.data = part.data.to(dtype)
+            weight.data = weight.data.to(dtype)
+
+
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
     """Yield the values, and those in lists and tuples."""
     for value in values:

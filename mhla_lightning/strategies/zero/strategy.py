@@ -170,7 +170,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
 
         Lightning's own lets DeepSpeed round every tensor that is made meanwhile to the weights' precision.
         Tables of angles and mixing matrices are computed in float64; rounded, they would not be those of one
-        process.
+        process. Weights are rounded once, at the end.
         """
         if not self.zero_stage_3:
             yield
@@ -178,7 +178,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         self._format_config()
         import deepspeed
 
-        from mhla_lightning.strategies.zero.building import InitialiseSplit
+        from mhla_lightning.strategies.zero.building import InitialiseSplit, round_split
 
         with (
             deepspeed.zero.Init(
@@ -187,6 +187,10 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             InitialiseSplit(),
         ):
             yield
+        config = cast(dict[str, Any], self.config)
+        for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if config.get(kind, {}).get("enabled"):
+                round_split(self._module, dtype)
 
     def _setup_model_and_optimizer(
         self, model: torch.nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
