@@ -8,8 +8,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.bench.on_gpu import add_gpu_arguments, chosen_dtype, gpu_cells, gpu_headings
-from mhla_lightning.cli.bench.on_gpu import gpu_notes, machine_name, plot_rows
+from mhla_lightning.cli.bench.on_gpu import (
+    add_gpu_arguments,
+    chosen_dtype,
+    gpu_cells,
+    gpu_headings,
+    gpu_notes,
+    machine_name,
+    plot_rows,
+)
 from mhla_lightning.cli.output import (
     check_writable,
     demand_at_least,
