@@ -265,7 +265,10 @@ def flash_times(rows: int, tokens: int, dim: int, gpu: Gpu, causal: bool = False
 def causal_work(
     batch: int, heads: int, dim: int, tokens: int, chunk_size: int, major: int = 9
 ) -> tuple[list[Work], list[Work]]:
-    """Return the Triton kernels of causal MHLA without decay and normalizer, forward and backward."""
+    """Return the Triton kernels of causal MHLA, forward and backward.
+
+    Decay, normalizer and packing are left out.
+    """
     from mhla_lightning.attention.mhla.triton import causal
 
     count = -(-tokens // chunk_size)

@@ -28,7 +28,9 @@ PATHS = ("triton", "torch", "flash")
 def predicted(
     name: str, shape: tuple[int, ...], gpu: Gpu, *, layout: Mapping[str, Any], causal: bool
 ) -> tuple[float, float] | None:
-    """Return the roofline's seconds of forward and step in bf16; None where no launch is modelled.
+    """Return the roofline's seconds of forward and step in bf16.
+
+    None means that no launch is modelled.
 
     Args:
         name: of the operator.

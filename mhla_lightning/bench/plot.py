@@ -19,7 +19,9 @@ Line = Sequence[tuple[float, float]]
 def write_plot(
     path: Path, title: str, sizes: str, measured: Mapping[str, Line], modelled: Mapping[str, Line]
 ) -> None:
-    """Write a PNG with logarithmic axes; what is modelled is dashed, in the colour of what is measured.
+    """Write a PNG with logarithmic axes.
+
+    Modelled lines are dashed, in the colour of the measured ones.
 
     Args:
         path: of the file.

@@ -255,7 +255,10 @@ def _prepare(case: Case, forward: float | None, step: float, clock: GpuClock, gr
 
 
 def seconds_once(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call that cannot be repeated; the device waits for nothing before it."""
+    """Return the seconds of one call that cannot be repeated.
+
+    The device waits for nothing before it.
+    """
     if device.type != "cuda":
         return HostClock().time(run)[0]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

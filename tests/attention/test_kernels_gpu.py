@@ -66,7 +66,7 @@ def test_causal_kernels_equal_float64(case: CausalKernelCase) -> None:
         assert error < TOLERANCES[case.dtype] * (1 if name == "out" else 2), found
 
 
-ENTRIES = {
+ENTRIES: dict[str, tuple[dict[str, Any], bool]] = {
     "mhla": ({"name": "mhla", "blocks": 4}, False),
     "mhla in blocks": ({"name": "mhla", "block_size": 64}, False),
     "linear": ({"name": "linear"}, False),

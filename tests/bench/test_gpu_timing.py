@@ -191,12 +191,11 @@ def test_decoding_tries_a_graph_and_keeps_its_state(gpu: Gpu) -> None:
         {"depth": 1, "embed_dim": 64, "vocab_size": 32},
         torch.device("cpu"),
     ).to(GPU)
-    sizes = {"batch": 1, "tokens": 2, "turns": 2}
-    (place,) = decode_speed.decode_at("mhla", model, [5], **sizes)
+    (place,) = decode_speed.decode_at("mhla", model, [5], batch=1, tokens=2, turns=2)
     assert place.graph == ("as a CUDA graph", MILLISECONDS / 1e3)
     assert place.seconds == [MILLISECONDS / 1e3] * 2
     gpu.fails = RuntimeError("it waits for the host")
-    (place,) = decode_speed.decode_at("mhla", model, [5], **sizes)
+    (place,) = decode_speed.decode_at("mhla", model, [5], batch=1, tokens=2, turns=2)
     assert place.graph == ("eagerly; no CUDA graph: it waits for the host", None)
     assert place.row()["graph_seconds_per_token"] is None
 

@@ -127,7 +127,7 @@ def _all(
             at = torch.arange(begin, end)
             out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
     else:
-        out = operator(q, k, v, case.context(log_decay, q.device))
+        out = operator(q, k, v, case.context(log_decay, grad.device))
     parameters = dict(operator.named_parameters())
     gradients = torch.autograd.grad(out, [*leaves, *parameters.values()], grad)
     names = ["q", "k", "v", "log_decay"][: len(leaves)] + list(parameters)

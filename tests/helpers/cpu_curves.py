@@ -64,7 +64,11 @@ def losses(
         steps: optimizer steps; the schedule is that of STEPS.
         overrides: of the recipe, dotted.
     """
-    given = {"trainer.max_steps": STEPS, "trainer.limit_val_batches": 0, "trainer.log_every_n_steps": 1}
+    given: dict[str, Any] = {
+        "trainer.max_steps": STEPS,
+        "trainer.limit_val_batches": 0,
+        "trainer.log_every_n_steps": 1,
+    }
     given |= {"data.path": "nowhere", "checkpoint.every_n_steps": STEPS, **(overrides or {})}
     recipe = resolve(apply_overrides(load_recipe(RECIPES[family]).values, given))
     data = FewBatches(recipe.task, recipe.data)

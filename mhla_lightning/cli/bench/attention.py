@@ -118,7 +118,10 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     console = Console()
     cases, rates = _measure(args, device, console)
-    result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
+    result: dict[str, Any] = {
+        "rows": [case.row() for case in cases],
+        "summary": _summary(cases, max(args.tokens)),
+    }
     rate = sorted(rates)[len(rates) // 2]
     machine = machine_name(device)
     product = gemm_name(device, cases[0].dtype)
