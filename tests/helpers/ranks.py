@@ -111,8 +111,8 @@ class Forked:
             time.sleep(_POLL)
         return code
 
-    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[Any, Any]:
-        """What it still prints on the pipes, and waits for its end; there is no input."""
+    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """What it still prints on the pipes, and waits for its end."""
         with ThreadPoolExecutor() as pool:
             read = [pool.submit(stream.read) if stream else None for stream in (self.stdout, self.stderr)]
             try:

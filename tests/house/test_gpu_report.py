@@ -6,10 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from mhla_lightning.bench import timing
+from mhla_lightning.cli.main import main as cli
 from tests import gpu_report
 from tests.gpu_report import Outcome
 
@@ -80,12 +84,22 @@ def test_the_report_holds_what_it_is_given(tmp_path: Path) -> None:
         assert row in text.splitlines()
 
 
-@pytest.mark.usefixtures("forked")
-def test_benches_that_fail_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benches_that_fail_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On a CPU `--measure` is refused, and a bench of tiny sizes works."""
+
+    def run(command: list[str], **options: Any) -> Any:
+        assert command[:3] == [sys.executable, "-m", "mhla_lightning"]
+        code = cli(command[3:])
+        return SimpleNamespace(returncode=code, stderr=capsys.readouterr().err)
+
     small = ["--tokens", "64", "--slope-to", "0", "--dim", "8", "--blocks", "8", "--turns", "5"]
     benches = {"kernels": ["kernels", "--measure"], "attention": ["attention", "--device", "cpu", *small]}
     monkeypatch.setattr(gpu_report, "BENCHES", benches)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "GEMM_SIDE", 64)
     measured, ends = gpu_report.run_benches(tmp_path)
     assert list(measured) == ["attention"]
     assert [(end.name, end.outcome) for end in ends] == [
