@@ -136,13 +136,13 @@ def operator_case(
     Args:
         name: of the row; `softmax` runs on FlashAttention where there is a GPU.
         operator: on its device.
-        shape: (batch, tokens, heads, dim) of q, k and v, which are drawn on the CPU in float32.
+        shape: (batch, tokens, heads, dim) of q, k and v.
         dtype: of q, k and v.
         device: of q, k and v.
         context: what the operator reads beside them.
     """
-    q, k, v = (torch.randn(shape).to(device, dtype).requires_grad_() for _ in range(3))
-    cotangent = torch.randn(shape).to(device, dtype)
+    q, k, v = (_drawn(shape, dtype, device).requires_grad_() for _ in range(3))
+    cotangent = _drawn(shape, dtype, device)
 
     @torch.no_grad()
     def forward() -> Any:
@@ -157,6 +157,13 @@ def operator_case(
         force_flash(case, device)
     case.peak_bytes = peak_bytes(case.run_step, device)
     return case
+
+
+def _drawn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return random tokens; a GPU gets one sample again and again, which takes the CPU less time."""
+    if device.type == "cpu":
+        return torch.randn(shape).to(dtype)
+    return torch.randn(1, *shape[1:]).to(device, dtype).repeat(shape[0], 1, 1, 1)
 
 
 def _gates(operator: Attention, shape: tuple[int, ...], device: torch.device) -> Context | None:
@@ -231,7 +238,7 @@ def take_turns(
                 _note(case, forward, step)
                 case.gemm.append(case.flops / rates[-1])
             elif isinstance(clock, GpuClock):
-                _prepare(case, None if forward is None else forward[0], step[0], clock, graphs)
+                _prepare(case, clock, graphs)
     return rates[1:]
 
 
@@ -243,15 +250,16 @@ def _note(case: Case, forward: tuple[float, float] | None, step: tuple[float, fl
     case.step_cpu.append(step[1])
 
 
-def _prepare(case: Case, forward: float | None, step: float, clock: GpuClock, graphs: bool) -> None:
+def _prepare(case: Case, clock: GpuClock, graphs: bool) -> None:
     """Replace the short calls of a case by CUDA graphs, after the warm-up."""
-    case.on_gpu["forward_runs"] = case.on_gpu["step_runs"] = "eagerly"
-    if graphs and forward is not None and case.run_forward is not None and forward < SMALL:
-        case.run_forward, case.on_gpu["forward_runs"] = clock.replayed(case.run_forward)
-    if graphs and step < SMALL:
+    case.on_gpu["step_runs"] = "eagerly"
+    if graphs and clock.time(case.run_step)[0] < SMALL:
         case.run_step, case.on_gpu["step_runs"] = clock.replayed(case.run_step)
-    if forward is None:
-        del case.on_gpu["forward_runs"]
+    if case.run_forward is None:
+        return
+    case.on_gpu["forward_runs"] = "eagerly"
+    if graphs and clock.time(case.run_forward)[0] < SMALL:
+        case.run_forward, case.on_gpu["forward_runs"] = clock.replayed(case.run_forward)
 
 
 def seconds_once(run: Callable[[], Any], device: torch.device) -> float:
