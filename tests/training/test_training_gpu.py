@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.cpu_curves import GOLDEN, RECIPES, losses
+from tests.helpers.cpu_curves import RECIPES, golden, losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +23,7 @@ TOLERANCES = {"32-true": (5e-3, 0.05), "bf16-mixed": (2e-2, 0.1)}
 @pytest.mark.parametrize("family", RECIPES)
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_gpu_learns_what_a_cpu_learns(family: str, precision: str, tmp_path: Path) -> None:
-    expected = json.loads(GOLDEN.read_text())[family]
+    expected = golden(family)
     trainer = {"trainer.accelerator": ACCELERATOR, "trainer.precision": precision}
     found = losses(family, tmp_path / "run", overrides=trainer)
     first, last = TOLERANCES[precision]
@@ -36,7 +35,7 @@ def test_a_gpu_learns_what_a_cpu_learns(family: str, precision: str, tmp_path: P
 @pytest.mark.parametrize("family", RECIPES)
 @pytest.mark.parametrize("what", ["blocks", "whole"])
 def test_inductor_trains_the_same(family: str, what: str, tmp_path: Path) -> None:
-    expected = json.loads(GOLDEN.read_text())[family]
+    expected = golden(family)
     overrides = {
         "trainer.accelerator": ACCELERATOR,
         "trainer.precision": "bf16-mixed",
