@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.backbones import IMAGE_DIFFUSION, VIDEO_DIFFUSION, Backbone, DiT, VideoDiT, build_backbone
-from mhla_lightning.bench.timing import Case
+from mhla_lightning.bench.timing import Case, force_flash
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.planning.torch_modes import FakeTensorMode
@@ -220,20 +220,23 @@ def make_case(
     model, forward, step = make()
     _wake(model)
     facts = cast(Backbone, model)
-    tokens = math.prod(facts.grid)
-    if family.by_layer and device.type == "cpu":
-        with FakeTensorMode():
-            peak = peak_bytes(make()[2], device)
-    else:
-        peak = peak_bytes(step, device)
-    return Case(
+    case = Case(
         label,
-        tokens,
+        math.prod(facts.grid),
         batch * facts.flops(facts.grid),
         forward if family.by_layer else None,
         step,
-        peak_bytes=peak,
+        dtype=torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32,
     )
+    entries = [attention] if isinstance(attention, Mapping) else attention
+    if any(entry["name"] == "softmax" for entry in entries):
+        force_flash(case, device)
+    if family.by_layer and device.type == "cpu":
+        with FakeTensorMode():
+            case.peak_bytes = peak_bytes(make()[2], device)
+    else:
+        case.peak_bytes = peak_bytes(case.run_step, device)
+    return case
 
 
 def _work(

@@ -7,8 +7,8 @@ of tokens takes some of each kind of token, and jumps over the others.
 
 from __future__ import annotations
 
+import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -22,6 +22,7 @@ from mhla_lightning.attention.baselines.causal_softmax import GROWTH, KeyValueCa
 from mhla_lightning.attention.mhla.decode import MHLAState, make_room
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.causal_lm import CausalLM, ModelState
+from mhla_lightning.bench.timing import GRAPH, GpuClock, seconds_once, spread
 
 _PROMPT = 128  # tokens that a model really sees before a position, at least; a multiple of the chunks
 _TIMED = 6  # tokens of the common kind that a measurement times
@@ -31,23 +32,31 @@ _TIMED = 6  # tokens of the common kind that a measurement times
 class DecodePoint:
     """One model at one position.
 
-    seconds: per token, of every turn. state_bytes: of the state at the end, as allocated.
+    Attributes:
+        seconds: per token, of every turn.
+        state_bytes: of the state at the end, as allocated.
+        graph: on a GPU, how one token runs as a CUDA graph, and its seconds; None where it does not.
     """
 
     operator: str
     position: int
     seconds: list[float] = field(default_factory=list)
     state_bytes: int = 0
+    graph: tuple[str, float | None] | None = None
 
     def row(self) -> dict[str, Any]:
         """As the table and the JSON file show it."""
         seconds = statistics.median(self.seconds)
-        return {
+        row = {
             "operator": self.operator,
             "position": self.position,
             "seconds_per_token": seconds,
             "state_bytes": self.state_bytes,
         }
+        if self.graph is not None:
+            row["spread_seconds"] = spread(self.seconds)
+            row["graph"], row["graph_seconds_per_token"] = self.graph
+        return row
 
 
 def build_model(
@@ -69,6 +78,7 @@ def decode_at(
     tokens: int,
     turns: int,
     on_progress: Callable[[], None] = lambda: None,
+    graphs: bool = True,
 ) -> list[DecodePoint]:
     """Bring a state to every position, then time more tokens, one at every position in turn.
 
@@ -81,6 +91,9 @@ def decode_at(
     for position in positions:
         states.append(state_at(model, position, batch, generator))
         on_progress()
+    if device.type == "cuda" and graphs:
+        for place, state in zip(places, states, strict=True):
+            place.graph = _as_graph(model, state, batch, device)
     following = torch.randint(model.vocab_size, (turns, tokens, batch), generator=generator).to(device)
     for turn in range(turns):
         spent, at = [0.0] * len(positions), [0] * len(positions)
@@ -197,8 +210,17 @@ def timed(kinds: Sequence[str]) -> list[tuple[int, float]]:
 def _timed_step(
     model: CausalLM, token: Tensor, state: ModelState, device: torch.device
 ) -> tuple[float, ModelState]:
-    start = time.perf_counter()
-    _, state = model.step(token, state)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, state
+    following: list[ModelState] = []
+    seconds = seconds_once(lambda: following.append(model.step(token, state)[1]), device)
+    return seconds, following[0]
+
+
+def _as_graph(
+    model: CausalLM, state: ModelState, batch: int, device: torch.device
+) -> tuple[str, float | None]:
+    """Return how one token after `state` runs as a CUDA graph, and its seconds where it does."""
+    clock, held = GpuClock(device), copy.deepcopy(state)
+    token = torch.zeros(batch, dtype=torch.int64).to(device)
+    run, how = clock.replayed(lambda: model.step(token, held))
+    captured = how == GRAPH
+    return how, clock.time(run)[0] if captured else None

@@ -17,8 +17,13 @@ from torch.utils.flop_counter import flop_registry
 
 from mhla_lightning.attention import BlockGrid, Linear, build_attention
 from mhla_lightning.attention.context import PairRotary
-from mhla_lightning.attention.mhla.triton.choice import dense_is_cheaper
+from mhla_lightning.attention.mhla.triton.choice import (
+    CausalSizes,
+    causal_dense_is_cheaper,
+    dense_is_cheaper,
+)
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
+from mhla_lightning.attention.mhla.triton.terms import CausalTerms
 from mhla_lightning.attention.mhla.triton.tiles import call_sizes
 from mhla_lightning.planning.torch_modes import TorchDispatchMode, tensors_in
 
@@ -84,6 +89,7 @@ class Gpu:
         bf16, float32: FLOPs of matrix products.
         bytes: to and from memory.
         flash: FLOPs that FlashAttention reaches, forward and backward.
+        major: compute capability, whose tiles are taken.
         least: seconds of the shortest kernel.
     """
 
@@ -92,12 +98,19 @@ class Gpu:
     float32: float
     bytes: float
     flash: tuple[float, float]
+    major: int
     least: float = 3e-6
 
 
-H100 = Gpu("H100", 800e12, 50e12, 3.0e12, (600e12, 500e12))
-A100 = Gpu("A100", 250e12, 17e12, 1.6e12, (200e12, 170e12))
+H100 = Gpu("H100", 800e12, 50e12, 3.0e12, (600e12, 500e12), 9)
+H200 = Gpu("H200", 800e12, 50e12, 4.3e12, (600e12, 500e12), 9)
+A100 = Gpu("A100", 250e12, 17e12, 1.6e12, (200e12, 170e12), 8)
 GPUS = (H100, A100)
+
+
+def modelled_gpu(device: str) -> Gpu | None:
+    """Return the rates of a GPU by its name in torch; None for one that is not modelled."""
+    return next((gpu for gpu in (H100, H200, A100) if gpu.name in device), None)
 
 
 @dataclass(frozen=True)
@@ -230,11 +243,51 @@ def _recorded_call(case: OperatorCase, major: int) -> list[tuple[list[Launch], l
 
 def flash_seconds(case: OperatorCase, gpu: Gpu) -> float:
     """Return FlashAttention's modelled time, forward and backward."""
-    tokens = case.partition.tokens
-    size = 2 * case.batch * case.heads * tokens * case.dim
-    flops = 4 * case.batch * case.heads * tokens**2 * case.dim
-    forward = max(flops / gpu.flash[0], 4 * size / gpu.bytes)
-    return forward + max(2.5 * flops / gpu.flash[1], 8 * size / gpu.bytes)
+    rows, tokens = case.batch * case.heads, case.partition.tokens
+    return sum(flash_times(rows, tokens, case.dim, gpu))
+
+
+def flash_times(rows: int, tokens: int, dim: int, gpu: Gpu, causal: bool = False) -> tuple[float, float]:
+    """Return FlashAttention's modelled seconds, forward and backward.
+
+    Args:
+        rows: batch x heads.
+        tokens, dim: of a row.
+        gpu: whose rates are taken.
+        causal: half of the products.
+    """
+    size = 2 * rows * tokens * dim
+    flops = 4 * rows * tokens**2 * dim / (2 if causal else 1)
+    backward = max(2.5 * flops / gpu.flash[1], 8 * size / gpu.bytes)
+    return max(flops / gpu.flash[0], 4 * size / gpu.bytes), backward
+
+
+def causal_work(
+    batch: int, heads: int, dim: int, tokens: int, chunk_size: int, major: int = 9
+) -> tuple[list[Work], list[Work]]:
+    """Return the Triton kernels of causal MHLA, forward and backward.
+
+    Decay, normalizer and packing are left out.
+    """
+    from mhla_lightning.attention.mhla.triton import causal
+
+    count = -(-tokens // chunk_size)
+    sizes = CausalSizes(batch * heads, count, chunk_size, dim, dim)
+    plan = causal.CausalPlan(chunk_size, not causal_dense_is_cheaper(sizes), 0.0, None)
+    shape = (batch, tokens, heads, dim)
+    q, k, v, grad = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    terms = CausalTerms(torch.empty(1, 1, count, count, device="meta"))
+    with recorded(major) as launches:
+        saved = causal.forward(q, k, v, terms, plan)
+    forward = [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
+    with recorded(major) as launches:
+        causal.backward(grad, (q, k, v), terms, saved, plan)
+    return forward, [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
+
+
+def seconds_of(works: Sequence[Work], gpu: Gpu) -> float:
+    """Return the modelled time of kernels one after another."""
+    return sum(work.seconds(gpu) for work in works)
 
 
 @dataclass(frozen=True)
@@ -260,12 +313,11 @@ class OperatorTimes:
             row[f"{name}_kernels"] = [len(both[0]), len(both[1])]
             row[f"{name}_gigabytes"] = sum(work.bytes for work in works) / 1e9
             row[f"{name}_gigaflop"] = sum(work.flops for work in works) / 1e9
-            row[f"{name}_ms"] = 1e3 * sum(work.seconds(self.gpu) for work in works)
+            row[f"{name}_ms"] = 1e3 * seconds_of(works, self.gpu)
         row["flash_ms"] = 1e3 * flash_seconds(self.case, self.gpu)
         return row
 
 
 def operator_times(cases: Sequence[OperatorCase] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
     """Return the modelled table; nothing in it is measured."""
-    major = 9 if gpu is H100 else 8
-    return [OperatorTimes(case, torch_work(case), kernel_work(case, major), gpu) for case in cases]
+    return [OperatorTimes(case, torch_work(case), kernel_work(case, gpu.major), gpu) for case in cases]

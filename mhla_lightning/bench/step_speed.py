@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from mhla_lightning.bench.bare_loop import BareLoop
 from mhla_lightning.bench.source_clock import LOGGING, SAME, SourceClock
 from mhla_lightning.bench.synthetic_data import SyntheticData
-from mhla_lightning.bench.timing import ratio
+from mhla_lightning.bench.timing import ratio, spread
 from mhla_lightning.callbacks import Checkpoint
 from mhla_lightning.callbacks.draw_samples import DrawSamples
 from mhla_lightning.config.length import length
@@ -153,6 +154,7 @@ class StepTimes:
         loss: of the last micro batch, of both sides alike.
         lightning, bare: of every turn, seconds a step by source.
         cpu: of every turn, CPU seconds a step of Lightning and of the bare loop.
+        device: that trained.
     """
 
     parameters: int
@@ -161,6 +163,7 @@ class StepTimes:
     lightning: list[dict[str, float]]
     bare: list[dict[str, float]]
     cpu: list[tuple[float, float]]
+    device: torch.device = torch.device("cpu")
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a side."""
@@ -171,6 +174,8 @@ class StepTimes:
         seconds = [sum(turn.values()) for turn in turns]
         middle = statistics.median(seconds)
         span = {"fastest_seconds": min(seconds), "slowest_seconds": max(seconds), "cpu_seconds": cpu}
+        if self.device.type == "cuda":
+            span["spread_seconds"] = spread(seconds)
         return {
             "side": side,
             "step_seconds": middle,
@@ -264,7 +269,13 @@ def measure(recipe: Resolved, folder: Path, steps: int, turns: int, on_turn: Cal
     assert feed.bare is not None
     loss = equal_losses(feed.losses, feed.bare.losses, 0.0 if device.type == "cpu" else GPU_TOLERANCE)
     return StepTimes(
-        session.task.parameter_count, session.data.batch_size, loss, feed.lightning, feed.others, feed.cpu
+        session.task.parameter_count,
+        session.data.batch_size,
+        loss,
+        feed.lightning,
+        feed.others,
+        feed.cpu,
+        device,
     )
 
 

@@ -171,7 +171,9 @@ ARGUMENTS: dict[str, Rule] = {
     "benchmark": Rule("works", "as in Lightning"),
     "inference_mode": Rule("works", "as in Lightning"),
     "use_distributed_sampler": Rule("works", "it has no effect: the data module splits the shards"),
-    "profiler": Rule("works", "simple, advanced, pytorch or a class; files go into the run's `tensorboard/`"),
+    "profiler": Rule(
+        "works", "pytorch traces a few steps into the run's `tensorboard/`; also simple, advanced or a class"
+    ),
     "detect_anomaly": Rule(
         "works", "a gradient that is not finite ends the run instead of leaving out the step"
     ),

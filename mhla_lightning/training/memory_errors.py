@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 
 from mhla_lightning.config.resolve import Resolved, resolve
@@ -36,7 +40,56 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _REFUSED.search(str(error)) is not None
 
 
-def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: BaseException) -> str:
+class MemorySnapshot(pl.Callback):
+    """Writes what a GPU's memory holds when it runs out, before the trainer frees it.
+
+    The files are `memory/rank-N.txt`, torch's summary, and `memory/rank-N.json`, every block by
+    torch.cuda.memory_snapshot. The error that is being handled is never hidden: what fails here is logged.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        files: what was written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "memory"
+        self.files: list[Path] = []
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, torch.OutOfMemoryError):
+            return
+        for suffix, text in (("txt", _summary), ("json", _blocks)):
+            path = self.folder / f"rank-{trainer.global_rank}.{suffix}"
+            try:
+                self.folder.mkdir(exist_ok=True)
+                path.write_text(text(), encoding="utf-8")
+            except Exception as problem:  # noqa: BLE001
+                # The disk may be full, and the GPU's driver may fail: the run's own error must come out.
+                log.warning(f"{path.name}: the memory's state could not be written: {problem}")
+            else:
+                self.files.append(path)
+
+
+def _summary() -> str:
+    return torch.cuda.memory_summary()
+
+
+def _blocks() -> str:
+    return json.dumps(torch.cuda.memory_snapshot(), default=str)
+
+
+def out_of_memory(
+    recipe: Resolved,
+    step: int,
+    ranks: int,
+    nodes: int,
+    error: BaseException,
+    snapshot: Sequence[Path] = (),
+) -> str:
     """Return the message: the batch, the tokens, the strategy, and changes that would fit.
 
     Args:
@@ -44,6 +97,7 @@ def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: Ba
         step: optimizer steps done.
         ranks, nodes: processes and machines of the run.
         error: the exception that was raised.
+        snapshot: files that show the memory when it ran out.
     """
     micro, accumulation = recipe.data.micro_batch(ranks)
     tokens = torch.Size(recipe.task.grid).numel()
@@ -57,9 +111,10 @@ def out_of_memory(recipe: Resolved, step: int, ranks: int, nodes: int, error: Ba
     model = (
         f"{recipe.task.parameter_count:,} parameters under {strategy}, `model.checkpoint_activations` {kept}"
     )
+    shown = f"; the memory as it ran out: {', '.join(map(str, snapshot))}" if snapshot else ""
     return (
         f"out of memory after step {step} with {spread}, {model}; {_advice(recipe, ranks, nodes, micro)} "
-        f"({_short(error)})"
+        f"({_short(error)}){shown}"
     )
 
 

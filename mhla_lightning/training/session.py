@@ -67,7 +67,8 @@ from mhla_lightning.strategies.launcher import RankEnvironment
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks import Task
-from mhla_lightning.training.memory_errors import is_out_of_memory, out_of_memory
+from mhla_lightning.training.memory_errors import MemorySnapshot, is_out_of_memory, out_of_memory
+from mhla_lightning.training.step_trace import StepTrace
 
 _GIVE_SHAPES = ("model.backbone", "model.attention", "model.class_path", "model.num_classes")
 ON_GPU = ("tokens_per_second_per_gpu", "mfu", "memory_allocated_gib", "memory_reserved_gib")
@@ -106,6 +107,7 @@ class Session:
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
         self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
         self.progress = ProgressFile(run, self.data.state_dict)
+        self.memory = MemorySnapshot(run.path)
         self.trainer = self._trainer()
         self.logger.optimizer_steps = lambda: self.trainer.global_step
         self._check()
@@ -157,6 +159,8 @@ class Session:
             "callbacks": self._callbacks(given, arguments),
             "plugins": [*_environment(self.run), RunCheckpointIO()],
         }
+        if arguments.get("profiler") == "pytorch":
+            arguments["profiler"] = StepTrace()
         check_float16(arguments)
         arguments |= strategy_arguments(arguments)
         try:
@@ -210,7 +214,7 @@ class Session:
             own.append(StepBar())
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         guard = Health(self.run, health.max_skipped, health.spike_factor)
-        return [FirstStep(self._begin), guard, ProjectMixing(), EarlyEnd(), *given, *own]
+        return [FirstStep(self._begin), guard, ProjectMixing(), EarlyEnd(), *given, *own, self.memory]
 
     def _begin(self) -> None:
         """Let the run folder show this attempt, once."""
@@ -273,7 +277,8 @@ class Session:
             if not is_out_of_memory(error):
                 raise
             step, world, nodes = self.trainer.global_step, self.trainer.world_size, self.trainer.num_nodes
-            raise UserError(None, out_of_memory(self.recipe, step, world, nodes, error)) from error
+            shown = self.memory.files
+            raise UserError(None, out_of_memory(self.recipe, step, world, nodes, error, shown)) from error
 
     def _fit(self) -> None:
         checkpoint = None

@@ -86,7 +86,7 @@ def test_the_recipe_refuses_attention_checkpointing_and_another_flop_grid() -> N
     with pytest.raises(UserError) as error:
         resolve(apply_overrides(values, {"model.attention": "mhla"}))
     assert "attention" in str(error.value)
-    with refused("checkpoint_activations"):
-        resolve(apply_overrides(values, {"model.checkpoint_activations": "blocks"})).task.configure_model()
+    with refused("model.checkpoint_activations"):
+        resolve(apply_overrides(values, {"model.checkpoint_activations": "blocks"}))
     with refused("shape"):
         build().flops((8, 8))

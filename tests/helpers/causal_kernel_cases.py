@@ -60,7 +60,7 @@ class CausalKernelCase:
                 begin += length
         return found
 
-    def context(self, log_decay: Tensor | None) -> Context:
+    def context(self, log_decay: Tensor | None, device: torch.device) -> Context:
         """Return mask, documents and decays of the call."""
         shape = (len(self.documents), sum(self.documents[0]) + self.padding)
         real, documents = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.int64)
@@ -68,16 +68,17 @@ class CausalKernelCase:
             real[row, begin:end], documents[row, begin:end] = True, number
         packed = any(len(row) > 1 for row in self.documents)
         return Context(
-            mask=real if self.padding else None,
-            documents=documents if packed else None,
+            mask=real.to(device) if self.padding else None,
+            documents=documents.to(device) if packed else None,
             log_decay=log_decay,
         )
 
 
-def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
+def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tuple[float, float]]:
     """Return the errors of the kernels and of the torch path in float32, of output and gradients.
 
-    Both are relative to the largest value of the reference, the full matrix of every document in float64.
+    The kernels run on `device`, the torch path on the CPU. Both errors are relative to the largest value of
+    the reference, the full matrix of every document in float64.
     """
     from mhla_lightning.attention.mhla.triton import causal_ops
 
@@ -94,8 +95,9 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
     if kernels.token_decay:
         inputs.append(-0.5 * torch.rand(batch, count, case.heads))
     grad = torch.randn(batch, count, case.heads, case.dim_v).to(case.dtype)
+    there = [x.to(device) for x in inputs]
     with mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"):
-        got = _all(kernels, case, inputs, grad)
+        got = _all(kernels.to(device), case, there, grad.to(device))
     want = _all(reference, case, [x.double() for x in inputs], grad.double(), by_document=True)
     beside = _all(plain, case, [x.float() for x in inputs], grad.float())
     return {name: (_relative(got[name], want[name]), _relative(beside[name], want[name])) for name in want}
@@ -125,7 +127,7 @@ def _all(
             at = torch.arange(begin, end)
             out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
     else:
-        out = operator(q, k, v, case.context(log_decay))
+        out = operator(q, k, v, case.context(log_decay, grad.device))
     parameters = dict(operator.named_parameters())
     gradients = torch.autograd.grad(out, [*leaves, *parameters.values()], grad)
     names = ["q", "k", "v", "log_decay"][: len(leaves)] + list(parameters)
@@ -133,7 +135,7 @@ def _all(
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).abs().max() / want.abs().max())
+    return float((got.cpu().double() - want).abs().max() / want.abs().max())
 
 
 def check_causal_operators() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -58,46 +59,47 @@ class KernelCase:
         )
 
 
-def errors(case: KernelCase) -> dict[str, float]:
-    """Return the error of the output and of every gradient, relative to the reference's largest value."""
+def errors(case: KernelCase, device: str = "cpu") -> dict[str, float]:
+    """Return the error of the output and of every gradient, relative to the reference's largest value.
+
+    The kernels run on `device`, the reference on the CPU.
+    """
     from mhla_lightning.attention.mhla.triton import tiles
     from mhla_lightning.attention.mhla.triton.ops import triton_mhla
 
-    tiles.WHOLE_ROWS = 1 if case.whole else 2**31
     torch.manual_seed(0)
     grid = BlockGrid(case.grid, block_size=case.size)
     width = 2 * case.dim + case.dim_v
     tokens = torch.randn(2, grid.tokens, case.heads, width).to(
-        case.dtype
+        device, case.dtype
     )  # q, k and v share a row, as in a layer
     q, k, v = (x.detach().requires_grad_() for x in tokens.split([case.dim, case.dim, case.dim_v], -1))
     lead = (case.heads,) if case.per_head else ()
-    mixing = None if case.linear else torch.rand(*lead, grid.num_blocks, grid.num_blocks).requires_grad_()
+    mixing = None
+    if not case.linear:
+        mixing = torch.rand(*lead, grid.num_blocks, grid.num_blocks).to(device).requires_grad_()
     rotary = GridRotation(case.grid, case.dim, torch.device("cpu")) if case.rotary else None
-    out = triton_mhla(
-        q,
-        k,
-        v,
-        mixing,
-        grid,
-        offset=EPS,
-        eps=EPS if case.normalize else None,
-        table=None if rotary is None else rotary.turn_table(),
-        float32_summaries=case.float32_summaries,
-        form=case.form,
-    )
-    grad = torch.randn(out.shape).to(case.dtype)
-    wanted = [x.detach().double().requires_grad_() for x in (q, k, v, mixing) if x is not None]
-    reference = _reference(case, grid, rotary, *wanted)
-    names = ("out", "q", "k", "v", "mixing")
     inputs = [x for x in (q, k, v, mixing) if x is not None]
-    pairs = zip(
-        names,
-        (out, *torch.autograd.grad(out, inputs, grad)),
-        (reference, *torch.autograd.grad(reference, wanted, grad.double())),
-        strict=False,
-    )
-    return {name: _relative(got, want) for name, got, want in pairs}
+    with mock.patch.object(tiles, "WHOLE_ROWS", 1 if case.whole else 2**31):
+        out = triton_mhla(
+            q,
+            k,
+            v,
+            mixing,
+            grid,
+            offset=EPS,
+            eps=EPS if case.normalize else None,
+            table=None if rotary is None else rotary.turn_table().to(device),
+            float32_summaries=case.float32_summaries,
+            form=case.form,
+        )
+        grad = torch.randn(out.shape).to(case.dtype)
+        got = [out, *torch.autograd.grad(out, inputs, grad.to(device))]
+    wanted = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    reference = _reference(case, grid, rotary, *wanted)
+    want = [reference, *torch.autograd.grad(reference, wanted, grad.double())]
+    names = ("out", "q", "k", "v", "mixing")
+    return {name: _relative(a.cpu(), b) for name, a, b in zip(names, got, want, strict=False)}
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -161,7 +161,8 @@ class PretendedGpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name == "_has_compatible_shallow_copy_type":
-            return isinstance(args[0], GpuTensor) == isinstance(args[1], GpuTensor)
+            old, new = args[:2]
+            return isinstance(old, GpuTensor) == isinstance(new, GpuTensor) and old.is_meta == new.is_meta
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return self._move(func, args, kwargs)
         if name == "tolist" and isinstance(args[0], GpuTensor):

@@ -8,7 +8,22 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summary_table, write_json
+from mhla_lightning.cli.bench.on_gpu import (
+    add_gpu_arguments,
+    chosen_dtype,
+    gpu_cells,
+    gpu_headings,
+    gpu_notes,
+    machine_name,
+    plot_rows,
+)
+from mhla_lightning.cli.output import (
+    check_writable,
+    demand_at_least,
+    measuring_bar,
+    summary_table,
+    write_json,
+)
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,18 +90,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measured turns after a warm-up, at least 5 (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "float32"), help="of the tokens (default: bf16 on a GPU, else float32)"
+    )
+    add_gpu_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     args.heads = (4 if args.causal else 6) if args.heads is None else args.heads
     demand_at_least(args, turns=5, heads=1, dim=1, batch=1, chunk_size=1)
+    check_writable("plot", args.plot)
     if args.grid is None:
         args.slope_to = (0 if args.causal else 65536) if args.slope_to is None else args.slope_to
     else:
         _take_grid(args)
     import torch
     from rich.console import Console
+
+    from mhla_lightning.bench.timing import gemm_name
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device", "there is no CUDA device here; use cpu")
@@ -96,19 +118,21 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     console = Console()
     cases, rates = _measure(args, device, console)
-    result = {"rows": [case.row() for case in cases], "summary": _summary(cases, max(args.tokens))}
+    result: dict[str, Any] = {
+        "rows": [case.row() for case in cases],
+        "summary": _summary(cases, max(args.tokens)),
+    }
     rate = sorted(rates)[len(rates) // 2]
-    machine = (
-        f"{torch.get_num_threads()} threads, {load()}"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device)
-    )
-    console.print(
-        f"{machine}; a {2048}-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; torch "
-        f"{torch.__version__}"
-    )
+    machine = machine_name(device)
+    product = gemm_name(device, cases[0].dtype)
+    console.print(f"{machine}; a {product} runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
     for table in _tables(result, max(args.tokens)):
         console.print(table)
+    for note in gpu_notes(result["rows"]):
+        console.print(note)
+    if device.type == "cuda" and args.causal and not _fla_entries(device):
+        console.print("flash-linear-attention is not installed: its kernels are not measured")
+    plot_rows(args.plot, f"forward and backward, {machine}", "tokens", result["rows"])
     write_json(args.json, {**result, "gemm_flops_per_second": rate, "machine": machine})
     return 0
 
@@ -134,7 +158,7 @@ def _take_grid(args: argparse.Namespace) -> None:
 def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[list[Case], list[float]]:
     from mhla_lightning.bench.timing import make_case, take_turns
 
-    entries = _causal_entries(args) if args.causal else _entries(args)
+    entries = _causal_entries(args) | _fla_entries(device) if args.causal else _entries(args)
     plan = [(name, tokens) for tokens in sorted(args.tokens) for name in entries]
     larger = max(args.tokens) * 2
     while larger <= args.slope_to:
@@ -146,6 +170,7 @@ def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[l
         "batch": args.batch,
         "causal": args.causal,
         "grid": args.grid,
+        "dtype": chosen_dtype(args.dtype, device),
     }
     cases, rates = [], []
     with measuring_bar(console, len(plan) * (args.turns + 1)) as on_case:
@@ -158,12 +183,51 @@ def _measure(args: argparse.Namespace, device: Any, console: Console) -> tuple[l
                 if n == tokens
             ]
             rates += take_turns(
-                group, args.turns, device, lambda case: on_case(f"{case.operator} at {case.tokens:,} tokens")
+                group,
+                args.turns,
+                device,
+                lambda case: on_case(f"{case.operator} at {case.tokens:,} tokens"),
+                graphs=not args.no_graphs,
             )
             for case in group:
+                case.modelled = _predicted(args, case, device)
                 case.release()
             cases += group
     return cases, rates
+
+
+def _fla_entries(device: Any) -> dict[str, Any]:
+    """Return the operators of flash-linear-attention where they can run, beside ours."""
+    from importlib.util import find_spec
+
+    from mhla_lightning.attention.baselines.causal_fla import GatedDeltaNet, GatedLinearAttention, Mamba2
+
+    if device.type != "cuda" or find_spec("fla") is None:
+        return {}
+    return {f"fla {kind.name}": kind.name for kind in (GatedLinearAttention, Mamba2, GatedDeltaNet)}
+
+
+def _predicted(args: argparse.Namespace, case: Case, device: Any) -> tuple[float, float] | None:
+    """Return the roofline's seconds of a row, where the GPU and the launches are modelled."""
+    import torch
+
+    if device.type != "cuda" or case.dtype.itemsize != 2:
+        return None
+    from mhla_lightning.bench.kernel_launches import modelled_gpu
+    from mhla_lightning.bench.kernel_times import predicted
+
+    gpu = modelled_gpu(torch.cuda.get_device_name(device))
+    if gpu is None:
+        return None
+    grid, blocks = args.grid or [case.tokens], args.blocks or [128]
+    layout = {
+        "grid": grid,
+        "blocks": blocks if len(blocks) == len(grid) else blocks * len(grid),
+        "normalize": len(grid) < 3,
+        "chunk_size": args.chunk_size,
+    }
+    shape = (args.batch, case.tokens, args.heads, args.dim)
+    return predicted(case.operator, shape, gpu, layout=layout, causal=args.causal)
 
 
 def _entries(args: argparse.Namespace) -> dict[str, Any]:
@@ -231,6 +295,8 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
         "turns",
     ):
         times.add_column(heading, justify="left" if heading == "operator" else "right")
+    for heading in gpu_headings(result["rows"]):
+        times.add_column(heading, justify="right")
     for row in result["rows"]:
         ms = (f"{row[key] * 1e3:.2f}" for key in ("forward_seconds", "step_seconds"))
         over = (f"{row[key]:.2f}" for key in ("forward_over_gemm", "step_over_gemm"))
@@ -241,6 +307,7 @@ def _tables(result: dict[str, Any], tokens: int) -> list[Any]:
             *over,
             f"{row['peak_bytes'] / 2**20:.1f}",
             f"{row['turns']}",
+            *gpu_cells(row),
         )
     slopes = (
         f" (slope: mhla from {SLOPE_FROM:,} tokens on, log over log tokens)"

@@ -9,7 +9,21 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.output import demand_at_least, load, measuring_bar, summary_table, write_json
+from mhla_lightning.cli.bench.on_gpu import (
+    add_gpu_arguments,
+    gpu_cells,
+    gpu_headings,
+    gpu_notes,
+    machine_name,
+    plot_rows,
+)
+from mhla_lightning.cli.output import (
+    check_writable,
+    demand_at_least,
+    measuring_bar,
+    summary_table,
+    write_json,
+)
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,12 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measured turns after a warm-up, at least 5 (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add_gpu_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
     demand_at_least(args, turns=5, batch=1, **({} if args.layers is None else {"layers": 1}))
+    check_writable("plot", args.plot)
     from mhla_lightning.bench.backbone_speed import family_of
+    from mhla_lightning.bench.timing import gemm_name
 
     family = family_of(args.backbone)
     entries = _entries(args, family)
@@ -117,21 +134,19 @@ def run(args: argparse.Namespace) -> int:
         for size, planned in plan.items():  # one size at a time: the memory of one is enough
             group, rate = _measure(args, family, size, planned, device, on_case)
             rows = [_row(args, family, size, case, planned[case.operator]) for case in group]
-            machine = (
-                f"{torch.get_num_threads()} threads, {load()}"
-                if device.type == "cpu"
-                else torch.cuda.get_device_name(device)
-            )
+            machine, product = machine_name(device), gemm_name(device, group[0].dtype)
             console.print(
-                f"{machine}; a 2048-cubed float32 matrix product runs at {rate / 1e9:.0f} GFLOP/s; "
-                f"torch {torch.__version__}"
+                f"{machine}; a {product} runs at {rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}"
             )
             console.print(_table(family, rows))
+            for note in gpu_notes(rows):
+                console.print(note)
             result["rows"] += [{**row, "gemm_flops_per_second": rate, "machine": machine} for row in rows]
             result["summary"] |= _ratios(family, size, group)
             write_json(
                 args.json, result
             )  # the next size may take an hour: a run that is stopped keeps what it measured
+    plot_rows(args.plot, f"{args.backbone}, forward and backward", "tokens", result["rows"])
     if result["summary"]:
         by = "pixels" if family.key == "res" else "clip"
         console.print(summary_table(f"summary: time of A over time of B, by {by}", result["summary"]))
@@ -287,7 +302,13 @@ def _measure(
         make_case(label, args.backbone, entry, options, args.batch, device, **how)
         for label, entry in entries.items()
     ]
-    rates = take_turns(group, args.turns, device, lambda case: on_case(f"{case.operator} at {_name(size)}"))
+    rates = take_turns(
+        group,
+        args.turns,
+        device,
+        lambda case: on_case(f"{case.operator} at {_name(size)}"),
+        graphs=not args.no_graphs,
+    )
     for case in group:
         case.release()
     return group, sorted(rates)[len(rates) // 2]
@@ -336,6 +357,8 @@ def _table(family: BackboneFamily, rows: list[dict[str, Any]]) -> Any:
     first = "clip" if family.key == "video" else "pixels"
     for heading in (first, "tokens", "operator", *times, "x GEMM", "peak MiB", "turns"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
+    for heading in gpu_headings(rows):
+        table.add_column(heading, justify="right")
     for row in rows:
         turns = "1 (slow)" if row["measured_once"] else str(row["turns"])
         size = row["video"] if "video" in row else f"{row['resolution']:,}"
@@ -346,6 +369,7 @@ def _table(family: BackboneFamily, rows: list[dict[str, Any]]) -> Any:
             *_numbers(family, row),
             f"{row['peak_bytes'] / 2**20:,.1f}",
             turns,
+            *gpu_cells(row),
         )
     return table
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.output import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.bench.on_gpu import add_gpu_arguments, machine_name, plot_rows
+from mhla_lightning.cli.output import check_writable, demand_at_least, summary_table, write_json
 from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measurements at every position, at least 5 (default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add_gpu_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             f"{' '.join(map(str, args.positions))} cannot be compared; give at least two different "
             "positions from 1 on",
         )
+    check_writable("plot", args.plot)
     import torch
     from rich.console import Console
 
@@ -77,17 +80,19 @@ def run(args: argparse.Namespace) -> int:
     places = _measure(args, device)
     rows = [place.row() for place in places]
     summary = _summary(places, min(args.positions), max(args.positions))
-    machine = (
-        f"{torch.get_num_threads()} threads, {load()}"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device)
-    )
+    machine = machine_name(device)
     console = Console()
     console.print(
         f"{machine}; lm_340m with {args.layers} layers of {args.embed_dim} channels, float32, batch "
         f"{args.batch}; torch {torch.__version__}"
     )
     console.print(_table(rows, args.tokens))
+    for place in places:
+        if place.graph is not None and place.graph[1] is None:
+            console.print(f"{place.operator} {place.position:,}: {place.graph[0]}")
+    plot_rows(
+        args.plot, f"one more token, {machine}", "position", rows, size="position", key="seconds_per_token"
+    )
     console.print(summary_table("summary: times or bytes of A / of B", summary))
     write_json(args.json, {"rows": rows, "summary": summary, "machine": machine})
     return 0
@@ -112,7 +117,12 @@ def _measure(args: argparse.Namespace, device: Any) -> list[DecodePoint]:
             model = build_model(entry, shape, device)
             sizes = {"batch": args.batch, "tokens": args.tokens, "turns": args.turns}
             places += decode_at(
-                name, model, sorted(set(args.positions)), **sizes, on_progress=lambda: progress.advance(bar)
+                name,
+                model,
+                sorted(set(args.positions)),
+                **sizes,
+                on_progress=lambda: progress.advance(bar),
+                graphs=not args.no_graphs,
             )
     return places
 
@@ -139,11 +149,21 @@ def _table(rows: list[dict[str, Any]], tokens: int) -> Any:
     table = Table(title=f"one more token: mean over {tokens} consecutive ones, median of the turns")
     for heading in ("operator", "position", "ms a token", "state KiB"):
         table.add_column(heading, justify="left" if heading == "operator" else "right")
+    on_gpu = any("graph" in row for row in rows)
+    for heading in ("quartiles apart", "ms as a CUDA graph") if on_gpu else ():
+        table.add_column(heading, justify="right")
     for row in rows:
+        graph = row.get("graph_seconds_per_token")
+        cells = (
+            (f"{row['spread_seconds'] * 1e3:.3f}", "-" if graph is None else f"{graph * 1e3:.3f}")
+            if on_gpu
+            else ()
+        )
         table.add_row(
             row["operator"],
             f"{row['position']:,}",
             f"{row['seconds_per_token'] * 1e3:.2f}",
             f"{row['state_bytes'] / 2**10:,.0f}",
+            *cells,
         )
     return table

@@ -1,7 +1,7 @@
 """Model the time of MHLA's Triton kernels on a GPU from their launches.
 
-Nothing is measured. The table stands beside the torch path and FlashAttention. --code compiles the kernels
-ahead of time.
+The torch path and FlashAttention are beside them. Without --measure nothing is measured. --code compiles the
+kernels ahead of time.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from mhla_lightning.cli.output import write_json
+from mhla_lightning.cli.output import demand_at_least, measuring_bar, write_json
+from mhla_lightning.errors import UserError
 
-HELP = "modelled times, bytes and machine code of the Triton kernels; needs no GPU"
+HELP = "modelled times, bytes and machine code of the Triton kernels; needs no GPU but for --measure"
 CAPABILITIES = (80, 90)
 
 
@@ -24,12 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile every kernel for sm_80 and sm_90 and show registers and spills (minutes)",
     )
     parser.add_argument(
+        "--measure", action="store_true", help="measure the table on this machine's GPU, beside the model"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=7,
+        help="with --measure: turns after a warm-up, at least 5 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--case", metavar="TEXT", default="", help="only cases whose name contains this (default: all)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb."""
+    demand_at_least(args, turns=5)
+    if args.measure:
+        _demand_gpu()
     from rich.console import Console
 
     from mhla_lightning.bench.kernel_launches import CASES, GPUS, operator_times
@@ -39,11 +52,48 @@ def run(args: argparse.Namespace) -> int:
     rows = [times.row() for gpu in GPUS for times in operator_times(cases, gpu)]
     console.print(_times(rows))
     result: dict[str, Any] = {"modelled": rows}
+    if args.measure:
+        result["measured"] = _measured(args, cases, console)
+        console.print(_measured_table(result["measured"]))
     if args.code:
         result["code"] = _code(cases)
         console.print(_code_table(result["code"]))
     write_json(args.json, result)
     return 0
+
+
+def _demand_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("measure", "there is no CUDA device here; without it the table is modelled")
+
+
+def _measured(args: argparse.Namespace, cases: list[Any], console: Any) -> list[dict[str, Any]]:
+    import torch
+
+    from mhla_lightning.bench.kernel_times import PATHS, measured_times
+
+    torch.manual_seed(0)
+    with measuring_bar(console, len(cases) * len(PATHS) * (args.turns + 1)) as on_case:
+        return measured_times(cases, args.turns, torch.device("cuda"), on_case)
+
+
+def _measured_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="measured: forward and backward of one layer's operator in bf16, milliseconds")
+    for heading in ("case", "form"):
+        table.add_column(heading)
+    for heading in ("Triton", "modelled", "torch", "modelled", "FlashAttention", "modelled"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for path in ("triton", "torch", "flash"):
+            modelled = row.get(f"{path}_modelled_ms")
+            cells += [f"{row[f'{path}_ms']:.3f}", "-" if modelled is None else f"{modelled:.3f}"]
+        table.add_row(row["case"], row["form"], *cells)
+    return table
 
 
 def _times(rows: list[dict[str, Any]]) -> Any:

@@ -14,7 +14,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhla_lightning.cli.output import demand_at_least, load, summary_table, write_json
+from mhla_lightning.cli.bench.on_gpu import machine_name
+from mhla_lightning.cli.output import demand_at_least, summary_table, write_json
 
 if TYPE_CHECKING:
     from mhla_lightning.bench.step_speed import StepTimes
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mhla-bench-") as folder, Progress(transient=True) as progress:
         bar = progress.add_task("measuring", total=args.turns + 1)
         times = measure(recipe, Path(folder, "step"), args.steps, args.turns, lambda: progress.advance(bar))
-    machine = f"{torch.get_num_threads()} threads, {load()}"
+    machine = machine_name(times.device)
     console = Console()
     console.print(
         f"{machine}; {args.recipe}: {times.parameters:,} parameters, batches of {times.batch_size}, "
