@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -71,7 +71,7 @@ def round_split(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     for weight in model.parameters():
         if _is_split(weight) and weight.is_floating_point():
-            part = weight.ds_tensor
+            part = cast(Any, weight).ds_tensor
             part.data = part.data.to(dtype)
             weight.data = weight.data.to(dtype)
 
