@@ -135,3 +135,15 @@ def slices_of(dim_k: int, dim_v: int) -> tuple[int, int]:
     """
     width = min(dim_k, 128 * 128 // dim_v)
     return width, dim_k // width
+
+
+def decode_tile(dim_k: int, dim_v: int) -> Tile:
+    """Return the tile of one token; `queries` are channels of v that a program reads at once.
+
+    A slice of 4,096 elements leaves registers for two programs a processor.
+
+    Args:
+        dim_k, dim_v: channels with their padding.
+    """
+    width = min(dim_v, 4096 // dim_k)
+    return Tile(width, width, 8 if dim_k * width >= 4096 else 4, 1)
