@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,33 @@ from mhla_lightning.attention.mhla.triton.tiles import call_sizes
 from mhla_lightning.planning.torch_modes import TorchDispatchMode, tensors_in
 
 
+class Case(Protocol):
+    """One row of the table.
+
+    Attributes:
+        name: shown in tables.
+        form: the form of the kernels.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def form(self) -> str: ...
+
+    def torch_work(self) -> tuple[list[Work], list[Work]]:
+        """Return the kernels of the torch path, forward and backward."""
+
+    def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
+        """Return launches and operations of torch, forward and backward."""
+
+    def flash_seconds(self, gpu: Gpu) -> float:
+        """Return FlashAttention's modelled time, forward and backward."""
+
+
 @dataclass(frozen=True)
 class OperatorCase:
-    """One operator at one size.
+    """One operator of images or videos at one size.
 
     Attributes:
         name: shown in tables.
@@ -62,6 +86,57 @@ class OperatorCase:
         """Return token tensors on the meta device."""
         shape = (self.batch, self.partition.tokens, self.heads, self.dim)
         return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(count)]
+
+    def torch_work(self) -> tuple[list[Work], list[Work]]:
+        """Return the kernels of the torch path, forward and backward."""
+        entry: dict[str, Any] = {"name": "linear", "kernel": "torch"}
+        if self.blocks is not None:
+            norm = "block" if self.normalize else "none"
+            entry = {"name": "mhla", "kernel": "torch", "blocks": list(self.blocks), "normalizer": norm}
+        heads, dim = self.heads, self.dim
+        operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=self.grid).to("meta")
+        q, k, v = (x.requires_grad_() for x in self.tokens(3))
+        rotary = _MetaRotary(q.shape[1], self.dim) if self.rotary else None
+        with Operations() as forward:
+            out = operator(q, k, v, rotary=rotary)
+        grad = torch.empty_like(out)
+        with Operations() as backward:
+            out.backward(grad)
+        return forward.found, backward.found
+
+    def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
+        """Return launches and operations of torch, forward and backward."""
+        from mhla_lightning.attention.mhla.triton import blocks, dense
+
+        grid, form = self.partition, self.form
+        q, k, v, grad = self.tokens(4)
+        mixing = (
+            torch.empty(grid.num_blocks, grid.num_blocks, device="meta") if self.blocks is not None else None
+        )
+        eps = 1e-6 if self.normalize else None
+        if form == "dense":
+            if mixing is None:
+                grid, mixing = BlockGrid(self.grid, 1), torch.empty(1, 1, device="meta")
+            with recorded(major) as launches, Operations() as operations:
+                saved = dense.forward(q, k, v, mixing, grid, 1e-6, eps)
+            forward = list(launches), operations.found
+            with recorded(major) as launches, Operations() as operations:
+                dense.backward(grad, (q, k, v), mixing, saved, grid, 1e-6)
+            return [forward, (list(launches), operations.found)]
+        table = _MetaRotary(grid.tokens, self.dim).table if self.rotary else None
+        plan = blocks.BlockPlan(grid, 1e-6, eps, torch.bfloat16)
+        with recorded(major) as launches, Operations() as operations:
+            results = blocks.forward(q, k, v, mixing, table, plan)
+        forward = list(launches), operations.found
+        with recorded(major) as launches, Operations() as operations:
+            blocks.backward(grad, (q, k, v), mixing, table, results, plan)
+        return [forward, (list(launches), operations.found)]
+
+    def flash_seconds(self, gpu: Gpu) -> float:
+        """Return FlashAttention's modelled time, forward and backward."""
+        tokens = self.partition.tokens
+        size = 2 * self.batch * self.heads * tokens * self.dim
+        return flash_seconds(4 * self.batch * self.heads * tokens**2 * self.dim, 4 * size, gpu)
 
 
 CASES = (
@@ -122,7 +197,7 @@ def _held_bytes(x: Tensor) -> int:
     return count
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Collects the operations of torch that are kernels on a GPU."""
 
     def __init__(self) -> None:
@@ -168,73 +243,31 @@ class _MetaRotary(PairRotary):
         return self.table
 
 
-def torch_work(case: OperatorCase) -> tuple[list[Work], list[Work]]:
-    """Return the kernels of the torch path, forward and backward."""
-    entry: dict[str, Any] = {"name": "linear", "kernel": "torch"}
-    if case.blocks is not None:
-        norm = "block" if case.normalize else "none"
-        entry = {"name": "mhla", "kernel": "torch", "blocks": list(case.blocks), "normalizer": norm}
-    heads, dim = case.heads, case.dim
-    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=case.grid).to("meta")
-    q, k, v = (x.requires_grad_() for x in case.tokens(3))
-    rotary = _MetaRotary(q.shape[1], case.dim) if case.rotary else None
-    with _Operations() as forward:
-        out = operator(q, k, v, rotary=rotary)
-    grad = torch.empty_like(out)
-    with _Operations() as backward:
-        out.backward(grad)
-    return forward.found, backward.found
-
-
-def kernel_launches(case: OperatorCase, major: int = 9) -> tuple[list[Launch], list[Launch]]:
+def kernel_launches(case: Case, major: int = 9) -> tuple[list[Launch], list[Launch]]:
     """Return the Triton launches of a call, forward and backward."""
-    (forward, _), (backward, _) = _recorded_call(case, major)
+    (forward, _), (backward, _) = case.recorded_call(major)
     return forward, backward
 
 
-def kernel_work(case: OperatorCase, major: int = 9) -> tuple[list[Work], list[Work]]:
+def kernel_work(case: Case, major: int = 9) -> tuple[list[Work], list[Work]]:
     """Return all kernels of a call on Triton, forward and backward."""
     both = []
-    for launches, operations in _recorded_call(case, major):
+    for launches, operations in case.recorded_call(major):
         works = [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
         both.append(works + operations)
     return both[0], both[1]
 
 
-def _recorded_call(case: OperatorCase, major: int) -> list[tuple[list[Launch], list[Work]]]:
-    """Return launches and operations of torch, forward and backward."""
-    from mhla_lightning.attention.mhla.triton import blocks, dense
+def flash_seconds(flops: int, size: int, gpu: Gpu) -> float:
+    """Return FlashAttention's modelled time, forward and backward.
 
-    grid, form = case.partition, case.form
-    q, k, v, grad = case.tokens(4)
-    mixing = torch.empty(grid.num_blocks, grid.num_blocks, device="meta") if case.blocks is not None else None
-    eps = 1e-6 if case.normalize else None
-    if form == "dense":
-        if mixing is None:
-            grid, mixing = BlockGrid(case.grid, 1), torch.empty(1, 1, device="meta")
-        with recorded(major) as launches, _Operations() as operations:
-            saved = dense.forward(q, k, v, mixing, grid, 1e-6, eps)
-        forward = list(launches), operations.found
-        with recorded(major) as launches, _Operations() as operations:
-            dense.backward(grad, (q, k, v), mixing, saved, grid, 1e-6)
-        return [forward, (list(launches), operations.found)]
-    table = _MetaRotary(grid.tokens, case.dim).table if case.rotary else None
-    plan = blocks.BlockPlan(grid, 1e-6, eps, torch.bfloat16)
-    with recorded(major) as launches, _Operations() as operations:
-        results = blocks.forward(q, k, v, mixing, table, plan)
-    forward = list(launches), operations.found
-    with recorded(major) as launches, _Operations() as operations:
-        blocks.backward(grad, (q, k, v), mixing, table, results, plan)
-    return [forward, (list(launches), operations.found)]
-
-
-def flash_seconds(case: OperatorCase, gpu: Gpu) -> float:
-    """Return FlashAttention's modelled time, forward and backward."""
-    tokens = case.partition.tokens
-    size = 2 * case.batch * case.heads * tokens * case.dim
-    flops = 4 * case.batch * case.heads * tokens**2 * case.dim
-    forward = max(flops / gpu.flash[0], 4 * size / gpu.bytes)
-    return forward + max(2.5 * flops / gpu.flash[1], 8 * size / gpu.bytes)
+    Args:
+        flops: of the forward.
+        size: bytes of q, k, v and the output.
+        gpu: whose rates are taken.
+    """
+    forward = max(flops / gpu.flash[0], size / gpu.bytes)
+    return forward + max(2.5 * flops / gpu.flash[1], 2 * size / gpu.bytes)
 
 
 @dataclass(frozen=True)
@@ -247,7 +280,7 @@ class OperatorTimes:
         gpu: whose rates are taken.
     """
 
-    case: OperatorCase
+    case: Case
     torch: tuple[list[Work], list[Work]]
     triton: tuple[list[Work], list[Work]]
     gpu: Gpu
@@ -261,11 +294,11 @@ class OperatorTimes:
             row[f"{name}_gigabytes"] = sum(work.bytes for work in works) / 1e9
             row[f"{name}_gigaflop"] = sum(work.flops for work in works) / 1e9
             row[f"{name}_ms"] = 1e3 * sum(work.seconds(self.gpu) for work in works)
-        row["flash_ms"] = 1e3 * flash_seconds(self.case, self.gpu)
+        row["flash_ms"] = 1e3 * self.case.flash_seconds(self.gpu)
         return row
 
 
-def operator_times(cases: Sequence[OperatorCase] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
+def operator_times(cases: Sequence[Case] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
     """Return the modelled table; nothing in it is measured."""
     major = 9 if gpu is H100 else 8
-    return [OperatorTimes(case, torch_work(case), kernel_work(case, major), gpu) for case in cases]
+    return [OperatorTimes(case, case.torch_work(), kernel_work(case, major), gpu) for case in cases]

@@ -10,9 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import Context
+from mhla_lightning.attention import CausalAttention, Context, build_attention
 from mhla_lightning.attention.mhla import CausalMHLA
-from mhla_lightning.attention.mhla.causal_operator import CausalMHLAOptions
 from tests.helpers.causal_reference import dense
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
@@ -28,7 +27,8 @@ class CausalKernelCase:
         padding: tokens of padding left of the first row and right of the others.
         dim, dim_v: channels a head.
         heads: one for what is long.
-        options: of :class:`CausalMHLAOptions`.
+        options: of the attention entry.
+        operator: `mhla` or `linear`.
         dtype: of the tokens.
     """
 
@@ -40,6 +40,7 @@ class CausalKernelCase:
     heads: int = 2
     padding: int = 0
     dtype: torch.dtype = torch.float32
+    operator: str = "mhla"
 
     @property
     def label(self) -> str:
@@ -48,7 +49,9 @@ class CausalKernelCase:
         said = [f"{key}={value}" for key, value in self.options.items()]
         rows = "+".join("_".join(map(str, row)) for row in self.documents)
         padding = [f"pad{self.padding}"] if self.padding else []
-        return "-".join([self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said])
+        return "-".join(
+            [self.operator, self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said]
+        )
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Return row, begin and end of every document."""
@@ -83,8 +86,9 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
 
     torch.manual_seed(0)
     operators = [_operator(case, kernel) for kernel in ("triton", "torch", "torch")]
-    with torch.no_grad():
-        operators[0].mixing.weight.uniform_(0.1, 1)
+    if isinstance(operators[0], CausalMHLA):
+        with torch.no_grad():
+            operators[0].mixing.weight.uniform_(0.1, 1)
     for other in operators[1:]:
         other.load_state_dict(operators[0].state_dict())
     kernels, plain, reference = operators[0], operators[1], operators[2].double()
@@ -101,15 +105,19 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
     return {name: (_relative(got[name], want[name]), _relative(beside[name], want[name])) for name in want}
 
 
-def _operator(case: CausalKernelCase, kernel: str) -> CausalMHLA:
-    chunks = max(-(-length // case.options["chunk_size"]) for row in case.documents for length in row)
-    options = {"max_chunks": chunks, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel, **case.options}
-    built = CausalMHLAOptions(**options)
-    return CausalMHLA(heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, grid=None, options=built)
+def _operator(case: CausalKernelCase, kernel: str) -> CausalAttention:
+    entry = {"name": case.operator, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel}
+    if case.operator == "mhla":
+        size = case.options["chunk_size"]
+        entry["max_chunks"] = max(-(-length // size) for row in case.documents for length in row)
+    sizes = {"heads": case.heads, "dim_k": case.dim, "dim_v": case.dim_v}
+    built = build_attention({**entry, **case.options}, **sizes, causal=True)
+    assert isinstance(built, CausalAttention)
+    return built
 
 
 def _all(
-    operator: CausalMHLA,
+    operator: CausalAttention,
     case: CausalKernelCase,
     inputs: Sequence[Tensor],
     grad: Tensor,

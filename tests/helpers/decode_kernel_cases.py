@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mhla_lightning.attention import CausalAttention, build_attention
 from mhla_lightning.attention.context import Rotary
+from mhla_lightning.attention.mhla import CausalMHLA
 from mhla_lightning.backbones.rotary import rotations
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
@@ -61,7 +62,7 @@ class DecodeCase:
         entry = {"name": "mhla", "eps": EPS, "feature_map": "relu_eps", "kernel": kernel, **self.entry}
         built = build_attention(entry, heads=self.heads, dim_k=self.dim, dim_v=self.dim_v, causal=True)
         assert isinstance(built, CausalAttention)
-        if hasattr(built, "mixing"):
+        if isinstance(built, CausalMHLA):
             with torch.no_grad():
                 built.mixing.weight.uniform_(0.1, 1)
         return built

@@ -184,13 +184,11 @@ class CausalMHLA(base.CausalAttention):
     def _unfit(self) -> str | None:
         """Return what of this operator Triton kernels cannot do."""
         if self.offset is None:
-            return "it takes the feature maps 'relu' and 'relu_eps'"
+            return choice.NEEDS_RELU
         return "it takes no intra 'window'" if self.intra == "window" else None
 
     def prepare(self, packing: Packing) -> None:
-        chunks = packing.chunks(self.chunk_size)
-        if self.kernel != "torch" and chunks.slot.is_cuda:
-            _ = chunks.layout  # kept there, for the kernels
+        choice.prepare(self.kernel, packing.chunks(self.chunk_size))
 
     def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.context import Context, HalfRotary, PairRotary, Rotary
+from mhla_lightning.attention.packing import DocumentChunks
 from mhla_lightning.errors import UserError, unknown_name
 
 KERNELS = ("auto", "triton", "torch")
@@ -201,6 +202,15 @@ def dense_is_cheaper(sizes: CallSizes) -> bool:
 
 
 LARGEST_VALUE = 256  # channels of v a head in the causal kernels
+
+
+NEEDS_RELU = "it takes the feature maps 'relu' and 'relu_eps'"
+
+
+def prepare(kernel: str, chunks: DocumentChunks) -> None:
+    """Compute what causal kernels read of documents; it is kept there."""
+    if kernel != "torch" and chunks.slot.is_cuda:
+        _ = chunks.layout
 
 
 def takes_causal(
