@@ -219,6 +219,8 @@ class Operations(TorchDispatchMode):
         in_place = name.split(".")[0].endswith("_") or "out" in kwargs or name.endswith("grad_input")
         if "empty" in name or (not in_place and all(id(x.untyped_storage()) in fresh for x in writes)):
             return result  # a view, or room
+        if not any(x.numel() for x in writes):
+            return result  # nothing to write: torch starts no kernel
         flops = 0
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*reads[:2], out_val=writes[0])
