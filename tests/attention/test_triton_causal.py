@@ -63,6 +63,14 @@ LINEAR = [
     ),
     CausalKernelCase("chunks", ((9,),), 8, 8, {"chunk_size": 4, "decay": "head"}, operator="linear"),
 ]
+ROTARY = [
+    CausalKernelCase("dense", ((3, 1, 7), (5, 6)), 16, 8, {"chunk_size": 3}, rotary=True),
+    CausalKernelCase("chunks", ((11,), (11,)), 16, 24, {"chunk_size": 4}, heads=1, rotary=True),
+    CausalKernelCase(
+        "chunks", ((3, 6),), 16, 8, {"chunk_size": 4, "decay": "token", "decay_span": "sequence"}, rotary=True
+    ),
+    CausalKernelCase("chunks", ((9, 7),), 16, 16, {"chunk_size": 5}, dtype=FP16, rotary=True),
+]
 LONG = [
     CausalKernelCase("dense", ((90,),), 72, 24, {"chunk_size": 70, **SEQUENCE}, heads=1),
     CausalKernelCase("chunks", ((90,),), 72, 24, {"chunk_size": 70, **SEQUENCE}, heads=1),
@@ -94,6 +102,7 @@ def misses(case: CausalKernelCase) -> dict[str, float]:
         *cases("dense"),
         *cases("chunks"),
         *LINEAR,
+        *ROTARY,
         *(pytest.param(case, marks=pytest.mark.slow) for case in LONG),
     ],
     ids=lambda case: case.label,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import CausalAttention, Context, build_attention
+from mhla_lightning.attention import CausalAttention, Context, Packing, build_attention
+from mhla_lightning.attention.context import Rotary
 from mhla_lightning.attention.mhla import CausalMHLA
+from mhla_lightning.backbones.rotary import rotations
 from tests.helpers.causal_reference import dense
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
@@ -29,6 +32,7 @@ class CausalKernelCase:
         heads: one for what is long.
         options: of the attention entry.
         operator: `mhla` or `linear`.
+        rotary: whether positions turn q and k.
         dtype: of the tokens.
     """
 
@@ -41,6 +45,7 @@ class CausalKernelCase:
     padding: int = 0
     dtype: torch.dtype = torch.float32
     operator: str = "mhla"
+    rotary: bool = False
 
     @property
     def label(self) -> str:
@@ -48,6 +53,7 @@ class CausalKernelCase:
         dtype = str(self.dtype).removeprefix("torch.")
         said = [f"{key}={value}" for key, value in self.options.items()]
         rows = "+".join("_".join(map(str, row)) for row in self.documents)
+        said += ["rotary"] * self.rotary
         padding = [f"pad{self.padding}"] if self.padding else []
         return "-".join(
             [self.operator, self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said]
@@ -73,8 +79,16 @@ class CausalKernelCase:
         return Context(
             mask=real if self.padding else None,
             documents=documents if packed else None,
+            rotary=self.turn(documents, torch.float32),
             log_decay=log_decay,
         )
+
+    def turn(self, documents: Tensor, dtype: torch.dtype) -> Rotary | None:
+        """Return the rotary of documents (batch, tokens), or None."""
+        if not self.rotary:
+            return None
+        positions = Packing(torch.ones_like(documents, dtype=torch.bool), documents).positions
+        return rotations(positions, [self.dim], 100.0, dtype)[self.dim]
 
 
 def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
@@ -129,9 +143,15 @@ def _all(
     if by_document:
         out = torch.zeros_like(grad)
         for row, begin, end in case.spans():
+            turn = case.turn(torch.zeros(1, end - begin, dtype=torch.int64), torch.float64)
             parts = [x[row : row + 1, begin:end] for x in leaves]
+            plain = operator
+            if turn is not None:  # the reference takes features that are turned already
+                plain = copy.copy(operator)
+                plain.phi = lambda x: x
+                parts[:2] = [turn(operator.phi(x)) for x in parts[:2]]
             at = torch.arange(begin, end)
-            out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
+            out = out.index_put((torch.tensor(row), at), dense(plain, *parts)[0])
     else:
         out = operator(q, k, v, case.context(log_decay))
     parameters = dict(operator.named_parameters())
@@ -153,7 +173,7 @@ def check_causal_operators() -> dict[str, str]:
     weights = torch.rand(1, 1, 2, 2, requires_grad=True)
     until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
     numbers = (2, True, [EPS, EPS])
-    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None)
+    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), *[None] * 3)
     found: dict[str, str] = {}
     results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
     found |= {f"causal.{test}": said for test, said in results.items()}

@@ -98,7 +98,7 @@ class CausalLinear(base.CausalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
-        unfit = choice.NEEDS_RELU if self.offset is None else None
+        unfit = choice.causal_unfit(self.offset, self.normalizer, context)
         if choice.takes_causal(self.kernel, *lower, context, unfit):
             return self._on_triton(*lower, context)
         with base.full_precision(q):
@@ -194,7 +194,8 @@ class CausalLinear(base.CausalAttention):
         rule = CausalRule(self.chunk_size, form="relative", decay_span="sequence")
         with base.full_precision(q):
             one = torch.ones(1, 1, device=q.device)
-            terms = causal_terms(q, one, rule, context.packed(), self._kernel_decay(context.log_decay))
+            log_decay = self._kernel_decay(context.log_decay)
+            terms = causal_terms(q, one, rule, context.packed(), log_decay, context.rotary)
         eps = self.eps if self.normalizer == "block" else None
         return triton_causal_mhla(q, k, v, terms, self.chunk_size, offset=self.offset, eps=eps)
 

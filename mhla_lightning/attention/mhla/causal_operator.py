@@ -172,7 +172,7 @@ class CausalMHLA(base.CausalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
-        if choice.takes_causal(self.kernel, *lower, context, self._unfit()):
+        if choice.takes_causal(self.kernel, *lower, context, self._unfit(context)):
             return self._on_triton(*lower, context)
         return self._in_chunks(q, k, v, context, keep=False)[0]
 
@@ -181,11 +181,11 @@ class CausalMHLA(base.CausalAttention):
         assert state is not None
         return out, state
 
-    def _unfit(self) -> str | None:
-        """Return what of this operator Triton kernels cannot do."""
-        if self.offset is None:
-            return choice.NEEDS_RELU
-        return "it takes no intra 'window'" if self.intra == "window" else None
+    def _unfit(self, context: Context) -> str | None:
+        """Return what of this operator Triton kernels over whole rows cannot do."""
+        if self.intra == "window":
+            return "it takes no intra 'window'"
+        return choice.causal_unfit(self.offset, self.rule.normalizer, context)
 
     def prepare(self, packing: Packing) -> None:
         choice.prepare(self.kernel, packing.chunks(self.chunk_size))
@@ -199,7 +199,8 @@ class CausalMHLA(base.CausalAttention):
         with base.full_precision(q):
             wide = torch.empty(0, device=q.device)  # mixing and decay are computed in float32
             log_decay = self._log_decay(wide, context.log_decay)
-            terms = causal_terms(q, self._mixing(wide), rule, context.packed(), log_decay)
+            packing = context.packed()
+            terms = causal_terms(q, self._mixing(wide), rule, packing, log_decay, context.rotary)
         eps = rule.eps if rule.normalizer == "block" else None
         return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
 

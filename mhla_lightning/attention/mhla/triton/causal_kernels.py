@@ -82,6 +82,59 @@ def positive(
 
 
 @triton.jit
+def turned(
+    phi: tl.tensor,
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    offset: tl.tensor,
+    d: tl.tensor,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn features of the rows at `base`: channel d with channel d + D / 2.
+
+    The other channel of each pair is loaded anew: it is in the cache, and in another thread's registers.
+    """
+    if TURN:
+        half: tl.constexpr = D // 2
+        other = tl.where(d < half, d + half, d - half)
+        raw = tl.load(base + place[:, None] * stride + other[None, :], mask=there[:, None], other=0.0)
+        paired = tl.where(there[:, None], tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        at = place[:, None] * half + (d % half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        phi = phi * c + paired * tl.where((d < half)[None, :], -s, s)
+    return phi
+
+
+@triton.jit
+def turned_back(
+    x: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn (W, D) back; D is a power of two."""
+    if TURN:
+        half: tl.constexpr = D // 2
+        first, second = tl.split(tl.permute(tl.reshape(x, (W, 2, half)), (0, 2, 1)))
+        at = place[:, None] * half + tl.arange(0, half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        pairs = tl.join(first * c + second * s, second * c - first * s)
+        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (W, D))
+    return x
+
+
+@triton.jit
 def weight_tile(
     weights: tl.tensor,
     a: tl.tensor,
@@ -150,6 +203,9 @@ def chunk_sum_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     scale: tl.tensor,
     T: tl.constexpr,
@@ -161,6 +217,7 @@ def chunk_sum_kernel(
     SLICES: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     FADES: tl.constexpr,
     GRADIENT: tl.constexpr,
     UP: tl.constexpr,
@@ -178,6 +235,8 @@ def chunk_sum_kernel(
     out += b * sob + h * soh
     fade += b * sfb + h * sfh + chunk * sfc
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     acc = tl.zeros((BD, DVP), tl.float32)
     total = tl.zeros((BD,), tl.float32)
     for t0 in range(0, T, BT):
@@ -193,6 +252,7 @@ def chunk_sum_kernel(
         inside = there[:, None] & (d < D)[None, :]
         raw = tl.load(x + place[:, None] * sxn + d[None, :], mask=inside, other=0.0)
         phi = tl.where(inside, tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        phi = turned(phi, x, place, there, sxn, cos, sin, offset, d, D, TURN)
         if FADES:
             phi *= tl.exp(tl.load(fade + t, mask=there, other=0.0))[:, None]
         values = rows(y, place, there, syn, DV, DVP)
@@ -252,6 +312,9 @@ def causal_forward_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     eps: tl.tensor,
@@ -265,6 +328,7 @@ def causal_forward_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -278,9 +342,14 @@ def causal_forward_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    q += b * sqb + h * sqh
+    channels = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
     queries = phi.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
@@ -306,7 +375,8 @@ def causal_forward_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
+        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -373,6 +443,9 @@ def causal_queries_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     ROWS: tl.tensor,
@@ -387,6 +460,7 @@ def causal_queries_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -400,9 +474,14 @@ def causal_queries_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    q += b * sqb + h * sqh
+    channels = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
     queries = phi.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
@@ -453,7 +532,8 @@ def causal_queries_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
+        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -486,7 +566,8 @@ def causal_queries_kernel(
         tl.store(d_weights + cells, own)
     if DECAY > 0:
         tl.store(d_until + ((b * H + h) * M + chunk) * T + t, d_log, mask=there)
-    kept = positive(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    acc = turned_back(acc, place, there, cos, sin, BQ, D, TURN)
+    kept = positive(q, place, there, sqn, D, DP)
     keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(kept, acc, 0.0), D, DP)
 
 
@@ -531,6 +612,9 @@ def causal_keys_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     TILES: tl.tensor,
@@ -544,6 +628,7 @@ def causal_keys_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -557,9 +642,14 @@ def causal_keys_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, ka = chunk_rows(tile, layout, M, N, T, BK, TP, PACKED)
-    raw = rows(k + b * skb + h * skh, place, there, skn, D, DP)
+    k += b * skb + h * skh
+    channels = tl.arange(0, DP)
+    raw = rows(k, place, there, skn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, k, place, there, skn, cos, sin, offset, channels, D, TURN)
     keys = phi.to(raw.dtype)
     values = rows(v + b * svb + h * svh, place, there, svn, DV, DVP)
     until_key = tl.zeros((BK,), tl.float32)
@@ -594,7 +684,8 @@ def causal_keys_kernel(
     rank = tile * BK + tl.arange(0, BK)
     for i in range(tile * BK // BQ, end):
         at, is_query, query_chunk, t_, qa = chunk_rows(i, layout, M, N, T, BQ, TP, PACKED)
-        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP).to(raw.dtype)
+        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP)
+        queries = turned(queries, q, at, is_query, sqn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         g = rows(grad, at, is_query, sgn, DV, DVP)
         if NORM:
             one_over = tl.load(inverse + (b * H + h) * N + at, mask=is_query, other=0.0)
@@ -622,5 +713,6 @@ def causal_keys_kernel(
     if DECAY == 2:
         tl.store(d_after + slot, d_end, mask=there)
     keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
-    kept = positive(k + b * skb + h * skh, place, there, skn, D, DP)
+    d_keys = turned_back(d_keys, place, there, cos, sin, BK, D, TURN)
+    kept = positive(k, place, there, skn, D, DP)
     keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)

@@ -46,7 +46,7 @@ def triton_causal_mhla(
         sizes = CausalSizes(q.shape[0] * q.shape[2], terms.chunks, size, q.shape[3], v.shape[3])
         form = "dense" if causal_dense_is_cheaper(sizes) else "chunks"
     numbers = [offset] if eps is None else [offset, eps]
-    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.layout)
+    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.layout, terms.cos, terms.sin)
     return causal(*inputs, size, form == "chunks", numbers)[0]
 
 
@@ -59,6 +59,8 @@ def causal(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     size: int,
     far: bool,
     numbers: Sequence[float],
@@ -67,12 +69,12 @@ def causal(
 
     Args:
         q, k, v: see :func:`triton_causal_mhla`.
-        weights, until, after, layout: see :class:`CausalTerms`.
+        weights, until, after, layout, cos, sin: see :class:`CausalTerms`.
         size: tokens per chunk.
         far: whether the form in chunks is taken.
         numbers: the offset of the feature map, and eps where there is a normalizer.
     """
-    terms = CausalTerms(weights, layout, until, after)
+    terms = CausalTerms(weights, layout, until, after, cos, sin)
     with full_precision(q):
         return form.forward(q, k, v, terms, form.CausalPlan(size, far, *numbers))
 
@@ -86,6 +88,8 @@ def _(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     size: int,
     far: bool,
     numbers: Sequence[float],
@@ -108,13 +112,15 @@ def causal_backward(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     saved: Sequence[Tensor],
     size: int,
     far: bool,
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, weights, `until` and `after`; absent ones are empty."""
-    terms = CausalTerms(weights, layout, until, after)
+    terms = CausalTerms(weights, layout, until, after, cos, sin)
     with full_precision(grad):
         return form.backward(grad, tokens, terms, saved, form.CausalPlan(size, far, *numbers))
 
@@ -127,6 +133,8 @@ def _(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     saved: Sequence[Tensor],
     size: int,
     far: bool,
@@ -145,13 +153,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
-    q, k, v, weights, until, after, layout, *saved = ctx.saved_tensors
-    terms = (weights, until, after, layout)
+        return (None,) * 12
+    q, k, v, *terms = ctx.saved_tensors[:9]
+    saved, (_, until, after, *_) = ctx.saved_tensors[9:], terms
     numbers = (ctx.size, ctx.far, ctx.numbers)
-    *gradients, d_until, d_after = causal_backward(grad, [q, k, v], *terms, saved, *numbers)
+    *gradients, d_until, d_after = causal_backward(grad, [q, k, v], *terms, list(saved), *numbers)
     decays = (None if x is None else d for x, d in ((until, d_until), (after, d_after)))
-    return (*gradients, *decays, *(None,) * 4)
+    return (*gradients, *decays, *(None,) * 6)
 
 
 causal.register_autograd(_differentiate, setup_context=_save)
@@ -178,6 +186,8 @@ def _causal_flops(
     until: Shape | None,
     after: Shape | None,
     layout: Shape | None,
+    cos: Shape | None,
+    sin: Shape | None,
     size: int,
     far: bool,
     *_: Any,
@@ -194,6 +204,8 @@ def _causal_backward_flops(
     until: Shape | None,
     after: Shape | None,
     layout: Shape | None,
+    cos: Shape | None,
+    sin: Shape | None,
     saved: Sequence[Shape],
     size: int,
     far: bool,

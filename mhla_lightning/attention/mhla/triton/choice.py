@@ -204,7 +204,19 @@ def dense_is_cheaper(sizes: CallSizes) -> bool:
 LARGEST_VALUE = 256  # channels of v a head in the causal kernels
 
 
-NEEDS_RELU = "it takes the feature maps 'relu' and 'relu_eps'"
+def causal_unfit(offset: float | None, normalizer: str, context: Context) -> str | None:
+    """Return what of a causal operator the kernels over whole rows cannot do; None means nothing.
+
+    Args:
+        offset: of the feature map relu(x) + offset; None means another map.
+        normalizer: the operator's.
+        context: of the call.
+    """
+    if offset is None:
+        return "it takes the feature maps 'relu' and 'relu_eps'"
+    if context.rotary is not None and normalizer != "none":
+        return "it takes rotary positions without a normalizer only"
+    return None
 
 
 def prepare(kernel: str, chunks: DocumentChunks) -> None:
@@ -228,7 +240,10 @@ def takes_causal(
 
 def _causal_obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
     if context.rotary is not None:
-        return "it takes no rotary positions in a causal model"
+        if not isinstance(context.rotary, HalfRotary):
+            return "it takes rotary positions that turn two halves of a head"
+        if q.shape[3] not in (16, 32, 64, 128):
+            return f"rotary positions need 16, 32, 64 or 128 channels a head, and q has {q.shape[3]}"
     if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
         return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
     return _operand_obstacle(q, k, v)
