@@ -56,7 +56,7 @@ def test_short_rows_are_dense_and_long_ones_in_chunks() -> None:
 def test_kernels_and_bytes_of_a_call(far: bool, names: int) -> None:
     found = launches(far, 90, (128, 256), "none", False, False)
     assert len({launch.name for launch in found}) == names
-    assert len(found) == names + far  # means of chunks forward and backward
+    assert len(found) == names + 2 * far  # means of chunks and their mixing, forward and backward
     tokens = 2 * BATCH * TOKENS * HEADS * (2 * 128 + 2 * 256)
     forward = next(launch for launch in found if launch.name == "causal_forward_kernel")
     means = 2 * BATCH * HEADS * (TOKENS // SIZE) * 128 * 256 if far else 0

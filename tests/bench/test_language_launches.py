@@ -15,6 +15,14 @@ from mhla_lightning.bench.language_launches import LANGUAGE_CASES
 TRAINING, TOKEN, BEGINNING = LANGUAGE_CASES
 
 
+def test_training_of_lm_340m_keeps_its_goal() -> None:
+    (times,) = operator_times([TRAINING])
+    row = times.row()
+    assert row["form"] == "chunks"
+    assert row["triton_ms"] <= 0.75
+    assert row["torch_ms"] > 5 * row["triton_ms"]
+
+
 def test_a_token_of_all_layers_moves_its_sums_once() -> None:
     (times,) = operator_times([TOKEN])
     row = times.row()

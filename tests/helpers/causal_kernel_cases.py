@@ -33,6 +33,7 @@ class CausalKernelCase:
         options: of the attention entry.
         operator: `mhla` or `linear`.
         rotary: whether positions turn q and k.
+        many: takes what rows of very many chunks take.
         dtype: of the tokens.
     """
 
@@ -46,6 +47,7 @@ class CausalKernelCase:
     dtype: torch.dtype = torch.float32
     operator: str = "mhla"
     rotary: bool = False
+    many: bool = False
 
     @property
     def label(self) -> str:
@@ -53,7 +55,7 @@ class CausalKernelCase:
         dtype = str(self.dtype).removeprefix("torch.")
         said = [f"{key}={value}" for key, value in self.options.items()]
         rows = "+".join("_".join(map(str, row)) for row in self.documents)
-        said += ["rotary"] * self.rotary
+        said += ["rotary"] * self.rotary + ["many"] * self.many
         padding = [f"pad{self.padding}"] if self.padding else []
         return "-".join(
             [self.operator, self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said]
@@ -96,7 +98,7 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
 
     Both are relative to the largest value of the reference, the full matrix of every document in float64.
     """
-    from mhla_lightning.attention.mhla.triton import causal_ops
+    from mhla_lightning.attention.mhla.triton import causal_ops, tiles
 
     torch.manual_seed(0)
     operators = [_operator(case, kernel) for kernel in ("triton", "torch", "torch")]
@@ -112,7 +114,11 @@ def causal_errors(case: CausalKernelCase) -> dict[str, tuple[float, float]]:
     if kernels.token_decay:
         inputs.append(-0.5 * torch.rand(batch, count, case.heads))
     grad = torch.randn(batch, count, case.heads, case.dim_v).to(case.dtype)
-    with mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"):
+    most = 0 if case.many else tiles.MOST_MIXED
+    with (
+        mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"),
+        mock.patch.object(tiles, "MOST_MIXED", most),
+    ):
         got = _all(kernels, case, inputs, grad)
     want = _all(reference, case, [x.double() for x in inputs], grad.double(), by_document=True)
     beside = _all(plain, case, [x.float() for x in inputs], grad.float())

@@ -277,6 +277,54 @@ def chunk_sum_kernel(
 
 
 @triton.jit
+def mix_kernel(
+    x: tl.tensor,
+    other: tl.tensor,
+    weights: tl.tensor,
+    mixed: tl.tensor,
+    pairs: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    H: tl.tensor,
+    M: tl.tensor,
+    X: tl.tensor,
+    scale: tl.tensor,
+    MP: tl.constexpr,
+    XB: tl.constexpr,
+    TILES: tl.constexpr,
+    BACK: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Mix a slice of the means x of all chunks with the weights of earlier ones; X elements a mean.
+
+    BACK mixes with the transposed weights, and also writes the slice's part of scale x y^T for all pairs of
+    chunks, where y is `other`.
+    """
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, MP)
+    earlier = (i[:, None] > i[None, :]) & (i < M)[:, None]
+    cells = i[:, None] * M + i[None, :]
+    w = tl.load(weights + row // H * swb + row % H * swh + cells, mask=earlier, other=0.0)
+    if BACK:
+        w = tl.trans(w)
+    w = w.to(x.dtype.element_ty)
+    acc = tl.zeros((MP, MP), tl.float32)
+    for tile in range(TILES):
+        channel = (part * TILES + tile) * XB + tl.arange(0, XB)
+        at = row * M * X + i[:, None] * X + channel[None, :]
+        there = (i < M)[:, None] & (channel < X)[None, :]
+        values = tl.load(x + at, mask=there, other=0.0)
+        tl.store(mixed + at, product(w, values, UP, PREC).to(mixed.dtype.element_ty), mask=there)
+        if BACK:
+            y = tl.load(other + at, mask=there, other=0.0)
+            acc += product(values, tl.trans(y), UP, PREC)
+    if BACK:
+        pairs += (row * tl.num_programs(0) + part) * M * M
+        tl.store(pairs + cells, tl.where(earlier, acc * scale, 0.0), mask=(i < M)[:, None] & (i < M)[None, :])
+
+
+@triton.jit
 def causal_forward_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -716,3 +764,107 @@ def causal_keys_kernel(
     d_keys = turned_back(d_keys, place, there, cos, sin, BK, D, TURN)
     kept = positive(k, place, there, skn, D, DP)
     keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)
+
+
+@triton.jit
+def causal_own_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    weights: tl.tensor,
+    layout: tl.tensor,
+    mixed: tl.tensor,
+    d_summary: tl.tensor,
+    grad: tl.tensor,
+    dq: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    d_weights: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sgb: tl.tensor,
+    sgn: tl.tensor,
+    sgh: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    back: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    TP: tl.constexpr,
+    VS: tl.constexpr,
+    PACKED: tl.constexpr,
+    TURN: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """All gradients of one chunk in the form in chunks, without decay and normalizer.
+
+    It reads q, k, v and the gradient once, v's channels slice by slice.
+    """
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q += b * sqb + h * sqh
+    k += b * skb + h * skh
+    v += b * svb + h * svh
+    grad += b * sgb + h * sgh
+    layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
+    place, there, _, _, chunk = chunk_rows(tile, layout, M, N, T, TP, TP, PACKED)
+    own = tl.load(weights + b * swb + h * swh + chunk * (M + 1))
+    d = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
+    phi = features(raw, there, offset, D, DP)
+    queries = turned(phi, q, place, there, sqn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+    phi = features(rows(k, place, there, skn, D, DP), there, offset, D, DP)
+    keys = turned(phi, k, place, there, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+    t = tl.arange(0, TP)
+    fade = tl.where(t[:, None] >= t[None, :], 1.0, 0.0)
+    a = product(queries, tl.trans(keys), UP, PREC) * fade
+    weighted = (a * own).to(raw.dtype)
+    da = tl.zeros((TP, TP), tl.float32)
+    d_queries = tl.zeros((TP, DP), tl.float32)
+    d_keys = tl.zeros((TP, DP), tl.float32)
+    row = (b * H + h) * M + chunk
+    for v0 in range(0, DVP, VS):
+        channel = v0 + tl.arange(0, VS)
+        at = d[:, None] * DV + channel[None, :]
+        inside = (d < D)[:, None] & (channel < DV)[None, :]
+        token = there[:, None] & (channel < DV)[None, :]
+        g = tl.load(grad + place[:, None] * sgn + channel[None, :], mask=token, other=0.0)
+        s = tl.load(mixed + row * D * DV + at, mask=inside, other=0.0)
+        d_queries += product(g, tl.trans(s), UP, PREC)
+        values = tl.load(v + place[:, None] * svn + channel[None, :], mask=token, other=0.0)
+        da += product(g, tl.trans(values), UP, PREC)
+        ds = tl.load(d_summary + row * D * DV + at, mask=inside, other=0.0)
+        d_keys += product(values, tl.trans(ds), UP, PREC)
+        d_values = product(keys, ds, UP, PREC) * back + product(tl.trans(weighted), g, UP, PREC)
+        at = dv + (b * N * H + h) * DV + place[:, None] * (H * DV) + channel[None, :]
+        tl.store(at, d_values.to(dv.dtype.element_ty), mask=token)
+    da *= fade
+    tl.store(d_weights + row, tl.sum(tl.sum(a * da, 1), 0))
+    da = (da * own).to(raw.dtype)
+    d_queries = d_queries * back + product(da, keys, UP, PREC)
+    d_queries = turned_back(d_queries, place, there, cos, sin, TP, D, TURN)
+    d_queries = tl.where(positive(q, place, there, sqn, D, DP), d_queries, 0.0)
+    keep(dq + (b * N * H + h) * D, place, there, H * D, d_queries, D, DP)
+    d_keys = d_keys * back + product(tl.trans(da), queries, UP, PREC)
+    d_keys = turned_back(d_keys, place, there, cos, sin, TP, D, TURN)
+    d_keys = tl.where(positive(k, place, there, skn, D, DP), d_keys, 0.0)
+    keep(dk + (b * N * H + h) * D, place, there, H * D, d_keys, D, DP)
