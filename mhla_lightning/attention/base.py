@@ -170,7 +170,7 @@ class CausalAttention(Attention):
         """Return the state before the first token; `heads` counts those of k and v."""
 
     def prepare(self, packing: Packing) -> None:
-        """Compute what :meth:`attend` reads of a packing, before compiled code runs; it is kept there."""
+        """Keep what :meth:`attend` reads of a packing there, before compiled code runs."""
 
     @abstractmethod
     def attend_prefill(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, State]:

@@ -23,7 +23,7 @@ from mhla_lightning.attention.mhla.triton.tiles import call_sizes
 from mhla_lightning.planning.torch_modes import TorchDispatchMode, tensors_in
 
 
-class Case(Protocol):
+class TableCase(Protocol):
     """One row of the table.
 
     Attributes:
@@ -245,13 +245,13 @@ class _MetaRotary(PairRotary):
         return self.table
 
 
-def kernel_launches(case: Case, major: int = 9) -> tuple[list[Launch], list[Launch]]:
+def kernel_launches(case: TableCase, major: int = 9) -> tuple[list[Launch], list[Launch]]:
     """Return the Triton launches of a call, forward and backward."""
     (forward, _), (backward, _) = case.recorded_call(major)
     return forward, backward
 
 
-def kernel_work(case: Case, major: int = 9) -> tuple[list[Work], list[Work]]:
+def kernel_work(case: TableCase, major: int = 9) -> tuple[list[Work], list[Work]]:
     """Return all kernels of a call on Triton, forward and backward."""
     both = []
     for launches, operations in case.recorded_call(major):
@@ -282,7 +282,7 @@ class OperatorTimes:
         gpu: whose rates are taken.
     """
 
-    case: Case
+    case: TableCase
     torch: tuple[list[Work], list[Work]]
     triton: tuple[list[Work], list[Work]]
     gpu: Gpu
@@ -300,7 +300,7 @@ class OperatorTimes:
         return row
 
 
-def operator_times(cases: Sequence[Case] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
+def operator_times(cases: Sequence[TableCase] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
     """Return the modelled table; nothing in it is measured."""
     major = 9 if gpu is H100 else 8
     return [OperatorTimes(case, case.torch_work(), kernel_work(case, major), gpu) for case in cases]

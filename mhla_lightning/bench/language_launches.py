@@ -19,7 +19,7 @@ from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
 from mhla_lightning.bench.kernel_launches import Gpu, Operations, Work, flash_seconds
 
 
-class _MetaRotary(HalfRotary):
+class _MetaHalves(HalfRotary):
     """Rotary positions of a language model, as tables without data."""
 
     def __init__(self, batch: int, tokens: int, dim: int) -> None:
@@ -99,7 +99,7 @@ class TrainingCase:
         """Return the kernels of the torch path, forward and backward."""
         operator, s = self.sizes.operator(), self.sizes
         q, k, v = (x.requires_grad_() for x in s.inputs(s.tokens))
-        rotary = _MetaRotary(1, s.tokens, s.dim_k) if self.rotary else None
+        rotary = _MetaHalves(1, s.tokens, s.dim_k) if self.rotary else None
         with Operations() as forward:
             out = operator(q, k, v, rotary=rotary)
         grad = torch.empty_like(out)
@@ -115,9 +115,10 @@ class TrainingCase:
         operator, s = self.sizes.operator(), self.sizes
         q, k, v = s.inputs(s.tokens)
         grad = torch.empty_like(v)
+        rotary = _MetaHalves(1, s.tokens, s.dim_k) if self.rotary else None
         plan = causal.CausalPlan(s.size, self.form == "chunks", 0.0)
         with recorded(major) as launches, Operations() as operations:
-            terms = causal_terms(q, operator.mixing.values(), operator.rule, None, None)
+            terms = causal_terms(q, operator.mixing.values(), operator.rule, None, None, rotary)
             with torch.no_grad():
                 saved = causal.forward(q, k, v, terms, plan)
         forward = list(launches), operations.found
@@ -158,8 +159,9 @@ class TokenCase:
     def state(self) -> MHLAState:
         """Return the state in the last chunk of the context."""
         s = self.sizes
-        sizes = {"heads": s.heads, "dim_k": s.dim_k, "dim_v": s.dim_v}
-        state = s.operator().init_state(s.batch, **sizes, device="meta", dtype=torch.float32)
+        state = s.operator().init_state(
+            s.batch, heads=s.heads, dim_k=s.dim_k, dim_v=s.dim_v, device="meta", dtype=torch.float32
+        )
         assert isinstance(state, MHLAState)
         state.filled, state.finished = [0 if self.begins else 1] * s.batch, [s.blocks - 1] * s.batch
         state.complete()
@@ -170,7 +172,8 @@ class TokenCase:
         """Return the kernels of the torch path; there is no backward."""
         operator, s, state = self.sizes.operator(), self.sizes, self.state()
         with Operations() as operations:
-            operator.step(*s.inputs(1), state, rotary=_MetaRotary(s.batch, 1, s.dim_k))
+            q, k, v = s.inputs(1)
+            operator.step(q, k, v, state, rotary=_MetaHalves(s.batch, 1, s.dim_k))
         return operations.found * self.layers, []
 
     @torch.no_grad()
@@ -181,7 +184,7 @@ class TokenCase:
         operator, s, state = self.sizes.operator(), self.sizes, self.state()
         state.count_on_device()
         q, k, v = (x[:, 0] for x in s.inputs(1))
-        token = Token(q, k, v, 0.0, _MetaRotary(s.batch, 1, s.dim_k), None, v.dtype)
+        token = Token(q, k, v, 0.0, _MetaHalves(s.batch, 1, s.dim_k), None, v.dtype)
         with recorded(major) as launches, Operations() as operations:
             step_chunks(state, token, operator.mixing.values())
         if self.begins:  # a launch does not know what the counters on the device say

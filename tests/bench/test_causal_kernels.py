@@ -36,9 +36,9 @@ def launches(
         meta(BATCH, TOKENS, HEADS, d, dtype=torch.bfloat16) for d in (*dims[:1] * 2, *dims[1:] * 2)
     )
     logs = [meta(BATCH, HEADS, count, SIZE) for _ in range(DECAYS.index(decay))] + [None] * 2
-    turns = [meta(1, TOKENS, dims[0] // 2) if rotary else None for _ in range(2)]
+    turns = meta(2, 1, TOKENS, dims[0] // 2) if rotary else None
     layout = meta(BATCH, count, SIZE + 2, dtype=torch.int32) if packed else None
-    terms = CausalTerms(meta(BATCH, HEADS, count, count), layout, *logs[:2], *turns)
+    terms = CausalTerms(meta(BATCH, HEADS, count, count), layout, *logs[:2], turns)
     plan = causal.CausalPlan(SIZE, far, 0.0, 1e-6 if normalize else None)
     with recorded(capability // 10) as found, torch.no_grad():
         saved = causal.forward(q, k, v, terms, plan)

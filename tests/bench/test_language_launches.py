@@ -47,8 +47,16 @@ def launch(
     from mhla_lightning.attention.mhla.triton.decode import Token, step_chunks
 
     rule = CausalRule(normalizer=normalizer, form=form, decay_span=span or "chunk")
-    sizes = {"heads": 4, "dim_k": dims[0], "dim_v": dims[1]}
-    state = init_state(64, **sizes, blocks=32, rule=rule, decays=span is not None, device="meta")
+    state = init_state(
+        64,
+        heads=4,
+        dim_k=dims[0],
+        dim_v=dims[1],
+        blocks=32,
+        rule=rule,
+        decays=span is not None,
+        device="meta",
+    )
     state.complete()
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention import CausalAttention, Context, Packing, build_attention
+from mhla_lightning.attention.baselines.causal_linear import CausalLinear
 from mhla_lightning.attention.context import Rotary
 from mhla_lightning.attention.mhla import CausalMHLA
 from mhla_lightning.backbones.rotary import rotations
@@ -130,8 +131,9 @@ def _operator(case: CausalKernelCase, kernel: str) -> CausalAttention:
     if case.operator == "mhla":
         size = case.options["chunk_size"]
         entry["max_chunks"] = max(-(-length // size) for row in case.documents for length in row)
-    sizes = {"heads": case.heads, "dim_k": case.dim, "dim_v": case.dim_v}
-    built = build_attention({**entry, **case.options}, **sizes, causal=True)
+    built = build_attention(
+        {**entry, **case.options}, heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, causal=True
+    )
     assert isinstance(built, CausalAttention)
     return built
 
@@ -153,9 +155,10 @@ def _all(
             parts = [x[row : row + 1, begin:end] for x in leaves]
             plain = operator
             if turn is not None:  # the reference takes features that are turned already
-                plain = copy.copy(operator)
-                plain.phi = lambda x: x
+                assert isinstance(operator, (CausalLinear, CausalMHLA))
                 parts[:2] = [turn(operator.phi(x)) for x in parts[:2]]
+                plain = copy.copy(operator)
+                plain.phi = _same
             at = torch.arange(begin, end)
             out = out.index_put((torch.tensor(row), at), dense(plain, *parts)[0])
     else:
@@ -164,6 +167,10 @@ def _all(
     gradients = torch.autograd.grad(out, [*leaves, *parameters.values()], grad)
     names = ["q", "k", "v", "log_decay"][: len(leaves)] + list(parameters)
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
@@ -178,8 +185,8 @@ def check_causal_operators() -> dict[str, str]:
     q, k, v = (torch.randn(1, 4, 1, 8, requires_grad=True) for _ in range(3))
     weights = torch.rand(1, 1, 2, 2, requires_grad=True)
     until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
-    numbers = (2, True, [EPS, EPS])
-    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), *[None] * 3)
+    numbers = ([2, 1], [EPS, EPS])
+    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None, None)
     found: dict[str, str] = {}
     results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
     found |= {f"causal.{test}": said for test, said in results.items()}

@@ -105,14 +105,14 @@ def _whole(operator: CausalAttention, case: DecodeCase, inputs: list[Tensor], pr
 def _stepped(operator: CausalAttention, case: DecodeCase, inputs: list[Tensor]) -> Tensor:
     """Return (batch, steps, heads, dim_v) after a prefill of all prompts, with padding at the right."""
     most, prompts = max(case.prompts), torch.tensor(case.prompts)
-    q, k, v = inputs[:3]
     if most:
         real = torch.arange(most) < prompts[:, None]
         positions = torch.arange(most).expand(len(prompts), -1)
         given = [x[:, :most] for x in inputs]
-        decay = given[3] if operator.token_decay else None
+        q, k, v, logs = given
+        decay = logs if operator.token_decay else None
         rotary = case.turn(positions, torch.float32)
-        _, state = operator.prefill(*given[:3], mask=real, rotary=rotary, log_decay=decay)
+        _, state = operator.prefill(q, k, v, mask=real, rotary=rotary, log_decay=decay)
     else:
         state = operator.init_state(
             len(prompts),

@@ -215,7 +215,7 @@ class CausalLinear(base.CausalAttention):
         return step_sums(state.total, state.norm, token, self.eps).unsqueeze(1), state
 
     def _kernel_decay(self, log_decay: Tensor | None) -> Tensor | None:
-        """Return (heads,), or (batch, heads, tokens) where tokens differ, in float32; None without decay."""
+        """Return (heads,), or (batch, heads, tokens) where tokens differ; None without decay."""
         if self.decay is not None:
             return F.logsigmoid(self.decay.float())
         return base.demand_decay(log_decay).float().transpose(1, 2) if self.token_decay else None

@@ -68,9 +68,9 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
     d, dv = q.shape[3], v.shape[3]
     return {
         "layout": q if terms.layout is None else terms.layout,
-        "cos": q if terms.cos is None else terms.cos,
-        "sin": q if terms.sin is None else terms.sin,
-        "scb": 0 if terms.cos is None or terms.cos.shape[0] == 1 else terms.cos.stride(0),
+        "cos": q if terms.turns is None else terms.turns[0],
+        "sin": q if terms.turns is None else terms.turns[1],
+        "scb": 0 if terms.turns is None or terms.turns.shape[1] == 1 else terms.turns.stride(1),
         "offset": plan.offset,
         "H": q.shape[2],
         "N": q.shape[1],
@@ -81,7 +81,7 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
         "DVP": tiles.power_of_two(dv),
         "NORM": plan.eps is not None,
         "PACKED": terms.layout is not None,
-        "TURN": terms.cos is not None,
+        "TURN": terms.turns is not None,
         "UP": INTERPRETED,
         "PREC": precision(q.dtype),
     }

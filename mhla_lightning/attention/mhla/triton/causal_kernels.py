@@ -296,10 +296,10 @@ def mix_kernel(
     UP: tl.constexpr,
     PREC: tl.constexpr,
 ) -> None:
-    """Mix a slice of the means x of all chunks with the weights of earlier ones; X elements a mean.
+    """Mix a slice of the means x of all chunks with the weights of earlier ones.
 
-    BACK mixes with the transposed weights, and also writes the slice's part of scale x y^T for all pairs of
-    chunks, where y is `other`.
+    A mean has X elements. BACK mixes with the transposed weights, and also writes the slice's part of
+    scale x y^T for all pairs of chunks, where y is `other`.
     """
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, MP)

@@ -205,7 +205,7 @@ LARGEST_VALUE = 256  # channels of v a head in the causal kernels
 
 
 def causal_unfit(offset: float | None, normalizer: str, context: Context) -> str | None:
-    """Return what of a causal operator the kernels over whole rows cannot do; None means nothing.
+    """Return what of a causal operator the kernels over whole rows cannot do.
 
     Args:
         offset: of the feature map relu(x) + offset; None means another map.

@@ -1,8 +1,9 @@
-"""One more token of every sequence in one kernel; see `mhla/decode.py` for the state and its drawing.
+"""One more token of every sequence in one kernel.
 
-A program takes one head of one sequence. It reads and writes the head's sums slice by slice of v's channels.
-Positions are on the device, and every head counts its own tokens, so that no program waits for another. The
-kernel decides itself whether the token begins or ends a chunk: no number crosses to the host.
+`mhla/decode.py` explains the state, with a drawing. A program takes one head of one sequence. It reads and
+writes the head's sums slice by slice of v's channels. Positions are on the device, and every head counts its
+own tokens, so that no program waits for another. The kernel decides itself whether the token begins or ends a
+chunk: no number crosses to the host.
 
 Linear attention is the same without chunks: only the current sums, which all tokens enter.
 """

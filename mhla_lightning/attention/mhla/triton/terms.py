@@ -26,16 +26,15 @@ class CausalTerms:
             included; None means no decay.
         after: (batch, heads, M, size) float32, log decay from each token to the chunk's end; None unless the
             decay spans the sequence.
-        cos, sin: (batch or 1, tokens, dim_k / 2) float32, which turn channel d of q's and k's features with
-            channel d + dim_k / 2; None means no rotary.
+        turns: (2, batch or 1, tokens, dim_k / 2) float32, cosines and sines of the features' turns. Channel d
+            turns with channel d + dim_k / 2. None means no rotary.
     """
 
     weights: Tensor
     layout: Tensor | None = None
     until: Tensor | None = None
     after: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    turns: Tensor | None = None
 
     @property
     def chunks(self) -> int:
@@ -74,20 +73,20 @@ def causal_terms(
     if chunks is not None:
         own = torch.eye(count, dtype=torch.bool, device=q.device)
         among = among * (chunks.earlier().unsqueeze(1) | own)
-    layout, turns = None if chunks is None else chunks.layout, (None, None)
+    layout = None if chunks is None else chunks.layout
+    turns: Tensor | None = None
     if rotary is not None:
         assert isinstance(rotary, HalfRotary)
-        cos, sin = (x.squeeze(2).float().contiguous() for x in (rotary.cos, rotary.sin))
-        turns = cos, sin
+        turns = torch.stack([rotary.cos, rotary.sin]).squeeze(3).float()
     if log_decay is None:
-        return CausalTerms(among, layout, None, None, *turns)
+        return CausalTerms(among, layout, None, None, turns)
     decay = decays(log_decay.float(), tokens, size, chunks, rule.decay_span)
     lead = (batch, heads, count, size)
     until = decay.until.expand(lead)
     if rule.decay_span == "chunk":
-        return CausalTerms(among, layout, until, None, *turns)
+        return CausalTerms(among, layout, until, None, turns)
     one = torch.ones(count, count, dtype=torch.bool, device=q.device)
     earlier = one.tril(-1) if chunks is None else chunks.earlier().unsqueeze(1)
     among = among * decay.between().masked_fill(~earlier, 0).exp()
     after = (decay.total[..., None] - decay.until).expand(lead)
-    return CausalTerms(among, layout, until, after, *turns)
+    return CausalTerms(among, layout, until, after, turns)
