@@ -70,7 +70,7 @@ def test_a_token_waits_for_nothing_in_any_layer(monkeypatch: pytest.MonkeyPatch)
     tokens = torch.randint(24, (12, 2))
 
     def logits(device: str) -> torch.Tensor:
-        model = model_of("lm_tiny", LAYERS, {**LM, "depth": len(LAYERS)}).to(device)
+        model: Any = model_of("lm_tiny", LAYERS, {**LM, "depth": len(LAYERS)}).to(device)
         prompt, following = tokens[:3].T.to(device), [x.to(device) for x in tokens[3:]]
         _, state = model.prefill(prompt)
         for token in following:  # more than two chunks
@@ -97,7 +97,7 @@ def test_a_token_is_one_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     seen: list[int] = []
     with torch.no_grad(), pretended_gpu(monkeypatch) as record:
-        model = model_of("lm_tiny", layers, {**LM, "depth": len(layers)}).to("cuda", torch.bfloat16)
+        model: Any = model_of("lm_tiny", layers, {**LM, "depth": len(layers)}).to("cuda", torch.bfloat16)
         _, state = model.prefill(torch.ones(2, 3, dtype=torch.int64).to("cuda"))
         token = torch.ones(2, dtype=torch.int64).to("cuda")
         for number in range(9):
