@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Protocol, Self, Unpack
@@ -254,6 +254,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     bf16 keeps 8 bits, and a summary adds thousands of terms (SPEC 1.4).
     """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sent(values: Sequence[int] | Sequence[bool], device: torch.device) -> Tensor:
+    """Return numbers of the host on a device, without a wait for it."""
+    host = torch.tensor(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

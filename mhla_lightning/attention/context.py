@@ -31,6 +31,23 @@ class PairRotary(ABC):
         """Return cosines and sines by token and pair, (tokens, dim / 2, 2) float32."""
 
 
+class HalfRotary(ABC):
+    """A rotary that turns channel d with channel d + dim / 2, by its own angle in every sample.
+
+    Triton kernels turn them inside.
+
+    Attributes:
+        cos, sin: (batch or 1, tokens, 1, dim / 2).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn (batch, tokens, heads, dim)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """Everything that an operator reads beside q, k and v.

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mhla_lightning.attention.context import HalfRotary
 
-class Rotation:
+
+class Rotation(HalfRotary):
     """Turns (batch, tokens, heads, dim) by the angles of its positions.
 
     Sums are taken in the precision of the angles.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +18,40 @@ from torch.utils.flop_counter import flop_registry
 from mhla_lightning.attention import BlockGrid, Linear, build_attention
 from mhla_lightning.attention.context import PairRotary
 from mhla_lightning.attention.mhla.triton.choice import (
-    CausalSizes,
-    causal_dense_is_cheaper,
     dense_is_cheaper,
 )
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
-from mhla_lightning.attention.mhla.triton.terms import CausalTerms
 from mhla_lightning.attention.mhla.triton.tiles import call_sizes
 from mhla_lightning.planning.torch_modes import TorchDispatchMode, tensors_in
 
 
+class TableCase(Protocol):
+    """One row of the table.
+
+    Attributes:
+        name: shown in tables.
+        form: the form of the kernels.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def form(self) -> str: ...
+
+    def torch_work(self) -> tuple[list[Work], list[Work]]:
+        """Return the kernels of the torch path, forward and backward."""
+
+    def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
+        """Return launches and operations of torch, forward and backward."""
+
+    def flash_seconds(self, gpu: Gpu) -> float:
+        """Return FlashAttention's modelled time, forward and backward."""
+
+
 @dataclass(frozen=True)
 class OperatorCase:
-    """One operator at one size.
+    """One operator of images or videos at one size.
 
     Attributes:
         name: shown in tables.
@@ -67,6 +88,57 @@ class OperatorCase:
         """Return token tensors on the meta device."""
         shape = (self.batch, self.partition.tokens, self.heads, self.dim)
         return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(count)]
+
+    def torch_work(self) -> tuple[list[Work], list[Work]]:
+        """Return the kernels of the torch path, forward and backward."""
+        entry: dict[str, Any] = {"name": "linear", "kernel": "torch"}
+        if self.blocks is not None:
+            norm = "block" if self.normalize else "none"
+            entry = {"name": "mhla", "kernel": "torch", "blocks": list(self.blocks), "normalizer": norm}
+        heads, dim = self.heads, self.dim
+        operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=self.grid).to("meta")
+        q, k, v = (x.requires_grad_() for x in self.tokens(3))
+        rotary = _MetaRotary(q.shape[1], self.dim) if self.rotary else None
+        with Operations() as forward:
+            out = operator(q, k, v, rotary=rotary)
+        grad = torch.empty_like(out)
+        with Operations() as backward:
+            out.backward(grad)
+        return forward.found, backward.found
+
+    def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
+        """Return launches and operations of torch, forward and backward."""
+        from mhla_lightning.attention.mhla.triton import blocks, dense
+
+        grid, form = self.partition, self.form
+        q, k, v, grad = self.tokens(4)
+        mixing = (
+            torch.empty(grid.num_blocks, grid.num_blocks, device="meta") if self.blocks is not None else None
+        )
+        eps = 1e-6 if self.normalize else None
+        if form == "dense":
+            if mixing is None:
+                grid, mixing = BlockGrid(self.grid, 1), torch.empty(1, 1, device="meta")
+            with recorded(major) as launches, Operations() as operations:
+                saved = dense.forward(q, k, v, mixing, grid, 1e-6, eps)
+            forward = list(launches), operations.found
+            with recorded(major) as launches, Operations() as operations:
+                dense.backward(grad, (q, k, v), mixing, saved, grid, 1e-6)
+            return [forward, (list(launches), operations.found)]
+        table = _MetaRotary(grid.tokens, self.dim).table if self.rotary else None
+        plan = blocks.BlockPlan(grid, 1e-6, eps, torch.bfloat16)
+        with recorded(major) as launches, Operations() as operations:
+            results = blocks.forward(q, k, v, mixing, table, plan)
+        forward = list(launches), operations.found
+        with recorded(major) as launches, Operations() as operations:
+            blocks.backward(grad, (q, k, v), mixing, table, results, plan)
+        return [forward, (list(launches), operations.found)]
+
+    def flash_seconds(self, gpu: Gpu) -> float:
+        """Return FlashAttention's modelled time, forward and backward."""
+        tokens = self.partition.tokens
+        size = 2 * self.batch * self.heads * tokens * self.dim
+        return flash_seconds(4 * self.batch * self.heads * tokens**2 * self.dim, 4 * size, gpu)
 
 
 CASES = (
@@ -135,7 +207,7 @@ def _held_bytes(x: Tensor) -> int:
     return count
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Collects the operations of torch that are kernels on a GPU."""
 
     def __init__(self) -> None:
@@ -157,6 +229,8 @@ class _Operations(TorchDispatchMode):
         in_place = name.split(".")[0].endswith("_") or "out" in kwargs or name.endswith("grad_input")
         if "empty" in name or (not in_place and all(id(x.untyped_storage()) in fresh for x in writes)):
             return result  # a view, or room
+        if not any(x.numel() for x in writes):
+            return result  # nothing to write: torch starts no kernel
         flops = 0
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*reads[:2], out_val=writes[0])
@@ -181,70 +255,30 @@ class _MetaRotary(PairRotary):
         return self.table
 
 
-def torch_work(case: OperatorCase) -> tuple[list[Work], list[Work]]:
-    """Return the kernels of the torch path, forward and backward."""
-    entry: dict[str, Any] = {"name": "linear", "kernel": "torch"}
-    if case.blocks is not None:
-        norm = "block" if case.normalize else "none"
-        entry = {"name": "mhla", "kernel": "torch", "blocks": list(case.blocks), "normalizer": norm}
-    heads, dim = case.heads, case.dim
-    operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=case.grid).to("meta")
-    q, k, v = (x.requires_grad_() for x in case.tokens(3))
-    rotary = _MetaRotary(q.shape[1], case.dim) if case.rotary else None
-    with _Operations() as forward:
-        out = operator(q, k, v, rotary=rotary)
-    grad = torch.empty_like(out)
-    with _Operations() as backward:
-        out.backward(grad)
-    return forward.found, backward.found
-
-
-def kernel_launches(case: OperatorCase, major: int = 9) -> tuple[list[Launch], list[Launch]]:
+def kernel_launches(case: TableCase, major: int = 9) -> tuple[list[Launch], list[Launch]]:
     """Return the Triton launches of a call, forward and backward."""
-    (forward, _), (backward, _) = _recorded_call(case, major)
+    (forward, _), (backward, _) = case.recorded_call(major)
     return forward, backward
 
 
-def kernel_work(case: OperatorCase, major: int = 9) -> tuple[list[Work], list[Work]]:
+def kernel_work(case: TableCase, major: int = 9) -> tuple[list[Work], list[Work]]:
     """Return all kernels of a call on Triton, forward and backward."""
     both = []
-    for launches, operations in _recorded_call(case, major):
+    for launches, operations in case.recorded_call(major):
         works = [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
         both.append(works + operations)
     return both[0], both[1]
 
 
-def _recorded_call(case: OperatorCase, major: int) -> list[tuple[list[Launch], list[Work]]]:
-    """Return launches and operations of torch, forward and backward."""
-    from mhla_lightning.attention.mhla.triton import blocks, dense
+def flash_seconds(flops: int, size: int, gpu: Gpu) -> float:
+    """Return FlashAttention's modelled time, forward and backward.
 
-    grid, form = case.partition, case.form
-    q, k, v, grad = case.tokens(4)
-    mixing = torch.empty(grid.num_blocks, grid.num_blocks, device="meta") if case.blocks is not None else None
-    eps = 1e-6 if case.normalize else None
-    if form == "dense":
-        if mixing is None:
-            grid, mixing = BlockGrid(case.grid, 1), torch.empty(1, 1, device="meta")
-        with recorded(major) as launches, _Operations() as operations:
-            saved = dense.forward(q, k, v, mixing, grid, 1e-6, eps)
-        forward = list(launches), operations.found
-        with recorded(major) as launches, _Operations() as operations:
-            dense.backward(grad, (q, k, v), mixing, saved, grid, 1e-6)
-        return [forward, (list(launches), operations.found)]
-    table = _MetaRotary(grid.tokens, case.dim).table if case.rotary else None
-    plan = blocks.BlockPlan(grid, 1e-6, eps, torch.bfloat16)
-    with recorded(major) as launches, _Operations() as operations:
-        results = blocks.forward(q, k, v, mixing, table, plan)
-    forward = list(launches), operations.found
-    with recorded(major) as launches, _Operations() as operations:
-        blocks.backward(grad, (q, k, v), mixing, table, results, plan)
-    return [forward, (list(launches), operations.found)]
-
-
-def flash_seconds(case: OperatorCase, gpu: Gpu) -> float:
-    """Return FlashAttention's modelled time, forward and backward."""
-    rows, tokens = case.batch * case.heads, case.partition.tokens
-    return sum(flash_times(rows, tokens, case.dim, gpu))
+    Args:
+        flops: of the forward.
+        size: bytes of q, k, v and the output.
+        gpu: whose rates are taken.
+    """
+    return sum(_flash(flops, size, gpu))
 
 
 def flash_times(rows: int, tokens: int, dim: int, gpu: Gpu, causal: bool = False) -> tuple[float, float]:
@@ -256,33 +290,13 @@ def flash_times(rows: int, tokens: int, dim: int, gpu: Gpu, causal: bool = False
         gpu: whose rates are taken.
         causal: half of the products.
     """
-    size = 2 * rows * tokens * dim
-    flops = 4 * rows * tokens**2 * dim / (2 if causal else 1)
-    backward = max(2.5 * flops / gpu.flash[1], 8 * size / gpu.bytes)
-    return max(flops / gpu.flash[0], 4 * size / gpu.bytes), backward
+    flops = 4 * rows * tokens**2 * dim // (2 if causal else 1)
+    return _flash(flops, 8 * rows * tokens * dim, gpu)
 
 
-def causal_work(
-    batch: int, heads: int, dim: int, tokens: int, chunk_size: int, major: int = 9
-) -> tuple[list[Work], list[Work]]:
-    """Return the Triton kernels of causal MHLA, forward and backward.
-
-    Decay, normalizer and packing are left out.
-    """
-    from mhla_lightning.attention.mhla.triton import causal
-
-    count = -(-tokens // chunk_size)
-    sizes = CausalSizes(batch * heads, count, chunk_size, dim, dim)
-    plan = causal.CausalPlan(chunk_size, not causal_dense_is_cheaper(sizes), 0.0, None)
-    shape = (batch, tokens, heads, dim)
-    q, k, v, grad = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(4))
-    terms = CausalTerms(torch.empty(1, 1, count, count, device="meta"))
-    with recorded(major) as launches:
-        saved = causal.forward(q, k, v, terms, plan)
-    forward = [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
-    with recorded(major) as launches:
-        causal.backward(grad, (q, k, v), terms, saved, plan)
-    return forward, [Work(launch.name, launch.flops, launch.bytes, True) for launch in launches]
+def _flash(flops: int, size: int, gpu: Gpu) -> tuple[float, float]:
+    backward = max(2.5 * flops / gpu.flash[1], 2 * size / gpu.bytes)
+    return max(flops / gpu.flash[0], size / gpu.bytes), backward
 
 
 def seconds_of(works: Sequence[Work], gpu: Gpu) -> float:
@@ -300,7 +314,7 @@ class OperatorTimes:
         gpu: whose rates are taken.
     """
 
-    case: OperatorCase
+    case: TableCase
     torch: tuple[list[Work], list[Work]]
     triton: tuple[list[Work], list[Work]]
     gpu: Gpu
@@ -314,10 +328,10 @@ class OperatorTimes:
             row[f"{name}_gigabytes"] = sum(work.bytes for work in works) / 1e9
             row[f"{name}_gigaflop"] = sum(work.flops for work in works) / 1e9
             row[f"{name}_ms"] = 1e3 * seconds_of(works, self.gpu)
-        row["flash_ms"] = 1e3 * flash_seconds(self.case, self.gpu)
+        row["flash_ms"] = 1e3 * self.case.flash_seconds(self.gpu)
         return row
 
 
-def operator_times(cases: Sequence[OperatorCase] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
+def operator_times(cases: Sequence[TableCase] = CASES, gpu: Gpu = H100) -> list[OperatorTimes]:
     """Return the modelled table; nothing in it is measured."""
-    return [OperatorTimes(case, torch_work(case), kernel_work(case, gpu.major), gpu) for case in cases]
+    return [OperatorTimes(case, case.torch_work(), kernel_work(case, gpu.major), gpu) for case in cases]

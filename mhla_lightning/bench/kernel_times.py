@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from mhla_lightning.attention import Context, build_attention
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.backbones.layers import GridRotation
 from mhla_lightning.bench.kernel_launches import (
     Gpu,
     OperatorCase,
     OperatorTimes,
-    causal_work,
     flash_times,
     kernel_work,
     modelled_gpu,
     seconds_of,
-    torch_work,
 )
+from mhla_lightning.bench.language_launches import LanguageSizes, TrainingCase
 from mhla_lightning.bench.timing import Case, operator_case, spread, take_turns
 
 PATHS = ("triton", "torch", "flash")
@@ -46,7 +46,9 @@ def predicted(
     if name not in ("mhla", "linear") or (causal and name == "linear"):
         return None
     if causal:
-        both = causal_work(batch, heads, dim, tokens, layout["chunk_size"], gpu.major)
+        size = layout["chunk_size"]
+        sizes = LanguageSizes(batch, heads, dim, dim, size, ceil_div(tokens, size))
+        both = kernel_work(TrainingCase(name, sizes, rotary=False), gpu.major)
     else:
         blocks = tuple(layout["blocks"]) if name == "mhla" else None
         normalize = layout["normalize"] or name == "linear"
@@ -111,5 +113,5 @@ def _path(case: OperatorCase, path: str, device: torch.device) -> Case:
 def _modelled(case: OperatorCase, gpu: Gpu | None) -> dict[str, float]:
     if gpu is None:
         return {}
-    row = OperatorTimes(case, torch_work(case), kernel_work(case, gpu.major), gpu).row()
+    row = OperatorTimes(case, case.torch_work(), kernel_work(case, gpu.major), gpu).row()
     return {f"{path}_modelled_ms": row[f"{path}_ms"] for path in PATHS}

@@ -20,7 +20,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launches(
-    far: bool, capability: int, dims: tuple[int, int], decay: str, packed: bool, normalize: bool
+    far: bool,
+    capability: int,
+    dims: tuple[int, int],
+    decay: str,
+    packed: bool,
+    normalize: bool,
+    rotary: bool = False,
 ) -> list[Launch]:
     """Return the launches of one forward and backward."""
     from mhla_lightning.attention.mhla.triton import causal
@@ -29,9 +35,10 @@ def launches(
     q, k, v, grad = (
         meta(BATCH, TOKENS, HEADS, d, dtype=torch.bfloat16) for d in (*dims[:1] * 2, *dims[1:] * 2)
     )
-    logs = [meta(BATCH, HEADS, count, SIZE) for _ in range(DECAYS.index(decay))]
+    logs = [meta(BATCH, HEADS, count, SIZE) for _ in range(DECAYS.index(decay))] + [None] * 2
+    turns = meta(2, 1, TOKENS, dims[0] // 2) if rotary else None
     layout = meta(BATCH, count, SIZE + 2, dtype=torch.int32) if packed else None
-    terms = CausalTerms(meta(BATCH, HEADS, count, count), layout, *logs)
+    terms = CausalTerms(meta(BATCH, HEADS, count, count), layout, logs[0], logs[1], turns)
     plan = causal.CausalPlan(SIZE, far, 0.0, 1e-6 if normalize else None)
     with recorded(capability // 10) as found, torch.no_grad():
         saved = causal.forward(q, k, v, terms, plan)
@@ -49,7 +56,7 @@ def test_short_rows_are_dense_and_long_ones_in_chunks() -> None:
 def test_kernels_and_bytes_of_a_call(far: bool, names: int) -> None:
     found = launches(far, 90, (128, 256), "none", False, False)
     assert len({launch.name for launch in found}) == names
-    assert len(found) == names + far  # means of chunks forward and backward
+    assert len(found) == names + 2 * far  # means of chunks and their mixing, forward and backward
     tokens = 2 * BATCH * TOKENS * HEADS * (2 * 128 + 2 * 256)
     forward = next(launch for launch in found if launch.name == "causal_forward_kernel")
     means = 2 * BATCH * HEADS * (TOKENS // SIZE) * 128 * 256 if far else 0
@@ -78,20 +85,27 @@ def test_flops_are_counted_for_both_forms(form: str) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("far", [False, True], ids=["dense", "chunks"])
 @pytest.mark.parametrize(
-    ("dims", "decay", "packed", "normalize"),
+    ("dims", "decay", "packed", "normalize", "rotary"),
     [
-        ((128, 256), "none", False, False),
-        ((128, 256), "sequence", True, True),
-        ((64, 64), "sequence", True, True),
+        ((128, 256), "none", False, False, True),
+        ((128, 256), "none", False, False, False),
+        ((128, 256), "sequence", True, True, False),
+        ((64, 64), "sequence", True, True, False),
     ],
-    ids=["lm_340m", "everything", "64"],
+    ids=["lm_340m", "no rotary", "normalizer", "64"],
 )
 def test_causal_kernels_compile_without_spills(
-    capability: int, far: bool, dims: tuple[int, int], decay: str, packed: bool, normalize: bool
+    capability: int,
+    far: bool,
+    dims: tuple[int, int],
+    decay: str,
+    packed: bool,
+    normalize: bool,
+    rotary: bool,
 ) -> None:
     from mhla_lightning.bench.kernel_code import SHARED_BYTES, compile_launch
 
-    for launch in launches(far, capability, dims, decay, packed, normalize):
+    for launch in launches(far, capability, dims, decay, packed, normalize, rotary):
         code = compile_launch(launch, capability)
         assert code.spilled == 0, code
         assert code.shared <= SHARED_BYTES[capability], code

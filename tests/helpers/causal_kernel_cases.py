@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import Context
+from mhla_lightning.attention import CausalAttention, Context, Packing, build_attention
+from mhla_lightning.attention.baselines.causal_linear import CausalLinear
+from mhla_lightning.attention.context import Rotary
 from mhla_lightning.attention.mhla import CausalMHLA
-from mhla_lightning.attention.mhla.causal_operator import CausalMHLAOptions
+from mhla_lightning.backbones.rotary import rotations
 from tests.helpers.causal_reference import dense
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
@@ -28,7 +31,10 @@ class CausalKernelCase:
         padding: tokens of padding left of the first row and right of the others.
         dim, dim_v: channels a head.
         heads: one for what is long.
-        options: of :class:`CausalMHLAOptions`.
+        options: of the attention entry.
+        operator: `mhla` or `linear`.
+        rotary: whether positions turn q and k.
+        many: takes what rows of very many chunks take.
         dtype: of the tokens.
     """
 
@@ -40,6 +46,9 @@ class CausalKernelCase:
     heads: int = 2
     padding: int = 0
     dtype: torch.dtype = torch.float32
+    operator: str = "mhla"
+    rotary: bool = False
+    many: bool = False
 
     @property
     def label(self) -> str:
@@ -47,8 +56,11 @@ class CausalKernelCase:
         dtype = str(self.dtype).removeprefix("torch.")
         said = [f"{key}={value}" for key, value in self.options.items()]
         rows = "+".join("_".join(map(str, row)) for row in self.documents)
+        said += ["rotary"] * self.rotary + ["many"] * self.many
         padding = [f"pad{self.padding}"] if self.padding else []
-        return "-".join([self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said])
+        return "-".join(
+            [self.operator, self.form, rows, *padding, f"d{self.dim}", f"v{self.dim_v}", dtype, *said]
+        )
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Return row, begin and end of every document."""
@@ -70,8 +82,16 @@ class CausalKernelCase:
         return Context(
             mask=real.to(device) if self.padding else None,
             documents=documents.to(device) if packed else None,
+            rotary=self.turn(documents.to(device), torch.float32),
             log_decay=log_decay,
         )
+
+    def turn(self, documents: Tensor, dtype: torch.dtype) -> Rotary | None:
+        """Return the rotary of documents (batch, tokens), or None."""
+        if not self.rotary:
+            return None
+        positions = Packing(torch.ones_like(documents, dtype=torch.bool), documents).positions
+        return rotations(positions, [self.dim], 100.0, dtype)[self.dim]
 
 
 def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tuple[float, float]]:
@@ -80,12 +100,13 @@ def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tupl
     The kernels run on `device`, the torch path on the CPU. Both errors are relative to the largest value of
     the reference, the full matrix of every document in float64.
     """
-    from mhla_lightning.attention.mhla.triton import causal_ops
+    from mhla_lightning.attention.mhla.triton import causal_ops, tiles
 
     torch.manual_seed(0)
     operators = [_operator(case, kernel) for kernel in ("triton", "torch", "torch")]
-    with torch.no_grad():
-        operators[0].mixing.weight.uniform_(0.1, 1)
+    if isinstance(operators[0], CausalMHLA):
+        with torch.no_grad():
+            operators[0].mixing.weight.uniform_(0.1, 1)
     for other in operators[1:]:
         other.load_state_dict(operators[0].state_dict())
     kernels, plain, reference = operators[0], operators[1], operators[2].double()
@@ -95,23 +116,32 @@ def causal_errors(case: CausalKernelCase, device: str = "cpu") -> dict[str, tupl
     if kernels.token_decay:
         inputs.append(-0.5 * torch.rand(batch, count, case.heads))
     grad = torch.randn(batch, count, case.heads, case.dim_v).to(case.dtype)
+    most = 0 if case.many else tiles.MOST_MIXED
     there = [x.to(device) for x in inputs]
-    with mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"):
+    with (
+        mock.patch.object(causal_ops, "causal_dense_is_cheaper", return_value=case.form == "dense"),
+        mock.patch.object(tiles, "MOST_MIXED", most),
+    ):
         got = _all(kernels.to(device), case, there, grad.to(device))
     want = _all(reference, case, [x.double() for x in inputs], grad.double(), by_document=True)
     beside = _all(plain, case, [x.float() for x in inputs], grad.float())
     return {name: (_relative(got[name], want[name]), _relative(beside[name], want[name])) for name in want}
 
 
-def _operator(case: CausalKernelCase, kernel: str) -> CausalMHLA:
-    chunks = max(-(-length // case.options["chunk_size"]) for row in case.documents for length in row)
-    options = {"max_chunks": chunks, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel, **case.options}
-    built = CausalMHLAOptions(**options)
-    return CausalMHLA(heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, grid=None, options=built)
+def _operator(case: CausalKernelCase, kernel: str) -> CausalAttention:
+    entry = {"name": case.operator, "eps": EPS, "feature_map": "relu_eps", "kernel": kernel}
+    if case.operator == "mhla":
+        size = case.options["chunk_size"]
+        entry["max_chunks"] = max(-(-length // size) for row in case.documents for length in row)
+    built = build_attention(
+        {**entry, **case.options}, heads=case.heads, dim_k=case.dim, dim_v=case.dim_v, causal=True
+    )
+    assert isinstance(built, CausalAttention)
+    return built
 
 
 def _all(
-    operator: CausalMHLA,
+    operator: CausalAttention,
     case: CausalKernelCase,
     inputs: Sequence[Tensor],
     grad: Tensor,
@@ -123,15 +153,26 @@ def _all(
     if by_document:
         out = torch.zeros_like(grad)
         for row, begin, end in case.spans():
+            turn = case.turn(torch.zeros(1, end - begin, dtype=torch.int64), torch.float64)
             parts = [x[row : row + 1, begin:end] for x in leaves]
+            plain = operator
+            if turn is not None:  # the reference takes features that are turned already
+                assert isinstance(operator, (CausalLinear, CausalMHLA))
+                parts[:2] = [turn(operator.phi(x)) for x in parts[:2]]
+                plain = copy.copy(operator)
+                plain.phi = _same
             at = torch.arange(begin, end)
-            out = out.index_put((torch.tensor(row), at), dense(operator, *parts)[0])
+            out = out.index_put((torch.tensor(row), at), dense(plain, *parts)[0])
     else:
         out = operator(q, k, v, case.context(log_decay, grad.device))
     parameters = dict(operator.named_parameters())
     gradients = torch.autograd.grad(out, [*leaves, *parameters.values()], grad)
     names = ["q", "k", "v", "log_decay"][: len(leaves)] + list(parameters)
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
@@ -146,8 +187,8 @@ def check_causal_operators() -> dict[str, str]:
     q, k, v = (torch.randn(1, 4, 1, 8, requires_grad=True) for _ in range(3))
     weights = torch.rand(1, 1, 2, 2, requires_grad=True)
     until, after = (-torch.rand(1, 1, 2, 2, requires_grad=True) for _ in range(2))
-    numbers = (2, True, [EPS, EPS])
-    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None)
+    numbers = ([2, 1], [EPS, EPS])
+    terms = (weights, until.detach().requires_grad_(), after.detach().requires_grad_(), None, None)
     found: dict[str, str] = {}
     results = torch.library.opcheck(causal_ops.causal, (q, k, v, *terms, *numbers), raise_exception=False)
     found |= {f"causal.{test}": said for test, said in results.items()}

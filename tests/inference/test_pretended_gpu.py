@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from mhla_lightning.attention.mhla.decode import MHLAState
+from mhla_lightning.attention.mhla.triton import choice
+from mhla_lightning.attention.mhla.triton.launch import recorded
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.diffusion import Guidance, build_process, sample
 from mhla_lightning.diffusion.guidance import guided
 from mhla_lightning.inference.text.engine import generate
 from mhla_lightning.inference.text.sampling import Sampling
-from tests.helpers.pretended_gpu import GpuTensor, pretended_gpu
+from tests.helpers.pretended_gpu import GpuTensor, Record, pretended_gpu
 
 MHLA = {"name": "mhla", "chunk_size": 4, "max_chunks": 8, "heads": 2, "extrapolation": "shift"}
 LM = {"vocab_size": 24, "context": 16, "embed_dim": 8, "depth": 2, "intermediate": 16}
@@ -50,6 +53,63 @@ def test_text_is_continued_as_on_a_cpu(attention: Any, monkeypatch: pytest.Monke
     with pretended_gpu(monkeypatch) as record:
         assert continued(model_of("lm_tiny", attention, LM).to("cuda"), "cuda") == expected
     assert record.waits  # every token is read
+
+
+RELATIVE = {"mix_form": "relative", "decay": "token", "decay_span": "sequence", "normalizer": "block"}
+LAYERS: list[dict[str, Any]] = [
+    MHLA,
+    {**MHLA, "extrapolation": None, **RELATIVE, "max_chunks": 3, "short_conv": 2},
+    {**MHLA, "decay": "head"},
+    {**MHLA, "intra": "window"},
+    {"name": "linear", "heads": 2, "decay": "token"},
+    {"name": "softmax", "heads": 2},
+]
+
+
+def test_a_token_waits_for_nothing_in_any_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(24, (12, 2))
+
+    def logits(device: str) -> torch.Tensor:
+        model: Any = model_of("lm_tiny", LAYERS, {**LM, "depth": len(LAYERS)}).to(device)
+        prompt, following = tokens[:3].T.to(device), [x.to(device) for x in tokens[3:]]
+        _, state = model.prefill(prompt)
+        for token in following:  # more than two chunks
+            record.phase = "token"
+            out, state = model.step(token, state)
+            record.phase = ""
+        return out
+
+    record = Record()
+    with torch.no_grad():
+        expected = logits("cpu")
+        with pretended_gpu(monkeypatch) as record:
+            found = logits("cuda")
+    assert isinstance(found, GpuTensor)
+    assert torch.allclose(found.held, expected, atol=1e-4)
+    assert record.of("token") == {}
+    assert record.kernels["token"]
+
+
+def test_a_token_is_one_kernel_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is only noted, so the numbers are not the model's."""
+    layers = [entry for entry in LAYERS if entry["name"] != "softmax" and "intra" not in entry]
+    monkeypatch.setattr(choice, "machine_obstacle", lambda q: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen: list[int] = []
+    with torch.no_grad(), pretended_gpu(monkeypatch) as record:
+        model: Any = model_of("lm_tiny", layers, {**LM, "depth": len(layers)}).to("cuda", torch.bfloat16)
+        _, state = model.prefill(torch.ones(2, 3, dtype=torch.int64).to("cuda"))
+        token = torch.ones(2, dtype=torch.int64).to("cuda")
+        for number in range(9):
+            record.phase = "token" if number else ""  # the first token moves the positions to the device
+            with recorded() as launches:
+                _, state = model.step(token, state)
+            seen.append(len(launches))
+            assert {launch.name for launch in launches} == {"decode_kernel"}
+    assert seen == [len(layers)] * 9
+    assert record.of("token") == {}
+    operators = [layer.operator for layer in state.layers]
+    assert [operator.finished for operator in operators if isinstance(operator, MHLAState)] == [[3, 3]] * 3
 
 
 @pytest.mark.parametrize(

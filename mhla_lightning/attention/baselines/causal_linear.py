@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from mhla_lightning.attention import base
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.chunks import ChunkedTokens, chunk_tokens, real_places
-from mhla_lightning.attention.context import Context
+from mhla_lightning.attention.context import Context, HalfRotary
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.fused_causal import fused_causal, pays
+from mhla_lightning.attention.mhla.rule import CausalRule
+from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.attention.packing import Packing
 
 NORMALIZERS = ("none", "block")
@@ -59,6 +61,8 @@ class CausalLinear(base.CausalAttention):
         decay: `head` is one learned g per head (RetNet, arXiv 2307.08621). `token` is one g per token and
             head, which the layer computes. None means g = 1.
         eps: added to the normalizer, and by `relu_eps` to the features.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows and
+            single tokens. Prefill always runs on torch.
 
     Raises:
         UserError: unknown names.
@@ -76,20 +80,27 @@ class CausalLinear(base.CausalAttention):
         normalizer: str = "none",
         decay: str | None = None,
         eps: float = 1e-6,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
         base.known("normalizer", normalizer, NORMALIZERS)
         base.known("decay", decay, (None, *DECAYS))
         base.positive("chunk_size", chunk_size)
         self.chunk_size, self.normalizer, self.eps = chunk_size, normalizer, eps
+        self.kernel = choice.kernel_setting(kernel)
         self.phi = base.feature_map(feature_map, eps)
+        self.offset = base.relu_offset(feature_map, eps)
         self.token_decay = decay == "token"
         self.decay = nn.Parameter(spread_logits(heads)) if decay == "head" else None
 
     def prepare(self, packing: Packing) -> None:
-        packing.chunks(self.chunk_size)
+        choice.prepare(self.kernel, packing.chunks(self.chunk_size))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        lower = choice.operands(self.kernel, q, k, v)
+        unfit = choice.causal_unfit(self.offset, self.normalizer, context)
+        if choice.takes_causal(self.kernel, *lower, context, unfit):
+            return self._on_triton(*lower, context)
         with base.full_precision(q):
             return self._in_chunks(q, k, v, context, keep=False)[0]
 
@@ -160,6 +171,8 @@ class CausalLinear(base.CausalAttention):
         assert isinstance(state, LinearState)
         dtype = v.dtype
         with base.full_precision(q):
+            if choice.takes_step(self.kernel, q, k, v, context, state.total, self.decay):
+                return self._step_on_triton(q, k, v, state, context)
             features = self._features(q, k, v, context.rotary)
             q, k, v, q_norm, k_norm = (x.transpose(1, 2) for x in features)  # (batch, heads, 1, dim)
             log_decay = self._log_decay(q, context.log_decay)
@@ -171,6 +184,41 @@ class CausalLinear(base.CausalAttention):
                 out = out / (q_norm @ norm * q.shape[-1] ** -0.5 + self.eps)
                 state = replace(state, norm=norm)
         return out.transpose(1, 2).to(dtype), state
+
+    def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Compute MHLA of relative form whose one weight is 1."""
+        from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
+        from mhla_lightning.attention.mhla.triton.terms import causal_terms
+
+        assert self.offset is not None
+        rule = CausalRule(self.chunk_size, form="relative", decay_span="sequence")
+        with base.full_precision(q):
+            one = torch.ones(1, 1, device=q.device)
+            log_decay = self._kernel_decay(context.log_decay)
+            terms = causal_terms(q, one, rule, context.packed(), log_decay, context.rotary)
+        eps = self.eps if self.normalizer == "block" else None
+        return triton_causal_mhla(q, k, v, terms, self.chunk_size, offset=self.offset, eps=eps)
+
+    def _step_on_triton(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState, context: Context
+    ) -> tuple[Tensor, LinearState]:
+        from mhla_lightning.attention.mhla.triton.decode import Token, step_sums
+
+        state = LinearState(state.total.contiguous(), None if state.norm is None else state.norm.contiguous())
+        if self.offset is None:
+            q, k = self.phi(q.float()), self.phi(k.float())
+        log_decay = self._kernel_decay(context.log_decay)
+        if log_decay is not None:
+            log_decay = log_decay[..., 0] if self.token_decay else log_decay[None]
+        assert context.rotary is None or isinstance(context.rotary, HalfRotary)
+        token = Token(q[:, 0], k[:, 0], v[:, 0], self.offset, context.rotary, log_decay, v.dtype)
+        return step_sums(state.total, state.norm, token, self.eps).unsqueeze(1), state
+
+    def _kernel_decay(self, log_decay: Tensor | None) -> Tensor | None:
+        """Return (heads,), or (batch, heads, tokens) where tokens differ; None without decay."""
+        if self.decay is not None:
+            return F.logsigmoid(self.decay.float())
+        return base.demand_decay(log_decay).float().transpose(1, 2) if self.token_decay else None
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         chunks = ceil_div(tokens, self.chunk_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhla_lightning.attention.base import CausalAttention, State
+from mhla_lightning.attention.base import CausalAttention, State, sent
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.packing import Packing
 
@@ -51,7 +51,7 @@ class KeyValueCache:
         if k.requires_grad or self.keys.requires_grad:  # the backward still needs the old contents
             cache = replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
         rows = torch.arange(len(self.lengths), device=k.device)
-        places = torch.tensor(self.lengths, device=k.device)
+        places = sent(self.lengths, k.device)
         cache.keys[rows, :, places], cache.values[rows, :, places] = k[:, :, 0], v[:, :, 0]
         return replace(cache, lengths=[length + 1 for length in self.lengths])
 
@@ -64,7 +64,7 @@ class KeyValueCache:
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         if min(self.lengths) == longest:
             return keys, values, None
-        lengths = torch.tensor(self.lengths, device=keys.device)
+        lengths = sent(self.lengths, keys.device)
         used = torch.arange(longest, device=keys.device) < lengths[:, None]
         return keys, values, used[:, None, None]
 

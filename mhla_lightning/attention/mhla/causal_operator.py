@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mhla_lightning.attention import base
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.chunks import EXTRAPOLATIONS, SPANS
-from mhla_lightning.attention.context import Context, Rotary
+from mhla_lightning.attention.context import Context, HalfRotary, Rotary
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.mhla.causal import attend_in_chunks, prefill_in_chunks
 from mhla_lightning.attention.mhla.decode import MHLAState, init_state, step_state
@@ -71,8 +71,8 @@ class CausalMHLAOptions:
         decay_span: `chunk` keeps summaries undecayed; `sequence` also decays across chunks.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer, and by `relu_eps` to the features.
-        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows. Prefill
-            and single tokens always run on torch.
+        kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`; it serves whole rows and
+            single tokens. Prefill always runs on torch.
     """
 
     chunk_size: int = 64
@@ -172,7 +172,7 @@ class CausalMHLA(base.CausalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
-        if choice.takes_causal(self.kernel, *lower, context, self._unfit()):
+        if choice.takes_causal(self.kernel, *lower, context, self._unfit(context)):
             return self._on_triton(*lower, context)
         return self._in_chunks(q, k, v, context, keep=False)[0]
 
@@ -181,16 +181,14 @@ class CausalMHLA(base.CausalAttention):
         assert state is not None
         return out, state
 
-    def _unfit(self) -> str | None:
-        """Return what of this operator Triton kernels cannot do."""
-        if self.offset is None:
-            return "it takes the feature maps 'relu' and 'relu_eps'"
-        return "it takes no intra 'window'" if self.intra == "window" else None
+    def _unfit(self, context: Context) -> str | None:
+        """Return what of this operator Triton kernels over whole rows cannot do."""
+        if self.intra == "window":
+            return "it takes no intra 'window'"
+        return choice.causal_unfit(self.offset, self.rule.normalizer, context)
 
     def prepare(self, packing: Packing) -> None:
-        chunks = packing.chunks(self.chunk_size)
-        if self.kernel != "torch" and chunks.slot.is_cuda:
-            _ = chunks.layout  # kept there, for the kernels
+        choice.prepare(self.kernel, packing.chunks(self.chunk_size))
 
     def _on_triton(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         from mhla_lightning.attention.mhla.triton.causal_ops import triton_causal_mhla
@@ -201,7 +199,8 @@ class CausalMHLA(base.CausalAttention):
         with base.full_precision(q):
             wide = torch.empty(0, device=q.device)  # mixing and decay are computed in float32
             log_decay = self._log_decay(wide, context.log_decay)
-            terms = causal_terms(q, self._mixing(wide), rule, context.packed(), log_decay)
+            packing = context.packed()
+            terms = causal_terms(q, self._mixing(wide), rule, packing, log_decay, context.rotary)
         eps = rule.eps if rule.normalizer == "block" else None
         return triton_causal_mhla(q, k, v, terms, rule.chunk_size, offset=self.offset, eps=eps)
 
@@ -239,26 +238,47 @@ class CausalMHLA(base.CausalAttention):
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, state: base.State, context: Context
     ) -> tuple[Tensor, base.State]:
-        dtype = v.dtype
+        memory = state.far if isinstance(state, WindowedState) else state
+        assert isinstance(memory, MHLAState)
         with base.full_precision(q):
-            q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
-            q_norm, k_norm = self.phi(q), self.phi(k)
-            q_far, k_far = _turned(q_norm, k_norm, context.rotary)
-            log_decay = self._log_decay(q, context.log_decay)
-            if log_decay is not None:
-                log_decay = log_decay.expand(len(q), -1) if log_decay.dim() == 1 else log_decay[..., 0]
-            memory = state.far if isinstance(state, WindowedState) else state
-            assert isinstance(memory, MHLAState)
-            token = CausalFeatures(q_far[:, 0], k_far[:, 0], v[:, 0], q_norm[:, 0], k_norm[:, 0], log_decay)
-            out = step_state(memory, token, self._mixing(q))
+            if choice.takes_step(self.kernel, q, k, v, context, memory.values.current, self.mixing.weight):
+                out = self._step_on_triton(q, k, v, memory, context)
+            else:
+                out = self._step_on_torch(q, k, v, memory, context)
             if isinstance(state, WindowedState):
                 assert self.near_scale is not None
                 assert self.far_scale is not None
-                q, k = _turned(q, k, context.rotary)
-                near, window = state.near.step(q[:, 0], k[:, 0], v[:, 0])
+                precise = (
+                    x.to(base.accumulation_dtype(x))[:, 0] for x in (*_turned(q, k, context.rotary), v)
+                )
+                near, window = state.near.step(*precise)
                 out = self.near_scale[:, None] * near + self.far_scale[:, None] * out
                 state = WindowedState(memory, window)
-        return out.unsqueeze(1).to(dtype), state
+        return out.unsqueeze(1).to(v.dtype), state
+
+    def _step_on_torch(self, q: Tensor, k: Tensor, v: Tensor, memory: MHLAState, context: Context) -> Tensor:
+        """Return (batch, heads, dim_v) in the dtype of sums."""
+        q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
+        q_norm, k_norm = self.phi(q), self.phi(k)
+        q_far, k_far = _turned(q_norm, k_norm, context.rotary)
+        log_decay = self._step_decay(q, context.log_decay)
+        if log_decay is not None:
+            log_decay = log_decay.expand(len(q), -1)
+        token = CausalFeatures(q_far[:, 0], k_far[:, 0], v[:, 0], q_norm[:, 0], k_norm[:, 0], log_decay)
+        return step_state(memory, token, self._mixing(q))
+
+    def _step_on_triton(self, q: Tensor, k: Tensor, v: Tensor, memory: MHLAState, context: Context) -> Tensor:
+        """Return (batch, heads, dim_v), of `plain` and `decay` in v's dtype."""
+        from mhla_lightning.attention.mhla.triton.decode import Token, step_chunks
+
+        wide = memory.values.current
+        if self.offset is None:
+            q, k = self.phi(q.float()), self.phi(k.float())
+        dtype = torch.float32 if self.intra == "window" else v.dtype
+        log_decay = self._step_decay(wide, context.log_decay)
+        assert context.rotary is None or isinstance(context.rotary, HalfRotary)
+        token = Token(q[:, 0], k[:, 0], v[:, 0], self.offset, context.rotary, log_decay, dtype)
+        return step_chunks(memory, token, self._mixing(wide))
 
     def init_state(
         self,
@@ -298,6 +318,11 @@ class CausalMHLA(base.CausalAttention):
         if self.decay is not None:
             return F.logsigmoid(self.decay.to(q.dtype))
         return base.demand_decay(log_decay).to(q.dtype).transpose(1, 2) if self.token_decay else None
+
+    def _step_decay(self, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
+        """Return (batch or 1, heads) of a single token; None without decay."""
+        found = self._log_decay(q, log_decay)
+        return None if found is None else found[None] if found.dim() == 1 else found[..., 0]
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         size = self.chunk_size

@@ -16,6 +16,9 @@ mixed once; every token of the chunk then reads two matrices:
 
     mixed = sum_b m[9, b] S_b  (+ last weight x far)       once per chunk
     o_t   = q_t mixed + m[9, 9] q_t current                once per token
+
+The host counts the tokens, and so knows which sequences begin or end a chunk without a question to the
+device. A kernel (`triton/decode.py`) counts on the device instead, so that a CUDA graph can hold its step.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhla_lightning.attention.base import sent
 from mhla_lightning.attention.chunks import check_reach
 from mhla_lightning.attention.mhla.rule import CausalFeatures, CausalRule
 
@@ -153,6 +157,13 @@ class Summaries:
         """Extend the ring to this many places."""
         self.ring = F.pad(self.ring, (0, 0) * 2 + (0, places - self.ring.shape[2]))
 
+    def own(self) -> None:
+        """Give every sum its own memory; a new state holds one tensor of zeros in several places."""
+        self.ring = self.ring.contiguous()
+        self.current, self.mixed = _copied(self.current), _copied(self.mixed)
+        self.far = None if self.far is None else _copied(self.far)
+        self.faded = None if self.faded is None else _copied(self.faded)
+
 
 @dataclass
 class MHLAState:
@@ -162,13 +173,17 @@ class MHLAState:
         rule: the settings that the state was made for.
         reach: which summaries are kept.
         filled: tokens in the current chunk, of every sequence.
-        finished: finished chunks, of every sequence; the number of its current chunk.
+        finished: finished chunks, of every sequence; the number of its current chunk. Both are out of date
+            unless `counted`.
         values: sums of k v^T.
         norms: sums of k for the normalizer, with dim_v = 1; None without normalizer.
         since_start: (batch, heads), log decay since the current chunk began; None unless the decay spans the
             sequence.
         since_end: (batch, heads, places), log decay between each chunk in the ring and the current one; None
             unless the decay spans the sequence.
+        tokens: (batch, heads) int32, tokens so far of every sequence, which a kernel counts head by head;
+            None where only the host counts.
+        counted: whether the host has counted every token. It has not after a CUDA graph.
     """
 
     rule: CausalRule
@@ -179,12 +194,16 @@ class MHLAState:
     norms: Summaries | None = None
     since_start: Tensor | None = None
     since_end: Tensor | None = None
+    tokens: Tensor | None = None
+    counted: bool = True
 
     @property
     def bytes(self) -> int:
         return sum(x.nbytes for x in _tensors(self))
 
     def reorder(self, indices: Tensor) -> MHLAState:
+        if not self.counted:
+            return _select(self, indices)
         chosen = indices.tolist()
         return replace(
             _select(self, indices),
@@ -195,6 +214,51 @@ class MHLAState:
     def parts(self) -> list[Summaries]:
         """Return the summaries of values and, where there are any, of the normalizer."""
         return [self.values] if self.norms is None else [self.values, self.norms]
+
+    def complete(self) -> None:
+        """Give the ring all its places, so that no later step allocates any; a CUDA graph needs it."""
+        make_room(self, self.reach.kept)
+
+    def count_on_device(self) -> Tensor:
+        """Return `tokens`; from here on every tensor of the state may change in place."""
+        if self.tokens is None:
+            current = self.values.current
+            size = self.rule.chunk_size
+            counts = [n * size + m for n, m in zip(self.finished, self.filled, strict=True)]
+            tokens = sent(counts, current.device).to(torch.int32)
+            self.tokens = tokens[:, None].repeat(1, current.shape[1])
+            for part in self.parts():
+                part.own()
+            if self.since_start is not None and self.since_end is not None:
+                self.since_start, self.since_end = _copied(self.since_start), _copied(self.since_end)
+        return self.tokens
+
+    def count_on_host(self) -> None:
+        """Take the tokens' number over from the device; that waits for it only after a CUDA graph."""
+        if self.tokens is not None and not self.counted:
+            counts, size = self.tokens[:, 0].tolist(), self.rule.chunk_size
+            self.filled, self.finished = [n % size for n in counts], [n // size for n in counts]
+        self.tokens, self.counted = None, True
+
+    def count(self) -> list[int]:
+        """Count one more token of every sequence; return the sequences whose chunk is full then."""
+        self.filled = [filled + 1 for filled in self.filled]
+        return [b for b, filled in enumerate(self.filled) if filled == self.rule.chunk_size]
+
+    def turn_chunk(self, rows: Sequence[int]) -> None:
+        """Count one more finished chunk of the sequences `rows`."""
+        for b in rows:
+            self.filled[b], self.finished[b] = 0, self.finished[b] + 1
+
+    def check_reach(self, rows: Sequence[int]) -> None:
+        """Refuse sequences `rows` that begin a chunk beyond the matrix, without extrapolation.
+
+        Raises:
+            UserError: there is such a sequence.
+        """
+        if rows and not self.reach.merges:
+            chunks = max(self.finished[b] for b in rows) + 1
+            check_reach(chunks, self.reach.blocks, self.rule.chunk_size, self.rule.extrapolation)
 
 
 def init_state(
@@ -256,6 +320,7 @@ def step_state(state: MHLAState, token: CausalFeatures, mixing: Tensor) -> Tenso
     Raises:
         UserError: a sequence beyond the matrix, without extrapolation.
     """
+    state.count_on_host()
     rule, k, v = state.rule, token.k, token.v
     scale = rule.scale_for(token.q.shape[-1])
     q = token.q * scale
@@ -274,8 +339,7 @@ def step_state(state: MHLAState, token: CausalFeatures, mixing: Tensor) -> Tenso
         k_norm = k if token.k_norm is None else token.k_norm
         state.norms.add(k_norm, torch.ones_like(v[..., :1]), gain, rule.decay_span)
         out = out / (state.norms.read(q_norm, own_weight, state.since_start) + rule.eps)
-    state.filled = [filled + 1 for filled in state.filled]
-    full = [b for b, filled in enumerate(state.filled) if filled == rule.chunk_size]
+    full = state.count()
     if full:
         _finish_chunk(state, full)
     return out
@@ -287,12 +351,10 @@ def enter_chunk(state: MHLAState, rows: Sequence[int], mixing: Tensor) -> None:
     Raises:
         UserError: a sequence beyond the matrix, without extrapolation.
     """
-    reach, rule = state.reach, state.rule
-    if not reach.merges:
-        chunks = max(state.finished[b] for b in rows) + 1
-        check_reach(chunks, reach.blocks, rule.chunk_size, rule.extrapolation)
-    index = torch.tensor(rows, device=mixing.device)
-    number = torch.tensor([state.finished[b] for b in rows], device=mixing.device)[:, None]
+    reach = state.reach
+    state.check_reach(rows)
+    index = sent(rows, mixing.device)
+    number = sent([state.finished[b] for b in rows], mixing.device)[:, None]
     places = torch.arange(state.values.ring.shape[2], device=mixing.device)
     # The distance of the chunk in each place. Where it exceeds the number, no chunk is there yet.
     distance = 1 + (number - 1 - places) % max(1, reach.kept)
@@ -315,7 +377,7 @@ def _own_weights(state: MHLAState, mixing: Tensor) -> Tensor:
     """Return (batch, heads or 1): the weight of each sequence's current chunk with itself."""
     if state.reach.merges:
         return mixing[:, 0].expand(len(state.finished), -1)
-    number = torch.tensor(state.finished, device=mixing.device).clamp_max(state.reach.blocks - 1)
+    number = sent(state.finished, mixing.device).clamp_max(state.reach.blocks - 1)
     own = mixing[..., number, number]
     return own.unsqueeze(1) if mixing.dim() == 2 else own.transpose(0, 1)
 
@@ -324,8 +386,8 @@ def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
     """Move the full chunks of the sequences `rows` into the ring."""
     current = state.values.current
     make_room(state, max(state.finished[b] for b in rows) + 1)
-    index = torch.tensor(rows, device=current.device)
-    place = torch.tensor([state.reach.place(state.finished[b]) for b in rows], device=current.device)
+    index = sent(rows, current.device)
+    place = sent([state.reach.place(state.finished[b]) for b in rows], current.device)
     gain, leaving = None, current.new_ones(len(rows), current.shape[1])
     if state.since_start is not None and state.since_end is not None:
         over_chunk = state.since_start[index]
@@ -339,8 +401,7 @@ def _finish_chunk(state: MHLAState, rows: Sequence[int]) -> None:
         state.since_start = state.since_start.index_fill(0, index, 0)
     for part in state.parts():
         part.finish(index, place, leaving, gain)
-    for b in rows:
-        state.filled[b], state.finished[b] = 0, state.finished[b] + 1
+    state.turn_chunk(rows)
 
 
 def make_room(state: MHLAState, finished: int) -> None:
@@ -355,6 +416,10 @@ def make_room(state: MHLAState, finished: int) -> None:
             part.grow(wanted)
         if state.since_end is not None:
             state.since_end = F.pad(state.since_end, (0, wanted - places))
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _tensors(part: MHLAState | Summaries) -> list[Tensor]:

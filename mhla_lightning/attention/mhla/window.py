@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhla_lightning.attention.base import sent
 from mhla_lightning.attention.chunks import split
 from mhla_lightning.attention.packing import Packing
 
@@ -87,14 +88,14 @@ class Window:
             (batch, heads, dim_v), and the window with the token.
         """
         size, device = self.size, k.device
-        begins = torch.tensor([n > 0 and n % size == 0 for n in self.seen], device=device)
+        begins = sent([n > 0 and n % size == 0 for n in self.seen], device)
         keys, values = (
             torch.where(begins[:, None, None, None], x.roll(size, 2), x) for x in (self.keys, self.values)
         )
-        places = torch.tensor([size + n % size for n in self.seen], device=device)
+        places = sent([size + n % size for n in self.seen], device)
         here = (torch.arange(2 * size, device=device) == places[:, None])[:, None, :, None]
         keys, values = torch.where(here, k.unsqueeze(2), keys), torch.where(here, v.unsqueeze(2), values)
-        first = torch.tensor([size if n < size else 0 for n in self.seen], device=device)[:, None]
+        first = sent([size if n < size else 0 for n in self.seen], device)[:, None]
         place = torch.arange(2 * size, device=device)
         used = (place >= first) & (place <= places[:, None])
         scores = (q.unsqueeze(-2) @ keys.transpose(-2, -1)) * q.shape[-1] ** -0.5

@@ -45,16 +45,18 @@ def run(args: argparse.Namespace) -> int:
         _demand_gpu()
     from rich.console import Console
 
-    from mhla_lightning.bench.kernel_launches import CASES, GPUS, operator_times
+    from mhla_lightning.bench.kernel_launches import CASES, GPUS, OperatorCase, operator_times
+    from mhla_lightning.bench.language_launches import LANGUAGE_CASES
 
     console = Console()
-    cases = [case for case in CASES if args.case in case.name]
+    cases = [case for case in (*CASES, *LANGUAGE_CASES) if args.case in case.name]
     rows = [times.row() for gpu in GPUS for times in operator_times(cases, gpu)]
     console.print(_times(rows))
     result: dict[str, Any] = {"modelled": rows}
     if args.measure:
-        result["measured"] = _measured(args, cases, console)
+        result["measured"] = _measured(args, [c for c in cases if isinstance(c, OperatorCase)], console)
         console.print(_measured_table(result["measured"]))
+        console.print("language rows are measured by mhla bench attention --causal and mhla bench decode")
     if args.code:
         result["code"] = _code(cases)
         console.print(_code_table(result["code"]))
@@ -99,7 +101,7 @@ def _measured_table(rows: list[dict[str, Any]]) -> Any:
 def _times(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title="modelled, not measured: forward and backward of one layer's operator, bf16")
+    table = Table(title="modelled, not measured: forward and backward of one operator, bf16")
     headings = ("case", "GPU", "form", "kernels torch", "Triton", "GB torch", "Triton")
     for heading in (*headings, "ms torch", "ms Triton", "ms FlashAttention"):
         table.add_column(heading, justify="left" if heading in ("case", "GPU", "form") else "right")
@@ -119,9 +121,13 @@ def _code(cases: list[Any]) -> list[dict[str, Any]]:
         {"case": case.name, **asdict(compile_launch(launch, capability))}
         for case in cases
         for capability in CAPABILITIES
-        for both in kernel_launches(case, capability // 10)
-        for launch in both
+        for launch in _distinct(kernel_launches(case, capability // 10))
     ]
+
+
+def _distinct(both: tuple[list[Any], list[Any]]) -> list[Any]:
+    """Return the launches of forward and backward, those of many layers once."""
+    return list({id(launch): launch for launches in both for launch in launches}.values())
 
 
 def _code_table(rows: list[dict[str, Any]]) -> Any:

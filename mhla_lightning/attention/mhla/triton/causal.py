@@ -14,8 +14,10 @@ from mhla_lightning.attention.mhla.triton import tiles
 from mhla_lightning.attention.mhla.triton.causal_kernels import (
     causal_forward_kernel,
     causal_keys_kernel,
+    causal_own_kernel,
     causal_queries_kernel,
     chunk_sum_kernel,
+    mix_kernel,
 )
 from mhla_lightning.attention.mhla.triton.device import (
     INTERPRETED,
@@ -66,6 +68,9 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
     d, dv = q.shape[3], v.shape[3]
     return {
         "layout": q if terms.layout is None else terms.layout,
+        "cos": q if terms.turns is None else terms.turns[0],
+        "sin": q if terms.turns is None else terms.turns[1],
+        "scb": 0 if terms.turns is None or terms.turns.shape[1] == 1 else terms.turns.stride(1),
         "offset": plan.offset,
         "H": q.shape[2],
         "N": q.shape[1],
@@ -76,6 +81,7 @@ def _constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) -> di
         "DVP": tiles.power_of_two(dv),
         "NORM": plan.eps is not None,
         "PACKED": terms.layout is not None,
+        "TURN": terms.turns is not None,
         "UP": INTERPRETED,
         "PREC": precision(q.dtype),
     }
@@ -179,6 +185,59 @@ def mix_earlier(weights: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(w, x.flatten(0, 1).flatten(2)).view(x.shape)
 
 
+def mix(
+    terms: CausalTerms, x: Tensor, other: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Return the means of earlier chunks mixed, sum_b w[i, b] x_b over b < i.
+
+    Args:
+        terms: of the call.
+        x: (batch, heads, M, ...).
+        other: means whose products with x are wanted, for the gradient of the weights. The mixing is then
+            transposed, sum_i w[i, b] x_i.
+        scale: of these products.
+
+    Returns:
+        The mixed means, and the products (batch, heads, slices, M, M), 0 on and above the diagonal; None
+        without `other`.
+    """
+    back, weights, count = other is not None, terms.weights, terms.chunks
+    if count > tiles.MOST_MIXED:
+        earlier = weights.tril(-1)
+        if other is None:
+            return mix_earlier(earlier, x), None
+        return mix_earlier(earlier.mT, x), (_products(x, other) * scale).tril(-1).unsqueeze(2)
+    rows_, heads, elements = x.shape[0] * x.shape[1], x.shape[1], x[0, 0, 0].numel()
+    tile, each = tiles.mix_tile(count, elements)
+    slices = ceil_div(elements, tile.keys * each)
+    mixed = torch.empty_like(x)
+    shape = (*x.shape[:2], slices, count, count) if back else (0,) * 5
+    pairs = torch.empty(shape, dtype=torch.float32, device=x.device)
+    arguments = {
+        **_four("w", weights),
+        "x": x,
+        "other": x if other is None else other,
+        "weights": weights,
+        "mixed": mixed,
+        "pairs": pairs,
+        "H": heads,
+        "M": count,
+        "X": elements,
+        "scale": scale,
+        "MP": tile.queries,
+        "XB": tile.keys,
+        "TILES": each,
+        "BACK": back,
+        "UP": INTERPRETED,
+        "PREC": precision(x.dtype),
+    }
+    flops = 2 * (1 + back) * rows_ * tile.queries**2 * elements
+    reads = ("x", "weights", "other") if back else ("x", "weights")
+    writes = ("mixed", "pairs")
+    start(Launch(mix_kernel, (slices, rows_), arguments, tile.warps, tile.stages, flops, reads, writes))
+    return mixed, pairs if back else None
+
+
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Return the products of all pairs of chunks in float32, (batch, heads, M, M)."""
     x, y = a.flatten(0, 1).flatten(2), b.flatten(0, 1).flatten(2).mT
@@ -226,6 +285,20 @@ def _launch_pairs(
     )
 
 
+def _launch_own(tile: tiles.Tile, arguments: dict[str, Any], batch: int) -> None:
+    """Start the kernel of all gradients of a chunk."""
+    names = set(causal_own_kernel.arg_names)
+    arguments = {**{name: x for name, x in arguments.items() if name in names}, "VS": tile.keys}
+    heads, count, rows_ = arguments["H"], arguments["M"], arguments["TP"]
+    pairs = batch * heads * count * rows_
+    dim, dim_v = arguments["DP"], arguments["DVP"]
+    flops = 2 * pairs * (rows_ * (3 * dim + 2 * dim_v) + 3 * dim * dim_v)
+    reads = ("q", "k", "v", "weights", "mixed", "d_summary", "grad")
+    writes = ("dq", "dk", "dv", "d_weights")
+    grid = (heads, count, batch)
+    start(Launch(causal_own_kernel, grid, arguments, tile.warps, tile.stages, flops, reads, writes))
+
+
 _TRAFFIC: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "causal_forward_kernel": (("q", "k", "v", "weights", "mixed"), ("out", "inverse")),
     "causal_queries_kernel": (
@@ -260,9 +333,8 @@ def forward(
     (mixed, z_mixed), (summary, z) = empty, [x.clone() for x in empty]
     if plan.far:
         summary, z = chunk_sums(k, v, terms.after, terms, plan)
-        earlier = terms.weights.tril(-1)
-        mixed = mix_earlier(earlier, summary)
-        z_mixed = torch.empty_like(z) if plan.eps is None else mix_earlier(earlier, z)
+        mixed = mix(terms, summary)[0]
+        z_mixed = torch.empty_like(z) if plan.eps is None else mix_earlier(terms.weights.tril(-1), z)
     arguments = {
         **_pair_constants(q, v, terms, plan),
         **strides("q", q),
@@ -312,18 +384,13 @@ def backward(
         for x in (terms.until, terms.after)
     )
     d_total = torch.empty(inverse.shape, dtype=torch.float32, device=device)
-    d_summary, d_z = mixed, z_mixed
+    d_summary, d_z, pairs = mixed, z_mixed, None
     if plan.far:
         until = terms.until if terms.after is not None else None
         d_mixed, d_z_mixed = chunk_sums(q, grad, until, terms, plan, (out, inverse))
-        transposed = terms.weights.tril(-1).mT
-        d_summary = mix_earlier(transposed, d_mixed)
-        d_z = d_z_mixed if plan.eps is None else mix_earlier(transposed, d_z_mixed)
-    tile, keys_tile = (_tile(name, q, v, plan, count) for name in ("queries", "keys"))
-    down, across = (max(1, plan.padded // width) for width in (tile.queries, tile.keys))  # tiles of a chunk
-    shape = (batch, heads, count * down, 1 if plan.far else count * across)
-    make = torch.empty if plan.far else torch.zeros  # the dense form passes over pairs without a weight
-    parts = make(shape, dtype=torch.float32, device=device)
+        d_summary, pairs = mix(terms, d_mixed, summary, float(plan.size**2))
+        if plan.eps is not None:
+            d_z = mix_earlier(terms.weights.tril(-1).mT, d_z_mixed)
     arguments = {
         **_pair_constants(q, v, terms, plan),
         **strides("q", q),
@@ -333,53 +400,70 @@ def backward(
         "q": q,
         "k": k,
         "v": v,
-        "inverse": inverse,
         "grad": grad,
-        "d_total": d_total,
-        "d_until": d_until,
     }
-    _launch_pairs(
-        causal_queries_kernel,
-        tile,
-        {
-            **arguments,
-            **strides("o", out),
-            "mixed": mixed,
-            "z_mixed": z_mixed,
-            "out": out,
-            "dq": dq,
-            "d_weights": parts,
-            "ROWS": shape[2],
-            "COLUMNS": shape[3],
-        },
-        (2, 1),
-        batch,
-    )
-    _launch_pairs(
-        causal_keys_kernel,
-        keys_tile,
-        {
-            **arguments,
-            "d_summary": d_summary,
-            "d_z": d_z,
-            "dk": dk,
-            "dv": dv,
-            "d_after": d_after,
-            "TILES": plan.tiles_of(count, keys_tile.queries),
-        },
-        (2, 2),
-        batch,
-    )
-    if plan.far:
-        d_weights = _products(d_mixed, summary) * plan.size**2
-        if plan.eps is not None:
-            d_weights += _products(d_z_mixed, z)
-        d_weights = d_weights.tril(-1) + torch.diag_embed(parts.unflatten(2, (count, down)).sum((3, 4)))
-    elif down * across > 1:
-        d_weights = parts.unflatten(3, (count, across)).sum(4).unflatten(2, (count, down)).sum(3)
+    alone = None
+    if plan.far and plan.eps is None and terms.until is None and capability_of(q) >= 9:
+        padded = arguments["DP"], arguments["DVP"], plan.padded
+        alone = tiles.own_tile(*padded, q.element_size())
+    if alone is not None:
+        down, parts = 1, torch.empty((batch, heads, count, 1), dtype=torch.float32, device=device)
+        gradients = {"dq": dq, "dk": dk, "dv": dv, "d_weights": parts}
+        _launch_own(alone, {**arguments, "mixed": mixed, "d_summary": d_summary, **gradients}, batch)
     else:
-        d_weights = parts
+        tile, keys_tile = (_tile(name, q, v, plan, count) for name in ("queries", "keys"))
+        down, across = (
+            max(1, plan.padded // width) for width in (tile.queries, tile.keys)
+        )  # tiles of a chunk
+        shape = (batch, heads, count * down, 1 if plan.far else count * across)
+        make = torch.empty if plan.far else torch.zeros  # the dense form passes over pairs without a weight
+        parts = make(shape, dtype=torch.float32, device=device)
+        arguments |= {"inverse": inverse, "d_total": d_total, "d_until": d_until}
+        _launch_pairs(
+            causal_queries_kernel,
+            tile,
+            {
+                **arguments,
+                **strides("o", out),
+                "mixed": mixed,
+                "z_mixed": z_mixed,
+                "out": out,
+                "dq": dq,
+                "d_weights": parts,
+                "ROWS": shape[2],
+                "COLUMNS": shape[3],
+            },
+            (2, 1),
+            batch,
+        )
+        _launch_pairs(
+            causal_keys_kernel,
+            keys_tile,
+            {
+                **arguments,
+                "d_summary": d_summary,
+                "d_z": d_z,
+                "dk": dk,
+                "dv": dv,
+                "d_after": d_after,
+                "TILES": plan.tiles_of(count, keys_tile.queries),
+            },
+            (2, 2),
+            batch,
+        )
     shared = [axis for axis in (0, 1) if terms.weights.shape[axis] == 1]
+    if pairs is not None:
+        own = parts.unflatten(2, (count, down))
+        if plan.eps is not None:  # value and normalizer cancel, so no other sum comes first
+            d_weights = (_products(d_z_mixed, z) + pairs.sum(2)).tril(-1) + torch.diag_embed(own.sum((3, 4)))
+            d_weights = d_weights.sum(shared, keepdim=True) if shared else d_weights
+        else:
+            d_weights = pairs.sum([*shared, 2], keepdim=True).squeeze(2)
+            d_weights.diagonal(dim1=-2, dim2=-1).add_(own.sum([*shared, 3], keepdim=True)[..., 0, 0])
+        return dq, dk, dv, d_weights, d_until, d_after
+    d_weights = parts
+    if down * across > 1:
+        d_weights = parts.unflatten(3, (count, across)).sum(4).unflatten(2, (count, down)).sum(3)
     if shared:
         d_weights = d_weights.sum(shared, keepdim=True)
     return dq, dk, dv, d_weights, d_until, d_after

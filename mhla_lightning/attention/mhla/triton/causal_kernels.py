@@ -82,6 +82,59 @@ def positive(
 
 
 @triton.jit
+def turned(
+    phi: tl.tensor,
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    offset: tl.tensor,
+    d: tl.tensor,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn features of the rows at `base`: channel d with channel d + D / 2.
+
+    The other channel of each pair is loaded anew: it is in the cache, and in another thread's registers.
+    """
+    if TURN:
+        half: tl.constexpr = D // 2
+        other = tl.where(d < half, d + half, d - half)
+        raw = tl.load(base + place[:, None] * stride + other[None, :], mask=there[:, None], other=0.0)
+        paired = tl.where(there[:, None], tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        at = place[:, None] * half + (d % half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        phi = phi * c + paired * tl.where((d < half)[None, :], -s, s)
+    return phi
+
+
+@triton.jit
+def turned_back(
+    x: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn (W, D) back; D is a power of two."""
+    if TURN:
+        half: tl.constexpr = D // 2
+        first, second = tl.split(tl.permute(tl.reshape(x, (W, 2, half)), (0, 2, 1)))
+        at = place[:, None] * half + tl.arange(0, half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        pairs = tl.join(first * c + second * s, second * c - first * s)
+        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (W, D))
+    return x
+
+
+@triton.jit
 def weight_tile(
     weights: tl.tensor,
     a: tl.tensor,
@@ -150,6 +203,9 @@ def chunk_sum_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     scale: tl.tensor,
     T: tl.constexpr,
@@ -161,6 +217,7 @@ def chunk_sum_kernel(
     SLICES: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     FADES: tl.constexpr,
     GRADIENT: tl.constexpr,
     UP: tl.constexpr,
@@ -178,6 +235,8 @@ def chunk_sum_kernel(
     out += b * sob + h * soh
     fade += b * sfb + h * sfh + chunk * sfc
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     acc = tl.zeros((BD, DVP), tl.float32)
     total = tl.zeros((BD,), tl.float32)
     for t0 in range(0, T, BT):
@@ -193,6 +252,7 @@ def chunk_sum_kernel(
         inside = there[:, None] & (d < D)[None, :]
         raw = tl.load(x + place[:, None] * sxn + d[None, :], mask=inside, other=0.0)
         phi = tl.where(inside, tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        phi = turned(phi, x, place, there, sxn, cos, sin, offset, d, D, TURN)
         if FADES:
             phi *= tl.exp(tl.load(fade + t, mask=there, other=0.0))[:, None]
         values = rows(y, place, there, syn, DV, DVP)
@@ -214,6 +274,54 @@ def chunk_sum_kernel(
     tl.store(sums, (acc * scale).to(sums.dtype.element_ty), mask=(d < D)[:, None] & (dv < DV)[None, :])
     if NORM:
         tl.store(z + row * D + d, total, mask=d < D)
+
+
+@triton.jit
+def mix_kernel(
+    x: tl.tensor,
+    other: tl.tensor,
+    weights: tl.tensor,
+    mixed: tl.tensor,
+    pairs: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    H: tl.tensor,
+    M: tl.tensor,
+    X: tl.tensor,
+    scale: tl.tensor,
+    MP: tl.constexpr,
+    XB: tl.constexpr,
+    TILES: tl.constexpr,
+    BACK: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """Mix a slice of the means x of all chunks with the weights of earlier ones.
+
+    A mean has X elements. BACK mixes with the transposed weights, and also writes the slice's part of
+    scale x y^T for all pairs of chunks, where y is `other`.
+    """
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, MP)
+    earlier = (i[:, None] > i[None, :]) & (i < M)[:, None]
+    cells = i[:, None] * M + i[None, :]
+    w = tl.load(weights + row // H * swb + row % H * swh + cells, mask=earlier, other=0.0)
+    if BACK:
+        w = tl.trans(w)
+    w = w.to(x.dtype.element_ty)
+    acc = tl.zeros((MP, MP), tl.float32)
+    for tile in range(TILES):
+        channel = (part * TILES + tile) * XB + tl.arange(0, XB)
+        at = row * M * X + i[:, None] * X + channel[None, :]
+        there = (i < M)[:, None] & (channel < X)[None, :]
+        values = tl.load(x + at, mask=there, other=0.0)
+        tl.store(mixed + at, product(w, values, UP, PREC).to(mixed.dtype.element_ty), mask=there)
+        if BACK:
+            y = tl.load(other + at, mask=there, other=0.0)
+            acc += product(values, tl.trans(y), UP, PREC)
+    if BACK:
+        pairs += (row * tl.num_programs(0) + part) * M * M
+        tl.store(pairs + cells, tl.where(earlier, acc * scale, 0.0), mask=(i < M)[:, None] & (i < M)[None, :])
 
 
 @triton.jit
@@ -252,6 +360,9 @@ def causal_forward_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     eps: tl.tensor,
@@ -265,6 +376,7 @@ def causal_forward_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -278,9 +390,14 @@ def causal_forward_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    q += b * sqb + h * sqh
+    channels = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
     queries = phi.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
@@ -306,7 +423,8 @@ def causal_forward_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
+        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -373,6 +491,9 @@ def causal_queries_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     ROWS: tl.tensor,
@@ -387,6 +508,7 @@ def causal_queries_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -400,9 +522,14 @@ def causal_queries_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, qa = chunk_rows(tile, layout, M, N, T, BQ, TP, PACKED)
-    raw = rows(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    q += b * sqb + h * sqh
+    channels = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, q, place, there, sqn, cos, sin, offset, channels, D, TURN)
     queries = phi.to(raw.dtype)
     until_query = tl.zeros((BQ,), tl.float32)
     if DECAY > 0:
@@ -453,7 +580,8 @@ def causal_queries_kernel(
     rank = tile * BQ + tl.arange(0, BQ)
     for j in range(begin, ((tile + 1) * BQ + BK - 1) // BK):
         at, is_key, key_chunk, s_, ka = chunk_rows(j, layout, M, N, T, BK, TP, PACKED)
-        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP).to(raw.dtype)
+        keys = features(rows(k, at, is_key, skn, D, DP), is_key, offset, D, DP)
+        keys = turned(keys, k, at, is_key, skn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         values = rows(v, at, is_key, svn, DV, DVP)
         until_key = tl.zeros((BK,), tl.float32)
         after_key = until_key
@@ -486,7 +614,8 @@ def causal_queries_kernel(
         tl.store(d_weights + cells, own)
     if DECAY > 0:
         tl.store(d_until + ((b * H + h) * M + chunk) * T + t, d_log, mask=there)
-    kept = positive(q + b * sqb + h * sqh, place, there, sqn, D, DP)
+    acc = turned_back(acc, place, there, cos, sin, BQ, D, TURN)
+    kept = positive(q, place, there, sqn, D, DP)
     keep(dq + (b * N * H + h) * D, place, there, H * D, tl.where(kept, acc, 0.0), D, DP)
 
 
@@ -531,6 +660,9 @@ def causal_keys_kernel(
     H: tl.tensor,
     N: tl.tensor,
     M: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
     offset: tl.tensor,
     back: tl.tensor,
     TILES: tl.tensor,
@@ -544,6 +676,7 @@ def causal_keys_kernel(
     BK: tl.constexpr,
     NORM: tl.constexpr,
     PACKED: tl.constexpr,
+    TURN: tl.constexpr,
     DECAY: tl.constexpr,
     FAR: tl.constexpr,
     UP: tl.constexpr,
@@ -557,9 +690,14 @@ def causal_keys_kernel(
     until += b * sub + h * suh
     after += b * sab + h * sah
     layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
     place, there, chunk, t, ka = chunk_rows(tile, layout, M, N, T, BK, TP, PACKED)
-    raw = rows(k + b * skb + h * skh, place, there, skn, D, DP)
+    k += b * skb + h * skh
+    channels = tl.arange(0, DP)
+    raw = rows(k, place, there, skn, D, DP)
     phi = features(raw, there, offset, D, DP)
+    phi = turned(phi, k, place, there, skn, cos, sin, offset, channels, D, TURN)
     keys = phi.to(raw.dtype)
     values = rows(v + b * svb + h * svh, place, there, svn, DV, DVP)
     until_key = tl.zeros((BK,), tl.float32)
@@ -594,7 +732,8 @@ def causal_keys_kernel(
     rank = tile * BK + tl.arange(0, BK)
     for i in range(tile * BK // BQ, end):
         at, is_query, query_chunk, t_, qa = chunk_rows(i, layout, M, N, T, BQ, TP, PACKED)
-        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP).to(raw.dtype)
+        queries = features(rows(q, at, is_query, sqn, D, DP), is_query, offset, D, DP)
+        queries = turned(queries, q, at, is_query, sqn, cos, sin, offset, channels, D, TURN).to(raw.dtype)
         g = rows(grad, at, is_query, sgn, DV, DVP)
         if NORM:
             one_over = tl.load(inverse + (b * H + h) * N + at, mask=is_query, other=0.0)
@@ -622,5 +761,110 @@ def causal_keys_kernel(
     if DECAY == 2:
         tl.store(d_after + slot, d_end, mask=there)
     keep(dv + (b * N * H + h) * DV, place, there, H * DV, d_values, DV, DVP)
-    kept = positive(k + b * skb + h * skh, place, there, skn, D, DP)
+    d_keys = turned_back(d_keys, place, there, cos, sin, BK, D, TURN)
+    kept = positive(k, place, there, skn, D, DP)
     keep(dk + (b * N * H + h) * D, place, there, H * D, tl.where(kept, d_keys, 0.0), D, DP)
+
+
+@triton.jit
+def causal_own_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    weights: tl.tensor,
+    layout: tl.tensor,
+    mixed: tl.tensor,
+    d_summary: tl.tensor,
+    grad: tl.tensor,
+    dq: tl.tensor,
+    dk: tl.tensor,
+    dv: tl.tensor,
+    d_weights: tl.tensor,
+    sqb: tl.tensor,
+    sqn: tl.tensor,
+    sqh: tl.tensor,
+    skb: tl.tensor,
+    skn: tl.tensor,
+    skh: tl.tensor,
+    svb: tl.tensor,
+    svn: tl.tensor,
+    svh: tl.tensor,
+    sgb: tl.tensor,
+    sgn: tl.tensor,
+    sgh: tl.tensor,
+    swb: tl.tensor,
+    swh: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scb: tl.tensor,
+    H: tl.tensor,
+    N: tl.tensor,
+    M: tl.tensor,
+    offset: tl.tensor,
+    back: tl.tensor,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DP: tl.constexpr,
+    DVP: tl.constexpr,
+    TP: tl.constexpr,
+    VS: tl.constexpr,
+    PACKED: tl.constexpr,
+    TURN: tl.constexpr,
+    UP: tl.constexpr,
+    PREC: tl.constexpr,
+) -> None:
+    """All gradients of one chunk in the form in chunks, without decay and normalizer.
+
+    It reads q, k, v and the gradient once, v's channels slice by slice.
+    """
+    h, tile, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q += b * sqb + h * sqh
+    k += b * skb + h * skh
+    v += b * svb + h * svh
+    grad += b * sgb + h * sgh
+    layout += b * M * (T + 2)
+    cos += b * scb
+    sin += b * scb
+    place, there, _, _, chunk = chunk_rows(tile, layout, M, N, T, TP, TP, PACKED)
+    own = tl.load(weights + b * swb + h * swh + chunk * (M + 1))
+    d = tl.arange(0, DP)
+    raw = rows(q, place, there, sqn, D, DP)
+    phi = features(raw, there, offset, D, DP)
+    queries = turned(phi, q, place, there, sqn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+    phi = features(rows(k, place, there, skn, D, DP), there, offset, D, DP)
+    keys = turned(phi, k, place, there, skn, cos, sin, offset, d, D, TURN).to(raw.dtype)
+    t = tl.arange(0, TP)
+    fade = tl.where(t[:, None] >= t[None, :], 1.0, 0.0)
+    a = product(queries, tl.trans(keys), UP, PREC) * fade
+    weighted = (a * own).to(raw.dtype)
+    da = tl.zeros((TP, TP), tl.float32)
+    d_queries = tl.zeros((TP, DP), tl.float32)
+    d_keys = tl.zeros((TP, DP), tl.float32)
+    row = (b * H + h) * M + chunk
+    for v0 in range(0, DVP, VS):
+        channel = v0 + tl.arange(0, VS)
+        at = d[:, None] * DV + channel[None, :]
+        inside = (d < D)[:, None] & (channel < DV)[None, :]
+        token = there[:, None] & (channel < DV)[None, :]
+        g = tl.load(grad + place[:, None] * sgn + channel[None, :], mask=token, other=0.0)
+        s = tl.load(mixed + row * D * DV + at, mask=inside, other=0.0)
+        d_queries += product(g, tl.trans(s), UP, PREC)
+        values = tl.load(v + place[:, None] * svn + channel[None, :], mask=token, other=0.0)
+        da += product(g, tl.trans(values), UP, PREC)
+        ds = tl.load(d_summary + row * D * DV + at, mask=inside, other=0.0)
+        d_keys += product(values, tl.trans(ds), UP, PREC)
+        d_values = product(keys, ds, UP, PREC) * back + product(tl.trans(weighted), g, UP, PREC)
+        at = dv + (b * N * H + h) * DV + place[:, None] * (H * DV) + channel[None, :]
+        tl.store(at, d_values.to(dv.dtype.element_ty), mask=token)
+    da *= fade
+    tl.store(d_weights + row, tl.sum(tl.sum(a * da, 1), 0))
+    da = (da * own).to(raw.dtype)
+    d_queries = d_queries * back + product(da, keys, UP, PREC)
+    d_queries = turned_back(d_queries, place, there, cos, sin, TP, D, TURN)
+    d_queries = tl.where(positive(q, place, there, sqn, D, DP), d_queries, 0.0)
+    keep(dq + (b * N * H + h) * D, place, there, H * D, d_queries, D, DP)
+    d_keys = d_keys * back + product(tl.trans(da), queries, UP, PREC)
+    d_keys = turned_back(d_keys, place, there, cos, sin, TP, D, TURN)
+    d_keys = tl.where(positive(k, place, there, skn, D, DP), d_keys, 0.0)
+    keep(dk + (b * N * H + h) * D, place, there, H * D, d_keys, D, DP)

@@ -46,8 +46,8 @@ def triton_causal_mhla(
         sizes = CausalSizes(q.shape[0] * q.shape[2], terms.chunks, size, q.shape[3], v.shape[3])
         form = "dense" if causal_dense_is_cheaper(sizes) else "chunks"
     numbers = [offset] if eps is None else [offset, eps]
-    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.layout)
-    return causal(*inputs, size, form == "chunks", numbers)[0]
+    inputs = (q, k, v, terms.weights, terms.until, terms.after, terms.layout, terms.turns)
+    return causal(*inputs, [size, int(form == "chunks")], numbers)[0]
 
 
 @torch.library.custom_op("mhla::causal", mutates_args=())
@@ -59,22 +59,21 @@ def causal(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
-    size: int,
-    far: bool,
+    turns: Tensor | None,
+    plan: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, 1 / normalizer, mixed means and sums, means and sums of chunks.
 
     Args:
         q, k, v: see :func:`triton_causal_mhla`.
-        weights, until, after, layout: see :class:`CausalTerms`.
-        size: tokens per chunk.
-        far: whether the form in chunks is taken.
+        weights, until, after, layout, turns: see :class:`CausalTerms`.
+        plan: tokens per chunk, and 1 where the form in chunks is taken, else 0.
         numbers: the offset of the feature map, and eps where there is a normalizer.
     """
-    terms = CausalTerms(weights, layout, until, after)
+    terms = CausalTerms(weights, layout, until, after, turns)
     with full_precision(q):
-        return form.forward(q, k, v, terms, form.CausalPlan(size, far, *numbers))
+        return form.forward(q, k, v, terms, form.CausalPlan(plan[0], bool(plan[1]), *numbers))
 
 
 @causal.register_fake
@@ -86,13 +85,13 @@ def _(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
-    size: int,
-    far: bool,
+    turns: Tensor | None,
+    plan: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, dim = q.shape
     lead = (batch, heads, weights.shape[-1], dim)
-    normalize = len(numbers) > 1
+    far, normalize = plan[1], len(numbers) > 1
     inverse = q.new_empty((batch, heads, tokens if normalize else 0), dtype=torch.float32)
     summary = q.new_empty((*lead, v.shape[3]) if far else (0,) * 5)
     z = inverse.new_empty(lead if far and normalize else (0,) * 4)
@@ -108,15 +107,15 @@ def causal_backward(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    turns: Tensor | None,
     saved: Sequence[Tensor],
-    size: int,
-    far: bool,
+    plan: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, weights, `until` and `after`; absent ones are empty."""
-    terms = CausalTerms(weights, layout, until, after)
+    terms = CausalTerms(weights, layout, until, after, turns)
     with full_precision(grad):
-        return form.backward(grad, tokens, terms, saved, form.CausalPlan(size, far, *numbers))
+        return form.backward(grad, tokens, terms, saved, form.CausalPlan(plan[0], bool(plan[1]), *numbers))
 
 
 @causal_backward.register_fake
@@ -127,9 +126,9 @@ def _(
     until: Tensor | None,
     after: Tensor | None,
     layout: Tensor | None,
+    turns: Tensor | None,
     saved: Sequence[Tensor],
-    size: int,
-    far: bool,
+    plan: Sequence[int],
     numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in tokens)
@@ -138,7 +137,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.size, ctx.far, ctx.numbers = inputs
+    *tensors, ctx.plan, ctx.numbers = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -146,10 +145,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
-    q, k, v, weights, until, after, layout, *saved = ctx.saved_tensors
-    terms = (weights, until, after, layout)
-    numbers = (ctx.size, ctx.far, ctx.numbers)
-    *gradients, d_until, d_after = causal_backward(grad, [q, k, v], *terms, saved, *numbers)
+    q, k, v, *terms = ctx.saved_tensors[:8]
+    saved, (_, until, after, *_) = ctx.saved_tensors[8:], terms
+    numbers = (ctx.plan, ctx.numbers)
+    *gradients, d_until, d_after = causal_backward(grad, [q, k, v], *terms, list(saved), *numbers)
     decays = (None if x is None else d for x, d in ((until, d_until), (after, d_after)))
     return (*gradients, *decays, *(None,) * 4)
 
@@ -159,9 +158,9 @@ causal.register_autograd(_differentiate, setup_context=_save)
 Shape = Sequence[int]
 
 
-def _products(q: Shape, weights: Shape, size: int, far: bool, by_k: int, by_v: int, dim_v: int) -> int:
+def _products(q: Shape, weights: Shape, plan: Sequence[int], by_k: int, by_v: int, dim_v: int) -> int:
     """Return the FLOPs of products of pairs of tokens, and with `far` those of means of chunks."""
-    batch, _, heads, dim = q
+    (batch, _, heads, dim), (size, far) = q, plan
     chunks = weights[-1]
     pairs = chunks * size**2 if far else (chunks * size) ** 2
     flops = batch * heads * pairs * (by_k * dim + by_v * dim_v)  # half of the pairs
@@ -178,12 +177,12 @@ def _causal_flops(
     until: Shape | None,
     after: Shape | None,
     layout: Shape | None,
-    size: int,
-    far: bool,
+    turns: Shape | None,
+    plan: Sequence[int],
     *_: Any,
     **__: Any,
 ) -> int:
-    return _products(q, weights, size, far, 1, 1, v[3])
+    return _products(q, weights, plan, 1, 1, v[3])
 
 
 @register_flop_formula(torch.ops.mhla.causal_backward)
@@ -194,10 +193,10 @@ def _causal_backward_flops(
     until: Shape | None,
     after: Shape | None,
     layout: Shape | None,
+    turns: Shape | None,
     saved: Sequence[Shape],
-    size: int,
-    far: bool,
+    plan: Sequence[int],
     *_: Any,
     **__: Any,
 ) -> int:
-    return _products(tokens[0], weights, size, far, 3, 2, tokens[2][3])
+    return _products(tokens[0], weights, plan, 3, 2, tokens[2][3])

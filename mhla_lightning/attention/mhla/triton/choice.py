@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention.base import known
-from mhla_lightning.attention.context import Context, PairRotary, Rotary
+from mhla_lightning.attention.context import Context, HalfRotary, PairRotary, Rotary
+from mhla_lightning.attention.packing import DocumentChunks
 from mhla_lightning.errors import UserError, unknown_name
 
 KERNELS = ("auto", "triton", "torch")
@@ -24,6 +25,7 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_BATCH = 65535  # programs along one axis
+_WRONG_BATCH = f"it takes 1 to {LARGEST_BATCH:,} samples"
 LARGEST_DIM = 128  # channels a head; a summary of more leaves no registers for tokens
 
 
@@ -101,7 +103,7 @@ def _operand_obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v have different dtypes: {q.dtype}, {k.dtype} and {v.dtype}"
     if q.numel() == 0 or q.shape[0] > LARGEST_BATCH:
-        return f"it takes 1 to {LARGEST_BATCH:,} samples"
+        return _WRONG_BATCH
     if q.shape[1] * max(x.stride(1) for x in (q, k, v)) >= 2**31:  # places are 32-bit numbers
         return "it takes samples of up to 2^31 elements"
     return None
@@ -202,6 +204,27 @@ def dense_is_cheaper(sizes: CallSizes) -> bool:
 LARGEST_VALUE = 256  # channels of v a head in the causal kernels
 
 
+def causal_unfit(offset: float | None, normalizer: str, context: Context) -> str | None:
+    """Return what of a causal operator the kernels over whole rows cannot do.
+
+    Args:
+        offset: of the feature map relu(x) + offset; None means another map.
+        normalizer: the operator's.
+        context: of the call.
+    """
+    if offset is None:
+        return "it takes the feature maps 'relu' and 'relu_eps'"
+    if context.rotary is not None and normalizer != "none":
+        return "it takes rotary positions without a normalizer only"
+    return None
+
+
+def prepare(kernel: str, chunks: DocumentChunks) -> None:
+    """Compute what causal kernels read of documents; it is kept there."""
+    if kernel != "torch" and chunks.slot.is_cuda:
+        _ = chunks.layout
+
+
 def takes_causal(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, context: Context, unfit: str | None = None
 ) -> bool:
@@ -217,10 +240,44 @@ def takes_causal(
 
 def _causal_obstacle(q: Tensor, k: Tensor, v: Tensor, context: Context) -> str | None:
     if context.rotary is not None:
-        return "it takes no rotary positions in a causal model"
+        if not isinstance(context.rotary, HalfRotary):
+            return "it takes rotary positions that turn two halves of a head"
+        if q.shape[3] not in (16, 32, 64, 128):
+            return f"rotary positions need 16, 32, 64 or 128 channels a head, and q has {q.shape[3]}"
     if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
         return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
     return _operand_obstacle(q, k, v)
+
+
+def takes_step(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, context: Context, sums: Tensor, learned: Tensor | None
+) -> bool:
+    """Return whether one more token of every sequence is processed by a Triton kernel.
+
+    Args:
+        kernel: of :func:`kernel_setting`.
+        q, k, v, context: of the token.
+        sums: of the state.
+        learned: the mixing matrix or decay; None means none.
+
+    Raises:
+        UserError: `triton` was demanded and cannot serve the call.
+    """
+
+    def obstacle() -> str | None:
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, sums, learned)
+        ):
+            return "a single token has no gradients there; step under torch.no_grad()"
+        if sums.dtype != torch.float32:
+            return f"it takes a state in float32, and this one is in {sums.dtype}"
+        if context.rotary is not None and not isinstance(context.rotary, HalfRotary):
+            return "it takes rotary positions that turn two halves of a head"
+        if q.shape[3] > LARGEST_DIM or v.shape[3] > LARGEST_VALUE:
+            return f"it takes up to {LARGEST_DIM} channels of q and {LARGEST_VALUE} of v a head"
+        return machine_obstacle(q) or (None if 0 < q.shape[0] <= LARGEST_BATCH else _WRONG_BATCH)
+
+    return _decide(kernel, q, obstacle)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.mhla.triton.choice import CallSizes
+from mhla_lightning.attention.mhla.triton.choice import INTERPRETING, CallSizes
 
 WHOLE_ROWS = 128
 """Rows of a call from which on one program a row fills a GPU."""
@@ -135,3 +135,46 @@ def slices_of(dim_k: int, dim_v: int) -> tuple[int, int]:
     """
     width = min(dim_k, 128 * 128 // dim_v)
     return width, dim_k // width
+
+
+MOST_MIXED = 128
+"""Chunks of the longest row whose means one program mixes; more leave no registers for them."""
+
+
+def mix_tile(chunks: int, elements: int) -> tuple[Tile, int]:
+    """Return the tile that mixes means of chunks, and the tiles of a program.
+
+    Args:
+        chunks: of a row.
+        elements: of a mean.
+    """
+    rows = power_of_two(chunks)
+    width = min(64 if rows > 64 else 128, power_of_two(elements))
+    return Tile(rows, width, 8 if rows > 64 else 4, 2), max(1, min(16, elements // width // 8))
+
+
+def own_tile(dim_k: int, dim_v: int, rows: int, itemsize: int) -> Tile | None:
+    """Return the tile of all gradients of one chunk on Hopper; `keys` are channels of v at once.
+
+    None means that two kernels are needed, as before Hopper, where operands fill the registers.
+
+    Args:
+        dim_k, dim_v: channels with their padding.
+        rows: padded tokens of a chunk.
+        itemsize: bytes of an operand.
+    """
+    if rows > 64 or itemsize > 2 * (1 + INTERPRETING):
+        return None
+    return Tile(rows, min(64, dim_v), 8 if rows * dim_k > 2048 else 4, 1)
+
+
+def decode_tile(dim_k: int, dim_v: int) -> Tile:
+    """Return the tile of one token; `queries` are channels of v that a program reads at once.
+
+    A slice of 4,096 elements leaves registers for two programs a processor.
+
+    Args:
+        dim_k, dim_v: channels with their padding.
+    """
+    width = min(dim_v, 4096 // dim_k)
+    return Tile(width, width, 8 if dim_k * width >= 4096 else 4, 1)
