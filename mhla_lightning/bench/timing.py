@@ -160,7 +160,7 @@ def operator_case(
 
 
 def _drawn(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return random tokens; a GPU gets one sample again and again, which takes the CPU less time."""
+    """Return random tokens; a GPU gets one sample repeated, to save time on the CPU."""
     if device.type == "cpu":
         return torch.randn(shape).to(dtype)
     return torch.randn(1, *shape[1:]).to(device, dtype).repeat(shape[0], 1, 1, 1)
