@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     cases = [case for case in (*CASES, *LANGUAGE_CASES) if args.case in case.name]
     rows = [times.row() for gpu in GPUS for times in operator_times(cases, gpu)]
-    console.print(_times(rows))
+    for gpu in GPUS:
+        console.print(_times(rows, gpu.name))
     result: dict[str, Any] = {"modelled": rows}
     if args.measure:
         result["measured"] = _measured(args, [c for c in cases if isinstance(c, OperatorCase)], console)
@@ -98,18 +99,18 @@ def _measured_table(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _times(rows: list[dict[str, Any]]) -> Any:
+def _times(rows: list[dict[str, Any]], gpu: str) -> Any:
     from rich.table import Table
 
-    table = Table(title="modelled, not measured: forward and backward of one operator, bf16")
-    headings = ("case", "GPU", "form", "kernels torch", "Triton", "GB torch", "Triton")
-    for heading in (*headings, "ms torch", "ms Triton", "ms FlashAttention"):
-        table.add_column(heading, justify="left" if heading in ("case", "GPU", "form") else "right")
-    for row in rows:
-        counts = ("+".join(map(str, row[f"{path}_kernels"])) for path in ("torch", "triton"))
-        gigabytes = (f"{row[f'{path}_gigabytes']:.2f}" for path in ("torch", "triton"))
-        times = (f"{row[f'{path}_ms']:.2f}" for path in ("torch", "triton", "flash"))
-        table.add_row(row["case"], row["gpu"], row["form"], *counts, *gigabytes, *times)
+    table = Table(title=f"modelled for {gpu}, not measured: an operator in bf16, torch to Triton")
+    table.add_column("case", min_width=20)
+    table.add_column("form", no_wrap=True)
+    for heading in ("kernels", "ms", "Flash ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in (row for row in rows if row["gpu"] == gpu):
+        counts = " to ".join("+".join(map(str, row[f"{path}_kernels"])) for path in ("torch", "triton"))
+        times = " to ".join(f"{row[f'{path}_ms']:.2f}" for path in ("torch", "triton"))
+        table.add_row(row["case"], row["form"], counts, times, f"{row['flash_ms']:.2f}")
     return table
 
 
