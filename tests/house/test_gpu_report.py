@@ -39,7 +39,7 @@ def test_tests_for_a_gpu_are_collected() -> None:
     for name in (
         "equal_float64",
         "a_gpu_learns",
-        "with_less_memory",
+        "in_less_memory",
         "one_by_one",
         "what_one_process_learns",
     ):
