@@ -260,7 +260,7 @@ class Session:
             facts = self.data.facts()
         with inside("model"):
             self.task.check_data(facts, micro)
-            check_offload(self.task, self.recipe.trainer.get("strategy"))
+            check_split_weights(self.task, self.recipe.trainer.get("strategy"))
 
     def fit(self) -> None:
         """Train from the newest checkpoint to the end, validate, write summary.json.
@@ -395,21 +395,29 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_offload(task: Task, strategy: Any) -> None:
-    """Refuse to offload activations where weights are split.
+def check_split_weights(task: Task, strategy: Any) -> None:
+    """Refuse what does not go together with weights that are split among ranks.
 
-    Autograd keeps what a product read, and the kept weights would stay gathered until the backward.
+    Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo compiles
+    DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of compilations.
 
     Raises:
-        UserError: ZeRO stage 3.
+        UserError: ZeRO stage 3 beside `checkpoint_activations` offload or `compile`.
     """
-    if task.checkpoint_activations != "offload" or not is_zero(strategy):
+    if not is_zero(strategy) or zero_config(strategy)["zero_optimization"]["stage"] != 3:
         return
-    if zero_config(strategy)["zero_optimization"]["stage"] == 3:
+    name = strategy_name(strategy)
+    if task.checkpoint_activations == "offload":
         raise UserError(
             "checkpoint_activations",
-            f"offload would keep the gathered weights of `trainer.strategy` {strategy_name(strategy)}; take "
-            "blocks or attention, or zero2",
+            f"offload would keep the gathered weights of `trainer.strategy` {name}; take blocks or "
+            "attention, or zero2",
+        )
+    if task.compilation is not None:
+        raise UserError(
+            "compile",
+            f"`trainer.strategy` {name} gathers weights around every layer, which compiles anew in each "
+            "step; take null, or ddp, zero1 or zero2",
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mhla_lightning.cli.main import main
 from mhla_lightning.tasks import ClassificationTask
-from mhla_lightning.training.session import check_offload
+from mhla_lightning.training.session import check_split_weights
 from tests.helpers.errors import refused
 
 
@@ -218,9 +218,10 @@ def test_a_refused_run_leaves_no_folder_and_an_older_one_stays(
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "zero3_offload", {"name": "zero3"}], ids=str)
-def test_activations_are_not_offloaded_where_weights_are_split(strategy: Any) -> None:
-    task = ClassificationTask("deit_tiny", checkpoint_activations="offload")
-    with refused("checkpoint_activations"):
-        check_offload(task, strategy)
+@pytest.mark.parametrize(("key", "value"), [("checkpoint_activations", "offload"), ("compile", "blocks")])
+def test_split_weights_exclude_offloading_and_compiling(strategy: Any, key: str, value: str) -> None:
+    task = ClassificationTask("deit_tiny", num_classes=10, **{key: value})  # type: ignore[arg-type]
+    with refused(key):
+        check_split_weights(task, strategy)
     for other in ("zero2", "ddp", "auto", None):
-        check_offload(task, other)
+        check_split_weights(task, other)

@@ -230,7 +230,7 @@ class MixingMatrix(nn.Module):
     def forward(self) -> Tensor:
         """Return the weight as an operator uses it.
 
-        It is a call of the module, so that ZeRO-3 gathers the weight, inside compiled code too.
+        It is a call of the module, so that ZeRO-3 gathers the weight before and frees it after.
         A clamp here leaves the gradient unchanged, as the release's in-place clamp does.
         """
         if self.clamp is None or self.clamp_at == "step":
