@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from mhla_lightning.attention import BlockGrid, Linear, build_attention
+from mhla_lightning.attention import Attention, BlockGrid, Linear, Rotary, build_attention
 from mhla_lightning.attention.context import PairRotary
 from mhla_lightning.attention.mhla.triton.choice import (
     dense_is_cheaper,
@@ -98,13 +98,9 @@ class OperatorCase:
         heads, dim = self.heads, self.dim
         operator = build_attention(entry, heads=heads, dim_k=dim, dim_v=dim, grid=self.grid).to("meta")
         q, k, v = (x.requires_grad_() for x in self.tokens(3))
-        rotary = _MetaRotary(q.shape[1], self.dim) if self.rotary else None
-        with Operations() as forward:
-            out = operator(q, k, v, rotary=rotary)
-        grad = torch.empty_like(out)
-        with Operations() as backward:
-            out.backward(grad)
-        return forward.found, backward.found
+        return torch_operations(
+            operator, (q, k, v), _MetaRotary(q.shape[1], self.dim) if self.rotary else None
+        )
 
     def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
         """Return launches and operations of torch, forward and backward."""
@@ -253,6 +249,24 @@ class _MetaRotary(PairRotary):
 
     def turn_table(self) -> Tensor:
         return self.table
+
+
+def torch_operations(
+    operator: Attention, inputs: Sequence[Tensor], rotary: Rotary | None
+) -> tuple[list[Work], list[Work]]:
+    """Return the kernels of an operator's torch path, forward and backward.
+
+    Args:
+        operator: on the meta device.
+        inputs: q, k and v, which need gradients.
+        rotary: turns q and k; None means no positions.
+    """
+    with Operations() as forward:
+        out = operator(*inputs, rotary=rotary)
+    grad = torch.empty_like(out)
+    with Operations() as backward:
+        out.backward(grad)
+    return forward.found, backward.found
 
 
 def kernel_launches(case: TableCase, major: int = 9) -> tuple[list[Launch], list[Launch]]:

@@ -16,7 +16,7 @@ from mhla_lightning.attention.mhla import CausalMHLA
 from mhla_lightning.attention.mhla.decode import MHLAState
 from mhla_lightning.attention.mhla.triton.choice import CausalSizes, causal_dense_is_cheaper
 from mhla_lightning.attention.mhla.triton.launch import Launch, recorded
-from mhla_lightning.bench.kernel_launches import Gpu, Operations, Work, flash_seconds
+from mhla_lightning.bench.kernel_launches import Gpu, Operations, Work, flash_seconds, torch_operations
 
 
 class _MetaHalves(HalfRotary):
@@ -100,12 +100,7 @@ class TrainingCase:
         operator, s = self.sizes.operator(), self.sizes
         q, k, v = (x.requires_grad_() for x in s.inputs(s.tokens))
         rotary = _MetaHalves(1, s.tokens, s.dim_k) if self.rotary else None
-        with Operations() as forward:
-            out = operator(q, k, v, rotary=rotary)
-        grad = torch.empty_like(out)
-        with Operations() as backward:
-            out.backward(grad)
-        return forward.found, backward.found
+        return torch_operations(operator, (q, k, v), rotary)
 
     def recorded_call(self, major: int) -> list[tuple[list[Launch], list[Work]]]:
         """Return launches and operations of torch, forward and backward."""

@@ -116,20 +116,18 @@ def test_a_compiled_task_trains_alike_with_few_graphs(family: str, what: Parts) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", MODES[1:])
 @pytest.mark.parametrize(
-    "what",
+    ("how", "what"),
     [
-        None,
-        pytest.param("blocks", marks=pytest.mark.slow),
-        pytest.param("whole", marks=pytest.mark.slow),
+        *((how, None) for how in MODES[1:]),
+        *(pytest.param(how, "blocks", marks=pytest.mark.slow) for how in MODES[1:]),
+        pytest.param("blocks", "whole", marks=pytest.mark.slow),
+        pytest.param("attention", "whole", marks=pytest.mark.slow),
     ],
 )
 def test_activations_that_are_kept_change_no_gradient(
     family: str, how: Activations, what: Parts | None
 ) -> None:
-    if what == "whole" and how == "offload":
-        pytest.skip("refused, see below")
     compilation = None if what is None else Compilation(what, backend="aot_eager")
     plain = ready(FAMILIES[family]())
     other = ready(FAMILIES[family](checkpoint_activations=how, compile=compilation))
