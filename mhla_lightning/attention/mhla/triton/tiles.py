@@ -120,11 +120,10 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
     """
     most, least = (64, 32) if itemsize == 2 else (32, 32)
     queries = keys = min(most, power_of_two(rows))
-    if dim > 64 and kernel in ("queries", "keys"):  # their sums leave few registers
+    if kernel in ("queries", "keys"):  # their sums leave few registers
         small = min(least, power_of_two(rows))
-        wide = dim > 128 or major < 9
-        queries = small if kernel == "keys" or wide else queries
-        keys = small if kernel == "queries" or wide else keys
+        queries = small
+        keys = keys if kernel == "keys" and dim <= 64 and major >= 9 else small
     return Tile(queries, keys, 8 if dim > 64 else 4, 1)
 
 
