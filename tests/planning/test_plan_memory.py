@@ -112,18 +112,17 @@ def test_activations_are_those_of_a_real_step(
 )
 @pytest.mark.parametrize("attention", ["mhla", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_recomputed_operators_take_less(family: str, attention: str) -> None:
-    task = make_task(family, attention, checkpoint_activations="attention")
-    check_activations(task, "32-true")
-    kept, least = (
+    check_activations(make_task(family, attention, checkpoint_activations="attention"), "32-true")
+    # SDPA keeps little beside its inputs and its output. What it saves in a few layers is less than what one
+    # layer takes while it runs again.
+    depth = 4 if attention == "mhla" else 16
+    kept, estimate, least = (
         activation_bytes(
-            make_task(family, attention, checkpoint_activations=how), 4, find_precision("32-true")
+            make_task(family, attention, depth, checkpoint_activations=how), 4, find_precision("32-true")
         )
-        for how in ("none", "blocks")
+        for how in ("none", "attention", "blocks")
     )
-    estimate = activation_bytes(task, 4, find_precision("32-true"))
-    # SDPA keeps its inputs and its output anyway, so recomputing it gains nothing.
-    assert least < estimate <= kept * (1.0 if attention == "mhla" else 1.001)
-    assert estimate < kept or attention == "softmax"  # which keeps next to nothing
+    assert least < estimate < kept
 
 
 class HostCopy:

@@ -32,6 +32,7 @@ from mhla_lightning.attention.mhla.triton.device import (
     place_of,
     precision,
     product,
+    product_in_parts,
     rows,
     strides,
 )
@@ -171,7 +172,7 @@ def read_kernel(
         if TURN:
             cos, sin = turns(table, place, there, D, DP)
             phi = turned(phi, cos, sin)
-        o = product(phi.to(s.dtype), s, UP, PREC) * back
+        o = product_in_parts(phi.to(s.dtype), s, UP, PREC) * back
         if NORM:
             o *= one_over[:, None]
         keep(out, place, there, son, o, DV, DVP)
@@ -387,13 +388,19 @@ def mix(mixing: Tensor | None, x: Tensor) -> Tensor:
     return torch.bmm(m, x.flatten(0, 1).flatten(2)).view(x.shape)
 
 
+ELEMENTS = 2048
+"""Elements of two summaries that one float32 product adds up."""
+
+
 def _mix_gradient(mixing: Tensor, d_mixed: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of m in float32, summed over all that share it."""
     a, b = d_mixed.flatten(0, 1).flatten(2), x.flatten(0, 1).flatten(2).mT
     if a.dtype != torch.float32 and not INTERPRETED:
         products = torch.bmm(a, b, out_dtype=torch.float32)
     else:
-        products = torch.bmm(a.float(), b.float())
+        # One sum over all elements loses a digit more.
+        parts = zip(a.float().split(ELEMENTS, 2), b.float().split(ELEMENTS, 1), strict=True)
+        products = torch.stack([torch.bmm(x, y) for x, y in parts]).sum(0)
     products = products.unflatten(0, d_mixed.shape[:2])
     return products.sum((0, 1) if mixing.dim() == 2 else 0)
 

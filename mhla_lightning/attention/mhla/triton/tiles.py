@@ -1,7 +1,7 @@
 """The fixed table of tiles, warps and stages.
 
-There is no autotuning, so ranks agree and bits repeat. Compiled ahead of time for sm_80 and sm_90, no
-configuration of 16-bit operands spills (`mhla bench kernels --code`).
+There is no autotuning, so ranks agree and bits repeat. Compiled ahead of time for sm_80 and sm_90, no launch
+of `mhla bench kernels --code` spills; docs/performance.md names other options that do.
 """
 
 from __future__ import annotations
