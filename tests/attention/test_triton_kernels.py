@@ -13,6 +13,7 @@ from tests.helpers.kernel_cases import (
     compiled_nodes,
     errors,
     operator_errors,
+    refusals,
 )
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -97,3 +98,14 @@ def test_a_compiler_sees_one_node(interpreted: ProcessPoolExecutor, name: str) -
     calls, error = interpreted.submit(compiled_nodes, {"name": name, "kernel": "triton", **blocks}).result()
     assert len([call for call in calls if call.startswith("mhla.")]) == 1, calls
     assert error < 1e-6
+
+
+@pytest.mark.parametrize(("name", "form"), [("mhla", "dense"), ("linear", "blocks")])
+def test_second_derivatives_and_torch_func_are_refused(
+    interpreted: ProcessPoolExecutor, name: str, form: str
+) -> None:
+    entry = {"name": name, "qk_norm": True, **({"blocks": 2} if name == "mhla" else {})}
+    second, function = interpreted.submit(refusals, entry, form).result()
+    assert f"{form}_backward" in second
+    assert "no autograd formula" in second
+    assert "torch.func" in function

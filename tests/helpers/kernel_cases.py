@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import BlockGrid, build_attention, dense_mhla
+from mhla_lightning.attention import BlockGrid, SelfAttention, build_attention, dense_mhla
 from mhla_lightning.backbones.layers import GridRotation
+from mhla_lightning.errors import UserError
 
 EPS = 1e-3  # of features and normalizer; large enough to matter
 
@@ -166,6 +167,25 @@ def compiled_nodes(entry: dict[str, Any]) -> tuple[list[str], float]:
     compiled = torch.compile(operator, fullgraph=True, backend=backend)
     with torch.no_grad():
         return calls, _relative(compiled(q, k, v), operator(q, k, v).double())
+
+
+def refusals(entry: dict[str, Any], form: str) -> tuple[str, str]:
+    """Return what a second derivative with frozen weights, and torch.func, are told by an operator."""
+    from mhla_lightning.attention.mhla.triton import ops
+
+    torch.manual_seed(0)
+    layer = SelfAttention(8, 1, attention={**entry, "kernel": "triton"}, grid=(4,)).requires_grad_(False)
+    x, w = torch.randn(1, 4, 8, requires_grad=True), torch.randn(1, 4, 8)
+    said = []
+    with mock.patch.object(ops, "dense_is_cheaper", return_value=form == "dense"):
+        (slope,) = torch.autograd.grad((layer(x) * w).sum(), x, create_graph=True)
+        for attempt in (lambda: slope.sum().backward(), lambda: torch.func.grad(lambda x: layer(x).sum())(x)):
+            try:
+                attempt()
+                said.append("nothing")
+            except (RuntimeError, UserError) as error:
+                said.append(str(error))
+    return said[0], said[1]
 
 
 def operator_errors(entry: dict[str, Any]) -> dict[str, float]:

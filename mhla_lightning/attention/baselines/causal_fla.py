@@ -178,10 +178,22 @@ class FlashOperator(CausalAttention):
 def _call(kernel: Kernel, given: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor | None]:
     """Call a kernel with the decays as its fourth argument.
 
-    Their keyword differs between kernels.
+    Their keyword differs between kernels. Their gradients are constants to torch, so a second derivative
+    would lack terms; it is refused. A compiler refuses all second derivatives itself.
     """
     more = {key: x for key, x in given.items() if key == "beta"}
-    return kernel(given["q"], given["k"], given["v"], given["gate"], **more, **options)
+    out, total = kernel(given["q"], given["k"], given["v"], given["gate"], **more, **options)
+    for x in (out, total):
+        if x is not None and x.requires_grad and not torch.compiler.is_compiling():
+            x.register_hook(_refuse_second_derivatives)
+    return out, total
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise UserError(
+            "create_graph", "found true; the kernels of flash-linear-attention have first derivatives only"
+        )
 
 
 class GatedLinearAttention(FlashOperator):

@@ -120,7 +120,7 @@ class CausalLinear(base.CausalAttention):
         log_decay = self._log_decay(q, context.log_decay)
         scale = q.shape[-1] ** -0.5
         plain = not keep and packing is None and log_decay is None and self.normalizer == "none"
-        if plain and pays(q, self.chunk_size):
+        if plain and pays(self.chunk_size, q, k, v):
             weights = q.new_ones(ceil_div(q.shape[2], self.chunk_size))
             out = scale * fused_causal(q, k, v, None, weights, self.chunk_size)
             return out.transpose(1, 2).to(dtype), None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from mhla_lightning.attention.base import known
+from mhla_lightning.attention.base import accumulation_dtype, known
+from mhla_lightning.attention.context import Rotary
+from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.errors import UserError
 
 NORMALIZERS = ("block", "slot", "none")
@@ -91,6 +95,66 @@ def mhla(
         z = z if k_norm is None else _masked(k_norm, mask).sum(-2)
         out = out / (_normalizer(q if q_norm is None else q_norm, z, mixing, normalizer) + eps)
     return _masked(out, mask)
+
+
+def mhla_on_grid(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    blocks: BlockGrid,
+    *,
+    phi: Callable[[Tensor], Tensor],
+    normalizer: str = "block",
+    eps: float = 1e-6,
+    rotary: Rotary | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute :func:`mhla` of tokens in raster order, with sums in float32 at least.
+
+    Args:
+        q, k: (batch, tokens, heads, dim_k), before the feature map.
+        v: (batch, tokens, heads, dim_v).
+        mixing: (blocks, blocks) or (heads, blocks, blocks).
+        blocks: of the grid; short last blocks are allowed.
+        phi: the feature map.
+        normalizer, eps: see :func:`mhla`.
+        rotary: turns q and k by position, in the numerator only; None means no positions.
+        mask: (batch, tokens) bool, True = real token; None means all tokens are real.
+
+    Returns:
+        (batch, tokens, heads, dim_v) in v's dtype.
+    """
+    dtype = v.dtype
+    q, k, v = (x.to(accumulation_dtype(x)) for x in (q, k, v))
+    q, k = phi(q), phi(k)
+    if mask is not None:
+        k = k * mask[:, :, None, None].to(k.dtype)
+    # Short blocks are filled with zeros after the feature map, so empty places count nowhere (SPEC 1.5).
+    q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
+    apart = rotary is not None and normalizer != "none"  # the normalizer takes unturned features
+    out = mhla(
+        _to_blocks(q_turned, blocks),
+        _to_blocks(k_turned, blocks),
+        _to_blocks(v, blocks),
+        mixing.to(q.dtype),
+        normalizer=normalizer,
+        eps=eps,
+        q_norm=_to_blocks(q, blocks) if apart else None,
+        k_norm=_to_blocks(k, blocks) if apart else None,
+    )
+    out = blocks.from_blocks(out).transpose(1, 2)
+    if mask is not None:
+        out = out * mask[:, :, None, None].to(out.dtype)
+    return out.to(dtype)
+
+
+def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:
+    """Reorder raster order to block order in one copy.
+
+    (batch, tokens, heads, dim) -> (batch, heads, blocks, tokens_per_block, dim).
+    """
+    return blocks.to_blocks(x.transpose(1, 2))
 
 
 def _normalizer(q: Tensor, z: Tensor, mixing: Tensor, kind: str) -> Tensor:

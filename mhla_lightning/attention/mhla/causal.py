@@ -97,7 +97,7 @@ def _compute(
     # The weights are the smallest tensors that can take the scale.
     among, diagonal = (rule.scale_for(q.shape[-1]) * part for part in parts)
     simple = chunks is None and features.log_decay is None and rule.normalizer == "none"
-    if simple and rule.own_chunk and not keep and pays(q, size):
+    if simple and rule.own_chunk and not keep and pays(size, q, k, v, mixing):
         return fused_causal(q, k, v, among.tril(-1), diagonal, size), None
     own = diagonal if rule.own_chunk else None
     tokens = chunk_tokens(q, k, v, size, packing, log_decay=features.log_decay, decay_span=rule.decay_span)

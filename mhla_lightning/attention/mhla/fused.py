@@ -3,7 +3,7 @@
 Temporaries of one slice stay in the processor's cache. Plain autograd makes about thirty passes over
 token-sized tensors; on a CPU at 16,384 tokens these cost more than the matrix products. Here the backward
 computes the features again, and one slice of tokens is finished before the next one. The numbers equal those
-of `bidirectional.mhla` (a test).
+of `bidirectional.mhla` (a test), which takes over for torch.func and for gradients of gradients.
 
 A slice is some samples, with all heads, and some whole rows of blocks of their grid. Where one row of blocks
 of one sample exceeds the budget, a slice is some columns of it. A grid of 3 x 4 blocks, with two slices in
@@ -36,11 +36,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import full_precision
+from mhla_lightning.attention.mhla.bidirectional import mhla_on_grid
 from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.transforms import in_transform, pulled_back
 
 SLICE_ELEMENTS = 2**20
 """Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
@@ -94,9 +95,28 @@ def fused_mhla(
         (batch, tokens, heads, dim_v) in v's dtype.
     """
     settings = _Settings(grid, offset, normalize, eps, dtype)
+    if in_transform(q, k, v, mixing):
+        return _plain(q, k, v, mixing, settings)
     if torch.is_grad_enabled():
         return _FusedMHLA.apply(q, k, v, mixing, settings)
     return _by_heads(q, k, v, mixing, settings)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings) -> Tensor:
+    """Compute :func:`fused_mhla` in torch's own operations."""
+    grid = settings.grid
+    if mixing is None:
+        grid, mixing = BlockGrid((q.shape[1],), 1), q.new_ones(1, 1)
+    return mhla_on_grid(
+        q,
+        k,
+        v,
+        mixing,
+        grid,
+        phi=lambda x: torch.relu(x) + settings.offset,
+        normalizer="block" if settings.normalize else "none",
+        eps=settings.eps,
+    )
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings) -> Tensor:
@@ -151,21 +171,23 @@ class _FusedMHLA(torch.autograd.Function):
         m = None if mixing is None else mixing.to(settings.dtype)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         summary, z, mixed, z_mixed = _forward(q, k, v, m, out, work, keep=True)
-        ctx.save_for_backward(q, k, v, m, out, summary, z, mixed, z_mixed)
+        ctx.save_for_backward(q, k, v, mixing, out, summary, z, mixed, z_mixed)
         ctx.settings = settings
-        ctx.mixing_dtype = None if mixing is None else mixing.dtype
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad):  # backward may be called under autocast
+            if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
+                inputs = ctx.saved_tensors[:4]
+                return *pulled_back(lambda *x: _plain(*x, ctx.settings), inputs, grad), None
             return _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, m, out, summary, z, mixed, z_mixed = ctx.saved_tensors
+    q, k, v, mixing, out, summary, z, mixed, z_mixed = ctx.saved_tensors
     settings: _Settings = ctx.settings
+    m = None if mixing is None else mixing.to(settings.dtype)
     work = _Workspace(settings, q.device)
     d_mixed, d_z_mixed = work.room_for_sums(q, v.shape[-1])
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -197,7 +219,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_mixing = _mix_backward(m, d_mixed, summary)
         if settings.normalize:
             d_mixing += _mix_backward(m, d_z_mixed, z)
-        d_mixing = d_mixing.to(ctx.mixing_dtype)
+        d_mixing = d_mixing.to(mixing.dtype)
     return grad_q, grad_k, grad_v, d_mixing, None
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mhla_lightning.attention.base import full_precision
+from mhla_lightning.attention.transforms import in_transform, pulled_back
 
 SLICE_ELEMENTS = 2**18
 """Scores that one slice holds (1 MiB in float32)."""
@@ -23,14 +23,14 @@ WORTHWHILE = 2**19
 """Scores of a head from which on slices are faster; below, all heads at once are."""
 
 
-def pays(q: Tensor, chunk_size: int) -> bool:
+def pays(chunk_size: int, q: Tensor, *others: Tensor) -> bool:
     """Return whether slices are faster than plain autograd for q (batch, heads, tokens, dim_k).
 
-    They are not under a compiler, which fuses the plain form itself.
+    They are not under a compiler, which fuses the plain form itself, and cannot serve torch.func. `others`
+    are the call's other tensors.
     """
-    return (
-        q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE and not torch.compiler.is_compiling()
-    )
+    long = q.device.type == "cpu" and q.shape[2] * chunk_size >= WORTHWHILE
+    return long and not torch.compiler.is_compiling() and not in_transform(q, *others)
 
 
 def fused_causal(
@@ -76,9 +76,11 @@ class _FusedCausal(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, among, diagonal, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
+            with full_precision(q):
+                return tuple(pulled_back(_plain, (q, k, v, among, diagonal), grad))
         summaries_and_prefixes = zip(kept[::2], kept[1::2], strict=True)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_among = None if among is None else torch.zeros_like(among)
@@ -102,6 +104,16 @@ class _FusedCausal(torch.autograd.Function):
                     dqh[part] = (gp @ prefix[part].mT).baddbmm_(d_scores, kp)
                     dkh[part] = (vp @ d_summaries[part].mT).baddbmm_(d_scores.mT, qp)
         return dq, dk, dv, None if d_among is None else d_among.tril_(-1), d_diagonal
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, among: Tensor | None, diagonal: Tensor) -> Tensor:
+    """Compute the function on chunks in torch's own operations."""
+    summaries = k.mT @ v
+    if among is None:
+        prefix = F.pad(summaries[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
+    else:
+        prefix = (among.tril(-1) @ summaries.flatten(3)).view_as(summaries)
+    return q @ prefix + diagonal[..., None, None] * ((q @ k.mT).tril() @ v)
 
 
 def _heads(*tensors: Tensor) -> Iterator[tuple[Any, ...]]:

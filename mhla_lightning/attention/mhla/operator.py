@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mhla_lightning.attention import base
-from mhla_lightning.attention.context import Context, Rotary
-from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla
+from mhla_lightning.attention.context import Context
+from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla_on_grid
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
@@ -128,7 +128,18 @@ class MHLA(base.Attention):
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
             if self.fused_offset is None or plain:
-                return self._plain(q, k, v, mixing, blocks, rotary, mask)
+                return mhla_on_grid(
+                    q,
+                    k,
+                    v,
+                    mixing,
+                    blocks,
+                    phi=self.phi,
+                    normalizer=self.normalizer,
+                    eps=self.eps,
+                    rotary=rotary,
+                    mask=mask,
+                )
             return fused_mhla(
                 q,
                 k,
@@ -167,39 +178,6 @@ class MHLA(base.Attention):
         """
         return len(grid) == 3 and grid[0] == 1 and self.blocks is not None and self.grid.blocks[0] > 1
 
-    def _plain(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mixing: Tensor,
-        blocks: BlockGrid,
-        rotary: Rotary | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        dtype = v.dtype
-        q, k, v = (x.to(base.accumulation_dtype(x)) for x in (q, k, v))
-        q, k = self.phi(q), self.phi(k)
-        if mask is not None:
-            k = k * mask[:, :, None, None].to(k.dtype)
-        # Short blocks are filled with zeros after the feature map, so empty places count nowhere (SPEC 1.5).
-        q_turned, k_turned = (q, k) if rotary is None else (rotary(q), rotary(k))
-        apart = rotary is not None and self.normalizer != "none"  # the normalizer takes unturned features
-        out = mhla(
-            _to_blocks(q_turned, blocks),
-            _to_blocks(k_turned, blocks),
-            _to_blocks(v, blocks),
-            mixing.to(q.dtype),
-            normalizer=self.normalizer,
-            eps=self.eps,
-            q_norm=_to_blocks(q, blocks) if apart else None,
-            k_norm=_to_blocks(k, blocks) if apart else None,
-        )
-        out = blocks.from_blocks(out).transpose(1, 2)
-        if mask is not None:
-            out = out * mask[:, :, None, None].to(out.dtype)
-        return out.to(dtype)
-
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         padded = self.grid.num_blocks * self.grid.tokens_per_block
         mixed = self.grid.num_blocks**2
@@ -209,11 +187,3 @@ class MHLA(base.Attention):
             "none": 0,
         }
         return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
-
-
-def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:
-    """Reorder raster order to block order in one copy.
-
-    (batch, tokens, heads, dim) -> (batch, heads, blocks, tokens_per_block, dim).
-    """
-    return blocks.to_blocks(x.transpose(1, 2))

@@ -16,6 +16,7 @@ from torch import Tensor
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.context import Context, HalfRotary, PairRotary, Rotary
 from mhla_lightning.attention.packing import DocumentChunks
+from mhla_lightning.attention.transforms import in_transform
 from mhla_lightning.errors import UserError, unknown_name
 
 KERNELS = ("auto", "triton", "torch")
@@ -71,6 +72,8 @@ def _decide(kernel: str, q: Tensor, obstacle: Callable[[], str | None]) -> bool:
     if kernel == "torch" or (kernel == "auto" and not (q.is_cuda and q.dtype.itemsize == 2)):
         return False
     reason = obstacle()
+    if reason is None and in_transform(q):
+        reason = "it has no rule for torch.func and forward-mode derivatives"
     if kernel == "triton" and reason is not None:
         raise UserError("kernel", f"'triton' cannot serve this call: {reason}; use 'auto' or 'torch'")
     return reason is None
