@@ -195,14 +195,15 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (batch, tokens); with a cache, the new tokens only.
             attention_mask: (batch, tokens), 1 for real tokens; with a cache, of all tokens or of the new
                 ones.
-            past_key_values: cache of an earlier call; None starts a new text.
+            past_key_values: cache of an earlier call, which this one updates in place; None starts a new
+                text.
             labels: (batch, tokens), shifted here; -100 is ignored. None computes no loss.
             use_cache: return the cache; None takes the config's value, and False in training.
             logits_to_keep: number of last columns whose logits are returned; 0 means all.
             return_dict: False returns a tuple; None means True.
 
         Raises:
-            UserError: padding or labels together with a cache.
+            UserError: padding or labels together with a cache, or a cache of another kind.
         """
         keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         if use_cache is None:
@@ -210,6 +211,12 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         mask = _padding(attention_mask)
         cache = past_key_values
         if cache is not None:
+            if not isinstance(cache, StateCache):
+                raise UserError(
+                    "past_key_values",
+                    f"found a {type(cache).__name__}; this model's cache is a StateCache, which a call with "
+                    "`use_cache=True` and no `past_key_values` returns",
+                )
             if mask is not None and not mask[:, -input_ids.shape[1] :].all():
                 raise UserError(
                     "attention_mask",
@@ -217,7 +224,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             if labels is not None:
                 raise UserError("labels", "need the whole text in one call, without `past_key_values`")
-            logits, cache = self._continue(input_ids, cache)
+            logits = self._continue(input_ids, cache)
         elif use_cache:
             last = logits_to_keep == 1
             logits, state = self.model.prefill(input_ids, mask=mask, all_logits=not last)
@@ -232,12 +239,14 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits[:, keep], past_key_values=cast(Any, cache))
         return output if return_dict is not False else output.to_tuple()
 
-    def _continue(self, input_ids: Tensor, cache: StateCache) -> tuple[Tensor, StateCache]:
-        logits, state = [], cache.state
+    def _continue(self, input_ids: Tensor, cache: StateCache) -> Tensor:
+        """Return the logits of more tokens, and take them up in the cache."""
+        logits = []
         for tokens in input_ids.unbind(1):
-            row, state = self.model.step(tokens, state)
+            row, cache.state = self.model.step(tokens, cache.state)
             logits.append(row)
-        return torch.stack(logits, 1), StateCache(state, cache.tokens + input_ids.shape[1])
+        cache.tokens += input_ids.shape[1]
+        return torch.stack(logits, 1)
 
 
 def _padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 pytest.importorskip("transformers", reason="transformers is the extra 'language'")
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mhla_lightning.hf import MHLAForCausalLM, MHLALanguageConfig, wrap
 from mhla_lightning.inference.text import Sampling, generate
@@ -92,6 +92,18 @@ def test_sampling_and_steps_from_a_cache_of_the_users() -> None:
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole.logits)
     torch.testing.assert_close(last.logits, whole.logits[:, -1:])
     torch.testing.assert_close(some.logits, whole.logits[:, -3:])
+
+
+@every_operator
+def test_a_cache_is_updated_in_place_as_those_of_transformers(entry: Any) -> None:
+    model = wrapped(entry)
+    ids = torch.tensor(prompts(30))
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        rows = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 30)]
+    torch.testing.assert_close(torch.cat(rows, 1), whole[:, 20:])
+    assert cache.get_seq_length() == 30
 
 
 def test_loss_of_labels_and_its_gradient() -> None:
@@ -181,6 +193,8 @@ def test_padding_behind_a_cache_and_labels_with_one_are_refused() -> None:
         model(ids[:, :1], past_key_values=cache, attention_mask=torch.tensor([[1, 1, 1, 1, 0]]))
     with refused("labels"):
         model(ids, past_key_values=cache, labels=ids)
+    with refused("past_key_values"):
+        model(ids[:, :1], past_key_values=DynamicCache())
 
 
 def test_assisted_generation_is_refused_by_transformers() -> None:
