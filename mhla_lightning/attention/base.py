@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol, Self, Unpack
 
 import torch
@@ -198,13 +199,26 @@ def feature_map(name: str, eps: float) -> Callable[[Tensor], Tensor]:
         UserError: unknown name.
     """
     maps: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu_eps": lambda x: torch.relu(x) + eps,
+        "relu_eps": partial(_relu_plus, offset=eps),
         "relu": torch.relu,
-        "elu": lambda x: torch.nn.functional.elu(x) + 1,
-        "identity": lambda x: x,
+        "elu": _elu_plus_one,
+        "identity": _identity,
     }
     known("feature_map", name, FEATURE_MAPS)
     return maps[name]
+
+
+# Functions of the module, because a model is pickled with its feature map.
+def _relu_plus(x: Tensor, offset: float) -> Tensor:
+    return torch.relu(x) + offset
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def relu_offset(name: str, eps: float) -> float | None:

@@ -1,7 +1,11 @@
-"""Second derivatives, and what torch.func does with the operators."""
+"""What torch offers any module: second derivatives, torch.func, pickles, empty batches."""
 
 from __future__ import annotations
 
+import copy
+import io
+import math
+import pickle
 from typing import Any
 
 import pytest
@@ -10,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from mhla_lightning.attention import CausalSelfAttention, SelfAttention
+from mhla_lightning.attention.base import FEATURE_MAPS, feature_map
 from mhla_lightning.attention.baselines import causal_fla
-from mhla_lightning.attention.mhla import fused_causal
+from mhla_lightning.attention.mhla import MHLA, fused_causal
 from tests.helpers.errors import refused
 
 BLOCKS = {"name": "mhla", "blocks": 2}
@@ -108,6 +113,42 @@ def test_torch_func_computes_what_autograd_does(layer: nn.Module) -> None:
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(layer, x[:1]))
     _, pushed = jvp(layer, (x[:1],), (tangent[:1],))
     torch.testing.assert_close(pushed, torch.einsum("abcdef,def->abc", jacobian, tangent[:1]))
+
+
+def test_a_layer_is_pickled_and_copied(layer: nn.Module) -> None:
+    x, file = tokens(), io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    copies = [copy.deepcopy(layer), torch.load(file, weights_only=False)]
+    for other in copies:
+        assert torch.equal(other(x), layer(x))
+        assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_every_feature_map_is_pickled(name: str) -> None:
+    phi, x = feature_map(name, 0.5), tokens()
+    assert torch.equal(pickle.loads(pickle.dumps(phi))(x), phi(x))
+
+
+def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(layer: nn.Module) -> None:
+    empty = tokens()[:0].requires_grad_()
+    with torch.no_grad():
+        assert layer(empty).shape == empty.shape
+    layer(empty).sum().backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == empty.shape
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("grid", [(7,), (100,), (3, 14), (2, 5, 9)], ids=str)
+def test_a_layer_works_with_its_defaults(grid: tuple[int, ...]) -> None:
+    layer = SelfAttention(8, heads=2, grid=grid)
+    x = torch.randn(2, math.prod(grid), 8)
+    assert layer(x).shape == x.shape
+    most = 16 if len(grid) == 1 else 4
+    assert isinstance(layer.attention, MHLA)
+    assert all(1 < blocks <= most for blocks in layer.attention.grid.blocks)
 
 
 def test_kernels_refuse_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:

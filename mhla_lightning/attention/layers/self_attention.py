@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.entry import Entry, build_operator, resolve_layer
@@ -83,15 +84,18 @@ class SelfAttention(nn.Module):
         dim: channels C, a multiple of heads.
         heads: number of heads.
         attention: operator name, or a mapping of ``name``, the operator's own options and
-            :class:`LayerOptions`.
+            :class:`LayerOptions`. None is MHLA with 4 blocks an axis, or 16 of a row; fewer on short axes.
         grid: token counts per axis, ``(N,)``, ``(H, W)`` or ``(T, H, W)``.
 
     Raises:
         UserError: unknown names, dim that heads does not divide, options that do not fit the grid.
     """
 
-    def __init__(self, dim: int, heads: int, *, attention: Entry = "mhla", grid: Sequence[int]) -> None:
+    def __init__(self, dim: int, heads: int, *, attention: Entry | None = None, grid: Sequence[int]) -> None:
         super().__init__()
+        if attention is None:
+            most = 16 if len(grid) == 1 else 4
+            attention = {"name": "mhla", "block_size": [ceil_div(n, most) for n in grid]}
         if dim % heads:
             raise UserError("heads", f"{heads} heads do not divide {dim} channels")
         with inside("attention"):

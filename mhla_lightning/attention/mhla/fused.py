@@ -95,7 +95,7 @@ def fused_mhla(
         (batch, tokens, heads, dim_v) in v's dtype.
     """
     settings = _Settings(grid, offset, normalize, eps, dtype)
-    if in_transform(q, k, v, mixing):
+    if not len(q) or in_transform(q, k, v, mixing):
         return _plain(q, k, v, mixing, settings)
     if torch.is_grad_enabled():
         return _FusedMHLA.apply(q, k, v, mixing, settings)
