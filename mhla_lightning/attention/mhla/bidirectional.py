@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mhla_lightning.attention.base import accumulation_dtype, known
@@ -147,6 +149,44 @@ def mhla_on_grid(
     if mask is not None:
         out = out * mask[:, :, None, None].to(out.dtype)
     return out.to(dtype)
+
+
+@dataclass(frozen=True)
+class ReluMHLA:
+    """One setting of MHLA with features relu(x) + offset, which the hand-written forms compute.
+
+    Attributes:
+        grid: the blocks; short last blocks are allowed.
+        offset: added by the feature map.
+        normalize: whether to divide by q . z~ + eps.
+        eps: added to the normalizer.
+        dtype: of the sums.
+    """
+
+    grid: BlockGrid
+    offset: float
+    normalize: bool
+    eps: float
+    dtype: torch.dtype
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None) -> Tensor:
+        """Compute it in torch's own operations, as :func:`mhla_on_grid` does.
+
+        A mixing of None reads the sum of all summaries, which is linear attention.
+        """
+        grid = self.grid
+        if mixing is None:
+            grid, mixing = BlockGrid((q.shape[1],), 1), q.new_ones(1, 1)
+        return mhla_on_grid(
+            q,
+            k,
+            v,
+            mixing,
+            grid,
+            phi=lambda x: torch.relu(x) + self.offset,
+            normalizer="block" if self.normalize else "none",
+            eps=self.eps,
+        )
 
 
 def _to_blocks(x: Tensor, blocks: BlockGrid) -> Tensor:

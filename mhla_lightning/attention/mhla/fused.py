@@ -39,7 +39,8 @@ from torch import Tensor
 
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import full_precision
-from mhla_lightning.attention.mhla.bidirectional import mhla_on_grid
+from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
+from mhla_lightning.attention.mhla.dense import dense_on_cpu, dense_pays
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.transforms import in_transform, pulled_back
 
@@ -53,17 +54,6 @@ One product of few rows and very many columns leaves the cache, and takes up to 
 
 PANEL = 2048  # columns
 _PANELS_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """Arguments of :func:`fused_mhla` beside its tensors."""
-
-    grid: BlockGrid
-    offset: float
-    normalize: bool
-    eps: float
-    dtype: torch.dtype
 
 
 def fused_mhla(
@@ -94,32 +84,17 @@ def fused_mhla(
     Returns:
         (batch, tokens, heads, dim_v) in v's dtype.
     """
-    settings = _Settings(grid, offset, normalize, eps, dtype)
+    settings = ReluMHLA(grid, offset, normalize, eps, dtype)
     if not len(q) or in_transform(q, k, v, mixing):
-        return _plain(q, k, v, mixing, settings)
+        return settings.plain(q, k, v, mixing)
+    if mixing is not None and dense_pays(q, v, grid):
+        return dense_on_cpu(q, k, v, mixing, settings)
     if torch.is_grad_enabled():
         return _FusedMHLA.apply(q, k, v, mixing, settings)
     return _by_heads(q, k, v, mixing, settings)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings) -> Tensor:
-    """Compute :func:`fused_mhla` in torch's own operations."""
-    grid = settings.grid
-    if mixing is None:
-        grid, mixing = BlockGrid((q.shape[1],), 1), q.new_ones(1, 1)
-    return mhla_on_grid(
-        q,
-        k,
-        v,
-        mixing,
-        grid,
-        phi=lambda x: torch.relu(x) + settings.offset,
-        normalizer="block" if settings.normalize else "none",
-        eps=settings.eps,
-    )
-
-
-def _by_heads(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings) -> Tensor:
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: ReluMHLA) -> Tensor:
     """Compute the forward alone, some heads at a time.
 
     Nothing is kept, so all summaries share one piece of memory, about 32 MiB in float32. With too few heads
@@ -165,7 +140,7 @@ def _forward(
 class _FusedMHLA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: _Settings
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: ReluMHLA
     ) -> Tensor:
         work = _Workspace(settings, q.device)
         m = None if mixing is None else mixing.to(settings.dtype)
@@ -180,13 +155,13 @@ class _FusedMHLA(torch.autograd.Function):
         with full_precision(grad):  # backward may be called under autocast
             if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
                 inputs = ctx.saved_tensors[:4]
-                return *pulled_back(lambda *x: _plain(*x, ctx.settings), inputs, grad), None
+                return *pulled_back(ctx.settings.plain, inputs, grad), None
             return _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, mixing, out, summary, z, mixed, z_mixed = ctx.saved_tensors
-    settings: _Settings = ctx.settings
+    settings: ReluMHLA = ctx.settings
     m = None if mixing is None else mixing.to(settings.dtype)
     work = _Workspace(settings, q.device)
     d_mixed, d_z_mixed = work.room_for_sums(q, v.shape[-1])
@@ -368,7 +343,7 @@ class _Workspace:
         gradients: gradients of q or k of a slice, (samples x blocks x heads, tokens_per_block, dim_k).
     """
 
-    settings: _Settings
+    settings: ReluMHLA
     device: torch.device
     summaries: _Memory = field(init=False)
     key_sums: _Memory = field(init=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,6 +88,17 @@ class BlockGrid:
         """(tokens,) int64: the block of every token in raster order."""
         ids = torch.arange(self.num_blocks).view(-1, 1, 1).expand(-1, self.tokens_per_block, 1)
         return self.from_blocks(ids).squeeze(-1)
+
+    @cached_property
+    def pairs(self) -> array[int]:
+        """tokens x tokens int64: the place of m[b(i), b(j)] in a flat mixing matrix.
+
+        This is no tensor: one that is kept would be of the mode of its first call, such as fake.
+        """
+        block = [0]
+        for tokens, count, size in zip(self.grid, self.blocks, self.block_size, strict=True):
+            block = [b * count + place // size for b in block for place in range(tokens)]
+        return array("q", [i * self.num_blocks + j for i in block for j in block])
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Reorder raster order to block order.
