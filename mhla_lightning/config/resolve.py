@@ -167,7 +167,7 @@ def _section(name: str, kind: type, value: Any) -> tuple[Any, Any]:
         parser.add_lightning_class_args(kind, name, subclass_mode=kind is not Trainer)
     try:
         config = parser.parse_object({} if value is None else {name: deepcopy(value)})
-        dumped = yaml.safe_load(parser.dump(config, skip_unset=False))
+        dumped = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
         return dumped[name], parser.instantiate(config)[name]
     except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
         raise _mistake(name, kind, value, error) from error

@@ -12,13 +12,10 @@ import pytest
 
 from mhla_lightning.config import moved_keys
 from mhla_lightning.config.moved_keys import MOVED, flat, moved, moved_name
-from mhla_lightning.config.recipes import apply_overrides, argument, load_recipe, recipe_names
-from mhla_lightning.config.resolve import differences, resolve
-from mhla_lightning.runs.folder import default_run_id
+from mhla_lightning.config.recipes import apply_overrides, argument
 from tests.helpers.errors import refused
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-RUN_IDS = json.loads((GOLDEN / "run_ids.json").read_text())  # of the recipes before keys moved
 FLAT = json.loads((GOLDEN / "flat_recipes.json").read_text())  # recipe.yaml of runs made then
 CLASSES = [(section, name) for section, classes in MOVED.items() for name in classes]
 
@@ -41,21 +38,6 @@ def images(**arguments: Any) -> dict[str, Any]:
         },
         "data": {"class_path": "mhla_lightning.data.ImageDataModule", "init_args": arguments},
     }
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_default_run_ids_stay(name: str) -> None:
-    recipe = load_recipe(name)
-    resolved = resolve(recipe.values)
-    assert default_run_id(recipe.name, resolved.identity()) == RUN_IDS[name]
-    if name in FLAT:
-        assert differences(FLAT[name], resolved.values) == ""
-        again = resolve({**FLAT[name], "trainer": {}}).identity()
-        assert (again["model"], again["data"]) == (resolved.identity()["model"], resolved.identity()["data"])
-
-
-def test_every_packaged_recipe_has_a_golden_run_id() -> None:
-    assert sorted(RUN_IDS) == recipe_names()
 
 
 @pytest.mark.usefixtures("new_shape")

@@ -315,7 +315,7 @@ def test_mistakes_give_one_line(
     arguments: list[str],
     words: str,
 ) -> None:
-    shutil.copytree(runs("zero2"), tmp_path / "copy")
+    shutil.copytree(runs("zero3"), tmp_path / "copy")
     Path("here.safetensors").touch()
     if damage is not None:
         damage(checkpoint_of(tmp_path / "copy"))
@@ -332,11 +332,11 @@ def test_mistakes_give_one_line(
 def test_a_full_disk_leaves_nothing(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
-    runs("zero2")
+    runs("zero3")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        assert main(["export", "zero2", "--to", target]) == 2
+        assert main(["export", "zero3", "--to", target]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert re.search(r"^error: .*is full\n$", capsys.readouterr().err)

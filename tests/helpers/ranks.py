@@ -6,6 +6,8 @@ import. A forked rank does what `mhla ARGUMENTS` does under a launcher that sets
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -30,6 +32,22 @@ ONE_THREAD = {
     "DS_ACCELERATOR": "cpu",
 }
 _POLL = 0.02  # seconds
+_IMPORTED = (
+    "deepspeed",
+    "fsspec.implementations.local",
+    "lightning.pytorch",
+    "mhla_lightning.cli.generate",
+    "mhla_lightning.cli.run",
+    "mhla_lightning.config.resolve",
+    "mhla_lightning.data",
+    "mhla_lightning.tasks",
+    "mhla_lightning.training.session",
+    "s3fs",
+    "setuptools",
+    "torch.utils.flop_counter",
+    "torch.utils.tensorboard",
+)
+"""What a command imports sooner or later; a child would import it anew, in a second."""
 
 
 @dataclass
@@ -274,15 +292,12 @@ def _free_port() -> int:
 
 
 def _serve(descriptors: socket.socket) -> None:
-    import deepspeed  # noqa: F401
-    import lightning.pytorch  # noqa: F401
     import torch
 
-    import mhla_lightning.cli.run
-    import mhla_lightning.config.resolve
-    import mhla_lightning.training.session  # noqa: F401
-
+    for name in _IMPORTED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.freeze()  # a child does not copy these pages when it collects garbage
     children: dict[int, int | None] = {}
     for line in sys.stdin:
         question = json.loads(line)
