@@ -43,9 +43,10 @@ def mixing_matrices(module: nn.Module) -> list[MixingMatrix]:
 
 @torch.no_grad()
 def project(matrices: Sequence[MixingMatrix], strategy: Strategy) -> None:
-    """Bring mixing matrices back to their range, in every tensor of this rank that holds their values.
+    """Bring mixing matrices back to their range.
 
-    The next step would undo the projection from a float32 master that was left out.
+    Every tensor of this rank that holds their values is projected: the next step would undo it from a float32
+    master that was left out.
 
     Args:
         matrices: of the model.
