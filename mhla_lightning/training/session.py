@@ -102,6 +102,7 @@ class Session:
         self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
         self.record, self.changed, self._begun = record, changed, False
         self.task, self.data = recipe.task, recipe.data
+        self.data.endless = True
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
         self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))

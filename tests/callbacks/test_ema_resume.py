@@ -22,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
     "ignore:Checkpoint directory",
     "ignore:Be aware that when using `ckpt_path`",
-    "ignore:.*ended before the epoch",
 )
 OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 1, "num_heads": 2}
 
