@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +37,10 @@ def files_of(trainer: pl.Trainer, folder: Path, averages: Sequence[EMA], recipe:
     """
     rank, rank_file = trainer.global_rank, file_name(trainer.global_rank, trainer.world_size)
     parts, local = Parts(folder, rank), sharding_of(trainer.strategy).local_weights
-    trainer.save_checkpoint(folder / FILE)
+    with ExitStack() as kept:
+        for ema in averages:
+            kept.enter_context(ema.kept_beside())
+        trainer.save_checkpoint(folder / FILE)
     if rank == 0:
         checkpoint, write = cast(RunCheckpointIO, trainer.strategy.checkpoint_io).take(
             copied if later else _unchanged

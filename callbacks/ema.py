@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,9 @@ class EMA(AfterStep):
     Lightning's WeightAveraging validates the average only. It averages in the weights' own type, and 0.9999
     is below the resolution of bf16. It loses the average under DeepSpeed (Lightning issue 21414).
 
+    The average is part of every checkpoint: Lightning's ModelCheckpoint keeps it in its file, and ours in a
+    file beside it. Another model starts a new average.
+
     Args:
         decay: weight of the old average in a step, at least 0 and below 1.
         warmup: use min(decay, (1 + n) / (10 + n)) after n updates. A short run then forgets its random start.
@@ -42,6 +46,9 @@ class EMA(AfterStep):
         self.average: dict[str, Tensor] = {}
         self.updates = 0
         self._resume: Path | None = None
+        self._loaded: Mapping[str, Tensor] | None = None  # of a checkpoint; empty where it is not in the file
+        self._owner: weakref.ref[torch.nn.Module] | None = None
+        self._beside = False
 
     def resume_from(self, folder: Path) -> None:
         """Name the checkpoint folder whose average is continued."""
@@ -50,6 +57,15 @@ class EMA(AfterStep):
     def start_from(self, folder: Path | None) -> None:
         """Read the average anew from a checkpoint folder at its next use; None takes the weights."""
         self.average, self._resume = {}, folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that is no task of ours. Raises UserError."""
+        if not isinstance(pl_module, Task):
+            raise UserError(
+                "trainer.callbacks",
+                f"EMA averages a task of mhla_lightning, and {type(pl_module).__name__} is none; "
+                "take Lightning's EMAWeightAveraging",
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -120,11 +136,22 @@ class EMA(AfterStep):
         with sharding_of(trainer.strategy).local_weights.swapped(_backbone(pl_module), self.average):
             yield
 
+    @contextmanager
+    def kept_beside(self) -> Iterator[None]:
+        """Leave the average out of checkpoints in the block, which keep it in a file of its own."""
+        self._beside = True
+        try:
+            yield
+        finally:
+            self._beside = False
+
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
+        state: dict[str, Any] = {"updates": self.updates}
+        return state if self._beside or not self.average else state | {"average": self.average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
+        self._loaded = state_dict.get("average", {} if self.updates else None)
 
     def stretches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Stretch]:
         """Return this rank's part of the average: all of it where the weights are whole."""
@@ -137,9 +164,15 @@ class EMA(AfterStep):
 
     @torch.no_grad()
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.average:
+        """Begin an average of this model, from the checkpoint where one was loaded."""
+        backbone = _backbone(pl_module)
+        same = self._owner is not None and self._owner() is backbone
+        if self.average and same and self._loaded is None:
             return
-        local, backbone = sharding_of(trainer.strategy).local_weights, _backbone(pl_module)
+        if self.average and not same and self._loaded is None:  # of another model
+            self.updates = 0
+        self.average, self._owner = {}, weakref.ref(backbone)
+        local = sharding_of(trainer.strategy).local_weights
         fragments = local.fragments(backbone)
         for lot in local.lots(fragments):
             with local.loaded(lot) as loaded:
@@ -147,17 +180,38 @@ class EMA(AfterStep):
                     f.name: f.values.float().clone().view(f.values.shape if local.sharded else f.shape)
                     for f in loaded
                 }
-        if self._resume is None:
-            return
-        saved = open_average(self._resume, backbone.state_dict(keep_vars=True))
+        saved = self._saved(trainer, backbone)
+        if saved is not None:
+            for fragment in fragments:
+                self.average[fragment.name].view(-1).copy_(
+                    saved(fragment.name, fragment.start, fragment.size)
+                )
+
+    def _saved(
+        self, trainer: pl.Trainer, backbone: torch.nn.Module
+    ) -> Callable[[str, int, int], Tensor] | None:
+        """Return a reader of the checkpoint's average: (name, start, numel) -> flat tensor.
+
+        None without a checkpoint.
+        """
+        folder, loaded = self._resume, self._loaded
+        self._resume = self._loaded = None
+        if folder is None and loaded is None:
+            return None
+        state = backbone.state_dict(keep_vars=True)
+        if folder is None and loaded:
+            wanted = {name for name, tensor in state.items() if tensor.is_floating_point()}
+            if loaded.keys() == wanted:
+                return lambda name, start, numel: loaded[name].reshape(-1)[start : start + numel]
+        folder = folder or Path(str(trainer.ckpt_path)).parent
+        saved = open_average(folder, state)
         if saved is None:
             raise UserError(
-                str(self._resume),
+                str(folder),
                 "the checkpoint does not hold this model's average; start a new run with `fresh` or take EMA "
                 "out of `trainer.callbacks`",
             )
-        for fragment in fragments:
-            self.average[fragment.name].view(-1).copy_(saved(fragment.name, fragment.start, fragment.size))
+        return saved
 
 
 def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:

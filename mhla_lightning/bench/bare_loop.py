@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.bench import source_clock as sources
 from mhla_lightning.bench.source_clock import SourceClock
 from mhla_lightning.callbacks import EMA
@@ -18,6 +17,7 @@ from mhla_lightning.data.stream import Batch
 from mhla_lightning.strategies.norm import total_norm
 from mhla_lightning.tasks import Task
 from mhla_lightning.tasks.optimization import clip_by_norm
+from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices
 
 
 class BareLoop:
@@ -55,7 +55,7 @@ class BareLoop:
         self._parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
-        self._mixing = [module for module in task.modules() if isinstance(module, MixingMatrix)]
+        self._mixing = mixing_matrices(task)
         self.averages = [
             Average(task, callback) for callback in cast(Any, trainer).callbacks if isinstance(callback, EMA)
         ]
@@ -93,7 +93,7 @@ class BareLoop:
             self.optimizer.step()
         with timed(sources.SCHEDULE):
             self._schedule.step()
-        with timed(sources.PROJECTION):
+        with timed(PROJECTION):
             for matrix in self._mixing:
                 matrix.project_()
         with timed(sources.AVERAGE):

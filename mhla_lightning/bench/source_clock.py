@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch.profilers import Profiler
 
+from mhla_lightning.tasks.projection import PROJECTION
+
 FORWARD, BACKWARD, ZERO, CLIP = "forward and loss", "backward", "zeroing gradients", "gradient clipping"
-ADAMW, SCHEDULE, PROJECTION, AVERAGE = (
-    "AdamW",
-    "learning-rate schedule",
-    "projection",
-    "average of the weights",
-)
+ADAMW, SCHEDULE, AVERAGE = "AdamW", "learning-rate schedule", "average of the weights"
 SAME = (FORWARD, ZERO, BACKWARD, CLIP, ADAMW)
 """What both sides leave to the very same calls, in their order; all else is Lightning's own, or the
 platform's.
@@ -51,7 +48,6 @@ _STEP_HOOKS = {
     "on_after_batch_transfer": DATA,
 }
 _CALLBACK_HOOKS = {
-    ("ProjectMixing", "on_train_batch_end"): PROJECTION,
     ("EMA", "on_train_batch_end"): AVERAGE,
     ("Health", "on_before_optimizer_step"): GRADIENT_NORM,
 }

@@ -12,17 +12,20 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
+from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -85,6 +88,7 @@ class Task(pl.LightningModule):
         self.compilation = Compilation(compile) if isinstance(compile, str) else compile
         self.backbone: nn.Module | None = None
         self._gradient_norm: Tensor | None = None
+        self._mixing: list[MixingMatrix] | None = None
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
         plan = self._weightless()
@@ -168,6 +172,35 @@ class Task(pl.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    @property
+    def projects_itself(self) -> bool:
+        """Whether every step projects the mixing matrices.
+
+        It does not under manual optimization, nor in a subclass with an `optimizer_step` of its own: these
+        need callbacks.ProjectMixing.
+        """
+        return self.automatic_optimization and type(self).optimizer_step is Task.optimizer_step
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step, and project the mixing matrices before anybody reads the weights.
+
+        A step that was left out needs no exception: projecting weights once more changes nothing.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        steps = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current
+        # DeepSpeed counts micro batches itself, and Lightning comes here after each of them.
+        if steps.ready > steps.completed:
+            with self.trainer.profiler.profile(PROJECTION):
+                if self._mixing is None:
+                    self._mixing = mixing_matrices(self)
+                project(self._mixing, self.trainer.strategy)
+
     def draws_ahead(self, training: bool) -> Drawing | None:
         """Return what draws the random numbers of a batch on the host; None needs none.
 
@@ -249,6 +282,7 @@ class Task(pl.LightningModule):
         return self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        self._mixing = None  # somebody may have replaced a layer since the last fit
         optimizer = self.build_optimizer()
         if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):  # DeepSpeed has its own
             fuse(optimizer)

@@ -31,7 +31,6 @@ from mhla_lightning.callbacks import (
     Monitor,
     Preemption,
     ProgressFile,
-    ProjectMixing,
     StepBar,
 )
 from mhla_lightning.callbacks.early_end import STOPPED, early_end
@@ -103,6 +102,7 @@ class Session:
         self.recipe, self.run, self.resume, self.signals = recipe, run, resume, signals
         self.record, self.changed, self._begun = record, changed, False
         self.task, self.data = recipe.task, recipe.data
+        self.data.endless = True
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
         self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
@@ -185,8 +185,8 @@ class Session:
     def _callbacks(self, given: list[Callback], arguments: dict[str, Any]) -> list[Callback]:
         """Return all callbacks of the run, in the order in which they act after an optimizer step.
 
-        The step is judged, then mixing matrices are projected, then weights averaged, then saved. Lightning
-        puts checkpoint callbacks last.
+        The task has projected its mixing matrices. The step is judged, then weights averaged, then saved.
+        Lightning puts checkpoint callbacks last.
         """
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
@@ -214,7 +214,7 @@ class Session:
             own.append(StepBar())
         arguments.setdefault("enable_model_summary", False)  # the run command prints size and FLOPs itself
         guard = Health(self.run, health.max_skipped, health.spike_factor)
-        return [FirstStep(self._begin), guard, ProjectMixing(), EarlyEnd(), *given, *own, self.memory]
+        return [FirstStep(self._begin), guard, EarlyEnd(), *given, *own, self.memory]
 
     def _begin(self) -> None:
         """Let the run folder show this attempt, once."""

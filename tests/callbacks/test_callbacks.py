@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file, save_file
 
-from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.attention import MixingMatrix, SelfAttention
 from mhla_lightning.callbacks import EMA, ProjectMixing
 from mhla_lightning.callbacks.monitor import Monitor, mixing_figure
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
@@ -58,6 +58,18 @@ def train(
     task = ClassificationTask(
         "deit_tiny", attention, OPTIONS, num_classes=4, optimizer=OptimizerConfig(lr=lr)
     )
+    fit(task, shards, tmp_path, *callbacks, steps=steps, accumulate=accumulate)
+    return task
+
+
+def fit(
+    module: pl.LightningModule,
+    shards: Path,
+    tmp_path: Path,
+    *callbacks: pl.Callback,
+    steps: int,
+    accumulate: int = 1,
+) -> None:
     data = ImageDataModule(
         str(shards),
         batch_size=16,
@@ -78,8 +90,7 @@ def train(
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(task, datamodule=data)
-    return task
+    trainer.fit(module, datamodule=data)
 
 
 def mixing_of(task: Any) -> list[torch.Tensor]:
@@ -87,21 +98,58 @@ def mixing_of(task: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_mixing_matrices_stay_in_range_after_every_optimizer_step(
-    shards: Path, tmp_path: Path, accumulate: int
+def test_a_task_projects_once_a_step_before_any_callback_looks(
+    shards: Path, tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A learning rate that leaves [0, 1] at once: with the callback every step ends inside, without it
-    does not.
-    """
+    """A learning rate that leaves [0, 1] at once, and no ProjectMixing."""
+    projected: list[int] = []
+    own = MixingMatrix.project_
+    monkeypatch.setattr(MixingMatrix, "project_", lambda matrix: (projected.append(1), own(matrix))[1])
     seen: list[tuple[int, float, float]] = []
     watch = Watch(lambda trainer, task: seen.append((trainer.global_step, *_range(task))))
-    train(shards, tmp_path, ProjectMixing(), watch, steps=3, accumulate=accumulate, lr=0.5)
+    task = train(shards, tmp_path, watch, steps=3, accumulate=accumulate, lr=0.5)
     assert {step for step, _, _ in seen} >= {1, 2, 3}
     assert all(low >= 0 and high <= 1 for step, low, high in seen)
     assert any(low == 0 or high == 1 for _, low, high in seen)  # the bound was met
-    free: list[tuple[float, float]] = []
-    train(shards, tmp_path, Watch(lambda trainer, task: free.append(_range(task))), steps=3, lr=0.5)
-    assert any(low < 0 or high > 1 for low, high in free)
+    assert len(projected) == 3 * len(mixing_of(task))
+    train(shards, tmp_path, ProjectMixing(), steps=3, accumulate=accumulate, lr=0.5)
+    assert len(projected) == 6 * len(mixing_of(task)), "the callback does nothing for a task"
+
+
+class Own(pl.LightningModule):
+    """A user's module around SelfAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SelfAttention(12, heads=2, grid=(2, 2), attention={"name": "mhla", "blocks": 2})
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        return self.attention(batch["image"].reshape(-1, 4, 12)).square().mean()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.3)
+
+
+@pytest.mark.parametrize("projects", [True, False])
+def test_one_line_projects_a_users_own_module(shards: Path, tmp_path: Path, projects: bool) -> None:
+    seen: list[tuple[float, float]] = []
+    watch = Watch(lambda trainer, module: seen.append(_range(module)))
+    torch.manual_seed(0)
+    fit(Own(), shards, tmp_path, *([ProjectMixing()] if projects else []), watch, steps=3)
+    assert all(low >= 0 and high <= 1 for low, high in seen) == projects
+
+
+def test_a_task_that_takes_its_steps_by_hand_needs_the_callback() -> None:
+    class Manual(ClassificationTask):
+        def optimizer_step(self, *arguments: Any) -> None: ...
+
+    task = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4)
+    assert task.projects_itself
+    task.automatic_optimization = False
+    assert not task.projects_itself
+    assert not Manual("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4).projects_itself
 
 
 def _range(task: Any) -> tuple[float, float]:
@@ -120,7 +168,7 @@ def test_ema_is_the_recursion_in_float32(shards: Path, tmp_path: Path, warmup: b
             name: p.detach().double().clone() for name, p in task.backbone.named_parameters()
         }
 
-    task = train(shards, tmp_path, ProjectMixing(), ema, Watch(note), steps=4, accumulate=accumulate)
+    task = train(shards, tmp_path, ema, Watch(note), steps=4, accumulate=accumulate)
     assert task.backbone is not None
     pl.seed_everything(0, verbose=False)
     fresh = ClassificationTask("deit_tiny", {"name": "mhla", "blocks": 2}, OPTIONS, num_classes=4)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 import webdataset as wds
 from lightning.pytorch import LightningDataModule
@@ -21,6 +22,7 @@ from mhla_lightning.data.corpus import Corpus, DataSource, TrainCorpus
 from mhla_lightning.data.index import FORMAT, INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
+from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.trainer_limits import check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
@@ -59,13 +61,15 @@ class ShardDataModule(LightningDataModule):
         batch_size: samples of one optimizer step, over all ranks.
         micro_batch_size: samples that a rank takes at once; must divide its part of `batch_size`. None is
             the whole part.
-        epochs: passes over the training data; `lightning run` turns it into trainer.max_steps. The data
-            module itself does not read it.
+        epochs: passes over the training data, the length of a recipe. A plain Trainer has its `max_epochs`
+            for that; another number here is refused.
         order: seed and mixing of the training samples.
         reading: workers, checks and remote access.
 
     Attributes:
         consumed: training samples already consumed.
+        endless: train in one endless epoch of the trainer's, which `lightning run` does. Otherwise an epoch
+            has `samples // batch_size` steps, and a sample left over is in the next epoch.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class ShardDataModule(LightningDataModule):
         self._splits_read: dict[tuple[str, str], Split | None] = {}
         self._corpus: TrainCorpus | None = None
         self._loaders: list[wds.WebLoader] = []
+        self._epochs: EpochLoader | None = None
+        self.endless = False
         self._validate()
 
     def _validate(self) -> None:
@@ -304,14 +310,15 @@ class ShardDataModule(LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would change the batch or never act. Raises UserError."""
+        """Refuse callbacks that would change the batch. Raises UserError."""
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
 
-    def train_dataloader(self) -> wds.WebLoader:
+    def train_dataloader(self) -> wds.WebLoader | EpochLoader:
         """Return the sequence of training batches from the current position on.
 
-        It has as many batches as trainer.max_steps needs, and no length when max_steps is -1.
+        Under a trainer it comes in epochs of one length; without one it has no end. `lightning run` has one
+        epoch, of as many batches as its steps need.
 
         Raises UserError for arguments of the trainer that would change which samples come.
         """
@@ -320,63 +327,90 @@ class ShardDataModule(LightningDataModule):
             micro, accumulation = self.micro_batch(place.world_size)
             if self._restored is not None:
                 self.check_state(self._restored)
-        if self._restored is not None:
-            self._align_progress(accumulation)
+        resumed = self._restored is not None
         self._start, self._start_step = self.consumed, 0 if self.trainer is None else self.trainer.global_step
         self._restored = None
-        part = RankPart(place.rank, place.world_size, self.batch_size, micro, self._start)
+        if self.trainer is None:
+            return self._train_loader(micro, None, self._start)
+        self._check_accumulation(self.trainer, accumulation)
+        if self.endless:
+            if resumed:
+                batches = self.trainer.global_step * accumulation
+                restate_progress(self.trainer, lambda _: batches)
+            self._check_mixture(self.trainer.max_steps - self._start_step)
+            steps = self.trainer.max_steps
+            return self._train_loader(micro, steps * accumulation if steps > 0 else None, self._start)
+        return self._epoch_loader(self.trainer, micro, accumulation)
+
+    def _epoch_loader(self, trainer: pl.Trainer, micro: int, accumulation: int) -> EpochLoader:
+        steps = max(1, self.samples // self.batch_size)
+        check_trainer(trainer, steps * accumulation, accumulation, self.epochs)
+        lengths = [trainer.max_steps - self._start_step] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            lengths.append((trainer.max_epochs - trainer.current_epoch) * steps)
+        self._check_mixture(min(lengths, default=0))
+
+        running: list[wds.WebLoader] = []
+
+        def build(first: int) -> wds.WebLoader:
+            for loader in running:
+                self._end(loader)
+            running[:] = [self._train_loader(micro, None, first)]
+            return running[0]
+
+        def restated(before: int) -> None:
+            restate_progress(trainer, lambda batches: batches // before * accumulation)
+
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready > steps * accumulation:
+            # The checkpoint is of `lightning run`, whose one epoch has all batches.
+            batches = trainer.global_step % steps * accumulation
+            restate_progress(trainer, lambda _: batches)
+        self._epochs = EpochLoader(
+            steps * accumulation, accumulation, self.batch_size, lambda: self.consumed, build, restated
+        )
+        return self._epochs
+
+    def _train_loader(self, micro: int, batches: int | None, first: int) -> wds.WebLoader:
+        """Return a loader of the sequence from a position on.
+
+        Args:
+            micro: samples that a rank takes at once.
+            batches: length; None has no end.
+            first: the position.
+        """
+        place = self._rank()
         stream = TrainStream(
             self.corpus,
             self.kind(self.index()),
-            part,
+            RankPart(place.rank, place.world_size, self.batch_size, micro, first),
             self.reading.max_skipped_share,
             self._kinds("train"),
             self._draw(training=True),
         )
-        batches = self._train_batches(accumulation)
-        if self.trainer is not None:
-            check_trainer(self.trainer, batches, self.samples, self.batch_size)
         return self._loader(stream, self.reading.num_workers, batches)
 
     def _draw(self, training: bool) -> Draw | None:
         module = None if self.trainer is None else self.trainer.lightning_module
         return module.draws_ahead(training) if isinstance(module, WorksAhead) else None
 
-    def _align_progress(self, accumulation: int) -> None:
-        """Restate Lightning's count of micro batches for this number of accumulation steps.
-
-        A checkpoint of another number of ranks has counted other micro batches, and the loop would end early.
-        """
-        if self.trainer is None:
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        batches = self.trainer.global_step * accumulation
-        state = progress.state_dict()
-        for counts in (state["total"], state["current"]):
-            # Lightning learns from this difference at which hook the checkpoint was written.
-            behind = counts["processed"] - counts["completed"]
-            counts |= {"ready": batches, "started": batches, "processed": batches}
-            counts["completed"] = batches - behind
-        progress.load_state_dict(state)
-
-    def _train_batches(self, accumulation: int) -> int | None:
-        if self.trainer is None:
-            return None
-        if self.trainer.accumulate_grad_batches != accumulation:
+    def _check_accumulation(self, trainer: pl.Trainer, accumulation: int) -> None:
+        if trainer.accumulate_grad_batches != accumulation:
             raise UserError(
                 "trainer.accumulate_grad_batches",
-                f"{self.trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
+                f"{trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
                 f"`data.batch_size` and `data.micro_batch_size`: set it to {accumulation}",
             )
-        steps = self.trainer.max_steps - self._start_step
-        if self._start + steps * self.batch_size > self.corpus.mixture.length:
-            last = int((self.corpus.mixture.length - self._start) // self.batch_size) + self._start_step
+
+    def _check_mixture(self, steps: int) -> None:
+        """Refuse a mixture that ends before so many steps from the current position on."""
+        end = self.corpus.mixture.length
+        if self._start + steps * self.batch_size > end:
+            last = int((end - self._start) // self.batch_size) + self._start_step
             raise UserError(
                 "data.mix",
-                f"the mixture ends in step {last + 1}, before `trainer.max_steps` {self.trainer.max_steps}: "
+                f"the mixture ends in step {last + 1}, before step {self._start_step + steps}: "
                 "see when_exhausted",
             )
-        return self.trainer.max_steps * accumulation if self.trainer.max_steps > 0 else None
 
     def val_dataloader(self) -> wds.WebLoader:
         """Return one pass over val/, with the same number of batches on every rank.
@@ -417,6 +451,11 @@ class ShardDataModule(LightningDataModule):
         self._loaders.append(loader)
         return loader
 
+    def _end(self, loader: wds.WebLoader) -> None:
+        if loader in self._loaders:
+            self._loaders.remove(loader)
+        shut_down(loader)
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch without waiting, and keep on the host what only the host reads."""
         kept = {name: batch[name] for name in ON_HOST if name in batch}
@@ -431,6 +470,8 @@ class ShardDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """End the loader workers."""
+        if self._epochs is not None:
+            self._epochs.close()
         while self._loaders:
             shut_down(self._loaders.pop())
 
