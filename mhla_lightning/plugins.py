@@ -98,13 +98,13 @@ def packages(values: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(module.partition(".")[0] for module in modules))
 
 
-def location(module: str) -> Path | None:
-    """Return the file or folder of a module's package, or None; nothing is imported."""
+def locations(module: str) -> list[Path]:
+    """Return the files or folders that a module's package is in; nothing is imported."""
     spec = importlib.util.find_spec(module.partition(".")[0])
     if spec is None:
-        return None
-    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location else ())]
-    return Path(str(places[0])).resolve() if places else None
+        return []
+    found = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location else ())]
+    return [Path(str(place)).resolve() for place in found]
 
 
 def _package(point: EntryPoint) -> str:

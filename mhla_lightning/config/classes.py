@@ -1,8 +1,9 @@
 """Check which classes a recipe that may come from a stranger names.
 
-A class runs code when it is imported or built. There are two checks. The first reads the recipe alone and imports nothing: every class is of an allowed package. The
-second resolves the classes: each is what its argument takes, and is defined in an allowed package, too.
-`torch` imports `subprocess`, so that the name of a package says nothing about a class behind it.
+A class runs code when it is imported or built. The first check reads the recipe alone and imports nothing:
+every class is of an allowed package. The second resolves the classes: each is what its argument takes, and is
+defined in an allowed package, too. `torch` imports `subprocess`, so that the name of a package says nothing
+about a class behind it.
 """
 
 from __future__ import annotations

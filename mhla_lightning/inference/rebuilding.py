@@ -15,7 +15,7 @@ from mhla_lightning.config.resolve import Resolved, resolve
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.weights import Weights
-from mhla_lightning.plugins import KEY, load_plugins, location, named_modules, packages
+from mhla_lightning.plugins import KEY, load_plugins, locations, named_modules, packages
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
@@ -114,8 +114,7 @@ def _check_imports(folder: RunFolder, values: Mapping[str, Any]) -> None:
             "recipe there again",
         )
     for number, module in enumerate(named_modules(values)):
-        place = location(module)
-        if place is not None and place.is_relative_to(folder.path.resolve()):
+        if any(place.is_relative_to(folder.path.resolve()) for place in locations(module)):
             raise UserError(
                 f"{KEY}.{number}",
                 f"'{module}' is in the run folder, whose code is never imported; install its package",
