@@ -34,12 +34,11 @@ class Power(Attention):
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * dim_k * (2 * dim_v + 1)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        q, k, turn = self.features(q), self.features(k), context.rotary or (lambda x: x)
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:  # for checks alone
+        weights = torch.einsum("bihk,bjhk->bhij", self.features(q), self.features(k))
         if context.mask is not None:
-            q, k = (x * context.mask[..., None, None] for x in (q, k))
-        weights = torch.einsum("bihk,bjhk->bhij", turn(q), turn(k))
-        total = torch.einsum("bihk,bjhk->bih", q, k)[..., None] + 1e-6
+            weights = weights * context.mask[:, None, :, None] * context.mask[:, None, None]
+        total = weights.sum(-1).transpose(1, 2)[..., None] + 1e-6
         return torch.einsum("bhij,bjhd->bihd", weights, v) / total
 
 

@@ -136,11 +136,22 @@ def build_operator(
 ) -> Attention:
     """Build the operator of a resolved entry; see :func:`build_attention`."""
     kind = lookup_attention(spec.name, causal)
-    options: dict[str, Any] = spec.operator
-    if kind.options_type is not None:
-        options = {"options": kind.options_type(**spec.operator)}
+    return construct(kind, spec.operator, heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid)
+
+
+def construct(
+    kind: type[Attention],
+    options: Mapping[str, Any],
+    *,
+    heads: int,
+    dim_k: int,
+    dim_v: int,
+    grid: Sequence[int] | None,
+) -> Attention:
+    """Build an operator of a class; its options are those of an entry."""
+    given = dict(options) if kind.options_type is None else {"options": kind.options_type(**options)}
     operator: Callable[..., Attention] = kind
-    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **options)
+    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **given)
 
 
 def resolve_layers(

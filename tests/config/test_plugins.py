@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,12 +35,13 @@ register_backbone("brought_vit", BACKBONES["deit_tiny"])
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries and modules as they were, whatever a test registers."""
-    tables, modules = (ATTENTION, BACKBONES), set(sys.modules)
+    tables: tuple[dict[str, Any], ...] = (ATTENTION, BACKBONES)
+    modules = set(sys.modules)
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):
         table.clear()
-        table.update(entries)  # type: ignore[arg-type]
+        table.update(entries)
     for name in set(sys.modules) - modules:
         if name in ("power_operator", "brought_plugin", "broken_plugin"):
             del sys.modules[name]
