@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -32,10 +32,12 @@ class Attention(nn.Module):
     Class attributes:
         causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
         options_type: the frozen dataclass of the operator's options; None means plain keywords.
+        example: options that serve short rows; `mhla test-operator` takes them.
     """
 
     causal: ClassVar[bool] = False
     options_type: ClassVar[type[Any] | None] = None
+    example: ClassVar[Mapping[str, Any]] = {}
 
     def forward(
         self,
@@ -68,6 +70,13 @@ class Attention(nn.Module):
 
         A multiply-add counts 2, as in torch's FlopCounterMode.
         """
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor | None:
+        """Compute :meth:`attend` by its full matrix of tokens x tokens, for checks; slow and plain.
+
+        A check gives no rotary and no documents. None means that the operator has no such form.
+        """
+        return None
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from mhla_lightning.attention.baselines.linear import Linear
 from mhla_lightning.attention.baselines.softmax import Softmax
 from mhla_lightning.attention.mhla import MHLA, CausalMHLA
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.plugins import load_plugins
 
 ATTENTION: dict[str, type[Attention]] = {
     "softmax": Softmax,
@@ -80,12 +81,14 @@ def register_attention(name: str, operator: type[Attention]) -> None:
 
 
 def lookup_attention(name: object, causal: bool = False) -> type[Attention]:
-    """Return the operator class of a name.
+    """Return the operator class of a name, also one that an installed plugin registers.
 
     Raises:
         UserError: unknown name; lists the valid ones.
     """
     table = operators(causal)
+    if isinstance(name, str) and name not in table:
+        load_plugins()
     if not isinstance(name, str) or name not in table:
         raise UserError("name", unknown_name("causal attention" if causal else "attention", name, table))
     return table[name]
@@ -133,11 +136,22 @@ def build_operator(
 ) -> Attention:
     """Build the operator of a resolved entry; see :func:`build_attention`."""
     kind = lookup_attention(spec.name, causal)
-    options: dict[str, Any] = spec.operator
-    if kind.options_type is not None:
-        options = {"options": kind.options_type(**spec.operator)}
+    return construct(kind, spec.operator, heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid)
+
+
+def construct(
+    kind: type[Attention],
+    options: Mapping[str, Any],
+    *,
+    heads: int,
+    dim_k: int,
+    dim_v: int,
+    grid: Sequence[int] | None,
+) -> Attention:
+    """Build an operator of a class; its options are those of an entry."""
+    given = dict(options) if kind.options_type is None else {"options": kind.options_type(**options)}
     operator: Callable[..., Attention] = kind
-    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **options)
+    return operator(heads=heads, dim_k=dim_k, dim_v=dim_v, grid=grid, **given)
 
 
 def resolve_layers(

@@ -25,6 +25,7 @@ from mhla_lightning.backbones.dit import DiT, DiTOptions
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.plugins import load_plugins
 from mhla_lightning.weights.adapted import Adapted, Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 
@@ -168,6 +169,8 @@ def build_backbone(
         UserError: unknown backbone or option, or a size that does not fit. Keys are `name`, an option,
             or a key of the entry such as `attention.blocks`.
     """
+    if name not in BACKBONES:
+        load_plugins()  # one of them may register it
     if name not in BACKBONES:
         raise UserError("name", unknown_name("backbone", name, BACKBONES))
     valid = default_options(name)

@@ -28,6 +28,7 @@ VERBS = {
     "sample": "draw images or videos from a diffusion run",
     "eval": "evaluate runs: lm-evaluation-harness, FID of samples, a classifier's view of samples, VBench",
     "bench": "measure how fast one thing is beside another",
+    "test-operator": "check an attention operator of yours against the contract that models rely on",
     "data": "make, check, index and look at shards",
     "import": "read other libraries' checkpoints as weights of our backbones",
     "plan": "estimate what a recipe needs: batches, FLOPs, length, memory under every strategy",
@@ -130,7 +131,7 @@ def lightning() -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
+    listing = "\n".join(f"  {name:13} {text}" for name, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="mhla",
         usage="mhla [--version] VERB ...",
@@ -147,7 +148,7 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in VERBS:
         raise UserError(None, unknown_name("verb", name, VERBS))
-    module = f"{name}_" if keyword.iskeyword(name) else name  # `import` cannot be a module's name
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # no module is named `import`
     verb = importlib.import_module(f"mhla_lightning.cli.{module}")
     sub = VerbParser(
         prog=f"mhla {name}",

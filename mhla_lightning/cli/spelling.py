@@ -8,7 +8,7 @@ from typing import Any
 
 from mhla_lightning.errors import DataError, UserError
 
-RECIPE_SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "health")
+RECIPE_SECTIONS = ("imports", "seed_everything", "trainer", "model", "data", "checkpoint", "health")
 
 
 class VerbParser(argparse.ArgumentParser):

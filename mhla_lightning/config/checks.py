@@ -127,3 +127,18 @@ def dataclass_in(hint: Any) -> type | None:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     options = tuple(inner for option in options for inner in (typing.get_args(option) or (option,)))
     return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union; of any other annotation itself."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def item_hint(hint: Any) -> Any:
+    """Return X of `list[X]`, `Sequence[X]` or of a union with one of them, or None."""
+    for option in options_of(hint):
+        arguments = typing.get_args(option)
+        if len(arguments) == 1 and typing.get_origin(option) is not typing.Literal:
+            return arguments[0]
+    return None

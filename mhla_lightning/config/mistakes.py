@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mhla_lightning.config.checks import argument_hints, dataclass_in, import_class
+from mhla_lightning.config.checks import (
+    argument_hints,
+    dataclass_in,
+    import_class,
+    item_hint,
+    options_of,
+)
 from mhla_lightning.errors import DataError, UserError, below
 
 _NAMES = {
@@ -112,7 +117,7 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
 def _inside(value: Any, hint: Any, key: str) -> list[tuple[Any, Any, str]]:
     """(value, annotation, key) of what a value holds."""
     if isinstance(value, list):
-        inner = _item_hint(hint)
+        inner = item_hint(hint)
         return [] if inner is None else [(v, inner, f"{key}.{n}") for n, v in enumerate(value)]
     if not isinstance(value, Mapping):
         return []
@@ -144,24 +149,10 @@ def _missing(value: Any, hint: Any, key: str) -> UserError | None:
     return None
 
 
-def _item_hint(hint: Any) -> Any:
-    """X of `list[X]`, `Sequence[X]` or of a union that holds one of them."""
-    for option in _options(hint):
-        arguments = typing.get_args(option)
-        if len(arguments) == 1 and typing.get_origin(option) is not typing.Literal:
-            return arguments[0]
-    return None
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
 def _described(hint: Any) -> str:
     """An annotation in words: `a number or null`."""
     words = []
-    for option in _options(hint):
+    for option in options_of(hint):
         origin = typing.get_origin(option) or option
         if origin is typing.Literal:
             words.append(f"one of {', '.join(map(str, typing.get_args(option)))}")

@@ -21,9 +21,10 @@ from mhla_lightning.config.signatures import (
 )
 from mhla_lightning.config.trainer_arguments import ADDED, check_arguments
 from mhla_lightning.errors import UserError, unknown_name
+from mhla_lightning.plugins import named_modules, plugins
 from mhla_lightning.strategies.config import check_strategy
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "checkpoint", "health")
+SECTIONS = ("imports", "seed_everything", "trainer", "model", "data", "checkpoint", "health")
 _CLASSES = ("trainer", "model", "data")
 _CONFIGS = {
     "checkpoint": "mhla_lightning.config.resolve.CheckpointConfig",
@@ -59,7 +60,8 @@ def check_names(values: Mapping[str, Any]) -> None:
     arguments = values["model"].get("init_args") or {}
     # Other packages and a Python program may have registered operators that no source file of ours shows.
     ours_alone = _ENTRY not in sys.modules and all(path.startswith(_KNOWN) for path in _class_paths(values))
-    if ours_alone and "attention" in arguments:
+    extended = named_modules(values) or plugins()
+    if ours_alone and not extended and "attention" in arguments:
         causal = values["model"]["class_path"].rpartition(".")[2] in _CAUSAL_TASKS
         entries = arguments["attention"]
         for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):

@@ -22,6 +22,7 @@ from mhla_lightning.config.recipes import argument
 from mhla_lightning.config.trainer_arguments import ADDED, check_built
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
+from mhla_lightning.plugins import KEY, load_plugins
 from mhla_lightning.strategies.config import is_zero
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks import Task
@@ -118,6 +119,8 @@ class Resolved:
 def resolve(values: Mapping[str, Any]) -> Resolved:
     """Check a recipe's keys and types and build its objects.
 
+    The installed plugins and the modules under `imports` are imported first.
+
     Args:
         values: a recipe; old keys are moved to their new places.
 
@@ -125,6 +128,7 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
         UserError: the first key or value that is wrong.
     """
     values = moved(values)
+    load_plugins(values)
     check_keys(values)
     given = dict(values["trainer"])
     strategy, own = given.get("strategy"), {name: given.pop(name) for name in ADDED if name in given}
@@ -133,7 +137,8 @@ def resolve(values: Mapping[str, Any]) -> Resolved:
     seed = values.get("seed_everything", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError("seed_everything", f"{seed!r} is no seed; it is a whole number from 0 to 4294967295")
-    dumped: dict[str, Any] = {"seed_everything": seed}
+    own_code = {KEY: list(values[KEY])} if values.get(KEY) else {}
+    dumped: dict[str, Any] = {**own_code, "seed_everything": seed}
     built: dict[str, Any] = {}
     for name, kind, value in (
         ("trainer", Trainer, given),

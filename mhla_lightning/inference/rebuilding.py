@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
+from mhla_lightning.config.checks import import_class
+from mhla_lightning.config.classes import check_kinds, check_packages
 from mhla_lightning.config.moved_keys import moved
-from mhla_lightning.config.recipes import read_run_recipe
+from mhla_lightning.config.recipes import read_run_recipe, read_yaml
 from mhla_lightning.config.resolve import Resolved, resolve
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
 from mhla_lightning.inference.weights import Weights
+from mhla_lightning.plugins import KEY, load_plugins, locations, named_modules, packages
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
 Built = TypeVar("Built", bound=Task)
-# A run folder may come from an untrusted source, and a class path runs code: only our classes are built.
-_OURS = "mhla_lightning."
 
 
 def rebuild(
@@ -38,38 +39,86 @@ def rebuild(
         data: the recipe's data section; None means the run's own.
 
     Raises:
-        UserError: the task has another class, or the data module is not ours.
+        UserError: the task has another class, or the recipe names code that may not run; see :func:`checked`.
+    """
+    values, task = checked(folder, data)
+    model, data = values["model"], values["data"]
+    if not issubclass(task, kind):
+        raise UserError(folder.run_id, f"trains {task.__name__}; {needed} ({kind.__name__})")
+    arguments = change(dict(model["init_args"]))
+    own = {KEY: values[KEY]} if values.get(KEY) else {}
+    return resolve({**own, "trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
+
+
+def trains(folder: RunFolder, kind: type[Task]) -> bool:
+    """Return whether a run's task is of this class."""
+    return issubclass(checked(folder)[1], kind)
+
+
+def checked(folder: RunFolder, data: dict[str, Any] | None = None) -> tuple[dict[str, Any], type[Task]]:
+    """Read the recipe of a run and check all classes that it names, before any of them is built.
+
+    A run folder may come from a stranger, and a class runs code. Classes are of our package, torch,
+    Lightning, installed plugins, or packages that the folder's own recipe.yaml names under `imports`.
+
+    Args:
+        folder: the run.
+        data: replaces the recipe's data section; None keeps it.
+
+    Returns:
+        The recipe, and the class of its task. The plugins and the modules under `imports` are imported.
+
+    Raises:
+        UserError: a class of another package or another kind, or `imports` that are refused.
     """
     values = moved(read_run_recipe(folder))  # an earlier version may have written it
-    model, data = values["model"], data or values["data"]
-    task = _class(str(model["class_path"]))
-    if not (task is not None and issubclass(task, kind) and str(data["class_path"]).startswith(_OURS)):
-        raise UserError(
-            folder.run_id, f"trains {model['class_path'].rpartition('.')[2]}; {needed} ({kind.__name__})"
-        )
-    # The run's own weights replace those of other files, which may not exist any more.
-    arguments = dict(model["init_args"])
+    values["model"] = _without_weights(values["model"])
+    if data is not None:
+        values["data"] = data
+    if values.get(KEY):
+        _check_imports(folder, values)
+    allowed = packages(values)
+    for section in ("model", "data"):
+        check_packages(values[section], section, allowed)
+    load_plugins(values)
+    for section, kind in (("model", Task), ("data", ShardDataModule)):
+        check_kinds(values[section], kind, section, allowed)
+    return values, cast(type[Task], import_class(str(values["model"]["class_path"]), "model"))
+
+
+def _without_weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section without what a rebuilt run does not need.
+
+    The run's own weights replace those of other files, which may not exist any more.
+    """
+    arguments = dict(model.get("init_args") or {})
     if "compile" in arguments:  # every new length and size would compile again
         arguments["compile"] = None
     if "init_from" in arguments:
         arguments["init_from"] = None
     if isinstance(arguments.get("loss"), Mapping) and "distill" in arguments["loss"]:
         arguments["loss"] = {**arguments["loss"], "distill": None}
-    arguments = change(arguments)
-    return resolve({"trainer": {}, "model": {**model, "init_args": arguments}, "data": data})
+    return {**model, "init_args": arguments}
 
 
-def trains(folder: RunFolder, kind: type[Task]) -> bool:
-    """Return whether a run's task is of this class."""
-    task = _class(str(read_run_recipe(folder)["model"]["class_path"]))
-    return task is not None and issubclass(task, kind)
-
-
-def _class(path: str) -> type | None:
-    """Return a class of ours by its path; None for any other path."""
-    module, _, name = path.rpartition(".")
-    found = getattr(importlib.import_module(module), name, None) if module.startswith(_OURS) else None
-    return found if isinstance(found, type) else None
+def _check_imports(folder: RunFolder, values: Mapping[str, Any]) -> None:
+    """Refuse `imports` that a checkpoint names, and code that lies in the run folder itself."""
+    try:
+        own = read_yaml(folder.recipe)
+    except UserError:
+        own = None
+    if not isinstance(own, Mapping) or own.get(KEY) != values[KEY]:
+        raise UserError(
+            str(folder.recipe),
+            f"the file is damaged, and the `{KEY}` of the copy in a checkpoint are never imported; write the "
+            "recipe there again",
+        )
+    for number, module in enumerate(named_modules(values)):
+        if any(place.is_relative_to(folder.path.resolve()) for place in locations(module)):
+            raise UserError(
+                f"{KEY}.{number}",
+                f"'{module}' is in the run folder, whose code is never imported; install its package",
+            )
 
 
 def load_backbone(task: Built, weights: Weights, device: torch.device | str) -> Built:

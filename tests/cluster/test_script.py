@@ -329,3 +329,12 @@ def test_an_array_task_speaks_of_itself_only(tmp_path: Path, stub: Stub) -> None
     assert calls(tmp_path / "bin", "scontrol") == [["requeue", "7_2"]]
     assert all("7_2" in call for call in calls(tmp_path / "bin", "squeue"))
     assert (run / "slurm" / "attempts").read_text().startswith("7_2 0 started")
+
+
+def test_a_submission_keeps_the_imports_of_the_recipe() -> None:
+    recipe = load_recipe(CPU)
+    own = Recipe(recipe.name, recipe.path, {"imports": ["my_package.operators"], **recipe.values})
+    made = prepare(own, load_profile("cpu"), {"imports": ["mine"]}, options())
+    assert [values["imports"] for values in made.recipes.values()] == [["mine"]]
+    again = prepare(Recipe("a", recipe.path, made.recipes["mine"]), load_profile("cpu"), {}, options())
+    assert again.recipes["mine"]["imports"] == ["mine"]

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "checkpoints"),
     ("weights",),
     ("attention", "data", "diffusion", "runs"),
-    ("finite", "randomness", "textfiles"),
+    ("finite", "plugins", "randomness", "textfiles"),
     ("errors",),
 )
 PERMITTED = {("bench", "training")}  # edges inside a layer

@@ -68,6 +68,8 @@ class CausalLinear(base.CausalAttention):
         UserError: unknown names.
     """
 
+    example = {"chunk_size": 8}  # noqa: RUF012  (read only)
+
     def __init__(
         self,
         *,

@@ -122,6 +122,11 @@ class CausalSoftmax(CausalAttention):
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * tokens * (dim_k + dim_v)
 
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
     """Return (batch, tokens, heads, dim_v) of turned (batch, heads, tokens, dim)."""

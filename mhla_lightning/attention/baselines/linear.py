@@ -15,6 +15,7 @@ from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.context import Context
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
 
 _PART = 512  # most tokens that are summed up at once
@@ -94,3 +95,10 @@ class Linear(base.Attention):
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * dim_k * (2 * dim_v + 1)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        one, block = q.new_ones(1, 1), torch.zeros(q.shape[2], dtype=torch.int64, device=q.device)
+        return dense_mhla(self.phi(q), self.phi(k), v, one, block, eps=self.eps, mask=context.mask).transpose(
+            1, 2
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,3 +34,10 @@ class Softmax(Attention):
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * tokens * (dim_k + dim_v)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
+        if context.mask is not None:
+            scores = scores.masked_fill(~context.mask[:, None, None], -torch.inf)
+        out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+        return out if context.mask is None else out * context.mask[:, :, None, None]

@@ -128,6 +128,7 @@ class CausalMHLA(base.CausalAttention):
     """
 
     options_type = CausalMHLAOptions
+    example = {"chunk_size": 8, "max_chunks": 4, "extrapolation": "shift"}  # noqa: RUF012  (read only)
 
     def __init__(
         self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None, options: CausalMHLAOptions

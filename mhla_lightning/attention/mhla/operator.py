@@ -14,6 +14,7 @@ from mhla_lightning.attention.mhla.bidirectional import NORMALIZERS, mhla_on_gri
 from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
+from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
 from mhla_lightning.errors import UserError
 
@@ -64,6 +65,7 @@ class MHLA(base.Attention):
     """
 
     options_type = MHLAOptions
+    example = {"block_size": 3}  # noqa: RUF012  (read only)
 
     def __init__(
         self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None, options: MHLAOptions
@@ -187,3 +189,18 @@ class MHLA(base.Attention):
             "none": 0,
         }
         return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        blocks = self._blocks(context.grid)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = dense_mhla(
+            self.phi(q),
+            self.phi(k),
+            v,
+            self._matrix(blocks),
+            blocks.block_of_token,
+            normalizer=self.normalizer,
+            eps=self.eps,
+            mask=context.mask,
+        )
+        return out.transpose(1, 2)

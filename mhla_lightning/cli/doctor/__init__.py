@@ -19,6 +19,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "packages": installation.packages,
     "compromised releases": installation.compromised,
     "extras": installation.extras,
+    "plugins": installation.plugins,
     "command mhla": installation.mhla_command,
     "command lightning": installation.lightning_command,
     "processor": devices.processor,

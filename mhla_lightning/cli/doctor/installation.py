@@ -1,4 +1,7 @@
-"""Python, packages and commands. Reads metadata only: nothing that is checked gets imported."""
+"""Python, packages, plugins and commands.
+
+Reads metadata only: nothing that is checked gets imported, except plugins.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from pathlib import Path
 
 from mhla_lightning import __version__
 from mhla_lightning.cli.doctor.finding import Finding
+from mhla_lightning.errors import UserError
+from mhla_lightning.plugins import load_plugins
+from mhla_lightning.plugins import plugins as installed_plugins
 
 PACKAGE = "mhla-lightning"
 OLDEST_PYTHON = (3, 11)
@@ -167,3 +173,27 @@ def lightning_owner(path: str, script: str, claims: Mapping[str, str]) -> Findin
 def _script_folders() -> list[Path]:
     schemes = {sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user")}
     return [Path(sysconfig.get_path("scripts", scheme)) for scheme in schemes]
+
+
+def plugins() -> Finding:
+    """The installed plugins, and whether they can be imported."""
+    found = installed_plugins()
+    if not found:
+        return Finding("ok", "none installed (entry points of the group mhla_lightning.plugins)")
+    listed = ", ".join(f"{one.name} ({one.module}, {one.package})" for one in found)
+    before = _registered()
+    try:
+        load_plugins()
+    except UserError as error:
+        return Finding("fail", f"{listed}; {error}")
+    added = [name for name in _registered() if name not in before]
+    return Finding("ok", f"{listed}" + (f"; they add {', '.join(added)}" if added else ""))
+
+
+def _registered() -> list[str]:
+    """Return the names in the registries of operators and backbones, with their kinds."""
+    from mhla_lightning.attention import ATTENTION, CAUSAL_ATTENTION
+    from mhla_lightning.backbones import BACKBONES
+
+    tables = {"attention": ATTENTION, "causal attention": CAUSAL_ATTENTION, "backbone": BACKBONES}
+    return [f"{kind} '{name}'" for kind, table in tables.items() for name in table]
