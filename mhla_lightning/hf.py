@@ -8,5 +8,23 @@ from mhla_lightning.integrations.transformers import (
     language_config,
     wrap,
 )
+from mhla_lightning.integrations.transformers_training import (
+    LORA_TARGETS,
+    ProjectMixingCallback,
+    parameter_groups,
+    register_lora_targets,
+)
 
-__all__ = ["MHLAForCausalLM", "MHLALanguageConfig", "StateCache", "language_config", "to_hf", "wrap"]
+register_lora_targets(MHLALanguageConfig.model_type)
+
+__all__ = [
+    "LORA_TARGETS",
+    "MHLAForCausalLM",
+    "MHLALanguageConfig",
+    "ProjectMixingCallback",
+    "StateCache",
+    "language_config",
+    "parameter_groups",
+    "to_hf",
+    "wrap",
+]

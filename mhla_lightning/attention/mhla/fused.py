@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ class _FusedMHLA(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad):  # backward may be called under autocast
             if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
-                inputs = ctx.saved_tensors[:4]
-                return *pulled_back(lambda *x: _plain(*x, ctx.settings), inputs, grad), None
+                plain = partial(_plain, settings=ctx.settings)
+                return *pulled_back(plain, ctx.saved_tensors[:4], grad), None
             return _backward(ctx, grad)
 
 
