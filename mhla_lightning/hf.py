@@ -1,5 +1,7 @@
 """The public name of the transformers integration (`mhla_lightning.integrations`)."""
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from mhla_lightning.integrations.from_run import to_hf
 from mhla_lightning.integrations.transformers import (
     MHLAForCausalLM,
@@ -15,6 +17,8 @@ from mhla_lightning.integrations.transformers_training import (
     register_lora_targets,
 )
 
+AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)
+AutoModelForCausalLM.register(MHLALanguageConfig, MHLAForCausalLM)
 register_lora_targets(MHLALanguageConfig.model_type)
 
 __all__ = [

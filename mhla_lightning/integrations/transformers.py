@@ -1,7 +1,8 @@
 """Offer the language model as a model of transformers.
 
 After `import mhla_lightning.hf` the model works with AutoModelForCausalLM, generate, Trainer and PEFT. The
-cache of `generate` is our state, of constant size except for softmax layers.
+cache of `generate` is our state, of constant size except for softmax layers. An exported folder holds this
+file and what it imports, for processes without this package (`conversion/formats/bundle.py`).
 
 Underscored names below are transformers' extension points for custom models, as of version 5.23:
 `_is_stateful`, `_no_split_modules`, `_supports_default_dynamic_cache`, `_init_weights` and
@@ -19,19 +20,12 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import CausalSelfAttention, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.backbones import CausalLM, CausalLMOptions, ModelState
-from mhla_lightning.backbones.causal_lm import presets_for
+from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState, presets_for
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.finite import check_finite
 
 try:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        GenerationMixin,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise UserError(None, missing_extra("transformers", "language", "mhla_lightning.hf")) from error
@@ -440,7 +434,3 @@ def wrap(
         end: id of the end-of-document token, used for eos and for padding; None means none.
     """
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
-
-
-AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)
-AutoModelForCausalLM.register(MHLALanguageConfig, MHLAForCausalLM)
