@@ -29,6 +29,7 @@ def test_nothing_but_torch_and_transformers_is_imported(files: dict[str, bytes])
                 assert f"{node.module}.py" in files, name
 
 
+@pytest.mark.slow
 def test_every_file_is_imported_without_this_package(files: dict[str, bytes], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("triton")

@@ -86,7 +86,10 @@ def _import_of(module: str, alias: ast.alias, names: dict[str, str]) -> str:
 
 
 def _guarded(line: str) -> str:
-    """Import Triton in a `try`: transformers demands every other package before it runs any code."""
+    """Put an import of Triton into a `try`.
+
+    transformers demands every package that is imported elsewhere, before it runs any code.
+    """
     if not line.startswith(("import triton", "from triton")):
         return line
     return f"try:\n    {line}except ImportError:\n    raise\n"

@@ -14,7 +14,7 @@ _BYTES_END = "<|endoftext|>"
 def tokenizer_files(tokenizer: Tokenizer | None, context: int) -> dict[str, bytes]:
     """Return tokenizer.json and tokenizer_config.json, which encode as our own tokenizer does.
 
-    Nothing is put before or after a text, a special token in it is text, and batches are padded on the left
+    Nothing is put before or after a text, and a special token in it is text. Batches are padded on the left
     with the token that ends documents.
 
     Args:
@@ -69,7 +69,10 @@ def _of_bytes() -> dict[str, Any]:
 
 
 def _letters() -> list[str]:
-    """Return the letter that byte-level tokenizers write for each byte: itself where it is printable."""
+    """Return the letter that byte-level tokenizers write for each byte.
+
+    It is the byte's own letter where that is printable.
+    """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
