@@ -1,5 +1,7 @@
 """The public name of the transformers integration (`mhla_lightning.integrations`)."""
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from mhla_lightning.integrations.from_run import to_hf
 from mhla_lightning.integrations.transformers import (
     MHLAForCausalLM,
@@ -8,5 +10,25 @@ from mhla_lightning.integrations.transformers import (
     language_config,
     wrap,
 )
+from mhla_lightning.integrations.transformers_training import (
+    LORA_TARGETS,
+    ProjectMixingCallback,
+    parameter_groups,
+    register_lora_targets,
+)
 
-__all__ = ["MHLAForCausalLM", "MHLALanguageConfig", "StateCache", "language_config", "to_hf", "wrap"]
+AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)
+AutoModelForCausalLM.register(MHLALanguageConfig, MHLAForCausalLM)
+register_lora_targets(MHLALanguageConfig.model_type)
+
+__all__ = [
+    "LORA_TARGETS",
+    "MHLAForCausalLM",
+    "MHLALanguageConfig",
+    "ProjectMixingCallback",
+    "StateCache",
+    "language_config",
+    "parameter_groups",
+    "to_hf",
+    "wrap",
+]

@@ -39,6 +39,6 @@ def pulled_back(
         rest = iter(tensors)
         return function(*(None if x is None else next(rest) for x in inputs))
 
-    _, pull = torch.func.vjp(of_given, *given)
+    pull = torch.func.vjp(of_given, *given)[1]
     gradients = iter(pull(grad))
     return [None if x is None else next(gradients) for x in inputs]

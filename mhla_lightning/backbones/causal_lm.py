@@ -178,16 +178,24 @@ class DecoderLayer(nn.Module):
 class DecoderStack(KeptActivations, nn.ModuleList):
     """The layers of a model, run one after another."""
 
-    def forward(self, x: Tensor, turn: Mapping[int, Rotation], packing: Packing | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        turn: Mapping[int, Rotation],
+        packing: Packing | None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return a tensor of the shape of x, (batch, tokens, dim).
 
         Args:
             x: (batch, tokens, dim).
             turn: rotations by head dimension.
             packing: of a padded or packed batch; None means one document per row.
+            hidden: takes the input of every layer; None records nothing.
         """
         with self.offloaded():
             for layer in self:
+                _record(hidden, x)
                 x = self.run(layer, x, rotary=turn.get(cast(DecoderLayer, layer).attn.dim_k), packing=packing)
         return x
 
@@ -273,18 +281,23 @@ class CausalLM(nn.Module):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         lengths: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
         """Return the inputs of the output layer, (batch, tokens, embed_dim).
 
         Args:
-            tokens: (batch, tokens) int64.
+            tokens: (batch, tokens) int64, or their embeddings, (batch, tokens, embed_dim).
             mask: (batch, tokens) bool, True = real token; padding is on the left or on the right.
             documents: (batch, tokens) int; a run of equal numbers is a document, and no token sees another
                 document.
             lengths: of :func:`document_lengths`, on the host, so that nothing waits for the device.
+            hidden: takes the input of every layer, and the result; None records nothing.
         """
-        packing, turn = self._places(tokens, mask, documents, lengths)
-        return self.norm(self.layers(self.embeddings(tokens), turn, packing))
+        x = self._embedded(tokens)
+        packing, turn = self._places(x, mask, documents, lengths)
+        if hidden is None:
+            return self.norm(self.layers(x, turn, packing))
+        return _record(hidden, self.norm(self.layers(x, turn, packing, hidden)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Return logits (batch, tokens, vocab_size); arguments as in `features`."""
@@ -296,42 +309,55 @@ class CausalLM(nn.Module):
         return ModelState(tuple(layer.attn.init_state(batch) for layer in self._layers()), positions)
 
     def prefill(
-        self, tokens: Tensor, mask: Tensor | None = None, all_logits: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        all_logits: bool = False,
+        hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Run prompts at once; return logits and the state after each last real token.
 
         Args:
-            tokens: (batch, tokens) int64.
+            tokens: (batch, tokens) int64, or their embeddings, (batch, tokens, embed_dim).
             mask: (batch, tokens) bool, True = real token.
             all_logits: return the logits of every token instead of the last real one.
+            hidden: as in `features`; the last one holds the tokens that logits are returned for.
 
         Returns:
             logits (batch, vocab_size), or with `all_logits` (batch, tokens, vocab_size); the state.
         """
-        packing, turn = self._places(tokens, mask, None)
-        x, states = self.embeddings(tokens), []
+        x, states = self._embedded(tokens), []
+        packing, turn = self._places(x, mask, None)
         for layer in self._layers():
+            _record(hidden, x)
             x, state = layer.prefill(x, rotary=turn.get(layer.attn.dim_k), packing=packing)
             states.append(state)
-        real = torch.ones_like(tokens, dtype=torch.bool) if packing is None else packing.real
+        real = x.new_ones(x.shape[:2], dtype=torch.bool) if packing is None else packing.real
         if not all_logits:
-            last = (real * torch.arange(tokens.shape[1], device=tokens.device)).amax(1)
+            last = (real * torch.arange(x.shape[1], device=x.device)).amax(1)
             x = x[torch.arange(len(x), device=x.device), last]
-        return F.linear(self.norm(x), self.head_weight), ModelState(tuple(states), real.sum(1))
+        logits = F.linear(_record(hidden, self.norm(x)), self.head_weight)
+        return logits, ModelState(tuple(states), real.sum(1))
 
-    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def step(
+        self, tokens: Tensor, state: ModelState, hidden: list[Tensor] | None = None
+    ) -> tuple[Tensor, ModelState]:
         """Return logits (batch, vocab_size) after one more token of each sequence, and the state.
 
         Args:
-            tokens: (batch,) int64.
+            tokens: (batch,) int64, or their embeddings, (batch, embed_dim).
             state: of the tokens before; may change in place.
+            hidden: as in `features`; each is (batch, 1, embed_dim).
         """
         turn = self._rotations(state.positions[:, None])
-        x, states = self.embeddings(tokens)[:, None], []
+        x, states = self._embedded(tokens)[:, None], []
         for layer, layer_state in zip(self._layers(), state.layers, strict=True):
+            _record(hidden, x)
             x, new = layer.step(x, layer_state, rotary=turn.get(layer.attn.dim_k))
             states.append(new)
-        return F.linear(self.norm(x[:, 0]), self.head_weight), ModelState(tuple(states), state.positions + 1)
+        x = self.norm(x[:, 0])
+        _record(hidden, x[:, None])
+        return F.linear(x, self.head_weight), ModelState(tuple(states), state.positions + 1)
 
     def flops(self, shape: Sequence[int]) -> int:
         """Return the forward FLOPs of one sample, 2 a multiply-add.
@@ -388,36 +414,41 @@ class CausalLM(nn.Module):
             adapted.omit("lm_head.weight", "here the output uses the embeddings", doubt=other)
         return adapted_to(self, adapted, source)
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        return tokens if tokens.is_floating_point() else self.embeddings(tokens)
+
     def _layers(self) -> list[DecoderLayer]:
         return [cast(DecoderLayer, layer) for layer in self.layers]
 
     def _places(
         self,
-        tokens: Tensor,
+        x: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
         lengths: Tensor | None = None,
     ) -> tuple[Packing | None, dict[int, Rotation]]:
         """Return the packing of a batch and the rotations of its positions, shared by all layers."""
         for name, given in (("mask", mask), ("documents", documents)):
-            if given is not None and given.shape != tokens.shape:
+            if given is not None and given.shape != x.shape[:2]:
                 raise UserError(
                     name,
-                    f"its shape {tuple(given.shape)} is not that of `tokens`, {tuple(tokens.shape)}",
+                    f"its shape {tuple(given.shape)} is not that of `tokens`, {tuple(x.shape[:2])}",
                 )
         packing = Packing.of(mask, documents, lengths, few_layouts=self._few_layouts)
         if packing is not None:
             for layer in self._layers():
                 layer.attn.attention.prepare(packing)
-        positions = (
-            torch.arange(tokens.shape[1], device=tokens.device)[None]
-            if packing is None
-            else packing.positions
-        )
+        positions = torch.arange(x.shape[1], device=x.device)[None] if packing is None else packing.positions
         return packing, self._rotations(positions)
 
     def _rotations(self, positions: Tensor) -> dict[int, Rotation]:
         return rotations(positions, self.rotary_dims, self.rope_base, self.embeddings.weight.dtype)
+
+
+def _record(hidden: list[Tensor] | None, x: Tensor) -> Tensor:
+    if hidden is not None:
+        hidden.append(x)
+    return x
 
 
 def _initialise(module: nn.Module) -> None:

@@ -6,8 +6,8 @@ Any strategy and any number of ranks will do:
   mhla export RUN --to wan                   videos: names of diffusers' WanTransformer3DModel, and MHLA's
                                              own tensors
   mhla export RUN --to wan --format wan      videos: names of Wan2.1 and those that the MHLA authors add
-  mhla export RUN --to lm --format hf        language models: AutoModelForCausalLM.from_pretrained, after
-                                             import mhla_lightning.hf
+  mhla export RUN --to lm --format hf        language models: AutoModelForCausalLM.from_pretrained, with
+                                             the model's code and its tokenizer
   mhla export RUN --to vit --format timm     image classifiers: timm.create_model, after
                                              import mhla_lightning.backbones
   mhla export wan_mhla.safetensors --to wan  a file of mhla import
@@ -165,7 +165,7 @@ def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any
 
     if trains(folder, LanguageTask):
         tokenizer = kept_tokenizer(folder) if format == "hf" and keeps_tokenizer(folder) else None
-        return find_task(folder), {"end": tokenizer.end, "files": tokenizer.files} if tokenizer else {}
+        return find_task(folder), {"end": tokenizer.end, "tokenizer": tokenizer} if tokenizer else {}
     needed = "only a task that trains a backbone can be exported"
     built = rebuild(folder, Task, needed)  # type: ignore[type-abstract]  # any subclass
     return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(

@@ -168,6 +168,7 @@ def write(export: Export, to: Path, dtype: torch.dtype | None = None) -> None:
         write_safetensors(temporary / export.file, export.parts, export.metadata, dtype)
         config = json.dumps(export.config, indent=2) + "\n"
         for name, content in {**export.files, "config.json": config.encode()}.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(content)
 
 

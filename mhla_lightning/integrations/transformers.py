@@ -1,7 +1,8 @@
 """Offer the language model as a model of transformers.
 
 After `import mhla_lightning.hf` the model works with AutoModelForCausalLM, generate, Trainer and PEFT. The
-cache of `generate` is our state, of constant size except for softmax layers.
+cache of `generate` is our state, of constant size except for softmax layers. An exported folder holds this
+file and what it imports, for processes without this package (`conversion/formats/bundle.py`).
 
 Underscored names below are transformers' extension points for custom models, as of version 5.23:
 `_is_stateful`, `_no_split_modules`, `_supports_default_dynamic_cache`, `_init_weights` and
@@ -15,34 +16,45 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from mhla_lightning.attention import CausalSelfAttention, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.backbones import CausalLM, CausalLMOptions, ModelState
+from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState, presets_for
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.finite import check_finite
 
 try:
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        GenerationMixin,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise UserError(None, missing_extra("transformers", "language", "mhla_lightning.hf")) from error
 
 
 class MHLALanguageConfig(PreTrainedConfig):
-    """The arguments of a CausalLM (`backbones/causal_lm.py`) as a config of transformers."""
+    """The arguments of a CausalLM (`backbones/causal_lm.py`) as a config of transformers.
+
+    The usual names of other models work, too. `num_attention_heads` is a key of the attention entry; setting
+    it writes it there.
+    """
 
     model_type = "mhla_language"
     attribute_map = {
         "hidden_size": "embed_dim",
+        "n_embd": "embed_dim",
+        "d_model": "embed_dim",
         "num_hidden_layers": "depth",
+        "n_layer": "depth",
+        "num_layers": "depth",
         "max_position_embeddings": "context",
+        "n_positions": "context",
+        "n_ctx": "context",
         "intermediate_size": "intermediate",
+        "n_inner": "intermediate",
+        "num_heads": "num_attention_heads",
+        "n_head": "num_attention_heads",
+        "rms_norm_eps": "norm_eps",
+        "rope_theta": "rope_base",
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
@@ -60,6 +72,27 @@ class MHLALanguageConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads; of the first layer, where layers differ."""
+        return self._layer_option("heads") or 4
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, heads: int) -> None:
+        entries = [self.attention] if isinstance(self.attention, (str, Mapping)) else self.attention
+        changed = [{**({"name": e} if isinstance(e, str) else e), "heads": heads} for e in entries]
+        self.attention = changed[0] if isinstance(self.attention, (str, Mapping)) else changed
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of k and v; of the first layer, where layers differ."""
+        return self._layer_option("kv_heads") or self.num_attention_heads
+
+    def _layer_option(self, key: str) -> int | None:
+        options = CausalSelfAttention.layer_options()
+        layer = resolve_layers(self.attention, 1, presets_for(self.embed_dim), options, causal=True)[0].layer
+        return cast("int | None", layer.get(key))
 
     def build(self) -> CausalLM:
         """Build the model with fresh weights.
@@ -116,6 +149,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MHLALanguageConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _is_stateful = True  # makes `generate` refuse assisted generation, which would cut the cache
     _no_split_modules = ["DecoderLayer"]  # layers that device_map="auto" keeps on one device
 
@@ -179,14 +213,26 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.lm_head = cast(nn.Linear, new_embeddings)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward runs every layer again; transformers' own methods set it."""
+        return self.model.layers.activations == "blocks"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.model.set_grad_checkpointing(enable)
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits, the loss of `labels` and the cache.
@@ -195,58 +241,152 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (batch, tokens); with a cache, the new tokens only.
             attention_mask: (batch, tokens), 1 for real tokens; with a cache, of all tokens or of the new
                 ones.
+            position_ids: (batch, tokens), which count real tokens from 0. Where they begin at 0 again inside
+                a row without padding, a new document begins. None counts them here.
             past_key_values: cache of an earlier call, which this one updates in place; None starts a new
                 text.
+            inputs_embeds: (batch, tokens, embed_dim), in the place of `input_ids`.
             labels: (batch, tokens), shifted here; -100 is ignored. None computes no loss.
             use_cache: return the cache; None takes the config's value, and False in training.
-            logits_to_keep: number of last columns whose logits are returned; 0 means all.
-            return_dict: False returns a tuple; None means True.
+            output_hidden_states: return the input of every layer, and that of the output layer; None takes
+                the config's value.
+            logits_to_keep: number of last columns whose logits are returned, or the columns' numbers; 0 means
+                all.
+            return_dict: False returns a tuple; None takes the config's value.
 
         Raises:
-            UserError: padding or labels together with a cache, or a cache of another kind.
+            UserError: padding or labels together with a cache; a cache of another kind; wrong positions;
+                both or neither of `input_ids` and `inputs_embeds`.
         """
-        keep = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("input_ids", "give exactly one of `input_ids` and `inputs_embeds`")
+        tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        mask = _padding(attention_mask)
-        cache = past_key_values
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        cache, mask = past_key_values, _padding(attention_mask)
         if cache is not None:
-            if not isinstance(cache, StateCache):
-                raise UserError(
-                    "past_key_values",
-                    f"found a {type(cache).__name__}; this model's cache is a StateCache, which a call with "
-                    "`use_cache=True` and no `past_key_values` returns",
-                )
-            if mask is not None and not mask[:, -input_ids.shape[1] :].all():
-                raise UserError(
-                    "attention_mask",
-                    "pads tokens after the prompt; with `past_key_values` every token must be real",
-                )
-            if labels is not None:
-                raise UserError("labels", "need the whole text in one call, without `past_key_values`")
-            logits = self._continue(input_ids, cache)
-        elif use_cache:
-            last = logits_to_keep == 1
-            logits, state = self.model.prefill(input_ids, mask=mask, all_logits=not last)
-            logits, cache = logits[:, None] if last else logits, StateCache(state, input_ids.shape[1])
+            _check_continuation(tokens, cache, mask, labels)
+            _documents(position_ids, tokens, None, cache.state.positions)
+            logits = self._continue(tokens, cache, hidden)[:, _columns(logits_to_keep)]
         else:
-            logits = self.model(input_ids, mask=mask)
+            documents = _documents(position_ids, tokens, mask)
+            if not use_cache:
+                features = self.model.features(tokens, mask, documents, hidden=hidden)
+                logits = F.linear(features[:, _columns(logits_to_keep)], self.model.head_weight)
+            elif documents is not None:
+                raise UserError(
+                    "position_ids", "begin documents, and a cache follows one; set `use_cache=False`"
+                )
+            else:
+                logits, cache = self._begin(tokens, mask, logits_to_keep, hidden)
         loss = (
             None
             if labels is None
             else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits[:, keep], past_key_values=cast(Any, cache))
-        return output if return_dict is not False else output.to_tuple()
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=cast(Any, logits),
+            past_key_values=cast(Any, cache),
+            hidden_states=cast(Any, None if hidden is None else tuple(hidden)),
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
-    def _continue(self, input_ids: Tensor, cache: StateCache) -> Tensor:
+    def _begin(
+        self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor, hidden: list[Tensor] | None
+    ) -> tuple[Tensor, StateCache]:
+        """Return the logits of a prompt and a new cache."""
+        last = hidden is None and isinstance(keep, int) and keep == 1
+        logits, state = self.model.prefill(tokens, mask, all_logits=not last, hidden=hidden)
+        logits = logits[:, None] if last else logits[:, _columns(keep)]
+        return logits, StateCache(state, tokens.shape[1])
+
+    def _continue(self, tokens: Tensor, cache: StateCache, hidden: list[Tensor] | None) -> Tensor:
         """Return the logits of more tokens, and take them up in the cache."""
-        logits = []
-        for tokens in input_ids.unbind(1):
-            row, cache.state = self.model.step(tokens, cache.state)
+        logits: list[Tensor] = []
+        columns: list[list[Tensor] | None] = []
+        for column in tokens.unbind(1):
+            columns.append(None if hidden is None else [])
+            row, cache.state = self.model.step(column, cache.state, columns[-1])
             logits.append(row)
-        cache.tokens += input_ids.shape[1]
+        cache.tokens += tokens.shape[1]
+        if hidden is not None:
+            hidden += [torch.cat(layer, 1) for layer in zip(*cast(list[list[Tensor]], columns), strict=True)]
         return torch.stack(logits, 1)
+
+
+def _columns(keep: int | Tensor) -> slice | Tensor:
+    """Return the columns of the argument `logits_to_keep`."""
+    if isinstance(keep, Tensor):
+        return keep
+    return slice(-keep, None) if keep else slice(None)
+
+
+def _check_continuation(
+    tokens: Tensor, cache: StateCache, mask: Tensor | None, labels: Tensor | None
+) -> None:
+    """Refuse what a cache cannot be continued with.
+
+    Raises:
+        UserError: another kind of cache, padding or labels.
+    """
+    if not isinstance(cache, StateCache):
+        raise UserError(
+            "past_key_values",
+            f"found a {type(cache).__name__}; this model's cache is a StateCache, which a call with "
+            "`use_cache=True` and no `past_key_values` returns",
+        )
+    if mask is not None and not mask[:, -tokens.shape[1] :].all():
+        raise UserError(
+            "attention_mask", "pads tokens after the prompt; with `past_key_values` every token must be real"
+        )
+    if labels is not None:
+        raise UserError("labels", "need the whole text in one call, without `past_key_values`")
+
+
+def _documents(
+    position_ids: Tensor | None, tokens: Tensor, mask: Tensor | None, seen: Tensor | None = None
+) -> Tensor | None:
+    """Return the documents that positions begin; None where a row is one document.
+
+    They are (batch, tokens) int64, counted from 1.
+
+    Args:
+        position_ids: (batch, tokens) or (1, tokens); None means those of the tokens.
+        tokens: (batch, tokens, ...).
+        mask: (batch, tokens) bool; None means all tokens are real.
+        seen: (batch,) tokens before these; None means none.
+
+    Raises:
+        UserError: positions that are neither those of the tokens nor of documents.
+    """
+    if position_ids is None:
+        return None
+    shape = tokens.shape[:2]
+    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1] or len(position_ids) not in (1, shape[0]):
+        raise UserError("position_ids", f"their shape {tuple(position_ids.shape)} is not {tuple(shape)}")
+    positions = position_ids.expand(shape)
+    real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
+    counted = real.cumsum(1) - 1 + (0 if seen is None else seen[:, None])
+    if bool(((positions == counted) | ~real).all()):
+        return None
+    starts = positions == 0
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    if (
+        mask is not None
+        or seen is not None
+        or not bool((starts[:, 0] & (starts[:, 1:] | follows).all(1)).all())
+    ):
+        raise UserError(
+            "position_ids",
+            "neither count the real tokens of each row from 0 nor, without padding or a cache, begin at 0 "
+            "again with each document; the model counts them itself, so leave them out",
+        )
+    return starts.cumsum(1)
 
 
 def _padding(attention_mask: Tensor | None) -> Tensor | None:
@@ -294,7 +434,3 @@ def wrap(
         end: id of the end-of-document token, used for eos and for padding; None means none.
     """
     return MHLAForCausalLM(language_config(backbone, attention, end), backbone).train(backbone.training)
-
-
-AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)
-AutoModelForCausalLM.register(MHLALanguageConfig, MHLAForCausalLM)

@@ -144,21 +144,72 @@ def test_a_run_keeps_its_tokenizer(runs: Path) -> None:
     ).tokenizer.encode("the cat")
 
 
+ALONE = """
+import json, sys
+sys.modules["mhla_lightning"] = None  # an import of ours fails
+from transformers import AutoModelForCausalLM, pipeline
+
+found = []
+for name in ("bytes", "bpe"):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    found.append(type(model).__module__.partition(".")[0])
+    continued = pipeline("text-generation", model=name, trust_remote_code=True, batch_size=4)
+    options = {"max_new_tokens": 25, "do_sample": False, "return_full_text": False}
+    found.append([row[0]["generated_text"] for row in continued(sys.argv[1:], **options)])
+print(json.dumps(found))
+"""
+
+
+def test_transformers_alone_generates_the_same_text_from_an_export(runs: Path, tmp_path: Path) -> None:
+    """The folder holds the model's code: the process that opens it cannot import this package."""
+    pytest.importorskip("transformers")
+    prompts = ["the cat", "a", "naïve dogs by the sea", "<|endoftext|>x"]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    options = ["--greedy", "--max-new-tokens", "25", "--json", "o.json"]
+    expected: list[object] = []
+    for name in ("bytes", "bpe"):
+        assert main(["export", name, "--to", name, "--format", "hf"]) == 0
+        assert {path.name for path in Path(name).iterdir()} == {
+            "README.md",
+            "code",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        assert f"run {name} step-00000008" in Path(name, "README.md").read_text()
+        assert main(["generate", name, "--prompts", "prompts.txt", *options]) == 0
+        texts = [row["text"] for row in json.loads(Path("o.json").read_text())["rows"]]
+        assert any(texts)
+        expected += ["transformers_modules", texts]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ALONE, *prompts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
 def test_an_export_for_transformers_brings_the_tokenizer(runs: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    for name, files in {"bpe": {"tokenizer.json", "tokenizer_config.json"}, "bytes": set()}.items():
+    import mhla_lightning.hf  # noqa: F401  our classes, not the copies in the folder
+
+    for name in ("bpe", "bytes"):
         assert main(["export", name, "--to", name, "--format", "hf"]) == 0
-        assert {path.name for path in Path(name).iterdir()} == {"config.json", "model.safetensors", *files}
-    model, tokenizer = (
-        kind.from_pretrained("bpe")
-        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
-    )
-    ours = find_language_run("bpe")
-    assert tokenizer("the cat sat").input_ids == ours.tokenizer.encode("the cat sat")
-    assert tokenizer.eos_token_id == model.config.eos_token_id == ours.tokenizer.end
-    prompt = torch.tensor([ours.tokenizer.encode("the cat")])
-    with torch.no_grad():
-        assert torch.equal(model(prompt).logits, load_model(ours)(prompt))
+        model, tokenizer = (
+            kind.from_pretrained(name)
+            for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+        )
+        ours = find_language_run(name)
+        for text in ("the cat sat", "naïve — <|endoftext|> x", " two  spaces\n"):
+            ids = tokenizer(text).input_ids
+            assert ids == ours.tokenizer.encode(text)
+            assert tokenizer.decode(ids) == ours.tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id == model.config.eos_token_id == ours.tokenizer.end
+        assert tokenizer.pad_token_id == ours.tokenizer.end
+        prompt = torch.tensor([ours.tokenizer.encode("the cat")])
+        with torch.no_grad():
+            assert torch.equal(model(prompt).logits, load_model(ours)(prompt))
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])

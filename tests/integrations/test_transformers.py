@@ -157,6 +157,98 @@ def test_files_round_trip_through_the_auto_classes(entry: Any, tied: bool, tmp_p
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+@every_operator
+def test_embeddings_hidden_states_and_some_columns(entry: Any) -> None:
+    model = wrapped(entry)
+    ids = torch.tensor(prompts(12, 12)).long()
+    embedded = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False, output_hidden_states=True)
+        assert torch.equal(model(inputs_embeds=embedded, use_cache=False).logits, whole.logits)
+        some = model(ids, use_cache=False, logits_to_keep=torch.tensor([3, 7])).logits
+        first = model(ids[:, :8], use_cache=True, output_hidden_states=True)
+        rest = model(ids[:, 8:], past_key_values=first.past_key_values, output_hidden_states=True)
+        head = F.linear(whole.hidden_states[-1], model.model.head_weight)
+        last = model(ids, use_cache=True, logits_to_keep=1, output_hidden_states=True)
+    torch.testing.assert_close(some, whole.logits[:, [3, 7]])
+    torch.testing.assert_close(head, whole.logits)
+    assert torch.equal(whole.hidden_states[0], embedded)
+    assert len(whole.hidden_states) == model.config.num_hidden_layers + 1
+    for expected, start, end, once in zip(
+        whole.hidden_states, first.hidden_states, rest.hidden_states, last.hidden_states, strict=True
+    ):
+        torch.testing.assert_close(torch.cat([start, end], 1), expected)
+        torch.testing.assert_close(once, expected)
+
+
+def test_generation_from_embeddings_and_with_hidden_states() -> None:
+    model = wrapped("mhla")
+    ids = torch.tensor(prompts(9))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)[:, 9:]
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), expected)
+    found = model.generate(ids, **options, output_hidden_states=True, return_dict_in_generate=True)
+    assert [states[1].shape[1] for states in found.hidden_states] == [9, 1, 1, 1, 1, 1]
+
+
+@every_operator
+def test_positions_begin_documents_or_are_those_of_the_tokens(entry: Any) -> None:
+    model = wrapped(entry)
+    ids = torch.tensor(prompts(12))
+    places = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        packed = model(ids, position_ids=places, use_cache=False).logits
+        alone = [model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]
+        counted = model(ids, position_ids=torch.arange(12)[None], use_cache=True)
+        step = model(ids[:, :1], past_key_values=counted.past_key_values, position_ids=torch.tensor([[12]]))
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+    assert step.past_key_values.get_seq_length() == 13
+    for wrong, more in (
+        (places + 1, {}),
+        (places, {"use_cache": True}),
+        (torch.tensor([[9]]), {"past_key_values": counted.past_key_values}),
+        (places[:, :5], {}),
+    ):
+        with refused("position_ids"):
+            model(ids[:, : wrong.shape[1]] if wrong.shape[1] == 1 else ids, position_ids=wrong, **more)
+    with refused("input_ids"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with refused("input_ids"):
+        model()
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    plain, saving = wrapped("mhla").train(), wrapped("mhla").train()
+    saving.activation_checkpointing_enable()
+    assert saving.is_activation_checkpointing
+    ids = torch.tensor(prompts(12))
+    for model in (plain, saving):
+        model(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    saving.activation_checkpointing_disable()
+    assert not saving.is_activation_checkpointing
+
+
+def test_usual_names_of_the_config() -> None:
+    config = MHLALanguageConfig(
+        hidden_size=32, n_layer=2, n_positions=64, num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=50
+    )
+    assert (config.embed_dim, config.depth, config.context, config.norm_eps) == (32, 2, 64, 1e-5)
+    assert config.attention == {"name": "mhla", "heads": 2}
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 2)
+    model: Any = MHLAForCausalLM(config)
+    assert {layer.attn.heads for layer in model.model.layers} == {2}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()  # a built model is initialised; as for any loaded one, nothing is drawn again
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    mixed: Any = MHLALanguageConfig(attention=["mhla", {"name": "softmax", "kv_heads": 1}], embed_dim=256)
+    mixed.num_heads = 8
+    assert [entry["heads"] for entry in mixed.attention] == [8, 8]
+    assert MHLALanguageConfig(attention="softmax", embed_dim=256).num_attention_heads == 4
+
+
 def test_files_without_a_mixing_matrix_are_refused(tmp_path: Path) -> None:
     wrapped("mhla").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

@@ -154,8 +154,7 @@ class _FusedMHLA(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad):  # backward may be called under autocast
             if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
-                inputs = ctx.saved_tensors[:4]
-                return *pulled_back(ctx.settings.plain, inputs, grad), None
+                return *pulled_back(ctx.settings.plain, ctx.saved_tensors[:4], grad), None
             return _backward(ctx, grad)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mhla_lightning.conversion.foreign import Shapes, table_rows
+from mhla_lightning.data.tokenizers.base import Tokenizer
 from mhla_lightning.runs.folder import FORMAT
 from mhla_lightning.weights.stored import Stored, as_stored
 from mhla_lightning.weights.streaming import FilePart
@@ -29,7 +30,7 @@ class TrainedModel:
         options: of the backbone; see backbones.build_backbone.
         source: origin of the weights, in words.
         end: id of the end-of-document token of a language model; None means none.
-        files: the tokenizer's files, by name.
+        tokenizer: of a language model; None means none.
         pixels: preprocessing of a classifier's images, by the keys of timm's pretrained_cfg.
     """
 
@@ -39,7 +40,7 @@ class TrainedModel:
     options: Mapping[str, Any]
     source: str
     end: int | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
     pixels: Mapping[str, Any] = field(default_factory=dict)
 
     def stored(self) -> Stored:

@@ -1,0 +1,111 @@
+"""Training by transformers' Trainer and PEFT: mixing matrices stay in their range and are not decayed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is the extra 'language'")
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+from mhla_lightning.hf import LORA_TARGETS, MHLAForCausalLM, ProjectMixingCallback, parameter_groups, wrap
+from mhla_lightning.integrations.transformers_training import register_lora_targets
+from tests.helpers.errors import refused
+from tests.helpers.language_models import tiny_model
+
+ENTRY = {"name": "mhla", "chunk_size": 8}
+
+
+def model(entry: object = ENTRY) -> MHLAForCausalLM:
+    return wrap(tiny_model(entry, torch.float32), "mhla", 0).train()
+
+
+def handler(trained: MHLAForCausalLM) -> CallbackHandler:
+    return CallbackHandler([ProjectMixingCallback()], trained, None, None, None)
+
+
+def arguments(**given: object) -> argparse.Namespace:
+    """What the callback reads of TrainingArguments, which need the package accelerate."""
+    return argparse.Namespace(**{"deepspeed": None, "fsdp": [], **given})
+
+
+def mixing(trained: MHLAForCausalLM) -> torch.Tensor:
+    return torch.cat([p.flatten() for name, p in trained.named_parameters() if "mixing" in name])
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_mixing_stays_in_its_range_only_with_the_callback(projected: bool) -> None:
+    trained = model()
+    optimizer = torch.optim.AdamW(parameter_groups(trained, 0.1), lr=0.1)
+    callbacks, state, control = handler(trained), TrainerState(), TrainerControl()
+    callbacks.on_train_begin(arguments(), state, control)
+    ids = torch.randint(1, 60, (4, 32), generator=torch.Generator().manual_seed(0))
+    for _ in range(6):
+        trained(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if projected:
+            callbacks.on_step_end(arguments(), state, control)
+    weights = mixing(trained)
+    assert bool(((weights >= 0) & (weights <= 1)).all()) == projected
+
+
+def test_the_trainer_itself_calls_it(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    trained = model()
+    rows = torch.randint(1, 60, (16, 32), generator=torch.Generator().manual_seed(0))
+    given = TrainingArguments(
+        str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(trained, 0.1), lr=0.1)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    callbacks = [ProjectMixingCallback()]
+    Trainer(trained, given, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, None)).train()
+    weights = mixing(trained)
+    assert weights.min() >= 0
+    assert weights.max() <= 1
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp"])
+def test_split_weights_and_models_without_a_matrix_are_refused(key: str) -> None:
+    begin = [TrainerState(), TrainerControl()]
+    with refused(key):
+        handler(model()).on_train_begin(arguments(**{key: "config"}), *begin)
+    with refused("model"):
+        handler(model("softmax")).on_train_begin(arguments(), *begin)
+
+
+def test_groups_leave_mixing_norms_and_biases_without_decay() -> None:
+    trained = model()
+    names = {id(p): name for name, p in trained.named_parameters()}
+    decay = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in parameter_groups(trained, 0.1)}
+    assert decay[0.1] | decay[0.0] == set(names.values())
+    assert {name for name in names.values() if "mixing" in name or "norm" in name} <= decay[0.0]
+    assert all(trained.get_parameter(name).dim() > 1 and "mixing" not in name for name in decay[0.1])
+
+
+def test_lora_adapts_projections_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT looks the model type up in a public table of `peft.utils`."""
+    layers = {name.rpartition(".")[2] for name, _ in model().named_modules()}
+    assert set(LORA_TARGETS) <= layers
+    utils = ModuleType("peft.utils")
+    table: dict[str, list[str]] = {}
+    monkeypatch.setattr(utils, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", table, raising=False)
+    monkeypatch.setitem(sys.modules, "peft", ModuleType("peft"))
+    monkeypatch.setitem(sys.modules, "peft.utils", utils)
+    monkeypatch.setattr("mhla_lightning.integrations.transformers_training.find_spec", lambda name: name)
+    register_lora_targets("mhla_language")
+    assert table == {"mhla_language": list(LORA_TARGETS)}
