@@ -24,7 +24,7 @@ from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometr
 from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.weights.adapted import Adapted
+from mhla_lightning.weights.adapted import Adapted, Geometry
 
 _LINEAR = {
     "feature_map": "relu",
@@ -155,6 +155,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         )
         self.attention_entry, self.options = attention, options
         self.img_size, self.grid = size, grid
+        self.geometry: Geometry
         self.token_mask: Tensor | None
         self.register_buffer("token_mask", mask, persistent=False)
         remember_geometry(self)

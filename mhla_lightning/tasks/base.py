@@ -196,7 +196,7 @@ class Task(pl.LightningModule):
         steps = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current
         # DeepSpeed counts micro batches itself, and Lightning comes here after each of them.
         if steps.ready > steps.completed:
-            with self.trainer.profiler.profile(PROJECTION):
+            with cast(Any, self.trainer).profiler.profile(PROJECTION):  # set by Lightning's connector
                 if self._mixing is None:
                     self._mixing = mixing_matrices(self)
                 project(self._mixing, self.trainer.strategy)

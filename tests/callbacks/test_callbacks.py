@@ -104,7 +104,12 @@ def test_a_task_projects_once_a_step_before_any_callback_looks(
     """A learning rate that leaves [0, 1] at once, and no ProjectMixing."""
     projected: list[int] = []
     own = MixingMatrix.project_
-    monkeypatch.setattr(MixingMatrix, "project_", lambda matrix: (projected.append(1), own(matrix))[1])
+
+    def counted(matrix: MixingMatrix) -> None:
+        projected.append(1)
+        own(matrix)
+
+    monkeypatch.setattr(MixingMatrix, "project_", counted)
     seen: list[tuple[int, float, float]] = []
     watch = Watch(lambda trainer, task: seen.append((trainer.global_step, *_range(task))))
     task = train(shards, tmp_path, watch, steps=3, accumulate=accumulate, lr=0.5)

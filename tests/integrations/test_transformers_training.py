@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from mhla_lightning.hf import LORA_TARGETS, MHLAForCausalLM, ProjectMixingCallback, parameter_groups, wrap
-from mhla_lightning.integrations.transformers_training import register_lora_targets
 from tests.helpers.errors import refused
 from tests.helpers.language_models import tiny_model
 
@@ -57,7 +54,6 @@ def test_mixing_stays_in_its_range_only_with_the_callback(projected: bool) -> No
 
 
 def test_the_trainer_itself_calls_it(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     from transformers import Trainer, TrainingArguments
 
     trained = model()
@@ -97,15 +93,16 @@ def test_groups_leave_mixing_norms_and_biases_without_decay() -> None:
     assert all(trained.get_parameter(name).dim() > 1 and "mixing" not in name for name in decay[0.1])
 
 
-def test_lora_adapts_projections_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT looks the model type up in a public table of `peft.utils`."""
-    layers = {name.rpartition(".")[2] for name, _ in model().named_modules()}
-    assert set(LORA_TARGETS) <= layers
-    utils = ModuleType("peft.utils")
-    table: dict[str, list[str]] = {}
-    monkeypatch.setattr(utils, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", table, raising=False)
-    monkeypatch.setitem(sys.modules, "peft", ModuleType("peft"))
-    monkeypatch.setitem(sys.modules, "peft.utils", utils)
-    monkeypatch.setattr("mhla_lightning.integrations.transformers_training.find_spec", lambda name: name)
-    register_lora_targets("mhla_language")
-    assert table == {"mhla_language": list(LORA_TARGETS)}
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # peft 0.21 asks
+def test_lora_adapts_projections_by_default() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model(), LoraConfig(r=2))
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    layers = {name.split(".lora_")[0].rpartition(".")[2] for name in trained}
+    assert layers == set(LORA_TARGETS)
+    ids = torch.randint(1, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all((weight.grad is not None) == weight.requires_grad for weight in adapted.parameters())
