@@ -15,10 +15,14 @@ import sys
 import warnings
 
 LATER = (  # imported at first use
-    "torch._dynamo",
-    "torch._inductor",
     "torch.optim.adamw",
+    "torch._dynamo.backends.debugging",
+    "torch._inductor.compile_fx",
+    "torch.export._trace",
+    "sympy.tensor.tensor",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine imports it, and with it torch._inductor
 )
 
 

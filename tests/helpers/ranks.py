@@ -33,7 +33,7 @@ ONE_THREAD = {
 }
 _POLL = 0.02  # seconds
 _IMPORTED = (
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
     "fsspec.implementations.local",
     "lightning.pytorch",
     "mhla_lightning.cli.generate",
