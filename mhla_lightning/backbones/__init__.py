@@ -9,8 +9,6 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import timm
@@ -22,11 +20,11 @@ from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT, DiTOptions
+from mhla_lightning.backbones.timm_names import register_classifiers
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.weights.adapted import Adapted, Geometry, ModelFacts, WeightState
-from mhla_lightning.weights.facts import facts_of
 
 __all__ = [
     "BACKBONES",
@@ -232,62 +230,4 @@ def _size_by_name(name: str) -> tuple[int, int] | None:
     return None if config is None else cast(tuple[int, int], tuple(config.input_size[-2:]))
 
 
-def _register_with_timm() -> None:
-    """Give every classifier a name in timm for each operator: `<backbone>_<attention>`."""
-    for backbone in IMAGE_CLASSIFIERS:
-        for attention in ATTENTION:
-            name = f"{backbone}_{attention}"
-            if not timm.is_model(name):
-                timm.models.register_model(_timm_entry(name, backbone, attention))
-
-
-def _timm_entry(name: str, backbone: str, attention: str) -> Callable[..., nn.Module]:
-    """Return the function that timm.create_model calls for a name; it passes our options on."""
-
-    def entry(
-        pretrained: bool = False,
-        pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Any = None,
-        cache_dir: object = None,
-        pretrained_model_args: object = None,
-        **options: Any,
-    ) -> nn.Module:
-        facts = (
-            timm.models.resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-            if pretrained_cfg
-            else {}
-        )
-        if pretrained and not facts.get("file"):
-            raise UserError(
-                "pretrained",
-                f"timm model '{name}' has no weights to download; load your own with load_state_dict, or "
-                "with `init_from` in a recipe",
-            )
-        model = cast(Any, build_backbone(backbone, **{"attention": attention, **options}))
-        if facts:
-            # timm.data.resolve_model_data_config looks here.
-            model.pretrained_cfg = model.default_cfg = facts
-        if pretrained:
-            channels = model.patch_embed.proj.weight.shape[1]
-            source = partial(_adapted, file=Path(str(facts["file"])))
-            timm.models.load_pretrained(model, facts, model.num_classes, channels, filter_fn=source)
-        return model
-
-    entry.__name__ = name
-    return entry
-
-
-def _adapted(state: Mapping[str, Tensor], model: nn.Module, file: Path) -> dict[str, Tensor]:
-    """Return weights of a file of timm under our names.
-
-    Raises:
-        UserError: positions of an unknown grid: timm loads no model without them.
-    """
-    geometry = known_geometry(WeightState(state, facts=facts_of(file)))
-    adapted = cast(Backbone, model).adapt_state_dict(state, geometry)
-    for name, reason in adapted.omitted.items():
-        raise UserError("pretrained", f"{file} does not fit: {name}: {reason}")
-    return adapted
-
-
-_register_with_timm()
+register_classifiers(IMAGE_CLASSIFIERS, ATTENTION, build_backbone, known_geometry)

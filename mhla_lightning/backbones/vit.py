@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, update_model_input_size
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
+from mhla_lightning.attention.base import known
 from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.weights.adapted import Adapted
+from mhla_lightning.weights.adapted import Adapted, Geometry
 
 _LINEAR = {
     "feature_map": "relu",
@@ -63,6 +64,9 @@ VISION_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 """Preset -> operator -> options (SPEC section 9, classification)."""
 
 
+POOLS = ("avg", "max", "avgmax", "map", "")
+
+
 @dataclass(frozen=True)
 class ViTOptions:
     """Sizes of a :class:`VisionTransformer`.
@@ -75,6 +79,11 @@ class ViTOptions:
         mask_padding: mask tokens that hold padding only, in attention and in pooling (the paper lets them
             take part, SPEC C9).
         in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, drop_rate, drop_path_rate: as in timm.
+        global_pool: `avg`, `max`, `avgmax` or `map` (learned pooling) of tokens, or empty for none.
+        fc_norm: normalize after pooling instead of before; None does so for `avg`, `max` and `avgmax`.
+
+    Raises:
+        UserError: another `global_pool`.
     """
 
     img_size: int | Sequence[int] = 224
@@ -89,6 +98,17 @@ class ViTOptions:
     mlp_ratio: float = 4.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    global_pool: str = "avg"
+    fc_norm: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_pool(self.global_pool)
+
+
+def _check_pool(kind: str) -> None:
+    if kind == "token":
+        raise UserError("global_pool", "found token; this model has no class token, take avg")
+    known("global_pool", kind, POOLS)
 
 
 class VisionTransformer(KeptActivations, TimmVisionTransformer):
@@ -104,6 +124,8 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
     Raises:
         UserError: a size that does not fit, or an attention entry that does not.
     """
+
+    geometry: Geometry
 
     def __init__(
         self, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", options: ViTOptions | None = None
@@ -121,7 +143,8 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             patch_size=patch,
             in_chans=options.in_chans,
             num_classes=options.num_classes,
-            global_pool="avg",
+            global_pool=cast(Any, options.global_pool),
+            fc_norm=options.fc_norm,
             class_token=False,
             embed_dim=options.embed_dim,
             depth=options.depth,
@@ -132,6 +155,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             # timm's annotation wants a class; timm only calls it
             block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]
         )
+        self.attention_entry, self.options = attention, options
         self.img_size, self.grid = size, grid
         self.token_mask: Tensor | None
         self.register_buffer("token_mask", mask, persistent=False)
@@ -141,6 +165,69 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         """Return (batch, tokens, embed_dim) in raster order of images (batch, C, H, W)."""
         with self.offloaded():
             return super().forward_features(self._pad(x))
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Do as timm's; maps show the tokens that hold at least one pixel, and tokens include the padding."""
+        found = super().forward_intermediates(self._pad(x), *args, **kwargs)
+        if isinstance(found, dict):
+            return {**found, "image_intermediates": self._shown(found["image_intermediates"], x)}
+        return (found[0], self._shown(found[1], x)) if isinstance(found, tuple) else self._shown(found, x)
+
+    def _shown(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Cut maps (batch, C, rows, columns) to the image x; tokens (batch, tokens, C) stay."""
+        patch, cut = self.patch_embed.patch_size[0], []
+        for full, side in zip(self.patch_embed.img_size, x.shape[-2:], strict=True):
+            start = (full - side) // 2
+            cut.append(slice(start // patch, math.ceil((start + side) / patch)))
+        return [found[:, :, cut[0], cut[1]] if found.dim() == 4 else found for found in maps]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, and the pooling where one is given.
+
+        Raises:
+            UserError: a pooling that this model cannot have, or `map` where it was not built with it.
+        """
+        if global_pool is not None:
+            _check_pool(global_pool)
+            if global_pool == "map" and self.attn_pool is None:
+                raise UserError("global_pool", "map has weights of its own; build the model with it")
+        super().reset_classifier(num_classes, global_pool)
+
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take images of another size; patches, positions and mixing matrices are resampled.
+
+        Args:
+            img_size: pixels per side, or (height, width); None keeps it.
+            patch_size: pixels per side of a patch; None keeps it.
+
+        Raises:
+            UserError: a size that does not fit; nothing has changed then.
+        """
+        patch = self.patch_embed.patch_size[0] if patch_size is None else _square(patch_size)
+        size = self.img_size if img_size is None else img_size
+        options = replace(
+            self.options,
+            img_size=size,
+            patch_size=patch,
+            num_classes=self.num_classes,
+            global_pool="" if self.attn_pool is None else self.global_pool,
+        )
+        fresh = type(self)(self.attention_entry, options)
+        kept = ("pos_embed", "mixing.weight")
+        state = {name: value for name, value in self.state_dict().items() if name.endswith(kept)}
+        fresh.load_state_dict(fresh.adapt_state_dict(state, self.geometry), strict=False)
+        self.patch_embed.set_input_size(fresh.patch_embed.img_size, (patch, patch))
+        self.pos_embed = _as(cast(nn.Parameter, fresh.pos_embed), cast(nn.Parameter, self.pos_embed))
+        for block, new in zip(self.blocks, fresh.blocks, strict=True):
+            cast(MixedBlock, block).take_grid(cast(MixedBlock, new))
+        self.img_size, self.grid, self.geometry = fresh.img_size, fresh.grid, fresh.geometry
+        self.token_mask = _beside(fresh.token_mask, self.pos_embed)
+        self.options = replace(options, global_pool=self.options.global_pool)
+        update_model_input_size(self, self.img_size, patch_size=patch)
 
     def keep_activations(self, how: Activations) -> None:
         """Choose what the backward recomputes or fetches, see :data:`Activations`."""
@@ -164,9 +251,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         return F.pad(x, (spare_w // 2, spare_w - spare_w // 2, spare_h // 2, spare_h - spare_h // 2))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        if self.token_mask is None:
-            return super().pool(x, pool_type)
-        return x[:, self.token_mask].mean(1)
+        return super().pool(x if self.token_mask is None else x[:, self.token_mask], pool_type)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of positions and mixing matrices; timm adds norms and biases (SPEC 1.4)."""
@@ -249,6 +334,15 @@ class MixedBlock(Block):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), mask=mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
+    def take_grid(self, other: MixedBlock) -> None:
+        """Take the grid of another block, and its operator, which is made for that grid."""
+        self.grid, mine, new = other.grid, cast(SelfAttention, self.attn), cast(SelfAttention, other.attn)
+        for name, old in mine.attention.named_parameters():
+            owner = new.attention.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], _as(new.attention.get_parameter(name), old))
+        mine.grid, mine.attention = new.grid, new.attention.train(mine.training)
+        self.token_mask = _beside(other.token_mask, mine.proj.weight)
+
     def flops(self, grid: Sequence[int]) -> int:
         tokens = math.prod(grid)
         mlp = (
@@ -258,6 +352,22 @@ class MixedBlock(Block):
         )
         cpe = self.cpe.flops(tokens) if self.cpe is not None else 0
         return cast(SelfAttention, self.attn).flops(grid) + mlp + cpe
+
+
+def _as(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with the device, the dtype and the `requires_grad` of another."""
+    return nn.Parameter(new.detach().to(old), requires_grad=old.requires_grad)
+
+
+def _beside(mask: Tensor | None, other: Tensor) -> Tensor | None:
+    return None if mask is None else mask.to(other.device)
+
+
+def _square(patch_size: int | Sequence[int]) -> int:
+    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
+    if len(sides) > 1:
+        raise UserError("patch_size", f"found {patch_size}; patches are square")
+    return sides.pop()
 
 
 def padded_grid(img_size: Sequence[int], patch_size: int, token_multiple: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from mhla_lightning.attention import ATTENTION
 from mhla_lightning.runs.folder import read_json
 from mhla_lightning.weights.adapted import ModelFacts
 
@@ -76,10 +77,10 @@ def _config(folder: Path) -> ModelFacts | None:
         return ModelFacts("lm_340m", config.get("attention", "mhla"), options)
     name = str(config.get("architecture", ""))
     arguments = config.get("model_args")
-    if isinstance(arguments, Mapping) and "attention" in arguments:  # an export of ours for timm
-        backbone = name.rpartition("_")[0]
+    backbone, _, operator = name.rpartition("_")
+    if isinstance(arguments, Mapping) and ("attention" in arguments or operator in ATTENTION):
         options = {key: value for key, value in arguments.items() if key != "attention"}
-        return ModelFacts(backbone, arguments["attention"], options)
+        return ModelFacts(backbone, arguments.get("attention", operator), options)
     size = (config.get("pretrained_cfg") or {}).get("input_size")
     size = arguments.get("img_size", size) if isinstance(arguments, Mapping) else size
     return ModelFacts(image=_sides(size), timm=name) if name else None
