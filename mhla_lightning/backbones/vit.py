@@ -167,7 +167,10 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             return super().forward_features(self._pad(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Do as timm's; maps show the tokens that hold at least one pixel, and tokens include the padding."""
+        """Do as timm's.
+
+        Maps show the tokens that hold at least one pixel of the image; lists of tokens include its padding.
+        """
         found = super().forward_intermediates(self._pad(x), *args, **kwargs)
         if isinstance(found, dict):
             return {**found, "image_intermediates": self._shown(found["image_intermediates"], x)}
