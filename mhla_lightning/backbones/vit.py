@@ -125,6 +125,8 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         UserError: a size that does not fit, or an attention entry that does not.
     """
 
+    geometry: Geometry
+
     def __init__(
         self, attention: str | Mapping[str, Any] | Sequence[Any] = "mhla", options: ViTOptions | None = None
     ) -> None:
@@ -155,7 +157,6 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         )
         self.attention_entry, self.options = attention, options
         self.img_size, self.grid = size, grid
-        self.geometry: Geometry
         self.token_mask: Tensor | None
         self.register_buffer("token_mask", mask, persistent=False)
         remember_geometry(self)
@@ -166,8 +167,22 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             return super().forward_features(self._pad(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Do as timm's; maps and tokens include the padding of the image."""
-        return super().forward_intermediates(self._pad(x), *args, **kwargs)
+        """Do as timm's.
+
+        Maps show the tokens that hold at least one pixel of the image; lists of tokens include its padding.
+        """
+        found = super().forward_intermediates(self._pad(x), *args, **kwargs)
+        if isinstance(found, dict):
+            return {**found, "image_intermediates": self._shown(found["image_intermediates"], x)}
+        return (found[0], self._shown(found[1], x)) if isinstance(found, tuple) else self._shown(found, x)
+
+    def _shown(self, maps: list[Tensor], x: Tensor) -> list[Tensor]:
+        """Cut maps (batch, C, rows, columns) to the image x; tokens (batch, tokens, C) stay."""
+        patch, cut = self.patch_embed.patch_size[0], []
+        for full, side in zip(self.patch_embed.img_size, x.shape[-2:], strict=True):
+            start = (full - side) // 2
+            cut.append(slice(start // patch, math.ceil((start + side) / patch)))
+        return [found[:, :, cut[0], cut[1]] if found.dim() == 4 else found for found in maps]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, and the pooling where one is given.

@@ -43,16 +43,26 @@ def test_every_name_has_a_config(name: str) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize(("size", "mask"), [((64, 64), False), ((48, 80), False), ((48, 80), True)])
-def test_intermediates_are_those_of_the_forward(name: str, size: tuple[int, int], mask: bool) -> None:
-    model, x = create(name, img_size=size, mask_padding=mask), images(*size)
-    rows, columns = model.grid
-    final, maps = model.forward_intermediates(x)
+@pytest.mark.parametrize(
+    ("size", "shown"), [((64, 64), (4, 4)), ((48, 80), (4, 6)), ((96, 96), (6, 6))], ids=str
+)
+def test_intermediates_are_those_of_the_forward(
+    name: str, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    """Maps show the image, without tokens that hold padding only; lists of tokens are whole."""
+    model, x = create(name, img_size=size, mask_padding=True), images(*size)
+    final, tokens = model.forward_intermediates(x, output_fmt="NLC")
     torch.testing.assert_close(final, model.forward_features(x))
-    assert [tuple(found.shape) for found in maps] == [(2, 16, rows, columns)] * 3
-    (last,) = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NLC", intermediates_only=True)
-    torch.testing.assert_close(last, model.norm(maps[2].flatten(2).transpose(1, 2)))
-    features = create(name, img_size=size, mask_padding=mask, features_only=True, out_indices=(0, 2))
+    torch.testing.assert_close(final, model.norm(tokens[2]))
+    real = [found[:, model.token_mask] for found in tokens]
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    for found, expected in zip(maps, real, strict=True):
+        assert found.shape == (2, 16, *shown)
+        torch.testing.assert_close(found.flatten(2).mT, expected)
+    as_dict = model.forward_intermediates(x, indices=1, norm=True, output_dict=True)
+    (last,) = as_dict["image_intermediates"]
+    torch.testing.assert_close(last.flatten(2).mT, model.norm(real[2]))
+    features = create(name, img_size=size, mask_padding=True, features_only=True, out_indices=(0, 2))
     assert features.feature_info.channels() == [16, 16]
     for found, expected in zip(features(x), (maps[0], maps[2]), strict=True):
         torch.testing.assert_close(found, expected)
