@@ -16,7 +16,7 @@ from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.strategies.sharding import sharding_of
-from mhla_lightning.tasks.base import draws_point
+from mhla_lightning.tasks.base import Task, draws_point
 
 
 class Monitor(pl.Callback):
@@ -50,8 +50,14 @@ class Monitor(pl.Callback):
         self._losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, Task):
+            pl_module.log_loss(False)  # it would log the same loss once more
         self._step = trainer.global_step
         self._restart(time.perf_counter())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, Task):
+            pl_module.log_loss(True)
 
     def _restart(self, now: float) -> None:
         self._ended, self._data, self._compute, self._window = now, 0.0, 0.0, self._step

@@ -7,23 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.whole_strategies import holds_whole
 from mhla_lightning.strategies.config import allowed_instead
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights
 
 Result = TypeVar("Result")
-_WHOLE = (SingleDeviceStrategy, DDPStrategy)
-_SPLIT = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of those in _WHOLE
 
 
 @runtime_checkable
@@ -112,11 +104,6 @@ def sharding_of(strategy: Strategy) -> Sharding:
     if not holds_whole(type(strategy)):
         raise UserError("trainer.strategy", allowed_instead(type(strategy).__name__))
     return WholeSharding(strategy)
-
-
-def holds_whole(strategy: type) -> bool:
-    """Whether every rank of a strategy of Lightning's holds all weights."""
-    return issubclass(strategy, _WHOLE) and not issubclass(strategy, _SPLIT)
 
 
 def names_by_group(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:

@@ -8,10 +8,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -24,6 +25,7 @@ from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.runs.whole_strategies import holds_whole
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.weights.adapted import Geometry, WeightState
@@ -35,6 +37,28 @@ log = logging.getLogger(__name__)
 # Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the weights averaged by EMA.
 PREFIXES = ("val", "val_ema", "test", "test_ema")
 Drawing = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+
+
+@runtime_checkable
+class GivesFacts(Protocol):
+    """What a task asks of a data module of ours."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of the data, `kind` first."""
+        ...
+
+    def micro_batch(self, world_size: int) -> tuple[int, int]:
+        """Return the samples that a rank takes at once and the accumulation steps."""
+        ...
+
+
+@runtime_checkable
+class TellsSkippedSteps(Protocol):
+    """The part of strategies.sharding.Sharding by which a task knows a strategy of that kind."""
+
+    def skipped_step(self) -> bool:
+        """Whether the strategy left out the last optimizer step."""
+        ...
 
 
 class Task(pl.LightningModule):
@@ -89,6 +113,9 @@ class Task(pl.LightningModule):
         self.backbone: nn.Module | None = None
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
+        self._logs_loss = True
+        self._losses: list[Tensor] = []
+        self._logged_step = 0
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
         plan = self._weightless()
@@ -131,6 +158,18 @@ class Task(pl.LightningModule):
         if self.compilation is not None:
             self.compilation.apply(self.backbone)
 
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy, an average or data that this task cannot take, before training.
+
+        Lightning calls it. Raises UserError.
+        """
+        check_strategy(self.trainer)
+        data = cast(Any, self.trainer).datamodule
+        if stage == "fit" and isinstance(data, GivesFacts):
+            micro, _ = data.micro_batch(self.trainer.world_size)
+            with inside("model"):
+                self.check_data(data.facts(), micro)
+
     def _check_execution(self, plan: nn.Module) -> None:
         """Refuse what cannot be compiled or recomputed. Raises UserError."""
         if self.checkpoint_activations != "none" and not isinstance(plan, KeepsActivations):
@@ -171,6 +210,26 @@ class Task(pl.LightningModule):
             clip_by_norm(self.parameters(), limit, self._gradient_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def log_loss(self, logs: bool) -> None:
+        """Log `train/loss` after every step, or leave it to a callback such as callbacks.Monitor."""
+        self._logs_loss = logs
+
+    def on_train_start(self) -> None:
+        self._losses, self._logged_step = [], self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the mean loss over all micro batches and ranks of a step."""
+        if not self._logs_loss or not outputs:
+            return
+        # Lightning has divided it for the backward.
+        self._losses.append(outputs["loss"].detach() * self.trainer.accumulate_grad_batches)
+        if self.trainer.global_step == self._logged_step:  # still accumulating
+            return
+        self._logged_step = self.trainer.global_step
+        loss, several = torch.stack(self._losses).mean(), self.trainer.world_size > 1
+        self._losses.clear()
+        self.log("train/loss", loss, prog_bar=True, sync_dist=several)
 
     @property
     def projects_itself(self) -> bool:
@@ -313,6 +372,30 @@ class Task(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         label(checkpoint)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse an unknown strategy that splits weights, and Lightning's averages of split weights.
+
+    Raises:
+        UserError: such a strategy, or an averaging callback under a strategy that splits weights.
+    """
+    strategy = trainer.strategy
+    if holds_whole(type(strategy)):
+        return
+    if not isinstance(strategy, TellsSkippedSteps):
+        raise UserError(
+            "trainer.strategy",
+            f"'{type(strategy).__name__}' is not supported: nobody can project or save the weights that it "
+            "splits; allowed: auto, ddp, and zero1, zero2, zero3 of mhla_lightning",
+        )
+    for callback in cast(Any, trainer).callbacks:  # an attribute that Lightning's connector sets
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise UserError(
+                "trainer.callbacks",
+                f"{type(callback).__name__} cannot average weights that are split among ranks; take "
+                "mhla_lightning.callbacks.EMA",
+            )
 
 
 def draws_point(trainer: pl.Trainer) -> bool:

@@ -222,11 +222,13 @@ class DiffusionTask(Task):
             self.log(tag, mean, batch_size=1, sync_dist=True)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._counted_step = self.trainer.global_step
         if self.teacher is not None:
             self.teacher.prepare(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         step = self.trainer.global_step
         accumulating = step == self._counted_step
         if accumulating or not draws_point(self.trainer):

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.base import PREFIXES, Task, keys
+from mhla_lightning.tasks.base import PREFIXES, GivesFacts, Task, keys
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
 HOST_DOCUMENTS = "host_documents"
@@ -82,6 +82,10 @@ class LanguageTask(Task):
             windows: `val_1024/loss` and so on. None adds none.
         task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
+    Attributes:
+        token_bytes: UTF-8 bytes of every token id, which a data module of ours gives. Without them there is
+            no bits_per_byte.
+
     Raises:
         UserError: see :class:`Task`; a backbone that is no language model, a length that the operators
             refuse.
@@ -115,6 +119,14 @@ class LanguageTask(Task):
         self.metrics = nn.ModuleDict(
             {tag: nn.ModuleDict({name: kind() for name, kind in self.METRICS.items()}) for tag in tags}
         )
+
+    def setup(self, stage: str) -> None:
+        """Take the bytes of every token from the data module; Lightning calls it."""
+        super().setup(stage)
+        data = cast(Any, self.trainer).datamodule
+        if isinstance(data, GivesFacts):
+            found = data.facts().get("token_bytes")
+            self.token_bytes = None if found is None else torch.as_tensor(found)
 
     def _try_lengths(self) -> int:
         """Run the model without weights at every length; return the vocabulary's size.
@@ -234,8 +246,6 @@ class LanguageTask(Task):
                     "`data.text.val_length` must be a multiple of `model.backbone_options.context` and of "
                     "every length here",
                 )
-        found = facts.get("token_bytes")
-        self.token_bytes = None if found is None else torch.as_tensor(found)
 
     def _model(self) -> LanguageBackbone:
         return cast(LanguageBackbone, self.backbone)

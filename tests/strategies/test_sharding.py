@@ -14,12 +14,12 @@ from lightning.pytorch import strategies
 from lightning.pytorch.strategies import StrategyRegistry
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.runs.whole_strategies import holds_whole
 from mhla_lightning.strategies.config import WHOLE
 from mhla_lightning.strategies.local import WholeWeights
 from mhla_lightning.strategies.sharding import (
     Sharding,
     WholeSharding,
-    holds_whole,
     names_by_group,
     sharding_of,
 )
