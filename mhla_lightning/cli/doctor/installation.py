@@ -195,5 +195,9 @@ def _registered() -> list[str]:
     from mhla_lightning.attention import ATTENTION, CAUSAL_ATTENTION
     from mhla_lightning.backbones import BACKBONES
 
-    tables = {"attention": ATTENTION, "causal attention": CAUSAL_ATTENTION, "backbone": BACKBONES}
+    tables: dict[str, Mapping[str, object]] = {
+        "attention": ATTENTION,
+        "causal attention": CAUSAL_ATTENTION,
+        "backbone": BACKBONES,
+    }
     return [f"{kind} '{name}'" for kind, table in tables.items() for name in table]
