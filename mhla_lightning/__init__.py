@@ -1,6 +1,140 @@
 """Multi-Head Linear Attention (arXiv 2601.07832) on Lightning.
 
 One registry of attention operators, four model families, data in shards, results in TensorBoard.
+Names of the table below are imported at their first use, so that `import mhla_lightning` stays fast.
+
+    import mhla_lightning as mhla
+
+    summary = mhla.run("classification/deit_tiny_mhla_mnist_cpu", {"trainer.max_steps": 50})
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # as typing's, whose import takes longer than all of this file
+if TYPE_CHECKING:
+    from mhla_lightning.api import (
+        ComparisonTable,
+        Continued,
+        ExportedWeights,
+        RunStopped,
+        RunSummary,
+        Samples,
+        compare_recipe,
+        export,
+        generate,
+        run,
+        sample,
+    )
+    from mhla_lightning.api import compare_recipe as compare
+    from mhla_lightning.attention import (
+        Attention,
+        CausalAttention,
+        SelfAttention,
+        build_attention,
+        register_attention,
+    )
+    from mhla_lightning.backbones import build_backbone, register_backbone
+    from mhla_lightning.callbacks import (
+        EMA,
+        Checkpoint,
+        Health,
+        MixingHeatmaps,
+        Monitor,
+        ProjectMixing,
+        SampleClips,
+        SampleGrids,
+        SampleLog,
+    )
+    from mhla_lightning.data import ClipDataModule, ImageDataModule, LatentDataModule, TokenDataModule
+    from mhla_lightning.errors import UserError
+    from mhla_lightning.tasks import (
+        ClassificationTask,
+        ImageDiffusionTask,
+        LanguageTask,
+        RecallTask,
+        Task,
+        VideoDiffusionTask,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Attention",
+    "CausalAttention",
+    "Checkpoint",
+    "ClassificationTask",
+    "ClipDataModule",
+    "ComparisonTable",
+    "Continued",
+    "ExportedWeights",
+    "Health",
+    "ImageDataModule",
+    "ImageDiffusionTask",
+    "LanguageTask",
+    "LatentDataModule",
+    "MixingHeatmaps",
+    "Monitor",
+    "ProjectMixing",
+    "RecallTask",
+    "RunStopped",
+    "RunSummary",
+    "SampleClips",
+    "SampleGrids",
+    "SampleLog",
+    "Samples",
+    "SelfAttention",
+    "Task",
+    "TokenDataModule",
+    "UserError",
+    "VideoDiffusionTask",
+    "build_attention",
+    "build_backbone",
+    "compare",
+    "compare_recipe",
+    "export",
+    "generate",
+    "register_attention",
+    "register_backbone",
+    "run",
+    "sample",
+]
+
+_ROOMS = {
+    "api": (
+        *("ComparisonTable", "Continued", "ExportedWeights", "RunStopped", "RunSummary", "Samples"),
+        *("compare_recipe", "export", "generate", "run", "sample"),
+    ),
+    "attention": (
+        *("Attention", "CausalAttention", "SelfAttention", "build_attention", "register_attention"),
+    ),
+    "backbones": ("build_backbone", "register_backbone"),
+    "callbacks": (
+        *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
+        *("SampleClips", "SampleGrids", "SampleLog"),
+    ),
+    "data": ("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
+    "errors": ("UserError",),
+    "tasks": (
+        *("ClassificationTask", "ImageDiffusionTask", "LanguageTask", "RecallTask", "Task"),
+        "VideoDiffusionTask",
+    ),
+}
+_WHERE = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
+
+
+if not TYPE_CHECKING:  # a checker would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Import a public name at its first use."""
+        if name == "compare":  # a package, which can be called
+            return import_module(f"{__name__}.compare")
+        if name in _WHERE:
+            return getattr(import_module(_WHERE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -135,21 +135,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the verb; returns the exit code."""
+    return perform(args, Console(width=None if sys.stdout.isatty() else _WIDE))[0]
+
+
+def perform(args: argparse.Namespace, console: Console) -> tuple[int, Path]:
+    """Train and measure all rows; return the exit code, and the folder of the comparison.
+
+    Raises:
+        UserError: an argument or a row is wrong.
+    """
     plan = _plan(args)
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if not all(folder.finished() for _, _, folder in plan.runs()):
         _check_rows(plan)
     _make(plan.folder)
     with hold(plan.folder):
         try:
             code = _train(plan, console)
-            return code or _report(plan, console, args.json, _measure(plan, console))
+            return code or _report(plan, console, args.json, _measure(plan, console)), plan.folder
         except KeyboardInterrupt:
             print(
                 "interrupted; finished runs and checkpoints are kept: the same command continues",
                 file=sys.stderr,
             )
-            return _INTERRUPTED
+            return _INTERRUPTED, plan.folder
 
 
 def _plan(args: argparse.Namespace) -> Comparison:

@@ -78,15 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
     to = Path(args.to)
-    check_json(args.json)
-    import torch
+    title, export = perform(args)
     from rich.console import Console
 
-    from mhla_lightning.conversion.export import check_target, is_file, write
+    from mhla_lightning.conversion.export import is_file
 
-    check_target(to)
-    title, export = _export(args, to)
-    write(export, to, getattr(torch, args.dtype))
     console = Console()
     console.print(weights_table(title, export.rows(), _STATES))
     total, added = len(export.shared) + len(export.added), len(export.added)
@@ -99,6 +95,24 @@ def run(args: argparse.Namespace) -> int:
     place = {"file" if is_file(to) else "folder": str(to)}
     write_json(args.json, {"format": 1, **place, **names, "rows": export.rows()})
     return 0
+
+
+def perform(args: argparse.Namespace) -> tuple[str, Export]:
+    """Write the export; return the title of its table and its content.
+
+    Raises:
+        UserError: an argument, the run or its weights are wrong.
+    """
+    to = Path(args.to)
+    check_json(args.json)
+    import torch
+
+    from mhla_lightning.conversion.export import check_target, write
+
+    check_target(to)
+    title, export = _export(args, to)
+    write(export, to, getattr(torch, args.dtype))
+    return title, export
 
 
 def _export(args: argparse.Namespace, to: Path) -> tuple[str, Export]:

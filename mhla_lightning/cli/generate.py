@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,31 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
-    demand_at_least_one(args, "max_new_tokens", "batch_size")
-    check_json(args.json)
-    if "" in args.stop:
-        raise UserError(
-            "stop", "an empty text would stop before the first token; give only texts with characters"
-        )
-    prompts = _prompts(args)
-    sampling = _sampling(args)
-    found, device = find(args)
-    ids = _encode(found, prompts, args.max_new_tokens)
-    backbone = load(args, found, device)
-    from mhla_lightning.inference.text.continuation import continue_prompts
-
-    output = _Output(prompts, started=time.perf_counter())
-    steps = continue_prompts(
-        backbone,
-        found.tokenizer,
-        ids,
-        sampling,
-        args.max_new_tokens,
-        stops=args.stop,
-        batch_size=args.batch_size,
-        device=device,
-    )
-    interrupted = _show(output, steps)
+    done = perform(args, _show)
+    found, output = done.found, done.output
     average = "averaged" if found.averaged else "raw"
     summary = {
         "run": found.run.run_id,
@@ -115,7 +92,44 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{average} weights of {found.run.run_id} {found.checkpoint.name}", file=sys.stderr)
     write_json(args.json, {"rows": output.rows(), "summary": summary})
-    return _INTERRUPTED if interrupted else 0
+    return _INTERRUPTED if done.interrupted else 0
+
+
+def perform(args: argparse.Namespace, show: Callable[[Output, Iterable[Continuation]], bool]) -> Generated:
+    """Continue the prompts.
+
+    Args:
+        args: of the verb.
+        show: takes every continuation into the output, and returns whether it was interrupted.
+
+    Raises:
+        UserError: an argument, the run or the prompts are wrong.
+    """
+    demand_at_least_one(args, "max_new_tokens", "batch_size")
+    check_json(args.json)
+    if "" in args.stop:
+        raise UserError(
+            "stop", "an empty text would stop before the first token; give only texts with characters"
+        )
+    prompts = _prompts(args)
+    sampling = _sampling(args)
+    found, device = find(args)
+    ids = _encode(found, prompts, args.max_new_tokens)
+    backbone = load(args, found, device)
+    from mhla_lightning.inference.text.continuation import continue_prompts
+
+    output = Output(prompts, started=time.perf_counter())
+    steps = continue_prompts(
+        backbone,
+        found.tokenizer,
+        ids,
+        sampling,
+        args.max_new_tokens,
+        stops=args.stop,
+        batch_size=args.batch_size,
+        device=device,
+    )
+    return Generated(found, output, interrupted=show(output, steps))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -182,7 +196,7 @@ def _encode(found: LanguageRun, prompts: list[str], max_new_tokens: int) -> list
 
 
 @dataclass
-class _Output:
+class Output:
     """The continuations so far, and their counts."""
 
     prompts: list[str]
@@ -222,7 +236,22 @@ class _Output:
         ]
 
 
-def _show(output: _Output, steps: Iterable[Continuation]) -> bool:
+@dataclass(frozen=True)
+class Generated:
+    """A finished or interrupted generation.
+
+    Args:
+        found: the run.
+        output: its continuations.
+        interrupted: by Ctrl-C.
+    """
+
+    found: LanguageRun
+    output: Output
+    interrupted: bool
+
+
+def _show(output: Output, steps: Iterable[Continuation]) -> bool:
     """Print continuations as they come; return whether Ctrl-C stopped them."""
     show = _stream if len(output.prompts) == 1 else _print_each
     try:
@@ -233,7 +262,7 @@ def _show(output: _Output, steps: Iterable[Continuation]) -> bool:
     return False
 
 
-def _stream(output: _Output, steps: Iterable[Continuation]) -> None:
+def _stream(output: Output, steps: Iterable[Continuation]) -> None:
     print(output.prompts[0], end="", flush=True)
     for new in steps:
         output.take(new)
@@ -241,7 +270,7 @@ def _stream(output: _Output, steps: Iterable[Continuation]) -> None:
     print(flush=True)
 
 
-def _print_each(output: _Output, steps: Iterable[Continuation]) -> None:
+def _print_each(output: Output, steps: Iterable[Continuation]) -> None:
     from rich.console import Console
 
     total = len(output.prompts)

@@ -14,8 +14,9 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mhla_lightning.cli.numbers import demand_at_most, parse_ranges
 from mhla_lightning.cli.output import check_json, write_json
@@ -121,6 +122,39 @@ def add_video_arguments(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
+    _finish(args, perform(args))
+    return 0
+
+
+@dataclass(frozen=True)
+class DrawnFiles:
+    """Images or videos that were drawn.
+
+    Args:
+        found: the run.
+        kind: of the files.
+        count: of images or videos.
+        folder: that holds them.
+        places: what to show -> file.
+        settings: that determine the pixels.
+        seconds: that drawing took.
+    """
+
+    found: Any
+    kind: Literal["images", "videos"]
+    count: int
+    folder: Path
+    places: dict[str, Path]
+    settings: dict[str, Any]
+    seconds: float
+
+
+def perform(args: argparse.Namespace) -> DrawnFiles:
+    """Draw what the arguments ask for.
+
+    Raises:
+        UserError: an argument or the run is wrong.
+    """
     check_common(args)
     check_json(args.json)
     classes = None if args.classes is None else parse_classes(args.classes)
@@ -140,6 +174,13 @@ def run(args: argparse.Namespace) -> int:
             setattr(args, name, value)
     with _options_for_arguments():
         return _videos(args) if kind == "videos" else _images(args, classes)
+
+
+def _finish(args: argparse.Namespace, drawn: DrawnFiles) -> None:
+    """Print a summary, and write it as JSON."""
+    _print_summary(drawn.found, f"{drawn.count} {drawn.kind}", drawn.seconds, drawn.places)
+    facts = {"folder": str(drawn.folder), drawn.kind: drawn.count, "seconds": drawn.seconds}
+    write_json(args.json, {**drawn.settings, **facts})
 
 
 @contextmanager
@@ -169,7 +210,7 @@ def check_common(args: argparse.Namespace) -> None:
         raise UserError("seed", f"{args.seed} is not between 0 and 4294967295")
 
 
-def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
+def _images(args: argparse.Namespace, classes: list[int] | None) -> DrawnFiles:
     from mhla_lightning.diffusion import Guidance, default_sampler
     from mhla_lightning.inference.diffusion.image_job import ImageJob, draw_images
     from mhla_lightning.inference.diffusion.images import Drawing, find_image_run
@@ -193,24 +234,15 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> int:
     seconds = time.perf_counter() - started
     columns = min(len(classes), 10) if len(classes) > 1 else 10
     write_grid(images[:_GRID], columns, folder / "grid.png")
-    _print_summary(
-        found,
-        f"{len(images)} images",
-        seconds,
-        {"images": folder / "samples.npz", "grid": folder / "grid.png"},
-    )
-    write_json(
-        args.json, {**job.settings(), "folder": str(folder), "images": len(images), "seconds": seconds}
-    )
-    return 0
+    places = {"images": folder / "samples.npz", "grid": folder / "grid.png"}
+    return DrawnFiles(found, "images", len(images), folder, places, job.settings(), seconds)
 
 
-def _videos(args: argparse.Namespace) -> int:
+def _videos(args: argparse.Namespace) -> DrawnFiles:
     prompts = given_prompts(args.prompts, args.prompt)
     if not prompts:
         raise UserError("prompts", "no prompt was given; name a file here, or write one with `prompt`")
-    sample_videos(args, prompts)
-    return 0
+    return _draw_videos(args, prompts)
 
 
 def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
@@ -219,6 +251,12 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
     Raises:
         UserError: the videos cannot be drawn.
     """
+    drawn = _draw_videos(args, prompts)
+    _finish(args, drawn)
+    return drawn.folder
+
+
+def _draw_videos(args: argparse.Namespace, prompts: list[Any]) -> DrawnFiles:
     from mhla_lightning.inference.diffusion.parts import job_name
     from mhla_lightning.inference.diffusion.video_job import LIST, SHEET, VideoJob, draw_videos, frame_rate
     from mhla_lightning.inference.diffusion.videos import find_video_run
@@ -241,14 +279,8 @@ def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:
     with drawing_bar(len(job.texts)) as on_batch:
         files = draw_videos(job, folder, args.processes, device, on_batch)
     seconds = time.perf_counter() - started
-    _print_summary(
-        found,
-        f"{len(files)} videos",
-        seconds,
-        {"videos": folder, "sheet": folder / SHEET, "list": folder / LIST},
-    )
-    write_json(args.json, {**job.settings(), "folder": str(folder), "videos": len(files), "seconds": seconds})
-    return folder
+    places = {"videos": folder, "sheet": folder / SHEET, "list": folder / LIST}
+    return DrawnFiles(found, "videos", len(files), folder, places, job.settings(), seconds)
 
 
 def given_prompts(file: str | None, texts: list[str] | None) -> list[Any]:

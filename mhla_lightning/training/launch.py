@@ -98,6 +98,19 @@ class RunOptions:
             )
 
 
+@dataclass(frozen=True)
+class Launched:
+    """How a launch ended.
+
+    Args:
+        code: see :func:`launch`.
+        run: the folder; None where a signal came before it was chosen.
+    """
+
+    code: int
+    run: RunFolder | None
+
+
 class Report(Protocol):
     """Shows a run's progress to a person."""
 
@@ -178,6 +191,16 @@ def launch(
         DiskError: the disk is full or fails.
         Exception: an error of this rank's own.
     """
+    return launch_run(recipe, overrides, options, report).code
+
+
+def launch_run(
+    recipe: str,
+    overrides: Mapping[str, Any] | None = None,
+    options: RunOptions | None = None,
+    report: Report | None = None,
+) -> Launched:
+    """Do what :func:`launch` does, and return the folder of the run beside the exit code."""
     # Three trainings on two cores: OpenMP's default spinning makes a step 20 times slower, this value 3
     # times. A training alone becomes 3 % slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -188,19 +211,19 @@ def launch(
             return _launch(read_recipe(recipe, overrides), options or RunOptions(), report, signals)
     except Preempted as stop:
         report.problem(f"stopped by {stop.by} before training began; the same command resumes the run")
-        return PREEMPTED
+        return Launched(PREEMPTED, None)
 
 
-def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSignals) -> int:
+def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSignals) -> Launched:
     from mhla_lightning.config.resolve import resolve
 
     quiet_libraries()
     resolved = resolve(recipe.values)
     run = _choose_folder(recipe.name, resolved, options)
     if options.mode != "fit":
-        return _evaluate(resolved, run, options, report)
+        return Launched(_evaluate(resolved, run, options, report), run)
     with disk_errors(run.path):
-        return _train(resolved, run, options, report, signals)
+        return Launched(_train(resolved, run, options, report, signals), run)
 
 
 def _train(
