@@ -114,7 +114,7 @@ class Task(pl.LightningModule):
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
         self._logs_loss = True
-        self._losses: list[Tensor] = []
+        self._step_losses: list[Tensor] = []
         self._logged_step = 0
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
@@ -216,19 +216,19 @@ class Task(pl.LightningModule):
         self._logs_loss = logs
 
     def on_train_start(self) -> None:
-        self._losses, self._logged_step = [], self.trainer.global_step
+        self._step_losses, self._logged_step = [], self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss over all micro batches and ranks of a step."""
         if not self._logs_loss or not outputs:
             return
         # Lightning has divided it for the backward.
-        self._losses.append(outputs["loss"].detach() * self.trainer.accumulate_grad_batches)
+        self._step_losses.append(outputs["loss"].detach() * self.trainer.accumulate_grad_batches)
         if self.trainer.global_step == self._logged_step:  # still accumulating
             return
         self._logged_step = self.trainer.global_step
-        loss, several = torch.stack(self._losses).mean(), self.trainer.world_size > 1
-        self._losses.clear()
+        loss, several = torch.stack(self._step_losses).mean(), self.trainer.world_size > 1
+        self._step_losses.clear()
         self.log("train/loss", loss, prog_bar=True, sync_dist=several)
 
     @property
