@@ -19,5 +19,4 @@ class _CallablePackage(ModuleType):
         return mhla_lightning.compare_recipe(*arguments, **options)
 
 
-_package = sys.modules[__name__]
-_package.__class__ = _CallablePackage  # of this module alone; nothing else of the process changes
+sys.modules[__name__].__class__ = _CallablePackage

@@ -137,6 +137,34 @@ def test_the_contract_holds_beside_the_references_of_these_tests(entry: str | di
     BIDIRECTIONAL[check](subject(entry))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("entry", OPERATORS, ids=label)
+def test_padding_counts_nowhere(entry: str | dict, side: str) -> None:
+    grid, padded = (11,), 4
+    operator = build(entry, grid)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, slice(0, padded) if side == "left" else slice(-padded, None)] = False
+    q, k, v = inputs(11)
+    out = operator(q, k, v, mask=mask)
+    assert (out[~mask] == 0).all()
+    torch.testing.assert_close(out, reference(operator, entry, q, k, v, mask), rtol=1e-10, atol=1e-11)
+    loud = [torch.where(mask[..., None, None], x, 1e3) for x in (q, k, v)]
+    torch.testing.assert_close(operator(*loud, mask=mask), out, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        out[1], operator(*(x[1:] for x in (q, k, v)))[0], rtol=1e-10, atol=1e-11
+    )  # the full sample, alone
+
+
+@pytest.mark.parametrize("entry", OPERATORS, ids=label)
+def test_a_sample_of_padding_only_stays_finite(entry: str | dict) -> None:
+    operator = build(entry, (6,))
+    q, k, v = inputs(6)
+    out = operator(q, k, v, mask=torch.tensor([[False] * 6, [True] * 6]))
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v) if x.grad is not None)
+
+
 @pytest.mark.parametrize("entry", OPERATORS, ids=label)
 def test_rotary_turns_numerators_only(entry: str | dict) -> None:
     """A rotation that is the same for all tokens leaves q.k alone, so nothing may change; one that turns
@@ -159,6 +187,15 @@ def test_rotary_turns_numerators_only(entry: str | dict) -> None:
         halved = operator(q, k, constant, rotary=lambda x: x * math.sqrt(0.5))
         torch.testing.assert_close(halved, 0.5 * operator(q, k, constant), rtol=1e-9, atol=1e-10)
         assert phi(q).shape == q.shape
+
+
+@pytest.mark.parametrize("entry", OPERATORS, ids=label)
+def test_flops_are_what_torch_counts(entry: str | dict) -> None:
+    operator = build(entry, (7, 10)).to("meta")
+    q, k, v = (x.to("meta") for x in inputs(70, batch=1))
+    with FlopCounterMode(display=False) as counter:
+        operator(q, k, v)
+    assert counter.get_total_flops() == operator.flops(70, HEADS, DIM_K, DIM_V)
 
 
 @pytest.mark.parametrize("entry", every_nth(OPERATORS, 3), ids=label)

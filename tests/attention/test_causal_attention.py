@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning.attention import (
     CAUSAL_ATTENTION,
@@ -208,6 +209,21 @@ def test_the_contract_holds(entry: dict[str, Any], check: str) -> None:
 
 
 @every_operator
+def test_no_token_sees_a_later_one(entry: dict[str, Any]) -> None:
+    operator = build(entry)
+    with torch.no_grad():
+        x = inputs(operator, 30)
+        out = operator(**x)
+        for t in (0, 7, 8, 20, 29):
+            moved = {name: value.clone() for name, value in x.items()}
+            for name in moved:
+                moved[name][:, t] = moved[name][:, t] * 3 - (0 if name == "log_decay" else 1)
+            other = operator(**moved)
+            assert torch.equal(other[:, :t], out[:, :t])
+            assert not torch.equal(other[:, t:], out[:, t:])
+
+
+@every_operator
 def test_packed_documents_are_as_if_alone(entry: dict[str, Any]) -> None:
     """Outputs and gradients of three documents in a row equal those of each alone; the second row holds
     one document and padding.
@@ -325,6 +341,15 @@ def test_rotary_turns_numerators_only(entry: dict[str, Any]) -> None:
         _, state = operator.prefill(**cut(x, 0, 18), rotary=lambda y: y * signs[:18])
         last, _ = operator.step(**cut(x, 18, 19), state=state, rotary=lambda y: y * signs[18])
         assert_same(last, turned[:, 18:], 1e-10)
+
+
+@every_operator
+def test_flops_are_what_torch_counts(entry: dict[str, Any]) -> None:
+    operator = build(entry).to("meta")
+    x = {name: value.to("meta") for name, value in inputs(operator, 38, batch=1).items()}
+    with FlopCounterMode(display=False) as counter:
+        operator(**x)
+    assert counter.get_total_flops() == operator.flops(38, HEADS, DIM_K, DIM_V)
 
 
 @pytest.mark.parametrize("entry", every_nth(OPERATORS, 4), ids=label)
