@@ -53,6 +53,15 @@ class GivesFacts(Protocol):
 
 
 @runtime_checkable
+class HasEpochs(Protocol):
+    """A data module that knows its epochs before its loader is made."""
+
+    def steps_of_epoch(self) -> int:
+        """Return the optimizer steps of an epoch of the trainer."""
+        ...
+
+
+@runtime_checkable
 class TellsSkippedSteps(Protocol):
     """The part of strategies.sharding.Sharding by which a task knows a strategy of that kind."""
 
@@ -345,10 +354,7 @@ class Task(pl.LightningModule):
         optimizer = self.build_optimizer()
         if isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):  # DeepSpeed has its own
             fuse(optimizer)
-        # trainer.estimated_stepping_batches would make Lightning forget the restored position in the data
-        # (Lightning issue 20550).
-        max_steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 0
-        schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, max_steps)
+        schedule = self.schedule_config.build(optimizer, self.optimizer_config.lr, run_length(self.trainer))
         self._resume_by_name(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -396,6 +402,19 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 f"{type(callback).__name__} cannot average weights that are split among ranks; take "
                 "mhla_lightning.callbacks.EMA",
             )
+
+
+def run_length(trainer: pl.Trainer) -> int:
+    """Return the optimizer steps after which a trainer ends; 0 where nobody knows.
+
+    trainer.estimated_stepping_batches would make Lightning forget the restored position in the data
+    (Lightning issue 20550).
+    """
+    data, epochs = cast(Any, trainer).datamodule, trainer.max_epochs or 0
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if epochs > 0 and isinstance(data, HasEpochs):
+        limits.append(epochs * data.steps_of_epoch())
+    return min(limits, default=0)
 
 
 def draws_point(trainer: pl.Trainer) -> bool:

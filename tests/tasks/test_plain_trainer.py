@@ -17,7 +17,7 @@ from mhla_lightning.callbacks import Monitor
 from mhla_lightning.data import ImageDataModule, ReadingConfig, TokenDataModule
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks import ClassificationTask, LanguageTask
-from mhla_lightning.tasks.base import check_strategy
+from mhla_lightning.tasks.base import check_strategy, run_length
 from tests.helpers.errors import refused
 from tests.helpers.language_runs import write_text
 
@@ -70,6 +70,25 @@ def test_a_task_logs_the_loss_of_the_whole_batch_as_a_run_does(shards: Path) -> 
     assert float(last["train/loss"]) == pytest.approx(second)
     monitored = fit(shards, Monitor(16, 16))
     assert float(monitored.callback_metrics.get("train/loss", second)) == pytest.approx(second)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 2}, 8),
+        ({"max_epochs": 2, "max_steps": 5}, 5),
+        ({"max_epochs": 2, "limit_train_batches": 2}, 2),
+        ({"max_epochs": 2, "limit_train_batches": 0.5}, 4),
+    ],
+    ids=str,
+)
+def test_the_cosine_ends_where_the_trainer_ends(shards: Path, options: dict[str, Any], steps: int) -> None:
+    """Also where only epochs are given."""
+    data = ImageDataModule(str(shards), 16, 8, image_size=8, reading=READING)
+    trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=2, **options, **QUIET)
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    data.trainer = trainer
+    assert run_length(trainer) == steps
 
 
 def test_data_of_other_classes_is_refused_before_training(shards: Path) -> None:

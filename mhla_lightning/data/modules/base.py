@@ -342,6 +342,16 @@ class ShardDataModule(LightningDataModule):
             return self._train_loader(micro, steps * accumulation if steps > 0 else None, self._start)
         return self._epoch_loader(self.trainer, micro, accumulation)
 
+    def steps_of_epoch(self) -> int:
+        """Return the optimizer steps of an epoch of the trainer, its `limit_train_batches` included."""
+        steps = max(1, self.samples // self.batch_size)
+        if self.trainer is None:
+            return steps
+        limit, accumulation = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        if isinstance(limit, float):
+            return int(steps * accumulation * limit) // accumulation
+        return steps if limit is None else min(steps, limit // accumulation)
+
     def _epoch_loader(self, trainer: pl.Trainer, micro: int, accumulation: int) -> EpochLoader:
         steps = max(1, self.samples // self.batch_size)
         check_trainer(trainer, steps * accumulation, accumulation, self.epochs)
