@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -381,10 +382,10 @@ class Task(pl.LightningModule):
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse an unknown strategy that splits weights, and Lightning's averages of split weights.
+    """Refuse unknown strategies that split weights, and callbacks that cannot read such weights.
 
     Raises:
-        UserError: such a strategy, or an averaging callback under a strategy that splits weights.
+        UserError: such a strategy, or a callback of Lightning's that averages or saves split weights.
     """
     strategy = trainer.strategy
     if holds_whole(type(strategy)):
@@ -401,6 +402,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 "trainer.callbacks",
                 f"{type(callback).__name__} cannot average weights that are split among ranks; take "
                 "mhla_lightning.callbacks.EMA",
+            )
+        if isinstance(callback, ModelCheckpoint) and trainer.state.fn == TrainerFn.FITTING:
+            raise UserError(
+                "trainer.callbacks",
+                "ModelCheckpoint, which Lightning adds by itself, would save none of the weights split "
+                "among ranks; give enable_checkpointing=False, or train by `lightning run`, which saves them",
             )
 
 

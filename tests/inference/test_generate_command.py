@@ -160,6 +160,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_generates_the_same_text_from_an_export(runs: Path, tmp_path: Path) -> None:
     """The folder holds the model's code: the process that opens it cannot import this package."""
     pytest.importorskip("transformers")

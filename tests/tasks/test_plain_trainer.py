@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import strategies
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mhla_lightning.callbacks import Monitor
 from mhla_lightning.data import ImageDataModule, ReadingConfig, TokenDataModule
@@ -133,3 +134,15 @@ def test_lightnings_averages_of_split_weights_are_refused(average: pl.Callback) 
     check_strategy(SimpleNamespace(strategy=object.__new__(ZeroStrategy), callbacks=[]))  # type: ignore[arg-type]
     whole: Any = SimpleNamespace(strategy=strategies.SingleDeviceStrategy(), callbacks=[average])
     check_strategy(whole)
+
+
+def test_a_checkpoint_without_the_split_weights_is_refused() -> None:
+    split = SimpleNamespace(
+        strategy=object.__new__(ZeroStrategy),
+        callbacks=[ModelCheckpoint()],
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+    )
+    with refused("trainer.callbacks"):
+        check_strategy(cast(pl.Trainer, split))
+    split.state.fn = TrainerFn.VALIDATING
+    check_strategy(cast(pl.Trainer, split))
