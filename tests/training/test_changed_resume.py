@@ -202,8 +202,8 @@ def _fit(
     **options: Any,
 ) -> dict[str, Any]:
     """Train with a plain Trainer; return what it saves."""
-    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 4}
-    task = kind("deit_tiny", {"name": "mhla", "blocks": 2}, sizes, **options)
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    task = kind("deit_tiny", {"name": "mhla", "blocks": 2}, sizes, num_classes=4, **options)
     data = ImageDataModule(str(shards), batch_size=16, image_size=8)
     data.reading.__dict__["num_workers"] = 0
     trainer = pl.Trainer(
