@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.attention import Attention
-    from mhla_lightning.attention.contract import RuleResult
+    from mhla_lightning.attention.contract import RuleResult, Subject
 
 _STYLES = {"holds": "green", "not checked": "dim", "refused": "yellow", "broken": "bold red"}
 
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for kind in kinds:
         chosen = kind.example if options is None else options
         subject = Subject(kind, chosen, getattr(torch, args.dtype), args.device)
+        _check_building(subject)
         verdicts = list(check_contract(subject))
         _print_table(kind, chosen, verdicts)
         rows += [{"operator": _name(kind), **asdict(one)} for one in verdicts]
@@ -84,6 +86,22 @@ def run(args: argparse.Namespace) -> int:
     for name in unusable:
         print(f"error: {name}: no check could run; give its options with --options", file=sys.stderr)
     return int(bool(broken or unusable))
+
+
+def _check_building(subject: Subject) -> None:
+    """Refuse a constructor that does not take what models give it, before any check.
+
+    An operator's own refusals are for the checks to show.
+    """
+    try:
+        with suppress(UserError):
+            subject.build()
+    except TypeError as error:
+        raise UserError(
+            "operator",
+            f"{_name(subject.kind)} cannot be built: {error}; its constructor takes heads, dim_k, "
+            "dim_v and grid as keywords, and options from --options or the class attribute `example`",
+        ) from error
 
 
 def _options(text: str | None) -> dict[str, Any] | None:

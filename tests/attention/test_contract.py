@@ -185,6 +185,23 @@ def test_the_example_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     assert "power_operator.Power (bidirectional, {'power': 3.0})" in shown
 
 
+def test_a_constructor_without_the_sizes_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bare.py"
+    path.write_text(
+        "from mhla_lightning.attention import CausalAttention\n\n\n"
+        "class Bare(CausalAttention):\n"
+        "    def __init__(self): super().__init__()\n"
+        "    def attend(self, q, k, v, context): return v\n"
+        "    def flops(self, tokens, heads, dim_k, dim_v): return 0\n"
+    )
+    assert main(["test-operator", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "its constructor takes heads, dim_k, dim_v and grid as keywords" in said
+
+
 def test_a_causal_leak_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "leaky_operator.py").write_text(LEAK)
     assert main(["test-operator", f"{tmp_path}/leaky_operator.py:Leaky"]) == 1
