@@ -1,7 +1,5 @@
 """The public name of the transformers integration (`mhla_lightning.integrations`)."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from mhla_lightning.integrations.from_run import to_hf
 from mhla_lightning.integrations.transformers import (
     MHLAForCausalLM,
@@ -14,11 +12,11 @@ from mhla_lightning.integrations.transformers_training import (
     LORA_TARGETS,
     ProjectMixingCallback,
     parameter_groups,
+    register_auto_classes,
     register_lora_targets,
 )
 
-AutoConfig.register(MHLALanguageConfig.model_type, MHLALanguageConfig)
-AutoModelForCausalLM.register(MHLALanguageConfig, MHLAForCausalLM)
+register_auto_classes(MHLALanguageConfig, MHLAForCausalLM)
 register_lora_targets(MHLALanguageConfig.model_type)
 
 __all__ = [

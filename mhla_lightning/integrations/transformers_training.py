@@ -1,4 +1,4 @@
-"""What transformers' Trainer and PEFT need to train models with mixing matrices."""
+"""What transformers' Auto classes and Trainer, and PEFT, need for models with mixing matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones.layers import mixing_weights
@@ -70,6 +79,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         model, weight_decay, no_weight_decay_list=sorted(mixing_weights(model))
     )
     return groups
+
+
+def register_auto_classes(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
+    """Let AutoConfig and AutoModelForCausalLM find a model by its type."""
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
 
 
 def register_lora_targets(model_type: str) -> None:
