@@ -1,4 +1,4 @@
-"""What transformers' Auto classes and Trainer, and PEFT, need for models with mixing matrices."""
+"""Auto classes, Trainer and LoRA: what they need for models with mixing matrices."""
 
 from __future__ import annotations
 
