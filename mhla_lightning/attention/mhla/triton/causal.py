@@ -1,4 +1,4 @@
-"""Launches of the causal kernels; see `causal_kernels.py` for what they compute."""
+"""Launches of the causal kernels; see `causal_forward.py` for what they compute."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.mhla.triton import tiles
-from mhla_lightning.attention.mhla.triton.causal_kernels import (
-    causal_forward_kernel,
+from mhla_lightning.attention.mhla.triton.causal_backward import (
     causal_keys_kernel,
     causal_own_kernel,
     causal_queries_kernel,
+)
+from mhla_lightning.attention.mhla.triton.causal_forward import (
+    causal_forward_kernel,
     chunk_sum_kernel,
     mix_kernel,
 )

@@ -1,0 +1,158 @@
+"""Functions that the causal kernels share: rows of chunks, turns, weights and decay of a tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunk_rows(
+    tile: tl.tensor,
+    layout: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    TP: tl.constexpr,
+    PACKED: tl.constexpr,
+) -> tl.tuple:
+    """Places of a tile's W rows, and which are tokens.
+
+    Then come their chunks, their places there, and the tile's first chunk.
+    """
+    row = tl.arange(0, W)
+    if TP <= W:
+        first = tile * (W // TP)
+        chunk = first + row // TP
+        t = row % TP
+    else:
+        first = tile // (TP // W)
+        chunk = first + row * 0
+        t = tile % (TP // W) * W + row
+    there = (t < T) & (chunk < M)
+    place = chunk * T + t
+    if PACKED:
+        place = tl.load(layout + chunk * (T + 2) + t, mask=there, other=-1)
+        there = there & (place >= 0)
+    else:
+        there = there & (place < N)
+    return tl.where(there, place, 0), there, chunk, t, first
+
+
+@triton.jit
+def logs(base: tl.tensor, chunk: tl.tensor, t: tl.tensor, there: tl.tensor, stride: tl.tensor) -> tl.tensor:
+    """Load a log decay of every row."""
+    return tl.load(base + chunk * stride + t, mask=there, other=0.0)
+
+
+@triton.jit
+def positive(
+    base: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, D: tl.constexpr, DP: tl.constexpr
+) -> tl.tensor:
+    """Which of (rows, DP) of a token tensor are above 0.
+
+    A second load costs less than registers through a whole loop. Its policy differs from the first one's, or
+    the compiler would merge the two.
+    """
+    d = tl.arange(0, DP)
+    inside = there[:, None] & (d < D)[None, :]
+    at = base + place[:, None] * stride + d[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first") > 0
+
+
+@triton.jit
+def turned(
+    phi: tl.tensor,
+    base: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    stride: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    offset: tl.tensor,
+    d: tl.tensor,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn features of the rows at `base`: channel d with channel d + D / 2.
+
+    The other channel of each pair is loaded anew: it is in the cache, and in another thread's registers.
+    """
+    if TURN:
+        half: tl.constexpr = D // 2
+        other = tl.where(d < half, d + half, d - half)
+        raw = tl.load(base + place[:, None] * stride + other[None, :], mask=there[:, None], other=0.0)
+        paired = tl.where(there[:, None], tl.maximum(raw.to(tl.float32), 0.0) + offset, 0.0)
+        at = place[:, None] * half + (d % half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        phi = phi * c + paired * tl.where((d < half)[None, :], -s, s)
+    return phi
+
+
+@triton.jit
+def turned_back(
+    x: tl.tensor,
+    place: tl.tensor,
+    there: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    TURN: tl.constexpr,
+) -> tl.tensor:
+    """Turn (W, D) back; D is a power of two."""
+    if TURN:
+        half: tl.constexpr = D // 2
+        first, second = tl.split(tl.permute(tl.reshape(x, (W, 2, half)), (0, 2, 1)))
+        at = place[:, None] * half + tl.arange(0, half)[None, :]
+        c = tl.load(cos + at, mask=there[:, None], other=0.0)
+        s = tl.load(sin + at, mask=there[:, None], other=0.0)
+        pairs = tl.join(first * c + second * s, second * c - first * s)
+        x = tl.reshape(tl.permute(pairs, (0, 2, 1)), (W, D))
+    return x
+
+
+@triton.jit
+def weight_tile(
+    weights: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    M: tl.tensor,
+    sa: tl.tensor,
+    sb: tl.tensor,
+    W: tl.constexpr,
+    V: tl.constexpr,
+    TP: tl.constexpr,
+) -> tl.tensor:
+    """Return w[a + i // TP, b + j // TP] of a W x V tile.
+
+    M is no constant, unlike in `dense.py`: packed batches differ in their number of chunks.
+    """
+    NA: tl.constexpr = W // TP if TP <= W else 1
+    NB: tl.constexpr = V // TP if TP <= V else 1
+    row, column = a + tl.arange(0, NA), b + tl.arange(0, NB)
+    there = (row < M)[:, None] & (column < M)[None, :]
+    w = tl.load(weights + row[:, None] * sa + column[None, :] * sb, mask=there, other=0.0)
+    return tl.reshape(tl.broadcast_to(w[:, None, :, None], (NA, W // NA, NB, V // NB)), (W, V))
+
+
+@triton.jit
+def fading(
+    before: tl.tensor,
+    same: tl.tensor,
+    until_query: tl.tensor,
+    until_key: tl.tensor,
+    after_key: tl.tensor,
+    DECAY: tl.constexpr,
+) -> tl.tensor:
+    """fade(t, s) of a tile; 0 where the key is later."""
+    if DECAY == 0:
+        fade = tl.where(before, 1.0, 0.0)
+    else:
+        exponent = tl.where(same, until_query - until_key, 0.0)
+        if DECAY == 2:
+            exponent = tl.where(same, exponent, until_query + after_key)
+        fade = tl.where(before, tl.exp(tl.where(before, exponent, 0.0)), 0.0)
+    return fade
