@@ -21,6 +21,8 @@ from mhla_lightning.attention import (
     register_attention,
 )
 from mhla_lightning.attention.contract import CAUSAL, Subject
+from mhla_lightning.attention.contract.causal import stream
+from mhla_lightning.attention.contract.subject import cut
 from tests.helpers.causal_reference import dense
 from tests.helpers.errors import refused
 from tests.helpers.language_models import CUDA_ONLY
@@ -81,27 +83,6 @@ def inputs(
     if operator.token_decay:
         made["log_decay"] = -torch.rand(batch, tokens, HEADS, dtype=dtype, generator=generator)
     return {name: x.requires_grad_() for name, x in made.items()}
-
-
-def cut(x: dict[str, Any], start: int | None, stop: int | None) -> dict[str, Any]:
-    return {name: value[:, start:stop] for name, value in x.items()}
-
-
-def stream(operator: CausalAttention, x: dict[str, Any], prompt: int, mask: Tensor | None = None) -> Tensor:
-    """`prompt` tokens at once, the others one by one; the outputs of all."""
-    batch, tokens = x["q"].shape[:2]
-    parts = []
-    if prompt:
-        out, state = operator.prefill(**cut(x, 0, prompt), mask=mask)
-        parts.append(out)
-    else:
-        state = operator.init_state(
-            batch, heads=HEADS, dim_k=DIM_K, dim_v=DIM_V, device="cpu", dtype=x["q"].dtype
-        )
-    for t in range(prompt, tokens):
-        out, state = operator.step(**cut(x, t, t + 1), state=state)
-        parts.append(out)
-    return torch.cat(parts, dim=1)
 
 
 def gradients(operator: CausalAttention, x: dict[str, Any], out: Tensor) -> list[Tensor]:

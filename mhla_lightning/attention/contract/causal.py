@@ -41,7 +41,7 @@ def check_padding(subject: Subject) -> str:
             out = operator(**given, mask=mask)
             if (out[~mask] != 0).any():
                 raise Broken(f"padded outputs are not 0 (padding {side})")
-            streamed = _stream(subject, operator, {**x, **_joined(given, cut(x, prompt, None))}, prompt, mask)
+            streamed = stream(operator, {**x, **_joined(given, cut(x, prompt, None))}, prompt, mask)
             for row in range(3):
                 real = torch.cat([mask[row], mask.new_ones(TOKENS - prompt)])
                 alone = operator(**{name: one[:, real] for name, one in rows(x, row, row + 1).items()})[0]
@@ -79,7 +79,7 @@ def check_streaming(subject: Subject) -> str:
     x = subject.inputs(operator)
     for prompt in (0, TOKENS // 2, TOKENS - 1):
         expected = operator(**x)  # anew, because comparing gradients frees the graph
-        out = _stream(subject, operator, x, prompt)
+        out = stream(operator, x, prompt)
         subject.close(out, expected, f"a prompt of {prompt} tokens, then one by one")
         subject.same_gradients(operator, x, out, expected)
     return f"prompts of 0, {TOKENS // 2} and {TOKENS - 1} tokens, then one by one"
@@ -106,18 +106,16 @@ def _joined(first: Inputs, second: Inputs) -> Inputs:
     return {name: torch.cat([first[name], second[name]], 1) for name in first}
 
 
-def _stream(
-    subject: Subject, operator: CausalAttention, x: Inputs, prompt: int, mask: Tensor | None = None
-) -> Tensor:
+def stream(operator: CausalAttention, x: Inputs, prompt: int, mask: Tensor | None = None) -> Tensor:
     """Compute `prompt` tokens at once and the others one by one; return the outputs of all."""
-    batch, tokens = x["q"].shape[:2]
+    (batch, tokens, heads, dim_k), dim_v = x["q"].shape, x["v"].shape[3]
     parts = []
     if prompt:
         out, state = operator.prefill(**cut(x, 0, prompt), mask=mask)
         parts.append(out)
     else:
-        sizes = {"heads": subject.heads, "dim_k": subject.dim_k, "dim_v": subject.dim_v}
-        state = operator.init_state(batch, device=subject.device, dtype=x["q"].dtype, **sizes)
+        place = {"device": x["q"].device, "dtype": x["q"].dtype}
+        state = operator.init_state(batch, heads=heads, dim_k=dim_k, dim_v=dim_v, **place)
     for t in range(prompt, tokens):
         out, state = operator.step(**cut(x, t, t + 1), state=state)
         parts.append(out)

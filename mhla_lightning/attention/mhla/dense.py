@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
+from mhla_lightning.attention.mhla.by_hand import ByHand, WrittenForm
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.triton.choice import CallSizes, Costs, block_seconds, dense_seconds
-from mhla_lightning.attention.transforms import in_transform, pulled_back
 
 SCORES = 2**17
 """Scores or features that samples of one step have (512 KiB in float32)."""
@@ -59,7 +57,7 @@ def dense_on_cpu(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, settings: Relu
         (batch, tokens, heads, dim_v) in v's dtype.
     """
     if torch.is_grad_enabled():
-        return _DenseMHLA.apply(q, k, v, mixing, settings)
+        return ByHand.apply(q, k, v, mixing, settings, _FORM)
     return _forward(q, k, v, mixing, settings, keep=False)[0]
 
 
@@ -89,25 +87,8 @@ def _forward(
     return out, scores, n
 
 
-class _DenseMHLA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, settings: ReluMHLA) -> Tensor:
-        out, scores, n = _forward(q, k, v, mixing, settings, keep=True)
-        ctx.save_for_backward(q, k, v, mixing, out, scores, n)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(grad):  # backward may be called under autocast
-            if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
-                return *pulled_back(ctx.settings.plain, ctx.saved_tensors[:4], grad), None
-            return _backward(ctx, grad)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, mixing, out, scores, n = ctx.saved_tensors
-    settings: ReluMHLA = ctx.settings
+def _backward(settings: ReluMHLA, grad: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    q, k, v, mixing, out, scores, n = saved
     tokens, heads = q.shape[1:3]
     steps = _Steps.of(q, v)
     m = _by_pair(mixing, settings)
@@ -133,7 +114,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     by_matrix = by_head if mixing.dim() == 3 else by_head.sum(0)
     d_mixing = torch.zeros(mixing.shape, dtype=settings.dtype).flatten(-2)
     d_mixing.index_add_(-1, _pairs(settings), by_matrix.flatten(-2))
-    return grad_q, grad_k, grad_v, d_mixing.view(mixing.shape).to(mixing.dtype), None
+    return grad_q, grad_k, grad_v, d_mixing.view(mixing.shape).to(mixing.dtype)
+
+
+def _keeping(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: ReluMHLA
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    assert mixing is not None
+    out, *kept = _forward(q, k, v, mixing, settings, keep=True)
+    return out, tuple(kept)
+
+
+_FORM = WrittenForm(_keeping, _backward)
 
 
 @dataclass(frozen=True)

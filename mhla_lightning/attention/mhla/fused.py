@@ -32,17 +32,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mhla_lightning.attention.arithmetic import ceil_div
-from mhla_lightning.attention.base import full_precision
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
+from mhla_lightning.attention.mhla.by_hand import ByHand, WrittenForm
 from mhla_lightning.attention.mhla.dense import dense_on_cpu, dense_pays
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from mhla_lightning.attention.transforms import in_transform, pulled_back
+from mhla_lightning.attention.transforms import in_transform
 
 SLICE_ELEMENTS = 2**20
 """Elements of q that one slice holds on a CPU (4 MiB in float32); other devices take everything at once."""
@@ -90,7 +89,7 @@ def fused_mhla(
     if mixing is not None and dense_pays(q, v, grid):
         return dense_on_cpu(q, k, v, mixing, settings)
     if torch.is_grad_enabled():
-        return _FusedMHLA.apply(q, k, v, mixing, settings)
+        return ByHand.apply(q, k, v, mixing, settings, _FORM)
     return _by_heads(q, k, v, mixing, settings)
 
 
@@ -137,30 +136,17 @@ def _forward(
     return summary, z, mixed, z_mixed
 
 
-class _FusedMHLA(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: ReluMHLA
-    ) -> Tensor:
-        work = _Workspace(settings, q.device)
-        m = None if mixing is None else mixing.to(settings.dtype)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        summary, z, mixed, z_mixed = _forward(q, k, v, m, out, work, keep=True)
-        ctx.save_for_backward(q, k, v, mixing, out, summary, z, mixed, z_mixed)
-        ctx.settings = settings
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(grad):  # backward may be called under autocast
-            if torch.is_grad_enabled() or in_transform(grad):  # gradients of these gradients may be asked for
-                return *pulled_back(ctx.settings.plain, ctx.saved_tensors[:4], grad), None
-            return _backward(ctx, grad)
+def _keeping(
+    q: Tensor, k: Tensor, v: Tensor, mixing: Tensor | None, settings: ReluMHLA
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    work = _Workspace(settings, q.device)
+    m = None if mixing is None else mixing.to(settings.dtype)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return out, _forward(q, k, v, m, out, work, keep=True)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, mixing, out, summary, z, mixed, z_mixed = ctx.saved_tensors
-    settings: ReluMHLA = ctx.settings
+def _backward(settings: ReluMHLA, grad: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    q, k, v, mixing, out, summary, z, mixed, z_mixed = saved
     m = None if mixing is None else mixing.to(settings.dtype)
     work = _Workspace(settings, q.device)
     d_mixed, d_z_mixed = work.room_for_sums(q, v.shape[-1])
@@ -194,7 +180,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if settings.normalize:
             d_mixing += _mix_backward(m, d_z_mixed, z)
         d_mixing = d_mixing.to(mixing.dtype)
-    return grad_q, grad_k, grad_v, d_mixing, None
+    return grad_q, grad_k, grad_v, d_mixing
+
+
+_FORM = WrittenForm(_keeping, _backward)
 
 
 @dataclass(frozen=True)
