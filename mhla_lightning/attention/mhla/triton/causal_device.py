@@ -1,4 +1,4 @@
-"""Functions that the causal kernels share: rows of chunks, turns, weights and decay of a tile."""
+"""What the causal kernels share: rows of chunks, turns, weights and decay of a tile."""
 
 from __future__ import annotations
 
