@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mhla_lightning.callbacks.checkpoint import Checkpoint
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.runs.stopping import Preempted, StopSignals
+from mhla_lightning.strategies.launcher import watch_of
 
 JOB_END = "MHLA_JOB_END"  # seconds since 1970; the batch script sets it
 _RESERVE = 15.0  # seconds
@@ -62,6 +63,8 @@ class Preemption(AfterStep):
         super().on_train_start(trainer, pl_module)
         if trainer.world_size > 1 and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
+        if (watch := watch_of(trainer)) is not None:
+            watch.training = True
         self._begin_vote()
         if self._agreed():  # a signal came during the start: there is nothing new to save
             self._stop(trainer)

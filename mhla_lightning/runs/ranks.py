@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -49,12 +50,14 @@ class Ended:
     @property
     def exit_code(self) -> int:
         """The exit code of the command."""
-        return self.code if self.code == 2 else 1
+        return self.code if self.code in (2, PREEMPTED) else 1
 
     def __str__(self) -> str:
         who = f"rank {self.rank} of {self.world_size}"
         if self.told:
             return f"{who}: {self.told}"
+        if self.code == PREEMPTED:
+            return f"{who} was asked to stop before training began; the others were stopped"
         if self.code < 0:
             why = " (perhaps for lack of memory: see dmesg)" if self.code == -signal.SIGKILL else ""
             return f"{who} was ended by {signal.Signals(-self.code).name}{why}; the others were stopped"
@@ -75,6 +78,8 @@ class Watch(threading.Thread):
 
     Attributes:
         asked: ranks were asked to end, which is no failure.
+        training: all ranks have met. Before, a rank that a signal ends is one that this process waits for:
+            half an hour, in torch's store. Later all ranks stop at the same step.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Watch(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="ranks")
         self.processes, self.first_rank, self.world_size, self.folder = processes, first_rank, world_size, run
-        self.asked = False
+        self.asked = self.training = False
 
     def failure(self, wait: float = 0.0) -> Ended | None:
         """Return the first rank that has failed, after at least one look.
@@ -93,7 +98,8 @@ class Watch(threading.Thread):
         deadline = time.monotonic() + wait
         while True:
             for rank, process in enumerate(self.processes, self.first_rank):
-                if process.poll() not in (None, 0, PREEMPTED) and not self.asked:
+                stopped = process.poll() == PREEMPTED and self.training
+                if process.returncode not in (None, 0) and not stopped and not self.asked:
                     return Ended(rank, self.world_size, process.returncode, _told(self.folder, rank))
             if time.monotonic() >= deadline:
                 return None
@@ -194,7 +200,8 @@ def end_within(seconds: float, error: BaseException, rank: int) -> None:
 
 
 def _leave(code: int, line: str) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.write(f"error: {line}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # whoever read them may be gone
+        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
     os._exit(code)

@@ -154,6 +154,8 @@ class Forked:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self.kill()  # a test that has failed waits for nothing
         for stream in (self.stdout, self.stderr):
             if stream is not None:
                 stream.close()

@@ -7,8 +7,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
-from tests.house.source import PACKAGE, Finding, package_trees, tree_of
+from tests.house.source import PACKAGE, Finding, dotted, nodes, package_trees, tree_of
 
 # Top down: a room imports rooms of lower layers only, at the top of a file or inside a function alike.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -71,12 +72,19 @@ def imports(sources: Mapping[str, ast.Module] | None = None) -> list[Import]:
 
 def _targets(tree: ast.Module, modules: set[str], path: str) -> Iterator[tuple[int, str]]:
     """Yield line and module of the imports of a file, without the package itself."""
-    for node in ast.walk(tree):
-        for name in _imported(node, module_of(path), path.endswith("__init__.py")):
+    for line, names in _statements(tree, module_of(path), path.endswith("__init__.py")):
+        for name in names:
             while name not in modules and "." in name:  # `from module import function`
                 name = name.rpartition(".")[0]
             if name in modules and name not in (PACKAGE, module_of(path)):
-                yield node.lineno, name  # type: ignore[attr-defined]
+                yield line, name
+
+
+@cache
+def _statements(tree: ast.Module, source: str, is_package: bool) -> list[tuple[int, set[str]]]:
+    """Return line and names of every import of a file; the trees of the package are read once."""
+    named = ((node, _imported(node, source, is_package)) for node in nodes(tree))
+    return [(node.lineno, names) for node, names in named if names]  # type: ignore[attr-defined]
 
 
 def _imported(node: ast.AST, source: str, is_package: bool) -> set[str]:
@@ -89,7 +97,7 @@ def _imported(node: ast.AST, source: str, is_package: bool) -> set[str]:
             parts = source.split(".")
             base = parts[: len(parts) - node.level + is_package] + base
         return {".".join([*base, alias.name]) for alias in node.names}
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+    if isinstance(node, ast.Call) and _called(node).endswith(("import_module", "__import__")):
         first = node.args[0] if node.args else None
         if isinstance(first, ast.JoinedStr) and first.values:
             first = first.values[0]
@@ -98,12 +106,17 @@ def _imported(node: ast.AST, source: str, is_package: bool) -> set[str]:
     return set()
 
 
+def _called(node: ast.Call) -> str:
+    """Return the last name of what is called."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
+
+
 def foreign_imports(path: str) -> list[tuple[int, str]]:
     """Return line and first name of every library other than ours that a file imports."""
     return [
-        (node.lineno, name.split(".")[0])  # type: ignore[attr-defined]
-        for node in ast.walk(tree_of(path))
-        for name in sorted(_imported(node, module_of(path), path.endswith("__init__.py")))
+        (line, name.split(".")[0])
+        for line, names in _statements(tree_of(path), module_of(path), path.endswith("__init__.py"))
+        for name in sorted(names)
         if name.split(".")[0] not in (PACKAGE, "__future__", *sys.stdlib_module_names)
     ]
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from tests.house.source import PACKAGE, Finding, package_trees
+from tests.house.source import PACKAGE, Finding, dotted, nodes, package_trees
 
 PARAMETERS = 10
 _PUBLIC = ("_", "_asdict", "_exit", "_fields", "_replace", "_typeshed")  # documented by Python
@@ -36,7 +36,7 @@ def private_uses(trees: Trees | None = None) -> list[Finding]:
     found = []
     for path, tree in trees.items():
         libraries = _libraries(tree)
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.Attribute) and _is_private(node.attr):
                 own = inherited if _is_self(node.value) else ours[path]
                 if node.attr not in own or _is_foreign(node.value, libraries):
@@ -55,7 +55,7 @@ def private_uses(trees: Trees | None = None) -> list[Finding]:
 def _libraries(tree: ast.Module) -> dict[str, str]:
     """Return the names that a file imports from other libraries, and where they come from."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 bound = alias.asname or alias.name.split(".")[0]
@@ -66,12 +66,13 @@ def _libraries(tree: ast.Module) -> dict[str, str]:
 
 
 def _is_self(node: ast.expr) -> bool:
-    return ast.unparse(node) in ("self", "cls", "super()")
+    return dotted(node) in ("self", "cls", "super()")
 
 
 def _is_foreign(node: ast.expr, libraries: Mapping[str, str]) -> bool:
     """Whether a dotted name begins with another library."""
-    return bool(re.fullmatch(r"[\w.]+", ast.unparse(node))) and ast.unparse(node).split(".")[0] in libraries
+    name = dotted(node)
+    return "(" not in name and name.split(".")[0] in libraries
 
 
 def _private_imports(path: str, node: ast.Import | ast.ImportFrom) -> list[Finding]:
@@ -90,7 +91,7 @@ def _private_by_string(
     path: str, node: ast.Call, ours: set[str], libraries: Mapping[str, str]
 ) -> list[Finding]:
     """`getattr(x, "_name")`, `setattr(module, "name", value)` and attrgetter("a._name")."""
-    function = ast.unparse(node.func)
+    function = dotted(node.func) or ast.unparse(node.func)
     strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     found = []
     by_name = function in ("getattr", "setattr", "hasattr", "delattr") and len(node.args) > 1
@@ -142,7 +143,7 @@ def _is_private(name: str) -> bool:
 
 def _mentioned(tree: ast.Module) -> Iterator[str]:
     """Yield every private name that is read, called or named in a string."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield node.attr
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -154,7 +155,7 @@ def _mentioned(tree: ast.Module) -> Iterator[str]:
 def _own_private_names(tree: ast.Module) -> set[str]:
     """Return the private names that a file defines: functions, classes, variables, attributes of self."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             names.add(node.name)
             names |= {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
@@ -181,9 +182,9 @@ def parameter_counts(trees: Trees | None = None) -> list[Finding]:
     """
     found = []
     for path, tree in (package_trees() if trees is None else trees).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if any(ast.unparse(decorator) in _FLAT for decorator in node.decorator_list):
+                if any(dotted(decorator) in _FLAT for decorator in node.decorator_list):
                     continue
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 count = sum(a.arg not in ("self", "cls") for a in arguments)
@@ -195,7 +196,7 @@ def homonyms(trees: Trees | None = None) -> list[Finding]:
     """Return the class names that more than one class of the package has."""
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for path, tree in (package_trees() if trees is None else trees).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append((path, node.lineno))
     return [
@@ -212,12 +213,12 @@ def by_string(trees: Trees | None = None) -> list[Finding]:
     """
     found = []
     for path, tree in (package_trees() if trees is None else trees).items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        for node in nodes(tree):
+            if isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr", "setattr"):
                 literal = len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
                 if literal and _OBJECTS.search(ast.unparse(node.args[0])):
                     found.append(Finding(path, node.lineno, ast.unparse(node)))
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                sets = path.startswith("callbacks/") and ast.unparse(node.value) == "pl_module"
+                sets = path.startswith("callbacks/") and dotted(node.value) == "pl_module"
                 found += [Finding(path, node.lineno, f"sets {ast.unparse(node)}")] * sets
     return found

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 
-from tests.house.source import Finding, package_files, package_trees, text_of, tracked
+from tests.house.source import Finding, nodes, package_files, package_trees, text_of, tracked
 
 LINE = 110
 HEADING = 90  # characters of a docstring's first line
@@ -39,7 +39,7 @@ Trees = Mapping[str, ast.Module]
 def docstrings(trees: Trees | None = None) -> Iterator[tuple[str, int, str]]:
     """Yield path, line and text of every docstring."""
     for path, tree in (package_trees() if trees is None else trees).items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = ast.get_docstring(node)
                 if text:
