@@ -199,7 +199,7 @@ def test_flops_are_what_torch_counts(entry: str | dict) -> None:
 
 
 @pytest.mark.parametrize("entry", every_nth(OPERATORS, 3), ids=label)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("masked", every_nth([True, False], 2), ids=["masked", "plain"])
 def test_compiles_without_graph_breaks(entry: str | dict, masked: bool) -> None:
     torch.compiler.reset()
     operator = build(entry, (7, 10))

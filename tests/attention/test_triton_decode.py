@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.decode_kernel_cases import DecodeCase, decode_errors
+from tests.helpers.marks import every_nth
 
 TOLERANCES = {torch.float32: 3e-7, torch.float16: 1e-3}  # of the largest value of the reference
 SMALL = {"chunk_size": 3, "max_chunks": 5}
@@ -35,7 +36,7 @@ WIDE = DecodeCase((5, 3), 6, 128, 256, SMALL, rotary=True)
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, pytest.param(WIDE, marks=pytest.mark.slow)], ids=lambda case: case.label
+    "case", [*every_nth(CASES, 2), pytest.param(WIDE, marks=pytest.mark.slow)], ids=lambda case: case.label
 )
 def test_steps_equal_the_forward_over_whole_sequences(
     interpreted: ProcessPoolExecutor, case: DecodeCase

@@ -21,6 +21,7 @@ from mhla_lightning.backbones import (
 )
 from mhla_lightning.backbones.vit import padded_grid
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -57,7 +58,11 @@ def test_timm_creates_every_backbone_with_every_operator(name: str, attention: s
 @pytest.mark.parametrize("attention", [*ATTENTION, {"name": "mhla", "preset": "release"}], ids=str)
 @pytest.mark.parametrize(
     ("img_size", "grid"),
-    [(224, (16, 16)), (256, (16, 16)), (384, (24, 24)), (512, (32, 32)), ((224, 336), (16, 24))],
+    every_nth(
+        [(224, (16, 16)), (256, (16, 16)), (384, (24, 24)), (512, (32, 32)), ((224, 336), (16, 24))],
+        4,
+        several=True,
+    ),
     ids=str,
 )
 def test_flops_and_grid_at_the_papers_sizes(

@@ -108,7 +108,7 @@ def test_shapes_and_flops_of_every_size(name: str, attention: Any) -> None:
     assert counter.get_total_flops() == model.flops(model.grid)
 
 
-@pytest.mark.parametrize("size", [(4, 8, 12), (3, 12, 18), (7, 6, 22)], ids=str)
+@pytest.mark.parametrize("size", every_nth([(4, 8, 12), (3, 12, 18), (7, 6, 22)], 3), ids=str)
 @pytest.mark.parametrize("attention", ENTRIES, ids=str)
 def test_flops_of_clips_of_another_size(attention: Any, size: tuple[int, int, int]) -> None:
     """How much short blocks are filled up depends on the size."""

@@ -37,6 +37,7 @@ from tests.helpers.damaged import (
     refusal,
 )
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.usefixtures("little_memory")]
 KEY = f"{BAD:05d}"
@@ -94,7 +95,7 @@ REFUSED: dict[str, Callable[[Sample], object]] = {
 
 
 @pytest.mark.parametrize("offsets", ["with", "without"])
-@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("change", every_nth(REFUSED.values(), 2), ids=REFUSED)
 def test_refused_members(tmp_path: Path, change: Callable[[Sample], object], offsets: str) -> None:
     data = DataSet(tmp_path, "images")
     data.change_sample(change)
@@ -203,7 +204,9 @@ UNUSABLE: dict[str, tuple[DataKind, Callable[[Sample], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "change", "says"), UNUSABLE.values(), ids=UNUSABLE)
+@pytest.mark.parametrize(
+    ("kind", "change", "says"), every_nth(UNUSABLE.values(), 3, several=True), ids=UNUSABLE
+)
 def test_an_unusable_sample_is_skipped_and_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -274,7 +277,7 @@ ROWS: dict[str, Callable[[Sample], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("change", every_nth(ROWS.values(), 3), ids=ROWS)
 def test_a_token_member_that_cannot_be_read(tmp_path: Path, change: Callable[[Sample], object]) -> None:
     """Rows are read by their position, so a wrong member is a fault of the shard, not of a row."""
     data = DataSet(tmp_path, "tokens")

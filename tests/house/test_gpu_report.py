@@ -30,6 +30,7 @@ KERNELS = {"case": "DeiT | T", "form": "dense", "triton_ms": 0.5, "torch_ms": 8.
 DECODE = {"operator": "mhla", "position": 1024, "seconds_per_token": 2e-3, "graph": "eagerly; it waits"}
 
 
+@pytest.mark.slow  # the collection of the whole suite finds what cannot be imported
 def test_tests_for_a_gpu_are_collected() -> None:
     files = gpu_report.gpu_tests()
     for part in ("attention/test_kernels_gpu", "attention/test_fla", "strategies/test_one_gpu"):

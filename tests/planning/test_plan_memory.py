@@ -108,7 +108,10 @@ def test_activations_are_those_of_a_real_step(
 
 @pytest.mark.parametrize(
     "family",
-    ["video_dit", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "video_dit")],
+    [
+        "classification",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "classification"),
+    ],
 )
 @pytest.mark.parametrize("attention", ["mhla", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_recomputed_operators_take_less(family: str, attention: str) -> None:

@@ -15,6 +15,7 @@ from mhla_lightning.config.resolve import resolve
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.training import session as sessions
 from tests.helpers import diffusion_models, language_runs
+from tests.helpers.marks import every_nth
 from tests.helpers.pretended_gpu import (
     DeviceMismatchError,
     PretendedAccelerator,
@@ -125,7 +126,7 @@ def video_dit(folder: Path, shards: Path) -> tuple[Path, dict[str, Any]]:
     return video_runs.write_recipe(folder / "tiny.yaml", video_runs.write_clips(folder / "clips")), {}
 
 
-@pytest.mark.parametrize("family", [classification, image_dit, language, video_dit])
+@pytest.mark.parametrize("family", every_nth([language, classification, image_dit, video_dit], 2))
 def test_a_step_waits_once_and_mixes_no_devices(
     family: Callable[[Path, Path], tuple[Path, dict[str, Any]]],
     shards: Path,
