@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_SHOWN = 10  # names of a table in an error
+_NEAREST = 3  # of them, as suggestions
+_NEAR = 0.5  # likeness of a suggestion, of 1
+
 
 class UserError(Exception):
     """A mistake in a recipe, a command, an argument or the data.
@@ -70,7 +74,10 @@ def below(section: str, key: str) -> str:
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") -> str:
-    """Return the reason for a name that is not in a table, with the nearest name in it.
+    """Return the reason for a name that is not in a table: the nearest names first, then at most ten.
+
+    >>> unknown_name("operator", "mlha", ["softmax", "mhla"])
+    "unknown operator 'mlha'; did you mean 'mhla'? valid: mhla, softmax"
 
     Args:
         kind: of the name: `backbone`, `key`.
@@ -78,11 +85,23 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") ->
         valid: the names in the table.
         of: the owner of the name, such as `profile x`; empty where it has none.
     """
-    names = sorted(valid)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    likeness = {candidate: _likeness(str(name), candidate) for candidate in sorted(valid)}
+    ranked = sorted(likeness, key=lambda candidate: -likeness[candidate])
+    holding = [candidate for candidate in ranked[:_NEAREST] if likeness[candidate] > 1]
+    near = holding or [candidate for candidate in ranked[:1] if likeness[candidate] >= _NEAR]
+    *first, last = [f"'{candidate}'" for candidate in near] or [""]
+    hint = f" did you mean {' or '.join([', '.join(first), last] if first else [last])}?" if near else ""
+    shown = ", ".join(sorted(ranked[:_SHOWN]))
+    more = f" and {len(ranked) - _SHOWN} more" if len(ranked) > _SHOWN else ""
     place = f" of {of}" if of else ""
-    return f"unknown {kind} '{name}'{place}; valid: {', '.join(names)}{hint}"
+    return f"unknown {kind} '{name}'{place};{hint} valid: {shown}{more}"
+
+
+def _likeness(text: str, candidate: str) -> float:
+    """Return 0 to 1, and above 1 where the candidate, `folder/name` or `name`, holds the text."""
+    last = candidate.rpartition("/")[2]
+    ratio = max(difflib.SequenceMatcher(None, text, part).ratio() for part in (candidate, last))
+    return ratio + (len(text) > 1 and text in candidate)
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> str:

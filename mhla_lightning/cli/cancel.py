@@ -2,6 +2,8 @@
 
 Training saves first, where SLURM leaves it the time; `mhla resume RUN` queues the run again. RUN is a run
 id, a run folder or a SLURM job id; the id of an array cancels all its runs.
+
+  mhla cancel RUN
 """
 
 from __future__ import annotations

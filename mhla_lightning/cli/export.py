@@ -10,7 +10,7 @@ Any strategy and any number of ranks will do:
                                              the model's code and its tokenizer
   mhla export RUN --to vit --format timm     image classifiers: timm.create_model, after
                                              import mhla_lightning.backbones
-  mhla export wan_mhla.safetensors --to wan  a file of mhla import
+  mhla export wan_mhla.safetensors --to wan   a file of mhla import
 """
 
 from __future__ import annotations

@@ -36,6 +36,10 @@ _KINDS = {
 }
 _DEFAULT = {"dit": "dit_xl2", "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint"}
 _OPTIONS = {"dit": "{input_size: 64}", "wan": "{input_size: [21, 60, 100]}"}
+_EXAMPLES = {
+    "dit": "DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla",
+    "wan": "Wan2.1-T2V-1.3B --out wan.safetensors",
+}
 _STATES = {"copied": "copied", "resampled": "resampled", "created": "new", "left": "left over"}
 
 
@@ -44,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, summary in _KINDS.items():
         added = kinds.add_parser(
-            name, help=summary, description=f"Converts a checkpoint of {summary}.", allow_abbrev=False
+            name,
+            help=summary,
+            description=f"Convert a checkpoint of {summary}.",
+            epilog=f"Example: mhla import {name} {_EXAMPLES[name]}",
+            allow_abbrev=False,
         )
         added.add_argument(
             "path",

@@ -1,6 +1,8 @@
 """Show the output of a run's job: the batch script's lines, and those of a rank.
 
 RUN is a run id, a run folder or a SLURM job id. With -f new lines are shown until the job has ended.
+
+  mhla logs RUN -f
 """
 
 from __future__ import annotations

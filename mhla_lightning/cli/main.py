@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mhla_lightning import __version__
 from mhla_lightning.cli.spelling import VerbParser, spelled
@@ -42,6 +43,22 @@ VERBS = {
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
+GROUPS = {
+    "train": ("run", "recipes", "compare", "plan"),
+    "use": ("generate", "sample", "eval", "export", "import"),
+    "data": ("data",),
+    "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),
+    "measure": ("bench", "test-operator", "doctor"),
+}
+"""The verbs in the order of `mhla --help`."""
+WELCOME = """Multi-Head Linear Attention on Lightning: train, sample and measure from a laptop to a SLURM cluster.
+
+  mhla recipes list --cpu                                 what trains here in minutes
+  lightning run classification/deit_tiny_mhla_mnist_cpu   train one of them; again: resume it
+  mhla plan language/lm_340m_mhla_fineweb_edu             what a large one needs, without a GPU
+  mhla doctor                                             what this machine has
+  mhla --help                                             all verbs
+"""
 EPILOG = (
     "mhla VERB --help explains a verb. Exit codes: 0 finished, 1 a crash, 2 a mistake in the command, "
     "recipe or data,\n"
@@ -131,32 +148,29 @@ def lightning() -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    listing = "\n".join(f"  {name:13} {text}" for name, text in VERBS.items())
+    listing = "\n\n".join(
+        f"{group}:\n" + "\n".join(f"  {name:13} {VERBS[name]}" for name in names)
+        for group, names in GROUPS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="mhla",
         usage="mhla [--version] VERB ...",
-        description=f"Multi-Head Linear Attention on Lightning.\n\nverbs:\n{listing}",
+        description=f"Multi-Head Linear Attention on Lightning.\n\n{listing}",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mhla-lightning {__version__}")
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments:
+        print(WELCOME, end="")
+        return 0
+    if arguments[0].startswith("-"):
         parser.parse_args(arguments)
         parser.print_help()
         return 0
-    name = arguments[0]
-    if name not in VERBS:
-        raise UserError(None, unknown_name("verb", name, VERBS))
-    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # no module is named `import`
-    verb = importlib.import_module(f"mhla_lightning.cli.{module}")
-    sub = VerbParser(
-        prog=f"mhla {name}",
-        description=verb.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verb.add_arguments(sub)
+    if arguments[0] not in VERBS:
+        raise UserError(None, unknown_name("verb", arguments[0], VERBS))
+    verb, sub = verb_parser(arguments[0])
     takes_overrides = getattr(verb, "TAKES_OVERRIDES", False)
     if takes_overrides:
         args, overrides = sub.parse_known_args(arguments[1:])
@@ -168,3 +182,17 @@ def _dispatch(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {spelled(error, sub, takes_overrides)}", file=sys.stderr)
         return _STOPPED if isinstance(error, DiskError) else 2
+
+
+def verb_parser(name: str) -> tuple[Any, VerbParser]:
+    """Return the module of a verb and the parser of its arguments."""
+    module = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")  # no module is named `import`
+    verb = importlib.import_module(f"mhla_lightning.cli.{module}")
+    parser = VerbParser(
+        prog=f"mhla {name}",
+        description=verb.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.add_arguments(parser)
+    return verb, parser

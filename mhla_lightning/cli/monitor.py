@@ -1,6 +1,8 @@
 """Start TensorBoard on run folders, and print how to see it from your own machine.
 
 RUN is a run id, a run folder or a SLURM job id; without one every run is shown, also those that start later.
+
+  mhla monitor
 """
 
 from __future__ import annotations

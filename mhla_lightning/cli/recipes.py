@@ -1,5 +1,8 @@
 """List the recipes that come with the package, or show one.
 
+  mhla recipes list --cpu
+  mhla recipes show classification/deit_tiny_mhla_mnist_cpu
+
 The purpose of a recipe is the first comment line of its file. The paper's number is a sentence of the comment
 at the head of the file, such as `Paper: 75.8 % top-1 (Table 2).`
 """
@@ -18,6 +21,7 @@ from mhla_lightning.errors import UserError, unknown_name
 
 _ARXIV = re.compile(r"\barxiv:?\s*\d{4}\.\d{4,5}(v\d+)?", re.IGNORECASE)
 _VALUE = re.compile(r"\d+\.\d|\d\s?%")
+_WIDTH = 100  # characters of a table that no terminal shows
 _LABEL = re.compile(r"^paper(?:'s number)?:\s*", re.IGNORECASE)
 
 
@@ -25,26 +29,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `mhla recipes` to its parser."""
     verbs = parser.add_subparsers(dest="recipes_verb", required=True, metavar="VERB")
     listing = verbs.add_parser(
-        "list", help="one line a recipe", description="List the recipes that come with the package."
+        "list",
+        help="one line a recipe",
+        description="List the recipes that come with the package.",
+        epilog="Example: mhla recipes list wan --task video_dit",
     )
+    listing.add_argument("words", metavar="WORD", nargs="*", help="only recipes that hold these words")
     listing.add_argument("--task", metavar="NAME", help="only recipes of this task: classification, language")
+    listing.add_argument("--cpu", action="store_true", help="only recipes that train on a CPU in minutes")
     listing.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     show = verbs.add_parser(
-        "show", help="print the file of a recipe", description="Print the file of a recipe."
+        "show",
+        help="print the file of a recipe",
+        description="Print the file of a recipe.",
+        epilog="Example: mhla recipes show classification/deit_tiny_mhla_mnist_cpu",
     )
     show.add_argument("name", metavar="NAME", help="name of a packaged recipe, or path of a YAML file")
 
 
 def run(args: argparse.Namespace) -> int:
     """List the recipes or show one; return the exit code."""
-    return _show(args.name) if args.recipes_verb == "show" else _list(args.task, args.json)
+    if args.recipes_verb == "show":
+        return _show(args.name)
+    return _list(args.words, args.task, args.cpu, args.json)
 
 
-def _list(task: str | None, json_file: str | None) -> int:
+def _list(words: list[str], task: str | None, cpu: bool, json_file: str | None) -> int:
     rows = [
         {"recipe": name, **header_facts((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))}
         for name in _names(task)
+        if name.endswith("_cpu") or not cpu
     ]
+    rows = [
+        row for row in rows if all(word.lower() in " ".join(map(str, row.values())).lower() for word in words)
+    ]
+    if not rows:
+        asked = [*map(repr, words), *([f"--task {task}"] if task else []), *(["--cpu"] if cpu else [])]
+        raise UserError(None, f"no recipe fits {' '.join(asked)}; `mhla recipes list` shows all")
     _print_table(rows)
     if json_file is not None:
         Path(json_file).write_text(
@@ -62,15 +83,20 @@ def _names(task: str | None) -> list[str]:
 
 
 def _print_table(rows: list[dict[str, str | None]]) -> None:
+    """Print a block a recipe: its name on a line, then what it is for and the paper's number."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("recipe", "purpose", "paper", caption="mhla recipes show NAME; mhla run NAME")
-    table.columns[0].no_wrap = True
+    table = Table("recipe", box=None, show_header=False, padding=(0, 0, 1, 0))
     for row in rows:
-        table.add_row(*(Text(value or "-") for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+        block = Text(str(row["recipe"]), style="bold")
+        block.append(Text(f"\n{row['purpose'] or '-'}", style="not bold"))
+        if re.search(r"\d", row["paper"] or ""):
+            block.append(Text(f"\npaper: {row['paper']}", style="not bold dim"))
+        table.add_row(block)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(table, "mhla recipes show NAME prints one; lightning run NAME trains it", highlight=False)
 
 
 def _show(name: str) -> int:

@@ -2,6 +2,8 @@
 
 The job runs the code and the recipe of the first submission. RUN is a run id, a run folder or a SLURM job id.
 A local run can resume as a job, too: name a profile.
+
+  mhla resume RUN
 """
 
 from __future__ import annotations

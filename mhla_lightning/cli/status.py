@@ -2,6 +2,8 @@
 
 RUN is a run id, a run folder or a SLURM job id; without one all runs are shown. Local runs are shown, too.
 SLURM's accounting is not needed.
+
+  mhla status
 """
 
 from __future__ import annotations

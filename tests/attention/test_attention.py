@@ -408,7 +408,7 @@ def test_a_layer_names_the_key_inside_its_attention() -> None:
 
 
 def test_unknown_names_come_with_the_valid_ones_and_the_nearest() -> None:
-    with pytest.raises(UserError, match="linear, mhla, softmax; did you mean 'mhla'"):
+    with pytest.raises(UserError, match="did you mean 'mhla'. valid: linear, mhla, softmax"):
         build_attention("mlha", heads=2, dim_k=4, dim_v=4)
 
 

@@ -33,6 +33,18 @@ def test_list_keeps_to_one_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert CPU_RECIPE in capsys.readouterr().out
 
 
+def test_list_keeps_to_cpu_recipes_that_hold_every_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "list", "--cpu", "MNIST", "deit"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name in recipe_names() if name in shown] == [CPU_RECIPE]
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_list_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "list", "wan", "--task", "language"]) == 2
+    assert "no recipe fits 'wan' --task language" in capsys.readouterr().err
+
+
 def test_list_refuses_an_unknown_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "list", "--task", "clasification"]) == 2
     assert capsys.readouterr().err.startswith("error: --task: ")

@@ -272,7 +272,7 @@ class TestPlan:
         [
             (
                 ["--gpu", "h100"],
-                r"--gpu: .*did you mean 'h100-80g'\?; or give --gpu-memory",
+                r"--gpu: .*did you mean 'h100-80g'\? .*; or give --gpu-memory",
             ),
             (["--gpu-memory", "much"], "--gpu-memory"),
             (["--nodes", "0"], "--nodes"),

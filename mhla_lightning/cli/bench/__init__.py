@@ -1,6 +1,8 @@
 """Measure speed ratios in one run.
 
 Times are medians over turns that the cases take one after another; ratios are taken within a turn.
+
+  mhla bench attention --tokens 256 1024 --turns 5
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, subject in SUBJECTS.items():
         summary = (subject.__doc__ or "").partition("\n")[0]
-        added = subjects.add_parser(name, help=subject.HELP, description=summary, allow_abbrev=False)
+        added = subjects.add_parser(
+            name,
+            help=subject.HELP,
+            description=summary,
+            epilog=f"Example: mhla bench {name} {subject.EXAMPLE}",
+            allow_abbrev=False,
+        )
         subject.add_arguments(added)
         added.add_argument("--json", metavar="FILE", help="write rows and summary")
 

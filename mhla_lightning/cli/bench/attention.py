@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mhla_lightning.bench.timing import Case
 
 HELP = "softmax (SDPA), linear and mhla over token counts"
+EXAMPLE = "--tokens 256 1024 --turns 5"
 SLOPE_FROM = 4096
 
 

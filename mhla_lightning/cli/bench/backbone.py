@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Entry = dict[str, Any] | list[dict[str, Any]]
 
 HELP = "speed and peak memory of a backbone over image or clip sizes"
+EXAMPLE = "dit_s2 --res 256 --layers 2 --turns 5"
 RATIOS = (
     ("mhla", "linear"),
     ("softmax", "mhla"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mhla_lightning.data.modules.base import ShardDataModule
 
 HELP = "the training stream beside the bare decoder, webdataset and numpy's memmap"
+EXAMPLE = "--samples 500 --workers 1"
 IMAGE_SIDE = 256  # pixels of the images that are made
 AUGMENTED, CROPPED, TOKENS = "images, DeiT", "images, crop", "tokens"
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "webdataset", "numpy")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mhla_lightning.bench.decode_speed import DecodePoint
 
 HELP = "time and state of one more token, by position"
+EXAMPLE = "--positions 256 1024 --turns 5"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from mhla_lightning.cli.output import demand_at_least, measuring_bar, write_json
 from mhla_lightning.errors import UserError
 
 HELP = "modelled times, bytes and machine code of the Triton kernels; needs no GPU but for --measure"
+EXAMPLE = "--case DeiT"
 CAPABILITIES = (80, 90)
 
 

@@ -11,6 +11,7 @@ from mhla_lightning.cli.output import demand_at_least, load, write_json
 from mhla_lightning.errors import UserError
 
 HELP = "seconds and memory from a data module to its first batch, deep inside many samples"
+EXAMPLE = "--samples 100000 --turns 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

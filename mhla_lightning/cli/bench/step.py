@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mhla_lightning.config.resolve import Resolved
 
 HELP = "a recipe's training step under Lightning and in a bare loop, and where the difference goes"
+EXAMPLE = "classification/deit_tiny_mhla_mnist_cpu --steps 20"
 TAKES_OVERRIDES = True
 _TITLE = (
     "Lightning's steps over bare ones, by the clock and by CPU time; Lightning's own (the lower rows) "

@@ -1,4 +1,7 @@
-"""Make shards of images, latents, video clips or text; check, index and show them."""
+"""Make shards of images, latents, video clips or text; check, index and show them.
+
+mhla data pack mnist --to data/mnist
+"""
 
 from __future__ import annotations
 

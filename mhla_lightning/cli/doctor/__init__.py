@@ -1,6 +1,8 @@
 """Check this machine: versions, devices, commands, write access, processes.
 
 Exit code 0 when nothing failed, 1 otherwise.
+
+  mhla doctor
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Language runs with lm-evaluation-harness, sample files against real images, diffusion runs by a classifier,
 videos by VBench.
+
+  mhla eval fid --help
 """
 
 from __future__ import annotations
