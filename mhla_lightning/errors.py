@@ -74,7 +74,7 @@ def below(section: str, key: str) -> str:
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], of: str = "") -> str:
-    """Return the reason for a name that is not in a table: the nearest names first, then at most ten.
+    """Return the reason for an unknown name: the nearest names first, then at most ten.
 
     >>> unknown_name("operator", "mlha", ["softmax", "mhla"])
     "unknown operator 'mlha'; did you mean 'mhla'? valid: mhla, softmax"

@@ -51,7 +51,7 @@ GROUPS = {
     "measure": ("bench", "test-operator", "doctor"),
 }
 """The verbs in the order of `mhla --help`."""
-WELCOME = """Multi-Head Linear Attention on Lightning: train, sample and measure from a laptop to a SLURM cluster.
+WELCOME = """Multi-Head Linear Attention on Lightning: train, sample, measure, on a laptop or a cluster.
 
   mhla recipes list --cpu                                 what trains here in minutes
   lightning run classification/deit_tiny_mhla_mnist_cpu   train one of them; again: resume it

@@ -200,7 +200,7 @@ def end_within(seconds: float, error: BaseException, rank: int) -> None:
 
 
 def _leave(code: int, line: str) -> NoReturn:
-    with suppress(OSError, ValueError):  # whoever read them may be gone
+    with suppress(OSError, ValueError):  # their reader may be gone
         sys.stderr.write(f"error: {line}\n")
         sys.stderr.flush()
         sys.stdout.flush()
