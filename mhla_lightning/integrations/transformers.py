@@ -11,7 +11,7 @@ Underscored names below are transformers' extension points for custom models, as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,15 +20,27 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import CausalSelfAttention, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
-from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState, presets_for
+from mhla_lightning.backbones.causal_lm import (
+    CausalLM,
+    CausalLMOptions,
+    DecoderLayer,
+    ModelState,
+    presets_for,
+)
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.finite import check_finite
 
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils import can_return_tuple
 except ImportError as error:
     raise UserError(None, missing_extra("transformers", "language", "mhla_lightning.hf")) from error
+
+
+LAST_REAL = -1
+"""The value of `logits_to_keep` that takes the last real token of each row."""
 
 
 class MHLALanguageConfig(PreTrainedConfig):
@@ -135,6 +147,10 @@ class StateCache:
         self.state = self.state.reorder(beam_idx)
 
 
+class RecomputedLayer(GradientCheckpointingLayer, DecoderLayer):
+    """A DecoderLayer whose forward transformers can run again in the backward."""
+
+
 class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     """CausalLM with the interface of transformers.
 
@@ -151,55 +167,61 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _is_stateful = True  # makes `generate` refuse assisted generation, which would cut the cache
-    _no_split_modules = ["DecoderLayer"]  # layers that device_map="auto" keeps on one device
+    _no_split_modules = ["RecomputedLayer"]  # layers that device_map="auto" keeps on one device
 
     def __init__(self, config: MHLALanguageConfig, backbone: CausalLM | None = None) -> None:
         super().__init__(config)
         self.model = config.build() if backbone is None else backbone
+        for layer in self.model.layers:
+            layer.__class__ = RecomputedLayer  # the same layer, with transformers' way to recompute it
         # post_init would initialise the model again. On meta, from_pretrained fills the weights later and
         # must find those that its file lacks.
         if not self.model.head_weight.is_meta:
-            for module in self.model.modules():
+            for module in self.modules():
                 cast(Any, module)._is_hf_initialized = True
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(cls, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """Open a folder or hub model as transformers does, and check its weights.
 
         Args:
             arguments, options: as of transformers' own method.
+            output_loading_info: return the missing names beside the model, and refuse none.
 
         Raises:
-            UserError: a weight that is not finite.
+            UserError: a weight that is not finite, or a checkpoint that lacks weights of an operator.
         """
-        opened = super().from_pretrained(*arguments, **options)
-        model = opened[0] if isinstance(opened, tuple) else opened
+        model, found = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        if arguments and arguments[0] is not None and not output_loading_info:
+            _check_complete(model, found["missing_keys"])
         check_finite(dict(model.named_parameters()), str(arguments[0] if arguments else cls.__name__))
-        return opened
+        return (model, found) if output_loading_info else model
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Tell `generate` not to make a DynamicCache: the first forward makes a StateCache."""
         return False
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise new embeddings, and refuse a checkpoint that lacks other weights.
+    def initialize_weights(self) -> None:
+        """Give weights that have no values yet those of a new CausalLM.
 
-        transformers calls this for `resize_token_embeddings` and for weights that a checkpoint lacks. A
-        CausalLM initialises itself when it is built.
-
-        Raises:
-            UserError: a checkpoint lacks weights of a module that has no standard initialisation.
+        transformers calls this after `to_empty` and for what a checkpoint lacks.
         """
-        if isinstance(module, (nn.Linear, nn.Embedding, RMSNorm)):
+        if getattr(self, "_is_hf_initialized", False):
+            return
+        own = dict(self.model.named_parameters())
+        lacking = {n: w for n, w in own.items() if not getattr(w, "_is_hf_initialized", False)}
+        fresh = dict(self.config.build().named_parameters()) if lacking else {}
+        for name, weight in lacking.items():
+            weight.data.copy_(fresh[name])
+        for module in self.modules():
+            cast(Any, module)._is_hf_initialized = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise new embeddings; transformers calls this for `resize_token_embeddings`."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             super()._init_weights(module)
-        elif not all(
-            getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters(recurse=False)
-        ):
-            raise UserError(
-                type(module).__name__, "the checkpoint lacks weights of this module; take a complete one"
-            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embeddings
@@ -213,15 +235,38 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.lm_head = cast(nn.Linear, new_embeddings)
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether the backward runs every layer again; transformers' own methods set it."""
-        return self.model.layers.activations == "blocks"
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: StateCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of the next forward of `generate`, as transformers does.
 
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        self.model.set_grad_checkpointing(enable)
+        transformers counts positions from the last column of a prompt, also where that is padding. There the
+        model counts itself, and the first logits are those of the last real token.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            cast(Any, input_ids),
+            next_sequence_length,
+            cast(Any, past_key_values),
+            cast(Any, attention_mask),
+            cast(Any, inputs_embeds),
+            is_first_iteration,
+            **kwargs,
+        )
+        if _padding(attention_mask) is not None:
+            if not is_first_iteration:
+                inputs.pop("position_ids", None)
+            elif past_key_values is None:
+                inputs["logits_to_keep"] = LAST_REAL
+        return inputs
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -233,8 +278,8 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        output_attentions: bool | None = None,
+    ) -> CausalLMOutputWithPast:
         """Return logits, the loss of `labels` and the cache.
 
         Args:
@@ -251,13 +296,20 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: return the input of every layer, and that of the output layer; None takes
                 the config's value.
             logits_to_keep: number of last columns whose logits are returned, or the columns' numbers; 0 means
-                all.
-            return_dict: False returns a tuple; None takes the config's value.
+                all, and -1 the last real token of each row.
+            output_attentions: is refused, because a linear layer has no attention matrix.
+
+        `return_dict=False` returns a tuple.
 
         Raises:
             UserError: padding or labels together with a cache; a cache of another kind; wrong positions;
-                both or neither of `input_ids` and `inputs_embeds`.
+                both or neither of `input_ids` and `inputs_embeds`; attention matrices.
         """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise UserError(
+                "output_attentions",
+                "found True, but linear layers compute no attention matrix; leave it out",
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids", "give exactly one of `input_ids` and `inputs_embeds`")
         tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
@@ -270,12 +322,12 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             _check_continuation(tokens, cache, mask, labels)
             _documents(position_ids, tokens, None, cache.state.positions)
-            logits = self._continue(tokens, cache, hidden)[:, _columns(logits_to_keep)]
+            logits = _kept(self._continue(tokens, cache, hidden), logits_to_keep, mask)
         else:
             documents = _documents(position_ids, tokens, mask)
             if not use_cache:
                 features = self.model.features(tokens, mask, documents, hidden=hidden)
-                logits = F.linear(features[:, _columns(logits_to_keep)], self.model.head_weight)
+                logits = F.linear(_kept(features, logits_to_keep, mask), self.model.head_weight)
             elif documents is not None:
                 raise UserError(
                     "position_ids", "begin documents, and a cache follows one; set `use_cache=False`"
@@ -287,22 +339,21 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is None
             else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         )
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=cast(Any, logits),
             past_key_values=cast(Any, cache),
             hidden_states=cast(Any, None if hidden is None else tuple(hidden)),
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
 
     def _begin(
         self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor, hidden: list[Tensor] | None
     ) -> tuple[Tensor, StateCache]:
         """Return the logits of a prompt and a new cache."""
-        last = hidden is None and isinstance(keep, int) and keep == 1
+        one = isinstance(keep, int) and (keep == LAST_REAL or (keep == 1 and _ends_real(mask)))
+        last = one and hidden is None
         logits, state = self.model.prefill(tokens, mask, all_logits=not last, hidden=hidden)
-        logits = logits[:, None] if last else logits[:, _columns(keep)]
+        logits = logits[:, None] if last else _kept(logits, keep, mask)
         return logits, StateCache(state, tokens.shape[1])
 
     def _continue(self, tokens: Tensor, cache: StateCache, hidden: list[Tensor] | None) -> Tensor:
@@ -319,11 +370,42 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack(logits, 1)
 
 
-def _columns(keep: int | Tensor) -> slice | Tensor:
-    """Return the columns of the argument `logits_to_keep`."""
+def _kept(x: Tensor, keep: int | Tensor, mask: Tensor | None) -> Tensor:
+    """Return the columns of x that the argument `logits_to_keep` names.
+
+    Args:
+        x: (batch, tokens, channels).
+        keep: see the model's forward.
+        mask: (batch, tokens) bool, True = real token; None means all are real.
+    """
     if isinstance(keep, Tensor):
-        return keep
-    return slice(-keep, None) if keep else slice(None)
+        return x[:, keep]
+    if keep != LAST_REAL:
+        return x[:, -keep:] if keep else x
+    if mask is None:
+        return x[:, -1:]
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+    return x[torch.arange(len(x), device=x.device), last, None]
+
+
+def _ends_real(mask: Tensor | None) -> bool:
+    """Return whether the last column of every row is a real token."""
+    return mask is None or bool(mask[:, -1].all())
+
+
+def _check_complete(model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks weights which no other model has.
+
+    Raises:
+        UserError: a missing weight of a mixing matrix, a convolution or a decay.
+    """
+    for name in sorted(missing):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, (nn.Linear, nn.Embedding, RMSNorm)):
+            raise UserError(
+                type(module).__name__,
+                f"the checkpoint lacks weights of this module ({name}); take a complete one",
+            )
 
 
 def _check_continuation(
