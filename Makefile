@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 SLOW := slow-attention slow-models slow-data slow-strategies slow-training slow-rest
 
-.PHONY: demo test slow $(SLOW) gpu slurm chaos lint house wheel clean
+.PHONY: demo test slow $(SLOW) gpu slurm chaos lint house docs figures wheel clean
 
 demo: $(VENV)/.demo-installed
 	@echo "make demo: trains $(RECIPE), two minutes on two cores"
@@ -66,15 +66,29 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python .ci/compile.py
 	@touch $@
 
+$(VENV)/.docs-installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): a few minutes, most of them the download"
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): a few minutes, most of them the download; then one minute of compiling"
 	$(PIP) -e '.[demo,dev]'
 	$(BIN)/python .ci/compile.py pytest xdist moto.server s3fs lm_eval
 	@touch $@ $(VENV)/.demo-installed
 
+docs: $(VENV)/.docs-installed
+	@echo "make docs: builds the documentation into site/, offline, a minute; read it: $(BIN)/python -m http.server -d site"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean -q
+	$(BIN)/python docs/scripts/check_links.py site
+
+figures: $(VENV)/.demo-installed
+	@echo "make figures: draws docs/images/ from runs/; trains the runs that are missing, half an hour on two cores"
+	$(BIN)/python -m docs.scripts.figures
+
 wheel: $(VENV)/.dev-installed
 	@echo "make wheel: builds dist/*.whl, a few seconds"
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
