@@ -28,6 +28,7 @@ from mhla_lightning.attention.layers.causal_self_attention import (
     CausalSelfAttention,
     LayerState,
 )
+from mhla_lightning.attention.layers.entries import attention_entries
 from mhla_lightning.attention.layers.outputs import attention_outputs
 from mhla_lightning.attention.layers.self_attention import DepthwiseConv, LayerOptions, SelfAttention
 from mhla_lightning.attention.mhla import (
@@ -73,6 +74,7 @@ __all__ = [
     "SelfAttention",
     "Softmax",
     "State",
+    "attention_entries",
     "attention_outputs",
     "block_summaries",
     "build_attention",

@@ -1,6 +1,7 @@
 """Train variants of a recipe side by side: one table, one plot.
 
-Rows come from --over (several multiply) or from a file of named variants.
+Rows come from --over (several multiply) or from a file of named variants. Under --over 'model.attention=...'
+the bare name of the recipe's operator keeps the recipe's options; {name: mhla} has none.
 Each row and seed is an ordinary run; a finished one is reused.
   mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
   mhla compare RECIPE --variants variants.yaml   # a line of it: small lr: {model.optimizer.lr: 1e-4}
@@ -27,6 +28,7 @@ from rich.text import Text
 from mhla_lightning.cli.output import check_json, demand_at_least
 from mhla_lightning.compare.child import ChildRun, train_in_children
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
+from mhla_lightning.compare.fairness import remarks
 from mhla_lightning.compare.variants import (
     VariantRow,
     arguments,
@@ -171,7 +173,8 @@ def _plan(args: argparse.Namespace) -> Comparison:
             "compare needs its rows in exactly one way: `over` KEY=YAML-LIST (once or several times) "
             "or `variants` FILE",
         )
-    rows = rows_over(args.over) if args.over else rows_from_file(variants_file(args.variants))
+    attention = ((recipe.values.get("model") or {}).get("init_args") or {}).get("attention")
+    rows = rows_over(args.over, attention) if args.over else rows_from_file(variants_file(args.variants))
     if any("seed_everything" in overrides for overrides in (common, *(row.overrides for row in rows))):
         raise UserError(
             "seed_everything",
@@ -326,6 +329,8 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
     seeds = f"seeds {', '.join(map(str, plan.seeds))}" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
     write_curves(plan.folder / "curves.png", f"{plan.recipe.name}, {seeds}", curves)
     print_table(console, f"{plan.recipe.name}, {seeds}", rows)
+    for line in remarks(rows):
+        _say(console, f"note: {line}")
     _say(console, f"table:  {written}\ncurves: {plan.folder / 'curves.png'}")
     return 0
 

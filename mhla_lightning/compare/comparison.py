@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mhla_lightning.compare.variants import words
 from mhla_lightning.evaluation import EVALUATIONS
 from mhla_lightning.evaluation.tags import higher_is_better
 
@@ -146,6 +147,23 @@ def cost(key: str, mean: float | None) -> str:
     return "-" if mean is None else f"{mean * factor:{form}}"
 
 
+def entries_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the attentions of a row's first run, see attention.attention_entries."""
+    return row["seeds"][0].get("attention") or []
+
+
+def attention_of(row: Mapping[str, Any]) -> str:
+    """Return the operators of a row with their options: `mhla blocks=2`, or `2 softmax, 4 mhla`.
+
+    Empty for a run of a version that did not write them, and for a model without attention.
+    """
+    entries = entries_of(row)
+    texts = [words({"name": entry["name"], **entry["operator"]}) for entry in entries]
+    if len(entries) == 1:
+        return texts[0]
+    return ", ".join(f"{entry['layers']} {text}" for entry, text in zip(entries, texts, strict=True))
+
+
 def rich_table(
     title: str, rows: Sequence[Mapping[str, Any]], tags: Sequence[str], costs: Sequence[str]
 ) -> Table:
@@ -163,11 +181,16 @@ def rich_table(
         title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None
     )
     table.add_column("row", overflow="fold")
+    attention = [attention_of(row) for row in rows] if costs else []
+    if any(attention):
+        table.add_column("attention", overflow="fold")
     for heading in (*(tag.replace("/", "/\n") for tag in tags), *(COSTS[key][0] for key in costs)):
         table.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
+    for number, row in enumerate(rows):
         scores = (_score(row, tag, row["name"] in winners[tag]) for tag in tags)
-        table.add_row(Text(row["name"]), *scores, *(cost(key, row["mean"].get(key)) for key in costs))
+        operator = [Text(attention[number] or "-")] if any(attention) else []
+        numbers = (cost(key, row["mean"].get(key)) for key in costs)
+        table.add_row(Text(row["name"]), *operator, *scores, *numbers)
     return table
 
 

@@ -20,6 +20,7 @@ from mhla_lightning.config.recipes import parse_yaml, read_yaml
 from mhla_lightning.errors import UserError
 
 _SLUG_LENGTH = 60
+_ATTENTION = ("model.attention", "model.init_args.attention")
 _PATHS = ("data.path", "data.source", "data.init_args.path", "data.init_args.source")
 
 
@@ -41,8 +42,14 @@ class VariantRow:
         return f"{self.slug}-seed{seed}"
 
 
-def rows_over(given: Sequence[str]) -> list[VariantRow]:
+def rows_over(given: Sequence[str], attention: Any = None) -> list[VariantRow]:
     """Rows of `--over KEY=YAML-LIST` options; several multiply, the first changes slowest.
+
+    The bare name of the operator that the recipe has, under `model.attention`, is the recipe's own entry.
+
+    Args:
+        given: the options.
+        attention: entry of the recipe.
 
     Raises:
         UserError: an option of another form, a key or a value given twice.
@@ -55,9 +62,19 @@ def rows_over(given: Sequence[str]) -> list[VariantRow]:
         axes[key] = values
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return _rows(
-        (", ".join(describe(key, value) for key, value in overrides.items()), overrides)
+        (
+            ", ".join(describe(key, value) for key, value in overrides.items()),
+            {key: _as_in_the_recipe(key, value, attention) for key, value in overrides.items()},
+        )
         for overrides in combinations
     )
+
+
+def _as_in_the_recipe(key: str, value: Any, attention: Any) -> Any:
+    """Return the recipe's attention entry for its bare name, else the value."""
+    if key in _ATTENTION and isinstance(attention, Mapping) and attention.get("name") == value:
+        return dict(attention)
+    return value
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:
@@ -136,12 +153,12 @@ def describe(key: str, value: Any) -> str:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, Mapping) and value:
-        return _words(value)
+        return words(value)
     return f"{key.rpartition('.')[2]}={_word(value)}"
 
 
-def _words(value: Mapping[str, Any]) -> str:
-    """A mapping as its name (or class) and its options."""
+def words(value: Mapping[str, Any]) -> str:
+    """Return a mapping as its name (or class) and its options."""
     rest = dict(value)
     head = [str(rest.pop("name"))] if "name" in rest else []
     if "class_path" in rest:
@@ -152,7 +169,7 @@ def _words(value: Mapping[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"({_words(value)})"
+        return f"({words(value)})"
     if isinstance(value, list):
         return f"[{', '.join(_word(item) for item in value)}]"
     return value if isinstance(value, str) and value else _as_json(value)

@@ -177,8 +177,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         # post_init would initialise the model again. On meta, from_pretrained fills the weights later and
         # must find those that its file lacks.
         if not self.model.head_weight.is_meta:
-            for module in self.modules():
-                cast(Any, module)._is_hf_initialized = True
+            _mark_initialized(self)
         self.post_init()
 
     @classmethod
@@ -208,15 +207,14 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
 
         transformers calls this after `to_empty` and for what a checkpoint lacks.
         """
-        if getattr(self, "_is_hf_initialized", False):
+        if _is_initialized(self):
             return
         own = dict(self.model.named_parameters())
-        lacking = {n: w for n, w in own.items() if not getattr(w, "_is_hf_initialized", False)}
+        lacking = {n: w for n, w in own.items() if not _is_initialized(w)}
         fresh = dict(self.config.build().named_parameters()) if lacking else {}
         for name, weight in lacking.items():
             weight.data.copy_(fresh[name])
-        for module in self.modules():
-            cast(Any, module)._is_hf_initialized = True
+        _mark_initialized(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise new embeddings; transformers calls this for `resize_token_embeddings`."""
@@ -391,6 +389,17 @@ def _kept(x: Tensor, keep: int | Tensor, mask: Tensor | None) -> Tensor:
 def _ends_real(mask: Tensor | None) -> bool:
     """Return whether the last column of every row is a real token."""
     return mask is None or bool(mask[:, -1].all())
+
+
+def _is_initialized(part: nn.Module | Tensor) -> bool:
+    """Whether transformers has marked a module or weight as one that has its values."""
+    return getattr(part, "_is_hf_initialized", False)
+
+
+def _mark_initialized(model: nn.Module) -> None:
+    """Mark all modules of a model, so that transformers gives them no other values."""
+    for module in model.modules():
+        cast(Any, module)._is_hf_initialized = True
 
 
 def _check_complete(model: nn.Module, missing: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhla_lightning import __version__
+from mhla_lightning.attention import attention_entries
 from mhla_lightning.callbacks import (
     EMA,
     Checkpoint,
@@ -356,6 +357,8 @@ class Session:
                 if tag.startswith("val")
             },
             "samples_per_second": statistics.median(speeds) if speeds else None,
+            "attention": attention_entries(self.task.backbone),
+            "val_samples": sum(split.samples for split in self.data.splits("val")),
             "parameters": self.task.parameter_count,
             "flops_per_sample": self.task.flops_per_sample,
             "peak_memory_bytes": peak_memory_bytes(),

@@ -59,6 +59,14 @@ def test_over_makes_a_row_for_each_value() -> None:
     assert rows[1].overrides == {"model.attention": {"name": "mhla", "mix_init": "uniform"}}
 
 
+def test_the_bare_name_of_the_recipes_operator_is_the_recipes_entry() -> None:
+    own = {"name": "mhla", "blocks": 2}
+    rows = rows_over(["model.attention=[linear, mhla, {name: mhla}]"], own)
+    assert names(rows) == ["linear", "mhla", "mhla (2)"]
+    assert [row.overrides["model.attention"] for row in rows] == ["linear", own, {"name": "mhla"}]
+    assert rows_over(["model.backbone=[mhla]"], own)[0].overrides == {"model.backbone": "mhla"}
+
+
 def test_several_over_multiply_and_the_first_changes_slowest() -> None:
     rows = rows_over(["model.attention=[linear, mhla]", "model.optimizer.lr=[1e-3, 1e-4]"])
     assert names(rows) == ["linear, lr=0.001", "linear, lr=0.0001", "mhla, lr=0.001", "mhla, lr=0.0001"]

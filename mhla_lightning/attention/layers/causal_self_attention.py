@@ -5,7 +5,7 @@ The layer has projections, a short convolution, decays, an output norm and a gat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -106,6 +106,7 @@ class CausalSelfAttention(nn.Module):
                     "short_conv",
                     f"found {options.short_conv}; give a width of at least 2 tokens, or 0 for none",
                 )
+        self.entry = {"name": spec.name, "operator": dict(spec.operator), "layer": asdict(options)}
         heads, eps = options.heads, options.norm_eps
         self.heads, self.kv_heads = heads, heads if options.kv_heads is None else options.kv_heads
         self.rotary = options.rotary

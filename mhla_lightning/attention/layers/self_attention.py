@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,6 +103,7 @@ class SelfAttention(nn.Module):
             options = LayerOptions(**spec.layer)
         pos_conv, qk_norm_eps = options.pos_conv, options.qk_norm_eps
         self.dim, self.heads, self.grid = dim, heads, tuple(grid)
+        self.entry = {"name": spec.name, "operator": dict(spec.operator), "layer": asdict(options)}
         self.norm = nn.LayerNorm(dim) if options.inner_norm else nn.Identity()
         self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
         self.q_norm = RMSNorm(dim, eps=qk_norm_eps) if options.qk_norm else nn.Identity()

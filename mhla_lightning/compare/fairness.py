@@ -1,0 +1,65 @@
+"""What the rows of a comparison differ in, and which differences its validation can tell.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mhla_lightning.compare.comparison import best_rows, entries_of
+
+_ACCURACIES = ("val/top1", "val/accuracy")
+_TOLERATED = 0.01  # of parameters or FLOPs
+_CONFIDENCE = 1.96  # standard deviations of a 95 % interval
+_COSTS = {"parameters": ("parameters", ",.0f", 1.0), "flops_per_sample": ("GFLOPs a sample", ".4g", 1e-9)}
+
+Row = Mapping[str, Any]
+"""A row of table.json, see table_row."""
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Return the notes under a table: what else differs, and what is too small to be seen."""
+    return [*_options(rows), *_costs(rows), *_small_validations(rows)]
+
+
+def _options(rows: Sequence[Row]) -> Iterator[str]:
+    """Options of the layers around the operators: convolutions, gates, norms."""
+    layers = {row["name"]: [entry["layer"] for entry in entries_of(row)] for row in rows if entries_of(row)}
+    options = dict.fromkeys(option for found in layers.values() for layer in found for option in layer)
+    differing = []
+    for option in options:
+        values = {name: [layer.get(option) for layer in found] for name, found in layers.items()}
+        shown = {name: " and ".join(dict.fromkeys(map(str, found))) for name, found in values.items()}
+        if len(set(shown.values())) > 1:
+            differing.append(f"{option} ({', '.join(f'{name} {value}' for name, value in shown.items())})")
+    if differing:
+        yield f"beside the operator the rows differ in {'; '.join(differing)}"
+
+
+def _costs(rows: Sequence[Row]) -> Iterator[str]:
+    for key, (title, form, factor) in _COSTS.items():
+        found = [row["mean"][key] for row in rows if key in row["mean"]]
+        if found and max(found) > (1 + _TOLERATED) * min(found):
+            least, most = (f"{value * factor:{form}}" for value in (min(found), max(found)))
+            yield f"the rows differ by {max(found) / min(found) - 1:.1%} in {title}: {least} to {most}"
+
+
+def _small_validations(rows: Sequence[Row]) -> Iterator[str]:
+    """Accuracies whose best two rows are nearer than the samples of validation can tell."""
+    for tag in _ACCURACIES:
+        scored = sorted((row for row in rows if tag in row["mean"]), key=lambda row: -row["mean"][tag])
+        samples = scored[0]["seeds"][0].get("val_samples") if len(scored) > 1 else None
+        if not samples or not best_rows(tag, rows):
+            continue
+        first, second = scored[:2]
+        gap = first["mean"][tag] - second["mean"][tag]
+        variance = sum(row["mean"][tag] * (1 - row["mean"][tag]) for row in (first, second)) / samples
+        told = _CONFIDENCE * math.sqrt(variance / len(first["seeds"]))
+        if gap < told:
+            yield (
+                f"{tag}: {first['name']} and {second['name']} are {gap:.4f} apart, and {samples:,} "
+                f"validation samples tell differences above {told:.4f} (95 %)"
+            )
