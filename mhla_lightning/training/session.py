@@ -357,7 +357,7 @@ class Session:
                 if tag.startswith("val")
             },
             "samples_per_second": statistics.median(speeds) if speeds else None,
-            "attention": attention_entries(self.task.backbone),
+            "attention": [] if (backbone := self.task.backbone) is None else attention_entries(backbone),
             "val_samples": sum(split.samples for split in self.data.splits("val")),
             "parameters": self.task.parameter_count,
             "flops_per_sample": self.task.flops_per_sample,
