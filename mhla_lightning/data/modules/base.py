@@ -337,9 +337,14 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would change the batch. Raises UserError."""
+        """Refuse callbacks that would change the batch. Raises UserError.
+
+        A new run of another trainer begins at the first sample.
+        """
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
+            if self.trainer.global_step == 0 and self._restored is None:
+                self._start = self._start_step = 0
 
     def train_dataloader(self) -> wds.WebLoader | EpochLoader:
         """Return the sequence of training batches from the current position on.
