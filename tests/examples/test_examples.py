@@ -45,7 +45,9 @@ def lines_of_code(path: Path) -> int:
     return len({word.start[0] for word in others})
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("draw")) for name in SCRIPTS]
+)
 def test_a_script_trains_resumes_loads_and_predicts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
