@@ -16,8 +16,8 @@ from torch import Tensor
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.steps import AfterStep
 from mhla_lightning.diffusion import Guidance, Process, check_sampler
+from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.drawing import Key, draw_samples
 from mhla_lightning.strategies.sharding import sharding_of
 
 
@@ -103,7 +103,7 @@ class DrawSamples(AfterStep):
     def samples(
         self, task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key]
     ) -> Tensor:
-        """Return samples (B, *shape); see inference.diffusion.drawing.draw_samples."""
+        """Return samples (B, *shape); see diffusion.drawing.draw_samples."""
         return draw_samples(task, condition, null, shape, [(self.seed, *key) for key in keys], self._settings)
 
 

@@ -16,7 +16,8 @@ from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.strategies.sharding import sharding_of
-from mhla_lightning.tasks.base import Task, draws_point
+from mhla_lightning.tasks.base import Task
+from mhla_lightning.tasks.trainers import draws_point
 
 
 class Monitor(pl.Callback):

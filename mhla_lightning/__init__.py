@@ -47,13 +47,22 @@ if TYPE_CHECKING:
         SampleGrids,
         SampleLog,
     )
-    from mhla_lightning.data import ClipDataModule, ImageDataModule, LatentDataModule, TokenDataModule
+    from mhla_lightning.data import (
+        ClipDataModule,
+        ImageDataModule,
+        LatentDataModule,
+        ReadingConfig,
+        TextEncoding,
+        TokenDataModule,
+    )
     from mhla_lightning.errors import UserError
     from mhla_lightning.tasks import (
         ClassificationTask,
         ImageDiffusionTask,
         LanguageTask,
+        OptimizerConfig,
         RecallTask,
+        ScheduleConfig,
         Task,
         VideoDiffusionTask,
     )
@@ -77,7 +86,9 @@ __all__ = [
     "LatentDataModule",
     "MixingHeatmaps",
     "Monitor",
+    "OptimizerConfig",
     "ProjectMixing",
+    "ReadingConfig",
     "RecallTask",
     "RunStopped",
     "RunSummary",
@@ -85,8 +96,10 @@ __all__ = [
     "SampleGrids",
     "SampleLog",
     "Samples",
+    "ScheduleConfig",
     "SelfAttention",
     "Task",
+    "TextEncoding",
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
@@ -115,11 +128,14 @@ _ROOMS = {
         *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
         *("SampleClips", "SampleGrids", "SampleLog"),
     ),
-    "data": ("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
+    "data": (
+        *("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
+        *("ReadingConfig", "TextEncoding"),
+    ),
     "errors": ("UserError",),
     "tasks": (
         *("ClassificationTask", "ImageDiffusionTask", "LanguageTask", "RecallTask", "Task"),
-        "VideoDiffusionTask",
+        *("OptimizerConfig", "ScheduleConfig", "VideoDiffusionTask"),
     ),
 }
 _WHERE = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

@@ -6,14 +6,12 @@ Importing this module imports no torch: site profiles are checked by it, too.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mhla_lightning.arguments.hints import argument_hints, dataclass_in, takes_anything
 from mhla_lightning.config.quick_checks import check_known, check_sections
 from mhla_lightning.config.signatures import find_class, parameters
 from mhla_lightning.errors import UserError, unknown_name
@@ -50,7 +48,7 @@ def _check_value(value: Any, where: str) -> None:
     target = import_class(str(value["class_path"]), where)
     source = find_class(str(value["class_path"]))
     known = parameters(source) if source is not None else None
-    if known is None and not _takes_anything(target):
+    if known is None and not takes_anything(target):
         known = dict.fromkeys(inspect.signature(target).parameters)
     if known is not None:
         check_known(arguments, known, f"{where}.")
@@ -83,22 +81,6 @@ def check_argument(value: Any, config: type | None, where: str) -> None:
         _check_value(value, where)
 
 
-def argument_hints(target: type) -> dict[str, Any]:
-    """Return the annotations of the arguments that a class takes."""
-    hints: dict[str, Any] = {}
-    for base in inspect.getmro(target):
-        init = base.__dict__.get("__init__")
-        if inspect.isfunction(init):
-            hints = {**typing.get_type_hints(init), **hints}
-            if not _takes_anything(init):  # it gives its base what the base needs
-                break
-    return {name: hint for name, hint in hints.items() if name != "return"}
-
-
-def _takes_anything(target: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
-
-
 def import_class(path: str, where: str) -> type:
     """Import the class of a dotted path.
 
@@ -120,25 +102,3 @@ def import_class(path: str, where: str) -> type:
         valid = [other for other in public if isinstance(getattr(loaded, other, None), type)]
         raise UserError(f"{where}.class_path", unknown_name(f"class of {module}", name, valid))
     return found
-
-
-def dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass of an annotation `Config`, `Config | None` or `list[Config] | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    options = tuple(inner for option in options for inner in (typing.get_args(option) or (option,)))
-    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
-
-
-def options_of(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union; of any other annotation itself."""
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
-def item_hint(hint: Any) -> Any:
-    """Return X of `list[X]`, `Sequence[X]` or of a union with one of them, or None."""
-    for option in options_of(hint):
-        arguments = typing.get_args(option)
-        if len(arguments) == 1 and typing.get_origin(option) is not typing.Literal:
-            return arguments[0]
-    return None

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from mhla_lightning.config.checks import argument_hints, dataclass_in, import_class, item_hint, options_of
+from mhla_lightning.arguments.hints import argument_hints, dataclass_in, item_hint, options_of
+from mhla_lightning.config.checks import import_class
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError
 from mhla_lightning.plugins import KEY

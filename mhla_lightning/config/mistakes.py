@@ -15,13 +15,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mhla_lightning.config.checks import (
-    argument_hints,
-    dataclass_in,
-    import_class,
-    item_hint,
-    options_of,
-)
+from mhla_lightning.arguments.hints import argument_hints, dataclass_in, item_hint, options_of
+from mhla_lightning.config.checks import import_class
 from mhla_lightning.errors import DataError, UserError, below
 
 _NAMES = {

@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mhla_lightning.config.checks import argument_hints, check_keys
+from mhla_lightning.arguments.hints import argument_hints
+from mhla_lightning.config.checks import check_keys
 from mhla_lightning.config.mistakes import find_mistake, placed, user_error
 from mhla_lightning.config.moved_keys import flat, moved
 from mhla_lightning.config.recipes import argument

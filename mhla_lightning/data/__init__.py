@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mhla_lightning.data.index import TextEncoding
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
@@ -25,6 +26,7 @@ __all__ = [
     "OrderConfig",
     "ReadingConfig",
     "TextConfig",
+    "TextEncoding",
     "TokenDataModule",
 ]
 
@@ -37,6 +39,7 @@ _WHERE = {
     "OrderConfig": "mhla_lightning.data.modules.options",
     "ReadingConfig": "mhla_lightning.data.modules.options",
     "TextConfig": "mhla_lightning.data.modules.options",
+    "TextEncoding": "mhla_lightning.data.index",
     "TokenDataModule": "mhla_lightning.data.modules.tokens",
 }
 

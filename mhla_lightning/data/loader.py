@@ -132,6 +132,10 @@ class _WorkerProcesses:
         self._workers += [child for child in multiprocessing.active_children() if child not in before]
         return self._iterator
 
+    def __del__(self) -> None:
+        """End the workers of a loader that nobody holds any more; the exit would wait for them forever."""
+        self.shut_down()
+
     def shut_down(self) -> None:
         """End the workers; the next call starts others."""
         iterator, workers, self._workers = self._iterator, self._workers, []

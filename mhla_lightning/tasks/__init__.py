@@ -2,6 +2,7 @@
 
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.classification import ClassificationLossConfig, ClassificationTask
+from mhla_lightning.tasks.diffusion import PredictSettings
 from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionLossConfig, ImageDiffusionTask
 from mhla_lightning.tasks.language import LanguageLossConfig, LanguageTask, RecallTask
@@ -17,6 +18,7 @@ __all__ = [
     "LanguageLossConfig",
     "LanguageTask",
     "OptimizerConfig",
+    "PredictSettings",
     "RecallTask",
     "ScheduleConfig",
     "Task",

@@ -8,27 +8,27 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from mhla_lightning.arguments.plain import KeepsArguments
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.runs.whole_strategies import holds_whole
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
+from mhla_lightning.tasks.restoring import TASK, load_task
+from mhla_lightning.tasks.trainers import check_strategy, run_length
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -53,25 +53,7 @@ class GivesFacts(Protocol):
         ...
 
 
-@runtime_checkable
-class HasEpochs(Protocol):
-    """A data module that knows its epochs before its loader is made."""
-
-    def steps_of_epoch(self) -> int:
-        """Return the optimizer steps of an epoch of the trainer."""
-        ...
-
-
-@runtime_checkable
-class TellsSkippedSteps(Protocol):
-    """The part of strategies.sharding.Sharding by which a task knows a strategy of that kind."""
-
-    def skipped_step(self) -> bool:
-        """Whether the strategy left out the last optimizer step."""
-        ...
-
-
-class Task(pl.LightningModule):
+class Task(KeepsArguments, pl.LightningModule):
     """A LightningModule around a backbone of the registry.
 
     The configuration is checked in ``__init__`` on the meta device; weights exist only after
@@ -199,6 +181,17 @@ class Task(pl.LightningModule):
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:
         return state.geometry or self._source_geometry or timm_geometry(state)
+
+    def built_backbone(self) -> nn.Module:
+        """Return the backbone. Raises UserError before it is built."""
+        if self.backbone is None:
+            raise UserError(None, "the task has no weights yet; call its configure_model() first")
+        return self.backbone
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return names and parameters. Raises UserError before there are any."""
+        self.built_backbone()
+        return super().named_parameters(*arguments, **named)
 
     def clip_by(self, norm: Tensor) -> None:
         """Take the gradient norm of the coming step from a callback that has measured it.
@@ -345,10 +338,9 @@ class Task(pl.LightningModule):
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer over the trained parameters of the backbone."""
-        assert self.backbone is not None, "configure_model has not run"
-        no_decay = cast(Backbone, self.backbone).no_weight_decay()
-        mixing = mixing_weights(self.backbone)
-        return self.optimizer_config.build(self.backbone, self._weightless(), no_decay, mixing)
+        backbone = self.built_backbone()
+        no_decay, mixing = cast(Backbone, backbone).no_weight_decay(), mixing_weights(backbone)
+        return self.optimizer_config.build(backbone, self._weightless(), no_decay, mixing)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         self._mixing = None  # somebody may have replaced a layer since the last fit
@@ -376,61 +368,37 @@ class Task(pl.LightningModule):
         """
         for key, value in self._optimizer_facts.items():
             checkpoint.setdefault(key, value)
+        checkpoint[TASK] = type(self).__name__
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Return the task of a checkpoint, with its weights; `Task` finds the class by itself.
+
+        Args:
+            checkpoint_path: a file of Lightning's, or a checkpoint folder of ours under any strategy.
+            map_location: as in torch.load; None keeps the devices of the checkpoint, else takes the CPU.
+            hparams_file: refused; the arguments are in the checkpoint.
+            strict: whether the names of all weights must agree; None means yes.
+            weights_only: False unpickles any object, which runs code of the file; None does not.
+            arguments: replace those of the checkpoint.
+
+        Raises:
+            UserError: no such checkpoint, of another class, or without arguments.
+        """
+        if hparams_file is not None:
+            raise UserError("hparams_file", "the arguments are in the checkpoint; leave it out")
+        return load_task(cls, checkpoint_path, map_location, strict, weights_only is False, arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         label(checkpoint)
-
-
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse unknown strategies that split weights, and callbacks that cannot read such weights.
-
-    Raises:
-        UserError: such a strategy, or a callback of Lightning's that averages or saves split weights.
-    """
-    strategy = trainer.strategy
-    if holds_whole(type(strategy)):
-        return
-    if not isinstance(strategy, TellsSkippedSteps):
-        raise UserError(
-            "trainer.strategy",
-            f"'{type(strategy).__name__}' is not supported: nobody can project or save the weights that it "
-            "splits; allowed: auto, ddp, and zero1, zero2, zero3 of mhla_lightning",
-        )
-    for callback in cast(Any, trainer).callbacks:  # an attribute that Lightning's connector sets
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UserError(
-                "trainer.callbacks",
-                f"{type(callback).__name__} cannot average weights that are split among ranks; take "
-                "mhla_lightning.callbacks.EMA",
-            )
-        if isinstance(callback, ModelCheckpoint) and trainer.state.fn == TrainerFn.FITTING:
-            raise UserError(
-                "trainer.callbacks",
-                "ModelCheckpoint, which Lightning adds by itself, would save none of the weights split "
-                "among ranks; give enable_checkpointing=False, or train by `lightning run`, which saves them",
-            )
-
-
-def run_length(trainer: pl.Trainer) -> int:
-    """Return the optimizer steps after which a trainer ends; 0 where nobody knows.
-
-    trainer.estimated_stepping_batches would make Lightning forget the restored position in the data
-    (Lightning issue 20550).
-    """
-    data, epochs = cast(Any, trainer).datamodule, trainer.max_epochs or 0
-    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if epochs > 0 and isinstance(data, HasEpochs):
-        limits.append(epochs * data.steps_of_epoch())
-    return min(limits, default=0)
-
-
-def draws_point(trainer: pl.Trainer) -> bool:
-    """Return whether the curves of training have a point at the last optimizer step.
-
-    `trainer.log_every_n_steps` 0 draws none.
-    """
-    every = int(cast(Any, trainer).log_every_n_steps)  # an attribute that Lightning's connector sets
-    return every > 0 and trainer.global_step % every == 0
 
 
 @contextmanager
@@ -444,12 +412,3 @@ def backbone_keys() -> Iterator[None]:
         elif error.key is not None and error.key.partition(".")[0] != "attention":
             error.key = f"backbone_options.{error.key}"
         raise
-
-
-def keys(samples: int) -> dict[str, Tensor]:
-    """Return `index`, `epoch` and `weight` of an example batch."""
-    return {
-        "index": torch.arange(samples),
-        "epoch": torch.zeros(samples, dtype=torch.int64),
-        "weight": torch.ones(samples),
-    }

@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, keys
+from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
+from mhla_lightning.tasks.batches import keys, keys_of, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
 
 
@@ -79,8 +80,7 @@ class ClassificationTask(Task):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, classes) of images (batch, channels, height, width)."""
-        assert self.backbone is not None, "configure_model has not run"
-        return self.backbone(images)
+        return self.built_backbone()(images)
 
     def draws_ahead(self, training: bool) -> Drawing | None:
         return PairDraws(self.mixup, run_seed()) if training and self.mixup is not None else None
@@ -116,6 +116,12 @@ class ClassificationTask(Task):
                 prog_bar=prefix == "val" and name != "top5",
                 batch_size=max(1, len(labels)),
             )
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Return `key`, `logits` and `probabilities`, (images, classes), without padding."""
+        kept = real_rows(batch)
+        logits = self(batch["image"])[kept].float()
+        return {"key": keys_of(batch, kept), "logits": logits, "probabilities": logits.softmax(-1)}
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
         return {

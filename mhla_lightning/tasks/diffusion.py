@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from mhla_lightning.diffusion import build_process
+from mhla_lightning.diffusion import Guidance, build_process, default_sampler
+from mhla_lightning.diffusion.drawing import draw_samples
 from mhla_lightning.diffusion.draws import BatchDraws, Draws, drawn
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.randomness import run_seed
-from mhla_lightning.tasks.base import PREFIXES, Drawing, Task, draws_point
+from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
+from mhla_lightning.tasks.batches import keys_of, real_rows
 from mhla_lightning.tasks.distillation import Distillation, Teacher
+from mhla_lightning.tasks.trainers import draws_point
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,40 @@ class DiffusionLoss:
     dropout: float
     time_bins: int
     distill: Distillation | None
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How :meth:`DiffusionTask.predict_step` draws.
+
+    Args:
+        steps: calls of the network.
+        sampler: see diffusion.SAMPLERS; empty takes the usual one of the noise process.
+        guidance: of the condition.
+        seed: of the noise.
+        pixels: whether the data module also makes images or videos of the samples. For latents it opens the
+            VAE.
+    """
+
+    steps: int = 50
+    sampler: str = ""
+    guidance: Guidance = Guidance()  # noqa: RUF009  frozen
+    seed: int = 0
+    pixels: bool = True
+
+
+@runtime_checkable
+class ShowsImages(Protocol):
+    """A data module that makes pixels of samples."""
+
+    def to_images(self, x: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ShowsVideos(Protocol):
+    """A data module that makes frames of samples."""
+
+    def to_videos(self, x: Tensor) -> Tensor: ...
 
 
 def check_loss(key: str, dropout: float, time_bins: int) -> None:
@@ -75,9 +112,11 @@ class DiffusionTask(Task):
 
     Attributes:
         samples: keys of a batch that may hold the samples; the first that it has counts.
+        sampling: how predict_step draws.
     """
 
     samples: ClassVar[tuple[str, ...]]
+    sampling = PredictSettings()
 
     def __init__(
         self,
@@ -106,6 +145,7 @@ class DiffusionTask(Task):
         # Sums and counts since the last point in TensorBoard. They are no buffers: DDP would give every rank
         # those of rank 0, and bf16 counts to 256 only.
         self._by_time = {prefix: torch.zeros(2, loss.time_bins) for prefix in ("train", *PREFIXES)}
+        self._waiting: Tensor | None = None  # the counts of a checkpoint
         self._counted_step = 0
 
     def _metrics(self) -> dict[str, Metric]:
@@ -125,6 +165,40 @@ class DiffusionTask(Task):
             dropped: (batch,) bool, True where the sample gets the empty condition.
         """
 
+    @abstractmethod
+    def empty_condition(self) -> int | Tensor:
+        """Return the empty condition of one sample."""
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Draw a sample under the condition of each sample of a batch, as :attr:`sampling` says.
+
+        Returns:
+            `key`, and `sample` (batch, C, ...) float32. Also `images` (batch, height, width, 3) or `videos`
+            (batch, frames, height, width, 3), uint8, where a data module of ours makes them.
+        """
+        kept = real_rows(batch)
+        shape, indices = self.clean(batch).shape[1:], batch["index"].to(kept.device)[kept].tolist()
+        settings = replace(self.sampling, sampler=self.sampling.sampler or default_sampler(self.process))
+        nothing_dropped = torch.zeros_like(batch["weight"], dtype=torch.bool)
+        sample = draw_samples(
+            self,
+            self.condition(batch, nothing_dropped)[kept],
+            self.empty_condition(),
+            shape,
+            [(settings.seed, "sample", index) for index in indices],
+            settings,
+        )
+        return {"key": keys_of(batch, kept), "sample": sample, **self._shown(sample)}
+
+    def _shown(self, sample: Tensor) -> dict[str, Tensor]:
+        """Return the pixels of samples, where the data module makes them."""
+        data = cast(Any, self.trainer).datamodule
+        if not self.sampling.pixels:
+            return {}
+        if sample.ndim == 5:
+            return {"videos": data.to_videos(sample)} if isinstance(data, ShowsVideos) else {}
+        return {"images": data.to_images(sample)} if isinstance(data, ShowsImages) else {}
+
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Return the prediction (batch, out_channels, ...).
 
@@ -133,8 +207,7 @@ class DiffusionTask(Task):
             t: model times (batch,).
             condition: of :meth:`condition`.
         """
-        assert self.backbone is not None, "configure_model has not run"
-        return self.backbone(x, t, condition)
+        return self.built_backbone()(x, t, condition)
 
     def rehearsal(self, depth: int | None = None) -> Task:
         twin = cast(DiffusionTask, super().rehearsal(depth))
@@ -156,8 +229,7 @@ class DiffusionTask(Task):
             losses, times = self._losses(batch, epochs, "diffusion", self.dropout)
             total = losses["loss"].mean()
         else:
-            assert self.backbone is not None, "configure_model has not run"
-            with self.teacher.watch(self.backbone) as lesson:
+            with self.teacher.watch(self.built_backbone()) as lesson:
                 losses, times = self._losses(batch, epochs, "diffusion", self.dropout)
                 errors = lesson.losses()
             total = losses["loss"].mean() + self.teacher.weigh(errors)
@@ -224,6 +296,9 @@ class DiffusionTask(Task):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._counted_step = self.trainer.global_step
+        if self._waiting is not None and self.trainer.is_global_zero:
+            self._by_time["train"].copy_(self._waiting)
+        self._waiting = None
         if self.teacher is not None:
             self.teacher.prepare(self.device)
 
@@ -259,9 +334,7 @@ class DiffusionTask(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        waiting = checkpoint.get("loss_by_time")
-        if waiting is not None and self.trainer.is_global_zero:
-            self._by_time["train"].copy_(waiting)
+        self._waiting = checkpoint.get("loss_by_time")
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Add a batch to the metrics under a prefix, one of PREFIXES.

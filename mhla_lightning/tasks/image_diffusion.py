@@ -15,7 +15,7 @@ from torch import Tensor
 from mhla_lightning.backbones import BACKBONES, default_options
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.base import keys
+from mhla_lightning.tasks.batches import keys
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 
@@ -108,6 +108,9 @@ class ImageDiffusionTask(DiffusionTask):
     def null_label(self) -> int:
         """The label of no class."""
         return self.num_classes
+
+    def empty_condition(self) -> int:
+        return self.null_label
 
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
         """Return labels (batch,), the null label where the class is dropped."""

@@ -14,7 +14,8 @@ from torchmetrics import MeanMetric
 
 from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
-from mhla_lightning.tasks.base import PREFIXES, GivesFacts, Task, keys
+from mhla_lightning.tasks.base import PREFIXES, GivesFacts, Task
+from mhla_lightning.tasks.batches import keys, keys_of, real_rows
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
 HOST_DOCUMENTS = "host_documents"
@@ -44,6 +45,14 @@ class LanguageBackbone(Protocol):
         documents: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor: ...
+
+
+class StreamsTokens(Protocol):
+    """What :meth:`LanguageTask.predict_step` asks of a backbone."""
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Any]: ...
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,7 @@ class LanguageTask(Task):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """Return logits (batch, tokens, vocabulary)."""
-        assert self.backbone is not None, "configure_model has not run"
-        return self.backbone(tokens, mask, documents)
+        return self.built_backbone()(tokens, mask, documents)
 
     def targets(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """Return the token after each token, (batch, tokens) int64; IGNORE does not count."""
@@ -200,6 +208,32 @@ class LanguageTask(Task):
         if self.token_bytes is not None:
             length = self.token_bytes.to(targets.device)[targets[counted]].sum()
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Continue the first half of every row with the likeliest tokens, to the row's or context's end.
+
+        Where documents are isolated, only the last document of that half is read.
+
+        Returns:
+            `key`; `prompt`, `continuation` int64 (rows, tokens); `read` bool, the tokens of the prompt that
+            are read.
+        """
+        kept = real_rows(batch)
+        length = min(batch["tokens"].shape[1], self.context)
+        prompt, documents = (batch[name][kept, : length // 2] for name in ("tokens", "documents"))
+        read = documents >= 0
+        if self.isolate_documents:
+            read &= documents == documents.amax(1, keepdim=True)
+        # A model may have more ids than its tokenizer.
+        known = self.vocab_size if self.token_bytes is None else len(self.token_bytes)
+        model = cast(StreamsTokens, self.built_backbone())
+        logits, state = model.prefill(prompt, read)
+        chosen = [logits[:, :known].argmax(-1)]
+        while length // 2 + len(chosen) < length:
+            logits, state = model.step(chosen[-1], state)
+            chosen.append(logits[:, :known].argmax(-1))
+        continuation = torch.stack(chosen, 1)
+        return {"key": keys_of(batch, kept), "prompt": prompt, "read": read, "continuation": continuation}
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
         """Return rows of four documents of unequal lengths.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.base import keys
+from mhla_lightning.tasks.batches import keys
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 
@@ -137,6 +137,9 @@ class VideoDiffusionTask(DiffusionTask):
         """
         self._plan().check_size(size)
 
+    def empty_condition(self) -> Tensor:
+        return self.null_text
+
     def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
         """Return text features (batch, tokens, channels), the empty prompt's where dropped."""
         text = batch["text"]
@@ -150,6 +153,14 @@ class VideoDiffusionTask(DiffusionTask):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._take_null_text()
+
+    def on_predict_start(self) -> None:
+        """Take the features of the empty prompt, which only guidance needs here."""
+        if self.sampling.guidance.scale != 1:
+            self._take_null_text()
+
+    def _take_null_text(self) -> None:
         data = cast(Any, self.trainer).datamodule
         if not isinstance(data, GivesNullText):
             raise UserError(None, f"{type(data).__name__} has no features of the empty prompt (null_text)")

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backbones", "checkpoints"),
     ("weights",),
     ("attention", "data", "diffusion", "runs"),
-    ("finite", "plugins", "randomness", "textfiles"),
+    ("arguments", "finite", "plugins", "randomness", "textfiles"),
     ("errors",),
 )
 PERMITTED = {("bench", "training")}  # edges inside a layer

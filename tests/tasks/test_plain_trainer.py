@@ -18,7 +18,7 @@ from mhla_lightning.callbacks import Monitor
 from mhla_lightning.data import ImageDataModule, ReadingConfig, TokenDataModule
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks import ClassificationTask, LanguageTask
-from mhla_lightning.tasks.base import check_strategy, run_length
+from mhla_lightning.tasks.trainers import check_strategy, run_length
 from tests.helpers.errors import refused
 from tests.helpers.language_runs import write_text
 

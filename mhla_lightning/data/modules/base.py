@@ -8,13 +8,14 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lightning.pytorch as pl
 import torch
 import webdataset as wds
 from lightning.pytorch import LightningDataModule
 
+from mhla_lightning.arguments.plain import KeepsArguments
 from mhla_lightning.data.ahead import ON_HOST, Draw, WorksAhead
 from mhla_lightning.data.batching import RankPart, split_batch
 from mhla_lightning.data.check import check_split
@@ -24,7 +25,8 @@ from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
-from mhla_lightning.data.modules.trainer_limits import check_callbacks, check_trainer
+from mhla_lightning.data.modules.restoring import load_data
+from mhla_lightning.data.modules.trainer_limits import check_accumulation, check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
@@ -47,7 +49,7 @@ class _Rank(NamedTuple):
     world_size: int
 
 
-class ShardDataModule(LightningDataModule):
+class ShardDataModule(KeepsArguments, LightningDataModule):
     """Batches from shards, in an order that is a function of (seed, position) alone.
 
     A stopped run continues with the next sample on any number of ranks and workers: its whole state is
@@ -296,6 +298,31 @@ class ShardDataModule(LightningDataModule):
         """
         self._restored = dict(state_dict)
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Return the data module of a checkpoint, at its position; `ShardDataModule` finds the class.
+
+        Args:
+            checkpoint_path: a file of Lightning's, or a checkpoint folder of ours.
+            map_location: has no effect.
+            hparams_file: refused; the arguments are in the checkpoint.
+            weights_only: False unpickles any object, which runs code of the file; None does not.
+            arguments: replace those of the checkpoint.
+
+        Raises:
+            UserError: no such checkpoint, of another class, or without arguments.
+        """
+        if hparams_file is not None:
+            raise UserError("hparams_file", "the arguments are in the checkpoint; leave it out")
+        return load_data(cls, checkpoint_path, weights_only is False, arguments)
+
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a position in another sequence. Raises UserError."""
         # Older checkpoints have no mix_by.
@@ -310,9 +337,14 @@ class ShardDataModule(LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        """Refuse callbacks that would change the batch. Raises UserError."""
+        """Refuse callbacks that would change the batch. Raises UserError.
+
+        A new run of another trainer begins at the first sample.
+        """
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
+            if self.trainer.global_step == 0 and self._restored is None:
+                self._start = self._start_step = 0
 
     def train_dataloader(self) -> wds.WebLoader | EpochLoader:
         """Return the sequence of training batches from the current position on.
@@ -332,7 +364,7 @@ class ShardDataModule(LightningDataModule):
         self._restored = None
         if self.trainer is None:
             return self._train_loader(micro, None, self._start)
-        self._check_accumulation(self.trainer, accumulation)
+        check_accumulation(self.trainer, accumulation)
         if self.endless:
             if resumed:
                 batches = self.trainer.global_step * accumulation
@@ -403,14 +435,6 @@ class ShardDataModule(LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         return module.draws_ahead(training) if isinstance(module, WorksAhead) else None
 
-    def _check_accumulation(self, trainer: pl.Trainer, accumulation: int) -> None:
-        if trainer.accumulate_grad_batches != accumulation:
-            raise UserError(
-                "trainer.accumulate_grad_batches",
-                f"{trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
-                f"`data.batch_size` and `data.micro_batch_size`: set it to {accumulation}",
-            )
-
     def _check_mixture(self, steps: int) -> None:
         """Refuse a mixture that ends before so many steps from the current position on."""
         end = self.corpus.mixture.length
@@ -432,6 +456,10 @@ class ShardDataModule(LightningDataModule):
     def test_dataloader(self) -> wds.WebLoader:
         """Return one pass over test/. Raises DataError when there is none."""
         return self._eval_loader("test")
+
+    def predict_dataloader(self) -> wds.WebLoader:
+        """Return one pass over test/, or over val/ where there is no test/, for `Trainer.predict`."""
+        return self._eval_loader("test" if self.splits("test") else "val")
 
     def _eval_loader(self, name: str) -> wds.WebLoader:
         place, index, corpus = self._rank(), self.index(name), Corpus(self.splits(name))

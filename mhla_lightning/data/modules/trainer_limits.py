@@ -35,6 +35,16 @@ def check_callbacks(trainer: pl.Trainer) -> None:
             )
 
 
+def check_accumulation(trainer: pl.Trainer, accumulation: int) -> None:
+    """Refuse another accumulation than the batch sizes give. Raises UserError."""
+    if trainer.accumulate_grad_batches != accumulation:
+        raise UserError(
+            "trainer.accumulate_grad_batches",
+            f"{trainer.accumulate_grad_batches} does not fit the {accumulation} that follow from "
+            f"`data.batch_size` and `data.micro_batch_size`: set it to {accumulation}",
+        )
+
+
 def check_trainer(trainer: pl.Trainer, batches: int, accumulation: int, epochs: float | None) -> None:
     """Refuse a trainer that would train on other samples than its steps say.
 

@@ -15,8 +15,9 @@ import torch
 from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.latents import LatentDataModule
 from mhla_lightning.diffusion import Guidance, check_sampler
+from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.drawing import Key, check_guided_channels, draw_samples
+from mhla_lightning.inference.diffusion.drawing import check_guided_channels
 from mhla_lightning.inference.diffusion.parts import batches
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights

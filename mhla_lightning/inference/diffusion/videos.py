@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.diffusion import Guidance, Process, check_sampler, default_sampler
+from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
-from mhla_lightning.inference.diffusion.drawing import Key, check_guided_channels, draw_samples
+from mhla_lightning.inference.diffusion.drawing import check_guided_channels
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights, memory_bytes
 from mhla_lightning.runs.folder import find_run, runs_root
