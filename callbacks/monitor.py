@@ -15,6 +15,7 @@ from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
+from mhla_lightning.runs.tags import MIXING_VALUES
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks.base import Task, draws_point
 
@@ -143,7 +144,7 @@ def _consumed(trainer: pl.Trainer) -> dict[str, float]:
 class MixingHeatmaps(pl.Callback):
     """Draws every layer's mixing matrix after each validation, as the image `mixing`.
 
-    Rows are query blocks.
+    Rows are query blocks. The values are tensors `mixing_values/LAYER` of the same event file.
     """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,7 +159,16 @@ class MixingHeatmaps(pl.Callback):
             matrices = {name: module.matrix().detach().clone() for name, module in modules.items()}
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        trainer.logger.experiment.add_figure("mixing", mixing_figure(matrices), trainer.global_step)
+        writer, step = trainer.logger.experiment, trainer.global_step
+        writer.add_figure("mixing", mixing_figure(matrices), step)
+        for name, matrix in matrices.items():  # for `mhla report`; TensorBoard shows no tensors
+            writer.add_tensor(MIXING_VALUES + name, _one(matrix), step)
+
+
+def _one(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a mixing matrix in float32 on the CPU; matrices per head are shown by their mean."""
+    values = matrix.detach().float().cpu()
+    return values.mean(0) if values.ndim == 3 else values
 
 
 def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
@@ -173,8 +183,7 @@ def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
     for panel in panels[len(matrices) :]:
         panel.set_axis_off()
     for index, (panel, matrix) in enumerate(zip(panels, matrices.values(), strict=False)):
-        values = matrix.detach().float().cpu().numpy()
-        image = panel.imshow(values.mean(0) if values.ndim == 3 else values, cmap="viridis", vmin=0)
+        image = panel.imshow(_one(matrix).numpy(), cmap="viridis", vmin=0)
         panel.set_title(f"layer {index}", fontsize=12)
         panel.set_xlabel("key block", fontsize=10)
         panel.set_ylabel("query block", fontsize=10)

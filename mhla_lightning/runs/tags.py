@@ -1,0 +1,55 @@
+"""What the tags of a run's curves are about: groups and units. Standard library only."""
+
+from __future__ import annotations
+
+MIXING_VALUES = "mixing_values/"
+"""Begins the tags of the mixing matrices as tensors; the layer's name follows."""
+
+GROUPS = ("Loss", "Quality", "Speed", "Memory", "Health", "Loss by noise level")
+_SPEED = ("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "time_")
+_HEALTH = ("lr", "grad_norm", "skipped", "skipped_steps", "consumed/")
+_UNITS = {
+    "top1": "share of samples",
+    "top5": "share of samples",
+    "accuracy": "share of tokens",
+    "bits_per_byte": "bits per byte",
+    "samples_per_second": "samples/s",
+    "tokens_per_second": "tokens/s",
+    "tokens_per_second_per_gpu": "tokens/s per GPU",
+    "time_data": "seconds per step",
+    "time_compute": "seconds per step",
+    "mfu": "share of the GPU's peak",
+    "memory_allocated_gib": "GiB",
+    "memory_reserved_gib": "GiB",
+    "skipped": "samples",
+    "skipped_steps": "steps",
+    "consumed": "samples",
+    "lr": "learning rate",
+    "grad_norm": "norm",
+}
+
+
+def group_of(tag: str) -> str:
+    """Return the one of GROUPS that a tag belongs to.
+
+    >>> group_of("train/loss"), group_of("val_ema/top1"), group_of("train/memory_allocated_gib")
+    ('Loss', 'Quality', 'Memory')
+    """
+    split, _, name = tag.partition("/")
+    if split == "loss_by_time":
+        return "Loss by noise level"
+    if split == "train" and name.startswith("memory"):
+        return "Memory"
+    if split == "train" and name.startswith(_SPEED):
+        return "Speed"
+    if split == "train" and name.startswith(_HEALTH):
+        return "Health"
+    return "Loss" if name.startswith("loss") else "Quality"
+
+
+def unit_of(tag: str) -> str:
+    """Return the unit of a tag's values; its last name where it has none."""
+    split, _, name = tag.partition("/")
+    if split == "loss_by_time":
+        return "loss"
+    return _UNITS.get(name, _UNITS.get(name.partition("/")[0], name))
