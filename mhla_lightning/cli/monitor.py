@@ -1,6 +1,7 @@
 """Start TensorBoard on run folders, and print how to see it from your own machine.
 
 RUN is a run id, a run folder or a SLURM job id; without one every run is shown, also those that start later.
+`mhla report RUN` writes one HTML page instead, which needs no server.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import getpass
 import importlib.util
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 f"on your own machine: ssh -N -L {args.port}:localhost:{args.port} "
                 f"{getpass.getuser()}@{socket.getfqdn()}"
             )
+        print(f"one page without a server: mhla report {' '.join(map(shlex.quote, args.run)) or 'RUN'}")
         sys.stdout.flush()
         command = [
             sys.executable,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.compare.comparison import COSTS, cost
+from mhla_lightning.compare.comparison import COSTS, cost, score
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS
 from mhla_lightning.report.folder import SafeFolder, finite, mapping
@@ -70,6 +70,10 @@ class Interval:
     values: list[float]
     mean: float
     half: float | None
+
+    def text(self) -> str:
+        """Return mean and interval with the same decimals."""
+        return score(self.mean, self.half).replace("±", "± ")
 
 
 @dataclass

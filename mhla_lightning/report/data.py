@@ -97,8 +97,13 @@ def row_curves(number: int, row: RowReport) -> list[tuple[int, str, Mapping[str,
     mean = {tag: curve for tag, curve in mean.items() if curve}
     return [
         (number, f"{row.name}, mean", mean, False),
-        *((number, run.name, run.curves, True) for run in row.runs),
+        *((number, run.name, _without_averages(run.curves), True) for run in row.runs),
     ]
+
+
+def _without_averages(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Return the curves of a seed that are drawn: of averaged weights the mean over seeds is enough."""
+    return {tag: curve for tag, curve in curves.items() if not _AVERAGED.search(tag)}
 
 
 def matrices(runs: Iterable[tuple[int, RunReport]], note: Note) -> list[dict[str, Any]]:
@@ -214,6 +219,7 @@ def intervals(rows: Sequence[RowReport], tags: Sequence[str]) -> list[dict[str, 
                     "mean": found.mean,
                     "half": found.half,
                     "values": found.values,
+                    "text": found.text(),
                 }
                 for number, row in enumerate(rows)
                 if (found := row.scores.get(tag)) is not None

@@ -387,8 +387,7 @@ function drawIntervals(plot, place) {
     rows.forEach((row, k) => {
       const y = k * 38 + 28;
       const group = svg("g", { class: colour(row.series) });
-      const text = `${number(row.mean)}${row.half === null ? "" : ` ± ${number(row.half)}`}`;
-      group.append(svg("title", {}, `${row.name}: ${text}`));
+      group.append(svg("title", {}, `${row.name}: ${row.text}`));
       if (row.half !== null) {
         group.append(svg("line", { class: "span", x1: x(row.mean - row.half), x2: x(row.mean + row.half), y1: y, y2: y }));
         for (const value of row.values) group.append(svg("circle", { cx: x(value), cy: y, r: 2.5, fill: "currentColor" }));
@@ -396,7 +395,7 @@ function drawIntervals(plot, place) {
       const ring = svg("circle", { cx: x(row.mean), cy: y, r: 5, fill: "none", stroke: "currentColor", "stroke-width": 2.4 });
       group.append(ring);
       const name = svg("text", { class: "name", x: 8, y: y - 13 }, row.name.length > 44 ? `${row.name.slice(0, 43)}…` : row.name);
-      const value = svg("text", { x: width - 8, y: y - 13, "text-anchor": "end" }, text);
+      const value = svg("text", { x: width - 8, y: y - 13, "text-anchor": "end" }, row.text);
       area.append(group, name, value);
     });
   };

@@ -220,7 +220,7 @@ def _last_and_best(one: tuple[float, float] | None) -> str:
 def _comparison_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
     heads = [
         *(f"{escape(tag)}{_arrow(tag)}" for tag in tags),
-        *(escape(COSTS[key][0].replace("\n", " ")) for key in COSTS),
+        *(escape(COSTS[key][0].replace("\n/", "/").replace("/\n", "/")) for key in COSTS),
     ]
     best = {
         tag: _best(tag, [row.scores[tag].mean if tag in row.scores else None for row in rows]) for tag in tags
@@ -253,10 +253,8 @@ def _comparison_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
 def _interval(one: Interval | None) -> str:
     if one is None:
         return _DASH
-    if one.half is None:
-        return _number(one.mean)
-    decimals = _decimals(one.mean)
-    return f"{one.mean:,.{decimals}f} <small>± {one.half:,.{decimals}f}</small>"
+    mean, sign, half = one.text().partition(" ±")
+    return f"{mean} <small>±{half}</small>" if sign else mean
 
 
 def _best(tag: str, values: Sequence[float | None]) -> set[int]:
