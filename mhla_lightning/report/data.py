@@ -24,6 +24,7 @@ MOST_PICTURES = 12 * 2**20  # bytes of the pictures of a page
 MOST_MATRICES = 1_500_000  # numbers of the mixing matrices of a page, 2 bytes each
 MOST_FRAMES = 40  # places of a slider
 _AVERAGED = re.compile(r"(^|/)val_ema(?=[/_])")
+_HEATMAPS = re.compile(r"mixing(_\d+)?")
 _FIRST = ("train/loss", "val/loss", "val/top1", "val/accuracy", "val/bits_per_byte")
 
 Note = Callable[[str], None]
@@ -102,7 +103,7 @@ def row_curves(number: int, row: RowReport) -> list[tuple[int, str, Mapping[str,
 
 
 def _without_averages(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Return the curves of a seed that are drawn: of averaged weights the mean over seeds is enough."""
+    """Return the curves of a seed without those of averaged weights, whose mean is drawn."""
     return {tag: curve for tag, curve in curves.items() if not _AVERAGED.search(tag)}
 
 
@@ -170,12 +171,8 @@ def pictures(runs: Iterable[tuple[int, RunReport]], note: Note) -> list[dict[str
     sets: list[tuple[int, RunReport, str, list[tuple[str, bytes]]]] = []
     for number, run in runs:
         for tag, found in run.events.pictures.items():
-            if (
-                found
-                and not (tag == "mixing" or tag.startswith("mixing/"))
-                or not run.events.mixing
-                and found
-            ):
+            from_values = run.events.mixing and _HEATMAPS.fullmatch(tag)  # drawn anew on the page
+            if found and not from_values:
                 steps = thin_places(sorted(found), MOST_FRAMES)
                 if len(steps) < len(found):
                     note(f"Run {run.name}: {len(steps)} of {len(found)} pictures of {tag} are on the page.")

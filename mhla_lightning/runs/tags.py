@@ -29,6 +29,33 @@ _UNITS = {
 }
 
 
+LAYOUT: dict[str, dict[str, list[str]]] = {
+    "Loss": {
+        "training": [r"^train/loss$"],
+        "validation (val_ema: averaged weights)": [r"^val(_\w+)?/loss$"],
+    },
+    "Quality": {
+        "accuracy": [r"^val(_\w+)?/(top\d|accuracy)"],
+        "bits per byte": [r"^val(_\w+)?/bits_per_byte$"],
+        "loss by noise level, validation": [r"^loss_by_time/val"],
+    },
+    "Speed": {
+        "samples a second": [r"^train/samples_per_second$"],
+        "tokens a second": [r"^train/tokens_per_second"],
+        "seconds a step: waiting for data, computing": [r"^train/time_"],
+        "share of the GPU's peak (MFU)": [r"^train/mfu$"],
+    },
+    "Memory": {"GiB, peaks so far": [r"^train/memory_"]},
+    "Health": {
+        "gradient norm": [r"^train/grad_norm$"],
+        "learning rate": [r"^train/lr$"],
+        "samples and steps left out": [r"^train/skipped"],
+        "samples of each source": [r"^train/consumed/"],
+    },
+}
+"""The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
+
+
 def group_of(tag: str) -> str:
     """Return the one of GROUPS that a tag belongs to.
 
