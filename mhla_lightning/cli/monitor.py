@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("runs", f"there is no folder {root}; choose another one here or with $MHLA_RUNS")
     with tempfile.TemporaryDirectory(prefix="mhla-monitor-") as links:
         logdir = Path(links)
-        _link(args.run, root, logdir)
+        link_runs(args.run, root, logdir)
         # the screen with loss and validation; TensorBoard's own first one begins with the heat maps
         print(f"http://localhost:{args.port}/#custom_scalars  ({', '.join(args.run) or root})")
         if "SSH_CONNECTION" in os.environ:
@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
                     with suppress(subprocess.TimeoutExpired):
                         return process.wait(_LOOK)
                     if not args.run:
-                        _link([], root, logdir)
+                        link_runs([], root, logdir)
             except KeyboardInterrupt:
                 return 0
 
 
-def _link(names: list[str], root: Path, links: Path) -> None:
+def link_runs(names: list[str], root: Path, links: Path) -> None:
     """Link runs into one folder, under their names; those that are there stay.
 
     TensorBoard's list of folders allows no comma or colon, and would call a single run `.`.

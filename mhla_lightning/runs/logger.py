@@ -155,13 +155,19 @@ class RunLogger(TensorBoardLogger):
 
 
 def as_markdown(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe as YAML in a block of code, which TensorBoard reads as Markdown."""
-    text = yaml.safe_dump(dict(recipe), sort_keys=False)
+    """Return a recipe as a block of code in Markdown: YAML without keys that have no value."""
+    text = yaml.safe_dump(_known(recipe), sort_keys=False)
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
+def _known(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _known(item) for key, item in value.items() if item is not None}
+
+
 def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Return the keys of a recipe, as the command line writes them, that TensorBoard's table shows.
+    """Return the options of a recipe for TensorBoard's table, named as on the command line.
 
     >>> hyperparameters({"model": {"init_args": {"optimizer": {"lr": 0.1}}}, "data": {"path": "digits"}})
     {'model.optimizer.lr': 0.1}
