@@ -221,7 +221,7 @@ class Chart {
     const reach = 6; // pixels
     const rows = [];
     this.marker.replaceChildren(svg("line", { class: "cross", x1: this.x(step), x2: this.x(step), y1: this.box.top, y2: this.box.bottom }));
-    for (const curve of this.shown) {
+    for (const curve of this.shown.filter((one) => !one.seed)) {
       const k = nearest(curve.x, step);
       if (Math.abs(this.x(curve.x[k]) - this.x(step)) > reach) continue;
       this.marker.append(svg("circle", { class: `dot ${colour(curve.series)}`, cx: this.x(curve.x[k]), cy: this.y(curve.drawn[k]), r: 4 }));
@@ -236,10 +236,12 @@ class Chart {
       ),
     );
     this.tip.hidden = false;
-    const x = this.x(step) + 12, room = this.card.clientWidth - this.tip.offsetWidth - 6;
-    const beside = x + 14 > room ? this.x(step) - this.tip.offsetWidth : x + 14;
-    this.tip.style.left = `${Math.max(4, Math.min(beside, room))}px`;
-    this.tip.style.top = `${this.plot.offsetTop + 26}px`;
+    const x = this.x(step) + 12, width = this.tip.offsetWidth, all = this.card.clientWidth;
+    const right = x + 12 + width <= all, left = x - 12 - width >= 0;
+    this.tip.style.left = `${right ? x + 12 : left ? x - 12 - width : 4}px`;
+    const plot = this.plot.getBoundingClientRect();
+    const top = plot.top - this.card.getBoundingClientRect().top + (right || left ? 26 : plot.height); // else below
+    this.tip.style.top = `${top}px`;
   }
 
   leave() {
@@ -354,6 +356,7 @@ function drawPictures(set, place) {
   image.addEventListener("load", () => {
     const factor = Math.max(1, Math.floor(Math.min(480, place.clientWidth) / image.naturalWidth));
     image.style.width = `${image.naturalWidth * factor}px`;
+    image.style.imageRendering = factor > 1 ? "pixelated" : "auto"; // small pictures keep their pixels
   });
   const { row, update } = slider(set.frames.map((frame) => frame.label), (at) => { image.src = set.frames[at].source; }, `${set.title} of ${set.name}`);
   place.append(html("div", { class: "card", "data-series": set.series }, html("h4", {}, swatch(set.series), `${set.name}: ${set.title}`), row, image));

@@ -138,7 +138,9 @@ def comparison_page(found: ComparisonReport) -> Page:
     page.section(
         "comparison",
         "Comparison",
-        _comparison_table(found.rows, tags) + '<div id="intervals" class="grid"></div>',
+        _scores_table(found.rows, tags)
+        + '<div id="intervals" class="grid"></div>'
+        + _costs_table(found.rows),
     )
     curves = [one for number, row in enumerate(found.rows) for one in data.row_curves(number, row)]
     first = [(number, row.runs[0]) for number, row in enumerate(found.rows) if row.runs]
@@ -217,26 +219,14 @@ def _last_and_best(one: tuple[float, float] | None) -> str:
     return last if last == best else f"{last} <small>({best})</small>"
 
 
-def _comparison_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
-    heads = [
-        *(f"{escape(tag)}{_arrow(tag)}" for tag in tags),
-        *(escape(COSTS[key][0].replace("\n/", "/").replace("/\n", "/")) for key in COSTS),
-    ]
+def _scores_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
     best = {
         tag: _best(tag, [row.scores[tag].mean if tag in row.scores else None for row in rows]) for tag in tags
     }
-    lines = []
-    for number, row in enumerate(rows):
-        cells = ((number in best[tag], _interval(row.scores.get(tag))) for tag in tags)
-        scores = "".join(_cell(text, is_best) for is_best, text in cells)
-        costs = "".join(f'<td class="number">{escape(row.costs[key])}</td>' for key in COSTS)
-        name = f'<th scope="row">{swatch(number)}{escape(row.name)}</th>'
-        lines.append(f'<tr data-series="{number}">{name}{scores}{costs}</tr>')
-    head = (
-        "<tr><th>row</th>"
-        + "".join(f'<th scope="col" class="number">{text}</th>' for text in heads)
-        + "</tr>"
-    )
+    cells = [
+        [_cell(_interval(row.scores.get(tag)), number in best[tag]) for tag in tags]
+        for number, row in enumerate(rows)
+    ]
     seeds = max((len(one.values) for row in rows for one in row.scores.values()), default=0)
     hint = (
         f"Mean over up to {seeds} seeds ± half of its 95 % confidence interval (Student's t). "
@@ -245,9 +235,25 @@ def _comparison_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
         else "One seed for each row: there is no interval, so small differences may be chance. "
         "Train with --seeds 0,1,2 to see one."
     )
+    heads = [f"{escape(tag)}{_arrow(tag)}" for tag in tags]
     return (
-        table(head, lines, "numbers") + f'<p class="hint">{escape(hint)} ↑ high is good, ↓ low is good.</p>'
+        _rows_table(rows, heads, cells) + f'<p class="hint">{escape(hint)} ↑ high is good, ↓ low is good.</p>'
     )
+
+
+def _costs_table(rows: Sequence[RowReport]) -> str:
+    heads = [escape(COSTS[key][0].replace("\n/", "/").replace("/\n", "/")) for key in COSTS]
+    return _rows_table(rows, heads, [[_cell(escape(row.costs[key]), False) for key in COSTS] for row in rows])
+
+
+def _rows_table(rows: Sequence[RowReport], heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table with a line for each row of a comparison, which page.js dims when it is hidden."""
+    head = "".join(f'<th scope="col" class="number">{text}</th>' for text in heads)
+    lines = []
+    for number, (row, line) in enumerate(zip(rows, cells, strict=True)):
+        name = f'<th scope="row">{swatch(number)}{escape(row.name)}</th>'
+        lines.append(f'<tr data-series="{number}">{name}{"".join(line)}</tr>')
+    return table(f"<tr><th>row</th>{head}</tr>", lines, "numbers")
 
 
 def _interval(one: Interval | None) -> str:
