@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
+from mhla_lightning.runs.tags import MIXING_VALUES
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.trainers import draws_point
+
+_COLUMNS = 4  # panels side by side in a figure of mixing matrices
+_PANELS = 3 * _COLUMNS
 
 
 class Monitor(pl.Callback):
@@ -144,7 +150,8 @@ def _consumed(trainer: pl.Trainer) -> dict[str, float]:
 class MixingHeatmaps(pl.Callback):
     """Draws every layer's mixing matrix after each validation, as the image `mixing`.
 
-    Rows are query blocks.
+    Rows are query blocks. More than twelve layers make further images, `mixing_2` and so on. The values are
+    tensors `mixing_values/LAYER` of the same event file.
     """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,25 +166,57 @@ class MixingHeatmaps(pl.Callback):
             matrices = {name: module.matrix().detach().clone() for name, module in modules.items()}
         if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        trainer.logger.experiment.add_figure("mixing", mixing_figure(matrices), trainer.global_step)
+        writer, step = trainer.logger.experiment, trainer.global_step
+        for number, figure in enumerate(mixing_figures(matrices), start=1):
+            writer.add_figure("mixing" if number == 1 else f"mixing_{number}", figure, step)
+        for name, matrix in matrices.items():  # for `mhla report`; TensorBoard shows no tensors
+            writer.add_tensor(MIXING_VALUES + name, _one(matrix), step)
 
 
-def mixing_figure(matrices: dict[str, torch.Tensor]) -> Figure:
-    """Draw one panel per layer; matrices per head are shown by their mean."""
-    columns = math.ceil(math.sqrt(len(matrices)))  # nearly square: TensorBoard shows images in square cards
-    rows = math.ceil(len(matrices) / columns)
-    width, height = 3.2 * columns, 3.0 * rows  # inches
+def _one(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a mixing matrix in float32 on the CPU; matrices per head are shown by their mean."""
+    values = matrix.detach().float().cpu()
+    return values.mean(0) if values.ndim == 3 else values
+
+
+def mixing_figures(matrices: Mapping[str, torch.Tensor]) -> list[Figure]:
+    """Draw the matrices of all layers on one scale, at most three rows of four in a figure."""
+    names = list(matrices)
+    largest = max(float(_one(matrix).max()) for matrix in matrices.values())
+    return [
+        mixing_figure({name: matrices[name] for name in names[first : first + _PANELS]}, first, largest)
+        for first in range(0, len(names), _PANELS)
+    ]
+
+
+def mixing_figure(
+    matrices: Mapping[str, torch.Tensor], first: int = 0, largest: float | None = None
+) -> Figure:
+    """Draw one panel per layer; matrices per head are shown by their mean.
+
+    Args:
+        matrices: by the layer's name.
+        first: number of the first of these layers.
+        largest: weight at the top of the scale, which begins at 0; None takes the largest of these.
+    """
+    shown = [_one(matrix) for matrix in matrices.values()]
+    largest = max(float(values.max()) for values in shown) if largest is None else largest
+    columns = min(_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    width, height = 2.7 * columns + 1.1, 2.8 * rows + 0.3  # inches
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     # Margins by hand: Matplotlib's constrained layout takes half a second for two panels.
-    figure.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.3 / width, 1 - 0.35 / height, 0.3, 0.45)
-    for panel in panels[len(matrices) :]:
+    figure.subplots_adjust(0.7 / width, 0.55 / height, 1 - 1.2 / width, 1 - 0.4 / height, 0.3, 0.45)
+    for panel in panels[len(shown) :]:
         panel.set_axis_off()
-    for index, (panel, matrix) in enumerate(zip(panels, matrices.values(), strict=False)):
-        values = matrix.detach().float().cpu().numpy()
-        image = panel.imshow(values.mean(0) if values.ndim == 3 else values, cmap="viridis", vmin=0)
-        panel.set_title(f"layer {index}", fontsize=12)
-        panel.set_xlabel("key block", fontsize=10)
-        panel.set_ylabel("query block", fontsize=10)
-        figure.colorbar(image, ax=panel, shrink=0.8)
+    for index, (panel, values) in enumerate(zip(panels, shown, strict=False)):
+        image = panel.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=largest or 1.0)
+        panel.set_title(f"layer {first + index}", fontsize=13)
+        panel.set_xlabel("key block", fontsize=11)
+        panel.set_ylabel("query block", fontsize=11)
+        panel.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    bar = figure.add_axes((1 - 0.95 / width, 0.55 / height, 0.16 / width, 1 - 0.95 / height))
+    figure.colorbar(image, cax=bar).set_label("weight", fontsize=11)
     return figure

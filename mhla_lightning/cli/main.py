@@ -39,6 +39,7 @@ VERBS = {
     "logs": "show the output of a run's job",
     "cancel": "cancel the jobs of runs",
     "resume": "queue a run again, from its newest checkpoint",
+    "report": "write one HTML page about runs or a comparison, which opens from disk",
     "monitor": "start TensorBoard on run folders, with the ssh line for a login node",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }

@@ -7,10 +7,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from mhla_lightning.runs.folder import RunFolder, read_lines, write_text
+from mhla_lightning.runs.tags import LAYOUT
+
+_HPARAMS = (
+    "model.",
+    "data.batch_size",
+    "trainer.max_steps",
+    "trainer.precision",
+    "trainer.strategy",
+    "seed_",
+)
+"""Keys of a recipe that TensorBoard's table of hyperparameters shows."""
 
 
 class HeldExperiment:
@@ -30,18 +43,21 @@ class HeldExperiment:
 class RunLogger(TensorBoardLogger):
     """Lightning's TensorBoardLogger, which also writes every scalar as a line of metrics.jsonl.
 
-    Lightning's own writes event files only, which need TensorBoard to be read.
+    Lightning's own writes event files only, which need TensorBoard to be read. The event files begin with
+    the recipe as text and the layout of the first screen. They end with the hyperparameters, beside which
+    TensorBoard shows the last numbers of validation.
 
     Args:
         run: the run folder.
         resume_step: step of the checkpoint that training resumes from; later lines and points of an earlier
             attempt are dropped.
+        recipe: the resolved recipe; empty writes neither its text nor hyperparameters.
 
     Attributes:
         optimizer_steps: returns the x axis, optimizer steps done; set once the trainer is built.
     """
 
-    def __init__(self, run: RunFolder, resume_step: int = 0) -> None:
+    def __init__(self, run: RunFolder, resume_step: int = 0, recipe: Mapping[str, Any] | None = None) -> None:
         super().__init__(
             save_dir=run.tensorboard,
             name="",
@@ -54,6 +70,7 @@ class RunLogger(TensorBoardLogger):
         self._started = False
         self._early: list[tuple[Mapping[str, float], int | None]] = []
         self._held = HeldExperiment()
+        self._recipe, self._validated = dict(recipe or {}), dict[str, float]()
         self.optimizer_steps: Callable[[], int] | None = None
 
     @rank_zero_only
@@ -66,6 +83,14 @@ class RunLogger(TensorBoardLogger):
             return
         self._started = True
         keep_until(self._file, self._resume_step)
+        self.experiment.add_custom_scalars(
+            {
+                category: {title: ["Multiline", tags] for title, tags in charts.items()}
+                for category, charts in LAYOUT.items()
+            }
+        )
+        if self._recipe:
+            self.experiment.add_text("recipe", as_markdown(self._recipe))
         for metrics, step in self._early:
             self._write(metrics, step)
         for name, args, kwargs in self._held.calls:
@@ -104,18 +129,63 @@ class RunLogger(TensorBoardLogger):
         if not self._started:
             return
         try:
+            if status == "success":
+                self._end()
             super().finalize(status)
         except OSError:  # a full disk
             if status == "success":
                 raise  # after a failure its own error is on its way
 
+    def _end(self) -> None:
+        """Write the hyperparameters, once there are numbers to show beside them."""
+        if not self._recipe or not self._validated:
+            return
+        for summary in hparams(hyperparameters(self._recipe), self._validated):
+            self.experiment.file_writer.add_summary(summary)
+        self._recipe = {}
+
     def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         super().log_metrics(metrics, step)
+        self._validated |= {tag: float(value) for tag, value in metrics.items() if tag.startswith("val")}
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"step": step, "tag": tag, "value": float(value)}) + "\n"
                 for tag, value in metrics.items()
             )
+
+
+def as_markdown(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as a block of code in Markdown: YAML without keys that have no value."""
+    text = yaml.safe_dump(_known(recipe), sort_keys=False)
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _known(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _known(item) for key, item in value.items() if item is not None}
+
+
+def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Return the options of a recipe for TensorBoard's table, named as on the command line.
+
+    >>> hyperparameters({"model": {"init_args": {"optimizer": {"lr": 0.1}}}, "data": {"path": "digits"}})
+    {'model.optimizer.lr': 0.1}
+    """
+    found: dict[str, bool | float | str] = {}
+    waiting: list[tuple[str, Any]] = [("", dict(recipe))]
+    while waiting:
+        name, value = waiting.pop(0)
+        if isinstance(value, Mapping):
+            waiting += [
+                (name if key == "init_args" else f"{name}.{key}".lstrip("."), item)
+                for key, item in value.items()
+            ]
+        elif value is not None and name.startswith(_HPARAMS):
+            found[name] = (
+                value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+            )
+    return found
 
 
 def keep_until(metrics: Path, step: int) -> None:

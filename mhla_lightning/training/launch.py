@@ -405,7 +405,7 @@ def _report_start(session: Session, run: RunFolder, report: Report) -> None:
         f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample "
         f"(forward), {run.path}"
     )
-    report.line(f"watch it: tensorboard --logdir {run.tensorboard}")
+    report.line(f"watch it: mhla monitor {run.path} (or: tensorboard --logdir {run.tensorboard})")
 
 
 def _failed(error: Exception, session: Session, run: RunFolder, report: Report) -> int:
@@ -515,4 +515,4 @@ def _report_summary(run: RunFolder, report: Report) -> None:
     report.metrics(title, summary["last"], summary["best"])
     if summary.get("ended_early"):
         report.line(f"ended early: {summary['ended_early']}")
-    report.line(f"run folder: {run.path}\ntensorboard --logdir {run.tensorboard}")
+    report.line(f"run folder: {run.path}\nlook at it: mhla report {run.path}, or mhla monitor {run.path}")

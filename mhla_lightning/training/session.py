@@ -106,7 +106,7 @@ class Session:
         self.data.endless = True
         self.max_steps = length(recipe)
         pl.seed_everything(recipe.seed, workers=True, verbose=False)
-        self.logger = RunLogger(run, resume_step=self._resumed_state().get("step", 0))
+        self.logger = RunLogger(run, self._resumed_state().get("step", 0), recipe.values)
         self.progress = ProgressFile(run, self.data.state_dict)
         self.memory = MemorySnapshot(run.path)
         self.trainer = self._trainer()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mhla_lightning.attention import MixingMatrix, SelfAttention
 from mhla_lightning.callbacks import EMA, ProjectMixing
-from mhla_lightning.callbacks.monitor import Monitor, mixing_figure
+from mhla_lightning.callbacks.monitor import Monitor, mixing_figure, mixing_figures
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, prune
 from mhla_lightning.checkpoints.rng import load_rng, rng_state
 from mhla_lightning.data import ImageDataModule
@@ -244,6 +244,16 @@ def test_mixing_figure_has_a_panel_a_layer() -> None:
     array = drawn[0].get_images()[0].get_array()
     assert array is not None
     assert array.shape == (4, 4)
+
+
+def test_many_layers_are_drawn_on_one_scale_three_rows_a_figure() -> None:
+    figures = mixing_figures({f"layer{i}": torch.full((3, 3), i / 13) for i in range(14)})
+    panels = [[one for one in figure.axes if one.get_title().startswith("layer")] for figure in figures]
+    assert [panel.get_title() for one in panels for panel in one] == [f"layer {i}" for i in range(14)]
+    assert [len(one) for one in panels] == [12, 2]
+    for panel in (panel for one in panels for panel in one):
+        assert panel.get_images()[0].get_clim() == (0, 1)
+        assert (panel.get_xlabel(), panel.get_ylabel()) == ("key block", "query block")
 
 
 def checkpoint(run: RunFolder, step: int) -> Path:

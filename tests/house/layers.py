@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("api",),
     ("cli",),
+    ("report",),
     ("bench", "training", "compare"),
     ("conversion", "evaluation", "analysis"),
     ("hf",),

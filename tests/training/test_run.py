@@ -65,6 +65,8 @@ def test_a_run_leaves_everything_others_read(
     for tag, values in series.items():
         assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(tag)] == values
     assert [e.step for e in events.Images("mixing")] == [4, 8, 12]
+    values = [tag for tag in events.Tags()["tensors"] if tag.startswith("mixing_values/")]
+    assert [[e.step for e in events.Tensors(tag)] for tag in values] == 2 * [[4, 8, 12]]
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 12

@@ -1,0 +1,180 @@
+"""What the page says about the folder of `mhla compare`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mhla_lightning.compare.comparison import COSTS, cost, score
+from mhla_lightning.errors import UserError
+from mhla_lightning.evaluation import EVALUATIONS
+from mhla_lightning.report.folder import SafeFolder, finite, mapping
+from mhla_lightning.report.run import RunReport, read_run
+from mhla_lightning.runs.folder import check_run_id, is_run
+
+# 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom; more take the next lower entry
+_T = (
+    *(
+        12.706,
+        4.303,
+        3.182,
+        2.776,
+        2.571,
+        2.447,
+        2.365,
+        2.306,
+        2.262,
+        2.228,
+        2.201,
+        2.179,
+        2.160,
+        2.145,
+        2.131,
+    ),
+    *(
+        2.120,
+        2.110,
+        2.101,
+        2.093,
+        2.086,
+        2.080,
+        2.074,
+        2.069,
+        2.064,
+        2.060,
+        2.056,
+        2.052,
+        2.048,
+        2.045,
+        2.042,
+    ),
+)
+_MOST_ROWS = 64
+_MOST_SEEDS = 64
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds.
+
+    Attributes:
+        values: of the seeds.
+        mean: of these.
+        half: half the width of the 95 % interval of the mean (Student's t); None with one seed.
+    """
+
+    values: list[float]
+    mean: float
+    half: float | None
+
+    def text(self) -> str:
+        """Return mean and interval with the same decimals."""
+        return score(self.mean, self.half).replace("±", "± ")
+
+
+@dataclass
+class RowReport:
+    """A row of a comparison.
+
+    Attributes:
+        name: of the row.
+        overrides: of the row.
+        scores: tag -> interval.
+        costs: key of COSTS -> text.
+        runs: of its seeds, those whose folder is there.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    scores: dict[str, Interval]
+    costs: dict[str, str]
+    runs: list[RunReport]
+
+
+@dataclass
+class ComparisonReport:
+    """A comparison as the page shows it."""
+
+    name: str
+    recipe: str
+    rows: list[RowReport]
+    notes: list[str]
+
+
+def read_comparison(path: Path) -> ComparisonReport:
+    """Read the folder of a comparison that may come from a stranger.
+
+    Raises:
+        UserError: table.json is damaged or has no rows.
+    """
+    folder = SafeFolder(path)
+    table = folder.object(folder.path / "table.json")
+    rows = [mapping(row) for row in table["rows"]] if isinstance(table.get("rows"), list) else []
+    if not rows:
+        raise UserError(
+            str(path / "table.json"), "it holds no rows; the command of the comparison writes it again"
+        )
+    if len(rows) > _MOST_ROWS:
+        folder.note(f"The comparison has {len(rows)} rows; the page shows {_MOST_ROWS}.")
+    shown = [_row(folder, row) for row in rows[:_MOST_ROWS]]
+    return ComparisonReport(folder.path.name, str(table.get("recipe", "")), shown, folder.notes)
+
+
+def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:
+    seeds = [mapping(seed) for seed in row.get("seeds") or [] if isinstance(seed, dict)][:_MOST_SEEDS]
+    numbers = [_scores(seed) for seed in seeds]
+    tags = list(dict.fromkeys(tag for found in numbers for tag in found))
+    means = mapping(row.get("mean"))
+    name = str(row.get("name", ""))[:200]
+    return RowReport(
+        name,
+        mapping(row.get("overrides")),
+        {tag: interval([found[tag] for found in numbers if tag in found]) for tag in tags},
+        {key: cost(key, finite(means.get(key))) for key in COSTS},
+        [run for seed in seeds if (run := _run(folder, name, seed)) is not None],
+    )
+
+
+def _scores(seed: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of validation and of evaluations of one seed."""
+    last = {tag: value for tag, value in mapping(seed.get("last")).items() if tag.startswith("val")}
+    measured = {
+        f"{name}/{number}": value
+        for name, found in mapping(seed.get("eval")).items()
+        if name in EVALUATIONS
+        for number, value in mapping(found).items()
+    }
+    return {tag: number for tag, value in (last | measured).items() if (number := finite(value)) is not None}
+
+
+def _run(folder: SafeFolder, name: str, seed: dict[str, Any]) -> RunReport | None:
+    """Return the run of a seed; None, with a note, where its folder is not in the comparison's."""
+    run_id = seed.get("run_id")
+    try:
+        path = folder.path / check_run_id(run_id if isinstance(run_id, str) else "")
+    except UserError:
+        path = None
+    if path is None or not is_run(path) or not path.resolve().is_relative_to(folder.path):
+        number = str(seed.get("seed"))[:20]
+        folder.note(f"Row {name}, seed {number} has no run folder here, so its curves are missing.")
+        return None
+    return read_run(path)
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of some seeds and its 95 % interval.
+
+    Args:
+        values: at least one, finite.
+    """
+    count = len(values)
+    if count < 2:
+        return Interval(list(values), values[0], None)
+    quantile = _T[min(count - 1, len(_T)) - 1]
+    return Interval(
+        list(values), statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count)
+    )

@@ -1,0 +1,82 @@
+"""What the tags of a run's curves are about: groups and units. Standard library only."""
+
+from __future__ import annotations
+
+MIXING_VALUES = "mixing_values/"
+"""Begins the tags of the mixing matrices as tensors; the layer's name follows."""
+
+GROUPS = ("Loss", "Quality", "Speed", "Memory", "Health", "Loss by noise level")
+_SPEED = ("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "time_")
+_HEALTH = ("lr", "grad_norm", "skipped", "skipped_steps", "consumed/")
+_UNITS = {
+    "top1": "share of samples",
+    "top5": "share of samples",
+    "accuracy": "share of tokens",
+    "bits_per_byte": "bits per byte",
+    "samples_per_second": "samples/s",
+    "tokens_per_second": "tokens/s",
+    "tokens_per_second_per_gpu": "tokens/s per GPU",
+    "time_data": "seconds per step",
+    "time_compute": "seconds per step",
+    "mfu": "share of the GPU's peak",
+    "memory_allocated_gib": "GiB",
+    "memory_reserved_gib": "GiB",
+    "skipped": "samples",
+    "skipped_steps": "steps",
+    "consumed": "samples",
+    "lr": "learning rate",
+    "grad_norm": "norm",
+}
+
+
+LAYOUT: dict[str, dict[str, list[str]]] = {
+    "Loss": {
+        "training": [r"^train/loss$"],
+        "validation (val_ema: averaged weights)": [r"^val(_\w+)?/loss$"],
+    },
+    "Quality": {
+        "accuracy": [r"^val(_\w+)?/(top\d|accuracy)"],
+        "bits per byte": [r"^val(_\w+)?/bits_per_byte$"],
+        "loss by noise level, validation": [r"^loss_by_time/val"],
+    },
+    "Speed": {
+        "samples a second": [r"^train/samples_per_second$"],
+        "tokens a second": [r"^train/tokens_per_second"],
+        "seconds a step: waiting for data, computing": [r"^train/time_"],
+        "share of the GPU's peak (MFU)": [r"^train/mfu$"],
+    },
+    "Memory": {"GiB, peaks so far": [r"^train/memory_"]},
+    "Health": {
+        "gradient norm": [r"^train/grad_norm$"],
+        "learning rate": [r"^train/lr$"],
+        "samples and steps left out": [r"^train/skipped"],
+        "samples of each source": [r"^train/consumed/"],
+    },
+}
+"""The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
+
+
+def group_of(tag: str) -> str:
+    """Return the one of GROUPS that a tag belongs to.
+
+    >>> group_of("train/loss"), group_of("val_ema/top1"), group_of("train/memory_allocated_gib")
+    ('Loss', 'Quality', 'Memory')
+    """
+    split, _, name = tag.partition("/")
+    if split == "loss_by_time":
+        return "Loss by noise level"
+    if split == "train" and name.startswith("memory"):
+        return "Memory"
+    if split == "train" and name.startswith(_SPEED):
+        return "Speed"
+    if split == "train" and name.startswith(_HEALTH):
+        return "Health"
+    return "Loss" if name.startswith("loss") else "Quality"
+
+
+def unit_of(tag: str) -> str:
+    """Return the unit of a tag's values; its last name where it has none."""
+    split, _, name = tag.partition("/")
+    if split == "loss_by_time":
+        return "loss"
+    return _UNITS.get(name, _UNITS.get(name.partition("/")[0], name))
