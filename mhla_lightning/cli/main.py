@@ -39,6 +39,7 @@ VERBS = {
     "cancel": "cancel the jobs of runs",
     "resume": "queue a run again, from its newest checkpoint",
     "monitor": "start TensorBoard on run folders, with the ssh line for a login node",
+    "completion": "print a script that lets bash, zsh or fish complete verbs, options and recipes",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 
