@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import keyword
 import re
 import textwrap
 from collections.abc import Iterator
 
+from mhla_lightning.cli.completion import verb_parser
 from mhla_lightning.cli.main import VERBS
-from mhla_lightning.cli.spelling import VerbParser
 
 
 def page() -> str:
@@ -20,26 +18,10 @@ def page() -> str:
         parser, overrides = verb_parser(verb)
         parts.append(f"## mhla {verb}\n")
         parts += _described(parser, overrides)
-        for name, one in sub_parsers(parser):
+        for name, one in parser.sub_verbs.items():
             parts.append(f"### mhla {verb} {name}\n")
             parts += _described(one, overrides)
     return "\n".join(parts)
-
-
-def verb_parser(verb: str) -> tuple[VerbParser, bool]:
-    """Return the parser of a verb, and whether the verb takes recipe keys as options."""
-    name = f"{verb}_" if keyword.iskeyword(verb) else verb.replace("-", "_")
-    module = importlib.import_module(f"mhla_lightning.cli.{name}")
-    parser = VerbParser(prog=f"mhla {verb}", description=module.__doc__, allow_abbrev=False)
-    module.add_arguments(parser)
-    return parser, getattr(module, "TAKES_OVERRIDES", False)
-
-
-def sub_parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield the verbs below a verb, such as `pack` of `data`."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.items()
 
 
 def _described(parser: argparse.ArgumentParser, overrides: bool) -> Iterator[str]:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from docs.scripts.drawings import code_drawing, mhla_drawing
 from docs.scripts.pages import ROOT
-from docs.scripts.run_figures import clips, curves, digits, mixing, written_code
+from docs.scripts.run_figures import clips, digits, mixing, results, written_code
 
 IMAGES = ROOT / "docs" / "images"
 
 FIGURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "mhla": ("mhla.svg", lambda file: file.write_text(mhla_drawing(), encoding="utf-8")),
-    "results": ("results.png", curves),
+    "results": ("results.png", results),
     "mixing": ("mixing.png", mixing),
     "code": ("code.svg", lambda file: file.write_text(code_drawing(written_code()), encoding="utf-8")),
     "digits": ("digits.png", digits),

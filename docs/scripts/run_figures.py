@@ -1,80 +1,85 @@
-"""Figures of runs: curves of a comparison, mixing matrices, generated code, drawn digits and clips."""
+"""Figures of runs: measured results, mixing matrices, generated code, drawn digits and clips."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 import mhla_lightning as mhla
+from docs.scripts.pages import ROOT
 from mhla_lightning.attention.mhla import MixingMatrix
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import find_weights
-from mhla_lightning.runs.folder import RunFolder, read_metrics
+from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
-COMPARED = ("language/lm_tiny_mhla_stdlib_cpu", "language_operators")
-"""Recipe and variants of the comparison; its row `mhla` also gives the mixing matrices and the code."""
 PROMPT = "def read(self"
 FILM = "a big grey rabbit comes out of its burrow and stretches"
-_OPERATORS = {"linear": "#f28e2b", "softmax": "#8a8f98", "mhla": "#2f6fde"}
-_TAGS = {"val/bits_per_byte": "256 tokens, as trained", "val_1024/bits_per_byte": "1,024 tokens"}
+_COLORS = {"linear": "#f28e2b", "softmax": "#8a8f98", "mhla": "#2f6fde"}
 
 
-def comparison() -> Path:
-    """Return the folder of the comparison, trained where it is missing."""
-    return mhla.compare_recipe(COMPARED[0], variants=COMPARED[1]).folder
-
-
-def compared_run(row: str) -> RunFolder:
-    """Return the run of a row of the comparison."""
-    (found,) = (path for path in comparison().iterdir() if path.is_dir() and path.name.startswith(row))
-    return RunFolder(found)
-
-
-def curves(file: Path) -> None:
-    """Draw bits a byte over the steps, a panel for each length of text."""
-    figure = _figure(8.0, 3.0)
-    for panel, (tag, title) in zip(figure.subplots(1, 2, sharey=True), _TAGS.items(), strict=True):
-        for row, color in _OPERATORS.items():
-            points = read_metrics(compared_run(row).metrics)[tag]
-            panel.plot(*zip(*points, strict=True), color=color, label=row, linewidth=2)
-            panel.annotate(f" {points[-1][1]:.2f}", points[-1], color=color, va="center", fontsize=9)
+def results(file: Path) -> None:
+    """Draw bits a byte at the trained length and at four times it, as docs/results.md records them."""
+    numbers = recorded_bits((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    figure = _figure(8.0, 2.3)
+    titles = ("256 tokens, as in training", "1,024 tokens")
+    for number, (panel, title) in enumerate(zip(figure.subplots(1, 2, sharey=True), titles, strict=True)):
+        for row, bits in numbers.items():
+            panel.barh(row, bits[number], color=_COLORS[row])
+            panel.text(bits[number] + 0.03, row, f"{bits[number]:.2f}", va="center", fontsize=10)
         panel.set_title(title, fontsize=10)
-        panel.set_xlabel("optimizer steps", fontsize=9)
-        panel.margins(x=0.14)
-        panel.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("bits a byte, held-out code", fontsize=9)
-    figure.axes[0].legend(fontsize=9)
+        panel.set_xlabel("bits a byte of held-out code; lower is better", fontsize=9)
+        panel.set_xlim(0, 3.7)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
+
+
+def recorded_bits(text: str) -> dict[str, tuple[float, float]]:
+    """Return operator -> bits a byte at 256 and at 1,024 tokens, of the row `language_quality`.
+
+    Args:
+        text: of docs/results.md.
+    """
+    row = next(line for line in text.splitlines() if "--variants language_quality" in line)
+    names = {"linear": "linear", "mhla": "local, the preset `paper`,", "softmax": "softmax"}
+    found = {
+        name: re.search(rf"{re.escape(words)} ([\d.]+) \(([\d.]+)\)", row) for name, words in names.items()
+    }
+    return {name: (float(match[1]), float(match[2])) for name, match in found.items() if match}
 
 
 def mixing(file: Path) -> None:
     """Draw the mixing matrices of the language model's layers, after training."""
-    run = compared_run("mhla")
-    task = rebuild(run, Task, "the figure needs a task").task
-    task = load_backbone(task, find_weights(run, None, ema=False), "cpu")
+    run = RunFolder(stdlib())
+    task = load_backbone(
+        rebuild(run, Task, "the figure needs a task").task, find_weights(run, None, False), "cpu"
+    )
     layers = [module.matrix().detach() for module in task.modules() if isinstance(module, MixingMatrix)]
-    figure = _figure(8.0, 2.7)
+    figure = _figure(8.0, 2.3)
+    panels = figure.subplots(1, len(layers))
     top = max(float(layer.max()) for layer in layers)
-    for number, (panel, layer) in enumerate(zip(figure.subplots(1, len(layers)), layers, strict=True)):
-        image = panel.imshow(torch.atleast_2d(layer).numpy(), cmap="viridis", vmin=0, vmax=top)
+    for number, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
+        image = panel.imshow(layer.numpy(), cmap="viridis", vmin=0, vmax=top)
         panel.set_title(f"layer {number}", fontsize=10)
         panel.set_xlabel("key chunk", fontsize=9)
-    figure.axes[0].set_ylabel("query chunk", fontsize=9)
-    figure.colorbar(image, ax=figure.axes, shrink=0.9)
+    panels[0].set_ylabel("query chunk", fontsize=9)
+    figure.colorbar(image, ax=panels, shrink=0.9)
     figure.savefig(file, dpi=130)
+
+
+def stdlib() -> Path:
+    """Return the run of the language model, trained where it is missing."""
+    return mhla.run("language/lm_tiny_mhla_stdlib_cpu", run_id="stdlib").folder
 
 
 def written_code() -> str:
     """Return a prompt and what the language model writes after it."""
-    (done,) = mhla.generate(
-        compared_run("mhla").path, PROMPT, max_new_tokens=420, temperature=0.5, extrapolation="shift", seed=1
-    )
+    (done,) = mhla.generate(stdlib(), PROMPT, max_new_tokens=420, temperature=0.5, seed=1)
     return PROMPT + done.text
 
 

@@ -41,6 +41,7 @@ VERBS = {
     "resume": "queue a run again, from its newest checkpoint",
     "report": "write one HTML page about runs or a comparison, which opens from disk",
     "monitor": "start TensorBoard on run folders, with the ssh line for a login node",
+    "completion": "print a script that lets bash, zsh or fish complete verbs, options and recipes",
     "doctor": "check this machine: versions, devices, commands, write access, processes",
 }
 

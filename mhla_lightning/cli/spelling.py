@@ -53,10 +53,16 @@ class VerbParser(argparse.ArgumentParser):
         group.add_argument = remember  # type: ignore[method-assign]
         return group
 
+    @property
+    def sub_verbs(self) -> dict[str, VerbParser]:
+        """The parsers of the verbs below this one, such as `pack` of `data`."""
+        return dict(self._verbs.choices) if self._verbs is not None else {}
+
     def written(self) -> dict[str, str]:
         """Return every argument's name in Python -> as it is typed, also those of sub-verbs."""
-        below = self._verbs.choices.values() if self._verbs is not None else ()
-        return {name: text for parser in below for name, text in parser.written().items()} | self._written
+        return {
+            name: text for parser in self.sub_verbs.values() for name, text in parser.written().items()
+        } | self._written
 
 
 def spelled(error: UserError, parser: VerbParser | None = None, takes_overrides: bool = False) -> str:

@@ -48,3 +48,29 @@ def test_the_example_of_the_readme_runs() -> None:
 def test_every_guide_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     assert all(f"({name})" in text for name in tracked("docs/*.md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_sentences_are_short(page: str) -> None:
+    long = [sentence for sentence in sentences((ROOT / page).read_text()) if len(sentence.split()) > 25]
+    assert not long
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a page, without code; a list item, a heading and a cell of a table end one."""
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    parts = re.split(r"\n\s*\n|\n(?=[-#|\d])|\|", text)
+    return [one for part in parts for one in re.split(r"(?<=[.?!:;])\s+", " ".join(part.split()))]
+
+
+def test_the_figures_are_small() -> None:
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked("docs/images/*")}
+    assert sizes
+    assert max(sizes.values()) <= 300 * 1024, sizes
+    assert sum(sizes.values()) <= 2 * 1024**2, sizes
+
+
+def test_every_figure_is_drawn_by_make_figures() -> None:
+    script = (ROOT / "docs/scripts/figures.py").read_text()
+    assert all(f'"{Path(name).name}"' in script for name in tracked("docs/images/*"))

@@ -1,0 +1,192 @@
+"""Every command and every block of Python in README and docs: parsed here, executed behind `slow`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mhla_lightning
+from mhla_lightning.cli.completion import verb_parser
+from mhla_lightning.cli.main import main
+from mhla_lightning.config.quick_checks import check_names
+from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
+from mhla_lightning.config.signatures import source_file
+from mhla_lightning.errors import UserError
+from tests.helpers.blocks import PAGES, Command, Python, blocks
+from tests.house.source import ROOT
+
+STAND_INS = (
+    "classification/deit_tiny_mhla_mnist_cpu",
+    "language/lm_tiny_mhla_stdlib_cpu",
+    "image_dit/dit_tiny_mhla_mnist_cpu",
+    "video_dit/wan_tiny_mhla_clips_cpu",
+)
+"""What RECIPE may be; a command has to fit one of them."""
+
+NOT_EXECUTED = {
+    r"make ": "installs or tests everything: CI's workflow runs it",
+    r"pip install ": "needs a network",
+    r"(tensorboard|mhla monitor) ": "serves until Ctrl-C",
+    r"mhla (submit|logs|status|cancel|resume)\b": "needs a cluster; tests/slurm runs them on one",
+    r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
+    r"mhla import ": "needs public weights; tests/conversion imports small ones",
+    r"mhla data ": "needs files of the reader; tests/data runs each verb",
+    r"mhla bench ": "measures for minutes on a quiet machine; tests/bench runs each verb",
+    r"mhla compare ": "trains for minutes; tests/cli compares shorter runs",
+    r"mhla test-operator my_package": "needs the reader's package",
+    r"lightning run video_dit/wan_1_3b": "needs a GPU and public weights",
+    r"--": "options of a command, alone",
+    r".*\b(RECIPE|RUN)\b": "the reader chooses the recipe or run",
+}
+"""Beginning of a command -> why the slow tests do not execute it."""
+
+PYTHON_NOT_EXECUTED = {
+    "from mhla_lightning.hf import ProjectMixingCallback": "a part: model and data are the reader's",
+    "from transformers import pipeline": "DIR is the reader's; the tutorial of language models opens one",
+    "summary = mhla.run": "the runs are the reader's; tests/test_api.py calls each verb",
+}
+
+SHORT = {
+    "run": "--trainer.max_steps 4 --trainer.val_check_interval 4 --model.schedule.warmup_steps 1",
+    "sample": "--n 2 --steps 2",
+    "eval samples": "--n 4 --steps 2",
+    "generate": "--max-new-tokens 8",
+}
+"""Verb -> options that the slow tests add."""
+
+
+def _commands() -> list[Command]:
+    return [block for page in PAGES for block in blocks(page) if isinstance(block, Command)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_valid(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    for command in blocks(page):
+        if isinstance(command, Command):
+            try:
+                _check(command.words)
+            except (UserError, SystemExit) as error:
+                pytest.fail(f"{page}: {command}: {error}")
+
+
+def _check(words: tuple[str, ...]) -> None:
+    first, *rest = words
+    if first.startswith("--"):
+        _check_overrides("RECIPE", words)
+    elif first == "make":
+        assert re.search(rf"(?m)^{rest[0]}:", (ROOT / "Makefile").read_text()), rest
+    elif first in ("mhla", "lightning"):
+        _check_verb(rest)
+    else:
+        assert first in ("pip", "tensorboard"), first
+
+
+def _check_verb(words: list[str]) -> None:
+    verb, *rest = words
+    if verb == "--help":
+        return
+    parser, takes_overrides = verb_parser(verb)
+    if not takes_overrides:
+        parser.parse_args(rest)
+        return
+    args, overrides = parser.parse_known_args(rest)
+    recipe = getattr(args, "recipe", None)
+    if recipe is not None:
+        _check_overrides(recipe, overrides)
+
+
+def _check_overrides(recipe: str, overrides: tuple[str, ...] | list[str]) -> None:
+    """Raise the last UserError where no recipe takes the keys; `--run-id` is no key."""
+    words = list(_without(overrides, "--run-id"))
+    problem: UserError | None = None
+    for name in STAND_INS if recipe == "RECIPE" else (recipe,):
+        try:
+            check_names(apply_overrides(load_recipe(name).values, parse_overrides(words)))
+        except UserError as error:
+            problem = error
+        else:
+            return
+    assert problem is not None
+    raise problem
+
+
+def _without(words: tuple[str, ...] | list[str], option: str) -> Iterator[str]:
+    given = iter(words)
+    for word in given:
+        if word == option:
+            next(given)
+        else:
+            yield word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_parses_and_its_imports_exist(page: str) -> None:
+    for block in blocks(page):
+        if isinstance(block, Python):
+            for node in ast.walk(ast.parse(block.code)):
+                if isinstance(node, ast.Import):
+                    assert all(importlib.util.find_spec(name.name.split(".")[0]) for name in node.names)
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mhla_lightning"):
+                    _check_import(node.module or "", [name.name for name in node.names])
+
+
+def _check_import(module: str, names: list[str]) -> None:
+    """Check names without importing torch."""
+    if module == "mhla_lightning":
+        assert set(names) <= set(mhla_lightning.__all__)
+        return
+    file = source_file(module)
+    assert file is not None, module
+    assert all(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for name in names)
+
+
+def test_each_reason_for_not_executing_holds_for_a_command() -> None:
+    texts = [str(command) for command in _commands()]
+    assert all(any(re.match(start, text) for text in texts) for start in NOT_EXECUTED)
+    code = [block.code for page in PAGES for block in blocks(page) if isinstance(block, Python)]
+    assert all(any(start in text for text in code) for start in PYTHON_NOT_EXECUTED)
+
+
+def _executed(block: Command | Python) -> bool:
+    if isinstance(block, Python):
+        return not any(start in block.code for start in PYTHON_NOT_EXECUTED)
+    return not any(re.match(start, str(block)) for start in NOT_EXECUTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(_executed(one) for one in blocks(page))])
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page alone, from an empty folder; Python sees the names of the blocks before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        if not _executed(block):
+            continue
+        if isinstance(block, Python):
+            exec(block.code, names)
+        else:
+            assert main(_shortened(block.words)) == 0, str(block)
+
+
+def _shortened(words: tuple[str, ...], short: Mapping[str, str] = SHORT) -> list[str]:
+    rest = list(words[1:])
+    if rest[0] == "run" and "--mode" in rest:
+        return rest
+    verb = " ".join(rest[:2]) if " ".join(rest[:2]) in short else rest[0]
+    return rest + short.get(verb, "").split()
+
+
+def test_a_wrong_command_is_found() -> None:
+    with pytest.raises(UserError, match="bath_size"):
+        _check(("lightning", "run", "RECIPE", "--data.bath_size", "4"))
+    with pytest.raises(SystemExit):
+        _check(("mhla", "sample", "RUN", "--step", "4"))
