@@ -7,15 +7,15 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from mhla_lightning.cli.completion import verb_parser
-from mhla_lightning.cli.main import VERBS
+from mhla_lightning.cli.main import VERBS, verb_parser
 
 
 def page() -> str:
     """Return the page in Markdown: a section a verb."""
     parts = ["# Commands\n", "This page is made from the parsers. `mhla VERB --help` prints the same.\n"]
     for verb in VERBS:
-        parser, overrides = verb_parser(verb)
+        module, parser = verb_parser(verb)
+        overrides = vars(module).get("TAKES_OVERRIDES", False)
         parts.append(f"## mhla {verb}\n")
         parts += _described(parser, overrides)
         for name, one in parser.sub_verbs.items():

@@ -1,1 +1,1 @@
-"""Constructor arguments of tasks and data modules: their annotations, and how checkpoints keep them."""
+"""Arguments of tasks and data modules: annotations, and how checkpoints keep them."""

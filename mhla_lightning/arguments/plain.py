@@ -40,7 +40,7 @@ class KeepsArguments:
 
 
 def _flat(given: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of every argument but `self`; those of `**options` by their own names."""
+    """Yield name and value of every argument but `self`, `**options` one by one."""
     for name, value in list(given.arguments.items())[1:]:
         if given.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()
@@ -74,7 +74,7 @@ def _plain(value: Any, hint: Any) -> Any:
         hints = argument_hints(config)
         return {
             field.name: _plain(getattr(value, field.name), hints.get(field.name))
-            for field in dataclasses.fields(value)
+            for field in dataclasses.fields(config)
             if field.init
         }
     if isinstance(value, Mapping):

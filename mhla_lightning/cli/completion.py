@@ -1,17 +1,17 @@
 """Print a script that lets a shell complete verbs, options and names of recipes.
 
-mhla completion bash > ~/.local/share/bash-completion/completions/mhla
-mhla completion zsh >> ~/.zshrc
-mhla completion fish > ~/.config/fish/completions/mhla.fish
+A new shell reads the script from where it is written:
+  mhla completion bash > ~/.local/share/bash-completion/completions/mhla
+  mhla completion zsh >> ~/.zshrc
+  mhla completion fish > ~/.config/fish/completions/mhla.fish
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import keyword
 from collections.abc import Iterator
 
+from mhla_lightning.cli.main import VERBS, verb_parser
 from mhla_lightning.cli.spelling import VerbParser
 from mhla_lightning.config.recipes import recipe_names
 
@@ -79,13 +79,11 @@ def fish() -> str:
 
 def completions() -> dict[str, list[str]]:
     """Return `verb` or `verb sub-verb` -> the words that may follow it."""
-    from mhla_lightning.cli.main import VERBS
-
     return {place: words for verb in VERBS for place, words in _of_verb(verb)}
 
 
 def _of_verb(verb: str) -> Iterator[tuple[str, list[str]]]:
-    parser, _ = verb_parser(verb)
+    _, parser = verb_parser(verb)
     yield verb, [*parser.sub_verbs, *_options(parser), *_recipes(verb)]
     for name, below in parser.sub_verbs.items():
         place = f"{verb} {name}"
@@ -100,12 +98,3 @@ def _options(parser: VerbParser) -> list[str]:
 
 def _recipes(place: str) -> list[str]:
     return recipe_names() if place in _TAKE_RECIPES else []
-
-
-def verb_parser(verb: str) -> tuple[VerbParser, bool]:
-    """Return the parser of a verb, and whether the verb takes recipe keys as options."""
-    name = f"{verb}_" if keyword.iskeyword(verb) else verb.replace("-", "_")
-    module = importlib.import_module(f"mhla_lightning.cli.{name}")
-    parser = VerbParser(prog=f"mhla {verb}", description=module.__doc__, allow_abbrev=False)
-    module.add_arguments(parser)
-    return parser, vars(module).get("TAKES_OVERRIDES", False)

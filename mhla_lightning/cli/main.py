@@ -47,10 +47,10 @@ VERBS = {
 
 GROUPS = {
     "train": ("run", "recipes", "compare", "plan"),
-    "use": ("generate", "sample", "eval", "export", "import"),
+    "use": ("generate", "sample", "report", "eval", "export", "import"),
     "data": ("data",),
     "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),
-    "measure": ("bench", "test-operator", "doctor"),
+    "measure": ("bench", "test-operator", "doctor", "completion"),
 }
 """The verbs in the order of `mhla --help`."""
 WELCOME = """Multi-Head Linear Attention on Lightning: train, sample, measure, on a laptop or a cluster.

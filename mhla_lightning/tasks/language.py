@@ -210,7 +210,7 @@ class LanguageTask(Task):
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Continue the first half of every row with the likeliest tokens, to the row's or context's end.
+        """Continue the first half of every row greedily, to the end of the row or the context.
 
         Where documents are isolated, only the last document of that half is read.
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import mhla_lightning
-from mhla_lightning.cli.completion import verb_parser
-from mhla_lightning.cli.main import main
+from mhla_lightning.cli.main import main, verb_parser
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.config.signatures import source_file
@@ -92,7 +91,8 @@ def _check_verb(words: list[str]) -> None:
     verb, *rest = words
     if verb == "--help":
         return
-    parser, takes_overrides = verb_parser(verb)
+    module, parser = verb_parser(verb)
+    takes_overrides = vars(module).get("TAKES_OVERRIDES", False)
     if not takes_overrides:
         parser.parse_args(rest)
         return

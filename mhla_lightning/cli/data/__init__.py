@@ -1,6 +1,6 @@
 """Make shards of images, latents, video clips or text; check, index and show them.
 
-mhla data pack mnist --to data/mnist
+Example: mhla data pack mnist --to data/mnist
 """
 
 from __future__ import annotations
