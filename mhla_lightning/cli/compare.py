@@ -311,6 +311,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
         row.name: {seed: read_object(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
     }
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
+    notes = remarks(rows)
     evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
     table = {
         "format": FORMAT,
@@ -318,6 +319,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
         "seeds": plan.seeds,
         "overrides": plan.common,
         "evaluations": evaluations,
+        "remarks": notes,
         "rows": rows,
     }
     written = plan.folder / "table.json"
@@ -329,7 +331,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
     seeds = f"seeds {', '.join(map(str, plan.seeds))}" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
     write_curves(plan.folder / "curves.png", f"{plan.recipe.name}, {seeds}", curves)
     print_table(console, f"{plan.recipe.name}, {seeds}", rows)
-    for line in remarks(rows):
+    for line in notes:
         _say(console, f"note: {line}")
     _say(console, f"table:  {written}\ncurves: {plan.folder / 'curves.png'}")
     return 0

@@ -40,9 +40,9 @@ def table_row(
         measured: seed -> name of an evaluation -> its numbers.
 
     Returns:
-        name, overrides and seeds (each run's summary, and `eval` where it was measured). Also, by tag or
-        key, the mean over seeds and the sample standard deviation (None with one seed). The numbers of an
-        evaluation have the tags `NAME/number`.
+        name, overrides, attention in words, and seeds (each run's summary, and `eval` where it was
+        measured). Also, by tag or key, the mean over seeds and the sample standard deviation (None with one
+        seed). The numbers of an evaluation have the tags `NAME/number`.
     """
     evaluated = {seed: {"eval": found} for seed, found in (measured or {}).items() if found}
     numbers = [
@@ -53,6 +53,7 @@ def table_row(
     return {
         "name": name,
         "overrides": dict(overrides),
+        "attention": attention_of(runs),
         "seeds": [{"seed": seed, **summary, **evaluated.get(seed, {})} for seed, summary in runs.items()],
         "mean": {key: statistics.fmean(values) for key, values in columns.items()},
         "spread": {key: spread(values) for key, values in columns.items()},
@@ -147,17 +148,20 @@ def cost(key: str, mean: float | None) -> str:
     return "-" if mean is None else f"{mean * factor:{form}}"
 
 
-def entries_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the attentions of a row's first run, see attention.attention_entries."""
-    return row["seeds"][0].get("attention") or []
+def entries_of(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the attentions of the first run of a row, see attention.attention_entries."""
+    return next((run.get("attention") or [] for run in runs), [])
 
 
-def attention_of(row: Mapping[str, Any]) -> str:
+def attention_of(runs: Mapping[int, Mapping[str, Any]]) -> str:
     """Return the operators of a row with their options: `mhla blocks=2`, or `2 softmax, 4 mhla`.
 
     Empty for a run of a version that did not write them, and for a model without attention.
+
+    Args:
+        runs: seed -> content of summary.json.
     """
-    entries = entries_of(row)
+    entries = entries_of(runs.values())
     texts = [words({"name": entry["name"], **entry["operator"]}) for entry in entries]
     if len(entries) == 1:
         return texts[0]
@@ -181,7 +185,7 @@ def rich_table(
         title=Text(title), caption="mean ±sample standard deviation over seeds" if tags and several else None
     )
     table.add_column("row", overflow="fold")
-    attention = [attention_of(row) for row in rows] if costs else []
+    attention = [row["attention"] for row in rows] if costs else []
     if any(attention):
         table.add_column("attention", overflow="fold")
     for heading in (*(tag.replace("/", "/\n") for tag in tags), *(COSTS[key][0] for key in costs)):

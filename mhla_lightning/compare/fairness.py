@@ -27,7 +27,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 def _options(rows: Sequence[Row]) -> Iterator[str]:
     """Options of the layers around the operators: convolutions, gates, norms."""
-    layers = {row["name"]: [entry["layer"] for entry in entries_of(row)] for row in rows if entries_of(row)}
+    layers = {
+        row["name"]: [entry["layer"] for entry in entries_of(row["seeds"])]
+        for row in rows
+        if entries_of(row["seeds"])
+    }
     options = dict.fromkeys(option for found in layers.values() for layer in found for option in layer)
     differing = []
     for option in options:

@@ -54,6 +54,7 @@ _T = (
     ),
 )
 _MOST_ROWS = 64
+_LONGEST_REMARK = 1000  # characters
 _MOST_SEEDS = 64
 
 
@@ -84,6 +85,7 @@ class RowReport:
         name: of the row.
         overrides: of the row.
         scores: tag -> interval.
+        attention: the operators of its layers, in words; empty where the table has none.
         costs: key of COSTS -> text.
         runs: of its seeds, those whose folder is there.
     """
@@ -91,17 +93,27 @@ class RowReport:
     name: str
     overrides: dict[str, Any]
     scores: dict[str, Interval]
+    attention: str
     costs: dict[str, str]
     runs: list[RunReport]
 
 
 @dataclass
 class ComparisonReport:
-    """A comparison as the page shows it."""
+    """A comparison as the page shows it.
+
+    Attributes:
+        name: of its folder.
+        recipe: name of the recipe.
+        rows: of the table.
+        remarks: about differences between rows, from the table.
+        notes: about what the page leaves out.
+    """
 
     name: str
     recipe: str
     rows: list[RowReport]
+    remarks: list[str]
     notes: list[str]
 
 
@@ -121,7 +133,9 @@ def read_comparison(path: Path) -> ComparisonReport:
     if len(rows) > _MOST_ROWS:
         folder.note(f"The comparison has {len(rows)} rows; the page shows {_MOST_ROWS}.")
     shown = [_row(folder, row) for row in rows[:_MOST_ROWS]]
-    return ComparisonReport(folder.path.name, str(table.get("recipe", "")), shown, folder.notes)
+    found = table.get("remarks")
+    remarks = [str(line)[:_LONGEST_REMARK] for line in found[:_MOST_ROWS]] if isinstance(found, list) else []
+    return ComparisonReport(folder.path.name, str(table.get("recipe", "")), shown, remarks, folder.notes)
 
 
 def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:
@@ -134,6 +148,7 @@ def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:
         name,
         mapping(row.get("overrides")),
         {tag: interval([found[tag] for found in numbers if tag in found]) for tag in tags},
+        str(row.get("attention") or "")[:_LONGEST_REMARK],
         {key: cost(key, finite(means.get(key))) for key in COSTS},
         [run for seed in seeds if (run := _run(folder, name, seed)) is not None],
     )

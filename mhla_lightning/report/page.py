@@ -140,7 +140,8 @@ def comparison_page(found: ComparisonReport) -> Page:
         "Comparison",
         _scores_table(found.rows, tags)
         + '<div id="intervals" class="grid"></div>'
-        + _costs_table(found.rows),
+        + _costs_table(found.rows)
+        + "".join(f'<p class="hint">{escape(remark)}</p>' for remark in found.remarks),
     )
     curves = [one for number, row in enumerate(found.rows) for one in data.row_curves(number, row)]
     first = [(number, row.runs[0]) for number, row in enumerate(found.rows) if row.runs]
@@ -243,7 +244,12 @@ def _scores_table(rows: Sequence[RowReport], tags: Sequence[str]) -> str:
 
 def _costs_table(rows: Sequence[RowReport]) -> str:
     heads = [escape(COSTS[key][0].replace("\n/", "/").replace("/\n", "/")) for key in COSTS]
-    return _rows_table(rows, heads, [[_cell(escape(row.costs[key]), False) for key in COSTS] for row in rows])
+    cells = [[_cell(escape(row.costs[key]), False) for key in COSTS] for row in rows]
+    if any(row.attention for row in rows):
+        heads.append("attention")
+        for row, line in zip(rows, cells, strict=True):
+            line.append(f"<td>{escape(row.attention)}</td>")
+    return _rows_table(rows, heads, cells)
 
 
 def _rows_table(rows: Sequence[RowReport], heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mhla_lightning.attention import attention_entries
 from mhla_lightning.backbones import build_backbone
-from mhla_lightning.compare.comparison import attention_of, table_row
+from mhla_lightning.compare.comparison import table_row
 from mhla_lightning.compare.fairness import remarks
 
 TINY: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 3, "num_heads": 2}
@@ -35,13 +35,13 @@ def test_options_of_the_layer_that_differ_are_named_with_their_values() -> None:
     rows = [row("linear", "linear", 0.7), row("mhla", {"name": "mhla", "blocks": 2}, 0.9)]
     (note,) = remarks(rows)
     assert "pos_conv (linear none, mhla lepe5)" in note
-    assert [attention_of(one).split()[0] for one in rows] == ["linear", "mhla"]
-    assert "blocks=2" in attention_of(rows[1])
+    assert [one["attention"].split()[0] for one in rows] == ["linear", "mhla"]
+    assert "blocks=2" in rows[1]["attention"]
 
 
 def test_a_hybrid_names_its_layers() -> None:
     one = row("hybrid", ["softmax", {"name": "mhla", "blocks": 2}], 0.9)
-    assert attention_of(one).startswith("2 softmax, 1 mhla ")
+    assert one["attention"].startswith("2 softmax, 1 mhla ")
     (note,) = remarks([one, row("softmax", "softmax", 0.7)])
     assert "pos_conv (hybrid none and lepe5, softmax none)" in note
 
@@ -66,4 +66,4 @@ def test_runs_of_an_earlier_version_are_compared_as_before() -> None:
         table_row(name, {}, {0: {"last": {"val/top1": top1}}}) for name, top1 in (("a", 0.9), ("b", 0.89))
     ]
     assert remarks(rows) == []
-    assert attention_of(rows[0]) == ""
+    assert rows[0]["attention"] == ""
