@@ -107,8 +107,8 @@ class ClassificationTask(Task):
         metrics = cast(dict[str, Metric], self.metrics[prefix])
         if len(labels):
             metrics["loss"].update(F.cross_entropy(logits, labels), weight=len(labels))
-            metrics["top1"].update(logits, labels)
-            metrics["top5"].update(logits, labels)
+            for accuracy in metrics.keys() - {"loss"}:
+                metrics[accuracy].update(logits, labels)
         for name, metric in metrics.items():
             self.log(
                 f"{prefix}/{name}",
@@ -165,10 +165,8 @@ class ClassificationTask(Task):
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "loss": MeanMetric(),
-            "top1": MulticlassAccuracy(num_classes, top_k=1, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-        }
-    )
+    """Return loss and accuracies; the five likeliest of five classes or fewer are always right."""
+    metrics = {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, top_k=1, average="micro")}
+    if num_classes > 5:
+        metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+    return nn.ModuleDict(metrics)

@@ -162,9 +162,9 @@ class ScheduleConfig:
             raise UserError(
                 "schedule.name", "cosine needs the run's length; set `trainer.max_steps` or `data.epochs`"
             )
-        if 0 < max_steps < self.warmup_steps:
+        if 0 < max_steps <= self.warmup_steps:
             log.warning(
                 f"model.schedule.warmup_steps is {self.warmup_steps} and the run has {max_steps} "
-                "steps: the learning rate never reaches its peak"
+                "steps: all of it is warm-up"
             )
         return RecipeSchedule(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)

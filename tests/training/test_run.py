@@ -52,11 +52,12 @@ def test_a_run_leaves_everything_others_read(
     out = capsys.readouterr().out
     assert f"tensorboard --logdir {folder / 'tensorboard'}" in out
     assert "step 12/12" in out
+    assert out.count("the val split has 20 samples") == 1
 
     series = read_metrics(folder / "metrics.jsonl")
     assert {tag.removeprefix("train/") for tag in series if tag.startswith("train/")} == TRAIN_TAGS
     assert [step for step, _ in series["train/loss"]] == list(range(1, 13))
-    for tag in ("val/loss", "val/top1", "val/top5", "val_ema/loss", "val_ema/top1", "val_ema/top5"):
+    for tag in ("val/loss", "val/top1", "val_ema/loss", "val_ema/top1"):
         assert [step for step, _ in series[tag]] == [4, 8, 12]
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})

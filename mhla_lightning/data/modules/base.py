@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from abc import abstractmethod
@@ -23,6 +24,7 @@ from mhla_lightning.data.corpus import Corpus, DataSource, TrainCorpus
 from mhla_lightning.data.index import FORMAT, INDEX_NAME, SPLITS, ShardIndex, read_index
 from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
+from mhla_lightning.data.modules.advice import advice
 from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.restoring import load_data
@@ -32,6 +34,7 @@ from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
 from mhla_lightning.errors import DataError, UserError, inside
 
+log = logging.getLogger(__name__)
 # The key of a position in a checkpoint -> the argument that gives it.
 _ARGUMENTS = {
     "format": None,
@@ -366,6 +369,10 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         self._restored = None
         if self.trainer is None:
             return self._train_loader(micro, None, self._start)
+        if place.rank == 0:
+            val_samples = sum(split.samples for split in self.splits("val"))
+            for sentence in advice(self.samples, self.batch_size, val_samples):
+                log.warning(sentence)
         check_accumulation(self.trainer, accumulation)
         if self.endless:
             if resumed:
