@@ -18,6 +18,7 @@ from mhla_lightning.attention import (
     MHLA,
     Attention,
     BlockGrid,
+    CausalSelfAttention,
     Context,
     SelfAttention,
     build_attention,
@@ -405,6 +406,21 @@ def test_a_layer_names_the_key_inside_its_attention() -> None:
             SelfAttention(8, 2, attention=entry, grid=(10,))
     with refused("heads"):
         SelfAttention(8, 3, grid=(10,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((2, 20, 8), "(2, 20, 8)"), ((20, 16), "(20, 16)"), ((2, 16, 4, 5), "x.flatten(2).transpose(1, 2)")],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_tensor_of_another_shape_is_told_in_the_layers_terms(
+    shape: tuple[int, ...], said: str, causal: bool
+) -> None:
+    layer = CausalSelfAttention(16, context=20) if causal else SelfAttention(16, 2, grid=(4, 5))
+    with refused("x") as error:
+        layer(torch.zeros(shape))
+    assert said in error.value.reason
+    assert "(batch, tokens, 16)" in error.value.reason
 
 
 def test_unknown_names_come_with_the_valid_ones_and_the_nearest() -> None:

@@ -18,6 +18,7 @@ from mhla_lightning.attention.baselines.causal_conv import ShortConvolution
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.decay import spread_logits
 from mhla_lightning.attention.entry import Entry, build_operator, resolve_layer
+from mhla_lightning.attention.layers.inputs import check_tokens
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.attention.packing import Packing
 from mhla_lightning.errors import UserError, inside
@@ -108,7 +109,8 @@ class CausalSelfAttention(nn.Module):
                 )
         self.entry = {"name": spec.name, "operator": dict(spec.operator), "layer": asdict(options)}
         heads, eps = options.heads, options.norm_eps
-        self.heads, self.kv_heads = heads, heads if options.kv_heads is None else options.kv_heads
+        self.dim, self.heads = dim, heads
+        self.kv_heads = heads if options.kv_heads is None else options.kv_heads
         self.rotary = options.rotary
         widths = {"q": heads * self.dim_k, "k": self.kv_heads * self.dim_k, "v": self.kv_heads * self.dim_v}
         self.q_proj, self.k_proj, self.v_proj = (
@@ -220,6 +222,7 @@ class CausalSelfAttention(nn.Module):
         return tuple(field.name for field in fields(CausalLayerOptions))
 
     def _project(self, x: Tensor) -> list[Tensor]:
+        check_tokens(x, self.dim)
         return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def _convs(self) -> list[ShortConvolution]:

@@ -14,6 +14,7 @@ from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.context import Context, Rotary
 from mhla_lightning.attention.entry import Entry, build_operator, resolve_layer
+from mhla_lightning.attention.layers.inputs import check_tokens
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError, inside
 
@@ -137,7 +138,11 @@ class SelfAttention(nn.Module):
             grid: token counts per axis; None means the grid given at construction.
             rotary: turns q and k by position; None means no positions.
             mask: (batch, tokens) bool, True = real token; None means all tokens are real.
+
+        Raises:
+            UserError: a tensor of another shape, or tokens that do not fill the grid.
         """
+        check_tokens(x, self.dim)
         context = Context(grid=self.grid if grid is None else grid, rotary=rotary, mask=mask)
         x = self.norm(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
