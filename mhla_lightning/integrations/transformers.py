@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention import CausalSelfAttention, resolve_layers
+from mhla_lightning.attention import CausalSelfAttention, MixingMatrix, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.causal_lm import (
     CausalLM,
@@ -190,11 +190,13 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             output_loading_info: return the missing names beside the model, and refuse none.
 
         Raises:
-            UserError: a weight that is not finite, or a checkpoint that lacks weights of an operator.
+            UserError: a weight that is not finite, a checkpoint that lacks weights of an operator, or a
+                device map that offloads weights which the model must have at hand.
         """
         model, found = super().from_pretrained(*arguments, output_loading_info=True, **options)
         if arguments and arguments[0] is not None and not output_loading_info:
             _check_complete(model, found["missing_keys"])
+        _check_offloaded(model)
         check_finite(dict(model.named_parameters()), str(arguments[0] if arguments else cls.__name__))
         return (model, found) if output_loading_info else model
 
@@ -406,6 +408,24 @@ def _check_complete(model: nn.Module, missing: Iterable[str]) -> None:
                 type(module).__name__,
                 f"the checkpoint lacks weights of this module ({name}); take a complete one",
             )
+
+
+def _check_offloaded(model: MHLAForCausalLM) -> None:
+    """Refuse offloaded weights that are read outside of their module's forward.
+
+    accelerate brings weights there for a forward alone; elsewhere they would be whatever is in memory.
+
+    Raises:
+        UserError: such a weight is offloaded.
+    """
+    by_forward = (nn.Linear, nn.Embedding, RMSNorm, MixingMatrix)
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            at_hand = weight is model.model.head_weight or not isinstance(module, by_forward)
+            if weight.is_meta and at_hand:
+                raise UserError(
+                    "device_map", f"offloads {name}, which every step needs at hand; map it to a device"
+                )
 
 
 def _check_continuation(
