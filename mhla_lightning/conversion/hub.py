@@ -1,4 +1,4 @@
-"""Classifiers, image DiTs and Wan models with `from_pretrained`, `save_pretrained` and `push_to_hub`.
+"""Classifiers, image DiTs and Wan models on the Hugging Face Hub.
 
 The mixin is huggingface_hub's ModelHubMixin. Its PyTorchModelHubMixin would write a second format: the
 arguments of a constructor, without the checks of an export. Here a folder is that of `mhla export --format
@@ -103,9 +103,7 @@ class HubModel(nn.Module, ModelHubMixin):
         return cls._opened(trained_model(find_run(str(run), runs_root(runs)), ckpt, ema))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # a folder of ours has no constructor arguments
-        cls, pretrained_model_name_or_path: str | Path, **download: Any
-    ) -> HubModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **download: Any) -> HubModel:
         """Open a folder of `save_pretrained`, or a model of the Hub, in eval mode.
 
         Only config.json and the .safetensors file are read. No code runs and no pickle is opened.

@@ -122,7 +122,7 @@ def test_layers_can_be_on_the_disk_and_what_steps_need_cannot(tmp_path: Path) ->
     whole: Any = MHLAForCausalLM(small()).eval()
     whole.save_pretrained(tmp_path)
     layers = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
-    options = {"offload_folder": tmp_path / "offload"}
+    options: dict[str, Any] = {"offload_folder": tmp_path / "offload"}
     disk = MHLAForCausalLM.from_pretrained(
         tmp_path, device_map={"model.embeddings": "cpu", **layers}, **options
     )
