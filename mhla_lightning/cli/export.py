@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhla_lightning.cli.import_ import weights_table
 from mhla_lightning.cli.output import check_json, write_json
@@ -26,8 +26,6 @@ from mhla_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from mhla_lightning.conversion.export import Export, TrainedModel
-    from mhla_lightning.runs.folder import RunFolder
-    from mhla_lightning.tasks import Task
 
 _STATES = {"shared": "written", "added": "added"}
 
@@ -142,8 +140,8 @@ def _refuse_choices(args: argparse.Namespace) -> None:
 
 
 def _find(args: argparse.Namespace) -> TrainedModel:
-    from mhla_lightning.conversion.export import TrainedModel, read_imported
-    from mhla_lightning.inference.weights import find_weights
+    from mhla_lightning.conversion.export import read_imported
+    from mhla_lightning.conversion.from_run import trained_model
     from mhla_lightning.runs.folder import find_run, runs_root
 
     path, root = Path(args.run), runs_root(args.runs)
@@ -151,40 +149,14 @@ def _find(args: argparse.Namespace) -> TrainedModel:
         _refuse_choices(args)
         return read_imported(path)
     folder = find_run(args.run, root)
-    task, beside = _rebuilt(folder, args.format)
-    weights = find_weights(folder, args.ckpt, ema=not args.no_ema)
-    if args.ema and not weights.averaged:
+    trained = trained_model(folder, args.ckpt, ema=not args.no_ema, tokenizer=args.format == "hf")
+    if args.ema and not trained.averaged:
         raise UserError(
-            str(weights.checkpoint),
+            trained.source,
             "this checkpoint holds no average (callbacks.EMA); leave out `ema` to take the weights as "
             "trained",
         )
-    source = (
-        f"run {folder.run_id} {weights.checkpoint.name} ({'averaged' if weights.averaged else 'raw'} weights)"
-    )
-    return TrainedModel(
-        weights.open(), task.backbone_name, task.attention, task.backbone_options, source, **beside
-    )
-
-
-def _rebuilt(folder: RunFolder, format: str | None) -> tuple[Task, dict[str, Any]]:
-    """Return the task without weights, and the fields that some formats add.
-
-    These are the tokenizer of a language model, or the preprocessing of a classifier's images.
-    """
-    from mhla_lightning.data import ImageDataModule
-    from mhla_lightning.inference.loading import find_task, keeps_tokenizer, kept_tokenizer
-    from mhla_lightning.inference.rebuilding import rebuild, trains
-    from mhla_lightning.tasks import LanguageTask, Task
-
-    if trains(folder, LanguageTask):
-        tokenizer = kept_tokenizer(folder) if format == "hf" and keeps_tokenizer(folder) else None
-        return find_task(folder), {"end": tokenizer.end, "tokenizer": tokenizer} if tokenizer else {}
-    needed = "only a task that trains a backbone can be exported"
-    built = rebuild(folder, Task, needed)  # type: ignore[type-abstract]  # any subclass
-    return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(
-        built.data, ImageDataModule
-    ) else {}
+    return trained
 
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:

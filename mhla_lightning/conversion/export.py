@@ -129,7 +129,7 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
         )
     if one_file and not kind.alone:
         raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")
-    export = kind.export(replace(trained, weights=_checked(trained, model)), model)
+    export = kind.export(replace(trained, weights=fitting(trained, model)), model)
     if not (one_file and chosen == "plain"):
         return export
     return replace(
@@ -206,7 +206,7 @@ def check_target(to: Path) -> None:
         raise UserError("to", f"{to} is not empty; name a new folder")
 
 
-def _checked(trained: TrainedModel, model: nn.Module) -> Stored:
+def fitting(trained: TrainedModel, model: nn.Module) -> Stored:
     """Return the weights in the model's order.
 
     Raises:

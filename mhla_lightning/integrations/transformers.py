@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention import CausalSelfAttention, resolve_layers
+from mhla_lightning.attention import CausalSelfAttention, MixingMatrix, resolve_layers
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.causal_lm import (
     CausalLM,
@@ -29,6 +29,13 @@ from mhla_lightning.backbones.causal_lm import (
 )
 from mhla_lightning.errors import UserError, missing_extra
 from mhla_lightning.finite import check_finite
+from mhla_lightning.integrations.batches import (
+    LAST_REAL,
+    documents_of,
+    ends_real,
+    kept_columns,
+    real_tokens,
+)
 
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -37,10 +44,6 @@ try:
     from transformers.utils import can_return_tuple
 except ImportError as error:
     raise UserError(None, missing_extra("transformers", "language", "mhla_lightning.hf")) from error
-
-
-LAST_REAL = -1
-"""The value of `logits_to_keep` that takes the last real token of each row."""
 
 
 class MHLALanguageConfig(PreTrainedConfig):
@@ -177,7 +180,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         # post_init would initialise the model again. On meta, from_pretrained fills the weights later and
         # must find those that its file lacks.
         if not self.model.head_weight.is_meta:
-            _mark_initialized(self)
+            _mark_initialised(self)
         self.post_init()
 
     @classmethod
@@ -189,11 +192,13 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             output_loading_info: return the missing names beside the model, and refuse none.
 
         Raises:
-            UserError: a weight that is not finite, or a checkpoint that lacks weights of an operator.
+            UserError: a weight is not finite or an operator lacks it, or the device map offloads weights that
+                the model needs at hand.
         """
         model, found = super().from_pretrained(*arguments, output_loading_info=True, **options)
         if arguments and arguments[0] is not None and not output_loading_info:
             _check_complete(model, found["missing_keys"])
+        _check_offloaded(model)
         check_finite(dict(model.named_parameters()), str(arguments[0] if arguments else cls.__name__))
         return (model, found) if output_loading_info else model
 
@@ -207,14 +212,14 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
 
         transformers calls this after `to_empty` and for what a checkpoint lacks.
         """
-        if _is_initialized(self):
+        if _initialised(self):
             return
         own = dict(self.model.named_parameters())
-        lacking = {n: w for n, w in own.items() if not _is_initialized(w)}
+        lacking = {name: weight for name, weight in own.items() if not _initialised(weight)}
         fresh = dict(self.config.build().named_parameters()) if lacking else {}
         for name, weight in lacking.items():
             weight.data.copy_(fresh[name])
-        _mark_initialized(self)
+        _mark_initialised(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise new embeddings; transformers calls this for `resize_token_embeddings`."""
@@ -257,7 +262,7 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
             is_first_iteration,
             **kwargs,
         )
-        if _padding(attention_mask) is not None:
+        if real_tokens(attention_mask) is not None:
             if not is_first_iteration:
                 inputs.pop("position_ids", None)
             elif past_key_values is None:
@@ -316,16 +321,16 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        cache, mask = past_key_values, _padding(attention_mask)
+        cache, mask = past_key_values, real_tokens(attention_mask)
         if cache is not None:
             _check_continuation(tokens, cache, mask, labels)
-            _documents(position_ids, tokens, None, cache.state.positions)
-            logits = _kept(self._continue(tokens, cache, hidden), logits_to_keep, mask)
+            documents_of(position_ids, tokens, None, cache.state.positions)
+            logits = kept_columns(self._continue(tokens, cache, hidden), logits_to_keep, mask)
         else:
-            documents = _documents(position_ids, tokens, mask)
+            documents = documents_of(position_ids, tokens, mask)
             if not use_cache:
                 features = self.model.features(tokens, mask, documents, hidden=hidden)
-                logits = F.linear(_kept(features, logits_to_keep, mask), self.model.head_weight)
+                logits = F.linear(kept_columns(features, logits_to_keep, mask), self.model.head_weight)
             elif documents is not None:
                 raise UserError(
                     "position_ids", "begin documents, and a cache follows one; set `use_cache=False`"
@@ -348,10 +353,10 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor, hidden: list[Tensor] | None
     ) -> tuple[Tensor, StateCache]:
         """Return the logits of a prompt and a new cache."""
-        one = isinstance(keep, int) and (keep == LAST_REAL or (keep == 1 and _ends_real(mask)))
+        one = isinstance(keep, int) and (keep == LAST_REAL or (keep == 1 and ends_real(mask)))
         last = one and hidden is None
         logits, state = self.model.prefill(tokens, mask, all_logits=not last, hidden=hidden)
-        logits = logits[:, None] if last else _kept(logits, keep, mask)
+        logits = logits[:, None] if last else kept_columns(logits, keep, mask)
         return logits, StateCache(state, tokens.shape[1])
 
     def _continue(self, tokens: Tensor, cache: StateCache, hidden: list[Tensor] | None) -> Tensor:
@@ -368,36 +373,13 @@ class MHLAForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack(logits, 1)
 
 
-def _kept(x: Tensor, keep: int | Tensor, mask: Tensor | None) -> Tensor:
-    """Return the columns of x that the argument `logits_to_keep` names.
-
-    Args:
-        x: (batch, tokens, channels).
-        keep: see the model's forward.
-        mask: (batch, tokens) bool, True = real token; None means all are real.
-    """
-    if isinstance(keep, Tensor):
-        return x[:, keep]
-    if keep != LAST_REAL:
-        return x[:, -keep:] if keep else x
-    if mask is None:
-        return x[:, -1:]
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
-    return x[torch.arange(len(x), device=x.device), last, None]
+def _initialised(part: nn.Module | Tensor) -> bool:
+    """Return whether a module or weight has its values, as transformers marks it."""
+    return bool(getattr(part, "_is_hf_initialized", False))
 
 
-def _ends_real(mask: Tensor | None) -> bool:
-    """Return whether the last column of every row is a real token."""
-    return mask is None or bool(mask[:, -1].all())
-
-
-def _is_initialized(part: nn.Module | Tensor) -> bool:
-    """Whether transformers has marked a module or weight as one that has its values."""
-    return getattr(part, "_is_hf_initialized", False)
-
-
-def _mark_initialized(model: nn.Module) -> None:
-    """Mark all modules of a model, so that transformers gives them no other values."""
+def _mark_initialised(model: nn.Module) -> None:
+    """Mark all modules, so that transformers initialises none of them again."""
     for module in model.modules():
         cast(Any, module)._is_hf_initialized = True
 
@@ -415,6 +397,24 @@ def _check_complete(model: nn.Module, missing: Iterable[str]) -> None:
                 type(module).__name__,
                 f"the checkpoint lacks weights of this module ({name}); take a complete one",
             )
+
+
+def _check_offloaded(model: MHLAForCausalLM) -> None:
+    """Refuse offloaded weights that are read outside of their module's forward.
+
+    accelerate brings weights there for a forward alone; elsewhere they would be whatever is in memory.
+
+    Raises:
+        UserError: such a weight is offloaded.
+    """
+    by_forward = (nn.Linear, nn.Embedding, RMSNorm, MixingMatrix)
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            at_hand = weight is model.model.head_weight or not isinstance(module, by_forward)
+            if weight.is_meta and at_hand:
+                raise UserError(
+                    "device_map", f"offloads {name}, which every step needs at hand; map it to a device"
+                )
 
 
 def _check_continuation(
@@ -437,54 +437,6 @@ def _check_continuation(
         )
     if labels is not None:
         raise UserError("labels", "need the whole text in one call, without `past_key_values`")
-
-
-def _documents(
-    position_ids: Tensor | None, tokens: Tensor, mask: Tensor | None, seen: Tensor | None = None
-) -> Tensor | None:
-    """Return the documents that positions begin; None where a row is one document.
-
-    They are (batch, tokens) int64, counted from 1.
-
-    Args:
-        position_ids: (batch, tokens) or (1, tokens); None means those of the tokens.
-        tokens: (batch, tokens, ...).
-        mask: (batch, tokens) bool; None means all tokens are real.
-        seen: (batch,) tokens before these; None means none.
-
-    Raises:
-        UserError: positions that are neither those of the tokens nor of documents.
-    """
-    if position_ids is None:
-        return None
-    shape = tokens.shape[:2]
-    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1] or len(position_ids) not in (1, shape[0]):
-        raise UserError("position_ids", f"their shape {tuple(position_ids.shape)} is not {tuple(shape)}")
-    positions = position_ids.expand(shape)
-    real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
-    counted = real.cumsum(1) - 1 + (0 if seen is None else seen[:, None])
-    if bool(((positions == counted) | ~real).all()):
-        return None
-    starts = positions == 0
-    follows = positions[:, 1:] == positions[:, :-1] + 1
-    if (
-        mask is not None
-        or seen is not None
-        or not bool((starts[:, 0] & (starts[:, 1:] | follows).all(1)).all())
-    ):
-        raise UserError(
-            "position_ids",
-            "neither count the real tokens of each row from 0 nor, without padding or a cache, begin at 0 "
-            "again with each document; the model counts them itself, so leave them out",
-        )
-    return starts.cumsum(1)
-
-
-def _padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the bool mask of real tokens; None if all are real."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()
 
 
 def language_config(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.cli.main import main
+from mhla_lightning.conversion.hub import HubModel
 from mhla_lightning.inference.loading import find_language_run, load_model
 from mhla_lightning.runs.folder import RunFolder, newest_checkpoint, read_metrics
 from mhla_lightning.weights.warm_start import read_weights
@@ -194,6 +195,24 @@ def test_torch_and_timm_load_a_classifier(runs: Runs) -> None:
     assert (prepared["input_size"], prepared["crop_pct"]) == ((3, 8, 8), 1.0)
     assert timm.create_model("local-dir:folder", pretrained=True, num_classes=7)(images).shape == (3, 7)
     assert timm.create_model("local-dir:folder", pretrained=True, img_size=16).grid == (8, 8)
+
+
+def test_the_hub_takes_a_classifier_from_its_run(runs: Runs) -> None:
+    shutil.copytree(runs("single"), "copy")
+    command = ["/there/mhla", "run", "/there/tiny.yaml", "--data.path=/there/digits"]
+    Path("copy/environment.json").write_text(json.dumps({"command": command}))
+    model = HubModel.from_run("copy")
+    model.save_pretrained("hub/model")
+    card = Path("hub/model/README.md").read_text()
+    last = json.loads(Path("copy/summary.json").read_text())["last"]
+    told = ["| Recipe | `tiny` |", "`ImageDataModule` of `", "\nmhla run tiny.yaml --data.path=digits\n"]
+    for part in (*told, *(f"| {tag} |" for tag in last)):
+        assert part in card, part
+    assert str(runs.folder) not in card
+    expected, found = exported(runs, "single"), load_file("hub/model/model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(HubModel.from_pretrained("hub/model")(images), model(images))
 
 
 def test_transformers_loads_a_language_model(runs: Runs) -> None:

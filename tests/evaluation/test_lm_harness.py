@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is the extra 'lm_eval'")
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from mhla_lightning.conversion.export import TrainedModel, plan_export, write
 from mhla_lightning.data.tokenizers import open_tokenizer
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import lm_harness
@@ -197,6 +202,55 @@ def test_local_tasks_of_the_harness(folder: str) -> None:
         -nats / size / 0.6931471805599453, rel=1e-5
     )
     assert run_harness(model, tasks, manager, limit=2)["local_choice"]["samples"] == 2
+
+
+HARNESS_ALONE = """
+import sys
+sys.modules["mhla_lightning"] = None  # an import of ours fails
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+@pytest.mark.slow
+def test_the_harness_alone_opens_an_export_and_measures_the_same(folder: str, tmp_path: Path) -> None:
+    """`lm_eval --model hf` on an exported folder, in a process that cannot import this package."""
+    entry = {"name": "mhla", "chunk_size": 8, "max_chunks": 200}
+    model = tiny_model(entry, torch.float32, vocab_size=BYTES.vocabulary)
+    options = {
+        "vocab_size": BYTES.vocabulary,
+        "context": 64,
+        "embed_dim": 32,
+        "depth": 2,
+        "intermediate": 64,
+        "tie_embeddings": False,
+    }
+    trained = TrainedModel(
+        model.state_dict(), "lm_tiny", entry, options, "a test", end=BYTES.end, tokenizer=BYTES
+    )
+    write(plan_export(trained, "hf"), tmp_path / "lm")
+    names = ["local_choice", "local_rolling"]
+    arguments = {
+        "--model": "hf",
+        "--model_args": f"pretrained={tmp_path / 'lm'},trust_remote_code=True,dtype=float32",
+        "--tasks": ",".join(names),
+        "--include_path": folder,
+        "--device": "cpu",
+        "--batch_size": "2",
+        "--output_path": str(tmp_path / "out"),
+    }
+    command = [sys.executable, "-c", HARNESS_ALONE, *(word for pair in arguments.items() for word in pair)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results*.json")
+    found = json.loads(written.read_text())["results"]
+    manager, tasks = load_tasks(names, folder)
+    ours = run_harness(HarnessLM(model, BYTES, 64, batch_size=2), tasks, manager)
+    assert found["local_choice"]["acc,none"] == ours["local_choice"]["acc"]
+    assert found["local_rolling"]["bits_per_byte,none"] == pytest.approx(
+        ours["local_rolling"]["bits_per_byte"], rel=1e-5
+    )
 
 
 @pytest.mark.slow

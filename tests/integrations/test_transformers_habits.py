@@ -115,3 +115,22 @@ def test_every_second_layer_can_be_recomputed() -> None:
     assert runs == [2, 1, 2, 1]
     for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_layers_can_be_on_the_disk_and_what_steps_need_cannot(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    whole: Any = MHLAForCausalLM(small()).eval()
+    whole.save_pretrained(tmp_path)
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    options: dict[str, Any] = {"offload_folder": tmp_path / "offload"}
+    disk = MHLAForCausalLM.from_pretrained(
+        tmp_path, device_map={"model.embeddings": "cpu", **layers}, **options
+    )
+    assert {weight.device.type for weight in disk.parameters()} == {"cpu", "meta"}
+    ids = torch.tensor(prompts(12))
+    assert torch.equal(disk(ids).logits, whole(ids).logits)
+    assert torch.equal(disk.generate(ids, **GREEDY), whole.generate(ids, **GREEDY))
+    with refused("device_map"):  # the tied output reads the embeddings
+        MHLAForCausalLM.from_pretrained(
+            tmp_path, device_map={"model.embeddings": "disk", **layers}, **options
+        )

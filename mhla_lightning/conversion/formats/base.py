@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mhla_lightning.conversion.foreign import Shapes, table_rows
+from mhla_lightning.conversion.formats.card import Record
 from mhla_lightning.data.tokenizers.base import Tokenizer
 from mhla_lightning.runs.folder import FORMAT
 from mhla_lightning.weights.stored import Stored, as_stored
@@ -32,6 +33,8 @@ class TrainedModel:
         end: id of the end-of-document token of a language model; None means none.
         tokenizer: of a language model; None means none.
         pixels: preprocessing of a classifier's images, by the keys of timm's pretrained_cfg.
+        record: of the training, for the model card.
+        averaged: whether the weights are an average (callbacks.EMA).
     """
 
     weights: Mapping[str, Tensor]
@@ -42,6 +45,8 @@ class TrainedModel:
     end: int | None = None
     tokenizer: Tokenizer | None = None
     pixels: Mapping[str, Any] = field(default_factory=dict)
+    record: Record = Record()
+    averaged: bool = False
 
     def stored(self) -> Stored:
         """Return the weights, each of which is read when it is used."""

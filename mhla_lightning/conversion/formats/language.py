@@ -11,6 +11,7 @@ from torch import nn
 from mhla_lightning.backbones import CausalLM
 from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.conversion.formats.bundle import bundle
+from mhla_lightning.conversion.formats.card import model_card
 from mhla_lightning.conversion.formats.hf_tokenizer import tokenizer_files
 from mhla_lightning.weights.streaming import parts_of
 
@@ -76,28 +77,16 @@ def _card(trained: TrainedModel, config: dict[str, Any], parameters: int) -> byt
         "Context": f"{config['context']} tokens",
         "Tokenizer": f"{tokenizer}, {config['vocab_size']} ids",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mhla, linear-attention]
----
-
-# {trained.backbone}
-
-A language model with Multi-Head Linear Attention (arXiv 2601.07832), trained and exported by mhla-lightning.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import pipeline
+    usage = """from transformers import pipeline
 
 generate = pipeline("text-generation", model="DIR", trust_remote_code=True)
-print(generate("Once upon a time", max_new_tokens=50, do_sample=False)[0]["generated_text"])
-```
-
+print(generate("Once upon a time", max_new_tokens=50, do_sample=False)[0]["generated_text"])"""
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mhla", "linear-attention"],
+    }
+    notes = f"""
 The folder `{CODE}` holds the model's code, under the Apache-2.0 licence of mhla-lightning.
-The licence of the weights is for their owner to name here.
-""".encode()
+"""
+    return model_card(trained.backbone, trained.record, rows, header, usage, notes)
