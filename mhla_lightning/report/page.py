@@ -247,7 +247,7 @@ def _costs_table(rows: Sequence[RowReport]) -> str:
 
 
 def _rows_table(rows: Sequence[RowReport], heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table with a line for each row of a comparison, which page.js dims when it is hidden."""
+    """Return a table with a line for each row of a comparison; hidden rows are dimmed."""
     head = "".join(f'<th scope="col" class="number">{text}</th>' for text in heads)
     lines = []
     for number, (row, line) in enumerate(zip(rows, cells, strict=True)):
