@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from mhla_lightning.runs.folder import RunFolder, read_lines, write_text
-from mhla_lightning.runs.tags import LAYOUT
+from mhla_lightning.runs.tags import layout
 
 _HPARAMS = (
     "model.",
@@ -70,6 +70,7 @@ class RunLogger(TensorBoardLogger):
         self._started = False
         self._early: list[tuple[Mapping[str, float], int | None]] = []
         self._held = HeldExperiment()
+        self._laid_out = False
         self._recipe, self._validated = dict(recipe or {}), dict[str, float]()
         self.optimizer_steps: Callable[[], int] | None = None
 
@@ -83,12 +84,6 @@ class RunLogger(TensorBoardLogger):
             return
         self._started = True
         keep_until(self._file, self._resume_step)
-        self.experiment.add_custom_scalars(
-            {
-                category: {title: ["Multiline", tags] for title, tags in charts.items()}
-                for category, charts in LAYOUT.items()
-            }
-        )
         if self._recipe:
             self.experiment.add_text("recipe", as_markdown(self._recipe))
         for metrics, step in self._early:
@@ -146,6 +141,9 @@ class RunLogger(TensorBoardLogger):
 
     def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         super().log_metrics(metrics, step)
+        if not self._laid_out and any(tag.startswith("train/") for tag in metrics):
+            self._laid_out = True
+            self.experiment.add_custom_scalars(layout(metrics))
         self._validated |= {tag: float(value) for tag, value in metrics.items() if tag.startswith("val")}
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(

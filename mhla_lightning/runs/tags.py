@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
 
@@ -54,6 +58,27 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
 }
 """The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
+
+
+def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return LAYOUT for TensorBoard's writer, without charts of training that stay empty.
+
+    Args:
+        tags: of one point of training: a CPU has no memory of a GPU, and one source no mixture.
+    """
+    known = list(tags)
+
+    def kept(expressions: Sequence[str]) -> bool:
+        return any(
+            not expression.startswith("^train/") or any(re.search(expression, tag) for tag in known)
+            for expression in expressions
+        )
+
+    found = {
+        category: {title: ["Multiline", one] for title, one in charts.items() if kept(one)}
+        for category, charts in LAYOUT.items()
+    }
+    return {category: charts for category, charts in found.items() if charts}
 
 
 def group_of(tag: str) -> str:
