@@ -12,7 +12,7 @@ from typing import Any
 from mhla_lightning.compare.comparison import COSTS, cost, score
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS
-from mhla_lightning.report.folder import SafeFolder, finite, mapping
+from mhla_lightning.report.folder import MOST_NAME, SafeFolder, finite, mapping, mappings
 from mhla_lightning.report.run import RunReport, read_run
 from mhla_lightning.runs.folder import check_run_id, is_run
 
@@ -82,14 +82,12 @@ class RowReport:
 
     Attributes:
         name: of the row.
-        overrides: of the row.
         scores: tag -> interval.
         costs: key of COSTS -> text.
         runs: of its seeds, those whose folder is there.
     """
 
     name: str
-    overrides: dict[str, Any]
     scores: dict[str, Interval]
     costs: dict[str, str]
     runs: list[RunReport]
@@ -113,7 +111,7 @@ def read_comparison(path: Path) -> ComparisonReport:
     """
     folder = SafeFolder(path)
     table = folder.object(folder.path / "table.json")
-    rows = [mapping(row) for row in table["rows"]] if isinstance(table.get("rows"), list) else []
+    rows = mappings(table.get("rows"))
     if not rows:
         raise UserError(
             str(path / "table.json"), "it holds no rows; the command of the comparison writes it again"
@@ -121,18 +119,17 @@ def read_comparison(path: Path) -> ComparisonReport:
     if len(rows) > _MOST_ROWS:
         folder.note(f"The comparison has {len(rows)} rows; the page shows {_MOST_ROWS}.")
     shown = [_row(folder, row) for row in rows[:_MOST_ROWS]]
-    return ComparisonReport(folder.path.name, str(table.get("recipe", "")), shown, folder.notes)
+    return ComparisonReport(folder.path.name, str(table.get("recipe", ""))[:MOST_NAME], shown, folder.notes)
 
 
 def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:
-    seeds = [mapping(seed) for seed in row.get("seeds") or [] if isinstance(seed, dict)][:_MOST_SEEDS]
+    seeds = mappings(row.get("seeds"))[:_MOST_SEEDS]
     numbers = [_scores(seed) for seed in seeds]
     tags = list(dict.fromkeys(tag for found in numbers for tag in found))
     means = mapping(row.get("mean"))
-    name = str(row.get("name", ""))[:200]
+    name = str(row.get("name", ""))[:MOST_NAME]
     return RowReport(
         name,
-        mapping(row.get("overrides")),
         {tag: interval([found[tag] for found in numbers if tag in found]) for tag in tags},
         {key: cost(key, finite(means.get(key))) for key in COSTS},
         [run for seed in seeds if (run := _run(folder, name, seed)) is not None],
