@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +70,7 @@ class RunLogger(TensorBoardLogger):
         self._started = False
         self._early: list[tuple[Mapping[str, float], int | None]] = []
         self._held = HeldExperiment()
-        self._laid_out = False
+        self._tags = set[str]()
         self._recipe, self._validated = dict(recipe or {}), dict[str, float]()
         self.optimizer_steps: Callable[[], int] | None = None
 
@@ -131,6 +131,15 @@ class RunLogger(TensorBoardLogger):
             if status == "success":
                 raise  # after a failure its own error is on its way
 
+    def _lay_out(self, tags: Iterable[str]) -> None:
+        """Write the first screen at the first point of training, and again of validation."""
+        known, new = (
+            {tag.partition("/")[0] for tag in some} & {"train", "val"} for some in (self._tags, tags)
+        )
+        self._tags |= set(tags)
+        if not new <= known:
+            self.experiment.add_custom_scalars(layout(self._tags))
+
     def _end(self) -> None:
         """Write the hyperparameters, once there are numbers to show beside them."""
         if not self._recipe or not self._validated:
@@ -141,9 +150,7 @@ class RunLogger(TensorBoardLogger):
 
     def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         super().log_metrics(metrics, step)
-        if not self._laid_out and any(tag.startswith("train/") for tag in metrics):
-            self._laid_out = True
-            self.experiment.add_custom_scalars(layout(metrics))
+        self._lay_out(metrics)
         self._validated |= {tag: float(value) for tag, value in metrics.items() if tag.startswith("val")}
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(

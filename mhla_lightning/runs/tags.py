@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 MIXING_VALUES = "mixing_values/"
@@ -61,21 +61,22 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 
 
 def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return LAYOUT for TensorBoard's writer, without charts of training that stay empty.
+    """Return LAYOUT for TensorBoard's writer, without charts that stay empty.
+
+    A CPU has no memory of a GPU, for example, and a classifier no bits per byte.
 
     Args:
-        tags: of one point of training: a CPU has no memory of a GPU, and one source no mixture.
+        tags: logged so far; before the first validation all charts of validation are kept.
     """
     known = list(tags)
+    validated = any(tag.startswith("val/") for tag in known)
 
-    def kept(expressions: Sequence[str]) -> bool:
-        return any(
-            not expression.startswith("^train/") or any(re.search(expression, tag) for tag in known)
-            for expression in expressions
-        )
+    def kept(expression: str) -> bool:
+        waits = not validated and not expression.startswith("^train/")
+        return waits or any(re.search(expression, tag) for tag in known)
 
     found = {
-        category: {title: ["Multiline", one] for title, one in charts.items() if kept(one)}
+        category: {title: ["Multiline", one] for title, one in charts.items() if any(map(kept, one))}
         for category, charts in LAYOUT.items()
     }
     return {category: charts for category, charts in found.items() if charts}

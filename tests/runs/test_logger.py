@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.runs.logger import RunLogger, hyperparameters, keep_until
+from mhla_lightning.runs.tags import layout
 
 
 def test_later_and_cut_lines_are_dropped(tmp_path: Path) -> None:
@@ -54,10 +55,10 @@ def test_event_files_hold_the_recipe_the_first_screen_and_the_hyperparameters(tm
     shown = text.tensor_proto.string_val[0].decode()
     assert "          lr: 0.1" in shown
     assert "compile" not in shown
-    (layout,) = events.Tensors("custom_scalars__config__")
-    categories = Layout.FromString(layout.tensor_proto.string_val[0]).category
-    assert [one.title for one in categories] == ["Loss", "Quality", "Speed"]  # of what is logged
-    assert [chart.title for chart in categories[2].chart] == ["samples a second"]
+    screen = events.Tensors("custom_scalars__config__")[-1]
+    categories = Layout.FromString(screen.tensor_proto.string_val[0]).category
+    assert [one.title for one in categories] == ["Loss", "Speed"]  # of what is logged
+    assert [chart.title for chart in categories[1].chart] == ["samples a second"]
     found = {
         tag: HParamsPluginData.FromString(content)
         for tag, content in events.PluginTagToContent("hparams").items()
@@ -84,3 +85,13 @@ def test_hyperparameters_are_named_as_on_the_command_line() -> None:
         "model.optimizer.lr": 0.1,
         "model.optimizer.betas": "[0.9, 0.99]",
     }
+
+
+def test_the_first_screen_waits_for_validation_and_drops_what_stays_empty() -> None:
+    assert list(layout(["train/loss"])) == ["Loss", "Quality"]
+    assert list(layout(["train/loss", "train/mfu", "val/loss", "val_ema/top1"])) == [
+        "Loss",
+        "Quality",
+        "Speed",
+    ]
+    assert list(layout(["val/loss", "val/top1"])["Quality"]) == ["accuracy"]
