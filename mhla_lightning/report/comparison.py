@@ -12,7 +12,7 @@ from typing import Any
 from mhla_lightning.compare.comparison import COSTS, cost, score
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS
-from mhla_lightning.report.folder import SafeFolder, finite, mapping
+from mhla_lightning.report.folder import MOST_NAME, SafeFolder, finite, mapping, mappings
 from mhla_lightning.report.run import RunReport, read_run
 from mhla_lightning.runs.folder import check_run_id, is_run
 
@@ -83,7 +83,6 @@ class RowReport:
 
     Attributes:
         name: of the row.
-        overrides: of the row.
         scores: tag -> interval.
         attention: the operators of its layers, in words; empty where the table has none.
         costs: key of COSTS -> text.
@@ -91,7 +90,6 @@ class RowReport:
     """
 
     name: str
-    overrides: dict[str, Any]
     scores: dict[str, Interval]
     attention: str
     costs: dict[str, str]
@@ -125,7 +123,7 @@ def read_comparison(path: Path) -> ComparisonReport:
     """
     folder = SafeFolder(path)
     table = folder.object(folder.path / "table.json")
-    rows = [mapping(row) for row in table["rows"]] if isinstance(table.get("rows"), list) else []
+    rows = mappings(table.get("rows"))
     if not rows:
         raise UserError(
             str(path / "table.json"), "it holds no rows; the command of the comparison writes it again"
@@ -135,18 +133,18 @@ def read_comparison(path: Path) -> ComparisonReport:
     shown = [_row(folder, row) for row in rows[:_MOST_ROWS]]
     found = table.get("remarks")
     remarks = [str(line)[:_LONGEST_REMARK] for line in found[:_MOST_ROWS]] if isinstance(found, list) else []
-    return ComparisonReport(folder.path.name, str(table.get("recipe", "")), shown, remarks, folder.notes)
+    recipe = str(table.get("recipe", ""))[:MOST_NAME]
+    return ComparisonReport(folder.path.name, recipe, shown, remarks, folder.notes)
 
 
 def _row(folder: SafeFolder, row: dict[str, Any]) -> RowReport:
-    seeds = [mapping(seed) for seed in row.get("seeds") or [] if isinstance(seed, dict)][:_MOST_SEEDS]
+    seeds = mappings(row.get("seeds"))[:_MOST_SEEDS]
     numbers = [_scores(seed) for seed in seeds]
     tags = list(dict.fromkeys(tag for found in numbers for tag in found))
     means = mapping(row.get("mean"))
-    name = str(row.get("name", ""))[:200]
+    name = str(row.get("name", ""))[:MOST_NAME]
     return RowReport(
         name,
-        mapping(row.get("overrides")),
         {tag: interval([found[tag] for found in numbers if tag in found]) for tag in tags},
         str(row.get("attention") or "")[:_LONGEST_REMARK],
         {key: cost(key, finite(means.get(key))) for key in COSTS},

@@ -22,6 +22,8 @@ from mhla_lightning.runs.tags import GROUPS, group_of, unit_of
 MOST_POINTS = 1000  # of a curve
 MOST_PICTURES = 12 * 2**20  # bytes of the pictures of a page
 MOST_MATRICES = 1_500_000  # numbers of the mixing matrices of a page, 2 bytes each
+MOST_LAYERS = 256  # of a run
+MOST_SETS = 60  # sliders of pictures
 MOST_FRAMES = 40  # places of a slider
 _AVERAGED = re.compile(r"(^|/)val_ema(?=[/_])")
 _HEATMAPS = re.compile(r"mixing(_\d+)?")
@@ -115,6 +117,7 @@ def matrices(runs: Iterable[tuple[int, RunReport]], note: Note) -> list[dict[str
         layers = run.events.mixing
         # a layer's matrices of one size: that of its newest
         shapes = {name: steps[max(steps)].shape for name, steps in layers.items() if steps}
+        shapes = dict(list(shapes.items())[:MOST_LAYERS])
         steps = sorted(
             {step for name in shapes for step, one in layers[name].items() if one.shape == shapes[name]}
         )
@@ -179,7 +182,10 @@ def pictures(runs: Iterable[tuple[int, RunReport]], note: Note) -> list[dict[str
                 sets.append((number, run, tag, [(f"step {step:,}", found[step]) for step in steps]))
         if run.drawn:
             sets.append((number, run, "drawn by mhla sample", list(run.drawn.items())[-MOST_FRAMES:]))
-    return [_picture_set(*one, MOST_PICTURES // len(sets), note) for one in sets]
+    if len(sets) > MOST_SETS:
+        note(f"The page shows {MOST_SETS} of {len(sets)} kinds of pictures.")
+    shown = sets[:MOST_SETS]
+    return [_picture_set(*one, MOST_PICTURES // len(shown), note) for one in shown]
 
 
 def _picture_set(

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from mhla_lightning.report.folder import SafeFolder
+from mhla_lightning.report.folder import MOST_NAME, SafeFolder
 from mhla_lightning.runs.tags import MIXING_VALUES
 
 MOST_EVENTS = 512 * 2**20  # bytes of the event files of a run
@@ -84,6 +84,8 @@ def _events(folder: SafeFolder, path: Path) -> Iterator[Any]:
 
 
 def _keep(folder: SafeFolder, found: Events, step: int, value: Any) -> None:
+    if len(value.tag) > MOST_NAME:
+        return
     if value.HasField("image"):
         data = value.image.encoded_image_string
         if picture_kind(data) is None or len(data) > MOST_PICTURE:

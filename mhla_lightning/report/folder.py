@@ -5,7 +5,6 @@ They are of bounded size, and never outside of the folder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from mhla_lightning.runs.folder import read_metrics, read_object
 
 MOST_JSON = 4 * 2**20  # bytes of a JSON file
 MOST_METRICS = 256 * 2**20  # bytes of metrics.jsonl
+MOST_NAME = 200  # characters of a tag or a row; longer ones are left out or cut
 MOST_TEXT = 64 * 2**10  # characters of a recipe that the page shows
+_MOST_SIZE = 1e100  # of a number; nan is not below it
 _MOST_STEP = 2**53  # whole numbers that JavaScript knows
 
 Curve = list[tuple[int, float]]  # (step, value)
@@ -104,7 +105,7 @@ class SafeFolder:
         file = self.file(path, MOST_METRICS)
         if file is None:
             return {}
-        found = {tag: _clean(points) for tag, points in read_metrics(file).items()}
+        found = {tag: _clean(points) for tag, points in read_metrics(file).items() if len(tag) <= MOST_NAME}
         return {tag: points for tag, points in found.items() if points}
 
 
@@ -118,14 +119,19 @@ def _clean(points: list[tuple[int, float]]) -> Curve:
 
 
 def finite(value: object) -> float | None:
-    """Return a finite number, else None."""
+    """Return a plain number whose square is finite, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _MOST_SIZE else None
+
+
+def mappings(value: object) -> list[dict[str, Any]]:
+    """Return the mappings of a list, empty for anything else."""
+    return [mapping(one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def mapping(value: object) -> dict[str, Any]:

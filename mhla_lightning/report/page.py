@@ -19,6 +19,7 @@ from mhla_lightning.report.run import RunReport
 _HERE = Path(__file__).parent
 _DASH = '<span class="none">–</span>'
 _COMPARED = ("What was trained", "Data and order", "Environment")  # tables that mark what differs
+_TITLE = 4  # names of runs that a title holds
 _COLOURS = 8  # in page.css; series after these begin again, with a dotted line
 
 
@@ -103,7 +104,7 @@ def run_page(runs: Sequence[RunReport], names: Sequence[str]) -> Page:
         runs: at least one.
         names: shown of each, all different.
     """
-    page = Page(names[0] if len(names) == 1 else f"{len(names)} runs", names)
+    page = Page(", ".join(names) if len(names) <= _TITLE else f"{len(names)} runs", names)
     trained = runs[0].facts["What was trained"] if len(runs) == 1 else {}
     lead = (trained.get(key) for key in ("task", "backbone", "attention", "steps", "state"))
     page.lead = " · ".join(value for value in lead if value)

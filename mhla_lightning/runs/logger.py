@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from mhla_lightning.runs.folder import RunFolder, read_lines, write_text
-from mhla_lightning.runs.tags import LAYOUT
+from mhla_lightning.runs.tags import layout
 
 _HPARAMS = (
     "model.",
@@ -70,6 +70,7 @@ class RunLogger(TensorBoardLogger):
         self._started = False
         self._early: list[tuple[Mapping[str, float], int | None]] = []
         self._held = HeldExperiment()
+        self._tags = set[str]()
         self._recipe, self._validated = dict(recipe or {}), dict[str, float]()
         self.optimizer_steps: Callable[[], int] | None = None
 
@@ -83,12 +84,6 @@ class RunLogger(TensorBoardLogger):
             return
         self._started = True
         keep_until(self._file, self._resume_step)
-        self.experiment.add_custom_scalars(
-            {
-                category: {title: ["Multiline", tags] for title, tags in charts.items()}
-                for category, charts in LAYOUT.items()
-            }
-        )
         if self._recipe:
             self.experiment.add_text("recipe", as_markdown(self._recipe))
         for metrics, step in self._early:
@@ -136,6 +131,15 @@ class RunLogger(TensorBoardLogger):
             if status == "success":
                 raise  # after a failure its own error is on its way
 
+    def _lay_out(self, tags: Iterable[str]) -> None:
+        """Write the first screen at the first point of training, and again of validation."""
+        known, new = (
+            {tag.partition("/")[0] for tag in some} & {"train", "val"} for some in (self._tags, tags)
+        )
+        self._tags |= set(tags)
+        if not new <= known:
+            self.experiment.add_custom_scalars(layout(self._tags))
+
     def _end(self) -> None:
         """Write the hyperparameters, once there are numbers to show beside them."""
         if not self._recipe or not self._validated:
@@ -146,6 +150,7 @@ class RunLogger(TensorBoardLogger):
 
     def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         super().log_metrics(metrics, step)
+        self._lay_out(metrics)
         self._validated |= {tag: float(value) for tag, value in metrics.items() if tag.startswith("val")}
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(

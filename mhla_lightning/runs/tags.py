@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
 
@@ -54,6 +58,28 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
 }
 """The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
+
+
+def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return LAYOUT for TensorBoard's writer, without charts that stay empty.
+
+    A CPU has no memory of a GPU, for example, and a classifier no bits per byte.
+
+    Args:
+        tags: logged so far; before the first validation all charts of validation are kept.
+    """
+    known = list(tags)
+    validated = any(tag.startswith("val/") for tag in known)
+
+    def kept(expression: str) -> bool:
+        waits = not validated and not expression.startswith("^train/")
+        return waits or any(re.search(expression, tag) for tag in known)
+
+    found = {
+        category: {title: ["Multiline", one] for title, one in charts.items() if any(map(kept, one))}
+        for category, charts in LAYOUT.items()
+    }
+    return {category: charts for category, charts in found.items() if charts}
 
 
 def group_of(tag: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import random
 import re
 import shutil
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ import numpy as np
 import pytest
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.errors import UserError
 from mhla_lightning.report import data as page_data
-from mhla_lightning.report.comparison import interval
+from mhla_lightning.report.comparison import interval, read_comparison
 from mhla_lightning.report.data import thin_curve, thin_places
+from mhla_lightning.report.page import comparison_page, run_page
+from mhla_lightning.report.run import read_run
 from mhla_lightning.runs.folder import RunFolder, write_json
 from mhla_lightning.runs.logger import RunLogger
 from mhla_lightning.runs.tags import MIXING_VALUES, group_of, unit_of
@@ -105,6 +111,37 @@ def test_texts_of_a_stranger_stay_texts(tmp_path: Path) -> None:
     assert "<script>alert" not in page
     assert "<img" not in page
     assert page.count("<script") == 2
+
+
+STRANGE: list[Any] = [None, True, -1, 10**400, "x", [], {}, [[]], {"a": 1}, math.nan, math.inf, 1e308]
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """Return JSON in which some values are of another kind."""
+    if rng.random() < 0.25:
+        return rng.choice(STRANGE)
+    if isinstance(value, dict):
+        return {key: mutated(item, rng) for key, item in value.items()}
+    return [mutated(item, rng) for item in value] if isinstance(value, list) else value
+
+
+def test_files_with_values_of_another_kind_are_a_page_or_one_sentence(run: RunFolder, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    folder = write_comparison(tmp_path / "compare-1", {"linear": [2.0, 2.1], "mhla": [1.0, 1.1]})
+    tables = [folder / "table.json", run.progress, run.summary, run.environment]
+    contents = {path: json.loads(path.read_text()) for path in tables}
+    strange = tmp_path / "strange"
+    shutil.copytree(run.path, strange)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    for _ in range(40):
+        for path in tables[1:]:
+            (strange / path.name).write_text(json.dumps(mutated(contents[path], rng)))
+        texts = [json.dumps(mutated(line, rng)) + "\n" for line in lines]
+        (strange / run.metrics.name).write_text("".join(texts))
+        tables[0].write_text(json.dumps(mutated(contents[tables[0]], rng)))
+        run_page([read_run(strange)], ["strange"]).html("0")
+        with suppress(UserError):
+            comparison_page(read_comparison(folder)).html("0")
 
 
 def test_links_out_of_the_run_folder_are_left_out(tmp_path: Path) -> None:

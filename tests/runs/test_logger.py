@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.runs.logger import RunLogger, hyperparameters, keep_until
+from mhla_lightning.runs.tags import layout
 
 
 def test_later_and_cut_lines_are_dropped(tmp_path: Path) -> None:
@@ -47,14 +48,17 @@ def logged(tmp_path: Path, metrics: dict[str, float]) -> tuple[RunFolder, EventA
 
 
 def test_event_files_hold_the_recipe_the_first_screen_and_the_hyperparameters(tmp_path: Path) -> None:
-    run, events = logged(tmp_path, {"train/loss": 2.0, "val/loss": 1.5, "epoch": 0})
+    run, events = logged(
+        tmp_path, {"train/loss": 2.0, "train/samples_per_second": 9.0, "val/loss": 1.5, "epoch": 0}
+    )
     (text,) = events.Tensors("recipe/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
     assert "          lr: 0.1" in shown
     assert "compile" not in shown
-    (layout,) = events.Tensors("custom_scalars__config__")
-    categories = Layout.FromString(layout.tensor_proto.string_val[0]).category
-    assert [one.title for one in categories] == ["Loss", "Quality", "Speed", "Memory", "Health"]
+    screen = events.Tensors("custom_scalars__config__")[-1]
+    categories = Layout.FromString(screen.tensor_proto.string_val[0]).category
+    assert [one.title for one in categories] == ["Loss", "Speed"]  # of what is logged
+    assert [chart.title for chart in categories[1].chart] == ["samples a second"]
     found = {
         tag: HParamsPluginData.FromString(content)
         for tag, content in events.PluginTagToContent("hparams").items()
@@ -63,7 +67,7 @@ def test_event_files_hold_the_recipe_the_first_screen_and_the_hyperparameters(tm
     assert start["model.optimizer.lr"].number_value == 0.1
     metrics = found["_hparams_/experiment"].experiment.metric_infos
     assert [one.name.tag for one in metrics] == ["val/loss"]
-    assert read_metrics(run.metrics) == {"train/loss": [(4, 2.0)], "val/loss": [(4, 1.5)]}  # once each
+    assert read_metrics(run.metrics)["val/loss"] == [(4, 1.5)]  # once
     assert [one.value for one in events.Scalars("val/loss")] == [1.5]
 
 
@@ -81,3 +85,13 @@ def test_hyperparameters_are_named_as_on_the_command_line() -> None:
         "model.optimizer.lr": 0.1,
         "model.optimizer.betas": "[0.9, 0.99]",
     }
+
+
+def test_the_first_screen_waits_for_validation_and_drops_what_stays_empty() -> None:
+    assert list(layout(["train/loss"])) == ["Loss", "Quality"]
+    assert list(layout(["train/loss", "train/mfu", "val/loss", "val_ema/top1"])) == [
+        "Loss",
+        "Quality",
+        "Speed",
+    ]
+    assert list(layout(["val/loss", "val/top1"])["Quality"]) == ["accuracy"]
