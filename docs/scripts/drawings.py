@@ -59,7 +59,7 @@ def code_drawing(text: str) -> str:
 
 def _svg(width: int, height: int, parts: list[str]) -> str:
     ground = f'<rect width="{width}" height="{height}" rx="10" fill="#ffffff" stroke="#d1d9e0"/>'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{9 * width // 8}">'
     return "\n".join([head, ground, *parts, "</svg>"]) + "\n"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 import mhla_lightning
-from mhla_lightning.cli.main import main, verb_parser
+from mhla_lightning.cli.main import verb_parser
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.config.signatures import source_file
@@ -39,6 +42,7 @@ NOT_EXECUTED = {
     r"mhla bench ": "measures for minutes on a quiet machine; tests/bench runs each verb",
     r"mhla compare ": "trains for minutes; tests/cli compares shorter runs",
     r"mhla test-operator my_package": "needs the reader's package",
+    r"mhla sample digits .* --seed 1": "a run of the tutorial of images, which draws from it",
     r"lightning run video_dit/wan_1_3b": "needs a GPU and public weights",
     r"--": "options of a command, alone",
     r".*\b(RECIPE|RUN)\b": "the reader chooses the recipe or run",
@@ -161,20 +165,31 @@ def _executed(block: Command | Python) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(_executed(one) for one in blocks(page))])
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page alone, from an empty folder; Python sees the names of the blocks before it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.syspath_prepend(ROOT / "examples")
     names: dict[str, Any] = {}
     for block in blocks(page):
         if not _executed(block):
             continue
         if isinstance(block, Python):
             exec(block.code, names)
-        else:
-            assert main(_shortened(block.words)) == 0, str(block)
+            continue
+        variables = dict(one.split("=", 1) for one in block.variables)
+        path = os.pathsep.join([variables.pop("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mhla_lightning", *_shortened(block.words)],
+            env={**os.environ, **variables, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        out, problem = process.communicate()
+        assert process.returncode == 0, f"{block}: {out[-500:]}{problem[-2000:]}"
 
 
 def _shortened(words: tuple[str, ...], short: Mapping[str, str] = SHORT) -> list[str]:
