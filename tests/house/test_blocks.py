@@ -38,7 +38,7 @@ NOT_EXECUTED = {
     r"mhla (submit|logs|status|cancel|resume)\b": "needs a cluster; tests/slurm runs them on one",
     r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
     r"mhla import ": "needs public weights; tests/conversion imports small ones",
-    r"mhla data ": "needs files of the reader; tests/data runs each verb",
+    r"mhla data (?!pack mnist)": "needs files of the reader; tests/data runs each verb",
     r"mhla bench ": "measures for minutes on a quiet machine; tests/bench runs each verb",
     r"mhla compare ": "trains for minutes; tests/cli compares shorter runs",
     r"mhla test-operator my_package": "needs the reader's package",
@@ -181,8 +181,9 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest
             continue
         variables = dict(one.split("=", 1) for one in block.variables)
         path = os.pathsep.join([variables.pop("PYTHONPATH", ""), str(ROOT)]).strip(os.pathsep)
+        alone = ["-X", "utf8"] if block.variables else []  # not forked from a process with another path
         process = subprocess.Popen(
-            [sys.executable, "-m", "mhla_lightning", *_shortened(block.words)],
+            [sys.executable, *alone, "-m", "mhla_lightning", *_shortened(block.words)],
             env={**os.environ, **variables, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
