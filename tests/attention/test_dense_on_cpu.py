@@ -121,3 +121,17 @@ def test_blocks_of_pairs_are_kept_as_numbers_of_no_mode() -> None:
         fake = dense.dense_on_cpu(q, k, v, mixing, settings)
         assert fake.shape == inputs[2].shape
     assert type(dense.dense_on_cpu(*inputs, settings)) is Tensor
+
+
+def test_a_compiler_takes_the_plain_form_without_a_graph_break() -> None:
+    torch.compiler.reset()
+    grid, inputs, grad = _inputs("short blocks, by head", torch.float64)
+
+    def call(*inputs: Tensor) -> Tensor:
+        return fused.fused_mhla(*inputs, grid, offset=0.25, dtype=torch.float64)
+
+    out, plain = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs)
+    assert _off(out, plain) <= 1e-13
+    ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (out, plain))
+    for mine, right in zip(ours, theirs, strict=True):
+        assert _off(mine, right) <= 1e-13

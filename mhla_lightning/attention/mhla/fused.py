@@ -84,7 +84,8 @@ def fused_mhla(
         (batch, tokens, heads, dim_v) in v's dtype.
     """
     settings = ReluMHLA(grid, offset, normalize, eps, dtype)
-    if not len(q) or in_transform(q, k, v, mixing):
+    # A compiler cannot follow memory that is filled by hand, and fuses the plain form itself.
+    if not len(q) or torch.compiler.is_compiling() or in_transform(q, k, v, mixing):
         return settings.plain(q, k, v, mixing)
     if mixing is not None and dense_pays(q, v, grid):
         return dense_on_cpu(q, k, v, mixing, settings)
