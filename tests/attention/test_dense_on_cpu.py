@@ -127,8 +127,8 @@ def test_a_compiler_takes_the_plain_form_without_a_graph_break() -> None:
     torch.compiler.reset()
     grid, inputs, grad = _inputs("short blocks, by head", torch.float64)
 
-    def call(*inputs: Tensor) -> Tensor:
-        return fused.fused_mhla(*inputs, grid, offset=0.25, dtype=torch.float64)
+    def call(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor) -> Tensor:
+        return fused.fused_mhla(q, k, v, mixing, grid, offset=0.25, dtype=torch.float64)
 
     out, plain = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs)
     assert _off(out, plain) <= 1e-13
