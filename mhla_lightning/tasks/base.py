@@ -25,6 +25,15 @@ from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
+from mhla_lightning.tasks.batches import (
+    Stage,
+    is_complete,
+    named,
+    positioned,
+    running_number,
+    stage_of,
+    trainer_of,
+)
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
@@ -277,11 +286,39 @@ class Task(KeepsArguments, pl.LightningModule):
         """Return further entries of the moved batch that the step reads on the host."""
         return {}
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Mapping[str, Any]:
+        """Give a batch of any loader what the steps read; Lightning calls it."""
+        trainer = trainer_of(self)
+        return self.completed(batch, running_number(trainer), stage_of(trainer))
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
+    def completed(self, batch: Any, number: int, stage: Stage) -> Mapping[str, Any]:
+        """Return a batch with all entries that the steps read; one of our loaders as it is.
+
+        Samples of other loaders get weight 1, and random numbers keyed by their position.
+
+        Args:
+            batch: of any loader.
+            number: of the batch in its epoch.
+            stage: of the step that reads it.
+
+        Raises:
+            UserError: an entry is missing or does not fit; names the entry and the shape wanted.
+        """
+        if is_complete(batch):
+            return batch
+        entries = self.entries(batch, stage)
+        samples = next(len(value) for value in entries.values() if isinstance(value, Tensor))
+        return positioned(entries, samples, trainer_of(self), number)
+
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return a batch of another loader by this task's names. Raises UserError where it does not fit."""
+        return named(batch, ())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(self.completed(batch, batch_idx, "evaluate"), "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(self.completed(batch, batch_idx, "evaluate"), "test")
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:
