@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
@@ -85,16 +84,13 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def positioned(
-    batch: Mapping[str, Any], samples: int, trainer: pl.Trainer | None, number: int
-) -> dict[str, Any]:
+def positioned(batch: Mapping[str, Any], trainer: pl.Trainer | None, number: int) -> dict[str, Any]:
     """Return a batch with key, index, epoch and weight, by its position where it does not have them.
 
     Random numbers are then those of the position: they repeat in another run with the same loader.
 
     Args:
-        batch: of a loader.
-        samples: of the batch.
+        batch: holds tensors (batch, ...).
         trainer: None where there is none.
         number: of the batch in its epoch.
     """
@@ -102,12 +98,13 @@ def positioned(
     if trainer is not None:
         rank, world = trainer.global_rank, trainer.world_size
         epoch = trainer.current_epoch if trainer.training else 0
-    index = (number * world + rank) * _MOST + torch.arange(samples)
+    first = next(value for value in batch.values() if isinstance(value, Tensor))
+    index = (number * world + rank) * _MOST + torch.arange(len(first))
     return {
         "key": [str(value) for value in index.tolist()],
         "index": index,
-        "epoch": torch.full((samples,), epoch),
-        "weight": torch.ones(samples),
+        "epoch": torch.full_like(index, epoch),
+        "weight": torch.ones(len(first), device=first.device),
         "skipped": torch.tensor(0),
         **batch,
     }
@@ -120,28 +117,6 @@ def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
     except RuntimeError:  # Lightning's way to say that there is none
         return None
     return trainer if isinstance(trainer, pl.Trainer) else None
-
-
-def stage_of(trainer: pl.Trainer | None) -> Stage:
-    """Return what a trainer does with its next batch; without a trainer, train."""
-    if trainer is None or trainer.training:
-        return "train"
-    return "predict" if trainer.predicting else "evaluate"
-
-
-def running_number(trainer: pl.Trainer | None) -> int:
-    """Return the number of the batch that a trainer is about to process; 0 without a trainer."""
-    if trainer is None:
-        return 0
-    loops = {
-        TrainerFn.VALIDATING: trainer.validate_loop,
-        TrainerFn.TESTING: trainer.test_loop,
-        TrainerFn.PREDICTING: trainer.predict_loop,
-    }
-    fit = trainer.fit_loop.epoch_loop
-    loop = loops.get(trainer.state.fn) if trainer.state.fn is not None else None
-    loop = loop or (fit if trainer.training else fit.val_loop)
-    return loop.batch_progress.current.ready
 
 
 def real_rows(batch: Mapping[str, Any]) -> Tensor:

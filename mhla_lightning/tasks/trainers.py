@@ -61,6 +61,17 @@ def check_strategy(trainer: pl.Trainer) -> None:
             )
 
 
+def check_copies(trainer: pl.Trainer, has_weights: bool) -> None:
+    """Refuse a callback of Lightning's that has copied the task before it had weights. Raises UserError."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, StochasticWeightAveraging) and not has_weights:
+            raise UserError(
+                "trainer.callbacks",
+                "StochasticWeightAveraging copies the task before it has weights, and would average nothing; "
+                "call the task's configure_model() before fit, or take mhla_lightning.callbacks.EMA",
+            )
+
+
 def run_length(trainer: pl.Trainer) -> int:
     """Return the optimizer steps after which a trainer ends; 0 where nobody knows.
 

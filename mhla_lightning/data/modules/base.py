@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from mhla_lightning.data.kinds import Kind
 from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.plain_loader import PlainLoader, rank_of_process
 from mhla_lightning.data.modules.restoring import load_data
 from mhla_lightning.data.modules.trainer_limits import check_accumulation, check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
@@ -99,6 +100,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         self._corpus: TrainCorpus | None = None
         self._loaders: list[wds.WebLoader] = []
         self._epochs: EpochLoader | None = None
+        self._plain: PlainLoader | None = None
         self.endless = False
         self._validate()
 
@@ -267,6 +269,8 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         """Training samples already consumed."""
         if self._restored is not None:
             return int(self._restored["consumed"])
+        if self._plain is not None:
+            return self._plain.consumed
         steps = 0 if self.trainer is None else max(0, self.trainer.global_step - self._start_step)
         return self._start + steps * self.batch_size
 
@@ -344,9 +348,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
             if self.trainer.global_step == 0 and self._restored is None:
-                self._start = self._start_step = 0
+                self._start, self._start_step, self._plain = 0, 0, None
 
-    def train_dataloader(self) -> wds.WebLoader | EpochLoader:
+    def train_dataloader(self) -> wds.WebLoader | EpochLoader | PlainLoader:
         """Return the sequence of training batches from the current position on.
 
         Under a trainer it comes in epochs of one length; without one it has no end. `lightning run` has one
@@ -360,10 +364,12 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             if self._restored is not None:
                 self.check_state(self._restored)
         resumed = self._restored is not None
-        self._start, self._start_step = self.consumed, 0 if self.trainer is None else self.trainer.global_step
-        self._restored = None
         if self.trainer is None:
-            return self._train_loader(micro, None, self._start)
+            self._start, self._restored = self.consumed if resumed else self._start, None
+            self._plain = PlainLoader(self._building(micro), None, self._start, self.batch_size, accumulation)
+            return self._plain
+        self._start, self._start_step, self._plain = self.consumed, self.trainer.global_step, None
+        self._restored = None
         check_accumulation(self.trainer, accumulation)
         if self.endless:
             if resumed:
@@ -392,14 +398,6 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             lengths.append((trainer.max_epochs - trainer.current_epoch) * steps)
         self._check_mixture(min(lengths, default=0))
 
-        running: list[wds.WebLoader] = []
-
-        def build(first: int) -> wds.WebLoader:
-            for loader in running:
-                self._end(loader)
-            running[:] = [self._train_loader(micro, None, first)]
-            return running[0]
-
         def restated(before: int) -> None:
             restate_progress(trainer, lambda batches: batches // before * accumulation)
 
@@ -408,9 +406,26 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             batches = trainer.global_step % steps * accumulation
             restate_progress(trainer, lambda _: batches)
         self._epochs = EpochLoader(
-            steps * accumulation, accumulation, self.batch_size, lambda: self.consumed, build, restated
+            steps * accumulation,
+            accumulation,
+            self.batch_size,
+            lambda: self.consumed,
+            self._building(micro),
+            restated,
         )
         return self._epochs
+
+    def _building(self, micro: int) -> Callable[[int], wds.WebLoader]:
+        """Return what builds the endless loader from a position on, and ends the one before."""
+        running: list[wds.WebLoader] = []
+
+        def build(first: int) -> wds.WebLoader:
+            for loader in running:
+                self._end(loader)
+            running[:] = [self._train_loader(micro, None, first)]
+            return running[0]
+
+        return build
 
     def _train_loader(self, micro: int, batches: int | None, first: int) -> wds.WebLoader:
         """Return a loader of the sequence from a position on.
@@ -446,22 +461,22 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
                 "see when_exhausted",
             )
 
-    def val_dataloader(self) -> wds.WebLoader:
+    def val_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over val/, with the same number of batches on every rank.
 
         Missing samples are padding of weight 0.
         """
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> wds.WebLoader:
+    def test_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over test/. Raises DataError when there is none."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> wds.WebLoader:
+    def predict_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over test/, or over val/ where there is no test/, for `Trainer.predict`."""
         return self._eval_loader("test" if self.splits("test") else "val")
 
-    def _eval_loader(self, name: str) -> wds.WebLoader:
+    def _eval_loader(self, name: str) -> wds.WebLoader | PlainLoader:
         place, index, corpus = self._rank(), self.index(name), Corpus(self.splits(name))
         with inside("data"):
             micro, _ = self.micro_batch(place.world_size)
@@ -475,7 +490,8 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             self._kinds(name),
             self._draw(training=False),
         )
-        return self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
+        loader = self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
+        return loader if self.trainer is not None else PlainLoader(lambda _: loader, stream.batches)
 
     def _kinds(self, name: str) -> tuple[Kind, ...]:
         """Return a kind for each source that has this split, where each batch is of one source."""
@@ -504,7 +520,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
 
     def _rank(self) -> _Rank:
         trainer = self.trainer
-        return _Rank(0, 1) if trainer is None else _Rank(trainer.global_rank, trainer.world_size)
+        return (
+            _Rank(*rank_of_process()) if trainer is None else _Rank(trainer.global_rank, trainer.world_size)
+        )
 
     def teardown(self, stage: str) -> None:
         """End the loader workers."""
