@@ -154,7 +154,7 @@ def test_stochastic_averaging_averages(tmp_path: Path) -> None:
         torch.testing.assert_close(value, (ends.ends[0][name] + ends.ends[1][name]) / 2)
     for part in task.modules():
         if isinstance(part, MixingMatrix):
-            assert 0 <= float(part.weight.min()) <= float(part.weight.max()) <= 1
+            assert 0 <= part.weight.min().item() <= part.weight.max().item() <= 1
 
 
 class Thaw(BaseFinetuning):

@@ -405,13 +405,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             # The checkpoint is of `lightning run`, whose one epoch has all batches.
             batches = trainer.global_step % steps * accumulation
             restate_progress(trainer, lambda _: batches)
+        build, batches = self._building(micro), steps * accumulation
         self._epochs = EpochLoader(
-            steps * accumulation,
-            accumulation,
-            self.batch_size,
-            lambda: self.consumed,
-            self._building(micro),
-            restated,
+            batches, accumulation, self.batch_size, lambda: self.consumed, build, restated
         )
         return self._epochs
 
