@@ -26,23 +26,13 @@ from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
 from mhla_lightning.data.modules.plain_loader import PlainLoader, rank_of_process
+from mhla_lightning.data.modules.position import check_position
 from mhla_lightning.data.modules.restoring import load_data
 from mhla_lightning.data.modules.trainer_limits import check_accumulation, check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
 from mhla_lightning.data.stores import Remote, Store, open_store, with_cache
 from mhla_lightning.data.stream import EvalStream, TrainStream
 from mhla_lightning.errors import DataError, UserError, inside
-
-# The key of a position in a checkpoint -> the argument that gives it.
-_ARGUMENTS = {
-    "format": None,
-    "seed": "order.seed",
-    "lanes": "order.lanes",
-    "window": "order.window",
-    "data_hash": "path",
-    "mix_by": "order.mix_by",
-    "batch_size": "batch_size",
-}
 
 
 class _Rank(NamedTuple):
@@ -329,16 +319,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a position in another sequence. Raises UserError."""
-        # Older checkpoints have no mix_by.
-        own, state = {"mix_by": "sample"} | self.state_dict(), {"mix_by": "sample"} | dict(state)
-        for key, argument in _ARGUMENTS.items():
-            if key in state and state[key] != own[key]:
-                raise UserError(
-                    argument,
-                    f"the checkpoint's position belongs to data with {key} {state[key]}, and here it is "
-                    f"{own[key]}: samples would be dropped and repeated; set it back, or start anew with "
-                    "`fresh`",
-                )
+        check_position(self.state_dict(), state)
 
     def setup(self, stage: str) -> None:
         """Refuse callbacks that would change the batch. Raises UserError.
