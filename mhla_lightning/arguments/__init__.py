@@ -1,1 +1,1 @@
-"""Constructor arguments of tasks and data modules: their annotations, and how checkpoints keep them."""
+"""Constructor arguments of tasks and data modules: annotations, and values in checkpoints."""

@@ -40,7 +40,7 @@ class KeepsArguments:
 
 
 def _flat(given: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of every argument but `self`; those of `**options` by their own names."""
+    """Yield name and value of every argument but `self`; `**options` by their own names."""
     for name, value in list(given.arguments.items())[1:]:
         if given.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()

@@ -133,7 +133,7 @@ class _WorkerProcesses:
         return self._iterator
 
     def __del__(self) -> None:
-        """End the workers of a loader that nobody holds any more; the exit would wait for them forever."""
+        """End the workers of a loader that nobody holds; the exit would wait for them forever."""
         self.shut_down()
 
     def shut_down(self) -> None:

@@ -341,7 +341,7 @@ class Task(KeepsArguments, pl.LightningModule):
         return positioned(self.entries(batch, stage), trainer_of(self), number)
 
     def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
-        """Return a batch of another loader by this task's names. Raises UserError where it does not fit."""
+        """Return a batch of another loader by this task's names. Raises UserError."""
         return named(batch, ())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -17,7 +17,7 @@ _MOST = 2**20  # samples of a batch, so that no two samples have one index
 
 
 def is_complete(batch: Any) -> bool:
-    """Return whether a batch has what the steps read besides its samples, as those of our loaders do."""
+    """Return whether a batch has what the steps read besides its samples."""
     return isinstance(batch, Mapping) and all(name in batch for name in _ALWAYS)
 
 
@@ -85,7 +85,7 @@ def shown(value: Any) -> str:
 
 
 def positioned(batch: Mapping[str, Any], trainer: pl.Trainer | None, number: int) -> dict[str, Any]:
-    """Return a batch with key, index, epoch and weight, by its position where it does not have them.
+    """Return a batch with key, index, epoch and weight; what it lacks follows from its position.
 
     Random numbers are then those of the position: they repeat in another run with the same loader.
 

@@ -110,7 +110,7 @@ class ImageDiffusionTask(DiffusionTask):
         return self.num_classes
 
     def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
-        """Return samples and labels of (image, label), or of a mapping of `label` and `image` or `latent`.
+        """Return the samples and labels of (image, label), or of a mapping.
 
         Raises UserError where they do not fit this model.
         """

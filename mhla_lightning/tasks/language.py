@@ -169,7 +169,7 @@ class LanguageTask(Task):
         return F.pad(tokens[:, 1:].masked_fill(~counted, IGNORE), (0, 1), value=IGNORE)
 
     def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
-        """Return tokens and documents of `input_ids`, and of `attention_mask` and `labels` where given.
+        """Return tokens and documents of `input_ids`, `attention_mask` and `labels`.
 
         They mean what transformers means: labels are those of the same token, the loss compares each with
         the token before, and -100 does not count. Without labels every real token counts.
@@ -249,7 +249,7 @@ class LanguageTask(Task):
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Continue the first half of every row with the likeliest tokens, to the row's or context's end.
+        """Continue the first half of every row, to its end, with the likeliest tokens.
 
         Where documents are isolated, only the last document of that half is read.
 

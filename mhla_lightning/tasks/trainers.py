@@ -62,7 +62,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 
 def check_copies(trainer: pl.Trainer, has_weights: bool) -> None:
-    """Refuse a callback of Lightning's that has copied the task before it had weights. Raises UserError."""
+    """Refuse a callback that has copied the task before it had weights. Raises UserError."""
     for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, StochasticWeightAveraging) and not has_weights:
             raise UserError(

@@ -24,6 +24,7 @@ from mhla_lightning.tasks import (
     VideoDiffusionTask,
 )
 from tests.helpers.errors import refused
+from tests.helpers.marks import every_nth
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:You defined a `validation_step`"
@@ -80,7 +81,7 @@ CASES: dict[str, tuple[Callable[[], Task], Dataset[Any], dict[str, tuple[int, ..
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_nth(CASES, 2))
 def test_a_plain_loader_trains_validates_and_predicts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, rows, shapes = CASES[case]
     monkeypatch.setattr(ImageDiffusionTask, "sampling", PredictSettings(steps=1))

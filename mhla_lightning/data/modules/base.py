@@ -301,7 +301,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         weights_only: bool | None = None,
         **arguments: Any,
     ) -> Self:
-        """Return the data module of a checkpoint, at its position; `ShardDataModule` finds the class.
+        """Return a checkpoint's data module at its position; `ShardDataModule` finds the class.
 
         Args:
             checkpoint_path: a file of Lightning's, or a checkpoint folder of ours.

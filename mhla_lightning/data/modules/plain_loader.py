@@ -63,7 +63,7 @@ class _Taken(IterableDataset[Batch]):
 
 
 def rank_of_process() -> tuple[int, int]:
-    """Return rank and world size of this process: those of its process group, where there is one."""
+    """Return rank and world size of this process in its process group, or (0, 1)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
