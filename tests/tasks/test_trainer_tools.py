@@ -178,7 +178,7 @@ def test_finetuning_thaws_with_its_own_rate(tmp_path: Path) -> None:
 
     task = make_task(ScheduleConfig("constant"))
     task.configure_model()
-    before = next(iter(task.backbone.blocks.parameters())).detach().clone()  # type: ignore[union-attr, arg-type]
+    before = next(iter(task.backbone.blocks.parameters())).detach().clone()  # type: ignore[union-attr]
     trainer = make_trainer(tmp_path, Thaw(), watch := Watch())
     trainer.fit(task, loader())
     assert torch.equal(watch.blocks[0], before)
