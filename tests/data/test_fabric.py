@@ -24,7 +24,7 @@ def keys(batches: Any, count: int) -> list[list[str]]:
 
 def test_fabric_takes_the_loaders_and_resumes_in_the_middle(shards: Path) -> None:
     """Fabric refused them: it takes torch's class alone."""
-    fabric = L.Fabric(accelerator="cpu", devices=1)
+    fabric: Any = L.Fabric(accelerator="cpu", devices=1)  # typed for torch's class alone
     data = make(shards, micro_batch_size=8)
     train, val = fabric.setup_dataloaders(data.train_dataloader(), data.val_dataloader())
     whole = keys(make(shards, micro_batch_size=8).train_dataloader(), 10)
