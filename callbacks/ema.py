@@ -109,7 +109,7 @@ class EMA(AfterStep):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._evaluate(trainer, pl_module, batch, "val_ema")
+        self._evaluate(trainer, pl_module, batch, batch_idx, "val_ema")
 
     def on_test_batch_end(
         self,
@@ -120,11 +120,15 @@ class EMA(AfterStep):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._evaluate(trainer, pl_module, batch, "test_ema")
+        self._evaluate(trainer, pl_module, batch, batch_idx, "test_ema")
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, prefix: str) -> None:
+    def _evaluate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int, prefix: str
+    ) -> None:
+        task = cast(Task, pl_module)
+        batch = task.completed(batch, number, "evaluate")
         with self.averaged(trainer, pl_module):
-            sharding_of(trainer.strategy).run_forward(lambda: cast(Task, pl_module).evaluate(batch, prefix))
+            sharding_of(trainer.strategy).run_forward(lambda: task.evaluate(batch, prefix))
 
     @contextmanager
     def averaged(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from mhla_lightning.callbacks.first_layer import first_layer
-from mhla_lightning.callbacks.steps import StepGuard
+from mhla_lightning.callbacks.steps import StepGuard, completed
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
 from mhla_lightning.runs.ranks import end_within
@@ -136,6 +136,7 @@ class Health(StepGuard):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        batch = completed(pl_module, batch, batch_idx)
         self._batches.append((batch["key"], outputs["loss"].detach()))
         if self.row == self.max_skipped:  # one more step left out ends the run; its batches are searched
             self._kept.append((batch, batch_idx))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mhla_lightning.attention import MixingMatrix
-from mhla_lightning.callbacks.steps import step_guard
+from mhla_lightning.callbacks.steps import completed, step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.runs.tags import MIXING_VALUES
@@ -80,7 +80,7 @@ class Monitor(pl.Callback):
     ) -> None:
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
-        self._skipped += int(batch["skipped"])
+        self._skipped += int(completed(pl_module, batch, batch_idx)["skipped"])
         # Lightning has divided it for the backward.
         self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.global_step == self._step:  # still accumulating

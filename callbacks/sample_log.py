@@ -8,6 +8,7 @@ from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 
+from mhla_lightning.callbacks.steps import completed
 from mhla_lightning.runs.folder import read_lines, write_text
 
 FOLDER = "samples"
@@ -40,6 +41,7 @@ class SampleLog(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        batch = completed(pl_module, batch, batch_idx)
         line = {
             "step": trainer.global_step,
             "epoch": batch["epoch"].tolist(),

@@ -12,6 +12,19 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from torch import Tensor
 
+from mhla_lightning.tasks.base import Task
+
+
+def completed(pl_module: pl.LightningModule, batch: Any, number: int) -> Any:
+    """Return a training batch as the task reads it: batches of other loaders have no keys.
+
+    Args:
+        pl_module: that trains.
+        batch: of any loader.
+        number: of the batch in its epoch.
+    """
+    return pl_module.completed(batch, number, "train") if isinstance(pl_module, Task) else batch
+
 
 class StepGuard(pl.Callback):
     """Decides which optimizer steps are taken; the first callback of a trainer.

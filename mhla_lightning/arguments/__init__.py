@@ -1,1 +1,1 @@
-"""Arguments of tasks and data modules: annotations, and how checkpoints keep them."""
+"""Constructor arguments of tasks and data modules: annotations, and values in checkpoints."""

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from mhla_lightning.arguments.hints import argument_hints, dataclass_in, item_hint, options_of
 from mhla_lightning.errors import UserError
@@ -40,7 +40,7 @@ class KeepsArguments:
 
 
 def _flat(given: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
-    """Yield name and value of every argument but `self`, `**options` one by one."""
+    """Yield name and value of every argument but `self`; `**options` by their own names."""
     for name, value in list(given.arguments.items())[1:]:
         if given.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()
@@ -74,7 +74,7 @@ def _plain(value: Any, hint: Any) -> Any:
         hints = argument_hints(config)
         return {
             field.name: _plain(getattr(value, field.name), hints.get(field.name))
-            for field in dataclasses.fields(config)
+            for field in dataclasses.fields(cast(Any, config))
             if field.init
         }
     if isinstance(value, Mapping):

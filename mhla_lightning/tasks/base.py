@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, Self, cast, runtime_checkable
 
@@ -18,17 +19,31 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from mhla_lightning.arguments.plain import KeepsArguments
+from mhla_lightning.arguments.hints import argument_hints
+from mhla_lightning.arguments.plain import KeepsArguments, plain
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig, clip_by_norm, fuse
+from mhla_lightning.tasks.batches import (
+    Stage,
+    is_complete,
+    named,
+    positioned,
+    trainer_of,
+)
+from mhla_lightning.tasks.optimization import (
+    OptimizerConfig,
+    RecipeSchedule,
+    ScheduleConfig,
+    clip_by_norm,
+    fuse,
+)
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
-from mhla_lightning.tasks.trainers import check_strategy, run_length
+from mhla_lightning.tasks.trainers import check_copies, check_strategy, run_length
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -108,6 +123,7 @@ class Task(KeepsArguments, pl.LightningModule):
         self._logs_loss = True
         self._step_losses: list[Tensor] = []
         self._logged_step = 0
+        self._lr_changed = False
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
         plan = self._weightless()
@@ -156,6 +172,7 @@ class Task(KeepsArguments, pl.LightningModule):
         Lightning calls it. Raises UserError.
         """
         check_strategy(self.trainer)
+        check_copies(self.trainer, self.backbone is not None)
         data = cast(Any, self.trainer).datamodule
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
@@ -193,6 +210,32 @@ class Task(KeepsArguments, pl.LightningModule):
         self.built_backbone()
         return super().named_parameters(*arguments, **named)
 
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, which the optimizer and its schedule follow, also while training.
+
+        Lightning's learning rate finder sets it.
+        """
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer_config = replace(self.optimizer_config, lr=float(value))
+        hints = argument_hints(type(self))
+        if "optimizer" in hints:
+            self.hparams["optimizer"] = plain(self.optimizer_config, hints["optimizer"])
+        self._lr_changed = True
+        self._follow_lr()
+
+    def _follow_lr(self) -> None:
+        """Bring the running schedule to the learning rate."""
+        trainer = trainer_of(self)
+        if trainer is None:
+            return
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, RecipeSchedule):
+                self.schedule_config.change_peak(config.scheduler, self.lr, run_length(trainer))
+
     def clip_by(self, norm: Tensor) -> None:
         """Take the gradient norm of the coming step from a callback that has measured it.
 
@@ -219,6 +262,9 @@ class Task(KeepsArguments, pl.LightningModule):
         self._logs_loss = logs
 
     def on_train_start(self) -> None:
+        if self._lr_changed:  # Lightning's finder has set the peak for the first step, whatever the warm-up
+            self._follow_lr()
+            self._lr_changed = False
         self._step_losses, self._logged_step = [], self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -277,11 +323,32 @@ class Task(KeepsArguments, pl.LightningModule):
         """Return further entries of the moved batch that the step reads on the host."""
         return {}
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "val")
+    def completed(self, batch: Any, number: int, stage: Stage) -> Mapping[str, Any]:
+        """Return a batch with all entries that the steps read; one of our loaders as it is.
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.evaluate(batch, "test")
+        Samples of other loaders get weight 1, and random numbers keyed by their position.
+
+        Args:
+            batch: of any loader.
+            number: of the batch in its epoch.
+            stage: of the step that reads it.
+
+        Raises:
+            UserError: an entry is missing or does not fit; names the entry and the shape wanted.
+        """
+        if is_complete(batch):
+            return batch
+        return positioned(self.entries(batch, stage), trainer_of(self), number)
+
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return a batch of another loader by this task's names. Raises UserError."""
+        return named(batch, ())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(self.completed(batch, batch_idx, "evaluate"), "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(self.completed(batch, batch_idx, "evaluate"), "test")
 
     @abstractmethod
     def evaluate(self, batch: Mapping[str, Any], prefix: str) -> None:

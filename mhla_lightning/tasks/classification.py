@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
-from mhla_lightning.tasks.batches import keys, keys_of, real_rows
+from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, labels_within, named, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
 
 
@@ -85,7 +85,24 @@ class ClassificationTask(Task):
     def draws_ahead(self, training: bool) -> Drawing | None:
         return PairDraws(self.mixup, run_seed()) if training and self.mixup is not None else None
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return `image` and `label` of (image, label), or of a mapping with both.
+
+        A prediction needs no labels. Raises UserError where they do not fit this model.
+        """
+        found = named(batch, ("image", "label"))
+        shape = (None, self.backbone_options.get("in_chans", 3), *self._image_size())
+        images = entry(found, "image", shape, "float", "normalised pixels")
+        if stage == "predict":
+            return found
+        labels = entry(found, "label", (len(images),), "int64", f"classes from 0 to {self.num_classes - 1}")
+        labels_within(labels, self.num_classes, "num_classes")
+        if stage == "train":
+            self.check_batch(len(images))
+        return found
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.completed(batch, batch_idx, "train")
         images, labels = batch["image"], batch["label"]
         if self.mixup is None:
             loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
@@ -117,8 +134,9 @@ class ClassificationTask(Task):
                 batch_size=max(1, len(labels)),
             )
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return `key`, `logits` and `probabilities`, (images, classes), without padding."""
+        batch = self.completed(batch, batch_idx, "predict")
         kept = real_rows(batch)
         logits = self(batch["image"])[kept].float()
         return {"key": keys_of(batch, kept), "logits": logits, "probabilities": logits.softmax(-1)}

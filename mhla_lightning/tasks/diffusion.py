@@ -169,13 +169,14 @@ class DiffusionTask(Task):
     def empty_condition(self) -> int | Tensor:
         """Return the empty condition of one sample."""
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Draw a sample under the condition of each sample of a batch, as :attr:`sampling` says.
 
         Returns:
             `key`, and `sample` (batch, C, ...) float32. Also `images` (batch, height, width, 3) or `videos`
             (batch, frames, height, width, 3), uint8, where a data module of ours makes them.
         """
+        batch = self.completed(batch, batch_idx, "predict")
         kept = real_rows(batch)
         shape, indices = self.clean(batch).shape[1:], batch["index"].to(kept.device)[kept].tolist()
         settings = replace(self.sampling, sampler=self.sampling.sampler or default_sampler(self.process))
@@ -223,7 +224,8 @@ class DiffusionTask(Task):
     def frozen_models(self) -> list[nn.Module]:
         return [] if self.teacher is None or self.teacher.model is None else [self.teacher.model]
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.completed(batch, batch_idx, "train")
         epochs = batch["epoch"].tolist()
         if self.teacher is None:
             losses, times = self._losses(batch, epochs, "diffusion", self.dropout)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mhla_lightning.backbones import BACKBONES, default_options
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.batches import keys
+from mhla_lightning.tasks.batches import Stage, entry, keys, labels_within, named
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 
@@ -108,6 +108,18 @@ class ImageDiffusionTask(DiffusionTask):
     def null_label(self) -> int:
         """The label of no class."""
         return self.num_classes
+
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return the samples and labels of (image, label), or of a mapping.
+
+        Raises UserError where they do not fit this model.
+        """
+        found = named(batch, ("image", "label"))
+        name = next((name for name in self.samples if name in found), "image")
+        clean = entry(found, name, (None, *self.sample_shape), "float", "samples of about unit size")
+        labels = entry(found, "label", (len(clean),), "int64", f"classes from 0 to {self.num_classes - 1}")
+        labels_within(labels, self.num_classes, "backbone_options.num_classes")
+        return found
 
     def empty_condition(self) -> int:
         return self.null_label

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.base import PREFIXES, GivesFacts, Task
-from mhla_lightning.tasks.batches import keys, keys_of, real_rows
+from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, labels_within, named, real_rows
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
 HOST_DOCUMENTS = "host_documents"
@@ -168,12 +168,48 @@ class LanguageTask(Task):
         counted &= documents[:, :-1] == documents[:, 1:] if self.isolate_documents else documents[:, :-1] >= 0
         return F.pad(tokens[:, 1:].masked_fill(~counted, IGNORE), (0, 1), value=IGNORE)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return tokens and documents of `input_ids`, `attention_mask` and `labels`.
+
+        They mean what transformers means: labels are those of the same token, the loss compares each with
+        the token before, and -100 does not count. Without labels every real token counts.
+
+        Raises UserError where they do not fit this model.
+        """
+        found = named(batch, ("input_ids",))
+        if "position_ids" in found:
+            raise UserError("batch.position_ids", "positions follow from attention_mask; leave them out")
+        name = "tokens" if "tokens" in found else "input_ids"
+        tokens = entry(found, name, (None, None), "int64", "token ids (batch, tokens)")
+        rows, length = tokens.shape
+        if length < 2 or (length > self.context and (length % self.context or stage == "train")):
+            raise UserError(
+                f"batch.{name}", f"its rows hold {length} tokens; they must hold from 2 to {self.context}"
+            )
+        labels_within(tokens, self.vocab_size, "backbone_options.vocab_size")
+        if "documents" not in found:
+            mask = found.get("attention_mask")
+            mask = torch.ones_like(tokens) if mask is None else mask
+            if not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+                raise UserError("batch.attention_mask", f"it must have the shape of {name}, {(rows, length)}")
+            found["documents"] = torch.zeros_like(tokens).masked_fill(mask == 0, -1)
+        if "labels" in found:
+            labels = entry(found, "labels", (rows, length), "int64", "token ids, or -100")
+            labels_within(labels[labels != IGNORE], self.vocab_size, "backbone_options.vocab_size")
+        return found | {"tokens": tokens}
+
+    def _wanted(self, tokens: Tensor, documents: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the targets, of labels where the batch has them."""
+        if labels is None:
+            return self.targets(tokens, documents)
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.completed(batch, batch_idx, "train")
         tokens, documents = batch["tokens"], batch["documents"]
         features = self._features(tokens, documents, batch.get(HOST_DOCUMENTS, documents))
-        return token_loss(
-            features, self._model().head_weight, self.targets(tokens, documents), z_loss=self.z_loss
-        )
+        targets = self._wanted(tokens, documents, batch.get("labels"))
+        return token_loss(features, self._model().head_weight, targets, z_loss=self.z_loss)
 
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Add a batch to the metrics under a prefix (one of PREFIXES) at every context length.
@@ -182,11 +218,14 @@ class LanguageTask(Task):
         """
         row = batch["tokens"].shape[1]
         host = batch.get(HOST_DOCUMENTS, batch["documents"])
-        for length in (self.context, *self.eval_lengths):
-            tokens, documents = (batch[name].reshape(-1, length) for name in ("tokens", "documents"))
+        # Rows of other loaders may be shorter than the context.
+        windows = {self.context: min(row, self.context)} | {n: n for n in self.eval_lengths if row % n == 0}
+        for tagged, length in windows.items():
+            tokens, documents = (batch[key].reshape(-1, length) for key in ("tokens", "documents"))
+            labels = batch["labels"].reshape(-1, length) if "labels" in batch else None
             real = (batch["weight"] > 0).repeat_interleave(row // length)
-            targets = self.targets(tokens, documents).masked_fill(~real[:, None], IGNORE)
-            tag = self._tag(prefix, length)
+            targets = self._wanted(tokens, documents, labels).masked_fill(~real[:, None], IGNORE)
+            tag = self._tag(prefix, tagged)
             metrics = cast("dict[str, MeanMetric]", self.metrics[tag])
             self.measure(metrics, self._features(tokens, documents, host.reshape(-1, length)), targets)
             for name, metric in metrics.items():
@@ -209,8 +248,8 @@ class LanguageTask(Task):
             length = self.token_bytes.to(targets.device)[targets[counted]].sum()
             metrics["bits_per_byte"].update(nats / (math.log(2) * length.clamp_min(1)), weight=length)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Continue the first half of every row greedily, to the end of the row or the context.
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Continue the first half of every row, to its end, with the likeliest tokens.
 
         Where documents are isolated, only the last document of that half is read.
 
@@ -218,6 +257,7 @@ class LanguageTask(Task):
             `key`; `prompt`, `continuation` int64 (rows, tokens); `read` bool, the tokens of the prompt that
             are read.
         """
+        batch = self.completed(batch, batch_idx, "predict")
         kept = real_rows(batch)
         length = min(batch["tokens"].shape[1], self.context)
         prompt, documents = (batch[name][kept, : length // 2] for name in ("tokens", "documents"))

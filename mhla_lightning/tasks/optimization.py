@@ -68,6 +68,8 @@ class OptimizerConfig:
             {**group, "params": [model.get_parameter(names[id(parameter)]) for parameter in group["params"]]}
             for group in groups
         ]
+        for group in groups:  # a callback may have frozen more than the plan
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
 
@@ -99,13 +101,18 @@ class RecipeSchedule(LambdaLR):
     nor the earlier one, and its first step the earlier one.
     """
 
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of every group; groups that a callback has added keep theirs."""
+        rates = list(super().get_lr())
+        return rates + [group["lr"] for group in self.optimizer.param_groups[len(rates) :]]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved position, and set the learning rates of this schedule there."""
         step = state_dict["last_epoch"]
         rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         own = {"lr_lambdas": [None] * len(rates), "_last_lr": rates}
         super().load_state_dict(own | {"last_epoch": step, "_step_count": state_dict["_step_count"]})
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):  # others were added
             group["lr"] = rate
 
 
@@ -168,3 +175,16 @@ class ScheduleConfig:
                 "steps: all of it is warm-up"
             )
         return RecipeSchedule(optimizer, lambda step: self.lr_at(step, peak, max_steps) / peak)
+
+    def change_peak(self, schedule: RecipeSchedule, peak: float, max_steps: int) -> None:
+        """Give a running schedule another peak, from its next step on and for the current rate.
+
+        Args:
+            schedule: of :meth:`build`.
+            peak: learning rate after the warm-up.
+            max_steps: length of the run.
+        """
+        count = len(schedule.base_lrs)
+        schedule.base_lrs = [peak] * count
+        schedule.lr_lambdas = [lambda step: self.lr_at(step, peak, max_steps) / peak] * count
+        schedule.load_state_dict(schedule.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
@@ -60,16 +61,29 @@ def check_strategy(trainer: pl.Trainer) -> None:
             )
 
 
+def check_copies(trainer: pl.Trainer, has_weights: bool) -> None:
+    """Refuse a callback that has copied the task before it had weights. Raises UserError."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, StochasticWeightAveraging) and not has_weights:
+            raise UserError(
+                "trainer.callbacks",
+                "StochasticWeightAveraging copies the task before it has weights, and would average nothing; "
+                "call the task's configure_model() before fit, or take mhla_lightning.callbacks.EMA",
+            )
+
+
 def run_length(trainer: pl.Trainer) -> int:
     """Return the optimizer steps after which a trainer ends; 0 where nobody knows.
 
-    trainer.estimated_stepping_batches would make Lightning forget the restored position in the data
+    With our data, trainer.estimated_stepping_batches would make Lightning forget the restored position
     (Lightning issue 20550).
     """
     data, epochs = cast(Any, trainer).datamodule, trainer.max_epochs or 0
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if epochs > 0 and isinstance(data, HasEpochs):
         limits.append(epochs * data.steps_of_epoch())
+    elif epochs > 0 and math.isfinite(steps := trainer.estimated_stepping_batches):
+        limits.append(int(steps))
     return min(limits, default=0)
 
 

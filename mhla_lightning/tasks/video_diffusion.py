@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.batches import keys
+from mhla_lightning.tasks.batches import Stage, entry, keys, named
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 
@@ -136,6 +136,21 @@ class VideoDiffusionTask(DiffusionTask):
             UserError: names the nearest sizes that work.
         """
         self._plan().check_size(size)
+
+    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
+        """Return samples and text of (clip, text), or of a mapping of `text` and `clip` or `latent`.
+
+        Raises UserError where they do not fit this model.
+        """
+        found = named(batch, ("clip", "text"))
+        name = next((name for name in self.samples if name in found), "clip")
+        shape = (None, self.sample_shape[0], None, None, None)
+        clean = entry(found, name, shape, "float", "samples (batch, channels, frames, height, width)")
+        tokens, channels = self.text_shape
+        text = entry(found, "text", (len(clean), None, channels), "float", f"at most {tokens} text features")
+        if text.shape[1] > tokens:
+            raise UserError("batch.text", f"it has {text.shape[1]} tokens, and the model takes {tokens}")
+        return found
 
     def empty_condition(self) -> Tensor:
         return self.null_text

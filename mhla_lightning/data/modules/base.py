@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,6 +27,8 @@ from mhla_lightning.data.loader import Loading, build_loader, shut_down
 from mhla_lightning.data.modules.advice import advice
 from mhla_lightning.data.modules.epochs import EpochLoader, restate_progress
 from mhla_lightning.data.modules.options import OrderConfig, ReadingConfig
+from mhla_lightning.data.modules.plain_loader import PlainLoader, rank_of_process
+from mhla_lightning.data.modules.position import check_position
 from mhla_lightning.data.modules.restoring import load_data
 from mhla_lightning.data.modules.trainer_limits import check_accumulation, check_callbacks, check_trainer
 from mhla_lightning.data.split import Split
@@ -35,16 +37,6 @@ from mhla_lightning.data.stream import EvalStream, TrainStream
 from mhla_lightning.errors import DataError, UserError, inside
 
 log = logging.getLogger(__name__)
-# The key of a position in a checkpoint -> the argument that gives it.
-_ARGUMENTS = {
-    "format": None,
-    "seed": "order.seed",
-    "lanes": "order.lanes",
-    "window": "order.window",
-    "data_hash": "path",
-    "mix_by": "order.mix_by",
-    "batch_size": "batch_size",
-}
 
 
 class _Rank(NamedTuple):
@@ -102,6 +94,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         self._corpus: TrainCorpus | None = None
         self._loaders: list[wds.WebLoader] = []
         self._epochs: EpochLoader | None = None
+        self._plain: PlainLoader | None = None
         self.endless = False
         self._validate()
 
@@ -270,6 +263,8 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         """Training samples already consumed."""
         if self._restored is not None:
             return int(self._restored["consumed"])
+        if self._plain is not None:
+            return self._plain.consumed
         steps = 0 if self.trainer is None else max(0, self.trainer.global_step - self._start_step)
         return self._start + steps * self.batch_size
 
@@ -310,9 +305,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         weights_only: bool | None = None,
         **arguments: Any,
     ) -> Self:
-        """Return the data module of a checkpoint, at its position.
-
-        `ShardDataModule` finds the class.
+        """Return a checkpoint's data module at its position; `ShardDataModule` finds the class.
 
         Args:
             checkpoint_path: a file of Lightning's, or a checkpoint folder of ours.
@@ -330,16 +323,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a position in another sequence. Raises UserError."""
-        # Older checkpoints have no mix_by.
-        own, state = {"mix_by": "sample"} | self.state_dict(), {"mix_by": "sample"} | dict(state)
-        for key, argument in _ARGUMENTS.items():
-            if key in state and state[key] != own[key]:
-                raise UserError(
-                    argument,
-                    f"the checkpoint's position belongs to data with {key} {state[key]}, and here it is "
-                    f"{own[key]}: samples would be dropped and repeated; set it back, or start anew with "
-                    "`fresh`",
-                )
+        check_position(self.state_dict(), state)
 
     def setup(self, stage: str) -> None:
         """Refuse callbacks that would change the batch. Raises UserError.
@@ -349,9 +333,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         if self.trainer is not None and stage == "fit":
             check_callbacks(self.trainer)
             if self.trainer.global_step == 0 and self._restored is None:
-                self._start = self._start_step = 0
+                self._start, self._start_step, self._plain = 0, 0, None
 
-    def train_dataloader(self) -> wds.WebLoader | EpochLoader:
+    def train_dataloader(self) -> wds.WebLoader | EpochLoader | PlainLoader:
         """Return the sequence of training batches from the current position on.
 
         Under a trainer it comes in epochs of one length; without one it has no end. `lightning run` has one
@@ -365,10 +349,12 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             if self._restored is not None:
                 self.check_state(self._restored)
         resumed = self._restored is not None
-        self._start, self._start_step = self.consumed, 0 if self.trainer is None else self.trainer.global_step
-        self._restored = None
         if self.trainer is None:
-            return self._train_loader(micro, None, self._start)
+            self._start, self._restored = self.consumed if resumed else self._start, None
+            self._plain = PlainLoader(self._building(micro), None, self._start, self.batch_size, accumulation)
+            return self._plain
+        self._start, self._start_step, self._plain = self.consumed, self.trainer.global_step, None
+        self._restored = None
         if place.rank == 0:
             val_samples = sum(split.samples for split in self.splits("val"))
             for sentence in advice(self.samples, self.batch_size, val_samples):
@@ -401,6 +387,21 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             lengths.append((trainer.max_epochs - trainer.current_epoch) * steps)
         self._check_mixture(min(lengths, default=0))
 
+        def restated(before: int) -> None:
+            restate_progress(trainer, lambda batches: batches // before * accumulation)
+
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready > steps * accumulation:
+            # The checkpoint is of `lightning run`, whose one epoch has all batches.
+            batches = trainer.global_step % steps * accumulation
+            restate_progress(trainer, lambda _: batches)
+        build, batches = self._building(micro), steps * accumulation
+        self._epochs = EpochLoader(
+            batches, accumulation, self.batch_size, lambda: self.consumed, build, restated
+        )
+        return self._epochs
+
+    def _building(self, micro: int) -> Callable[[int], wds.WebLoader]:
+        """Return what builds the endless loader from a position on, and ends the one before."""
         running: list[wds.WebLoader] = []
 
         def build(first: int) -> wds.WebLoader:
@@ -409,17 +410,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             running[:] = [self._train_loader(micro, None, first)]
             return running[0]
 
-        def restated(before: int) -> None:
-            restate_progress(trainer, lambda batches: batches // before * accumulation)
-
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready > steps * accumulation:
-            # The checkpoint is of `lightning run`, whose one epoch has all batches.
-            batches = trainer.global_step % steps * accumulation
-            restate_progress(trainer, lambda _: batches)
-        self._epochs = EpochLoader(
-            steps * accumulation, accumulation, self.batch_size, lambda: self.consumed, build, restated
-        )
-        return self._epochs
+        return build
 
     def _train_loader(self, micro: int, batches: int | None, first: int) -> wds.WebLoader:
         """Return a loader of the sequence from a position on.
@@ -455,22 +446,22 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
                 "see when_exhausted",
             )
 
-    def val_dataloader(self) -> wds.WebLoader:
+    def val_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over val/, with the same number of batches on every rank.
 
         Missing samples are padding of weight 0.
         """
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> wds.WebLoader:
+    def test_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over test/. Raises DataError when there is none."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> wds.WebLoader:
+    def predict_dataloader(self) -> wds.WebLoader | PlainLoader:
         """Return one pass over test/, or over val/ where there is no test/, for `Trainer.predict`."""
         return self._eval_loader("test" if self.splits("test") else "val")
 
-    def _eval_loader(self, name: str) -> wds.WebLoader:
+    def _eval_loader(self, name: str) -> wds.WebLoader | PlainLoader:
         place, index, corpus = self._rank(), self.index(name), Corpus(self.splits(name))
         with inside("data"):
             micro, _ = self.micro_batch(place.world_size)
@@ -484,7 +475,8 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             self._kinds(name),
             self._draw(training=False),
         )
-        return self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
+        loader = self._loader(stream, min(self.reading.num_workers, stream.batches), stream.batches)
+        return loader if self.trainer is not None else PlainLoader(lambda _: loader, stream.batches)
 
     def _kinds(self, name: str) -> tuple[Kind, ...]:
         """Return a kind for each source that has this split, where each batch is of one source."""
@@ -513,7 +505,9 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
 
     def _rank(self) -> _Rank:
         trainer = self.trainer
-        return _Rank(0, 1) if trainer is None else _Rank(trainer.global_rank, trainer.world_size)
+        return (
+            _Rank(*rank_of_process()) if trainer is None else _Rank(trainer.global_rank, trainer.world_size)
+        )
 
     def teardown(self, stage: str) -> None:
         """End the loader workers."""
