@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from mhla_lightning.strategies.registering import register_presets
+
 TYPE_CHECKING = False  # as typing's, whose import takes longer than all of this file
 if TYPE_CHECKING:
     from mhla_lightning.api import (
@@ -138,3 +140,6 @@ if not TYPE_CHECKING:  # a checker would take every name for one of ours
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_presets()  # `L.Trainer(strategy="zero2")`

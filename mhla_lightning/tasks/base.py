@@ -71,6 +71,16 @@ class TellsSkippedSteps(Protocol):
         ...
 
 
+@runtime_checkable
+class GathersWeights(Protocol):
+    """The part of a DeepSpeed strategy that says whether weights are gathered around every layer."""
+
+    @property
+    def zero_stage_3(self) -> bool:
+        """Whether they are."""
+        ...
+
+
 class Task(pl.LightningModule):
     """A LightningModule around a backbone of the registry.
 
@@ -174,6 +184,9 @@ class Task(pl.LightningModule):
         Lightning calls it. Raises UserError.
         """
         check_strategy(self.trainer)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
+            self.check_gathered("zero3")
         data = cast(Any, self.trainer).datamodule
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
@@ -195,6 +208,32 @@ class Task(pl.LightningModule):
                 "compile",
                 "`whole` leaves no block whose activations `checkpoint_activations` offload could move; take "
                 "`blocks`, or another `checkpoint_activations`",
+            )
+
+    def check_gathered(self, strategy: str) -> None:
+        """Refuse what does not go together with weights that are gathered around every layer.
+
+        Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo
+        compiles DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of
+        compilations.
+
+        Args:
+            strategy: its name, for the error.
+
+        Raises:
+            UserError: `checkpoint_activations` offload, or `compile`.
+        """
+        if self.checkpoint_activations == "offload":
+            raise UserError(
+                "checkpoint_activations",
+                f"offload would keep the gathered weights of `trainer.strategy` {strategy}; take blocks or "
+                "attention, or zero2",
+            )
+        if self.compilation is not None:
+            raise UserError(
+                "compile",
+                f"`trainer.strategy` {strategy} gathers weights around every layer, which compiles anew in "
+                "each step; take null, or ddp, zero1 or zero2",
             )
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:

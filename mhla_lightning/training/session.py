@@ -173,9 +173,7 @@ class Session:
         if self.recipe.matmul_precision is not None and trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision(self.recipe.matmul_precision)
         with inside("data"):
-            micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
-        if isinstance(arguments.get("strategy"), ZeroStrategy):
-            arguments["strategy"].micro_batch = micro_batch
+            _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
             trainer.val_check_interval = (
                 min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
@@ -396,29 +394,14 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_split_weights(task: Task, strategy: Any) -> None:
-    """Refuse what does not go together with weights that are split among ranks.
+    """Refuse what does not go together with weights that are split among ranks. Raises UserError.
 
-    Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo compiles
-    DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of compilations.
-
-    Raises:
-        UserError: ZeRO stage 3 beside `checkpoint_activations` offload or `compile`.
+    Args:
+        task: of the recipe.
+        strategy: `trainer.strategy`.
     """
-    if not is_zero(strategy) or zero_config(strategy)["zero_optimization"]["stage"] != 3:
-        return
-    name = strategy_name(strategy)
-    if task.checkpoint_activations == "offload":
-        raise UserError(
-            "checkpoint_activations",
-            f"offload would keep the gathered weights of `trainer.strategy` {name}; take blocks or "
-            "attention, or zero2",
-        )
-    if task.compilation is not None:
-        raise UserError(
-            "compile",
-            f"`trainer.strategy` {name} gathers weights around every layer, which compiles anew in each "
-            "step; take null, or ddp, zero1 or zero2",
-        )
+    if is_zero(strategy) and zero_config(strategy)["zero_optimization"]["stage"] == 3:
+        task.check_gathered(str(strategy_name(strategy)))
 
 
 def check_float16(arguments: Mapping[str, Any]) -> None:
