@@ -33,7 +33,7 @@ def register_presets() -> None:
 
 
 class _Waiting:
-    """A finder that leaves every import alone and removes itself at that of Lightning's strategies."""
+    """A finder that acts once, when Lightning's strategies are imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

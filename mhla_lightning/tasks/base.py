@@ -73,7 +73,7 @@ class TellsSkippedSteps(Protocol):
 
 @runtime_checkable
 class GathersWeights(Protocol):
-    """The part of a DeepSpeed strategy that says whether weights are gathered around every layer."""
+    """The part of a DeepSpeed strategy that tells whether layers gather their weights."""
 
     @property
     def zero_stage_3(self) -> bool:

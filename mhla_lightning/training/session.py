@@ -394,7 +394,7 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_split_weights(task: Task, strategy: Any) -> None:
-    """Refuse what does not go together with weights that are split among ranks. Raises UserError.
+    """Refuse what does not go with weights that are split among ranks. Raises UserError.
 
     Args:
         task: of the recipe.

@@ -356,7 +356,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
 
 
 def _sizes(module: pl.LightningModule) -> tuple[int, int]:
-    """Return the parameters of a module, 0 where none exist yet, and the elements of the largest."""
+    """Return a module's parameters, 0 where none exist yet, and the elements of the largest."""
     if isinstance(module, KnowsSizes):
         return module.parameter_count, module.largest_weight
     counts = [parameter.numel() for parameter in module.parameters()]
@@ -364,7 +364,7 @@ def _sizes(module: pl.LightningModule) -> tuple[int, int]:
 
 
 def _other_accelerator(on_cpu: bool) -> str:
-    """Return why the trainer's accelerator does not fit DeepSpeed, which is imported for another."""
+    """Return why DeepSpeed, imported for another device, cannot use the accelerator."""
     if on_cpu:
         return "it is no CPU, and DS_ACCELERATOR is cpu in the environment; remove that variable"
     return "it is a CPU beside a GPU: set DS_ACCELERATOR=cpu in the environment before Python starts"
