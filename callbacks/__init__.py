@@ -5,6 +5,7 @@ others itself.
 """
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
+from mhla_lightning.callbacks.default import default_callbacks
 from mhla_lightning.callbacks.early_end import EarlyEnd
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.health import Health
@@ -32,4 +33,5 @@ __all__ = [
     "SampleGrids",
     "SampleLog",
     "StepBar",
+    "default_callbacks",
 ]

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         SampleClips,
         SampleGrids,
         SampleLog,
+        default_callbacks,
     )
     from mhla_lightning.data import ClipDataModule, ImageDataModule, LatentDataModule, TokenDataModule
     from mhla_lightning.errors import UserError
@@ -96,6 +97,7 @@ __all__ = [
     "build_backbone",
     "compare",
     "compare_recipe",
+    "default_callbacks",
     "export",
     "generate",
     "register_attention",
@@ -115,7 +117,7 @@ _ROOMS = {
     "backbones": ("build_backbone", "register_backbone"),
     "callbacks": (
         *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
-        *("SampleClips", "SampleGrids", "SampleLog"),
+        *("SampleClips", "SampleGrids", "SampleLog", "default_callbacks"),
     ),
     "data": ("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
     "errors": ("UserError",),

@@ -97,7 +97,7 @@ class RecipeCLI(LightningCLI):
         if not isinstance(words, list | tuple):
             raise UserError("args", f"{type(words).__name__} is given; write the words of a command line")
         if not words or any(word in ("-h", "--help") for word in words):
-            super().parse_arguments(parser, args)
+            parser.parse_args(list(words))  # ends the process
         given, rest = _parser(self._with_subcommand).parse_known_args(words)
         overrides = parse_overrides(rest)
         if given.print_config:

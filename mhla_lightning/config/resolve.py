@@ -250,7 +250,7 @@ def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
 _PLACE_OF_TRAINER = ("devices", "num_nodes", "matmul_precision")
 """Where data is, how it is fetched, the devices and the precision of their products may change between two
-attempts of a run. The global batch may not.
+attempts of a run, and so may further loggers. The global batch may not.
 """
 
 
@@ -269,6 +269,8 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:
             section.pop(key, None)
+    if kept["trainer"].get("logger") is not None:
+        kept["trainer"]["logger"] = None
     for source in arguments.get("mix") or ():
         source.pop("path", None)
     return kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import resource
 import statistics
@@ -142,8 +141,7 @@ class Session:
 
     def _trainer(self) -> pl.Trainer:
         arguments = dict(self.recipe.trainer)
-        callbacks = arguments.pop("callbacks", [])
-        given = callbacks if isinstance(callbacks, list) else [callbacks]
+        given, loggers = (_listed(arguments.pop(name, [])) for name in ("callbacks", "logger"))
         if isinstance(arguments.get("val_check_interval"), int):
             # Lightning's EarlyStopping takes an interval of 1 for 1.0, the end of an epoch, otherwise.
             arguments["check_val_every_n_epoch"] = None
@@ -154,7 +152,7 @@ class Session:
             "max_time": None,  # Preemption stops the run
             "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0),
             "default_root_dir": self.run.path,
-            "logger": self.logger,
+            "logger": [self.logger, *loggers],
             "use_distributed_sampler": False,
             "callbacks": self._callbacks(given, arguments),
             "plugins": [*_environment(self.run), RunCheckpointIO()],
@@ -189,12 +187,7 @@ class Session:
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
         own: list[Callback] = [
-            Monitor(
-                self.data.batch_size,
-                math.prod(self.task.grid),
-                self.task.flops_per_batch(1),
-                self.recipe.trainer.get("precision", "32-true"),
-            ),
+            Monitor(),
             MixingHeatmaps(),
             self.progress,
             checkpoint,
@@ -361,6 +354,10 @@ class Session:
             "steps": self.trainer.global_step,
             "seconds": round(self.progress.seconds, 3),
         }
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _medians(series: Mapping[str, list[tuple[int, float]]], names: Iterable[str]) -> dict[str, float]:

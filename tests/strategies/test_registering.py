@@ -100,8 +100,7 @@ trainer.fit(task, data)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize(("strategy", "precision"), [("zero2", "32-true"), ("zero3", "bf16-mixed")])
 def test_two_processes_learn_what_a_run_learns(
     recipe: Path, shards: Path, tmp_path: Path, strategy: str, precision: str
 ) -> None:
