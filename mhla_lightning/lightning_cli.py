@@ -23,14 +23,8 @@ from mhla_lightning.config.recipes import parse_overrides
 from mhla_lightning.config.resolve import CheckpointConfig, HealthConfig, resolve
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks import Task
-from mhla_lightning.training.launch import (
-    Launched,
-    LogReport,
-    Report,
-    RunOptions,
-    launch_resolved,
-    read_recipe,
-)
+from mhla_lightning.training.launch import Launched, RunOptions, launch_resolved, read_recipe
+from mhla_lightning.training.report import LogReport, Report
 
 _MODES = ("fit", "validate", "test")
 

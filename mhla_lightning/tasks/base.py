@@ -81,6 +81,16 @@ class GathersWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class SavesWholeFiles(Protocol):
+    """A strategy that writes Lightning's checkpoints with all weights, also where it splits them."""
+
+    @property
+    def saves_whole_files(self) -> bool:
+        """Whether it does."""
+        ...
+
+
 class Task(pl.LightningModule):
     """A LightningModule around a backbone of the registry.
 
@@ -442,7 +452,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 f"{type(callback).__name__} cannot average weights that are split among ranks; take "
                 "mhla_lightning.callbacks.EMA",
             )
-        if isinstance(callback, ModelCheckpoint) and trainer.state.fn == TrainerFn.FITTING:
+        saves = isinstance(strategy, SavesWholeFiles) and strategy.saves_whole_files
+        if isinstance(callback, ModelCheckpoint) and not saves and trainer.state.fn == TrainerFn.FITTING:
             raise UserError(
                 "trainer.callbacks",
                 "ModelCheckpoint, which Lightning adds by itself, would save none of the weights split "

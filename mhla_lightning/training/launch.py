@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, read_run_recipe
@@ -48,6 +48,7 @@ from mhla_lightning.runs.ranks import (
     tell_rank_zero,
 )
 from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
+from mhla_lightning.training.report import LogReport, Report
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from mhla_lightning.config.resolve import Resolved
     from mhla_lightning.training.session import Session
 
-log = logging.getLogger(__name__)
 _FOLDER = "MHLA_RUN_FOLDER"  # tells the further ranks that Lightning starts which folder the first has chosen
 _WAIT_FOR_DATA = 3600.0  # seconds
 _WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
@@ -113,35 +113,6 @@ class Launched:
     code: int
     run: RunFolder | None
     trainer: Trainer | None = None
-
-
-class Report(Protocol):
-    """Shows a run's progress to a person."""
-
-    def line(self, text: str) -> None:
-        """Show a step of the run."""
-
-    def problem(self, text: str) -> None:
-        """Show why the run ends early."""
-
-    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
-        """Show values by tag: the last of each and, after training, the best."""
-
-
-class LogReport:
-    """The report of a run that Python code starts: lines of the package's logger."""
-
-    def line(self, text: str) -> None:
-        log.info(text)
-
-    def problem(self, text: str) -> None:
-        log.error(text)
-
-    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
-        shown = (
-            f"{tag} {value:.4f}" + (f" (best {best[tag]:.4f})" if best else "") for tag, value in last.items()
-        )
-        log.info(f"{title}: {', '.join(shown)}")
 
 
 def read_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.checkpoints.source import open_source
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
@@ -34,6 +35,7 @@ from mhla_lightning.strategies.state import restore
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, on_disk, remove_swapped, swap_folder
 from mhla_lightning.strategies.zero.patches import leave_out_shared_memory, patch_training
 from mhla_lightning.strategies.zero.weights import Zero3Weights, Zero12Weights
+from mhla_lightning.strategies.zero.whole_file import save_whole
 from mhla_lightning.weights.moments import carry_over, tell_new
 
 Result = TypeVar("Result")
@@ -324,7 +326,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: every rank writes its own stretches (callbacks.Checkpoint)."""
+        """Return nothing: every rank writes its own stretches, see save_checkpoint."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -334,9 +336,20 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """On rank 0, pass on the part that is neither weights nor optimizer state."""
-        if self.is_global_zero:
+        """Write Lightning's own file, as one device would; every rank calls it.
+
+        In a run, rank 0 passes on the part that is neither weights nor optimizer state: callbacks.Checkpoint
+        writes the others.
+        """
+        if not isinstance(self.checkpoint_io, RunCheckpointIO):
+            save_whole(self._module.trainer, checkpoint, Path(filepath))
+        elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    @property
+    def saves_whole_files(self) -> bool:
+        """Whether Lightning's ModelCheckpoint gets all weights."""
+        return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill weights, and in training the optimizer, from a checkpoint of any strategy."""
