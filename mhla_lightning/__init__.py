@@ -10,12 +10,13 @@ Names of the table below are imported at their first use, so that `import mhla_l
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-
-from mhla_lightning.strategies.registering import register_presets
 
 TYPE_CHECKING = False  # as typing's, whose import takes longer than all of this file
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from mhla_lightning.api import (
         ComparisonTable,
         Continued,
@@ -144,4 +145,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_presets()  # `L.Trainer(strategy="zero2")`
+_STRATEGIES = "lightning.pytorch.strategies"  # the module with Lightning's registry
+
+
+class _AtImport:
+    """A finder that acts once, when Lightning's strategies are imported."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != _STRATEGIES:
+            return None
+        sys.meta_path.remove(self)
+        return import_module("mhla_lightning.strategies.registering").entering(name)
+
+
+def _register_strategies() -> None:
+    """Make `L.Trainer(strategy="zero2")` work, whichever package is imported first."""
+    if _STRATEGIES in sys.modules:
+        import_module("mhla_lightning.strategies.registering").enter(sys.modules[_STRATEGIES])
+    elif not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport())
+
+
+_register_strategies()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -97,7 +97,8 @@ class RecipeCLI(LightningCLI):
         if given.print_config:
             print_config(given.config, overrides)
             raise SystemExit(0)
-        recipe, mode = read_recipe(given.config, overrides), given.subcommand or "fit"
+        recipe = read_recipe(given.config, overrides)
+        mode: Literal["fit", "validate", "test"] = given.subcommand or "fit"
         self.recipe_name, self.resolved = recipe.name, resolve(recipe.values)
         self.options = RunOptions(
             given.runs, given.run_id, given.fresh, given.accept_changes, mode, given.ckpt_path

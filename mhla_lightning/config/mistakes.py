@@ -59,7 +59,7 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
         return placed(own, key)
     if isinstance(value, Mapping) and "class_path" in value:
         cause = _cause(refusal)
-        if isinstance(cause, (TypeError, *_lightnings_errors())):  # raised by the class itself
+        if isinstance(cause, (TypeError, ImportError, *_lightnings_errors())):  # of the class itself
             return UserError(key, f"{value['class_path']} cannot be built: {' '.join(str(cause).split())}")
         return UserError(key, f"{value['class_path']} does not fit; it must be {_described(hint)}")
     return UserError(key, f"{value!r} does not fit; it must be {_described(hint)}")
@@ -107,7 +107,8 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
         parser.instantiate(parser.parse_object({"value": value}))
     except Exception as error:
         if isinstance(
-            error, (argparse.ArgumentError, TypeError, ValueError, UserError, *_lightnings_errors())
+            error,
+            (argparse.ArgumentError, TypeError, ValueError, ImportError, UserError, *_lightnings_errors()),
         ):
             return error
         raise

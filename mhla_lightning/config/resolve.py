@@ -174,7 +174,10 @@ def _section(name: str, kind: type, value: Any) -> tuple[Any, Any]:
         config = parser.parse_object({} if value is None else {name: deepcopy(value)})
         dumped = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
         return dumped[name], parser.instantiate(config)[name]
-    except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
+    except (  # ImportError: a class of a package that is not installed
+        *(argparse.ArgumentError, TypeError, ValueError, ImportError),
+        *(MisconfigurationException, UserError),
+    ) as error:
         raise _mistake(name, kind, value, error) from error
 
 

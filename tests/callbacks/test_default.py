@@ -11,9 +11,16 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from mhla_lightning.callbacks import Health, ProgressFile, SampleGrids, SampleLog, default_callbacks
+from mhla_lightning.callbacks import (
+    Checkpoint,
+    Health,
+    ProgressFile,
+    SampleGrids,
+    SampleLog,
+    default_callbacks,
+)
 from mhla_lightning.data import ImageDataModule, ReadingConfig
-from mhla_lightning.runs.folder import complete_checkpoints, read_lines, read_object
+from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, read_lines, read_object
 from mhla_lightning.tasks import ClassificationTask
 from tests.helpers.errors import refused
 from tests.helpers.recording_logger import RecordingLogger
@@ -114,6 +121,15 @@ def test_a_second_training_starts_its_own_numbers(tmp_path: Path) -> None:
         )
         trainer.fit(Foreign(), DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4))
         assert read_object(tmp_path / name / "progress.json")["step"] == 2
+
+
+def test_checkpoints_of_a_run_need_a_run(tmp_path: Path) -> None:
+    """Before training, not at the first save."""
+    checkpoint = Checkpoint(RunFolder(tmp_path), {}, dict)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=checkpoint, max_steps=1)
+    with refused("trainer.callbacks"):
+        trainer.fit(Foreign(), DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4))
+    assert not list(tmp_path.iterdir())
 
 
 def test_drawing_needs_an_end_and_data_of_ours(shards: Path) -> None:

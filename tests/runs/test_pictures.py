@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import logging
 from pathlib import Path
@@ -16,9 +17,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhla_lightning.callbacks import SampleClips, SampleGrids
+from mhla_lightning.config.recipes import apply_overrides, load_recipe
+from mhla_lightning.config.resolve import resolve
 from mhla_lightning.runs import pictures
 from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.training.launch import RunOptions, launch
+from tests.helpers.errors import refused
 from tests.helpers.recording_logger import RecordingLogger
 
 CLIP = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
@@ -78,6 +82,15 @@ def test_grids_and_clips_go_to_every_logger_that_shows_images(tmp_path: Path) ->
     ((tag, step, gif, kind),) = recorded.videos
     assert (tag, step, kind, gif[:4]) == ("samples/clips", 5, "gif", b"GIF8")
     assert len(shown_in_tensorboard(tmp_path, "samples/clips")) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it needs a missing package")
+def test_a_logger_of_a_missing_package_is_one_sentence() -> None:
+    wandb = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}}
+    values = load_recipe("classification/deit_tiny_mhla_mnist_cpu").values
+    with refused("trainer.logger.0") as error:
+        resolve(apply_overrides(values, {"trainer.logger": [wandb]}))
+    assert "wandb" in (error.value.reason or "")
 
 
 def test_wandb_takes_images_and_clips(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def trained(
 
 
 def zero(name: str) -> ZeroStrategy:
-    return ZeroStrategy(ZERO3 if name == "zero3" else name)  # type: ignore[arg-type]
+    return ZeroStrategy(ZERO3 if name == "zero3" else name)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
+import mhla_lightning
 from mhla_lightning.runs.folder import RunFolder, read_metrics
-from mhla_lightning.strategies import registering
 from mhla_lightning.strategies.config import ZERO
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks import ClassificationTask
@@ -40,16 +40,16 @@ def test_a_later_import_of_the_registry_finds_the_presets(
         "StrategyRegistry = _StrategyRegistry()\nStrategyRegistry.register('zero1', dict)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registering, "_PLACE", name)
+    monkeypatch.setattr(mhla_lightning, "_STRATEGIES", name)
     before = list(sys.meta_path)
-    registering.register_presets()
-    registering.register_presets()
+    mhla_lightning._register_strategies()
+    mhla_lightning._register_strategies()
     assert len(sys.meta_path) == len(before) + 1
     registry = importlib.import_module(name).StrategyRegistry
     assert sys.meta_path == before
     assert list(registry) == list(ZERO)
     assert registry["zero1"]["strategy"] is dict, "another package's name stays"
-    registering.register_presets()
+    mhla_lightning._register_strategies()
     assert sys.meta_path == before
     assert set(ZERO) <= set(StrategyRegistry)
 
@@ -59,7 +59,7 @@ def test_a_name_gives_what_a_run_has(precision: Any) -> None:
     strategy = trainer("zero2", precision=precision).strategy
     run: Any = ZeroStrategy("zero2", precision, on_cpu=True)
     assert isinstance(strategy, ZeroStrategy)
-    assert strategy.precision_plugin.precision == PRECISIONS[precision]  # type: ignore[attr-defined]
+    assert strategy.precision_plugin.precision == PRECISIONS[precision]
     assert (strategy.entry, strategy.recipe_precision, strategy.on_cpu) == (
         run.entry,
         run.recipe_precision,
