@@ -82,8 +82,8 @@ class GathersWeights(Protocol):
 
 
 @runtime_checkable
+class SavesWholeFiles(Protocol):
     """A strategy whose Lightning checkpoints hold all weights, also split ones."""
-    """A strategy that writes Lightning's checkpoints with all weights, also where it splits them."""
 
     @property
     def saves_whole_files(self) -> bool:
