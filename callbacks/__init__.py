@@ -5,7 +5,6 @@ others itself.
 """
 
 from mhla_lightning.callbacks.checkpoint import Checkpoint
-from mhla_lightning.callbacks.default import default_callbacks
 from mhla_lightning.callbacks.early_end import EarlyEnd
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.health import Health
@@ -33,5 +32,4 @@ __all__ = [
     "SampleGrids",
     "SampleLog",
     "StepBar",
-    "default_callbacks",
 ]

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
         SampleClips,
         SampleGrids,
         SampleLog,
-        default_callbacks,
     )
+    from mhla_lightning.callbacks.default import default_callbacks
     from mhla_lightning.data import ClipDataModule, ImageDataModule, LatentDataModule, TokenDataModule
     from mhla_lightning.errors import UserError
     from mhla_lightning.tasks import (
@@ -118,8 +118,9 @@ _ROOMS = {
     "backbones": ("build_backbone", "register_backbone"),
     "callbacks": (
         *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
-        *("SampleClips", "SampleGrids", "SampleLog", "default_callbacks"),
+        *("SampleClips", "SampleGrids", "SampleLog"),
     ),
+    "callbacks.default": ("default_callbacks",),
     "data": ("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
     "errors": ("UserError",),
     "tasks": (

@@ -11,6 +11,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -66,8 +67,10 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first error of a chain."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
+    """The missing package in a chain of errors, else the first error of the chain."""
+    while (
+        not isinstance(error, ImportError) and (earlier := error.__cause__ or error.__context__) is not None
+    ):
         error = earlier
     return error
 
@@ -104,7 +107,7 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
     except (TypeError, ValueError):  # an annotation that jsonargparse does not check
         return None
     try:
-        parser.instantiate(parser.parse_object({"value": value}))
+        parser.instantiate(parser.parse_object({"value": deepcopy(value)}))  # it changes lists
     except Exception as error:
         if isinstance(
             error,

@@ -178,9 +178,9 @@ def launch_run(
     """Do what :func:`launch` does, and return the folder of the run beside the exit code."""
 
     def opened() -> tuple[str, Resolved]:
+        read = read_recipe(recipe, overrides)  # before the import below, which takes seconds
         from mhla_lightning.config.resolve import resolve
 
-        read = read_recipe(recipe, overrides)
         return read.name, resolve(read.values)
 
     return _guarded(opened, options or RunOptions(), report or LogReport())

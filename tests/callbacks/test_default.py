@@ -11,14 +11,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from mhla_lightning.callbacks import (
-    Checkpoint,
-    Health,
-    ProgressFile,
-    SampleGrids,
-    SampleLog,
-    default_callbacks,
-)
+from mhla_lightning.callbacks import Checkpoint, Health, ProgressFile, SampleGrids, SampleLog
+from mhla_lightning.callbacks.default import default_callbacks
 from mhla_lightning.data import ImageDataModule, ReadingConfig
 from mhla_lightning.runs.folder import RunFolder, complete_checkpoints, read_lines, read_object
 from mhla_lightning.tasks import ClassificationTask
