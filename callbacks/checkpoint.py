@@ -16,6 +16,7 @@ from mhla_lightning.callbacks.checkpoint_files import files_of
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.steps import was_skipped
 from mhla_lightning.checkpoints.atomic import Keep, begin, commit, discard, prune, sync
+from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.checkpoints.rng import load_rng
 from mhla_lightning.checkpoints.saving import Writer
 from mhla_lightning.errors import UserError
@@ -82,6 +83,15 @@ class Checkpoint(LightningCheckpoint):
         self._writer: Writer | None = None
         self._complete: Callable[[], None] | None = None
         self._logged, self._written = threading.Event(), -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a trainer that cannot write such folders, before training. Raises UserError."""
+        if not isinstance(trainer.strategy.checkpoint_io, RunCheckpointIO):
+            raise UserError(
+                "trainer.callbacks",
+                "Checkpoint writes the run folder of `lightning run`; under a Trainer of your own take "
+                "Lightning's ModelCheckpoint, whose files hold the average and the data's position, too",
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step

@@ -10,15 +10,18 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from mhla_lightning.callbacks.ema import EMA
 from mhla_lightning.callbacks.steps import AfterStep
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.diffusion import Guidance, Process, check_sampler
 from mhla_lightning.diffusion.drawing import Key, draw_samples
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.pictures import showing
 from mhla_lightning.strategies.sharding import sharding_of
+from mhla_lightning.tasks.trainers import run_length
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,24 @@ class DrawSamples(AfterStep):
         """
 
     @abstractmethod
-    def show(self, logger: TensorBoardLogger, step: int, drawn: Any) -> None:
-        """Write a drawing to TensorBoard; called on one rank."""
+    def show(self, loggers: Sequence[Logger], step: int, drawn: Any) -> None:
+        """Show a drawing in loggers, see runs.pictures; called on one rank."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        last, data = run_length(trainer), cast(Any, trainer).datamodule
+        if not last:
+            raise UserError("trainer.max_steps", f"{type(self).__name__} draws up to the end: set max_steps")
+        if not isinstance(data, ShardDataModule):
+            raise UserError(
+                "trainer.callbacks",
+                f"{type(self).__name__} draws through a data module of ours; give `fit` a `datamodule`",
+            )
         process = cast(Any, pl_module).process
         self._settings = DrawingSettings(
             self.sampler or self.usual_sampler(process), self.steps, self.guidance
         )
         check_sampler(self._settings.sampler, process, self.steps)
-        self._due = due_steps(self.first, trainer.max_steps, self.times)
+        self._due = due_steps(self.first, last, self.times)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step not in self._due:
@@ -97,8 +108,8 @@ class DrawSamples(AfterStep):
                 drawn = sharding_of(trainer.strategy).run_forward(lambda: self.draw(trainer, pl_module))
         finally:
             pl_module.train(training)
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            self.show(trainer.logger, trainer.global_step, drawn)
+        if trainer.is_global_zero and (loggers := showing(trainer.loggers)):
+            self.show(loggers, trainer.global_step, drawn)
 
     def samples(
         self, task: Any, condition: Tensor, null: int | Tensor, shape: Sequence[int], keys: Sequence[Key]

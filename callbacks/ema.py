@@ -48,7 +48,7 @@ class EMA(AfterStep):
         self._resume: Path | None = None
         self._loaded: Mapping[str, Tensor] | None = None  # of a checkpoint; empty where it is not in the file
         self._owner: weakref.ref[torch.nn.Module] | None = None
-        self._beside = False
+        self._beside = self._split = False
 
     def resume_from(self, folder: Path) -> None:
         """Name the checkpoint folder whose average is continued."""
@@ -151,7 +151,17 @@ class EMA(AfterStep):
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"updates": self.updates}
-        return state if self._beside or not self.average else state | {"average": self.average}
+        inside = self.average and not self._beside and not self._split
+        return state | {"average": self.average} if inside else state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the parts of a split average together; every rank calls it."""
+        if self._split and self.average and not self._beside:
+            own = self.stretches(trainer, pl_module)
+            whole = gathered(own, trainer.world_size)
+            checkpoint["callbacks"][self.state_key]["average"] = whole if trainer.is_global_zero else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates = state_dict["updates"]
@@ -177,6 +187,7 @@ class EMA(AfterStep):
             self.updates = 0
         self.average, self._owner = {}, weakref.ref(backbone)
         local = sharding_of(trainer.strategy).local_weights
+        self._split = local.sharded
         fragments = local.fragments(backbone)
         for lot in local.lots(fragments):
             with local.loaded(lot) as loaded:
@@ -216,6 +227,19 @@ class EMA(AfterStep):
                 "out of `trainer.callbacks`",
             )
         return saved
+
+
+def gathered(own: list[Stretch], world_size: int) -> dict[str, Tensor]:
+    """Return the tensors whose stretches the ranks hold, on the host; every rank calls it."""
+    mine = [(one.name, one.shape, one.start, one.tensors[WEIGHT].cpu()) for one in own]
+    parts = [mine] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(parts, mine)
+    whole: dict[str, Tensor] = {}
+    for name, shape, start, values in (part for rank in parts for part in rank):
+        tensor = whole.setdefault(name, torch.empty(shape, dtype=values.dtype))
+        tensor.view(-1)[start : start + values.numel()] = values.view(-1)
+    return whole
 
 
 def _backbone(pl_module: pl.LightningModule) -> torch.nn.Module:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from mhla_lightning.callbacks.first_layer import first_layer
+from mhla_lightning.callbacks.run_folder import run_folder_of
 from mhla_lightning.callbacks.steps import StepGuard, completed
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder, write_json
@@ -62,7 +65,7 @@ class Health(StepGuard):
     per step.
 
     Args:
-        run: the run folder.
+        run: the run folder; None takes that of the trainer's logger, or `default_root_dir`.
         max_skipped: number of steps in a row that may be left out.
         spike_factor: leave out a step whose loss is more than this factor times the median of the last 100
             steps taken, from the 20th on. It costs one reduction per step. None does not compare losses.
@@ -71,8 +74,11 @@ class Health(StepGuard):
         UserError: from the training, more than `max_skipped` steps in a row.
     """
 
-    def __init__(self, run: RunFolder, max_skipped: int = 10, spike_factor: float | None = None) -> None:
-        self.run, self.max_skipped, self.factor = run, max_skipped, spike_factor
+    def __init__(
+        self, run: RunFolder | None = None, max_skipped: int = 10, spike_factor: float | None = None
+    ) -> None:
+        self._given, self.max_skipped, self.factor = run, max_skipped, spike_factor
+        self.run = run or RunFolder(Path())
         self.row = 0
         self._step = 0
         self._losses: list[Tensor] = []
@@ -82,6 +88,10 @@ class Health(StepGuard):
         self._kept: list[tuple[Any, int]] = []
         self._verdict: Verdict | None = None
         self._searching = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._given is None:
+            self.run = run_folder_of(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -137,7 +147,13 @@ class Health(StepGuard):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         batch = completed(pl_module, batch, batch_idx)
-        self._batches.append((batch["key"], outputs["loss"].detach()))
+        named = isinstance(batch, Mapping) and "key" in batch
+        keys = (
+            batch["key"]
+            if named
+            else [f"sample {n} of batch {batch_idx}" for n in range(extract_batch_size(batch))]
+        )
+        self._batches.append((keys, outputs["loss"].detach()))
         if self.row == self.max_skipped:  # one more step left out ends the run; its batches are searched
             self._kept.append((batch, batch_idx))
         if trainer.global_step == self._step:  # still accumulating

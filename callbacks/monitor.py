@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.data import extract_batch_size
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -17,8 +20,10 @@ from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.callbacks.steps import completed, step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
+from mhla_lightning.runs.pictures import show_image, showing
 from mhla_lightning.runs.tags import MIXING_VALUES
 from mhla_lightning.strategies.sharding import sharding_of
+from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks.base import Task
 from mhla_lightning.tasks.trainers import draws_point
 
@@ -43,24 +48,47 @@ class Monitor(pl.Callback):
     name their tags by optimizer group and device.
 
     Args:
-        batch_size: samples of one optimizer step over all processes.
-        tokens: tokens of one sample.
-        flops: of one sample in training, forward and backward.
-        precision: `trainer.precision` of the recipe; ZeRO shows Lightning another.
+        batch_size: samples of one optimizer step over all processes; None counts them in the batches.
+        tokens: tokens of one sample; None takes the task's. Other modules have none: no tokens are shown.
+        flops: of one sample in training, forward and backward; None takes the task's.
+        precision: None takes the trainer's.
     """
 
     def __init__(
-        self, batch_size: int, tokens: int, flops: int = 0, precision: str | int = "32-true"
+        self,
+        batch_size: int | None = None,
+        tokens: int | None = None,
+        flops: int | None = None,
+        precision: str | int | None = None,
     ) -> None:
-        self.batch_size, self.tokens, self.flops, self.precision = batch_size, tokens, flops, str(precision)
-        self._skipped = 0
+        self._given = batch_size, tokens, flops, precision
+        self.batch_size, self.tokens, self.flops = batch_size, tokens or 0, flops or 0
+        self.precision = str(precision)
+        self._skipped = self._samples = 0
         self._losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, Task):
             pl_module.log_loss(False)  # it would log the same loss once more
-        self._step = trainer.global_step
+        self._take_numbers(trainer, pl_module)
+        self._step, self._skipped = trainer.global_step, 0
+        self._losses.clear()
         self._restart(time.perf_counter())
+
+    def _take_numbers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fill in what was not given."""
+        batch_size, tokens, flops, precision = self._given
+        task, data = pl_module if isinstance(pl_module, Task) else None, cast(Any, trainer).datamodule
+        if batch_size is None and isinstance(data, ShardDataModule):
+            batch_size = data.batch_size
+        if task is not None:
+            tokens = math.prod(task.grid) if tokens is None else tokens
+            flops = task.flops_per_batch(1) if flops is None else flops
+        if precision is None:
+            zero = isinstance(trainer.strategy, ZeroStrategy)  # it shows Lightning another
+            precision = trainer.strategy.recipe_precision if zero else trainer.precision  # type: ignore[attr-defined]
+        self.batch_size, self.tokens, self.flops = batch_size, tokens or 0, flops or 0
+        self.precision = str(precision)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(pl_module, Task):
@@ -68,6 +96,7 @@ class Monitor(pl.Callback):
 
     def _restart(self, now: float) -> None:
         self._ended, self._data, self._compute, self._window = now, 0.0, 0.0, self._step
+        self._samples = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -80,9 +109,14 @@ class Monitor(pl.Callback):
     ) -> None:
         self._ended = time.perf_counter()
         self._compute += self._ended - self._started
-        self._skipped += int(completed(pl_module, batch, batch_idx)["skipped"])
-        # Lightning has divided it for the backward.
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        batch = completed(pl_module, batch, batch_idx)
+        if isinstance(batch, Mapping) and "skipped" in batch:
+            self._skipped += int(batch["skipped"])
+        if self.batch_size is None:
+            self._samples += extract_batch_size(batch) * trainer.world_size
+        if outputs:  # none under manual optimization
+            # Lightning has divided it for the backward.
+            self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         if trainer.global_step == self._step:  # still accumulating
             return
         self._step = trainer.global_step
@@ -93,15 +127,19 @@ class Monitor(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = self._step - self._window
-        speed = self.batch_size * steps / max(1e-9, self._data + self._compute)
+        samples = self._samples if self.batch_size is None else self.batch_size * steps
+        speed = samples / max(1e-9, self._data + self._compute)
         values = {
-            "loss": float(trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "samples_per_second": speed,
-            "tokens_per_second": speed * self.tokens,
             "time_data": self._data / steps,
             "time_compute": self._compute / steps,
         }
+        if self._losses:
+            loss = trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+            values = {"loss": float(loss), **values}
+        if self.tokens:
+            values["tokens_per_second"] = speed * self.tokens
         if (guard := step_guard(trainer)) is not None:
             values["skipped_steps"] = float(guard.skipped_steps)
         if (norm := _gradient_norm(trainer)) is not None:
@@ -164,13 +202,22 @@ class MixingHeatmaps(pl.Callback):
             [module.weight for module in modules.values()]
         ):
             matrices = {name: module.matrix().detach().clone() for name, module in modules.items()}
-        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+        if not trainer.is_global_zero:
             return
-        writer, step = trainer.logger.experiment, trainer.global_step
-        for number, figure in enumerate(mixing_figures(matrices), start=1):
-            writer.add_figure("mixing" if number == 1 else f"mixing_{number}", figure, step)
-        for name, matrix in matrices.items():  # for `mhla report`; TensorBoard shows no tensors
-            writer.add_tensor(MIXING_VALUES + name, _one(matrix), step)
+        step, loggers = trainer.global_step, showing(trainer.loggers)
+        for number, figure in enumerate(mixing_figures(matrices) if loggers else [], start=1):
+            show_image(loggers, "mixing" if number == 1 else f"mixing_{number}", pixels_of(figure), step)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # for `mhla report`; TensorBoard shows no tensors
+                for name, matrix in matrices.items():
+                    logger.experiment.add_tensor(MIXING_VALUES + name, _one(matrix), step)
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    """Return a figure as uint8 (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _one(matrix: torch.Tensor) -> torch.Tensor:

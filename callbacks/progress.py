@@ -6,11 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
+from mhla_lightning.callbacks.run_folder import run_folder_of
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.runs.disk_errors import disk_problem
 from mhla_lightning.runs.folder import (
     FORMAT,
@@ -22,6 +25,7 @@ from mhla_lightning.runs.folder import (
 )
 from mhla_lightning.runs.lock import check_held
 from mhla_lightning.runs.stopping import Preempted
+from mhla_lightning.tasks.trainers import run_length
 
 log = logging.getLogger(__name__)
 _FIRST_STEPS = 10  # a job that ends before counts as one that died at its start
@@ -33,8 +37,9 @@ class ProgressFile(pl.Callback):
     It also logs a line after each validation.
 
     Args:
-        run: the run folder.
-        position: returns the data's state, of which `epoch` and `consumed` are written.
+        run: the run folder; None takes that of the trainer's logger, or `default_root_dir`.
+        position: returns the data's state, of which `epoch` and `consumed` are written; None asks the
+            trainer's data module.
         seconds: between two writes.
 
     Attributes:
@@ -42,19 +47,36 @@ class ProgressFile(pl.Callback):
     """
 
     def __init__(
-        self, run: RunFolder, position: Callable[[], Mapping[str, Any]], seconds: float = 10.0
+        self,
+        run: RunFolder | None = None,
+        position: Callable[[], Mapping[str, Any]] | None = None,
+        seconds: float = 10.0,
     ) -> None:
-        self.run, self.position, self.interval = run, position, seconds
+        self._given, self.interval = (run, position), seconds
+        self.run, self.position = run or RunFolder(Path()), position or dict
         self.validated_at: int | None = None
         self._training, self._first_step = False, 0
         # of earlier attempts of this run
-        self._before = float(read_object(run.progress).get("seconds", 0.0))
+        self._before = 0.0 if run is None else float(read_object(run.progress).get("seconds", 0.0))
         self._began = self._written = time.monotonic()
 
     @property
     def seconds(self) -> float:
         """Return the wall time of training so far, earlier attempts included."""
         return self._before + time.monotonic() - self._began
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take folder and position of the trainer where none were given."""
+        run, position = self._given
+        if run is None:
+            self.run = run_folder_of(trainer)
+        data = cast(Any, trainer).datamodule
+        if position is None and isinstance(data, ShardDataModule):
+            self.position = data.state_dict
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._given[0] is None:  # `lightning run` judges the end itself
+            self.write(trainer, "finished")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began, self._first_step = time.monotonic(), trainer.global_step
@@ -83,7 +105,7 @@ class ProgressFile(pl.Callback):
         }
         line = "  ".join(f"{tag} {value:.4g}" for tag, value in sorted(values.items()))
         if trainer.is_global_zero:
-            log.info(f"step {trainer.global_step}/{trainer.max_steps}  {line}")
+            log.info(f"step {trainer.global_step}/{run_length(trainer)}  {line}")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -121,8 +143,8 @@ class ProgressFile(pl.Callback):
             "state": state,
             "reason": reason,
             "step": step,
-            "max_steps": trainer.max_steps,
-            **{key: position[key] for key in ("epoch", "consumed")},
+            "max_steps": run_length(trainer),
+            **{key: position.get(key) for key in ("epoch", "consumed")},
             "loss": _number(metrics.get("train/loss")),
             "samples_per_second": _number(metrics.get("train/samples_per_second")),
             "last_checkpoint": newest.name if newest else None,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from mhla_lightning.callbacks.draw_samples import DrawSamples
@@ -20,6 +20,7 @@ from mhla_lightning.inference.diffusion.video_files import (
     video_sheet,
 )
 from mhla_lightning.inference.diffusion.videos import video_sampler
+from mhla_lightning.runs.pictures import show_gif, show_image
 
 SHEET, MOVING = "samples/sheet", "samples/clips"
 
@@ -27,9 +28,10 @@ SHEET, MOVING = "samples/sheet", "samples/clips"
 class SampleClips(DrawSamples):
     """Draws clips from the same noise several times while a video diffusion model trains.
 
-    They are two images in TensorBoard. `samples/sheet` is a contact sheet: a row per clip, with its frames
-    over time. `samples/clips` is an animated GIF of all clips side by side, in the order of the rows. The
-    add_video of torch writes such an image too, but needs moviepy. The frames are about 160 pixels wide.
+    They are two images in every logger that can show them. `samples/sheet` is a contact sheet: a row per
+    clip, with its frames over time. `samples/clips` is an animated GIF of all clips side by side, in the
+    order of the rows. The add_video of torch writes such an image too, but needs moviepy. The frames are
+    about 160 pixels wide.
 
     The averaged weights are used where the run has callbacks.EMA. One clip is drawn at a time. Training is
     not changed by it.
@@ -95,16 +97,8 @@ class SampleClips(DrawSamples):
             clips.append(data.to_videos(drawn)[0].cpu().numpy())
         return clips
 
-    def show(self, logger: TensorBoardLogger, step: int, drawn: list[np.ndarray]) -> None:
+    def show(self, loggers: Sequence[Logger], step: int, drawn: list[np.ndarray]) -> None:
         sheet = np.asarray(video_sheet([thumbnails(clip) for clip in drawn], self._rows))
-        logger.experiment.add_image(SHEET, sheet, step, dataformats="HWC")
+        show_image(loggers, SHEET, sheet, step)
         moving = np.concatenate([at_a_glance(clip) for clip in drawn], axis=2)
-        image = Summary.Image(
-            height=moving.shape[1],
-            width=moving.shape[2],
-            colorspace=3,
-            encoded_image_string=animated_gif(moving, self._rate),
-        )
-        logger.experiment.file_writer.add_summary(
-            Summary(value=[Summary.Value(tag=MOVING, image=image)]), step
-        )
+        show_gif(loggers, MOVING, animated_gif(moving, self._rate), moving.shape[1:3], step)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -14,6 +15,7 @@ from mhla_lightning.callbacks.draw_samples import DrawSamples
 from mhla_lightning.callbacks.draw_samples import due_steps as grid_steps
 from mhla_lightning.diffusion import Process, default_sampler
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.pictures import show_image
 
 __all__ = ["TAG", "SampleGrids", "grid_steps"]
 
@@ -23,8 +25,8 @@ TAG = "samples"
 class SampleGrids(DrawSamples):
     """Draws images from the same noise several times while an image diffusion model trains.
 
-    They are the image `samples` in TensorBoard: a column per class, with different noise in every row. The
-    averaged weights are used where the run has callbacks.EMA. Training is not changed by it.
+    They are the image `samples` in every logger that can show it: a column per class, with different noise in
+    every row. The averaged weights are used where the run has callbacks.EMA. Training is not changed by it.
 
     Args:
         grids: number of drawings, at steps that grow by the same factor from `first` to the end of the run.
@@ -82,7 +84,6 @@ class SampleGrids(DrawSamples):
         )
         return cast(Any, trainer).datamodule.to_images(drawn)
 
-    def show(self, logger: TensorBoardLogger, step: int, drawn: Tensor) -> None:
-        logger.experiment.add_image(
-            TAG, make_grid(drawn.permute(0, 3, 1, 2), nrow=len(self._labels), padding=1), step
-        )
+    def show(self, loggers: Sequence[Logger], step: int, drawn: Tensor) -> None:
+        grid = make_grid(drawn.permute(0, 3, 1, 2), nrow=len(self._labels), padding=1)
+        show_image(loggers, TAG, grid.permute(1, 2, 0).cpu().numpy(), step)

@@ -31,7 +31,7 @@ class SampleLog(pl.Callback):
     def _open(self, trainer: pl.Trainer, step: int) -> None:
         folder = Path(trainer.default_root_dir, FOLDER)
         if trainer.is_global_zero:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("rank-*.jsonl"):  # also of ranks that this attempt does not have
                 forget_after(path, step)
         trainer.strategy.barrier()

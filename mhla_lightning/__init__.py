@@ -10,10 +10,13 @@ Names of the table below are imported at their first use, so that `import mhla_l
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 TYPE_CHECKING = False  # as typing's, whose import takes longer than all of this file
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from mhla_lightning.api import (
         ComparisonTable,
         Continued,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
         SampleGrids,
         SampleLog,
     )
+    from mhla_lightning.callbacks.default import default_callbacks
     from mhla_lightning.data import (
         ClipDataModule,
         ImageDataModule,
@@ -107,6 +111,7 @@ __all__ = [
     "build_backbone",
     "compare",
     "compare_recipe",
+    "default_callbacks",
     "export",
     "generate",
     "register_attention",
@@ -128,6 +133,7 @@ _ROOMS = {
         *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
         *("SampleClips", "SampleGrids", "SampleLog"),
     ),
+    "callbacks.default": ("default_callbacks",),
     "data": (
         *("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
         *("ReadingConfig", "TextEncoding"),
@@ -154,3 +160,27 @@ if not TYPE_CHECKING:  # a checker would take every name for one of ours
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_STRATEGIES = "lightning.pytorch.strategies"  # the module with Lightning's registry
+
+
+class _AtImport:
+    """A finder that acts once, when Lightning's strategies are imported."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != _STRATEGIES:
+            return None
+        sys.meta_path.remove(self)
+        return import_module("mhla_lightning.strategies.registering").entering(name)
+
+
+def _register_strategies() -> None:
+    """Make `L.Trainer(strategy="zero2")` work, whichever package is imported first."""
+    if _STRATEGIES in sys.modules:
+        import_module("mhla_lightning.strategies.registering").enter(sys.modules[_STRATEGIES])
+    elif not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport())
+
+
+_register_strategies()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, Unpack
 from mhla_lightning.cli.spelling import VerbParser
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.runs.folder import RunFolder, read_object
-from mhla_lightning.training.launch import LogReport, RunOptions, launch_run
+from mhla_lightning.training.launch import RunOptions, launch_run
+from mhla_lightning.training.report import LogReport
 
 if TYPE_CHECKING:
     from mhla_lightning.cli.generate import Output

@@ -7,19 +7,36 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
 def argument_hints(target: type) -> dict[str, Any]:
-    """Return the annotations of the arguments that a class takes."""
+    """Return the readable annotations of the arguments that a class takes."""
     hints: dict[str, Any] = {}
     for base in inspect.getmro(target):
         init = base.__dict__.get("__init__")
         if inspect.isfunction(init):
-            hints = {**typing.get_type_hints(init), **hints}
+            hints = {**_readable_hints(init), **hints}
             if not takes_anything(init):  # it gives its base what the base needs
                 break
     return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def _readable_hints(function: types.FunctionType) -> dict[str, Any]:
+    """Return the annotations of a function whose names exist at run time.
+
+    Lightning's WandbLogger has such a name.
+    """
+    try:
+        return typing.get_type_hints(function)
+    except NameError:
+        found: dict[str, Any] = {}
+        for name, hint in function.__annotations__.items():
+            with suppress(NameError):
+                alone = types.SimpleNamespace(__annotations__={name: hint})
+                found |= typing.get_type_hints(alone, function.__globals__)
+        return found
 
 
 def takes_anything(target: Callable[..., Any]) -> bool:

@@ -10,7 +10,7 @@ import io
 import keyword
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,16 @@ _ABOUT_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, er
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mhla` or `python -m mhla_lightning`; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: _dispatch(arguments))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command; return its exit code, also where it fails by the user's mistake."""
     _print_any_text()
     try:
-        return _dispatch(arguments)
+        return command()
     except UserError as error:
-        print(f"error: {spelled(error)}", file=sys.stderr)
-        return 2
+        return mistake(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -92,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print(f"error: this needs more memory than there is ({error or 'no size is known'})", file=sys.stderr)
         return 2
+
+
+def mistake(error: UserError, parser: VerbParser | None = None, takes_overrides: bool = False) -> int:
+    """Print a mistake of the user, see :func:`spelled`; return the exit code."""
+    print(f"error: {spelled(error, parser, takes_overrides)}", file=sys.stderr)
+    return _STOPPED if isinstance(error, DiskError) else 2
 
 
 def _print_any_text() -> None:
@@ -182,8 +192,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         return int(verb.run(args))
     except UserError as error:
-        print(f"error: {spelled(error, sub, takes_overrides)}", file=sys.stderr)
-        return _STOPPED if isinstance(error, DiskError) else 2
+        return mistake(error, sub, takes_overrides)
 
 
 def verb_parser(name: str) -> tuple[Any, VerbParser]:

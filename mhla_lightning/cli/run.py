@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mhla_lightning.config.recipes import parse_overrides
@@ -23,18 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mhla run`."""
     parser.usage = "%(prog)s RECIPE [options] [--dotted.key VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="name of a packaged recipe, or path of a YAML file")
-    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
-    parser.add_argument(
-        "--run-id",
-        metavar="NAME",
-        help="name of the run (default: recipe name and a hash of the resolved recipe)",
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="start anew in NAME-2, NAME-3, ... instead of resuming"
-    )
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="resume a run although the recipe has changed"
-    )
+    add_place(parser)
     parser.add_argument(
         "--mode",
         choices=["fit", "validate", "test"],
@@ -49,22 +39,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
 
 
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say where a run lives."""
+    parser.add_argument("--runs", metavar="DIR", help="folder of all runs (default: $MHLA_RUNS, else ./runs)")
+    parser.add_argument(
+        "--run-id",
+        metavar="NAME",
+        help="name of the run (default: recipe name and a hash of the resolved recipe)",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start anew in NAME-2, NAME-3, ... instead of resuming"
+    )
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="resume a run although the recipe has changed"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Train or evaluate a recipe; return the exit code."""
     overrides = parse_overrides(args.overrides)
     if args.print_config:
-        return _print_config(args.recipe, overrides)
+        print_config(args.recipe, overrides)
+        return 0
     options = RunOptions(args.runs, args.run_id, args.fresh, args.accept_changes, args.mode, args.ckpt)
+    with shown():
+        return launch(args.recipe, overrides, options, Terminal())
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Print what the package logs in the block."""
     logger = logging.getLogger("mhla_lightning")
     before = logger.handlers, logger.level
     logger.handlers, logger.level = [logging.StreamHandler(sys.stdout)], logging.INFO
     try:
-        return launch(args.recipe, overrides, options, _Terminal())
+        yield
     finally:  # a later command of this process may have another stdout
         logger.handlers, logger.level = before
 
 
-class _Terminal:
+class Terminal:
     """Prints the progress of a run."""
 
     def line(self, text: str) -> None:
@@ -85,7 +99,8 @@ class _Terminal:
         Console().print(table)
 
 
-def _print_config(name: str, overrides: Mapping[str, Any]) -> int:
+def print_config(name: str, overrides: Mapping[str, Any]) -> None:
+    """Print a recipe with every default filled in."""
     recipe = read_recipe(name, overrides)
     from mhla_lightning.config.length import length
     from mhla_lightning.config.resolve import resolve
@@ -95,4 +110,3 @@ def _print_config(name: str, overrides: Mapping[str, Any]) -> int:
     if resolved.values["data"]["init_args"].get("epochs") is not None and resolved.data.is_ready():
         resolved.values["trainer"]["max_steps"] = length(resolved)
     print(resolved.to_yaml(), end="")
-    return 0

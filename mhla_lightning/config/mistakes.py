@@ -11,6 +11,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -54,15 +55,17 @@ def find_mistake(value: Any, hint: Any, key: str) -> UserError | None:
         return placed(own, key)
     if isinstance(value, Mapping) and "class_path" in value:
         cause = _cause(refusal)
-        if isinstance(cause, (TypeError, *_lightnings_errors())):  # raised by the class itself
+        if isinstance(cause, (TypeError, ImportError, *_lightnings_errors())):  # of the class itself
             return UserError(key, f"{value['class_path']} cannot be built: {' '.join(str(cause).split())}")
         return UserError(key, f"{value['class_path']} does not fit; it must be {_described(hint)}")
     return UserError(key, f"{value!r} does not fit; it must be {_described(hint)}")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first error of a chain."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
+    """The missing package in a chain of errors, else the first error of the chain."""
+    while (
+        not isinstance(error, ImportError) and (earlier := error.__cause__ or error.__context__) is not None
+    ):
         error = earlier
     return error
 
@@ -99,10 +102,11 @@ def _refusal(value: Any, hint: Any) -> Exception | None:
     except (TypeError, ValueError):  # an annotation that jsonargparse does not check
         return None
     try:
-        parser.instantiate(parser.parse_object({"value": value}))
+        parser.instantiate(parser.parse_object({"value": deepcopy(value)}))  # it changes lists
     except Exception as error:
         if isinstance(
-            error, (argparse.ArgumentError, TypeError, ValueError, UserError, *_lightnings_errors())
+            error,
+            (argparse.ArgumentError, TypeError, ValueError, ImportError, UserError, *_lightnings_errors()),
         ):
             return error
         raise

@@ -175,7 +175,10 @@ def _section(name: str, kind: type, value: Any) -> tuple[Any, Any]:
         config = parser.parse_object({} if value is None else {name: deepcopy(value)})
         dumped = yaml.safe_load(parser.dump(config, skip_unset=False, skip_validation=True))
         return dumped[name], parser.instantiate(config)[name]
-    except (argparse.ArgumentError, TypeError, ValueError, MisconfigurationException, UserError) as error:
+    except (  # ImportError: a class of a package that is not installed
+        *(argparse.ArgumentError, TypeError, ValueError, ImportError),
+        *(MisconfigurationException, UserError),
+    ) as error:
         raise _mistake(name, kind, value, error) from error
 
 
@@ -251,7 +254,7 @@ def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")
 _PLACE_OF_TRAINER = ("devices", "num_nodes", "matmul_precision")
 """Where data is, how it is fetched, the devices and the precision of their products may change between two
-attempts of a run. The global batch may not.
+attempts of a run, and so may further loggers. The global batch may not.
 """
 
 
@@ -270,6 +273,8 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:
             section.pop(key, None)
+    if kept["trainer"].get("logger") is not None:
+        kept["trainer"]["logger"] = None
     for source in arguments.get("mix") or ():
         source.pop("path", None)
     return kept

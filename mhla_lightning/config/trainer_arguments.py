@@ -53,6 +53,10 @@ def _is_limit(value: Any) -> bool:
     return _is_number(value) and (value >= 0 if isinstance(value, int) else value <= 1 and value >= 0)
 
 
+def _is_class(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("class_path"), str)
+
+
 def _one_of(*values: Any) -> Callable[[Any], bool]:
     return lambda value: any(type(value) is type(one) and value == one for one in values)
 
@@ -73,7 +77,14 @@ ARGUMENTS: dict[str, Rule] = {
         accepts=_one_of(*_PRECISIONS, *_SHORT_PRECISIONS),
         allowed=f"take one of {', '.join(_PRECISIONS)}",
     ),
-    "logger": Rule("ours", "the run folder has its own logger"),
+    "logger": Rule(
+        "works",
+        "further loggers by class path, a mapping or a list of them, beside the run's own TensorBoard and "
+        "metrics.jsonl; see [Loggers](#loggers)",
+        accepts=lambda value: _is_class(value) or (isinstance(value, list) and all(map(_is_class, value))),
+        allowed="the run's own logger is always there; name further ones as a list, such as "
+        "[{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}]",
+    ),
     "callbacks": Rule("works", "ours, your own, and Lightning's as listed below"),
     "fast_dev_run": Rule(
         "refused",

@@ -43,7 +43,7 @@ from mhla_lightning.tasks.optimization import (
 )
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
-from mhla_lightning.tasks.trainers import check_copies, check_strategy, run_length
+from mhla_lightning.tasks.trainers import GathersWeights, check_copies, check_strategy, run_length
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -173,6 +173,9 @@ class Task(KeepsArguments, pl.LightningModule):
         """
         check_strategy(self.trainer)
         check_copies(self.trainer, self.backbone is not None)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
+            self.check_gathered("zero3")
         data = cast(Any, self.trainer).datamodule
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
@@ -194,6 +197,32 @@ class Task(KeepsArguments, pl.LightningModule):
                 "compile",
                 "`whole` leaves no block whose activations `checkpoint_activations` offload could move; take "
                 "`blocks`, or another `checkpoint_activations`",
+            )
+
+    def check_gathered(self, strategy: str) -> None:
+        """Refuse what does not go together with weights that are gathered around every layer.
+
+        Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo
+        compiles DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of
+        compilations.
+
+        Args:
+            strategy: its name, for the error.
+
+        Raises:
+            UserError: `checkpoint_activations` offload, or `compile`.
+        """
+        if self.checkpoint_activations == "offload":
+            raise UserError(
+                "checkpoint_activations",
+                f"offload would keep the gathered weights of `trainer.strategy` {strategy}; take blocks or "
+                "attention, or zero2",
+            )
+        if self.compilation is not None:
+            raise UserError(
+                "compile",
+                f"`trainer.strategy` {strategy} gathers weights around every layer, which compiles anew in "
+                "each step; take null, or ddp, zero1 or zero2",
             )
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:

@@ -31,6 +31,26 @@ class TellsSkippedSteps(Protocol):
         ...
 
 
+@runtime_checkable
+class GathersWeights(Protocol):
+    """The part of a DeepSpeed strategy that tells whether layers gather their weights."""
+
+    @property
+    def zero_stage_3(self) -> bool:
+        """Whether they are."""
+        ...
+
+
+@runtime_checkable
+class SavesWholeFiles(Protocol):
+    """A strategy whose Lightning checkpoints hold all weights, also split ones."""
+
+    @property
+    def saves_whole_files(self) -> bool:
+        """Whether it does."""
+        ...
+
+
 def check_strategy(trainer: pl.Trainer) -> None:
     """Refuse unknown strategies that split weights, and callbacks that cannot read such weights.
 
@@ -53,7 +73,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 f"{type(callback).__name__} cannot average weights that are split among ranks; take "
                 "mhla_lightning.callbacks.EMA",
             )
-        if isinstance(callback, ModelCheckpoint) and trainer.state.fn == TrainerFn.FITTING:
+        saves = isinstance(strategy, SavesWholeFiles) and strategy.saves_whole_files
+        if isinstance(callback, ModelCheckpoint) and not saves and trainer.state.fn == TrainerFn.FITTING:
             raise UserError(
                 "trainer.callbacks",
                 "ModelCheckpoint, which Lightning adds by itself, would save none of the weights split "

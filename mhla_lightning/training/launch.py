@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, read_run_recipe
@@ -48,12 +48,14 @@ from mhla_lightning.runs.ranks import (
     tell_rank_zero,
 )
 from mhla_lightning.runs.stopping import Preempted, StopSignals, stop_signals
+from mhla_lightning.training.report import LogReport, Report
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from mhla_lightning.config.resolve import Resolved
     from mhla_lightning.training.session import Session
 
-log = logging.getLogger(__name__)
 _FOLDER = "MHLA_RUN_FOLDER"  # tells the further ranks that Lightning starts which folder the first has chosen
 _WAIT_FOR_DATA = 3600.0  # seconds
 _WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
@@ -105,39 +107,12 @@ class Launched:
     Args:
         code: see :func:`launch`.
         run: the folder; None where a signal came before it was chosen.
+        trainer: Lightning's; None where nothing was left to train, or a signal came before.
     """
 
     code: int
     run: RunFolder | None
-
-
-class Report(Protocol):
-    """Shows a run's progress to a person."""
-
-    def line(self, text: str) -> None:
-        """Show a step of the run."""
-
-    def problem(self, text: str) -> None:
-        """Show why the run ends early."""
-
-    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
-        """Show values by tag: the last of each and, after training, the best."""
-
-
-class LogReport:
-    """The report of a run that Python code starts: lines of the package's logger."""
-
-    def line(self, text: str) -> None:
-        log.info(text)
-
-    def problem(self, text: str) -> None:
-        log.error(text)
-
-    def metrics(self, title: str, last: Mapping[str, float], best: Mapping[str, float] | None = None) -> None:
-        shown = (
-            f"{tag} {value:.4f}" + (f" (best {best[tag]:.4f})" if best else "") for tag, value in last.items()
-        )
-        log.info(f"{title}: {', '.join(shown)}")
+    trainer: Trainer | None = None
 
 
 def read_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -201,34 +176,57 @@ def launch_run(
     report: Report | None = None,
 ) -> Launched:
     """Do what :func:`launch` does, and return the folder of the run beside the exit code."""
+
+    def opened() -> tuple[str, Resolved]:
+        read = read_recipe(recipe, overrides)  # before the import below, which takes seconds
+        from mhla_lightning.config.resolve import resolve
+
+        return read.name, resolve(read.values)
+
+    return _guarded(opened, options or RunOptions(), report or LogReport())
+
+
+def launch_resolved(name: str, resolved: Resolved, options: RunOptions, report: Report) -> Launched:
+    """Do what :func:`launch_run` does with a recipe whose objects are built.
+
+    Args:
+        name: of the recipe.
+        resolved: the recipe; its objects belong to the run from now on.
+        options: where the run lives and what is done.
+        report: shows the progress.
+    """
+    return _guarded(lambda: (name, resolved), options, report)
+
+
+def _guarded(opened: Callable[[], tuple[str, Resolved]], options: RunOptions, report: Report) -> Launched:
+    """Launch with signal handlers, which are installed before a recipe is opened."""
     # Three trainings on two cores: OpenMP's default spinning makes a step 20 times slower, this value 3
     # times. A training alone becomes 3 % slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     end_with_rank_zero()
-    report = report or LogReport()
     try:
         with stop_signals() as signals:
-            return _launch(read_recipe(recipe, overrides), options or RunOptions(), report, signals)
+            name, resolved = opened()
+            return _launch(name, resolved, options, report, signals)
     except Preempted as stop:
         report.problem(f"stopped by {stop.by} before training began; the same command resumes the run")
         return Launched(PREEMPTED, None)
 
 
-def _launch(recipe: Recipe, options: RunOptions, report: Report, signals: StopSignals) -> Launched:
-    from mhla_lightning.config.resolve import resolve
-
+def _launch(
+    name: str, resolved: Resolved, options: RunOptions, report: Report, signals: StopSignals
+) -> Launched:
     quiet_libraries()
-    resolved = resolve(recipe.values)
-    run = _choose_folder(recipe.name, resolved, options)
+    run = _choose_folder(name, resolved, options)
     if options.mode != "fit":
-        return Launched(_evaluate(resolved, run, options, report), run)
+        return _evaluate(resolved, run, options, report)
     with disk_errors(run.path):
-        return Launched(_train(resolved, run, options, report, signals), run)
+        return _train(resolved, run, options, report, signals)
 
 
 def _train(
     resolved: Resolved, run: RunFolder, options: RunOptions, report: Report, signals: StopSignals
-) -> int:
+) -> Launched:
     from mhla_lightning.checkpoints.whole import newest_whole
 
     changed = _changes(run, resolved)
@@ -239,7 +237,7 @@ def _train(
             "`accept_changes`",
         )
     if run.finished() and not changed:
-        return _report_finished(resolved, run, options, report)
+        return Launched(_report_finished(resolved, run, options, report), run)
     new, recorded = not run.path.exists(), run.recipe.is_file()
     run.create()
     try:
@@ -356,7 +354,7 @@ def _fit(
     report: Report,
     changed: str,
     resume: Path | None,
-) -> int:
+) -> Launched:
     """Train on, or from the start.
 
     The run folder keeps its content until the first step is taken.
@@ -371,6 +369,10 @@ def _fit(
         record=partial(_record, resolved, run),
         changed=changed,
     )
+    return Launched(_fit_session(session, run, report), run, session.trainer)
+
+
+def _fit_session(session: Session, run: RunFolder, report: Report) -> int:
     first = session.trainer.is_global_zero
     if first:
         _report_start(session, run, report)
@@ -465,7 +467,7 @@ def _how_to_resume(run: RunFolder) -> str:
     return f"the same command resumes from {start}"
 
 
-def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> int:
+def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> Launched:
     """Validate or test a checkpoint; write nothing."""
     from mhla_lightning.training.session import Session
 
@@ -475,7 +477,7 @@ def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: R
     metrics = session.evaluate(options.mode, checkpoint)
     if session.trainer.is_global_zero:
         report.metrics(f"{options.mode} {checkpoint}", metrics)
-    return 0
+    return Launched(0, run, session.trainer)
 
 
 def _checkpoint(run: RunFolder, options: RunOptions, report: Report) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import resource
 import statistics
@@ -143,8 +142,7 @@ class Session:
 
     def _trainer(self) -> pl.Trainer:
         arguments = dict(self.recipe.trainer)
-        callbacks = arguments.pop("callbacks", [])
-        given = callbacks if isinstance(callbacks, list) else [callbacks]
+        given, loggers = (_listed(arguments.pop(name, [])) for name in ("callbacks", "logger"))
         if isinstance(arguments.get("val_check_interval"), int):
             # Lightning's EarlyStopping takes an interval of 1 for 1.0, the end of an epoch, otherwise.
             arguments["check_val_every_n_epoch"] = None
@@ -155,7 +153,7 @@ class Session:
             "max_time": None,  # Preemption stops the run
             "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 0),
             "default_root_dir": self.run.path,
-            "logger": self.logger,
+            "logger": [self.logger, *loggers],
             "use_distributed_sampler": False,
             "callbacks": self._callbacks(given, arguments),
             "plugins": [*_environment(self.run), RunCheckpointIO()],
@@ -174,9 +172,7 @@ class Session:
         if self.recipe.matmul_precision is not None and trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision(self.recipe.matmul_precision)
         with inside("data"):
-            micro_batch, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
-        if isinstance(arguments.get("strategy"), ZeroStrategy):
-            arguments["strategy"].micro_batch = micro_batch
+            _, trainer.accumulate_grad_batches = self.data.micro_batch(trainer.world_size)
         if isinstance(trainer.val_check_interval, int):  # a recipe counts optimizer steps, Lightning batches
             trainer.val_check_interval = (
                 min(trainer.val_check_interval, self.max_steps) * trainer.accumulate_grad_batches
@@ -192,12 +188,7 @@ class Session:
         self._averages = [callback for callback in given if isinstance(callback, EMA)]
         health, checkpoint = self.recipe.health, self._checkpoint()
         own: list[Callback] = [
-            Monitor(
-                self.data.batch_size,
-                math.prod(self.task.grid),
-                self.task.flops_per_batch(1),
-                self.recipe.trainer.get("precision", "32-true"),
-            ),
+            Monitor(),
             MixingHeatmaps(),
             self.progress,
             checkpoint,
@@ -368,6 +359,10 @@ class Session:
         }
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _medians(series: Mapping[str, list[tuple[int, float]]], names: Iterable[str]) -> dict[str, float]:
     """Return the medians of the `train/` curves that a run has of these."""
     return {
@@ -399,29 +394,14 @@ def strategy_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_split_weights(task: Task, strategy: Any) -> None:
-    """Refuse what does not go together with weights that are split among ranks.
+    """Refuse what does not go with weights that are split among ranks. Raises UserError.
 
-    Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo compiles
-    DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of compilations.
-
-    Raises:
-        UserError: ZeRO stage 3 beside `checkpoint_activations` offload or `compile`.
+    Args:
+        task: of the recipe.
+        strategy: `trainer.strategy`.
     """
-    if not is_zero(strategy) or zero_config(strategy)["zero_optimization"]["stage"] != 3:
-        return
-    name = strategy_name(strategy)
-    if task.checkpoint_activations == "offload":
-        raise UserError(
-            "checkpoint_activations",
-            f"offload would keep the gathered weights of `trainer.strategy` {name}; take blocks or "
-            "attention, or zero2",
-        )
-    if task.compilation is not None:
-        raise UserError(
-            "compile",
-            f"`trainer.strategy` {name} gathers weights around every layer, which compiles anew in each "
-            "step; take null, or ddp, zero1 or zero2",
-        )
+    if is_zero(strategy) and zero_config(strategy)["zero_optimization"]["stage"] == 3:
+        task.check_gathered(str(strategy_name(strategy)))
 
 
 def check_float16(arguments: Mapping[str, Any]) -> None:

@@ -30,6 +30,8 @@ SIGNATURE = inspect.signature(Trainer).parameters
 GUIDE = Path(__file__).parents[2] / "docs" / "trainer-arguments.md"
 IMAGES = "classification/deit_tiny_mhla_mnist_cpu"
 
+CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}
+
 SWEEP: dict[str, tuple[list[Any], list[Any]]] = {  # argument -> values that pass, values that are refused
     "accelerator": (["cpu", "gpu", "auto"], []),
     "strategy": (["ddp", "zero2"], []),  # judged by strategies.config
@@ -39,7 +41,7 @@ SWEEP: dict[str, tuple[list[Any], list[Any]]] = {  # argument -> values that pas
         ["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "32", 32, 16, "bf16"],
         ["transformer-engine", "transformer-engine-float16", "bf8", 8, True],
     ),
-    "logger": ([], [True, False, {"class_path": "lightning.pytorch.loggers.CSVLogger"}]),
+    "logger": ([[], [CSV], CSV], [True, False, ["csv"], "csv", {"save_dir": "logs"}]),
     "callbacks": ([[], [{"class_path": "mhla_lightning.callbacks.EMA"}]], []),
     "fast_dev_run": ([False, 0], [True, 1, 3]),
     "max_epochs": ([-1], [1, 10]),

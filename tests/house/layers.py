@@ -14,7 +14,7 @@ from tests.house.source import PACKAGE, Finding, dotted, nodes, package_trees, t
 # Top down: a room imports rooms of lower layers only, at the top of a file or inside a function alike.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("api",),
+    ("api", "lightning_cli"),
     ("cli",),
     ("report",),
     ("bench", "training", "compare"),

@@ -7,27 +7,47 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from mhla_lightning.checkpoints.io import RunCheckpointIO
 from mhla_lightning.checkpoints.source import open_source
+from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
-from mhla_lightning.strategies.config import StrategyEntry, check_version, deepspeed_config, zero_config
+from mhla_lightning.strategies.config import (
+    StrategyEntry,
+    check_version,
+    deepspeed_config,
+    lightning_precision,
+    zero_config,
+)
 from mhla_lightning.strategies.local import LocalWeights, WholeWeights
 from mhla_lightning.strategies.sharding import Sharding, names_by_group
 from mhla_lightning.strategies.state import restore
 from mhla_lightning.strategies.zero.nvme.disk import check_disk, on_disk, remove_swapped, swap_folder
 from mhla_lightning.strategies.zero.patches import leave_out_shared_memory, patch_training
 from mhla_lightning.strategies.zero.weights import Zero3Weights, Zero12Weights
+from mhla_lightning.strategies.zero.whole_file import save_whole
 from mhla_lightning.weights.moments import carry_over, tell_new
 
 Result = TypeVar("Result")
+_LARGEST = 10**8  # elements of a buffer of DeepSpeed's where nobody knows the largest weight
+
+
+@runtime_checkable
+class KnowsSizes(Protocol):
+    """A module that knows the sizes of its weights before they exist, as a task does."""
+
+    parameter_count: int
+    largest_weight: int
 
 
 class ZeroStrategy(DeepSpeedStrategy, Sharding):
@@ -43,11 +63,8 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
     Args:
         entry: `trainer.strategy`: a preset's name, or a mapping with keys of DeepSpeed's that replace the
             preset's.
-        precision: `trainer.precision`.
-        on_cpu: train on CPUs.
-
-    Attributes:
-        micro_batch: samples that a rank takes at once; set before training starts.
+        precision: `trainer.precision`; None takes the trainer's.
+        on_cpu: train on CPUs; None takes the trainer's accelerator.
 
     Raises:
         UserError: see config.zero_config and config.deepspeed_config; a DeepSpeed that was not tested.
@@ -55,22 +72,42 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
 
     guards_steps = True
 
-    def __init__(self, entry: StrategyEntry, precision: str | int, on_cpu: bool) -> None:
+    def __init__(
+        self, entry: StrategyEntry, precision: str | int | None = None, on_cpu: bool | None = None
+    ) -> None:
         check_version()
+        self.entry, self._given = entry, (precision, on_cpu)
+        if on_cpu is None:
+            on_cpu = not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu"
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-        self.entry, self.recipe_precision, self.on_cpu = entry, precision, on_cpu
-        self.micro_batch = 1
+        self.recipe_precision, self.on_cpu = precision or "32-true", on_cpu
         self._swap_folders: set[Path] = set()
         self._formatted = False
         self._names: list[list[str]] = []
-        self._configure(1, None)  # raises before anything is started
+        self._configure(1, None, 1)  # raises before anything is started
         super().__init__(config=zero_config(entry), process_group_backend="gloo" if on_cpu else None)
 
-    def _configure(self, accumulation: int, gradient_clip: float | None) -> dict[str, Any]:
+    def set_world_ranks(self) -> None:
+        """Take precision and accelerator of the trainer, where none were given.
+
+        Lightning calls it while it builds the trainer, once both are chosen. Raises UserError for a precision
+        or an accelerator that does not work here.
+        """
+        precision, on_cpu = self._given
+        if on_cpu is None and isinstance(self.accelerator, CPUAccelerator) != self.on_cpu:
+            raise UserError("trainer.accelerator", _other_accelerator(self.on_cpu))
+        if precision is None:
+            self.recipe_precision = cast(Any, self.precision_plugin).precision
+            self._configure(1, None, 1)
+            self._given = (self.recipe_precision, on_cpu)
+            self.precision_plugin = DeepSpeedPrecision(lightning_precision(self.recipe_precision))  # type: ignore[arg-type]
+        super().set_world_ranks()
+
+    def _configure(self, accumulation: int, gradient_clip: float | None, micro_batch: int) -> dict[str, Any]:
         return deepspeed_config(
             self.entry,
-            micro_batch=self.micro_batch,
+            micro_batch=micro_batch,
             accumulation=accumulation,
             gradient_clip=gradient_clip,
             precision=self.recipe_precision,
@@ -83,11 +120,15 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             return
         self._formatted = True
         trainer = self._module.trainer
-        self.config = self._configure(trainer.accumulate_grad_batches, trainer.gradient_clip_val)
+        data, micro_batch = cast(Any, trainer).datamodule, 1  # DeepSpeed counts samples with it, no more
+        if isinstance(data, ShardDataModule):
+            micro_batch, _ = data.micro_batch(trainer.world_size)
+        accumulation = trainer.accumulate_grad_batches
+        self.config = self._configure(accumulation, trainer.gradient_clip_val, micro_batch)
         zero = self.config["zero_optimization"]
-        parameters = cast(Any, self._module).parameter_count
+        parameters, _ = _sizes(self._module)
         for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
-            if key in zero:  # DeepSpeed makes buffers of this size, however small the model
+            if key in zero and parameters:  # DeepSpeed makes buffers of this size, however small the model
                 zero[key] = min(zero[key], max(1024, parameters + parameters % 2))
         self._place_on_disk(zero, trainer)
 
@@ -117,7 +158,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
             UserError: buffers that are too small, or weights kept in memory.
         """
         key = "trainer.strategy.zero_optimization.offload_param"
-        needed = -(-cast(Any, self._module).largest_weight // world_size)
+        needed = -(-_sizes(self._module)[1] // world_size)
         if parameters.setdefault("buffer_size", needed) < needed:
             raise UserError(
                 f"{key}.buffer_size",
@@ -285,7 +326,7 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
     # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: every rank writes its own stretches (callbacks.Checkpoint)."""
+        """Return nothing: every rank writes its own stretches, see save_checkpoint."""
         return {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -295,9 +336,20 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """On rank 0, pass on the part that is neither weights nor optimizer state."""
-        if self.is_global_zero:
+        """Write Lightning's own file, as one device would; every rank calls it.
+
+        In a run, rank 0 passes on the part that is neither weights nor optimizer state: callbacks.Checkpoint
+        writes the others.
+        """
+        if not isinstance(self.checkpoint_io, RunCheckpointIO):
+            save_whole(self._module.trainer, checkpoint, Path(filepath))
+        elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    @property
+    def saves_whole_files(self) -> bool:
+        """Whether Lightning's ModelCheckpoint gets all weights."""
+        return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill weights, and in training the optimizer, from a checkpoint of any strategy."""
@@ -314,3 +366,18 @@ class ZeroStrategy(DeepSpeedStrategy, Sharding):
         engine = cast(Any, self.model)
         engine.global_steps, engine.micro_steps = step, step * engine.gradient_accumulation_steps()
         engine.global_samples = step * engine.train_batch_size()
+
+
+def _sizes(module: pl.LightningModule) -> tuple[int, int]:
+    """Return a module's parameters, 0 where none exist yet, and the elements of the largest."""
+    if isinstance(module, KnowsSizes):
+        return module.parameter_count, module.largest_weight
+    counts = [parameter.numel() for parameter in module.parameters()]
+    return sum(counts), max(counts, default=_LARGEST)
+
+
+def _other_accelerator(on_cpu: bool) -> str:
+    """Return why DeepSpeed, imported for another device, cannot use the accelerator."""
+    if on_cpu:
+        return "it is no CPU, and DS_ACCELERATOR is cpu in the environment; remove that variable"
+    return "it is a CPU beside a GPU: set DS_ACCELERATOR=cpu in the environment before Python starts"

@@ -1,0 +1,125 @@
+"""LightningCLI over recipes: what `lightning run` does, in Lightning's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mhla_lightning.cli.main import main as mhla
+from mhla_lightning.config.recipes import recipe_names
+from mhla_lightning.lightning_cli import RecipeCLI, main
+from mhla_lightning.runs.folder import RunFolder, read_metrics
+from mhla_lightning.training.launch import RunOptions, launch
+from tests.helpers.errors import refused
+
+DEIT, CONVNET = "classification/deit_tiny_mhla_mnist_cpu", "classification/convnet_mnist_cpu"
+SHORT = {
+    "trainer.max_steps": 2,
+    "trainer.log_every_n_steps": 1,
+    "trainer.limit_val_batches": 1,
+    "trainer.val_check_interval": 2,
+}
+
+
+class Kept(RecipeCLI):
+    """Keeps what Lightning's hook behind `fit` sees."""
+
+    steps = 0
+
+    def after_fit(self) -> None:
+        self.steps = self.trainer.global_step
+
+
+def words(overrides: dict[str, Any]) -> list[str]:
+    return [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+
+
+def losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    series = read_metrics(RunFolder(folder).metrics)
+    return {tag: values for tag, values in series.items() if tag.startswith(("train/loss", "val"))}
+
+
+def door_and_run(recipe: str, root: Path, overrides: dict[str, Any]) -> Kept:
+    """Train a recipe by both commands; assert equal numbers."""
+    place = ["--runs", str(root), "--run-id", "door"]
+    cli = Kept(["fit", "--config", recipe, *place, *words(overrides)])
+    assert cli.launched is not None
+    assert cli.launched.code == 0
+    assert launch(recipe, overrides, RunOptions(str(root), "run")) == 0
+    curves = losses(root / "door")
+    assert curves == losses(root / "run")
+    assert len(curves["train/loss"]) == 2
+    assert (root / "door" / "recipe.yaml").read_text() == (root / "run" / "recipe.yaml").read_text()
+    return cli
+
+
+@pytest.mark.parametrize("recipe", [DEIT, CONVNET])
+def test_a_packaged_recipe_trains_as_a_run(recipe: str, shards: Path, tmp_path: Path) -> None:
+    overrides = {**SHORT, "data.path": shards, "data.batch_size": 16, "model.num_classes": 4}
+    cli = door_and_run(recipe, tmp_path, {key: str(value) for key, value in overrides.items()} | SHORT)
+    assert cli.steps == 2
+    assert cli.model is cli.resolved.task
+    if recipe == DEIT:
+        return
+    place = ["--runs", str(tmp_path), "--run-id", "door", *words(overrides)]
+    looked = RecipeCLI(["validate", "-c", recipe, "--ckpt_path", str(tmp_path / "door"), *place])
+    measured = looked.trainer.callback_metrics
+    assert {tag: float(value) for tag, value in measured.items()} == {
+        tag: values[-1][1] for tag, values in losses(tmp_path / "door").items() if tag.startswith("val")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.endswith("_cpu")])
+def test_every_packaged_cpu_recipe_trains_as_a_run(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the data that it names."""
+    monkeypatch.chdir(tmp_path)
+    door_and_run(recipe, tmp_path / "runs", SHORT)
+
+
+def test_the_recipe_is_read_as_by_a_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module of the user's, a preset as a mapping, an older name of a key, our own sections."""
+    values = yaml.safe_load(recipe.read_text())
+    values["imports"] = ["a_module_of_a_user"]
+    values["trainer"]["strategy"] = {"name": "zero2", "zero_optimization": {"overlap_comm": False}}
+    values["data"]["init_args"]["seed"] = 3  # now data.order.seed
+    values["health"] = {"max_skipped": 1}
+    recipe.write_text(yaml.safe_dump(values))
+    (tmp_path / "a_module_of_a_user.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["--model.attention", "softmax", "--trainer.matmul_precision", "high"]
+    cli = RecipeCLI(["--config", str(recipe), *given], run=False)
+    assert (cli.model.attention, cli.datamodule.seed, cli.resolved.health.max_skipped) == ("softmax", 3, 1)
+    assert cli.launched is None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        RecipeCLI(["fit", "--config", str(recipe), "--print_config", *given])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert mhla(["run", str(recipe), "--print_config", *given]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_mistakes_are_those_of_a_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(recipe), "--trainer.max_stepz", "2"]) == 2
+    assert "--trainer.max_stepz" in capsys.readouterr().err
+    with refused("ckpt"):
+        RecipeCLI(["fit", "--config", str(recipe), "--ckpt_path", "x"])
+    with refused("args"):
+        RecipeCLI({"fit": {}})  # type: ignore[arg-type]
+    for wrong in (["fit"], ["predict", "--config", str(recipe)], []):
+        with pytest.raises(SystemExit) as stopped:
+            RecipeCLI(wrong)
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        RecipeCLI(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert "--checkpoint.every_n_steps" in shown
+    assert "--run-id" in shown
