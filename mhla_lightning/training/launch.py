@@ -60,6 +60,13 @@ _FOLDER = "MHLA_RUN_FOLDER"  # tells the further ranks that Lightning starts whi
 _WAIT_FOR_DATA = 3600.0  # seconds
 _WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, with the same error
 _LAST_WAIT = 60.0  # seconds that other ranks have to end after the training has
+_EXPORT = "export {0} --to FOLDER"
+_NEXT = {
+    "LanguageTask": "generate {0} --prompt TEXT, or mhla " + _EXPORT,
+    "ImageDiffusionTask": "sample {0}, or mhla " + _EXPORT,
+    "VideoDiffusionTask": "sample {0}, or mhla " + _EXPORT,
+}
+"""The name of a task's class -> verbs for a finished run; the others are exported."""
 _INTERRUPTED = 130  # exit code that a shell reports for Ctrl-C
 
 _HARMLESS = (
@@ -391,7 +398,7 @@ def _fit_session(session: Session, run: RunFolder, report: Report) -> int:
             raise
         return _failed(error, session, run, report)
     if first:
-        _report_summary(run, report)
+        _report_summary(session.recipe, run, report)
     return _wait_for_ranks(session, report)
 
 
@@ -507,14 +514,15 @@ def _report_finished(resolved: Resolved, run: RunFolder, options: RunOptions, re
     _check_data(resolved, run, options, newest_whole(run.path, _once(report)))
     report.line(f"run {run.run_id} is finished; `fresh` trains the recipe anew, in another folder")
     if _first_process():
-        _report_summary(run, report)
+        _report_summary(resolved, run, report)
     return 0
 
 
-def _report_summary(run: RunFolder, report: Report) -> None:
+def _report_summary(resolved: Resolved, run: RunFolder, report: Report) -> None:
     summary = read_object(run.summary)
     title = f"{run.run_id}: {summary['steps']} steps in {summary['seconds']:.0f} s"
     report.metrics(title, summary["last"], summary["best"])
     if summary.get("ended_early"):
         report.line(f"ended early: {summary['ended_early']}")
     report.line(f"run folder: {run.path}\nlook at it: mhla report {run.path}, or mhla monitor {run.path}")
+    report.line(f"use it: mhla {_NEXT.get(type(resolved.task).__name__, _EXPORT).format(run.path)}")
