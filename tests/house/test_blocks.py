@@ -39,6 +39,7 @@ NOT_EXECUTED = {
     r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
     r"mhla import ": "needs public weights; tests/conversion imports small ones",
     r"mhla data (?!pack mnist)": "needs files of the reader; tests/data runs each verb",
+    r"python -m mhla_lightning\.lightning_cli ": "tests/cli/test_lightning_cli.py runs it",
     r"mhla bench ": "measures for minutes on a quiet machine; tests/bench runs each verb",
     r"mhla compare ": "trains for minutes; tests/cli compares shorter runs",
     r"mhla test-operator my_package": "needs the reader's package",
@@ -87,6 +88,9 @@ def _check(words: tuple[str, ...]) -> None:
         assert re.search(rf"(?m)^{rest[0]}:", (ROOT / "Makefile").read_text()), rest
     elif first in ("mhla", "lightning"):
         _check_verb(rest)
+    elif words[:3] == ("python", "-m", "mhla_lightning.lightning_cli"):
+        assert words[3] in ("fit", "validate", "test"), words
+        assert words[4] == "--config", words
     else:
         assert first in ("pip", "tensorboard"), first
 
