@@ -16,7 +16,6 @@ from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import IMAGE_DIFFUSION
 from mhla_lightning.backbones.layers import time_sinusoid
 from tests.helpers.errors import refused
-from tests.helpers.marks import every_nth
 
 TINY: dict[str, Any] = {"input_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 RELEASE = {"name": "mhla", "preset": "release"}
@@ -274,7 +273,8 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
     ) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("attention", every_nth(ENTRIES, 9), ids=str)
+@pytest.mark.slow  # test_compiling.py: compiled tasks train alike
+@pytest.mark.parametrize("attention", ENTRIES, ids=str)
 def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
     model = awake(build(attention=attention))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -315,7 +315,8 @@ def test_parameters_of_any_dtype(attention: Any, dtype: torch.dtype) -> None:
     ) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("attention", every_nth(ENTRIES, 9), ids=str)
+@pytest.mark.slow  # test_compiling.py: compiled tasks train alike
+@pytest.mark.parametrize("attention", ENTRIES, ids=str)
 def test_compiled_as_one_graph_it_gives_the_same(attention: Any) -> None:
     model = awake(build(attention=attention, depth=1))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

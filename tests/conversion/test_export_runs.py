@@ -215,6 +215,7 @@ def test_the_hub_takes_a_classifier_from_its_run(runs: Runs) -> None:
     assert torch.equal(HubModel.from_pretrained("hub/model")(images), model(images))
 
 
+@pytest.mark.slow  # test_bundle.py: an exported folder, in a process of its own
 def test_transformers_loads_a_language_model(runs: Runs) -> None:
     transformers = pytest.importorskip("transformers")
     state = exported(runs, "language")

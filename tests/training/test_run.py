@@ -197,6 +197,7 @@ def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.slow  # tests/strategies/test_zero.py: two processes of ddp learn what one does
 def test_two_processes(recipe: Path, tmp_path: Path) -> None:
     """Real gloo: each step takes 16 samples over both, and the padded validation counts every sample once."""
     with start(
