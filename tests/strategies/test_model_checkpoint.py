@@ -23,7 +23,9 @@ from tests.helpers.ranks import ONE_THREAD
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings(
+        "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:The dirpath has changed"
+    ),
 ]
 ZERO3 = {"name": "zero3", "zero_optimization": {"stage3_param_persistence_threshold": 0}}
 OPTIONS = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
