@@ -49,6 +49,12 @@ def read_saved(place: Any, map_location: Any = None, trusted: bool = False) -> t
     return path, saved
 
 
+def refuse_hparams(file: Any) -> None:
+    """Refuse Lightning's `hparams_file`. Raises UserError."""
+    if file is not None:
+        raise UserError("hparams_file", "the arguments are in the checkpoint; leave it out")
+
+
 def class_named(asked: type[T], name: str | None, path: Path) -> type[T]:
     """Return the class that a checkpoint is of, among those that are imported.
 

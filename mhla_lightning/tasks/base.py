@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.arguments.hints import argument_hints
 from mhla_lightning.arguments.plain import KeepsArguments, plain
+from mhla_lightning.arguments.saved import refuse_hparams
 from mhla_lightning.attention import MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
@@ -489,8 +490,7 @@ class Task(KeepsArguments, pl.LightningModule):
         Raises:
             UserError: no such checkpoint, of another class, or without arguments.
         """
-        if hparams_file is not None:
-            raise UserError("hparams_file", "the arguments are in the checkpoint; leave it out")
+        refuse_hparams(hparams_file)
         return load_task(cls, checkpoint_path, map_location, strict, weights_only is False, arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -38,4 +38,4 @@ def test_the_image_installs_extras_that_exist() -> None:
     assert named is not None
     project = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"(?m)^{extra} = \[", project) for extra in named[1].split(","))
-    json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    json.loads((ROOT / ".devcontainer.json").read_text())

@@ -17,6 +17,7 @@ import webdataset as wds
 from lightning.pytorch import LightningDataModule
 
 from mhla_lightning.arguments.plain import KeepsArguments
+from mhla_lightning.arguments.saved import refuse_hparams
 from mhla_lightning.data.ahead import ON_HOST, Draw, WorksAhead
 from mhla_lightning.data.batching import RankPart, split_batch
 from mhla_lightning.data.check import check_split
@@ -317,8 +318,7 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         Raises:
             UserError: no such checkpoint, of another class, or without arguments.
         """
-        if hparams_file is not None:
-            raise UserError("hparams_file", "the arguments are in the checkpoint; leave it out")
+        refuse_hparams(hparams_file)
         return load_data(cls, checkpoint_path, weights_only is False, arguments)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
