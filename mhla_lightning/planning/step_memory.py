@@ -138,6 +138,7 @@ def _convert(task: Task, dtype: torch.dtype) -> None:
 
 def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:
     """Forward and backward of a batch as Lightning runs them."""
+    complete = {"key": [""] * len(batch["weight"]), **batch}  # as of our loaders, whose labels nobody checks
 
     def step() -> None:
         with torch.autocast(
@@ -146,7 +147,7 @@ def training_step(task: Task, batch: Mapping[str, Tensor], precision: Precision)
             enabled=precision.autocast is not None,
             cache_enabled=False,
         ):
-            loss = cast(Tensor, task.training_step(batch, 0))
+            loss = cast(Tensor, task.training_step(complete, 0))
         loss.backward()
 
     return step

@@ -12,7 +12,7 @@ from torch import Tensor
 from mhla_lightning.errors import UserError
 
 Stage = Literal["train", "evaluate", "predict"]
-_ALWAYS = ("index", "epoch", "weight")
+_ALWAYS = ("index", "epoch", "weight", "key")
 _MOST = 2**20  # samples of a batch, so that no two samples have one index
 
 
