@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from timm.layers import ClassifierHead
+from timm.models.vision_transformer import update_model_input_size
 from torch import Tensor, nn
 
 from mhla_lightning.attention import LayerAttention
@@ -214,6 +215,7 @@ class VLT(KeptActivations, nn.Module):
             cast(Stage, mine).take_grid(cast(Stage, new))
         self.options, self.img_size, self.grid = options, options.sides, options.grids[0]
         self.geometry = fresh.geometry
+        update_model_input_size(self, self.img_size)
 
     def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
         """Compile the model, or each of its blocks."""
