@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models.vision_transformer import update_model_input_size
 from torch import Tensor, nn
 
@@ -72,7 +71,8 @@ class VLT(KeptActivations, nn.Module):
 
     def _stages(self, layers: Sequence[Sequence[LayerAttention]], listed: bool) -> list[Stage]:
         options, stages, before = self.options, [], None
-        rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist())
+        steps = max(1, sum(options.depths) - 1)
+        rates = (options.drop_path_rate * layer / steps for layer in range(sum(options.depths)))
         for number, (grid, dim) in enumerate(zip(options.grids, options.embed_dims, strict=True)):
             with _of_stage(number, listed):
                 blocks = [
@@ -288,6 +288,6 @@ def _of_stage(number: int, listed: bool) -> Iterator[None]:
 def _initialise(module: nn.Module) -> None:
     """Draw the weights of a layer as RAVLT does."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
