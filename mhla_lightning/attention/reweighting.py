@@ -36,7 +36,13 @@ def reweighted(
 
 
 def _weights(k: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the softmax over the tokens, (batch, tokens, heads, 1); `mean` is (batch, heads, dim)."""
+    """Return the softmax over the tokens, (batch, tokens, heads, 1).
+
+    Args:
+        k: features, (batch, tokens, heads, dim).
+        mean: of the queries' features, (batch, heads, dim).
+        mask: (batch, tokens) bool; None means all tokens are real.
+    """
     scores = (k.transpose(1, 2) @ mean.unsqueeze(-1)).squeeze(-1)  # (batch, heads, tokens)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)

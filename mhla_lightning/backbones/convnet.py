@@ -144,7 +144,10 @@ class ConvNet(nn.Module):
 
 
 class _ConvNormReLU(ConvNormAct):
-    """timm's, with the activation outside of the norm: torch's synchronised norms would leave it out."""
+    """timm's layer with the activation outside of the norm.
+
+    torch's synchronised batch normalisation takes the norm's place, and leaves out an activation inside.
+    """
 
     def __init__(self, before: int, width: int, stride: int = 1) -> None:
         super().__init__(before, width, 3, stride, apply_act=False)

@@ -289,7 +289,13 @@ def placed_as(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
 
 
 def check_heads(embed_dim: int, num_heads: int, key: str = "embed_dim") -> None:
-    """Refuse a number of heads that does not divide the channels of the option `key`. Raises UserError."""
+    """Refuse a number of heads that does not divide the channels. Raises UserError.
+
+    Args:
+        embed_dim: channels.
+        num_heads: heads.
+        key: the option that holds the channels.
+    """
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise UserError("num_heads", f"{num_heads} heads do not divide the {embed_dim} channels of `{key}`")
 

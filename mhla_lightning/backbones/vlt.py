@@ -21,7 +21,7 @@ from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometr
 from mhla_lightning.backbones.compiling import CompileModule, Parts
 from mhla_lightning.backbones.layers import ImageRotation, mixing_weights
 from mhla_lightning.backbones.ravlt_names import vlt_weights
-from mhla_lightning.backbones.vlt_layers import Stage, Stem, VLTBlock, conv_norm
+from mhla_lightning.backbones.vlt_layers import Stem, VLTBlock, VLTStage, conv_norm
 from mhla_lightning.backbones.vlt_options import STEM_STRIDE, VLTOptions, check_pool, resolve_stages
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Adapted, Geometry
@@ -30,9 +30,9 @@ from mhla_lightning.weights.adapted import Adapted, Geometry
 class VLT(KeptActivations, nn.Module):
     """A vision transformer of four stages, with 4, 8, 16 and 32 pixels a token on each axis.
 
-    Convolutions lead from stage to stage. Methods are named as in timm. Batch normalisation stands in the
-    stem, between the stages and before the classifier; so a step depends on the samples that a rank sees at
-    once. On several ranks trainer.sync_batchnorm removes that.
+    Convolutions lead from stage to stage. Methods are named as in timm. The stem, the convolutions between
+    the stages and the one before the classifier have batch normalisation. So a step depends on the samples
+    that a rank sees at once; on several ranks trainer.sync_batchnorm removes that.
 
     Args:
         attention: see :func:`resolve_stages`.
@@ -69,7 +69,7 @@ class VLT(KeptActivations, nn.Module):
         self.apply(_initialise)
         remember_geometry(self)
 
-    def _stages(self, layers: Sequence[Sequence[LayerAttention]], listed: bool) -> list[Stage]:
+    def _stages(self, layers: Sequence[Sequence[LayerAttention]], listed: bool) -> list[VLTStage]:
         options, stages, before = self.options, [], None
         steps = max(1, sum(options.depths) - 1)
         rates = (options.drop_path_rate * layer / steps for layer in range(sum(options.depths)))
@@ -87,7 +87,7 @@ class VLT(KeptActivations, nn.Module):
                     )
                     for spec in layers[number]
                 ]
-            stages.append(Stage(before, blocks))
+            stages.append(VLTStage(before, blocks))
             before = dim
         return stages
 
@@ -133,7 +133,7 @@ class VLT(KeptActivations, nn.Module):
         with self.offloaded():
             x = self.stem(x)
             for stage in self.stages[:count]:
-                assert isinstance(stage, Stage)
+                assert isinstance(stage, VLTStage)
                 x = stage.downsample(x)
                 tokens, rotary = x.flatten(2).mT, ImageRotation(stage.grid, stage.head_dim, x.device)
                 for block in stage.blocks:
@@ -212,14 +212,14 @@ class VLT(KeptActivations, nn.Module):
         state = {name: value for name, value in self.state_dict().items() if name.endswith("mixing.weight")}
         fresh.load_state_dict(fresh.adapt_state_dict(state, self.geometry), strict=False)
         for mine, new in zip(self.stages, fresh.stages, strict=False):  # some may have been pruned
-            cast(Stage, mine).take_grid(cast(Stage, new))
+            cast(VLTStage, mine).take_grid(cast(VLTStage, new))
         self.options, self.img_size, self.grid = options, options.sides, options.grids[0]
         self.geometry = fresh.geometry
         update_model_input_size(self, self.img_size)
 
     def compile_parts(self, what: Parts, compile_module: CompileModule) -> None:
         """Compile the model, or each of its blocks."""
-        blocks = [block for stage in self.stages for block in cast(Stage, stage).blocks]
+        blocks = [block for stage in self.stages for block in cast(VLTStage, stage).blocks]
         for part in [self] if what == "whole" else blocks:
             compile_module(part)
 
@@ -239,8 +239,8 @@ class VLT(KeptActivations, nn.Module):
                 f"{tuple(shape)} is not the first stage of this model: {self.grid} for images of "
                 f"{self.img_size} pixels",
             )
-        stages = sum(cast(Stage, stage).flops() for stage in self.stages)
-        tokens = math.prod(cast(Stage, self.stages[-1]).grid)
+        stages = sum(cast(VLTStage, stage).flops() for stage in self.stages)
+        tokens = math.prod(cast(VLTStage, self.stages[-1]).grid)
         head = tokens * self.num_features * self.head_hidden_size + self.head.num_features * self.num_classes
         return self.stem.flops(self.img_size) + stages + 2 * head
 

@@ -126,7 +126,7 @@ class VLTBlock(nn.Module):
         return self.cpe.flops(tokens) + self.attn.flops(self.grid) + self.mlp.flops(tokens)
 
 
-class Stage(nn.Module):
+class VLTStage(nn.Module):
     """The blocks of one resolution, after the convolution that leads there.
 
     Args:
@@ -141,7 +141,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.grid, self.dim, self.head_dim = blocks[0].grid, dim, dim // blocks[0].attn.heads
 
-    def take_grid(self, other: Stage) -> None:
+    def take_grid(self, other: VLTStage) -> None:
         """Take the grid of another stage, and its operators, which are made for that grid."""
         self.grid = other.grid
         for mine, new in zip(self.blocks, other.blocks, strict=True):

@@ -1,4 +1,4 @@
-"""Sizes of the vision linear transformer, and the attention of its stages (SPEC section 3.2)."""
+"""Sizes of the vision linear transformer, and its attention by stage (SPEC section 3.2)."""
 
 from __future__ import annotations
 
