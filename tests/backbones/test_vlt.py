@@ -221,6 +221,13 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, gradients[0], strict=True))
 
 
+def test_blocks_compile_without_graph_breaks() -> None:
+    model, x = tiny().eval(), images(28, 28)
+    expected = model(x)
+    model.compile_parts("blocks", lambda block: block.compile(backend="eager", fullgraph=True))
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_only_mixing_matrices_are_named_as_not_decayed() -> None:
     model = tiny()
     assert model.no_weight_decay() == {
