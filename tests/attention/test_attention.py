@@ -47,6 +47,7 @@ OPERATORS: list[str | dict] = [
     {"name": "mhla", "block_size": 3, "mix_per_head": True},
     {"name": "mhla", "block_size": 3, "feature_map": "elu", "reweight_keys": True},
     {"name": "linear", "feature_map": "elu", "reweight_keys": True},
+    {"name": "mhla", "block_size": 3, "mix_form": "relative"},
 ]
 
 
