@@ -221,6 +221,9 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, gradients[0], strict=True))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"  # dynamo looks at it
+)
 def test_blocks_compile_without_graph_breaks() -> None:
     model, x = tiny().eval(), images(28, 28)
     expected = model(x)
