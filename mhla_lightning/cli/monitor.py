@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mhla-monitor-") as links:
         logdir = Path(links)
         link_runs(args.run, root, logdir)
-        # the screen with loss and validation; TensorBoard's own first one begins with the heat maps
+        # training and validation side by side; TensorBoard's own first screen has all curves, by name
         print(f"http://localhost:{args.port}/#custom_scalars  ({', '.join(args.run) or root})")
         if "SSH_CONNECTION" in os.environ:
             print(

@@ -59,7 +59,7 @@ PYTHON_NOT_EXECUTED = {
 SHORT = {
     "run": "--trainer.max_steps 4 --trainer.val_check_interval 4 --model.schedule.warmup_steps 1",
     "sample": "--n 2 --steps 2",
-    "eval samples": "--n 4 --steps 2",
+    "eval samples": "--n 10 --steps 2",
     "generate": "--max-new-tokens 8",
 }
 """Verb -> options that the slow tests add."""
