@@ -23,9 +23,9 @@ FIGURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "results": ("results.png", results),
     "mixing": ("mixing.png", mixing),
     "code": ("code.svg", lambda file: file.write_text(code_drawing(written_code()), encoding="utf-8")),
-    "tensorboard": ("tensorboard.png", tensorboard),
     "digits": ("digits.png", digits),
     "clips": ("clips.webp", clips),
+    "tensorboard": ("tensorboard.png", tensorboard),  # last: it needs a browser
 }
 """Name -> its file, and what draws it."""
 

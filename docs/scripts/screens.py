@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from docs.scripts.pages import ROOT
@@ -21,15 +22,19 @@ from tests.helpers.chromium import PROGRAM, Chromium
 WIDTH, HEIGHT = 1200, 860
 """Of the window, in pixels."""
 _WAIT = 120.0  # seconds, for TensorBoard to read the run and for the browser to draw it
-_CURVES = """(function count(root) {
-    let found = 0;
+WALK = """function* walk(root) {
     for (const one of root.querySelectorAll("*")) {
-        if (one.localName === "path" && (one.getAttribute("d") || "").length > 100) found += 1;
-        if (one.shadowRoot) found += count(one.shadowRoot);
+        yield one;
+        if (one.shadowRoot) yield* walk(one.shadowRoot);
     }
-    return found;
-})(document)"""
-"""Counts the curves of the page, most of which are in the shadows of TensorBoard's elements."""
+}"""
+"""Walks over all elements of a page; most of TensorBoard's are in the shadows of others."""
+_CURVES = f"""(() => {{ {WALK}
+    return [...walk(document)].filter(
+        one => one.localName === "path" && !one.closest("defs") && getComputedStyle(one).fill === "none"
+            && (one.getAttribute("d") || "").length > 50
+    ).length;
+}})()"""
 
 
 def tensorboard(file: Path) -> None:
@@ -37,55 +42,65 @@ def tensorboard(file: Path) -> None:
 
     Raises:
         SystemExit: there is no Chromium.
-        TimeoutError: the screen has no curves.
     """
     if PROGRAM is None:
         raise SystemExit(f"{file}: needs Debian's package chromium")
-    run = stdlib()
+    with first_screen(stdlib()) as browser:
+        file.write_bytes(picture(browser))
+
+
+@contextmanager
+def first_screen(run: Path) -> Iterator[Chromium]:
+    """Give a browser with the screen that `mhla monitor RUN` names, once its curves are drawn.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        TimeoutError: TensorBoard does not list the run, or draws no curves.
+    """
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mhla_lightning", "monitor", str(run), "--port", str(port)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths.strip(os.pathsep)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as monitor:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as monitor,
+    ):
         assert monitor.stdout is not None
+        browser = Chromium(Path(profile))
         try:
-            address = monitor.stdout.readline().split()[0]
-            _wait_for_run(f"http://localhost:{port}/data/runs", run.name)
-            file.write_bytes(photograph(address))
+            address = monitor.stdout.readline().partition(" ")[0]
+            assert address.startswith("http"), "mhla monitor has failed"
+            _wait_for(lambda: _lists(f"http://localhost:{port}/data/runs", run.name), f"no run {run.name}")
+            browser.open(address, WIDTH, HEIGHT)
+            _wait_for(lambda: browser.run(_CURVES) >= 3, f"no curves in {address}")
+            yield browser
         finally:
+            browser.close()
             monitor.send_signal(signal.SIGTERM)
 
 
-def _wait_for_run(address: str, name: str) -> None:
-    """Wait until TensorBoard lists a run."""
+def _lists(address: str, name: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
+        return f'"{name}"' in answer.read().decode()
+    return False
+
+
+def _wait_for(holds: Callable[[], bool], problem: str) -> None:
     until = time.monotonic() + _WAIT
-    while time.monotonic() < until:
-        with suppress(OSError), urllib.request.urlopen(address, timeout=5) as answer:
-            if f'"{name}"' in answer.read().decode():
-                return
+    while not holds():
+        if time.monotonic() > until:
+            raise TimeoutError(problem)
         time.sleep(0.5)
-    raise TimeoutError(f"{address} does not list {name}")
 
 
-def photograph(address: str, curves: int = 3) -> bytes:
-    """Return a window's content as a PNG, once its curves are drawn and nothing moves.
-
-    Args:
-        address: of the page.
-        curves: at least that many.
-    """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Chromium(Path(profile))
-        try:
-            browser.open(address, WIDTH, HEIGHT)
-            before, until = b"", time.monotonic() + _WAIT
-            while time.monotonic() < until:
-                time.sleep(2)
-                picture = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
-                if picture == before and browser.run(_CURVES) >= curves:
-                    return picture
-                before = picture
-        finally:
-            browser.close()
-    raise TimeoutError(f"{address} shows fewer than {curves} curves, or moves")
+def picture(browser: Chromium) -> bytes:
+    """Return what the window shows as a PNG, once nothing moves."""
+    before, now = b"", b" "
+    while now != before:
+        before = now
+        time.sleep(2)
+        now = base64.b64decode(browser.send("Page.captureScreenshot")["data"])
+    return now
