@@ -53,7 +53,8 @@ NOT_EXECUTED = {
 PYTHON_NOT_EXECUTED = {
     "from mhla_lightning.hf import ProjectMixingCallback": "a part: model and data are the reader's",
     "from transformers import pipeline": "DIR is the reader's; the tutorial of language models opens one",
-    "summary = mhla.run": "the runs are the reader's; tests/test_api.py calls each verb",
+    "summary = mhla.run": "the runs are the reader's; tests/cli/test_api.py calls each verb",
+    'HubModel.from_run("RUN")': "RUN is the reader's; tests/conversion/test_hub.py does the same with a run",
 }
 
 SHORT = {
