@@ -36,6 +36,7 @@ NOT_EXECUTED = {
     r"pip install ": "needs a network",
     r"mhla monitor\b": "serves until Ctrl-C; tests/cli/test_monitor.py",
     r"mhla (submit|logs|status|cancel|resume)\b": "needs a cluster; tests/slurm runs them on one",
+    r"lightning run classification/\S+ --mode validate --ckpt digits": "a run of the cluster; tests/slurm",
     r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
     r"mhla import ": "needs public weights; tests/conversion imports small ones",
     r"mhla data (?!pack mnist)": "needs files of the reader; tests/data runs each verb",
@@ -54,7 +55,7 @@ PYTHON_NOT_EXECUTED = {
     "from mhla_lightning.hf import ProjectMixingCallback": "a part: model and data are the reader's",
     "from transformers import pipeline": "DIR is the reader's; the tutorial of language models opens one",
     "summary = mhla.run": "the runs are the reader's; tests/cli/test_api.py calls each verb",
-    'HubModel.from_run("RUN")': "RUN is the reader's; tests/conversion/test_hub.py does the same with a run",
+    'HubModel.from_run("RUN")': "RUN is the reader's; tests/conversion opens a run of its own",
 }
 
 SHORT = {
