@@ -77,9 +77,9 @@ def test_a_packaged_recipe_trains_as_a_run(recipe: str, shards: Path, tmp_path: 
     assert main(["predict", "-c", recipe, *place, "--predictions", str(file)]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != file} == before
     found = torch.load(file, weights_only=True)
-    measured = {key for part in found for key in part["key"]}
+    names = {key for part in found for key in part["key"]}
     logits = torch.cat([part["logits"] for part in found])
-    assert len(measured) == len(logits) == looked.datamodule.index("val").samples
+    assert len(names) == len(logits) == looked.datamodule.index("val").samples
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
