@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
-from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, labels_within, named, real_rows
+from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, named, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
 
 
@@ -96,7 +96,7 @@ class ClassificationTask(Task):
         if stage == "predict":
             return found
         labels = entry(found, "label", (len(images),), "int64", f"classes from 0 to {self.num_classes - 1}")
-        labels_within(labels, self.num_classes, "num_classes")
+        self.label_checks.within(labels, self.num_classes, "num_classes")
         if stage == "train":
             self.check_batch(len(images))
         return found
