@@ -214,6 +214,7 @@ class CompareArguments(TypedDict, total=False):
     over: Sequence[str]
     variants: PathLike
     seeds: str
+    against: str
     jobs: int
     eval: Sequence[str]
     runs: PathLike
