@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -20,11 +19,11 @@ MEASURES = ("effective_rank", "rank", "entropy", "relative_entropy", "locality",
 
 
 class AttentionCurves(AfterStep):
-    """Logs what attention does on a fixed batch of held-out samples, as `attention/MEASURE/layer_N`.
+    """Logs what attention does on a fixed batch of held-out samples.
 
-    The measures are those of `mhla analyze`: means over heads and samples, of the weights as trained. Layers
-    without an attention matrix have no curve. Every rank computes, because a sharded model needs them, and
-    rank 0 logs. Training is not changed by it.
+    The tags are `attention/MEASURE/layer_N`. The measures are those of `mhla analyze`: means over heads and
+    samples, of the weights as trained. Layers without an attention matrix have no curve. Every rank computes,
+    because a sharded model needs them, and rank 0 logs. Training is not changed by it.
 
     Args:
         every_n_steps: optimizer steps from one point to the next.
@@ -94,7 +93,7 @@ class AttentionCurves(AfterStep):
                 logger.log_metrics(curves(found), trainer.global_step)
 
 
-def curves(found: ModelStudy) -> Mapping[str, float]:
+def curves(found: ModelStudy) -> dict[str, float]:
     """Return the mean over heads by tag."""
     return {
         f"{ATTENTION}{measure}/layer_{number}": float(layer.heads[measure].mean())

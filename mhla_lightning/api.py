@@ -350,7 +350,10 @@ def analyze(run: PathLike | Sequence[PathLike], **options: Unpack[AnalyzeArgumen
     from mhla_lightning.cli.analyze import perform
 
     names = [run] if isinstance(run, str | Path) else list(run)
-    done = perform(_arguments("analyze", list(map(str, names)), options), Console(quiet=True))
+    words: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    done = perform(_arguments("analyze", list(map(str, names)), words), Console(quiet=True))
     return AttentionNumbers(done.picture, done.result["runs"])
 
 

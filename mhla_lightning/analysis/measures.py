@@ -65,7 +65,7 @@ def attention_shares(matrix: Tensor) -> Tensor:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Return the singular values (..., tokens) of a matrix whose rows are divided by the sums of |A|.
+    """Return the singular values (..., tokens) of a matrix with rows divided by sums of |A|.
 
     This scaling leaves the rank as it is.
     """

@@ -21,10 +21,10 @@ _SHOWN = {ord("\n"): "\u21b5", ord("\t"): "\u21e5", ord(" "): "\u2423"}  # a tic
 
 
 def sample_pixels(task: Task, sample: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the pixels of a sample, (frames, height, width, 3) in [0, 1]; an image has one frame.
+    """Return the pixels of a sample, (frames, height, width, 3) in [0, 1].
 
-    Of latents these are the first three channels, stretched to [0, 1]. Text has no pixels: None. An image
-    that the model pads is padded.
+    An image has one frame. Of latents these are the first three channels, stretched to [0, 1]. Text has no
+    pixels: None. An image that the model pads is padded.
 
     Args:
         task: with its backbone.
@@ -50,7 +50,9 @@ def sample_pixels(task: Task, sample: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def sample_text(run: RunFolder, sample: Mapping[str, Any], shown: Tensor) -> list[str] | None:
-    """Return the text of each shown token; its id where the run keeps no tokenizer, None for pixels.
+    """Return the text of each shown token; None for pixels.
+
+    Where the run keeps no tokenizer, it is the token's id.
 
     Args:
         run: of the model.
@@ -74,7 +76,7 @@ def _piece(piece: bytes) -> str:
 
 
 def on_grid(shares: Tensor, shown: Tensor, grid: Sequence[int]) -> np.ndarray:
-    """Return shares (tokens,) of the shown tokens on their grid; nan at tokens that were not measured."""
+    """Return shares (tokens,) of the shown tokens on their grid; nan at other tokens."""
     full = torch.full((int(np.prod(grid)),), torch.nan, dtype=torch.float64)
     full[shown] = shares.double()
     return full.view(*grid).numpy()

@@ -1,4 +1,4 @@
-"""The attention of a model on some samples: numbers by layer and head, and maps of a few queries."""
+"""The attention of a model on some samples: numbers by layer and head, and a few maps."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOption
         options: what is looked at.
 
     Raises:
-        UserError: more tokens than `max_tokens`, a block size of other axes, a query that is no token, or a
-            task that does not run its backbone.
+        UserError: more tokens than `max_tokens`, a block size of other axes, or a query that is no token;
+            a task that does not run its backbone.
     """
     backbone = task.built_backbone()
     layers = attention_layers(backbone)

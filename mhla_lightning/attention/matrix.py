@@ -1,4 +1,4 @@
-"""The attention matrix of any operator that is linear in v: the operator applied to the identity."""
+"""The attention matrix of an operator: what it makes of the identity as values."""
 
 from __future__ import annotations
 

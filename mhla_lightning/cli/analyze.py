@@ -1,4 +1,4 @@
-"""Look into the attention of trained runs: rank, entropy, locality and maps, by layer and head.
+"""Look into the attention of runs: rank, entropy, locality and maps, by layer and head.
 
 The numbers are means over held-out samples of each run. Several runs share a table and a page of plots.
 Packed rows of text count with their longest document. The page is analysis.png, all numbers are in

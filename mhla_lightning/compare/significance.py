@@ -138,7 +138,10 @@ def as_json(found: Sequence[PairedDifference]) -> list[dict[str, Any]]:
 def difference_table(
     rows: Sequence[Mapping[str, Any]], found: Sequence[PairedDifference], tag: str
 ) -> Table | None:
-    """Return a table of means with intervals and of differences; None where no two rows share two seeds."""
+    """Return a table of means and differences with intervals.
+
+    None where no row shares two seeds with the row that is subtracted.
+    """
     differences = {one.row: one for one in found if one.tag == tag}
     if not differences:
         return None

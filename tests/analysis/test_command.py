@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mhla_lightning.analysis.held_out import open_run, single_samples
 from mhla_lightning.analysis.measures import TITLES
 from mhla_lightning.analysis.study import StudyOptions, chosen_queries, kept_tokens, study
 from mhla_lightning.analysis.watching import AttentionCall
-from mhla_lightning.attention import ATTENTION, CAUSAL_ATTENTION, Attention, Context
+from mhla_lightning.attention import ATTENTION, CAUSAL_ATTENTION, Attention, Context, Softmax
 from mhla_lightning.callbacks import AttentionCurves
 from mhla_lightning.cli.main import main
 from tests.helpers import tiny_tasks
@@ -38,7 +39,7 @@ def analyze(root: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-class Squares(ATTENTION["softmax"]):  # type: ignore[misc]  # a class of the registry
+class Squares(Softmax):
     """An operator without an attention matrix."""
 
     def attend(self, q: Any, k: Any, v: Any, context: Context) -> Any:
@@ -46,7 +47,7 @@ class Squares(ATTENTION["softmax"]):  # type: ignore[misc]  # a class of the reg
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("classifier")
     ATTENTION["squares"] = Squares
     try:
@@ -116,16 +117,18 @@ def test_curves_change_nothing_of_training(classifier: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
-def test_mistakes_are_refused(classifier: Path, words: list[str], key: str) -> None:
-    (run, *options) = words
-    given: dict[str, Any] = {"runs": classifier / "runs", "to": classifier / "refused"}
-    names = [run, *(["hybrid"] if options == ["hybrid"] else [])]
-    if options and options != ["hybrid"]:
-        value = [int(options[1])] if key in ("block_size", "queries") else int(options[1])
-        given[key] = value
-    with refused(key):
-        mhla_lightning.analyze(names, **given)
-    assert not (classifier / "refused").exists()
+def test_mistakes_are_refused(
+    classifier: Path, words: list[str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyze", *words, "--runs", str(classifier / "runs"), "--to", str(classifier / "no")]) == 2
+    assert key.replace("_", "-") in capsys.readouterr().err
+    assert not (classifier / "no").exists()
+
+
+def test_the_call_from_python(classifier: Path, tmp_path: Path) -> None:
+    found = mhla_lightning.analyze("hybrid", runs=classifier / "runs", to=tmp_path, samples=1, queries=[3, 7])
+    assert found.picture == tmp_path / "analysis.png"
+    assert found.runs[0]["queries"] == [3, 7]
 
 
 @pytest.mark.parametrize("key", ["every_n_steps", "samples", "max_tokens"])
@@ -155,7 +158,7 @@ def test_queries_are_spread_over_the_tokens() -> None:
     assert chosen_queries(None, [3], (30,), True) == [3]
 
 
-@pytest.mark.slow  # trains a tiny model of each family and kind: half a minute
+@pytest.mark.slow  # trains a tiny model of each family and kind: a minute and a half
 @pytest.mark.parametrize("task", tiny_tasks.TASKS)
 def test_all_families_and_kinds(tmp_path: Path, task: str) -> None:
     mhla = {"language": "{name: mhla, chunk_size: 8, max_chunks: 8, heads: 2}"}.get(
