@@ -5,6 +5,7 @@ It is MHLA with M = 1, and a baseline of the paper's tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -109,6 +110,10 @@ class Linear(base.Attention):
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         weights = reweighting_flops(tokens, heads, dim_k) if self.reweight_keys else 0
         return 2 * heads * tokens * dim_k * (2 * dim_v + 1) + weights
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return min(N, dim_k): one summary serves all queries."""
+        return min(math.prod(grid), dim_k)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         q, k = self._features(q, k, context.mask)
