@@ -210,6 +210,28 @@ def test_another_input_size_resamples_the_mixing() -> None:
         model(x)
 
 
+def test_relative_mixing_serves_another_size_with_blocks_of_the_same_size() -> None:
+    """One of the stages has one block, and so one weight a head, before it grows."""
+    model = tiny(
+        {"name": "mhla", "mix_form": "relative", "block_size": 8}, img_size=64, num_heads=[1, 3, 2, 3]
+    )
+    assert [tuple(weight.shape) for weight in relative_weights(model)] == [(1, 9), (3, 1)]
+    with torch.no_grad():
+        for weight in relative_weights(model):
+            weight.uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+    before = [weight.clone() for weight in relative_weights(model)]
+    model.set_input_size((64, 96))
+    wide = relative_weights(model)
+    assert [tuple(weight.shape) for weight in wide] == [(1, 15), (3, 3)]
+    torch.testing.assert_close(wide[0].view(3, 5)[:, 1:4], before[0].view(3, 3))
+    torch.testing.assert_close(wide[1], before[1].expand(3, 3))
+    assert model.eval()(images(64, 96)).shape == (2, 5)
+
+
+def relative_weights(model: Any) -> list[Tensor]:
+    return [stage.blocks[0].attn.attention.mixing.weight for stage in model.stages[:2]]
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for how in ("none", "blocks", "attention", "offload"):
