@@ -20,7 +20,7 @@ from tests.helpers.dense_vlt import dense_block
 from tests.helpers.errors import refused
 
 SIZES = [name for name in IMAGE_CLASSIFIERS if name.startswith("vlt_")]
-DEEP = pytest.mark.slow  # 28 and 38 layers take 4 s each to build and count
+DEEP = pytest.mark.slow  # 20 to 38 layers take 2 to 4 s of a core to build and count
 RALA = {"name": "linear", "preset": "ravlt"}
 ENTRIES: list[Any] = [*ATTENTION, RALA, ["mhla", ["linear", "mhla"], "softmax", "mhla"]]
 
@@ -39,7 +39,7 @@ def images(*size: int, seed: int = 1) -> Tensor:
     ("name", "parameters", "millions", "billions"),
     [
         ("vlt_tiny", 14_903_082, 15, 2.4),
-        ("vlt_small", 25_599_691, 26, 4.6),
+        pytest.param("vlt_small", 25_599_691, 26, 4.6, marks=DEEP),
         pytest.param("vlt_base", 48_252_428, 48, 9.9, marks=DEEP),
         pytest.param("vlt_large", 95_253_836, 95, 16.0, marks=DEEP),
     ],
@@ -243,6 +243,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, gradients[0], strict=True))
 
 
+@pytest.mark.slow  # dynamo takes 4 s of a core
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"  # dynamo looks at it
 )
