@@ -13,6 +13,7 @@ from mhla_lightning.backbones import build_backbone
 SMALL: dict[str, dict[str, Any]] = {
     "deit_tiny": {"img_size": 64, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "dit_s2": {"input_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "sana_tiny": {"depth": 2},
     "wan_tiny": {},
     "lm_tiny": {"depth": 2, "embed_dim": 16},
     "convnet_tiny": {},
