@@ -6,6 +6,9 @@ Any strategy and any number of ranks will do:
   mhla export RUN --to wan                   videos: names of diffusers' WanTransformer3DModel, and MHLA's
                                              own tensors
   mhla export RUN --to wan --format wan      videos: names of Wan2.1 and those that the MHLA authors add
+  mhla export RUN --to sana --format diffusers
+                                             SANA: names of diffusers' SanaTransformer2DModel, and MHLA's
+                                             own tensors
   mhla export RUN --to lm --format hf        language models: AutoModelForCausalLM.from_pretrained, with
                                              the model's code and its tokenizer
   mhla export RUN --to vit --format timm     image classifiers: timm.create_model, after
@@ -44,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         metavar="NAME",
-        help="plain, hf, timm, diffusers or wan (default: plain; diffusers for the folder of a video model)",
+        help=(
+            "plain, hf, timm, diffusers or wan (default: plain; diffusers for the folder of a video model or "
+            "of SANA)"
+        ),
     )
     parser.add_argument(
         "--dtype",
@@ -160,17 +166,20 @@ def _find(args: argparse.Namespace) -> TrainedModel:
 
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:
-    """Return a warning about layers that other code would compute as softmax."""
-    from mhla_lightning.conversion.wan import CONFIG
+    """Return a warning about layers that other code would compute as softmax, or as linear attention."""
+    from mhla_lightning.conversion.config_files import CONFIG
 
     facts = config.get(CONFIG)
-    layers = facts["layers"] if isinstance(facts, dict) else []
-    others = [str(number) for number, name in enumerate(layers) if name != "softmax"]
+    if not isinstance(facts, dict):
+        return []
+    theirs = facts["computed_as"]
+    others = [str(number) for number, name in enumerate(facts["layers"]) if name != theirs]
     if not others:
         return []
+    libraries = "diffusers and Wan2.1" if theirs == "softmax" else "diffusers"
     return [
         (
-            f"layers {', '.join(others)} are no softmax attention, but diffusers and Wan2.1 load the "
-            "shared tensors and compute softmax there"
+            f"layers {', '.join(others)} are no {theirs} attention, but {libraries} load the "
+            f"shared tensors and compute {theirs} there"
         )
     ]

@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, VideoDiT, build_backbone
+from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, SanaDiT, VideoDiT, build_backbone
 from mhla_lightning.conversion.formats.base import Export, TrainedModel, shapes
 from mhla_lightning.conversion.formats.classifier import timm
 from mhla_lightning.conversion.formats.language import hf
 from mhla_lightning.conversion.formats.plain import plain
+from mhla_lightning.conversion.formats.sana import sana_diffusers
 from mhla_lightning.conversion.formats.video import diffusers, wan
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.runs.disk_errors import complaint
@@ -50,9 +51,16 @@ class _Format:
     alone: bool = False
 
 
+def _diffusers(trained: TrainedModel, model: nn.Module) -> Export:
+    return (sana_diffusers if isinstance(model, SanaDiT) else diffusers)(trained, model)
+
+
 _FORMATS = {
     "diffusers": _Format(
-        diffusers, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True
+        _diffusers,
+        "video models and SANA",
+        lambda name, model: isinstance(model, VideoDiT | SanaDiT),
+        alone=True,
     ),
     "wan": _Format(wan, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
     "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
@@ -108,8 +116,8 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means diffusers for the folder of a video model, else plain (our own
-            names).
+        format: one of FORMATS; None means diffusers for the folder of a video model or SANA, else plain (our
+            own names).
         one_file: write the .safetensors file alone.
 
     Raises:
@@ -119,7 +127,7 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
         raise UserError("format", unknown_name("format", format, FORMATS))
     with torch.device("meta"):
         model = build_backbone(trained.backbone, attention=trained.attention, **trained.options)
-    chosen = format or ("diffusers" if isinstance(model, VideoDiT) and not one_file else "plain")
+    chosen = format or ("diffusers" if isinstance(model, VideoDiT | SanaDiT) and not one_file else "plain")
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
         raise UserError(
