@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         RecallTask,
         ScheduleConfig,
         Task,
+        TextToImageTask,
         VideoDiffusionTask,
     )
 
@@ -104,6 +105,7 @@ __all__ = [
     "SelfAttention",
     "Task",
     "TextEncoding",
+    "TextToImageTask",
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
@@ -141,7 +143,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "tasks": (
         *("ClassificationTask", "ImageDiffusionTask", "LanguageTask", "RecallTask", "Task"),
-        *("OptimizerConfig", "ScheduleConfig", "VideoDiffusionTask"),
+        *("OptimizerConfig", "ScheduleConfig", "TextToImageTask", "VideoDiffusionTask"),
     ),
 }
 _WHERE = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
