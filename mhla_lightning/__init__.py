@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from mhla_lightning.api import (
+        AttentionNumbers,
         ComparisonTable,
         Continued,
         ExportedWeights,
         RunStopped,
         RunSummary,
         Samples,
+        analyze,
         compare_recipe,
         export,
         generate,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from mhla_lightning.backbones import build_backbone, register_backbone
     from mhla_lightning.callbacks import (
         EMA,
+        AttentionCurves,
         Checkpoint,
         Health,
         MixingHeatmaps,
@@ -77,6 +80,8 @@ __version__ = "0.2.0"
 __all__ = [
     "EMA",
     "Attention",
+    "AttentionCurves",
+    "AttentionNumbers",
     "CausalAttention",
     "Checkpoint",
     "ClassificationTask",
@@ -109,6 +114,7 @@ __all__ = [
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
+    "analyze",
     "build_attention",
     "build_backbone",
     "compare",
@@ -124,7 +130,8 @@ __all__ = [
 
 _ROOMS = {
     "api": (
-        *("ComparisonTable", "Continued", "ExportedWeights", "RunStopped", "RunSummary", "Samples"),
+        *("AttentionNumbers", "ComparisonTable", "Continued", "ExportedWeights"),
+        *("RunStopped", "RunSummary", "Samples", "analyze"),
         *("compare_recipe", "export", "generate", "run", "sample"),
     ),
     "attention": (
@@ -132,7 +139,7 @@ _ROOMS = {
     ),
     "backbones": ("build_backbone", "register_backbone"),
     "callbacks": (
-        *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
+        *("EMA", "AttentionCurves", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
         *("SampleClips", "SampleGrids", "SampleLog"),
     ),
     "callbacks.default": ("default_callbacks",),

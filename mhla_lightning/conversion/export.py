@@ -55,6 +55,7 @@ def _diffusers(trained: TrainedModel, model: nn.Module) -> Export:
     return (sana_diffusers if isinstance(model, SanaDiT) else diffusers)(trained, model)
 
 
+# The first that fits is what a folder has where nobody names a format.
 _FORMATS = {
     "diffusers": _Format(
         _diffusers,
@@ -63,13 +64,13 @@ _FORMATS = {
         alone=True,
     ),
     "wan": _Format(wan, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
-    "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
     "hf": _Format(hf, "language models", lambda name, model: isinstance(model, CausalLM)),
     "timm": _Format(
         timm,
         f"image classifiers ({', '.join(IMAGE_CLASSIFIERS)})",
         lambda name, model: name in IMAGE_CLASSIFIERS,
     ),
+    "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
 }
 FORMATS = tuple(_FORMATS)
 
@@ -116,8 +117,10 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means diffusers for the folder of a video model or SANA, else plain (our
-            own names).
+        format: one of FORMATS; None means the library of the model's family for a folder (hf for language
+            models, timm for image classifiers, diffusers for video models and SANA,
+            else plain), and plain (our own
+            names) for one file.
         one_file: write the .safetensors file alone.
 
     Raises:
@@ -127,13 +130,14 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
         raise UserError("format", unknown_name("format", format, FORMATS))
     with torch.device("meta"):
         model = build_backbone(trained.backbone, attention=trained.attention, **trained.options)
-    chosen = format or ("diffusers" if isinstance(model, VideoDiT | SanaDiT) and not one_file else "plain")
+    fitting_ones = [name for name, kind in _FORMATS.items() if kind.fits(trained.backbone, model)]
+    chosen = format or ("plain" if one_file else fitting_ones[0])
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
         raise UserError(
             "format",
-            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out "
-            "or take plain",
+            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; valid: "
+            f"{', '.join(fitting_ones)}, or leave it out",
         )
     if one_file and not kind.alone:
         raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")

@@ -198,6 +198,14 @@ class MHLA(base.Attention):
         }
         return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
 
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return the sum over blocks of min(tokens of the block, dim_k) (SPEC 1)."""
+        sizes = self._blocks(grid).block_of_token.bincount()
+        return int(sizes.clamp(max=dim_k).sum())
+
+    def partition(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return self._blocks(grid).block_size
+
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         blocks = self._blocks(context.grid)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
