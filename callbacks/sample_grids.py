@@ -44,8 +44,8 @@ class SampleGrids(DrawSamples):
 
     Raises:
         UserError: counts below 1, or no prompt. At the start of training: a sampler that does not fit the
-            model's process, an unknown class, a prompt that is too long, or classes of a text-to-image model
-            and the other way round.
+            model's process, an unknown class, or a prompt that is too long. Also classes of a text-to-image
+            model, and the other way round.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SampleGrids(DrawSamples):
         return torch.tensor(labels)
 
     def _texts(self, data: Any) -> tuple[Tensor, Tensor]:
-        """Return the text features of the columns (columns, tokens, channels), and of the empty prompt."""
+        """Return features of the columns (columns, tokens, channels), and of the empty prompt."""
         if self.classes is not None:
             raise UserError(
                 "SampleGrids.classes", "the model reads a text and knows no classes; name `prompts` instead"

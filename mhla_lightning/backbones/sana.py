@@ -171,7 +171,7 @@ class SanaDiT(TextDiT):
 
 
 class SanaBlock(nn.Module):
-    """Self-attention, attention to the text, and a gated feed-forward network with a convolution.
+    """Self-attention, attention to the text, and a gated feed-forward network.
 
     The first and the last are shifted, scaled and gated by the time.
 

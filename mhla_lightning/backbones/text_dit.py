@@ -1,7 +1,7 @@
 """What the diffusion transformers that read a text have in common.
 
-A time shifts, scales and gates every block, and every block attends to the text (Wan2.1, arXiv 2503.20314;
-SANA, arXiv 2410.10629; both after PixArt, arXiv 2310.00426).
+A time shifts, scales and gates every block, and every block attends to the text.
+Wan2.1: arXiv 2503.20314. SANA: arXiv 2410.10629. Both follow PixArt, arXiv 2310.00426.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def _find(args: argparse.Namespace) -> TrainedModel:
 
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:
-    """Return a warning about layers that other code would compute as softmax, or as linear attention."""
+    """Return a warning about layers that other code would compute by another operator."""
     from mhla_lightning.conversion.config_files import CONFIG
 
     facts = config.get(CONFIG)

@@ -159,7 +159,7 @@ class TextDiffusionTask(DiffusionTask):
         self._plan().check_size(size)
 
     def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
-        """Return samples and text of a pair of both, or of a mapping of `text` and a key of `samples`.
+        """Return samples and text of a pair, or of a mapping of `text` and a key of `samples`.
 
         Raises UserError where they do not fit this model.
         """
