@@ -1,7 +1,7 @@
 """Draw images of prompts from a text-to-image run into a folder.
 
-A stopped job continues. The seed and the number of an image determine it: it is the same image in any batch and with any number of
-processes.
+A stopped job continues. The seed and the number of an image determine it: it is the same image in any batch
+and with any number of processes.
 """
 
 from __future__ import annotations
