@@ -394,6 +394,16 @@ class Task(KeepsArguments, pl.LightningModule):
         """
 
     @abstractmethod
+    def run_backbone(self, batch: Mapping[str, Any]) -> None:
+        """Run the backbone on a batch as validation does, and measure nothing.
+
+        What watches its layers calls this.
+
+        Args:
+            batch: of a loader, completed; see :meth:`completed`.
+        """
+
+    @abstractmethod
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
         """Refuse, before training, data that this model cannot take.
 

@@ -134,6 +134,9 @@ class ClassificationTask(Task):
                 batch_size=max(1, len(labels)),
             )
 
+    def run_backbone(self, batch: Mapping[str, Tensor]) -> None:
+        self(batch["image"])
+
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return `key`, `logits` and `probabilities`, (images, classes), without padding."""
         batch = self.completed(batch, batch_idx, "predict")

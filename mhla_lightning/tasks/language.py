@@ -237,6 +237,12 @@ class LanguageTask(Task):
                         batch_size=len(tokens),
                     )
 
+    def run_backbone(self, batch: Mapping[str, Tensor]) -> None:
+        """Run the backbone on the first `context` tokens of every row."""
+        host = batch.get(HOST_DOCUMENTS, batch["documents"])
+        tokens, documents, host = (x[:, : self.context] for x in (batch["tokens"], batch["documents"], host))
+        self._features(tokens, documents, host)
+
     def measure(self, metrics: Mapping[str, MeanMetric], features: Tensor, targets: Tensor) -> None:
         """Add the counted targets of a batch to the metrics of one context length."""
         counted = targets != IGNORE

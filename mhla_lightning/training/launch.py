@@ -420,7 +420,7 @@ def _report_start(session: Session, run: RunFolder, report: Report) -> None:
         f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample "
         f"(forward), {run.path}"
     )
-    report.line(f"watch it: mhla monitor {run.path} (or: tensorboard --logdir {run.tensorboard})")
+    report.line(f"watch it: mhla monitor {run.path} (or: tensorboard --logdir {run.path.parent})")
 
 
 def _failed(error: Exception, session: Session, run: RunFolder, report: Report) -> int:
