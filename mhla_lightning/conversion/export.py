@@ -109,9 +109,9 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means the library of the model's family for a folder (hf for language
-            models, timm for image classifiers, diffusers for video models, else plain), and plain (our own
-            names) for one file.
+        format: one of FORMATS; None means plain (our own names) for one file, and for a folder the library
+            of the model's family. That is hf for language models, timm for image classifiers, diffusers for
+            video models, else plain.
         one_file: write the .safetensors file alone.
 
     Raises:
