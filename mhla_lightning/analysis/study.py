@@ -29,8 +29,8 @@ class StudyOptions:
 
     Attributes:
         block_size: tokens a block per axis of the first layer's grid, for `own_block`. None takes each
-            layer's own, for a layer without blocks those of another one, else a quarter of each axis, or a
-            16th of a row.
+            layer's own, or those of another layer. Without any it takes a quarter of each axis, or a 16th of
+            a row.
         queries: raster numbers of the tokens whose maps are kept; None takes three, spread over the tokens.
         max_tokens: of a sample; a matrix holds their square for each head.
     """

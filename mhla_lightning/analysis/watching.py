@@ -47,7 +47,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def partitions(model: nn.Module, grid: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the block size of each layer of this grid that has blocks, see :meth:`Attention.partition`."""
+    """Return the block sizes of the layers of this grid, see :meth:`Attention.partition`."""
     found = [
         layer.attention.partition(grid)
         for layer in attention_layers(model)
