@@ -97,7 +97,10 @@ def test_the_hours_of_the_paper_are_those_of_mhla_plan() -> None:
 
     for recipe, hours in hours_of_the_paper().items():
         found = resolve(load_recipe(recipe).values)
-        steps = found.trainer.get("max_steps") or found.data.epochs * 1_281_167 / found.data.batch_size
+        epochs = found.data.epochs or 0
+        steps = found.trainer.get("max_steps") or epochs * 1_281_167 / found.data.batch_size
         flops = 3 * found.task.flops_per_sample * found.data.batch_size * steps
-        modelled = flops / (0.4 * GPUS["h100-80g"].bf16) / 3600
+        peak = GPUS["h100-80g"].bf16
+        assert peak is not None
+        modelled = flops / (0.4 * peak) / 3600
         assert hours == (f"{modelled:.1f}" if modelled < 10 else f"{modelled:.0f}"), recipe
