@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(command: list[str], look: Callable[[], None]) -> int:
-    """Run a server until it or a signal ends; return its exit code, or 0 after a signal.
+    """Run a server until it ends or a signal comes; return its exit code, or 0 after a signal.
 
     Ctrl-C, SIGTERM and SIGHUP end it: it never outlives this process, whose folder of links it reads.
 
