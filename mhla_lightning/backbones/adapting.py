@@ -240,7 +240,7 @@ def _place_mixing(
 
 
 def _place_by_offset(adapted: Adapted, name: str, source: BlockGrid, target: BlockGrid, own: Tensor) -> None:
-    """Place a mixing matrix where it, the model's, or both have one weight per offset between blocks.
+    """Place a mixing matrix of weights by offset, or in a model that has such weights.
 
     Blocks of the same size keep their offsets. Blocks of another size keep their places in the image.
     """

@@ -18,7 +18,7 @@ from mhla_lightning.checkpoints.whole import newest_whole
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
-from mhla_lightning.weights.adapted import Geometry
+from mhla_lightning.weights.adapted import AdaptsWeights, Geometry
 from mhla_lightning.weights.rank_files import FOLDER, RankFileReader, holds_rank_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
 
@@ -85,7 +85,7 @@ class Weights:
         check_finite(state, str(self.path))
         omitted: Collection[str] = ()
         if source is not None:
-            state = adapted = cast(Any, backbone).adapt_state_dict(state, source)
+            state = adapted = cast(AdaptsWeights, backbone).adapt_state_dict(state, source)
             omitted = adapted.omitted
             for change in sorted(set(adapted.resampled.values())):
                 log.info("resampled for another size: %s", change)

@@ -91,7 +91,7 @@ def _check(words: tuple[str, ...]) -> None:
     elif first in ("mhla", "lightning"):
         _check_verb(rest)
     elif words[:3] == ("python", "-m", "mhla_lightning.lightning_cli"):
-        assert words[3] in ("fit", "validate", "test"), words
+        assert words[3] in ("fit", "validate", "test", "predict"), words
         assert words[4] == "--config", words
     else:
         assert first == "pip", first

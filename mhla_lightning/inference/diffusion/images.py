@@ -25,6 +25,7 @@ from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
+from mhla_lightning.weights.adapted import AdaptsWeights
 
 Pixels = ImageDataModule | LatentDataModule
 
@@ -129,10 +130,9 @@ def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask
     trained = rebuild(found.run, ImageDiffusionTask, _NEEDED).task
     with torch.device("meta"):
         trained.configure_model()
-    source = getattr(trained.backbone, "geometry", None)
-    if source is None:
+    if not isinstance(trained.backbone, AdaptsWeights):
         raise UserError("size", "the backbone of this run tells no token grid; leave it out")
-    return load_backbone(found.task, found.weights, device, source)
+    return load_backbone(found.task, found.weights, device, trained.backbone.geometry)
 
 
 def sample_images(
