@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         RecallTask,
         ScheduleConfig,
         Task,
+        TextToImageTask,
         VideoDiffusionTask,
     )
 
@@ -109,6 +110,7 @@ __all__ = [
     "SelfAttention",
     "Task",
     "TextEncoding",
+    "TextToImageTask",
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
@@ -148,7 +150,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "tasks": (
         *("ClassificationTask", "ImageDiffusionTask", "LanguageTask", "RecallTask", "Task"),
-        *("OptimizerConfig", "ScheduleConfig", "VideoDiffusionTask"),
+        *("OptimizerConfig", "ScheduleConfig", "TextToImageTask", "VideoDiffusionTask"),
     ),
 }
 _WHERE = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

@@ -6,6 +6,11 @@ It writes one .safetensors file:
   mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla
                                              start of the paper's fine-tuning: mixing, gate and
                                              convolution are new
+  mhla import sana Sana_600M_1024px_diffusers --out sana.safetensors
+                                             diffusers' folder; linear attention as trained
+  mhla import sana Sana_600M_1024px_diffusers --out sana_mhla.safetensors \\
+    --attention '{name: mhla, mix_init: uniform}'
+                                             MHLA that begins as that linear attention
   mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
                                              a file or a folder; softmax as trained
   mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
@@ -32,12 +37,18 @@ if TYPE_CHECKING:
 
 _KINDS = {
     "dit": "facebookresearch's DiT, or the DiT of the MHLA authors",
+    "sana": "SANA, by the names of diffusers",
     "wan": "Wan2.1 (its own names or diffusers'), or the Wan of the MHLA authors",
 }
-_DEFAULT = {"dit": "dit_xl2", "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint"}
-_OPTIONS = {"dit": "{input_size: 64}", "wan": "{input_size: [21, 60, 100]}"}
+_DEFAULT = {
+    "dit": "dit_xl2",
+    "sana": "sana_600m or sana_1600m, with the sizes of the checkpoint",
+    "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint",
+}
+_OPTIONS = {"dit": "{input_size: 64}", "sana": "{input_size: 16}", "wan": "{input_size: [21, 60, 100]}"}
 _EXAMPLES = {
     "dit": "DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla",
+    "sana": "Sana_600M_1024px_diffusers --out sana.safetensors",
     "wan": "Wan2.1-T2V-1.3B --out wan.safetensors",
 }
 _STATES = {"copied": "copied", "resampled": "resampled", "created": "new", "left": "left over"}
@@ -90,15 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument(
             "--json", metavar="FILE", help="write which tensors were copied, are new or were left over"
         )
-        if name == "dit":
-            added.set_defaults(heads=None, layout=None)
-        else:
+        added.set_defaults(heads=None, layout=None)
+        if name != "dit":
             added.add_argument(
                 "--heads",
                 type=int,
                 metavar="N",
                 help="attention heads, where the checkpoint does not show them",
             )
+        if name == "wan":
             added.add_argument(
                 "--layout",
                 type=int,
@@ -124,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     _check_files(source, out)
     check_json(args.json)
 
+    from mhla_lightning.conversion.config_files import read_config
     from mhla_lightning.conversion.foreign import FAMILIES, save_weights
-    from mhla_lightning.conversion.wan import read_config
     from mhla_lightning.weights.adapted import WeightState
     from mhla_lightning.weights.deepspeed_folder import read_deepspeed
     from mhla_lightning.weights.files import is_deepspeed, read_tensors
@@ -136,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         if is_deepspeed(source)
         else read_tensors(source, "path", args.weights)
     )
-    config = read_config(source) if args.kind == "wan" else {}
+    config = read_config(source, FAMILIES[args.kind].classes)
     wish = Wish(
         str(source),
         args.backbone,
