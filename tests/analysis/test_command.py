@@ -89,9 +89,11 @@ def test_curves_of_training_are_the_numbers_of_the_command(classifier: Path) -> 
     found = analyze(classifier, "hybrid", "--samples", "1", "--no-ema")["runs"][0]
     for number, layer in enumerate(found["layers"]):
         for measure in ("effective_rank", "rank", "entropy", "locality", "own_block"):
-            assert curves[f"attention/{measure}/layer_{number}", 2] == pytest.approx(layer["mean"][measure])
+            assert curves[f"val_attention/{measure}/layer_{number}", 2] == pytest.approx(
+                layer["mean"][measure]
+            )
     odd = (classifier / "runs/odd/metrics.jsonl").read_text()
-    assert "attention/rank/layer_0" in odd
+    assert "val_attention/rank/layer_0" in odd
     assert "layer_1" not in odd
 
 
