@@ -22,8 +22,8 @@ class AttentionCurves(AfterStep):
     """Logs what attention does on a fixed batch of held-out samples.
 
     The tags are `val_attention/MEASURE/layer_N`. The measures are those of `mhla analyze`: means over heads
-    and samples, of the weights as trained. Layers without an attention matrix have no curve. Every rank computes,
-    because a sharded model needs them, and rank 0 logs. Training is not changed by it.
+    and samples, of the weights as trained. Layers without an attention matrix have no curve. Every rank
+    computes, because a sharded model needs them, and rank 0 logs. Training is not changed by it.
 
     Args:
         every_n_steps: optimizer steps from one point to the next.
