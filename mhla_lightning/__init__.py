@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         ComparisonTable,
         Continued,
         ExportedWeights,
+        Prediction,
         RunStopped,
         RunSummary,
         Samples,
         compare_recipe,
         export,
         generate,
+        predict,
         run,
         sample,
     )
@@ -91,6 +93,7 @@ __all__ = [
     "MixingHeatmaps",
     "Monitor",
     "OptimizerConfig",
+    "Prediction",
     "ProjectMixing",
     "ReadingConfig",
     "RecallTask",
@@ -114,6 +117,7 @@ __all__ = [
     "default_callbacks",
     "export",
     "generate",
+    "predict",
     "register_attention",
     "register_backbone",
     "run",
@@ -122,8 +126,8 @@ __all__ = [
 
 _ROOMS = {
     "api": (
-        *("ComparisonTable", "Continued", "ExportedWeights", "RunStopped", "RunSummary", "Samples"),
-        *("compare_recipe", "export", "generate", "run", "sample"),
+        *("ComparisonTable", "Continued", "ExportedWeights", "Prediction", "RunStopped", "RunSummary"),
+        *("Samples", "compare_recipe", "export", "generate", "predict", "run", "sample"),
     ),
     "attention": (
         *("Attention", "CausalAttention", "SelfAttention", "build_attention", "register_attention"),

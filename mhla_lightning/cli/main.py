@@ -27,6 +27,7 @@ VERBS = {
     "compare": "train variants of a recipe side by side: one table, one plot",
     "generate": "continue prompts with a language run",
     "sample": "draw images or videos from a diffusion run",
+    "predict": "name the likeliest classes of images, with a classifier's run",
     "eval": "evaluate runs: lm-evaluation-harness, FID of samples, a classifier's view of samples, VBench",
     "bench": "measure how fast one thing is beside another",
     "test-operator": "check an attention operator of yours against the contract that models rely on",
@@ -47,7 +48,7 @@ VERBS = {
 
 GROUPS = {
     "train": ("run", "recipes", "compare", "plan"),
-    "use": ("generate", "sample", "report", "eval", "export", "import"),
+    "use": ("generate", "sample", "predict", "report", "eval", "export", "import"),
     "data": ("data",),
     "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),
     "measure": ("bench", "test-operator", "doctor", "completion"),

@@ -131,10 +131,29 @@ class Task(KeepsArguments, pl.LightningModule):
         self._check_execution(plan)
         if self.init_from:
             self._source_geometry = described_geometry(facts_of(weight_file(self.init_from)))
+        self._measure(plan)
+
+    def _measure(self, plan: nn.Module) -> None:
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether an argument is `auto`, which the data decide before training."""
+        return False
+
+    def take_from_data(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Decide what is `auto`; return these arguments with their values.
+
+        Args:
+            facts: the data module's facts about its samples, `kind` first.
+
+        Raises:
+            UserError: the data do not tell it.
+        """
+        return {}
 
     def _weightless(self) -> nn.Module:
         """Build the backbone without weights, with the same parameters frozen."""
@@ -178,6 +197,9 @@ class Task(KeepsArguments, pl.LightningModule):
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
         data = cast(Any, self.trainer).datamodule
+        if self.waits_for_data and isinstance(data, GivesFacts):
+            with inside("model"):
+                self.hparams.update(self.take_from_data(data.facts()))
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
             with inside("model"):

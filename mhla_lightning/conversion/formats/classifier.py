@@ -16,7 +16,8 @@ from mhla_lightning.weights.target import Entry
 def timm(trained: TrainedModel, model: nn.Module) -> Export:
     """Plan a folder that timm.create_model opens after `import mhla_lightning.backbones`.
 
-    It opens by `local-dir:`, or by architecture and model_args of its config.json.
+    It opens by `local-dir:`, or by architecture and model_args of its config.json. transformers opens it as
+    its TimmWrapper, whose id2label are the names of the classes.
     """
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
@@ -38,9 +39,11 @@ def _config(trained: TrainedModel, model: VisionTransformer) -> dict[str, Any]:
         "num_classes": model.num_classes,
     }
     weights |= {"first_conv": "patch_embed.proj", "classifier": "head", **trained.pixels}
+    names = {"label_names": list(trained.classes)} if trained.classes else {}
     return {
         "architecture": f"{trained.backbone}_{_operator(trained.attention)}",
         "num_classes": model.num_classes,
+        **names,
         "num_features": model.embed_dim,
         "model_args": {**trained.options, "attention": trained.attention},
         "pretrained_cfg": weights,
