@@ -120,16 +120,34 @@ def _check_pool(kind: str, class_token: bool) -> None:
     known("global_pool", kind, POOLS)
 
 
-def _check_class_token(layers: Sequence[LayerAttention]) -> None:
-    """Refuse a class token where a layer places every token on a grid. Raises UserError."""
+def takes_class_token(attention: Any, depth: int) -> bool:
+    """Return whether no layer of an attention entry places every token on a grid.
+
+    Raises:
+        UserError: an entry that is wrong.
+    """
+    with inside("attention"):
+        layers = resolve_layers(attention, depth, VISION_PRESETS, SelfAttention.layer_options())
+    return _placed_by(layers) is None
+
+
+def _placed_by(layers: Sequence[LayerAttention]) -> str | None:
+    """Return what needs the place of every token, in words; None where nothing does."""
     for layer in layers:
-        placed = layer.layer.get("pos_conv", "none") != "none"
-        if placed or not lookup_attention(layer.name, False).without_grid:
-            what = f"the convolution {layer.layer['pos_conv']}" if placed else f"the operator {layer.name}"
-            raise UserError(
-                "class_token",
-                f"{what} needs the place of every token, and a class token has none; take false",
-            )
+        convolution = layer.layer.get("pos_conv", "none")
+        if convolution != "none":
+            return f"the convolution {convolution}"
+        if not lookup_attention(layer.name).without_grid:
+            return f"the operator {layer.name}"
+    return None
+
+
+def _check_class_token(layers: Sequence[LayerAttention]) -> None:
+    what = _placed_by(layers)
+    if what is not None:
+        raise UserError(
+            "class_token", f"{what} needs the place of every token, and a class token has none; write false"
+        )
 
 
 class VisionTransformer(KeptActivations, TimmVisionTransformer):

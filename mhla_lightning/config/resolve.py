@@ -129,8 +129,8 @@ class Resolved:
         if not self.data.is_ready():
             raise UserError(
                 "model.num_classes",
-                f"it is auto, and {self.data.path} holds no shards that tell the number; pack the data, or give "
-                "the number",
+                f"it is auto, and {self.data.path} holds no shards that tell the number; pack the data, or "
+                "give the number",
             )
         with inside("model"):
             found = self.task.take_from_data(self.data.facts())
