@@ -106,8 +106,8 @@ class Prediction:
     """
 
     file: Path
-    classes: list[str]
-    probabilities: list[float]
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
     problem: str | None = None
 
 

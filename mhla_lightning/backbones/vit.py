@@ -142,6 +142,11 @@ def _placed_by(layers: Sequence[LayerAttention]) -> str | None:
     return None
 
 
+def _mixed(grid: Sequence[int], class_token: bool) -> tuple[int, ...]:
+    """Return the token counts that the layers see: with a class token, those of one row."""
+    return (math.prod(grid) + 1,) if class_token else tuple(grid)
+
+
 def _check_class_token(layers: Sequence[LayerAttention]) -> None:
     what = _placed_by(layers)
     if what is not None:
@@ -178,7 +183,6 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
         if options.class_token:
             _check_class_token(layers)
-        row = (math.prod(grid) + 1,)
         mask = _image_tokens(size, grid, patch) if options.mask_padding else None
         super().__init__(
             img_size=(grid[0] * patch, grid[1] * patch),
@@ -196,7 +200,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             drop_path_rate=options.drop_path_rate,
             # timm's annotation wants a class; timm only calls it
             block_fn=partial(  # type: ignore[arg-type]
-                MixedBlock, layers=layers, grid=row if options.class_token else grid, token_mask=mask
+                MixedBlock, layers=layers, grid=_mixed(grid, options.class_token), token_mask=mask
             ),
         )
         self.attention_entry, self.options = attention, options
@@ -312,7 +316,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         """
         tokens, dim = math.prod(shape), self.embed_dim
         patch = 2 * tokens * self.patch_embed.proj.weight.numel()
-        mixed = [tokens + 1] if self.has_class_token else shape
+        mixed = _mixed(shape, self.has_class_token)
         return (
             patch
             + sum(cast(MixedBlock, block).flops(mixed) for block in self.blocks)
@@ -362,7 +366,7 @@ class MixedBlock(Block):
         num_heads: int,
         *,
         layers: Sequence[LayerAttention],
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         token_mask: Tensor | None,
         depth: int,
         **timm_options: Any,

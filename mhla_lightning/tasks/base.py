@@ -45,7 +45,7 @@ from mhla_lightning.tasks.optimization import (
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
 from mhla_lightning.tasks.trainers import GathersWeights, check_copies, check_strategy, run_length
-from mhla_lightning.weights.adapted import Geometry, WeightState
+from mhla_lightning.weights.adapted import Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
 from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
@@ -127,10 +127,12 @@ class Task(KeepsArguments, pl.LightningModule):
         self._lr_changed = False
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
+        self._source_facts: ModelFacts | None = None
         plan = self._weightless()
         self._check_execution(plan)
         if self.init_from:
-            self._source_geometry = described_geometry(facts_of(weight_file(self.init_from)))
+            self._source_facts = facts_of(weight_file(self.init_from))
+            self._source_geometry = described_geometry(self._source_facts)
         self._measure(plan)
 
     def _measure(self, plan: nn.Module) -> None:
@@ -185,6 +187,14 @@ class Task(KeepsArguments, pl.LightningModule):
             freeze_except(self.backbone, self.train_only)
         if self.compilation is not None:
             self.compilation.apply(self.backbone)
+
+    def start_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return mean and std of the images that the weights of `init_from` were trained on.
+
+        None starts from random weights. Both are empty where the files do not tell them.
+        """
+        facts = self._source_facts
+        return None if facts is None else (facts.mean, facts.std)
 
     def setup(self, stage: str) -> None:
         """Refuse a strategy, an average or data that this task cannot take, before training.

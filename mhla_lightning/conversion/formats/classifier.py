@@ -16,8 +16,8 @@ from mhla_lightning.weights.target import Entry
 def timm(trained: TrainedModel, model: nn.Module) -> Export:
     """Plan a folder that timm.create_model opens after `import mhla_lightning.backbones`.
 
-    It opens by `local-dir:`, or by architecture and model_args of its config.json. transformers opens it as
-    its TimmWrapper, whose id2label are the names of the classes.
+    It opens by `local-dir:`, or by architecture and model_args of its config.json. The names of the classes
+    are timm's label_names, which AutoConfig of transformers reads as id2label.
     """
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
