@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from mhla_lightning.api import (
+        AttentionNumbers,
         ComparisonTable,
         Continued,
         ExportedWeights,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         RunStopped,
         RunSummary,
         Samples,
+        analyze,
         compare_recipe,
         export,
         generate,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from mhla_lightning.backbones import build_backbone, register_backbone
     from mhla_lightning.callbacks import (
         EMA,
+        AttentionCurves,
         Checkpoint,
         Health,
         MixingHeatmaps,
@@ -78,6 +81,8 @@ __version__ = "0.2.0"
 __all__ = [
     "EMA",
     "Attention",
+    "AttentionCurves",
+    "AttentionNumbers",
     "CausalAttention",
     "Checkpoint",
     "ClassificationTask",
@@ -110,6 +115,7 @@ __all__ = [
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
+    "analyze",
     "build_attention",
     "build_backbone",
     "compare",
@@ -126,15 +132,16 @@ __all__ = [
 
 _ROOMS = {
     "api": (
-        *("ComparisonTable", "Continued", "ExportedWeights", "Prediction", "RunStopped", "RunSummary"),
-        *("Samples", "compare_recipe", "export", "generate", "predict", "run", "sample"),
+        *("AttentionNumbers", "ComparisonTable", "Continued", "ExportedWeights", "Prediction"),
+        *("RunStopped", "RunSummary", "Samples", "analyze"),
+        *("compare_recipe", "export", "generate", "predict", "run", "sample"),
     ),
     "attention": (
         *("Attention", "CausalAttention", "SelfAttention", "build_attention", "register_attention"),
     ),
     "backbones": ("build_backbone", "register_backbone"),
     "callbacks": (
-        *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
+        *("EMA", "AttentionCurves", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
         *("SampleClips", "SampleGrids", "SampleLog"),
     ),
     "callbacks.default": ("default_callbacks",),

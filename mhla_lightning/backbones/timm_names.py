@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pre
 from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.adapted import Adapted, Geometry, WeightState
+from mhla_lightning.weights.adapted import AdaptsWeights, Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 
 _DEFAULT = {
@@ -34,10 +34,6 @@ default_cfgs: dict[str, Any] = {}
 
 Build = Callable[..., nn.Module]
 FindGeometry = Callable[[WeightState], Geometry | None]
-
-
-class _Adapts(Protocol):
-    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Geometry | None = None) -> Adapted: ...
 
 
 def register_classifiers(
@@ -98,7 +94,7 @@ def _adapted(
         UserError: positions of an unknown grid: timm loads no model without them.
     """
     facts = None if file is None else facts_of(Path(file))
-    adapted = cast(_Adapts, model).adapt_state_dict(state, geometry(WeightState(state, facts=facts)))
+    adapted = cast(AdaptsWeights, model).adapt_state_dict(state, geometry(WeightState(state, facts=facts)))
     for name, reason in adapted.omitted.items():
         raise UserError("pretrained", f"{file or 'the weights'} do not fit: {name}: {reason}")
     return adapted

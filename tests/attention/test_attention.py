@@ -45,6 +45,7 @@ OPERATORS: list[str | dict] = [
     {"name": "mhla", "block_size": 3, "feature_map": "elu"},
     {"name": "mhla", "block_size": 3, "feature_map": "relu"},
     {"name": "mhla", "block_size": 3, "mix_per_head": True},
+    {"name": "mhla", "block_size": 3, "mix_form": "relative"},
 ]
 
 

@@ -5,6 +5,7 @@ It is MHLA with M = 1, and a baseline of the paper's tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -97,6 +98,10 @@ class Linear(base.Attention):
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * dim_k * (2 * dim_v + 1)
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return min(N, dim_k): one summary serves all queries."""
+        return min(math.prod(grid), dim_k)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -30,7 +30,10 @@ class MHLAOptions:
         mix_init: initialization of the mixing matrix, see :func:`initial_mixing`.
         mix_init_options: its options, see :class:`MixingInit`; None means their defaults.
         mix_learnable, mix_clamp: `learnable` and `clamp` of :class:`MixingMatrix`.
-        mix_per_head: one mixing matrix per head instead of one per layer (beyond the paper, SPEC P6).
+        mix_form: `absolute`, or `relative` with one weight per head and offset between blocks, which serves
+            any number of blocks (beyond the paper), see :class:`MixingMatrix`.
+        mix_per_head: one mixing per head instead of one per layer (beyond the paper, SPEC P6); None means
+            False for the absolute form, True for the relative one.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
         eps: added to the normalizer, and by `relu_eps` to the features.
         kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
@@ -44,7 +47,8 @@ class MHLAOptions:
     mix_init_options: Mapping[str, float] | None = None
     mix_learnable: bool = True
     mix_clamp: Sequence[float] | None = (0.0, 1.0)
-    mix_per_head: bool = False
+    mix_form: str = "absolute"
+    mix_per_head: bool | None = None
     feature_map: str = "relu_eps"
     eps: float = 1e-6
     kernel: str = "auto"
@@ -87,13 +91,15 @@ class MHLA(base.Attention):
         offset = base.relu_offset(options.feature_map, options.eps)
         self.fused_offset = None if options.normalizer == "slot" else offset
         self.kernel, self.float32_summaries = choice.kernel_setting(options.kernel), options.float32_summaries
+        per_head = options.mix_form == "relative" if options.mix_per_head is None else options.mix_per_head
         with keys_of_an_entry():
             self.mixing = MixingMatrix(
                 self.grid,
                 options.mix_init,
                 learnable=options.mix_learnable,
                 clamp=options.mix_clamp,
-                heads=heads if options.mix_per_head else None,
+                heads=heads if per_head else None,
+                form=options.mix_form,
                 init_options=init_options,
             )
 
@@ -169,6 +175,8 @@ class MHLA(base.Attention):
         return BlockGrid(grid, self.blocks, block_size=self.block_size)
 
     def _matrix(self, blocks: BlockGrid) -> Tensor:
+        if self.mixing.form == "relative":
+            return self.mixing.matrix(blocks.blocks)
         if not self.is_image(blocks.grid):
             return self.mixing.matrix(blocks.num_blocks)
         return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
@@ -189,6 +197,14 @@ class MHLA(base.Attention):
             "none": 0,
         }
         return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return the sum over blocks of min(tokens of the block, dim_k) (SPEC 1)."""
+        sizes = self._blocks(grid).block_of_token.bincount()
+        return int(sizes.clamp(max=dim_k).sum())
+
+    def partition(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return self._blocks(grid).block_size
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         blocks = self._blocks(context.grid)
