@@ -1,4 +1,4 @@
-"""The verbs from Python: `run`, `compare`, `analyze`, `sample`, `generate`, `predict` and `export`.
+"""The verbs from Python: `run`, `compare`, `analyze`, `sample`, `predict` and so on.
 
 Options are those of the command line in Python's spelling: `--max-new-tokens 5` is `max_new_tokens=5`. They
 pass the same parser and the same checks, and a mistake is a UserError.

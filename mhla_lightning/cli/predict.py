@@ -21,7 +21,7 @@ from mhla_lightning.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mhla_lightning.inference.classifier import Classified, ClassifierRun
+    from mhla_lightning.inference.classifier import Classified, ImageClassifierRun
 
 _ON_SHEET = 400  # images of a contact sheet at most
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def perform(args: argparse.Namespace) -> tuple[ClassifierRun, list[Classified]]:
+def perform(args: argparse.Namespace) -> tuple[ImageClassifierRun, list[Classified]]:
     """Classify the images and write the contact sheet.
 
     Raises:
@@ -121,7 +121,7 @@ def _table(rows: list[Classified]) -> Any:
 
 
 def _say_end(
-    console: Console, args: argparse.Namespace, found: ClassifierRun, rows: list[Classified]
+    console: Console, args: argparse.Namespace, found: ImageClassifierRun, rows: list[Classified]
 ) -> None:
     bad = sum(row.problem is not None for row in rows)
     shown = min(len(rows) - bad, _ON_SHEET)
@@ -132,7 +132,7 @@ def _say_end(
     console.print(_line(", ".join(parts)), soft_wrap=True)
 
 
-def _summary(found: ClassifierRun, rows: list[Classified]) -> dict[str, Any]:
+def _summary(found: ImageClassifierRun, rows: list[Classified]) -> dict[str, Any]:
     return {
         "run": found.run.run_id,
         "checkpoint": found.checkpoint.name,

@@ -276,7 +276,7 @@ def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def _told_by_data(key: str, before: Any, after: Any) -> bool:
-    """Whether one of two values is `auto`: the hashes in a checkpoint identify the data that tell it."""
+    """Whether a value is `auto`; the hashes in a checkpoint identify the data that tell it."""
     return key == "model.init_args.num_classes" and "auto" in (before, after)
 
 

@@ -1,4 +1,4 @@
-"""The ViT of timm behind a checkpoint: found by its name, by config.json or by its shapes, and built."""
+"""The ViT of timm behind a checkpoint, found by its name, config.json or shapes."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _arguments(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(state: WeightState) -> dict[str, Any]:
-    """Return what the shapes tell beside timm's name: classes, channels and the size of the image."""
+    """Return what the shapes tell beside timm's name: classes, channels, image size."""
     patch, head = state["patch_embed.proj.weight"], state.get("head.weight")
     told: dict[str, Any] = {"num_classes": 0 if head is None else len(head), "in_chans": patch.shape[1]}
     side = _side(state)
@@ -233,7 +233,7 @@ def _filled(source: str, model: TimmVisionTransformer, state: WeightState) -> Ti
 
 
 def _pixels(name: str | None, config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return mean and std of the images that a model was trained on, by config.json or timm's name."""
+    """Return mean and std of a model's training images, by config.json or timm's name."""
     cfg = None if name is None else timm.models.get_pretrained_cfg(name)
     for facts in (config.get("pretrained_cfg"), None if cfg is None else cfg.to_dict()):
         pixels = {

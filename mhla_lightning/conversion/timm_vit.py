@@ -1,8 +1,8 @@
-"""ViTs and DeiTs of timm as our VisionTransformer: the same numbers, or the start of another attention.
+"""ViTs and DeiTs of timm as our VisionTransformer, with softmax or another attention.
 
-What ours lacks is computed into its weights: scales of the residual branches (LayerScale) into the layers
-before them, a class token without a position into one whose position is zero. The class token itself stays
-where every operator takes it, and is left over where tokens need a place on the grid.
+What ours lacks is computed into its weights. Scales of residual branches (LayerScale) go into the layers
+before them. A class token without a position gets one of zeros. The class token stays where every operator
+takes it, and is left over where tokens need a place on the grid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIZES = ("embed_dim", "depth", "num_heads")
 
 
 def convert_timm(opened: TimmModel, wish: Wish, seed: int = 0) -> tuple[Imported, ImportTarget]:
-    """Convert a model of timm, after its softmax form has shown timm's numbers on a random image.
+    """Convert a model of timm whose softmax form has timm's numbers on a random image.
 
     Args:
         opened: the model.
@@ -100,7 +100,7 @@ def _target(opened: TimmModel, wish: Wish) -> ImportTarget:
 
 
 def _with_bias(entry: Any, bias: bool) -> Any:
-    """Return an attention entry that keeps the biases of q, k and v as timm has them, unless it says more."""
+    """Return an entry whose q, k and v have biases as in timm, unless it says otherwise."""
     if isinstance(entry, Sequence) and not isinstance(entry, str):
         return [_with_bias(one, bias) for one in entry]
     given = {"name": entry} if isinstance(entry, str) else dict(entry)

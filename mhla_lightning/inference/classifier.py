@@ -26,7 +26,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", "
 
 
 @dataclass(frozen=True)
-class ClassifierRun(FoundRun):
+class ImageClassifierRun(FoundRun):
     """A run of an image classifier.
 
     Attributes:
@@ -70,7 +70,7 @@ class Classified:
 
 def find_classifier(
     run: str, *, runs: str | None = None, ckpt: str | None = None, ema: bool = True
-) -> ClassifierRun:
+) -> ImageClassifierRun:
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
@@ -90,7 +90,7 @@ def find_classifier(
         raise UserError(folder.run_id, f"reads its data by {type(data).__name__}; {needed}, ImageDataModule")
     weights = find_weights(folder, ckpt, ema)
     classes = kept_classes(folder.path, task.num_classes)
-    return ClassifierRun(folder, weights, task, data.image_size, data.augmentation, classes)
+    return ImageClassifierRun(folder, weights, task, data.image_size, data.augmentation, classes)
 
 
 def image_files(places: Sequence[str]) -> list[Path]:
@@ -117,7 +117,7 @@ def image_files(places: Sequence[str]) -> list[Path]:
 
 
 def classify(
-    found: ClassifierRun, files: Sequence[Path], top_k: int, batch_size: int, device: torch.device
+    found: ImageClassifierRun, files: Sequence[Path], top_k: int, batch_size: int, device: torch.device
 ) -> Iterator[Classified]:
     """Yield the likeliest classes of each file, in order; the pixels are those of validation.
 

@@ -1,4 +1,4 @@
-"""What of a data set trains and measures less than it seems to: sizes, and pixels normalised for others."""
+"""Advice on sizes of a data set and on the normalisation of its pixels."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def advice_on_pixels(measured: Pixels, used: Pixels) -> Iterator[str]:
 
 
 def advice_on_start(start: Pixels, used: Pixels) -> Iterator[str]:
-    """Yield a sentence where pixels are normalised otherwise than for the weights that training starts from.
+    """Yield a sentence where pixels are normalised otherwise than for the first weights.
 
     Args:
         start: of those weights; empty where they are not known.

@@ -95,7 +95,7 @@ class ImageDataModule(ShardDataModule):
         return ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
     def further_advice(self) -> Iterator[str]:
-        """Yield a sentence where the normalisation is that of other images, or not that of `init_from`."""
+        """Yield a sentence where pixels are normalised for other images or other weights."""
         used = Pixels(tuple(self.augmentation.mean), tuple(self.augmentation.std))
         module = None if self.trainer is None else self.trainer.lightning_module
         start = module.start_normalisation() if isinstance(module, StartsFromWeights) else None
