@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mhla_lightning.backbones import IMAGE_CLASSIFIERS, build_backbone, default_options
+from mhla_lightning.backbones import IMAGE_CLASSIFIERS, VisionTransformer, build_backbone, default_options
 from mhla_lightning.backbones.vit import takes_class_token
 from mhla_lightning.conversion.foreign import Imported, convert
 from mhla_lightning.conversion.timm_models import TimmModel
@@ -22,6 +22,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Geometry
 from mhla_lightning.weights.target import ImportTarget, State, Wish
 
+_VITS = [name for name, made in IMAGE_CLASSIFIERS.items() if made.model is VisionTransformer]
 _NOTHING = re.compile(r"(?!)")
 _SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 """Scale of a residual branch -> the layer before it."""
@@ -41,10 +42,10 @@ def convert_timm(opened: TimmModel, wish: Wish, seed: int = 0) -> tuple[Imported
     Raises:
         UserError: a backbone of another family, a model that ours cannot be, or options that do not fit.
     """
-    if wish.backbone is not None and wish.backbone not in IMAGE_CLASSIFIERS:
+    if wish.backbone is not None and wish.backbone not in _VITS:
         raise UserError(
             "backbone",
-            f"{wish.backbone} takes no weights of a ViT; valid: {', '.join(sorted(IMAGE_CLASSIFIERS))}",
+            f"{wish.backbone} takes no weights of a ViT; valid: {', '.join(_VITS)}",
         )
     state, folded = _folded(opened)
     geometry = Geometry(tuple(opened.model.patch_embed.grid_size))
@@ -115,7 +116,7 @@ def _nearest(options: Mapping[str, Any]) -> str:
     def differing(name: str) -> int:
         return sum(default_options(name)[size] != options[size] for size in _SIZES)
 
-    return min(IMAGE_CLASSIFIERS, key=differing)
+    return min(_VITS, key=differing)
 
 
 def _sides(size: Sequence[int]) -> int | list[int]:

@@ -409,7 +409,7 @@ def _by_kind(task: Task) -> dict[str, int]:
     kinds: dict[int, str] = {}
     for name, module in task.backbone.named_modules():
         kind = next((kind for kind, types in _KINDS.items() if isinstance(module, types)), None)
-        if kind is None and name.split(".")[0] in _STACKS and name.count(".") == 1:
+        if kind is None and name.rpartition(".")[0].rpartition(".")[2] in _STACKS:
             kind = "rest of the layers"
         if kind is not None:
             kinds |= {id(parameter): kind for parameter in module.parameters()}

@@ -16,6 +16,7 @@ from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
 from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
+from mhla_lightning.attention.reweighting import reweighted, reweighting_flops
 from mhla_lightning.errors import UserError
 
 
@@ -35,6 +36,8 @@ class MHLAOptions:
         mix_per_head: one mixing per head instead of one per layer (beyond the paper, SPEC P6); None means
             False for the absolute form, True for the relative one.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
+        reweight_keys: weigh keys by the mean query, see
+            :func:`mhla_lightning.attention.reweighting.reweighted` (RALA's, beyond the paper).
         eps: added to the normalizer, and by `relu_eps` to the features.
         kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
         float32_summaries: keep the Triton kernels' summaries in float32; torch always does.
@@ -50,6 +53,7 @@ class MHLAOptions:
     mix_form: str = "absolute"
     mix_per_head: bool | None = None
     feature_map: str = "relu_eps"
+    reweight_keys: bool = False
     eps: float = 1e-6
     kernel: str = "auto"
     float32_summaries: bool = False
@@ -88,8 +92,9 @@ class MHLA(base.Attention):
             )
         self.normalizer, self.eps = options.normalizer, options.eps
         self.phi = base.feature_map(options.feature_map, options.eps)
-        offset = base.relu_offset(options.feature_map, options.eps)
-        self.fused_offset = None if options.normalizer == "slot" else offset
+        self.reweight_keys = options.reweight_keys
+        apart = options.normalizer == "slot" or options.reweight_keys
+        self.fused_offset = None if apart else base.relu_offset(options.feature_map, options.eps)
         self.kernel, self.float32_summaries = choice.kernel_setting(options.kernel), options.float32_summaries
         per_head = options.mix_form == "relative" if options.mix_per_head is None else options.mix_per_head
         with keys_of_an_entry():
@@ -136,13 +141,17 @@ class MHLA(base.Attention):
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
             if self.fused_offset is None or plain:
+                phi = self.phi
+                if self.reweight_keys:
+                    q, k = reweighted(q, k, phi, mask)
+                    phi = base.feature_map("identity", 0.0)
                 return mhla_on_grid(
                     q,
                     k,
                     v,
                     mixing,
                     blocks,
-                    phi=self.phi,
+                    phi=phi,
                     normalizer=self.normalizer,
                     eps=self.eps,
                     rotary=rotary,
@@ -164,7 +173,7 @@ class MHLA(base.Attention):
         """Return what of this operator Triton kernels cannot do."""
         if self.fused_offset is not None:
             return None
-        return "it takes the feature maps 'relu' and 'relu_eps', and no normalizer 'slot'"
+        return "it takes the feature maps 'relu' and 'relu_eps', no normalizer 'slot' and no `reweight_keys`"
 
     def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
         """Return the blocks of a grid; None means the grid given at construction."""
@@ -196,7 +205,8 @@ class MHLA(base.Attention):
             "slot": dim_k * padded + mixed * self.grid.tokens_per_block,
             "none": 0,
         }
-        return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
+        weights = reweighting_flops(tokens, heads, dim_k) if self.reweight_keys else 0
+        return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer]) + weights
 
     def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
         """Return the sum over blocks of min(tokens of the block, dim_k) (SPEC 1)."""
@@ -208,10 +218,11 @@ class MHLA(base.Attention):
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         blocks = self._blocks(context.grid)
+        q, k = reweighted(q, k, self.phi, context.mask) if self.reweight_keys else (self.phi(q), self.phi(k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = dense_mhla(
-            self.phi(q),
-            self.phi(k),
+            q,
+            k,
             v,
             self._matrix(blocks),
             blocks.block_of_token,
