@@ -125,7 +125,9 @@ def _say_end(
 ) -> None:
     bad = sum(row.problem is not None for row in rows)
     shown = min(len(rows) - bad, _ON_SHEET)
-    parts = [f"{len(rows) - bad} images" if args.to is None else f"{args.to}: {shown} of {len(rows)} images"]
+    good = len(rows) - bad
+    counted = f"{good} image{'' if good == 1 else 's'}"
+    parts = [counted if args.to is None else f"{args.to}: {shown} of {len(rows)} images"]
     parts += [f"{bad} cannot be used"] if bad else []
     average = "averaged" if found.averaged else "raw"
     parts.append(f"{average} weights of {found.run.run_id} {found.checkpoint.name}")
