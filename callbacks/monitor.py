@@ -188,8 +188,8 @@ def _consumed(trainer: pl.Trainer) -> dict[str, float]:
 class MixingHeatmaps(pl.Callback):
     """Draws every layer's mixing matrix after each validation, as the image `weights/mixing`.
 
-    Rows are query blocks. More than twelve layers make further images, `weights/mixing_2` and so on. The values are
-    tensors `mixing_values/LAYER` of the same event file.
+    Rows are query blocks. More than twelve layers make further images, `weights/mixing_2` and so on. The
+    values are tensors `mixing_values/LAYER` of the same event file.
     """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

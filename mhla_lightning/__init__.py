@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         RecallTask,
         ScheduleConfig,
         Task,
+        TextToImageTask,
         VideoDiffusionTask,
     )
 
@@ -112,6 +113,7 @@ __all__ = [
     "SelfAttention",
     "Task",
     "TextEncoding",
+    "TextToImageTask",
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
@@ -152,7 +154,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "tasks": (
         *("ClassificationTask", "ImageDiffusionTask", "LanguageTask", "RecallTask", "Task"),
-        *("OptimizerConfig", "ScheduleConfig", "VideoDiffusionTask"),
+        *("OptimizerConfig", "ScheduleConfig", "TextToImageTask", "VideoDiffusionTask"),
     ),
 }
 _WHERE = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

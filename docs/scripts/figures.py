@@ -18,7 +18,7 @@ from docs.scripts.screens import tensorboard
 
 IMAGES = ROOT / "docs" / "images"
 
-FIGURES: dict[str, tuple[str, Callable[[Path], None]]] = {
+FIGURES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "mhla": ("mhla.svg", lambda file: file.write_text(mhla_drawing(), encoding="utf-8")),
     "results": ("results.png", results),
     "mixing": ("mixing.png", mixing),

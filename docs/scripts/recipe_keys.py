@@ -17,7 +17,7 @@ from mhla_lightning import _ROOMS, callbacks, tasks
 from mhla_lightning.attention.entry import ATTENTION, CAUSAL_ATTENTION
 from mhla_lightning.attention.layers.causal_self_attention import CausalLayerOptions
 from mhla_lightning.attention.layers.self_attention import LayerOptions
-from mhla_lightning.backbones import CausalLMOptions, DiTOptions, VideoDiTOptions, ViTOptions
+from mhla_lightning.backbones import CausalLMOptions, DiTOptions, SanaOptions, VideoDiTOptions, ViTOptions
 from mhla_lightning.cli.recipes import header_facts
 from mhla_lightning.config.recipes import RECIPES, recipe_names
 from mhla_lightning.config.resolve import CheckpointConfig, HealthConfig
@@ -28,6 +28,7 @@ OPTIONS = {
     "image classifiers": ViTOptions,
     "language models": CausalLMOptions,
     "image diffusion": DiTOptions,
+    "text-to-image diffusion": SanaOptions,
     "video diffusion": VideoDiTOptions,
 }
 
@@ -105,6 +106,8 @@ def page() -> str:
 
 
 def _site(note: str) -> str:
+    """Return a note of docs/trainer-arguments.md with links that hold in the folder of the reference."""
+    note = note.replace("](#", "](trainer-arguments.md#")
     return cell(re.sub(r"\]\((\w[\w-]*\.md)", r"](../\1", note))
 
 

@@ -16,7 +16,7 @@ from mhla_lightning.attention.mhla import MixingMatrix
 from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import find_weights
 from mhla_lightning.runs.folder import RunFolder
-from mhla_lightning.tasks import Task
+from mhla_lightning.tasks import LanguageTask
 
 PROMPT = "def read(self"
 FILMS = [
@@ -61,7 +61,9 @@ def mixing(file: Path) -> None:
     """Draw the mixing matrices of the language model's layers, after training."""
     run = RunFolder(stdlib())
     task = load_backbone(
-        rebuild(run, Task, "the figure needs a task").task, find_weights(run, None, False), "cpu"
+        rebuild(run, LanguageTask, "the figure needs a language model").task,
+        find_weights(run, None, False),
+        "cpu",
     )
     layers = [module.matrix().detach() for module in task.modules() if isinstance(module, MixingMatrix)]
     figure = _figure(8.0, 2.3)

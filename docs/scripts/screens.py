@@ -35,10 +35,18 @@ _CURVES = f"""(() => {{ {WALK}
             && (one.getAttribute("d") || "").length > 50
     ).length;
 }})()"""
+_ALL_POINTS = f"""(() => {{ {WALK}
+    [...walk(document)].find(
+        one => one.localName === "paper-checkbox" && one.textContent.includes("Ignore outliers")
+    ).click();
+}})()"""
 
 
 def tensorboard(file: Path) -> None:
     """Draw the screen of which `mhla monitor stdlib` prints the address, in light.
+
+    The box `Ignore outliers` is unchecked: of two or three validations TensorBoard would take the lowest and
+    the highest for outliers, and draw an empty chart.
 
     Raises:
         SystemExit: there is no Chromium.
@@ -46,6 +54,7 @@ def tensorboard(file: Path) -> None:
     if PROGRAM is None:
         raise SystemExit(f"{file}: needs Debian's package chromium")
     with first_screen(stdlib()) as browser:
+        browser.run(_ALL_POINTS)
         file.write_bytes(picture(browser))
 
 

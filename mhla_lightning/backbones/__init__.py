@@ -20,6 +20,7 @@ from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT, DiTOptions
+from mhla_lightning.backbones.sana import SanaDiT, SanaOptions
 from mhla_lightning.backbones.timm_names import TimmFacts, register_classifiers
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
@@ -32,6 +33,7 @@ __all__ = [
     "BACKBONES",
     "IMAGE_CLASSIFIERS",
     "IMAGE_DIFFUSION",
+    "TEXT_TO_IMAGE",
     "TIMM_FACTS",
     "VIDEO_DIFFUSION",
     "VLT",
@@ -41,6 +43,8 @@ __all__ = [
     "DiT",
     "DiTOptions",
     "ModelState",
+    "SanaDiT",
+    "SanaOptions",
     "VLTOptions",
     "ViTOptions",
     "VideoDiT",
@@ -124,6 +128,23 @@ IMAGE_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
     for patch in (2, 4, 8)
 }
 
+_SANA_TINY = SanaOptions(
+    patch_size=2,
+    in_channels=3,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    cross_heads=2,
+    text_dim=64,
+    text_length=16,
+)
+
+TEXT_TO_IMAGE: dict[str, Callable[..., nn.Module]] = {
+    "sana_600m": Architecture(SanaDiT, SanaOptions()),
+    "sana_1600m": Architecture(SanaDiT, SanaOptions(embed_dim=2240, depth=20, num_heads=70, cross_heads=20)),
+    "sana_tiny": Architecture(SanaDiT, _SANA_TINY),
+}
+
 _WAN_TINY = VideoDiTOptions(
     input_size=(16, 64, 64),
     patch_size=(2, 4, 4),
@@ -147,6 +168,7 @@ VIDEO_DIFFUSION: dict[str, Callable[..., nn.Module]] = {
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **IMAGE_CLASSIFIERS,
     **IMAGE_DIFFUSION,
+    **TEXT_TO_IMAGE,
     **VIDEO_DIFFUSION,
     "convnet_tiny": ConvNet,
     "lm_340m": Architecture(CausalLM, CausalLMOptions(embed_dim=1024, depth=24)),

@@ -295,7 +295,11 @@ def _mixes(value: Tensor, blocks: BlockGrid) -> bool:
 
 def _is_relative(value: Tensor, blocks: BlockGrid) -> bool:
     """Return whether a tensor has one weight per offset between these blocks."""
-    return value.dim() == 2 and value.shape[1] == offsets_of(blocks.blocks) != blocks.num_blocks
+    offsets = offsets_of(blocks.blocks)
+    if value.dim() != 2 or value.shape[1] != offsets:
+        return False
+    # One block has one offset: several rows are then heads. Causal models have one axis and no offsets.
+    return offsets != blocks.num_blocks or (len(value) > 1 and len(blocks.blocks) > 1)
 
 
 def resampled_mixing(mixing: Tensor, source: BlockGrid, target: BlockGrid) -> Tensor:

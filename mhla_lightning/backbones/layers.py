@@ -133,31 +133,36 @@ class LabelEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of tokens to a text, with normalised q and k (SPEC 6.2).
+    """Softmax attention of tokens to a text (SPEC 6.2).
 
-    The norms run over all channels. Parameter names are Wan2.1's.
+    Parameter names are Wan2.1's.
 
     Args:
         dim: channels, a multiple of heads.
         heads: channel heads.
+        qk_norm: RMSNorm of q and k over all channels, as in Wan2.1.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps=1e-6), RMSNorm(dim, eps=1e-6)
+        self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (batch, tokens, dim).
 
         Args:
             x: (batch, tokens, dim).
             text: (batch, rows, dim).
+            mask: (batch, rows) bool, True = a real row; None means all are. A sample without a real row
+                attends to nothing: only the bias of the output remains.
         """
         parts = self.norm_q(self.q(x)), self.norm_k(self.k(text)), self.v(text)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        seen = None if mask is None else mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.o(out.transpose(1, 2).flatten(2))
 
     def flops(self, tokens: int, rows: int) -> int:
         """Return the matrix-product FLOPs of one sample's forward, 2 a multiply-add."""

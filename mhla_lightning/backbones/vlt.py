@@ -135,7 +135,8 @@ class VLT(KeptActivations, nn.Module):
             for stage in self.stages[:count]:
                 assert isinstance(stage, VLTStage)
                 x = stage.downsample(x)
-                tokens, rotary = x.flatten(2).mT, ImageRotation(stage.grid, stage.head_dim, x.device)
+                rotary = ImageRotation(stage.grid, stage.head_dim, x.device)
+                tokens = x.flatten(2).mT
                 for block in stage.blocks:
                     tokens = self.run(block, tokens, rotary)
                 x = tokens.mT.unflatten(2, stage.grid)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -16,13 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from mhla_lightning.attention import BlockGrid
-from mhla_lightning.backbones import IMAGE_DIFFUSION, VIDEO_DIFFUSION, Backbone, DiT, VideoDiT, build_backbone
+from mhla_lightning.backbones import (
+    IMAGE_DIFFUSION,
+    TEXT_TO_IMAGE,
+    VIDEO_DIFFUSION,
+    Backbone,
+    DiT,
+    SanaDiT,
+    VideoDiT,
+    build_backbone,
+)
 from mhla_lightning.bench.timing import Case, force_flash
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.planning.memory import peak_bytes
 from mhla_lightning.planning.torch_modes import FakeTensorMode
 
 VAE_STRIDE = 8  # pixels a side of one latent pixel of Stable Diffusion's VAE
+SANA_STRIDE = 32  # the same of SANA's autoencoder
 WAN_STRIDE = (
     4,
     8,
@@ -61,16 +72,21 @@ class BackboneFamily:
     by_layer: bool = False
 
 
-def _latent_options(pixels: int) -> dict[str, Any]:
-    if pixels < VAE_STRIDE or pixels % VAE_STRIDE:
-        near = max(1, round(pixels / VAE_STRIDE)) * VAE_STRIDE
-        raise UserError("res", f"{pixels} is no multiple of {VAE_STRIDE}, the VAE's stride; use {near}")
-    return {"input_size": pixels // VAE_STRIDE}
+def _latent_options(pixels: int, stride: int = VAE_STRIDE) -> dict[str, Any]:
+    if pixels < stride or pixels % stride:
+        near = max(1, round(pixels / stride)) * stride
+        raise UserError("res", f"{pixels} is no multiple of {stride}, the VAE's stride; use {near}")
+    return {"input_size": pixels // stride}
 
 
 def _latent_inputs(model: DiT, batch: int) -> tuple[Tensor, ...]:
     latents = torch.randn(batch, model.in_channels, *model.input_size)
     return latents, torch.randint(1000, (batch,)), torch.randint(model.num_classes, (batch,))
+
+
+def _text_inputs(model: SanaDiT | VideoDiT, batch: int) -> tuple[Tensor, ...]:
+    samples = torch.randn(batch, model.in_channels, *model.input_size)
+    return samples, 1000 * torch.rand(batch), torch.randn(batch, model.text_length, model.text_dim)
 
 
 def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
@@ -90,11 +106,6 @@ def _wan_options(clip: tuple[int, int, int]) -> dict[str, Any]:
 
 def _pixel_options(clip: tuple[int, int, int]) -> dict[str, Any]:
     return {"input_size": clip}
-
-
-def _video_inputs(model: VideoDiT, batch: int) -> tuple[Tensor, ...]:
-    clips = torch.randn(batch, model.in_channels, *model.input_size)
-    return clips, 1000 * torch.rand(batch), torch.randn(batch, model.text_length, model.text_dim)
 
 
 def video_name(clip: Sequence[int]) -> str:
@@ -155,13 +166,23 @@ WAN = BackboneFamily(
     attention="[softmax, linear, mhla, [softmax, mhla, mhla]]",
     pos_conv=None,
     options=_wan_options,
-    inputs=_video_inputs,
+    inputs=_text_inputs,
     blocks=layout_for,
     by_layer=True,
 )
+SANA = replace(
+    IMAGES,
+    sizes=(1024, 2048, 4096),
+    pos_conv=None,
+    options=partial(_latent_options, stride=SANA_STRIDE),
+    inputs=_text_inputs,
+)
+SANA_PIXELS = replace(SANA, sizes=(32, 64, 128), options=partial(_latent_options, stride=1))
 VIDEO_PIXELS = replace(WAN, sizes=((16, 64, 64),), options=_pixel_options)
 FAMILIES: dict[str, BackboneFamily] = {
     **dict.fromkeys(IMAGE_DIFFUSION, IMAGES),
+    **dict.fromkeys(TEXT_TO_IMAGE, SANA),
+    "sana_tiny": SANA_PIXELS,
     **dict.fromkeys(VIDEO_DIFFUSION, WAN),
     "wan_tiny": VIDEO_PIXELS,
 }

@@ -21,7 +21,7 @@ from mhla_lightning.tasks import (
     ImageDiffusionTask,
     LanguageTask,
     Task,
-    VideoDiffusionTask,
+    TextDiffusionTask,
 )
 
 _TOKENS = 256  # ids drawn: few, so that associative recall finds a key again
@@ -139,8 +139,8 @@ def _of(task: Task) -> tuple[dict[str, Any], Tensors]:
             "vae": SimpleNamespace(shape=task.sample_shape),
         }
         return facts, {"latent": (task.sample_shape, None), "label": ((), task.num_classes)}
-    if isinstance(task, VideoDiffusionTask):
-        facts = {"kind": "video_latents", "shapes": [task.sample_shape], "text": task.text_shape}
+    if isinstance(task, TextDiffusionTask):
+        facts = {"kind": task.wording.kinds[-1], "shapes": [task.sample_shape], "text": task.text_shape}
         return facts, {"latent": (task.sample_shape, None), "text": (task.text_shape, None)}
     raise UserError(
         "data.path",

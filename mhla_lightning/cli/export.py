@@ -7,6 +7,7 @@ Any strategy and any number of ranks will do:
                                              its tokenizer
     image classifiers  --format timm         timm.create_model, after import mhla_lightning.backbones
     videos             --format diffusers    names of WanTransformer3DModel, and MHLA's own tensors
+    SANA               --format diffusers    names of SanaTransformer2DModel, and MHLA's own tensors
     image diffusion    --format plain        our own names and a config.json, for HubModel.from_pretrained
   mhla export RUN --to DIR --format plain    any model under our own names
   mhla export RUN --to wan --format wan      videos: names of Wan2.1 and those that the MHLA authors add
@@ -161,17 +162,20 @@ def _find(args: argparse.Namespace) -> TrainedModel:
 
 
 def _foreign_layers(config: Mapping[str, object]) -> list[str]:
-    """Return a warning about layers that other code would compute as softmax."""
-    from mhla_lightning.conversion.wan import CONFIG
+    """Return a warning about layers that other code would compute by another operator."""
+    from mhla_lightning.conversion.config_files import CONFIG
 
     facts = config.get(CONFIG)
-    layers = facts["layers"] if isinstance(facts, dict) else []
-    others = [str(number) for number, name in enumerate(layers) if name != "softmax"]
+    if not isinstance(facts, dict):
+        return []
+    theirs = facts["computed_as"]
+    others = [str(number) for number, name in enumerate(facts["layers"]) if name != theirs]
     if not others:
         return []
+    libraries = "diffusers and Wan2.1" if theirs == "softmax" else "diffusers"
     return [
         (
-            f"layers {', '.join(others)} are no softmax attention, but diffusers and Wan2.1 load the "
-            "shared tensors and compute softmax there"
+            f"layers {', '.join(others)} are no {theirs} attention, but {libraries} load the "
+            f"shared tensors and compute {theirs} there"
         )
     ]

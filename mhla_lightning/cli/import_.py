@@ -6,6 +6,11 @@ It writes one .safetensors file:
   mhla import dit DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla
                                              start of the paper's fine-tuning: mixing, gate and
                                              convolution are new
+  mhla import sana Sana_600M_1024px_diffusers --out sana.safetensors
+                                             diffusers' folder; linear attention as trained
+  mhla import sana Sana_600M_1024px_diffusers --out sana_mhla.safetensors \\
+    --attention '{name: mhla, mix_init: uniform}'
+                                             MHLA that begins as that linear attention
   mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
                                              a file or a folder; softmax as trained
   mhla import wan Wan2.1-T2V-1.3B --out wan_hybrid.safetensors --attention '[softmax, mhla, mhla]'
@@ -41,17 +46,25 @@ Pixels = Mapping[str, Sequence[float]]  # mean and std; empty where there are no
 _IMAGES = "classification/deit_tiny_mhla_images_cpu"
 _KINDS = {
     "dit": "facebookresearch's DiT, or the DiT of the MHLA authors",
+    "sana": "SANA, by the names of diffusers",
     "wan": "Wan2.1 (its own names or diffusers'), or the Wan of the MHLA authors",
     "timm": "a ViT or DeiT of timm",
 }
 _DEFAULT = {
     "dit": "dit_xl2",
+    "sana": "sana_600m or sana_1600m, with the sizes of the checkpoint",
     "wan": "wan_1_3b or wan_14b, with the sizes of the checkpoint",
     "timm": "deit_tiny, deit_small or deit_base, with the sizes of the checkpoint",
 }
-_OPTIONS = {"dit": "{input_size: 64}", "wan": "{input_size: [21, 60, 100]}", "timm": "{img_size: 128}"}
+_OPTIONS = {
+    "dit": "{input_size: 64}",
+    "sana": "{input_size: 16}",
+    "wan": "{input_size: [21, 60, 100]}",
+    "timm": "{img_size: 128}",
+}
 _EXAMPLES = {
     "dit": "DiT-XL-2-256x256.pt --out dit_xl2_mhla.safetensors --attention mhla",
+    "sana": "Sana_600M_1024px_diffusers --out sana.safetensors",
     "wan": "Wan2.1-T2V-1.3B --out wan.safetensors",
     "timm": "deit_tiny_patch16_224 --out deit_mhla.safetensors --attention mhla",
 }
@@ -166,10 +179,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _converted(args: argparse.Namespace, wish: Wish) -> tuple[Imported, ImportTarget, Pixels]:
     """Return the weights, their backbone, and the normalisation of a classifier's images."""
+    from mhla_lightning.conversion.config_files import read_config
     from mhla_lightning.conversion.foreign import FAMILIES
     from mhla_lightning.conversion.timm_models import open_timm
     from mhla_lightning.conversion.timm_vit import convert_timm
-    from mhla_lightning.conversion.wan import read_config
     from mhla_lightning.weights.adapted import WeightState
     from mhla_lightning.weights.deepspeed_folder import read_deepspeed
     from mhla_lightning.weights.files import is_deepspeed, read_tensors
@@ -185,8 +198,9 @@ def _converted(args: argparse.Namespace, wish: Wish) -> tuple[Imported, ImportTa
             if is_deepspeed(source)
             else read_tensors(source, "path", args.weights)
         )
-        wish, pixels = replace(wish, config=read_config(source) if args.kind == "wan" else {}), {}
-        imported, target = FAMILIES[args.kind].convert(state, wish, args.seed)
+        family, pixels = FAMILIES[args.kind], {}
+        wish = replace(wish, config=read_config(source, family.classes))
+        imported, target = family.convert(state, wish, args.seed)
     if state.taken:
         imported.notes.insert(0, f"these are {state.taken}")
     return imported, target, pixels

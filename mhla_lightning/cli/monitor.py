@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(command: list[str], look: Callable[[], None]) -> int:
-    """Run a server until it ends, or until Ctrl-C, SIGTERM or SIGHUP ends it; return its exit code, or 0.
+    """Run a server until it ends or a signal comes; return its exit code, or 0 after a signal.
 
-    The server never outlives this process, whose folder of links it reads.
+    Ctrl-C, SIGTERM and SIGHUP end it: it never outlives this process, whose folder of links it reads.
 
     Args:
         command: starts the server.

@@ -1,8 +1,10 @@
 """Draws images or videos from a diffusion run.
 
-Images: samples.npz (in ADM's layout) and a grid. Videos: mp4 files and a contact sheet.
+Images: samples.npz (in ADM's layout) and a grid; of prompts PNG files and a grid. Videos: mp4 files and a
+contact sheet.
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
   mhla sample RUN --classes 0-9 --n 20 --size 64x64
+  mhla sample RUN --prompts prompts.txt --size 1024x1024 --n 4
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
 The same command continues a stopped job. The seed and the number of an image or video determine it.
 Any batch size and number of processes give the same pixels to 1/255; one batch size gives the same bits.
@@ -32,12 +34,18 @@ _GRID = 100  # images of the grid at most
 _FASTEST = 240  # frames per second
 _DEFAULTS = {
     "images": {"n": 100, "guidance": 1.5, "steps": 250, "batch_size": 50},
+    "images of prompts": {"n": 1, "guidance": 4.5, "steps": 20, "batch_size": 4},
     "videos": {"n": 1, "guidance": 3.0, "steps": 50, "batch_size": 1},
 }
-_ONLY = {
-    "images": ("classes", "guidance_channels"),
-    "videos": ("prompts", "prompt", "frames", "rate"),
+_TAKES = {
+    "classes": ("images",),
+    "guidance_channels": ("images", "images of prompts"),
+    "prompts": ("images of prompts", "videos"),
+    "prompt": ("images of prompts", "videos"),
+    "frames": ("videos",),
+    "rate": ("videos",),
 }
+"""Option -> kinds of runs that take it; the others are for all."""
 
 
 # Arguments of the library functions that are called here, and the options that give them.
@@ -53,12 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mhla sample`."""
     add_trained_arguments(parser)
     parser.add_argument(
-        "--n", type=int, help="images over all classes (default: 100), or videos of each prompt (default: 1)"
+        "--n",
+        type=int,
+        help="images over all classes (default: 100), or images or videos of each prompt (default: 1)",
     )
     parser.add_argument(
         "--guidance",
         type=float,
-        help="scale of classifier-free guidance; 1 means none (default: 1.5, for videos 3)",
+        help="scale of classifier-free guidance; 1 means none (default: 1.5, for images of prompts 4.5, "
+        "for videos 3)",
     )
     parser.add_argument(
         "--guidance-interval",
@@ -72,16 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         help=(
             "ddpm, ddim or dpm++ (default: ddpm); for flow matching euler or dpm++ (default: euler for "
-            "images, dpm++ for videos)"
+            "classes, dpm++ for prompts)"
         ),
     )
-    parser.add_argument("--steps", type=int, help="of the sampler (default: 250, for videos 50)")
+    parser.add_argument(
+        "--steps", type=int, help="of the sampler (default: 250, for images of prompts 20, for videos 50)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help="images drawn at once (default: 50), or videos (default: 1)",
+        help="images drawn at once (default: 50, of prompts 4), or videos (default: 1)",
     )
     parser.add_argument(
         "--size",
@@ -103,11 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="guide the first C channels only; 3 as in the original DiT (default: all)",
     )
-    add_video_arguments(parser.add_argument_group("videos"))
+    add_video_arguments(parser.add_argument_group("videos, and images of prompts"))
 
 
 def add_video_arguments(parser: Any) -> None:
-    """Add the arguments that only videos have."""
+    """Add the arguments of prompts and of videos."""
     parser.add_argument(
         "--prompts", metavar="FILE", help='one prompt per line, or .jsonl with {"prompt": ...} in every line'
     )
@@ -163,20 +176,28 @@ def perform(args: argparse.Namespace) -> DrawnFiles:
     classes = None if args.classes is None else parse_classes(args.classes)
     from mhla_lightning.inference.rebuilding import trains
     from mhla_lightning.runs.folder import find_run, runs_root
-    from mhla_lightning.tasks import VideoDiffusionTask
+    from mhla_lightning.tasks import TextToImageTask, VideoDiffusionTask
 
     folder = find_run(args.run, runs_root(args.runs))
-    kind, other = ("videos", "images") if trains(folder, VideoDiffusionTask) else ("images", "videos")
-    for name in _ONLY[other]:
-        if getattr(args, name) is not None:
+    kinds: dict[str, type[Any]] = {"videos": VideoDiffusionTask, "images of prompts": TextToImageTask}
+    kind = next((name for name, task in kinds.items() if trains(folder, task)), "images")
+    for name, takers in _TAKES.items():
+        if getattr(args, name) is not None and kind not in takers:
             raise UserError(
-                name, f"only for runs that draw {other}; run {folder.run_id} draws {kind}; leave it out"
+                name,
+                f"only for runs that draw {' or '.join(takers)}; run {folder.run_id} draws {kind}; "
+                "leave it out",
             )
     for name, value in _DEFAULTS[kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     with _options_for_arguments():
-        return _videos(args) if kind == "videos" else _images(args, classes)
+        if kind == "images":
+            return _images(args, classes)
+        prompts = given_prompts(args.prompts, args.prompt)
+        if not prompts:
+            raise UserError("prompts", "no prompt was given; name a file here, or write one with `prompt`")
+        return _draw_videos(args, prompts) if kind == "videos" else _draw_text_images(args, prompts)
 
 
 def _finish(args: argparse.Namespace, drawn: DrawnFiles) -> None:
@@ -242,11 +263,38 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> DrawnFiles:
     return DrawnFiles(found, "images", len(images), folder, places, job.settings(), seconds)
 
 
-def _videos(args: argparse.Namespace) -> DrawnFiles:
-    prompts = given_prompts(args.prompts, args.prompt)
-    if not prompts:
-        raise UserError("prompts", "no prompt was given; name a file here, or write one with `prompt`")
-    return _draw_videos(args, prompts)
+def _draw_text_images(args: argparse.Namespace, prompts: list[Any]) -> DrawnFiles:
+    from mhla_lightning.diffusion import Guidance
+    from mhla_lightning.inference.diffusion.parts import job_name
+    from mhla_lightning.inference.diffusion.text_images import (
+        LIST,
+        TextDrawing,
+        TextImageJob,
+        draw_text_images,
+        find_text_image_run,
+    )
+    from mhla_lightning.inference.diffusion.videos import video_sampler
+    from mhla_lightning.inference.weights import choose_device
+
+    device = choose_device(args.device)
+    found = find_text_image_run(args.run, args.runs, args.ckpt, ema=not args.no_ema)
+    size = None if args.size is None else parse_size(args.size)
+    with inside("guidance"):
+        guidance = Guidance(args.guidance, args.guidance_channels, tuple(args.guidance_interval))
+    sampler = args.sampler or video_sampler(found.task.process)
+    drawing = TextDrawing(size, args.seed, sampler, args.steps, guidance)
+    job = TextImageJob(found, tuple(prompts), args.n, drawing, args.batch_size)
+    folder = (
+        Path(args.out) if args.out else found.run.path / "images" / job_name(found.checkpoint, job.settings())
+    )
+    started = time.perf_counter()
+    with drawing_bar(len(job.texts)) as on_batch:
+        images = draw_text_images(job, folder, args.processes, device, on_batch)
+    seconds = time.perf_counter() - started
+    columns = args.n if 1 < args.n <= 10 else 10
+    write_grid(images[:_GRID], columns, folder / "grid.png")
+    places = {"images": folder, "grid": folder / "grid.png", "list": folder / LIST}
+    return DrawnFiles(found, "images", len(images), folder, places, job.settings(), seconds)
 
 
 def sample_videos(args: argparse.Namespace, prompts: list[Any]) -> Path:

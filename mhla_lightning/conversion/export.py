@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, VideoDiT, build_backbone
+from mhla_lightning.backbones import IMAGE_CLASSIFIERS, CausalLM, SanaDiT, VideoDiT, build_backbone
 from mhla_lightning.conversion.formats.base import Export, TrainedModel, shapes
 from mhla_lightning.conversion.formats.classifier import timm
 from mhla_lightning.conversion.formats.language import hf
 from mhla_lightning.conversion.formats.plain import plain
+from mhla_lightning.conversion.formats.sana import sana_diffusers
 from mhla_lightning.conversion.formats.video import diffusers, wan
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.runs.disk_errors import complaint
@@ -50,10 +51,17 @@ class _Format:
     alone: bool = False
 
 
+def _diffusers(trained: TrainedModel, model: nn.Module) -> Export:
+    return (sana_diffusers if isinstance(model, SanaDiT) else diffusers)(trained, model)
+
+
 # The first that fits is what a folder has where nobody names a format.
 _FORMATS = {
     "diffusers": _Format(
-        diffusers, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True
+        _diffusers,
+        "video models and SANA",
+        lambda name, model: isinstance(model, VideoDiT | SanaDiT),
+        alone=True,
     ),
     "wan": _Format(wan, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
     "hf": _Format(hf, "language models", lambda name, model: isinstance(model, CausalLM)),
@@ -109,9 +117,8 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means the library of the model's family for a folder (hf for language
-            models, timm for image classifiers, diffusers for video models, else plain), and plain (our own
-            names) for one file.
+        format: one of FORMATS. None means plain (our own names) for one file. For a folder it means hf for
+            language models, timm for image classifiers, diffusers for models of text, else plain.
         one_file: write the .safetensors file alone.
 
     Raises:

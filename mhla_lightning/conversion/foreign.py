@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from mhla_lightning.backbones import Backbone, build_backbone, known_geometry
 from mhla_lightning.backbones.adapting import source_geometry
+from mhla_lightning.conversion.sana import CLASSES as SANA_CLASSES
+from mhla_lightning.conversion.sana import sana_target
+from mhla_lightning.conversion.wan import CLASSES as WAN_CLASSES
 from mhla_lightning.conversion.wan import wan_geometry, wan_target
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, replacing
 from mhla_lightning.weights.adapted import Adapted, DoubtfulWeights, Geometry, WeightState
 from mhla_lightning.weights.facts import PIXELS
+from mhla_lightning.weights.sana_names import from_sana
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish, file_header
 from mhla_lightning.weights.wan_names import from_wan
 
@@ -236,11 +240,13 @@ class CheckpointFamily:
         target: chooses the backbone from the tensors (by our names if `rename` is given) and the request.
         rename: maps the file's names to ours where this takes the whole file, such as for joined tensors.
         geometry: of the file's model, by tensors of our names; None where only the file tells it.
+        classes: values of `_class_name` in the config.json of such a checkpoint.
     """
 
     target: Callable[[State, Wish], ImportTarget]
     rename: Callable[[State], dict[str, Tensor]] = dict
     geometry: Callable[[State, Wish], Geometry | None] = lambda state, wish: None
+    classes: tuple[str, ...] = ()
 
     def convert(self, state: State, wish: Wish, seed: int = 0) -> tuple[Imported, ImportTarget]:
         """Convert a checkpoint; return the weights and their backbone.
@@ -280,5 +286,6 @@ def _dit_facts(state: State) -> tuple[Entry, dict[str, Any]]:
 
 FAMILIES: dict[str, CheckpointFamily] = {
     "dit": CheckpointFamily(_dit_target),
-    "wan": CheckpointFamily(wan_target, from_wan, wan_geometry),
+    "sana": CheckpointFamily(sana_target, from_sana, classes=SANA_CLASSES),
+    "wan": CheckpointFamily(wan_target, from_wan, wan_geometry, WAN_CLASSES),
 }

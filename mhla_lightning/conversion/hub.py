@@ -1,4 +1,4 @@
-"""Classifiers, image DiTs and Wan models on the Hugging Face Hub.
+"""Classifiers, image DiTs, SANA and Wan models on the Hugging Face Hub.
 
 The mixin is huggingface_hub's ModelHubMixin. Its PyTorchModelHubMixin would write a second format: the
 arguments of a constructor, without the checks of an export. Here a folder is that of `mhla export --format
@@ -21,6 +21,7 @@ from torch import nn
 from mhla_lightning.backbones import (
     IMAGE_CLASSIFIERS,
     IMAGE_DIFFUSION,
+    TEXT_TO_IMAGE,
     VIDEO_DIFFUSION,
     CausalLM,
     build_backbone,
@@ -42,6 +43,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _TAGS: dict[str, Mapping[str, Any]] = {
     "image-classification": IMAGE_CLASSIFIERS,
     "unconditional-image-generation": IMAGE_DIFFUSION,
+    "text-to-image": TEXT_TO_IMAGE,
     "text-to-video": VIDEO_DIFFUSION,
 }
 _FILES = (WEIGHTS, CONFIG, "README.md")

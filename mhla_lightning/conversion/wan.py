@@ -6,25 +6,23 @@ authors' Wan.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mhla_lightning.attention import BlockGrid
-from mhla_lightning.backbones import BACKBONES, VIDEO_DIFFUSION, default_options
+from mhla_lightning.backbones import VIDEO_DIFFUSION
+from mhla_lightning.conversion.config_files import CONFIG, check_backbone, if_its_own, not_default, own_facts
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.adapted import Geometry
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 from mhla_lightning.weights.wan_names import RELEASE_LAYOUTS
 
-CONFIG = "_mhla_lightning"
-"""Key of our facts in an exported config.json; diffusers ignores keys that begin with an underscore."""
+FAMILY = "Wan2.1"
 CLASSES = ("WanModel", "WanTransformer3DModel")
 OPTIONAL = re.compile(r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe)|cpe)\.")
 
@@ -51,7 +49,7 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
         UserError: no text-to-video Wan, a backbone of another family, or heads or blocks that are unknown or
             contradict the checkpoint.
     """
-    _check_backbone("backbone", wish.backbone)
+    check_backbone("backbone", wish.backbone, FAMILY, VIDEO_DIFFUSION)
     for name in _NEEDED:
         if name not in state:
             raise UserError(
@@ -59,22 +57,13 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
                 f"no checkpoint of Wan2.1: it has no {name} (by our names), but {', '.join(list(state)[:3])}",
             )
     layers = _layers(state, wish.source)
-    wish = replace(wish, config=_if_its_own(wish.config, state, len(layers)))
-    own = wish.config.get(CONFIG, {})
-    kinds: dict[str, Any] = {"backbone": str, "attention": (str, dict, list), "backbone_options": dict}
-    if not isinstance(own, Mapping) or any(
-        key in own and not isinstance(own[key], kind) for key, kind in kinds.items()
-    ):
-        raise UserError(
-            f"config.json beside {wish.source}",
-            f"the value of {CONFIG} is not one that mhla export writes; remove it",
-        )
-    _check_backbone(f"config.json beside {wish.source}", own.get("backbone"))
+    wish = replace(wish, config=if_its_own(wish.config, state, len(layers)))
+    own = own_facts(wish, FAMILY, VIDEO_DIFFUSION)
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     return ImportTarget(
-        backbone, _attention(layers, wish, own), _not_default(backbone, options), OPTIONAL, stray=False
+        backbone, _attention(layers, wish, own), not_default(backbone, options), OPTIONAL, stray=False
     )
 
 
@@ -89,23 +78,6 @@ def wan_geometry(state: State, wish: Wish) -> Geometry | None:
         if layout is not None:
             blocks[name] = BlockGrid(layout, block_size=1)
     return Geometry(blocks=blocks) if blocks and not wish.config.get(CONFIG) else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read the config.json of Wan or of diffusers beside a checkpoint; empty if there is none.
-
-    Args:
-        path: the checkpoint, a file or a folder.
-    """
-    folders = (path, path / "transformer") if path.is_dir() else (path.parent,)
-    for folder in folders:
-        try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict) and found.get("_class_name") in CLASSES:
-            return found
-    return {}
 
 
 def cycle(entries: Sequence[Entry]) -> Entry:
@@ -142,13 +114,6 @@ def _attention(layers: Sequence[Mapping[str, Tensor]], wish: Wish, own: Mapping[
     return attention
 
 
-def _check_backbone(key: str, backbone: str | None) -> None:
-    if backbone is not None and backbone not in VIDEO_DIFFUSION:
-        raise UserError(
-            key, f"the backbone {backbone} takes no weights of Wan2.1; valid: {', '.join(VIDEO_DIFFUSION)}"
-        )
-
-
 def _check_heads(state: State, wish: Wish) -> None:
     """Check the number of heads that was requested.
 
@@ -179,14 +144,6 @@ def _told_heads(state: State, wish: Wish) -> tuple[object, str] | None:
         return len(state["patch_embedding.weight"]) // norm, "the norms of"
     config = wish.config.get("num_heads", wish.config.get("num_attention_heads"))
     return None if config is None else (config, "the config.json of")
-
-
-def _if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
-    """Return the config, or an empty one if its width or depth belongs to another model."""
-    width = config.get("dim", config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
-    return (
-        config if (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth) else {}
-    )
 
 
 def _options(state: State, wish: Wish, own: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -328,15 +285,3 @@ def _names_mhla(attention: Entry) -> bool:
     if isinstance(attention, Mapping):
         return attention.get("name") == "mhla"
     return any(_names_mhla(entry) for entry in attention)
-
-
-def _not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop options that equal the defaults of the registered backbone."""
-    defaults = default_options(backbone) if backbone in BACKBONES else {}
-    return {
-        key: value for key, value in options.items() if key not in defaults or not _same(defaults[key], value)
-    }
-
-
-def _same(a: object, b: object) -> bool:
-    return (tuple(a) if isinstance(a, list) else a) == (tuple(b) if isinstance(b, list) else b)

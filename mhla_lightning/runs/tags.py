@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 HEATMAPS = "weights/mixing"
-"""Begins the tags of the heat maps. TensorBoard opens the first two groups: these must follow train and val."""
+"""Begins the tags of the heat maps: TensorBoard sorts groups by name and opens two, train and val."""
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
 

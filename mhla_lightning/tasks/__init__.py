@@ -7,7 +7,9 @@ from mhla_lightning.tasks.distillation import Distillation
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionLossConfig, ImageDiffusionTask
 from mhla_lightning.tasks.language import LanguageLossConfig, LanguageTask, RecallTask
 from mhla_lightning.tasks.optimization import OptimizerConfig, ScheduleConfig
-from mhla_lightning.tasks.video_diffusion import VideoDiffusionLossConfig, VideoDiffusionTask
+from mhla_lightning.tasks.text_diffusion import TextDiffusionLossConfig, TextDiffusionTask
+from mhla_lightning.tasks.text_to_image import TextToImageTask
+from mhla_lightning.tasks.video_diffusion import VideoDiffusionTask
 
 __all__ = [
     "ClassificationLossConfig",
@@ -22,6 +24,8 @@ __all__ = [
     "RecallTask",
     "ScheduleConfig",
     "Task",
-    "VideoDiffusionLossConfig",
+    "TextDiffusionLossConfig",
+    "TextDiffusionTask",
+    "TextToImageTask",
     "VideoDiffusionTask",
 ]

@@ -45,7 +45,13 @@ from mhla_lightning.tasks.optimization import (
 )
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
-from mhla_lightning.tasks.trainers import GathersWeights, check_copies, check_strategy, run_length
+from mhla_lightning.tasks.trainers import (
+    GathersWeights,
+    check_copies,
+    check_precision,
+    check_strategy,
+    run_length,
+)
 from mhla_lightning.weights.adapted import Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -212,6 +218,8 @@ class Task(KeepsArguments, pl.LightningModule):
         if self.waits_for_data and isinstance(data, GivesFacts):
             with inside("model"):
                 self.hparams.update(self.take_from_data(data.facts()))
+        if stage == "fit" and type(self.optimizer_config) is OptimizerConfig:  # AdamW
+            check_precision(self.trainer, self.optimizer_config.eps)
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
             with inside("model"):

@@ -5,222 +5,44 @@ Paper Sec. 5.4; SPEC section 6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from mhla_lightning.diffusion import build_process
-from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.batches import Stage, entry, keys, named
-from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
-from mhla_lightning.tasks.distillation import Distillation
+from mhla_lightning.tasks.text_diffusion import TextBackbone, TextDiffusionTask, Wording
 
 
 @runtime_checkable
-class VideoDiffusionBackbone(Protocol):
-    """What this task asks of a backbone besides the base's :class:`Backbone`."""
+class VideoDiffusionBackbone(TextBackbone, Protocol):
+    """What this task asks of a backbone besides the base's :class:`TextBackbone`."""
 
-    in_channels: int
-    input_size: tuple[int, int, int]
-    text_dim: int
-    text_length: int
+    grid: tuple[int, int, int]
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
 
-    def check_size(self, size: Sequence[int]) -> None: ...
 
-
-@runtime_checkable
-class GivesNullText(Protocol):
-    """What this task asks of a data module."""
-
-    def null_text(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class VideoDiffusionLossConfig:
-    """The loss of video diffusion.
-
-    Args:
-        text_dropout: share of training samples whose text is replaced by the empty prompt, for
-            classifier-free
-            guidance.
-        time_bins, distill: see :class:`DiffusionLoss`.
-
-    Raises:
-        UserError: a share outside [0, 1], or no part of the time axis.
-    """
-
-    text_dropout: float = 0.1
-    time_bins: int = 4
-    distill: Distillation | None = None
-
-    def __post_init__(self) -> None:
-        check_loss("text_dropout", self.text_dropout, self.time_bins)
-
-
-class VideoDiffusionTask(DiffusionTask):
+class VideoDiffusionTask(TextDiffusionTask):
     """Learns to remove noise from videos that a text describes (SPEC 6.6).
 
     It learns by flow matching with shifted logit-normal times. A video may have another length and size than
     the backbone's input_size, and an image is a video of one frame. All samples of a batch have one shape.
 
     Args:
-        backbone, attention, backbone_options, diffusion: see :class:`DiffusionTask`.
-        loss: None takes the defaults.
-        task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
-
-    Attributes:
-        sample_shape: (C, T, H, W) of backbone_options.input_size.
-        text_shape: largest (tokens, channels) of the text features.
-        null_text: (tokens, channels), the features of the empty prompt, which training takes from its data.
-            No checkpoint holds it, because sampling encodes the empty prompt together with the others.
+        backbone, attention, backbone_options, diffusion, loss, task: see :class:`TextDiffusionTask`.
 
     Raises:
-        UserError: see :class:`DiffusionTask`; a process that learns a variance, which video models do not
-            predict.
+        UserError: see :class:`TextDiffusionTask`.
     """
 
     samples = ("latent", "clip")
+    wording = Wording(
+        "video diffusion",
+        "video models",
+        "wan_1_3b or wan_tiny",
+        ("clips", "video_latents"),
+        "clips or video latents",
+        ("frames", "height", "width"),
+    )
 
-    def __init__(
-        self,
-        backbone: str,
-        attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
-        backbone_options: Mapping[str, Any] | None = None,
-        diffusion: str | Mapping[str, Any] = "flow",
-        loss: VideoDiffusionLossConfig | None = None,
-        **task: Any,
-    ) -> None:
-        with inside("diffusion"):
-            process = build_process(diffusion)
-        if process.out_channels(1) != 1:
-            raise UserError(
-                "diffusion",
-                f"'{process.name}' learns a variance, which video models do not predict; take flow",
-            )
-        loss = loss or VideoDiffusionLossConfig()
-        super().__init__(
-            backbone,
-            attention,
-            backbone_options,
-            diffusion,
-            DiffusionLoss(loss.text_dropout, loss.time_bins, loss.distill),
-            **task,
-        )
-        plan = self._plan()
-        self.sample_shape = (plan.in_channels, *plan.input_size)
-        self.text_shape = (plan.text_length, plan.text_dim)
-        # No buffer: DDP broadcasts buffers before every forward.
-        self.null_text = torch.zeros(self.text_shape)
-
-    def _plan(self) -> VideoDiffusionBackbone:
-        with torch.device("meta"):
-            plan = self._build()
-        if not isinstance(plan, VideoDiffusionBackbone):
-            raise UserError(
-                "backbone", f"'{self.backbone_name}' is no video diffusion model; take wan_1_3b or wan_tiny"
-            )
-        return plan
-
-    def check_size(self, size: Sequence[int]) -> None:
-        """Refuse a size that the patch or a layer's blocks cannot take.
-
-        Args:
-            size: frames, height and width of a latent (or of pixels).
-
-        Raises:
-            UserError: names the nearest sizes that work.
-        """
-        self._plan().check_size(size)
-
-    def entries(self, batch: Any, stage: Stage) -> dict[str, Any]:
-        """Return samples and text of (clip, text), or of a mapping of `text` and `clip` or `latent`.
-
-        Raises UserError where they do not fit this model.
-        """
-        found = named(batch, ("clip", "text"))
-        name = next((name for name in self.samples if name in found), "clip")
-        shape = (None, self.sample_shape[0], None, None, None)
-        clean = entry(found, name, shape, "float", "samples (batch, channels, frames, height, width)")
-        tokens, channels = self.text_shape
-        text = entry(found, "text", (len(clean), None, channels), "float", f"at most {tokens} text features")
-        if text.shape[1] > tokens:
-            raise UserError("batch.text", f"it has {text.shape[1]} tokens, and the model takes {tokens}")
-        return found
-
-    def empty_condition(self) -> Tensor:
-        return self.null_text
-
-    def condition(self, batch: Mapping[str, Tensor], dropped: Tensor) -> Tensor:
-        """Return text features (batch, tokens, channels), the empty prompt's where dropped."""
-        text = batch["text"]
-        return torch.where(dropped[:, None, None], self.null_text[: text.shape[1]].to(text), text)
-
-    def example_batch(self, samples: int) -> dict[str, Tensor]:
-        shapes = {"latent": self.sample_shape, "text": self.text_shape}
-        return {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()} | keys(
-            samples
-        )
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._take_null_text()
-
-    def on_predict_start(self) -> None:
-        """Take the features of the empty prompt, which only guidance needs here."""
-        if self.sampling.guidance.scale != 1:
-            self._take_null_text()
-
-    def _take_null_text(self) -> None:
-        data = cast(Any, self.trainer).datamodule
-        if not isinstance(data, GivesNullText):
-            raise UserError(None, f"{type(data).__name__} has no features of the empty prompt (null_text)")
-        found = data.null_text()
-        self.null_text = torch.nn.functional.pad(
-            found.float(), (0, 0, 0, len(self.null_text) - len(found))
-        ).to(self.device)
-
-    def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:
-        """Refuse data that this model cannot take, before training.
-
-        Raises:
-            UserError: neither clips nor video latents; another number of channels; a size that the patch or a
-                layer's blocks cannot take; too many text features, or features of another width.
-        """
-        if facts["kind"] not in ("clips", "video_latents"):
-            raise UserError(
-                None, f"video diffusion needs clips or video latents, and the data holds {facts['kind']}"
-            )
-        plan = self._plan()
-        for channels, *size in facts["shapes"]:
-            if channels != plan.in_channels:
-                raise UserError(
-                    "backbone_options.in_channels",
-                    f"it is {plan.in_channels}, and the data's samples have {channels} channels",
-                )
-            try:
-                plan.check_size(size)
-            except UserError as error:
-                raise UserError("backbone_options.input_size", error.reason or "") from error
-        if facts["text"] is None:
-            raise UserError(
-                None,
-                "video diffusion needs text features, and `data.text_encoder` does not describe them: name, "
-                "tokens and channels",
-            )
-        tokens, channels = facts["text"]
-        if channels != plan.text_dim:
-            raise UserError(
-                "backbone_options.text_dim",
-                f"it is {plan.text_dim}, and the data's text features have {channels} channels",
-            )
-        if tokens > plan.text_length:
-            raise UserError(
-                "backbone_options.text_length",
-                f"it is {plan.text_length}, and the data's text features have {tokens} tokens; it must be at "
-                "least that",
-            )
+    def fits(self, backbone: object) -> bool:
+        return isinstance(backbone, VideoDiffusionBackbone) and len(backbone.grid) == len(self.wording.axes)

@@ -65,6 +65,7 @@ _NEXT = {
     "ClassificationTask": "predict {0} IMAGE, or mhla " + _EXPORT,
     "LanguageTask": "generate {0} --prompt TEXT, or mhla " + _EXPORT,
     "ImageDiffusionTask": "sample {0}, or mhla " + _EXPORT,
+    "TextToImageTask": "sample {0} --prompts FILE, or mhla " + _EXPORT,
     "VideoDiffusionTask": "sample {0}, or mhla " + _EXPORT,
 }
 """The name of a task's class -> verbs for a finished run; the others are exported."""

@@ -15,17 +15,12 @@ Names in no table (a convolution `cpe`, a second norm) stay as they are in every
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.weights.block_names import State, join_qkv, module_of, rename, split_qkv
 from mhla_lightning.weights.files import strip_wrappers
-
-State = Mapping[str, Tensor]
-
-_QKV = ("q", "k", "v")
 
 RELEASE_LAYOUTS = {150: (3, 5, 10)}
 """Blocks of a mixing matrix -> their layout; 105 blocks of the paper may be (7, 3, 5), (3, 5, 7), ..."""
@@ -91,11 +86,11 @@ def from_wan(state: State) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for given, value in state.items():
-        name = _rename(strip_wrappers(given), _FROM_WAN)
+        name = rename(strip_wrappers(given), _FROM_WAN)
         if name in found:
             raise UserError("state", f"the checkpoint holds {name} twice; the second is called {given}")
         found[name] = _square(value) if name.endswith(".mixing.weight") else value
-    return _join(found)
+    return join_qkv(found)
 
 
 def to_wan(state: State) -> dict[str, Tensor]:
@@ -103,7 +98,7 @@ def to_wan(state: State) -> dict[str, Tensor]:
 
     q, k and v are views of ours; a mixing matrix is (M, M, 1, 1).
     """
-    renamed = {_rename(name, _TO_WAN): value for name, value in _split(state).items()}
+    renamed = {rename(name, _TO_WAN): value for name, value in split_qkv(state).items()}
     return {
         name: _as_conv(value) if name.endswith(".block_attn.conv.weight") else value
         for name, value in renamed.items()
@@ -115,15 +110,15 @@ def to_diffusers(state: State) -> dict[str, Tensor]:
 
     Tensors that it lacks (:func:`added`) get a name beside the others of their layer.
     """
-    return {_rename(name, _TO_DIFFUSERS): value for name, value in _split(state).items()}
+    return {rename(name, _TO_DIFFUSERS): value for name, value in split_qkv(state).items()}
 
 
 def added(name: str) -> bool:
     """Return whether a tensor of ours, by our name, does not exist in Wan2.1 itself."""
     block = re.fullmatch(r"blocks\.\d+\.(.+)", name)
     if block is None:
-        return _module(name) not in _TOP
-    module = re.sub(r"^attn\.qkv$", "attn.q", _module(block[1]))
+        return module_of(name) not in _TOP
+    module = re.sub(r"^attn\.qkv$", "attn.q", module_of(block[1]))
     return module not in _BLOCK or module in _ADDED
 
 
@@ -145,20 +140,6 @@ def needed(depth: int) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", name) for name in names))
 
 
-def _module(name: str) -> str:
-    return re.sub(r"\.(weight|bias)$", "", name)
-
-
-def _rename(name: str, table: Mapping[str, str]) -> str:
-    """Rename a tensor's module; the block's number and the last part (weight, bias) stay."""
-    block = re.match(r"blocks\.\d+(?=\.)", name)
-    prefix = block[0] if block else ""
-    generic = "*" + name[len(prefix) :] if block else name
-    module = _module(generic)
-    renamed = table.get(module, module) + generic[len(module) :]
-    return prefix + renamed.removeprefix("*") if block else renamed
-
-
 def _square(mixing: Tensor) -> Tensor:
     """Return a mixing matrix as (M, M).
 
@@ -173,46 +154,3 @@ def _as_conv(mixing: Tensor) -> Tensor:
     Matrices of single heads, which the release does not know, stay (heads, M, M).
     """
     return mixing[..., None, None] if mixing.dim() == 2 else mixing
-
-
-def _join(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join attn.q, attn.k and attn.v to attn.qkv."""
-    joined: dict[str, Tensor] = {}
-    for name, value in state.items():
-        part = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", name)
-        if part is None:
-            joined[name] = value
-            continue
-        whole = f"{part[1]}qkv.{part[3]}"
-        parts = [state.get(f"{part[1]}{letter}.{part[3]}") for letter in _QKV]
-        present = [tensor for tensor in parts if tensor is not None]
-        shapes = [tuple(tensor.shape) for tensor in present]
-        if len(present) < len(parts) or len(set(shapes)) > 1:
-            found = ", ".join(
-                f"{letter} {tuple(tensor.shape)}"
-                for letter, tensor in zip(_QKV, parts, strict=True)
-                if tensor is not None
-            )
-            raise UserError(
-                "state", f"{whole} is q, k and v of one size, joined; the checkpoint holds only {found}"
-            )
-        if whole in state:
-            raise UserError("state", f"the checkpoint holds {whole} twice; the second is called {name}")
-        if whole not in joined:
-            joined[whole] = torch.cat(present)
-    return joined
-
-
-def _split(state: State) -> dict[str, Tensor]:
-    """Split attn.qkv into attn.q, attn.k and attn.v."""
-    split: dict[str, Tensor] = {}
-    for name, value in state.items():
-        whole = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv\.(weight|bias)", name)
-        if whole is None:
-            split[name] = value
-        else:
-            split |= {
-                f"{whole[1]}{letter}.{whole[2]}": part
-                for letter, part in zip(_QKV, value.chunk(3), strict=True)
-            }
-    return split

@@ -20,6 +20,7 @@ from mhla_lightning.attention import (
     mhla,
 )
 from mhla_lightning.attention.mhla.cross import CROSS_NORMALIZERS, initial_cross_mixing
+from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.tasks.projection import mixing_matrices
 from tests.helpers.errors import refused
 
@@ -75,7 +76,9 @@ def test_forward_and_gradients_equal_the_dense_matrix(
     ):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
     reference = dense_cross_mhla(
-        *(t.transpose(1, 2) for t in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         mixing,
         torch.tensor(block),
         torch.tensor(key_block),
@@ -103,7 +106,8 @@ def test_of_one_sequence_it_is_mhla() -> None:
     blocks = BlockGrid((6, 4), block_size=2)
     q, k, v = (drawn(2, 24, 3, 4, seed=seed) for seed in range(3))
     mixing = drawn(6, 6, seed=3)
-    inside = mhla(*(blocks.to_blocks(t.transpose(1, 2)) for t in (q, k, v)), mixing)
+    in_blocks = [blocks.to_blocks(t.transpose(1, 2)) for t in (q, k, v)]
+    inside = mhla(in_blocks[0], in_blocks[1], in_blocks[2], mixing)
     expected = blocks.from_blocks(inside).transpose(1, 2)
     torch.testing.assert_close(cross_mhla(q, k, v, mixing, blocks, blocks), expected)
     for init in ("local_row", "uniform", "exp"):
@@ -141,15 +145,15 @@ def test_the_layer_equals_its_projections_around_the_dense_matrix(options: dict[
     q = x @ made.q.weight.T + made.q.bias
     k, v = (text @ made.kv.weight.T + made.kv.bias).split(12, -1)
     if options.get("qk_norm"):
-        q, k = (
-            t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
-            for t, norm in ((q, made.q_norm), (k, made.k_norm))
-        )
-    heads = [t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v)]
-    for number in range(2):
-        heads[number] = torch.where(heads[number] > 0, heads[number] + 1, heads[number].exp())
+        assert isinstance(made.q_norm, RMSNorm)
+        assert isinstance(made.k_norm, RMSNorm)
+        q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.q_norm.weight
+        k = k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * made.k_norm.weight
+    q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
     read = dense_cross_mhla(
-        *heads,
+        torch.where(q > 0, q + 1, q.exp()),
+        torch.where(k > 0, k + 1, k.exp()),
+        v,
         made.mixing.weight,
         torch.tensor(place((5, 7), (3, 3))),
         torch.tensor(place((11,), (4,))),

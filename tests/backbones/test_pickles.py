@@ -14,6 +14,7 @@ from tests.helpers.classifiers import TINY_VLT
 SMALL: dict[str, dict[str, Any]] = {
     "deit_tiny": {"img_size": 64, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "dit_s2": {"input_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "sana_tiny": {"depth": 2},
     "wan_tiny": {},
     "lm_tiny": {"depth": 2, "embed_dim": 16},
     "convnet_tiny": {},

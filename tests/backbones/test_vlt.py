@@ -20,7 +20,7 @@ from tests.helpers.dense_vlt import dense_block
 from tests.helpers.errors import refused
 
 SIZES = [name for name in IMAGE_CLASSIFIERS if name.startswith("vlt_")]
-DEEP = pytest.mark.slow  # 28 and 38 layers take 4 s each to build and count
+DEEP = pytest.mark.slow  # 20 to 38 layers take 2 to 4 s of a core to build and count
 RALA = {"name": "linear", "preset": "ravlt"}
 ENTRIES: list[Any] = [*ATTENTION, RALA, ["mhla", ["linear", "mhla"], "softmax", "mhla"]]
 
@@ -39,7 +39,7 @@ def images(*size: int, seed: int = 1) -> Tensor:
     ("name", "parameters", "millions", "billions"),
     [
         ("vlt_tiny", 14_903_082, 15, 2.4),
-        ("vlt_small", 25_599_691, 26, 4.6),
+        pytest.param("vlt_small", 25_599_691, 26, 4.6, marks=DEEP),
         pytest.param("vlt_base", 48_252_428, 48, 9.9, marks=DEEP),
         pytest.param("vlt_large", 95_253_836, 95, 16.0, marks=DEEP),
     ],
@@ -210,6 +210,28 @@ def test_another_input_size_resamples_the_mixing() -> None:
         model(x)
 
 
+def test_relative_mixing_serves_another_size_with_blocks_of_the_same_size() -> None:
+    """One of the stages has one block, and so one weight a head, before it grows."""
+    model = tiny(
+        {"name": "mhla", "mix_form": "relative", "block_size": 8}, img_size=64, num_heads=[1, 3, 2, 3]
+    )
+    assert [tuple(weight.shape) for weight in relative_weights(model)] == [(1, 9), (3, 1)]
+    with torch.no_grad():
+        for weight in relative_weights(model):
+            weight.uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+    before = [weight.clone() for weight in relative_weights(model)]
+    model.set_input_size((64, 96))
+    wide = relative_weights(model)
+    assert [tuple(weight.shape) for weight in wide] == [(1, 15), (3, 3)]
+    torch.testing.assert_close(wide[0].view(3, 5)[:, 1:4], before[0].view(3, 3))
+    torch.testing.assert_close(wide[1], before[1].expand(3, 3))
+    assert model.eval()(images(64, 96)).shape == (2, 5)
+
+
+def relative_weights(model: Any) -> list[Tensor]:
+    return [stage.blocks[0].attn.attention.mixing.weight for stage in model.stages[:2]]
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for how in ("none", "blocks", "attention", "offload"):
@@ -221,6 +243,10 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, gradients[0], strict=True))
 
 
+@pytest.mark.slow  # dynamo takes 4 s of a core
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"  # dynamo looks at it
+)
 def test_blocks_compile_without_graph_breaks() -> None:
     model, x = tiny().eval(), images(28, 28)
     expected = model(x)

@@ -21,6 +21,7 @@ from mhla_lightning.bench.timing import Case, take_turns
 from mhla_lightning.cli.bench import backbone
 from mhla_lightning.cli.main import main
 from mhla_lightning.planning.memory import peak_bytes
+from tests.helpers.errors import refused
 
 CPU = torch.device("cpu")
 SMALL = ["bench", "backbone", "dit_s8", "--layers", "1"]
@@ -194,6 +195,16 @@ def test_the_1_3b_model_is_measured_on_what_its_vae_makes_of_a_clip() -> None:
         (21, 60, 100),
     ]
     assert family.options((1, 480, 800)) == {"input_size": (1, 60, 100)}
+
+
+def test_sana_is_measured_on_what_its_autoencoder_makes_of_an_image() -> None:
+    family = FAMILIES["sana_600m"]
+    assert [family.options(pixels)["input_size"] for pixels in family.sizes] == [32, 64, 128]
+    assert family.blocks((32, 32)) == 4  # the preset's
+    with refused("res"):
+        family.options(1000)
+    model: Any = build_backbone("sana_tiny", attention="mhla", depth=1, **FAMILIES["sana_tiny"].options(16))
+    assert model(*FAMILIES["sana_tiny"].inputs(model, 2)).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -59,19 +59,28 @@ def test_a_signal_ends_tensorboard_too(tmp_path: Path, number: signal.Signals) -
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    children = Path(f"/proc/{monitor.pid}/task/{monitor.pid}/children")
-    until = time.monotonic() + 30
-    while not (found := children.read_text().split()) and time.monotonic() < until:
-        time.sleep(0.05)
-    (tensorboard,) = found
-    assert "tensorboard.main" in Path("/proc", tensorboard, "cmdline").read_text()
-    assert list(tmp_path.glob("mhla-monitor-*"))
-    monitor.send_signal(number)
+    tensorboard = 0
     try:
+        tensorboard = started(monitor.pid, "tensorboard.main")
+        assert list(tmp_path.glob("mhla-monitor-*"))
+        monitor.send_signal(number)
         assert monitor.wait(20) == 0
-        assert not Path("/proc", tensorboard).exists()
+        assert not Path("/proc", str(tensorboard)).exists()
+        assert not list(tmp_path.glob("mhla-monitor-*"))
     finally:
-        for pid in (monitor.pid, int(tensorboard)):
+        monitor.kill()
+        monitor.wait()
+        if tensorboard:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert not list(tmp_path.glob("mhla-monitor-*"))
+                os.kill(tensorboard, signal.SIGKILL)
+
+
+def started(parent: int, word: str) -> int:
+    """Wait for a process's child with a word in its command line; before, it is a fork of its parent."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            if word in Path("/proc", child, "cmdline").read_text():
+                return int(child)
+        time.sleep(0.05)
+    raise TimeoutError(word)

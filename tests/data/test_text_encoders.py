@@ -14,7 +14,7 @@ import torch
 from mhla_lightning.data.encoders.text_encoders import TextEncoding, clean, load_text_encoder, pad_rows
 from mhla_lightning.data.modules.text import TextConditioned
 from tests.helpers.errors import refused
-from tests.helpers.vaes import save_kl, save_umt5
+from tests.helpers.vaes import save_gemma2, save_kl, save_umt5
 
 WORDS = TextEncoding("words:64", 12, 64)
 CAT = [-1.1309932, 0.9060153, 1.0947771]
@@ -96,6 +96,33 @@ def test_umt5_is_that_of_transformers(umt5: str) -> None:
     for rows, its, mask in zip(found, direct, tokens.attention_mask, strict=True):
         assert len(rows) == int(mask.sum())
         torch.testing.assert_close(rows, its[: len(rows)], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_gemma2_is_that_of_sana_s_pipeline(tmp_path: Path) -> None:
+    """Alone and unpadded it gives the rows that the pipeline's mask keeps."""
+    diffusers = pytest.importorskip("diffusers")
+    from transformers import AutoTokenizer, Gemma2Model
+
+    folder = save_gemma2(tmp_path / "sana")
+    texts = ["A red cat", "", "dogs run over the hill"]
+    encoder = load_text_encoder(TextEncoding(folder, 32, 24))
+    pipeline = diffusers.SanaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(f"{folder}/tokenizer"),
+        text_encoder=Gemma2Model.from_pretrained(f"{folder}/text_encoder").eval(),
+        vae=None,
+        transformer=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    direct, kept, _, _ = pipeline.encode_prompt(
+        texts, do_classifier_free_guidance=False, max_sequence_length=32
+    )
+    for rows, its, mask in zip(encoder.encode(texts), direct, kept, strict=True):
+        assert len(rows) == int(mask.sum())
+        torch.testing.assert_close(rows, its[: len(rows)], atol=1e-5, rtol=1e-5)
+    assert encoder.encoding.sha256 != load_text_encoder(save_gemma2(tmp_path / "other", 1)).encoding.sha256
+    with refused("texts"):
+        load_text_encoder(TextEncoding(folder, 5, 24)).encode(["a red cat"])
 
 
 def test_features_do_not_depend_on_what_else_is_encoded(umt5: str) -> None:

@@ -103,20 +103,10 @@ def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: obj
     """A UMT5EncoderModel of 24 channels and a tokenizer of letters. pipeline: in text_encoder/ and
     tokenizer/, as diffusers lays them out.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
     from transformers.utils import logging
 
-    vocabulary = {
-        piece: number
-        for number, piece in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])
-    }
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    vocabulary, tokenizer = _letters("</s>", "$A </s>")
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,12 +116,52 @@ def save_umt5(folder: Path, seed: int = 0, pipeline: bool = False, **config: obj
             "d_ff": 32,
             "num_layers": 2,
             "num_heads": 4,
-            "vocab_size": len(vocabulary),
+            "vocab_size": vocabulary,
         }
         model: Any = UMT5EncoderModel(UMT5Config(**(sizes | config)))
     model.save_pretrained(folder / "text_encoder" if pipeline else folder)
     tokenizer.save_pretrained(folder / "tokenizer" if pipeline else folder)
     return str(folder)
+
+
+def save_gemma2(folder: Path, seed: int = 0) -> str:
+    """A Gemma2Model of 24 channels and a tokenizer of letters, as a pipeline of SANA lays them out."""
+    from transformers import Gemma2Config, Gemma2Model
+    from transformers.utils import logging
+
+    vocabulary, tokenizer = _letters("<bos>", "<bos> $A")
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Gemma2Config(
+            vocab_size=vocabulary,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+        Gemma2Model(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return str(folder)
+
+
+def _letters(special: str, template: str) -> tuple[int, Any]:
+    """The size of a vocabulary of small letters, and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", special, "<unk>", *"abcdefghijklmnopqrstuvwxyz "]
+    letters = Tokenizer(
+        models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>")
+    )
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(special, 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token=special, unk_token="<unk>"
+    )
+    return len(pieces), tokenizer
 
 
 def save_clips(

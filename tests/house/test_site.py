@@ -45,6 +45,11 @@ def test_the_keys_page_has_every_key_of_a_recipe(name: str, keys_page: str) -> N
         assert not missing
 
 
+def test_links_of_the_keys_page_lead_to_the_guides(keys_page: str) -> None:
+    assert "](../trainer-arguments.md#loggers)" in keys_page
+    assert "](../strategies.md)" in keys_page
+
+
 def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """The dotted keys of a section; options of operators and backbones are in tables of their own."""
     for key, value in values.items():

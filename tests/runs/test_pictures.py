@@ -72,7 +72,7 @@ def test_grids_and_clips_go_to_every_logger_that_shows_images(tmp_path: Path) ->
     recorded, board = RecordingLogger(), TensorBoardLogger(tmp_path, "", "")
     loggers = [CSVLogger(tmp_path / "csv"), board, recorded]
     grids, clips = SampleGrids(per_class=1), SampleClips(prompts=["a bar"])
-    grids._labels, clips._rows, clips._rate = [0, 1], ["a bar"], 4.0
+    grids._columns, clips._rows, clips._rate = 2, ["a bar"], 4.0
     grids.show(loggers, 3, torch.from_numpy(CLIP[:2]))
     clips.show(loggers, 5, [CLIP])
     board.experiment.flush()

@@ -16,7 +16,7 @@ from mhla_lightning.tasks import (
     Distillation,
     ImageDiffusionLossConfig,
     ImageDiffusionTask,
-    VideoDiffusionLossConfig,
+    TextDiffusionLossConfig,
     VideoDiffusionTask,
 )
 from tests.helpers import diffusion_models
@@ -44,7 +44,7 @@ def make_task(attention: Any = MHLA, checkpointing: Any = "none", **loss: Any) -
     Args:
         loss: arguments of its loss.
     """
-    config = VideoDiffusionLossConfig(**loss)
+    config = TextDiffusionLossConfig(**loss)
     task = VideoDiffusionTask(
         "wan_tiny", attention, OPTIONS, loss=config, checkpoint_activations=checkpointing
     )
@@ -126,11 +126,11 @@ def test_images_are_videos_of_one_frame() -> None:
         ({"backbone": "dit_s2", "backbone_options": {}}, "backbone"),
         ({"backbone_options": OPTIONS | {"input_size": [4, 9, 8]}}, "backbone_options.input_size"),
         (
-            {"loss": VideoDiffusionLossConfig(distill=Distillation("nowhere.safetensors"))},
+            {"loss": TextDiffusionLossConfig(distill=Distillation("nowhere.safetensors"))},
             "loss.distill.teacher",
         ),
         (
-            {"loss": VideoDiffusionLossConfig(distill=Distillation("nowhere.safetensors", "softmx"))},
+            {"loss": TextDiffusionLossConfig(distill=Distillation("nowhere.safetensors", "softmx"))},
             "loss.distill.attention.name",
         ),
     ],
@@ -262,4 +262,4 @@ def test_a_distillation_that_learns_nothing_is_refused() -> None:
 )
 def test_wrong_losses(options: dict[str, Any], key: str) -> None:
     with refused(key):
-        VideoDiffusionLossConfig(**options)
+        TextDiffusionLossConfig(**options)

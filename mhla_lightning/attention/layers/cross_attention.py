@@ -1,4 +1,4 @@
-"""Cross-attention by MHLA: tokens read another sequence, such as an image a text (beyond the paper)."""
+"""Cross-attention by MHLA: tokens read another sequence (beyond the paper)."""
 
 from __future__ import annotations
 

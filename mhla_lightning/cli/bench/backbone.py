@@ -45,13 +45,13 @@ RATIOS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `mhla bench backbone`."""
-    parser.add_argument("backbone", metavar="BACKBONE", help="dit_s2, dit_b2, ..., wan_1_3b")
+    parser.add_argument("backbone", metavar="BACKBONE", help="dit_s2, dit_b2, ..., sana_600m, wan_1_3b")
     parser.add_argument(
         "--res",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="image sizes, per side (default: 256 512 1024 2048)",
+        help="image sizes, per side (default: 256 512 1024 2048; sana_600m: 1024 2048 4096)",
     )
     parser.add_argument(
         "--video",

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-encoder",
         metavar="NAME",
-        help="encoder of captions: a folder of umT5 or its name on the hub, or words:N (no download)",
+        help="encoder of captions: a folder or hub name of umT5 or Gemma-2, or words:N (no download)",
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="the most tokens that a caption may have (default: 512)"
@@ -214,7 +214,7 @@ def _demand_fitting(args: argparse.Namespace) -> None:
     if args.video and args.text_encoder is None:
         raise UserError(
             "text_encoder",
-            "needed with `video`: a folder of umT5 or its name on the hub, or words:N, e.g. words:64",
+            "needed with `video`: a folder or hub name of umT5 or Gemma-2, or words:N, e.g. words:64",
         )
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from mhla_lightning.backbones import VideoDiT
 from mhla_lightning.backbones.video_dit import VideoBlock
+from mhla_lightning.conversion.config_files import CONFIG
 from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
-from mhla_lightning.conversion.wan import CONFIG
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.streaming import Rename, parts_of
 from mhla_lightning.weights.wan_names import added, needed, to_diffusers, to_wan
@@ -57,7 +57,12 @@ def _export(
         for new in (False, True)
     )
     layers = [cast(VideoBlock, block).spec.name for block in model.blocks]
-    facts = {**trained.facts(), "layers": layers, "added": [name for name, _ in shapes(extra)]}
+    facts = {
+        **trained.facts(),
+        "computed_as": "softmax",
+        "layers": layers,
+        "added": [name for name, _ in shapes(extra)],
+    }
     whole = {**config(model), CONFIG: facts}
     return Export(
         "diffusion_pytorch_model.safetensors", shared + extra, FOR_TORCH, whole, shapes(shared), shapes(extra)

@@ -1,4 +1,4 @@
-"""Text to features for cross-attention: `words:N` and umT5 (SPEC 6.2, 6.6)."""
+"""Text to features for cross-attention: `words:N`, umT5 (SPEC 6.2, 6.6) and SANA's Gemma-2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ class Words(TextEncoder):
         return torch.from_numpy(np.stack([_word_vector(word, self.encoding.channels) for word in words]))
 
 
-class UMT5(TextEncoder):
-    """The encoder of umT5 with its tokenizer; each token, also the end of the text, is a row."""
+class TokenEncoder(TextEncoder):
+    """A model of transformers with its tokenizer; each token, special ones included, is a row."""
 
     def __init__(self, encoding: TextEncoding, model: nn.Module, tokenizer: Any) -> None:
         self.encoding, self.model, self.tokenizer = encoding, model, tokenizer
@@ -96,6 +97,64 @@ class UMT5(TextEncoder):
         return self.model(input_ids=tokens.to(device)).last_hidden_state[0].float().cpu()
 
 
+class UMT5(TokenEncoder):
+    """The encoder of umT5, as Wan2.1 has it."""
+
+
+class Gemma2(TokenEncoder):
+    """The decoder Gemma-2 as SANA has it: the last hidden state of the lower-cased text.
+
+    SANA's pipeline can put an instruction before the text, which changes the features; here there is none.
+    """
+
+    def rows(self, text: str) -> Tensor:
+        return super().rows(text.lower())
+
+
+@dataclass(frozen=True)
+class _Pretrained:
+    """A kind of text encoder of transformers.
+
+    Attributes:
+        encoder: of ours.
+        model: name of the class in transformers.
+        channels: key of the configuration with the channels of a row.
+        sizes: keys of the configuration that decide the features.
+        doubled: tensors that are the same as others.
+    """
+
+    encoder: type[TokenEncoder]
+    model: str
+    channels: str
+    sizes: tuple[str, ...]
+    doubled: tuple[str, ...] = ()
+
+
+_KINDS = {
+    "umt5": _Pretrained(
+        UMT5,
+        "UMT5EncoderModel",
+        "d_model",
+        (
+            *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj"),
+            *("layer_norm_epsilon", "relative_attention_num_buckets", "relative_attention_max_distance"),
+        ),
+        ("encoder.embed_tokens.weight",),  # shared.weight
+    ),
+    "gemma2": _Pretrained(
+        Gemma2,
+        "Gemma2Model",
+        "hidden_size",
+        (
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "hidden_activation", "rms_norm_eps", "rope_parameters"),
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window", "layer_types"),
+        ),
+    ),
+}
+"""`model_type` of a configuration -> kind."""
+
+
 def load_text_encoder(
     encoding: TextEncoding | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> TextEncoder:
@@ -103,21 +162,23 @@ def load_text_encoder(
 
     Args:
         encoding: description in a recipe or an index, or the name alone. A name is `words:N` (N channels), a
-            folder, or a name on the Hugging Face hub. A folder holds a UMT5EncoderModel and its tokenizer,
-            or both in text_encoder/ and tokenizer/. A name alone allows texts of up to 512 tokens.
+            folder, or a name on the Hugging Face hub. A folder holds a UMT5EncoderModel or a Gemma2Model and
+            its tokenizer, or both in text_encoder/ and tokenizer/. A name alone allows texts of up to 512
+            tokens.
         device: of the weights.
         dtype: of the weights; None is bfloat16 on GPU, float32 elsewhere.
 
     Raises:
-        UserError: transformers is missing. The name does not exist. The model is no umT5. The weights are no
-            safetensors or do not fit the configuration. Channels or sha256 differ from `encoding`.
+        UserError: transformers is missing. The name does not exist. The model is neither umT5 nor Gemma-2.
+            The weights are no safetensors or do not fit the configuration. Channels or sha256 differ from
+            `encoding`.
     """
     name = encoding if isinstance(encoding, str) else encoding.name
     tokens = DEFAULT_TOKENS if isinstance(encoding, str) else encoding.tokens
     if name.startswith("words:"):
         found: TextEncoder = Words(TextEncoding(name, tokens, _word_channels(name), text_sha256(name)))
     else:
-        found = _load_umt5(name, tokens, device, dtype or default_dtype(device))
+        found = _load_pretrained(name, tokens, device, dtype or default_dtype(device))
     if not isinstance(encoding, str):
         _demand_same(encoding, found.encoding)
     return found
@@ -178,7 +239,7 @@ def _demand_same(wanted: TextEncoding, found: TextEncoding) -> None:
         )
 
 
-def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.dtype) -> UMT5:
+def _load_pretrained(name: str, tokens: int, device: torch.device | str, dtype: torch.dtype) -> TokenEncoder:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -194,11 +255,12 @@ def _load_umt5(name: str, tokens: int, device: torch.device | str, dtype: torch.
         )
     address = str(Path(name).expanduser()) if local else name
     config, place = _config(name, address)
-    model = _model(name, address, place)
+    kind = _KINDS[config["model_type"]]
+    model = _model(name, address, place, kind)
     tokenizer = _tokenizer(name, address, place)
-    sha256 = _sha256(model, tokenizer)
+    sha256 = _sha256(model, tokenizer, kind)
     moved = nn.Module.to(model, device=device, dtype=dtype)
-    return UMT5(TextEncoding(name, tokens, int(config["d_model"]), sha256), moved, tokenizer)
+    return kind.encoder(TextEncoding(name, tokens, int(config[kind.channels]), sha256), moved, tokenizer)
 
 
 def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
@@ -206,38 +268,39 @@ def _config(name: str, address: str) -> tuple[dict[str, Any], str]:
 
     The subfolder is empty or, in a pipeline, text_encoder.
     """
-    from transformers import UMT5Config
+    from transformers import PretrainedConfig
 
     reasons = []
     for place in ("", "text_encoder"):
         try:
             with _quiet():
-                config, _ = UMT5Config.get_config_dict(address, subfolder=place)
+                config, _ = PretrainedConfig.get_config_dict(address, subfolder=place)
         except (OSError, ValueError, RuntimeError) as error:  # of transformers and of the hub
             reasons.append(" ".join(str(error).split())[:200])
             if "connect" in str(error).lower() or "offline" in str(error).lower():
                 break
             continue
-        if config.get("model_type") == "umt5":
+        if config.get("model_type") in _KINDS:
             return config, place
         if config.get("model_type"):
             raise UserError(
-                "text_encoder", f"{name} is a model of type {config['model_type']}; only umt5 is supported"
+                "text_encoder",
+                f"{name} is a model of type {config['model_type']}; supported are {' and '.join(_KINDS)}",
             )
         reasons.append("its config.json is of no text encoder")
     raise UserError(
         "text_encoder",
-        f"{name} is no folder of a UMT5EncoderModel here, and could not be fetched from the hub "
-        f"({reasons[0]})",
+        f"{name} is no folder of a UMT5EncoderModel or Gemma2Model here, and could not be fetched from the "
+        f"hub ({reasons[0]})",
     )
 
 
-def _model(name: str, address: str, place: str) -> nn.Module:
-    from transformers import UMT5EncoderModel
+def _model(name: str, address: str, place: str, kind: _Pretrained) -> nn.Module:
+    import transformers
 
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
-            opened: Any = UMT5EncoderModel.from_pretrained(
+            opened: Any = getattr(transformers, kind.model).from_pretrained(
                 address,
                 subfolder=place,
                 use_safetensors=True,
@@ -292,29 +355,17 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _sha256(model: nn.Module, tokenizer: Any) -> str:
+def _sha256(model: nn.Module, tokenizer: Any, kind: _Pretrained) -> str:
     """Return the sha256 of everything that decides the features.
 
     These are sizes, vocabulary and weights (as float32).
     It is the same for every copy, device and dtype.
     """
     config: Any = model.config
-    sizes = [
-        getattr(config, key)
-        for key in (
-            "d_model",
-            "d_kv",
-            "d_ff",
-            "num_layers",
-            "num_heads",
-            "feed_forward_proj",
-            "layer_norm_epsilon",
-        )
-    ]
-    sizes += [config.relative_attention_num_buckets, config.relative_attention_max_distance]
+    sizes = [getattr(config, key) for key in kind.sizes]
     digest = hashlib.sha256(json.dumps([sizes, sorted(tokenizer.get_vocab().items())]).encode())
     for key, tensor in sorted(model.state_dict().items()):
-        if key != "encoder.embed_tokens.weight":  # the same as shared.weight
+        if key not in kind.doubled:
             digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().float().contiguous().numpy())
     return digest.hexdigest()

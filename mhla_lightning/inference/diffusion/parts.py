@@ -26,7 +26,7 @@ from mhla_lightning.runs.folder import read_object, replacing, write_json
 SETTINGS, PARTS, TEXT = "settings.json", "parts", "text"
 _BEGUN = re.compile(rf"{PARTS}|{TEXT}|\.{re.escape(SETTINGS)}-\d+")
 _SAMPLES = re.compile(
-    rf"{_BEGUN.pattern}|{re.escape(SETTINGS)}|samples\.(npz|json)|(grid|sheet)\.png|\d{{4,}}-[a-z0-9-]+\.mp4|\..+-\d+"
+    rf"{_BEGUN.pattern}|{re.escape(SETTINGS)}|samples\.(npz|json)|(grid|sheet)\.png|\d{{4,}}-[a-z0-9-]+\.(mp4|png)|\..+-\d+"
 )
 """Names in a folder of samples: before its settings are written, and after."""
 
