@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ComparisonTable,
         Continued,
         ExportedWeights,
+        Prediction,
         RunStopped,
         RunSummary,
         Samples,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         compare_recipe,
         export,
         generate,
+        predict,
         run,
         sample,
     )
@@ -97,6 +99,7 @@ __all__ = [
     "MixingHeatmaps",
     "Monitor",
     "OptimizerConfig",
+    "Prediction",
     "ProjectMixing",
     "ReadingConfig",
     "RecallTask",
@@ -122,6 +125,7 @@ __all__ = [
     "default_callbacks",
     "export",
     "generate",
+    "predict",
     "register_attention",
     "register_backbone",
     "run",
@@ -130,9 +134,9 @@ __all__ = [
 
 _ROOMS = {
     "api": (
-        *("AttentionNumbers", "ComparisonTable", "Continued", "ExportedWeights"),
+        *("AttentionNumbers", "ComparisonTable", "Continued", "ExportedWeights", "Prediction"),
         *("RunStopped", "RunSummary", "Samples", "analyze"),
-        *("compare_recipe", "export", "generate", "run", "sample"),
+        *("compare_recipe", "export", "generate", "predict", "run", "sample"),
     ),
     "attention": (
         *("Attention", "CausalAttention", "SelfAttention", "build_attention", "register_attention"),

@@ -1,4 +1,4 @@
-"""The verbs from Python: `run`, `compare`, `analyze`, `sample`, `generate` and `export`.
+"""The verbs from Python: `run`, `compare`, `analyze`, `sample`, `predict` and so on.
 
 Options are those of the command line in Python's spelling: `--max-new-tokens 5` is `max_new_tokens=5`. They
 pass the same parser and the same checks, and a mistake is a UserError.
@@ -95,6 +95,23 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """An image and its likeliest classes, the likeliest first.
+
+    Attributes:
+        file: of the image.
+        classes: their names; empty where the image cannot be used.
+        probabilities: of these classes.
+        problem: why the image cannot be used; None where it can.
+    """
+
+    file: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class ExportedWeights:
     """Written weights.
 
@@ -180,6 +197,18 @@ class SampleArguments(TypedDict, total=False):
     frames: int
     size: str
     rate: float
+
+
+class PredictArguments(TypedDict, total=False):
+    """Options of `mhla predict`."""
+
+    runs: PathLike
+    ckpt: PathLike | int
+    no_ema: bool
+    device: str
+    top_k: int
+    batch_size: int
+    to: PathLike
 
 
 class ExportArguments(TypedDict, total=False):
@@ -287,6 +316,29 @@ def sample(run: PathLike, **options: Unpack[SampleArguments]) -> Samples:
 
     drawn = perform(_arguments("sample", [str(run)], options))
     return Samples(drawn.folder, drawn.kind, drawn.count, drawn.places, drawn.settings)
+
+
+def predict(
+    run: PathLike, images: PathLike | Sequence[PathLike], **options: Unpack[PredictArguments]
+) -> list[Prediction]:
+    """Name the likeliest classes of images with a classifier's run, as `mhla predict` does.
+
+    Args:
+        run: id or folder.
+        images: files, and folders of them.
+        options: see :class:`PredictArguments`.
+
+    Raises:
+        UserError: an argument or the run is wrong, or no image can be used.
+    """
+    places = [images] if isinstance(images, str | Path) else list(images)
+    from mhla_lightning.cli.predict import perform
+
+    # An absolute path is no option.
+    _, rows = perform(
+        _arguments("predict", [str(run), *(str(Path(place).absolute()) for place in places)], options)
+    )
+    return [Prediction(row.file, row.classes, row.probabilities, row.problem) for row in rows]
 
 
 def export(run: PathLike, to: PathLike, **options: Unpack[ExportArguments]) -> ExportedWeights:

@@ -33,9 +33,12 @@ class Attention(nn.Module):
         causal: whether tokens see earlier tokens only; see :class:`CausalAttention`.
         options_type: the frozen dataclass of the operator's options; None means plain keywords.
         example: options that serve short rows; `mhla test-operator` takes them.
+        without_grid: whether it reads no grid, so that tokens without a place may be among the others, such
+            as a class token.
     """
 
     causal: ClassVar[bool] = False
+    without_grid: ClassVar[bool] = False
     options_type: ClassVar[type[Any] | None] = None
     example: ClassVar[Mapping[str, Any]] = {}
 

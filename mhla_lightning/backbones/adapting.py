@@ -98,6 +98,7 @@ def adapted_to(
     source: Geometry,
     positions: Collection[str] = (),
     patches: tuple[str, Sequence[str]] | None = None,
+    class_token: bool = False,
 ) -> Adapted:
     """Return tensors in the places of a model.
 
@@ -111,6 +112,7 @@ def adapted_to(
         positions: names of learned positions, (1, tokens, channels).
         patches: name of the patch embedding's weight, and those of the output layer, whose rows are the
             numbers of a patch; None where no output is one.
+        class_token: whether the model's positions begin with that of a class token.
 
     Raises:
         UserError: a grid that is not that of the positions; a tensor of the model that is not finite.
@@ -120,7 +122,10 @@ def adapted_to(
     prefix = sum(tensors[name].shape[-2] for name in _PREFIXES if name in tensors and tensors[name].dim() > 1)
     for name in positions:
         if name in tensors and tensors[name].dim() == 3:
+            table = tensors[name]
             _place_positions(adapted, name, source, own.grid or (), prefix)
+            if class_token and name in adapted:
+                _keep_class_row(adapted, name, table, math.prod(source.grid or own.grid or ()))
     for name, target in own.blocks.items():
         if name in tensors:
             _place_mixing(adapted, name, source.blocks.get(name), target, _own(model, name))
@@ -183,6 +188,22 @@ def _place_positions(
     if tuple(grid) != tuple(target):
         adapted[name] = resampled_positions(adapted[name], grid, target)
         adapted.resampled[name] = f"{by(grid)} to {by(target)} tokens"
+
+
+def _keep_class_row(adapted: Adapted, name: str, table: Tensor, tokens: int) -> None:
+    """Put the position of the class token back before those of the grid.
+
+    Args:
+        adapted: holds the positions of the model's grid.
+        name: of the positions.
+        table: of the source, the class token's row first.
+        tokens: of the source's grid.
+    """
+    if table.shape[1] > tokens:
+        adapted[name] = torch.cat([table[:, :1], adapted[name]], dim=1)
+    else:
+        adapted.resampled.pop(name, None)
+        adapted.omit(name, "it has no row for the class token of this model")
 
 
 def resampled_positions(table: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import LayerAttention, SelfAttention, resolve_layers
 from mhla_lightning.attention.base import known
+from mhla_lightning.attention.entry import lookup_attention
 from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.compiling import CompileModule, Parts
@@ -85,11 +86,14 @@ class ViTOptions:
         mask_padding: mask tokens that hold padding only, in attention and in pooling (the paper lets them
             take part, SPEC C9).
         in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, drop_rate, drop_path_rate: as in timm.
-        global_pool: `avg`, `max`, `avgmax` or `map` (learned pooling) of tokens, or empty for none.
+        global_pool: `avg`, `max`, `avgmax` or `map` (learned pooling) of tokens, or empty for none; with a
+            class token also `token`.
         fc_norm: normalize after pooling instead of before; None does so for `avg`, `max` and `avgmax`.
+        class_token: put a learned token before those of the image, as the ViTs of timm. Only operators that
+            read no grid take it, such as softmax.
 
     Raises:
-        UserError: another `global_pool`.
+        UserError: another `global_pool`, or a class token with `mask_padding`.
     """
 
     img_size: int | Sequence[int] = 224
@@ -106,22 +110,62 @@ class ViTOptions:
     drop_path_rate: float = 0.0
     global_pool: str = "avg"
     fc_norm: bool | None = None
+    class_token: bool = False
 
     def __post_init__(self) -> None:
-        _check_pool(self.global_pool)
+        _check_pool(self.global_pool, self.class_token)
+        if self.class_token and self.mask_padding:
+            raise UserError("mask_padding", "a mask has no place for the class token; leave one of them out")
 
 
-def _check_pool(kind: str) -> None:
+def _check_pool(kind: str, class_token: bool) -> None:
     if kind == "token":
-        raise UserError("global_pool", "found token; this model has no class token, take avg")
+        if not class_token:
+            raise UserError("global_pool", "found token; this model has no class token, take avg")
+        return
     known("global_pool", kind, POOLS)
+
+
+def takes_class_token(attention: Any, depth: int) -> bool:
+    """Return whether no layer of an attention entry places every token on a grid.
+
+    Raises:
+        UserError: an entry that is wrong.
+    """
+    with inside("attention"):
+        layers = resolve_layers(attention, depth, VISION_PRESETS, SelfAttention.layer_options())
+    return _placed_by(layers) is None
+
+
+def _placed_by(layers: Sequence[LayerAttention]) -> str | None:
+    """Return what needs the place of every token, in words; None where nothing does."""
+    for layer in layers:
+        convolution = layer.layer.get("pos_conv", "none")
+        if convolution != "none":
+            return f"the convolution {convolution}"
+        if not lookup_attention(layer.name).without_grid:
+            return f"the operator {layer.name}"
+    return None
+
+
+def _mixed(grid: Sequence[int], class_token: bool) -> tuple[int, ...]:
+    """Return the token counts that the layers see: with a class token, those of one row."""
+    return (math.prod(grid) + 1,) if class_token else tuple(grid)
+
+
+def _check_class_token(layers: Sequence[LayerAttention]) -> None:
+    what = _placed_by(layers)
+    if what is not None:
+        raise UserError(
+            "class_token", f"{what} needs the place of every token, and a class token has none; write false"
+        )
 
 
 class VisionTransformer(KeptActivations, TimmVisionTransformer):
     """A vision transformer, average-pooled, whose layers hold any operator of the registry.
 
-    It has no class token. timm's own lacks an operator that knows the token grid, another operator in every
-    layer, and zero padding of the image to full blocks.
+    timm's own lacks an operator that knows the token grid, another operator in every layer, and zero padding
+    of the image to full blocks.
 
     Args:
         attention: attention entry: name, mapping, or a list of these cycled over the layers.
@@ -143,6 +187,8 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         check_heads(options.embed_dim, options.num_heads)
         with inside("attention"):
             layers = resolve_layers(attention, options.depth, VISION_PRESETS, SelfAttention.layer_options())
+        if options.class_token:
+            _check_class_token(layers)
         mask = _image_tokens(size, grid, patch) if options.mask_padding else None
         super().__init__(
             img_size=(grid[0] * patch, grid[1] * patch),
@@ -151,7 +197,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             num_classes=options.num_classes,
             global_pool=cast(Any, options.global_pool),
             fc_norm=options.fc_norm,
-            class_token=False,
+            class_token=options.class_token,
             embed_dim=options.embed_dim,
             depth=options.depth,
             num_heads=options.num_heads,
@@ -159,7 +205,9 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             drop_rate=options.drop_rate,
             drop_path_rate=options.drop_path_rate,
             # timm's annotation wants a class; timm only calls it
-            block_fn=partial(MixedBlock, layers=layers, grid=grid, token_mask=mask),  # type: ignore[arg-type]
+            block_fn=partial(  # type: ignore[arg-type]
+                MixedBlock, layers=layers, grid=_mixed(grid, options.class_token), token_mask=mask
+            ),
         )
         self.attention_entry, self.options = attention, options
         self.img_size, self.grid = size, grid
@@ -197,7 +245,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             UserError: a pooling that this model cannot have, or `map` where it was not built with it.
         """
         if global_pool is not None:
-            _check_pool(global_pool)
+            _check_pool(global_pool, self.has_class_token)
             if global_pool == "map" and self.attn_pool is None:
                 raise UserError("global_pool", "map has weights of its own; build the model with it")
         super().reset_classifier(num_classes, global_pool)
@@ -264,7 +312,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of positions and mixing matrices; timm adds norms and biases (SPEC 1.4)."""
-        return {"pos_embed", *mixing_weights(self)}
+        return {"pos_embed", *mixing_weights(self), *(["cls_token"] if self.has_class_token else [])}
 
     def flops(self, shape: Sequence[int]) -> int:
         """Return the forward FLOPs of one sample, 2 a multiply-add.
@@ -274,9 +322,10 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         """
         tokens, dim = math.prod(shape), self.embed_dim
         patch = 2 * tokens * self.patch_embed.proj.weight.numel()
+        mixed = _mixed(shape, self.has_class_token)
         return (
             patch
-            + sum(cast(MixedBlock, block).flops(shape) for block in self.blocks)
+            + sum(cast(MixedBlock, block).flops(mixed) for block in self.blocks)
             + 2 * dim * self.num_classes
         )
 
@@ -302,7 +351,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
             else value
             for name, value in adapted.items()
         }
-        return adapted_to(self, adapted, source, positions=("pos_embed",))
+        return adapted_to(self, adapted, source, ("pos_embed",), class_token=self.has_class_token)
 
 
 class MixedBlock(Block):
@@ -323,7 +372,7 @@ class MixedBlock(Block):
         num_heads: int,
         *,
         layers: Sequence[LayerAttention],
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         token_mask: Tensor | None,
         depth: int,
         **timm_options: Any,

@@ -27,6 +27,7 @@ VERBS = {
     "compare": "train variants of a recipe side by side: one table, one plot",
     "generate": "continue prompts with a language run",
     "sample": "draw images or videos from a diffusion run",
+    "predict": "name the likeliest classes of images, with a classifier's run",
     "eval": "evaluate runs: lm-evaluation-harness, FID of samples, a classifier's view of samples, VBench",
     "analyze": "look into the attention of runs: rank, entropy, locality and maps by layer and head",
     "bench": "measure how fast one thing is beside another",
@@ -48,7 +49,7 @@ VERBS = {
 
 GROUPS = {
     "train": ("run", "recipes", "compare", "plan"),
-    "use": ("generate", "sample", "report", "analyze", "eval", "export", "import"),
+    "use": ("generate", "sample", "predict", "report", "analyze", "eval", "export", "import"),
     "data": ("data",),
     "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),
     "measure": ("bench", "test-operator", "doctor", "completion"),

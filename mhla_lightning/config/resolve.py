@@ -22,7 +22,7 @@ from mhla_lightning.config.moved_keys import flat, moved
 from mhla_lightning.config.recipes import argument
 from mhla_lightning.config.trainer_arguments import ADDED, check_built
 from mhla_lightning.data.modules.base import ShardDataModule
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, inside
 from mhla_lightning.plugins import KEY, load_plugins
 from mhla_lightning.strategies.config import is_zero
 from mhla_lightning.strategies.sharding import sharding_of
@@ -115,6 +115,27 @@ class Resolved:
         Moved keys are in their old places, so that run ids stay the same.
         """
         return _without_place(self.values)
+
+    def take_from_data(self) -> None:
+        """Replace each `auto` of the model by what the data tell; they are packed by now.
+
+        The identity of the recipe changes, so a run is named before.
+
+        Raises:
+            UserError: there are no shards, or they do not tell it.
+        """
+        if not self.task.waits_for_data:
+            return
+        if not self.data.is_ready():
+            raise UserError(
+                "model.num_classes",
+                f"it is auto, and {self.data.path} holds no shards that tell the number; pack the data, or "
+                "give the number",
+            )
+        with inside("model"):
+            found = self.task.take_from_data(self.data.facts())
+        self.task.hparams.update(found)
+        self.values["model"]["init_args"] |= found
 
 
 def resolve(values: Mapping[str, Any]) -> Resolved:
@@ -226,7 +247,10 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         key
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in left_out and not _checked_with_data(key, after)
+        if before.get(key) != after.get(key)
+        and key not in left_out
+        and not _checked_with_data(key, after)
+        and not _told_by_data(key, before.get(key), after.get(key))
     ]
 
 
@@ -249,6 +273,11 @@ def _checked_with_data(key: str, values: Mapping[str, Any]) -> bool:
     name = key.removeprefix("data.init_args.")
     encoded_in_training = name.startswith("text_encoder.") and "data.init_args.vae.name" not in values
     return name in _CHECKED_WITH_DATA and name != key and not encoded_in_training
+
+
+def _told_by_data(key: str, before: Any, after: Any) -> bool:
+    """Whether a value is `auto`; the hashes in a checkpoint identify the data that tell it."""
+    return key == "model.init_args.num_classes" and "auto" in (before, after)
 
 
 _PLACE_OF_DATA = ("path", "source", "remote", "num_workers", "micro_batch_size", "loading", "verify")

@@ -5,10 +5,11 @@ Every tensor is accounted for: copied, new, or left over.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, replacing
 from mhla_lightning.weights.adapted import Adapted, DoubtfulWeights, Geometry, WeightState
+from mhla_lightning.weights.facts import PIXELS
 from mhla_lightning.weights.sana_names import from_sana
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish, file_header
 from mhla_lightning.weights.wan_names import from_wan
@@ -207,12 +209,25 @@ def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> Shapes:
     return [(name, tuple(value.shape)) for name, value in tensors]
 
 
-def save_weights(path: Path, imported: Imported, target: ImportTarget, source: str) -> None:
+def save_weights(
+    path: Path,
+    imported: Imported,
+    target: ImportTarget,
+    source: str,
+    pixels: Mapping[str, Sequence[float]] | None = None,
+) -> None:
     """Replace a .safetensors file completely or not at all.
 
-    The header names the backbone of the weights and their origin.
+    Args:
+        path: of the file.
+        imported: the weights.
+        target: their backbone, which the header names.
+        source: their origin, for the header.
+        pixels: mean and std of the images that they were trained on; None where they are not known.
     """
     header = file_header(target.backbone, target.attention, target.options, source)
+    if pixels:
+        header[PIXELS] = json.dumps({name: list(values) for name, values in pixels.items()})
     with replacing(path) as temporary:
         save_file(imported.weights, temporary, metadata=header)
 

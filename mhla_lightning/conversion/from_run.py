@@ -14,8 +14,9 @@ from mhla_lightning.errors import UserError
 from mhla_lightning.inference.loading import find_task, keeps_tokenizer, kept_tokenizer
 from mhla_lightning.inference.rebuilding import rebuild, trains
 from mhla_lightning.inference.weights import find_weights
+from mhla_lightning.runs.classes import kept_classes
 from mhla_lightning.runs.folder import RunFolder, read_object
-from mhla_lightning.tasks import LanguageTask, Task
+from mhla_lightning.tasks import ClassificationTask, LanguageTask, Task
 
 
 def trained_model(
@@ -52,16 +53,20 @@ def trained_model(
 def _rebuilt(folder: RunFolder, tokenizer: bool) -> tuple[Task, dict[str, Any]]:
     """Return the task without weights, and the fields that some formats add.
 
-    These are the tokenizer of a language model, or the preprocessing of a classifier's images.
+    These are the tokenizer of a language model, or the classes of a classifier and the preprocessing of its
+    images.
     """
     if trains(folder, LanguageTask):
         found = kept_tokenizer(folder) if tokenizer and keeps_tokenizer(folder) else None
         return find_task(folder), {"end": found.end, "tokenizer": found} if found else {}
     needed = "only a task that trains a backbone can be exported"
     built = rebuild(folder, Task, needed)  # type: ignore[type-abstract]  # any subclass
-    return built.task, {"pixels": built.data.augmentation.for_timm()} if isinstance(
-        built.data, ImageDataModule
-    ) else {}
+    task, beside = built.task, dict[str, Any]()
+    if isinstance(built.data, ImageDataModule):
+        beside["pixels"] = built.data.augmentation.for_timm()
+    if isinstance(task, ClassificationTask):
+        beside["classes"] = kept_classes(folder.path, task.num_classes)
+    return task, beside
 
 
 def _record(folder: RunFolder) -> Record:

@@ -178,7 +178,7 @@ def make_plan(
     """Works a plan out, without a GPU, without other processes and without weights.
 
     Args:
-        recipe: resolved; its task holds no weights, its data need not be there.
+        recipe: resolved; its task holds no weights. Its data need not be there, unless they decide an `auto`.
         nodes, gpus_per_node: of the cluster.
         gpu: kind of GPU.
         strategy: in place of trainer.strategy.
@@ -196,6 +196,7 @@ def make_plan(
             "utilisation", f"{utilisation} is no share of the GPU's peak; it is above 0 and at most 1"
         )
     precision = find_precision(recipe.trainer.get("precision", "32-true"))
+    recipe.take_from_data()
     ranks = nodes * gpus_per_node
     with inside("data"):
         batches = Batches(recipe.data.batch_size, ranks, *recipe.data.micro_batch(ranks))

@@ -52,7 +52,7 @@ from mhla_lightning.tasks.trainers import (
     check_strategy,
     run_length,
 )
-from mhla_lightning.weights.adapted import Geometry, WeightState
+from mhla_lightning.weights.adapted import Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
 from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
@@ -135,14 +135,35 @@ class Task(KeepsArguments, pl.LightningModule):
         self._lr_changed = False
         self._optimizer_facts: dict[str, Any] = {}
         self._source_geometry: Geometry | None = None
+        self._source_facts: ModelFacts | None = None
         plan = self._weightless()
         self._check_execution(plan)
         if self.init_from:
-            self._source_geometry = described_geometry(facts_of(weight_file(self.init_from)))
+            self._source_facts = facts_of(weight_file(self.init_from))
+            self._source_geometry = described_geometry(self._source_facts)
+        self._measure(plan)
+
+    def _measure(self, plan: nn.Module) -> None:
         self.parameter_count = sum(p.numel() for p in plan.parameters())
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether an argument is `auto`, which the data decide before training."""
+        return False
+
+    def take_from_data(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Decide what is `auto`; return these arguments with their values.
+
+        Args:
+            facts: the data module's facts about its samples, `kind` first.
+
+        Raises:
+            UserError: the data do not tell it.
+        """
+        return {}
 
     def _weightless(self) -> nn.Module:
         """Build the backbone without weights, with the same parameters frozen."""
@@ -175,6 +196,14 @@ class Task(KeepsArguments, pl.LightningModule):
         if self.compilation is not None:
             self.compilation.apply(self.backbone)
 
+    def start_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return mean and std of the images that the weights of `init_from` were trained on.
+
+        None starts from random weights. Both are empty where the files do not tell them.
+        """
+        facts = self._source_facts
+        return None if facts is None else (facts.mean, facts.std)
+
     def setup(self, stage: str) -> None:
         """Refuse a strategy, an average or data that this task cannot take, before training.
 
@@ -186,6 +215,9 @@ class Task(KeepsArguments, pl.LightningModule):
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
         data = cast(Any, self.trainer).datamodule
+        if self.waits_for_data and isinstance(data, GivesFacts):
+            with inside("model"):
+                self.hparams.update(self.take_from_data(data.facts()))
         if stage == "fit" and type(self.optimizer_config) is OptimizerConfig:  # AdamW
             check_precision(self.trainer, self.optimizer_config.eps)
         if stage == "fit" and isinstance(data, GivesFacts):

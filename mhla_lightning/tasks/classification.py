@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
 from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, named, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
+
+_FEWEST = 2  # classes
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ClassificationTask(Task):
 
     Args:
         backbone, attention, backbone_options: see :class:`Task`.
-        num_classes: classes of the data.
+        num_classes: classes of the data; `auto` takes their number from the data module before training.
         loss: None takes the defaults.
         task: further arguments of :class:`Task`: optimizer, schedule, init_from and so on.
 
@@ -56,17 +58,21 @@ class ClassificationTask(Task):
         backbone: str,
         attention: str | Mapping[str, Any] | Sequence[Any] = "mhla",
         backbone_options: Mapping[str, Any] | None = None,
-        num_classes: int = 1000,
+        num_classes: int | Literal["auto"] = 1000,
         loss: ClassificationLossConfig | None = None,
         **task: Any,
     ) -> None:
-        options = {**(backbone_options or {}), "num_classes": num_classes}
-        super().__init__(backbone, attention, options, **task)
-        if num_classes < 2:
-            raise UserError("num_classes", f"{num_classes} is too few; a classifier needs at least 2")
-        loss = loss or ClassificationLossConfig()
-        self.num_classes, self.label_smoothing = num_classes, loss.label_smoothing
-        self.mixup = None
+        self._waits = num_classes == "auto"
+        known = _FEWEST if isinstance(num_classes, str) else num_classes  # with auto, until the data tell it
+        super().__init__(backbone, attention, {**(backbone_options or {}), "num_classes": known}, **task)
+        self.loss_config = loss or ClassificationLossConfig()
+        self.label_smoothing = self.loss_config.label_smoothing
+        self._take_classes(known)
+
+    def _take_classes(self, num_classes: int) -> None:
+        if num_classes < _FEWEST:
+            raise UserError("num_classes", f"{num_classes} is too few; a classifier needs at least {_FEWEST}")
+        self.num_classes, self.mixup, loss = num_classes, None, self.loss_config
         if loss.mixup > 0 or loss.cutmix > 0:
             self.mixup = PairMix(
                 loss.mixup,
@@ -77,6 +83,31 @@ class ClassificationTask(Task):
                 num_classes,
             )
         self.metrics = nn.ModuleDict({prefix: _metrics(num_classes) for prefix in PREFIXES})
+
+    @property
+    def waits_for_data(self) -> bool:
+        return self._waits
+
+    def take_from_data(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._waits:
+            return {}
+        self._demand_images(facts)
+        if not facts["classes"]:
+            raise UserError("num_classes", "it is auto, and the data names no classes; give their number")
+        self._take_classes(int(facts["classes"]))
+        self.backbone_options["num_classes"] = self.num_classes
+        self._measure(self._weightless())
+        self._waits = False
+        return {"num_classes": self.num_classes}
+
+    def configure_model(self) -> None:
+        if self._waits:
+            raise UserError(
+                "num_classes",
+                "auto takes the number from a data module of ours with shards, and there is none here; give "
+                "the number",
+            )
+        super().configure_model()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, classes) of images (batch, channels, height, width)."""
@@ -161,13 +192,13 @@ class ClassificationTask(Task):
         Raises:
             UserError: no images, another number of classes or pixels, or an odd batch with mixup.
         """
-        if facts["kind"] != "images":
-            raise UserError(None, f"classification needs images, and the data holds {facts['kind']}")
+        self._demand_images(facts)
         num_classes, image_size = facts["classes"], facts["image_size"]
         if num_classes != self.num_classes:
             raise UserError(
                 "num_classes",
-                f"it is {self.num_classes} and the data has {num_classes} classes; set it to {num_classes}",
+                f"it is {self.num_classes} and the data has {num_classes} classes; set it to {num_classes} "
+                "or auto",
             )
         if tuple(image_size) != self._image_size():
             raise UserError(
@@ -175,6 +206,10 @@ class ClassificationTask(Task):
                 f"it is {self._image_size()} and `data.image_size` {tuple(image_size)}; they must be equal",
             )
         self.check_batch(micro_batch)
+
+    def _demand_images(self, facts: Mapping[str, Any]) -> None:
+        if facts["kind"] != "images":
+            raise UserError(None, f"classification needs images, and the data holds {facts['kind']}")
 
     def check_batch(self, micro_batch: int) -> None:
         if self.mixup is not None and micro_batch % 2:

@@ -62,6 +62,7 @@ _WAIT_FOR_OTHERS = 5.0  # seconds in which other ranks may end by themselves, wi
 _LAST_WAIT = 60.0  # seconds that other ranks have to end after the training has
 _EXPORT = "export {0} --to FOLDER"
 _NEXT = {
+    "ClassificationTask": "predict {0} IMAGE, or mhla " + _EXPORT,
     "LanguageTask": "generate {0} --prompt TEXT, or mhla " + _EXPORT,
     "ImageDiffusionTask": "sample {0}, or mhla " + _EXPORT,
     "TextToImageTask": "sample {0} --prompts FILE, or mhla " + _EXPORT,
@@ -264,6 +265,7 @@ def _train(
                 if not recorded:  # other verbs show a run that starts
                     _record(resolved, run)
             _prepare_data(resolved, report)
+            resolved.take_from_data()
             resume = newest_whole(run.path, _once(report))
             _check_data(resolved, run, options, resume)
             return _fit(resolved, run, signals, report, changed, resume)
@@ -487,6 +489,7 @@ def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: R
 
     checkpoint = _checkpoint(run, options, report)
     _prepare_data(resolved, report)
+    resolved.take_from_data()
     session = Session(resolved, run, resume=None)
     if options.mode == "predict":
         return Launched(0, run, session.trainer, session.predict(checkpoint))

@@ -45,10 +45,12 @@ from mhla_lightning.config.recipes import read_run_recipe
 from mhla_lightning.config.resolve import Resolved, changed_keys
 from mhla_lightning.config.trainer_arguments import seconds_of
 from mhla_lightning.data.modules.base import ShardDataModule
+from mhla_lightning.data.modules.images import ImageDataModule
 from mhla_lightning.data.modules.tokens import TokenDataModule
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.evaluation.tags import higher_is_better
 from mhla_lightning.inference.loading import keep_tokenizer
+from mhla_lightning.runs.classes import keep_classes
 from mhla_lightning.runs.disk_errors import disk_errors
 from mhla_lightning.runs.folder import (
     FORMAT,
@@ -219,6 +221,8 @@ class Session:
                 self.record()
             if isinstance(self.data, TokenDataModule):
                 keep_tokenizer(self.data, self.run.path)
+            if isinstance(self.data, ImageDataModule):
+                keep_classes(self.run.path, self.data.index().classes)
         self.logger.start()
 
     def _checkpoint(self) -> Checkpoint:

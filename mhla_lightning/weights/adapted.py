@@ -75,6 +75,7 @@ class ModelFacts:
         attention, options: as for `build_backbone`.
         image: (height, width) in pixels, of a model of timm.
         timm: name that may be one of timm's; empty where there is none.
+        mean, std: of the normalisation of its images, one value a channel; empty where nothing tells them.
     """
 
     backbone: str = ""
@@ -82,6 +83,8 @@ class ModelFacts:
     options: Mapping[str, Any] = field(default_factory=dict)
     image: tuple[int, int] | None = None
     timm: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 class WeightState(dict[str, Tensor]):

@@ -16,6 +16,8 @@ from mhla_lightning.weights.adapted import ModelFacts
 
 _INNER = ("ema", "shards", "transformer")
 """Folders of weights whose model is told in the folder around them."""
+PIXELS = "pixels"
+"""Key of a file's header: mean and std of the images that its weights were trained on, as JSON."""
 
 
 def facts_of(path: Path) -> ModelFacts:
@@ -46,7 +48,8 @@ def _header(file: Path) -> ModelFacts | None:
                 "backbone": header["backbone"],
                 "attention": json.loads(header["attention"]),
                 "backbone_options": json.loads(header["backbone_options"]),
-            }
+            },
+            json.loads(header.get(PIXELS, "{}")),
         )
     except (KeyError, ValueError, OSError, SafetensorError):
         return None
@@ -58,7 +61,8 @@ def _recipe(folder: Path) -> ModelFacts | None:
         return None
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        return _ours(recipe["model"]["init_args"])
+        data = (recipe.get("data") or {}).get("init_args") or {}
+        return _ours(recipe["model"]["init_args"], data.get("augmentation"))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 
@@ -80,17 +84,34 @@ def _config(folder: Path) -> ModelFacts | None:
     backbone, _, operator = name.rpartition("_")
     if isinstance(arguments, Mapping) and ("attention" in arguments or operator in ATTENTION):
         options = {key: value for key, value in arguments.items() if key != "attention"}
-        return ModelFacts(backbone, arguments.get("attention", operator), options)
+        entry = arguments.get("attention", operator)
+        mean, std = _pixels(config.get("pretrained_cfg"))
+        return ModelFacts(backbone, entry, options, mean=mean, std=std)
     size = (config.get("pretrained_cfg") or {}).get("input_size")
     size = arguments.get("img_size", size) if isinstance(arguments, Mapping) else size
-    return ModelFacts(image=_sides(size), timm=name) if name else None
+    mean, std = _pixels(config.get("pretrained_cfg"))
+    return ModelFacts(image=_sides(size), timm=name, mean=mean, std=std) if name else None
 
 
-def _ours(told: Mapping[str, Any]) -> ModelFacts | None:
+def _pixels(told: object) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std where both are told, three numbers each; else two empty tuples."""
+    given = told if isinstance(told, Mapping) else {}
+    found = {
+        name: tuple(map(float, given[name]))
+        for name in ("mean", "std")
+        if isinstance(given.get(name), list | tuple)
+        and len(given[name]) == 3
+        and all(isinstance(number, int | float) for number in given[name])
+    }
+    return (found["mean"], found["std"]) if len(found) == 2 else ((), ())
+
+
+def _ours(told: Mapping[str, Any], pixels: object = None) -> ModelFacts | None:
     options = told.get("backbone_options") or {}
     if not isinstance(told["backbone"], str) or not isinstance(options, Mapping):
         return None
-    return ModelFacts(told["backbone"], told.get("attention", "mhla"), options)
+    mean, std = _pixels(pixels)
+    return ModelFacts(told["backbone"], told.get("attention", "mhla"), options, mean=mean, std=std)
 
 
 def _sides(size: object) -> tuple[int, int] | None:

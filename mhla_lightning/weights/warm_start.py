@@ -26,6 +26,8 @@ _PLACES = (*_AVERAGES, *_RAW)
 `ema` and the folder of rank files hold a file of every rank where a run was split.
 """
 
+_HEAD = "head.weight"  # of a classifier, by the name of timm's ViTs
+
 
 @dataclass(frozen=True)
 class InitFrom:
@@ -225,6 +227,10 @@ def load_matching(
             report.left.append(name)
         elif own[name].shape != value.shape:
             report.left.append(f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}")
+            if name == _HEAD and value.shape[1:] == own[name].shape[1:]:
+                report.notes.append(
+                    f"its head of {len(value)} classes is replaced by a new one of {len(own[name])}"
+                )
         else:
             fitting[name] = value
             if name in resampled:

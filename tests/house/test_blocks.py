@@ -40,6 +40,9 @@ NOT_EXECUTED = {
     r"mhla (submit|logs|status|cancel|resume)\b": "needs a cluster; tests/slurm runs them on one",
     r"lightning run classification/\S+ --mode validate --ckpt digits": "a run of the cluster; tests/slurm",
     r"mhla eval (lm|fid|vbench) ": "needs a network, or tools and files of the reader; tests/evaluation",
+    r".*(deit_tiny_mhla_images_cpu|mhla (predict|export) photos)": "needs images of the reader; "
+    "tests/inference/test_predict.py runs each",
+    r"mhla predict .* IMAGE": "the image is the reader's",
     r"mhla import ": "needs public weights; tests/conversion imports small ones",
     r"mhla data (?!pack mnist)": "needs files of the reader; tests/data runs each verb",
     r"python -m mhla_lightning\.lightning_cli ": "tests/cli/test_lightning_cli.py runs it",

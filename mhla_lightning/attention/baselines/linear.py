@@ -38,6 +38,8 @@ class Linear(base.Attention):
         UserError: unknown feature map or kernel.
     """
 
+    without_grid = True
+
     def __init__(
         self,
         *,

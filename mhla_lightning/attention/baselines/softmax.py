@@ -16,6 +16,8 @@ from mhla_lightning.attention.context import Context
 class Softmax(Attention):
     """Quadratic softmax attention, the baseline; the scale is dim_k ** -0.5."""
 
+    without_grid = True
+
     def __init__(self, *, heads: int, dim_k: int, dim_v: int, grid: Sequence[int] | None = None) -> None:
         super().__init__()
 

@@ -91,6 +91,7 @@ def _resolve(args: argparse.Namespace) -> Resolved:
     from mhla_lightning.config.resolve import resolve
 
     resolved = resolve(values)
+    resolved.take_from_data()
     for name in (
         "lightning.pytorch",
         "lightning.fabric",

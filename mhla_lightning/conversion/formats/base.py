@@ -33,6 +33,7 @@ class TrainedModel:
         end: id of the end-of-document token of a language model; None means none.
         tokenizer: of a language model; None means none.
         pixels: preprocessing of a classifier's images, by the keys of timm's pretrained_cfg.
+        classes: names of a classifier's classes, by label; empty where they are not known.
         record: of the training, for the model card.
         averaged: whether the weights are an average (callbacks.EMA).
     """
@@ -45,6 +46,7 @@ class TrainedModel:
     end: int | None = None
     tokenizer: Tokenizer | None = None
     pixels: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()
     record: Record = Record()
     averaged: bool = False
 

@@ -16,7 +16,8 @@ from mhla_lightning.weights.target import Entry
 def timm(trained: TrainedModel, model: nn.Module) -> Export:
     """Plan a folder that timm.create_model opens after `import mhla_lightning.backbones`.
 
-    It opens by `local-dir:`, or by architecture and model_args of its config.json.
+    It opens by `local-dir:`, or by architecture and model_args of its config.json. The names of the classes
+    are timm's label_names, which AutoConfig of transformers reads as id2label.
     """
     parts = parts_of(trained.stored())
     opened_by = "import mhla_lightning.backbones; timm.create_model('local-dir:DIR', pretrained=True)"
@@ -39,9 +40,11 @@ def _config(trained: TrainedModel, model: VisionTransformer | VLT) -> dict[str, 
         "num_classes": model.num_classes,
     }
     weights |= {"first_conv": facts.first_conv, "classifier": facts.classifier, **trained.pixels}
+    names = {"label_names": list(trained.classes)} if trained.classes else {}
     return {
         "architecture": architecture,
         "num_classes": model.num_classes,
+        **names,
         "num_features": model.num_features,
         "model_args": {**trained.options, "attention": trained.attention},
         "pretrained_cfg": weights,

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -357,7 +358,8 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
         self._restored = None
         if place.rank == 0:
             val_samples = sum(split.samples for split in self.splits("val"))
-            for sentence in advice(self.samples, self.batch_size, val_samples):
+            about_sizes = advice(self.samples, self.batch_size, val_samples)
+            for sentence in chain(about_sizes, self.further_advice()):
                 log.warning(sentence)
         check_accumulation(self.trainer, accumulation)
         if self.endless:
@@ -368,6 +370,10 @@ class ShardDataModule(KeepsArguments, LightningDataModule):
             steps = self.trainer.max_steps
             return self._train_loader(micro, steps * accumulation if steps > 0 else None, self._start)
         return self._epoch_loader(self.trainer, micro, accumulation)
+
+    def further_advice(self) -> Iterable[str]:
+        """Return sentences about this kind of data that a user should know before training."""
+        return ()
 
     def steps_of_epoch(self) -> int:
         """Return the optimizer steps of an epoch of the trainer, its `limit_train_batches` included."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import INDEX_NAME, SPLITS, ShardIndex
 from mhla_lightning.data.kinds import Images
+from mhla_lightning.data.modules.advice import Pixels, StartsFromWeights, advice_on_pixels, advice_on_start
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.options import ORDER, OrderConfig, ReadingConfig
+from mhla_lightning.data.skips import BadSample
 from mhla_lightning.data.transforms import Augmentation, image_hw
 from mhla_lightning.errors import DataError
 
 _READING = ReadingConfig(num_workers=4)
+_MEASURED = 32  # images whose pixels are compared with the normalisation
+_THUMBNAIL = (64, 64)  # pixels; statistics of larger images are the same
 
 
 class ImageDataModule(ShardDataModule):
@@ -86,6 +93,34 @@ class ImageDataModule(ShardDataModule):
             for values in (self.augmentation.mean, self.augmentation.std)
         )
         return ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def further_advice(self) -> Iterator[str]:
+        """Yield a sentence where pixels are normalised for other images or other weights."""
+        used = Pixels(tuple(self.augmentation.mean), tuple(self.augmentation.std))
+        module = None if self.trainer is None else self.trainer.lightning_module
+        start = module.start_normalisation() if isinstance(module, StartsFromWeights) else None
+        if start is not None:
+            yield from advice_on_start(Pixels(*start), used)
+        elif all("://" not in source.path for source in self.sources):  # else whole shards would be fetched
+            measured = self._measured_pixels()
+            yield from () if measured is None else advice_on_pixels(measured, used)
+
+    def _measured_pixels(self) -> Pixels | None:
+        """Return the statistics of some training images, evenly over the split; None without any."""
+        split = self.splits("train")[0]
+        kind, found = self.kind(split.index), list[np.ndarray]()
+        for number in range(min(_MEASURED, split.samples)):
+            raw = kind.read(split, [number * split.samples // min(_MEASURED, split.samples)])[0]
+            with suppress(BadSample):
+                image, _ = kind.inspect(raw)
+                image.thumbnail(_THUMBNAIL)
+                found.append(np.asarray(image, dtype=np.float64).reshape(-1, 3) / 255)
+        if not found:
+            return None
+        mean = np.mean([pixels.mean(0) for pixels in found], axis=0)
+        square = np.mean([(pixels**2).mean(0) for pixels in found], axis=0)
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
 
     def facts(self) -> dict[str, Any]:
         """Return the kind, the number of classes, and (height, width) of the images."""
