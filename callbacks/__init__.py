@@ -1,9 +1,10 @@
 """Lightning callbacks of the platform.
 
-A recipe names EMA, SampleClips, SampleGrids and SampleLog under `trainer.callbacks`; the run command adds the
-others itself.
+A recipe names AttentionCurves, EMA, SampleClips, SampleGrids and SampleLog under `trainer.callbacks`; the run
+command adds the others itself.
 """
 
+from mhla_lightning.callbacks.attention_curves import AttentionCurves
 from mhla_lightning.callbacks.checkpoint import Checkpoint
 from mhla_lightning.callbacks.early_end import EarlyEnd
 from mhla_lightning.callbacks.ema import EMA
@@ -19,6 +20,7 @@ from mhla_lightning.callbacks.steps import FirstStep
 
 __all__ = [
     "EMA",
+    "AttentionCurves",
     "Checkpoint",
     "EarlyEnd",
     "FirstStep",

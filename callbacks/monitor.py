@@ -21,7 +21,7 @@ from mhla_lightning.callbacks.steps import completed, step_guard
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.planning.gpus import GIB, peak_of_device
 from mhla_lightning.runs.pictures import show_image, showing
-from mhla_lightning.runs.tags import MIXING_VALUES
+from mhla_lightning.runs.tags import HEATMAPS, MIXING_VALUES
 from mhla_lightning.strategies.sharding import sharding_of
 from mhla_lightning.strategies.zero.strategy import ZeroStrategy
 from mhla_lightning.tasks.base import Task
@@ -186,9 +186,9 @@ def _consumed(trainer: pl.Trainer) -> dict[str, float]:
 
 
 class MixingHeatmaps(pl.Callback):
-    """Draws every layer's mixing matrix after each validation, as the image `mixing`.
+    """Draws every layer's mixing matrix after each validation, as the image `weights/mixing`.
 
-    Rows are query blocks. More than twelve layers make further images, `mixing_2` and so on. The values are
+    Rows are query blocks. More than twelve layers make further images, `weights/mixing_2` and so on. The values are
     tensors `mixing_values/LAYER` of the same event file.
     """
 
@@ -206,7 +206,7 @@ class MixingHeatmaps(pl.Callback):
             return
         step, loggers = trainer.global_step, showing(trainer.loggers)
         for number, figure in enumerate(mixing_figures(matrices) if loggers else [], start=1):
-            show_image(loggers, "mixing" if number == 1 else f"mixing_{number}", pixels_of(figure), step)
+            show_image(loggers, HEATMAPS if number == 1 else f"{HEATMAPS}_{number}", pixels_of(figure), step)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):  # for `mhla report`; TensorBoard shows no tensors
                 for name, matrix in matrices.items():

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
     from mhla_lightning.api import (
+        AttentionNumbers,
         ComparisonTable,
         Continued,
         ExportedWeights,
         RunStopped,
         RunSummary,
         Samples,
+        analyze,
         compare_recipe,
         export,
         generate,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from mhla_lightning.backbones import build_backbone, register_backbone
     from mhla_lightning.callbacks import (
         EMA,
+        AttentionCurves,
         Checkpoint,
         Health,
         MixingHeatmaps,
@@ -76,6 +79,8 @@ __version__ = "0.2.0"
 __all__ = [
     "EMA",
     "Attention",
+    "AttentionCurves",
+    "AttentionNumbers",
     "CausalAttention",
     "Checkpoint",
     "ClassificationTask",
@@ -107,6 +112,7 @@ __all__ = [
     "TokenDataModule",
     "UserError",
     "VideoDiffusionTask",
+    "analyze",
     "build_attention",
     "build_backbone",
     "compare",
@@ -122,7 +128,8 @@ __all__ = [
 
 _ROOMS = {
     "api": (
-        *("ComparisonTable", "Continued", "ExportedWeights", "RunStopped", "RunSummary", "Samples"),
+        *("AttentionNumbers", "ComparisonTable", "Continued", "ExportedWeights"),
+        *("RunStopped", "RunSummary", "Samples", "analyze"),
         *("compare_recipe", "export", "generate", "run", "sample"),
     ),
     "attention": (
@@ -130,7 +137,7 @@ _ROOMS = {
     ),
     "backbones": ("build_backbone", "register_backbone"),
     "callbacks": (
-        *("EMA", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
+        *("EMA", "AttentionCurves", "Checkpoint", "Health", "MixingHeatmaps", "Monitor", "ProjectMixing"),
         *("SampleClips", "SampleGrids", "SampleLog"),
     ),
     "callbacks.default": ("default_callbacks",),

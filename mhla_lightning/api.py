@@ -1,4 +1,4 @@
-"""The verbs from Python: `run`, `compare`, `sample`, `generate` and `export`.
+"""The verbs from Python: `run`, `compare`, `analyze`, `sample`, `generate` and `export`.
 
 Options are those of the command line in Python's spelling: `--max-new-tokens 5` is `max_new_tokens=5`. They
 pass the same parser and the same checks, and a mistake is a UserError.
@@ -112,6 +112,19 @@ class ExportedWeights:
 
 
 @dataclass(frozen=True)
+class AttentionNumbers:
+    """What attention does inside some runs.
+
+    Attributes:
+        picture: PNG with all plots.
+        runs: as in analysis.json: a mapping a run, with `layers`.
+    """
+
+    picture: Path
+    runs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class ComparisonTable:
     """The result of a comparison.
 
@@ -181,12 +194,27 @@ class ExportArguments(TypedDict, total=False):
     trust_checkpoint: bool
 
 
+class AnalyzeArguments(TypedDict, total=False):
+    """Options of `mhla analyze`."""
+
+    runs: PathLike
+    ckpt: PathLike | int
+    no_ema: bool
+    device: str
+    to: PathLike
+    samples: int
+    queries: Sequence[int]
+    block_size: Sequence[int]
+    max_tokens: int
+
+
 class CompareArguments(TypedDict, total=False):
     """Options of `mhla compare`."""
 
     over: Sequence[str]
     variants: PathLike
     seeds: str
+    against: str
     jobs: int
     eval: Sequence[str]
     runs: PathLike
@@ -305,6 +333,28 @@ def compare_recipe(
     if code:
         raise RunStopped(code, f"a run of {folder} did not finish; its log is there")
     return ComparisonTable(folder, read_object(folder / "table.json")["rows"])
+
+
+def analyze(run: PathLike | Sequence[PathLike], **options: Unpack[AnalyzeArguments]) -> AttentionNumbers:
+    """Look into the attention of runs, as `mhla analyze` does.
+
+    Args:
+        run: id or folder, or several.
+        options: see :class:`AnalyzeArguments`.
+
+    Raises:
+        UserError: an argument or a run is wrong.
+    """
+    from rich.console import Console
+
+    from mhla_lightning.cli.analyze import perform
+
+    names = [run] if isinstance(run, str | Path) else list(run)
+    words: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
+    done = perform(_arguments("analyze", list(map(str, names)), words), Console(quiet=True))
+    return AttentionNumbers(done.picture, done.result["runs"])
 
 
 class _Kept(LogReport):

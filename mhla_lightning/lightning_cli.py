@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,11 +24,12 @@ from mhla_lightning.cli.spelling import VerbParser
 from mhla_lightning.config.recipes import parse_overrides
 from mhla_lightning.config.resolve import CheckpointConfig, HealthConfig, resolve
 from mhla_lightning.errors import UserError
+from mhla_lightning.runs.disk_errors import disk_errors
 from mhla_lightning.tasks import Task
-from mhla_lightning.training.launch import Launched, RunOptions, launch_resolved, read_recipe
+from mhla_lightning.training.launch import Launched, Mode, RunOptions, launch_resolved, read_recipe
 from mhla_lightning.training.report import LogReport, Report
 
-_MODES = ("fit", "validate", "test")
+_MODES = ("fit", "validate", "test", "predict")
 
 
 class RecipeCLI(LightningCLI):
@@ -57,6 +60,7 @@ class RecipeCLI(LightningCLI):
         self.report: Report = report or LogReport()
         self.launched: Launched | None = None
         self._with_subcommand = run
+        self._predictions: Path | None = None
         super().__init__(
             Task,
             LightningDataModule,
@@ -74,13 +78,14 @@ class RecipeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands that a run has, and what of the trainer's arguments they leave out."""
         known = LightningCLI.subcommands()
-        left_out = {"ckpt_path", "weights_only", "verbose"}
+        left_out = {"ckpt_path", "weights_only", "verbose", "return_predictions"}
         return {mode: known[mode] | left_out for mode in _MODES}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a recipe and a run have beside Lightning's arguments, for `--help`."""
         add_place(parser)
         parser.add_argument("--ckpt_path", metavar="PATH", help=_CKPT)
+        parser.add_argument("--predictions", metavar="FILE", help=_PREDICTIONS)
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.add_class_arguments(HealthConfig, "health")
         parser.add_argument("--imports", type=list[str], help="modules to import first")
@@ -97,8 +102,9 @@ class RecipeCLI(LightningCLI):
         if given.print_config:
             print_config(given.config, overrides)
             raise SystemExit(0)
+        mode: Mode = given.subcommand or "fit"
+        self._predictions = _new_file(given.predictions, mode)
         recipe = read_recipe(given.config, overrides)
-        mode: Literal["fit", "validate", "test"] = given.subcommand or "fit"
         self.recipe_name, self.resolved = recipe.name, resolve(recipe.values)
         self.options = RunOptions(
             given.runs, given.run_id, given.fresh, given.accept_changes, mode, given.ckpt_path
@@ -130,11 +136,33 @@ class _Launch:
         cli.launched = launch_resolved(cli.recipe_name, cli.resolved, cli.options, cli.report)
         if cli.launched.trainer is not None:
             cli.trainer = cli.launched.trainer
+        if cli._predictions is not None:
+            with disk_errors(cli._predictions.parent):
+                torch.save(cli.launched.predictions, cli._predictions)
 
-    validate = test = fit
+    validate = test = predict = fit
 
 
-_CKPT = "checkpoint folder or run that validate and test take (default: the run's newest)"
+_CKPT = "checkpoint folder or run that validate, test and predict take (default: the run's newest)"
+_PREDICTIONS = "new file of predict: a list of mappings, one a batch; torch.load reads it"
+
+
+def _new_file(name: str | None, mode: Mode) -> Path | None:
+    """Return the file for predictions; None in other modes. Raises UserError where it cannot be written."""
+    if mode != "predict":
+        if name is not None:
+            raise UserError("predictions", f"the subcommand {mode} predicts nothing; leave it out")
+        return None
+    if name is None:
+        raise UserError(
+            "predictions", "predict needs a file for what it predicts; name one, e.g. predictions.pt"
+        )
+    file = Path(name)
+    if file.exists():
+        raise UserError("predictions", f"{file} exists already; name a new file")
+    if not file.absolute().parent.is_dir():
+        raise UserError("predictions", f"{file} is in a folder that does not exist")
+    return file
 
 
 def _parser(with_subcommand: bool) -> VerbParser:
@@ -146,6 +174,7 @@ def _parser(with_subcommand: bool) -> VerbParser:
         parser.set_defaults(subcommand=None)
     parser.add_argument("-c", "--config", metavar="RECIPE", required=True)
     parser.add_argument("--ckpt_path", metavar="PATH", help=_CKPT)
+    parser.add_argument("--predictions", metavar="FILE", help=_PREDICTIONS)
     parser.add_argument("--print_config", action="store_true")
     add_place(parser)
     return parser

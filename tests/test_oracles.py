@@ -42,6 +42,7 @@ from mhla_lightning.backbones.vit import VISION_PRESETS, VisionTransformer, ViTO
 from mhla_lightning.diffusion import Guidance, guided
 from tests.helpers.diffusion_oracles import check_ddpm, check_dpm_sampler, check_flow
 from tests.helpers.oracles import ORACLES
+from tests.helpers.ravlt_oracles import check_ravlt
 from tests.helpers.video_oracles import check_rope_tables, check_video_layer, check_wan
 
 
@@ -452,6 +453,7 @@ KINDS: dict[str, Kind] = {
         check_release_attention,
     ),
     "vit": Kind(("constructor", "attn.window_size"), (r"in\.img", r"out\.logits"), check_vit),
+    "ravlt": Kind(("constructor.embed_dims",), (r"in\.img", r"out\.logits", r"grad_in\.img"), check_ravlt),
     "dit": Kind(
         ("constructor.hidden_size", "block_kwargs"), (r"in\.x", r"in\.t", r"in\.y", r"out\.y"), check_dit
     ),

@@ -48,7 +48,7 @@ def code_drawing(text: str) -> str:
     Args:
         text: prompt and continuation.
     """
-    lines = [line[:84] for line in text.splitlines()[:16]]
+    lines = [line[:84].rstrip() for line in text.splitlines()[:16]]
     rows = [
         f'<text x="20" y="{34 + 18 * number}" font-size="13" fill="{_INK}" xml:space="preserve" '
         f'font-family="ui-monospace, Menlo, Consolas, monospace">{escape(line)}</text>'

@@ -14,6 +14,7 @@ from pathlib import Path
 from docs.scripts.drawings import code_drawing, mhla_drawing
 from docs.scripts.pages import ROOT
 from docs.scripts.run_figures import clips, digits, mixing, results, written_code
+from docs.scripts.screens import tensorboard
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -24,6 +25,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "code": ("code.svg", lambda file: file.write_text(code_drawing(written_code()), encoding="utf-8")),
     "digits": ("digits.png", digits),
     "clips": ("clips.webp", clips),
+    "tensorboard": ("tensorboard.png", tensorboard),  # last: it needs a browser
 }
 """Name -> its file, and what draws it."""
 

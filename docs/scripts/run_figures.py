@@ -19,7 +19,11 @@ from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
 
 PROMPT = "def read(self"
-FILM = "a big grey rabbit comes out of its burrow and stretches"
+FILMS = [
+    "a big grey rabbit comes out of its burrow and stretches",
+    "traffic and bicycles in the streets of a city",
+    "a man with a red bow tie talks in a moving car",
+]
 _COLORS = {"linear": "#f28e2b", "softmax": "#8a8f98", "mhla": "#2f6fde"}
 
 
@@ -95,13 +99,23 @@ def digits(file: Path) -> None:
 
 
 def clips(file: Path) -> None:
-    """Draw four clips side by side, as one moving picture."""
+    """Draw a clip of each film side by side, as one moving picture."""
+    run = mhla.run("video_dit/wan_tiny_mhla_clips_cpu", run_id="films")
+    drawn = mhla.sample(run.folder, prompt=FILMS, n=1, guidance=2.0, steps=30)
+    side_by_side(drawn.files["videos"], file)
+
+
+def side_by_side(folder: Path, file: Path) -> None:
+    """Write the videos of a folder, in the order of their names, as one animated WebP.
+
+    Args:
+        folder: with mp4 files of one size and length.
+        file: to write.
+    """
     import av
 
-    run = mhla.run("video_dit/wan_tiny_mhla_clips_cpu", run_id="films")
-    drawn = mhla.sample(run.folder, prompt=[FILM], n=4, guidance=2.0, steps=30)
     videos = []
-    for video in sorted(drawn.files["videos"].glob("*.mp4")):
+    for video in sorted(folder.glob("*.mp4")):
         with av.open(str(video)) as container:
             videos.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     frames = [Image.fromarray(np.concatenate(parts, 1)) for parts in zip(*videos, strict=True)]

@@ -117,9 +117,13 @@ def restored_arguments(kind: type, saved: Mapping[str, Any], given: Mapping[str,
         given: arguments that replace saved ones.
 
     Raises:
-        UserError: an argument that was no plain value, and is not given.
+        UserError: an argument that was no plain value, or that the checkpoint lacks, and is not given.
     """
     hints = _hints(kind)
+    for name in required_arguments(kind):
+        if name not in {*saved, *given}:
+            reason = f"{kind.__name__} needs it, and the checkpoint has none; give it to load_from_checkpoint"
+            raise UserError(name, reason)
     for name, value in saved.items():
         if isinstance(value, Mapping) and value.keys() == {_NOT_KEPT} and name not in given:
             raise UserError(
@@ -129,3 +133,10 @@ def restored_arguments(kind: type, saved: Mapping[str, Any], given: Mapping[str,
             )
     own = {name: restored(value, hints.get(name)) for name, value in saved.items() if name not in given}
     return own | dict(given)
+
+
+def required_arguments(kind: type) -> list[str]:
+    """Return the names of the arguments that have no default."""
+    parameters = inspect.signature(kind).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [each.name for each in parameters if each.kind in named and each.default is each.empty]

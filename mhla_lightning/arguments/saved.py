@@ -70,7 +70,9 @@ def class_named(asked: type[T], name: str | None, path: Path) -> type[T]:
     """
     if name is None or name in {base.__name__ for base in asked.__mro__}:
         return asked
-    found = [kind for kind in _below(asked) if kind.__name__ == name]
+    # A notebook's cell that runs again defines its class again: the last one is meant.
+    named = (kind for kind in _below(asked) if kind.__name__ == name)
+    found = list({(kind.__module__, kind.__qualname__): kind for kind in named}.values())
     if len(found) != 1:
         hint = "import its class first" if not found else f"{len(found)} classes have this name; call its own"
         raise UserError(str(path), f"it is of {name}, which is no {asked.__name__} imported here: {hint}")

@@ -28,6 +28,7 @@ from mhla_lightning.attention.layers.causal_self_attention import (
     CausalSelfAttention,
     LayerState,
 )
+from mhla_lightning.attention.layers.cross_attention import CrossAttentionOptions, MHLACrossAttention
 from mhla_lightning.attention.layers.entries import attention_entries
 from mhla_lightning.attention.layers.outputs import attention_outputs
 from mhla_lightning.attention.layers.self_attention import DepthwiseConv, LayerOptions, SelfAttention
@@ -36,10 +37,13 @@ from mhla_lightning.attention.mhla import (
     BlockGrid,
     CausalFeatures,
     CausalRule,
+    CrossMixingMatrix,
     MixingInit,
     MixingMatrix,
     block_summaries,
     causal_mhla,
+    cross_mhla,
+    dense_cross_mhla,
     dense_mhla,
     init_state,
     initial_mixing,
@@ -62,11 +66,14 @@ __all__ = [
     "CausalRule",
     "CausalSelfAttention",
     "Context",
+    "CrossAttentionOptions",
+    "CrossMixingMatrix",
     "DepthwiseConv",
     "LayerAttention",
     "LayerOptions",
     "LayerState",
     "Linear",
+    "MHLACrossAttention",
     "MixingInit",
     "MixingMatrix",
     "Packing",
@@ -79,6 +86,8 @@ __all__ = [
     "block_summaries",
     "build_attention",
     "causal_mhla",
+    "cross_mhla",
+    "dense_cross_mhla",
     "dense_mhla",
     "init_state",
     "initial_mixing",

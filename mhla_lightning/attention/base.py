@@ -78,6 +78,19 @@ class Attention(nn.Module):
         """
         return None
 
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int | None:
+        """Return the largest rank of a head's attention matrix; None where none is known.
+
+        Args:
+            grid: token counts per axis.
+            dim_k: channels per head of q and k.
+        """
+        return None
+
+    def partition(self, grid: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the tokens per axis of a block of this grid; None for an operator without blocks."""
+        return None
+
     @classmethod
     def options(cls) -> tuple[str, ...]:
         """Return the operator's own keys in an attention entry."""

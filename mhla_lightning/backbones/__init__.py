@@ -20,9 +20,10 @@ from mhla_lightning.backbones.adapting import Grid
 from mhla_lightning.backbones.causal_lm import CausalLM, CausalLMOptions, ModelState
 from mhla_lightning.backbones.convnet import ConvNet
 from mhla_lightning.backbones.dit import DiT, DiTOptions
-from mhla_lightning.backbones.timm_names import register_classifiers
+from mhla_lightning.backbones.timm_names import TimmFacts, register_classifiers
 from mhla_lightning.backbones.video_dit import VideoDiT, VideoDiTOptions
 from mhla_lightning.backbones.vit import VisionTransformer, ViTOptions
+from mhla_lightning.backbones.vlt import VLT, VLTOptions
 from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.plugins import load_plugins
 from mhla_lightning.weights.adapted import Adapted, Geometry, ModelFacts, WeightState
@@ -31,13 +32,16 @@ __all__ = [
     "BACKBONES",
     "IMAGE_CLASSIFIERS",
     "IMAGE_DIFFUSION",
+    "TIMM_FACTS",
     "VIDEO_DIFFUSION",
+    "VLT",
     "Backbone",
     "CausalLM",
     "CausalLMOptions",
     "DiT",
     "DiTOptions",
     "ModelState",
+    "VLTOptions",
     "ViTOptions",
     "VideoDiT",
     "VideoDiTOptions",
@@ -79,10 +83,32 @@ class Architecture:
         return self.model(attention, replace(self.options, **options))
 
 
-IMAGE_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+IMAGE_CLASSIFIERS: dict[str, Architecture] = {
     "deit_tiny": Architecture(VisionTransformer, ViTOptions(embed_dim=192, depth=12, num_heads=3)),
     "deit_small": Architecture(VisionTransformer, ViTOptions(embed_dim=384, depth=12, num_heads=6)),
     "deit_base": Architecture(VisionTransformer, ViTOptions(embed_dim=768, depth=12, num_heads=12)),
+    "vlt_tiny": Architecture(VLT, VLTOptions()),
+    "vlt_small": Architecture(
+        VLT, VLTOptions(embed_dims=(64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8))
+    ),
+    "vlt_base": Architecture(
+        VLT,
+        VLTOptions(
+            embed_dims=(96, 192, 384, 512),
+            depths=(4, 6, 12, 6),
+            num_heads=(1, 2, 6, 8),
+            layer_scale=(1.0, 1.0, 1e-6, 1e-6),
+        ),
+    ),
+    "vlt_large": Architecture(
+        VLT,
+        VLTOptions(
+            embed_dims=(96, 192, 448, 640),
+            depths=(4, 7, 19, 8),
+            num_heads=(1, 2, 7, 10),
+            layer_scale=(1e-6, 1e-6, 1e-6, 1e-6),
+        ),
+    ),
 }
 
 _DIT_SIZES: dict[str, dict[str, Any]] = {
@@ -233,4 +259,15 @@ def _size_by_name(name: str) -> tuple[int, int] | None:
     return None if config is None else cast(tuple[int, int], tuple(config.input_size[-2:]))
 
 
-register_classifiers(IMAGE_CLASSIFIERS, ATTENTION, build_backbone, known_geometry)
+TIMM_FACTS: dict[Any, TimmFacts] = {
+    VisionTransformer: TimmFacts("patch_embed.proj", "head", (-3, -2, -1)),
+    VLT: TimmFacts("stem.0.conv", "head.fc", (0, 1, 2, 3)),
+}
+"""What timm asks of the image classifiers, by their class."""
+
+register_classifiers(
+    {name: TIMM_FACTS[made.model] for name, made in IMAGE_CLASSIFIERS.items()},
+    ATTENTION,
+    build_backbone,
+    known_geometry,
+)

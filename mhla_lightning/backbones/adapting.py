@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import MHLA, BlockGrid
 from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
+from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative, offsets_of
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.adapted import (
@@ -122,7 +123,7 @@ def adapted_to(
             _place_positions(adapted, name, source, own.grid or (), prefix)
     for name, target in own.blocks.items():
         if name in tensors:
-            _place_mixing(adapted, name, source.blocks.get(name), target)
+            _place_mixing(adapted, name, source.blocks.get(name), target, _own(model, name))
     if patches is not None:
         _omit_other_patches(adapted, *patches, model)
     needed = {
@@ -198,21 +199,36 @@ def resampled_positions(table: Tensor, grid: Sequence[int], target: Sequence[int
     return image.flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def _place_mixing(adapted: Adapted, name: str, source: BlockGrid | None, target: BlockGrid) -> None:
-    """Resample one mixing matrix to other blocks, or leave it out."""
+def _place_mixing(
+    adapted: Adapted, name: str, source: BlockGrid | None, target: BlockGrid, own: Tensor | None
+) -> None:
+    """Bring one mixing matrix to other blocks or to the other form, or leave it out.
+
+    Args:
+        adapted: holds it.
+        name: of the matrix.
+        source: the blocks that it mixes; None where nothing tells them.
+        target: blocks of the model.
+        own: the model's matrix.
+    """
     value = adapted[name]
-    if source is not None and source.num_blocks != value.shape[-1]:
+    if source is not None and not _mixes(value, source):
         source = None
     if source is None:
-        if len(target.blocks) > 1 and value.shape[-1] == target.num_blocks > 1:
+        if not _mixes(value, target):
+            return
+        if len(target.blocks) > 1 and target.num_blocks > 1:
             adapted.doubts[name] = (
                 f"nothing tells the layout of its {target.num_blocks} blocks, which are taken as the "
                 f"{by(target.blocks)} of this model"
             )
-    elif len(source.blocks) != len(target.blocks):
+        source = target
+    if len(source.blocks) != len(target.blocks):
         adapted.omit(
             name, f"it mixes blocks on {len(source.blocks)} axes, and this model has {len(target.blocks)}"
         )
+    elif own is not None and (_is_relative(own, target) or _is_relative(value, source)):
+        _place_by_offset(adapted, name, source, target, own)
     elif len(target.blocks) == 1:  # of a causal model, whose chunks are counted from the first token
         if source.block_size != target.block_size:
             adapted.omit(
@@ -221,6 +237,44 @@ def _place_mixing(adapted: Adapted, name: str, source: BlockGrid | None, target:
     elif source.blocks != target.blocks and value.dim() in (2, 3):
         adapted[name] = resampled_mixing(value, source, target)
         adapted.resampled[name] = f"{by(source.blocks)} to {by(target.blocks)} blocks"
+
+
+def _place_by_offset(adapted: Adapted, name: str, source: BlockGrid, target: BlockGrid, own: Tensor) -> None:
+    """Place a mixing matrix of weights by offset, or in a model that has such weights.
+
+    Blocks of the same size keep their offsets. Blocks of another size keep their places in the image.
+    """
+    value, deviation = adapted[name], 0.0
+    given, wanted = _is_relative(value, source), _is_relative(own, target)
+    same = source.block_size == target.block_size
+    if given and wanted and same and source.blocks == target.blocks:
+        return
+    if same:
+        if not given:
+            value, deviation = average_by_offset(value, source.blocks)
+        value = expand_relative(value, source.blocks, target.blocks)
+    else:
+        value = expand_relative(value, source.blocks, source.blocks) if given else value
+        value = resampled_mixing(value, source, target)
+    if wanted:
+        value, further = average_by_offset(value, target.blocks)
+        deviation = max(deviation, further)
+    elif own.dim() == 2 and len(value) == 1:
+        value = value[0]
+    adapted[name] = value.expand(own.shape).clone() if len(value) == 1 else value
+    adapted.resampled[name] = f"{by(source.blocks)} to {by(target.blocks)} blocks"
+    if wanted and deviation > 0:
+        adapted.resampled[name] += f", averaged by offset, which changes weights by up to {deviation:.2g}"
+
+
+def _mixes(value: Tensor, blocks: BlockGrid) -> bool:
+    """Return whether a tensor has the size of a mixing matrix of these blocks, of either form."""
+    return value.shape[-1:] == (blocks.num_blocks,) or _is_relative(value, blocks)
+
+
+def _is_relative(value: Tensor, blocks: BlockGrid) -> bool:
+    """Return whether a tensor has one weight per offset between these blocks."""
+    return value.dim() == 2 and value.shape[1] == offsets_of(blocks.blocks) != blocks.num_blocks
 
 
 def resampled_mixing(mixing: Tensor, source: BlockGrid, target: BlockGrid) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.layers import ClassifierHead, ConvNormAct
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mhla_lightning.backbones.adapting import Grid, adapted_to
 from mhla_lightning.backbones.compiling import CompileModule, Parts
@@ -69,7 +70,7 @@ class ConvNet(nn.Module):
         self.grid = (math.ceil(math.ceil(rows / 2) / 2), math.ceil(math.ceil(columns / 2) / 2))
         layers: list[nn.Module] = []
         for before, width, stride in zip((in_chans, *widths), widths, (1, 2, 2), strict=False):
-            layers += [ConvNormAct(before, width, 3, stride), ConvNormAct(width, width, 3)]
+            layers += [_ConvNormReLU(before, width, stride), _ConvNormReLU(width, width)]
         self.stages = nn.Sequential(*layers)
         self.head = ClassifierHead(widths[-1], num_classes, drop_rate=drop_rate)
 
@@ -140,3 +141,16 @@ class ConvNet(nn.Module):
         """Refuse: the network is too small to gain from recomputing."""
         if enable:
             raise UserError("checkpoint_activations", "a convnet recomputes nothing; write none")
+
+
+class _ConvNormReLU(ConvNormAct):
+    """timm's layer with the activation outside of the norm.
+
+    torch's synchronised batch normalisation takes the norm's place, and leaves out an activation inside.
+    """
+
+    def __init__(self, before: int, width: int, stride: int = 1) -> None:
+        super().__init__(before, width, 3, stride, apply_act=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mhla_lightning.attention import BlockGrid, DepthwiseConv, MixingMatrix
+from mhla_lightning.attention import BlockGrid, DepthwiseConv, MixingMatrix, SelfAttention
 from mhla_lightning.attention.context import PairRotary
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError
@@ -165,12 +165,8 @@ class CrossAttention(nn.Module):
         return 4 * (tokens + rows) * weight + 4 * tokens * rows * len(self.q.weight)
 
 
-class GridRotation(PairRotary):
-    """Rotary positions on a grid of three axes (SPEC 6.3).
-
-    Neighbouring channels form a pair, and each axis turns some of the pairs. Of c pairs a head,
-    c - 2 (c // 3) belong to time, c // 3 to height and c // 3 to width. Pair j of the D channels of its
-    axis turns by position / 10000^(2 j / D).
+class AngleRotation(PairRotary):
+    """Rotary positions of given angles; neighbouring channels form a pair.
 
     Angles, sines and cosines are float64. They are rounded once, to the precision in which x is turned,
     which is float32 at least, as in diffusers. Turning in float64 changes the last bit only and takes seven
@@ -180,13 +176,11 @@ class GridRotation(PairRotary):
     bits, because Inductor generates no code for complex numbers.
 
     Args:
-        grid: (frames, rows, columns) of tokens.
-        dim: channels of a head, even.
-        device: device of the tokens.
+        angles: (tokens, 1, dim / 2) float64, for the pairs of every token.
     """
 
-    def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
-        self.angles = grid_angles(grid, dim, device)
+    def __init__(self, angles: Tensor) -> None:
+        self.angles = angles
         self.turns: dict[torch.dtype, Tensor] = {}
         self.table: Tensor | None = None
 
@@ -217,6 +211,44 @@ class GridRotation(PairRotary):
         return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
 
 
+class GridRotation(AngleRotation):
+    """Rotary positions on a grid of three axes (SPEC 6.3).
+
+    Each axis turns some of the pairs. Of c pairs a head, c - 2 (c // 3) belong to time, c // 3 to height and
+    c // 3 to width. Pair j of the D channels of its axis turns by position / 10000^(2 j / D).
+
+    Args:
+        grid: (frames, rows, columns) of tokens.
+        dim: channels of a head, even.
+        device: device of the tokens.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
+        super().__init__(grid_angles(grid, dim, device))
+
+
+class ImageRotation(AngleRotation):
+    """Rotary positions on a grid of two axes, as in RAVLT (arXiv 2411.07635; SPEC 3.2).
+
+    The first half of the pairs of a head turns by the row, the second by the column. Pair j of the c pairs
+    of an axis turns by position / 10000^(j / (c - 1)).
+
+    Args:
+        grid: (rows, columns) of tokens.
+        dim: channels of a head, a multiple of 4.
+        device: device of the tokens.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int, device: torch.device) -> None:
+        rows, columns = grid
+        frequency = 10000.0 ** -torch.linspace(0, 1, dim // 4, dtype=torch.float64, device=device)
+        row, column = (
+            torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequency for count in grid
+        )
+        angles = [row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)]
+        super().__init__(torch.cat(angles, dim=-1).reshape(-1, 1, dim // 2))
+
+
 def grid_turns(grid: Sequence[int], dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the factors e^(i angle) of :class:`GridRotation`, (tokens, 1, dim / 2) complex128."""
     angles = grid_angles(grid, dim, device)
@@ -238,12 +270,34 @@ def grid_angles(grid: Sequence[int], dim: int, device: torch.device | str = "cpu
     return torch.cat(by_axis, dim=-1).reshape(-1, 1, pairs)
 
 
-def check_heads(embed_dim: int, num_heads: int) -> None:
-    """Refuse a number of heads that does not divide the channels. Raises UserError."""
-    if num_heads < 1 or embed_dim % num_heads:
-        raise UserError(
-            "num_heads", f"{num_heads} heads do not divide the {embed_dim} channels of `embed_dim`"
-        )
+def take_grid(mine: SelfAttention, new: SelfAttention) -> None:
+    """Give a layer the grid and the operator of another one, in its own device, dtype and mode.
+
+    Args:
+        mine: the layer that changes.
+        new: of the other grid; it is used up.
+    """
+    for name, old in mine.attention.named_parameters():
+        owner = new.attention.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], placed_as(new.attention.get_parameter(name), old))
+    mine.grid, mine.attention = new.grid, new.attention.train(mine.training)
+
+
+def placed_as(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with the device, the dtype and the `requires_grad` of another."""
+    return nn.Parameter(new.detach().to(old), requires_grad=old.requires_grad)
+
+
+def check_heads(embed_dim: int, num_heads: int, key: str = "embed_dim") -> None:
+    """Refuse a number of heads that does not divide the channels. Raises UserError.
+
+    Args:
+        embed_dim: channels.
+        num_heads: heads.
+        key: the option that holds the channels.
+    """
+    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        raise UserError("num_heads", f"{num_heads} heads do not divide the {embed_dim} channels of `{key}`")
 
 
 def mixing_weights(model: nn.Module) -> set[str]:

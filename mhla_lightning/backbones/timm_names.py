@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pre
 from torch import Tensor, nn
 
 from mhla_lightning.errors import UserError
-from mhla_lightning.weights.adapted import Adapted, Geometry, WeightState
+from mhla_lightning.weights.adapted import AdaptsWeights, Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 
 _DEFAULT = {
@@ -26,8 +27,6 @@ _DEFAULT = {
     "interpolation": "bicubic",
     "mean": IMAGENET_DEFAULT_MEAN,
     "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "patch_embed.proj",
-    "classifier": "head",
 }
 default_cfgs: dict[str, Any] = {}
 """timm's registry reads this name in the module of an entry."""
@@ -36,29 +35,48 @@ Build = Callable[..., nn.Module]
 FindGeometry = Callable[[WeightState], Geometry | None]
 
 
-class _Adapts(Protocol):
-    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Geometry | None = None) -> Adapted: ...
+@dataclass(frozen=True)
+class TimmFacts:
+    """What timm asks of an architecture.
+
+    Args:
+        first_conv: name of the first convolution.
+        classifier: name of the last layer.
+        features: layers or stages whose maps `features_only` returns.
+    """
+
+    first_conv: str
+    classifier: str
+    features: tuple[int, ...]
 
 
 def register_classifiers(
-    backbones: Iterable[str], attentions: Iterable[str], build: Build, geometry: FindGeometry
+    backbones: Mapping[str, TimmFacts], attentions: Iterable[str], build: Build, geometry: FindGeometry
 ) -> None:
     """Give every classifier a name in timm for each operator.
 
     Args:
-        backbones, attentions: names in the registries.
+        backbones: what timm asks of them, by their names in the registry.
+        attentions: names in the registry.
         build: builds a backbone by its name.
         geometry: of the model that weights come from.
     """
     operators = list(attentions)
     pairs = {f"{backbone}_{name}": (backbone, name) for backbone in backbones for name in operators}
-    default_cfgs.update(generate_default_cfgs({name: dict(_DEFAULT) for name in pairs}))
+    layers = {
+        name: {"first_conv": facts.first_conv, "classifier": facts.classifier}
+        for name, facts in ((name, backbones[backbone]) for name, (backbone, _) in pairs.items())
+    }
+    default_cfgs.update(generate_default_cfgs({name: _DEFAULT | layers[name] for name in pairs}))
     for name, (backbone, attention) in pairs.items():
         if not timm.is_model(name):
-            timm.models.register_model(_entry(name, partial(build, backbone), attention, geometry))
+            features = backbones[backbone].features
+            timm.models.register_model(_entry(name, partial(build, backbone), attention, features, geometry))
 
 
-def _entry(name: str, build: Build, attention: str, geometry: FindGeometry) -> Build:
+def _entry(
+    name: str, build: Build, attention: str, features: tuple[int, ...], geometry: FindGeometry
+) -> Build:
     """Return the function that timm.create_model calls for a name; it passes our options on."""
 
     def entry(
@@ -81,7 +99,7 @@ def _entry(name: str, build: Build, attention: str, geometry: FindGeometry) -> B
             pretrained,
             pretrained_cfg=facts.to_dict(),
             pretrained_filter_fn=partial(_adapted, file=facts.file, geometry=geometry),
-            feature_cfg={"feature_cls": "getter", "out_indices": 3},
+            feature_cfg={"feature_cls": "getter", "out_indices": features},
             **chosen,
         )
 
@@ -98,7 +116,7 @@ def _adapted(
         UserError: positions of an unknown grid: timm loads no model without them.
     """
     facts = None if file is None else facts_of(Path(file))
-    adapted = cast(_Adapts, model).adapt_state_dict(state, geometry(WeightState(state, facts=facts)))
+    adapted = cast(AdaptsWeights, model).adapt_state_dict(state, geometry(WeightState(state, facts=facts)))
     for name, reason in adapted.omitted.items():
         raise UserError("pretrained", f"{file or 'the weights'} do not fit: {name}: {reason}")
     return adapted

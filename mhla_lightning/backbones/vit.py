@@ -22,7 +22,13 @@ from mhla_lightning.attention.base import known
 from mhla_lightning.backbones.activations import Activations, KeptActivations
 from mhla_lightning.backbones.adapting import Grid, adapted_to, remember_geometry, source_geometry
 from mhla_lightning.backbones.compiling import CompileModule, Parts
-from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, mixing_weights
+from mhla_lightning.backbones.layers import (
+    ConditionalPosition,
+    check_heads,
+    mixing_weights,
+    placed_as,
+    take_grid,
+)
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.weights.adapted import Adapted, Geometry
 
@@ -224,7 +230,7 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         state = {name: value for name, value in self.state_dict().items() if name.endswith(kept)}
         fresh.load_state_dict(fresh.adapt_state_dict(state, self.geometry), strict=False)
         self.patch_embed.set_input_size(fresh.patch_embed.img_size, (patch, patch))
-        self.pos_embed = _as(cast(nn.Parameter, fresh.pos_embed), cast(nn.Parameter, self.pos_embed))
+        self.pos_embed = placed_as(cast(nn.Parameter, fresh.pos_embed), cast(nn.Parameter, self.pos_embed))
         for block, new in zip(self.blocks, fresh.blocks, strict=True):
             cast(MixedBlock, block).take_grid(cast(MixedBlock, new))
         self.img_size, self.grid, self.geometry = fresh.img_size, fresh.grid, fresh.geometry
@@ -339,12 +345,9 @@ class MixedBlock(Block):
 
     def take_grid(self, other: MixedBlock) -> None:
         """Take the grid of another block, and its operator, which is made for that grid."""
-        self.grid, mine, new = other.grid, cast(SelfAttention, self.attn), cast(SelfAttention, other.attn)
-        for name, old in mine.attention.named_parameters():
-            owner = new.attention.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], _as(new.attention.get_parameter(name), old))
-        mine.grid, mine.attention = new.grid, new.attention.train(mine.training)
-        self.token_mask = _beside(other.token_mask, mine.proj.weight)
+        mine = cast(SelfAttention, self.attn)
+        take_grid(mine, cast(SelfAttention, other.attn))
+        self.grid, self.token_mask = other.grid, _beside(other.token_mask, mine.proj.weight)
 
     def flops(self, grid: Sequence[int]) -> int:
         tokens = math.prod(grid)
@@ -355,11 +358,6 @@ class MixedBlock(Block):
         )
         cpe = self.cpe.flops(tokens) if self.cpe is not None else 0
         return cast(SelfAttention, self.attn).flops(grid) + mlp + cpe
-
-
-def _as(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
-    """Return a parameter with the device, the dtype and the `requires_grad` of another."""
-    return nn.Parameter(new.detach().to(old), requires_grad=old.requires_grad)
 
 
 def _beside(mask: Tensor | None, other: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ the bare name of the recipe's operator keeps the recipe's options; {name: mhla} 
 Each row and seed is an ordinary run; a finished one is reused.
   mhla compare classification/deit_tiny_mhla_mnist_cpu --over 'model.attention=[linear, mhla]' --seeds 0,1,2
   mhla compare RECIPE --variants variants.yaml   # a line of it: small lr: {model.optimizer.lr: 1e-4}
+With several seeds each row is also compared with the first, seed by seed (--against takes another row).
 Further --dotted.key VALUE overrides hold for every row; where both set a key, the row's value counts.
 --eval runs a further evaluation on every finished run, and keeps its numbers in the run folder:
   mhla compare RECIPE --over ... --eval 'samples: {classifier: my_classifier, n: 500, guidance: 3}'
@@ -29,6 +30,7 @@ from mhla_lightning.cli.output import check_json, demand_at_least
 from mhla_lightning.compare.child import ChildRun, train_in_children
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
 from mhla_lightning.compare.fairness import remarks
+from mhla_lightning.compare.significance import as_json, difference_table, paired_differences
 from mhla_lightning.compare.variants import (
     VariantRow,
     arguments,
@@ -40,7 +42,7 @@ from mhla_lightning.compare.variants import (
 )
 from mhla_lightning.config.moved_keys import flat
 from mhla_lightning.config.recipes import Recipe, apply_overrides, load_recipe, parse_overrides, variants_file
-from mhla_lightning.errors import UserError
+from mhla_lightning.errors import UserError, unknown_name
 from mhla_lightning.evaluation import EVALUATIONS, RequestedEvaluation, requested_evaluation
 from mhla_lightning.runs.folder import (
     FORMAT,
@@ -70,6 +72,7 @@ class Comparison:
         folder: holds the runs, their logs, table.json and curves.png.
         jobs: runs trained at once.
         evaluations: run on every finished run.
+        against: name of the row that the others are compared with, seed by seed.
     """
 
     recipe: Recipe
@@ -79,6 +82,7 @@ class Comparison:
     folder: Path
     jobs: int
     evaluations: list[RequestedEvaluation]
+    against: str
 
     def runs(self) -> list[tuple[VariantRow, int, RunFolder]]:
         return [(row, seed, self.run(row, seed)) for row in self.rows for seed in self.seeds]
@@ -112,6 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         metavar="N,N,...",
         help="train every row with each of these seeds (default: the recipe's one)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="ROW",
+        help="row that the others are compared with, seed by seed (default: the first)",
     )
     parser.add_argument(
         "--jobs",
@@ -186,7 +195,12 @@ def _plan(args: argparse.Namespace) -> Comparison:
     for number, wanted in enumerate(evaluations):
         if wanted.name in [other.name for other in evaluations[:number]]:
             raise UserError("eval", f"{wanted.name} is given twice; the table has one column for its numbers")
-    return Comparison(recipe, rows, seeds, common, runs_root(args.runs) / name, args.jobs, evaluations)
+    against = rows[0].name if args.against is None else args.against
+    names = [row.name for row in rows]
+    if against not in names:
+        raise UserError("against", unknown_name("row", against, names))
+    folder = runs_root(args.runs) / name
+    return Comparison(recipe, rows, seeds, common, folder, args.jobs, evaluations, against)
 
 
 def _check_rows(plan: Comparison) -> None:
@@ -311,7 +325,8 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
         row.name: {seed: read_object(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
     }
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
-    notes = remarks(rows)
+    notes, tags = remarks(rows), score_tags(rows)
+    differences = list(paired_differences(rows, plan.against, tags))
     evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
     table = {
         "format": FORMAT,
@@ -320,6 +335,7 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
         "overrides": plan.common,
         "evaluations": evaluations,
         "remarks": notes,
+        "differences": as_json(differences),
         "rows": rows,
     }
     written = plan.folder / "table.json"
@@ -331,6 +347,9 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
     seeds = f"seeds {', '.join(map(str, plan.seeds))}" if len(plan.seeds) > 1 else f"seed {plan.seeds[0]}"
     write_curves(plan.folder / "curves.png", f"{plan.recipe.name}, {seeds}", curves)
     print_table(console, f"{plan.recipe.name}, {seeds}", rows)
+    paired = difference_table(rows, differences, headline(tags) or "")
+    if paired is not None:
+        console.print(paired)
     for line in notes:
         _say(console, f"note: {line}")
     _say(console, f"table:  {written}\ncurves: {plan.folder / 'curves.png'}")

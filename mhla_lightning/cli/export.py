@@ -2,14 +2,14 @@
 
 Any strategy and any number of ranks will do:
   mhla export RUN --to weights.safetensors   our own names, for plain torch and model.init_from
-  mhla export RUN --to dit                   our own names and a config.json; the default of all but videos
-  mhla export RUN --to wan                   videos: names of diffusers' WanTransformer3DModel, and MHLA's
-                                             own tensors
+  mhla export RUN --to DIR                   a folder of the library of the model's family:
+    language models    --format hf           AutoModelForCausalLM.from_pretrained, with the model's code and
+                                             its tokenizer
+    image classifiers  --format timm         timm.create_model, after import mhla_lightning.backbones
+    videos             --format diffusers    names of WanTransformer3DModel, and MHLA's own tensors
+    image diffusion    --format plain        our own names and a config.json, for HubModel.from_pretrained
+  mhla export RUN --to DIR --format plain    any model under our own names
   mhla export RUN --to wan --format wan      videos: names of Wan2.1 and those that the MHLA authors add
-  mhla export RUN --to lm --format hf        language models: AutoModelForCausalLM.from_pretrained, with
-                                             the model's code and its tokenizer
-  mhla export RUN --to vit --format timm     image classifiers: timm.create_model, after
-                                             import mhla_lightning.backbones
   mhla export wan_mhla.safetensors --to wan   a file of mhla import
 """
 
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         metavar="NAME",
-        help="plain, hf, timm, diffusers or wan (default: plain; diffusers for the folder of a video model)",
+        help="plain, hf, timm, diffusers or wan (default: plain for one file; for a folder the one of the "
+        "model's family)",
     )
     parser.add_argument(
         "--dtype",

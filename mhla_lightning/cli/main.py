@@ -28,6 +28,7 @@ VERBS = {
     "generate": "continue prompts with a language run",
     "sample": "draw images or videos from a diffusion run",
     "eval": "evaluate runs: lm-evaluation-harness, FID of samples, a classifier's view of samples, VBench",
+    "analyze": "look into the attention of runs: rank, entropy, locality and maps by layer and head",
     "bench": "measure how fast one thing is beside another",
     "test-operator": "check an attention operator of yours against the contract that models rely on",
     "data": "make, check, index and look at shards",
@@ -47,7 +48,7 @@ VERBS = {
 
 GROUPS = {
     "train": ("run", "recipes", "compare", "plan"),
-    "use": ("generate", "sample", "report", "eval", "export", "import"),
+    "use": ("generate", "sample", "report", "analyze", "eval", "export", "import"),
     "data": ("data",),
     "cluster": ("submit", "status", "logs", "cancel", "resume", "monitor"),
     "measure": ("bench", "test-operator", "doctor", "completion"),

@@ -13,17 +13,23 @@ import getpass
 import importlib.util
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mhla_lightning.errors import UserError
 from mhla_lightning.runs.folder import RunFolder, find_runs, is_run, runs_root
 
 _LOOK = 5.0  # seconds between two looks for new runs
+_PAUSE = 0.2  # seconds between two looks for a signal
+_GRACE = 5.0  # seconds that TensorBoard has to end
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mhla-monitor-") as links:
         logdir = Path(links)
         link_runs(args.run, root, logdir)
-        # the screen with loss and validation; TensorBoard's own first one begins with the heat maps
+        # training and validation side by side; TensorBoard's own first screen has all curves, by name
         print(f"http://localhost:{args.port}/#custom_scalars  ({', '.join(args.run) or root})")
         if "SSH_CONNECTION" in os.environ:
             print(
@@ -71,15 +77,56 @@ def run(args: argparse.Namespace) -> int:
             "--host",
             "localhost",
         ]
-        with subprocess.Popen(command) as process:
-            try:
-                while True:
-                    with suppress(subprocess.TimeoutExpired):
-                        return process.wait(_LOOK)
-                    if not args.run:
-                        link_runs([], root, logdir)
-            except KeyboardInterrupt:
-                return 0
+        return serve(command, (lambda: None) if args.run else (lambda: link_runs([], root, logdir)))
+
+
+def serve(command: list[str], look: Callable[[], None]) -> int:
+    """Run a server until it ends, or until Ctrl-C, SIGTERM or SIGHUP ends it; return its exit code, or 0.
+
+    The server never outlives this process, whose folder of links it reads.
+
+    Args:
+        command: starts the server.
+        look: called every five seconds.
+    """
+    with noted(_ENDS) as asked:
+        process = subprocess.Popen(command)
+        try:
+            looked = time.monotonic()
+            while not asked:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(_PAUSE)
+                if time.monotonic() - looked > _LOOK:
+                    look()
+                    looked = time.monotonic()
+            return 0
+        finally:
+            end(process)
+
+
+@contextmanager
+def noted(signals: tuple[signal.Signals, ...]) -> Iterator[list[int]]:
+    """Yield a list that gets each of these signals, which do nothing else meanwhile.
+
+    A handler that raises could do so while a process starts, which nobody would end.
+    """
+    found: list[int] = []
+    before = {number: signal.signal(number, lambda given, _: found.append(given)) for number in signals}
+    try:
+        yield found
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process: by SIGTERM, and by SIGKILL where that has no effect."""
+    process.terminate()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def link_runs(names: list[str], root: Path, links: Path) -> None:

@@ -142,7 +142,7 @@ def _lines(name: str, plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "FLOPs",
         f"forward {_si(forward)} a sample, {_si(forward / tokens)} a token ({tokens:,} tokens); "
-        "training takes three times that",
+        "training takes three times that" + _again(plan),
     )
     yield "length", _length(plan)
     if plan.seconds is not None and plan.gpu is not None:
@@ -151,6 +151,16 @@ def _lines(name: str, plan: Plan) -> Iterator[tuple[str, str]]:
             f"{_time(plan.seconds)}, assuming {plan.utilisation:.0%} of the peak of "
             f"{_si(plan.peak or 0)}/s a GPU",
         )
+
+
+def _again(plan: Plan) -> str:
+    """What the backward runs again."""
+    if not plan.recomputed_flops:
+        return ""
+    return (
+        f", and {_si(plan.recomputed_flops)} a sample, {plan.recomputed_flops / plan.flops_per_sample:.2f} "
+        "times the forward, for what the backward runs again"
+    )
 
 
 def _parameters(plan: Plan) -> str:
@@ -248,6 +258,10 @@ def _number(size: int, unit: str) -> str:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
+    yield (
+        "activations: modelled, from the allocations of a training step on tensors without data; "
+        "the rest: by formula. Nothing here was measured on a GPU."
+    )
     if any(
         plan.activations is not None and stage.state.step > plan.activations for stage in plan.stages.values()
     ):

@@ -2,6 +2,7 @@
 
 Images: samples.npz (in ADM's layout) and a grid. Videos: mp4 files and a contact sheet.
   mhla sample RUN --classes 0-9 --n 100 --guidance 1.5 --sampler ddpm --steps 250 --seed 0
+  mhla sample RUN --classes 0-9 --n 20 --size 64x64
   mhla sample RUN --prompts prompts.txt --frames 81 --size 480x800 --steps 50 --guidance 3.0
 The same command continues a stopped job. The seed and the number of an image or video determine it.
 Any batch size and number of processes give the same pixels to 1/255; one batch size gives the same bits.
@@ -35,7 +36,7 @@ _DEFAULTS = {
 }
 _ONLY = {
     "images": ("classes", "guidance_channels"),
-    "videos": ("prompts", "prompt", "frames", "size", "rate"),
+    "videos": ("prompts", "prompt", "frames", "rate"),
 }
 
 
@@ -83,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images drawn at once (default: 50), or videos (default: 1)",
     )
     parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width in pixels, e.g. 480x800 (default: as in training)",
+    )
+    parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="processes that draw (default: %(default)s)"
     )
     parser.add_argument(
@@ -109,9 +115,6 @@ def add_video_arguments(parser: Any) -> None:
         "--prompt", metavar="TEXT", action="append", help="one prompt; may be given several times"
     )
     parser.add_argument("--frames", type=int, metavar="F", help="of each video (default: as in training)")
-    parser.add_argument(
-        "--size", metavar="HxW", help="height and width in pixels, e.g. 480x800 (default: as in training)"
-    )
     parser.add_argument(
         "--rate",
         type=float,
@@ -218,7 +221,8 @@ def _images(args: argparse.Namespace, classes: list[int] | None) -> DrawnFiles:
     from mhla_lightning.inference.weights import choose_device
 
     device = choose_device(args.device)
-    found = find_image_run(args.run, args.runs, args.ckpt, ema=not args.no_ema)
+    size = None if args.size is None else parse_size(args.size)
+    found = find_image_run(args.run, args.runs, args.ckpt, ema=not args.no_ema, size=size)
     classes = classes or list(range(found.task.num_classes))
     labels = tuple(classes[number % len(classes)] for number in range(args.n))
     sampler = args.sampler or default_sampler(found.task.process)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 
 
-def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add RUN, --runs, --ckpt, --no-ema and --device."""
-    parser.add_argument("run", metavar="RUN", help="run id or run folder")
+def add_trained_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add RUN, --runs, --ckpt, --no-ema and --device.
+
+    Args:
+        parser: of the verb.
+        several: whether it takes several runs.
+    """
+    parser.add_argument("run", metavar="RUN", nargs="+" if several else None, help="run id or run folder")
     parser.add_argument(
         "--runs", metavar="DIR", help="folder of all run folders (default: $MHLA_RUNS, else ./runs)"
     )

@@ -63,10 +63,17 @@ def check_names(values: Mapping[str, Any]) -> None:
     extended = named_modules(values) or plugins()
     if ours_alone and not extended and "attention" in arguments:
         causal = values["model"]["class_path"].rpartition(".")[2] in _CAUSAL_TASKS
-        entries = arguments["attention"]
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            key = f"model.attention.{number}" if isinstance(entries, list) else "model.attention"
+        for key, entry in _entries(arguments["attention"], "model.attention"):
             _check_attention(entry, causal, key)
+
+
+def _entries(attention: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of lists of any depth, each with its key."""
+    if not isinstance(attention, list):
+        yield key, attention
+        return
+    for number, entry in enumerate(attention):
+        yield from _entries(entry, f"{key}.{number}")
 
 
 def check_sections(values: Mapping[str, Any], trainer_names: Iterable[str]) -> None:

@@ -199,7 +199,9 @@ ARGUMENTS: dict[str, Rule] = {
         "an `L.Trainer` in Python",
         unset=([],),
     ),
-    "sync_batchnorm": Rule("works", "as in Lightning; the packaged backbones have no batch norm"),
+    "sync_batchnorm": Rule(
+        "works", "as in Lightning; of the packaged backbones VLT and `convnet_tiny` have batch norm"
+    ),
     "reload_dataloaders_every_n_epochs": Rule("ours", "training is one endless epoch", unset=(0,)),
     "default_root_dir": Rule("ours", "the files of a run go into its run folder"),
     "enable_autolog_hparams": Rule("works", "as in Lightning; recipe.yaml holds everything in any case"),

@@ -50,18 +50,19 @@ class _Format:
     alone: bool = False
 
 
+# The first that fits is what a folder has where nobody names a format.
 _FORMATS = {
     "diffusers": _Format(
         diffusers, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True
     ),
     "wan": _Format(wan, "video models", lambda name, model: isinstance(model, VideoDiT), alone=True),
-    "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
     "hf": _Format(hf, "language models", lambda name, model: isinstance(model, CausalLM)),
     "timm": _Format(
         timm,
         f"image classifiers ({', '.join(IMAGE_CLASSIFIERS)})",
         lambda name, model: name in IMAGE_CLASSIFIERS,
     ),
+    "plain": _Format(plain, "all models", lambda name, model: True, alone=True),
 }
 FORMATS = tuple(_FORMATS)
 
@@ -108,8 +109,9 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS; None means diffusers for the folder of a video model, else plain (our own
-            names).
+        format: one of FORMATS; None means the library of the model's family for a folder (hf for language
+            models, timm for image classifiers, diffusers for video models, else plain), and plain (our own
+            names) for one file.
         one_file: write the .safetensors file alone.
 
     Raises:
@@ -119,13 +121,14 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
         raise UserError("format", unknown_name("format", format, FORMATS))
     with torch.device("meta"):
         model = build_backbone(trained.backbone, attention=trained.attention, **trained.options)
-    chosen = format or ("diffusers" if isinstance(model, VideoDiT) and not one_file else "plain")
+    fitting_ones = [name for name, kind in _FORMATS.items() if kind.fits(trained.backbone, model)]
+    chosen = format or ("plain" if one_file else fitting_ones[0])
     kind = _FORMATS[chosen]
     if not kind.fits(trained.backbone, model):
         raise UserError(
             "format",
-            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; leave it out "
-            "or take plain",
+            f"{chosen} is for {kind.needs}, and {trained.source} holds a {trained.backbone}; valid: "
+            f"{', '.join(fitting_ones)}, or leave it out",
         )
     if one_file and not kind.alone:
         raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")

@@ -39,7 +39,7 @@ from mhla_lightning.weights.target import Entry, file_header
 __all__ = ["HubModel", "Record"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_TAGS = {
+_TAGS: dict[str, Mapping[str, Any]] = {
     "image-classification": IMAGE_CLASSIFIERS,
     "unconditional-image-generation": IMAGE_DIFFUSION,
     "text-to-video": VIDEO_DIFFUSION,

@@ -18,6 +18,7 @@ from mhla_lightning.inference.weights import Weights
 from mhla_lightning.plugins import KEY, load_plugins, locations, named_modules, packages
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import Task
+from mhla_lightning.weights.adapted import Geometry
 
 Built = TypeVar("Built", bound=Task)
 
@@ -121,13 +122,21 @@ def _check_imports(folder: RunFolder, values: Mapping[str, Any]) -> None:
             )
 
 
-def load_backbone(task: Built, weights: Weights, device: torch.device | str) -> Built:
+def load_backbone(
+    task: Built, weights: Weights, device: torch.device | str, source: Geometry | None = None
+) -> Built:
     """Load weights into a task and return it in eval mode on `device`.
+
+    Args:
+        task: built without weights.
+        weights: of the run.
+        device: for the result.
+        source: the geometry of the trained model, where the task has another size.
 
     Raises:
         UserError: the weights belong to another model.
     """
     task.configure_model()
     assert task.backbone is not None
-    weights.load(task.backbone)
+    weights.load(task.backbone, source)
     return task.to(device).eval().requires_grad_(False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mhla_lightning.checkpoints.whole import newest_whole
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.runs.folder import FORMAT, RunFolder, complete_checkpoints, step_folder
+from mhla_lightning.weights.adapted import AdaptsWeights, Geometry
 from mhla_lightning.weights.rank_files import FOLDER, RankFileReader, holds_rank_files
 from mhla_lightning.weights.stored import Stored, open_safetensors
 
@@ -69,18 +71,28 @@ class Weights:
         """
         return dict(self.open())
 
-    def load(self, backbone: nn.Module) -> None:
+    def load(self, backbone: nn.Module, source: Geometry | None = None) -> None:
         """Load the weights into a backbone.
+
+        Args:
+            backbone: of the run.
+            source: the geometry of the trained model, where this one has another size.
 
         Raises:
             UserError: the weights belong to another model, or are not finite.
         """
         state = self.read()
         check_finite(state, str(self.path))
+        omitted: Collection[str] = ()
+        if source is not None:
+            state = adapted = cast(AdaptsWeights, backbone).adapt_state_dict(state, source)
+            omitted = adapted.omitted
+            for change in sorted(set(adapted.resampled.values())):
+                log.info("resampled for another size: %s", change)
         missing, unexpected = backbone.load_state_dict(state, strict=False)
         own = backbone.state_dict()
         # An average holds floating-point tensors only.
-        missing = [name for name in missing if own[name].is_floating_point()]
+        missing = [name for name in missing if own[name].is_floating_point() and name not in omitted]
         if missing or unexpected:
             names = ", ".join([*missing, *unexpected][:4])
             raise UserError(

@@ -21,6 +21,7 @@ from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.planning.gpus import GPU
 from mhla_lightning.planning.state_memory import ModelSize, StateMemory, partitioned, replicated
+from mhla_lightning.planning.step_flops import recomputed_flops
 from mhla_lightning.planning.step_memory import Precision, activation_bytes, find_precision
 from mhla_lightning.strategies.config import ZERO, StrategyEntry, deepspeed_config, is_zero, strategy_name
 from mhla_lightning.tasks import Task
@@ -29,6 +30,14 @@ UTILISATION = 0.4
 """Share of a GPU's peak that training is taken to reach where nobody says: an assumption, not a
 measurement.
 """
+
+SOURCES = {
+    "state": "formula: bytes of weights, gradients, optimizer, average and buffers, by strategy",
+    "activations": "modelled: a training step on tensors without data, whose allocations are added up",
+    "flops_per_sample": "formula: matrix products of a forward",
+    "recomputed_flops": "counted: products of the modelled step, with and without checkpoint_activations",
+}
+"""What a plan's numbers come from; none of them was measured on a GPU."""
 
 AVERAGES = ("mhla_lightning.callbacks.EMA", "mhla_lightning.callbacks.ema.EMA")
 """Class paths of the callbacks that keep an average of the weights: a layer above imports them."""
@@ -87,8 +96,9 @@ class Plan:
         parameters: elements, `total`, `trained`, and by kind.
         tokens: of one sample.
         flops_per_sample: of a forward, a multiply-add being two.
-        activations: bytes that forward and backward of a micro batch hold; None where they could not be
-            measured.
+        recomputed_flops: of one sample, that `checkpoint_activations` adds to forward and backward; None
+            where the step cannot run on tensors without data.
+        activations: bytes that forward and backward of a micro batch hold; None as for `recomputed_flops`.
         stages: every strategy by name.
         deepspeed: its configuration; None without a ZeRO preset.
         utilisation: share of the peak that `seconds` stands on.
@@ -107,6 +117,7 @@ class Plan:
     parameters: dict[str, int]
     tokens: int
     flops_per_sample: int
+    recomputed_flops: int | None
     activations: int | None
     stages: dict[str, Stage]
     deepspeed: dict[str, Any] | None
@@ -126,15 +137,11 @@ class Plan:
 
     @property
     def training_flops(self) -> int | None:
-        """FLOPs of the whole run: three forwards a sample.
-
-        The recomputation of checkpoint_activations does not count.
-        """
-        return (
-            None
-            if self.length.steps is None
-            else 3 * self.flops_per_sample * self.batches.batch * self.length.steps
-        )
+        """FLOPs of the whole run: three forwards a sample, and what the backward runs again."""
+        if self.length.steps is None:
+            return None
+        sample = 3 * self.flops_per_sample + (self.recomputed_flops or 0)
+        return sample * self.batches.batch * self.length.steps
 
     @property
     def peak(self) -> float | None:
@@ -155,6 +162,7 @@ class Plan:
             "fits": self.fits,
             "training_flops": self.training_flops,
             "seconds": self.seconds,
+            "sources": SOURCES,
         }
 
 
@@ -195,11 +203,13 @@ def make_plan(
     run_length, notes = _length(recipe, batches)
     entry = recipe.trainer.get("strategy", "auto") if strategy is None else strategy
     cases = _Cases(recipe, precision, batches, gpu, entry)
+    activations: int | None = None
+    recomputed: int | None = None
     try:
         activations = activation_bytes(recipe.task, batches.micro, precision)
+        recomputed = recomputed_flops(recipe.task, batches.micro, precision)
     except (RuntimeError, NotImplementedError, UserError) as error:
-        activations = None
-        notes += (f"activations could not be measured without a GPU: {' '.join(str(error).split())[:200]}",)
+        notes += (f"activations could not be modelled without a GPU: {' '.join(str(error).split())[:200]}",)
     chosen = _planned_name(entry)
     if chosen is None:
         notes += ("the memory of this trainer.strategy is not known; the table shows those that mhla brings",)
@@ -216,6 +226,7 @@ def make_plan(
         parameters=cases.parameters,
         tokens=torch.Size(recipe.task.grid).numel(),
         flops_per_sample=recipe.task.flops_per_sample,
+        recomputed_flops=recomputed,
         activations=activations,
         stages=stages,
         deepspeed=_deepspeed(recipe, batches, entry),
@@ -397,7 +408,7 @@ def _by_kind(task: Task) -> dict[str, int]:
     kinds: dict[int, str] = {}
     for name, module in task.backbone.named_modules():
         kind = next((kind for kind, types in _KINDS.items() if isinstance(module, types)), None)
-        if kind is None and name.split(".")[0] in _STACKS and name.count(".") == 1:
+        if kind is None and name.rpartition(".")[0].rpartition(".")[2] in _STACKS:
             kind = "rest of the layers"
         if kind is not None:
             kinds |= {id(parameter): kind for parameter in module.parameters()}

@@ -6,7 +6,8 @@ Measured on tensors without data, for a model of any size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -79,13 +80,29 @@ def activation_bytes(task: Task, micro_batch: int, precision: Precision, *, extr
         precision: of the step.
         extrapolate: False measures all layers.
     """
+
+    def measure(few: Task) -> int:
+        return _measure(few, micro_batch, precision)
+
+    return in_few_layers(task, measure) if extrapolate else measure(task.rehearsal())
+
+
+def in_few_layers(task: Task, measure: Callable[[Task], int]) -> int:
+    """Return what `measure` would give for a task, from two copies with few layers.
+
+    It is linear in the number of layers where all are alike. A shallow task is measured itself.
+
+    Args:
+        task: without weights; it is not changed.
+        measure: called with a copy that it may change.
+    """
     depth, cycle = layers(task), _cycle(task.attention)
     few = (
         depth % cycle + max(2, cycle) if depth is not None else 0
     )  # what is left of the depth makes whole cycles
-    if depth is None or depth <= few + cycle or not extrapolate:
-        return _measure(task.rehearsal(), micro_batch, precision)
-    small, large = (_measure(task.rehearsal(count), micro_batch, precision) for count in (few, few + cycle))
+    if depth is None or depth <= few + cycle:
+        return measure(task.rehearsal())
+    small, large = (measure(task.rehearsal(count)) for count in (few, few + cycle))
     return small + (large - small) * (depth - few) // cycle
 
 
@@ -100,13 +117,20 @@ def _cycle(attention: str | Mapping[str, Any] | Sequence[Any]) -> int:
 
 
 def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
+    with rehearsed_step(task, micro_batch, precision) as step:
+        return peak_bytes(step, CPU)
+
+
+@contextmanager
+def rehearsed_step(task: Task, micro_batch: int, precision: Precision) -> Iterator[Callable[[], None]]:
+    """Yield a training step on tensors without data, as a GPU would run it. The task gets weights."""
     example = task.example_batch(micro_batch)
     with chunks_as_on_gpu(), offloading_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), _Known():
         build(task, precision)
         samples = {
             name: torch.empty(x.shape, dtype=precision.weights) for name, x in example.items() if x.is_meta
         }
-        return peak_bytes(training_step(task, example | samples, precision), CPU)
+        yield training_step(task, example | samples, precision)
 
 
 def build(task: Task, precision: Precision) -> None:

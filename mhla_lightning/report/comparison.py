@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,49 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mhla_lightning.compare.comparison import COSTS, cost, score
+from mhla_lightning.compare.significance import half_width
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import EVALUATIONS
 from mhla_lightning.report.folder import MOST_NAME, SafeFolder, finite, mapping, mappings
 from mhla_lightning.report.run import RunReport, read_run
 from mhla_lightning.runs.folder import check_run_id, is_run
 
-# 97.5 % quantiles of Student's t distribution with 1 to 30 degrees of freedom; more take the next lower entry
-_T = (
-    *(
-        12.706,
-        4.303,
-        3.182,
-        2.776,
-        2.571,
-        2.447,
-        2.365,
-        2.306,
-        2.262,
-        2.228,
-        2.201,
-        2.179,
-        2.160,
-        2.145,
-        2.131,
-    ),
-    *(
-        2.120,
-        2.110,
-        2.101,
-        2.093,
-        2.086,
-        2.080,
-        2.074,
-        2.069,
-        2.064,
-        2.060,
-        2.056,
-        2.052,
-        2.048,
-        2.045,
-        2.042,
-    ),
-)
 _MOST_ROWS = 64
 _LONGEST_REMARK = 1000  # characters
 _MOST_SEEDS = 64
@@ -184,10 +147,4 @@ def interval(values: Sequence[float]) -> Interval:
     Args:
         values: at least one, finite.
     """
-    count = len(values)
-    if count < 2:
-        return Interval(list(values), values[0], None)
-    quantile = _T[min(count - 1, len(_T)) - 1]
-    return Interval(
-        list(values), statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count)
-    )
+    return Interval(list(values), statistics.fmean(values), half_width(values))

@@ -17,7 +17,7 @@ from mhla_lightning.report.comparison import RowReport
 from mhla_lightning.report.events import picture_kind
 from mhla_lightning.report.folder import Curve
 from mhla_lightning.report.run import RunReport
-from mhla_lightning.runs.tags import GROUPS, group_of, unit_of
+from mhla_lightning.runs.tags import GROUPS, HEATMAPS, group_of, unit_of
 
 MOST_POINTS = 1000  # of a curve
 MOST_PICTURES = 12 * 2**20  # bytes of the pictures of a page
@@ -26,7 +26,7 @@ MOST_LAYERS = 256  # of a run
 MOST_SETS = 60  # sliders of pictures
 MOST_FRAMES = 40  # places of a slider
 _AVERAGED = re.compile(r"(^|/)val_ema(?=[/_])")
-_HEATMAPS = re.compile(r"mixing(_\d+)?")
+_HEATMAPS = re.compile(rf"({HEATMAPS}|mixing)(_\d+)?")  # the latter in runs of earlier versions
 _FIRST = ("train/loss", "val/loss", "val/top1", "val/accuracy", "val/bits_per_byte")
 
 Note = Callable[[str], None]

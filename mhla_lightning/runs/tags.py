@@ -6,10 +6,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+HEATMAPS = "weights/mixing"
+"""Begins the tags of the heat maps. TensorBoard opens the first two groups: these must follow train and val."""
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
 
-GROUPS = ("Loss", "Quality", "Speed", "Memory", "Health", "Loss by noise level")
+ATTENTION = "attention/"
+"""Begins the tags of callbacks.AttentionCurves: `attention/MEASURE/layer_N`."""
+
+GROUPS = ("Loss", "Quality", "Speed", "Memory", "Health", "Loss by noise level", "Attention")
 _SPEED = ("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "time_")
 _HEALTH = ("lr", "grad_norm", "skipped", "skipped_steps", "consumed/")
 _UNITS = {
@@ -30,6 +35,14 @@ _UNITS = {
     "consumed": "samples",
     "lr": "learning rate",
     "grad_norm": "norm",
+}
+_ATTENTION_UNITS = {
+    "rank": "rank",
+    "effective_rank": "effective rank",
+    "entropy": "nats",
+    "relative_entropy": "share of uniform attention's",
+    "locality": "0: as uniform, 1: own token",
+    "own_block": "share of the attention",
 }
 
 
@@ -56,6 +69,12 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "samples and steps left out": [r"^train/skipped"],
         "samples of each source": [r"^train/consumed/"],
     },
+    "Attention": {
+        "effective rank": [r"^attention/effective_rank/"],
+        "relative entropy": [r"^attention/relative_entropy/"],
+        "locality": [r"^attention/locality/"],
+        "share of the own block": [r"^attention/own_block/"],
+    },
 }
 """The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
 
@@ -72,7 +91,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     validated = any(tag.startswith("val/") for tag in known)
 
     def kept(expression: str) -> bool:
-        waits = not validated and not expression.startswith("^train/")
+        waits = not validated and not expression.startswith(("^train/", "^attention/"))
         return waits or any(re.search(expression, tag) for tag in known)
 
     found = {
@@ -91,6 +110,8 @@ def group_of(tag: str) -> str:
     split, _, name = tag.partition("/")
     if split == "loss_by_time":
         return "Loss by noise level"
+    if tag.startswith(ATTENTION):
+        return "Attention"
     if split == "train" and name.startswith("memory"):
         return "Memory"
     if split == "train" and name.startswith(_SPEED):
@@ -105,4 +126,6 @@ def unit_of(tag: str) -> str:
     split, _, name = tag.partition("/")
     if split == "loss_by_time":
         return "loss"
+    if tag.startswith(ATTENTION):
+        return _ATTENTION_UNITS.get(name.partition("/")[0], name)
     return _UNITS.get(name, _UNITS.get(name.partition("/")[0], name))

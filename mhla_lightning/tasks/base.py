@@ -29,6 +29,7 @@ from mhla_lightning.backbones.compiling import Compilation
 from mhla_lightning.backbones.layers import mixing_weights
 from mhla_lightning.errors import UserError, inside
 from mhla_lightning.tasks.batches import (
+    LabelChecks,
     Stage,
     is_complete,
     named,
@@ -124,6 +125,7 @@ class Task(KeepsArguments, pl.LightningModule):
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
         self._logs_loss = True
+        self.label_checks = LabelChecks()
         self._step_losses: list[Tensor] = []
         self._logged_step = 0
         self._lr_changed = False
@@ -391,6 +393,16 @@ class Task(KeepsArguments, pl.LightningModule):
         Args:
             batch: of a loader.
             prefix: one of PREFIXES.
+        """
+
+    @abstractmethod
+    def run_backbone(self, batch: Mapping[str, Any]) -> None:
+        """Run the backbone on a batch as validation does, and measure nothing.
+
+        What watches its layers calls this.
+
+        Args:
+            batch: of a loader, completed; see :meth:`completed`.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +14,8 @@ from mhla_lightning.errors import UserError
 
 Stage = Literal["train", "evaluate", "predict"]
 _ALWAYS = ("index", "epoch", "weight", "key")
+FIRST = 8
+"""Reads of labels on a GPU in a task's life; each makes the host wait."""
 _MOST = 2**20  # samples of a batch, so that no two samples have one index
 
 
@@ -67,8 +70,38 @@ def entry(batch: Mapping[str, Any], name: str, shape: Sequence[int | None], kind
     return value
 
 
-def labels_within(labels: Tensor, classes: int, key: str) -> None:
-    """Refuse labels that are no class of the model. Raises UserError."""
+@dataclass
+class LabelChecks:
+    """Checks every label on the host, and on a GPU those of the first batches.
+
+    Reading them makes the host wait. A wrong one that comes later ends in CUDA's own assertion.
+
+    Attributes:
+        left: reads on a GPU that are still to come.
+    """
+
+    left: int = FIRST
+
+    def within(self, labels: Tensor, classes: int, key: str, ignored: int | None = None) -> None:
+        """Refuse labels that are no class of the model.
+
+        Args:
+            labels: int64, of any shape.
+            classes: of the model.
+            key: of the error.
+            ignored: a label that is no class and fits all the same; None is none.
+
+        Raises:
+            UserError: a label outside 0 to classes - 1.
+        """
+        if labels.device.type != "cpu":
+            if self.left == 0:
+                return
+            self.left -= 1
+        _labels_within(labels if ignored is None else labels[labels != ignored], classes, key)
+
+
+def _labels_within(labels: Tensor, classes: int, key: str) -> None:
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserError(
             key,

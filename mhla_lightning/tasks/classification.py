@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mhla_lightning.errors import UserError
 from mhla_lightning.randomness import run_seed
 from mhla_lightning.tasks.base import PREFIXES, Drawing, Task
-from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, labels_within, named, real_rows
+from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, named, real_rows
 from mhla_lightning.tasks.mixup import MIXUP, PairDraws, PairMix
 
 
@@ -96,7 +96,7 @@ class ClassificationTask(Task):
         if stage == "predict":
             return found
         labels = entry(found, "label", (len(images),), "int64", f"classes from 0 to {self.num_classes - 1}")
-        labels_within(labels, self.num_classes, "num_classes")
+        self.label_checks.within(labels, self.num_classes, "num_classes")
         if stage == "train":
             self.check_batch(len(images))
         return found
@@ -133,6 +133,9 @@ class ClassificationTask(Task):
                 prog_bar=prefix == "val" and name != "top5",
                 batch_size=max(1, len(labels)),
             )
+
+    def run_backbone(self, batch: Mapping[str, Tensor]) -> None:
+        self(batch["image"])
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return `key`, `logits` and `probabilities`, (images, classes), without padding."""

@@ -338,6 +338,10 @@ class DiffusionTask(Task):
         super().on_load_checkpoint(checkpoint)
         self._waiting = checkpoint.get("loss_by_time")
 
+    def run_backbone(self, batch: Mapping[str, Tensor]) -> None:
+        """Run the backbone on a batch, each sample with its noise and time of validation."""
+        self._losses(batch, [0] * len(batch["weight"]), "validation", 0.0)
+
     def evaluate(self, batch: Mapping[str, Tensor], prefix: str) -> None:
         """Add a batch to the metrics under a prefix, one of PREFIXES.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mhla_lightning.backbones import BACKBONES, default_options
 from mhla_lightning.diffusion import build_process
 from mhla_lightning.errors import UserError, inside
-from mhla_lightning.tasks.batches import Stage, entry, keys, labels_within, named
+from mhla_lightning.tasks.batches import Stage, entry, keys, named
 from mhla_lightning.tasks.diffusion import DiffusionLoss, DiffusionTask, check_loss
 from mhla_lightning.tasks.distillation import Distillation
 
@@ -118,7 +118,7 @@ class ImageDiffusionTask(DiffusionTask):
         name = next((name for name in self.samples if name in found), "image")
         clean = entry(found, name, (None, *self.sample_shape), "float", "samples of about unit size")
         labels = entry(found, "label", (len(clean),), "int64", f"classes from 0 to {self.num_classes - 1}")
-        labels_within(labels, self.num_classes, "backbone_options.num_classes")
+        self.label_checks.within(labels, self.num_classes, "backbone_options.num_classes")
         return found
 
     def empty_condition(self) -> int:

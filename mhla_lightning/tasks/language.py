@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from mhla_lightning.attention.packing import document_lengths
 from mhla_lightning.errors import UserError
 from mhla_lightning.tasks.base import PREFIXES, GivesFacts, Task
-from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, labels_within, named, real_rows
+from mhla_lightning.tasks.batches import Stage, entry, keys, keys_of, named, real_rows
 from mhla_lightning.tasks.token_loss import IGNORE, token_loss
 
 HOST_DOCUMENTS = "host_documents"
@@ -186,7 +186,7 @@ class LanguageTask(Task):
             raise UserError(
                 f"batch.{name}", f"its rows hold {length} tokens; they must hold from 2 to {self.context}"
             )
-        labels_within(tokens, self.vocab_size, "backbone_options.vocab_size")
+        self.label_checks.within(tokens, self.vocab_size, "backbone_options.vocab_size")
         if "documents" not in found:
             mask = found.get("attention_mask")
             mask = torch.ones_like(tokens) if mask is None else mask
@@ -195,7 +195,7 @@ class LanguageTask(Task):
             found["documents"] = torch.zeros_like(tokens).masked_fill(mask == 0, -1)
         if "labels" in found:
             labels = entry(found, "labels", (rows, length), "int64", "token ids, or -100")
-            labels_within(labels[labels != IGNORE], self.vocab_size, "backbone_options.vocab_size")
+            self.label_checks.within(labels, self.vocab_size, "backbone_options.vocab_size", IGNORE)
         return found | {"tokens": tokens}
 
     def _wanted(self, tokens: Tensor, documents: Tensor, labels: Tensor | None) -> Tensor:
@@ -236,6 +236,12 @@ class LanguageTask(Task):
                         prog_bar=tag == "val" and name == "loss",
                         batch_size=len(tokens),
                     )
+
+    def run_backbone(self, batch: Mapping[str, Tensor]) -> None:
+        """Run the backbone on the first `context` tokens of every row."""
+        host = batch.get(HOST_DOCUMENTS, batch["documents"])
+        tokens, documents, host = (x[:, : self.context] for x in (batch["tokens"], batch["documents"], host))
+        self._features(tokens, documents, host)
 
     def measure(self, metrics: Mapping[str, MeanMetric], features: Tensor, targets: Tensor) -> None:
         """Add the counted targets of a batch to the metrics of one context length."""

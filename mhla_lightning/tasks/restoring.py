@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from torch import Tensor
 
-from mhla_lightning.arguments.plain import restored_arguments
+from mhla_lightning.arguments.plain import required_arguments, restored_arguments
 from mhla_lightning.arguments.saved import class_named, read_saved
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.rank_files import FOLDER, RankFileReader
@@ -42,7 +42,7 @@ def load_task(
     path, saved = read_saved(place, map_location, trusted)
     kind = class_named(asked, saved.get(TASK), path)
     kept = saved.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not kept and not given:
+    if not kept and not given and (TASK not in saved or required_arguments(kind)):
         raise UserError(
             str(path), "it holds no arguments of a task, because an earlier version wrote it; give them"
         )

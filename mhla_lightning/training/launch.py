@@ -78,6 +78,9 @@ _HARMLESS = (
 """Warnings of libraries about what only the libraries can change."""
 
 
+Mode = Literal["fit", "validate", "test", "predict"]
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Where a run lives and what is done with it.
@@ -87,22 +90,23 @@ class RunOptions:
         run_id: name of the run; None is the recipe's name and a hash of the resolved recipe.
         fresh: start anew in NAME-2, NAME-3, ... where the folder exists.
         accept_changes: resume although the recipe has changed.
-        mode: `fit` trains and validates; `validate` and `test` evaluate a checkpoint and write nothing.
-        ckpt: checkpoint folder or run that `validate` and `test` take; None is the run's newest.
+        mode: `fit` trains and validates; `validate`, `test` and `predict` read a checkpoint, and write
+            nothing.
+        ckpt: checkpoint folder or run that these take; None is the run's newest.
     """
 
     runs: str | None = None
     run_id: str | None = None
     fresh: bool = False
     accept_changes: bool = False
-    mode: Literal["fit", "validate", "test"] = "fit"
+    mode: Mode = "fit"
     ckpt: str | None = None
 
     def __post_init__(self) -> None:
         if self.ckpt and self.mode == "fit":
             raise UserError(
                 "ckpt",
-                "a checkpoint belongs to `mode` validate or test; training resumes by itself, and "
+                "a checkpoint belongs to `mode` validate, test or predict; training resumes by itself, and "
                 "`model.init_from` starts from other weights",
             )
 
@@ -115,11 +119,13 @@ class Launched:
         code: see :func:`launch`.
         run: the folder; None where a signal came before it was chosen.
         trainer: Lightning's; None where nothing was left to train, or a signal came before.
+        predictions: of `mode` predict, one mapping a batch; None in other modes.
     """
 
     code: int
     run: RunFolder | None
     trainer: Trainer | None = None
+    predictions: list[dict[str, Any]] | None = None
 
 
 def read_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -414,7 +420,7 @@ def _report_start(session: Session, run: RunFolder, report: Report) -> None:
         f"{task.parameter_count:,} parameters, {task.flops_per_sample / 1e9:.3g} GFLOPs a sample "
         f"(forward), {run.path}"
     )
-    report.line(f"watch it: mhla monitor {run.path} (or: tensorboard --logdir {run.tensorboard})")
+    report.line(f"watch it: mhla monitor {run.path} (or: tensorboard --logdir {run.path.parent})")
 
 
 def _failed(error: Exception, session: Session, run: RunFolder, report: Report) -> int:
@@ -475,12 +481,14 @@ def _how_to_resume(run: RunFolder) -> str:
 
 
 def _evaluate(resolved: Resolved, run: RunFolder, options: RunOptions, report: Report) -> Launched:
-    """Validate or test a checkpoint; write nothing."""
+    """Validate, test or predict with a checkpoint; write nothing."""
     from mhla_lightning.training.session import Session
 
     checkpoint = _checkpoint(run, options, report)
     _prepare_data(resolved, report)
     session = Session(resolved, run, resume=None)
+    if options.mode == "predict":
+        return Launched(0, run, session.trainer, session.predict(checkpoint))
     metrics = session.evaluate(options.mode, checkpoint)
     if session.trainer.is_global_zero:
         report.metrics(f"{options.mode} {checkpoint}", metrics)

@@ -8,10 +8,11 @@ import resource
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -314,26 +315,43 @@ class Session:
         Raises:
             UserError: weights that do not fit the recipe.
         """
+        verb = self.trainer.validate if mode == "validate" else self.trainer.test
+        with self._looking_at(checkpoint) as arguments:
+            verb(self.task, verbose=False, **arguments)
+        return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
+
+    def predict(self, checkpoint: Path) -> list[dict[str, Any]]:
+        """Return the task's predictions for the test data, or the validation data, one mapping a batch.
+
+        Args:
+            checkpoint: the folder.
+
+        Raises:
+            UserError: weights that do not fit the recipe, or several processes.
+        """
+        if self.trainer.world_size > 1:
+            raise UserError(
+                "trainer.devices", "a prediction takes one process, whose batches are all; write 1"
+            )
+        with self._looking_at(checkpoint) as arguments:
+            return cast(list[dict[str, Any]], self.trainer.predict(self.task, **arguments))
+
+    @contextmanager
+    def _looking_at(self, checkpoint: Path) -> Iterator[dict[str, Any]]:
+        """Yield the arguments of a verb of the Trainer that reads a checkpoint."""
         for callback in self._averages:
             callback.resume_from(checkpoint)
         self.logger.optimizer_steps = None
         self.trainer.loggers = []  # a look at a finished run changes nothing in its folder
-        verb = self.trainer.validate if mode == "validate" else self.trainer.test
+        place = checkpoint / "trainer.ckpt"
         try:
-            verb(
-                self.task,
-                datamodule=self.data,
-                ckpt_path=checkpoint / "trainer.ckpt",
-                weights_only=True,
-                verbose=False,
-            )
+            yield {"datamodule": self.data, "ckpt_path": place, "weights_only": True}
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
             raise UserError(
                 str(checkpoint), f"the weights do not fit this recipe: {' '.join(str(error).split())[:300]}"
             ) from error
-        return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
 
     def _summary(self) -> dict[str, Any]:
         series = read_metrics(self.run.metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -146,3 +146,18 @@ class Adapted(dict[str, Tensor]):
 def by(counts: Sequence[int]) -> str:
     """Return counts per axis in words: `8 x 16`."""
     return " x ".join(map(str, counts))
+
+
+@runtime_checkable
+class AdaptsWeights(Protocol):
+    """A backbone that takes the weights of a model of another geometry.
+
+    Attributes:
+        geometry: its own.
+    """
+
+    geometry: Geometry
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor], grid: Geometry | None = None) -> Adapted:
+        """Return others' weights in this model's places; `grid` tells the geometry of their model."""
+        ...

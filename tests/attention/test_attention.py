@@ -45,6 +45,9 @@ OPERATORS: list[str | dict] = [
     {"name": "mhla", "block_size": 3, "feature_map": "elu"},
     {"name": "mhla", "block_size": 3, "feature_map": "relu"},
     {"name": "mhla", "block_size": 3, "mix_per_head": True},
+    {"name": "mhla", "block_size": 3, "feature_map": "elu", "reweight_keys": True},
+    {"name": "linear", "feature_map": "elu", "reweight_keys": True},
+    {"name": "mhla", "block_size": 3, "mix_form": "relative"},
 ]
 
 
@@ -81,6 +84,10 @@ def reference(
         out = scores.softmax(-1) @ v
         return (out if mask is None else out * mask[:, None, :, None]).transpose(1, 2)
     phi: Callable[[Tensor], Tensor] = operator.phi  # type: ignore[assignment]
+    q, k = phi(q), phi(k)
+    if not isinstance(entry, str) and entry.get("reweight_keys"):
+        real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if mask is None else mask
+        k = k * rala_weights(q, k, real)
     if isinstance(operator, MHLA):
         mixing, blocks, normalizer = (
             operator.mixing.matrix(),
@@ -93,9 +100,17 @@ def reference(
             torch.zeros(q.shape[2], dtype=torch.long),
             "block",
         )
-    return dense_mhla(
-        phi(q), phi(k), v, mixing, blocks, normalizer=normalizer, eps=1e-6, mask=mask
-    ).transpose(1, 2)
+    out = dense_mhla(q, k, v, mixing, blocks, normalizer=normalizer, eps=1e-6, mask=mask)
+    return out.transpose(1, 2)
+
+
+def rala_weights(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+    """N exp(s_t) / sum exp(s) over the N real tokens, with s_t = mean(q) . k_t / sqrt(dim)."""
+    real = real[:, None, :, None].to(q.dtype)
+    count = real.sum(2, keepdim=True)
+    mean = (q * real).sum(2, keepdim=True) / count
+    weights = torch.exp((mean * k).sum(-1, keepdim=True) / math.sqrt(DIM_K)) * real
+    return count * weights / weights.sum(2, keepdim=True)
 
 
 def test_every_registered_operator_is_covered() -> None:

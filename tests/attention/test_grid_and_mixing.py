@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from mhla_lightning.attention import BlockGrid, MixingInit, MixingMatrix, initial_mixing
+from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative
 from tests.helpers.errors import refused
 
 GRIDS = [
@@ -111,8 +113,47 @@ def test_the_relative_form_serves_any_number_of_blocks() -> None:
     torch.testing.assert_close(
         MixingMatrix(3, "causal_local", causal=True, form="relative").weight, torch.tensor([[1.0, 0.5, 1e-3]])
     )
-    with refused("form"):
-        MixingMatrix(3, "const", form="relative")
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [((4,), (7,)), ((2, 3), (3, 2)), ((3, 2), (1, 5)), ((2, 1, 3), (3, 2, 2))]
+)
+def test_the_relative_form_has_one_weight_per_offset(own: tuple[int, ...], other: tuple[int, ...]) -> None:
+    mixing = MixingMatrix(own, heads=2, form="relative")
+    assert mixing.weight.shape == (2, math.prod(2 * n - 1 for n in own))
+    absolute = MixingMatrix(own).matrix().tolist()
+    by_offset: dict[tuple[int, ...], list[float]] = {}
+    places = list(itertools.product(*map(range, own)))
+    for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+        by_offset.setdefault(offset(query, key, own), []).append(absolute[i][j])
+    for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+        found = by_offset[offset(query, key, own)]
+        assert float(mixing.matrix()[1, i, j].detach()) == pytest.approx(sum(found) / len(found), rel=1e-6)
+    with torch.no_grad():
+        mixing.weight.copy_(torch.rand(mixing.weight.shape))
+    table = dict(
+        zip(itertools.product(*(range(1 - n, n) for n in own)), mixing.weight[0].tolist(), strict=True)
+    )
+    matrix = mixing.matrix(other)[0]
+    places = list(itertools.product(*map(range, other)))
+    for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+        assert matrix[i][j] == table[offset(query, key, own)]
+    with refused("blocks"):
+        mixing.matrix((*other, 2))
+
+
+def offset(query: tuple[int, ...], key: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
+    """By hand: query minus key along each axis, no farther than the own blocks reach."""
+    return tuple(max(1 - n, min(n - 1, a - b)) for a, b, n in zip(query, key, own, strict=True))
+
+
+def test_the_average_by_offset_reports_how_far_entries_are_from_it() -> None:
+    matrix = torch.tensor([[0.5, 0.25], [0.75, 1.0]])
+    weights, deviation = average_by_offset(matrix, (2,))
+    assert weights.tolist() == [[0.25, 0.75, 0.75]]  # key to the right, own, key to the left
+    assert deviation == 0.25
+    for of_one in (expand_relative(weights, (2,), (2,)), expand_relative(weights, (2,), (5,))):
+        assert average_by_offset(of_one, of_one.shape[-1:])[1] == 0
 
 
 @pytest.mark.parametrize("init", ["local_row", "uniform", "causal_uniform"])

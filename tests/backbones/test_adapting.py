@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_lightning.attention import BlockGrid
+from mhla_lightning.attention.mhla.relative import average_by_offset
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.adapting import resampled_mixing
 from mhla_lightning.backbones.layers import grid_sinusoid
 from mhla_lightning.weights.adapted import DoubtfulWeights
 from tests.helpers.errors import refused
 
+NAME = "blocks.0.attn.attention.mixing.weight"
 LM = {"vocab_size": 11, "embed_dim": 32, "depth": 1, "context": 64}
 VIDEO = {"embed_dim": 24, "ffn_dim": 16, "depth": 1, "text_dim": 8, "freq_dim": 8}
 
@@ -195,6 +197,40 @@ def test_models_of_other_blocks_take_resampled_matrices(family: str) -> None:
     plain = {name: torch.zeros_like(model.state_dict()[name])}
     with pytest.warns(DoubtfulWeights, match="nothing tells the layout of its"):
         assert name in model.adapt_state_dict(plain)
+
+
+RELATIVE: dict[str, Any] = {"blocks": None, "block_size": 2, "mix_form": "relative"}
+
+
+def test_weights_by_offset_serve_a_larger_grid_as_they_are() -> None:
+    """Four times the tokens in blocks of the same size: the same weights, and the outermost beyond them."""
+    source, model = vit((6, 4), **RELATIVE), vit((12, 8), **RELATIVE)
+    weight = source.blocks[0].attn.attention.mixing.weight
+    torch.nn.init.uniform_(weight)
+    adapted = model.adapt_state_dict(source.state_dict())
+    model.load_state_dict(adapted)
+    mixing = model.blocks[0].attn.attention.mixing
+    assert torch.equal(mixing.matrix(), source.blocks[0].attn.attention.mixing.matrix((6, 4)))
+    assert adapted.resampled[NAME] == "3 x 2 to 6 x 4 blocks"
+    source.set_input_size((48, 32))  # timm's way to the same
+    torch.testing.assert_close(source.blocks[0].attn.attention.mixing.weight, mixing.weight)
+
+
+def test_an_absolute_matrix_becomes_weights_by_offset_and_the_change_is_told() -> None:
+    source, model = vit((6, 4), None, block_size=2), vit((6, 4), **RELATIVE)
+    matrix = source.blocks[0].attn.attention.mixing.matrix()
+    weights, deviation = average_by_offset(matrix, (3, 2))
+    adapted = model.adapt_state_dict(source.state_dict())
+    torch.testing.assert_close(adapted[NAME], weights.expand(2, -1))
+    assert adapted.resampled[NAME].endswith(f"which changes weights by up to {deviation:.2g}")
+    assert 0.05 < deviation < 1
+    model.load_state_dict(adapted)
+    back = vit((6, 4), None, block_size=2, mix_per_head=True).adapt_state_dict(model.state_dict())
+    torch.testing.assert_close(back[NAME], model.blocks[0].attn.attention.mixing.matrix())
+    other = vit((12, 8), 4, mix_form="relative").adapt_state_dict(source.state_dict())
+    layers = [each.blocks[0].attn.attention.grid for each in (source, vit((12, 8), 4))]
+    expected, _ = average_by_offset(resampled_mixing(matrix, *layers), (4, 4))
+    torch.testing.assert_close(other[NAME], expected.expand(2, -1))
 
 
 def test_positions_of_a_formula_stay_its_own() -> None:

@@ -20,17 +20,11 @@ from mhla_lightning.backbones import (
     register_backbone,
 )
 from mhla_lightning.backbones.vit import padded_grid
+from tests.helpers.classifiers import TINY_VIT, tiny_options
 from tests.helpers.errors import refused
 from tests.helpers.marks import every_nth
 
-TINY: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 4,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 5,
-}
+TINY = TINY_VIT
 
 
 def build_backbone(name: str, **options: Any) -> Any:
@@ -50,9 +44,12 @@ def test_preset_release_has_the_released_parameter_counts(name: str, parameters:
 
 @pytest.mark.parametrize(("name", "attention"), list(product(IMAGE_CLASSIFIERS, ATTENTION)))
 def test_timm_creates_every_backbone_with_every_operator(name: str, attention: str) -> None:
-    model: Any = timm.create_model(f"{name}_{attention}", **TINY)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-    assert {type(block.attn.attention) for block in model.blocks} == {ATTENTION[attention]}
+    options = tiny_options(name)
+    model: Any = timm.create_model(f"{name}_{attention}", **options)
+    side = options["img_size"]
+    assert model(torch.randn(2, 3, side, side)).shape == (2, 5)
+    blocks = model.stages[0].blocks if name.startswith("vlt_") else model.blocks
+    assert {type(block.attn.attention) for block in blocks} == {ATTENTION[attention]}
 
 
 @pytest.mark.parametrize("attention", [*ATTENTION, {"name": "mhla", "preset": "release"}], ids=str)

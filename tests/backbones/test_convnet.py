@@ -47,6 +47,14 @@ def test_the_head_is_linear_on_what_stands_before_it() -> None:
     torch.testing.assert_close(pooled @ model.head.fc.weight.T + model.head.fc.bias, model.forward_head(last))
 
 
+def test_synchronised_normalisation_keeps_the_activations() -> None:
+    """torch's converter puts its own norms into the places of timm's."""
+    model, image = build().eval(), torch.randn(2, 3, 28, 28)
+    expected = model(image)
+    converted: Any = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.testing.assert_close(converted.eval()(image), expected)
+
+
 def test_every_parameter_learns_and_own_weights_come_back() -> None:
     model, other = build(), build()
     model(torch.randn(4, 3, 28, 28)).square().sum().backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mhla_lightning.backbones import build_backbone
+from tests.helpers.classifiers import TINY_VLT
 
 SMALL: dict[str, dict[str, Any]] = {
     "deit_tiny": {"img_size": 64, "embed_dim": 16, "depth": 2, "num_heads": 2},
@@ -16,6 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "wan_tiny": {},
     "lm_tiny": {"depth": 2, "embed_dim": 16},
     "convnet_tiny": {},
+    "vlt_tiny": TINY_VLT,
 }
 
 

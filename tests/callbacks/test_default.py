@@ -52,7 +52,7 @@ def test_curves_heat_maps_and_progress_of_a_plain_trainer(shards: Path, tmp_path
     assert len(curves["train/loss"]) == len(curves["train/grad_norm"]) == 4
     tokens = [speed * 16 for speed in curves["train/samples_per_second"]]
     assert curves["train/tokens_per_second"] == pytest.approx(tokens)
-    assert [(tag, step) for tag, step, _ in recorded.images] == [("mixing", 4)]
+    assert [(tag, step) for tag, step, _ in recorded.images] == [("weights/mixing", 4)]
     progress = read_object(Path(table.log_dir, "progress.json"))
     assert (progress["state"], progress["step"], progress["max_steps"]) == ("finished", 4, 4)
     assert progress["consumed"] == 64

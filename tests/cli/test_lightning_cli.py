@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 
 from mhla_lightning.cli.main import main as mhla
@@ -70,6 +72,19 @@ def test_a_packaged_recipe_trains_as_a_run(recipe: str, shards: Path, tmp_path: 
     assert {tag: float(value) for tag, value in measured.items()} == {
         tag: values[-1][1] for tag, values in losses(tmp_path / "door").items() if tag.startswith("val")
     }
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    file = tmp_path / "predictions.pt"
+    assert main(["predict", "-c", recipe, *place, "--predictions", str(file)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != file} == before
+    found = torch.load(file, weights_only=True)
+    names = {key for part in found for key in part["key"]}
+    logits = torch.cat([part["logits"] for part in found])
+    assert len(names) == len(logits) == looked.datamodule.index("val").samples
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    again: Any = trainer.predict(looked.model, looked.datamodule)
+    assert torch.equal(logits, torch.cat([part["logits"] for part in again]))
 
 
 @pytest.mark.slow
@@ -114,7 +129,13 @@ def test_mistakes_are_those_of_a_run(recipe: Path, capsys: pytest.CaptureFixture
         RecipeCLI(["fit", "--config", str(recipe), "--ckpt_path", "x"])
     with refused("args"):
         RecipeCLI({"fit": {}})  # type: ignore[arg-type]
-    for wrong in (["fit"], ["predict", "--config", str(recipe)], []):
+    for given, key in ((["predict"], "predictions"), (["fit", "--predictions", "x.pt"], "predictions")):
+        with refused(key):
+            RecipeCLI([*given, "--config", str(recipe)])
+    for taken in (recipe, recipe.parent / "no" / "x.pt"):
+        with refused("predictions"):
+            RecipeCLI(["predict", "--config", str(recipe), "--predictions", str(taken)])
+    for wrong in (["fit"], ["guess", "--config", str(recipe)], []):
         with pytest.raises(SystemExit) as stopped:
             RecipeCLI(wrong)
         assert stopped.value.code == 2

@@ -97,6 +97,11 @@ def test_compare_end_to_end(small: list[str], tmp_path: Path, capsys: pytest.Cap
         assert row["mean"]["val/loss"] == pytest.approx(statistics.fmean(losses))
         assert row["spread"]["val/loss"] == pytest.approx(statistics.stdev(losses))
         assert score(row["mean"]["val_ema/loss"], row["spread"]["val_ema/loss"]) in shown
+    difference = next(one for one in table["differences"] if one["tag"] == "val/loss")
+    means = [row["mean"]["val/loss"] for row in table["rows"]]
+    assert (difference["row"], difference["against"]) == (table["rows"][1]["name"], table["rows"][0]["name"])
+    assert difference["mean"] == pytest.approx(means[1] - means[0])
+    assert "val/top1, with 95 % intervals over seeds" in shown
     assert table["rows"][1]["overrides"] == {"model.attention": {"name": "mhla", "mix_init": "uniform"}}
     assert "mhla mix_init=uniform, seed 1: val/top1 " in shown
     assert f"curves: {folder / 'curves.png'}" in shown

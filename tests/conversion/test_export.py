@@ -253,10 +253,12 @@ def finished(recipe: Path) -> Path:
 def test_a_run_of_another_family_is_written_under_our_names(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Averaged or raw weights of a classifier run; a recipe starts from the folder."""
+    """Averaged or raw weights of a classifier run; a recipe starts from the folder of any format."""
     run = finished(recipe)
+    plain = ["--format", "plain"]
     for name, arguments in {"averaged": [], "raw": ["--no-ema"], "earlier": ["--ckpt", "8"]}.items():
-        assert main(["export", run.name, "--to", name, *arguments]) == 0
+        assert main(["export", run.name, "--to", name, *plain, *arguments]) == 0
+    assert main(["export", run.name, "--to", "of-timm"]) == 0
     average = load_file(run / "checkpoints" / "step-00000012" / "ema" / "weights.safetensors")
     averaged, raw, earlier = (
         load_file(Path(name) / "model.safetensors") for name in ("averaged", "raw", "earlier")
@@ -281,7 +283,7 @@ def test_a_run_of_another_family_is_written_under_our_names(
                 "--run-id",
                 "warm",
                 "--model.init_from",
-                "averaged",
+                "of-timm",
                 "--trainer.max_steps",
                 "1",
             ]
@@ -290,7 +292,7 @@ def test_a_run_of_another_family_is_written_under_our_names(
     )
     capsys.readouterr()
     assert main(["export", run.name, "--to", "wan", "--format", "diffusers"]) == 2
-    assert "--format: diffusers" in capsys.readouterr().err
+    assert "valid: timm, plain" in capsys.readouterr().err
     assert not Path("wan").exists()
 
 

@@ -24,7 +24,9 @@ from tests.helpers.errors import refused
 VIT = {"img_size": 32, "patch_size": 8, "num_classes": 3, "depth": 1, "embed_dim": 24, "num_heads": 2}
 DIT = {"input_size": 8, "in_channels": 4, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
 WAN = {"input_size": [2, 8, 8], "patch_size": [1, 2, 2], "blocks": [1, 2, 2], "embed_dim": 32, "ffn_dim": 32}
+VLT = {"img_size": [28, 36], "embed_dims": [8, 8, 12, 12], "depths": [2, 1, 1, 1], "num_heads": [1, 1, 1, 3]}
 MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "stages": ("vlt_tiny", [["mhla", "linear"], "mhla", "softmax", "softmax"], {**VLT, "num_classes": 3}),
     "classifier": ("deit_tiny", {"name": "mhla", "blocks": 4}, VIT),
     "image": ("dit_s2", ["mhla", "softmax"], DIT),
     "video": ("wan_tiny", "mhla", {**WAN, "depth": 1, "num_heads": 2}),

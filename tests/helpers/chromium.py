@@ -86,11 +86,11 @@ class Chromium:
             self.errors.append(json.dumps(parameters["args"])[:500])
         return message
 
-    def open(self, file: Path, width: int = 1400, height: int = 1000, scheme: str = "light") -> None:
-        """Open a file from disk and wait until it is loaded and drawn.
+    def open(self, page: Path | str, width: int = 1400, height: int = 1000, scheme: str = "light") -> None:
+        """Open a file from disk, or an address, and wait until it is loaded and drawn.
 
         Args:
-            file: of a page.
+            page: a file, or an address of this machine.
             width, height: of the window, in pixels.
             scheme: `light` or `dark`.
         """
@@ -103,7 +103,7 @@ class Chromium:
         )
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._loaded = False
-        self.send("Page.navigate", url=file.resolve().as_uri())
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not self._loaded:
             self._next()
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mhla_lightning.config.recipes import load_recipe
 from tests.house.source import ROOT, tracked
 
 GUIDES = [name for name in tracked("*.md") if name.startswith("docs/") or "/" not in name]
@@ -74,3 +75,29 @@ def test_the_figures_are_small() -> None:
 def test_every_figure_is_drawn_by_make_figures() -> None:
     script = (ROOT / "docs/scripts/figures.py").read_text()
     assert all(f'"{Path(name).name}"' in script for name in tracked("docs/images/*"))
+
+
+def hours_of_the_paper() -> dict[str, str]:
+    """Recipe -> GPU hours, of the tables of docs/paper.md that have recipes in their first column."""
+    text = (ROOT / "docs/paper.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"(?m)^\| `.*", text)]
+    return {cells[0].strip("`"): cells[1] for cells in rows}
+
+
+def test_each_recipe_of_the_paper_has_its_hours() -> None:
+    found = hours_of_the_paper()
+    assert len(found) == 18
+    assert all(float(hours) > 0 for hours in found.values())
+
+
+@pytest.mark.slow  # builds eighteen models without weights: ten seconds
+def test_the_hours_of_the_paper_are_those_of_mhla_plan() -> None:
+    from mhla_lightning.config.resolve import resolve
+    from mhla_lightning.planning.gpus import GPUS
+
+    for recipe, hours in hours_of_the_paper().items():
+        found = resolve(load_recipe(recipe).values)
+        steps = found.trainer.get("max_steps") or found.data.epochs * 1_281_167 / found.data.batch_size
+        flops = 3 * found.task.flops_per_sample * found.data.batch_size * steps
+        modelled = flops / (0.4 * GPUS["h100-80g"].bf16) / 3600
+        assert hours == (f"{modelled:.1f}" if modelled < 10 else f"{modelled:.0f}"), recipe

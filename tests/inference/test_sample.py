@@ -10,11 +10,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mhla_lightning.backbones.layers import grid_sinusoid
 from mhla_lightning.cli.main import main
 from mhla_lightning.cli.sample import parse_classes
 from mhla_lightning.diffusion import Guidance
@@ -140,6 +142,25 @@ def test_averaged_weights_are_the_default(trained: Path) -> None:
     assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_another_size_than_in_training(trained: Path, tmp_path: Path) -> None:
+    """The same weights on a larger grid, with the matrices resampled and the positions of the formula."""
+    assert main(command(trained, tmp_path / "own", "--size", "8x8")) == 0
+    assert main(command(trained, tmp_path / "left out")) == 0
+    own, without = (drawn(tmp_path / name)["arr_0"] for name in ("own", "left out"))
+    assert np.array_equal(own, without)
+    assert main(command(trained, tmp_path / "wide", "--size", "8x16", "--batch-size", "10")) == 0
+    wide = drawn(tmp_path / "wide")["arr_0"]
+    assert wide.shape == (10, 8, 16, 3)
+    found = find_image_run(str(trained), size=(8, 16))
+    model: Any = load_task(found, "cpu").backbone
+    weights = find_image_run(str(trained)).weights.read()
+    small: Any = load_task(find_image_run(str(trained)), "cpu").backbone
+    expected = model.adapt_state_dict(weights, small.geometry)
+    for name, value in expected.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.pos_embed[0], grid_sinusoid((4, 8), model.embed_dim))
+
+
 def test_drawing_touches_no_generator_of_the_process(trained: Path) -> None:
     found = find_image_run(str(trained))
     task = load_task(found, "cpu")
@@ -163,6 +184,7 @@ def test_drawing_touches_no_generator_of_the_process(trained: Path) -> None:
         (["--guidance-interval", "0.6", "0.2"], "0.6"),
         (["--ckpt", "3"], "--ckpt: 3"),
         (["--device", "cuda:77"], "--device: cuda:77"),
+        (["--size", "9x8"], "--size: this run cannot draw 9x8"),
     ],
 )
 def test_wrong_input(

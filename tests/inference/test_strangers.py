@@ -33,7 +33,7 @@ MARKER = pathlib.Path(__file__).with_name("marker")
 MARKER.touch()
 class Evil:
     def __init__(self, **given): MARKER.touch()
-class OwnTask(LanguageTask):
+class LinearTask(LanguageTask):
     pass
 def evil(**given): MARKER.touch()
 """
@@ -197,7 +197,7 @@ def test_the_copy_in_a_checkpoint_is_no_way_round(tmp_path: Path, marker: Path) 
 
 def test_imports_count_in_the_folders_recipe_and_never_in_a_checkpoint(tmp_path: Path, marker: Path) -> None:
     values = {**yaml.safe_load(LANGUAGE), "imports": ["stranger_module"]}
-    values["model"]["class_path"] = "stranger_module.OwnTask"
+    values["model"]["class_path"] = "stranger_module.LinearTask"
     run = folder(tmp_path, values)
     copy = run / "checkpoints" / "step-00000001" / "recipe.yaml"
     copy.write_text((run / "recipe.yaml").read_text())
@@ -206,7 +206,7 @@ def test_imports_count_in_the_folders_recipe_and_never_in_a_checkpoint(tmp_path:
         rebuilt(run)
     assert not marker.exists()
     (run / "recipe.yaml").write_text(copy.read_text())
-    assert type(rebuilt(run).task).__name__ == "OwnTask"
+    assert type(rebuilt(run).task).__name__ == "LinearTask"
     assert marker.exists()
 
 

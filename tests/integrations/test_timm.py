@@ -12,6 +12,7 @@ from timm.models import save_for_hf
 
 from mhla_lightning.attention import ATTENTION
 from mhla_lightning.backbones import IMAGE_CLASSIFIERS
+from tests.helpers.classifiers import TINY_VLT, tiny_options
 from tests.helpers.errors import refused
 
 NAMES = [f"{backbone}_{attention}" for backbone in IMAGE_CLASSIFIERS for attention in ATTENTION]
@@ -33,13 +34,13 @@ def test_every_name_has_a_config(name: str) -> None:
     config = timm.get_pretrained_cfg(name)
     assert config is not None
     assert (config.architecture, config.input_size, config.num_classes) == (name, (3, 224, 224), 1000)
-    model = create(name)
+    model: Any = timm.create_model(name, **tiny_options(name))
     assert model.default_cfg is model.pretrained_cfg
     weights = dict(model.named_parameters())
     assert f"{model.default_cfg['classifier']}.weight" in weights
     assert f"{model.default_cfg['first_conv']}.weight" in weights
     with refused("pretrained"):
-        create(name, pretrained=True)
+        timm.create_model(name, pretrained=True, **tiny_options(name))
 
 
 @every_operator
@@ -145,4 +146,19 @@ def test_a_saved_folder_is_loaded_back(name: str, tmp_path: Path) -> None:
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, img_size=64)
+    assert other(images(64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_saved_vlt_is_loaded_back(attention: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(f"vlt_tiny_{attention}", **TINY_VLT)
+    model(images(28, 28))  # moves the statistics of batch normalisation
+    model.eval().set_input_size((48, 80))
+    model.reset_classifier(5, "max")
+    x = images(48, 80)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+    other: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3, img_size=64)
     assert other(images(64, 64)).shape == (2, 3)

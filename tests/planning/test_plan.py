@@ -167,7 +167,7 @@ def test_every_recipe_can_be_planned(name: str, capsys: pytest.CaptureFixture[st
     code = main(["plan", name, "--gpus-per-node", "8", "--gpu", "h100-80g", "--strategy", "zero2"])
     shown = capsys.readouterr()
     assert code == 0 or (code == 2 and len(shown.err.strip().splitlines()) == 1)
-    assert "could not be measured" not in shown.out
+    assert "could not be modelled" not in shown.out
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -265,7 +265,7 @@ class TestPlan:
         monkeypatch.setattr(planning, "activation_bytes", fails)
         plan = plan_of(DIGITS, gpu=GPUS["h100-80g"])
         assert (plan.activations, plan.fits) == (None, None)
-        assert "activations could not be measured without a GPU: needs a CUDA device" in plan.notes
+        assert "activations could not be modelled without a GPU: needs a CUDA device" in plan.notes
 
     @pytest.mark.parametrize(
         ("words", "sentence"),

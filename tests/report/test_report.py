@@ -243,7 +243,7 @@ def test_a_comparison_has_a_table_with_intervals_and_a_plot_per_metric(tmp_path:
     row = found["intervals"][0]["rows"][1]
     values = [top / 4 for top in (1.0, 1.1, 1.3)]  # the loss of step 12
     assert row["values"] == pytest.approx(values)
-    assert row["half"] == pytest.approx(4.303 * statistics.stdev(values) / 3**0.5)
+    assert row["half"] == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5)
     assert f"{statistics.fmean(values):.4f} <small>± {row['half']:.4f}</small>" in page
     curves = found["charts"][0]["curves"]
     kinds = [False, True, True, True]  # the mean, and three seeds

@@ -102,7 +102,8 @@ def test_wandb_takes_images_and_clips(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.rglob("media/**/*.*")} == {".png", ".gif"}
 
 
-def test_mlflow_takes_images_and_clips(tmp_path: Path) -> None:
+def test_mlflow_takes_images_and_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow 3.17 refuses folders without it
     pytest.importorskip("mlflow", reason="mlflow is no dependency of ours")
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path}")
     pictures.show_image([logger], "samples", CLIP[0], 1)

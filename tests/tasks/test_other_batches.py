@@ -23,8 +23,10 @@ from mhla_lightning.tasks import (
     Task,
     VideoDiffusionTask,
 )
+from mhla_lightning.tasks.batches import FIRST
 from tests.helpers.errors import refused
 from tests.helpers.marks import every_nth
+from tests.helpers.pretended_gpu import PretendedAccelerator, PretendedStrategy, pretended_gpu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*", "ignore:.*does not have many workers.*", "ignore:You defined a `validation_step`"
@@ -183,6 +185,32 @@ def test_too_few_classes_are_refused_before_the_first_step() -> None:
         trainer.fit(task, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=5))
     assert before
     assert all(torch.equal(one, other) for one, other in zip(before, task.parameters(), strict=True))
+
+
+def test_labels_on_a_gpu_are_read_in_the_first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later batches make nobody wait; on the host all labels are read."""
+    task, steps = classifier(), FIRST + 3
+    with pretended_gpu(monkeypatch) as record:
+
+        class Phase(pl.Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+                record.phase = str(batch_idx)
+
+        there: Any = {"strategy": PretendedStrategy(), "accelerator": PretendedAccelerator()}
+        trainer = pl.Trainer(max_steps=steps, log_every_n_steps=0, callbacks=[Phase()], **there, **QUIET)
+        rows = TensorDataset(IMAGES.repeat(3, 1, 1, 1), LABELS.repeat(3))
+        trainer.fit(task, DataLoader(rows, batch_size=2))
+        assert trainer.global_step == steps
+        waits = [[place for place in record.of(str(step)) if "batches.py" in place] for step in range(steps)]
+        with refused("num_classes"):
+            classifier(3).completed((IMAGES.to("cuda"), LABELS.to("cuda")), 0, "train")
+    assert all(waits[:FIRST])
+    assert not any(waits[FIRST:])
+    late = classifier(3)
+    for number in range(FIRST + 1):
+        late.completed((IMAGES[:3], LABELS[:3]), number, "train")
+    with refused("num_classes"):
+        late.completed((IMAGES, LABELS), FIRST + 1, "train")
 
 
 def test_the_cosine_ends_with_the_epochs_of_a_plain_loader() -> None:

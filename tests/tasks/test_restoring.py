@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ class OwnTask(ClassificationTask):
         super().__init__(
             "deit_tiny", "mhla", OPTIONS | {"embed_dim": width}, 4, optimizer=OptimizerConfig(lr=lr)
         )
+
+
+def run_cell() -> Callable[[], Task]:
+    """Define a class, as a notebook's cell does each time that it runs."""
+
+    class TaskOfACell(ClassificationTask):
+        def __init__(self) -> None:
+            super().__init__("deit_tiny", "mhla", OPTIONS, 4)
+
+    return TaskOfACell
 
 
 def make_task(**options: Any) -> ClassificationTask:
@@ -90,6 +101,32 @@ def test_a_task_of_a_users_own_comes_back(tmp_path: Path) -> None:
         assert isinstance(again, OwnTask)
         assert again.hparams == {"width": 24, "lr": 5e-4}
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {"width": 24, "lr": 5e-4}
+
+
+def test_an_argument_that_a_class_gained_since_must_be_given(tmp_path: Path) -> None:
+    path = save(run_cell()(), tmp_path / "own.ckpt")
+
+    class TaskOfACell(OwnTask):
+        """The same name, and an argument without a default."""
+
+    with refused(str(path)):
+        TaskOfACell.load_from_checkpoint(path)
+    with refused("width"):
+        TaskOfACell.load_from_checkpoint(path, lr=0.1)
+
+
+def test_of_a_cell_that_ran_twice_the_last_class_is_taken(tmp_path: Path) -> None:
+    first, last = run_cell(), run_cell()
+    path = save(first(), tmp_path / "own.ckpt")
+    assert type(Task.load_from_checkpoint(path)) is last
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = save(run_cell()(), tmp_path / "own.ckpt")
+    another = type("TaskOfACell", (ClassificationTask,), {})
+    with refused(str(path)):
+        Task.load_from_checkpoint(path)
+    del another
 
 
 def test_what_is_no_plain_value_must_be_given(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_others_read(
     assert fit(recipe) == 0
     folder = run_folder(tmp_path)
     out = capsys.readouterr().out
-    assert f"tensorboard --logdir {folder / 'tensorboard'}" in out
+    assert f"mhla monitor {folder} (or: tensorboard --logdir {folder.parent})" in out
     assert "step 12/12" in out
     assert f"use it: mhla export {folder} --to FOLDER" in out
     assert out.count("the val split has 20 samples") == 1
@@ -66,7 +66,9 @@ def test_a_run_leaves_everything_others_read(
     assert set(events.Tags()["scalars"]) == set(series)
     for tag, values in series.items():
         assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars(tag)] == values
-    assert [e.step for e in events.Images("mixing")] == [4, 8, 12]
+    assert [e.step for e in events.Images("weights/mixing")] == [4, 8, 12]
+    groups = sorted({tag.split("/")[0] for kind in ("scalars", "images") for tag in events.Tags()[kind]})
+    assert groups == ["train", "val", "val_ema", "weights"]  # TensorBoard shows them in this order
     values = [tag for tag in events.Tags()["tensors"] if tag.startswith("mixing_values/")]
     assert [[e.step for e in events.Tensors(tag)] for tag in values] == 2 * [[4, 8, 12]]
 

@@ -5,6 +5,7 @@ It is MHLA with M = 1, and a baseline of the paper's tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from mhla_lightning.attention.mhla.fused import fused_mhla
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
+from mhla_lightning.attention.reweighting import reweighted, reweighting_flops
 
 _PART = 512  # most tokens that are summed up at once
 _KERNEL_PART = 1024  # the same for one program of a Triton kernel
@@ -27,6 +29,8 @@ class Linear(base.Attention):
 
     Args:
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`; the release's baseline has `relu`.
+        reweight_keys: weigh keys by the mean query, as RALA does, see
+            :func:`mhla_lightning.attention.reweighting.reweighted`.
         eps: added to the normalizer, and by `relu_eps` to the features.
         kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
 
@@ -42,19 +46,23 @@ class Linear(base.Attention):
         dim_v: int,
         grid: Sequence[int] | None = None,
         feature_map: str = "relu",
+        reweight_keys: bool = False,
         eps: float = 1e-6,
         kernel: str = "auto",
     ) -> None:
         super().__init__()
         self.eps, self.kernel = eps, choice.kernel_setting(kernel)
         self.phi = base.feature_map(feature_map, eps)
-        self.fused_offset = base.relu_offset(feature_map, eps)
+        self.reweight_keys = reweight_keys
+        self.fused_offset = None if reweight_keys else base.relu_offset(feature_map, eps)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         base.no_documents(context.documents)
         rotary, mask = context.rotary, context.mask
         lowered = choice.operands(self.kernel, q, k, v)
-        unfit = "it takes the feature maps 'relu' and 'relu_eps'" if self.fused_offset is None else None
+        unfit = None
+        if self.fused_offset is None:
+            unfit = "it takes the feature maps 'relu' and 'relu_eps', and no `reweight_keys`"
         if choice.takes_triton(self.kernel, *lowered, context, unfit):
             from mhla_lightning.attention.mhla.triton.ops import triton_mhla
 
@@ -79,8 +87,8 @@ class Linear(base.Attention):
         self, q: Tensor, k: Tensor, v: Tensor, rotary: base.Rotary | None, mask: Tensor | None
     ) -> Tensor:
         dtype = v.dtype
+        q, k = self._features(q, k, mask)
         q, k, v = (x.to(base.accumulation_dtype(x)).transpose(1, 2) for x in (q, k, v))
-        q, k = self.phi(q), self.phi(k)
         if mask is not None:
             k = k * mask[:, None, :, None].to(k.dtype)
         q_turned, k_turned = (
@@ -93,12 +101,22 @@ class Linear(base.Attention):
             out = out * mask[:, :, None, None].to(out.dtype)
         return out.to(dtype)
 
+    def _features(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return phi(q) and the keys' features, in float32 at least."""
+        if self.reweight_keys:
+            return reweighted(q, k, self.phi, mask)
+        return self.phi(q.to(base.accumulation_dtype(q))), self.phi(k.to(base.accumulation_dtype(k)))
+
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
-        return 2 * heads * tokens * dim_k * (2 * dim_v + 1)
+        weights = reweighting_flops(tokens, heads, dim_k) if self.reweight_keys else 0
+        return 2 * heads * tokens * dim_k * (2 * dim_v + 1) + weights
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return min(N, dim_k): one summary serves all queries."""
+        return min(math.prod(grid), dim_k)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        q, k = self._features(q, k, context.mask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         one, block = q.new_ones(1, 1), torch.zeros(q.shape[2], dtype=torch.int64, device=q.device)
-        return dense_mhla(self.phi(q), self.phi(k), v, one, block, eps=self.eps, mask=context.mask).transpose(
-            1, 2
-        )
+        return dense_mhla(q, k, v, one, block, eps=self.eps, mask=context.mask).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,9 @@ class Softmax(Attention):
 
     def flops(self, tokens: int, heads: int, dim_k: int, dim_v: int) -> int:
         return 2 * heads * tokens * tokens * (dim_k + dim_v)
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        return math.prod(grid)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5

@@ -19,6 +19,7 @@ from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.errors import UserError, inside
 
 POS_CONVS = ("none", "lepe3", "lepe5", "cpe3")
+GATES = (False, True, "linear")
 
 
 class DepthwiseConv(nn.Module):
@@ -53,7 +54,8 @@ class LayerOptions:
     Args:
         pos_conv: `lepe3` and `lepe5` add a depthwise convolution of v to the output. `cpe3` belongs to the
             block around this layer and has no effect here.
-        gate: output gate SiLU(x W_g) (SPEC 4.2).
+        gate: True multiplies the operator's output by SiLU(x W_g) (SPEC 4.2). `linear` has no activation
+            and multiplies the convolution's output too: (out + lepe) (x W_g) (SPEC 3.2).
         out_norm: RMSNorm per head on the operator's output.
         qk_norm: RMSNorm of q and k over all channels.
         qk_norm_eps: its epsilon; None means the dtype's smallest step, as in the release.
@@ -62,11 +64,11 @@ class LayerOptions:
         dropout: after the output projection.
 
     Raises:
-        UserError: unknown `pos_conv`.
+        UserError: unknown `pos_conv` or `gate`.
     """
 
     pos_conv: str = "none"
-    gate: bool = False
+    gate: bool | str = False
     out_norm: bool = False
     qk_norm: bool = False
     qk_norm_eps: float | None = 1e-6
@@ -76,6 +78,8 @@ class LayerOptions:
 
     def __post_init__(self) -> None:
         known("pos_conv", self.pos_conv, POS_CONVS)
+        if self.gate not in GATES:
+            raise UserError("gate", f"found {self.gate}; it is true, false or linear")
 
 
 class SelfAttention(nn.Module):
@@ -119,6 +123,7 @@ class SelfAttention(nn.Module):
             )
         self.out_norm = RMSNorm(head_dim, eps=1e-6) if options.out_norm else nn.Identity()
         self.gate = nn.Linear(dim, dim) if options.gate else None
+        self.gates_all = options.gate == "linear"
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(options.dropout)
         self.recompute = False
@@ -153,11 +158,13 @@ class SelfAttention(nn.Module):
         else:
             out = self.attention(*heads, context)
         out = self.out_norm(out).flatten(2)
-        if self.gate is not None:
+        if self.gate is not None and not self.gates_all:
             out = out * F.silu(self.gate(x))
         if self.lepe is not None:
             grid = self.grid if grid is None else grid
             out = out + self.lepe(v if mask is None else v * mask.unsqueeze(-1).to(v.dtype), grid)
+        if self.gate is not None and self.gates_all:
+            out = out * self.gate(x)
         return self.dropout(self.proj(out))
 
     def flops(self, grid: Sequence[int]) -> int:

@@ -3,11 +3,12 @@
 from mhla_lightning.attention.mhla.bidirectional import block_summaries, mhla, mix, read
 from mhla_lightning.attention.mhla.causal import attend_in_chunks, causal_mhla, prefill_in_chunks
 from mhla_lightning.attention.mhla.causal_operator import CausalMHLA, CausalMHLAOptions
+from mhla_lightning.attention.mhla.cross import CrossMixingMatrix, cross_mhla
 from mhla_lightning.attention.mhla.decode import MHLAState, init_state, step_state
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, initial_mixing
 from mhla_lightning.attention.mhla.operator import MHLA, MHLAOptions
-from mhla_lightning.attention.mhla.reference import dense_mhla
+from mhla_lightning.attention.mhla.reference import dense_cross_mhla, dense_mhla
 from mhla_lightning.attention.mhla.rule import CausalFeatures, CausalRule
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CausalMHLA",
     "CausalMHLAOptions",
     "CausalRule",
+    "CrossMixingMatrix",
     "MHLAOptions",
     "MHLAState",
     "MixingInit",
@@ -24,6 +26,8 @@ __all__ = [
     "attend_in_chunks",
     "block_summaries",
     "causal_mhla",
+    "cross_mhla",
+    "dense_cross_mhla",
     "dense_mhla",
     "init_state",
     "initial_mixing",

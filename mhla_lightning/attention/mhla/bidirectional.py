@@ -37,9 +37,11 @@ def mix(summaries: Tensor, mixing: Tensor) -> Tensor:
 
     Args:
         summaries: (batch, heads, blocks, ...).
-        mixing: (blocks, blocks) or (heads, blocks, blocks).
+        mixing: (blocks, blocks) or (heads, blocks, blocks); of cross-attention (query blocks, key blocks).
     """
-    return (mixing @ summaries.flatten(3)).view_as(summaries) if summaries.dim() > 4 else mixing @ summaries
+    if summaries.dim() <= 4:
+        return mixing @ summaries
+    return (mixing @ summaries.flatten(3)).unflatten(-1, summaries.shape[3:])
 
 
 def read(q: Tensor, mixed: Tensor) -> Tensor:

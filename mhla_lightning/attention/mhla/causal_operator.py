@@ -171,6 +171,9 @@ class CausalMHLA(base.CausalAttention):
         """Tokens per chunk."""
         return self.rule.chunk_size
 
+    def partition(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return (self.chunk_size,)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         lower = choice.operands(self.kernel, q, k, v)
         if choice.takes_causal(self.kernel, *lower, context, self._unfit(context)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mhla_lightning.attention.base import known
 from mhla_lightning.attention.mhla.grid import BlockGrid
+from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative
 from mhla_lightning.errors import UserError, unknown_name
 
 
@@ -170,17 +171,20 @@ class MixingMatrix(nn.Module):
         clamp: range [low, high] that :meth:`project_` restores after every optimizer step; None leaves the
             values free.
         heads: number of heads, for one matrix per head; None means one for all.
-        form: `absolute` is the paper's matrix. `relative` (causal, beyond the paper) has one weight per head
-            and distance in blocks. The last weight also serves all larger distances, so the form serves any
-            number of blocks.
+        form: `absolute` is the paper's matrix. `relative` (beyond the paper) has one weight per head and
+            offset between blocks along each axis; when causal, one per distance to an earlier block. The
+            outermost weights also serve all larger offsets, so the form serves any number of blocks. It
+            starts as the average of the absolute matrix over each offset.
         clamp_at: `step`, or `forward` as in the release's language model, where every forward also clamps the
             values that it uses.
         init_options: options of the initialization.
 
     Attributes:
-        blocks: rows of the matrix, or distances of the relative form.
+        blocks: rows of the matrix, or distances of the causal relative form.
+        counts: blocks per axis.
         weight: (blocks, blocks) or (heads, blocks, blocks), row = query block; relative: (heads or 1,
-            distances).
+            offsets), in the order of :mod:`mhla_lightning.attention.mhla.relative`, or (heads or 1,
+            distances) when causal.
 
     Raises:
         UserError: unknown names, or an invalid range.
@@ -209,22 +213,23 @@ class MixingMatrix(nn.Module):
         known("form", form, FORMS)
         known("clamp_at", clamp_at, CLAMP_AT)
         options = MixingInit() if init_options is None else init_options
-        if form == "relative":
-            if not causal:
-                raise UserError(
-                    "form", "'relative' counts the blocks back to an earlier one, and needs a causal model"
-                )
+        if form == "relative" and causal:
             by_distance = initial_relative(
                 grid.num_blocks, init, exp_sigma=options.exp_sigma, value=options.value
             )
             weight = by_distance.float().expand(heads or 1, -1).clone()
+        elif form == "relative":
+            by_offset, _ = average_by_offset(
+                initial_mixing(grid.distances(), init, **asdict(options)), grid.blocks
+            )
+            weight = by_offset.float().expand(heads or 1, -1).clone()
         else:
             weight = initial_mixing(grid.distances(), init, **asdict(options)).float()
             weight = weight.tril() if causal else weight
             weight = weight if heads is None else weight.expand(heads, -1, -1).clone()
         self.causal, self.form, self.clamp_at = causal, form, clamp_at
         self.clamp = None if clamp is None else (float(clamp[0]), float(clamp[1]))
-        self.blocks: int = weight.shape[-1]
+        self.blocks, self.counts = grid.num_blocks, grid.blocks
         self.weight = nn.Parameter(weight, requires_grad=learnable)
 
     def forward(self) -> Tensor:
@@ -237,19 +242,25 @@ class MixingMatrix(nn.Module):
             return self.weight
         return self.weight + (self.weight.clamp(*self.clamp) - self.weight).detach()
 
-    def matrix(self, blocks: int | None = None) -> Tensor:
+    def matrix(self, blocks: int | Sequence[int] | None = None) -> Tensor:
         """Return the matrix for a number of blocks, (blocks, blocks) or (heads, blocks, blocks).
 
         A relative matrix serves any number of blocks, a causal one its own number or fewer, and every other
         exactly its own.
 
         Args:
-            blocks: number of blocks; None means the matrix's own.
+            blocks: number of blocks, or blocks per axis, which a relative form on several axes needs; None
+                means the matrix's own.
 
         Raises:
             UserError: a number of blocks that this matrix cannot serve.
         """
-        blocks = self.blocks if blocks is None else blocks
+        counts = self.counts if blocks is None else (blocks,) if isinstance(blocks, int) else tuple(blocks)
+        if self.form == "relative" and not self.causal:
+            if len(counts) != len(self.counts):
+                raise UserError("blocks", f"found {counts}; give one count for each axis of {self.counts}")
+            return expand_relative(self(), self.counts, counts)
+        blocks = math.prod(counts)
         if self.form == "relative":
             weight = self()
             number = torch.arange(blocks, device=weight.device)
@@ -258,7 +269,7 @@ class MixingMatrix(nn.Module):
             raise UserError(
                 "blocks",
                 f"the tokens make {blocks} blocks, and the mixing matrix serves {self.blocks}; give `blocks` "
-                "instead of `block_size`, so that every grid has as many",
+                "instead of `block_size`, so that every grid has as many, or `mix_form: relative`",
             )
         weight = self()[..., :blocks, :blocks]
         return weight.tril() if self.causal else weight

@@ -16,6 +16,7 @@ from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.mixing import MixingInit, MixingMatrix, keys_of_an_entry
 from mhla_lightning.attention.mhla.reference import dense_mhla
 from mhla_lightning.attention.mhla.triton import choice
+from mhla_lightning.attention.reweighting import reweighted, reweighting_flops
 from mhla_lightning.errors import UserError
 
 
@@ -30,8 +31,13 @@ class MHLAOptions:
         mix_init: initialization of the mixing matrix, see :func:`initial_mixing`.
         mix_init_options: its options, see :class:`MixingInit`; None means their defaults.
         mix_learnable, mix_clamp: `learnable` and `clamp` of :class:`MixingMatrix`.
-        mix_per_head: one mixing matrix per head instead of one per layer (beyond the paper, SPEC P6).
+        mix_form: `absolute`, or `relative` with one weight per head and offset between blocks, which serves
+            any number of blocks (beyond the paper), see :class:`MixingMatrix`.
+        mix_per_head: one mixing per head instead of one per layer (beyond the paper, SPEC P6); None means
+            False for the absolute form, True for the relative one.
         feature_map: see :func:`mhla_lightning.attention.base.feature_map`.
+        reweight_keys: weigh keys by the mean query, see
+            :func:`mhla_lightning.attention.reweighting.reweighted` (RALA's, beyond the paper).
         eps: added to the normalizer, and by `relu_eps` to the features.
         kernel: `auto`, `triton` or `torch`, see :func:`choice.kernel_setting`.
         float32_summaries: keep the Triton kernels' summaries in float32; torch always does.
@@ -44,8 +50,10 @@ class MHLAOptions:
     mix_init_options: Mapping[str, float] | None = None
     mix_learnable: bool = True
     mix_clamp: Sequence[float] | None = (0.0, 1.0)
-    mix_per_head: bool = False
+    mix_form: str = "absolute"
+    mix_per_head: bool | None = None
     feature_map: str = "relu_eps"
+    reweight_keys: bool = False
     eps: float = 1e-6
     kernel: str = "auto"
     float32_summaries: bool = False
@@ -84,16 +92,19 @@ class MHLA(base.Attention):
             )
         self.normalizer, self.eps = options.normalizer, options.eps
         self.phi = base.feature_map(options.feature_map, options.eps)
-        offset = base.relu_offset(options.feature_map, options.eps)
-        self.fused_offset = None if options.normalizer == "slot" else offset
+        self.reweight_keys = options.reweight_keys
+        apart = options.normalizer == "slot" or options.reweight_keys
+        self.fused_offset = None if apart else base.relu_offset(options.feature_map, options.eps)
         self.kernel, self.float32_summaries = choice.kernel_setting(options.kernel), options.float32_summaries
+        per_head = options.mix_form == "relative" if options.mix_per_head is None else options.mix_per_head
         with keys_of_an_entry():
             self.mixing = MixingMatrix(
                 self.grid,
                 options.mix_init,
                 learnable=options.mix_learnable,
                 clamp=options.mix_clamp,
-                heads=heads if options.mix_per_head else None,
+                heads=heads if per_head else None,
+                form=options.mix_form,
                 init_options=init_options,
             )
 
@@ -130,13 +141,17 @@ class MHLA(base.Attention):
         plain = rotary is not None or mask is not None or torch.compiler.is_compiling()
         with base.full_precision(q):
             if self.fused_offset is None or plain:
+                phi = self.phi
+                if self.reweight_keys:
+                    q, k = reweighted(q, k, phi, mask)
+                    phi = base.feature_map("identity", 0.0)
                 return mhla_on_grid(
                     q,
                     k,
                     v,
                     mixing,
                     blocks,
-                    phi=self.phi,
+                    phi=phi,
                     normalizer=self.normalizer,
                     eps=self.eps,
                     rotary=rotary,
@@ -158,7 +173,7 @@ class MHLA(base.Attention):
         """Return what of this operator Triton kernels cannot do."""
         if self.fused_offset is not None:
             return None
-        return "it takes the feature maps 'relu' and 'relu_eps', and no normalizer 'slot'"
+        return "it takes the feature maps 'relu' and 'relu_eps', no normalizer 'slot' and no `reweight_keys`"
 
     def _blocks(self, grid: Sequence[int] | None) -> BlockGrid:
         """Return the blocks of a grid; None means the grid given at construction."""
@@ -169,6 +184,8 @@ class MHLA(base.Attention):
         return BlockGrid(grid, self.blocks, block_size=self.block_size)
 
     def _matrix(self, blocks: BlockGrid) -> Tensor:
+        if self.mixing.form == "relative":
+            return self.mixing.matrix(blocks.blocks)
         if not self.is_image(blocks.grid):
             return self.mixing.matrix(blocks.num_blocks)
         return self.mixing.matrix(self.grid.num_blocks)[..., : blocks.num_blocks, : blocks.num_blocks]
@@ -188,14 +205,24 @@ class MHLA(base.Attention):
             "slot": dim_k * padded + mixed * self.grid.tokens_per_block,
             "none": 0,
         }
-        return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer])
+        weights = reweighting_flops(tokens, heads, dim_k) if self.reweight_keys else 0
+        return 2 * heads * (dim_k * dim_v * (2 * padded + mixed) + normalizer[self.normalizer]) + weights
+
+    def rank_bound(self, grid: Sequence[int], dim_k: int) -> int:
+        """Return the sum over blocks of min(tokens of the block, dim_k) (SPEC 1)."""
+        sizes = self._blocks(grid).block_of_token.bincount()
+        return int(sizes.clamp(max=dim_k).sum())
+
+    def partition(self, grid: Sequence[int]) -> tuple[int, ...]:
+        return self._blocks(grid).block_size
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         blocks = self._blocks(context.grid)
+        q, k = reweighted(q, k, self.phi, context.mask) if self.reweight_keys else (self.phi(q), self.phi(k))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = dense_mhla(
-            self.phi(q),
-            self.phi(k),
+            q,
+            k,
             v,
             self._matrix(blocks),
             blocks.block_of_token,

@@ -54,6 +54,39 @@ def dense_mhla(
     return out if mask is None else out * mask[:, None, :, None]
 
 
+def dense_cross_mhla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    query_block: Tensor,
+    key_block: Tensor,
+    *,
+    normalizer: str = "block",
+    eps: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute Eq. 5 between two sequences, with the matrix of tokens x keys written out.
+
+    Args:
+        q: (batch, heads, tokens, dim_k), already through the feature map.
+        k, v: (batch, heads, keys, dim_k) and (batch, heads, keys, dim_v).
+        mixing: (query blocks, key blocks) or (heads, query blocks, key blocks).
+        query_block, key_block: (tokens,) and (keys,) int64.
+        normalizer: `block` divides by the row sum; `none`.
+        eps: added to the normalizer.
+        mask: (batch, keys) bool, True = real key; None means all keys are real.
+
+    Returns:
+        (batch, heads, tokens, dim_v)
+    """
+    attention = mixing[..., query_block[:, None], key_block] * (q @ k.mT)
+    if mask is not None:
+        attention = attention * mask[:, None, None].to(q.dtype)
+    out = attention @ v
+    return out / (attention.sum(-1, keepdim=True) + eps) if normalizer == "block" else out
+
+
 def _allowed(block: Tensor, causal: bool, mask: Tensor | None, documents: Tensor | None) -> Tensor:
     """Return (batch, tokens, tokens) bool: which keys each query may see."""
     batch, tokens = block.shape

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from mhla_lightning.backbones import VisionTransformer
+from mhla_lightning.backbones import TIMM_FACTS, VLT, VisionTransformer
 from mhla_lightning.conversion.formats.base import FOR_TORCH, Export, TrainedModel, shapes
 from mhla_lightning.weights.streaming import parts_of
 from mhla_lightning.weights.target import Entry
@@ -24,24 +24,25 @@ def timm(trained: TrainedModel, model: nn.Module) -> Export:
         "model.safetensors",
         parts,
         FOR_TORCH,
-        _config(trained, cast(VisionTransformer, model)),
+        _config(trained, cast(VisionTransformer | VLT, model)),
         shapes(parts),
         opened_by=opened_by,
     )
 
 
-def _config(trained: TrainedModel, model: VisionTransformer) -> dict[str, Any]:
-    channels = model.patch_embed.proj.weight.shape[1]
+def _config(trained: TrainedModel, model: VisionTransformer | VLT) -> dict[str, Any]:
+    architecture = f"{trained.backbone}_{_operator(trained.attention)}"
+    facts = TIMM_FACTS[type(model)]
     weights = {
-        "input_size": [channels, *model.img_size],
+        "input_size": [model.options.in_chans, *model.img_size],
         "fixed_input_size": True,
         "num_classes": model.num_classes,
     }
-    weights |= {"first_conv": "patch_embed.proj", "classifier": "head", **trained.pixels}
+    weights |= {"first_conv": facts.first_conv, "classifier": facts.classifier, **trained.pixels}
     return {
-        "architecture": f"{trained.backbone}_{_operator(trained.attention)}",
+        "architecture": architecture,
         "num_classes": model.num_classes,
-        "num_features": model.embed_dim,
+        "num_features": model.num_features,
         "model_args": {**trained.options, "attention": trained.attention},
         "pretrained_cfg": weights,
     }

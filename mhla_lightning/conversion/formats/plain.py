@@ -11,4 +11,5 @@ from mhla_lightning.weights.streaming import parts_of
 def plain(trained: TrainedModel, model: nn.Module) -> Export:
     """Plan a folder with the weights and the model's name and options."""
     parts = parts_of(trained.stored())
-    return Export("model.safetensors", parts, FOR_TORCH, trained.facts(), shapes(parts))
+    opened_by = "mhla_lightning.conversion.hub.HubModel.from_pretrained('DIR')"
+    return Export("model.safetensors", parts, FOR_TORCH, trained.facts(), shapes(parts), opened_by=opened_by)

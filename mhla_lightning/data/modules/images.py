@@ -75,6 +75,10 @@ class ImageDataModule(ShardDataModule):
         """Number of classes."""
         return len(self.index().classes)
 
+    def sample_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the tensor that :meth:`to_images` makes such an image of."""
+        return height, width
+
     def to_images(self, x: Tensor) -> Tensor:
         """Return normalised pixels (batch, 3, H, W) as uint8 (batch, H, W, 3)."""
         mean, std = (

@@ -142,16 +142,34 @@ class LatentDataModule(TextConditioned, ShardDataModule):
         Raises:
             UserError: the VAE cannot be opened, or differs from `vae.sha256`.
         """
-        from mhla_lightning.data.encoders.vaes import Autoencoder, decode_latents, default_dtype, load_vae
+        from mhla_lightning.data.encoders.vaes import decode_latents
 
-        if not isinstance(self._autoencoder, Autoencoder) or self._autoencoder.device != x.device:
-            dtype = default_dtype(x.device)
+        return decode_latents(self._open_vae(x.device), x)
+
+    def sample_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the latent of an image of this size in pixels.
+
+        Raises:
+            UserError: the VAE cannot be opened, or its factor does not divide a side.
+        """
+        vae = self._open_vae(torch.device("cpu") if self._autoencoder is None else self._autoencoder.device)
+        return vae.latent_shape(height)[1], vae.latent_shape(width)[1]
+
+    def _open_vae(self, device: torch.device) -> Autoencoder:
+        """Return the image VAE of the recipe, opened at the first call on a device."""
+        from mhla_lightning.data.encoders.vaes import Autoencoder, default_dtype, load_vae
+
+        if not isinstance(self._autoencoder, Autoencoder) or self._autoencoder.device != device:
             found = load_vae(
-                self.vae.name, device=x.device, dtype=dtype, scale=self.vae.scale, shift=self.vae.shift
+                self.vae.name,
+                device=device,
+                dtype=default_dtype(device),
+                scale=self.vae.scale,
+                shift=self.vae.shift,
             )
             self._demand_same(found.sha256)
             self._autoencoder = found
-        return decode_latents(self._autoencoder, x)
+        return self._autoencoder
 
     def to_videos(self, x: Tensor) -> Tensor:
         """Decode latents of a batch, (batch, C, t, h, w), to pixels, uint8 (batch, frames, H, W, 3).

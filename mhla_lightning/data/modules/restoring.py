@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from mhla_lightning.arguments.plain import restored_arguments
+from mhla_lightning.arguments.plain import required_arguments, restored_arguments
 from mhla_lightning.arguments.saved import class_named, read_saved
 from mhla_lightning.errors import UserError
 
@@ -32,7 +32,7 @@ def load_data(asked: type[T], place: Any, trusted: bool, given: Mapping[str, Any
     name = next((name for name, state in states.items() if state.keys() >= _POSITION), None)
     kind = class_named(asked, name, path)
     kept = saved.get(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not kept and not given:
+    if not kept and not given and (name is None or required_arguments(kind)):
         raise UserError(
             str(path), "it holds no arguments of a data module, because none of ours trained it; give them"
         )

@@ -96,6 +96,7 @@ def draw_images(
         str(job.found.run.path),
         str(job.found.checkpoint),
         job.found.averaged,
+        job.found.size,
         job.labels,
         job.drawing,
         folder,
@@ -111,12 +112,13 @@ def _open(
     run: str,
     checkpoint: str,
     averaged: bool,
+    size: tuple[int, int] | None,
     labels: tuple[int, ...],
     drawing: Drawing,
     folder: Path,
     device: torch.device,
 ) -> Draw:
-    found = find_image_run(run, ckpt=checkpoint, ema=averaged)
+    found = find_image_run(run, ckpt=checkpoint, ema=averaged, size=size)
     task = load_task(found, device)
     return lambda images: write_npy(
         part_file(folder, images), draw_batch(found, task, labels, images, drawing)

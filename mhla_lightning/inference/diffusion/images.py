@@ -5,9 +5,11 @@ It is the same image in any batch and with any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from mhla_lightning.inference.rebuilding import load_backbone, rebuild
 from mhla_lightning.inference.weights import FoundRun, find_weights
 from mhla_lightning.runs.folder import find_run, runs_root
 from mhla_lightning.tasks.image_diffusion import ImageDiffusionTask
+from mhla_lightning.weights.adapted import AdaptsWeights
 
 Pixels = ImageDataModule | LatentDataModule
 
@@ -34,10 +37,16 @@ class ImageRun(FoundRun):
     Attributes:
         task: built from recipe.yaml, without weights.
         data: turns samples into pixels; no shards are opened.
+        size: height and width in pixels; None as in training.
     """
 
     task: ImageDiffusionTask
     data: Pixels
+    size: tuple[int, int] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return facts that identify these weights and the size."""
+        return super().identity() | ({} if self.size is None else {"size": self.size})
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,13 @@ class Drawing:
     guidance: Guidance = Guidance(1.0)  # noqa: RUF009  frozen
 
 
-def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, ema: bool = True) -> ImageRun:
+def find_image_run(
+    run: str,
+    runs: str | None = None,
+    ckpt: str | None = None,
+    ema: bool = True,
+    size: tuple[int, int] | None = None,
+) -> ImageRun:
     """Find a run and its checkpoint, and build the task without weights.
 
     Args:
@@ -65,27 +80,59 @@ def find_image_run(run: str, runs: str | None = None, ckpt: str | None = None, e
         runs: folder of all run folders; None means $MHLA_RUNS, else ./runs.
         ckpt: a step or a checkpoint folder; None means the newest.
         ema: take the averaged weights where the checkpoint has them.
+        size: height and width of the images in pixels; None means as in training.
 
     Raises:
-        UserError: no such run or checkpoint, or no image diffusion model.
+        UserError: no such run or checkpoint, no image diffusion model, or a size that it cannot draw.
     """
     folder = find_run(run, runs_root(runs))
-    built = rebuild(folder, ImageDiffusionTask, "sampling images needs an image diffusion model")
-    return ImageRun(
-        folder,
-        find_weights(folder, ckpt, ema),
-        cast(ImageDiffusionTask, built.task),
-        cast("Pixels", built.data),
-    )
+    built = rebuild(folder, ImageDiffusionTask, _NEEDED)
+    task, data = cast(ImageDiffusionTask, built.task), cast("Pixels", built.data)
+    if size is not None:
+        with _of_the_size(size):
+            wanted = data.sample_size(*size)
+            other = wanted != tuple(task.sample_shape[1:])
+            if other:
+                resized = rebuild(folder, ImageDiffusionTask, _NEEDED, partial(_with_input_size, wanted))
+                task = cast(ImageDiffusionTask, resized.task)
+        size = size if other else None
+    return ImageRun(folder, find_weights(folder, ckpt, ema), task, data, size)
+
+
+_NEEDED = "sampling images needs an image diffusion model"
+
+
+def _with_input_size(size: tuple[int, int], arguments: dict[str, Any]) -> dict[str, Any]:
+    options = arguments.get("backbone_options") or {}
+    return {**arguments, "backbone_options": {**options, "input_size": list(size)}}
+
+
+@contextmanager
+def _of_the_size(size: tuple[int, int]) -> Iterator[None]:
+    """Name the size in errors of what cannot be built for it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError("size", f"this run cannot draw {size[0]}x{size[1]}: {error}") from error
 
 
 def load_task(found: ImageRun, device: torch.device | str) -> ImageDiffusionTask:
     """Load the task's weights and return it in eval mode on `device`.
 
+    For images of another size than in training, positions follow their formula, weights by offset between
+    blocks stay, and other mixing matrices are resampled.
+
     Raises:
         UserError: the weights belong to another model.
     """
-    return load_backbone(found.task, found.weights, device)
+    if found.size is None:
+        return load_backbone(found.task, found.weights, device)
+    trained = rebuild(found.run, ImageDiffusionTask, _NEEDED).task
+    with torch.device("meta"):
+        trained.configure_model()
+    if not isinstance(trained.backbone, AdaptsWeights):
+        raise UserError("size", "the backbone of this run tells no token grid; leave it out")
+    return load_backbone(found.task, found.weights, device, trained.backbone.geometry)
 
 
 def sample_images(

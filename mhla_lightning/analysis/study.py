@@ -1,0 +1,245 @@
+"""The attention of a model on some samples: numbers by layer and head, and a few maps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhla_lightning.analysis.measures import TokenPlaces, attention_shares, measure
+from mhla_lightning.analysis.watching import AttentionCall, attention_layers, watching
+from mhla_lightning.attention import BlockGrid
+from mhla_lightning.attention.arithmetic import ceil_div
+from mhla_lightning.attention.matrix import attention_matrix
+from mhla_lightning.errors import UserError
+from mhla_lightning.tasks import Task
+
+log = logging.getLogger(__name__)
+_PARTS = {1: 16, 2: 4, 3: 4}  # number of axes -> blocks an axis, where no layer has blocks
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What is looked at.
+
+    Attributes:
+        block_size: tokens a block per axis, for `own_block`; None takes the first layer's that has blocks,
+            else a quarter of each axis, or a 16th of a row.
+        queries: raster numbers of the tokens whose maps are kept; None takes three, spread over the tokens.
+        max_tokens: of a sample; a matrix holds their square for each head.
+    """
+
+    block_size: Sequence[int] | None = None
+    queries: Sequence[int] | None = None
+    max_tokens: int = 4096
+
+
+@dataclass
+class LayerStudy:
+    """One layer.
+
+    Attributes:
+        attention: its entry, see attention.attention_entries.
+        rank_bound: largest rank that the operator's form allows; None where none is known.
+        heads: measure -> (heads,) float64, the mean over samples.
+        skipped: why the layer has no numbers; None where it has them.
+        maps: (heads, queries, tokens), shares of the keys in the attention of the first sample's queries.
+    """
+
+    attention: Mapping[str, Any]
+    rank_bound: int | None = None
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    skipped: str | None = None
+    maps: Tensor | None = None
+
+
+@dataclass
+class ModelStudy:
+    """All layers of a model.
+
+    Attributes:
+        layers: in order.
+        samples: number of samples looked at.
+        tokens: of each sample. Of packed rows, those of the longest document.
+        grid: token counts per axis.
+        block_size: tokens a block per axis.
+        queries: tokens whose maps are kept, as numbers of the first sample's tokens in raster order.
+        shown: (tokens of the maps,) int64, the raster numbers of the keys in the maps.
+    """
+
+    layers: list[LayerStudy]
+    samples: int = 0
+    tokens: list[int] = field(default_factory=list)
+    grid: tuple[int, ...] = ()
+    block_size: tuple[int, ...] = ()
+    queries: list[int] = field(default_factory=list)
+    shown: Tensor | None = None
+
+
+def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOptions) -> ModelStudy:
+    """Look into the attention of a task's backbone.
+
+    Args:
+        task: with weights, in eval mode, not compiled.
+        samples: batches of one sample each, on the task's device.
+        options: what is looked at.
+
+    Raises:
+        UserError: more tokens than `max_tokens`, a block size of other axes, or a query that is no token;
+            a task that does not run its backbone.
+    """
+    backbone = task.built_backbone()
+    layers = attention_layers(backbone)
+    found = ModelStudy([LayerStudy(layer.entry) for layer in layers])
+    visitor = _Visitor(found, options, [layer.attention.partition for layer in layers])
+    for sample in samples:
+        with torch.no_grad(), watching(backbone, visitor.visit):
+            task.run_backbone(sample)
+        if len(found.tokens) == found.samples:
+            raise UserError("model", f"run_backbone of {type(task).__name__} runs no layer of its backbone")
+        found.samples += 1
+    for layer in found.layers:
+        layer.heads = {name: total / found.samples for name, total in layer.heads.items()}
+    return found
+
+
+def check_tokens(tokens: int, options: StudyOptions) -> None:
+    """Refuse samples whose matrices are too large. Raises UserError."""
+    if tokens > options.max_tokens:
+        raise UserError(
+            "max_tokens",
+            f"a sample has {tokens:,} tokens, and at most {options.max_tokens:,} are looked at: the matrix "
+            f"of one head takes {8 * tokens**2 / 1e9:,.1f} GB; raise it if there is room and time",
+        )
+
+
+def block_size_of(partitions: Iterable[Sequence[int] | None], grid: Sequence[int]) -> tuple[int, ...]:
+    """Return the first partition there is, else a quarter of each axis, or a 16th of a row."""
+    first = next((tuple(size) for size in partitions if size is not None), None)
+    if first is not None and len(first) == len(grid):
+        return first
+    return tuple(ceil_div(count, _PARTS[len(grid)]) for count in grid)
+
+
+class _Visitor:
+    """Measures every call of an operator and adds it to a study."""
+
+    def __init__(self, found: ModelStudy, options: StudyOptions, partitions: Sequence[Any]) -> None:
+        self.found, self.options, self.partitions = found, options, partitions
+
+    def visit(self, call: AttentionCall) -> None:
+        layer, tokens = self.found.layers[call.number], call.q.shape[1]
+        check_tokens(tokens, self.options)
+        grid = tuple(call.context.grid or (tokens,))
+        kept = kept_tokens(call)
+        if call.number == 0:
+            self._begin_sample(call, grid, kept)
+        if layer.skipped is not None:
+            return
+        try:
+            matrix = attention_matrix(call.operator, call.q, call.k, call.v, call.context)[0]
+        except UserError as error:
+            layer.skipped = error.reason or str(error)
+            return
+        except Exception as error:  # noqa: BLE001  (any error of an operator that is not ours)
+            log.debug("layer %d", call.number, exc_info=error)
+            layer.skipped = f"{type(call.operator).__name__} failed in float64: {_first_line(error)}"
+            return
+        matrix = matrix[:, kept][:, :, kept]
+        layer.rank_bound = call.operator.rank_bound(grid, call.q.shape[-1])
+        if layer.rank_bound is not None:
+            layer.rank_bound = min(layer.rank_bound, len(kept))
+        places = self._places(call, grid, kept)
+        for name, values in measure(matrix, places).items():
+            layer.heads[name] = layer.heads.get(name, 0) + values.cpu()
+        if self.found.samples == 0:
+            rows = torch.tensor([int((kept == query).nonzero()) for query in self.found.queries])
+            layer.maps = attention_shares(matrix[:, rows.to(matrix.device)]).cpu()
+
+    def _begin_sample(self, call: AttentionCall, grid: tuple[int, ...], kept: Tensor) -> None:
+        found = self.found
+        found.tokens.append(len(kept))
+        if found.samples:
+            return
+        given = self.options.block_size
+        if given is not None and len(given) != len(grid):
+            raise UserError(
+                "block_size",
+                f"found {len(given)} numbers, and a sample's tokens have {len(grid)} axes {grid}",
+            )
+        found.grid, found.shown = grid, kept.cpu()
+        found.block_size = tuple(given or block_size_of((part(grid) for part in self.partitions), grid))
+        found.queries = chosen_queries(self.options.queries, found.shown.tolist(), grid, call.operator.causal)
+
+    def _places(self, call: AttentionCall, grid: tuple[int, ...], kept: Tensor) -> TokenPlaces:
+        causal = call.operator.causal
+        if causal:
+            positions = torch.arange(len(kept), device=kept.device)[:, None]
+            return TokenPlaces(positions, positions[:, 0] // self.found.block_size[0], causal)
+        axes = [torch.arange(count) for count in grid]
+        positions = torch.cartesian_prod(*axes).view(math.prod(grid), len(grid)).to(kept.device)
+        blocks = BlockGrid(grid, block_size=self.found.block_size).block_of_token.to(kept.device)
+        return TokenPlaces(positions[kept], blocks[kept], causal)
+
+
+def kept_tokens(call: AttentionCall) -> Tensor:
+    """Return the numbers of the first row's tokens that are measured, int64.
+
+    These are the real tokens. Of a packed row, they are those of its longest document, because no token sees
+    another document.
+    """
+    context, tokens = call.context, call.q.shape[1]
+    if not call.operator.causal:
+        every = torch.arange(tokens, device=call.q.device)
+        return every if context.mask is None else every[context.mask[0]]
+    packing = context.packed()
+    if packing is None:
+        return torch.arange(tokens, device=call.q.device)
+    real, run = packing.real[0], packing.run[0]
+    longest = run[real].bincount().argmax()
+    return (real & (run == longest)).nonzero().squeeze(1)
+
+
+def chosen_queries(
+    given: Sequence[int] | None, tokens: Sequence[int], grid: Sequence[int], causal: bool
+) -> list[int]:
+    """Return the raster numbers of the queries whose maps are kept.
+
+    Where none is given, they are at a quarter, a half and three quarters of each axis. Causal ones begin at
+    half the tokens, where there is much to see.
+
+    Args:
+        given: raster numbers; None chooses.
+        tokens: raster numbers of the measured tokens.
+        grid: token counts per axis.
+        causal: whether queries see earlier tokens only.
+
+    Raises:
+        UserError: a number that is no measured token of the first sample.
+    """
+    if given is not None:
+        for query in given:
+            if query not in tokens:
+                raise UserError(
+                    "queries", f"{query} is no token of the first sample; it has {tokens[0]} to {tokens[-1]}"
+                )
+        return list(given)
+    if causal:
+        wanted = [tokens[round(share * (len(tokens) - 1))] for share in (0.5, 0.75, 1.0)]
+    else:
+        wanted = []
+        for share in (0.25, 0.5, 0.75):
+            number = 0
+            for count in grid:
+                number = number * count + int(share * count)
+            wanted.append(min(tokens, key=lambda token: abs(token - number)))
+    return list(dict.fromkeys(wanted))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
