@@ -71,7 +71,7 @@ def with_mathml(text: str) -> str:
 
     def formula(match: re.Match[str]) -> str:
         if match["block"] is not None:
-            return convert(match["block"].strip(), display="block")
+            return f'<div class="formula">{convert(match["block"].strip(), display="block")}</div>'
         # In a span, because Markdown takes a line that begins with <math> for a block.
         return match[0] if match["inline"] is None else f"<span>{convert(match['inline'])}</span>"
 
