@@ -1,4 +1,4 @@
-"""Run the notebooks of examples/, record their outputs in docs/notebooks/ for the site, and strip the files.
+"""Run the notebooks of examples/, record their outputs for the site, and strip the files.
 
 make notebooks
 python -m docs.scripts.run_notebooks --only 1_mhla_from_its_equations

@@ -166,7 +166,8 @@ def test_a_page_shows_recorded_text_and_pictures(small: Path) -> None:
     assert "<pre>True &amp; so on</pre>" in page
     assert '<img src="small-00-0.png"' in page
     assert "a warning" not in page
-    assert Image.open(small.parents[1] / "small-00-0.png").size == (4, 3)
+    with Image.open(small.parents[1] / "small-00-0.png") as drawn:
+        assert drawn.size == (4, 3)
 
 
 def test_outputs_of_other_code_are_refused(small: Path) -> None:
