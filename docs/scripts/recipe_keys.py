@@ -105,6 +105,8 @@ def page() -> str:
 
 
 def _site(note: str) -> str:
+    """Return a note of docs/trainer-arguments.md with links that work from the page of keys."""
+    note = note.replace("](#", "](trainer-arguments.md#")
     return cell(re.sub(r"\]\((\w[\w-]*\.md)", r"](../\1", note))
 
 
