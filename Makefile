@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 RECIPE := classification/deit_tiny_mhla_mnist_cpu
 SLOW := slow-attention slow-models slow-data slow-strategies slow-training slow-rest
 
-.PHONY: demo test slow $(SLOW) gpu slurm chaos lint house docs figures wheel clean
+.PHONY: demo test slow $(SLOW) gpu slurm chaos lint house docs figures notebooks wheel clean
 
 demo: $(VENV)/.demo-installed
 	@echo "make demo: trains $(RECIPE), two minutes on two cores"
@@ -25,7 +25,7 @@ slow-models: TESTS := tests/diffusion tests/tasks tests/inference tests/evaluati
 slow-data: TESTS := tests/data
 slow-strategies: TESTS := tests/strategies
 slow-training: TESTS := tests/training tests/callbacks tests/checkpoints
-slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/config tests/house tests/planning tests/private_api tests/runs
+slow-rest: TESTS := tests/bench tests/cli tests/cluster tests/compare tests/config tests/examples tests/house tests/planning tests/private_api tests/runs
 
 $(SLOW): $(VENV)/.dev-installed
 	@echo "make $@: the slow tests of $(TESTS); the goal is 45 minutes on two cores"
@@ -85,6 +85,10 @@ docs: $(VENV)/.docs-installed
 figures: $(VENV)/.demo-installed
 	@echo "make figures: draws docs/images/ from runs/; trains the runs that are missing, half an hour on two cores"
 	$(BIN)/python -m docs.scripts.figures
+
+notebooks: $(VENV)/.dev-installed
+	@echo "make notebooks: runs examples/notebooks/, records their outputs for the documentation and strips them, five minutes on two cores"
+	$(BIN)/python -m docs.scripts.run_notebooks
 
 wheel: $(VENV)/.dev-installed
 	@echo "make wheel: builds dist/*.whl, a few seconds"

@@ -11,8 +11,9 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mkdocs puts only this folder there
 
-from docs.scripts import commands, python_pages, recipe_keys  # noqa: E402
+from docs.scripts import commands, notebooks, python_pages, recipe_keys  # noqa: E402
 from docs.scripts.pages import MOVED, ROOT, examples, relinked  # noqa: E402
+from docs.scripts.pages import notebooks as notebook_pages  # noqa: E402
 
 GENERATED = {
     "reference/commands.md": commands.page,
@@ -30,6 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in examples().items():
         code = (ROOT / source).read_text(encoding="utf-8")
         pages[page] = f"# {source}\n\n```python\n{code}```\n"
+    for source, page in notebook_pages().items():
+        pages[page] = relinked(notebooks.page(ROOT / source), source, page)
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files

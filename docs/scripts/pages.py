@@ -25,6 +25,12 @@ def examples() -> dict[str, str]:
     return {file.as_posix(): file.with_suffix(".md").as_posix() for file in files}
 
 
+def notebooks() -> dict[str, str]:
+    """Return the notebooks of the checkout -> their pages."""
+    files = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+    return {file.relative_to(ROOT).as_posix(): f"notebooks/{file.stem}.md" for file in files}
+
+
 def relinked(text: str, source: str, page: str) -> str:
     """Return a page whose links to files of the checkout are links to pages of the site.
 
@@ -33,7 +39,7 @@ def relinked(text: str, source: str, page: str) -> str:
         source: its file in the checkout, which its links are relative to.
         page: its place in the site.
     """
-    places = MOVED | examples()
+    places = MOVED | examples() | notebooks()
 
     def place(target: str) -> str | None:
         path, mark, anchor = target.partition("#")

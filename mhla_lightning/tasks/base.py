@@ -55,7 +55,7 @@ from mhla_lightning.tasks.trainers import (
 from mhla_lightning.weights.adapted import Geometry, ModelFacts, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
-from mhla_lightning.weights.warm_start import InitFrom, freeze_except, start_from, weight_file
+from mhla_lightning.weights.warm_start import InitFrom, WarmStart, freeze_except, start_from, weight_file
 
 log = logging.getLogger(__name__)
 # Prefixes of the metrics that `evaluate` logs; those with `_ema` are for the weights averaged by EMA.
@@ -100,6 +100,7 @@ class Task(KeepsArguments, pl.LightningModule):
         largest_weight: elements of its largest parameter.
         grid: tokens per axis of a sample.
         flops_per_sample: forward FLOPs of a sample.
+        warm_start: which weights of `init_from` were copied, are new or were left; None before they are read.
 
     Raises:
         UserError: unknown names or options, sizes that do not fit.
@@ -126,6 +127,7 @@ class Task(KeepsArguments, pl.LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.compilation = Compilation(compile) if isinstance(compile, str) else compile
         self.backbone: nn.Module | None = None
+        self.warm_start: WarmStart | None = None
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
         self._logs_loss = True
@@ -189,8 +191,8 @@ class Task(KeepsArguments, pl.LightningModule):
         if isinstance(self.backbone, KeepsActivations):
             self.backbone.keep_activations(self.checkpoint_activations)
         if self.init_from:
-            report = start_from(self.backbone, self.init_from, "init_from", self._geometry_of)
-            rank_zero_only(log.info)(str(report))
+            self.warm_start = start_from(self.backbone, self.init_from, "init_from", self._geometry_of)
+            rank_zero_only(log.info)(str(self.warm_start))
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
         if self.compilation is not None:

@@ -1,7 +1,8 @@
-"""Commands and Python in the fenced blocks of README and docs."""
+"""Commands and Python in the fenced blocks of README, docs and notebooks."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from tests.house.source import ROOT, tracked
 
 PAGES = ["README.md", *tracked("docs/*.md")]
+NOTEBOOKS = tracked("examples/notebooks/*.ipynb")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,21 @@ class Python:
 def blocks(page: str) -> list[Command | Python]:
     """Return the commands and the Python blocks of a page, in their order."""
     found: list[Command | Python] = []
-    for language, body in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8")):
+    for language, body in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", _text(page)):
         if language == "python":
             found.append(Python(page, body))
         elif not language:
             found += commands(page, body)
     return found
+
+
+def _text(page: str) -> str:
+    """The Markdown of a page; of a notebook that of its cells."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not page.endswith(".ipynb"):
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def commands(page: str, body: str) -> list[Command]:

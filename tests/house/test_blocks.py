@@ -22,7 +22,7 @@ from mhla_lightning.config.quick_checks import check_names
 from mhla_lightning.config.recipes import apply_overrides, load_recipe, parse_overrides
 from mhla_lightning.config.signatures import source_file
 from mhla_lightning.errors import UserError
-from tests.helpers.blocks import PAGES, Command, Python, blocks
+from tests.helpers.blocks import NOTEBOOKS, PAGES, Command, Python, blocks
 from tests.house.source import ROOT
 
 STAND_INS = (
@@ -78,11 +78,11 @@ def _commands() -> list[Command]:
     return [block for page in PAGES for block in blocks(page) if isinstance(block, Command)]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
 def test_every_command_of_a_page_is_valid(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     for command in blocks(page):
-        if isinstance(command, Command):
+        if isinstance(command, Command) and "my_operators" not in str(command):  # the reader's file
             try:
                 _check(command.words)
             except (UserError, SystemExit) as error:

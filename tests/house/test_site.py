@@ -60,6 +60,11 @@ def _keys(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield place
 
 
+def test_links_of_trainer_notes_work_from_the_keys_page(keys_page: str) -> None:
+    assert "](../trainer-arguments.md#loggers)" in keys_page
+    assert "](#" not in keys_page
+
+
 def test_the_python_page_names_everything_public() -> None:
     page = python_pages.page()
     aliases = {"compare"}  # stands for compare_recipe

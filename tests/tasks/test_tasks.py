@@ -179,9 +179,12 @@ def test_warm_start_from_every_kind_of_file(tmp_path: Path) -> None:
             num_classes=4,
             init_from=str(tmp_path / where),
         )
+        assert task.warm_start is None
         task.configure_model()
         assert task.backbone is not None
         assert all(torch.equal(v, state[k]) for k, v in task.backbone.state_dict().items())
+        assert task.warm_start is not None
+        assert set(task.warm_start.copied) == set(state)
 
 
 def test_warm_start_says_what_was_copied_new_and_left(tmp_path: Path) -> None:
