@@ -21,8 +21,8 @@ MEASURES = ("effective_rank", "rank", "entropy", "relative_entropy", "locality",
 class AttentionCurves(AfterStep):
     """Logs what attention does on a fixed batch of held-out samples.
 
-    The tags are `attention/MEASURE/layer_N`. The measures are those of `mhla analyze`: means over heads and
-    samples, of the weights as trained. Layers without an attention matrix have no curve. Every rank computes,
+    The tags are `val_attention/MEASURE/layer_N`. The measures are those of `mhla analyze`: means over heads
+    and samples, of the weights as trained. Layers without an attention matrix have no curve. Every rank computes,
     because a sharded model needs them, and rank 0 logs. Training is not changed by it.
 
     Args:

@@ -148,7 +148,11 @@ _PREDICTIONS = "new file of predict: a list of mappings, one a batch; torch.load
 
 
 def _new_file(name: str | None, mode: Mode) -> Path | None:
-    """Return the file for predictions; None in other modes. Raises UserError where it cannot be written."""
+    """Return the file for predictions; None in other modes.
+
+    Raises:
+        UserError: it cannot be written, or another mode has one.
+    """
     if mode != "predict":
         if name is not None:
             raise UserError("predictions", f"the subcommand {mode} predicts nothing; leave it out")

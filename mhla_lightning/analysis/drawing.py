@@ -105,7 +105,8 @@ def _height(run: DrawnRun) -> float:
 
 
 def _draw_maps(part: SubFigure, run: DrawnRun) -> None:
-    part.suptitle(f"{run.name}: shares of the keys, mean over heads; each map has its own scale", fontsize=12)
+    scales = "one scale a query" if run.text is not None else "each map has its own scale"
+    part.suptitle(f"{run.name}: shares of the keys, mean over heads; {scales}", fontsize=12)
     if run.text is not None:
         _draw_text(part, run, run.text)
     elif len(run.study.grid) == 3:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhla_lightning.attention import CausalSelfAttention, SelfAttention
+from mhla_lightning.analysis.watching import partitions
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.errors import UserError
@@ -31,13 +31,12 @@ class TrainedRun(FoundRun):
     task: Task
     data: ShardDataModule
 
-    def partitions(self) -> list[tuple[int, ...] | None]:
-        """Return the block size of each layer, see :meth:`Attention.partition`."""
+    def block_sizes(self) -> list[tuple[int, ...]]:
+        """Return the block sizes of the layers that have blocks, on the grid of the task."""
         task = self.task
         with torch.device("meta"):
             plan = build_backbone(task.backbone_name, attention=task.attention, **task.backbone_options)
-        layers = [m.attention for m in plan.modules() if isinstance(m, SelfAttention | CausalSelfAttention)]
-        return [operator.partition(task.grid) for operator in layers]
+        return partitions(plan, task.grid)
 
     def load(self, device: torch.device) -> Task:
         """Return the task with its weights, in eval mode.

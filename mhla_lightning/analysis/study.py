@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhla_lightning.analysis.measures import TokenPlaces, attention_shares, measure
-from mhla_lightning.analysis.watching import AttentionCall, attention_layers, watching
+from mhla_lightning.analysis.watching import AttentionCall, attention_layers, partitions, watching
 from mhla_lightning.attention import BlockGrid
 from mhla_lightning.attention.arithmetic import ceil_div
 from mhla_lightning.attention.matrix import attention_matrix
@@ -28,8 +28,9 @@ class StudyOptions:
     """What is looked at.
 
     Attributes:
-        block_size: tokens a block per axis, for `own_block`; None takes the first layer's that has blocks,
-            else a quarter of each axis, or a 16th of a row.
+        block_size: tokens a block per axis of the first layer's grid, for `own_block`. None takes each
+            layer's own, or those of another layer. Without any it takes a quarter of each axis, or a 16th of
+            a row.
         queries: raster numbers of the tokens whose maps are kept; None takes three, spread over the tokens.
         max_tokens: of a sample; a matrix holds their square for each head.
     """
@@ -48,7 +49,10 @@ class LayerStudy:
         rank_bound: largest rank that the operator's form allows; None where none is known.
         heads: measure -> (heads,) float64, the mean over samples.
         skipped: why the layer has no numbers; None where it has them.
-        maps: (heads, queries, tokens), shares of the keys in the attention of the first sample's queries.
+        maps: (heads, queries, tokens), shares of the keys in the attention of the first sample's queries;
+            None for a layer of other tokens than the first one's.
+        tokens: measured tokens of a sample, the mean over samples.
+        block_size: tokens a block per axis. A layer of another grid than the first one's has its own.
     """
 
     attention: Mapping[str, Any]
@@ -56,6 +60,8 @@ class LayerStudy:
     heads: dict[str, Tensor] = field(default_factory=dict)
     skipped: str | None = None
     maps: Tensor | None = None
+    tokens: float = 0.0
+    block_size: tuple[int, ...] = ()
 
 
 @dataclass
@@ -65,9 +71,8 @@ class ModelStudy:
     Attributes:
         layers: in order.
         samples: number of samples looked at.
-        tokens: of each sample. Of packed rows, those of the longest document.
-        grid: token counts per axis.
-        block_size: tokens a block per axis.
+        tokens: of each sample in the first layer. Of packed rows, those of the longest document.
+        grid: token counts per axis of the first layer.
         queries: tokens whose maps are kept, as numbers of the first sample's tokens in raster order.
         shown: (tokens of the maps,) int64, the raster numbers of the keys in the maps.
     """
@@ -76,7 +81,6 @@ class ModelStudy:
     samples: int = 0
     tokens: list[int] = field(default_factory=list)
     grid: tuple[int, ...] = ()
-    block_size: tuple[int, ...] = ()
     queries: list[int] = field(default_factory=list)
     shown: Tensor | None = None
 
@@ -96,7 +100,7 @@ def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOption
     backbone = task.built_backbone()
     layers = attention_layers(backbone)
     found = ModelStudy([LayerStudy(layer.entry) for layer in layers])
-    visitor = _Visitor(found, options, [layer.attention.partition for layer in layers])
+    visitor = _Visitor(found, options, backbone)
     for sample in samples:
         with torch.no_grad(), watching(backbone, visitor.visit):
             task.run_backbone(sample)
@@ -105,6 +109,7 @@ def study(task: Task, samples: Iterable[Mapping[str, Any]], options: StudyOption
         found.samples += 1
     for layer in found.layers:
         layer.heads = {name: total / found.samples for name, total in layer.heads.items()}
+        layer.tokens /= found.samples
     return found
 
 
@@ -118,19 +123,19 @@ def check_tokens(tokens: int, options: StudyOptions) -> None:
         )
 
 
-def block_size_of(partitions: Iterable[Sequence[int] | None], grid: Sequence[int]) -> tuple[int, ...]:
-    """Return the first partition there is, else a quarter of each axis, or a 16th of a row."""
-    first = next((tuple(size) for size in partitions if size is not None), None)
-    if first is not None and len(first) == len(grid):
-        return first
+def block_size_of(sizes: Iterable[Sequence[int]], grid: Sequence[int]) -> tuple[int, ...]:
+    """Return the first block size of this grid, else a quarter of each axis, or a 16th of a row."""
+    for size in sizes:
+        if len(size) == len(grid):
+            return tuple(size)
     return tuple(ceil_div(count, _PARTS[len(grid)]) for count in grid)
 
 
 class _Visitor:
     """Measures every call of an operator and adds it to a study."""
 
-    def __init__(self, found: ModelStudy, options: StudyOptions, partitions: Sequence[Any]) -> None:
-        self.found, self.options, self.partitions = found, options, partitions
+    def __init__(self, found: ModelStudy, options: StudyOptions, model: nn.Module) -> None:
+        self.found, self.options, self.model = found, options, model
 
     def visit(self, call: AttentionCall) -> None:
         layer, tokens = self.found.layers[call.number], call.q.shape[1]
@@ -154,10 +159,13 @@ class _Visitor:
         layer.rank_bound = call.operator.rank_bound(grid, call.q.shape[-1])
         if layer.rank_bound is not None:
             layer.rank_bound = min(layer.rank_bound, len(kept))
-        places = self._places(call, grid, kept)
+        if not layer.block_size:
+            layer.block_size = self._block_size(call, grid)
+        places = token_places(call, grid, kept, layer.block_size)
         for name, values in measure(matrix, places).items():
             layer.heads[name] = layer.heads.get(name, 0) + values.cpu()
-        if self.found.samples == 0:
+        layer.tokens += len(kept)
+        if self.found.samples == 0 and torch.equal(kept.cpu(), cast(Tensor, self.found.shown)):
             rows = torch.tensor([int((kept == query).nonzero()) for query in self.found.queries])
             layer.maps = attention_shares(matrix[:, rows.to(matrix.device)]).cpu()
 
@@ -173,18 +181,28 @@ class _Visitor:
                 f"found {len(given)} numbers, and a sample's tokens have {len(grid)} axes {grid}",
             )
         found.grid, found.shown = grid, kept.cpu()
-        found.block_size = tuple(given or block_size_of((part(grid) for part in self.partitions), grid))
         found.queries = chosen_queries(self.options.queries, found.shown.tolist(), grid, call.operator.causal)
 
-    def _places(self, call: AttentionCall, grid: tuple[int, ...], kept: Tensor) -> TokenPlaces:
-        causal = call.operator.causal
-        if causal:
-            positions = torch.arange(len(kept), device=kept.device)[:, None]
-            return TokenPlaces(positions, positions[:, 0] // self.found.block_size[0], causal)
-        axes = [torch.arange(count) for count in grid]
-        positions = torch.cartesian_prod(*axes).view(math.prod(grid), len(grid)).to(kept.device)
-        blocks = BlockGrid(grid, block_size=self.found.block_size).block_of_token.to(kept.device)
-        return TokenPlaces(positions[kept], blocks[kept], causal)
+    def _block_size(self, call: AttentionCall, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Return those that were asked for, the layer's own, or those of a layer of the same grid."""
+        if self.options.block_size is not None and grid == self.found.grid:
+            return tuple(self.options.block_size)
+        own = call.operator.partition(grid)
+        return own or block_size_of(partitions(self.model, grid), grid)
+
+
+def token_places(
+    call: AttentionCall, grid: Sequence[int], kept: Tensor, block_size: Sequence[int]
+) -> TokenPlaces:
+    """Return where the kept tokens of a call are."""
+    causal = call.operator.causal
+    if causal:
+        positions = torch.arange(len(kept), device=kept.device)[:, None]
+        return TokenPlaces(positions, positions[:, 0] // block_size[0], causal)
+    axes = [torch.arange(count) for count in grid]
+    positions = torch.cartesian_prod(*axes).view(math.prod(grid), len(grid)).to(kept.device)
+    blocks = BlockGrid(grid, block_size=block_size).block_of_token.to(kept.device)
+    return TokenPlaces(positions[kept], blocks[kept], causal)
 
 
 def kept_tokens(call: AttentionCall) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,16 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     if not layers:
         raise UserError("model", f"{type(model).__name__} has no self-attention layer of ours to look into")
     return layers
+
+
+def partitions(model: nn.Module, grid: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the block sizes of the layers of this grid, see :meth:`Attention.partition`."""
+    found = [
+        layer.attention.partition(grid)
+        for layer in attention_layers(model)
+        if isinstance(layer, CausalSelfAttention) or layer.grid == tuple(grid)
+    ]
+    return [size for size in found if size is not None]
 
 
 @contextmanager

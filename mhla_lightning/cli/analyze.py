@@ -166,7 +166,7 @@ def _options(args: argparse.Namespace, opened: list[TrainedRun]) -> StudyOptions
     size = args.block_size
     grids = {tuple(one.task.grid) for one in opened}
     if size is None and len(grids) == 1:
-        size = block_size_of((part for one in opened for part in one.partitions()), next(iter(grids)))
+        size = block_size_of((part for one in opened for part in one.block_sizes()), next(iter(grids)))
     options = StudyOptions(size, args.queries, args.max_tokens)
     for one in opened:
         tokens = 1
@@ -199,6 +199,8 @@ def _as_json(one: TrainedRun, drawn: DrawnRun) -> dict[str, Any]:
         {
             "layer": number,
             "attention": dict(layer.attention),
+            "tokens": layer.tokens,
+            "block_size": layer.block_size,
             "rank_bound": layer.rank_bound,
             "skipped": layer.skipped,
             "mean": {name: _number(float(heads.mean())) for name, heads in layer.heads.items()},
@@ -207,7 +209,7 @@ def _as_json(one: TrainedRun, drawn: DrawnRun) -> dict[str, Any]:
         for number, layer in enumerate(found.layers)
     ]
     facts = {"samples": found.samples, "tokens": found.tokens, "grid": found.grid, "queries": found.queries}
-    return {**one.identity(), "name": drawn.name, **facts, "block_size": found.block_size, "layers": layers}
+    return {**one.identity(), "name": drawn.name, **facts, "layers": layers}
 
 
 def _number(value: float) -> float | None:
@@ -234,7 +236,6 @@ def numbers_table(studies: dict[str, ModelStudy], heads: bool) -> Table:
     ):
         table.add_column(heading, justify="right")
     for name, found in studies.items():
-        tokens = sum(found.tokens) / len(found.tokens)
         for number, layer in enumerate(found.layers):
             if not layer.heads:
                 continue
@@ -244,7 +245,15 @@ def numbers_table(studies: dict[str, ModelStudy], heads: bool) -> Table:
             for head, line in enumerate(lines):
                 values = [_shown(measure, float(layer.heads[measure][line].mean())) for measure in measures]
                 place = [str(head)] if heads else []
-                cells = [name, str(number), layer.attention["name"], f"{tokens:.0f}", *place, bound, *values]
+                cells = [
+                    name,
+                    str(number),
+                    layer.attention["name"],
+                    f"{layer.tokens:.0f}",
+                    *place,
+                    bound,
+                    *values,
+                ]
                 table.add_row(*map(Text, cells))
         table.add_section()
     return table

@@ -73,7 +73,8 @@ ARGUMENTS: dict[str, Rule] = {
     "num_nodes": Rule("works", "machines; `mhla submit` sets it"),
     "precision": Rule(
         "works",
-        "float16 needs a GPU: on a CPU it is refused and never becomes bfloat16",
+        "float16 needs a GPU: on a CPU it is refused and never becomes bfloat16; `16-true` without DeepSpeed "
+        "needs an `optimizer.eps` that float16 holds, such as 1e-4",
         accepts=_one_of(*_PRECISIONS, *_SHORT_PRECISIONS),
         allowed=f"take one of {', '.join(_PRECISIONS)}",
     ),

@@ -117,8 +117,8 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
 
     Args:
         trained: the weights and their model.
-        format: one of FORMATS. None means plain (our own names) for one file, and for a folder the first of
-            them that fits the model.
+        format: one of FORMATS. None means plain (our own names) for one file. For a folder it means hf for
+            language models, timm for image classifiers, diffusers for models of text, else plain.
         one_file: write the .safetensors file alone.
 
     Raises:

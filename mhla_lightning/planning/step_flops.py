@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhla_lightning.backbones.activations import Activations
 from mhla_lightning.planning.step_memory import Precision, in_few_layers, rehearsed_step
+from mhla_lightning.planning.torch_modes import TorchDispatchMode
 from mhla_lightning.tasks import Task
 
 RECOMPUTING: tuple[Activations, ...] = ("blocks", "attention")
@@ -42,10 +44,13 @@ def recomputed_flops(task: Task, micro_batch: int, precision: Precision) -> int:
 
 
 def step_flops(task: Task, micro_batch: int, precision: Precision) -> int:
-    """Return the FLOPs of a micro batch's forward and backward, 2 a multiply-add; matrix products count."""
+    """Return the FLOPs of a micro batch's forward and backward.
+
+    Matrix products and convolutions count, 2 a multiply-add.
+    """
     with (
         rehearsed_step(task, micro_batch, precision) as step,
-        FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter,
+        FlopCounterMode(display=False, custom_mapping=_kernels_of_cpu()) as counter,
     ):
         step()
     return counter.get_total_flops()
@@ -69,8 +74,32 @@ def _attention_backward(
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-# torch counts the kernels of GPUs only.
-_ON_CPU: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+class _Seen(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.operators.append(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _kernels_of_cpu() -> dict[Any, Callable[..., int]]:
+    """Return FLOP formulas of the CPU's fused attention, by operator.
+
+    torch itself counts those of GPUs only.
+    """
+    q, k, v = (torch.zeros(1, 1, 2, 8, requires_grad=True) for _ in range(3))
+    with _Seen() as seen:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    fused = [operator for operator in seen.operators if "attention" in str(operator)]
+    return {one: _attention_backward if "backward" in str(one) else _attention for one in fused}

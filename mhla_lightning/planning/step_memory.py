@@ -123,7 +123,10 @@ def _measure(task: Task, micro_batch: int, precision: Precision) -> int:
 
 @contextmanager
 def rehearsed_step(task: Task, micro_batch: int, precision: Precision) -> Iterator[Callable[[], None]]:
-    """Yield a training step on tensors without data, as a GPU would run it. The task gets weights."""
+    """Yield a training step on tensors without data, as a GPU would run it.
+
+    The task gets weights.
+    """
     example = task.example_batch(micro_batch)
     with chunks_as_on_gpu(), offloading_as_on_gpu(), FakeTensorMode(allow_non_fake_inputs=True), _Known():
         build(task, precision)

@@ -11,8 +11,8 @@ HEATMAPS = "weights/mixing"
 MIXING_VALUES = "mixing_values/"
 """Begins the tags of the mixing matrices as tensors; the layer's name follows."""
 
-ATTENTION = "attention/"
-"""Begins the tags of callbacks.AttentionCurves: `attention/MEASURE/layer_N`."""
+ATTENTION = "val_attention/"
+"""Begins the tags of callbacks.AttentionCurves, `val_attention/MEASURE/layer_N`: after train and val."""
 
 GROUPS = ("Loss", "Quality", "Speed", "Memory", "Health", "Loss by noise level", "Attention")
 _SPEED = ("samples_per_second", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "time_")
@@ -70,10 +70,10 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "samples of each source": [r"^train/consumed/"],
     },
     "Attention": {
-        "effective rank": [r"^attention/effective_rank/"],
-        "relative entropy": [r"^attention/relative_entropy/"],
-        "locality": [r"^attention/locality/"],
-        "share of the own block": [r"^attention/own_block/"],
+        "effective rank": [r"^val_attention/effective_rank/"],
+        "relative entropy": [r"^val_attention/relative_entropy/"],
+        "locality": [r"^val_attention/locality/"],
+        "share of the own block": [r"^val_attention/own_block/"],
     },
 }
 """The first screen of TensorBoard: category -> title of a chart -> regular expressions of its tags."""
@@ -91,7 +91,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     validated = any(tag.startswith("val/") for tag in known)
 
     def kept(expression: str) -> bool:
-        waits = not validated and not expression.startswith(("^train/", "^attention/"))
+        waits = not validated and not expression.startswith(("^train/", "^val_attention/"))
         return waits or any(re.search(expression, tag) for tag in known)
 
     found = {

@@ -45,7 +45,13 @@ from mhla_lightning.tasks.optimization import (
 )
 from mhla_lightning.tasks.projection import PROJECTION, mixing_matrices, project
 from mhla_lightning.tasks.restoring import TASK, load_task
-from mhla_lightning.tasks.trainers import GathersWeights, check_copies, check_strategy, run_length
+from mhla_lightning.tasks.trainers import (
+    GathersWeights,
+    check_copies,
+    check_precision,
+    check_strategy,
+    run_length,
+)
 from mhla_lightning.weights.adapted import Geometry, WeightState
 from mhla_lightning.weights.facts import facts_of
 from mhla_lightning.weights.moments import GROUPS, OPTIMIZER, fitted, label, optimizer_class
@@ -180,6 +186,8 @@ class Task(KeepsArguments, pl.LightningModule):
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
         data = cast(Any, self.trainer).datamodule
+        if stage == "fit" and type(self.optimizer_config) is OptimizerConfig:  # AdamW
+            check_precision(self.trainer, self.optimizer_config.eps)
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
             with inside("model"):

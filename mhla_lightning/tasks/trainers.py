@@ -6,7 +6,9 @@ import math
 from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mhla_lightning.errors import UserError
@@ -49,6 +51,25 @@ class SavesWholeFiles(Protocol):
     def saves_whole_files(self) -> bool:
         """Whether it does."""
         ...
+
+
+def check_precision(trainer: pl.Trainer, eps: float) -> None:
+    """Refuse weights and moments in float16 where the optimizer's eps is 0.
+
+    The first step would divide by it. DeepSpeed keeps both in float32, so its strategies take this precision.
+
+    Raises:
+        UserError: such a precision.
+    """
+    plugin = trainer.precision_plugin
+    if not (isinstance(plugin, HalfPrecision) and plugin.precision == "16-true"):
+        return
+    if torch.tensor(eps).half().item() == 0:
+        raise UserError(
+            "trainer.precision",
+            f"16-true keeps weights and moments in float16, where `optimizer.eps` {eps:g} is 0 and the "
+            "weights become NaN; take 16-mixed or bf16-true, or an eps of 1e-4",
+        )
 
 
 def check_strategy(trainer: pl.Trainer) -> None:

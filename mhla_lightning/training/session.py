@@ -321,7 +321,9 @@ class Session:
         return {tag: float(value) for tag, value in self.trainer.callback_metrics.items()}
 
     def predict(self, checkpoint: Path) -> list[dict[str, Any]]:
-        """Return the task's predictions for the test data, or the validation data, one mapping a batch.
+        """Return the task's predictions, one mapping a batch.
+
+        They are for the test data, or for the validation data where there is none.
 
         Args:
             checkpoint: the folder.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mhla_lightning
+from mhla_lightning.analysis.drawing import DrawnRun, page_figure
 from mhla_lightning.analysis.held_out import open_run, single_samples
 from mhla_lightning.analysis.measures import TITLES
 from mhla_lightning.analysis.study import StudyOptions, chosen_queries, kept_tokens, study
@@ -18,6 +19,7 @@ from mhla_lightning.analysis.watching import AttentionCall
 from mhla_lightning.attention import ATTENTION, CAUSAL_ATTENTION, Attention, Context, Softmax
 from mhla_lightning.callbacks import AttentionCurves
 from mhla_lightning.cli.main import main
+from mhla_lightning.tasks import ClassificationTask
 from tests.helpers import tiny_tasks
 from tests.helpers.errors import refused
 
@@ -62,7 +64,8 @@ def test_a_hybrid_and_an_odd_run_share_a_table(classifier: Path, capsys: pytest.
     found = analyze(classifier, "hybrid", "odd", "--samples", "3", "--heads", "--queries", "5", "0")
     hybrid, odd = found["runs"]
     assert [run["samples"] for run in found["runs"]] == [3, 3]
-    assert [run["block_size"] for run in found["runs"]] == [[2, 2], [2, 2]]  # the one of mhla, in both
+    sizes = [layer["block_size"] for layer in (*hybrid["layers"], odd["layers"][0])]
+    assert sizes == [[2, 2]] * 3  # the one of mhla, in both
     assert hybrid["queries"] == [5, 0]
     softmax, mhla = hybrid["layers"]
     assert (softmax["rank_bound"], mhla["rank_bound"]) == (16, 16)
@@ -86,9 +89,11 @@ def test_curves_of_training_are_the_numbers_of_the_command(classifier: Path) -> 
     found = analyze(classifier, "hybrid", "--samples", "1", "--no-ema")["runs"][0]
     for number, layer in enumerate(found["layers"]):
         for measure in ("effective_rank", "rank", "entropy", "locality", "own_block"):
-            assert curves[f"attention/{measure}/layer_{number}", 2] == pytest.approx(layer["mean"][measure])
+            assert curves[f"val_attention/{measure}/layer_{number}", 2] == pytest.approx(
+                layer["mean"][measure]
+            )
     odd = (classifier / "runs/odd/metrics.jsonl").read_text()
-    assert "attention/rank/layer_0" in odd
+    assert "val_attention/rank/layer_0" in odd
     assert "layer_1" not in odd
 
 
@@ -156,6 +161,20 @@ def test_queries_are_spread_over_the_tokens() -> None:
     assert chosen_queries(None, range(64), (8, 8), False) == [18, 36, 54]
     assert chosen_queries(None, range(10, 21), (30,), True) == [15, 18, 20]
     assert chosen_queries(None, [3], (30,), True) == [3]
+
+
+def test_stages_of_several_grids() -> None:
+    """A VLT has fewer tokens from stage to stage: each layer counts with its own blocks."""
+    options = {"img_size": 28, "embed_dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    task = ClassificationTask("vlt_tiny", "mhla", {**options, "head_dim": 8}, num_classes=4)
+    task.configure_model()
+    sample = {"image": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))}
+    found = study(task.eval(), [sample, sample], StudyOptions())
+    assert [layer.tokens for layer in found.layers] == [49, 16, 4, 1]
+    assert [layer.maps is not None for layer in found.layers] == [True, False, False, False]
+    assert all(len(layer.block_size) == 2 for layer in found.layers)
+    assert [float(layer.heads["rank"]) for layer in found.layers[2:]] == [pytest.approx(4, abs=3), 1]
+    assert page_figure([DrawnRun("stages", found, None, None)]) is not None
 
 
 @pytest.mark.slow  # trains a tiny model of each family and kind: a minute and a half

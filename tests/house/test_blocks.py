@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 import mhla_lightning
@@ -46,6 +48,8 @@ NOT_EXECUTED = {
     r"mhla test-operator my_package": "needs the reader's package",
     r"mhla sample digits .* --seed 1": "a run of the tutorial of images, which draws from it",
     r"lightning run video_dit/wan_1_3b": "needs a GPU and public weights",
+    r"hf download ": "needs a network",
+    r"mhla sample wan ": "a run of Wan2.1",
     r"--": "options of a command, alone",
     r".*\b(RECIPE|RUN)\b": "the reader chooses the recipe or run",
 }
@@ -93,8 +97,21 @@ def _check(words: tuple[str, ...]) -> None:
     elif words[:3] == ("python", "-m", "mhla_lightning.lightning_cli"):
         assert words[3] in ("fit", "validate", "test", "predict"), words
         assert words[4] == "--config", words
+    elif first == "hf":
+        _check_download(rest)
     else:
         assert first == "pip", first
+
+
+def _check_download(words: list[str]) -> None:
+    """Parse `hf download` by the arguments of the function that it calls."""
+    verb, name, *options = words
+    assert verb == "download", words
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", name), name
+    known = inspect.signature(huggingface_hub.snapshot_download).parameters
+    for option in options[::2]:
+        key = {"--include": "allow_patterns"}.get(option, option.removeprefix("--").replace("-", "_"))
+        assert key in known, option
 
 
 def _check_verb(words: list[str]) -> None:

@@ -21,6 +21,7 @@ from mhla_lightning.config.recipes import apply_overrides, load_recipe
 from mhla_lightning.config.resolve import resolve
 from mhla_lightning.runs import pictures
 from mhla_lightning.runs.folder import RunFolder, read_metrics
+from mhla_lightning.runs.tags import HEATMAPS
 from mhla_lightning.training.launch import RunOptions, launch
 from tests.helpers.errors import refused
 from tests.helpers.recording_logger import RecordingLogger
@@ -58,9 +59,9 @@ def test_a_run_with_three_loggers(
         expected = [value for _, value in series[tag]]
         assert recorded.scalars[tag] == pytest.approx(expected)
         assert [float(row[tag]) for row in rows if row[tag]] == pytest.approx(expected)
-    assert [(tag, step) for tag, step, _ in recorded.images] == [("mixing", 1), ("mixing", 2)]
+    assert [(tag, step) for tag, step, _ in recorded.images] == [(HEATMAPS, 1), (HEATMAPS, 2)]
     for mine, theirs in zip(
-        [image for *_, image in recorded.images], shown_in_tensorboard(run.tensorboard, "mixing"), strict=True
+        [image for *_, image in recorded.images], shown_in_tensorboard(run.tensorboard, HEATMAPS), strict=True
     ):
         np.testing.assert_array_equal(mine, theirs)
     monkeypatch.setattr(RecordingLogger, "made", [])

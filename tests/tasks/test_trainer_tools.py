@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
@@ -42,14 +43,16 @@ def loader(batch_size: int = 4) -> DataLoader[Any]:
     return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=batch_size)
 
 
-def make_task(schedule: ScheduleConfig | None = None, lr: float = 1e-3) -> ClassificationTask:
+def make_task(
+    schedule: ScheduleConfig | None = None, lr: float = 1e-3, eps: float = 1e-8
+) -> ClassificationTask:
     size = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 1, "num_heads": 2}
     return ClassificationTask(
         "deit_tiny",
         {"name": "mhla", "blocks": 2},
         size,
         4,
-        optimizer=OptimizerConfig(lr=lr),
+        optimizer=OptimizerConfig(lr=lr, eps=eps),
         schedule=schedule,
     )
 
@@ -193,6 +196,37 @@ def test_a_timer_a_profiler_and_a_dry_run(tmp_path: Path) -> None:
     assert trainer.global_step == 2
     assert timer.time_elapsed() > 0
     assert len(profiler.recorded_durations[PROJECTION]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_a_checkpoint_of_half_precision_resumes(tmp_path: Path, precision: Any) -> None:
+    """Two epochs at once, or one and its checkpoint, with the average of the weights."""
+    constant, half = (
+        ScheduleConfig("constant"),
+        {"16-true": torch.float16, "bf16-true": torch.bfloat16}[precision],
+    )
+    whole, cut, resumed = (make_task(constant, eps=1e-4) for _ in range(3))
+    keeper, kept = ModelCheckpoint(tmp_path / "kept", save_last=True), tmp_path / "kept" / "last.ckpt"
+    make_trainer(tmp_path, EMA(0.5), precision=precision).fit(whole, loader())
+    options = {"precision": precision, "enable_checkpointing": True, "max_epochs": 1}
+    make_trainer(tmp_path, EMA(0.5), keeper, **options).fit(cut, loader())
+    loaded = zip(Task.load_from_checkpoint(kept).parameters(), cut.parameters(), strict=True)
+    assert all(torch.equal(one.to(half), other) for one, other in loaded)
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    make_trainer(tmp_path, EMA(0.5), again, **options | {"max_epochs": 2}).fit(
+        resumed, loader(), ckpt_path=kept
+    )
+    assert {weight.dtype for weight in resumed.parameters()} == {half}
+    pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_float16_with_an_eps_of_zero_is_refused(tmp_path: Path) -> None:
+    """AdamW's default of 1e-8 is 0 in float16: the first step made all weights NaN."""
+    with refused("trainer.precision"):
+        make_trainer(tmp_path, precision="16-true").fit(make_task(), loader())
+    make_trainer(tmp_path, precision="bf16-true", max_steps=1).fit(make_task(), loader())
 
 
 def test_accumulation_takes_the_steps_of_larger_batches(tmp_path: Path) -> None:
