@@ -85,7 +85,7 @@ def stdlib() -> Path:
 
 def written_code() -> str:
     """Return a prompt and what the language model writes after it."""
-    (done,) = mhla.generate(stdlib(), PROMPT, max_new_tokens=420, temperature=0.5, seed=1)
+    (done,) = mhla.generate(stdlib(), PROMPT, max_new_tokens=420, temperature=0.7, seed=1)
     return PROMPT + done.text
 
 
