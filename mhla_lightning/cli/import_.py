@@ -8,8 +8,7 @@ It writes one .safetensors file:
                                              convolution are new
   mhla import sana Sana_600M_1024px_diffusers --out sana.safetensors
                                              diffusers' folder; linear attention as trained
-  mhla import sana Sana_600M_1024px_diffusers --out sana_mhla.safetensors \\
-    --attention '{name: mhla, mix_init: uniform}'
+  mhla import sana Sana_600M --out sana_mhla.safetensors --attention '{name: mhla, mix_init: uniform}'
                                              MHLA that begins as that linear attention
   mhla import wan Wan2.1-T2V-1.3B --out wan.safetensors
                                              a file or a folder; softmax as trained
