@@ -34,7 +34,7 @@ def test_list_keeps_to_one_task(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_list_keeps_to_cpu_recipes_that_hold_every_word(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", "list", "--cpu", "MNIST", "deit"]) == 0
+    assert main(["recipes", "list", "--cpu", "MNIST", "pipeline", "deit"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in recipe_names() if name in shown] == [CPU_RECIPE]
     assert max(map(len, shown.splitlines())) <= 100
