@@ -295,9 +295,20 @@ def _may_change(key: str) -> bool:
     )
 
 
+_GAINED = {"mhla_lightning.callbacks.SampleGrids": {"prompts": None}}
+"""Arguments that a callback has gained, with the value that leaves it as it was: run ids and resumes of older
+recipes stay.
+"""
+
+
 def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe in the old, flat form, without the keys that say where it runs."""
     kept = flat(values)
+    for callback in kept["trainer"].get("callbacks") or ():
+        given = callback.get("init_args") or {}
+        for name, neutral in _GAINED.get(callback.get("class_path"), {}).items():
+            if name in given and given[name] == neutral:
+                del given[name]
     arguments = kept["data"]["init_args"]
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:
