@@ -137,6 +137,7 @@ def restored_arguments(kind: type, saved: Mapping[str, Any], given: Mapping[str,
 
 def required_arguments(kind: type) -> list[str]:
     """Return the names of the arguments that have no default."""
-    parameters = inspect.signature(kind).parameters.values()
+    # inspect.signature(kind) takes __new__ where a base has one, before Python 3.11.3.
+    _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [each.name for each in parameters if each.kind in named and each.default is each.empty]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from mhla_lightning.runs.folder import FORMAT, read_object, write_json
+
+log = logging.getLogger(__name__)
 
 _NAME = "classes.json"
 _KEY = "classes"
@@ -19,8 +22,8 @@ def keep_classes(folder: Path, names: Sequence[str]) -> None:
 def kept_classes(folder: Path, count: int) -> tuple[str, ...]:
     """Return the names that :func:`keep_classes` wrote, one line each.
 
-    Where there are none, or not `count`, they are the labels themselves: `0`, `1` and so on. An earlier
-    version kept no names.
+    Where there are none, they are the labels themselves: `0`, `1` and so on. An earlier version kept no
+    names. A warning says so where a file holds something else.
 
     Args:
         folder: of the run, or of one of its checkpoints.
@@ -31,4 +34,6 @@ def kept_classes(folder: Path, count: int) -> tuple[str, ...]:
         found = read_object(place / _NAME).get(_KEY)
         if isinstance(found, list) and len(found) == count and all(isinstance(name, str) for name in found):
             return tuple(name if name.isprintable() else ascii(name) for name in found)
+        if (place / _NAME).exists():
+            log.warning("%s does not name %d classes: they are shown by their labels", place / _NAME, count)
     return tuple(map(str, range(count)))

@@ -40,6 +40,7 @@ WRITTEN: tuple[Written, ...] = (
     Written(rf"{_RUN}/lock", ("status", "run")),
     Written(rf"{_RUN}/recipe\.yaml", ("status", "run", "generate", "export")),
     Written(rf"{_RUN}/environment\.json", ("status", "run")),
+    Written(rf"{_RUN}/classes\.json", ("sample", "export")),  # also tests/inference/test_predict.py
     Written(rf"{_RUN}/progress\.json", ("status", "run")),
     Written(rf"{_RUN}/metrics\.jsonl", ("status", "run", "curves")),
     Written(rf"{_RUN}/summary\.json", ("status", "run")),

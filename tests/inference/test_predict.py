@@ -22,6 +22,7 @@ from mhla_lightning.data import ImageDataModule, ReadingConfig
 from mhla_lightning.data.index import read_index
 from mhla_lightning.data.stores import open_store
 from mhla_lightning.inference.classifier import find_classifier
+from mhla_lightning.runs.classes import kept_classes
 from mhla_lightning.runs.folder import RunFolder
 from mhla_lightning.tasks import ClassificationTask
 from tests.helpers.errors import refused
@@ -66,6 +67,17 @@ def test_classes_are_kept_and_exported(root: Path, monkeypatch: pytest.MonkeyPat
         cast(Any, timm.create_model("local-dir:vit", pretrained=True)).pretrained_cfg["label_names"] == NAMES
     )
     assert AutoConfig.from_pretrained("vit").id2label == dict(enumerate(NAMES))
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1, "classes": ["one"]}'])
+def test_damaged_names_are_told(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "classes.json").write_text(text)
+    assert kept_classes(tmp_path, 3) == ("0", "1", "2")
+    assert str(tmp_path / "classes.json") in caplog.text
+    caplog.clear()
+    (tmp_path / "classes.json").unlink()
+    assert kept_classes(tmp_path, 3) == ("0", "1", "2")
+    assert not caplog.text
 
 
 def test_predictions_are_those_of_validation(root: Path) -> None:

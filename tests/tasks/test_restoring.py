@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -47,14 +46,13 @@ class OwnTask(ClassificationTask):
         )
 
 
-def run_cell() -> Callable[[], Task]:
+def run_cell(name: str) -> type[ClassificationTask]:
     """Define a class, as a notebook's cell does each time that it runs."""
 
-    class TaskOfACell(ClassificationTask):
-        def __init__(self) -> None:
-            super().__init__("deit_tiny", "mhla", OPTIONS, 4)
+    def init(self: ClassificationTask) -> None:
+        ClassificationTask.__init__(self, "deit_tiny", "mhla", OPTIONS, 4)
 
-    return TaskOfACell
+    return type(name, (ClassificationTask,), {"__init__": init})
 
 
 def make_task(**options: Any) -> ClassificationTask:
@@ -104,26 +102,23 @@ def test_a_task_of_a_users_own_comes_back(tmp_path: Path) -> None:
 
 
 def test_an_argument_that_a_class_gained_since_must_be_given(tmp_path: Path) -> None:
-    path = save(run_cell()(), tmp_path / "own.ckpt")
-
-    class TaskOfACell(OwnTask):
-        """The same name, and an argument without a default."""
-
+    path = save(cast(Any, run_cell("Gained"))(), tmp_path / "own.ckpt")
+    later: Any = type("Gained", (OwnTask,), {})
     with refused(str(path)):
-        TaskOfACell.load_from_checkpoint(path)
+        later.load_from_checkpoint(path)
     with refused("width"):
-        TaskOfACell.load_from_checkpoint(path, lr=0.1)
+        later.load_from_checkpoint(path, lr=0.1)
 
 
 def test_of_a_cell_that_ran_twice_the_last_class_is_taken(tmp_path: Path) -> None:
-    first, last = run_cell(), run_cell()
-    path = save(first(), tmp_path / "own.ckpt")
+    first, last = run_cell("Twice"), run_cell("Twice")
+    path = save(cast(Any, first)(), tmp_path / "own.ckpt")
     assert type(Task.load_from_checkpoint(path)) is last
 
 
 def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = save(run_cell()(), tmp_path / "own.ckpt")
-    another = type("TaskOfACell", (ClassificationTask,), {})
+    path = save(cast(Any, run_cell("Ambiguous"))(), tmp_path / "own.ckpt")
+    another = type("Ambiguous", (ClassificationTask,), {"__module__": "elsewhere"})
     with refused(str(path)):
         Task.load_from_checkpoint(path)
     del another

@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_others_read(
     out = capsys.readouterr().out
     assert f"mhla monitor {folder} (or: tensorboard --logdir {folder.parent})" in out
     assert "step 12/12" in out
-    assert f"use it: mhla export {folder} --to FOLDER" in out
+    assert f"use it: mhla predict {folder} IMAGE, or mhla export {folder} --to FOLDER" in out
     assert out.count("the val split has 20 samples") == 1
 
     series = read_metrics(folder / "metrics.jsonl")
