@@ -185,7 +185,7 @@ def test_mistakes_are_told(
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_bench_resume_reports_time_and_memory(tmp_path: Path, workers: str) -> None:
     """That the first batch is the right one is checked by the measurement itself."""
     target = tmp_path / "resume.json"

@@ -277,7 +277,8 @@ def test_mp4_members_hold_nearly_the_same_pixels(tmp_path: Path) -> None:
 # The same bytes
 
 
-@pytest.mark.parametrize("store", [pytest.param("npy", marks=pytest.mark.slow), "mp4"])
+@pytest.mark.slow  # two processes start; test_pack.py has such a pair in `make test`
+@pytest.mark.parametrize("store", ["npy", "mp4"])
 def test_processes_do_not_change_the_bytes(tmp_path: Path, store: str) -> None:
     save_videos(tmp_path / "in", 3)
     for workers in (1, 2):

@@ -619,6 +619,7 @@ def test_colours_that_ffmpeg_cannot_convert_are_named(tmp_path: Path) -> None:
 # The Python door
 
 
+@pytest.mark.slow  # starts processes, as test_clips_module.py does in `make test`
 def test_the_data_module_cuts_what_the_command_cuts(tmp_path: Path) -> None:
     films = tmp_path / "in"
     films.mkdir()
