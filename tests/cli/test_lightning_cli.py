@@ -16,8 +16,10 @@ from mhla_lightning.lightning_cli import RecipeCLI, main
 from mhla_lightning.runs.folder import RunFolder, read_metrics
 from mhla_lightning.training.launch import RunOptions, launch
 from tests.helpers.errors import refused
+from tests.helpers.images import write_images
 
 DEIT, CONVNET = "classification/deit_tiny_mhla_mnist_cpu", "classification/convnet_mnist_cpu"
+IMAGES = "classification/deit_tiny_mhla_images_cpu"
 SHORT = {
     "trainer.max_steps": 2,
     "trainer.log_every_n_steps": 1,
@@ -92,9 +94,10 @@ def test_a_packaged_recipe_trains_as_a_run(recipe: str, shards: Path, tmp_path: 
 def test_every_packaged_cpu_recipe_trains_as_a_run(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the data that it names."""
+    """With the data that it names, or with images in the place of a user's."""
     monkeypatch.chdir(tmp_path)
-    door_and_run(recipe, tmp_path / "runs", SHORT)
+    own = {"data.source": str(write_images(tmp_path / "own").with_name("source"))} if recipe == IMAGES else {}
+    door_and_run(recipe, tmp_path / "runs", SHORT | own)
 
 
 def test_the_recipe_is_read_as_by_a_run(
