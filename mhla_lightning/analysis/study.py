@@ -31,11 +31,13 @@ class StudyOptions:
         block_size: tokens a block per axis of the first layer's grid, for `own_block`. None takes each
             layer's own, or those of another layer. Without any it takes a quarter of each axis, or a 16th of
             a row.
+        shared_block_size: the same where `block_size` is None, for layers of as many axes.
         queries: raster numbers of the tokens whose maps are kept; None takes three, spread over the tokens.
         max_tokens: of a sample; a matrix holds their square for each head.
     """
 
     block_size: Sequence[int] | None = None
+    shared_block_size: Sequence[int] | None = None
     queries: Sequence[int] | None = None
     max_tokens: int = 4096
 
@@ -187,6 +189,9 @@ class _Visitor:
         """Return those that were asked for, the layer's own, or those of a layer of the same grid."""
         if self.options.block_size is not None and grid == self.found.grid:
             return tuple(self.options.block_size)
+        shared = self.options.shared_block_size
+        if shared is not None and len(shared) == len(grid) and grid == self.found.grid:
+            return tuple(shared)
         own = call.operator.partition(grid)
         return own or block_size_of(partitions(self.model, grid), grid)
 

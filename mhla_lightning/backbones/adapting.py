@@ -17,7 +17,12 @@ from torch.nn import functional as F
 
 from mhla_lightning.attention import MHLA, BlockGrid
 from mhla_lightning.attention.mhla.causal_operator import CausalMHLA
-from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative, offsets_of
+from mhla_lightning.attention.mhla.relative import (
+    average_by_offset,
+    expand_relative,
+    offset_deviation,
+    offsets_of,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.finite import check_finite
 from mhla_lightning.weights.adapted import (
@@ -272,14 +277,17 @@ def _place_by_offset(adapted: Adapted, name: str, source: BlockGrid, target: Blo
         return
     if same:
         if not given:
-            value, deviation = average_by_offset(value, source.blocks)
+            weights = average_by_offset(value, source.blocks)
+            deviation = offset_deviation(value, weights, source.blocks)
+            value = weights
         value = expand_relative(value, source.blocks, target.blocks)
     else:
         value = expand_relative(value, source.blocks, source.blocks) if given else value
         value = resampled_mixing(value, source, target)
     if wanted:
-        value, further = average_by_offset(value, target.blocks)
-        deviation = max(deviation, further)
+        weights = average_by_offset(value, target.blocks)
+        deviation = max(deviation, offset_deviation(value, weights, target.blocks))
+        value = weights
     elif own.dim() == 2 and len(value) == 1:
         value = value[0]
     adapted[name] = value.expand(own.shape).clone() if len(value) == 1 else value

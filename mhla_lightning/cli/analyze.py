@@ -163,11 +163,11 @@ def _options(args: argparse.Namespace, opened: list[TrainedRun]) -> StudyOptions
     paths = [one.run.path.resolve() for one in opened]
     if len(set(paths)) < len(paths):
         raise UserError("run", "a run is named twice; name each once")
-    size = args.block_size
+    shared = None
     grids = {tuple(one.task.grid) for one in opened}
-    if size is None and len(grids) == 1:
-        size = block_size_of((part for one in opened for part in one.block_sizes()), next(iter(grids)))
-    options = StudyOptions(size, args.queries, args.max_tokens)
+    if args.block_size is None and len(grids) == 1:
+        shared = block_size_of((part for one in opened for part in one.block_sizes()), next(iter(grids)))
+    options = StudyOptions(args.block_size, shared, args.queries, args.max_tokens)
     for one in opened:
         tokens = 1
         for count in one.task.grid:

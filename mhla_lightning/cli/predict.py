@@ -71,6 +71,8 @@ def perform(args: argparse.Namespace) -> tuple[ImageClassifierRun, list[Classifi
     from mhla_lightning.inference.weights import choose_device
 
     device, files = choose_device(args.device), image_files(args.images)
+    if args.to is not None and Path(args.to).resolve() in {file.resolve() for file in files}:
+        raise UserError("to", f"{args.to} is one of the images; name another file")
     found = find_classifier(args.run, runs=args.runs, ckpt=args.ckpt, ema=not args.no_ema)
     rows: list[Classified] = []
     tiles: list[tuple[list[Any], str]] = []

@@ -61,7 +61,7 @@ def _small_validations(rows: Sequence[Row]) -> Iterator[str]:
         first, second = scored[:2]
         gap = first["mean"][tag] - second["mean"][tag]
         variance = sum(row["mean"][tag] * (1 - row["mean"][tag]) for row in (first, second)) / samples
-        told = _CONFIDENCE * math.sqrt(variance / len(first["seeds"]))
+        told = _CONFIDENCE * math.sqrt(variance)  # all seeds are judged on the same samples
         if gap < told:
             yield (
                 f"{tag}: {first['name']} and {second['name']} are {gap:.4f} apart, and {samples:,} "

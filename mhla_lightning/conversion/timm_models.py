@@ -26,6 +26,7 @@ _ARGUMENTS = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 """Arguments of a config.json that are passed to timm; others may name files or run code."""
+_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _UNKNOWN_PARTS = {
     "dist_token": "a distillation token; take the model without `distilled` in its name",
     "reg_token": "register tokens",
@@ -75,6 +76,8 @@ def open_timm(
     """
     path = Path(source)
     if not path.exists():
+        if path.suffix in _ENDINGS:
+            raise UserError("path", f"there is no file or folder {source}; a name of timm has no such ending")
         return _downloaded(source)
     state = read_tensors(path, "path", weights)
     for name, part in _UNKNOWN_PARTS.items():
@@ -97,7 +100,13 @@ def open_timm(
         arguments = {**_told(state), **_arguments(source, config)}
         _demand_vit("model" if named else "path", source, architecture)
         model = _built(source, lambda: timm.create_model(architecture, pretrained=False, **arguments))
-    return TimmModel(source, state, _filled(source, model, state), notes, _pixels(architecture, config))
+    pixels = _pixels(architecture, config)
+    if not pixels:
+        notes.append(
+            "nothing tells how its images were normalised: set `data.augmentation.mean` and `std` to what it "
+            "was trained with"
+        )
+    return TimmModel(source, state, _filled(source, model, state), notes, pixels)
 
 
 def _downloaded(name: str) -> TimmModel:

@@ -31,9 +31,10 @@ def kept_classes(folder: Path, count: int) -> tuple[str, ...]:
     """
     places = [folder, folder.parent.parent] if (folder / "COMPLETE").is_file() else [folder]
     for place in places:
-        found = read_object(place / _NAME).get(_KEY)
+        file = place / _NAME
+        found = read_object(file).get(_KEY) if file.is_file() else None  # no pipe of a stranger's folder
         if isinstance(found, list) and len(found) == count and all(isinstance(name, str) for name in found):
             return tuple(name if name.isprintable() else ascii(name) for name in found)
-        if (place / _NAME).exists():
-            log.warning("%s does not name %d classes: they are shown by their labels", place / _NAME, count)
+        if file.exists():
+            log.warning("%s does not name %d classes: they are shown by their labels", file, count)
     return tuple(map(str, range(count)))

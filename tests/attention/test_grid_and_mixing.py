@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from mhla_lightning.attention import BlockGrid, MixingInit, MixingMatrix, initial_mixing
-from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative
+from mhla_lightning.attention.mhla.relative import average_by_offset, expand_relative, offset_deviation
 from tests.helpers.errors import refused
 
 GRIDS = [
@@ -149,11 +150,25 @@ def offset(query: tuple[int, ...], key: tuple[int, ...], own: tuple[int, ...]) -
 
 def test_the_average_by_offset_reports_how_far_entries_are_from_it() -> None:
     matrix = torch.tensor([[0.5, 0.25], [0.75, 1.0]])
-    weights, deviation = average_by_offset(matrix, (2,))
+    weights = average_by_offset(matrix, (2,))
     assert weights.tolist() == [[0.25, 0.75, 0.75]]  # key to the right, own, key to the left
-    assert deviation == 0.25
+    assert offset_deviation(matrix, weights, (2,)) == 0.25
     for of_one in (expand_relative(weights, (2,), (2,)), expand_relative(weights, (2,), (5,))):
-        assert average_by_offset(of_one, of_one.shape[-1:])[1] == 0
+        blocks = of_one.shape[-1:]
+        assert offset_deviation(of_one, average_by_offset(of_one, blocks), blocks) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("exp_sigma", 0), ("exp_sigma", float("nan")), ("local_thres", -1), ("value", "a")]
+)
+def test_options_that_make_no_matrix_are_refused(name: str, value: Any) -> None:
+    with refused(f"mix_init_options.{name}"):
+        MixingInit.of({name: value})
+
+
+def test_a_plan_builds_the_relative_form_without_data() -> None:
+    with torch.device("meta"):
+        assert MixingMatrix((2, 3), heads=2, form="relative").weight.shape == (2, 15)
 
 
 @pytest.mark.parametrize("init", ["local_row", "uniform", "causal_uniform"])

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mhla_lightning.attention import BlockGrid
-from mhla_lightning.attention.mhla.relative import average_by_offset
+from mhla_lightning.attention.mhla.relative import average_by_offset, offset_deviation
 from mhla_lightning.backbones import build_backbone
 from mhla_lightning.backbones.adapting import resampled_mixing
 from mhla_lightning.backbones.layers import grid_sinusoid
@@ -219,7 +219,8 @@ def test_weights_by_offset_serve_a_larger_grid_as_they_are() -> None:
 def test_an_absolute_matrix_becomes_weights_by_offset_and_the_change_is_told() -> None:
     source, model = vit((6, 4), None, block_size=2), vit((6, 4), **RELATIVE)
     matrix = source.blocks[0].attn.attention.mixing.matrix()
-    weights, deviation = average_by_offset(matrix, (3, 2))
+    weights = average_by_offset(matrix, (3, 2))
+    deviation = offset_deviation(matrix, weights, (3, 2))
     adapted = model.adapt_state_dict(source.state_dict())
     torch.testing.assert_close(adapted[NAME], weights.expand(2, -1))
     assert adapted.resampled[NAME].endswith(f"which changes weights by up to {deviation:.2g}")
@@ -229,7 +230,7 @@ def test_an_absolute_matrix_becomes_weights_by_offset_and_the_change_is_told() -
     torch.testing.assert_close(back[NAME], model.blocks[0].attn.attention.mixing.matrix())
     other = vit((12, 8), 4, mix_form="relative").adapt_state_dict(source.state_dict())
     layers = [each.blocks[0].attn.attention.grid for each in (source, vit((12, 8), 4))]
-    expected, _ = average_by_offset(resampled_mixing(matrix, *layers), (4, 4))
+    expected = average_by_offset(resampled_mixing(matrix, *layers), (4, 4))
     torch.testing.assert_close(other[NAME], expected.expand(2, -1))
 
 

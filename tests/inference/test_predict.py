@@ -154,6 +154,15 @@ def test_wrong_options_are_refused(root: Path, options: Any, key: str) -> None:
         mhla.predict("tiny", root / "source", runs=root / "runs", **options)
 
 
+def test_a_sheet_never_replaces_an_image_that_it_shows(root: Path) -> None:
+    image = root / "source" / "val" / "class0" / "000.png"
+    before = image.read_bytes()
+    for given in (image, image.parent):
+        command = ["predict", "tiny", str(given), "--runs", str(root / "runs"), "--to", str(image)]
+        assert main(command) == 2
+    assert image.read_bytes() == before
+
+
 def test_places_without_images_are_refused(root: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "missing.jpg"):
         with refused("images"):

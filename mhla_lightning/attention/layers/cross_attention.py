@@ -95,6 +95,7 @@ class MHLACrossAttention(nn.Module):
         self.q_norm = RMSNorm(dim, eps=1e-6) if options.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim, eps=1e-6) if options.qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
+        init_options = MixingInit.of(options.mix_init_options)
         with keys_of_an_entry():
             self.mixing = CrossMixingMatrix(
                 self.queries,
@@ -103,7 +104,7 @@ class MHLACrossAttention(nn.Module):
                 learnable=options.mix_learnable,
                 clamp=options.mix_clamp,
                 heads=heads if options.mix_per_head else None,
-                init_options=MixingInit.of(options.mix_init_options),
+                init_options=init_options,
             )
 
     def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:

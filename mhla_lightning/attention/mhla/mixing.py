@@ -59,19 +59,37 @@ class MixingInit:
         exp_sigma: decay length of `exp` and `causal_exp`, in blocks; None means 3 and 1.
         local_thres: radius of `local`, in blocks.
         value: the entry of `const`.
+
+    Raises:
+        UserError: a value outside its range.
     """
 
     exp_sigma: float | None = None
     local_thres: float = 1.5
     value: float = 1e-6
 
+    def __post_init__(self) -> None:
+        least = {"exp_sigma": math.ulp(0.0), "local_thres": 0.0, "value": -math.inf}
+        for name, bound in least.items():
+            given = getattr(self, name)
+            if given is None and name == "exp_sigma":
+                continue
+            number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+            if not number or given < bound:
+                wanted = {"exp_sigma": "a number above 0", "local_thres": "a number of at least 0"}
+                raise UserError(
+                    f"mix_init_options.{name}", f"found {given!r}; give {wanted.get(name, 'a number')}"
+                )
+
     @classmethod
     def of(cls, given: Mapping[str, float] | None) -> MixingInit:
         """Return the options of an attention entry's `mix_init_options`.
 
         Raises:
-            UserError: unknown key.
+            UserError: no mapping, an unknown key, or a value outside its range.
         """
+        if given is not None and not isinstance(given, Mapping):
+            raise UserError("mix_init_options", f"found {given!r}; give a mapping such as {{exp_sigma: 2.0}}")
         keys = [field.name for field in fields(cls)]
         for key in given or {}:
             if key not in keys:
@@ -208,7 +226,9 @@ class MixingMatrix(nn.Module):
         else:
             counts = [grid_or_count] if isinstance(grid_or_count, int) else grid_or_count
             grid = BlockGrid(counts, block_size=1)
-        if clamp is not None and not (len(clamp) == 2 and clamp[0] < clamp[1]):
+        if clamp is not None and not (
+            isinstance(clamp, Sequence) and len(clamp) == 2 and clamp[0] < clamp[1]
+        ):
             raise UserError("clamp", f"found {clamp}; give [low, high] with low < high, or null")
         known("form", form, FORMS)
         known("clamp_at", clamp_at, CLAMP_AT)
@@ -219,7 +239,7 @@ class MixingMatrix(nn.Module):
             )
             weight = by_distance.float().expand(heads or 1, -1).clone()
         elif form == "relative":
-            by_offset, _ = average_by_offset(
+            by_offset = average_by_offset(
                 initial_mixing(grid.distances(), init, **asdict(options)), grid.blocks
             )
             weight = by_offset.float().expand(heads or 1, -1).clone()

@@ -54,7 +54,7 @@ def expand_relative(weight: Tensor, known: Sequence[int], blocks: Sequence[int])
     return weight[:, offset_of_pairs(blocks, known, weight.device)]
 
 
-def average_by_offset(mixing: Tensor, blocks: Sequence[int]) -> tuple[Tensor, float]:
+def average_by_offset(mixing: Tensor, blocks: Sequence[int]) -> Tensor:
     """Average a mixing matrix over all pairs of blocks with the same offset.
 
     Args:
@@ -62,12 +62,22 @@ def average_by_offset(mixing: Tensor, blocks: Sequence[int]) -> tuple[Tensor, fl
         blocks: blocks per axis.
 
     Returns:
-        The weights, (heads or 1, offsets), and the largest deviation of an entry from its average.
+        The weights, (heads or 1, offsets).
     """
-    matrices = mixing.detach().double().reshape(-1, *mixing.shape[-2:])
-    place = offset_of_pairs(blocks, blocks, mixing.device)
-    count = torch.bincount(place.flatten(), minlength=offsets_of(blocks))
-    sums = matrices.new_zeros(len(matrices), len(count)).index_add(1, place.flatten(), matrices.flatten(1))
-    average = sums / count
-    deviation = float((matrices - average[:, place]).abs().max())
-    return average.to(mixing.dtype), deviation
+    matrices = mixing.detach().double().reshape(-1, *mixing.shape[-2:]).flatten(1)
+    place = offset_of_pairs(blocks, blocks, mixing.device).flatten()
+    offsets = offsets_of(blocks)
+    sums = matrices.new_zeros(len(matrices), offsets).index_add(1, place, matrices)
+    counts = matrices.new_zeros(offsets).index_add(0, place, matrices.new_ones(len(place)))
+    return (sums / counts).to(mixing.dtype)
+
+
+def offset_deviation(mixing: Tensor, weights: Tensor, blocks: Sequence[int]) -> float:
+    """Return the largest difference between a mixing matrix and its weights by offset.
+
+    Args:
+        mixing: (blocks, blocks) or (heads, blocks, blocks), row = query block.
+        weights: (heads or 1, offsets).
+        blocks: blocks per axis of both.
+    """
+    return float((mixing.detach() - expand_relative(weights, blocks, blocks)).abs().max())
