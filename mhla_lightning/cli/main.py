@@ -102,7 +102,7 @@ def exit_code(command: Callable[[], int]) -> int:
 
 def mistake(error: UserError, parser: VerbParser | None = None, takes_overrides: bool = False) -> int:
     """Print a mistake of the user, see :func:`spelled`; return the exit code."""
-    print(f"error: {spelled(error, parser, takes_overrides)}", file=sys.stderr)
+    print(f"error: {_printable(spelled(error, parser, takes_overrides))}", file=sys.stderr)
     return _STOPPED if isinstance(error, DiskError) else 2
 
 
@@ -116,6 +116,13 @@ def _print_any_text() -> None:
 
 def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _printable(text: str) -> str:
+    """Escape what a stranger's file may have put into a message to command a terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text
+    )
 
 
 def _report_files(error: OSError) -> int:

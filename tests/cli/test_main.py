@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from mhla_lightning.cli.main import VERBS, main
+from mhla_lightning.cli.main import VERBS, main, mistake
+from mhla_lightning.errors import UserError
 
 
 def test_help_lists_every_verb_without_loading_torch() -> None:
@@ -58,3 +59,8 @@ def test_a_run_leaves_no_log_handler_behind(capsys: pytest.CaptureFixture[str]) 
     assert main(["run", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
     assert (list(logger.handlers), logger.level) == before
+
+
+def test_a_message_never_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mistake(UserError("a\x1b[31mb", "c\x07d, \u00e9")) == 2
+    assert capsys.readouterr().err == "error: a\\x1b[31mb: c\\x07d, \u00e9\n"
