@@ -151,5 +151,7 @@ def _holds_class(value: Any) -> bool:
         return "class_path" in value or any(map(_holds_class, value.values()))
     if isinstance(value, list):
         return any(map(_holds_class, value))
-    parsed = _parsed(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return False
+    parsed = _parsed(value)
     return parsed != value and _holds_class(parsed)

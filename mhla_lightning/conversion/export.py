@@ -140,7 +140,10 @@ def plan_export(trained: TrainedModel, format: str | None = None, one_file: bool
     if one_file and not kind.alone:
         raise UserError("format", f"{chosen} writes a folder; the name in `to` must not end in {SUFFIX}")
     export = kind.export(replace(trained, weights=fitting(trained, model)), model)
-    if not (one_file and chosen == "plain"):
+    if not one_file:
+        return export
+    export = replace(export, opened_by=None)  # those calls open folders
+    if chosen != "plain":
         return export
     return replace(
         export, metadata=file_header(trained.backbone, trained.attention, trained.options, trained.source)

@@ -104,4 +104,5 @@ def test_another_familys_format_is_refused_with_those_that_fit(family: str, vali
 
 def test_one_file_has_our_own_names() -> None:
     export = plan_export(a_model("classifier")[0], one_file=True)
+    assert export.opened_by is None, "the call that a folder names cannot open a file"
     assert export.metadata["backbone"] == "deit_tiny"

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.config.classes import check_packages
 from mhla_lightning.config.resolve import Resolved
 from mhla_lightning.evaluation.networks import find_classifier
 from mhla_lightning.inference.rebuilding import rebuild
@@ -219,3 +220,11 @@ def test_code_inside_the_run_folder_is_never_imported(
     with refused("imports.0"):
         rebuilt(run)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), ["x: [.nan]", float("nan")]])
+def test_no_number_of_a_recipe_is_followed_without_end(value: Any) -> None:
+    """NaN differs from itself, so a search for texts that differ once parsed never ended."""
+    check_packages({"init_args": {"mean": value}}, "model", ("mhla_lightning",))
+    with refused("model.evil.class_path"):
+        check_packages({"init_args": {"mean": value, "evil": {"class_path": "os.system"}}}, "model", ())
