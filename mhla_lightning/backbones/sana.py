@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mhla_lightning.arguments.checked import CheckedOptions
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention, resolve_layers
-from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.adapting import Grid, source_geometry
-from mhla_lightning.backbones.layers import ConditionalPosition, check_heads
+from mhla_lightning.backbones.layers import ConditionalPosition, check_heads, check_ratio
 from mhla_lightning.backbones.text_attention import CROSS_ATTENTION, CrossEntry, TextAttention, filled_up
 from mhla_lightning.backbones.text_dit import Ends, TextDiT, laid_out, modulated
 from mhla_lightning.errors import UserError, inside
@@ -46,7 +46,7 @@ computes that linear attention.
 
 
 @dataclass(frozen=True)
-class SanaOptions:
+class SanaOptions(CheckedOptions):
     """Sizes of a :class:`SanaDiT`.
 
     Args:
@@ -102,16 +102,13 @@ class SanaDiT(TextDiT):
     ) -> None:
         options = options or SanaOptions()
         dim = options.embed_dim
-        for key in ("embed_dim", "depth", "num_heads", "cross_heads"):
-            positive(key, getattr(options, key))
         check_heads(dim, options.num_heads)
         if dim % options.cross_heads:
             raise UserError(
                 "cross_heads",
                 f"{options.cross_heads} heads do not divide the {dim} channels of `embed_dim`",
             )
-        if int(options.mlp_ratio * dim) < 1:
-            raise UserError("mlp_ratio", f"{options.mlp_ratio} is too small; the network needs one channel")
+        check_ratio(dim, options.mlp_ratio)
         super().__init__(
             Ends(
                 AXES,
