@@ -1,0 +1,1 @@
+"""MHLA of short rows on a CPU as one compiled operation; `dense.cpp` is the code, `building` compiles it."""
