@@ -12,7 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from mhla_lightning.backbones import TEXT_TO_IMAGE
-from mhla_lightning.conversion.config_files import check_backbone, if_its_own, not_default, own_facts
+from mhla_lightning.conversion.config_files import (
+    check_backbone,
+    check_reading,
+    if_its_own,
+    not_default,
+    own_facts,
+)
 from mhla_lightning.errors import UserError
 from mhla_lightning.weights.sana_names import needed_by_sana
 from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
@@ -20,7 +26,8 @@ from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 FAMILY = "SANA"
 CLASSES = ("SanaTransformer2DModel",)
 OPTIONAL = re.compile(
-    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cpe|ffn\.depthwise)\."
+    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cross_attn\.(mixing|norm_q|norm_k)"
+    r"|cpe|ffn\.depthwise)\."
 )
 
 _PUBLIC = {1152: ("sana_600m", 36, 16), 2240: ("sana_1600m", 70, 20)}  # width -> name, heads, cross heads
@@ -55,6 +62,7 @@ def sana_target(state: State, wish: Wish) -> ImportTarget:
             )
     own = own_facts(wish, FAMILY, TEXT_TO_IMAGE)
     options = {**_options(state, wish, own, depth), **wish.options}
+    check_reading(state, options, wish.source)
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     attention = _attention(state, wish, own)
     return ImportTarget(backbone, attention, not_default(backbone, options), OPTIONAL, stray=False)

@@ -163,6 +163,40 @@ class BlockGrid:
         return (positions[:, None] - positions[None]).pow(2).sum(-1).sqrt()
 
 
+def cut_alike(
+    made: BlockGrid,
+    grid: Sequence[int],
+    blocks: int | Sequence[int] | None,
+    block_size: int | Sequence[int] | None,
+) -> BlockGrid:
+    """Return the blocks of another grid, cut by the same options.
+
+    Args:
+        made: the blocks that the options gave.
+        grid: token counts per axis.
+        blocks, block_size: the options.
+
+    Raises:
+        UserError: options that do not fit the grid.
+    """
+    if single_frame(made, grid, blocks):
+        return BlockGrid(grid, (1, *made.blocks[1:]))
+    return BlockGrid(grid, blocks, block_size=block_size)
+
+
+def single_frame(made: BlockGrid, grid: Sequence[int], blocks: int | Sequence[int] | None) -> bool:
+    """Return whether a grid is a single frame, given to blocks of videos.
+
+    Its blocks are mixed like the first ones in time, as the first frame of a video is.
+
+    Args:
+        made: the blocks of videos.
+        grid: token counts per axis.
+        blocks: the option that gave them; None where `block_size` did.
+    """
+    return len(grid) == 3 and grid[0] == 1 and blocks is not None and made.blocks[0] > 1
+
+
 def _width(tokens: int, count: int) -> int:
     """Return the width of `count` blocks on an axis of `tokens`."""
     width = ceil_div(tokens, count)
