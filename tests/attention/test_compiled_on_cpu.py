@@ -17,7 +17,7 @@ from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
 from mhla_lightning.attention.mhla.cpu import building, short_rows
 from mhla_lightning.attention.mhla.grid import BlockGrid
 from mhla_lightning.attention.mhla.operator import MHLA, MHLAOptions
-from tests.helpers.compiled import needs_a_compiler
+from tests.helpers.compiler import needs_a_compiler
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # q, k, v and the mixing matrix
 

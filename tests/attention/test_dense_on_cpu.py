@@ -9,7 +9,7 @@ from torch import Tensor
 from mhla_lightning.attention.mhla import dense, fused
 from mhla_lightning.attention.mhla.bidirectional import ReluMHLA
 from mhla_lightning.attention.mhla.grid import BlockGrid
-from tests.helpers.compiled import needs_a_compiler
+from tests.helpers.compiler import needs_a_compiler
 
 CASES = {
     "even": ((8, 8), (4, 4), 3, (8, 6), False),

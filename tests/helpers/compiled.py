@@ -1,14 +1,30 @@
-"""The compiled form of MHLA on CPUs in tests."""
+"""Counting what torch.compile does."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from mhla_lightning.attention.mhla.cpu import building
+from torch._dynamo.utils import counters
 
 
-def needs_a_compiler() -> None:
-    """Skip where this machine cannot compile `dense.cpp`; with a compiler it has to."""
-    if building.find_compiler() is None:
-        pytest.skip("needs a C++ compiler, such as g++")
-    assert building.loaded() is None
+@dataclass
+class CompiledCounts:
+    """Counts since the block began."""
+
+    @property
+    def graphs(self) -> int:
+        """Graphs that were compiled."""
+        return int(counters["stats"]["unique_graphs"])
+
+    @property
+    def breaks(self) -> dict[str, int]:
+        """Graph breaks by reason."""
+        return dict(counters["graph_break"])
+
+
+@contextmanager
+def compiled_counts() -> Iterator[CompiledCounts]:
+    counters.clear()
+    yield CompiledCounts()
