@@ -86,7 +86,10 @@ def _place(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """Return what tells apart processors that need code of their own; a home may be shared by several."""
+    """Return what tells apart processors that need code of their own.
+
+    A home may be shared by several.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,7 @@
-"""The compiled form of MHLA's N x N matrix: when it serves a call, and its gradients for autograd."""
+"""The compiled form of MHLA's N x N matrix.
+
+Here is which calls it serves, what autograd needs of it, and what torch knows of its operators.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ Shape = Sequence[int]
 
 
 def serves(q: Tensor, settings: ReluMHLA) -> bool:
-    """Return whether the compiled form can take the call: real tensors of a CPU, with sums in float32.
+    """Return whether the compiled form can take the call.
 
-    Fake tensors keep to torch's own operations, so that a plan does not depend on a compiler.
+    It takes real tensors of a CPU, with sums in float32. Fake tensors keep to torch's own operations, so that a plan does not depend on a compiler.
     """
     real = type(q) in (Tensor, Parameter) and q.device.type == "cpu"
     return real and settings.dtype == torch.float32 and _operators() is None
