@@ -24,7 +24,8 @@ Shape = Sequence[int]
 def serves(q: Tensor, settings: ReluMHLA) -> bool:
     """Return whether the compiled form can take the call.
 
-    It takes real tensors of a CPU, with sums in float32. Fake tensors keep to torch's own operations, so that a plan does not depend on a compiler.
+    It takes real tensors of a CPU, with sums in float32. Fake tensors keep to torch's own
+    operations, so that a plan does not depend on a compiler.
     """
     real = type(q) in (Tensor, Parameter) and q.device.type == "cpu"
     return real and settings.dtype == torch.float32 and _operators() is None
