@@ -100,6 +100,7 @@ class Task(KeepsArguments, pl.LightningModule):
         largest_weight: elements of its largest parameter.
         grid: tokens per axis of a sample.
         flops_per_sample: forward FLOPs of a sample.
+        compiled_parts: modules of the backbone that are compiled; empty before it is built.
         warm_start: which weights of `init_from` were copied, are new or were left; None before they are read.
 
     Raises:
@@ -127,6 +128,8 @@ class Task(KeepsArguments, pl.LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.compilation = Compilation(compile) if isinstance(compile, str) else compile
         self.backbone: nn.Module | None = None
+        self.compiled_parts: list[nn.Module] = []
+        self._gathers_weights = False
         self.warm_start: WarmStart | None = None
         self._gradient_norm: Tensor | None = None
         self._mixing: list[MixingMatrix] | None = None
@@ -196,7 +199,7 @@ class Task(KeepsArguments, pl.LightningModule):
         if self.train_only:
             freeze_except(self.backbone, self.train_only)
         if self.compilation is not None:
-            self.compilation.apply(self.backbone)
+            self.compiled_parts = self.compilation.apply(self.backbone, self._gathers_weights)
 
     def start_normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Return mean and std of the images that the weights of `init_from` were trained on.
@@ -216,6 +219,7 @@ class Task(KeepsArguments, pl.LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
+            self._gathers_weights = True
         data = cast(Any, self.trainer).datamodule
         if self.waits_for_data and isinstance(data, GivesFacts):
             with inside("model"):
@@ -247,15 +251,15 @@ class Task(KeepsArguments, pl.LightningModule):
     def check_gathered(self, strategy: str) -> None:
         """Refuse what does not go together with weights that are gathered around every layer.
 
-        Autograd keeps what a product read, so offloaded activations would keep gathered weights. Dynamo
-        compiles DeepSpeed's hooks around every layer anew in each step: right numbers, and hundreds of
-        compilations.
+        Autograd keeps what a product read, so offloaded activations would keep gathered weights. A backbone
+        that is compiled as one reads all weights at once.
 
         Args:
             strategy: its name, for the error.
 
         Raises:
-            UserError: `checkpoint_activations` offload, or `compile`.
+            UserError: `checkpoint_activations` offload; `compile` whole, or blocks of a backbone that was
+                built before the strategy was known.
         """
         if self.checkpoint_activations == "offload":
             raise UserError(
@@ -263,11 +267,17 @@ class Task(KeepsArguments, pl.LightningModule):
                 f"offload would keep the gathered weights of `trainer.strategy` {strategy}; take blocks or "
                 "attention, or zero2",
             )
-        if self.compilation is not None:
+        if self.compilation is not None and self.compilation.what == "whole":
             raise UserError(
                 "compile",
-                f"`trainer.strategy` {strategy} gathers weights around every layer, which compiles anew in "
-                "each step; take null, or ddp, zero1 or zero2",
+                f"whole would gather all weights at once under `trainer.strategy` {strategy}; take blocks, "
+                "or zero2",
+            )
+        if self.compiled_parts and not self._gathers_weights:
+            raise UserError(
+                "compile",
+                "the backbone was compiled before the trainer's strategy was known; leave its building "
+                f"(configure_model) to the trainer under {strategy}",
             )
 
     def _geometry_of(self, state: WeightState) -> Geometry | None:
