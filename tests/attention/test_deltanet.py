@@ -134,9 +134,9 @@ def test_what_it_cannot_do_is_refused_by_key(options: dict[str, Any], key: str) 
 
 def test_it_names_the_beta_that_it_needs() -> None:
     operator = DeltaNet(heads=1, dim_k=4, dim_v=4)
-    x = {name: torch.randn(1, 3, 1, 4) for name in "qkv"}
+    q, k, v = torch.randn(3, 1, 3, 1, 4)
     with refused("beta"):
-        operator(**x)
+        operator(q, k, v)
     state = operator.init_state(1, heads=1, dim_k=4, dim_v=4, device="cpu", dtype=torch.float32)
     with refused("beta"):
-        operator.step(**{name: value[:, :1] for name, value in x.items()}, state=state)
+        operator.step(q[:, :1], k[:, :1], v[:, :1], state)
