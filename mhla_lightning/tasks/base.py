@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mhla_lightning.arguments.hints import argument_hints
 from mhla_lightning.arguments.plain import KeepsArguments, plain
 from mhla_lightning.arguments.saved import refuse_hparams
-from mhla_lightning.attention import MixingMatrix
+from mhla_lightning.attention import Attention, MixingMatrix
 from mhla_lightning.backbones import Backbone, build_backbone, described_geometry, timm_geometry
 from mhla_lightning.backbones.activations import Activations, KeepsActivations
 from mhla_lightning.backbones.compiling import Compilation
@@ -153,6 +153,17 @@ class Task(KeepsArguments, pl.LightningModule):
         self.largest_weight = max(p.numel() for p in plan.parameters())
         self.grid = tuple(cast(Backbone, plan).grid)
         self.flops_per_sample = cast(Backbone, plan).flops(self.grid)
+        self._operators = list(dict.fromkeys(type(m) for m in plan.modules() if isinstance(m, Attention)))
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that every operator of `attention` runs on a device.
+
+        Raises:
+            UserError: one does not.
+        """
+        with inside("attention"):
+            for operator in self._operators:
+                operator.check_device(device)
 
     @property
     def waits_for_data(self) -> bool:
@@ -210,13 +221,15 @@ class Task(KeepsArguments, pl.LightningModule):
         return None if facts is None else (facts.mean, facts.std)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy, an average or data that this task cannot take, before training.
+        """Refuse a strategy, a device, an average or data that this task cannot take, before training.
 
         Lightning calls it. Raises UserError.
         """
         check_strategy(self.trainer)
         check_copies(self.trainer, self.backbone is not None)
         strategy = self.trainer.strategy
+        with inside("model"):
+            self.check_device(strategy.root_device)
         if isinstance(strategy, GathersWeights) and strategy.zero_stage_3:
             self.check_gathered("zero3")
             self._gathers_weights = True
