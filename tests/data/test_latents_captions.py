@@ -50,9 +50,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(root: Path, text: Mapping[str, Any] | None = None, **others: Any) -> LatentOptions:
-    captions = CaptionOptions(**{"text_encoder": WORDS, "tokens": 20} | dict(text or {}))
+    captions: dict[str, Any] = {"text_encoder": WORDS, "tokens": 20, **(text or {})}
     chosen: dict[str, Any] = {"vae": str(root / "dc"), "size": SIZE, "batch_size": 4, "device": "cpu"}
-    return LatentOptions(**chosen | {"val": 2, "shards": 2, "text": captions} | others)
+    chosen |= {"val": 2, "shards": 2, "text": CaptionOptions(**captions)}
+    return LatentOptions(**chosen | others)
 
 
 def samples(split: Path) -> list[RawSample]:
