@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhla_lightning.attention import DepthwiseConv, LayerAttention, SelfAttention, resolve_layers
-from mhla_lightning.attention.base import positive
 from mhla_lightning.attention.norm import RMSNorm
 from mhla_lightning.backbones.adapting import Grid, source_geometry
 from mhla_lightning.backbones.layers import ConditionalPosition, check_heads
@@ -102,16 +101,13 @@ class SanaDiT(TextDiT):
     ) -> None:
         options = options or SanaOptions()
         dim = options.embed_dim
-        for key in ("embed_dim", "depth", "num_heads", "cross_heads"):
-            positive(key, getattr(options, key))
+        _check_sizes(options)
         check_heads(dim, options.num_heads)
         if dim % options.cross_heads:
             raise UserError(
                 "cross_heads",
                 f"{options.cross_heads} heads do not divide the {dim} channels of `embed_dim`",
             )
-        if int(options.mlp_ratio * dim) < 1:
-            raise UserError("mlp_ratio", f"{options.mlp_ratio} is too small; the network needs one channel")
         super().__init__(
             Ends(
                 AXES,
@@ -171,6 +167,38 @@ class SanaDiT(TextDiT):
             UserError: weights of another width, or a tensor that is not finite.
         """
         return self._placed(from_sana(state), source_geometry(state, grid))
+
+
+_MOST = {
+    **dict.fromkeys(
+        ("embed_dim", "in_channels", "text_dim", "text_length", "num_heads", "cross_heads"), 2**17
+    ),
+    **dict.fromkeys(("input_size", "patch_size"), 2**16),
+    "depth": 2**12,
+}
+"""The largest sizes: a larger one is a mistake, and would take hours or all memory before it is seen."""
+_WIDEST = 2**10  # hidden channels of a feed-forward network for each channel of a token
+
+
+def _check_sizes(options: SanaOptions) -> None:
+    """Refuse sizes that are no whole numbers in their range, and a `mlp_ratio` or `ffn_conv` of another type.
+
+    Raises:
+        UserError: with the option's key.
+    """
+    for key, most in _MOST.items():
+        value = getattr(options, key)
+        sides = value if key in ("input_size", "patch_size") and isinstance(value, Sequence) else (value,)
+        for side in sides:
+            if isinstance(value, str) or type(side) is not int or not 1 <= side <= most:
+                raise UserError(key, f"found {value!r}; it must be a whole number from 1 to {most}")
+    ratio = options.mlp_ratio
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= _WIDEST:
+        raise UserError("mlp_ratio", f"found {ratio!r}; it must be a number above 0 and at most {_WIDEST}")
+    if int(ratio * options.embed_dim) < 1:
+        raise UserError("mlp_ratio", f"{ratio} is too small; the network needs one channel")
+    if not isinstance(options.ffn_conv, bool):
+        raise UserError("ffn_conv", f"found {options.ffn_conv!r}; give true or false")
 
 
 class SanaBlock(nn.Module):
