@@ -140,12 +140,12 @@ class DiT(KeptActivations, nn.Module):
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", grid_sinusoid(self.grid, dim)[None])
         self.sizes = Sizes(("height", "width"), (patch, patch), self.input_size)
-        self.sizes.lay_out(layers)
         self._positions = {self.input_size: "pos_embed"}
         self.blocks = nn.ModuleList(
             DiTBlock(dim, options.num_heads, options.mlp_ratio, spec, self.grid, options.dwconv)
             for spec in layers
         )
+        self.sizes.lay_out(layers)
         self.final_layer = FinalLayer(dim, patch**2 * self.out_channels)
         self._initialise()
         remember_geometry(self)
