@@ -200,8 +200,8 @@ class Task(KeepsArguments, pl.LightningModule):
         take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes, "`model.eval_sizes`")
         take_sizes(backbone, self.backbone_name, "attention", tuple(self.train_sizes), "the data")
 
-    def take_train_sizes(self, facts: Mapping[str, Any]) -> None:
-        """Let the model take the sizes of the training samples.
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Let the model take the sizes of the data's samples, before any stage.
 
         Args:
             facts: the data module's facts; `sizes` holds sizes and their shares where batches have several.
@@ -267,7 +267,7 @@ class Task(KeepsArguments, pl.LightningModule):
             check_precision(self.trainer, self.optimizer_config.eps)
         if isinstance(data, GivesFacts):
             with inside("model"):
-                self.take_train_sizes(data.facts())
+                self.take_sizes(data.facts())
         if stage == "fit" and isinstance(data, GivesFacts):
             micro, _ = data.micro_batch(self.trainer.world_size)
             with inside("model"):

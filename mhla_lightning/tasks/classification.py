@@ -204,20 +204,25 @@ class ClassificationTask(Task):
             UserError: no images, another number of classes or pixels, or an odd batch with mixup.
         """
         self._demand_images(facts)
-        num_classes, image_size = facts["classes"], facts["image_size"]
+        num_classes = facts["classes"]
         if num_classes != self.num_classes:
             raise UserError(
                 "num_classes",
                 f"it is {self.num_classes} and the data has {num_classes} classes; set it to {num_classes} "
                 "or auto",
             )
-        if tuple(image_size) != self._image_size():
+        self.take_sizes(facts)
+        self.check_batch(micro_batch)
+
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Refuse images of another size than the model's, and let it take those of buckets."""
+        size = facts.get("image_size")
+        if size is not None and tuple(size) != self._image_size():
             raise UserError(
                 "backbone_options.img_size",
-                f"it is {self._image_size()} and `data.image_size` {tuple(image_size)}; they must be equal",
+                f"it is {self._image_size()} and `data.image_size` {tuple(size)}; they must be equal",
             )
-        self.take_train_sizes(facts)
-        self.check_batch(micro_batch)
+        super().take_sizes(facts)
 
     def _demand_images(self, facts: Mapping[str, Any]) -> None:
         if facts["kind"] != "images":

@@ -150,27 +150,34 @@ class ImageDiffusionTask(DiffusionTask):
             UserError: neither images nor latents, another number of channels, another size or number of
                 classes.
         """
-        if facts["kind"] == "latents":
-            shape, key = tuple(facts["vae"].shape), "data.vae.shape"
-        elif facts["kind"] == "images":
-            shape, key = (3, *facts["image_size"]), "data.image_size"
-        else:
+        if facts["kind"] not in ("latents", "images"):
             raise UserError(
                 None, f"image diffusion needs images or latents, and the data holds {facts['kind']}"
             )
-        if shape != self.sample_shape:
-            raise UserError(
-                "backbone_options.input_size",
-                f"the model takes samples of {self.sample_shape}, with `model.backbone_options.in_channels` "
-                f"first, and the data has {shape} (`{key}`); they must be equal",
-            )
+        self.take_sizes(facts)
         if facts["classes"] != self.num_classes:
             raise UserError(
                 "backbone_options.num_classes",
                 f"it is {self.num_classes} and the data has {facts['classes']} classes; set it to "
                 f"{facts['classes']}",
             )
-        self.take_train_sizes(facts)
+
+    def take_sizes(self, facts: Mapping[str, Any]) -> None:
+        """Refuse samples of another size than the model's, and let it take those of buckets."""
+        latents = facts["kind"] == "latents"
+        if not latents and facts["kind"] != "images":
+            return
+        shape = tuple(facts["vae"].shape) if latents else (3, *facts["image_size"])
+        if shape != self.sample_shape:
+            key = "data.vae.shape" if latents else "data.image_size"
+            raise UserError(
+                "backbone_options.input_size",
+                f"the model takes samples of {self.sample_shape}, with `model.backbone_options.in_channels` "
+                f"first, and the data has {shape} (`{key}`); they must be equal",
+            )
+        if facts.get("sizes") and self.teacher is not None:
+            raise UserError("loss.distill", "a teacher takes samples of one size, and the data has several")
+        super().take_sizes(facts)
 
 
 def _not_for_images(backbone: str) -> UserError:
