@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext
 
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
-from mhla_lightning.data.kinds.clips import CAPTION
+from mhla_lightning.data.kinds.captions import CAPTION
 from mhla_lightning.data.members import shown
 from mhla_lightning.data.prepare.latents.images import NUMBER, ShardPart, shards_for
 from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit
