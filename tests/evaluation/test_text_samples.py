@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mhla_lightning.cli.main import main
+from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
 from mhla_lightning.diffusion.drawing import draw_samples
 from mhla_lightning.evaluation.networks import open_network
@@ -16,6 +19,7 @@ from mhla_lightning.evaluation.samples import SampleOptions, interval
 from mhla_lightning.evaluation.text_samples import agreements, check_text_samples
 from mhla_lightning.inference.diffusion.text_images import TextDrawing, find_text_image_run
 from mhla_lightning.inference.rebuilding import load_backbone
+from mhla_lightning.runs.classes import keep_classes
 from tests.helpers.captioned_images import CLASSES, write_captioned, write_recipe
 from tests.helpers.data_modules import build
 from tests.helpers.diffusion_models import train
@@ -54,6 +58,30 @@ def test_what_and_where_are_counted_apart() -> None:
     found = agreements(wanted, seen, CLASSES)
     assert found == {"agreement": 2 / 5, "what": 3 / 5, "where": 3 / 5}
     assert agreements(wanted, seen, ("7", "8 in the box", "9", "10")) == {"agreement": 2 / 5}
+
+
+@pytest.mark.parametrize(
+    ("key", "classes", "n"), [("classifier", CLASSES[::-1], 8), ("n", CLASSES, 9), ("eval", None, 8)]
+)
+def test_another_judge_or_too_few_captions_are_refused(
+    key: str, classes: tuple[str, ...] | None, n: int, tmp_path: Path
+) -> None:
+    data: Any = SimpleNamespace()
+    if classes is not None:
+        keep_classes(tmp_path, classes)
+        data = build(
+            CaptionedImageDataModule,
+            path=str(write_captioned(tmp_path / "shards")),
+            text_encoder=TextEncoding("words:8", 6, 8),
+        )
+    judge: Any = SimpleNamespace(
+        run=SimpleNamespace(path=tmp_path), task=SimpleNamespace(num_classes=len(CLASSES))
+    )
+    with refused(key):
+        check_text_samples(SampleOptions("judge", n), data, judge)
+    if classes is not None:
+        keep_classes(tmp_path, CLASSES)
+        check_text_samples(SampleOptions("judge", 8), data, judge)
 
 
 @pytest.fixture(scope="module")
