@@ -26,7 +26,7 @@ from mhla_lightning.data.stream import EvalPasses, EvalStream
 from mhla_lightning.data.transforms import Augmentation, image_hw
 from mhla_lightning.errors import DataError, UserError
 
-_READING = ReadingConfig(num_workers=4)
+READING = ReadingConfig(num_workers=4)
 _MEASURED = 32  # images whose pixels are compared with the normalisation
 _THUMBNAIL = (64, 64)  # pixels; statistics of larger images are the same
 
@@ -63,7 +63,7 @@ class ImageDataModule(ShardDataModule):
         source: str | None = None,
         mix: list[DataSource] | None = None,
         order: OrderConfig = ORDER,
-        reading: ReadingConfig = _READING,
+        reading: ReadingConfig = READING,
         buckets: BucketConfig | None = None,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
