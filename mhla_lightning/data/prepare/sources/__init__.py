@@ -1,7 +1,7 @@
 """The sources that can be packed: images, latents and rows of mqar.
 
-They are `mnist`, a folder of images or latents, `torchvision:NAME[:ROOT]` and `mqar[:PAIRS]`. Text is
-prepared by prepare/text.
+They are `mnist`, `fashion_mnist[:FOLDER]`, a folder of images or latents, `torchvision:NAME[:ROOT]` and
+`mqar[:PAIRS]`. Text is prepared by prepare/text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mhla_lightning.data.index import VAE
 from mhla_lightning.data.prepare.sources.base import SampleSource, SourcePart
+from mhla_lightning.data.prepare.sources.fashion_mnist import is_fashion_mnist, open_fashion_mnist
 from mhla_lightning.data.prepare.sources.folder import open_folder
 from mhla_lightning.data.prepare.sources.latents import DIMENSIONS, open_latents
 from mhla_lightning.data.prepare.sources.mnist import open_mnist
@@ -28,7 +29,7 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
     """Open a source by name, or by the path of a folder with one subfolder a class.
 
     Args:
-        source: a name of SOURCES, `torchvision:NAME[:ROOT]`, `mqar[:PAIRS]` or a folder.
+        source: a name of SOURCES, `fashion_mnist[:FOLDER]`, `torchvision:NAME[:ROOT]`, `mqar[:PAIRS]` or a folder.
         kind: images, latents or video_latents.
         vae: what made the latents, whose shape is taken from the files; None for images.
 
@@ -54,6 +55,8 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
         return open_torchvision(*rest.split(":", 1))
     if is_mqar(str(source)):
         return open_mqar(str(source))
+    if is_fashion_mnist(str(source)):
+        return open_fashion_mnist(str(source))
     if str(source) in SOURCES:
         return SOURCES[str(source)]()
     if Path(source).is_dir():
@@ -63,6 +66,6 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
         unknown_name(
             "source (no such folder either)",
             str(source),
-            [*SOURCES, "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"],
+            [*SOURCES, "fashion_mnist[:FOLDER]", "FOLDER", "torchvision:NAME[:ROOT]", "mqar[:PAIRS]"],
         ),
     )
