@@ -95,6 +95,7 @@ def train_in_children(
     on_end: Callable[[AnyChild, int], None],
     *,
     keep_going: bool = False,
+    threads: int | None = None,
 ) -> int:
     """Train `runs` in their order, `jobs` at once.
 
@@ -107,11 +108,13 @@ def train_in_children(
         on_end: called with every run that has ended and its exit code: 128 + number where a signal ended it.
         keep_going: start the others after a failure; else no other run is started. A failure by a signal to
             this process ends both.
+        threads: of each; None shares the cores.
 
     Returns:
         the exit code of the first that failed, else 0.
     """
-    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    if threads is None and jobs > 1:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting, ended, first_failure = list(runs), 0, 0
     running: dict[subprocess.Popen[bytes], AnyChild] = {}
     with ExitStack() as files, _end_with_us(running) as stopped:

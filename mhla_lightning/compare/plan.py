@@ -123,15 +123,27 @@ def measure_runs(
         row.name: {seed: {} for seed in plan.seeds} for row in plan.rows
     }
     for wanted in plan.evaluations:
-        for row, seed, folder in plan.runs():
-            kept = wanted.kept(folder)
-            try:
-                found = kept if kept is not None else wanted.measure(folder)
-            except UserError as error:
-                raise UserError(error.key, f"row '{row.name}', seed {seed}: {error.reason}") from error
-            on_measured(row, seed, wanted.name, found, kept is not None)
+        for row, seed, _ in plan.runs():
+            found, kept = measure_run(plan, wanted, row, seed)
+            on_measured(row, seed, wanted.name, found, kept)
             measured[row.name][seed][wanted.name] = found
     return measured
+
+
+def measure_run(
+    plan: Comparison, wanted: RequestedEvaluation, row: VariantRow, seed: int
+) -> tuple[dict[str, float], bool]:
+    """Return the numbers of an evaluation of one run, and whether they were measured before.
+
+    Raises:
+        UserError: the run cannot be measured; the reason names it.
+    """
+    folder = plan.run(row, seed)
+    kept = wanted.kept(folder)
+    try:
+        return (kept, True) if kept is not None else (wanted.measure(folder), False)
+    except UserError as error:
+        raise UserError(error.key, f"row '{row.name}', seed {seed}: {error.reason}") from error
 
 
 def table_rows(plan: Comparison, measured: Measured) -> list[dict[str, Any]]:

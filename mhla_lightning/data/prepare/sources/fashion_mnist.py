@@ -79,7 +79,8 @@ def open_fashion_mnist(source: str = NAME) -> SampleSource:
         labels = _read(folder / f"{prefix}-{_LABELS}", _LABELS)
         if len(pixels) != len(labels) or labels.max(initial=0) >= len(CLASSES):
             raise DataError(
-                str(folder), f"{prefix} has {len(pixels)} images and {len(labels)} labels up to {labels.max()}"
+                str(folder),
+                f"{prefix} has {len(pixels)} images and {len(labels)} labels up to {labels.max()}",
             )
         digest.update(pixels.tobytes() + labels.tobytes())
         parts[split] = _Images(header, split, pixels, labels, np.arange(len(labels)))
