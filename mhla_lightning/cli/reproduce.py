@@ -1,4 +1,4 @@
-"""Decide the paper's claims at the scale of this machine, and write a page with the verdicts.
+"""Decide the paper's claims at small scale, and write a page with the verdicts.
 
 Each study trains or measures some rows with several seeds. Finished work is kept: the same command goes on
 after a stop or a kill. Without a name all studies of the package are carried out.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mhla_lightning.evidence.results import StudyResult
-    from mhla_lightning.evidence.work import Work
+    from mhla_lightning.evidence.work import StudyWork
 
 _PAGE = "evidence.md"
 _WIDE = 160  # columns where no terminal limits them
@@ -90,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def within(works: Sequence[Work], budget: float | None) -> list[Work]:
-    """Return the studies that fit a budget, in their order; a smaller one may follow one that does not fit.
+def within(works: Sequence[StudyWork], budget: float | None) -> list[StudyWork]:
+    """Return the studies that fit a budget, in their order.
+
+    A smaller one may follow one that does not fit.
 
     Args:
         works: in the order of their value.
@@ -122,7 +124,7 @@ def _page(args: argparse.Namespace) -> Path:
     return here / "docs" / _PAGE if checkout else runs_root(args.runs) / FOLDER / _PAGE
 
 
-def _print_list(console: Console, every: Sequence[Work], chosen: Sequence[Work]) -> None:
+def _print_list(console: Console, every: Sequence[StudyWork], chosen: Sequence[StudyWork]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -140,7 +142,7 @@ def _print_list(console: Console, every: Sequence[Work], chosen: Sequence[Work])
     _say(console, f"{total:.0f} minutes are left; `mhla reproduce` does all")
 
 
-def _carry_out(works: Sequence[Work], jobs: int, console: Console) -> int:
+def _carry_out(works: Sequence[StudyWork], jobs: int, console: Console) -> int:
     """Do the studies one after the other; return the exit code."""
     from mhla_lightning.evidence.running import Reporter, carry_out
 
@@ -168,7 +170,7 @@ def _carry_out(works: Sequence[Work], jobs: int, console: Console) -> int:
 class _Bar:
     """A bar of a study with the minutes that are left, by the pace of this start."""
 
-    def __init__(self, console: Console, work: Work, later: float) -> None:
+    def __init__(self, console: Console, work: StudyWork, later: float) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
@@ -209,7 +211,7 @@ def minutes_left(modelled: float, before: float, share: float, seconds: float) -
     return seconds / 60 * (1 - share) / (share - before)
 
 
-def _write_page(works: Sequence[Work], page: Path, console: Console) -> None:
+def _write_page(works: Sequence[StudyWork], page: Path, console: Console) -> None:
     from mhla_lightning.compare.plan import make_folder
     from mhla_lightning.evidence.page import write_page
     from mhla_lightning.evidence.results import read_result

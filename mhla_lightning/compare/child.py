@@ -1,4 +1,7 @@
-"""Verbs of ours in processes of their own, as `compare` and `reproduce` start them. Standard library only."""
+"""Verbs in processes of their own, as `compare` and `reproduce` start them.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 

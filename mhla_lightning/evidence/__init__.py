@@ -1,1 +1,1 @@
-"""The claims of the paper at the scale of a small machine: studies, verdicts, and the page about them."""
+"""The paper's claims at small scale: studies, verdicts, and the page about them."""

@@ -1,4 +1,4 @@
-"""Claims that a rule decides: shown, contradicted or not shown, by 95 % intervals over seeds.
+"""Claims, and the rule that decides them by 95 % intervals over seeds.
 
 Imports no torch.
 """
@@ -70,7 +70,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """What the seeds say about a claim.
 
     Attributes:
@@ -87,13 +87,14 @@ class Verdict:
     seeds: int
 
 
-def judge(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+def judge(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> ClaimVerdict:
     """Decide a claim.
 
-    It is shown where the whole 95 % interval over seeds is beyond `by` in the claimed direction. It is
-    contradicted where the whole interval is on the other side of 0 (of `by` where that allows a row to be
-    worse, and for a value). Everything else is not shown. A bound that must always hold is contradicted by
-    one seed.
+    - shown: the whole 95 % interval over seeds is beyond `by` in the claimed direction.
+    - contradicted: the whole interval is on the other side of 0; of `by` where that is negative or a value.
+    - not shown: everything else.
+
+    A bound that must always hold is contradicted by one seed.
 
     Args:
         claim: to decide.
@@ -102,21 +103,21 @@ def judge(claim: Claim, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     found = _by_seed(claim, {row["name"]: row for row in rows})
     values = [found[seed] for seed in sorted(found)]
     if not values:
-        return Verdict("not run", None, None, 0)
+        return ClaimVerdict("not run", None, None, 0)
     if claim.always:
         worst = claim.sign * min(claim.sign * value for value in values)
         kept = claim.sign * worst >= claim.sign * claim.by
-        return Verdict("shown" if kept else "contradicted", worst, None, len(values))
+        return ClaimVerdict("shown" if kept else "contradicted", worst, None, len(values))
     mean, half = statistics.fmean(values), half_width(values)
     if half is None:
-        return Verdict("not shown", mean, None, len(values))
+        return ClaimVerdict("not shown", mean, None, len(values))
     low, high = sorted((claim.sign * (mean - half), claim.sign * (mean + half)))
     if claim.than is None:
         bound = claim.sign * claim.by
         answer: Answer = "shown" if low >= bound else "contradicted" if high < bound else "not shown"
     else:
         answer = "shown" if low > claim.by else "contradicted" if high < min(0, claim.by) else "not shown"
-    return Verdict(answer, mean, half, len(values))
+    return ClaimVerdict(answer, mean, half, len(values))
 
 
 def _by_seed(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
@@ -158,7 +159,8 @@ def read_claim(given: object, rows: Sequence[str]) -> Claim:
     kinds = [key for key in (*_COMPARED, *_BOUNDED) if key in given]
     if len(kinds) != 1:
         raise UserError(
-            "metric", f"found {' and '.join(kinds) or 'none'}; a claim has one of {', '.join((*_COMPARED, *_BOUNDED))}"
+            "metric",
+            f"found {' and '.join(kinds) or 'none'}; a claim has one of {', '.join((*_COMPARED, *_BOUNDED))}",
         )
     kind = kinds[0]
     needed, foreign = (("row",), ("than", "by", "grows_from")) if kind in _BOUNDED else (("than",), ("row",))

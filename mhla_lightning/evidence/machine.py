@@ -43,7 +43,7 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-class Session:
+class StudyStart:
     """One start of a study; it is written at once, so that a killed one counts too.
 
     Args:
@@ -65,9 +65,9 @@ class Session:
 
 
 @contextmanager
-def session(folder: Path, jobs: int) -> Iterator[Session]:
+def started(folder: Path, jobs: int) -> Iterator[StudyStart]:
     """Record a start of a study, also where it ends by an error."""
-    one = Session(folder, jobs)
+    one = StudyStart(folder, jobs)
     one.write()
     try:
         yield one

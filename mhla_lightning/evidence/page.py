@@ -11,7 +11,7 @@ from typing import Any
 
 from mhla_lightning.compare.comparison import score
 from mhla_lightning.compare.significance import half_width, values_by_seed
-from mhla_lightning.evidence.claims import Claim, Verdict
+from mhla_lightning.evidence.claims import Claim, ClaimVerdict
 from mhla_lightning.evidence.plots import plot_png
 from mhla_lightning.evidence.results import StudyResult
 from mhla_lightning.runs.folder import replacing, write_text
@@ -99,8 +99,8 @@ def claims_table(results: Sequence[StudyResult]) -> Iterator[str]:
             yield f"| {' | '.join(map(_safe, cells))} | {_safe(here)} | **{verdict.answer}** |"
 
 
-def number_of(claim: Claim, verdict: Verdict, titles: Mapping[str, str]) -> str:
-    """Return what a verdict rests on: the quantity, its mean and interval, and the number of seeds."""
+def number_of(claim: Claim, verdict: ClaimVerdict, titles: Mapping[str, str]) -> str:
+    """Return the quantity that decides a claim: mean, interval and number of seeds."""
     title = titles.get(claim.metric, claim.metric)
     what = f"{title}, {claim.row}"
     if claim.than is not None:

@@ -1,4 +1,7 @@
-"""Pictures of a study: intervals of rows, or lines over sizes. No pyplot, no display, no torch."""
+"""Pictures of a study: intervals of rows, or lines over sizes.
+
+No pyplot, no display, no torch.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +42,13 @@ def plot_png(plot: Plot, rows: Sequence[Mapping[str, Any]], titles: Mapping[str,
 
 
 def _interval(row: Mapping[str, Any], tag: str) -> tuple[float, float] | None:
-    """Return mean and half the width of its 95 % interval, 0 where it has none; None without a value."""
+    """Return a mean and half its 95 % interval, 0 where it has none; None without a value."""
     values = list(values_by_seed(row, tag).values())
     return (statistics.fmean(values), half_width(values) or 0.0) if values else None
 
 
 def _intervals(plot: Plot, rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> Figure:
-    """Panels side by side: a line a row, its mean and its interval, and the seeds as small points."""
+    """Panels side by side: mean, interval and seeds of every row."""
     height = 1.1 + 0.34 * len(rows)
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     panels = figure.subplots(1, len(plot.metrics), sharey=True, squeeze=False)[0]
@@ -95,5 +98,5 @@ def _dress(panel: Axes) -> None:
 
 
 def _plain(name: str) -> str:
-    """Return a name that matplotlib takes as it is: '$' begins mathematics, and '_' hides a label."""
+    """Return a name as matplotlib shows it: '$' begins mathematics, '_' hides a label."""
     return name.replace("$", r"\$").removeprefix("_")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mhla_lightning.compare.comparison import table_row
 from mhla_lightning.compare.fairness import remarks
 from mhla_lightning.compare.plan import Measured, table_rows
-from mhla_lightning.evidence.claims import Claim, Verdict, judge
+from mhla_lightning.evidence.claims import Claim, ClaimVerdict, judge
 from mhla_lightning.evidence.machine import sessions
 from mhla_lightning.evidence.study import BENCH_ROWS
-from mhla_lightning.evidence.work import Work
+from mhla_lightning.evidence.work import StudyWork
 from mhla_lightning.runs.folder import read_object
 
 ATTENTION, SPEED = "attention", "speed"
@@ -30,14 +30,14 @@ class StudyResult:
         rows: as in the table of a comparison.
         verdicts: claim and what the seeds say.
         remarks: what else the rows differ in.
-        sessions: starts of the study, see machine.Session.
+        sessions: starts of the study, see machine.StudyStart.
         done, units: runs or repetitions that are finished, and all.
         complete: everything is finished, evaluations and analyses too.
     """
 
-    work: Work
+    work: StudyWork
     rows: list[dict[str, Any]]
-    verdicts: list[tuple[Claim, Verdict]]
+    verdicts: list[tuple[Claim, ClaimVerdict]]
     remarks: list[str]
     sessions: list[dict[str, Any]]
     done: int
@@ -45,7 +45,7 @@ class StudyResult:
     complete: bool
 
 
-def read_result(work: Work) -> StudyResult:
+def read_result(work: StudyWork) -> StudyResult:
     """Read what a study has found so far; nothing is measured."""
     rows = _speed_rows(work) if work.plan is None else table_rows(work.plan, _measured(work))
     return StudyResult(
@@ -59,7 +59,7 @@ def read_result(work: Work) -> StudyResult:
     )
 
 
-def _measured(work: Work) -> Measured:
+def _measured(work: StudyWork) -> Measured:
     """Return kept evaluations and numbers of attention, by row and seed."""
     assert work.plan is not None
     evaluations = work.evaluations() if work.evaluable() else []
@@ -80,40 +80,68 @@ def _measured(work: Work) -> Measured:
 
 
 def attention_numbers(run: Mapping[str, Any]) -> dict[str, float]:
-    """Return numbers of a run of analysis.json, means over its layers.
+    """Return numbers of a run of analysis.json, means over its layers; empty for other content.
 
     `rank_over_bound` is the largest of all layers and heads that have a bound.
     """
-    layers = [layer for layer in run.get("layers", []) if layer.get("mean")]
-    names = dict.fromkeys(name for layer in layers for name in layer["mean"])
+    return _read(_attention, run)
+
+
+def speed_numbers(found: Mapping[str, Any], operator: str) -> dict[str, float]:
+    """Return the milliseconds of an operator by token count, for mhla the slopes too.
+
+    Args:
+        found: content of the file of `mhla bench attention --json`; other content gives no number.
+        operator: of the rows.
+    """
+    return _read(lambda content: _speed(content, operator), found)
+
+
+def _read(
+    reader: Callable[[Mapping[str, Any]], dict[str, float]], content: Mapping[str, Any]
+) -> dict[str, float]:
+    """Read a file that may be damaged or a stranger's: content of another form is no number."""
+    try:
+        found = reader(content)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return {}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _attention(run: Mapping[str, Any]) -> dict[str, float]:
+    layers = [layer for layer in run["layers"] if layer["mean"]]
     found = {}
-    for name in names:
-        values = [value for layer in layers if (value := layer["mean"].get(name)) is not None]
+    for name in dict.fromkeys(name for layer in layers for name in layer["mean"]):
+        values = [layer["mean"][name] for layer in layers if layer["mean"].get(name) is not None]
         if values:
-            found[name] = math.fsum(values) / len(values)
-    shares = [
-        max(layer["heads"]["rank"]) / layer["rank_bound"]
-        for layer in layers
-        if layer.get("rank_bound") and layer["heads"].get("rank")
-    ]
-    if shares:
-        found["rank_over_bound"] = max(shares)
-    return found
+            found[str(name)] = math.fsum(values) / len(values)
+    bounded = [layer for layer in layers if layer["rank_bound"]]
+    shares = [max(layer["heads"]["rank"]) / layer["rank_bound"] for layer in bounded]
+    return found | ({"rank_over_bound": max(shares)} if shares else {})
 
 
-def _speed_rows(work: Work) -> list[dict[str, Any]]:
-    measured: dict[str, dict[int, dict[str, Mapping[str, float]]]] = {name: {} for name in BENCH_ROWS}
-    for repetition in work.study.seeds:
-        found = read_object(work.speeds(repetition)[0])
-        for name in BENCH_ROWS if found else ():
-            numbers = {
-                f"{key}_{row['tokens']}": float(row[column]) * 1e3
-                for row in found["rows"]
-                if row["operator"] == name
-                for key, column in _SECONDS.items()
-            }
-            slopes = {key: value for key, value in found["summary"].items() if key.startswith("slope")}
-            measured[name][repetition] = {SPEED: numbers | (slopes if name == "mhla" else {})}
+def _speed(found: Mapping[str, Any], operator: str) -> dict[str, float]:
+    numbers = {
+        f"{name}_{row['tokens']}": float(row[column]) * 1e3
+        for row in found["rows"]
+        if row["operator"] == operator
+        for name, column in _SECONDS.items()
+    }
+    if operator != "mhla":
+        return numbers
+    return numbers | {key: float(value) for key, value in found["summary"].items() if key.startswith("slope")}
+
+
+def _speed_rows(work: StudyWork) -> list[dict[str, Any]]:
+    files = {repetition: read_object(work.speeds(repetition)[0]) for repetition in work.study.seeds}
+    measured = {
+        name: {
+            repetition: {SPEED: numbers}
+            for repetition, found in files.items()
+            if (numbers := speed_numbers(found, name))
+        }
+        for name in BENCH_ROWS
+    }
     return [
         table_row(name, {}, {repetition: {} for repetition in measured[name]}, measured[name])
         for name in BENCH_ROWS

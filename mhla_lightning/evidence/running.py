@@ -1,4 +1,4 @@
-"""Carry out a study: needed runs, its runs seed by seed, evaluations, analyses. Finished work is reused."""
+"""Carry out a study: its runs, evaluations and analyses; finished work is reused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from mhla_lightning.compare.child import AnyChild, Child, ChildRun, ChildVerb, train_in_children
 from mhla_lightning.compare.plan import check_rows, finished_line, log_end, make_folder, measure_run
 from mhla_lightning.errors import UserError
-from mhla_lightning.evidence.machine import Session, session
-from mhla_lightning.evidence.work import Work
+from mhla_lightning.evidence.machine import StudyStart, started
+from mhla_lightning.evidence.work import StudyWork
 from mhla_lightning.runs.folder import RunFolder, read_object
 from mhla_lightning.runs.lock import hold, is_held
 
@@ -50,7 +50,7 @@ class Outcome:
 class _Runner:
     """One start of a study."""
 
-    def __init__(self, work: Work, jobs: int, reporter: Reporter, begun: Session) -> None:
+    def __init__(self, work: StudyWork, jobs: int, reporter: Reporter, begun: StudyStart) -> None:
         self.work, self.jobs, self.reporter, self.begun = work, jobs, reporter, begun
         self.outcome = Outcome()
         self.threads: int | None = _THREADS
@@ -192,7 +192,7 @@ def _kind(child: Child) -> str:
     return next(iter(child.words()))
 
 
-def carry_out(work: Work, jobs: int, reporter: Reporter) -> Outcome:
+def carry_out(work: StudyWork, jobs: int, reporter: Reporter) -> Outcome:
     """Do what a study has not done yet.
 
     Args:
@@ -209,5 +209,5 @@ def carry_out(work: Work, jobs: int, reporter: Reporter) -> Outcome:
     if work.plan is not None:
         check_rows(work.plan)
     make_folder(work.folder)
-    with hold(work.folder), session(work.folder, jobs) as begun:
+    with hold(work.folder), started(work.folder, jobs) as begun:
         return _Runner(work, jobs, reporter, begun).run()

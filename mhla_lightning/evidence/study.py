@@ -1,4 +1,7 @@
-"""A study: what is trained or measured for some claims of the paper, as a YAML file. Imports no torch."""
+"""A study: a YAML file of what is trained or measured for some claims.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,9 @@ def study_names() -> list[str]:
 
 
 def read_studies(wanted: Sequence[str]) -> list[Study]:
-    """Return studies by name or path, in the order of their value; all packaged ones where none is named.
+    """Return studies by name or path, in the order of their value.
+
+    All packaged ones are returned where none is named.
 
     Raises:
         UserError: an unknown or repeated name, or a file that is no study.

@@ -26,7 +26,7 @@ _NAMED = 8  # hex digits of a folder's name
 
 
 @dataclass(frozen=True)
-class Work:
+class StudyWork:
     """A study on this machine.
 
     Args:
@@ -82,7 +82,7 @@ class Work:
         return all(one.run.finished() for one in self.needed())
 
     def analysis(self, seed: int) -> tuple[Path, ChildVerb]:
-        """Return the file of the numbers of attention of a seed's runs, and the process that writes it."""
+        """Return the analysis file of a seed, and the process that writes it."""
         assert self.plan is not None
         assert self.study.trained is not None
         to = self.folder / f"analysis-seed{seed}"
@@ -93,7 +93,7 @@ class Work:
         )
 
     def analyzed(self, seed: int) -> list[dict[str, Any]]:
-        """Return the runs of a seed in analysis.json; empty where it is not of these runs and samples."""
+        """Return the runs in a seed's analysis; empty where it is of other runs or samples."""
         if self.plan is None or self.study.trained is None or not self.study.trained.samples:
             return []
         found = read_object(self.analysis(seed)[0])
@@ -142,7 +142,7 @@ class Work:
         return 0.0 if self.complete() else self.study.minutes * max(1 - done / units, 1 / units)
 
 
-def work_for(study: Study, seeds: Sequence[int] | None, runs: str | None) -> Work:
+def work_for(study: Study, seeds: Sequence[int] | None, runs: str | None) -> StudyWork:
     """Return a study with its folder; nothing is made.
 
     Args:
@@ -158,7 +158,7 @@ def work_for(study: Study, seeds: Sequence[int] | None, runs: str | None) -> Wor
         study = replace(study, seeds=list(seeds), minutes=minutes)
     root = runs_root(runs) / FOLDER
     if study.trained is None:
-        return Work(study, root / f"{study.name}-{_digest(study.bench)}", None)
+        return StudyWork(study, root / f"{study.name}-{_digest(study.bench)}", None)
     source, missing = _source(study.trained)
     common = merged(study.trained.overrides, source.overrides if source else {})
     recipe = load_recipe(study.trained.recipe)
@@ -168,7 +168,7 @@ def work_for(study: Study, seeds: Sequence[int] | None, runs: str | None) -> Wor
     content = {**common, "the source": source.name if source else None, "the needed runs": needs}
     folder = root / f"{study.name}-{identity(flat(recipe.values, filled=False), rows, [], content)}"
     plan = Comparison(recipe, rows, study.seeds, common, folder)
-    return Work(study, folder, plan, missing, source)
+    return StudyWork(study, folder, plan, missing, source)
 
 
 def _digest(content: object) -> str:

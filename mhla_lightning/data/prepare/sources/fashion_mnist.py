@@ -1,4 +1,4 @@
-"""Fashion-MNIST as Debian's package dataset-fashion-mnist has it: 70,000 images without a download.
+"""Fashion-MNIST from Debian's package dataset-fashion-mnist: 70,000 images, no download.
 
 Paper: Xiao, Rasul and Vollgraf, arXiv 1708.07747.
 """
