@@ -55,7 +55,8 @@ class StudyStart:
         self.file = folder / FILE
         self.before = sessions(folder)
         self.began = time.monotonic()
-        self.facts = {"started": _now(), "jobs": jobs, **machine()}
+        load = round(os.getloadavg()[0], 1)
+        self.facts = {"started": _now(), "jobs": jobs, "load": load, **machine()}
 
     def write(self) -> None:
         """Write date and seconds up to now."""

@@ -130,6 +130,8 @@ def _machines(results: Sequence[StudyResult]) -> Iterator[str]:
     minutes = sum(_number(one.get("seconds")) for one in every) / 60
     jobs = sorted({int(_number(one.get("jobs"))) for one in every})
     yield f"- Total: {minutes:.1f} minutes, {' or '.join(map(str, jobs))} processes at once."
+    load = max(_number(one.get("load")) for one in every)
+    yield f"- Largest load of the machine at a start: {load:.1f} processes."
     yield "- The whole again: `mhla reproduce`. One study: the command in its section.\n"
 
 
@@ -172,7 +174,7 @@ def results_table(result: StudyResult) -> Iterator[str]:
     yield f"|---|---|{'---|' * len(titles)}"
     for row in result.rows:
         found = [list(values_by_seed(row, tag).values()) for tag in titles]
-        counts = [len(values) for values in found]
+        counts = [len(values) for values in found if values] or [0]  # some numbers are of other rows alone
         count = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
         yield f"| {_safe(row['name'])} | {count} | {' | '.join(map(_mean, found))} |"
 

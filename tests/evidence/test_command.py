@@ -68,7 +68,7 @@ def folder(study: Path, place: str) -> Path:
 
 def timeless(page: Path) -> list[str]:
     """The lines of a page that do not speak of time; links hold the page's name."""
-    timed = ("- Date: ", "- Total: ", "It took ")
+    timed = ("- Date: ", "- Total: ", "- Largest load ", "It took ")
     lines = page.read_text().replace(f"({page.stem}/", "(page/").splitlines()
     return [line for line in lines if not line.startswith(timed)]
 

@@ -60,6 +60,7 @@ SESSION = {
     "ended": "2026-11-29T20:10:00+00:00",
     "seconds": 600.0,
     "jobs": 2,
+    "load": 0.3,
     "cpu": "A <script>alert(1)</script> [x](javascript:1) | processor",
     "cores": 2,
     "torch": "2.14.1",
@@ -131,7 +132,7 @@ def test_a_part_has_run(work: StudyWork, tmp_path: Path) -> None:
     finish(work, "mhla", 0, 0.7)
     text = page(work, tmp_path / "docs")
     assert "3 of 6 runs are finished" in text
-    assert "| linear | 0 to 2 | 0.5050 ± 0.0635 | - |" in text
+    assert "| linear | 2 | 0.5050 ± 0.0635 | - |" in text
     assert "top-1, mhla minus linear: +0.2000, no interval (n = 1) | **not shown** |" in text
 
 
@@ -147,6 +148,7 @@ def test_everything_has_run(work: StudyWork, tmp_path: Path) -> None:
     assert "effective rank, mhla: 2.6000 ± 0.2484 (n = 3) | **shown** |" in text
     assert "mhla: at most 1.0000 (n = 3) | **shown** |" in text
     assert "Total: 10.0 minutes, 2 processes at once." in text
+    assert "Largest load of the machine at a start: 0.3 processes." in text
     assert "`mhla reproduce study --seeds 0,1,2`, 6 of 6 runs" in text
     for number in (1, 2):
         assert f"(evidence/study-{number}.png)" in text
