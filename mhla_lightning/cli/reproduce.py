@@ -86,8 +86,21 @@ def run(args: argparse.Namespace) -> int:
             if one not in chosen:
                 _say(console, f"left out: {one.study.name}, {one.minutes_left():.0f} minutes")
         code = _carry_out(chosen, args.jobs, console)
-    _write_page(every, page, console)
+    _write_page(_on_page(args, seeds, every), page, console)
     return code
+
+
+def _on_page(args: argparse.Namespace, seeds: list[int] | None, every: list[StudyWork]) -> list[StudyWork]:
+    """Return the studies of the page: all of the package, so that one study does not drop the others.
+
+    A study of one's own has a page of its own.
+    """
+    from mhla_lightning.evidence.study import read_studies, study_names
+    from mhla_lightning.evidence.work import work_for
+
+    if not set(args.table) <= set(study_names()):
+        return every
+    return [work_for(study, seeds, args.runs) for study in read_studies([])]
 
 
 def within(works: Sequence[StudyWork], budget: float | None) -> list[StudyWork]:
@@ -153,6 +166,11 @@ def _carry_out(works: Sequence[StudyWork], jobs: int, console: Console) -> int:
             reporter = Reporter(lambda line: _say(console, line), _complain, bar.update)
             try:
                 outcome = carry_out(work, jobs, reporter)
+            except UserError as error:
+                if len(works) == 1:
+                    raise
+                failures.append(f"{work.study.name}: {error}")
+                continue
             except KeyboardInterrupt:
                 _complain(["interrupted; finished runs and checkpoints are kept: the same command continues"])
                 return _INTERRUPTED
@@ -187,15 +205,17 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def update(self, what: str, share: float) -> None:
-        """Show the work and the share of the study's runs that is done."""
-        minutes = minutes_left(self.work.study.minutes, self.before, share, time.monotonic() - self.began)
-        left = f"{share:.0%}, about {minutes:.0f} minutes left"
+    def update(self, what: str, share: float | None) -> None:
+        """Show the work and the share of the study's runs that is done; None after the runs."""
+        left = "runs finished"
+        if share is not None:
+            seconds = time.monotonic() - self.began
+            minutes = minutes_left(self.work.study.minutes, self.before, share, seconds)
+            left = f"{share:.0%}, about {minutes:.0f} minutes left"
         if self.later:
             left += f", then {self.later:.0f} for the next studies"
-        self.progress.update(
-            self.bar, completed=share, left=left, description=f"{self.work.study.name}: {what}"
-        )
+        title = f"{self.work.study.name}: {what}"
+        self.progress.update(self.bar, completed=1 if share is None else share, left=left, description=title)
 
 
 def minutes_left(modelled: float, before: float, share: float, seconds: float) -> float:

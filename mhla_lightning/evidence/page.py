@@ -159,7 +159,10 @@ def _study(result: StudyResult, pictures: Mapping[tuple[str, int], str]) -> Iter
             yield f"![{_safe(study.title)}]({pictures[study.name, number]})\n"
     for line in result.remarks:
         yield f"- Note: {_safe(line)}."
-    if result.remarks:
+    absent = [claim.metric for claim, verdict in result.verdicts if verdict.answer == "not run"]
+    for metric in dict.fromkeys(absent) if result.complete else ():
+        yield f"- Note: all runs are finished, and none has the number {_safe(metric)}."
+    if result.remarks or (absent and result.complete):
         yield ""
     seeds = ",".join(map(str, study.seeds))
     minutes = sum(_number(one.get("seconds")) for one in result.sessions) / 60

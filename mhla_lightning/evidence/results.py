@@ -12,12 +12,10 @@ from mhla_lightning.compare.fairness import remarks
 from mhla_lightning.compare.plan import Measured, table_rows
 from mhla_lightning.evidence.claims import Claim, ClaimVerdict, judge
 from mhla_lightning.evidence.machine import sessions
-from mhla_lightning.evidence.study import BENCH_ROWS
+from mhla_lightning.evidence.study import ATTENTION, BENCH_ROWS, SPEED
 from mhla_lightning.evidence.work import StudyWork
 from mhla_lightning.runs.folder import read_object
 
-ATTENTION, SPEED = "attention", "speed"
-"""First part of the tags of numbers of attention, and of speed."""
 _SECONDS = {"forward": "forward_seconds", "step": "step_seconds"}
 
 

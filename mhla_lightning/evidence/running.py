@@ -26,12 +26,12 @@ class Reporter:
     Args:
         say: a line about what has ended.
         fail: lines about a failure.
-        progress: name of the work, and the share of the study's runs that is done.
+        progress: name of the work, and the share of the study's runs that is done; None after the runs.
     """
 
     say: Callable[[str], None]
     fail: Callable[[Sequence[str]], None]
-    progress: Callable[[str, float], None]
+    progress: Callable[[str, float | None], None]
 
 
 @dataclass
@@ -106,7 +106,7 @@ class _Runner:
             for row, seed, folder in plan.runs(seed_by_seed=True):
                 if not folder.finished():
                     continue
-                self.reporter.progress(f"{wanted.name} of {row.name}, seed {seed}", 1.0)
+                self.reporter.progress(f"{wanted.name} of {row.name}, seed {seed}", None)
                 try:
                     found, kept = measure_run(plan, wanted, row, seed)
                 except UserError as error:
@@ -152,7 +152,7 @@ class _Runner:
         children: Sequence[AnyChild],
         title: Callable[[AnyChild], str],
         finished: Callable[[AnyChild], bool],
-        share: Callable[[float], float] = lambda done: 1.0,
+        share: Callable[[float], float | None] = lambda done: None,
     ) -> None:
         def ended(child: AnyChild, code: int) -> None:
             self.begun.write()
@@ -201,11 +201,12 @@ def carry_out(work: StudyWork, jobs: int, reporter: Reporter) -> Outcome:
         reporter: is told what happens.
 
     Raises:
-        UserError: a row or an evaluation is wrong; another process holds the folder.
+        UserError: a row or an evaluation is wrong, or the data is missing; another process holds the folder.
         KeyboardInterrupt: the user's, once the children have ended.
     """
     if work.complete():
         return Outcome()
+    work.check_data()
     if work.plan is not None:
         check_rows(work.plan)
     make_folder(work.folder)

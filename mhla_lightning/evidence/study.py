@@ -30,6 +30,8 @@ _TRAINED = (
 )
 _MEASURED = ("bench",)
 _FEWEST_SEEDS = 3
+ATTENTION, SPEED = "attention", "speed"
+"""First part of the tags of numbers of attention, and of speed."""
 BENCH_ROWS = ("softmax", "linear", "mhla")
 
 
@@ -204,7 +206,7 @@ def _study(name: str, given: Mapping[str, Any]) -> Study:
         _seeds(given),
         metrics,
         [_each(f"plots.{n}", _plot, one) for n, one in enumerate(_list(given, "plots", []))],
-        [_each(f"claims.{n}", lambda one: read_claim(one, rows), one) for n, one in enumerate(claims)],
+        [_each(f"claims.{n}", lambda one: _claim(one, rows, metrics), one) for n, one in enumerate(claims)],
         trained,
         bench,
     )
@@ -217,6 +219,15 @@ def _each(place: str, read: Callable[[Any], Any], given: object) -> Any:
             return read(given)
         except UserError as error:
             raise UserError(error.key or place, error.reason) from error
+
+
+def _claim(given: object, rows: Sequence[str], metrics: Mapping[str, str]) -> Claim:
+    """Read a claim about a number of the table, or of attention."""
+    claim = read_claim(given, rows)
+    for metric in (claim.metric, *([claim.base.metric] if claim.base else [])):
+        if metric not in metrics and not metric.startswith(f"{ATTENTION}/"):
+            raise UserError("metric", unknown_name("metric", metric, metrics, of="the study's table"))
+    return claim
 
 
 def _trained(given: Mapping[str, Any]) -> Trained:

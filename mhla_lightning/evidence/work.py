@@ -34,7 +34,7 @@ class StudyWork:
         folder: holds its runs and what is measured.
         plan: the runs; None for a measurement of speed.
         missing: why data that the study prefers was not taken, one line each.
-        source: data of the runs; None where the recipe's own are taken.
+        source: data of the runs; None where the recipe's own are taken, or none of the study's is here.
     """
 
     study: Study
@@ -113,6 +113,11 @@ class StudyWork:
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
         return file, ChildVerb([*words, "--json", str(file)], self.folder / f"speed-{repetition}.log")
 
+    def check_data(self) -> None:
+        """Raise UserError where none of the study's data is on this machine."""
+        if self.study.trained and self.study.trained.sources and self.source is None:
+            raise UserError("sources", "; ".join(self.missing))
+
     def units(self) -> tuple[int, int]:
         """Return how many runs or repetitions are finished, and how many there are."""
         if self.plan is None:
@@ -149,9 +154,6 @@ def work_for(study: Study, seeds: Sequence[int] | None, runs: str | None) -> Stu
         study: to carry out.
         seeds: instead of the study's own; its minutes change in proportion.
         runs: folder of all runs; None means $MHLA_RUNS, else ./runs.
-
-    Raises:
-        UserError: none of the study's data is on this machine.
     """
     if seeds is not None:
         minutes = study.minutes * len(seeds) / len(study.seeds)
@@ -184,9 +186,7 @@ def _source(trained: Trained) -> tuple[Source | None, list[str]]:
         if reason is None:
             return one, missing
         missing.append(reason)
-    if trained.sources:
-        raise UserError("sources", "; ".join(missing))
-    return None, []
+    return None, missing
 
 
 def _packed(overrides: Mapping[str, Any]) -> bool:

@@ -46,7 +46,7 @@ def test_pixels_labels_and_splits_are_kept(tmp_path: Path) -> None:
         for sample in samples:
             number = int(sample["__key__"].rpartition("-")[2])
             assert int(sample["cls"]) == number % 10
-            assert np.array_equal(Image.open(io.BytesIO(sample["png"])), pixels[prefix][number])
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), pixels[prefix][number])
 
 
 def test_a_missing_file_is_refused_with_the_package_to_install(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_a_measurement_of_speed(tmp_path: Path) -> None:
         "minutes": 1,
         "seeds": [0, 1, 2],
         "bench": {"tokens": [256], "turns": 5},
-        "metrics": {"speed/step_256": "ms"},
+        "metrics": {"speed/step_256": "ms", "speed/slope": "slope"},
         "claims": [
             {"says": "s", "paper": "p", "metric": "speed/step_256", "lower": "mhla", "than": "softmax"},
             {"says": "s", "paper": "p", "metric": "speed/slope", "row": "mhla", "at_most": 1.1},

@@ -80,6 +80,8 @@ def test_rows_can_be_chosen_from_a_variants_file(tmp_path: Path) -> None:
         ({"plots": [{"metrics": ["a"], "x": [1, 2]}]}, "plots.0.x"),
         ({"plots": [{"metrics": ["a"], "color": "red"}]}, "plots.0.color"),
         ({"claims": []}, "claims"),
+        ({"claims": [{**CLAIM, "metric": "val/topp1"}]}, "claims.0.metric"),
+        ({"claims": [{**CLAIM, "grows_from": {"metric": "val/topp1"}}]}, "claims.0.metric"),
         ({"claims": [CLAIM, {**CLAIM, "higher": "mlha"}]}, "claims.1.higher"),
         ({"claims": ["mhla wins"]}, "claims.0"),
         ({"bench": {"tokens": [256]}}, "recipe"),  # runs and speed do not go together
@@ -155,7 +157,11 @@ def test_fewer_seeds_take_fewer_minutes_and_the_same_folder(tmp_path: Path) -> N
 
 
 def test_another_content_has_another_folder(tmp_path: Path) -> None:
-    changed = [{}, {"overrides": {"trainer.max_steps": 5}}, {"rows": {"linear": {}, "mhla": {}}}]
+    changed: list[dict[str, Any]] = [
+        {},
+        {"overrides": {"trainer.max_steps": 5}},
+        {"rows": {"linear": {}, "mhla": {}}},
+    ]
     made = [work_for(read_study(write(tmp_path, **one)), None, str(tmp_path)).folder for one in changed]
     assert len(set(made)) == 3
 
@@ -171,8 +177,9 @@ def test_the_first_data_of_this_machine_is_taken(tmp_path: Path) -> None:
     assert "apt-get install dataset-fashion-mnist" in work.missing[0]
     alone = work_for(read_study(write(tmp_path, sources=sources[1:])), None, str(tmp_path))
     assert alone.missing == []
+    none = work_for(read_study(write(tmp_path, sources=sources[:1])), None, str(tmp_path))
     with refused("sources"):
-        work_for(read_study(write(tmp_path, sources=sources[:1])), None, str(tmp_path))
+        none.check_data()
 
 
 def test_the_remaining_time_follows_the_measured_pace() -> None:
