@@ -46,8 +46,8 @@ class ImageDataModule(ShardDataModule):
         path, mix, batch_size, micro_batch_size, epochs, order, reading: see :class:`ShardDataModule`.
         image_size: height and width in pixels, one number or a pair.
         augmentation: preprocessing of training and validation; None is the ImageNet recipe of DeiT.
-        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist, a
-            folder, torchvision:CIFAR10.
+        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist,
+            fashion_mnist, a folder, torchvision:CIFAR10.
         buckets: sizes of the training images, one for every optimizer step, see :class:`BucketConfig`; None
             trains at image_size. Ratios of `augmentation` are then relative to the bucket's own.
     """
