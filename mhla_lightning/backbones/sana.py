@@ -102,13 +102,13 @@ class SanaDiT(TextDiT):
     ) -> None:
         options = options or SanaOptions()
         dim = options.embed_dim
+        _check_sizes(options)
         check_heads(dim, options.num_heads)
         if dim % options.cross_heads:
             raise UserError(
                 "cross_heads",
                 f"{options.cross_heads} heads do not divide the {dim} channels of `embed_dim`",
             )
-        check_ratio(dim, options.mlp_ratio)
         super().__init__(
             Ends(
                 AXES,
@@ -168,6 +168,32 @@ class SanaDiT(TextDiT):
             UserError: weights of another width, or a tensor that is not finite.
         """
         return self._placed(from_sana(state), source_geometry(state, grid))
+
+
+_MOST = {
+    **dict.fromkeys(
+        ("embed_dim", "in_channels", "text_dim", "text_length", "num_heads", "cross_heads"), 2**17
+    ),
+    **dict.fromkeys(("input_size", "patch_size"), 2**16),
+    "depth": 2**12,
+}
+"""The largest sizes: a larger one is a mistake, and would take hours or all memory before it is seen."""
+_WIDEST = 2**10  # hidden channels of a feed-forward network for each channel of a token
+
+
+def _check_sizes(options: SanaOptions) -> None:
+    """Refuse sizes that no machine holds, and a feed-forward network without a hidden channel.
+
+    Raises:
+        UserError: with the option's key.
+    """
+    for key, most in _MOST.items():
+        value = getattr(options, key)
+        if max(value if isinstance(value, Sequence) else (value,), default=0) > most:
+            raise UserError(key, f"found {value!r}; it must be a whole number from 1 to {most}")
+    if options.mlp_ratio > _WIDEST:
+        raise UserError("mlp_ratio", f"found {options.mlp_ratio}; it must be at most {_WIDEST}")
+    check_ratio(options.embed_dim, options.mlp_ratio)
 
 
 class SanaBlock(nn.Module):

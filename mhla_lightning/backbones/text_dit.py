@@ -215,6 +215,19 @@ class TextDiT(KeptActivations, nn.Module):
         """
         return self.sizes.tokens("shape", whole_sizes("shape", shape, self.axes))
 
+    def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Check sizes of latents; these models take every size of :meth:`check_size` without a word.
+
+        Raises:
+            UserError: see :meth:`check_size`.
+        """
+        for size in sizes:
+            self.check_size(size)
+
+    def tokens_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens per axis of latents of a size, see :meth:`check_size`."""
+        return self.check_size(size)
+
     def nearest(self, axis: int, size: int) -> tuple[int, ...]:
         """Return the nearest latent sizes along an axis that work, see :meth:`Sizes.nearest`."""
         return self.sizes.nearest(axis, size)

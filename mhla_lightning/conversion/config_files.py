@@ -13,6 +13,8 @@ from mhla_lightning.weights.target import State, Wish
 
 CONFIG = "_mhla_lightning"
 """Key of our facts in an exported config.json; diffusers ignores keys that begin with an underscore."""
+_SIZES = ("dim", "num_heads", "num_attention_heads", "attention_head_dim", "num_layers")
+_MOST = 2**20  # more than any such size
 
 
 def read_config(path: Path, classes: Collection[str]) -> dict[str, Any]:
@@ -33,17 +35,42 @@ def read_config(path: Path, classes: Collection[str]) -> dict[str, Any]:
     return {}
 
 
-def if_its_own(config: Mapping[str, Any], state: State, depth: int) -> Mapping[str, Any]:
+def if_its_own(config: Mapping[str, Any], state: State, depth: int, source: str) -> Mapping[str, Any]:
     """Return the config, or an empty one if its width or depth belongs to another model.
 
     Args:
         config: of config.json.
         state: the tensors, by our names.
         depth: layers of the state.
+        source: of the tensors, for messages.
+
+    Raises:
+        UserError: a size that is no whole number.
     """
+    check_whole(config, [key for key in _SIZES if key in config], source)
     width = config.get("dim", config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0))
     its_own = (width, config.get("num_layers")) == (len(state["patch_embedding.weight"]), depth)
     return config if its_own else {}
+
+
+def check_whole(config: Mapping[str, Any], keys: Collection[str], source: str) -> None:
+    """Refuse sizes that a config.json lacks, or that are no whole numbers from 1 on.
+
+    Args:
+        config: of config.json.
+        keys: of the sizes.
+        source: of the tensors beside it, for messages.
+
+    Raises:
+        UserError: names the first such key.
+    """
+    for key in keys:
+        value = config.get(key)
+        if type(value) is not int or not 1 <= value <= _MOST:
+            found = f"is {value!r}" if key in config else "is missing"
+            raise UserError(
+                f"config.json beside {source}", f"{key} {found}; it must be a whole number from 1 to {_MOST}"
+            )
 
 
 def own_facts(wish: Wish, family: str, names: Collection[str]) -> Mapping[str, Any]:

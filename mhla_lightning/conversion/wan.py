@@ -64,7 +64,7 @@ def wan_target(state: State, wish: Wish) -> ImportTarget:
                 f"no checkpoint of Wan2.1: it has no {name} (by our names), but {', '.join(list(state)[:3])}",
             )
     layers = _layers(state, wish.source)
-    wish = replace(wish, config=if_its_own(wish.config, state, len(layers)))
+    wish = replace(wish, config=if_its_own(wish.config, state, len(layers), wish.source))
     own = own_facts(wish, FAMILY, VIDEO_DIFFUSION)
     _check_heads(state, wish)
     options = {**_options(state, wish, own, len(layers)), **wish.options}

@@ -36,8 +36,10 @@ def their_state(folder: Path) -> dict[str, Tensor]:
 
 
 def change_config(folder: Path, **values: Any) -> None:
+    """Change values of config.json; `...` removes a key."""
     path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    changed = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
 
 
 def imported(source: Path, *arguments: str) -> tuple[dict[str, Any], Any]:
@@ -134,6 +136,11 @@ def test_a_config_of_another_model_is_not_believed(sana: Path) -> None:
         ({"timestep_scale": 0.001}, ["timestep_scale"]),
         ({"_mhla_lightning": {"backbone": "wan_tiny"}}, ["wan_tiny", "sana_600m, sana_1600m, sana_tiny"]),
         ({"_mhla_lightning": {"backbone": 3}}, ["_mhla_lightning"]),
+        ({"num_attention_heads": None}, ["num_attention_heads is None"]),
+        ({"num_layers": ...}, ["num_layers is missing"]),
+        ({"attention_head_dim": 8.0}, ["attention_head_dim is 8.0"]),
+        ({"num_cross_attention_heads": "2"}, ["num_cross_attention_heads is '2'"]),
+        ({"sample_size": 10**9}, ["sample_size is 1000000000"]),
     ],
     ids=str,
 )

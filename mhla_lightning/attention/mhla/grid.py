@@ -91,15 +91,20 @@ class BlockGrid:
         return self.from_blocks(ids).squeeze(-1)
 
     @cached_property
-    def pairs(self) -> array[int]:
-        """tokens x tokens int64: the place of m[b(i), b(j)] in a flat mixing matrix.
+    def block_numbers(self) -> array[int]:
+        """As `block_of_token`, kept.
 
         This is no tensor: one that is kept would be of the mode of its first call, such as fake.
         """
         block = [0]
         for tokens, count, size in zip(self.grid, self.blocks, self.block_size, strict=True):
             block = [b * count + place // size for b in block for place in range(tokens)]
-        return array("q", [i * self.num_blocks + j for i in block for j in block])
+        return array("q", block)
+
+    @cached_property
+    def pairs(self) -> array[int]:
+        """tokens x tokens int64: the place of m[b(i), b(j)] in a flat mixing matrix."""
+        return array("q", [i * self.num_blocks + j for i in self.block_numbers for j in self.block_numbers])
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Reorder raster order to block order.

@@ -168,6 +168,7 @@ class MHLA(base.Attention):
                 normalize=self.normalizer == "block",
                 eps=self.eps,
                 dtype=base.accumulation_dtype(q),
+                compiled=self.kernel != "torch",
             )
 
     def _unfit(self) -> str | None:
