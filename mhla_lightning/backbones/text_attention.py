@@ -1,4 +1,4 @@
-"""Attention of tokens to a text: the value of `cross_attention` in the options of SANA and Wan."""
+"""Attention of tokens to a text: the option `cross_attention` of SANA and Wan."""
 
 from __future__ import annotations
 

@@ -297,7 +297,10 @@ class MixingMatrix(nn.Module):
         return weight.tril() if self.causal else weight
 
     def form_of(self, shape: Sequence[int]) -> str | None:
-        """Return the form of weights of a shape that is not this matrix's; None where nothing tells it."""
+        """Return the form of weights of another shape.
+
+        None for this matrix's own shape, and where nothing tells the form.
+        """
         if tuple(shape) == tuple(self.weight.shape) or not self.weight.numel():  # ZeRO-3 holds it elsewhere
             return None
         square = len(shape) > 1 and shape[-1] == shape[-2]
@@ -316,7 +319,7 @@ class MixingMatrix(nn.Module):
 
 
 def _refuse_other_form(module: MixingMatrix, state: Mapping[str, Tensor], prefix: str, *others: Any) -> None:
-    """Refuse weights of the other form, before torch compares shapes; a hook of `load_state_dict`.
+    """Refuse weights of the other form before torch compares shapes: a hook.
 
     Raises:
         UserError: with the name of the weight.
