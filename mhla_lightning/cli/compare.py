@@ -27,9 +27,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from mhla_lightning.cli.output import check_json, demand_at_least
-from mhla_lightning.compare.child import ChildRun, train_in_children
+from mhla_lightning.compare.child import ChildRun, train_in_children, warnings_in
 from mhla_lightning.compare.comparison import COSTS, headline, rich_table, score_tags, table_row
-from mhla_lightning.compare.fairness import remarks
+from mhla_lightning.compare.fairness import remarks, warned
 from mhla_lightning.compare.significance import as_json, difference_table, paired_differences
 from mhla_lightning.compare.variants import (
     VariantRow,
@@ -255,7 +255,12 @@ def _train(plan: Comparison, console: Console) -> int:
 
 def _child(plan: Comparison, row: VariantRow, seed: int, folder: RunFolder) -> ChildRun:
     words = arguments({"seed_everything": seed, **plan.values(row)})
-    return ChildRun(str(plan.recipe.path), folder, words, plan.folder / f"{folder.run_id}.log")
+    return ChildRun(str(plan.recipe.path), folder, words, _log(plan, row, seed))
+
+
+def _log(plan: Comparison, row: VariantRow, seed: int) -> Path:
+    """Return the file of all that the run of a row and a seed says."""
+    return plan.folder / f"{plan.run(row, seed).run_id}.log"
 
 
 @contextmanager
@@ -325,7 +330,9 @@ def _report(plan: Comparison, console: Console, json_file: str | None, measured:
         row.name: {seed: read_object(plan.run(row, seed).summary) for seed in plan.seeds} for row in plan.rows
     }
     rows = [table_row(row.name, row.overrides, summaries[row.name], measured[row.name]) for row in plan.rows]
-    notes, tags = remarks(rows), score_tags(rows)
+    logs = {row.name: [_log(plan, row, seed) for seed in plan.seeds] for row in plan.rows}
+    warnings = {name: [text for log in found for text in warnings_in(log)] for name, found in logs.items()}
+    notes, tags = [*remarks(rows), *warned(warnings)], score_tags(rows)
     differences = list(paired_differences(rows, plan.against, tags))
     evaluations = {wanted.name: wanted.identity for wanted in plan.evaluations}
     table = {

@@ -1,4 +1,7 @@
-"""CLIP score: how well images show their prompts (arXiv 2104.08718). Importing it imports no torch."""
+"""CLIP score: how well images show their prompts (arXiv 2104.08718).
+
+Importing this module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _BATCH = 32  # pairs in CLIP at once
 
 
 @dataclass(frozen=True)
-class ClipOptions:
+class ClipScoreOptions:
     """How images of prompts are drawn, and the network that judges them.
 
     Attributes:
@@ -81,7 +84,7 @@ def _is_size(value: Any) -> bool:
     return pair and all(type(side) is int and side > 0 for side in value)
 
 
-def fix_clip(options: ClipOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def fix_clip(options: ClipScoreOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Identify the prompts and a folder of CLIP by their contents.
 
     Returns:
@@ -109,7 +112,7 @@ def _sha256(files: Sequence[Path]) -> str:
     return found.hexdigest()
 
 
-def check_clip(options: ClipOptions, task: Any, data: Any) -> None:
+def check_clip(options: ClipScoreOptions, task: Any, data: Any) -> None:
     """Check that this run can be measured, before anything is trained or drawn.
 
     Args:
@@ -125,7 +128,7 @@ def check_clip(options: ClipOptions, task: Any, data: Any) -> None:
     ClipScorer(options.clip)
 
 
-def _check_run(options: ClipOptions, task: Any) -> None:
+def _check_run(options: ClipScoreOptions, task: Any) -> None:
     from mhla_lightning.diffusion import check_sampler
     from mhla_lightning.inference.diffusion.prompts import read_prompts
     from mhla_lightning.inference.diffusion.videos import video_sampler
@@ -141,7 +144,7 @@ def _check_run(options: ClipOptions, task: Any) -> None:
     read_prompts(options.prompts)
 
 
-def measure_clip(run: RunFolder, options: ClipOptions) -> dict[str, float]:
+def measure_clip(run: RunFolder, options: ClipScoreOptions) -> dict[str, float]:
     """Draw images of the prompts into the run folder and compare them with their prompts.
 
     A stopped measurement continues.

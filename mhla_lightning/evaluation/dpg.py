@@ -53,7 +53,7 @@ def read_prompt_files(folder: str | Path) -> dict[str, str]:
 
 
 def layout(prompts: dict[str, str], images: Sequence[tuple[Path, str]]) -> tuple[dict[str, bytes], int]:
-    """Return the grids below TO/images that the scorer reads, and the side of one image in pixels.
+    """Return the grids that the scorer reads, and the side of one image in pixels.
 
     Args:
         prompts: name -> prompt.
@@ -97,7 +97,7 @@ def _grid(four: Sequence[Image.Image]) -> bytes:
 
 
 def command(to: Path, side: int) -> str:
-    """Return the command that scores a prepared folder, in the folder of the official repository."""
+    """Return the command that scores a prepared folder, for the official repository's folder."""
     place = to.absolute()
     return (
         "accelerate launch --num_machines 1 --num_processes 1 --mixed_precision fp16 "

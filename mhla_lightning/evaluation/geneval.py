@@ -98,7 +98,7 @@ def layout(metadata: Sequence[Metadata], images: Sequence[tuple[Path, str]]) -> 
 
 
 def command(to: Path) -> str:
-    """Return the command that scores a prepared folder, in the folder of the official repository."""
+    """Return the command that scores a prepared folder, for the official repository's folder."""
     place = to.absolute()
     return (
         f"python evaluation/evaluate_images.py {shlex.quote(str(place / IMAGES))} "
@@ -110,8 +110,8 @@ def read_results(path: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Read results.jsonl of the official scorer, which has a line for each image.
 
     Returns:
-        share of correct images of each tag, `overall`, their mean over tags, and the shares of correct
-        images and of prompts with a correct image; and the counts `images` and `prompts`.
+        scores and counts. Scores: the share of correct images of each tag; `overall`, their mean;
+        `correct_images`; and `correct_prompts`, with one correct image or more. Counts: `images`, `prompts`.
 
     Raises:
         UserError: no such file, or another content.

@@ -17,7 +17,7 @@ import yaml
 
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError, inside, unknown_name
-from mhla_lightning.evaluation.clip import ClipOptions, check_clip, fix_clip, measure_clip
+from mhla_lightning.evaluation.clip import ClipScoreOptions, check_clip, fix_clip, measure_clip
 from mhla_lightning.evaluation.samples import SampleOptions, check_samples, fix_samples, measure_samples
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_object, write_json
 
@@ -52,7 +52,7 @@ EVALUATIONS: dict[str, Evaluation] = {
         check=check_samples,
     ),
     "clip": Evaluation(
-        options=ClipOptions,
+        options=ClipScoreOptions,
         measure=measure_clip,
         higher=frozenset({"clip_score"}),
         fix=fix_clip,

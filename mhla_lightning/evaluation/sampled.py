@@ -1,4 +1,4 @@
-"""Read the folders of `mhla sample`, and prepare folders for scorers of images. Imports no torch."""
+"""Read folders of `mhla sample`, and prepare folders for scorers of images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def check_prepared(to: Path) -> set[str]:
 
 
 def prepare(files: Mapping[str, Path | bytes], to: Path) -> None:
-    """Write files into TO/images; they replace the files of an earlier call, and no other file is removed.
+    """Write files into TO/images, in place of those of an earlier call.
+
+    No other file is removed.
 
     Args:
         files: name below TO/images -> a file, which is linked or copied, or the content.

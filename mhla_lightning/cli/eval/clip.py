@@ -1,7 +1,7 @@
 """Measures how well images show their prompts, by a CLIP model.
 
 The CLIP score is the mean of 100 max(cos, 0) between an image and its prompt. From a RUN of text-to-image,
-images of --prompts are drawn and the score is kept in the run folder; a FOLDER of `mhla sample` is used as it
+images of --prompts are drawn; the score is kept in the run folder. A FOLDER of `mhla sample` is used as it
 is. CLIP is a folder of a CLIP model of transformers, or its name on the Hugging Face hub. Scores of different
 models do not compare.
   mhla eval clip RUN --prompts captions.txt --clip models/clip-vit-large-patch14
@@ -20,7 +20,7 @@ from mhla_lightning.cli.eval.image_table import print_numbers
 from mhla_lightning.cli.output import write_json
 from mhla_lightning.errors import UserError
 from mhla_lightning.evaluation import with_options
-from mhla_lightning.evaluation.clip import DEFAULT_CLIP, ClipOptions
+from mhla_lightning.evaluation.clip import DEFAULT_CLIP, ClipScoreOptions
 
 HELP = "images and their prompts, by a CLIP model"
 
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     folder = find_run(args.run, runs_root(args.runs))
     given: dict[str, Any] = {
         field.name: getattr(args, field.name)
-        for field in dataclasses.fields(ClipOptions)
+        for field in dataclasses.fields(ClipScoreOptions)
         if hasattr(args, field.name)
     }
     size = None if args.size is None else list(parse_size(args.size))

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def drawn_before(args: argparse.Namespace, also: Sequence[str] = ()) -> list[tuple[Path, str]] | None:
-    """Return files and prompts of a folder of `mhla sample`, and None for a run; fill in the defaults.
+    """Return files and prompts of a folder of `mhla sample`, and None for a run.
+
+    Defaults of drawing are filled in.
 
     Args:
         args: of the command.
