@@ -108,7 +108,7 @@ def block_tile(kernel: str, dim: int, tokens_per_block: int, itemsize: int, majo
     return Tile(tokens, dim, 8 if dim > 64 else 4, 2 if tokens_per_block > tokens else 1)
 
 
-def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> Tile:
+def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int, apart: bool = False) -> Tile:
     """Return the tile of a causal kernel.
 
     Args:
@@ -117,8 +117,9 @@ def causal_tile(kernel: str, dim: int, rows: int, itemsize: int, major: int) -> 
         rows: padded tokens of a chunk, or of a row in the dense form.
         itemsize: bytes of an operand.
         major: compute capability.
+        apart: whether the normalizer takes other features than the numerator, which rotary turns.
     """
-    most, least = (64, 32) if itemsize == 2 else (32, 32)
+    most, least = (64, 32) if itemsize == 2 and not (apart and dim > 128 and major < 9) else (32, 32)
     queries = keys = min(most, power_of_two(rows))
     if kernel in ("queries", "keys"):  # their sums leave few registers
         small = min(least, power_of_two(rows))
