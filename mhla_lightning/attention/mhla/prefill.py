@@ -138,10 +138,14 @@ class KeptChunks:
             summaries: of all chunks, (batch, heads, M, dim_k, dim_v).
             current, faded: see `Summaries`.
         """
-        index = self.places.clamp_min(0)[:, None, :, None, None].expand(
-            -1, summaries.shape[1], -1, *summaries.shape[3:]
-        )
-        ring = summaries.gather(2, index) * (self.places >= 0)[:, None, :, None, None].to(summaries.dtype)
+        least, most, places = min(self.finished), max(self.finished), self.places.shape[1]
+        if least == most == places:  # place b holds chunk b of every sequence
+            ring = summaries[:, :, :places]
+        else:
+            index = self.places.clamp_min(0)[:, None, :, None, None]
+            ring = summaries.gather(2, index.expand(-1, summaries.shape[1], -1, *summaries.shape[3:]))
+        if least < places:
+            ring = ring * (self.places >= 0)[:, None, :, None, None].to(summaries.dtype)
         far = None
         if self.far is not None:
             flat = (self.far.unsqueeze(-2) @ summaries.flatten(3)).squeeze(-2)

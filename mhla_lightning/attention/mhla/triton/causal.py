@@ -114,8 +114,14 @@ def _pair_constants(q: Tensor, v: Tensor, terms: CausalTerms, plan: CausalPlan) 
 def _tile(kernel: str, q: Tensor, v: Tensor, plan: CausalPlan, terms: CausalTerms) -> tiles.Tile:
     wide = max(tiles.power_of_two(q.shape[3]), tiles.power_of_two(v.shape[3]))
     rows_ = plan.padded if plan.far else terms.chunks * plan.padded
-    apart = plan.eps is not None and terms.turns is not None
-    return tiles.causal_tile(kernel, wide, rows_, q.element_size(), capability_of(q), apart)
+    apart, uneven = plan.eps is not None and terms.turns is not None, _uneven(q, terms)
+    sizes = (wide, rows_, q.element_size(), capability_of(q))
+    return tiles.causal_tile(kernel, *sizes, apart=apart, uneven=uneven)
+
+
+def _uneven(q: Tensor, terms: CausalTerms) -> bool:
+    """Return whether rotary turns a number of channels that is no power of two."""
+    return terms.turns is not None and tiles.power_of_two(q.shape[3]) != q.shape[3]
 
 
 def chunk_sums(
@@ -409,7 +415,8 @@ def backward(
         "grad": grad,
     }
     alone = None
-    if plan.far and plan.eps is None and terms.until is None and capability_of(q) >= 9:
+    simple = plan.eps is None and terms.until is None and not _uneven(q, terms)
+    if plan.far and simple and capability_of(q) >= 9:
         padded = arguments["DP"], arguments["DVP"], plan.padded
         alone = tiles.own_tile(*padded, q.element_size())
     if alone is not None:
