@@ -63,6 +63,15 @@ class Attention(nn.Module):
         """
         return self.attend(q, k, v, context_from(context, keywords))
 
+    @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Check that the operator runs on a device; a run asks before its first step.
+
+        Raises:
+            UserError: it does not.
+        """
+        return
+
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Compute :meth:`forward`; the operator's own implementation."""

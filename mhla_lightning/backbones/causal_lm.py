@@ -47,21 +47,24 @@ _GATED = {"mix_form": "relative", "mix_init": "causal_uniform", "decay": "token"
 
 # Recurrent models have no rotary; their convolution is part of the model, except GLA's.
 _RECURRENT = {**_LAYER, "rotary": False}
-_FLA = {"gla": _RECURRENT, "gated_deltanet": {**_RECURRENT, **_CONV}, "mamba2": {**_RECURRENT, **_CONV}}
+_RECURRENTS = {
+    "gla": _RECURRENT,
+    **{name: {**_RECURRENT, **_CONV} for name in ("deltanet", "gated_deltanet", "mamba2")},
+}
 
 LANGUAGE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA, **_FLA},
+    "paper": {"softmax": _SOFTMAX, "linear": _LINEAR, "mhla": _MHLA, **_RECURRENTS},
     "release": {
         "softmax": _SOFTMAX,
         "linear": _LINEAR,
         "mhla": {**_MHLA, "mix_init": "causal_uniform", "mix_clamp": [1e-5, 1.0], "mix_clamp_at": "forward"},
-        **_FLA,
+        **_RECURRENTS,
     },
     "best": {
         "softmax": {**_SOFTMAX, **_CONV},
         "linear": {**_LINEAR, **_CONV, "decay": "token"},
         "mhla": {**_MHLA, **_CONV, **_GATED},
-        **{name: {**row, **_CONV} for name, row in _FLA.items()},
+        **{name: {**row, **_CONV} for name, row in _RECURRENTS.items()},
     },
 }
 """Preset -> operator -> options (SPEC section 9, LM)."""
