@@ -362,6 +362,28 @@ class CausalLM(nn.Module):
         _record(hidden, x[:, None])
         return F.linear(x, self.head_weight), ModelState(tuple(states), state.positions + 1)
 
+    def fix_state(self, state: ModelState, tokens: int) -> None:
+        """Prepare a state for steps that run without the host, where the layers have such steps.
+
+        Args:
+            state: changed in place.
+            tokens: of a sequence at most, those of the state included.
+        """
+        for layer, own in zip(self._layers(), state.layers, strict=True):
+            layer.attn.attention.fix_state(own.operator, tokens)
+
+    def host_needed(self, state: ModelState) -> str | None:
+        """Return why steps after this state need the host; None where they do not, see `CausalAttention`."""
+        for number, (layer, own) in enumerate(zip(self._layers(), state.layers, strict=True)):
+            if reason := layer.attn.attention.host_needed(own.operator):
+                return f"layer {number} ({layer.attn.entry['name']}): {reason}"
+        return None
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a sequence of more tokens than a layer takes. Raises UserError."""
+        for layer in self._layers():
+            layer.attn.attention.check_length(tokens)
+
     def flops(self, shape: Sequence[int]) -> int:
         """Return the forward FLOPs of one sample, 2 a multiply-add.
 
