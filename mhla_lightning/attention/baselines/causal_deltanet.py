@@ -187,6 +187,9 @@ class DeltaNet(base.CausalAttention):
             out, total = delta_rule_recurrent(*_prepared(q, k, v, context), state.total)
         return out.transpose(1, 2).to(v.dtype), LinearState(total, None)
 
+    def host_needed(self, state: base.State) -> str | None:
+        return None
+
     def dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Compute o_t token by token, without chunks; see :meth:`Attention.dense`."""
         out, _ = delta_rule_recurrent(*_prepared(q, k, v, context))
