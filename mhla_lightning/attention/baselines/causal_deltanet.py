@@ -106,8 +106,9 @@ def delta_rule_flops(tokens: int, heads: int, dim_k: int, dim_v: int, chunk_size
 def _wy_transform(k: Tensor, beta: Tensor) -> Tensor:
     """Return T of :func:`delta_rule`, (..., size, size).
 
-    It is made of k (..., size, dim_k) and beta (..., size, 1). The matrix to invert has 1 on its diagonal, so a triangular solve is exact up to rounding. Powers of its lower part
-    would be cheaper on a GPU, but where keys repeat they grow as binomial coefficients.
+    It is made of k (..., size, dim_k) and beta (..., size, 1). The matrix to invert has 1 on its diagonal, so
+    a triangular solve is exact up to rounding. Powers of its lower part would be cheaper on a GPU, but where
+    keys repeat they grow as binomial coefficients.
     """
     strength = ((beta * k) @ k.mT).tril(-1)
     return torch.linalg.solve_triangular(
