@@ -61,7 +61,7 @@ def delta_rule(
     """Compute :func:`delta_rule_recurrent` in chunks, by the WY representation.
 
     The source is Sec. 3.2 of the paper.
-    Within a chunk the written values are U = T V - T K S, where S is the state before it and
+    A chunk writes the values U = T V - T K S, where S is the state before it. The transform is
     T = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta). Only S is handed from chunk to chunk.
 
     Args:
