@@ -435,6 +435,16 @@ def check_split_weights(task: Task, strategy: Any) -> None:
         task.check_gathered(str(strategy_name(strategy)))
 
 
+def check_device(recipe: Resolved) -> None:
+    """Refuse operators that cannot run on the device of the run, before data is made or read.
+
+    Raises:
+        UserError: such an operator.
+    """
+    with inside("model"):
+        recipe.task.check_device(torch.device("cpu" if _on_cpu(recipe.trainer) else "cuda"))
+
+
 def check_float16(arguments: Mapping[str, Any]) -> None:
     """Refuse float16 on a CPU, where Lightning takes bfloat16 instead.
 

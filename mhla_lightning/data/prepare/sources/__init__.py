@@ -1,7 +1,7 @@
 """The sources that can be packed: images, latents and rows of mqar.
 
-They are `mnist`, `fashion_mnist[:FOLDER]`, a folder of images or latents, `torchvision:NAME[:ROOT]` and
-`mqar[:PAIRS]`. Text is prepared by prepare/text.
+They are `mnist`, `fashion_mnist[:FOLDER]`, `digit_scenes`, a folder of images or latents,
+`torchvision:NAME[:ROOT]` and `mqar[:PAIRS]`. Text is prepared by prepare/text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from mhla_lightning.data.prepare.sources.folder import open_folder
 from mhla_lightning.data.prepare.sources.latents import DIMENSIONS, open_latents
 from mhla_lightning.data.prepare.sources.mnist import open_mnist
 from mhla_lightning.data.prepare.sources.mqar import is_mqar, open_mqar
+from mhla_lightning.data.prepare.sources.scenes import NAME as SCENES
+from mhla_lightning.data.prepare.sources.scenes import open_digit_scenes
 from mhla_lightning.data.prepare.sources.vision import open_torchvision
 from mhla_lightning.errors import UserError, missing_extra, unknown_name
 
@@ -33,7 +35,7 @@ __all__ = [
     "open_sample_source",
 ]
 
-SOURCES: dict[str, Callable[[], SampleSource]] = {"mnist": open_mnist}
+SOURCES: dict[str, Callable[[], SampleSource]] = {"mnist": open_mnist, SCENES: open_digit_scenes}
 PACKED_KINDS = ("images", *DIMENSIONS)
 
 
