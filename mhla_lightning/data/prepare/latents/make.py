@@ -210,6 +210,7 @@ class _CaptionedWork:
             self.options.max_skipped_share,
             self._captions,
             self._targets,
+            self.chosen.long_captions == "cut",
         )
 
     def _captions(self) -> Mapping[str, str]:
@@ -284,6 +285,7 @@ def _settings(
     packages = ["torch", "diffusers"]
     if header.text is not None and options.text is not None:
         facts |= {f"text {key}": value for key, value in header.text.facts().items()}
-        facts |= {"caption_key": options.text.key, "uncaptioned": options.text.uncaptioned}
+        names = ("key", "uncaptioned", "long_captions")
+        facts |= {f"text {name}": getattr(options.text, name) for name in names}
         packages += text_packages(header.text)
     return settings_of(facts, dtype, device, packages)
