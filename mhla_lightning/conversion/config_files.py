@@ -113,3 +113,23 @@ def not_default(backbone: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same(a: object, b: object) -> bool:
     return (tuple(a) if isinstance(a, list) else a) == (tuple(b) if isinstance(b, list) else b)
+
+
+def check_reading(state: State, options: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint whose text MHLA reads, where nothing tells its blocks.
+
+    Args:
+        state: the tensors by our names.
+        options: of the backbone.
+        source: the checkpoint's path.
+
+    Raises:
+        UserError: such a checkpoint.
+    """
+    mixing = next((name for name in state if name.endswith(".cross_attn.mixing.weight")), None)
+    if mixing is not None and "cross_attention" not in options:
+        raise UserError(
+            "backbone_options.cross_attention",
+            f"{source} holds {mixing}, and nothing names its blocks; give the entry, such as "
+            "{name: mhla, blocks: 4}",
+        )

@@ -14,6 +14,7 @@ from typing import Any
 from mhla_lightning.backbones import TEXT_TO_IMAGE
 from mhla_lightning.conversion.config_files import (
     check_backbone,
+    check_reading,
     check_whole,
     if_its_own,
     not_default,
@@ -26,7 +27,8 @@ from mhla_lightning.weights.target import Entry, ImportTarget, State, Wish
 FAMILY = "SANA"
 CLASSES = ("SanaTransformer2DModel",)
 OPTIONAL = re.compile(
-    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cpe|ffn\.depthwise)\."
+    r"^blocks\.\d+\.(attn\.(attention|gate|out_norm|lepe|q_norm|k_norm)|cross_attn\.(mixing|norm_q|norm_k)"
+    r"|cpe|ffn\.depthwise)\."
 )
 
 _PUBLIC = {1152: ("sana_600m", 36, 16), 2240: ("sana_1600m", 70, 20)}  # width -> name, heads, cross heads
@@ -67,6 +69,7 @@ def sana_target(state: State, wish: Wish) -> ImportTarget:
             )
     own = own_facts(wish, FAMILY, TEXT_TO_IMAGE)
     options = {**_options(state, wish, own, depth), **wish.options}
+    check_reading(state, options, wish.source)
     backbone = wish.backbone or own.get("backbone") or _public(state)[0]
     attention = _attention(state, wish, own)
     return ImportTarget(backbone, attention, not_default(backbone, options), OPTIONAL, stray=False)

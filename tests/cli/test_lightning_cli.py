@@ -127,7 +127,7 @@ def test_images_with_captions_fine_tune_sana(tmp_path: Path, monkeypatch: pytest
         "data.vae": {"name": "sana", "scale": 0.4, "shift": 0.0, "shape": [8, 4, 4]},
         "data.text_encoder": text,
     }
-    door_and_run("image_dit/sana_600m_mhla_finetune", tmp_path / "runs", SHORT | own)
+    door_and_run("text_to_image/sana_600m_mhla_finetune", tmp_path / "runs", SHORT | own)
     for folder in (tmp_path / "sana" / "text_encoder", tmp_path / "latents"):
         folder.rename(folder.with_name("away"))
     drawn = ["sample", "door", "--runs", "runs", "--prompt", "a red cat", "--out", "drawn", "--steps", "2"]
@@ -137,6 +137,23 @@ def test_images_with_captions_fine_tune_sana(tmp_path: Path, monkeypatch: pytest
     assert len(list(Path("drawn").glob("*-a-red-cat.png"))) == 2
     assert mhla(["export", "door", "--runs", "runs", "--to", "exported", "--format", "diffusers"]) == 0
     assert mhla(["import", "sana", "exported", "--out", "again.safetensors"]) == 0
+
+
+@pytest.mark.slow  # seconds for each model of 341M parameters, without weights
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these recipes need their data")
+@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "mamba2"])
+def test_a_recipe_for_cuda_is_refused_on_a_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = f"language/lm_340m_{name}_fineweb_edu"
+    for train in (
+        lambda: RecipeCLI(["fit", "--config", recipe, "--runs", "runs"]),
+        lambda: launch(recipe, {}, RunOptions("runs")),
+    ):
+        with refused("model.attention.name"):
+            train()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_recipe_is_read_as_by_a_run(

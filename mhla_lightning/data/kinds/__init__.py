@@ -1,16 +1,17 @@
-"""Kinds of samples: images, tokens, latents of images and of videos, video clips."""
+"""Kinds of samples: images with or without captions, tokens, latents of images and of videos, video clips."""
 
 from __future__ import annotations
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds.base import Kind
+from mhla_lightning.data.kinds.captioned_images import CaptionedImages
 from mhla_lightning.data.kinds.clips import Clips
 from mhla_lightning.data.kinds.images import Images
 from mhla_lightning.data.kinds.latents import Latents
 from mhla_lightning.data.kinds.tokens import Tokens
 from mhla_lightning.errors import DataError
 
-__all__ = ["Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
+__all__ = ["CaptionedImages", "Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
 
 
 def kind_of(index: ShardIndex) -> Kind:

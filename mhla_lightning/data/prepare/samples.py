@@ -41,14 +41,17 @@ class Sample:
         return sum(len(data) for data in self.members.values())
 
 
-def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sample:
-    """Make a sample of a JPEG, PNG or WebP file and its class number.
+def image_sample(
+    header: ShardIndex, name: str, image: bytes, label: int, caption: str | None = None
+) -> Sample:
+    """Make a sample of a JPEG, PNG or WebP file, its class number and perhaps its caption.
 
     Args:
         header: an index of images; its classes bound the label.
         name: where the image came from.
         image: content of the file.
         label: class number.
+        caption: text; None leaves it out.
 
     Raises:
         DataError: another format, or a label that is no class.
@@ -56,7 +59,8 @@ def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sam
     extension = image_extension(image)
     if extension is None:
         raise DataError(name, "it is neither JPEG, PNG nor WebP")
-    return Sample(name, {"cls": _label(header, name, label), extension: image})
+    text = {} if caption is None else {"txt": caption.encode()}
+    return Sample(name, {"cls": _label(header, name, label), **text, extension: image})
 
 
 def latent_sample(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mhla_lightning.data.check import check_split
 from mhla_lightning.data.index import INDEX_NAME, Clip, read_index
-from mhla_lightning.data.kinds.clips import CAPTION
+from mhla_lightning.data.kinds.captions import CAPTION
 from mhla_lightning.data.prepare.latents.images import ShardPart, shards_for
 from mhla_lightning.data.prepare.latents.shard_captions import shard_texts
 from mhla_lightning.data.prepare.pack import PackOptions, PlannedSplit
