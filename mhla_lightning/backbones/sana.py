@@ -181,7 +181,7 @@ _WIDEST = 2**10  # hidden channels of a feed-forward network for each channel of
 
 
 def _check_sizes(options: SanaOptions) -> None:
-    """Refuse sizes that are no whole numbers in their range, and a `mlp_ratio` or `ffn_conv` of another type.
+    """Refuse sizes of a wrong type or out of their range.
 
     Raises:
         UserError: with the option's key.

@@ -69,7 +69,7 @@ class CaptionOptions:
 
 
 @dataclass
-class Survey:
+class CaptionSurvey:
     """What a pass over the captions of a source finds.
 
     Args:
@@ -125,7 +125,7 @@ class CaptionedSource(ABC):
     origin: str
 
     @abstractmethod
-    def survey(self, options: CaptionOptions) -> Survey:
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
         """Find the captions of all images. Raises DataError for one that is missing or no text."""
 
 
@@ -184,8 +184,8 @@ class CaptionedFolder(CaptionedSource):
             name for name in SPLITS if name in self._files or (name == "val" and "train" in self._files)
         )
 
-    def survey(self, options: CaptionOptions) -> Survey:
-        found, others = Survey(), self._others()
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
+        found, others = CaptionSurvey(), self._others()
         parts: dict[str, SourcePart] = {}
         for split, files in self._files.items():
             pairs = []
@@ -200,7 +200,7 @@ class CaptionedFolder(CaptionedSource):
         return found
 
     def _by_split(self) -> dict[str, list[Path]]:
-        """Return the images of the folders train, val and test or, without a folder train, all as train."""
+        """Return the images of the folders train, val and test, or all as train."""
         root = self._root
         folders = {"train": root}
         if (root / "train").is_dir():
@@ -302,8 +302,8 @@ class CaptionedShards(CaptionedSource):
         self.origin = f"members of the shards of {source}"
         self.fingerprint = " ".join(f"{name} {split.index.hash}" for name, split in self._splits.items())
 
-    def survey(self, options: CaptionOptions) -> Survey:
-        found = Survey()
+    def survey(self, options: CaptionOptions) -> CaptionSurvey:
+        found = CaptionSurvey()
         for name, split in self._splits.items():
             positions = []
             for position, (sample, members) in enumerate(shard_texts(split, name)):

@@ -65,7 +65,9 @@ class CaptionFeatures:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Features of all captions of a target, and of the empty text, which replaces a dropped caption.
+    """Features of all captions of a target, and of the empty text.
+
+    The empty text replaces a caption that training drops.
 
     Args:
         features: of the captions.

@@ -14,7 +14,7 @@ from typing import Any
 
 from mhla_lightning.data.encoders.vaes import Autoencoder, load_vae
 from mhla_lightning.data.index import SPLITS, VAE, ShardIndex
-from mhla_lightning.data.prepare.latents.captioned import CaptionOptions, Survey, open_captioned
+from mhla_lightning.data.prepare.latents.captioned import CaptionOptions, CaptionSurvey, open_captioned
 from mhla_lightning.data.prepare.latents.captions import (
     EncodedTexts,
     describe_text,
@@ -197,7 +197,7 @@ class _CaptionedWork:
         )
         self.header = ShardIndex("latents", (), vae=vae, text=self.text)
         self.note = on_note or (lambda _: None)
-        self.found = Survey()
+        self.found = CaptionSurvey()
 
     def plan(self) -> LatentPlan:
         return LatentPlan(
