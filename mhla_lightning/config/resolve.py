@@ -296,9 +296,8 @@ def _may_change(key: str) -> bool:
 
 
 _GAINED = {"mhla_lightning.callbacks.SampleGrids": {"prompts": None}}
-_GAINED_BY_SECTION = {"model": {"eval_sizes": None}, "data": {"buckets": None}}
-"""Arguments that a callback, a task or a data module has gained, with the value that leaves it as it was: run
-ids and resumes of older recipes stay.
+"""Arguments that a callback has gained, with the value that leaves it as it was: run ids and resumes of older
+recipes stay.
 """
 
 
@@ -310,10 +309,6 @@ def _without_place(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, neutral in _GAINED.get(callback.get("class_path"), {}).items():
             if name in given and given[name] == neutral:
                 del given[name]
-    for name, gained in _GAINED_BY_SECTION.items():
-        given = kept[name].get("init_args") or {}
-        for key in [key for key, neutral in gained.items() if key in given and given[key] == neutral]:
-            del given[key]
     arguments = kept["data"]["init_args"]
     for section, keys in ((arguments, _PLACE_OF_DATA), (kept["trainer"], _PLACE_OF_TRAINER)):
         for key in keys:

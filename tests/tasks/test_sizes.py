@@ -6,11 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
 from mhla_lightning.backbones.sizes import TakesSizes
-from mhla_lightning.data import Augmentation, BucketConfig, ImageDataModule, ReadingConfig
+from mhla_lightning.data import (
+    Augmentation,
+    BucketConfig,
+    ImageDataModule,
+    LatentDataModule,
+    OrderConfig,
+    ReadingConfig,
+)
+from mhla_lightning.data.corpus import DataSource
+from mhla_lightning.data.index import VAE, ShardIndex
+from mhla_lightning.data.prepare.samples import latent_sample
+from mhla_lightning.data.prepare.writer import write_split
 from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task
 from mhla_lightning.tasks.optimization import ScheduleConfig
 from tests.helpers.errors import refused
@@ -63,7 +75,7 @@ def data_of(shards: Path, sizes: Any = (4, 8, 12)) -> ImageDataModule:
         image_size=8,
         augmentation=PLAIN,
         reading=ReadingConfig(num_workers=0),
-        buckets=None if sizes is None else BucketConfig(list(sizes)),
+        order=OrderConfig(buckets=None if sizes is None else BucketConfig(list(sizes))),
     )
 
 
@@ -74,7 +86,8 @@ class Shapes(pl.Callback):
         self.seen: list[tuple[int, ...]] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(tuple(batch["image"].shape[2:]))
+        samples = batch["image"] if "image" in batch else batch["latent"]
+        self.seen.append(tuple(samples.shape[2:]))
 
 
 @pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
@@ -186,3 +199,43 @@ def test_other_tasks_have_one_size() -> None:
     task = LanguageTask("lm_tiny", "softmax", {"embed_dim": 8, "depth": 1, "context": 8})
     assert task.eval_sizes == ()
     assert isinstance(classifier()._weightless(), TakesSizes)
+
+
+def write_latents(root: Path, sides: tuple[int, ...]) -> LatentDataModule:
+    """Latents of images of several sizes, a source each; the first is the recipe's."""
+    rng = np.random.default_rng(0)
+    for side in sides:
+        header = ShardIndex("latents", (), ("a", "b"), vae=VAE("tiny", 1.0, 0.0, (4, side, side)))
+        shape = (4, side, side)
+        for split in ("train", "val"):
+            made = [
+                latent_sample(header, f"s{n}", rng.normal(size=shape).astype(np.float32), label=n % 2)
+                for n in range(12)
+            ]
+            write_split(root / str(side) / split, header, made, 100_000)
+    return LatentDataModule(
+        VAE("tiny", 1.0, 0.0, (4, sides[0], sides[0])),
+        batch_size=4,
+        mix=[DataSource(str(root / str(side))) for side in sides],
+        order=OrderConfig(mix_by="batch"),
+        reading=ReadingConfig(num_workers=0),
+    )
+
+
+def test_latents_of_several_sizes_train_one_model(tmp_path: Path) -> None:
+    for side in (8, 12):
+        (tmp_path / str(side)).mkdir()
+    data, shapes = write_latents(tmp_path, (8, 12)), Shapes()
+    options = {"in_channels": 4, "num_classes": 2}
+    for attention, sizes, key in ((ABSOLUTE, None, "attention"), (RELATIVE, [16], "eval_sizes")):
+        with refused(key):
+            diffusion(attention, sizes, **options).check_data(data.facts(), 4)
+    task = diffusion(RELATIVE, [12], **options)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, num_sanity_val_steps=0, callbacks=[shapes], **QUIET
+    )
+    trainer.fit(task, data)
+    assert set(shapes.seen) == {(8, 8), (12, 12)}
+    found = trainer.callback_metrics
+    assert {"val/loss", "val_12/loss"} <= found.keys()
+    assert task.train_sizes == {(8, 8): 0.5, (12, 12): 0.5}
