@@ -19,9 +19,7 @@ from tests.helpers.sana_models import build as sana
 RELATIVE = {"name": "mhla", "block_size": 2, "mix_form": "relative"}
 GROWING = {"name": "mhla", "blocks": 2}
 OPERATORS: dict[str, Any] = {
-    "softmax": "softmax",
     "linear": "linear",
-    "relative": RELATIVE,
     "absolute": {**GROWING, "pos_conv": "lepe3"},
     "hybrid": ["softmax", {**RELATIVE, "pos_conv": "cpe3"}],
 }

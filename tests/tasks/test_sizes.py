@@ -158,7 +158,7 @@ def test_sizes_that_the_model_cannot_take_are_refused_before_training(shards: Pa
 
 def test_a_backbone_of_one_size_says_so() -> None:
     with refused("eval_sizes") as error:
-        ClassificationTask("vlt_tiny", "mhla", {"img_size": 224}, eval_sizes=[256])
+        ClassificationTask("convnet_tiny", eval_sizes=[256])
     assert "takes samples of one size" in str(error.value)
 
 
