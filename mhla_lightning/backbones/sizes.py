@@ -150,7 +150,7 @@ class _Layout:
     def takes(self, axis: int, tokens: int) -> bool:
         """Return whether an axis of `tokens` tokens gives this layout's number of blocks."""
         video = len(self.blocks) == 3
-        if video and axis == 0 and tokens == 1 and self.widths is None:  # an image, see MHLA.is_image
+        if video and axis == 0 and tokens == 1 and self.widths is None:  # see grid.single_frame
             return True
         count = self.blocks[axis]
         width = -(-tokens // count) if self.widths is None else min(tokens, self.widths[axis])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mhla_lightning.data.index import TextEncoding
+    from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Augmentation",
     "BucketConfig",
+    "CaptionedImageDataModule",
     "ClipConfig",
     "ClipDataModule",
     "ImageDataModule",
@@ -39,6 +41,7 @@ __all__ = [
 
 _WHERE = {
     "Augmentation": "mhla_lightning.data.transforms",
+    "CaptionedImageDataModule": "mhla_lightning.data.modules.captioned_images",
     "ClipDataModule": "mhla_lightning.data.modules.clips",
     "ImageDataModule": "mhla_lightning.data.modules.images",
     "LatentDataModule": "mhla_lightning.data.modules.latents",

@@ -14,17 +14,26 @@ from mhla_lightning.backbones.sizes import TakesSizes
 from mhla_lightning.data import (
     Augmentation,
     BucketConfig,
+    CaptionedImageDataModule,
     ImageDataModule,
     LatentDataModule,
     OrderConfig,
     ReadingConfig,
+    TextEncoding,
 )
 from mhla_lightning.data.corpus import DataSource
 from mhla_lightning.data.index import VAE, ShardIndex
 from mhla_lightning.data.prepare.samples import latent_sample
 from mhla_lightning.data.prepare.writer import write_split
-from mhla_lightning.tasks import ClassificationTask, ImageDiffusionTask, LanguageTask, Task
+from mhla_lightning.tasks import (
+    ClassificationTask,
+    ImageDiffusionTask,
+    LanguageTask,
+    Task,
+    TextToImageTask,
+)
 from mhla_lightning.tasks.optimization import ScheduleConfig
+from tests.helpers.captioned_images import write_captioned
 from tests.helpers.errors import refused
 from tests.helpers.images import write_images
 
@@ -158,7 +167,7 @@ def test_sizes_that_the_model_cannot_take_are_refused_before_training(shards: Pa
 
 def test_a_backbone_of_one_size_says_so() -> None:
     with refused("eval_sizes") as error:
-        ClassificationTask("convnet_tiny", eval_sizes=[256])
+        ClassificationTask("convnet_tiny", "none", eval_sizes=[256])
     assert "takes samples of one size" in str(error.value)
 
 
@@ -239,3 +248,29 @@ def test_latents_of_several_sizes_train_one_model(tmp_path: Path) -> None:
     found = trainer.callback_metrics
     assert {"val/loss", "val_12/loss"} <= found.keys()
     assert task.train_sizes == {(8, 8): 0.5, (12, 12): 0.5}
+
+
+def test_sana_trains_on_captioned_images_of_several_sizes(tmp_path: Path) -> None:
+    words = TextEncoding("words:8", 6, 8)
+    data = CaptionedImageDataModule(
+        words,
+        str(write_captioned(tmp_path / "shards")),
+        4,
+        image_size=8,
+        augmentation=PLAIN,
+        order=OrderConfig(buckets=BucketConfig([8, [8, 16], 12])),
+        reading=ReadingConfig(num_workers=0),
+    )
+    options = {"embed_dim": 24, "depth": 1, "num_heads": 3, "text_dim": 8, "text_length": 6}
+    for attention, refuses in ((ABSOLUTE, True), (RELATIVE, False)):
+        task = TextToImageTask("sana_tiny", attention, {"input_size": 8, **options})
+        if refuses:
+            with refused("backbone_options.input_size"):
+                task.check_data(data.facts(), 4)
+    shapes = Shapes()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, callbacks=[shapes], **QUIET
+    )
+    trainer.fit(task, data)
+    assert set(shapes.seen) == {(8, 8), (8, 16), (12, 12)}
+    assert trainer.callback_metrics["val/loss"].isfinite()

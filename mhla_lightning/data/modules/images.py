@@ -26,7 +26,7 @@ from mhla_lightning.data.stream import EvalPasses, EvalStream
 from mhla_lightning.data.transforms import Augmentation, image_hw
 from mhla_lightning.errors import DataError, UserError
 
-_READING = ReadingConfig(num_workers=4)
+READING = ReadingConfig(num_workers=4)
 _MEASURED = 32  # images whose pixels are compared with the normalisation
 _THUMBNAIL = (64, 64)  # pixels; statistics of larger images are the same
 
@@ -47,8 +47,8 @@ class ImageDataModule(ShardDataModule):
         image_size: height and width in pixels, one number or a pair. `order.buckets` trains at other sizes,
             for which ratios of the augmentation are relative to the bucket's own ratio.
         augmentation: preprocessing of training and validation; None is the ImageNet recipe of DeiT.
-        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist, a
-            folder, torchvision:CIFAR10.
+        source: raw data that prepare_data packs into `path` when `path` holds no shards yet, e.g. mnist,
+            fashion_mnist, a folder, torchvision:CIFAR10.
     """
 
     takes_buckets = True
@@ -64,7 +64,7 @@ class ImageDataModule(ShardDataModule):
         source: str | None = None,
         mix: list[DataSource] | None = None,
         order: OrderConfig = ORDER,
-        reading: ReadingConfig = _READING,
+        reading: ReadingConfig = READING,
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
@@ -138,8 +138,10 @@ class ImageDataModule(ShardDataModule):
     def _kinds(self, name: str) -> tuple[Kind, ...]:
         if self.buckets is None or not (name == "train" or self._by_aspect):
             return super()._kinds(name)
-        classes = len(self.index().classes)
-        kinds = {size: Images(classes, size, self._stretched(size), self.seed) for size in self.buckets.pairs}
+        plain = self.kind(self.index())
+        kinds = {
+            size: replace(plain, size=size, augmentation=self._stretched(size)) for size in self.buckets.pairs
+        }
         return tuple(kinds[part.size] for part in self._parts(name))
 
     def _stretched(self, size: tuple[int, int]) -> Augmentation:
@@ -161,8 +163,8 @@ class ImageDataModule(ShardDataModule):
         sizes = module.eval_sizes if isinstance(module, EvaluatesSizes) else ()
         if not sizes or not isinstance(first, EvalStream):
             return first
-        classes, corpus = len(self.index(name).classes), super()._eval_corpus(name)
-        kinds = [Images(classes, image_hw(size), self.augmentation, self.seed) for size in sizes]
+        plain, corpus = self.kind(self.index(name)), super()._eval_corpus(name)
+        kinds = [replace(plain, size=image_hw(size)) for size in sizes]
         more = [replace(first, corpus=corpus, kind=kind, kinds=()) for kind in kinds]
         return EvalPasses([first, *more])
 
@@ -243,9 +245,9 @@ class ImageDataModule(ShardDataModule):
     def facts(self) -> dict[str, Any]:
         """Return the kind, the number of classes, and (height, width) of the images."""
         facts = {"kind": "images", "classes": self.num_classes, "image_size": self.image_size}
-        return facts if self.buckets is None else {**facts, "sizes": self._shares()}
+        return facts if self.buckets is None else {**facts, "sizes": self.shares()}
 
-    def _shares(self) -> dict[tuple[int, int], float]:
+    def shares(self) -> dict[tuple[int, int], float]:
         """Return the share of the training samples of every size that has some."""
         parts = self._parts("train")
         total, shares = sum(part.source.weight for part in parts), dict[tuple[int, int], float]()
