@@ -140,7 +140,8 @@ class ImageDiffusionTask(DiffusionTask):
         return batch["label"].masked_fill(dropped, self.null_label)
 
     def example_batch(self, samples: int) -> dict[str, Tensor]:
-        latents = torch.empty(samples, *self.sample_shape, device="meta")
+        size = self.largest_size(self.sample_shape[1:])
+        latents = torch.empty(samples, self.sample_shape[0], *size, device="meta")
         return {"latent": latents, "label": torch.zeros(samples, dtype=torch.int64), **keys(samples)}
 
     def check_data(self, facts: Mapping[str, Any], micro_batch: int) -> None:

@@ -125,7 +125,7 @@ def test_a_plain_trainer_trains_on_buckets_and_validates_at_other_sizes(shards: 
         assert alone[f"{tag}/loss"] == pytest.approx(found[f"{tag}/loss"])
 
 
-def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path) -> None:
+def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path, tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     task = classifier("softmax", [16])
     task.configure_model()
@@ -145,6 +145,11 @@ def test_the_loss_at_another_size_is_that_of_a_model_built_for_it(shards: Path) 
     (wanted,) = trainer.validate(alone, data, verbose=False)
     assert found["val_16/loss"] == pytest.approx(wanted["val/loss"], rel=1e-5)
     assert found["val_16/top1"] == wanted["val/top1"]
+    trainer.save_checkpoint(tmp_path / "alone.ckpt", weights_only=True)
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "alone.ckpt", eval_sizes=[8])
+    (other,) = trainer.validate(again, data, verbose=False)
+    assert other["val/loss"] == wanted["val/loss"]
+    assert other["val_8/loss"] != other["val/loss"]
 
 
 @pytest.mark.parametrize("build", [classifier, diffusion], ids=["classification", "diffusion"])
@@ -185,6 +190,8 @@ def test_the_mean_of_all_sizes_is_planned(shards: Path) -> None:
     for size in (4, 8, 12):
         flops.append(classifier(sizes=None, img_size=size).flops_per_sample)
     assert task.flops_per_sample == round(sum(flops) / 3)
+    assert task.largest_flops == flops[-1]
+    assert task.example_batch(2)["image"].shape == (2, 3, 12, 12)
 
 
 @pytest.mark.parametrize("door", ["fit", "validate"])
