@@ -214,7 +214,7 @@ class Task(KeepsArguments, pl.LightningModule):
 
     def _let_take(self, backbone: nn.Module) -> None:
         """Let the backbone take all sizes of the task. Raises UserError."""
-        take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes, "`model.eval_sizes`")
+        take_sizes(backbone, self.backbone_name, "eval_sizes", self.eval_sizes)
         take_sizes(backbone, self.backbone_name, "attention", tuple(self.train_sizes), "the data")
 
     def take_sizes(self, facts: Mapping[str, Any]) -> None:
