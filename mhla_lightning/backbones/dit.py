@@ -202,7 +202,11 @@ class DiT(KeptActivations, nn.Module):
             self._positions[sides] = name
 
     def tokens_of(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens per axis of latents of a size. Raises UserError for one that does not fit."""
+        """Return the tokens per axis of latents of a size.
+
+        Raises:
+            UserError: a size that does not fit.
+        """
         return self.sizes.tokens("size", _two_sides(size))
 
     def _embed(self, x: Tensor) -> Tensor:

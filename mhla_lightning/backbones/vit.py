@@ -261,7 +261,9 @@ class VisionTransformer(KeptActivations, TimmVisionTransformer):
         return self.norm(x)
 
     def take_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
-        """Take images of these sizes besides those of img_size; learned positions are resampled for them.
+        """Take images of these sizes besides those of img_size.
+
+        Learned positions are resampled for them in every forward.
 
         Args:
             sizes: (height, width) in pixels each.
@@ -458,7 +460,7 @@ class MixedBlock(Block):
         is_causal: bool = False,
         grid: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Do as timm's; `grid` is the token counts of x where they are not those of the construction."""
+        """Do as timm's; a `grid` replaces the token counts of the construction."""
         if self.cpe is not None:
             x = self.cpe(x, self.grid if grid is None else grid)
         mask = None if self.token_mask is None else self.token_mask.expand(x.shape[0], -1)
