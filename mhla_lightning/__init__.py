@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from mhla_lightning.callbacks.default import default_callbacks
     from mhla_lightning.data import (
+        CaptionedImageDataModule,
         ClipDataModule,
         ImageDataModule,
         LatentDataModule,
@@ -84,6 +85,7 @@ __all__ = [
     "Attention",
     "AttentionCurves",
     "AttentionNumbers",
+    "CaptionedImageDataModule",
     "CausalAttention",
     "Checkpoint",
     "ClassificationTask",
@@ -148,8 +150,8 @@ _ROOMS = {
     ),
     "callbacks.default": ("default_callbacks",),
     "data": (
-        *("ClipDataModule", "ImageDataModule", "LatentDataModule", "TokenDataModule"),
-        *("ReadingConfig", "TextEncoding"),
+        *("CaptionedImageDataModule", "ClipDataModule", "ImageDataModule", "LatentDataModule"),
+        *("ReadingConfig", "TextEncoding", "TokenDataModule"),
     ),
     "errors": ("UserError",),
     "tasks": (

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mhla_lightning.data.index import TextEncoding
+    from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
     from mhla_lightning.data.modules.clips import ClipDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.data.modules.latents import LatentDataModule
-    from mhla_lightning.data.modules.options import ClipConfig, OrderConfig, ReadingConfig, TextConfig
+    from mhla_lightning.data.modules.options import (
+        BucketConfig,
+        ClipConfig,
+        OrderConfig,
+        ReadingConfig,
+        TextConfig,
+    )
     from mhla_lightning.data.modules.tokens import TokenDataModule
     from mhla_lightning.data.transforms import Augmentation
 
 __all__ = [
     "Augmentation",
+    "BucketConfig",
+    "CaptionedImageDataModule",
     "ClipConfig",
     "ClipDataModule",
     "ImageDataModule",
@@ -32,9 +41,11 @@ __all__ = [
 
 _WHERE = {
     "Augmentation": "mhla_lightning.data.transforms",
+    "CaptionedImageDataModule": "mhla_lightning.data.modules.captioned_images",
     "ClipDataModule": "mhla_lightning.data.modules.clips",
     "ImageDataModule": "mhla_lightning.data.modules.images",
     "LatentDataModule": "mhla_lightning.data.modules.latents",
+    "BucketConfig": "mhla_lightning.data.modules.options",
     "ClipConfig": "mhla_lightning.data.modules.options",
     "OrderConfig": "mhla_lightning.data.modules.options",
     "ReadingConfig": "mhla_lightning.data.modules.options",

@@ -127,7 +127,8 @@ def read_shards(path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     index = read_index(splits[name])
     kind = Images(len(index.classes), size, _PIXELS)
     kind.check(index, path)
-    return _decode([Split(index, splits[name])], kind), f"{path} ({name})" if len(splits) > 1 else path
+    images, _ = _decode([Split(index, splits[name])], kind)
+    return images, f"{path} ({name})" if len(splits) > 1 else path
 
 
 def validation_images(data: ImageDataModule) -> np.ndarray:
@@ -136,6 +137,11 @@ def validation_images(data: ImageDataModule) -> np.ndarray:
     Raises:
         UserError: there is no val split.
     """
+    return validation_samples(data)[0]
+
+
+def validation_samples(data: ImageDataModule) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images of :func:`validation_images`, and their labels (N,)."""
     augmentation = Augmentation(
         crop_pct=data.augmentation.crop_pct,
         crop_mode=data.augmentation.crop_mode,
@@ -146,9 +152,10 @@ def validation_images(data: ImageDataModule) -> np.ndarray:
     return _decode(data.splits("val"), Images(len(data.index("val").classes), data.image_size, augmentation))
 
 
-def _decode(splits: list[Split], kind: Images) -> np.ndarray:
-    batches = []
+def _decode(splits: list[Split], kind: Images) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = [], []
     for batch in EvalStream(Corpus(splits), kind, _BATCH):
-        pixels = (batch["image"][batch["weight"] > 0] * 255).round().byte()
-        batches.append(pixels.permute(0, 2, 3, 1).numpy())
-    return np.concatenate(batches)
+        real = batch["weight"] > 0
+        images.append((batch["image"][real] * 255).round().byte().permute(0, 2, 3, 1).numpy())
+        labels.append(batch["label"][real].numpy())
+    return np.concatenate(images), np.concatenate(labels)

@@ -18,7 +18,13 @@ import yaml
 from mhla_lightning.config.recipes import parse_yaml
 from mhla_lightning.errors import UserError, inside, unknown_name
 from mhla_lightning.evaluation.clip import ClipScoreOptions, check_clip, fix_clip, measure_clip
-from mhla_lightning.evaluation.samples import SampleOptions, check_samples, fix_samples, measure_samples
+from mhla_lightning.evaluation.samples import (
+    AGREEMENTS,
+    SampleOptions,
+    check_samples,
+    fix_samples,
+    measure_samples,
+)
 from mhla_lightning.runs.folder import FORMAT, RunFolder, newest_checkpoint, read_object, write_json
 
 
@@ -47,7 +53,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "samples": Evaluation(
         options=SampleOptions,
         measure=measure_samples,
-        higher=frozenset({"agreement", "class_score", "precision", "recall", "images_per_second"}),
+        higher=frozenset({*AGREEMENTS, "class_score", "precision", "recall", "images_per_second"}),
         fix=fix_samples,
         check=check_samples,
     ),

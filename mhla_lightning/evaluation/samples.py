@@ -1,24 +1,34 @@
-"""The evaluation `samples`: a classifier judges guided samples of an image diffusion run.
+"""The evaluation `samples`: a classifier judges guided samples of an image or text-to-image diffusion run.
 
 Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mhla_lightning.errors import UserError
+from mhla_lightning.evaluation.text_samples import (
+    agreements,
+    check_text_samples,
+    draw_text_samples,
+    real_agreement,
+)
 from mhla_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from mhla_lightning.data.modules.captioned_images import CaptionedImageDataModule
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.inference.diffusion.images import ImageRun
 
+DRAWN_AGREEMENTS = ("agreement", "what", "where")  # shares of the drawn images
+AGREEMENTS = (*DRAWN_AGREEMENTS, "real_agreement")
 _LAST_SEED = 2**32 - 1
 _MOST = 10_000_000  # images
 _NEIGHBOURS = 3  # of precision and recall, which need more images than that
@@ -30,7 +40,8 @@ class SampleOptions:
 
     Attributes:
         classifier: a classifier run, by id or folder.
-        n: images, the same number of every class.
+        n: images, the same number of every class; of a text-to-image model, one for each of the first n
+            held-out captions.
         guidance: scale of classifier-free guidance; 1 means none.
         sampler: name in diffusion.SAMPLERS; None means ddpm, for flow matching euler.
         steps: of the sampler.
@@ -77,6 +88,20 @@ class SampleOptions:
             raise UserError("ema", f"{self.ema!r} is neither true nor false")
 
 
+def interval(share: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share that n images showed: Wilson's for a binomial.
+
+    Args:
+        share: of the images, from 0 to 1.
+        images: n.
+    """
+    z = 1.959964
+    scale = 1 + z * z / images
+    centre = (share + z * z / (2 * images)) / scale
+    half = z * math.sqrt(share * (1 - share) / images + (z / images / 2) ** 2) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def fix_samples(options: SampleOptions, runs: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Replace the classifier's name by its folder, and identify it by its weights.
 
@@ -110,24 +135,28 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
     from mhla_lightning.data.modules.images import ImageDataModule
     from mhla_lightning.diffusion import check_sampler, default_sampler
     from mhla_lightning.evaluation.networks import find_classifier
-    from mhla_lightning.tasks import ImageDiffusionTask
+    from mhla_lightning.tasks import ImageDiffusionTask, TextToImageTask
 
-    if not isinstance(task, ImageDiffusionTask):
+    if not isinstance(task, (ImageDiffusionTask, TextToImageTask)):
         raise UserError(
             "eval",
             f"samples draws images, and {type(task).__name__} is no image diffusion model "
-            "(ImageDiffusionTask)",
+            "(ImageDiffusionTask, TextToImageTask)",
         )
     check_sampler(options.sampler or default_sampler(task.process), task.process, options.steps)
-    classes = find_classifier(options.classifier).task.num_classes
+    if options.n > _MOST:
+        raise UserError("n", f"{options.n} is too large; it must be at most {_MOST:,}")
+    classifier = find_classifier(options.classifier)
+    if isinstance(task, TextToImageTask):
+        check_text_samples(options, data, classifier)
+        return
+    classes = classifier.task.num_classes
     if classes != task.num_classes:
         raise UserError(
             "classifier",
             f"{options.classifier} has {classes} classes and the diffusion model {task.num_classes}; they "
             "must be equal",
         )
-    if options.n > _MOST:
-        raise UserError("n", f"{options.n} is too large; it must be at most {_MOST:,}")
     if options.n % classes:
         raise UserError(
             "n",
@@ -143,16 +172,25 @@ def check_samples(options: SampleOptions, task: Any, data: Any) -> None:
 
 
 def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
-    """Draw samples of all classes and compare them with real images.
+    """Draw samples of all classes, or of held-out captions, and compare them with real images.
 
     Returns:
         agreement: share of samples whose likeliest class is the requested one.
+        what, where, real_agreement: of text-to-image models; see text_samples.agreements. The last is the
+            agreement of all held-out pictures, which a perfect model would reach.
         fd, sfd, class_score, precision, recall: see image_metrics.image_metrics.
         images_per_second: of sampling, without loading the weights.
 
     Raises:
         UserError: see :func:`check_samples`; a reference that cannot be read.
     """
+    from mhla_lightning.inference.rebuilding import trains
+    from mhla_lightning.tasks import TextToImageTask
+
+    return _measure_texts(run, options) if trains(run, TextToImageTask) else _measure_classes(run, options)
+
+
+def _measure_classes(run: RunFolder, options: SampleOptions) -> dict[str, float]:
     from mhla_lightning.evaluation.image_metrics import image_metrics
     from mhla_lightning.evaluation.networks import OwnFeatures, find_classifier
     from mhla_lightning.inference.diffusion.images import find_image_run
@@ -167,6 +205,32 @@ def measure_samples(run: RunFolder, options: SampleOptions) -> dict[str, float]:
     agreement = (features.probabilities.argmax(1) == labels).mean()
     numbers = image_metrics(features, reference, network.published, device)
     return {"agreement": float(agreement), **numbers, "images_per_second": len(images) / seconds}
+
+
+def _measure_texts(run: RunFolder, options: SampleOptions) -> dict[str, float]:
+    from mhla_lightning.evaluation.image_metrics import Reference, image_metrics
+    from mhla_lightning.evaluation.images import read_reference
+    from mhla_lightning.evaluation.networks import OwnFeatures, find_classifier
+    from mhla_lightning.inference.diffusion.text_images import find_text_image_run
+    from mhla_lightning.inference.weights import choose_device
+
+    found, device = find_text_image_run(str(run.path), ema=options.ema), choose_device(options.device)
+    check_samples(options, found.task, found.data)
+    drawn = draw_text_samples(found, options, device)
+    network = OwnFeatures(find_classifier(options.classifier), device)
+    real, bound = real_agreement(cast("CaptionedImageDataModule", found.data), network)
+    reference = (
+        Reference.of("val", real)
+        if options.reference is None
+        else read_reference(options.reference, network, (drawn.images.shape[1], drawn.images.shape[2]))
+    )
+    features = network(drawn.images)
+    return {
+        **agreements(drawn.labels, features.probabilities.argmax(1), drawn.classes),
+        "real_agreement": bound,
+        **image_metrics(features, reference, network.published, device),
+        "images_per_second": len(drawn.images) / drawn.seconds,
+    }
 
 
 def _draw(

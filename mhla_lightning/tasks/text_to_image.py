@@ -40,8 +40,8 @@ class TextToImageTask(TextDiffusionTask):
         "text-to-image diffusion",
         "text-to-image models",
         "sana_600m, sana_1600m or sana_tiny",
-        ("latents",),
-        "latents of images",
+        ("captioned_images", "latents"),
+        "latents of images, or images with captions",
         ("height", "width"),
     )
 

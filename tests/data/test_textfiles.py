@@ -10,7 +10,7 @@ import pytest
 from mhla_lightning.cli import generate
 from mhla_lightning.cli.data import index
 from mhla_lightning.config.recipes import read_yaml
-from mhla_lightning.data.kinds.clips import caption_of
+from mhla_lightning.data.kinds.captions import caption_of
 from mhla_lightning.data.prepare.clips.inputs import open_videos
 from mhla_lightning.data.skips import BadSample
 from mhla_lightning.errors import DataError, UserError

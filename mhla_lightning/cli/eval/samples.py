@@ -1,9 +1,14 @@
-"""Draws guided samples of an image diffusion run and lets a classifier run judge them.
+"""Draws guided samples of an image or text-to-image run and lets a classifier run judge them.
 
-Agreement is the share of samples whose likeliest class is the requested one. FD is the Frechet distance on
-the classifier's features to the validation images of the run's data. It compares runs on one data set by
-one classifier and is no FID.
+Agreement is the share of samples whose likeliest class is the requested one, with its 95 % interval. FD is
+the Frechet distance on the classifier's features to the validation images of the run's data. It compares
+runs on one data set by one classifier and is no FID.
   mhla eval samples RUN --classifier convnet_mnist --n 500 --guidance 3 --steps 50
+
+A text-to-image run draws one image for each of the first --n held-out captions, and the classifier is one of
+the labels beside them. Where labels have the form `WHAT in the WHERE`, both parts are counted too. The
+agreement of the real held-out images is what a perfect model would reach.
+  mhla eval samples RUN --classifier convnet_digit_scenes --n 300 --guidance 2 --steps 20
 
 The numbers are kept in the run folder, and the same command reads them.
 """
@@ -16,10 +21,10 @@ import dataclasses
 from mhla_lightning.cli.eval.image_table import print_numbers
 from mhla_lightning.cli.output import write_json
 from mhla_lightning.evaluation import with_options
-from mhla_lightning.evaluation.samples import SampleOptions
+from mhla_lightning.evaluation.samples import DRAWN_AGREEMENTS, SampleOptions, interval
 from mhla_lightning.runs.folder import find_run, runs_root
 
-HELP = "guided samples of a diffusion run, judged by a classifier run"
+HELP = "guided samples of an image or text-to-image run, judged by a classifier run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run of an image classifier, e.g. of classification/convnet_mnist_cpu",
     )
     parser.add_argument(
-        "--n", type=int, default=500, help="images, the same number of every class (default: %(default)s)"
+        "--n",
+        type=int,
+        default=500,
+        help="images, the same number of every class, or of the first held-out captions "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--guidance",
@@ -79,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     }
     wanted = with_options("samples", {**given, "ema": not args.no_ema}, args.runs)
     numbers = None if args.fresh else wanted.kept(folder)
-    print_numbers(
-        f"{folder.run_id}{', measured before' if numbers else ''}",
-        numbers := numbers or wanted.measure(folder),
-    )
-    write_json(args.json, {"rows": [{"run": folder.run_id, **numbers}], "summary": wanted.identity})
+    title = f"{folder.run_id}{', measured before' if numbers else ''}"
+    numbers = numbers or wanted.measure(folder)
+    intervals = {name: interval(numbers[name], args.n) for name in DRAWN_AGREEMENTS if name in numbers}
+    print_numbers(title, numbers, intervals)
+    found = {"rows": [{"run": folder.run_id, **numbers}], "summary": wanted.identity}
+    write_json(args.json, {**found, "intervals": {name: list(ends) for name, ends in intervals.items()}})
     return 0

@@ -1,16 +1,17 @@
-"""Kinds of samples: images, tokens, latents of images and of videos, video clips."""
+"""Kinds of samples: images with or without captions, tokens, latents of images and of videos, video clips."""
 
 from __future__ import annotations
 
 from mhla_lightning.data.index import ShardIndex
 from mhla_lightning.data.kinds.base import Kind
+from mhla_lightning.data.kinds.captioned_images import CaptionedImages
 from mhla_lightning.data.kinds.clips import Clips
 from mhla_lightning.data.kinds.images import Images
 from mhla_lightning.data.kinds.latents import Latents
 from mhla_lightning.data.kinds.tokens import Tokens
 from mhla_lightning.errors import DataError
 
-__all__ = ["Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
+__all__ = ["CaptionedImages", "Clips", "Images", "Kind", "Latents", "Tokens", "kind_of"]
 
 
 def kind_of(index: ShardIndex) -> Kind:
@@ -19,7 +20,7 @@ def kind_of(index: ShardIndex) -> Kind:
     Raises DataError for a kind that this version cannot read.
     """
     if index.kind == "images":
-        return Images(max(1, len(index.classes)))
+        return Images(len(index.classes))
     if index.kind == "tokens" and index.length:
         return Tokens(index.length)
     if index.kind in ("latents", "video_latents") and index.vae:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,16 +11,13 @@ from torch import Tensor
 from mhla_lightning.data.encoders.videos import decode_mp4
 from mhla_lightning.data.index import Clip, ShardIndex, TextEncoding
 from mhla_lightning.data.kinds.base import Kind, array_of, member
+from mhla_lightning.data.kinds.captions import caption_features, caption_of
 from mhla_lightning.data.members import RawSample
 from mhla_lightning.data.skips import BadSample
-from mhla_lightning.errors import DataError, UserError
+from mhla_lightning.errors import DataError
 from mhla_lightning.randomness import generator
-from mhla_lightning.textfiles import NotText, decode
 
-if TYPE_CHECKING:
-    from mhla_lightning.data.encoders.text_encoders import TextEncoder
-
-NPY, MP4, CAPTION = "clip.npy", "mp4", "txt"
+NPY, MP4 = "clip.npy", "mp4"
 
 
 @dataclass
@@ -85,34 +80,7 @@ class Clips(Kind):
         return clip
 
     def _tensors(self, sample: RawSample, mirrored: bool) -> dict[str, Tensor]:
-        clip, caption = self._frames(sample), caption_of(sample)
-        values = torch.from_numpy(clip[:, :, ::-1].copy() if mirrored else clip).permute(3, 0, 1, 2)
-        return {"clip": (values.float() / 127.5 - 1).contiguous(), "text": self._features(sample, caption)}
-
-    def _features(self, sample: RawSample, caption: str) -> Tensor:
-        """Return the features of a caption, (tokens, channels).
-
-        Raises DataError for a caption that is too long; skipping it would go unnoticed.
-        """
-        from mhla_lightning.data.encoders.text_encoders import pad_rows
-
         assert self.text is not None
-        try:
-            return pad_rows(_encoder(self.text).encode([caption]), self.text.tokens)[0]
-        except UserError as error:
-            raise DataError(sample["__url__"], f"sample {sample['__key__']}: {error.reason}") from error
-
-
-def caption_of(sample: RawSample) -> str:
-    """Return the member txt. Raises BadSample."""
-    try:
-        return decode(member(sample, CAPTION)[1])
-    except NotText as error:
-        raise BadSample(f"{CAPTION}: {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _encoder(text: TextEncoding) -> TextEncoder:
-    from mhla_lightning.data.encoders.text_encoders import load_text_encoder
-
-    return load_text_encoder(text)
+        clip, text = self._frames(sample), caption_features(sample, self.text)
+        values = torch.from_numpy(clip[:, :, ::-1].copy() if mirrored else clip).permute(3, 0, 1, 2)
+        return {"clip": (values.float() / 127.5 - 1).contiguous(), "text": text}

@@ -13,7 +13,7 @@ from mhla_lightning.data.index import INDEX_NAME, SPLITS, Clip, ShardIndex, Text
 from mhla_lightning.data.kinds import Clips
 from mhla_lightning.data.modules.base import ShardDataModule
 from mhla_lightning.data.modules.options import CLIPS, ORDER, READING, ClipConfig, OrderConfig, ReadingConfig
-from mhla_lightning.data.modules.text import TextConditioned
+from mhla_lightning.data.modules.text import TextConditioned, demand_words
 from mhla_lightning.data.prepare.clips.options import ClipOptions, make_clip
 from mhla_lightning.data.prepare.sources.films import NAME
 from mhla_lightning.data.transforms import image_hw
@@ -53,12 +53,7 @@ class ClipDataModule(TextConditioned, ShardDataModule):
     ) -> None:
         """Store and validate the arguments. Raises UserError."""
         super().__init__(path, mix, batch_size, micro_batch_size, epochs, order, reading)
-        if not text_encoder.name.startswith("words:"):
-            raise UserError(
-                "text_encoder.name",
-                f"'{text_encoder.name}' is too slow to run while clips are loaded; use words:N, e.g. "
-                "words:64, or make latents and text features with 'mhla data latents --video'",
-            )
+        demand_words(text_encoder, "clips", "make latents and text features with 'mhla data latents --video'")
         self.text_encoder, self.clips = text_encoder, clips
         self._take_source(source, path)
         given = {name: getattr(clips, name) for name in _GIVEN_WITH_SOURCE}

