@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhla_lightning.compare.comparison import score
-from mhla_lightning.compare.significance import half_width, values_by_seed
+from mhla_lightning.compare.comparison import score, values_by_seed
+from mhla_lightning.compare.student import half_width
 from mhla_lightning.evidence.claims import Claim, ClaimVerdict
 from mhla_lightning.evidence.plots import plot_png
 from mhla_lightning.evidence.results import StudyResult
