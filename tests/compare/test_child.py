@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mhla_lightning.cli.run import shown
 from mhla_lightning.compare import child
 from mhla_lightning.runs.folder import RunFolder
 
@@ -22,6 +24,19 @@ def test_share_done(tmp_path: Path) -> None:
     assert child.share_done(run) == 0.0
     run.progress.write_text('{"step": 3, "max_steps": 4}')
     assert child.share_done(run) == 0.75
+
+
+def test_warnings_of_a_log_come_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `mhla run` prints them."""
+    logger = logging.getLogger("mhla_lightning.tasks")
+    with shown():
+        for _ in range(2):
+            logger.warning("all of it is warm-up")
+        logger.info("a line")
+    (tmp_path / "run.log").write_text(capsys.readouterr().out)
+    assert "\na line\n" in (tmp_path / "run.log").read_text()
+    assert child.warnings_in(tmp_path / "run.log") == ["all of it is warm-up"]
+    assert child.warnings_in(tmp_path / "none.log") == []
 
 
 def child_run(folder: Path, name: str) -> child.ChildRun:
