@@ -275,9 +275,9 @@ class Task(KeepsArguments, pl.LightningModule):
         return None if facts is None else (facts.mean, facts.std)
 
     def setup(self, stage: str) -> None:
-        """Refuse a strategy, a device, an average or data that this task cannot take, before training.
+        """Refuse a strategy, device, average or data that this task cannot take.
 
-        Lightning calls it. Raises UserError.
+        Lightning calls it before training. Raises UserError.
         """
         check_strategy(self.trainer)
         check_copies(self.trainer, self.backbone is not None)
