@@ -93,11 +93,11 @@ class CaptionedImageDataModule(TextConditioned, ImageDataModule):
         """Return the kind, the shape (3, H, W), (tokens, channels) of the text, and the number of classes."""
         text = self._encoding()
         shares = {} if self.buckets is None else self.shares()
-        return {
+        facts = {
             "kind": "captioned_images",
             "shapes": [(3, *size) for size in dict.fromkeys([self.image_size, *shares])],
             "text": (text.tokens, text.channels),
             "vae": None,
             "classes": self.num_classes,
-            "sizes": shares,
         }
+        return {**facts, "sizes": shares} if shares else facts
